@@ -1,0 +1,153 @@
+//! Adopting an image: a child's reservation is mapped over the layers of a freeze.
+//!
+//! Each entry of the layer map is one private mapping. Where that would be more than the VM's share of the mapping budget,
+//! short runs are copied into the child instead, so that the mapping beneath spans them: it costs a page of private memory each, and
+//! never a refused fork.
+
+use std::os::fd::AsFd;
+
+use crate::error::RamError;
+use crate::interval::Piece;
+use crate::layer::{LayerMap, Source};
+use crate::region::{GuestRegion, Mapping, State};
+use crate::units::{PAGE_SIZE, PageRange, pages_in};
+
+/// Most memory to copy into a child for want of mappings. Beyond it the fork is refused.
+const MOST_COPIED: u64 = (64 << 20) / PAGE_SIZE;
+
+/// How a child is laid out: mappings that cover the region, then copies on top of them.
+#[derive(Debug, Default)]
+struct Layout {
+    mappings: Vec<(PageRange, Mapping)>,
+    copies: Vec<(PageRange, Source)>,
+}
+
+impl Layout {
+    /// Copies runs of up to `short` pages; maps the rest.
+    fn plan(map: &LayerMap, all: PageRange, short: u64) -> Self {
+        let mut layout = Self::default();
+        let mut at = all.start;
+        for (range, source) in map.iter() {
+            layout.map(PageRange::new(at, range.start), Mapping::Zero);
+            at = range.end;
+            if range.len() <= short {
+                layout.copy(range, source);
+            } else {
+                layout.map(range, Mapping::Private(source.clone()));
+            }
+        }
+        layout.map(PageRange::new(at, all.end), Mapping::Zero);
+        layout
+    }
+
+    fn map(&mut self, range: PageRange, mapping: Mapping) {
+        if range.is_empty() {
+            return;
+        }
+        // One mapping can go on over runs that are copied on top of it (they lie over zeros until then).
+        if let [.., (before, below), (filler, Mapping::Zero)] = self.mappings.as_mut_slice()
+            && filler.end == range.start
+            && goes_on(below, before.len() + filler.len(), &mapping)
+            && self.copies.iter().rev().take_while(|(r, _)| r.start >= filler.start).map(|(r, _)| r.len()).sum::<u64>()
+                == filler.len()
+        {
+            before.end = range.end;
+            self.mappings.pop();
+            return;
+        }
+        if let Some((last, below)) = self.mappings.last_mut()
+            && last.end == range.start
+            && goes_on(below, last.len(), &mapping)
+        {
+            last.end = range.end;
+            return;
+        }
+        self.mappings.push((range, mapping));
+    }
+
+    fn copy(&mut self, range: PageRange, source: &Source) {
+        self.map(range, Mapping::Zero);
+        self.copies.push((range, source.clone()));
+    }
+
+    fn copied(&self) -> u64 {
+        self.copies.iter().map(|(r, _)| r.len()).sum()
+    }
+}
+
+fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
+    match (below, next) {
+        (Mapping::Private(a), Mapping::Private(b)) => a.continues(pages, b),
+        (Mapping::Zero, Mapping::Zero) => true,
+        _ => false,
+    }
+}
+
+impl GuestRegion {
+    /// Maps the layers of `map` into this still empty region.
+    pub(crate) fn adopt(&self, map: &LayerMap) -> Result<(), RamError> {
+        let mut state = self.state();
+        self.expect_empty()?;
+        let adopted = self.lay_out(&mut state, map);
+        if adopted.is_err() {
+            // I13: an unborn child leaves nothing behind.
+            self.clear(&mut state);
+        }
+        adopted
+    }
+
+    fn lay_out(&self, state: &mut State, map: &LayerMap) -> Result<(), RamError> {
+        let share = self.store.budget().fair_share();
+        let mut short = 0;
+        let mut layout = Layout::plan(map, self.range(), short);
+        while layout.mappings.len() as u64 > share && layout.copied() < MOST_COPIED && short < self.pages() {
+            short = (short * 2).max(1);
+            let coarser = Layout::plan(map, self.range(), short);
+            if coarser.copied() > MOST_COPIED {
+                break;
+            }
+            layout = coarser;
+        }
+        state.promise.resize(layout.mappings.len() as u64)?;
+        for (range, mapping) in &layout.mappings {
+            match mapping {
+                Mapping::Zero => self.at.map_zero(*range),
+                Mapping::Private(source) | Mapping::Born(source) => {
+                    self.at.map_private(*range, source.layer.as_fd(), source.at)
+                }
+            }
+            .map_err(|source| RamError::Map { range: *range, source })?;
+            state.mappings.insert(*range, mapping.clone());
+        }
+        let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
+        for (range, from) in &layout.copies {
+            self.at
+                .read_in(*range, from.layer.as_fd(), from.at)
+                .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
+        }
+        let table = self.table.lock();
+        for range in &copied {
+            // I2: a copy made on fork is the child's own.
+            table.set_exclusive(*range);
+        }
+        state.map = map.clone();
+        self.set_live(true);
+        Ok(())
+    }
+
+    /// Takes all memory away and leaves bare address space, as [`GuestRegion::reserve`] made it.
+    pub(crate) fn empty(&self) {
+        self.clear(&mut self.state());
+    }
+
+    fn clear(&self, state: &mut State) {
+        self.set_live(false);
+        if let Err(error) = self.at.protect_none() {
+            tracing::error!(%error, "a region could not be emptied");
+        }
+        state.map = LayerMap::new();
+        state.mappings = crate::interval::IntervalMap::new();
+        state.birth = None;
+        let _ = state.promise.resize(1);
+    }
+}

@@ -1,0 +1,124 @@
+//! The budget of memory mappings: `vm.max_map_count` is shared by every VM of a process, and running into it half-way
+//! through a fork is the one failure that cannot be undone. So mappings are promised before they are made (D5).
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use thiserror::Error;
+
+/// The kernel's default, where /proc cannot be read.
+const DEFAULT_MAX_MAP_COUNT: u64 = 65_530;
+/// Left for everything that is not guest memory: binaries, heaps, thread stacks, vCPU state.
+const RESERVE: u64 = 4_096;
+
+/// Refused: the mappings would pass the budget.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{asked} more mappings do not fit: {used} of {limit} are in use (vm.max_map_count less a reserve)")]
+pub struct BudgetError {
+    /// What was asked for.
+    pub asked: u64,
+    /// What is in use.
+    pub used: u64,
+    /// The limit.
+    pub limit: u64,
+}
+
+/// Mappings in use and allowed, over all VMs of the process.
+#[derive(Debug)]
+pub struct MappingBudget {
+    used: Arc<AtomicU64>,
+    limit: u64,
+}
+
+impl MappingBudget {
+    pub(crate) fn of_this_process() -> Self {
+        let max = fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|s| s.trim().parse().ok());
+        Self::with_limit(max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE))
+    }
+
+    pub(crate) fn with_limit(limit: u64) -> Self {
+        Self { used: Arc::default(), limit }
+    }
+
+    /// Mappings promised at the moment.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Mappings that may be promised in all.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// How many one more VM should use at most: a share of what is left, so that the thousandth clone still finds room.
+    pub(crate) fn fair_share(&self) -> u64 {
+        const MOST: u64 = 1_024;
+        const LEAST: u64 = 4;
+        (self.limit.saturating_sub(self.used()) / 16).clamp(LEAST, MOST)
+    }
+
+    /// Promises `count` mappings, given back when the promise is dropped.
+    pub(crate) fn promise(&self, count: u64) -> Result<Promise, BudgetError> {
+        let mut promise = Promise { used: Arc::clone(&self.used), count: 0, limit: self.limit };
+        promise.resize(count)?;
+        Ok(promise)
+    }
+}
+
+/// Mappings a region may have.
+#[derive(Debug)]
+pub(crate) struct Promise {
+    used: Arc<AtomicU64>,
+    count: u64,
+    limit: u64,
+}
+
+impl Promise {
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Changes how many; refused, and unchanged, when they do not fit.
+    pub(crate) fn resize(&mut self, count: u64) -> Result<(), BudgetError> {
+        if count <= self.count {
+            // Relaxed: the budget is a number; no memory is published through it.
+            self.used.fetch_sub(self.count - count, Ordering::Relaxed);
+        } else {
+            let asked = count - self.count;
+            self.used
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+                    used.checked_add(asked).filter(|sum| *sum <= self.limit)
+                })
+                .map_err(|used| BudgetError { asked, used, limit: self.limit })?;
+        }
+        self.count = count;
+        Ok(())
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.used.fetch_sub(self.count, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn promises_add_up_and_come_back() {
+        let budget = MappingBudget::with_limit(10);
+        let mut a = budget.promise(6).unwrap();
+        assert_eq!(budget.promise(5).unwrap_err(), BudgetError { asked: 5, used: 6, limit: 10 });
+        let b = budget.promise(4).unwrap();
+        assert_eq!(a.resize(7).unwrap_err(), BudgetError { asked: 1, used: 10, limit: 10 });
+        assert_eq!(a.count(), 6, "a refused promise is unchanged");
+        a.resize(1).unwrap();
+        drop(b);
+        assert_eq!(budget.used(), 1);
+    }
+}

@@ -1,0 +1,87 @@
+//! What guest memory can refuse.
+
+use std::io;
+
+use thiserror::Error;
+
+use crate::budget::BudgetError;
+use crate::store::StoreError;
+use crate::units::PageRange;
+
+/// An operation on guest memory that was refused or failed. The VM it was asked of is as it was (I13).
+#[derive(Debug, Error)]
+pub enum RamError {
+    /// No memory at all was asked for.
+    #[error("a guest needs memory: 0 bytes were asked for")]
+    NoMemory,
+    /// Not a whole number of pages.
+    #[error("guest memory comes in pages of 4096 bytes: {bytes} is not a multiple")]
+    NotPageSized {
+        /// The size.
+        bytes: u64,
+    },
+    /// Larger than guest physical addresses reach.
+    #[error("{bytes} bytes of guest memory are more than the {most} that can be addressed")]
+    TooLarge {
+        /// The size.
+        bytes: u64,
+        /// The limit.
+        most: u64,
+    },
+    /// No address range for a region.
+    #[error("no host address range for {pages} pages of guest memory")]
+    Reserve {
+        /// Its size.
+        pages: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A mapping failed.
+    #[error("{range} could not be mapped")]
+    Map {
+        /// Of the region.
+        range: PageRange,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Finding the pages a VM owns failed.
+    #[error("the pages that the guest owns could not be listed")]
+    Harvest(#[source] io::Error),
+    /// Copying pages into a layer, or out of one, failed.
+    #[error("{pages} pages could not be copied")]
+    Copy {
+        /// How many.
+        pages: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Memory is already there.
+    #[error("the region at {base:#x} already has memory")]
+    NotEmpty {
+        /// Its guest physical address.
+        base: u64,
+    },
+    /// The region has no memory yet.
+    #[error("the region at {base:#x} has no memory yet")]
+    Empty {
+        /// Its guest physical address.
+        base: u64,
+    },
+    /// An image of another shape.
+    #[error("an image of {image} bytes does not fit a guest of {guest} bytes")]
+    Shape {
+        /// Bytes in the image.
+        image: u64,
+        /// Bytes reserved.
+        guest: u64,
+    },
+    /// See [`BudgetError`].
+    #[error("too many memory mappings")]
+    Budget(#[from] BudgetError),
+    /// See [`StoreError`].
+    #[error("no memory for a layer")]
+    Store(#[from] StoreError),
+}

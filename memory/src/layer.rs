@@ -1,0 +1,101 @@
+//! Layers: sets of pages that never change, in files, shared by any number of VMs; and the map from pages to them.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::interval::{IntervalMap, Piece};
+
+/// Identity of a layer within its store.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayerId(pub(crate) u64);
+
+impl fmt::Debug for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "layer {}", self.0)
+    }
+}
+
+/// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
+///
+/// A layer made from a birth file may still have pages that were pinned when it was frozen: those belong to the VM that was
+/// born in it, are in nobody's [`LayerMap`], and are not part of the layer.
+#[derive(Debug)]
+pub struct Layer {
+    id: LayerId,
+    file: File,
+    pages: u64,
+    live: Arc<AtomicUsize>,
+}
+
+impl Layer {
+    pub(crate) fn new(id: LayerId, file: File, pages: u64, live: Arc<AtomicUsize>) -> Self {
+        // Relaxed: a gauge; nothing is ordered by it.
+        live.fetch_add(1, Ordering::Relaxed);
+        Self { id, file, pages, live }
+    }
+
+    /// Its identity.
+    #[must_use]
+    pub fn id(&self) -> LayerId {
+        self.id
+    }
+
+    /// Pages of address space in its file (holes included).
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Bytes of memory behind its file.
+    ///
+    /// # Errors
+    /// When the file cannot be asked.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
+        self.live.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl AsFd for Layer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Where the first page of a range comes from; the following pages follow in the file.
+#[derive(Clone)]
+pub struct Source {
+    /// The layer.
+    pub layer: Arc<Layer>,
+    /// The page in the layer's file.
+    pub at: u64,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} at {:#x}", self.layer.id, self.at)
+    }
+}
+
+impl Piece for Source {
+    fn advance(&self, pages: u64) -> Self {
+        Self { layer: Arc::clone(&self.layer), at: self.at + pages }
+    }
+    fn continues(&self, pages: u64, next: &Self) -> bool {
+        self.layer.id == next.layer.id && self.at + pages == next.at
+    }
+}
+
+/// Which layer provides each page a VM does not own. A page in no entry is zeros.
+pub type LayerMap = IntervalMap<Source>;

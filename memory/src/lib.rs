@@ -1,0 +1,48 @@
+//! Guest memory that a running VM can be forked from.
+//!
+//! A VM's memory is one reservation of host addresses per guest-physical region, mapped over *layers*: immutable, shared
+//! sets of pages in memory files. The crate knows for every page whether its VM **owns it outright** (the exclusive bit),
+//! and how often it is pinned for DMA; a page is made the VM's own *before* a device is given its address, so that sharing memory never
+//! moves it from under the device.
+//!
+//! | to learn about | read |
+//! |---|---|
+//! | the whole of a VM's memory | [`GuestRam`] |
+//! | the bit and the count | [`word`](crate) in `word.rs`, [`OwnershipTable`] |
+//! | how memory becomes shared | `freeze.rs` |
+//! | how a child gets it | `adopt.rs` |
+//! | DMA | [`DmaPin`] |
+//!
+//! The crate knows no KVM and needs no `/dev/kvm` to be tested. What it does not do: it does not stop writers (see
+//! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it does not write to disk.
+
+mod adopt;
+mod budget;
+mod error;
+mod freeze;
+mod interval;
+mod layer;
+mod ownership;
+mod pin;
+mod ram;
+mod region;
+mod stats;
+mod store;
+mod sync;
+mod sys;
+mod units;
+mod word;
+
+pub use budget::{BudgetError, MappingBudget};
+pub use error::RamError;
+pub use freeze::FreezeReport;
+pub use interval::{IntervalMap, Piece};
+pub use layer::{Layer, LayerId, LayerMap, Source};
+pub use ownership::{OwnershipTable, TableCounts, TableGuard};
+pub use pin::{DmaPin, PinError};
+pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, Quiesced, RamImage, RamLayout};
+pub use region::GuestRegion;
+pub use stats::RamStats;
+pub use store::{Backing, Store, StoreError};
+pub use units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange};
+pub use word::MAX_PINS;

@@ -1,0 +1,403 @@
+//! The ownership table: which pages a VM owns outright, and how often each is pinned.
+//!
+//! The only module that sets the bit or a count. One record describes a 2 MiB block while it has one owner; the first
+//! operation on a part of a block splits it into a record a page, each with the block's bit and count (I12, R13).
+//!
+//! | who | needs the lock | may |
+//! |---|---|---|
+//! | [`OwnershipTable::try_pin`], [`OwnershipTable::unpin`] | no | count pins on exclusive pages |
+//! | [`TableGuard`] | yes | set and clear the bit, split |
+//!
+//! Lock order: a region's state lock, then the table's.
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::units::{BLOCK_PAGES, PageRange, push_run};
+use crate::word::{Ownership, PinMiss, ShareMiss, Word};
+
+type PageWords = Box<[Word]>;
+
+#[derive(Debug)]
+struct Block {
+    word: Word,
+    /// Filled by the first split and kept: a lock-free reader may be looking.
+    pages: OnceLock<PageWords>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct OwnershipTable {
+    blocks: Box<[Block]>,
+    pages: u64,
+    lock: Mutex<()>,
+}
+
+/// Pages of a table by what they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableCounts {
+    /// Pages with the bit set.
+    pub exclusive: u64,
+    /// Pages with at least one pin.
+    pub pinned: u64,
+    /// Pins over all pages.
+    pub pins: u64,
+}
+
+impl OwnershipTable {
+    /// A table of `pages` pages, none of them owned.
+    #[must_use]
+    pub fn new(pages: u64) -> Self {
+        let block = || Block { word: Word::new(Ownership::new(false, 0)), pages: OnceLock::new() };
+        let blocks = (0..pages.div_ceil(BLOCK_PAGES)).map(|_| block()).collect();
+        Self { blocks, pages, lock: Mutex::new(()) }
+    }
+
+    /// Pages described.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Bytes the table itself takes.
+    #[must_use]
+    pub fn footprint(&self) -> u64 {
+        let split = self.blocks.iter().filter(|b| b.pages.get().is_some()).count();
+        (self.blocks.len() * size_of::<Block>() + split * BLOCK_PAGES as usize * size_of::<Word>()) as u64
+    }
+
+    /// The right to change bits. Held by freeze, unshare, adopt and reset; never while waiting for anything.
+    pub fn lock(&self) -> TableGuard<'_> {
+        TableGuard { table: self, _held: self.lock.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    fn whole(&self, block: usize) -> PageRange {
+        PageRange::with_len(block as u64 * BLOCK_PAGES, BLOCK_PAGES).intersect(PageRange::new(0, self.pages))
+    }
+
+    fn page_words(&self, block: usize, piece: PageRange) -> &[Word] {
+        let first = (piece.start % BLOCK_PAGES) as usize;
+        match self.blocks[block].pages.get() {
+            Some(words) => &words[first..first + piece.len() as usize],
+            None => &[],
+        }
+    }
+
+    /// What the table says of `page`: exclusive, and its pins.
+    #[must_use]
+    pub fn get(&self, page: u64) -> (bool, u32) {
+        let block = (page / BLOCK_PAGES) as usize;
+        let word = self.blocks[block].word.load();
+        let word = match self.page_words(block, PageRange::with_len(page, 1)) {
+            [one] if word.is_split() => one.load(),
+            _ => word,
+        };
+        (word.is_exclusive(), word.pins())
+    }
+
+    /// Pins every page of `range`, all or none, without a lock: one atomic step a page, or one for a whole block.
+    /// On a miss nothing stays counted, and the caller takes the locked path.
+    pub(crate) fn try_pin(&self, range: PageRange) -> Result<(), PinMiss> {
+        for (block, piece) in range.blocks() {
+            if let Err((miss, done)) = self.try_pin_piece(block, piece) {
+                self.unpin(PageRange::new(range.start, done));
+                return Err(miss);
+            }
+        }
+        Ok(())
+    }
+
+    /// On a miss, says up to which page (from the piece's start) pins were counted.
+    fn try_pin_piece(&self, block: usize, piece: PageRange) -> Result<(), (PinMiss, u64)> {
+        let record = &self.blocks[block];
+        if piece == self.whole(block) {
+            match record.word.try_pin() {
+                Ok(()) => return Ok(()),
+                Err(PinMiss::Split) => {}
+                Err(miss) => return Err((miss, piece.start)),
+            }
+        } else {
+            let word = record.word.load();
+            if !word.is_split() {
+                // A part of a block is pinned page by page, so that counts stay exact (I6): the locked path splits it.
+                let miss = if word.is_exclusive() { PinMiss::Split } else { PinMiss::NotExclusive };
+                return Err((miss, piece.start));
+            }
+        }
+        for (page, word) in (piece.start..).zip(self.page_words(block, piece)) {
+            word.try_pin().map_err(|miss| (miss, page))?;
+        }
+        Ok(())
+    }
+
+    /// Takes back one pin from every page of `range`. No lock.
+    ///
+    /// # Panics
+    /// When a page was not pinned or is no longer exclusive (R27): memory would already be wrong.
+    pub(crate) fn unpin(&self, range: PageRange) {
+        for (block, piece) in range.blocks() {
+            if piece == self.whole(block) && self.blocks[block].word.unpin().is_ok() {
+                continue;
+            }
+            // Acquire of the split bit, so that the page records are visible.
+            assert!(self.blocks[block].word.load().is_split(), "I6: part of an unsplit block unpinned: {piece}");
+            for word in self.page_words(block, piece) {
+                // A page's own record is never split, so this cannot be refused.
+                let _ = word.unpin();
+            }
+        }
+    }
+
+    fn for_each_run(&self, range: PageRange, mut seen: impl FnMut(PageRange, Ownership)) {
+        for (block, piece) in range.blocks() {
+            let word = self.blocks[block].word.load();
+            if word.is_split() {
+                for (page, word) in (piece.start..).zip(self.page_words(block, piece)) {
+                    seen(PageRange::with_len(page, 1), word.load());
+                }
+            } else {
+                seen(piece, word);
+            }
+        }
+    }
+
+    /// Counts within `range`.
+    #[must_use]
+    pub fn counts(&self, range: PageRange) -> TableCounts {
+        let mut counts = TableCounts::default();
+        self.for_each_run(range, |run, word| {
+            counts.exclusive += if word.is_exclusive() { run.len() } else { 0 };
+            counts.pinned += if word.pins() > 0 { run.len() } else { 0 };
+            counts.pins += u64::from(word.pins()) * run.len();
+        });
+        counts
+    }
+
+    /// The pinned pages within `range`, as ascending runs. Only a [`TableGuard`] holder that has shared the rest may act on it.
+    #[must_use]
+    pub fn pinned_runs(&self, range: PageRange) -> Vec<PageRange> {
+        let mut runs = Vec::new();
+        self.for_each_run(range, |run, word| {
+            if word.pins() > 0 {
+                push_run(&mut runs, run);
+            }
+        });
+        runs
+    }
+}
+
+/// The right to set and clear exclusive bits.
+#[derive(Debug)]
+pub struct TableGuard<'a> {
+    table: &'a OwnershipTable,
+    _held: MutexGuard<'a, ()>,
+}
+
+impl TableGuard<'_> {
+    /// Splits the record of `block` into page records with the block's bit and count (I12).
+    fn split(&self, block: usize) {
+        let record = &self.table.blocks[block];
+        let fresh = || (0..BLOCK_PAGES).map(|_| Word::new(Ownership::new(false, 0))).collect();
+        loop {
+            let was = record.word.load();
+            if was.is_split() {
+                return;
+            }
+            // Nobody looks at the page records before the split bit is set, so they are filled first; a pin or unpin of the whole block in
+            // between makes try_split fail and they are filled again.
+            for word in record.pages.get_or_init(fresh) {
+                word.prepare(Ownership::new(was.is_exclusive(), was.pins()));
+            }
+            if record.word.try_split(was) {
+                return;
+            }
+        }
+    }
+
+    /// Sets the bit of every page of `range` (I2: birth, break-COW, copy on fork).
+    pub(crate) fn set_exclusive(&self, range: PageRange) {
+        for (block, piece) in range.blocks() {
+            let record = &self.table.blocks[block];
+            let word = record.word.load();
+            if !word.is_split() {
+                if word.is_exclusive() {
+                    continue;
+                }
+                if piece == self.table.whole(block) {
+                    record.word.set_exclusive();
+                    continue;
+                }
+                self.split(block);
+            }
+            self.table.page_words(block, piece).iter().for_each(Word::set_exclusive);
+        }
+    }
+
+    /// Gives up the bit of every page of `range` that nobody pins, and returns the pinned ones, which keep it (I3). Pages that were not
+    /// exclusive stay so.
+    #[must_use = "the pinned pages must be copied, never shared"]
+    pub(crate) fn share(&self, range: PageRange) -> Vec<PageRange> {
+        let mut pinned = Vec::new();
+        for (block, piece) in range.blocks() {
+            let record = &self.table.blocks[block];
+            if piece == self.table.whole(block) {
+                match record.word.try_share() {
+                    Ok(()) | Err(ShareMiss::NotExclusive) => continue,
+                    Err(ShareMiss::Pinned) => {
+                        push_run(&mut pinned, piece);
+                        continue;
+                    }
+                    Err(ShareMiss::Split) => {}
+                }
+            } else {
+                if record.word.load() == Ownership::new(false, 0) {
+                    continue;
+                }
+                self.split(block);
+            }
+            for (page, word) in (piece.start..).zip(self.table.page_words(block, piece)) {
+                if word.try_share() == Err(ShareMiss::Pinned) {
+                    push_run(&mut pinned, PageRange::with_len(page, 1));
+                }
+            }
+        }
+        pinned
+    }
+
+    /// The locked half of a pin: makes the records of `range` a page each where the range covers only a part of a block.
+    pub(crate) fn split_partial(&self, range: PageRange) {
+        for (block, piece) in range.blocks() {
+            if piece != self.table.whole(block) {
+                self.split(block);
+            }
+        }
+    }
+
+    /// The runs of `range` whose bit is not set.
+    pub(crate) fn not_exclusive(&self, range: PageRange) -> Vec<PageRange> {
+        let mut runs = Vec::new();
+        self.table.for_each_run(range, |run, word| {
+            if !word.is_exclusive() {
+                push_run(&mut runs, run);
+            }
+        });
+        runs
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 3 * BLOCK_PAGES + 100;
+
+    #[test]
+    fn i12_split_gives_every_page_the_blocks_bit_and_pins() {
+        let table = OwnershipTable::new(PAGES);
+        let block = PageRange::with_len(BLOCK_PAGES, BLOCK_PAGES);
+        table.lock().set_exclusive(block);
+        table.try_pin(block).unwrap();
+        table.lock().split_partial(PageRange::with_len(BLOCK_PAGES + 3, 1));
+        for page in block.start..block.end {
+            assert_eq!(table.get(page), (true, 1));
+        }
+        assert_eq!(table.get(block.end), (false, 0));
+        table.unpin(block);
+        assert_eq!(table.counts(PageRange::new(0, PAGES)).pins, 0);
+    }
+
+    #[test]
+    fn i6_a_part_of_a_block_pins_only_its_pages() {
+        let table = OwnershipTable::new(PAGES);
+        let block = PageRange::with_len(0, BLOCK_PAGES);
+        table.lock().set_exclusive(block);
+        let one = PageRange::with_len(9, 1);
+        assert_eq!(table.try_pin(one), Err(PinMiss::Split));
+        table.lock().split_partial(one);
+        table.try_pin(one).unwrap();
+        assert_eq!(table.lock().share(block), vec![one], "I3: the pinned page stays, the rest goes");
+        assert_eq!(table.counts(block), TableCounts { exclusive: 1, pinned: 1, pins: 1 });
+        table.unpin(one);
+    }
+
+    #[test]
+    fn a_terabyte_is_described_in_a_few_megabytes() {
+        let table = OwnershipTable::new(1 << 28);
+        table.lock().set_exclusive(PageRange::new(0, 1 << 28));
+        assert!(table.footprint() * 5000 <= 1 << 40, "{} bytes: more than 0.02 %", table.footprint());
+        table.lock().split_partial(PageRange::with_len(77, 1));
+        let split = BLOCK_PAGES as usize * size_of::<Word>();
+        assert!(split as u64 <= 8 * BLOCK_PAGES);
+        assert_eq!(table.counts(PageRange::new(0, 1 << 28)).exclusive, 1 << 28);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Own(PageRange),
+        Share(PageRange),
+        Pin(PageRange),
+        Unpin(usize),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let edge = prop_oneof![0..PAGES, (0..4u64).prop_map(|b| b * BLOCK_PAGES)];
+        let len = prop_oneof![1..40u64, Just(BLOCK_PAGES), Just(2 * BLOCK_PAGES)];
+        let range = (edge, len).prop_map(|(s, l)| PageRange::new(s, (s + l).min(PAGES)));
+        prop_oneof![
+            range.clone().prop_map(Op::Own),
+            range.clone().prop_map(Op::Share),
+            range.prop_map(Op::Pin),
+            any::<usize>().prop_map(Op::Unpin),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_naive_table(ops in proptest::collection::vec(op(), 0..40)) {
+            let table = OwnershipTable::new(PAGES);
+            let mut model = vec![(false, 0u32); PAGES as usize];
+            let mut held: Vec<PageRange> = Vec::new();
+            for op in ops {
+                match op {
+                    Op::Own(r) => {
+                        table.lock().set_exclusive(r);
+                        for p in r.start..r.end { model[p as usize].0 = true; }
+                    }
+                    Op::Share(r) => {
+                        let pinned = table.lock().share(r);
+                        for p in r.start..r.end {
+                            let m = &mut model[p as usize];
+                            prop_assert_eq!(pinned.iter().any(|q| q.contains(p)), m.1 > 0);
+                            if m.1 == 0 { m.0 = false; }
+                        }
+                    }
+                    Op::Pin(r) => {
+                        let own_all = (r.start..r.end).all(|p| model[p as usize].0);
+                        let mut got = table.try_pin(r);
+                        if got == Err(PinMiss::Split) {
+                            table.lock().split_partial(r);
+                            got = table.try_pin(r);
+                        }
+                        prop_assert_eq!(got.is_ok(), own_all);
+                        if own_all {
+                            for p in r.start..r.end { model[p as usize].1 += 1; }
+                            held.push(r);
+                        }
+                    }
+                    Op::Unpin(n) if !held.is_empty() => {
+                        let r = held.swap_remove(n % held.len());
+                        table.unpin(r);
+                        for p in r.start..r.end { model[p as usize].1 -= 1; }
+                    }
+                    Op::Unpin(_) => {}
+                }
+            }
+            for p in 0..PAGES { prop_assert_eq!(table.get(p), model[p as usize], "page {}", p); }
+            let all = PageRange::new(0, PAGES);
+            prop_assert_eq!(table.counts(all).exclusive, model.iter().filter(|m| m.0).count() as u64);
+            prop_assert_eq!(table.counts(all).pins, model.iter().map(|m| u64::from(m.1)).sum::<u64>());
+            let free: u64 = table.lock().not_exclusive(all).iter().map(|r| r.len()).sum();
+            prop_assert_eq!(free, model.iter().filter(|m| !m.0).count() as u64);
+        }
+    }
+}

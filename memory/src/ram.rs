@@ -1,0 +1,228 @@
+//! A VM's guest memory: its regions, and what is done with all of them at once.
+
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
+
+use crate::error::RamError;
+use crate::freeze::FreezeReport;
+use crate::layer::LayerMap;
+use crate::region::GuestRegion;
+use crate::stats::RamStats;
+use crate::store::Store;
+use crate::units::{PAGE_SHIFT, PAGE_SIZE};
+
+/// Where the gap for memory-mapped devices begins: 3 GiB.
+pub const GAP_START: u64 = 0xc000_0000;
+/// Where memory goes on behind the gap: 4 GiB.
+pub const GAP_END: u64 = 0x1_0000_0000;
+/// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47 addresses for itself).
+const MOST_BYTES: u64 = 1 << 45;
+
+/// The shape of a guest's memory: which guest-physical ranges are RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamLayout {
+    ranges: Vec<(GuestAddress, u64)>,
+}
+
+impl RamLayout {
+    /// `bytes` of RAM from 0, with the gap below 4 GiB.
+    ///
+    /// # Errors
+    /// When `bytes` is 0, not a multiple of the page size or too large.
+    pub fn new(bytes: u64) -> Result<Self, RamError> {
+        if bytes == 0 {
+            return Err(RamError::NoMemory);
+        }
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(RamError::NotPageSized { bytes });
+        }
+        if bytes > MOST_BYTES {
+            return Err(RamError::TooLarge { bytes, most: MOST_BYTES });
+        }
+        let low = bytes.min(GAP_START);
+        let mut ranges = vec![(GuestAddress(0), low >> PAGE_SHIFT)];
+        if bytes > low {
+            ranges.push((GuestAddress(GAP_END), (bytes - low) >> PAGE_SHIFT));
+        }
+        Ok(Self { ranges })
+    }
+
+    /// Start and length in pages of each range, ascending.
+    #[must_use]
+    pub fn ranges(&self) -> &[(GuestAddress, u64)] {
+        &self.ranges
+    }
+
+    /// Total size.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|(_, pages)| pages << PAGE_SHIFT).sum()
+    }
+}
+
+/// The memory of a VM at one instant, as layers: cheap to clone, keeps them alive, starts any number of VMs.
+#[derive(Clone, Debug)]
+pub struct RamImage {
+    layout: RamLayout,
+    maps: Vec<LayerMap>,
+}
+
+impl RamImage {
+    /// The shape of the guest it was taken from.
+    #[must_use]
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    /// Mappings a VM started from it needs at most.
+    #[must_use]
+    pub fn mappings(&self) -> usize {
+        self.maps.iter().map(LayerMap::len).sum()
+    }
+
+    /// Layers it refers to.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        let mut ids: Vec<_> = self.maps.iter().flat_map(|m| m.iter().map(|(_, s)| s.layer.id())).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids.len()
+    }
+}
+
+/// Proof, by the caller's word, that nothing writes to guest memory but devices through pins: vCPUs are out of KVM_RUN and devices are
+/// paused. A write in spite of it is not undefined behaviour, but it may be in the image or not.
+#[derive(Debug)]
+pub struct Quiesced<'a>(std::marker::PhantomData<&'a ()>);
+
+impl Quiesced<'_> {
+    /// States that all writers are stopped for as long as the value is held.
+    #[must_use]
+    pub fn assume() -> Self {
+        Self(std::marker::PhantomData)
+    }
+}
+
+/// What rust-vmm crates work on: the regions as a `vm_memory` collection.
+pub type GuestMemory = GuestRegionCollection<GuestRegion>;
+
+/// A VM's guest memory.
+///
+/// ```
+/// # use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
+/// # use vm_memory::{Bytes, GuestAddress};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = Store::open()?;
+/// let layout = RamLayout::new(16 << 20)?;
+/// let parent = GuestRam::reserve(&layout, &store)?;
+/// parent.birth()?;
+/// parent.memory().write_obj(7u32, GuestAddress(0x1000))?;
+///
+/// let (image, _) = parent.freeze(&Quiesced::assume())?;
+/// let child = GuestRam::reserve(&layout, &store)?;
+/// child.adopt(&image)?;
+///
+/// parent.memory().write_obj(8u32, GuestAddress(0x1000))?;
+/// assert_eq!(child.memory().read_obj::<u32>(GuestAddress(0x1000))?, 7);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    layout: RamLayout,
+    regions: Vec<Arc<GuestRegion>>,
+    memory: GuestMemory,
+}
+
+impl GuestRam {
+    /// Reserves host addresses for `layout`: enough to set memslots, with no memory yet.
+    ///
+    /// # Errors
+    /// When there is no address space, or no mapping left in the budget.
+    pub fn reserve(layout: &RamLayout, store: &Store) -> Result<Self, RamError> {
+        let reserve = |(base, pages): &(GuestAddress, u64)| GuestRegion::reserve(*base, *pages, store).map(Arc::new);
+        let regions = layout.ranges.iter().map(reserve).collect::<Result<Vec<_>, _>>()?;
+        // A layout's ranges are ascending, disjoint and at least one.
+        let memory = GuestRegionCollection::from_arc_regions(regions.clone()).map_err(|_| RamError::NoMemory)?;
+        Ok(Self { layout: layout.clone(), regions, memory })
+    }
+
+    /// Gives it fresh memory of its own, all zeros.
+    ///
+    /// # Errors
+    /// When memory is there already or cannot be had.
+    pub fn birth(&self) -> Result<(), RamError> {
+        self.regions.iter().try_for_each(|r| r.birth())
+    }
+
+    /// Gives it the memory of an image, shared until written.
+    ///
+    /// # Errors
+    /// When memory is there already, the shapes differ, or mappings run out; then it is as empty as before (I13).
+    pub fn adopt(&self, image: &RamImage) -> Result<(), RamError> {
+        if image.layout != self.layout {
+            return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
+        }
+        for (at, (region, map)) in self.regions.iter().zip(&image.maps).enumerate() {
+            if let Err(error) = region.adopt(map) {
+                self.regions[..at].iter().for_each(|done| done.empty());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied (I3). This VM goes on with the
+    /// same contents at the same addresses.
+    ///
+    /// # Errors
+    /// Then the VM is as it was, and nothing was shared (I13).
+    pub fn freeze(&self, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+        let mut report = FreezeReport::default();
+        let mut maps = Vec::with_capacity(self.regions.len());
+        for region in &self.regions {
+            let (map, one) = region.freeze()?;
+            maps.push(map);
+            report += one;
+        }
+        Ok((RamImage { layout: self.layout.clone(), maps }, report))
+    }
+
+    /// Counts by kind of page.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn stats(&self) -> Result<RamStats, RamError> {
+        let mut stats = RamStats::default();
+        for region in &self.regions {
+            stats += region.stats()?;
+        }
+        Ok(stats)
+    }
+
+    /// The memory, for rust-vmm crates.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Its regions, ascending.
+    #[must_use]
+    pub fn regions(&self) -> &[Arc<GuestRegion>] {
+        &self.regions
+    }
+
+    /// Its shape.
+    #[must_use]
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    /// The region around `gpa`, and the page of the region.
+    #[must_use]
+    pub fn locate(&self, gpa: GuestAddress) -> Option<(&Arc<GuestRegion>, u64)> {
+        let at = self.regions.iter().find(|r| r.to_region_addr(gpa).is_some())?;
+        Some((at, (gpa.0 - at.base.0) >> PAGE_SHIFT))
+    }
+}

@@ -1,0 +1,147 @@
+//! Where layers come from, and what all VMs of a process share: the file source, the mapping budget, the pagemap.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use thiserror::Error;
+
+use crate::budget::MappingBudget;
+use crate::layer::{Layer, LayerId};
+use crate::sys::{HugeTmpfs, Pagemap, small_file};
+
+/// The size of the pages layers live in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A tmpfs of this process mounted `huge=always`: shared memory is read 2 MiB at a time.
+    Huge,
+    /// memfd in 4 KiB pages.
+    Small,
+}
+
+impl Backing {
+    /// `huge` or `4k`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Huge => "huge",
+            Self::Small => "4k",
+        }
+    }
+}
+
+/// What the store could not do.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The kernel lacks PAGEMAP_SCAN, which freeze depends on.
+    #[error("this kernel cannot tell which pages a mapping owns (PAGEMAP_SCAN, Linux 6.7 or later)")]
+    Pagemap(#[source] io::Error),
+    /// A memory file could not be made.
+    #[error("no memory file of {pages} pages could be made")]
+    File {
+        /// Its size.
+        pages: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Shared by every VM that may share memory with another.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    huge: Option<HugeTmpfs>,
+    warning: Option<String>,
+    pagemap: Pagemap,
+    budget: MappingBudget,
+    next_layer: AtomicU64,
+    live_layers: Arc<AtomicUsize>,
+}
+
+impl Store {
+    /// Opens the best source this host allows.
+    ///
+    /// # Errors
+    /// When the kernel lacks what freeze depends on.
+    pub fn open() -> Result<Self, StoreError> {
+        match HugeTmpfs::mount() {
+            Ok(fs) => Self::with(Some(fs), None),
+            Err(error) => {
+                let warning = format!(
+                    "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
+                     shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
+                     huge pages to mend it"
+                );
+                tracing::warn!("{warning}");
+                Self::with(None, Some(warning))
+            }
+        }
+    }
+
+    /// A store in 4 KiB pages, whatever the host could do.
+    ///
+    /// # Errors
+    /// When the kernel lacks what freeze depends on.
+    pub fn open_small() -> Result<Self, StoreError> {
+        Self::with(None, None)
+    }
+
+    fn with(huge: Option<HugeTmpfs>, warning: Option<String>) -> Result<Self, StoreError> {
+        let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
+        Ok(Self(Arc::new(Inner {
+            huge,
+            warning,
+            pagemap,
+            budget: MappingBudget::of_this_process(),
+            next_layer: AtomicU64::new(1),
+            live_layers: Arc::default(),
+        })))
+    }
+
+    /// Page size of birth files and large layers.
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        if self.0.huge.is_some() { Backing::Huge } else { Backing::Small }
+    }
+
+    /// What the operator should know about the backing, if it is not the best.
+    #[must_use]
+    pub fn warning(&self) -> Option<&str> {
+        self.0.warning.as_deref()
+    }
+
+    /// Layers that somebody still uses.
+    #[must_use]
+    pub fn live_layers(&self) -> usize {
+        self.0.live_layers.load(Ordering::Acquire)
+    }
+
+    /// The budget of memory mappings of this process.
+    #[must_use]
+    pub fn budget(&self) -> &MappingBudget {
+        &self.0.budget
+    }
+
+    pub(crate) fn pagemap(&self) -> &Pagemap {
+        &self.0.pagemap
+    }
+
+    /// A new layer's file of `pages` pages, all holes. Huge pages are used from one block upward: a smaller file would
+    /// pay for clearing 2 MiB to hold a few pages.
+    pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
+        let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
+        let id = LayerId(self.0.next_layer.fetch_add(1, Ordering::Relaxed));
+        Ok(Layer::new(id, file, pages, Arc::clone(&self.0.live_layers)))
+    }
+
+    fn file(&self, pages: u64, grain: Backing) -> io::Result<File> {
+        match (&self.0.huge, grain) {
+            (Some(fs), Backing::Huge) => fs.file(pages),
+            _ => small_file(pages),
+        }
+    }
+}

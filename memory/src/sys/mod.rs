@@ -1,0 +1,9 @@
+//! The system calls the manager stands on. All of the crate's unsafe code is in here and in [`crate::region`]'s accessor.
+
+mod mapping;
+mod pagemap;
+mod tmpfs;
+
+pub(crate) use mapping::Reservation;
+pub(crate) use pagemap::Pagemap;
+pub(crate) use tmpfs::{HugeTmpfs, small_file};

@@ -1,0 +1,99 @@
+//! PAGEMAP_SCAN: which pages of a private mapping are this process's own (Linux 6.7).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::sys::Reservation;
+use crate::units::{PAGE_SHIFT, PageRange, push_run};
+
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const BATCH: usize = 512;
+
+/// /proc/self/pagemap, held open.
+#[derive(Debug)]
+pub(crate) struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens it, and makes sure that this kernel has PAGEMAP_SCAN.
+    pub(crate) fn open() -> io::Result<Self> {
+        let map = Self(File::open("/proc/self/pagemap")?);
+        let probe = Reservation::new(1)?;
+        map.owned_runs(&probe, PageRange::new(0, 1))?;
+        Ok(map)
+    }
+
+    /// The pages of `range` that are present or swapped and neither a file's nor the zero page: this VM's own copies. The kernel is
+    /// the truth here; it has seen writes by vCPUs, by devices and by this process alike.
+    pub(crate) fn owned_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
+        let mut runs = Vec::new();
+        if range.is_empty() {
+            return Ok(runs);
+        }
+        let origin = at.addr(0) as u64;
+        let (mut start, end) = (at.addr(range.start) as u64, at.addr(range.end) as u64);
+        let mut found = [PageRegion::default(); BATCH];
+        while start < end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start,
+                end,
+                vec: found.as_mut_ptr() as u64,
+                vec_len: BATCH as u64,
+                category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+                category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                ..ScanArg::default()
+            };
+            // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long; both outlive the call.
+            let n = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            if n < 0 {
+                match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => continue,
+                    e => return Err(e),
+                }
+            }
+            for region in &found[..n as usize] {
+                push_run(
+                    &mut runs,
+                    PageRange::new((region.start - origin) >> PAGE_SHIFT, (region.end - origin) >> PAGE_SHIFT),
+                );
+            }
+            // walk_end is where the next call goes on; equal to end when the walk is complete.
+            start = arg.walk_end;
+        }
+        Ok(runs)
+    }
+}

@@ -1,0 +1,46 @@
+//! Where memory files come from: a tmpfs in huge pages that only this process can see, and memfd.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
+
+use crate::units::PAGE_SHIFT;
+
+/// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.
+#[derive(Debug)]
+pub(crate) struct HugeTmpfs(OwnedFd);
+
+impl HugeTmpfs {
+    /// Mounts it. Needs CAP_SYS_ADMIN and transparent huge pages.
+    pub(crate) fn mount() -> io::Result<Self> {
+        let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&fs, "source", "clade")?;
+        fsconfig_set_string(&fs, "huge", "always")?;
+        // No limit of its own: what a VM may have is checked where the VM is made.
+        fsconfig_set_string(&fs, "size", "0")?;
+        fsconfig_set_string(&fs, "nr_inodes", "0")?;
+        fsconfig_set_string(&fs, "mode", "0700")?;
+        fsconfig_create(&fs)?;
+        let attrs =
+            MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        Ok(Self(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?))
+    }
+
+    /// A nameless file of `pages` pages, all holes.
+    pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = openat(&self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
+        ftruncate(&fd, pages << PAGE_SHIFT)?;
+        Ok(fd.into())
+    }
+}
+
+/// A file of `pages` pages in 4 KiB pages, all holes.
+pub(crate) fn small_file(pages: u64) -> io::Result<File> {
+    let fd = memfd_create("clade-layer", MemfdFlags::CLOEXEC)?;
+    ftruncate(&fd, pages << PAGE_SHIFT)?;
+    Ok(fd.into())
+}

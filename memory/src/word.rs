@@ -1,0 +1,314 @@
+//! One ownership word: the exclusive bit and the pin count of a page (or of a whole 2 MiB block) in one atomic.
+//!
+//! ```text
+//!   31            8 7      2     1        0
+//!  +---------------+--------+-------+-----------+
+//!  |   pin count   |  zero  | split | exclusive |
+//!  +---------------+--------+-------+-----------+
+//! ```
+//!
+//! Bit and count share a word (R14) so that the two questions that must not be torn apart are each one atomic step:
+//! "is it exclusive, and if so count me" (pin) and "is nobody counting, and if so it is no longer exclusive" (share).
+//! A pin that loses to a share sees the bit gone and takes the locked path, where it waits for the freeze to finish; a share that
+//! loses to a pin sees the count and leaves the page alone. That is what a sequence count around the sharing would give
+//! (I8), without a second cache line; the model in `loom_tests` walks every interleaving.
+
+use std::fmt;
+
+use crate::sync::{AtomicU32, Ordering};
+
+const EXCLUSIVE: u32 = 1;
+const SPLIT: u32 = 1 << 1;
+const PIN_SHIFT: u32 = 8;
+const PIN: u32 = 1 << PIN_SHIFT;
+/// Most pins one page can have at a time. One more is refused: a count never wraps (I6).
+pub const MAX_PINS: u32 = (1 << (32 - PIN_SHIFT)) - 1;
+
+/// A snapshot of a word.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ownership(u32);
+
+impl Ownership {
+    pub(crate) const fn new(exclusive: bool, pins: u32) -> Self {
+        Self((exclusive as u32) | (pins << PIN_SHIFT))
+    }
+    pub(crate) const fn is_exclusive(self) -> bool {
+        self.0 & EXCLUSIVE != 0
+    }
+    pub(crate) const fn is_split(self) -> bool {
+        self.0 & SPLIT != 0
+    }
+    pub(crate) const fn pins(self) -> u32 {
+        self.0 >> PIN_SHIFT
+    }
+}
+
+impl fmt::Debug for Ownership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match (self.is_split(), self.is_exclusive()) {
+            (true, _) => "split",
+            (false, true) => "exclusive",
+            (false, false) => "not owned",
+        };
+        write!(f, "{kind}, {} pins", self.pins())
+    }
+}
+
+/// Why a word could not be pinned at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PinMiss {
+    /// Not exclusive: the locked path must unshare first (I3, I9).
+    NotExclusive,
+    /// A block's record that has been split: ask the pages.
+    Split,
+    /// [`MAX_PINS`] reached.
+    Saturated,
+}
+
+/// Why a word could not be shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ShareMiss {
+    /// Somebody's pin: the page stays exclusive and the layer gets a copy (I3).
+    Pinned,
+    /// Was not exclusive to begin with.
+    NotExclusive,
+    /// A block's record that has been split: ask the pages.
+    Split,
+}
+
+/// The atomic itself. Nothing outside [`crate::ownership`] can reach one.
+#[derive(Debug)]
+pub(crate) struct Word(AtomicU32);
+
+impl Word {
+    pub(crate) fn new(ownership: Ownership) -> Self {
+        Self(AtomicU32::new(ownership.0))
+    }
+
+    /// Acquire: pairs with the Release of whoever made the page exclusive or split the block, so that the copied bytes and the
+    /// page records are visible to whoever sees the bit.
+    pub(crate) fn load(&self) -> Ownership {
+        Ownership(self.0.load(Ordering::Acquire))
+    }
+
+    /// Counts one pin if the word is exclusive, in one step (I3, I8).
+    ///
+    /// Success is Acquire: pairs with [`Word::set_exclusive`]'s Release (the copy is complete before the device may read it) and with
+    /// [`Word::unpin`]'s Release in the chain of counts.
+    #[inline]
+    pub(crate) fn try_pin(&self) -> Result<(), PinMiss> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let now = Ownership(seen);
+            if now.is_split() {
+                // Acquire, so that the page records behind the split are visible.
+                self.0.load(Ordering::Acquire);
+                return Err(PinMiss::Split);
+            }
+            if !now.is_exclusive() {
+                return Err(PinMiss::NotExclusive);
+            }
+            if now.pins() == MAX_PINS {
+                return Err(PinMiss::Saturated);
+            }
+            match self.0.compare_exchange_weak(seen, seen + PIN, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Ok(()),
+                Err(actual) => seen = actual,
+            }
+        }
+    }
+
+    /// Takes one pin back. `Err` when this is a block's record that has been split since.
+    ///
+    /// Release: the device's use of the page happens before anything a later share does with it.
+    #[inline]
+    pub(crate) fn unpin(&self) -> Result<(), PinMiss> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let now = Ownership(seen);
+            if now.is_split() {
+                self.0.load(Ordering::Acquire);
+                return Err(PinMiss::Split);
+            }
+            // R27: what is unpinned was pinned, and has been exclusive throughout.
+            assert!(now.pins() > 0 && now.is_exclusive(), "I3: unpin of a page that is {now:?}");
+            match self.0.compare_exchange_weak(seen, seen - PIN, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return Ok(()),
+                Err(actual) => seen = actual,
+            }
+        }
+    }
+
+    /// Gives up exclusive ownership if nobody pins it. Caller holds the table's lock.
+    ///
+    /// AcqRel: Acquire pairs with [`Word::unpin`] (the device is done before the bytes are frozen); Release publishes the lost bit before the
+    /// layer that shares the page.
+    pub(crate) fn try_share(&self) -> Result<(), ShareMiss> {
+        match self.0.compare_exchange(EXCLUSIVE, 0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Ok(()),
+            Err(actual) => Err(match Ownership(actual) {
+                now if now.is_split() => ShareMiss::Split,
+                now if now.is_exclusive() => ShareMiss::Pinned,
+                _ => ShareMiss::NotExclusive,
+            }),
+        }
+    }
+
+    /// Sets the bit (I2: birth, break-COW, copy on fork). Caller holds the table's lock.
+    ///
+    /// Release: pairs with [`Word::try_pin`]'s Acquire.
+    pub(crate) fn set_exclusive(&self) {
+        self.0.fetch_or(EXCLUSIVE, Ordering::Release);
+    }
+
+    /// Overwrites a page record nobody can see yet (its block is not split yet).
+    pub(crate) fn prepare(&self, ownership: Ownership) {
+        self.0.store(ownership.0, Ordering::Relaxed);
+    }
+
+    /// Turns a block's record into "ask the pages", provided it is still `was`.
+    ///
+    /// Release: pairs with the Acquire of everyone who sees the split bit and goes on to the page records.
+    pub(crate) fn try_split(&self, was: Ownership) -> bool {
+        self.0.compare_exchange(was.0, SPLIT, Ordering::Release, Ordering::Relaxed).is_ok()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pin_needs_exclusive() {
+        let word = Word::new(Ownership::new(false, 0));
+        assert_eq!(word.try_pin(), Err(PinMiss::NotExclusive));
+        assert_eq!(word.load().pins(), 0, "a refused pin leaves no count behind");
+        word.set_exclusive();
+        assert_eq!(word.try_pin(), Ok(()));
+        assert_eq!(word.try_share(), Err(ShareMiss::Pinned));
+        assert_eq!(word.unpin(), Ok(()));
+        assert_eq!(word.try_share(), Ok(()));
+        assert_eq!(word.try_share(), Err(ShareMiss::NotExclusive));
+    }
+
+    #[test]
+    fn saturation_is_an_error_not_a_wrap() {
+        let word = Word::new(Ownership::new(true, MAX_PINS - 1));
+        assert_eq!(word.try_pin(), Ok(()));
+        assert_eq!(word.try_pin(), Err(PinMiss::Saturated));
+        assert_eq!(word.load().pins(), MAX_PINS);
+        assert!(word.load().is_exclusive());
+    }
+
+    #[test]
+    #[should_panic(expected = "I3: unpin")]
+    fn unpin_without_a_pin_is_caught() {
+        let _ = Word::new(Ownership::new(true, 0)).unpin();
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+
+    use super::*;
+
+    /// A pin races a freeze that shares and then "remaps". If the pin got in without the lock, the freeze must not have taken the
+    /// page; if the freeze took it, the pin must go through the lock and unshare (I3, I8).
+    #[test]
+    fn pin_against_freeze() {
+        loom::model(|| {
+            let word = Arc::new(Word::new(Ownership::new(true, 0)));
+            // The frame behind the page: 0 before, 1 after the freeze's remap, 2 after an unshare. Guarded by the table's lock.
+            let frame = Arc::new(Mutex::new(0u32));
+            let freezer = {
+                let (word, frame) = (word.clone(), frame.clone());
+                thread::spawn(move || {
+                    let mut frame = frame.lock().unwrap();
+                    if word.try_share().is_ok() {
+                        *frame = 1;
+                    }
+                })
+            };
+            let got = match word.try_pin() {
+                Ok(()) => None,
+                Err(_) => {
+                    let mut frame = frame.lock().unwrap();
+                    *frame = 2;
+                    word.set_exclusive();
+                    word.try_pin().unwrap();
+                    Some(2)
+                }
+            };
+            let at_pin = got;
+            freezer.join().unwrap();
+            let frame = *frame.lock().unwrap();
+            // The frame pinned is the frame still behind the page.
+            assert_eq!(frame, at_pin.unwrap_or(0), "a pinned page was remapped");
+            assert!(word.load().is_exclusive());
+            word.unpin().unwrap();
+            assert_eq!(word.load().pins(), 0);
+        });
+    }
+
+    /// The device's write through a pin happens before the freeze that takes the page copies or shares it.
+    #[test]
+    fn unpin_against_freeze() {
+        use loom::cell::UnsafeCell;
+        struct Bytes(UnsafeCell<u32>);
+        // SAFETY: loom's cell checks every access for a race; that check is the point of the model.
+        unsafe impl Sync for Bytes {}
+        // SAFETY: as above.
+        unsafe impl Send for Bytes {}
+        loom::model(|| {
+            let word = Arc::new(Word::new(Ownership::new(true, 1)));
+            let bytes = Arc::new(Bytes(UnsafeCell::new(0)));
+            let device = {
+                let (word, bytes) = (word.clone(), bytes.clone());
+                thread::spawn(move || {
+                    // SAFETY: the pin is held: nobody else touches the bytes.
+                    bytes.0.with_mut(|b| unsafe { *b = 7 });
+                    word.unpin().unwrap();
+                })
+            };
+            if word.try_share().is_ok() {
+                // SAFETY: shared means no pin: the device is done.
+                assert_eq!(bytes.0.with(|b| unsafe { *b }), 7);
+            }
+            device.join().unwrap();
+        });
+    }
+
+    /// A block pinned and unpinned while it is split: no count is lost or invented.
+    #[test]
+    fn split_against_pin_and_unpin() {
+        loom::model(|| {
+            let block = Arc::new(Word::new(Ownership::new(true, 1)));
+            let page = Arc::new(Word::new(Ownership::new(false, 0)));
+            let other = {
+                let (block, page) = (block.clone(), page.clone());
+                thread::spawn(move || {
+                    if block.unpin().is_err() {
+                        page.unpin().unwrap();
+                    }
+                    if block.try_pin().is_err() {
+                        page.try_pin().unwrap();
+                    }
+                })
+            };
+            loop {
+                let was = block.load();
+                page.prepare(Ownership::new(was.is_exclusive(), was.pins()));
+                if block.try_split(was) {
+                    break;
+                }
+                thread::yield_now();
+            }
+            other.join().unwrap();
+            assert!(block.load().is_split());
+            assert_eq!(page.load().pins(), 1);
+            assert!(page.load().is_exclusive());
+        });
+    }
+}

@@ -1,0 +1,238 @@
+//! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM.
+
+use clade_memory::{DmaPin, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+
+/// One whole block and a part of one, so that both shapes of ownership record are met.
+const PAGES: u64 = 512 + 90;
+const BYTES: u64 = PAGES * PAGE_SIZE;
+const MOST_VMS: usize = 6;
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// A vCPU or the VMM writes.
+    Write {
+        vm: usize,
+        at: u64,
+        len: u16,
+        byte: u8,
+    },
+    Read {
+        vm: usize,
+        at: u64,
+        len: u16,
+    },
+    Freeze {
+        vm: usize,
+    },
+    Clone {
+        image: usize,
+    },
+    DropVm {
+        vm: usize,
+    },
+    DropImage {
+        image: usize,
+    },
+    Pin {
+        vm: usize,
+        page: u64,
+        pages: u64,
+    },
+    /// A device writes through a pin, whatever happened since it was taken.
+    DmaWrite {
+        pin: usize,
+        byte: u8,
+    },
+    /// A device reads through a pin.
+    DmaRead {
+        pin: usize,
+    },
+    Unpin {
+        pin: usize,
+    },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let any_index = any::<usize>();
+    let near_an_edge =
+        prop_oneof![0..BYTES, (0..PAGES, 0..32u64).prop_map(|(p, d)| (p * PAGE_SIZE + d).saturating_sub(16))];
+    // Now and then so much that a freeze remaps instead of keeping what it copied.
+    let len = prop_oneof![4 => 1..64u64, 4 => 1..9000u64, 1 => 300 * PAGE_SIZE..BYTES];
+    prop_oneof![
+        8 => (any_index, near_an_edge.clone(), len.clone(), any::<u8>()).prop_map(|(vm, at, len, byte)| Op::Write { vm, at, len, byte }),
+        3 => (any_index, near_an_edge, len).prop_map(|(vm, at, len)| Op::Read { vm, at, len }),
+        4 => any_index.prop_map(|vm| Op::Freeze { vm }),
+        3 => any_index.prop_map(|image| Op::Clone { image }),
+        1 => any_index.prop_map(|vm| Op::DropVm { vm }),
+        1 => any_index.prop_map(|image| Op::DropImage { image }),
+        3 => (any_index, 0..PAGES, prop_oneof![4 => 1..8u64, 1 => Just(512u64)])
+            .prop_map(|(vm, page, pages)| Op::Pin { vm, page: if pages == 512 { 0 } else { page }, pages }),
+        4 => (any_index, any::<u8>()).prop_map(|(pin, byte)| Op::DmaWrite { pin, byte }),
+        2 => any_index.prop_map(|pin| Op::DmaRead { pin }),
+        2 => any_index.prop_map(|pin| Op::Unpin { pin }),
+    ]
+}
+
+struct Vm {
+    ram: GuestRam,
+    model: Vec<u8>,
+    id: u64,
+}
+
+struct Pin {
+    pin: DmaPin,
+    vm: u64,
+}
+
+#[derive(Default)]
+struct World {
+    vms: Vec<Vm>,
+    images: Vec<(RamImage, Vec<u8>)>,
+    pins: Vec<Pin>,
+    next: u64,
+}
+
+impl World {
+    fn pick(&self, n: usize) -> Option<usize> {
+        (!self.vms.is_empty()).then(|| n % self.vms.len())
+    }
+
+    fn run(&mut self, store: &Store, op: Op) {
+        match op {
+            Op::Write { vm, at, len, byte } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let len = len.min(BYTES - at) as usize;
+                let vm = &mut self.vms[vm];
+                vm.ram.memory().write_slice(&vec![byte; len], GuestAddress(at)).unwrap();
+                vm.model[at as usize..at as usize + len].fill(byte);
+            }
+            Op::Read { vm, at, len } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let mut got = vec![0; len.min(BYTES - at) as usize];
+                self.vms[vm].ram.memory().read_slice(&mut got, GuestAddress(at)).unwrap();
+                assert!(got == self.vms[vm].model[at as usize..at as usize + got.len()], "vm {vm} at {at:#x}");
+            }
+            Op::Freeze { vm } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let (image, _) = self.vms[vm].ram.freeze(&Quiesced::assume()).unwrap();
+                self.images.push((image, self.vms[vm].model.clone()));
+                if self.images.len() > MOST_VMS {
+                    self.images.remove(0);
+                }
+            }
+            Op::Clone { image } => {
+                if self.images.is_empty() || self.vms.len() >= MOST_VMS {
+                    return;
+                }
+                let (image, model) = &self.images[image % self.images.len()];
+                let ram = GuestRam::reserve(image.layout(), store).unwrap();
+                ram.adopt(image).unwrap();
+                self.vms.push(Vm { ram, model: model.clone(), id: self.next });
+                self.next += 1;
+            }
+            Op::DropVm { vm } if self.vms.len() > 1 => {
+                let vm = self.vms.swap_remove(vm % self.vms.len());
+                self.pins.retain(|p| p.vm != vm.id);
+            }
+            Op::DropImage { image } if !self.images.is_empty() => {
+                self.images.swap_remove(image % self.images.len());
+            }
+            Op::Pin { vm, page, pages } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let vm = &self.vms[vm];
+                let range = PageRange::new(page, (page + pages).min(PAGES));
+                let pin = vm.ram.regions()[0].pin(range).unwrap();
+                for page in range.start..range.end {
+                    assert!(vm.ram.regions()[0].ownership().get(page).0, "I3: pinned {page:#x} is exclusive");
+                }
+                self.pins.push(Pin { pin, vm: vm.id });
+            }
+            Op::DmaWrite { pin, byte } if !self.pins.is_empty() => {
+                let pin = &self.pins[pin % self.pins.len()];
+                pin.pin.slice().write_slice(&vec![byte; pin.pin.len()], 0).unwrap();
+                let at = pin.pin.range().offset() as usize;
+                let vm = self.vms.iter_mut().find(|v| v.id == pin.vm).unwrap();
+                vm.model[at..at + pin.pin.len()].fill(byte);
+            }
+            Op::DmaRead { pin } if !self.pins.is_empty() => {
+                let pin = &self.pins[pin % self.pins.len()];
+                let mut got = vec![0; pin.pin.len()];
+                pin.pin.slice().read_slice(&mut got, 0).unwrap();
+                let at = pin.pin.range().offset() as usize;
+                let vm = self.vms.iter().find(|v| v.id == pin.vm).unwrap();
+                assert!(got == vm.model[at..at + got.len()], "R26: the device sees what the guest wrote");
+            }
+            Op::Unpin { pin } if !self.pins.is_empty() => {
+                self.pins.swap_remove(pin % self.pins.len());
+            }
+            _ => {}
+        }
+    }
+
+    fn check(&self) {
+        let mut got = vec![0; BYTES as usize];
+        for vm in &self.vms {
+            vm.ram.memory().read_slice(&mut got, GuestAddress(0)).unwrap();
+            if let Some(at) = got.iter().zip(&vm.model).position(|(a, b)| a != b) {
+                panic!("vm {}: byte {at:#x} is {:#x}, must be {:#x}", vm.id, got[at], vm.model[at]);
+            }
+            let stats = vm.ram.stats().unwrap();
+            assert_eq!(stats.reference + stats.shared + stats.exclusive, PAGES);
+            let mut pinned: Vec<u64> = self
+                .pins
+                .iter()
+                .filter(|p| p.vm == vm.id)
+                .flat_map(|p| p.pin.range().start..p.pin.range().end)
+                .collect();
+            let pins = pinned.len() as u64;
+            pinned.sort_unstable();
+            pinned.dedup();
+            assert_eq!(stats.pinned, pinned.len() as u64, "I6: pins are exact");
+            let region = &vm.ram.regions()[0];
+            assert_eq!(region.ownership().counts(region.range()).pins, pins, "I6: pins are exact");
+            assert_eq!(region.len(), BYTES);
+        }
+        for (image, model) in &self.images {
+            assert_eq!(image.layout().bytes(), model.len() as u64);
+        }
+    }
+}
+
+fn schedule(store: &Store, ops: Vec<Op>) {
+    let mut world = World::default();
+    let ram = GuestRam::reserve(&RamLayout::new(BYTES).unwrap(), store).unwrap();
+    ram.birth().unwrap();
+    world.vms.push(Vm { ram, model: vec![0; BYTES as usize], id: 0 });
+    world.next = 1;
+    for op in ops {
+        world.run(store, op);
+    }
+    world.check();
+    // I4: every image still gives the bytes of its instant, whatever its source did since.
+    for (image, model) in &world.images {
+        let ram = GuestRam::reserve(image.layout(), store).unwrap();
+        ram.adopt(image).unwrap();
+        let mut got = vec![0; BYTES as usize];
+        ram.memory().read_slice(&mut got, GuestAddress(0)).unwrap();
+        assert!(got == *model, "I4: an image changed");
+    }
+    drop(world);
+    assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
+    assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 4096, ..ProptestConfig::default() })]
+
+    #[test]
+    fn memory_agrees_with_a_byte_model_in_huge_pages(ops in proptest::collection::vec(op(), 1..80)) {
+        schedule(&Store::open().unwrap(), ops);
+    }
+
+    #[test]
+    fn memory_agrees_with_a_byte_model_in_small_pages(ops in proptest::collection::vec(op(), 1..80)) {
+        schedule(&Store::open_small().unwrap(), ops);
+    }
+}
