@@ -1,6 +1,9 @@
-//! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM.
+//! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM. Devices are
+//! real: io_uring with registered buffers, which hold frames, not addresses.
 
-use clade_memory::{DmaPin, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
+mod dma;
+
+use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
@@ -15,13 +18,13 @@ enum Op {
     Write {
         vm: usize,
         at: u64,
-        len: u16,
+        len: u64,
         byte: u8,
     },
     Read {
         vm: usize,
         at: u64,
-        len: u16,
+        len: u64,
     },
     Freeze {
         vm: usize,
@@ -82,8 +85,18 @@ struct Vm {
 }
 
 struct Pin {
-    pin: DmaPin,
+    device: dma::Device,
     vm: u64,
+}
+
+impl Pin {
+    fn range(&self) -> PageRange {
+        self.device.pin().range()
+    }
+    fn bytes(&self) -> std::ops::Range<usize> {
+        let at = self.range().offset() as usize;
+        at..at + self.range().bytes()
+    }
 }
 
 #[derive(Default)]
@@ -147,22 +160,22 @@ impl World {
                 for page in range.start..range.end {
                     assert!(vm.ram.regions()[0].ownership().get(page).0, "I3: pinned {page:#x} is exclusive");
                 }
-                self.pins.push(Pin { pin, vm: vm.id });
+                // The kernel agrees, before any device has made it look twice.
+                let pinned = vm.ram.regions()[0].ownership().counts(PageRange::new(0, PAGES)).pinned;
+                assert!(vm.ram.stats().unwrap().exclusive >= pinned, "I3: pinned before it was unshared");
+                self.pins.push(Pin { device: dma::Device::attach(pin), vm: vm.id });
             }
             Op::DmaWrite { pin, byte } if !self.pins.is_empty() => {
-                let pin = &self.pins[pin % self.pins.len()];
-                pin.pin.slice().write_slice(&vec![byte; pin.pin.len()], 0).unwrap();
-                let at = pin.pin.range().offset() as usize;
-                let vm = self.vms.iter_mut().find(|v| v.id == pin.vm).unwrap();
-                vm.model[at..at + pin.pin.len()].fill(byte);
+                let n = pin % self.pins.len();
+                self.pins[n].device.write(byte);
+                let (id, bytes) = (self.pins[n].vm, self.pins[n].bytes());
+                self.vms.iter_mut().find(|v| v.id == id).unwrap().model[bytes].fill(byte);
             }
             Op::DmaRead { pin } if !self.pins.is_empty() => {
-                let pin = &self.pins[pin % self.pins.len()];
-                let mut got = vec![0; pin.pin.len()];
-                pin.pin.slice().read_slice(&mut got, 0).unwrap();
-                let at = pin.pin.range().offset() as usize;
-                let vm = self.vms.iter().find(|v| v.id == pin.vm).unwrap();
-                assert!(got == vm.model[at..at + got.len()], "R26: the device sees what the guest wrote");
+                let n = pin % self.pins.len();
+                let got = self.pins[n].device.read();
+                let vm = self.vms.iter().find(|v| v.id == self.pins[n].vm).unwrap();
+                assert!(got == vm.model[self.pins[n].bytes()], "R26: the device sees what the guest wrote");
             }
             Op::Unpin { pin } if !self.pins.is_empty() => {
                 self.pins.swap_remove(pin % self.pins.len());
@@ -180,12 +193,8 @@ impl World {
             }
             let stats = vm.ram.stats().unwrap();
             assert_eq!(stats.reference + stats.shared + stats.exclusive, PAGES);
-            let mut pinned: Vec<u64> = self
-                .pins
-                .iter()
-                .filter(|p| p.vm == vm.id)
-                .flat_map(|p| p.pin.range().start..p.pin.range().end)
-                .collect();
+            let mut pinned: Vec<u64> =
+                self.pins.iter().filter(|p| p.vm == vm.id).flat_map(|p| p.range().start..p.range().end).collect();
             let pins = pinned.len() as u64;
             pinned.sort_unstable();
             pinned.dedup();
