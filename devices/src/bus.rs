@@ -1,0 +1,107 @@
+//! The port I/O bus: which device answers which port.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use thiserror::Error;
+
+/// A device at a range of ports.
+pub trait PioDevice: Send + fmt::Debug {
+    /// The guest reads `data.len()` bytes at `offset` from the device's base.
+    fn read(&mut self, offset: u16, data: &mut [u8]);
+    /// The guest writes `data` at `offset` from the device's base.
+    fn write(&mut self, offset: u16, data: &[u8]);
+}
+
+/// Two devices want one port.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("ports {base:#x}..{end:#x} overlap a device at {other:#x}")]
+pub struct BusError {
+    base: u16,
+    end: u16,
+    other: u16,
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    base: u16,
+    ports: u16,
+    device: Arc<Mutex<dyn PioDevice>>,
+}
+
+/// Ports to devices. Ports nobody has read as all ones and swallow writes, as on a PC.
+#[derive(Clone, Debug, Default)]
+pub struct PioBus {
+    slots: Vec<Slot>,
+}
+
+impl PioBus {
+    /// Adds a device at `base..base + ports`.
+    ///
+    /// # Errors
+    /// When another device has one of the ports.
+    pub fn add(&mut self, base: u16, ports: u16, device: Arc<Mutex<dyn PioDevice>>) -> Result<(), BusError> {
+        let end = base.saturating_add(ports);
+        if let Some(other) = self.slots.iter().find(|s| base < s.base + s.ports && s.base < end) {
+            return Err(BusError { base, end, other: other.base });
+        }
+        self.slots.push(Slot { base, ports, device });
+        self.slots.sort_by_key(|s| s.base);
+        Ok(())
+    }
+
+    fn find(&self, port: u16) -> Option<(&Slot, u16)> {
+        let at = self.slots.partition_point(|s| s.base <= port).checked_sub(1)?;
+        let slot = &self.slots[at];
+        let offset = port - slot.base;
+        (offset < slot.ports).then_some((slot, offset))
+    }
+
+    /// A guest's IN.
+    pub fn read(&self, port: u16, data: &mut [u8]) {
+        match self.find(port) {
+            Some((slot, offset)) => slot.device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// A guest's OUT.
+    pub fn write(&self, port: u16, data: &[u8]) {
+        if let Some((slot, offset)) = self.find(port) {
+            slot.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Last(Vec<(u16, Vec<u8>)>);
+    impl PioDevice for Last {
+        fn read(&mut self, offset: u16, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write(&mut self, offset: u16, data: &[u8]) {
+            self.0.push((offset, data.to_vec()));
+        }
+    }
+
+    #[test]
+    fn routes_by_range_and_floats_elsewhere() {
+        let mut bus = PioBus::default();
+        let device = Arc::new(Mutex::new(Last::default()));
+        bus.add(0x3f8, 8, device.clone()).unwrap();
+        assert!(bus.add(0x3ff, 1, device.clone()).is_err());
+        bus.add(0x400, 1, Arc::new(Mutex::new(Last::default()))).unwrap();
+        let mut byte = [0];
+        bus.read(0x3fb, &mut byte);
+        assert_eq!(byte, [3]);
+        bus.read(0x401, &mut byte);
+        assert_eq!(byte, [0xff]);
+        bus.write(0x3f9, &[1, 2]);
+        bus.write(0x100, &[9]);
+        assert_eq!(device.lock().unwrap().0, vec![(1, vec![1, 2])]);
+    }
+}

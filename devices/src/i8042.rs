@@ -1,0 +1,85 @@
+//! The keyboard controller, of which a microVM needs one thing: the reset line.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_superio::{I8042Device, Trigger};
+
+use crate::bus::PioDevice;
+
+/// Its first port.
+pub const I8042_BASE: u16 = 0x60;
+/// Ports it has: data at 0x60, command at 0x64.
+pub const I8042_PORTS: u16 = 5;
+
+#[derive(Clone, Default)]
+struct Line(Arc<AtomicBool>);
+
+impl Trigger for Line {
+    type E = Infallible;
+    fn trigger(&self) -> Result<(), Infallible> {
+        // Relaxed: looked at by the vCPU thread that wrote the port, and by nobody else.
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// An i8042 that remembers whether the guest asked for a reset.
+pub struct I8042 {
+    device: I8042Device<Line>,
+    line: Line,
+}
+
+impl fmt::Debug for I8042 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "I8042(reset asked for: {})", self.line.0.load(Ordering::Relaxed))
+    }
+}
+
+impl Default for I8042 {
+    fn default() -> Self {
+        let line = Line::default();
+        Self { device: I8042Device::new(line.clone()), line }
+    }
+}
+
+impl I8042 {
+    /// Whether the guest has asked for a reset; a handle that can be looked at without the device.
+    #[must_use]
+    pub fn reset_line(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.line.0)
+    }
+}
+
+impl PioDevice for I8042 {
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(first) = data.first_mut() {
+            *first = self.device.read(offset as u8);
+        }
+    }
+
+    fn write(&mut self, offset: u16, data: &[u8]) {
+        if let Some(first) = data.first() {
+            let Ok(()) = self.device.write(offset as u8, *first);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_reset_command_asks_for_a_reset() {
+        let mut device = I8042::default();
+        let line = device.reset_line();
+        device.write(4, &[0xd1]);
+        device.write(0, &[0xfe]);
+        assert!(!line.load(Ordering::Relaxed));
+        device.write(4, &[0xfe]);
+        assert!(line.load(Ordering::Relaxed));
+    }
+}

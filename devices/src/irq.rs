@@ -1,0 +1,34 @@
+//! An interrupt line, as an eventfd that KVM turns into an interrupt.
+
+use std::io;
+
+use vm_superio::Trigger;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Raises one interrupt line.
+#[derive(Debug)]
+pub struct Irq(EventFd);
+
+impl Irq {
+    /// A line connected to nothing yet.
+    ///
+    /// # Errors
+    /// When no eventfd can be had.
+    pub fn new() -> io::Result<Self> {
+        EventFd::new(EFD_NONBLOCK).map(Self)
+    }
+
+    /// The eventfd, to connect to an interrupt controller.
+    #[must_use]
+    pub fn eventfd(&self) -> &EventFd {
+        &self.0
+    }
+}
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}

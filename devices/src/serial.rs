@@ -1,0 +1,202 @@
+//! COM1: a 16550 on the console.
+
+use std::collections::VecDeque;
+use std::io;
+
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState as Uart16550};
+use vm_superio::{Serial, Trigger};
+
+use crate::bus::PioDevice;
+use crate::console::Console;
+use crate::irq::Irq;
+
+/// First port of COM1.
+pub const COM1_BASE: u16 = 0x3f8;
+/// Ports it has.
+pub const SERIAL_PORTS: u16 = 8;
+/// Its interrupt line.
+pub const COM1_GSI: u32 = 4;
+/// Most input that waits for the guest. What is typed beyond it is dropped, as a UART does.
+const MOST_PENDING: usize = 64 << 10;
+
+/// A saved UART.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl From<Uart16550> for SerialState {
+    fn from(s: Uart16550) -> Self {
+        Self {
+            baud_divisor_low: s.baud_divisor_low,
+            baud_divisor_high: s.baud_divisor_high,
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            in_buffer: s.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialState> for Uart16550 {
+    fn from(s: &SerialState) -> Self {
+        Self {
+            baud_divisor_low: s.baud_divisor_low,
+            baud_divisor_high: s.baud_divisor_high,
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            in_buffer: s.in_buffer.clone(),
+        }
+    }
+}
+
+/// A UART whose output goes to a [`Console`], and whose input is typed by [`SerialConsole::type_in`].
+#[derive(Debug)]
+pub struct SerialConsole {
+    uart: Serial<Irq, NoEvents, Console>,
+    /// Typed, but not yet in the UART's FIFO.
+    pending: VecDeque<u8>,
+}
+
+impl SerialConsole {
+    /// A UART as after reset.
+    #[must_use]
+    pub fn new(irq: Irq, console: Console) -> Self {
+        Self { uart: Serial::new(irq, console), pending: VecDeque::new() }
+    }
+
+    /// A UART as it was saved. What had been typed and was not yet in the FIFO stays with the one it was typed into.
+    ///
+    /// # Errors
+    /// When the state is not one a UART can be in, or its interrupt cannot be raised.
+    pub fn restore(state: &SerialState, irq: Irq, console: Console) -> io::Result<Self> {
+        let uart = Serial::from_state(&state.into(), irq, NoEvents, console)
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, format!("serial state: {e:?}")))?;
+        Ok(Self { uart, pending: VecDeque::new() })
+    }
+
+    /// The UART's registers and FIFO.
+    #[must_use]
+    pub fn save(&self) -> SerialState {
+        self.uart.state().into()
+    }
+
+    /// The interrupt line.
+    #[must_use]
+    pub fn irq(&self) -> &Irq {
+        self.uart.interrupt_evt()
+    }
+
+    /// Types `bytes`. Returns how many were taken.
+    pub fn type_in(&mut self, bytes: &[u8]) -> usize {
+        let room = MOST_PENDING - self.pending.len();
+        let taken = &bytes[..bytes.len().min(room)];
+        self.pending.extend(taken);
+        self.refill();
+        taken.len()
+    }
+
+    /// Moves typed bytes into the FIFO as far as it has room.
+    fn refill(&mut self) {
+        let room = self.uart.fifo_capacity().min(self.pending.len());
+        // In loopback the UART takes no input; the bytes wait.
+        if room == 0 {
+            return;
+        }
+        let next: Vec<u8> = self.pending.iter().take(room).copied().collect();
+        match self.uart.enqueue_raw_bytes(&next) {
+            Ok(taken) => drop(self.pending.drain(..taken)),
+            Err(error) => tracing::warn!(?error, "console input was not taken"),
+        }
+    }
+}
+
+impl PioDevice for SerialConsole {
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        data.fill(0);
+        // Registers are a byte wide; wider accesses read the first.
+        if let Some(first) = data.first_mut() {
+            *first = self.uart.read(offset as u8);
+        }
+        if offset == 0 && !self.pending.is_empty() {
+            self.refill();
+        }
+    }
+
+    fn write(&mut self, offset: u16, data: &[u8]) {
+        // `rep outsb` arrives as several bytes for one port.
+        for byte in data {
+            if let Err(error) = self.uart.write(offset as u8, *byte) {
+                tracing::debug!(?error, "serial write");
+            }
+        }
+    }
+}
+
+const _: fn(&Irq) -> io::Result<()> = <Irq as Trigger>::trigger;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(serial: &mut SerialConsole, offset: u16) -> u8 {
+        let mut byte = [0];
+        serial.read(offset, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn output_reaches_the_console_and_long_input_the_guest() {
+        let console = Console::default();
+        let mut serial = SerialConsole::new(Irq::new().unwrap(), console.clone());
+        serial.write(0, b"hello");
+        assert_eq!(console.since(0), b"hello");
+
+        let typed: Vec<u8> = (0..500u32).map(|i| i as u8).collect();
+        assert_eq!(serial.type_in(&typed), 500);
+        let mut got = Vec::new();
+        while read(&mut serial, 5) & 1 != 0 {
+            got.push(read(&mut serial, 0));
+        }
+        assert_eq!(got, typed, "more than the FIFO holds arrives whole and in order");
+    }
+
+    #[test]
+    fn a_restored_uart_goes_on_where_it_was() {
+        let mut serial = SerialConsole::new(Irq::new().unwrap(), Console::default());
+        serial.write(7, &[0x5a]);
+        serial.write(1, &[1]);
+        serial.type_in(b"abc");
+        let state = serial.save();
+        let mut child = SerialConsole::restore(&state, Irq::new().unwrap(), Console::default()).unwrap();
+        assert_eq!(child.save(), state);
+        assert_eq!((read(&mut child, 7), read(&mut child, 0)), (0x5a, b'a'));
+        assert_eq!(serial.save(), state, "the child reads its own FIFO");
+    }
+
+    #[test]
+    fn input_beyond_all_bounds_is_dropped() {
+        let mut serial = SerialConsole::new(Irq::new().unwrap(), Console::default());
+        let taken = serial.type_in(&vec![b'x'; 10 * MOST_PENDING]);
+        assert!(taken >= MOST_PENDING && taken < 2 * MOST_PENDING);
+    }
+}
