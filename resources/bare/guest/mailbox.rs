@@ -1,0 +1,101 @@
+//! This vCPU's mailbox: every access is one volatile load or store, which x86 keeps in program order.
+
+use crate::abi::{self, Command, Event, MAGIC, REPORT_PORT, Report, State, Status};
+use core::arch::asm;
+
+/// A vCPU's own mailbox.
+pub struct Mailbox {
+    at: *mut abi::Mailbox,
+    index: u8,
+}
+
+macro_rules! load {
+    ($self:ident . $field:ident) => {
+        // SAFETY: the page is mapped for as long as the guest lives, and its words may change at any time.
+        unsafe { (&raw const (*$self.at).$field).read_volatile() }
+    };
+}
+
+macro_rules! store {
+    ($self:ident . $field:ident = $value:expr) => {{
+        let value = $value;
+        // SAFETY: as for loads; the fields that are stored to here are written by nobody else.
+        unsafe { (&raw mut (*$self.at).$field).write_volatile(value) }
+    }};
+}
+
+impl Mailbox {
+    pub fn of(index: u64) -> Self {
+        Self { at: abi::mailbox_gpa(index) as *mut abi::Mailbox, index: index as u8 }
+    }
+
+    /// Sets all that the guest owns. What the host has written stays: a command may be there before the guest boots.
+    pub fn start(&self) {
+        store!(self.state = State::Booting as u64);
+        store!(self.ack_seq = 0);
+        store!(self.done_seq = 0);
+        store!(self.status = Status::None as u64);
+        store!(self.progress = 0);
+        store!(self.result = [0; 4]);
+        store!(self.magic = MAGIC);
+    }
+
+    /// The number of a command that was not taken yet.
+    #[inline(always)]
+    pub fn pending(&self) -> Option<u64> {
+        let seq = load!(self.cmd_seq);
+        (seq != load!(self.ack_seq)).then_some(seq)
+    }
+
+    /// The command: once per command, since the host may change it as soon as it is taken.
+    pub fn command(&self) -> Option<Command> {
+        Command::decode(load!(self.command), load!(self.args))
+    }
+
+    pub fn take(&self, seq: u64) {
+        store!(self.state = State::Running as u64);
+        store!(self.ack_seq = seq);
+    }
+
+    pub fn set_state(&self, state: State) {
+        store!(self.state = state as u64);
+    }
+
+    #[inline(always)]
+    pub fn set_progress(&self, progress: u64) {
+        store!(self.progress = progress);
+    }
+
+    pub fn progress(&self) -> u64 {
+        load!(self.progress)
+    }
+
+    pub fn end(&self, seq: u64, state: State) {
+        store!(self.done_seq = seq);
+        self.set_state(state);
+    }
+
+    /// Ends a command that has a status, and reports it unless it was interrupted: the host knows about that.
+    pub fn finish(&self, seq: u64, status: Status, result: [u64; 4]) {
+        store!(self.status = status as u64);
+        store!(self.result = result);
+        self.end(seq, State::Done);
+        match status {
+            Status::Interrupted => {}
+            Status::Mismatch => self.report(Event::Mismatch),
+            _ => self.report(Event::Done),
+        }
+    }
+
+    pub fn report(&self, event: Event) {
+        self.report_as(event, load!(self.ack_seq));
+    }
+
+    pub fn report_as(&self, event: Event, seq: u64) {
+        let report = Report { event, vcpu: self.index, seq: seq as u16 };
+        // SAFETY: the port does nothing but report. Memory is not named as untouched: what was stored is stored before.
+        unsafe {
+            asm!("out dx, eax", in("dx") REPORT_PORT, in("eax") report.encode(), options(nostack, preserves_flags))
+        };
+    }
+}

@@ -1,0 +1,141 @@
+//! The bare guest: a ring 3 program with just enough ring 0 below it. See `../src/abi.rs` for what it does.
+
+#![no_std]
+#![no_main]
+
+#[path = "../src/abi.rs"]
+#[allow(dead_code)]
+mod abi;
+mod commands;
+mod mailbox;
+mod memory_map;
+mod runtime;
+
+use abi::{Command, Event, State, Status};
+use commands::Outcome;
+use core::{
+    arch::{asm, global_asm},
+    hint, ptr,
+};
+use mailbox::Mailbox;
+
+global_asm!(
+    include_str!("boot.S"),
+    IMAGE_BASE = const abi::IMAGE_BASE,
+    MAX_VCPUS = const abi::MAX_VCPUS,
+    PER_VCPU = const abi::PER_VCPU_BASE,
+    PER_VCPU_SIZE = const abi::PER_VCPU_SIZE,
+    PER_VCPU_SHIFT = const abi::PER_VCPU_SIZE.trailing_zeros(),
+    PML4 = const abi::PAGE_TABLES,
+    MAILBOX = const abi::MAILBOX_BASE,
+    ACK_SEQ = const abi::offset::ACK_SEQ,
+    STATE = const abi::offset::STATE,
+    FAULT_VECTOR = const abi::offset::FAULT_VECTOR,
+    FAULT_ERROR = const abi::offset::FAULT_ERROR,
+    FAULT_RIP = const abi::offset::FAULT_RIP,
+    FAULT_CR2 = const abi::offset::FAULT_CR2,
+    FAULT_RSP = const abi::offset::FAULT_RSP,
+    FAULTED = const State::Faulted as u64,
+    EVENT_FAULT = const Event::Fault as u8,
+    REPORT_PORT = const abi::REPORT_PORT,
+    options(att_syntax)
+);
+
+// boot.S shifts by 12 to find a mailbox, and shifts the index to find a per-vCPU area.
+const _: () = assert!(abi::MAILBOX_STRIDE == 1 << 12 && abi::PER_VCPU_SIZE.is_power_of_two());
+
+/// Where the other vCPUs start in real mode: a page below 1 MiB, whose number is the start-up IPI's vector.
+const AP_START: u64 = 0x8000;
+
+unsafe extern "C" {
+    static ap_start: u8;
+    static ap_start_end: u8;
+
+    /// Has ring 0 switch to the page tables at [`abi::PAGE_TABLES`].
+    fn load_page_tables();
+    /// Has ring 0 halt this vCPU for good.
+    fn park() -> !;
+}
+
+/// What boot.S enters in ring 3, on every vCPU. `boot` says which way the vCPU came, and what `info` points at.
+#[unsafe(no_mangle)]
+extern "C" fn ring3(index: u64, info: *const u8, boot: u32) -> ! {
+    let mailbox = Mailbox::of(index);
+    mailbox.start();
+    if boot != 0 {
+        // SAFETY: boot.S passes what the loader passed, and only the first vCPU comes this way, before it starts others.
+        unsafe {
+            memory_map::build_page_tables(boot, info);
+            load_page_tables();
+        }
+        start_others();
+    }
+    serve(mailbox)
+}
+
+fn serve(mailbox: Mailbox) -> ! {
+    mailbox.set_state(State::Idle);
+    mailbox.report(Event::Ready);
+    let mut announced = 0;
+    loop {
+        let Some(seq) = mailbox.pending() else {
+            hint::spin_loop();
+            continue;
+        };
+        let command = mailbox.command();
+        if command == Some(Command::Announce) && announced != seq {
+            mailbox.report_as(Event::Announce, seq);
+        }
+        mailbox.take(seq);
+        match command {
+            Some(Command::Announce) => mailbox.end(seq, State::Done),
+            Some(Command::Idle) => {
+                mailbox.end(seq, State::Done);
+                mailbox.report(Event::Done);
+            }
+            Some(Command::Halt) => {
+                mailbox.end(seq, State::Halted);
+                mailbox.report(Event::Done);
+                // SAFETY: it stops this vCPU, and nothing waits for it.
+                unsafe { park() }
+            }
+            Some(command) => {
+                mailbox.set_progress(0);
+                let Outcome { status, result } = commands::run(&mailbox, command);
+                // Announced before this command's end is stored, because the stores may take the host long.
+                if let Some(next) = mailbox.pending()
+                    && mailbox.command() == Some(Command::Announce)
+                {
+                    mailbox.report_as(Event::Announce, next);
+                    announced = next;
+                }
+                mailbox.finish(seq, status, result);
+            }
+            None => mailbox.finish(seq, Status::Rejected, [0; 4]),
+        }
+    }
+}
+
+/// Starts all other vCPUs, by INIT and two start-up IPIs. Those that are not there do not mind.
+///
+/// KVM keeps both pending until the vCPU runs, so there is nothing to wait for in between.
+fn start_others() {
+    const ICR: *mut u32 = 0xfee0_0300 as *mut u32;
+    const ALL_BUT_SELF: u32 = 0b11 << 18;
+    const ASSERT: u32 = 1 << 14;
+    const INIT: u32 = 0b101 << 8;
+    const STARTUP: u32 = 0b110 << 8 | (AP_START >> 12) as u32;
+
+    // SAFETY: the page at AP_START is this program's, and the code between the symbols runs at any address.
+    unsafe {
+        let code = &raw const ap_start;
+        let length = (&raw const ap_start_end).offset_from_unsigned(code);
+        ptr::copy_nonoverlapping(code, AP_START as *mut u8, length);
+        // The processor that fetches this is another one: it must be in memory before the IPIs are sent.
+        asm!("mfence", options(nostack, preserves_flags));
+    }
+    for ipi in [INIT, STARTUP, STARTUP] {
+        // SAFETY: the local APIC is mapped one to one, and the IPIs reach only vCPUs that have not started.
+        unsafe { ICR.write_volatile(ALL_BUT_SELF | ASSERT | ipi) };
+    }
+}
