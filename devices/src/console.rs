@@ -5,8 +5,10 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes of output kept for whoever attaches late.
+/// Bytes of output kept.
 const BACKLOG: usize = 256 << 10;
+/// Bytes of them that a new listener gets: some screens, and no more than a socket takes at once.
+const REPLAY: usize = 32 << 10;
 
 #[derive(Default)]
 struct Log {
@@ -64,12 +66,13 @@ impl Console {
         }
     }
 
-    /// Sends `listener` the backlog and then everything written, until it returns an error. It must not block: a console never waits
+    /// Sends `listener` the end of the backlog and then everything written, until it returns an error. It must not block: a console never waits
     /// for whoever reads it.
     pub fn listen(&self, mut listener: Box<dyn Write + Send>) {
         let mut log = self.log();
-        let (a, b) = log.backlog.as_slices();
-        if listener.write_all(a).and_then(|()| listener.write_all(b)).is_ok() {
+        let skip = log.backlog.len().saturating_sub(REPLAY);
+        let replay: Vec<u8> = log.backlog.iter().skip(skip).copied().collect();
+        if listener.write_all(&replay).is_ok() {
             log.listeners.push(listener);
         }
     }

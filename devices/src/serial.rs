@@ -106,6 +106,16 @@ impl SerialConsole {
         self.uart.interrupt_evt()
     }
 
+    /// Raises the interrupt again if one is pending.
+    pub fn reraise(&self) {
+        // Bit 0 of the identification register is clear while an interrupt is pending.
+        if self.uart.state().interrupt_identification & 1 == 0
+            && let Err(error) = self.irq().trigger()
+        {
+            tracing::warn!(%error, "the console's interrupt could not be raised");
+        }
+    }
+
     /// Types `bytes`. Returns how many were taken.
     pub fn type_in(&mut self, bytes: &[u8]) -> usize {
         let room = MOST_PENDING - self.pending.len();
@@ -151,8 +161,6 @@ impl PioDevice for SerialConsole {
         }
     }
 }
-
-const _: fn(&Irq) -> io::Result<()> = <Irq as Trigger>::trigger;
 
 #[cfg(test)]
 mod tests {

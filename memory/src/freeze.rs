@@ -151,6 +151,17 @@ impl GuestRegion {
         Ok((state.map.clone(), report))
     }
 
+    /// All of the region, as it is read now, in a layer of its own.
+    pub(crate) fn copy_whole(&self, grain: Backing) -> Result<LayerMap, RamError> {
+        let _state = self.state();
+        let layer = self.store.layer(self.pages(), grain)?;
+        let copied = self.at.write_out(&[self.range()], layer.as_fd(), 0);
+        copied.map_err(|source| RamError::Copy { pages: self.pages(), source })?;
+        let mut map = LayerMap::new();
+        map.insert(self.range(), Source { layer: Arc::new(layer), at: 0 });
+        Ok(map)
+    }
+
     /// Copies `runs` into a new delta layer, and says where each piece went.
     ///
     /// The delta is packed: its file holds the runs one after another, whole blocks first and so aligned that they can be mapped

@@ -9,7 +9,7 @@ use crate::freeze::FreezeReport;
 use crate::layer::LayerMap;
 use crate::region::GuestRegion;
 use crate::stats::RamStats;
-use crate::store::Store;
+use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
 /// Where the gap for memory-mapped devices begins: 3 GiB.
@@ -79,6 +79,18 @@ impl RamImage {
     #[must_use]
     pub fn mappings(&self) -> usize {
         self.maps.iter().map(LayerMap::len).sum()
+    }
+
+    /// The same memory copied into one layer a region, in pages of the given size: as long a copy as the memory is large, after
+    /// which it depends on no other layer.
+    ///
+    /// # Errors
+    /// When there is no memory for the copy.
+    pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
+        let view = GuestRam::reserve(&self.layout, store)?;
+        view.adopt(self)?;
+        let maps = view.regions.iter().map(|region| region.copy_whole(grain)).collect::<Result<_, _>>()?;
+        Ok(Self { layout: self.layout.clone(), maps })
     }
 
     /// Layers it refers to.

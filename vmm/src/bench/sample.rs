@@ -1,0 +1,53 @@
+//! Samples and their percentiles.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// Two percentiles of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Spread {
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+}
+
+/// Measurements of one thing.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sample(Vec<f64>);
+
+impl Sample {
+    pub(crate) fn push(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
+    pub(crate) fn push_us(&mut self, time: Duration) {
+        self.push(time.as_secs_f64() * 1e6);
+    }
+
+    /// Percentiles by nearest rank: a value that was measured, never one in between. NaN when nothing was.
+    pub(crate) fn spread(&self) -> Spread {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let at = |p: f64| {
+            let rank = (p * sorted.len() as f64).ceil() as usize;
+            sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
+        };
+        Spread { p50: at(0.50), p99: at(0.99) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nearest_rank() {
+        let mut sample = Sample::default();
+        assert!(sample.spread().p50.is_nan());
+        sample.push(7.0);
+        assert_eq!(sample.spread(), Spread { p50: 7.0, p99: 7.0 });
+        let mut hundred = Sample::default();
+        (1..=100).rev().for_each(|i| hundred.push(f64::from(i)));
+        assert_eq!(hundred.spread(), Spread { p50: 50.0, p99: 99.0 });
+    }
+}

@@ -1,0 +1,197 @@
+//! Where a kernel or an initramfs comes from: a file, or bytes already in memory.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+/// A kernel or an initramfs.
+#[derive(Clone)]
+pub enum Image {
+    /// A file, read when the guest is loaded.
+    File(PathBuf),
+    /// Bytes in memory, such as a guest built into the program.
+    Bytes(Cow<'static, [u8]>),
+}
+
+/// Why an image could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It could not be opened or read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// There is nothing in it.
+    #[error("{image} is empty")]
+    Empty {
+        /// Which image.
+        image: String,
+    },
+    /// It is too large to be read.
+    #[error("{image} is larger than {limit} bytes")]
+    TooLarge {
+        /// Which image.
+        image: String,
+        /// The most that is read.
+        limit: u64,
+    },
+    /// It could not be copied into the guest.
+    #[error("cannot copy {len} bytes of {image} to guest address {addr:#x}")]
+    Copy {
+        /// Which image.
+        image: String,
+        /// Bytes to copy.
+        len: u64,
+        /// Where to.
+        addr: u64,
+        /// What guest memory said.
+        #[source]
+        source: GuestMemoryError,
+    },
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+impl From<&Path> for Image {
+    fn from(path: &Path) -> Self {
+        Self::File(path.to_owned())
+    }
+}
+
+impl From<PathBuf> for Image {
+    fn from(path: PathBuf) -> Self {
+        Self::File(path)
+    }
+}
+
+impl From<&'static [u8]> for Image {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self::Bytes(Cow::Borrowed(bytes))
+    }
+}
+
+impl From<Vec<u8>> for Image {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Bytes(Cow::Owned(bytes))
+    }
+}
+
+impl Image {
+    /// How error messages call it.
+    fn name(&self) -> String {
+        match self {
+            Self::File(path) => path.display().to_string(),
+            Self::Bytes(bytes) => format!("the built-in image of {} bytes", bytes.len()),
+        }
+    }
+
+    /// All of it, at most `limit` bytes.
+    pub(super) fn read(&self, limit: u64) -> Result<Cow<'_, [u8]>, ImageError> {
+        let bytes = match self {
+            Self::Bytes(bytes) => Cow::Borrowed(&**bytes),
+            Self::File(path) => {
+                let failed = |source| ImageError::Read { path: path.clone(), source };
+                let mut bytes = Vec::new();
+                let file = File::open(path).map_err(failed)?;
+                file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
+                Cow::Owned(bytes)
+            }
+        };
+        match bytes.len() as u64 {
+            0 => Err(ImageError::Empty { image: self.name() }),
+            len if len > limit => Err(ImageError::TooLarge { image: self.name(), limit }),
+            _ => Ok(bytes),
+        }
+    }
+
+    /// Opens it for copying into the guest without a detour through this process's memory.
+    pub(super) fn open(&self) -> Result<OpenImage<'_>, ImageError> {
+        let (source, len) = match self {
+            Self::Bytes(bytes) => (OpenSource::Bytes(bytes), bytes.len() as u64),
+            Self::File(path) => {
+                let failed = |source| ImageError::Read { path: path.clone(), source };
+                let file = File::open(path).map_err(failed)?;
+                let meta = file.metadata().map_err(failed)?;
+                if !meta.is_file() {
+                    return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+                }
+                (OpenSource::File(file), meta.len())
+            }
+        };
+        if len == 0 {
+            return Err(ImageError::Empty { image: self.name() });
+        }
+        Ok(OpenImage { image: self, source, len })
+    }
+}
+
+enum OpenSource<'a> {
+    File(File),
+    Bytes(&'a [u8]),
+}
+
+/// An image whose length is known and which is ready to be copied.
+pub(super) struct OpenImage<'a> {
+    image: &'a Image,
+    source: OpenSource<'a>,
+    len: u64,
+}
+
+impl OpenImage<'_> {
+    /// Bytes; never 0.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Copies all of it to `addr`.
+    pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), ImageError> {
+        let copied = match &mut self.source {
+            OpenSource::Bytes(bytes) => mem.write_slice(bytes, addr),
+            // The file's length is at most the guest's RAM (checked by the caller), so it fits a usize.
+            OpenSource::File(file) => mem.read_exact_volatile_from(addr, file, self.len as usize),
+        };
+        copied.map_err(|source| ImageError::Copy { image: self.image.name(), len: self.len, addr: addr.0, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Image::from(Path::new("/nonexistent/vmlinux")).read(1 << 20).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read /nonexistent/vmlinux");
+    }
+
+    #[test]
+    fn a_directory_and_an_empty_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Image::from(dir.path()).open(), Err(ImageError::Read { .. })));
+        let empty = dir.path().join("empty");
+        File::create(&empty).unwrap();
+        let error = Image::from(empty.as_path()).read(10).unwrap_err();
+        assert_eq!(error.to_string(), format!("{} is empty", empty.display()));
+        assert!(matches!(Image::from(empty).open(), Err(ImageError::Empty { .. })));
+    }
+
+    #[test]
+    fn the_limit_is_exact() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [7; 10]).unwrap();
+        let image = Image::from(file.path());
+        assert_eq!(image.read(10).unwrap().len(), 10);
+        assert!(matches!(image.read(9), Err(ImageError::TooLarge { limit: 9, .. })));
+    }
+}

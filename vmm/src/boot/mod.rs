@@ -1,0 +1,39 @@
+//! Loading a guest into memory and saying how its first vCPU starts.
+//!
+//! [`load`] writes the kernel, the initramfs, the command line, the memory map and the MP table, and returns the
+//! [`Entry`] from which the boot vCPU's registers follow. Application processors wait for INIT-SIPI and need nothing.
+//!
+//! What is in a kernel image is found out by looking at it, never by its name:
+//!
+//! | content | how it is started |
+//! |---|---|
+//! | ELF with a PVH note | [`Entry::Pvh`]: 32-bit, no paging, memory map in `hvm_start_info` |
+//! | ELF without one | [`Entry::Linux64`]: long mode, memory map in the zero page |
+//! | bzImage (a distribution's `vmlinuz`) | its payload is unpacked here, on the host; the ELF inside is started as above |
+//! | an ELF compressed as a whole | the same |
+//!
+//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed through), 32-bit kernels.
+
+mod bzimage;
+mod elf;
+mod image;
+mod initrd;
+mod layout;
+mod linux64;
+mod load;
+mod mptable;
+mod pvh;
+mod regs;
+#[cfg(test)]
+mod testutil;
+mod unpack;
+
+pub use bzimage::{BzImage, BzImageError};
+pub use elf::{ElfError, KernelElf};
+pub use image::{Image, ImageError};
+pub use initrd::InitrdError;
+pub use layout::*;
+pub use load::{BootError, BootSource, Entry, Loaded, load};
+pub use mptable::{MAX_CPUS, MpTableError, mp_table};
+pub use regs::{BOOT_MSRS, BootMsr};
+pub use unpack::{Codec, UnpackError, unpack};

@@ -1,0 +1,211 @@
+//! Arguments, and the units they come in.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::kvm::CpuHide;
+
+/// A small KVM virtual machine monitor that forks running microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "clade", version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a guest, fork it while it runs, check every byte.
+    Demo(DemoArgs),
+    /// Boot a kernel with its console on this terminal (Ctrl-A x leaves).
+    Run(RunArgs),
+    /// Measure, beside a baseline in the same run.
+    Bench(BenchArgs),
+    /// Write an embedded guest to a file.
+    Guest(GuestArgs),
+    /// List the running VMs.
+    Ps(JsonArgs),
+    /// Fork a running VM.
+    Fork(ForkArgs),
+    /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
+    Console(NameArgs),
+    /// Pause a VM.
+    Pause(ActArgs),
+    /// Let a paused VM run.
+    Resume(ActArgs),
+    /// Stop a VM for good.
+    Stop(ActArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JsonArgs {
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NameArgs {
+    /// The VM's name.
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ActArgs {
+    /// The VM's name.
+    pub(crate) name: String,
+    /// Print JSON instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// The initramfs.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
+    pub(crate) cmdline: String,
+    /// Guest memory: bytes, or with K, M, G, T.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub(crate) mem: u64,
+    /// vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u64,
+    /// The VM's name; clade-PID if not given.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
+    #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
+    pub(crate) cpu_hide: Option<CpuHide>,
+    /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
+    #[arg(long)]
+    pub(crate) pit: bool,
+    /// Allow more guest memory than the host has.
+    #[arg(long)]
+    pub(crate) overcommit: bool,
+    /// Do not read the terminal; the console is on its socket.
+    #[arg(long)]
+    pub(crate) detached: bool,
+}
+
+/// What a Linux guest on a serial console needs, and no more.
+pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
+
+#[derive(Debug, Args)]
+pub(crate) struct ForkArgs {
+    /// The parent's name.
+    pub(crate) name: String,
+    /// Children.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) count: usize,
+    /// The children's names; {n} stands for a number. NAME-{n} if not given.
+    #[arg(long = "name", value_name = "PATTERN")]
+    pub(crate) pattern: Option<String>,
+    /// Leave the children paused.
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GuestArgs {
+    /// Which guest: `bare`.
+    pub(crate) guest: String,
+    /// The file to write; `-` is standard output. Its own name if not given.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Guest memory: bytes, or with K, M, G, T.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub(crate) mem: u64,
+    /// vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) cpus: u64,
+    /// Forks of the running guest.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) forks: usize,
+    /// Generations to nest.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) generations: usize,
+    /// Build the Linux guest if it is not there, and fork that too.
+    #[arg(long)]
+    pub(crate) linux: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchName {
+    /// Forking a running VM: the parent's pause, and the child's first instruction.
+    Fork,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure.
+    pub(crate) name: BenchName,
+    /// Guest memory sizes.
+    #[arg(long, value_name = "SIZE,...", default_value = "512M", value_delimiter = ',', value_parser = parse_size)]
+    pub(crate) mem: Vec<u64>,
+    /// Samples of each figure.
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub(crate) samples: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Bytes, from a number with an optional K, M, G or T (powers of 1024).
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let upper = text.trim().to_ascii_uppercase();
+    let plain = upper.strip_suffix("IB").or_else(|| upper.strip_suffix('B')).unwrap_or(&upper);
+    let (digits, shift) = match plain.as_bytes().last() {
+        Some(b'K') => (&plain[..plain.len() - 1], 10),
+        Some(b'M') => (&plain[..plain.len() - 1], 20),
+        Some(b'G') => (&plain[..plain.len() - 1], 30),
+        Some(b'T') => (&plain[..plain.len() - 1], 40),
+        _ => (plain, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 64 bits of bytes"))
+}
+
+fn parse_hide(text: &str) -> Result<CpuHide, String> {
+    text.parse().map_err(|error: crate::kvm::UnknownFeature| crate::error_chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("2g"), Ok(2 << 30));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        for bad in ["", "M", "-1", "1.5G", "0x10", "12Q"] {
+            assert!(parse_size(bad).unwrap_err().contains(bad), "{bad}");
+        }
+        assert!(parse_size("99999999999T").unwrap_err().contains("99999999999T"));
+    }
+}

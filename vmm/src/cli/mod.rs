@@ -1,0 +1,77 @@
+//! The command line.
+
+mod args;
+mod limits;
+mod output;
+mod remote;
+mod run;
+mod terminal;
+
+use std::fmt;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+pub(crate) use output::{Table, print_json};
+
+/// How a command ends when it does not end well.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// What was asked for cannot be: exit code 2.
+    Input(anyhow::Error),
+    /// It could be, but went wrong: exit code 1.
+    Run(anyhow::Error),
+}
+
+impl Failure {
+    pub(crate) fn input(error: impl Into<anyhow::Error>) -> Self {
+        Self::Input(error.into())
+    }
+    pub(crate) fn run(error: impl Into<anyhow::Error>) -> Self {
+        Self::Run(error.into())
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Input(error) | Self::Run(error)) = self;
+        f.write_str(&crate::error_chain(error.as_ref()))
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+/// Parses the arguments, runs the command, and says how it went.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are no failures; clap knows which is which.
+        Err(error) => error.exit(),
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CLADE_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    limits::raise();
+    let outcome = match cli.command {
+        Command::Demo(args) => crate::demo::main(&args),
+        Command::Run(args) => run::main(&args),
+        Command::Bench(args) => crate::bench::main(&args),
+        Command::Guest(args) => remote::guest(&args),
+        Command::Ps(args) => remote::ps(&args),
+        Command::Fork(args) => remote::fork(&args),
+        Command::Console(args) => remote::console(&args),
+        Command::Pause(args) => remote::act(&args, "/pause"),
+        Command::Resume(args) => remote::act(&args, "/resume"),
+        Command::Stop(args) => remote::act(&args, "/stop"),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("clade: {failure}");
+            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+pub(crate) use args::{BenchArgs, BenchName, DEFAULT_CMDLINE, DemoArgs};

@@ -1,0 +1,36 @@
+//! What is printed: tables for people, JSON for programs.
+
+use std::io::{self, Write};
+
+use comfy_table::presets::UTF8_BORDERS_ONLY;
+use comfy_table::{Cell, CellAlignment, ContentArrangement};
+use serde::Serialize;
+
+/// A table; the first column is text, the others are figures.
+pub(crate) struct Table(comfy_table::Table);
+
+impl Table {
+    pub(crate) fn new<'a>(header: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut table = comfy_table::Table::new();
+        table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+        table.set_header(header);
+        Self(table)
+    }
+
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let align = |(column, text): (usize, String)| {
+            Cell::new(text).set_alignment(if column == 0 { CellAlignment::Left } else { CellAlignment::Right })
+        };
+        self.0.add_row(cells.into_iter().enumerate().map(align));
+    }
+
+    pub(crate) fn print(&self) -> io::Result<()> {
+        writeln!(io::stdout(), "{}", self.0)
+    }
+}
+
+/// One JSON value on standard output.
+pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    writeln!(io::stdout(), "{text}")
+}

@@ -1,0 +1,139 @@
+//! Commands that ask a running VM, or need none.
+
+use std::fs;
+use std::future::Future;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+use hyper::Method;
+
+use crate::cli::args::{ActArgs, ForkArgs, GuestArgs, JsonArgs, NameArgs};
+use crate::cli::terminal::RawMode;
+use crate::cli::{Failure, Outcome, Table, print_json};
+use crate::console::{Escape, EscapeFilter};
+use crate::control::{Client, ClientError, ForkAnswer, ForkRequest, VmInfo, VmState};
+use crate::fleet::{check_name, console_path, runtime_dir};
+
+fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
+    runtime.block_on(question).map_err(|error| match error {
+        ClientError::NoSuchVm { .. } | ClientError::Name(_) | ClientError::Refused { status: 400..500, .. } => {
+            Failure::input(error)
+        }
+        _ => Failure::run(error),
+    })
+}
+
+fn state_name(state: VmState) -> &'static str {
+    match state {
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Stopped => "stopped",
+    }
+}
+
+pub(crate) fn ps(args: &JsonArgs) -> Outcome {
+    let all = ask(Client::default().list())?;
+    if args.json {
+        return print_json(&all).map_err(Failure::run);
+    }
+    let mut table =
+        Table::new(["name", "state", "pid", "gen", "parent", "vCPUs", "MiB", "own KiB", "shared MiB", "age s"]);
+    for vm in &all {
+        let memory = |figure: fn(&crate::control::MemoryInfo) -> u64| {
+            vm.memory.as_ref().map_or_else(|| "?".into(), |m| figure(m).to_string())
+        };
+        table.row([
+            vm.name.clone(),
+            state_name(vm.state).into(),
+            vm.pid.to_string(),
+            vm.generation.to_string(),
+            vm.parent.clone().unwrap_or_else(|| "-".into()),
+            vm.cpus.to_string(),
+            memory(|m| m.mib),
+            memory(|m| m.private_kib),
+            memory(|m| m.shared_pages / 256),
+            format!("{:.1}", vm.age_s),
+        ]);
+    }
+    table.print().map_err(Failure::run)
+}
+
+pub(crate) fn fork(args: &ForkArgs) -> Outcome {
+    let request = ForkRequest { count: args.count, name: args.pattern.clone(), paused: args.paused };
+    let answer: ForkAnswer = ask(Client::default().request(Method::POST, &args.name, "/fork", Some(&request)))?;
+    if args.json {
+        return print_json(&answer).map_err(Failure::run);
+    }
+    for child in &answer.children {
+        println!("{child}");
+    }
+    eprintln!(
+        "{} of {}: paused for {:.0} us (memory {:.0} us), {:.1} ms in all, {} pages shared and {} copied",
+        if answer.children.len() == 1 { "a child".into() } else { format!("{} children", answer.children.len()) },
+        args.name,
+        answer.pause_us,
+        answer.freeze_us,
+        answer.total_us / 1000.0,
+        answer.remapped_pages,
+        answer.copied_pages,
+    );
+    Ok(())
+}
+
+pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
+    let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, action, None::<&()>))?;
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    println!("{} is {}", info.name, state_name(info.state));
+    Ok(())
+}
+
+pub(crate) fn console(args: &NameArgs) -> Outcome {
+    check_name(&args.name).map_err(Failure::input)?;
+    let path = console_path(&runtime_dir(), &args.name);
+    let gone = |_| ClientError::NoSuchVm { name: args.name.clone(), path: path.clone() };
+    let mut from_guest = UnixStream::connect(&path).map_err(gone).map_err(Failure::input)?;
+    let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;
+    eprintln!("[console of {}; Ctrl-A x leaves]", args.name);
+    let raw = RawMode::enter().map_err(Failure::run)?;
+    // Reads the keyboard until the person leaves or the VM ends; it dies with the process.
+    std::thread::spawn(move || {
+        let mut filter = EscapeFilter::default();
+        let mut bytes = [0; 1024];
+        while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
+            let mut keys = Vec::new();
+            let escape = filter.feed(&bytes[..typed], &mut keys);
+            if to_guest.write_all(&keys).is_err() || escape == Some(Escape::Leave) {
+                let _ = to_guest.shutdown(std::net::Shutdown::Both);
+                return;
+            }
+        }
+    });
+    let mut bytes = [0; 4096];
+    let mut stdout = io::stdout();
+    while let Ok(got @ 1..) = from_guest.read(&mut bytes) {
+        stdout.write_all(&bytes[..got]).and_then(|()| stdout.flush()).map_err(Failure::run)?;
+    }
+    drop(raw);
+    eprintln!("\n[left]");
+    Ok(())
+}
+
+pub(crate) fn guest(args: &GuestArgs) -> Outcome {
+    let image: &[u8] = match args.guest.as_str() {
+        "bare" => clade_guests::BARE_ELF,
+        other => return Err(Failure::Input(anyhow!("there is no embedded guest {other:?}; there is: bare"))),
+    };
+    let path = args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}.elf", args.guest)));
+    if path == Path::new("-") {
+        return io::stdout().write_all(image).map_err(Failure::run);
+    }
+    fs::write(&path, image)
+        .map_err(|error| Failure::Input(anyhow!("{} cannot be written: {error}", path.display())))?;
+    eprintln!("{} bytes written to {}", image.len(), path.display());
+    Ok(())
+}

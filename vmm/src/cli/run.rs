@@ -1,0 +1,95 @@
+//! `clade run`: boots a kernel with its console on this terminal.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::boot::{BootSource, Image};
+use crate::cli::args::RunArgs;
+use crate::cli::terminal::RawMode;
+use crate::cli::{Failure, Outcome};
+use crate::console::Stdin;
+use crate::control::serve_fleet;
+use crate::fleet::{Fleet, FleetError, runtime_dir};
+use crate::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
+
+/// How often the end of the process's VMs is looked for.
+const TURN: Duration = Duration::from_millis(200);
+
+fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
+    let mut config = VmConfig::new(args.mem, args.cpus).map_err(Failure::input)?;
+    if !args.overcommit {
+        config.check_host_memory().map_err(Failure::input)?;
+    }
+    config.pit = args.pit;
+    config.hide = args.cpu_hide.clone().unwrap_or_default();
+    config.report_port = bare;
+    config.irqchip = Irqchip::Full;
+    Ok(config)
+}
+
+pub(crate) fn main(args: &RunArgs) -> Outcome {
+    let bare = args.kernel == Path::new("bare");
+    let config = Arc::new(config(args, bare)?);
+    let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
+    let initrd = args.initrd.clone().map(Image::File);
+    let source = BootSource { kernel, initrd, cmdline: args.cmdline.clone(), cpus: config.cpus(), rsdp: None };
+
+    let context = Context::open().map_err(Failure::input)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
+    let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
+    let vm =
+        fleet.launch(&name, None, |context| Vm::boot(context, &name, &config, &source)).map_err(
+            |error| match error {
+                FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_)) => {
+                    Failure::run(error)
+                }
+                _ => Failure::input(error),
+            },
+        )?;
+
+    let raw = if args.detached { None } else { RawMode::enter().map_err(Failure::run)? };
+    vm.console().listen(Box::new(io::stdout()));
+    if !args.detached {
+        fleet.events().add(Box::new(Stdin::new(&vm))).map_err(Failure::run)?;
+    }
+    let ended = attend(&fleet, &vm);
+    drop(raw);
+    let _ = io::stdout().flush();
+    match ended {
+        StopReason::Asked | StopReason::Reset => Ok(()),
+        reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+    }
+}
+
+/// Waits for the VM, and then for the children that live in this process.
+fn attend(fleet: &Fleet, vm: &Vm) -> StopReason {
+    let reason = loop {
+        fleet_turn(fleet, vm.name());
+        if let Some(reason) = vm.wait(TURN) {
+            break reason;
+        }
+    };
+    fleet.remove(vm.name());
+    let children = fleet.list().len();
+    if children > 0 {
+        eprintln!("\r\nclade: {} has ended; {children} of its children run on in this process\r", vm.name());
+    }
+    while !fleet.list().is_empty() {
+        std::thread::sleep(TURN);
+        fleet.reap();
+    }
+    reason
+}
+
+/// Takes out children that have stopped; the VM this process was started for is looked after by itself.
+fn fleet_turn(fleet: &Fleet, own: &str) {
+    for listed in fleet.list() {
+        if listed.vm.name() != own && listed.vm.stopped().is_some() {
+            fleet.remove(listed.vm.name());
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Asking a VM's control socket.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::net::UnixStream;
+
+use crate::control::api::VmInfo;
+use crate::fleet::{check_name, runtime_dir, socket_path};
+
+/// Why a VM could not be asked.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody answers to that name.
+    #[error("there is no VM {name:?} (no socket {})", path.display())]
+    NoSuchVm {
+        /// The name.
+        name: String,
+        /// Where its socket would be.
+        path: PathBuf,
+    },
+    /// Not a name.
+    #[error(transparent)]
+    Name(#[from] crate::fleet::FleetError),
+    /// The socket failed.
+    #[error("the control socket of {name:?} failed")]
+    Socket {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// HTTP failed.
+    #[error("the VM's process did not answer")]
+    Http(#[from] hyper::Error),
+    /// Not what was expected.
+    #[error("the VM's answer could not be read")]
+    Answer(#[from] serde_json::Error),
+    /// Refused.
+    #[error("{error}")]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// In the server's words.
+        error: String,
+    },
+    /// The directory of sockets.
+    #[error("{} cannot be read", path.display())]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Talks to VMs by name.
+#[derive(Clone, Debug)]
+pub struct Client {
+    dir: PathBuf,
+}
+
+impl Default for Client {
+    fn default() -> Self {
+        Self { dir: runtime_dir() }
+    }
+}
+
+impl Client {
+    /// A client for the VMs with their sockets in `dir`.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// Sends a request to the process of `name`.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or refuses.
+    pub async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        let path = socket_path(&self.dir, name);
+        let stream = UnixStream::connect(&path).await.map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                ClientError::NoSuchVm { name: name.to_owned(), path }
+            }
+            _ => ClientError::Socket { name: name.to_owned(), source },
+        })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/v1/vms/{name}{action}"))
+            .header("host", "clade")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|e| ClientError::Socket { name: name.to_owned(), source: io::Error::other(e) })?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let bytes = response.into_body().collect().await?.to_bytes();
+        connection.abort();
+        if status != StatusCode::OK {
+            #[derive(serde::Deserialize)]
+            struct Refusal {
+                error: String,
+            }
+            let error = serde_json::from_slice::<Refusal>(&bytes).map_or_else(|_| status.to_string(), |r| r.error);
+            return Err(ClientError::Refused { status: status.as_u16(), error });
+        }
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    /// All VMs of this user that answer.
+    ///
+    /// # Errors
+    /// When the directory of sockets cannot be read.
+    pub async fn list(&self) -> Result<Vec<VmInfo>, ClientError> {
+        let failed = |source| ClientError::Directory { path: self.dir.clone(), source };
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(failed)?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let file = entry.map_err(failed)?.file_name();
+            names.extend(file.to_str().and_then(|f| f.strip_suffix(".sock")).map(str::to_owned));
+        }
+        names.sort_unstable();
+        let mut all = Vec::new();
+        for name in names {
+            match self.request::<VmInfo>(Method::GET, &name, "", None::<&()>).await {
+                Ok(info) => all.push(info),
+                // Gone in between, or left by a process that died.
+                Err(error) => tracing::debug!(%error, name, "does not answer"),
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,166 @@
+//! The Linux guest's part: boot it once, fork its shell, type a different command into each child.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::boot::{BootSource, Image};
+use crate::cli::{DEFAULT_CMDLINE, DemoArgs, Failure, Table};
+use crate::demo::progress;
+use crate::vm::{ChildOptions, Context, Vm, VmConfig};
+
+/// A boot takes under a second with hardware virtualization, and half a minute without.
+const BOOT: Duration = Duration::from_secs(180);
+const ANSWER: Duration = Duration::from_secs(60);
+const MEMORY: u64 = 128 << 20;
+
+/// What is typed into the children; every answer must differ.
+const COMMANDS: [&str; 10] = [
+    "echo $((6 * 7))",
+    "uname -r",
+    "echo I am the third child",
+    "cat /proc/sys/kernel/ostype",
+    "ls -d /proc/self",
+    "echo $$ is my shell",
+    "cat /proc/cmdline",
+    "basename /a/b/eight",
+    "expr 3 '*' 3",
+    "pwd",
+];
+
+#[derive(Debug, Serialize)]
+pub(crate) struct LinuxReport {
+    boot_s: f64,
+    children: usize,
+    answers: Vec<Answer>,
+    pause_us: f64,
+    /// Answers that were missing, or equal to another's.
+    pub(crate) wrong_answers: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    command: &'static str,
+    answer: String,
+}
+
+impl LinuxReport {
+    pub(crate) fn print(&self) -> io::Result<()> {
+        println!(
+            "\nLinux: booted in {:.1} s, its shell forked {} times in one pause of {:.0} us",
+            self.boot_s, self.children, self.pause_us
+        );
+        let mut table = Table::new(["typed into", "command", "answer"]);
+        for (n, answer) in (1..).zip(&self.answers) {
+            table.row([format!("child {n}"), answer.command.into(), answer.answer.clone()]);
+        }
+        table.print()
+    }
+}
+
+/// The files of the Linux guest: `$CLADE_LINUX_GUEST`, or where its build script puts them.
+fn guest_dir(args: &DemoArgs) -> Result<Option<PathBuf>, Failure> {
+    if let Some(dir) = std::env::var_os("CLADE_LINUX_GUEST").filter(|d| !d.is_empty()) {
+        return Ok(Some(dir.into()));
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/linux/build.sh");
+    if !script.exists() {
+        let missing = || {
+            anyhow::anyhow!(
+                "the Linux guest's build script is not here; set CLADE_LINUX_GUEST to a directory with vmlinux and initramfs.cpio"
+            )
+        };
+        return if args.linux { Err(Failure::Input(missing())) } else { Ok(None) };
+    }
+    let mut command = Command::new(&script);
+    if !args.linux {
+        command.arg("--path").stderr(Stdio::null());
+    }
+    let output =
+        command.stdin(Stdio::null()).stderr(if args.linux { Stdio::inherit() } else { Stdio::null() }).output();
+    let output = output.map_err(Failure::run)?;
+    match (output.status.success(), args.linux) {
+        (true, _) => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            Ok(text.lines().last().map(PathBuf::from))
+        }
+        (false, true) => Err(Failure::Run(anyhow::anyhow!("the Linux guest could not be built ({})", output.status))),
+        (false, false) => Ok(None),
+    }
+}
+
+pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
+    let Some(dir) = guest_dir(args)? else { return Ok(None) };
+    let config = Arc::new(VmConfig::new(MEMORY, 1).map_err(Failure::run)?);
+    let source = BootSource {
+        kernel: Image::File(dir.join("vmlinux")),
+        initrd: Some(Image::File(dir.join("initramfs.cpio"))),
+        cmdline: DEFAULT_CMDLINE.into(),
+        cpus: config.cpus(),
+        rsdp: None,
+    };
+    let spin = progress::spinner(args, "booting Linux");
+    let begun = Instant::now();
+    let parent = Vm::boot(context, "linux", &config, &source).map_err(Failure::run)?;
+    expect(&parent, 0, "clade# ", BOOT)?;
+    let boot_s = begun.elapsed().as_secs_f64();
+    spin.finish_and_clear();
+
+    context.warm(&config, COMMANDS.len()).map_err(Failure::run)?;
+    let (image, report) = parent.fork().map_err(Failure::run)?;
+    let child = |n| Vm::from_image(context, &format!("linux-{n}"), &image, ChildOptions::default());
+    let children: Vec<Vm> = (1..=COMMANDS.len()).map(child).collect::<Result<_, _>>().map_err(Failure::run)?;
+    // All at once: they are different machines.
+    for (child, command) in children.iter().zip(COMMANDS) {
+        child.type_in(format!("{command}\n").as_bytes());
+    }
+    let bar = progress::bar(args, "ten shells, ten commands", children.len());
+    let mut answers = Vec::new();
+    for (child, command) in children.iter().zip(COMMANDS) {
+        let text = expect(child, 0, "[done ", ANSWER)?;
+        answers.push(Answer { command, answer: answer_in(&text, command) });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let wrong = |n: usize| answers[n].answer.is_empty() || answers[..n].iter().any(|a| a.answer == answers[n].answer);
+    let wrong_answers = (0..answers.len()).filter(|n| wrong(*n)).count() as u64;
+    Ok(Some(LinuxReport {
+        boot_s,
+        children: children.len(),
+        pause_us: report.times.pause.as_secs_f64() * 1e6,
+        answers,
+        wrong_answers,
+    }))
+}
+
+fn expect(vm: &Vm, from: u64, text: &str, patience: Duration) -> Result<String, Failure> {
+    let (seen, found) = vm.console().wait_for(from, text, patience);
+    if found {
+        return Ok(seen);
+    }
+    let tail: String = seen.lines().rev().take(5).collect::<Vec<_>>().join(" | ");
+    let stopped = vm.stopped().map(|s| format!(" ({s})")).unwrap_or_default();
+    Err(Failure::Run(anyhow::anyhow!("{} did not print {text:?}{stopped}; its last lines: {tail}", vm.name())))
+}
+
+/// The lines between the echoed command and the end mark.
+fn answer_in(console: &str, command: &str) -> String {
+    let before_mark = console.split("[done ").next().unwrap_or("");
+    let lines = before_mark.lines().map(str::trim).filter(|l| !l.is_empty() && !l.ends_with(command));
+    lines.collect::<Vec<_>>().join(" / ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_what_stands_between_echo_and_mark() {
+        assert_eq!(answer_in("echo 42\r\n42\r\n[done 0]\r\nclade# ", "echo 42"), "42");
+        assert_eq!(answer_in("clade# ls\r\na\r\nb\r\n[done 0]", "ls"), "a / b");
+    }
+}

@@ -1,0 +1,360 @@
+//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and place.
+//!
+//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks like; APIC ids are
+//! vCPU indices.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use super::features::{CpuHide, Reg, features};
+
+/// Leaf 1 ECX: TSC deadline timer.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1 ECX: OSXSAVE. Follows CR4; KVM keeps it up to date, it starts clear.
+const OSXSAVE: u32 = 1 << 27;
+/// Leaf 1 ECX: there is a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1 EDX: the package has more than one logical CPU.
+const HTT: u32 = 1 << 28;
+/// Leaf 7 ECX: OSPKE. Follows CR4, as OSXSAVE does.
+const OSPKE: u32 = 1 << 4;
+/// Leaf 0x8000_0001 ECX: the logical CPUs of a package are cores, not threads.
+const CMP_LEGACY: u32 = 1 << 1;
+/// Leaf 0x8000_0001 ECX: leaves 0x8000_001D and 0x8000_001E are valid.
+const TOPOEXT: u32 = 1 << 22;
+/// Leaf 0x8000_0008 EBX: FXSAVE and FXRSTOR always handle the x87 error pointers.
+const XSAVEERPTR: u32 = 1 << 2;
+
+/// Where the basic leaves end and the hypervisor's and the extended ones begin.
+const FIRST_OTHER_LEAF: u32 = 0x4000_0000;
+
+const SMT_LEVEL: u32 = 1 << 8;
+const CORE_LEVEL: u32 = 2 << 8;
+
+/// Why a CPUID could not be built.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CpuidError {
+    /// KVM left out a leaf no guest can do without.
+    #[error("KVM reports no CPUID leaf {leaf:#x}")]
+    MissingLeaf {
+        /// Which.
+        leaf: u32,
+    },
+    /// This vCPU is not one of that many.
+    #[error("vCPU {vcpu} is not one of {vcpus}")]
+    NoSuchVcpu {
+        /// Its index.
+        vcpu: u8,
+        /// How many there are.
+        vcpus: u8,
+    },
+    /// More entries than KVM takes.
+    #[error("{entries} CPUID entries are more than KVM takes")]
+    TooManyEntries {
+        /// How many.
+        entries: usize,
+    },
+}
+
+/// What a vCPU's CPUID depends on besides the host.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuidSpec<'a> {
+    /// Index of this vCPU; its APIC id.
+    pub vcpu: u8,
+    /// How many there are.
+    pub vcpus: u8,
+    /// What to hide.
+    pub hide: &'a CpuHide,
+    /// The highest basic leaf to admit to.
+    pub max_leaf: Option<u32>,
+    /// Whether KVM emulates the TSC deadline timer, which it does not say in its CPUID.
+    pub tsc_deadline: bool,
+    /// Whether an AMD guest is told that FXSAVE saves error pointers even if KVM does not say so.
+    pub force_xsaveerptr: bool,
+}
+
+impl CpuidSpec<'_> {
+    /// Bits of an APIC id that number the cores of the package.
+    fn core_bits(&self) -> u32 {
+        u32::from(self.vcpus).next_power_of_two().trailing_zeros()
+    }
+}
+
+struct Leaves(Vec<kvm_cpuid_entry2>);
+
+impl Leaves {
+    fn get_mut(&mut self, leaf: u32, subleaf: u32) -> Option<&mut kvm_cpuid_entry2> {
+        self.0.iter_mut().find(|e| e.function == leaf && e.index == subleaf)
+    }
+
+    fn all_mut(&mut self, leaf: u32) -> impl Iterator<Item = &mut kvm_cpuid_entry2> {
+        self.0.iter_mut().filter(move |e| e.function == leaf)
+    }
+
+    fn required(&mut self, leaf: u32) -> Result<&mut kvm_cpuid_entry2, CpuidError> {
+        self.get_mut(leaf, 0).ok_or(CpuidError::MissingLeaf { leaf })
+    }
+
+    /// Vendors whose leaves from 0x8000_0000 are AMD's.
+    fn is_amd(&self) -> bool {
+        let vendor = self.0.iter().find(|e| e.function == 0).map(|e| [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes));
+        vendor.is_some_and(|v| matches!(v.as_flattened(), b"AuthenticAMD" | b"HygonGenuine"))
+    }
+}
+
+/// Builds the CPUID of one vCPU from what KVM supports.
+pub fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, CpuidError> {
+    if spec.vcpu >= spec.vcpus {
+        return Err(CpuidError::NoSuchVcpu { vcpu: spec.vcpu, vcpus: spec.vcpus });
+    }
+    let mut leaves = Leaves(supported.as_slice().to_vec());
+    let amd = leaves.is_amd();
+    if let Some(max) = spec.max_leaf {
+        let highest = leaves.required(0)?;
+        highest.eax = highest.eax.min(max);
+        leaves.0.retain(|e| e.function <= max || e.function >= FIRST_OTHER_LEAF);
+    }
+    set_basic(&mut leaves, spec)?;
+    set_topology_leaves(&mut leaves, spec)?;
+    set_cache_sharing(&mut leaves, spec);
+    if amd {
+        set_amd_topology(&mut leaves, spec);
+    }
+    hide(&mut leaves, spec.hide);
+    let entries = leaves.0.len();
+    CpuId::from_entries(&leaves.0).map_err(|_| CpuidError::TooManyEntries { entries })
+}
+
+fn set_basic(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError> {
+    let leaf = leaves.required(1)?;
+    let cores = 1 << spec.core_bits();
+    leaf.ebx = leaf.ebx & 0x0000_ffff | u32::from(spec.vcpu) << 24 | cores << 16;
+    leaf.ecx = leaf.ecx & !OSXSAVE | HYPERVISOR;
+    if spec.tsc_deadline {
+        leaf.ecx |= TSC_DEADLINE;
+    }
+    leaf.edx = if spec.vcpus > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
+    if let Some(leaf) = leaves.get_mut(7, 0) {
+        leaf.ecx &= !OSPKE;
+    }
+    Ok(())
+}
+
+/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the host's topology, or zeros.
+fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError> {
+    let highest = leaves.required(0)?.eax;
+    for function in [0xb, 0x1f] {
+        leaves.0.retain(|e| e.function != function);
+        if highest < function {
+            continue;
+        }
+        let level = |index, eax, ebx, ecx| kvm_cpuid_entry2 {
+            function,
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax,
+            ebx,
+            ecx: ecx | index,
+            edx: spec.vcpu.into(),
+            ..Default::default()
+        };
+        leaves.0.extend([
+            level(0, 0, 1, SMT_LEVEL),
+            level(1, spec.core_bits(), spec.vcpus.into(), CORE_LEVEL),
+            level(2, 0, 0, 0),
+        ]);
+    }
+    Ok(())
+}
+
+/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is everybody's.
+fn set_cache_sharing(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
+    let cores = (1 << spec.core_bits()) - 1;
+    for leaf in [4, 0x8000_001d] {
+        for cache in leaves.all_mut(leaf).filter(|e| e.eax & 0x1f != 0) {
+            let level = cache.eax >> 5 & 7;
+            let sharing = if level >= 3 { cores } else { 0 };
+            cache.eax = cache.eax & !(0xfff << 14) | sharing << 14;
+            if leaf == 4 {
+                cache.eax = cache.eax & !(0x3f << 26) | cores << 26;
+            }
+        }
+    }
+}
+
+fn set_amd_topology(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
+    let mut topoext = false;
+    if let Some(leaf) = leaves.get_mut(0x8000_0001, 0) {
+        topoext = leaf.ecx & TOPOEXT != 0;
+        leaf.ecx = if spec.vcpus > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY };
+    }
+    if let Some(leaf) = leaves.get_mut(0x8000_0008, 0) {
+        leaf.ecx = leaf.ecx & !0xf0ff | spec.core_bits() << 12 | u32::from(spec.vcpus - 1);
+        if spec.force_xsaveerptr {
+            leaf.ebx |= XSAVEERPTR;
+        }
+    }
+    if topoext && let Some(leaf) = leaves.get_mut(0x8000_001e, 0) {
+        // One thread per core, one node per package.
+        (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (spec.vcpu.into(), spec.vcpu.into(), 0, 0);
+    }
+}
+
+/// The state components of leaf 0xD that a feature owns, by their XCR0 bits.
+const STATE_COMPONENTS: [(&str, u64); 5] =
+    [("avx", 1 << 2), ("mpx", 0b11 << 3), ("avx512f", 0b111 << 5), ("pku", 1 << 9), ("amx_tile", 0b11 << 17)];
+
+fn hide(leaves: &mut Leaves, hide: &CpuHide) {
+    for feature in features().filter(|f| hide.hides(f.name)) {
+        if let Some(leaf) = leaves.get_mut(feature.leaf, feature.subleaf) {
+            let register = match feature.reg {
+                Reg::Eax => &mut leaf.eax,
+                Reg::Ebx => &mut leaf.ebx,
+                Reg::Ecx => &mut leaf.ecx,
+                Reg::Edx => &mut leaf.edx,
+            };
+            *register &= !(1 << feature.bit);
+        }
+    }
+    let everything = hide.hides("xsave");
+    let hidden = STATE_COMPONENTS.iter().filter(|(name, _)| hide.hides(name)).fold(0, |bits, (_, c)| bits | c);
+    for leaf in leaves.all_mut(0xd) {
+        let component = 1_u64.checked_shl(leaf.index).filter(|_| leaf.index >= 2).unwrap_or(0);
+        if everything || component & hidden != 0 {
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0);
+        } else if leaf.index == 0 {
+            leaf.eax &= !(hidden as u32);
+            leaf.edx &= !((hidden >> 32) as u32);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn vendor(name: &[u8; 12]) -> [u32; 4] {
+        let part = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
+        [0x1f, part(0), part(8), part(4)]
+    }
+
+    fn supported(name: &[u8; 12]) -> CpuId {
+        let l1 = 1 | 1 << 5 | 3 << 14;
+        let l3 = 3 | 3 << 5 | 15 << 14;
+        CpuId::from_entries(&[
+            entry(0, 0, vendor(name)),
+            entry(1, 0, [0xa20f10, 0x0710_0800, u32::MAX, u32::MAX]),
+            entry(4, 0, [l1, 0, 0, 0]),
+            entry(4, 3, [l3, 0, 0, 0]),
+            entry(7, 0, [1, u32::MAX, u32::MAX, u32::MAX]),
+            entry(0xb, 0, [1, 2, 0x100, 7]),
+            entry(0xd, 0, [0xe7, 1000, 1000, 0]),
+            entry(0xd, 1, [0xf, 1000, 0, 0]),
+            entry(0xd, 2, [256, 576, 0, 0]),
+            entry(0xd, 5, [64, 832, 0, 0]),
+            entry(0x4000_0001, 0, [u32::MAX, 0, 0, 0]),
+            entry(0x8000_0001, 0, [0, 0, !2, u32::MAX]),
+            entry(0x8000_0008, 0, [0x3030, 0, 0x703f, 0]),
+            entry(0x8000_001d, 3, [l3, 0, 0, 0]),
+            entry(0x8000_001e, 0, [7, 7, 7, 0]),
+        ])
+        .unwrap()
+    }
+
+    fn spec(vcpu: u8, vcpus: u8, hide: &CpuHide) -> CpuidSpec<'_> {
+        CpuidSpec { vcpu, vcpus, hide, max_leaf: None, tsc_deadline: true, force_xsaveerptr: false }
+    }
+
+    fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> kvm_cpuid_entry2 {
+        *cpuid.as_slice().iter().find(|e| e.function == leaf && e.index == subleaf).unwrap()
+    }
+
+    #[test]
+    fn every_leaf_agrees_on_the_apic_id_and_the_core_count() {
+        for (vcpus, bits) in [(1_u8, 0_u32), (2, 1), (3, 2), (4, 2), (5, 3), (32, 5)] {
+            for vcpu in 0..vcpus {
+                let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(vcpu, vcpus, &CpuHide::none())).unwrap();
+                let id = u32::from(vcpu);
+                assert_eq!(find(&cpuid, 1, 0).ebx >> 24, id);
+                assert_eq!(find(&cpuid, 1, 0).ebx >> 16 & 0xff, 1 << bits);
+                assert_eq!(find(&cpuid, 1, 0).ebx & 0xffff, 0x0800, "the rest of EBX is KVM's");
+                assert_eq!(find(&cpuid, 1, 0).edx & HTT != 0, vcpus > 1);
+                for leaf in [0xb, 0x1f] {
+                    assert_eq!(find(&cpuid, leaf, 0).edx, id);
+                    assert_eq!(find(&cpuid, leaf, 0).ecx, 0x100);
+                    let core = find(&cpuid, leaf, 1);
+                    assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (bits, vcpus.into(), 0x201, id));
+                }
+                let amd = find(&cpuid, 0x8000_0008, 0).ecx;
+                assert_eq!((amd & 0xff, amd >> 12 & 0xf), (u32::from(vcpus) - 1, bits));
+                assert_eq!(find(&cpuid, 0x8000_001e, 0).eax, id);
+                assert_eq!(find(&cpuid, 0x8000_001d, 3).eax >> 14 & 0xfff, (1 << bits) - 1);
+                assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & CMP_LEGACY != 0, vcpus > 1);
+            }
+        }
+    }
+
+    #[test]
+    fn intel_leaf_4_counts_cores_and_amd_leaves_stay() {
+        let cpuid = build_cpuid(&supported(b"GenuineIntel"), &spec(1, 3, &CpuHide::none())).unwrap();
+        let (l1, l3) = (find(&cpuid, 4, 0).eax, find(&cpuid, 4, 3).eax);
+        assert_eq!((l1 >> 26, l1 >> 14 & 0xfff), (3, 0));
+        assert_eq!((l3 >> 26, l3 >> 14 & 0xfff), (3, 3));
+        assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx, 0x703f);
+    }
+
+    #[test]
+    fn identity_bits() {
+        let cpuid = build_cpuid(&supported(b"GenuineIntel"), &spec(0, 1, &CpuHide::none())).unwrap();
+        let ecx = find(&cpuid, 1, 0).ecx;
+        assert_eq!(ecx & (HYPERVISOR | TSC_DEADLINE | OSXSAVE), HYPERVISOR | TSC_DEADLINE);
+        assert_eq!(find(&cpuid, 7, 0).ecx & OSPKE, 0);
+    }
+
+    #[test]
+    fn hidden_features_are_gone_with_their_state() {
+        let hide: CpuHide = "avx512f,kvm_pv_ipi,fsgsbase,kvm_clock".parse().unwrap();
+        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &hide)).unwrap();
+        assert_eq!(find(&cpuid, 7, 0).ebx & (1 | 1 << 16 | 1 << 31), 0);
+        assert_eq!(find(&cpuid, 0x4000_0001, 0).eax & (1 << 11 | 1 | 1 << 3), 0);
+        assert_eq!(find(&cpuid, 0xd, 0).eax, 0x07, "x87, SSE and AVX remain");
+        assert_eq!(find(&cpuid, 0xd, 5).eax, 0);
+        assert_eq!(find(&cpuid, 0xd, 2).eax, 256);
+        let none: CpuHide = "xsave".parse().unwrap();
+        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &none)).unwrap();
+        assert!(cpuid.as_slice().iter().filter(|e| e.function == 0xd).all(|e| e.eax | e.ebx | e.ecx | e.edx == 0));
+    }
+
+    #[test]
+    fn leaves_past_the_highest_are_gone() {
+        let hide = CpuHide::none();
+        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &CpuidSpec { max_leaf: Some(6), ..spec(0, 2, &hide) });
+        let cpuid = cpuid.unwrap();
+        assert_eq!(find(&cpuid, 0, 0).eax, 6);
+        assert!(cpuid.as_slice().iter().all(|e| e.function <= 6 || e.function >= 0x4000_0000));
+        assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx & 0xff, 1);
+    }
+
+    #[test]
+    fn xsaveerptr_is_forced_on_amd_alone() {
+        let forced = |name| {
+            let hide = CpuHide::none();
+            let spec = CpuidSpec { force_xsaveerptr: true, ..spec(0, 1, &hide) };
+            find(&build_cpuid(&supported(name), &spec).unwrap(), 0x8000_0008, 0).ebx & XSAVEERPTR != 0
+        };
+        assert!(forced(b"AuthenticAMD"));
+        assert!(!forced(b"GenuineIntel"));
+    }
+
+    #[test]
+    fn refusals() {
+        let hide = CpuHide::none();
+        let error = build_cpuid(&supported(b"GenuineIntel"), &spec(2, 2, &hide)).unwrap_err();
+        assert_eq!(error.to_string(), "vCPU 2 is not one of 2");
+        let empty = CpuId::from_entries(&[]).unwrap();
+        assert_eq!(build_cpuid(&empty, &spec(0, 1, &hide)), Err(CpuidError::MissingLeaf { leaf: 1 }));
+    }
+}

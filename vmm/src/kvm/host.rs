@@ -1,0 +1,301 @@
+//! `/dev/kvm`: whether it is there, speaks our version and can do what is needed.
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_xsave};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::cpuid::{CpuidError, CpuidSpec, build_cpuid};
+use super::features::CpuHide;
+use super::msrs::{MsrError, MsrSet};
+use super::quirks::{QuirkError, Quirks};
+use crate::boot::MAX_CPUS;
+
+/// Where the device usually is.
+pub const KVM_PATH: &str = "/dev/kvm";
+
+/// Why this host cannot run VMs.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The device is not there.
+    #[error("{} is missing: is the kvm module loaded, and virtualization enabled?", path.display())]
+    Missing {
+        /// The device.
+        path: PathBuf,
+    },
+    /// It may not be opened.
+    #[error("no permission to open {}: is this user in its group?", path.display())]
+    Permission {
+        /// The device.
+        path: PathBuf,
+    },
+    /// It could not be opened for another reason.
+    #[error("cannot open {}", path.display())]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not KVM, or not one we know.
+    #[error("{} speaks KVM API version {found}, {KVM_API_VERSION} is needed", path.display())]
+    ApiVersion {
+        /// The device.
+        path: PathBuf,
+        /// Its answer; -1 when it is not KVM at all.
+        found: i32,
+    },
+    /// It lacks something.
+    #[error("this host's KVM lacks {name}")]
+    MissingCapability {
+        /// The capability, as the kernel calls it.
+        name: &'static str,
+    },
+    /// More vCPUs than it can do.
+    #[error("{asked} vCPUs, but this host does at most {max}")]
+    TooManyVcpus {
+        /// How many.
+        asked: u8,
+        /// The most.
+        max: u8,
+    },
+    /// A question to KVM failed.
+    #[error("{what} failed")]
+    Ioctl {
+        /// The call.
+        what: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The quirks could not be told.
+    #[error(transparent)]
+    Quirks(#[from] QuirkError),
+    /// No CPUID could be built.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// The MSRs could not be told.
+    #[error(transparent)]
+    Msrs(#[from] MsrError),
+}
+
+/// What we cannot do without: the capability and its name.
+const REQUIRED: [(Cap, &str); 14] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+];
+
+/// What only a vCPU can tell.
+#[derive(Debug)]
+struct Probed {
+    msrs: MsrSet,
+    tsc_khz: Option<u32>,
+}
+
+/// An opened and checked `/dev/kvm`.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    quirks: Quirks,
+    supported: CpuId,
+    max_vcpus: u8,
+    probed: OnceLock<Probed>,
+}
+
+impl Host {
+    /// Opens [`KVM_PATH`].
+    pub fn open() -> Result<Self, HostError> {
+        Self::open_at(Path::new(KVM_PATH))
+    }
+
+    /// Opens `path`, checks it and finds out which quirks it has.
+    pub fn open_at(path: &Path) -> Result<Self, HostError> {
+        let kvm = open_device(path)?;
+        let found = kvm.get_api_version();
+        if u32::try_from(found) != Ok(KVM_API_VERSION) {
+            return Err(HostError::ApiVersion { path: path.to_owned(), found });
+        }
+        if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(HostError::MissingCapability { name });
+        }
+        let quirks = Quirks::detect()?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|source| HostError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
+        let max_vcpus = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_CPUS);
+        Ok(Self { kvm, quirks, supported, max_vcpus, probed: OnceLock::new() })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// What is peculiar about it.
+    #[must_use]
+    pub fn quirks(&self) -> Quirks {
+        self.quirks
+    }
+
+    /// The most vCPUs a VM may have.
+    #[must_use]
+    pub fn max_vcpus(&self) -> u8 {
+        self.max_vcpus
+    }
+
+    /// Whether `KVM_CAP_SYNC_REGS` lets registers ride along with `KVM_RUN`.
+    #[must_use]
+    pub fn has_sync_regs(&self) -> bool {
+        self.kvm.check_extension(Cap::SyncRegs)
+    }
+
+    /// Whether guests can be given another TSC frequency than the host's.
+    #[must_use]
+    pub fn has_tsc_control(&self) -> bool {
+        self.kvm.check_extension(Cap::TscControl)
+    }
+
+    /// Whether the PIC and IOAPIC can be left to userspace while the local APICs stay in KVM.
+    #[must_use]
+    pub fn has_split_irqchip(&self) -> bool {
+        self.kvm.check_extension(Cap::SplitIrqchip)
+    }
+
+    /// Whether the XSAVE area may be larger than 4096 bytes.
+    #[must_use]
+    pub fn has_xsave2(&self) -> bool {
+        self.kvm.check_extension_int(Cap::Xsave2) > 0
+    }
+
+    /// Bytes of a vCPU's XSAVE area.
+    #[must_use]
+    pub fn xsave_size(&self) -> usize {
+        let size = usize::try_from(self.kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        size.max(size_of::<kvm_xsave>())
+    }
+
+    /// The CPUID for `vcpu` of `vcpus`, without what `hide` and the host's quirks hide.
+    pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
+        if vcpus > self.max_vcpus {
+            return Err(HostError::TooManyVcpus { asked: vcpus, max: self.max_vcpus });
+        }
+        let spec = CpuidSpec {
+            vcpu,
+            vcpus,
+            hide: &hide.union(&self.quirks.hide()),
+            max_leaf: self.quirks.max_leaf(),
+            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
+            force_xsaveerptr: self.quirks.forces_xsaveerptr(),
+        };
+        Ok(build_cpuid(&self.supported, &spec)?)
+    }
+
+    /// The MSRs that make up a vCPU's state. Found out on a scratch VM the first time, which takes some milliseconds: ask
+    /// before it matters.
+    pub fn msrs(&self) -> Result<&MsrSet, HostError> {
+        Ok(&self.probed()?.msrs)
+    }
+
+    /// The frequency of the TSC that vCPUs are born with, when KVM says. Found out together with the MSRs.
+    pub fn tsc_khz(&self) -> Result<Option<u32>, HostError> {
+        Ok(self.probed()?.tsc_khz)
+    }
+
+    fn probed(&self) -> Result<&Probed, HostError> {
+        if let Some(probed) = self.probed.get() {
+            return Ok(probed);
+        }
+        let failed = |what| move |source| HostError::Ioctl { what, source };
+        let vm = self.scratch_vm().map_err(failed("making a scratch VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&self.cpuid(0, 1, &CpuHide::none())?).map_err(failed("KVM_SET_CPUID2"))?;
+        // Fails where the host's own TSC is not usable.
+        let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        let probed = Probed { msrs: MsrSet::probe(self, &vcpu)?, tsc_khz };
+        // Two threads may both get here; they find the same, and the first to finish wins.
+        Ok(self.probed.get_or_init(|| probed))
+    }
+
+    /// A VM without memory whose vCPUs have local APICs, for finding things out.
+    pub(super) fn scratch_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        let vm = self.kvm.create_vm()?;
+        if self.has_split_irqchip() {
+            // A sixtieth of the time a full irqchip takes to destroy.
+            vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() })?;
+        } else {
+            vm.create_irq_chip()?;
+        }
+        Ok(vm)
+    }
+}
+
+fn open_device(path: &Path) -> Result<Kvm, HostError> {
+    let owned = || path.to_owned();
+    let invalid = |error| HostError::Open { path: owned(), source: io::Error::new(io::ErrorKind::InvalidInput, error) };
+    let c_path = CString::new(path.as_os_str().as_bytes()).map_err(invalid)?;
+    Kvm::new_with_path(c_path).map_err(|error| match error.errno() {
+        libc::ENOENT => HostError::Missing { path: owned() },
+        libc::EACCES | libc::EPERM => HostError::Permission { path: owned() },
+        errno => HostError::Open { path: owned(), source: io::Error::from_raw_os_error(errno) },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testutil::host;
+    use super::*;
+
+    #[test]
+    fn a_missing_device_is_named() {
+        let error = Host::open_at(Path::new("/nonexistent/kvm")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "/nonexistent/kvm is missing: is the kvm module loaded, and virtualization enabled?"
+        );
+    }
+
+    #[test]
+    fn another_device_is_not_kvm() {
+        let error = Host::open_at(Path::new("/dev/null")).unwrap_err();
+        assert_eq!(error.to_string(), "/dev/null speaks KVM API version -1, 12 is needed");
+    }
+
+    #[test]
+    fn a_directory_or_an_odd_path_cannot_be_opened() {
+        let error = Host::open_at(Path::new("/")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot open /");
+        assert!(matches!(Host::open_at(Path::new("a\0b")), Err(HostError::Open { .. })));
+    }
+
+    #[test]
+    fn opens_and_builds_a_cpuid_kvm_takes() {
+        let Some(host) = host() else { return };
+        assert!(host.max_vcpus() >= 1);
+        assert!(host.xsave_size() >= 4096);
+        let vm = host.scratch_vm().unwrap();
+        for vcpu in 0..2 {
+            let cpuid = host.cpuid(vcpu, 2, &CpuHide::none()).unwrap();
+            vm.create_vcpu(vcpu.into()).unwrap().set_cpuid2(&cpuid).unwrap();
+        }
+        let error = host.cpuid(0, 200, &CpuHide::none()).unwrap_err();
+        assert_eq!(error.to_string(), format!("200 vCPUs, but this host does at most {}", host.max_vcpus()));
+    }
+}

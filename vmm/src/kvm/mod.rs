@@ -1,0 +1,31 @@
+//! The host's KVM: what it can do, what it must be told, and how a VM's state is taken and given back.
+//!
+//! | file | what |
+//! |---|---|
+//! | `host` | `/dev/kvm`, its version and capabilities, with an error for each thing that may be missing |
+//! | `features`, `cpuid` | names of CPU features, and the CPUID each vCPU is given |
+//! | `quirks` | everything that adapts to a KVM which is not a hardware one |
+//! | `msrs` | which MSRs make up a vCPU's state on this host |
+//! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
+//!
+//! Not done here: creating VMs and running vCPUs.
+
+#[cfg(test)]
+mod cost;
+mod cpuid;
+mod features;
+mod host;
+mod msrs;
+mod quirks;
+#[cfg(test)]
+mod testutil;
+mod vcpu_state;
+mod vm_state;
+
+pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
+pub use features::{CpuHide, UnknownFeature};
+pub use host::{Host, HostError, KVM_PATH};
+pub use msrs::{MsrError, MsrSet};
+pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
+pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
+pub use vm_state::{Chips, Clock, VmState, VmStateError};

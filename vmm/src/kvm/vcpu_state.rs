@@ -1,0 +1,438 @@
+//! A vCPU's state: taking it, and giving it to another vCPU.
+//!
+//! Both are on the path of every fork, so the buffers are made once, CPUID is not read back from KVM, and one call reads
+//! all MSRs. Both need the vCPU to be out of `KVM_RUN`, **with its last I/O completed** (run it once more with
+//! `immediate_exit` set after an I/O or MMIO exit: KVM finishes the instruction only then), and all its siblings too,
+//! because an interrupt between two vCPUs would otherwise be in neither's state.
+
+use kvm_bindings::{
+    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave, kvm_xsave2,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+
+use super::host::{Host, HostError};
+use super::msrs::MsrError;
+
+/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Why a vCPU's state could not be taken or given.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    /// A call failed.
+    #[error("{call} failed")]
+    Ioctl {
+        /// Which.
+        call: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// An MSR could not be read.
+    #[error("KVM does not read MSR {index:#x} of this vCPU, number {at} of {count}")]
+    MsrRead {
+        /// Which.
+        index: u32,
+        /// Its place.
+        at: usize,
+        /// How many were asked for.
+        count: usize,
+    },
+    /// An MSR was refused.
+    #[error("KVM refuses MSR {index:#x} the value {value:#x}")]
+    MsrWrite {
+        /// Which.
+        index: u32,
+        /// The value.
+        value: u64,
+    },
+    /// The XSAVE area has another size than this host's.
+    #[error("the saved XSAVE area is {found} bytes, this host's KVM takes {expected}")]
+    XsaveSize {
+        /// In the state.
+        found: usize,
+        /// On this host.
+        expected: usize,
+    },
+    /// The TSC frequency cannot be had here.
+    #[error("the state is from a host with a TSC of {saved} kHz, this one has {here} kHz and cannot scale it")]
+    TscFrequency {
+        /// Of the state.
+        saved: u32,
+        /// Of this host.
+        here: u32,
+    },
+    /// The MSRs of this host are not known.
+    #[error("the MSRs of this host could not be told")]
+    Msrs {
+        /// Why.
+        #[source]
+        source: Box<HostError>,
+    },
+    /// A buffer could not be made.
+    #[error("no buffer for an XSAVE area of {bytes} bytes")]
+    Buffer {
+        /// Its size.
+        bytes: usize,
+    },
+}
+
+impl From<HostError> for VcpuStateError {
+    fn from(source: HostError) -> Self {
+        Self::Msrs { source: Box::new(source) }
+    }
+}
+
+impl From<MsrError> for VcpuStateError {
+    fn from(source: MsrError) -> Self {
+        HostError::from(source).into()
+    }
+}
+
+/// `.map_err` for a named call.
+fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
+    move |source| VcpuStateError::Ioctl { call, source }
+}
+
+/// The shape of a vCPU's state on this host: made once, shared by all vCPUs.
+#[derive(Clone, Debug)]
+pub struct StateLayout {
+    msrs: Msrs,
+    /// 32-bit words of the XSAVE area past the 4096 bytes of `kvm_xsave`.
+    xsave_extra: usize,
+    xsave2: bool,
+    /// Frequency of the TSC that vCPUs are born with.
+    tsc_khz: Option<u32>,
+    tsc_control: bool,
+}
+
+impl StateLayout {
+    /// Finds out. The first call on a host probes its MSRs, see [`Host::msrs`].
+    pub fn new(host: &Host) -> Result<Self, VcpuStateError> {
+        let size = host.xsave_size();
+        Ok(Self {
+            msrs: host.msrs()?.buffer()?,
+            tsc_khz: host.tsc_khz()?,
+            xsave_extra: (size - size_of::<kvm_xsave>()).div_ceil(size_of::<u32>()),
+            xsave2: host.has_xsave2(),
+            tsc_control: host.has_tsc_control(),
+        })
+    }
+
+    fn xsave_bytes(&self) -> usize {
+        size_of::<kvm_xsave>() + self.xsave_extra * size_of::<u32>()
+    }
+
+    /// A zeroed buffer for an XSAVE area of this host's size.
+    fn xsave(&self) -> Result<Xsave, VcpuStateError> {
+        Xsave::new(self.xsave_extra).map_err(|_| VcpuStateError::Buffer { bytes: self.xsave_bytes() })
+    }
+}
+
+/// Whether the vCPU that a state is given to already has its CPUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuidState {
+    /// It has: a shell made for this guest, or a reset in place.
+    Set,
+    /// It has not: `KVM_SET_CPUID2` comes first. KVM refuses that once the vCPU has run.
+    Unset,
+}
+
+/// Everything that is a vCPU, except memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// What the vCPU was made with. KVM's own copy differs in the bits that follow CR4.
+    pub cpuid: CpuId,
+    /// Frequency of its TSC, when KVM says.
+    pub tsc_khz: Option<u32>,
+    /// Running, halted, waiting for INIT or SIPI.
+    pub mp_state: kvm_mp_state,
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments, control registers, APIC base.
+    pub sregs: kvm_sregs,
+    /// x87, SSE, AVX and the rest of what XSAVE covers.
+    pub xsave: Xsave,
+    /// XCR0.
+    pub xcrs: kvm_xcrs,
+    /// Debug registers.
+    pub debug_regs: kvm_debugregs,
+    /// MSRs in the order in which they are restored. The TSC's offset is not kept: the TSC's value is, and counts on from
+    /// there.
+    pub msrs: Msrs,
+    /// Local APIC.
+    pub lapic: kvm_lapic_state,
+    /// Exceptions, interrupts, NMIs and SMIs on their way.
+    pub events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// Takes the state of `vcpu`, which was made with `cpuid`.
+    pub fn save(vcpu: &VcpuFd, layout: &StateLayout, cpuid: &CpuId) -> Result<Self, VcpuStateError> {
+        let mut state = Self {
+            cpuid: cpuid.clone(),
+            // Fixed for the vCPU's life. Fails where the host's TSC is not usable.
+            tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0),
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: layout.xsave()?,
+            xcrs: kvm_xcrs::default(),
+            debug_regs: kvm_debugregs::default(),
+            msrs: layout.msrs.clone(),
+            lapic: kvm_lapic_state::default(),
+            events: kvm_vcpu_events::default(),
+        };
+        state.save_into(vcpu, layout)?;
+        Ok(state)
+    }
+
+    /// Takes the state of the same vCPU again, without allocating. After an error the state is of no use.
+    pub fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+        // Before everything else, because it makes KVM accept a pending INIT or SIPI, which changes registers and the
+        // local APIC.
+        self.mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
+        self.regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+        self.sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        self.save_xsave(vcpu, layout)?;
+        self.xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
+        self.debug_regs = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
+        // Before the local APIC: the timer may fire between the two, on another CPU. This way round the interrupt is in
+        // the APIC's state and perhaps comes twice, which a guest takes for a spurious one; the other way round the
+        // deadline would already read 0 and the APIC would not have it yet, and a tickless guest would sleep forever.
+        self.save_msrs(vcpu, layout)?;
+        // Before the events, because it moves posted interrupts into the APIC's registers.
+        self.lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+        // Last, because each of the calls above may leave an event behind.
+        self.events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
+        Ok(())
+    }
+
+    pub(super) fn save_xsave(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+        if !layout.xsave2 {
+            let xsave = vcpu.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
+            self.xsave =
+                Xsave::from_header(kvm_xsave2::from(xsave)).map_err(|_| VcpuStateError::Buffer { bytes: 4096 })?;
+            return Ok(());
+        }
+        if self.xsave.as_slice().len() != layout.xsave_extra {
+            self.xsave = layout.xsave()?;
+        }
+        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says. `layout` asked the same KVM, and the area has exactly
+        // that size, checked just above. The size could only grow by this process asking for dynamic XSTATE permission
+        // (arch_prctl), which nothing in this program does.
+        unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(call("KVM_GET_XSAVE2"))
+    }
+
+    pub(super) fn save_msrs(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+        let count = layout.msrs.as_slice().len();
+        if self.msrs.as_slice().len() != count {
+            self.msrs = layout.msrs.clone();
+        }
+        let read = vcpu.get_msrs(&mut self.msrs).map_err(call("KVM_GET_MSRS"))?;
+        match self.msrs.as_slice().get(read) {
+            None => Ok(()),
+            Some(entry) => Err(VcpuStateError::MsrRead { index: entry.index, at: read, count }),
+        }
+    }
+
+    /// Gives the state to `vcpu`. After an error the vCPU is of no use.
+    pub fn restore(&self, vcpu: &VcpuFd, layout: &StateLayout, cpuid: CpuidState) -> Result<(), VcpuStateError> {
+        // Checked before anything is changed.
+        let found = size_of::<kvm_xsave>() + size_of_val(self.xsave.as_slice());
+        if found != layout.xsave_bytes() {
+            return Err(VcpuStateError::XsaveSize { found, expected: layout.xsave_bytes() });
+        }
+        // First, because KVM checks everything that follows against what the guest's CPU has.
+        if cpuid == CpuidState::Unset {
+            vcpu.set_cpuid2(&self.cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        }
+        // Before the MSRs, because KVM converts the TSC's value with the frequency in force when it is written.
+        self.restore_tsc_frequency(vcpu, layout)?;
+        // Before the registers, because making a vCPU wait for SIPI or run again resets parts of it.
+        vcpu.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
+        // Before the events, because it drops pending exceptions.
+        vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
+        // Before the local APIC and the MSRs, because it carries the APIC base (without which the local APIC refuses its
+        // registers) and EFER.
+        vcpu.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, or 4096 where it does not know that capability.
+        // `layout` asked the same KVM, and the area has exactly that size, checked at the top. The size could only grow
+        // by this process asking for dynamic XSTATE permission (arch_prctl), which nothing in this program does.
+        unsafe { vcpu.set_xsave2(&self.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
+        // After the special registers because of the APIC base; before the MSRs, because a TSC deadline is taken only
+        // while the timer is in deadline mode.
+        vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
+        let written = vcpu.set_msrs(&self.msrs).map_err(call("KVM_SET_MSRS"))?;
+        if let Some(entry) = self.msrs.as_slice().get(written) {
+            return Err(VcpuStateError::MsrWrite { index: entry.index, value: entry.data });
+        }
+        // Last, because setting registers drops pending exceptions, and special registers queue an interrupt that this
+        // replaces.
+        vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn restore_tsc_frequency(&self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+        let (Some(saved), Some(here)) = (self.tsc_khz, layout.tsc_khz) else { return Ok(()) };
+        let difference = u64::from(saved.abs_diff(here)) * 1_000_000;
+        if difference <= u64::from(saved) * TSC_TOLERANCE_PPM {
+            return Ok(());
+        }
+        if !layout.tsc_control {
+            return Err(VcpuStateError::TscFrequency { saved, here });
+        }
+        vcpu.set_tsc_khz(saved).map_err(call("KVM_SET_TSC_KHZ"))
+    }
+}
+
+/// Tells the guest that it was stopped, so that its watchdogs do not count the time. `false` when it has no kvmclock page
+/// to be told on.
+pub fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == libc::EINVAL => Ok(false),
+        Err(source) => Err(call("KVM_KVMCLOCK_CTRL")(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_msr_entry;
+
+    use super::super::testutil::{TWO_OUTS, TestVm, host, save_all};
+    use super::super::vm_state::{Chips, Clock, VmState};
+    use super::*;
+
+    /// MSRs whose value goes on while nobody looks.
+    const MOVING: [u32; 1] = [super::super::msrs::MSR_TSC];
+
+    /// What must be equal after a round trip, as bytes.
+    fn fixed(state: &VcpuState) -> Vec<Vec<u8>> {
+        let mut state = state.clone();
+        for entry in state.msrs.as_mut_slice().iter_mut().filter(|e| MOVING.contains(&e.index)) {
+            entry.data = 0;
+        }
+        let json = |value: serde_json::Value| serde_json::to_vec(&value).unwrap();
+        let serde_json::Value::Object(fields) = serde_json::to_value(&state).unwrap() else { unreachable!() };
+        fields.into_iter().map(|(name, value)| json(serde_json::json!([name, value]))).collect()
+    }
+
+    fn tsc(state: &VcpuState) -> u64 {
+        state.msrs.as_slice().iter().find(|e| MOVING.contains(&e.index)).unwrap().data
+    }
+
+    #[test]
+    fn a_running_vm_goes_on_in_another() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let mut parent = TestVm::new(&host, 2, &TWO_OUTS);
+        assert_eq!(parent.run_to_out(&host), b'A');
+        let saved = save_all(&parent, &host, &layout);
+        let vm_saved = VmState::save(&parent.vm, Chips::None).unwrap();
+        assert_eq!(saved[0].regs.rbx, 0x1234_5678);
+        assert_eq!(saved[1].mp_state.mp_state, kvm_bindings::KVM_MP_STATE_UNINITIALIZED);
+
+        // As it goes to another process.
+        let sent: Vec<VcpuState> = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let mut child = parent.sibling(&host);
+        for (vcpu, state) in child.vcpus.iter().zip(&sent) {
+            state.restore(vcpu, &layout, CpuidState::Set).unwrap();
+        }
+        vm_saved.restore_chips(&child.vm).unwrap();
+        vm_saved.restore_clock(&child.vm, Clock::Resume).unwrap();
+
+        let again = save_all(&child, &host, &layout);
+        for (before, after) in saved.iter().zip(&again) {
+            for (a, b) in fixed(before).iter().zip(&fixed(after)) {
+                assert_eq!(String::from_utf8_lossy(a), String::from_utf8_lossy(b));
+            }
+            assert!(tsc(after) >= tsc(before) && tsc(after) - tsc(before) < 20_000_000_000, "the TSC counts on");
+        }
+        assert_eq!(child.run_to_out(&host), 0x78, "the child goes on after the parent's first OUT");
+        assert_eq!(parent.run_to_out(&host), 0x78, "and so does the parent");
+    }
+
+    #[test]
+    fn every_part_reaches_the_other_vcpu() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let parent = TestVm::new(&host, 1, &TWO_OUTS);
+        let mut state = save_all(&parent, &host, &layout).remove(0);
+        state.regs.r15 = 0xdead_beef;
+        state.debug_regs.db[0] = 0x1234;
+        // FCW and XMM0's first word, marked as present in XSTATE_BV.
+        state.xsave_word_mut(0, 0x027f);
+        state.xsave_word_mut(40, 0xabcd_ef01);
+        state.xsave_word_mut(128, 3);
+        state.lapic.regs[0x3e0] = 0xb;
+        for (index, data) in [(0xc000_0082, 0xffff_ffff_8100_0000), (0x174, 0x10), (0x277, 0x0007_0106_0007_0106)] {
+            set_msr(&mut state, index, data);
+        }
+        let child = parent.sibling(&host);
+        state.restore(&child.vcpus[0], &layout, CpuidState::Set).unwrap();
+        let again = save_all(&child, &host, &layout).remove(0);
+        for (a, b) in fixed(&state).iter().zip(&fixed(&again)) {
+            assert_eq!(String::from_utf8_lossy(a), String::from_utf8_lossy(b));
+        }
+    }
+
+    fn set_msr(state: &mut VcpuState, index: u32, data: u64) {
+        state.msrs.as_mut_slice().iter_mut().find(|e| e.index == index).unwrap().data = data;
+    }
+
+    impl VcpuState {
+        fn xsave_word_mut(&mut self, word: usize, value: u32) {
+            // SAFETY: the length, which describes the allocation, is not changed.
+            let area = unsafe { self.xsave.as_mut_fam_struct() };
+            area.xsave.region[word] = value;
+        }
+    }
+
+    #[test]
+    fn a_reused_buffer_holds_the_new_state() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let mut vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let mut state = save_all(&vm, &host, &layout).remove(0);
+        assert_eq!(state.regs.rbx, 0);
+        vm.run_to_out(&host);
+        state.save_into(&vm.vcpus[0], &layout).unwrap();
+        assert_eq!(state.regs.rbx, 0x1234_5678);
+    }
+
+    #[test]
+    fn states_from_elsewhere_are_refused_by_value() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let good = save_all(&vm, &host, &layout).remove(0);
+        let refusal = |state: VcpuState| state.restore(&vm.vcpus[0], &layout, CpuidState::Set).unwrap_err().to_string();
+
+        let larger = VcpuState { xsave: Xsave::new(layout.xsave_extra + 1).unwrap(), ..good.clone() };
+        let bytes = layout.xsave_bytes();
+        assert_eq!(
+            refusal(larger),
+            format!("the saved XSAVE area is {} bytes, this host's KVM takes {bytes}", bytes + 4)
+        );
+        let unknown = kvm_msr_entry { index: 0x4000_ffff, data: 5, ..Default::default() };
+        let odd = VcpuState { msrs: Msrs::from_entries(&[unknown]).unwrap(), ..good.clone() };
+        assert_eq!(refusal(odd), "KVM refuses MSR 0x4000ffff the value 0x5");
+        if !layout.tsc_control
+            && let Some(here) = good.tsc_khz
+        {
+            let slow = VcpuState { tsc_khz: Some(here / 2), ..good };
+            assert!(refusal(slow).starts_with("the state is from a host with a TSC of"));
+        }
+    }
+
+    #[test]
+    fn a_guest_without_a_clock_page_cannot_be_told_of_a_pause() {
+        let Some(host) = host() else { return };
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        assert!(!mark_paused(&vm.vcpus[0]).unwrap());
+    }
+}

@@ -1,0 +1,209 @@
+//! A VM's state outside its vCPUs: interrupt controllers, timer, clock.
+
+use std::fmt;
+
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+/// Why a VM's state could not be taken or given.
+#[derive(Debug, thiserror::Error)]
+pub enum VmStateError {
+    /// A call failed.
+    #[error("{call} failed for {what}")]
+    Ioctl {
+        /// Which.
+        call: &'static str,
+        /// For what.
+        what: &'static str,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// Which of the PC's chips KVM has in this VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chips {
+    /// None, or the local APICs alone (split irqchip).
+    None,
+    /// PICs and IOAPIC.
+    Irqchip,
+    /// PICs, IOAPIC and PIT.
+    IrqchipAndPit,
+}
+
+/// How a restored VM's clock goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// From where it stood: no time has passed. What a fork and a reset want.
+    Resume,
+    /// Ahead by the wall-clock time since it was saved, where the host could say when that was.
+    CatchUp,
+}
+
+/// The three interrupt controllers, in KVM's form.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Irqchips {
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+}
+
+impl fmt::Debug for Irqchips {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The chips are C unions, without a form of their own to print.
+        f.write_str("Irqchips { .. }")
+    }
+}
+
+/// A VM's state outside its vCPUs and its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmState {
+    irqchips: Option<Irqchips>,
+    pit: Option<kvm_pit_state2>,
+    clock: kvm_clock_data,
+}
+
+fn failed(call: &'static str, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmStateError {
+    move |source| VmStateError::Ioctl { call, what, source }
+}
+
+const PARTS: [(u32, &str); 3] = [
+    (KVM_IRQCHIP_PIC_MASTER, "the first PIC"),
+    (KVM_IRQCHIP_PIC_SLAVE, "the second PIC"),
+    (KVM_IRQCHIP_IOAPIC, "the IOAPIC"),
+];
+
+impl VmState {
+    /// Takes the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the IOAPIC still holds is
+    /// delivered again by [`Self::restore_chips`], one that it has delivered is in a vCPU's local APIC.
+    pub fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
+        // First, because the pause should cost the guest's clock as little as possible.
+        let clock = vm.get_clock().map_err(failed("KVM_GET_CLOCK", "the clock"))?;
+        let get = |(chip_id, what): (u32, &'static str)| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP", what))?;
+            Ok(chip)
+        };
+        // The timer before the controllers: a tick between the two is then in the controllers' state, not lost.
+        let pit = match chips {
+            Chips::IrqchipAndPit => Some(vm.get_pit2().map_err(failed("KVM_GET_PIT2", "the PIT"))?),
+            Chips::None | Chips::Irqchip => None,
+        };
+        let irqchips = match chips {
+            Chips::None => None,
+            Chips::Irqchip | Chips::IrqchipAndPit => {
+                let [pic_master, pic_slave, ioapic] = PARTS;
+                Some(Irqchips { pic_master: get(pic_master)?, pic_slave: get(pic_slave)?, ioapic: get(ioapic)? })
+            }
+        };
+        Ok(Self { irqchips, pit, clock })
+    }
+
+    /// Gives the controllers and the timer their state.
+    ///
+    /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs, and a local APIC that is
+    /// restored later would forget it.
+    pub fn restore_chips(&self, vm: &VmFd) -> Result<(), VmStateError> {
+        if let Some(irqchips) = &self.irqchips {
+            // The PICs before the IOAPIC, whose pin 0 may carry what they hold.
+            let chips = [&irqchips.pic_master, &irqchips.pic_slave, &irqchips.ioapic];
+            for (chip, (_, what)) in chips.into_iter().zip(PARTS) {
+                vm.set_irqchip(chip).map_err(failed("KVM_SET_IRQCHIP", what))?;
+            }
+        }
+        // After the controllers, because it starts to tick at once.
+        if let Some(pit) = &self.pit {
+            vm.set_pit2(pit).map_err(failed("KVM_SET_PIT2", "the PIT"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the guest's clock going.
+    ///
+    /// The last step before the vCPUs run, because the clock runs from this moment; and after their MSRs, because it is
+    /// computed from their TSCs.
+    pub fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
+        // Other flags say how the clock was read; KVM refuses them here.
+        let flags = match clock {
+            Clock::Resume => 0,
+            Clock::CatchUp => self.clock.flags & KVM_CLOCK_REALTIME,
+        };
+        let data =
+            kvm_clock_data { clock: self.clock.clock, flags, realtime: self.clock.realtime, ..Default::default() };
+        vm.set_clock(&data).map_err(failed("KVM_SET_CLOCK", "the clock"))
+    }
+
+    /// The guest's clock when it was saved, in nanoseconds.
+    #[must_use]
+    pub fn clock_ns(&self) -> u64 {
+        self.clock.clock
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+
+    use super::super::testutil::host;
+    use super::*;
+
+    /// Bytes of the state, for comparing.
+    fn chips(state: &VmState) -> Vec<u8> {
+        serde_json::to_vec(&(state.irqchips, state.pit)).unwrap()
+    }
+
+    #[test]
+    fn a_full_irqchip_goes_to_another_vm() {
+        let Some(host) = host() else { return };
+        let make = || {
+            let vm = host.kvm().create_vm().unwrap();
+            vm.create_irq_chip().unwrap();
+            vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).unwrap();
+            vm
+        };
+        let (a, b) = (make(), make());
+        let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+        a.get_irqchip(&mut ioapic).unwrap();
+        // SAFETY: KVM has filled the IOAPIC's member of the union, as asked; its fields are plain integers.
+        let mut registers = unsafe { ioapic.chip.ioapic };
+        registers.redirtbl[5].bits = 0x1_0000 | 0x35;
+        ioapic.chip.ioapic = registers;
+        a.set_irqchip(&ioapic).unwrap();
+
+        let saved = VmState::save(&a, Chips::IrqchipAndPit).unwrap();
+        let fresh = VmState::save(&b, Chips::IrqchipAndPit).unwrap();
+        assert_ne!(serde_json::to_vec(&saved.irqchips).unwrap(), serde_json::to_vec(&fresh.irqchips).unwrap());
+        let json = serde_json::to_string(&saved).unwrap();
+        let sent: VmState = serde_json::from_str(&json).unwrap();
+        sent.restore_chips(&b).unwrap();
+        sent.restore_clock(&b, Clock::Resume).unwrap();
+        let again = VmState::save(&b, Chips::IrqchipAndPit).unwrap();
+        // The PIT's count load time is the host's time of the load, and changes.
+        let without_time = |mut state: VmState| {
+            if let Some(pit) = &mut state.pit {
+                pit.channels.iter_mut().for_each(|c| c.count_load_time = 0);
+            }
+            chips(&state)
+        };
+        assert_eq!(without_time(again), without_time(saved));
+    }
+
+    #[test]
+    fn the_clock_resumes_where_it_stood() {
+        let Some(host) = host() else { return };
+        let a = host.scratch_vm().unwrap();
+        let mut saved = VmState::save(&a, Chips::None).unwrap();
+        saved.clock.clock = 3_600_000_000_000;
+        let b = host.scratch_vm().unwrap();
+        for clock in [Clock::Resume, Clock::CatchUp] {
+            saved.restore_clock(&b, clock).unwrap();
+            let now = VmState::save(&b, Chips::None).unwrap().clock_ns();
+            assert!((saved.clock_ns()..saved.clock_ns() + 10_000_000_000).contains(&now), "{clock:?}: {now}");
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Clade: a small KVM virtual machine monitor that forks running microVMs.
+//!
+//! | to learn about | read |
+//! |---|---|
+//! | running, forking, pausing a VM | [`vm`] |
+//! | loading a guest | [`boot`] |
+//! | KVM: host checks, CPUID, saved state, quirks | [`kvm`] |
+//! | VMs by name, with their sockets | [`fleet`], [`control`] |
+//! | the bare guest's commands | [`bare`] |
+//! | the command line | [`cli`] |
+//!
+//! Guest memory itself, and everything about sharing it, is in `clade-memory`.
+
+pub mod bare;
+pub mod bench;
+pub mod boot;
+pub mod cli;
+mod console;
+pub mod control;
+pub mod demo;
+pub mod event_loop;
+pub mod fleet;
+pub mod kvm;
+pub mod vm;
+
+/// An error and its causes in one line.
+#[must_use]
+pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // A transparent error says what its cause says.
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}

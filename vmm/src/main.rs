@@ -1,0 +1,7 @@
+//! The `clade` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    clade::cli::main()
+}

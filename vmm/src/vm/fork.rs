@@ -1,0 +1,103 @@
+//! Forking a running VM.
+//!
+//! ```text
+//!  parent   ──running──┤ kick │ freeze memory          │├──running──────────────
+//!  vCPU threads               │ each saves its own vCPU ││
+//!  child                                                 │ map layers │ restore │── first instruction
+//! ```
+//!
+//! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on.
+//! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads.
+//! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between.
+//! 4. Resume the parent: all that is needed is in the image.
+//! 5. In a shell: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run.
+//!
+//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still readable and writable to it (I13).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, Store};
+
+use crate::kvm::{VcpuState, VmState};
+use crate::vm::config::VmConfig;
+use crate::vm::devices::DeviceState;
+
+/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
+#[derive(Clone, Debug)]
+pub struct ForkImage {
+    pub(crate) config: Arc<VmConfig>,
+    pub(crate) ram: RamImage,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) vm: VmState,
+    pub(crate) devices: DeviceState,
+    pub(crate) generation: u32,
+}
+
+impl ForkImage {
+    /// The memory.
+    #[must_use]
+    pub fn ram(&self) -> &RamImage {
+        &self.ram
+    }
+
+    /// The same image with its memory copied into layers of its own, in `store`.
+    ///
+    /// # Errors
+    /// When there is no memory for the copy.
+    pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Arc<Self>, RamError> {
+        let ram = self.ram.flatten(store, grain)?;
+        Ok(Arc::new(Self { ram, ..self.clone() }))
+    }
+
+    /// How many forks lie between this image and the VM that was booted, counting this one.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+}
+
+/// Where the time of a fork went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkTimes {
+    /// From asking the vCPUs to stop until none was in the guest.
+    pub park: Duration,
+    /// Freezing memory.
+    pub freeze: Duration,
+    /// The parent's whole pause: from the first vCPU kicked to all let go.
+    pub pause: Duration,
+}
+
+/// What a fork of memory did and how long it took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkReport {
+    /// Times.
+    pub times: ForkTimes,
+    /// Pages.
+    pub freeze: FreezeReport,
+}
+
+/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through it.
+#[derive(Debug)]
+pub struct PauseGuard<'a> {
+    vm: &'a crate::vm::Vm,
+}
+
+impl<'a> PauseGuard<'a> {
+    /// Only [`crate::vm::Vm`] makes one, after the vCPUs have parked.
+    pub(crate) fn new(vm: &'a crate::vm::Vm) -> Self {
+        Self { vm }
+    }
+
+    /// Nothing of this VM writes to its memory while the guard is held: vCPUs are parked, and no device here does DMA.
+    #[must_use]
+    pub fn quiesced(&self) -> Quiesced<'_> {
+        Quiesced::assume()
+    }
+}
+
+impl Drop for PauseGuard<'_> {
+    fn drop(&mut self) {
+        self.vm.unpause();
+    }
+}

@@ -1,0 +1,294 @@
+//! A VM from boot or fork to its end.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use clade_devices::{COM1_GSI, Console};
+use clade_memory::{GuestRam, RamStats};
+
+use crate::boot::{self, BootSource};
+use crate::kvm::{Chips, VmState};
+use crate::vm::VmError;
+use crate::vm::config::{Irqchip, VmConfig};
+use crate::vm::context::Context;
+use crate::vm::devices::{Devices, Reports};
+use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+use crate::vm::shell::Shell;
+use crate::vm::stop::StopReason;
+use crate::vm::vcpu::{Order, Start};
+
+/// How a child starts.
+#[derive(Clone, Copy, Default)]
+pub struct ChildOptions<'a> {
+    /// Not running until it is resumed.
+    pub paused: bool,
+    /// Called with the child's memory before its first instruction: to give it something that its parent does not have.
+    pub before_start: Option<&'a dyn Fn(&GuestRam)>,
+}
+
+impl fmt::Debug for ChildOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ChildOptions(paused: {})", self.paused)
+    }
+}
+
+/// A virtual machine that runs, is paused, or has stopped.
+#[derive(Debug)]
+pub struct Vm {
+    name: String,
+    config: Arc<VmConfig>,
+    context: Context,
+    shell: Shell,
+    devices: Arc<Devices>,
+    generation: u32,
+    born: Instant,
+    /// Whether its owner has paused it (guards pause it beside that).
+    held: AtomicBool,
+    /// One fork, pause or resume at a time.
+    operations: Mutex<()>,
+}
+
+impl Vm {
+    /// Boots a guest.
+    ///
+    /// # Errors
+    /// When the VM cannot be made or the guest not be loaded.
+    pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
+        let shell = context.shell(config)?;
+        shell.ram.birth()?;
+        let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
+        let loaded = boot::load(shell.ram.memory(), &layout, source)?;
+        let devices = Arc::new(Devices::new(None, config.report_port).map_err(VmError::Devices)?);
+        let vm = Self::assemble(context, name, config, shell, devices, 0)?;
+        vm.start(&Start::Boot(loaded.entry));
+        Ok(vm)
+    }
+
+    /// Starts a child from an image.
+    ///
+    /// # Errors
+    /// When it cannot be made; nothing of it is left then (I13).
+    pub fn from_image(
+        context: &Context,
+        name: &str,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Self, VmError> {
+        let shell = context.shell(&image.config)?;
+        shell.ram.adopt(&image.ram)?;
+        let devices = Devices::new(Some(&image.devices), image.config.report_port).map_err(VmError::Devices)?;
+        let vm = Self::assemble(context, name, &image.config, shell, Arc::new(devices), image.generation)?;
+        if let Some(before_start) = options.before_start {
+            before_start(vm.ram());
+        }
+        if options.paused {
+            vm.held.store(true, Ordering::Release);
+            vm.shell.meeting.hold();
+        }
+        vm.start(&Start::Restore(Arc::clone(image)));
+        Ok(vm)
+    }
+
+    fn assemble(
+        context: &Context,
+        name: &str,
+        config: &Arc<VmConfig>,
+        shell: Shell,
+        devices: Arc<Devices>,
+        generation: u32,
+    ) -> Result<Self, VmError> {
+        if config.irqchip == Irqchip::Full {
+            devices
+                .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
+                .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
+            // An interrupt the parent's console had raised may have been on its way to the interrupt controller when that was saved.
+            devices.reraise();
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            config: Arc::clone(config),
+            context: context.clone(),
+            shell,
+            devices,
+            generation,
+            born: Instant::now(),
+            held: AtomicBool::new(false),
+            operations: Mutex::default(),
+        })
+    }
+
+    fn start(&self, start: &Start) {
+        let cpus = usize::from(self.config.cpus());
+        let line = Arc::new(Barrier::new(cpus));
+        let order = Order { start: start.clone(), devices: Arc::clone(&self.devices), line };
+        self.shell.meeting.start(std::iter::repeat_n(order, cpus));
+    }
+
+    fn operation(&self) -> MutexGuard<'_, ()> {
+        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
+    ///
+    /// # Errors
+    /// Then it runs on as it did (I13).
+    pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
+        let _one = self.operation();
+        let begun = Instant::now();
+        let guard = self.pause_inner(true)?;
+        let parked = Instant::now();
+        let (ram, freeze) = self.shell.ram.freeze(&guard.quiesced())?;
+        let frozen = Instant::now();
+        let devices = self.devices.save();
+        // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold is
+        // delivered again.
+        let vcpus = self.shell.meeting.collect()?;
+        let vm = VmState::save(&self.shell.fd, self.chips())?;
+        drop(guard);
+        let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
+        let config = Arc::clone(&self.config);
+        let image = ForkImage { config, ram, vcpus, vm, devices, generation: self.generation + 1 };
+        Ok((Arc::new(image), ForkReport { times, freeze }))
+    }
+
+    fn chips(&self) -> Chips {
+        match (self.config.irqchip, self.config.pit) {
+            (Irqchip::Split, _) => Chips::None,
+            (Irqchip::Full, false) => Chips::Irqchip,
+            (Irqchip::Full, true) => Chips::IrqchipAndPit,
+        }
+    }
+
+    fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
+        self.shell.meeting.pause(save)?;
+        Ok(PauseGuard::new(self))
+    }
+
+    pub(crate) fn unpause(&self) {
+        self.shell.meeting.resume();
+    }
+
+    /// Keeps the VM paused for as long as the guard lives.
+    ///
+    /// # Errors
+    /// When it has stopped, or a vCPU does not come out of the guest.
+    pub fn pause_guard(&self) -> Result<PauseGuard<'_>, VmError> {
+        self.pause_inner(false)
+    }
+
+    /// Pauses the VM until [`Vm::resume`]. Pausing twice is pausing once.
+    ///
+    /// # Errors
+    /// When it has stopped, or a vCPU does not come out of the guest.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let _one = self.operation();
+        if !self.held.swap(true, Ordering::AcqRel)
+            && let Err(error) = self.shell.meeting.pause(false)
+        {
+            self.held.store(false, Ordering::Release);
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Lets a paused VM run.
+    ///
+    /// # Errors
+    /// When it has stopped.
+    pub fn resume(&self) -> Result<(), VmError> {
+        let _one = self.operation();
+        if let Some(reason) = self.stopped() {
+            return Err(VmError::Stopped(reason));
+        }
+        if self.held.swap(false, Ordering::AcqRel) {
+            self.shell.meeting.resume();
+        }
+        Ok(())
+    }
+
+    /// Stops the VM for good.
+    pub fn stop(&self) {
+        self.shell.meeting.stop(StopReason::Asked);
+    }
+
+    /// Why it stopped, if it has.
+    #[must_use]
+    pub fn stopped(&self) -> Option<StopReason> {
+        self.shell.meeting.stopped()
+    }
+
+    /// Waits until it stops, up to `patience`.
+    #[must_use]
+    pub fn wait(&self, patience: Duration) -> Option<StopReason> {
+        self.shell.meeting.wait_left(patience)
+    }
+
+    /// Whether its owner has paused it.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its shape.
+    #[must_use]
+    pub fn config(&self) -> &Arc<VmConfig> {
+        &self.config
+    }
+
+    /// What it shares with the other VMs of the process.
+    #[must_use]
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.shell.ram
+    }
+
+    /// Forks between it and the VM that was booted.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// How long ago it was made.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    /// What its console has written.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.devices.console
+    }
+
+    /// Types into its console. Returns how many bytes were taken.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        self.devices.type_in(bytes)
+    }
+
+    /// What the bare guest has reported.
+    #[must_use]
+    pub fn reports(&self) -> &Reports {
+        &self.devices.reports
+    }
+
+    /// Its pages, by kind.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn memory_stats(&self) -> Result<RamStats, VmError> {
+        Ok(self.shell.ram.stats()?)
+    }
+}

@@ -1,0 +1,83 @@
+//! VMs: made from shells, booted or forked, paused by guards.
+
+mod config;
+mod context;
+mod devices;
+mod fork;
+mod kick;
+mod machine;
+mod rendezvous;
+mod shell;
+mod stop;
+mod vcpu;
+
+use std::io;
+
+use clade_memory::RamError;
+use thiserror::Error;
+
+use crate::boot::BootError;
+use crate::kvm::{HostError, VcpuStateError, VmStateError};
+
+pub use config::{ConfigError, Irqchip, VmConfig};
+pub use context::{Context, ContextError};
+pub use devices::{DeviceState, Reports};
+pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+pub use machine::{ChildOptions, Vm};
+pub use stop::StopReason;
+
+/// What can go wrong with a VM.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// Guest memory.
+    #[error("guest memory")]
+    Ram(#[from] RamError),
+    /// The shape of the memory.
+    #[error(transparent)]
+    Layout(#[from] crate::boot::LayoutError),
+    /// Loading the guest.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The host's KVM.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A vCPU's state.
+    #[error("a vCPU's state")]
+    VcpuState(#[from] VcpuStateError),
+    /// The state of interrupt controllers, timer or clock.
+    #[error("the VM's state")]
+    VmState(#[from] VmStateError),
+    /// A KVM call.
+    #[error("KVM could not {what}")]
+    Call {
+        /// What it was to do.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// No thread for a vCPU.
+    #[error("no thread for a vCPU")]
+    Thread(#[source] io::Error),
+    /// No device.
+    #[error("the devices could not be made")]
+    Devices(#[source] io::Error),
+    /// The VM has stopped.
+    #[error("the VM has stopped: {0}")]
+    Stopped(StopReason),
+    /// A vCPU does not come out of the guest.
+    #[error("a vCPU did not come out of the guest within {seconds} s")]
+    Stuck {
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// A vCPU's state is missing.
+    #[error("a vCPU has no saved state")]
+    NotSaved,
+}
+
+impl VmError {
+    pub(crate) fn kvm(what: &'static str, source: kvm_ioctls::Error) -> Self {
+        Self::Call { what, source }
+    }
+}

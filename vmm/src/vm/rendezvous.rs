@@ -1,0 +1,270 @@
+//! Where the vCPU threads of a VM meet whoever pauses, saves or stops it.
+//!
+//! ```text
+//!          order            want=Run               kick            last vCPU parked
+//!   idle ────────► running ◄──────── parked ◄──────────── running ────────────────► the pauser goes on
+//!                                      │ save asked for: each saves its own vCPU, all at once,
+//!                                      │ while the pauser freezes memory
+//! ```
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::vm::VmError;
+use crate::vm::kick::Kicker;
+use crate::vm::stop::StopReason;
+
+/// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is broken.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const RUN: u8 = 0;
+const PARK: u8 = 1;
+const EXIT: u8 = 2;
+
+struct Inner<O, S> {
+    /// What each idle vCPU is to start with.
+    orders: Vec<Option<O>>,
+    /// Pauses held. Running means none.
+    pauses: u32,
+    parked: usize,
+    idle: usize,
+    exited: usize,
+    /// Raised by each request to save; a vCPU that has seen the newest has saved.
+    save_asked: u64,
+    save_done: Vec<u64>,
+    saved: Vec<Option<Result<S, VmError>>>,
+    stop: Option<StopReason>,
+}
+
+/// See the module's documentation. `O` is what a vCPU starts with, `S` what it saves.
+pub(crate) struct Rendezvous<O, S> {
+    want: AtomicU8,
+    inner: Mutex<Inner<O, S>>,
+    to_vcpus: Condvar,
+    to_owner: Condvar,
+    kickers: Vec<Kicker>,
+}
+
+/// What a parked or idle vCPU is to do next.
+pub(crate) enum Next<O> {
+    Start(O),
+    Run,
+    Save,
+    Exit,
+}
+
+impl<O, S> Rendezvous<O, S> {
+    pub(crate) fn new(vcpus: usize) -> Self {
+        let inner = Inner {
+            orders: (0..vcpus).map(|_| None).collect(),
+            pauses: 0,
+            parked: 0,
+            idle: 0,
+            exited: 0,
+            save_asked: 0,
+            save_done: vec![0; vcpus],
+            saved: (0..vcpus).map(|_| None).collect(),
+            stop: None,
+        };
+        Self {
+            want: AtomicU8::new(RUN),
+            inner: Mutex::new(inner),
+            to_vcpus: Condvar::new(),
+            to_owner: Condvar::new(),
+            kickers: (0..vcpus).map(|_| Kicker::default()).collect(),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner<O, S>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vcpus(&self) -> usize {
+        self.kickers.len()
+    }
+
+    pub(crate) fn kicker(&self, index: usize) -> &Kicker {
+        &self.kickers[index]
+    }
+
+    // --- the vCPU threads' side ---
+
+    /// Waits for an order to start, or to exit.
+    pub(crate) fn wait_for_order(&self, index: usize) -> Next<O> {
+        let mut inner = self.inner();
+        inner.idle += 1;
+        self.to_owner.notify_all();
+        let next = loop {
+            if self.want.load(Ordering::SeqCst) == EXIT {
+                break Next::Exit;
+            }
+            if let Some(order) = inner.orders[index].take() {
+                break Next::Start(order);
+            }
+            inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        };
+        inner.idle -= 1;
+        next
+    }
+
+    /// Whether the vCPU may enter the guest. Called after [`Kicker::allow`].
+    pub(crate) fn may_run(&self) -> bool {
+        // SeqCst: see Kicker::allow.
+        self.want.load(Ordering::SeqCst) == RUN
+    }
+
+    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true after a [`Next::Save`].
+    pub(crate) fn park(&self, index: usize, parked: bool) -> Next<O> {
+        let mut inner = self.inner();
+        if !parked {
+            inner.parked += 1;
+            self.to_owner.notify_all();
+        }
+        loop {
+            match self.want.load(Ordering::SeqCst) {
+                EXIT => {
+                    inner.parked -= 1;
+                    return Next::Exit;
+                }
+                PARK if inner.save_done[index] != inner.save_asked => return Next::Save,
+                PARK => inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                _ => {
+                    inner.parked -= 1;
+                    return Next::Run;
+                }
+            }
+        }
+    }
+
+    /// Hands in what a vCPU has saved.
+    pub(crate) fn hand_in(&self, index: usize, state: Result<S, VmError>) {
+        let mut inner = self.inner();
+        inner.save_done[index] = inner.save_asked;
+        inner.saved[index] = Some(state);
+        self.to_owner.notify_all();
+    }
+
+    /// A vCPU's thread ends.
+    pub(crate) fn left(&self) {
+        self.inner().exited += 1;
+        self.to_owner.notify_all();
+    }
+
+    // --- the owner's side ---
+
+    /// Starts the vCPUs, one order each.
+    pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) {
+        let mut inner = self.inner();
+        for (slot, order) in inner.orders.iter_mut().zip(orders) {
+            *slot = Some(order);
+        }
+        drop(inner);
+        self.to_vcpus.notify_all();
+    }
+
+    /// Takes a pause before the vCPUs are started: they will park before their first instruction.
+    pub(crate) fn hold(&self) {
+        self.inner().pauses += 1;
+        self.want.store(PARK, Ordering::SeqCst);
+    }
+
+    /// Waits until every thread is there to take an order.
+    pub(crate) fn wait_idle(&self) -> Result<(), VmError> {
+        self.wait(|inner| inner.idle == self.vcpus()).map(drop)
+    }
+
+    fn wait(&self, done: impl Fn(&Inner<O, S>) -> bool) -> Result<MutexGuard<'_, Inner<O, S>>, VmError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut inner = self.inner();
+        while !done(&inner) {
+            if let Some(reason) = &inner.stop {
+                return Err(VmError::Stopped(reason.clone()));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(VmError::Stuck { seconds: PATIENCE.as_secs() });
+            }
+            inner = self.to_owner.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(inner)
+    }
+
+    /// Takes a pause: returns once no vCPU is in the guest. With `save`, each vCPU goes on to save itself.
+    pub(crate) fn pause(&self, save: bool) -> Result<(), VmError> {
+        let mut inner = self.inner();
+        if let Some(reason) = &inner.stop {
+            return Err(VmError::Stopped(reason.clone()));
+        }
+        inner.pauses += 1;
+        if save {
+            inner.save_asked += 1;
+        }
+        // SeqCst, and before the kick: see Kicker::allow.
+        self.want.store(PARK, Ordering::SeqCst);
+        let first = inner.pauses == 1;
+        drop(inner);
+        if first {
+            self.kickers.iter().for_each(Kicker::kick);
+        } else {
+            self.to_vcpus.notify_all();
+        }
+        match self.wait(|inner| inner.parked == self.vcpus()) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.resume();
+                Err(error)
+            }
+        }
+    }
+
+    /// The vCPUs' states, asked for by [`Rendezvous::pause`].
+    pub(crate) fn collect(&self) -> Result<Vec<S>, VmError> {
+        let mut inner = self.wait(|inner| inner.save_done.iter().all(|done| *done == inner.save_asked))?;
+        inner.saved.iter_mut().map(|s| s.take().unwrap_or(Err(VmError::NotSaved))).collect()
+    }
+
+    /// Gives a pause back; the last one lets the vCPUs run.
+    pub(crate) fn resume(&self) {
+        let mut inner = self.inner();
+        inner.pauses = inner.pauses.saturating_sub(1);
+        if inner.pauses == 0 && self.want.load(Ordering::SeqCst) == PARK {
+            self.want.store(RUN, Ordering::SeqCst);
+            drop(inner);
+            self.to_vcpus.notify_all();
+        }
+    }
+
+    /// Stops the VM for `reason`; the first reason stays.
+    pub(crate) fn stop(&self, reason: StopReason) {
+        let mut inner = self.inner();
+        inner.stop.get_or_insert(reason);
+        self.want.store(EXIT, Ordering::SeqCst);
+        drop(inner);
+        self.to_vcpus.notify_all();
+        self.to_owner.notify_all();
+        self.kickers.iter().for_each(Kicker::kick);
+    }
+
+    /// Why the VM stopped, if it has.
+    pub(crate) fn stopped(&self) -> Option<StopReason> {
+        self.inner().stop.clone()
+    }
+
+    /// Waits until every vCPU's thread has left, up to `patience`.
+    pub(crate) fn wait_left(&self, patience: Duration) -> Option<StopReason> {
+        let inner = self.inner();
+        let left = self
+            .to_owner
+            .wait_timeout_while(inner, patience, |inner| inner.exited < self.vcpus())
+            .unwrap_or_else(PoisonError::into_inner);
+        if left.1.timed_out() { None } else { left.0.stop.clone() }
+    }
+}
+
+impl<O, S> std::fmt::Debug for Rendezvous<O, S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let inner = self.inner();
+        write!(f, "{} vCPUs: {} idle, {} parked, {} left", self.vcpus(), inner.idle, inner.parked, inner.exited)
+    }
+}

@@ -1,0 +1,108 @@
+//! A shell: a VM with everything made that does not depend on what it will run, so that making it is off a fork's path (D6).
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use clade_memory::{GuestRam, Store};
+use kvm_ioctls::VmFd;
+use vm_memory::{Address, GuestMemoryRegion};
+
+use crate::kvm::{Host, StateLayout};
+use crate::vm::VmError;
+use crate::vm::config::{Irqchip, VmConfig};
+use crate::vm::rendezvous::Rendezvous;
+use crate::vm::stop::StopReason;
+use crate::vm::vcpu::{Meeting, VcpuThread};
+
+/// vCPU threads do little: exits and state. The default of 8 MiB would be address space for nothing, a thousand times.
+const STACK: usize = 256 << 10;
+/// Interrupt pins of a split irqchip's missing IOAPIC; KVM wants the number for its routing table.
+const SPLIT_PINS: u64 = 24;
+/// Three pages that VT-x without unrestricted guests takes for real mode.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// VM, memslots, interrupt controllers, vCPUs and their threads; memory reserved, but none mapped.
+#[derive(Debug)]
+pub(crate) struct Shell {
+    // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its slots point at.
+    threads: Vec<JoinHandle<()>>,
+    pub(crate) meeting: Arc<Meeting>,
+    pub(crate) fd: Arc<VmFd>,
+    pub(crate) ram: GuestRam,
+}
+
+impl Shell {
+    pub(crate) fn new(
+        host: &Arc<Host>,
+        layout: &Arc<StateLayout>,
+        store: &Store,
+        config: &VmConfig,
+    ) -> Result<Self, VmError> {
+        let ram = GuestRam::reserve(config.layout(), store)?;
+        let fd = host.kvm().create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
+        // Outside RAM, below 4 GiB; Intel hosts need it before the first vCPU.
+        fd.set_tss_address(TSS_ADDRESS).map_err(|e| VmError::kvm("set the TSS address", e))?;
+        // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace period.
+        for (slot, region) in (0u32..).zip(ram.regions()) {
+            let memory = kvm_bindings::kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.host_address(),
+            };
+            // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd` (field order), and are never
+            // anything but guest memory.
+            unsafe { fd.set_user_memory_region(memory) }.map_err(|e| VmError::kvm("set a memslot", e))?;
+        }
+        match config.irqchip {
+            Irqchip::Full => {
+                fd.create_irq_chip().map_err(|e| VmError::kvm("create the interrupt controllers", e))?;
+                if config.pit {
+                    let pit = kvm_bindings::kvm_pit_config::default();
+                    fd.create_pit2(pit).map_err(|e| VmError::kvm("create the PIT", e))?;
+                }
+            }
+            Irqchip::Split => {
+                let mut cap =
+                    kvm_bindings::kvm_enable_cap { cap: kvm_bindings::KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+                cap.args[0] = SPLIT_PINS;
+                fd.enable_cap(&cap).map_err(|e| VmError::kvm("enable local APICs alone", e))?;
+            }
+        }
+        let meeting = Arc::new(Rendezvous::new(usize::from(config.cpus())));
+        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram };
+        for index in 0..config.cpus() {
+            let vcpu = shell.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
+            let cpuid = host.cpuid(index, config.cpus(), &config.hide)?;
+            vcpu.set_cpuid2(&cpuid).map_err(|e| VmError::kvm("set a vCPU's CPUID", e))?;
+            let thread = VcpuThread {
+                index: usize::from(index),
+                host: Arc::clone(host),
+                layout: Arc::clone(layout),
+                meeting: Arc::clone(&shell.meeting),
+                vm: Arc::clone(&shell.fd),
+                vcpu,
+                cpuid,
+            };
+            let spawned = thread::Builder::new()
+                .name(format!("clade-vcpu{index}"))
+                .stack_size(STACK)
+                .spawn(move || thread.main())
+                .map_err(VmError::Thread)?;
+            shell.threads.push(spawned);
+        }
+        shell.meeting.wait_idle()?;
+        Ok(shell)
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        self.meeting.stop(StopReason::Asked);
+        for thread in self.threads.drain(..) {
+            // A panic was turned into a stop reason on the thread itself.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! A vCPU's thread: takes an order, runs the guest, answers its exits, parks when asked to.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Barrier};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+
+use crate::boot::Entry;
+use crate::kvm::{Clock, CpuidState, HealError, Host, StateLayout, VcpuState};
+use crate::vm::VmError;
+use crate::vm::devices::Devices;
+use crate::vm::fork::ForkImage;
+use crate::vm::rendezvous::{Next, Rendezvous};
+use crate::vm::stop::StopReason;
+
+/// What a vCPU starts from.
+#[derive(Clone)]
+pub(crate) enum Start {
+    /// The boot vCPU starts at the entry; the others wait for INIT-SIPI.
+    Boot(Entry),
+    /// Where it was at the fork.
+    Restore(Arc<ForkImage>),
+}
+
+/// An order to a vCPU that has not run yet.
+#[derive(Clone)]
+pub(crate) struct Order {
+    pub(crate) start: Start,
+    pub(crate) devices: Arc<Devices>,
+    /// Where the vCPUs of one VM wait for each other before the first of them runs.
+    pub(crate) line: Arc<Barrier>,
+}
+
+pub(crate) type Meeting = Rendezvous<Order, VcpuState>;
+
+/// Everything a vCPU's thread works with.
+pub(crate) struct VcpuThread {
+    pub(crate) index: usize,
+    pub(crate) host: Arc<Host>,
+    pub(crate) layout: Arc<StateLayout>,
+    pub(crate) meeting: Arc<Meeting>,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) vcpu: VcpuFd,
+    /// What `vcpu` was made with.
+    pub(crate) cpuid: CpuId,
+}
+
+impl VcpuThread {
+    /// The thread's whole life.
+    pub(crate) fn main(mut self) {
+        let (index, meeting) = (self.index, Arc::clone(&self.meeting));
+        let enrolled = meeting.kicker(index).enrol(&mut self.vcpu);
+        // A panic here stops this VM and no other.
+        let end = catch_unwind(AssertUnwindSafe(|| self.life()));
+        // Withdrawn before the vCPU and its kvm_run page go.
+        drop(enrolled);
+        drop(self);
+        match end {
+            Ok(None) => {}
+            Ok(Some(reason)) => meeting.stop(reason),
+            Err(_) => meeting.stop(StopReason::Panic { vcpu: index }),
+        }
+        meeting.left();
+    }
+
+    fn life(&mut self) -> Option<StopReason> {
+        let order = match self.meeting.wait_for_order(self.index) {
+            Next::Start(order) => order,
+            _ => return None,
+        };
+        if let Err(error) = self.prepare(&order) {
+            let error = crate::error_chain(&error);
+            return Some(StopReason::Start { vcpu: self.index, error });
+        }
+        loop {
+            // Before the look, not after: see Kicker::allow.
+            self.meeting.kicker(self.index).allow();
+            if !self.meeting.may_run() && !self.park() {
+                return None;
+            }
+            if let Some(reason) = self.run(&order.devices) {
+                return Some(reason);
+            }
+        }
+    }
+
+    /// Gives the vCPU the state it starts with. All vCPUs of a VM get theirs before the first of them runs.
+    fn prepare(&self, order: &Order) -> Result<(), VmError> {
+        // Caught, because the others wait in line for this one.
+        let own = catch_unwind(AssertUnwindSafe(|| self.give_state(&order.start)));
+        let last = order.line.wait().is_leader();
+        let shared = match &order.start {
+            // After every vCPU's own state: an interrupt the controllers hold is delivered to the local APICs, and the clock is computed
+            // from the TSCs.
+            Start::Restore(image) if last => self.restore_vm(image),
+            _ => Ok(()),
+        };
+        // Nobody runs before the leader is done.
+        order.line.wait();
+        own.unwrap_or(Err(VmError::NotSaved))?;
+        shared
+    }
+
+    fn give_state(&self, start: &Start) -> Result<(), VmError> {
+        match start {
+            Start::Boot(entry) if self.index == 0 => self.boot(entry),
+            Start::Boot(_) => Ok(()),
+            Start::Restore(image) => {
+                let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
+                Ok(state.restore(&self.vcpu, &self.layout, CpuidState::Set)?)
+            }
+        }
+    }
+
+    fn boot(&self, entry: &Entry) -> Result<(), VmError> {
+        let mut sregs = self.vcpu.get_sregs().map_err(|e| VmError::kvm("read a vCPU's special registers", e))?;
+        entry.apply_to(&mut sregs);
+        self.vcpu.set_sregs(&sregs).map_err(|e| VmError::kvm("set a vCPU's special registers", e))?;
+        self.vcpu.set_regs(&entry.regs()).map_err(|e| VmError::kvm("set a vCPU's registers", e))
+    }
+
+    fn restore_vm(&self, image: &ForkImage) -> Result<(), VmError> {
+        image.vm.restore_chips(&self.vm)?;
+        Ok(image.vm.restore_clock(&self.vm, Clock::CatchUp)?)
+    }
+
+    fn heal(&mut self) -> Option<StopReason> {
+        let vcpu = self.index;
+        match self.host.quirks().heal(&mut self.vcpu) {
+            Ok(()) => None,
+            Err(HealError::NoRemedy { failure, rip }) => {
+                Some(StopReason::Emulation { vcpu, rip, bytes: failure.to_string() })
+            }
+            Err(error) => Some(StopReason::Internal { vcpu, error: crate::error_chain(&error) }),
+        }
+    }
+
+    /// Parks, saving the vCPU as often as asked. False when the thread is to end.
+    fn park(&mut self) -> bool {
+        let mut next = self.meeting.park(self.index, false);
+        loop {
+            match next {
+                Next::Save => {
+                    let state = VcpuState::save(&self.vcpu, &self.layout, &self.cpuid).map_err(VmError::from);
+                    self.meeting.hand_in(self.index, state);
+                    next = self.meeting.park(self.index, true);
+                }
+                Next::Run => {
+                    // The pause's kick is spent; `allow` and another look come before the guest is entered.
+                    self.meeting.kicker(self.index).allow();
+                    if self.meeting.may_run() {
+                        return true;
+                    }
+                    next = self.meeting.park(self.index, false);
+                }
+                Next::Start(_) | Next::Exit => return false,
+            }
+        }
+    }
+
+    /// Runs the guest until it must park (`None`) or stops.
+    fn run(&mut self, devices: &Devices) -> Option<StopReason> {
+        let vcpu = self.index;
+        loop {
+            match self.vcpu.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    if devices.pio_write(port, data) {
+                        return Some(StopReason::Reset);
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => devices.pio_read(port, data),
+                Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
+                Ok(VcpuExit::MmioWrite(..) | VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
+                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(StopReason::Shutdown { vcpu }),
+                Ok(VcpuExit::FailEntry(reason, _)) => return Some(StopReason::FailEntry { vcpu, reason }),
+                Ok(VcpuExit::InternalError) => {
+                    if let Some(reason) = self.heal() {
+                        return Some(reason);
+                    }
+                }
+                // An exit is answered before the next KVM_RUN, and that call completes the instruction: only at EINTR is the vCPU between two
+                // instructions, and only then may it be saved.
+                Ok(VcpuExit::Intr) => return None,
+                Ok(exit) => return Some(StopReason::Unexpected { vcpu, exit: format!("{exit:?}") }),
+                Err(error) if error.errno() == libc::EINTR => return None,
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) => return Some(StopReason::Run { vcpu, error: error.to_string() }),
+            }
+        }
+    }
+}
