@@ -68,9 +68,9 @@ pub(crate) struct RunArgs {
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
-    pub(crate) cmdline: String,
+    /// The kernel's command line, as it is. If not given: console=ttyS0 reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
     /// Guest memory: bytes, or with K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub(crate) mem: u64,
@@ -138,9 +138,12 @@ pub(crate) struct DemoArgs {
     /// Generations to nest.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) generations: usize,
-    /// Build the Linux guest if it is not there, and fork that too.
+    /// Build the Linux guest if it is not there. Where it is, it is forked too.
     #[arg(long)]
     pub(crate) linux: bool,
+    /// Leave the Linux guest out even if it is there.
+    #[arg(long, conflicts_with = "linux")]
+    pub(crate) no_linux: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::boot::{BootSource, Image};
-use crate::cli::args::RunArgs;
+use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome};
 use crate::console::Stdin;
@@ -34,9 +34,10 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let config = Arc::new(config(args, bare)?);
     let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
     let initrd = args.initrd.clone().map(Image::File);
-    let source = BootSource { kernel, initrd, cmdline: args.cmdline.clone(), cpus: config.cpus(), rsdp: None };
-
     let context = Context::open().map_err(Failure::input)?;
+    let default_cmdline = || context.host().quirks().extend_cmdline(DEFAULT_CMDLINE);
+    let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
+    let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;

@@ -66,7 +66,7 @@ fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
     row("parent paused for", spread(&report.parent_pause_us));
     row("  the first time", format!("{:.0} us", report.first_fork_pause_us));
     row("fork to child's first instruction", spread(&report.first_instruction_us));
-    row("private memory of a child", format!("{:.0} KiB", report.private_kib_per_child));
+    row("a child's private memory", format!("{:.0} KiB", report.private_kib_per_child));
     row("  after it has worked", format!("{:.0} KiB", report.private_kib_per_child_after_work));
     row("shared memory lives in", format!("{} pages", report.layer_backing));
     row("bytes checked", format!("{:.1} GiB", report.bytes_checked as f64 / f64::from(1 << 30)));
@@ -75,7 +75,9 @@ fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
     match &report.linux {
         Some(linux) => linux.print().map_err(Failure::run),
         None => {
-            println!("\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell.");
+            if !args.no_linux {
+                println!("\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell.");
+            }
             Ok(())
         }
     }

@@ -145,6 +145,12 @@ impl Quirks {
         }
     }
 
+    /// `cmdline` for a Linux guest with what helps it here.
+    #[must_use]
+    pub fn extend_cmdline(self, cmdline: &str) -> String {
+        format!("{cmdline} {}", self.kernel_args()).trim_end().to_owned()
+    }
+
     /// MSRs to leave alone.
     #[must_use]
     pub fn skip_msrs(self) -> &'static [u32] {
