@@ -2,14 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 
 use crate::budget::MappingBudget;
 use crate::layer::{Layer, LayerId};
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
+use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
+
+/// Pages of a spare: what a guest of ordinary habits writes between two forks.
+const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;
 
 /// The size of the pages layers live in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +65,7 @@ struct Inner {
     budget: MappingBudget,
     next_layer: AtomicU64,
     live_layers: Arc<AtomicUsize>,
+    spares: Mutex<Vec<File>>,
 }
 
 impl Store {
@@ -99,6 +105,7 @@ impl Store {
             budget: MappingBudget::of_this_process(),
             next_layer: AtomicU64::new(1),
             live_layers: Arc::default(),
+            spares: Mutex::default(),
         })))
     }
 
@@ -140,8 +147,54 @@ impl Store {
 
     fn file(&self, pages: u64, grain: Backing) -> io::Result<File> {
         match (&self.0.huge, grain) {
+            (Some(_), Backing::Huge) if pages <= SPARE_PAGES && self.spares() > 0 => self.take_spare(pages),
             (Some(fs), Backing::Huge) => fs.file(pages),
             _ => small_file(pages),
+        }
+    }
+
+    /// Spare files that wait for a freeze.
+    #[must_use]
+    pub fn spares(&self) -> usize {
+        self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Makes spare files until there are `count`: huge pages that are already allocated and cleared, so that a freeze only has to copy
+    /// into them. Fresh huge pages cost 0.4-5.5 us for every 4 KiB where the host has to find them first, warm ones 0.15.
+    ///
+    /// # Errors
+    /// When there is no memory for one; those that were made stay.
+    pub fn warm(&self, count: usize) -> Result<(), StoreError> {
+        let Some(fs) = &self.0.huge else { return Ok(()) };
+        let failed = |source| StoreError::File { pages: SPARE_PAGES, source };
+        while self.spares() < count {
+            let file = fs.file(SPARE_PAGES).map_err(failed)?;
+            // Written, not just allocated: allocation alone leaves the clearing to the first write.
+            let zeros = vec![0u8; BLOCK_SIZE as usize];
+            for block in 0..SPARE_PAGES / BLOCK_PAGES {
+                file.write_all_at(&zeros, block * BLOCK_SIZE).map_err(failed)?;
+            }
+            self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+        }
+        Ok(())
+    }
+
+    /// Lets the spare files go.
+    pub fn cool(&self) {
+        self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// A spare cut to `pages`, rounded up to whole blocks, which is what its memory comes in.
+    fn take_spare(&self, pages: u64) -> io::Result<File> {
+        let spare = self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match (spare, &self.0.huge) {
+            (Some(file), _) => {
+                file.set_len(pages.next_multiple_of(BLOCK_PAGES) << PAGE_SHIFT)?;
+                Ok(file)
+            }
+            // Another freeze took the last one.
+            (None, Some(fs)) => fs.file(pages),
+            (None, None) => small_file(pages),
         }
     }
 }

@@ -76,7 +76,9 @@ fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
         Some(linux) => linux.print().map_err(Failure::run),
         None => {
             if !args.no_linux {
-                println!("\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell.");
+                println!(
+                    "\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell."
+                );
             }
             Ok(())
         }

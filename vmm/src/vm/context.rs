@@ -2,13 +2,16 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clade_memory::{Store, StoreError};
+use clade_memory::{RamError, Store, StoreError};
 use thiserror::Error;
 
 use crate::kvm::{Host, HostError, StateLayout, VcpuStateError};
 use crate::vm::VmError;
 use crate::vm::config::VmConfig;
 use crate::vm::shell::Shell;
+
+/// Spare layers kept warm: 8 MiB each.
+const SPARES: usize = 1;
 
 /// Why this process cannot run VMs.
 #[derive(Debug, Error)]
@@ -68,11 +71,12 @@ impl Context {
         &self.0.store
     }
 
-    /// Makes shells for `config` until `count` are warm.
+    /// Makes shells for `config` until `count` are warm, and memory for the layer of the next fork.
     ///
     /// # Errors
     /// When one cannot be made; those that were stay.
     pub fn warm(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
+        self.store().warm(SPARES).map_err(RamError::from)?;
         while self.warm_shells(config) < count {
             let shell = Shell::new(&self.0.host, &self.0.layout, &self.0.store, config)?;
             self.shells().push((Arc::clone(config), shell));
@@ -86,10 +90,11 @@ impl Context {
         self.shells().iter().filter(|(c, _)| **c == *config).count()
     }
 
-    /// Lets all warm shells go.
+    /// Lets all that is warm go.
     pub fn cool(&self) {
         let shells = std::mem::take(&mut *self.shells());
         drop(shells);
+        self.store().cool();
     }
 
     /// A warm shell if there is one, a fresh one otherwise.

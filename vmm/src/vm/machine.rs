@@ -16,6 +16,7 @@ use crate::vm::context::Context;
 use crate::vm::devices::{Devices, Reports};
 use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 use crate::vm::shell::Shell;
+use crate::vm::slice::Urgent;
 use crate::vm::stop::StopReason;
 use crate::vm::vcpu::{Order, Start};
 
@@ -76,8 +77,12 @@ impl Vm {
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Self, VmError> {
+        let _urgent = Urgent::new();
+        let begun = Instant::now();
         let shell = context.shell(&image.config)?;
+        let have_shell = Instant::now();
         shell.ram.adopt(&image.ram)?;
+        let adopted = Instant::now();
         let devices = Devices::new(Some(&image.devices), image.config.report_port).map_err(VmError::Devices)?;
         let vm = Self::assemble(context, name, &image.config, shell, Arc::new(devices), image.generation)?;
         if let Some(before_start) = options.before_start {
@@ -88,6 +93,7 @@ impl Vm {
             vm.shell.meeting.hold();
         }
         vm.start(&Start::Restore(Arc::clone(image)));
+        tracing::debug!(name, shell = ?have_shell - begun, adopt = ?adopted - have_shell, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
 
@@ -136,6 +142,7 @@ impl Vm {
     /// Then it runs on as it did (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
         let _one = self.operation();
+        let _urgent = Urgent::new();
         let begun = Instant::now();
         let guard = self.pause_inner(true)?;
         let parked = Instant::now();
@@ -147,6 +154,7 @@ impl Vm {
         let vcpus = self.shell.meeting.collect()?;
         let vm = VmState::save(&self.shell.fd, self.chips())?;
         drop(guard);
+        tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
         let config = Arc::clone(&self.config);
         let image = ForkImage { config, ram, vcpus, vm, devices, generation: self.generation + 1 };

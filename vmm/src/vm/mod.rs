@@ -8,6 +8,7 @@ mod kick;
 mod machine;
 mod rendezvous;
 mod shell;
+mod slice;
 mod stop;
 mod vcpu;
 

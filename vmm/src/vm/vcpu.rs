@@ -12,6 +12,7 @@ use crate::vm::VmError;
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
 use crate::vm::rendezvous::{Next, Rendezvous};
+use crate::vm::slice;
 use crate::vm::stop::StopReason;
 
 /// What a vCPU starts from.
@@ -65,6 +66,8 @@ impl VcpuThread {
     }
 
     fn life(&mut self) -> Option<StopReason> {
+        // Waiting to start, it is wanted at once; running a guest, it is one of many.
+        slice::prompt();
         let order = match self.meeting.wait_for_order(self.index) {
             Next::Start(order) => order,
             _ => return None,
@@ -73,6 +76,7 @@ impl VcpuThread {
             let error = crate::error_chain(&error);
             return Some(StopReason::Start { vcpu: self.index, error });
         }
+        slice::ordinary();
         loop {
             // Before the look, not after: see Kicker::allow.
             self.meeting.kicker(self.index).allow();
