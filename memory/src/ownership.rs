@@ -141,8 +141,10 @@ impl OwnershipTable {
             // Acquire of the split bit, so that the page records are visible.
             assert!(self.blocks[block].word.load().is_split(), "I6: part of an unsplit block unpinned: {piece}");
             for word in self.page_words(block, piece) {
-                // A page's own record is never split, so this cannot be refused.
-                let _ = word.unpin();
+                // Refused while the block is being split and this page's record is not open yet: wait for that to be over.
+                while word.unpin().is_err() {
+                    drop(self.lock());
+                }
             }
         }
     }
@@ -196,21 +198,41 @@ impl TableGuard<'_> {
     /// Splits the record of `block` into page records with the block's bit and count (I12).
     fn split(&self, block: usize) {
         let record = &self.table.blocks[block];
-        let fresh = || (0..BLOCK_PAGES).map(|_| Word::new(Ownership::new(false, 0))).collect();
+        let closed = || (0..BLOCK_PAGES).map(|_| Word::new(Ownership::closed())).collect();
+        let pages: &PageWords = record.pages.get_or_init(closed);
         loop {
             let was = record.word.load();
             if was.is_split() {
                 return;
             }
-            // Nobody looks at the page records before the split bit is set, so they are filled first; a pin or unpin of the whole block in
-            // between makes try_split fail and they are filled again.
-            for word in record.pages.get_or_init(fresh) {
-                word.prepare(Ownership::new(was.is_exclusive(), was.pins()));
-            }
+            // The pages' records are closed until the block's is split, and opened with what it said at that moment: whoever looks in
+            // between waits for the lock. A pin or unpin of the whole block that comes first makes this go round again.
             if record.word.try_split(was) {
+                pages.iter().for_each(|word| word.reopen(was));
                 return;
             }
         }
+    }
+
+    /// Makes one record of `block` again, if its pages have one owner and no pin (I12, R13). Returns whether it is one now.
+    pub(crate) fn merge(&self, block: usize) -> bool {
+        let record = &self.table.blocks[block];
+        if !record.word.load().is_split() {
+            return true;
+        }
+        let words = self.table.page_words(block, self.table.whole(block));
+        let Some(first) = words.first().map(Word::load) else { return false };
+        if first.pins() > 0 {
+            return false;
+        }
+        // Closed one by one: a pin that comes in between is either counted before its page is closed, and ends the merge, or takes
+        // the locked path and waits for this one.
+        let open = words.iter().position(|word| !word.try_close(first));
+        match open {
+            None => record.word.reopen(first),
+            Some(at) => words[..at].iter().for_each(|word| word.reopen(first)),
+        }
+        open.is_none()
     }
 
     /// Sets the bit of every page of `range` (I2: birth, break-COW, copy on fork).
@@ -258,6 +280,9 @@ impl TableGuard<'_> {
                 if word.try_share() == Err(ShareMiss::Pinned) {
                     push_run(&mut pinned, PageRange::with_len(page, 1));
                 }
+            }
+            if piece == self.table.whole(block) {
+                self.merge(block);
             }
         }
         pinned
@@ -321,6 +346,27 @@ mod tests {
     }
 
     #[test]
+    fn i12_merging_needs_one_owner_and_no_pin() {
+        let table = OwnershipTable::new(PAGES);
+        let block = PageRange::with_len(0, BLOCK_PAGES);
+        let one = PageRange::with_len(9, 1);
+        table.lock().set_exclusive(one);
+        assert!(!table.lock().merge(0), "one page is owned, the others are not");
+        table.lock().set_exclusive(block);
+        table.try_pin(one).unwrap();
+        assert!(!table.lock().merge(0), "a page is pinned");
+        assert_eq!(table.counts(block), TableCounts { exclusive: BLOCK_PAGES, pinned: 1, pins: 1 });
+        table.unpin(one);
+        assert!(table.lock().merge(0));
+        assert_eq!(table.counts(block).exclusive, BLOCK_PAGES);
+        table.try_pin(block).unwrap();
+        assert_eq!(table.try_pin(one), Err(PinMiss::Split), "a part needs the pages' records again");
+        table.lock().split_partial(one);
+        assert_eq!(table.get(9), (true, 1), "split gives every page the block's pin");
+        table.unpin(block);
+    }
+
+    #[test]
     fn a_terabyte_is_described_in_a_few_megabytes() {
         let table = OwnershipTable::new(1 << 28);
         table.lock().set_exclusive(PageRange::new(0, 1 << 28));
@@ -337,6 +383,7 @@ mod tests {
         Share(PageRange),
         Pin(PageRange),
         Unpin(usize),
+        Merge(usize),
     }
 
     fn op() -> impl Strategy<Value = Op> {
@@ -348,6 +395,7 @@ mod tests {
             range.clone().prop_map(Op::Share),
             range.prop_map(Op::Pin),
             any::<usize>().prop_map(Op::Unpin),
+            (0..3usize).prop_map(Op::Merge),
         ]
     }
 
@@ -390,6 +438,12 @@ mod tests {
                         for p in r.start..r.end { model[p as usize].1 -= 1; }
                     }
                     Op::Unpin(_) => {}
+                    Op::Merge(block) => {
+                        let pages = &model[block * BLOCK_PAGES as usize..(block + 1) * BLOCK_PAGES as usize];
+                        let alike = pages.iter().all(|p| *p == (pages[0].0, 0));
+                        let was_whole = !table.blocks[block].word.load().is_split();
+                        prop_assert_eq!(table.lock().merge(block), alike || was_whole);
+                    }
                 }
             }
             for p in 0..PAGES { prop_assert_eq!(table.get(p), model[p as usize], "page {}", p); }

@@ -7,6 +7,8 @@
 //!  +---------------+--------+-------+-----------+
 //! ```
 //!
+//! `split` in a block's record means "ask the pages"; in a page's record, "ask the block, under the lock".
+//!
 //! Bit and count share a word (R14) so that the two questions that must not be torn apart are each one atomic step:
 //! "is it exclusive, and if so count me" (pin) and "is nobody counting, and if so it is no longer exclusive" (share).
 //! A pin that loses to a share sees the bit gone and takes the locked path, where it waits for the freeze to finish; a share that
@@ -31,6 +33,10 @@ pub(crate) struct Ownership(u32);
 impl Ownership {
     pub(crate) const fn new(exclusive: bool, pins: u32) -> Self {
         Self((exclusive as u32) | (pins << PIN_SHIFT))
+    }
+    /// A page's record while its block's stands for it.
+    pub(crate) const fn closed() -> Self {
+        Self(SPLIT)
     }
     pub(crate) const fn is_exclusive(self) -> bool {
         self.0 & EXCLUSIVE != 0
@@ -118,7 +124,7 @@ impl Word {
         }
     }
 
-    /// Takes one pin back. `Err` when this is a block's record that has been split since.
+    /// Takes one pin back. `Err` when this is a block's record that has been split since, or a page's that its block's split has not opened yet.
     ///
     /// Release: the device's use of the page happens before anything a later share does with it.
     #[inline]
@@ -161,16 +167,28 @@ impl Word {
         self.0.fetch_or(EXCLUSIVE, Ordering::Release);
     }
 
-    /// Overwrites a page record nobody can see yet (its block is not split yet).
-    pub(crate) fn prepare(&self, ownership: Ownership) {
-        self.0.store(ownership.0, Ordering::Relaxed);
+    /// Closes a page's record for a merge into its block's, provided it is `was`, which has no pins. From here on a pin of this page
+    /// misses with [`PinMiss::Split`] and takes the locked path, where the merge is over.
+    ///
+    /// AcqRel: as [`Word::try_share`].
+    pub(crate) fn try_close(&self, was: Ownership) -> bool {
+        self.0.compare_exchange(was.0, SPLIT, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Turns a block's record into "ask the pages", provided it is still `was`.
+    /// Opens a closed page's record, or makes a block's record, all of whose pages' are closed, stand for them again. Caller holds the table's
+    /// lock; nobody else writes to such a word.
     ///
-    /// Release: pairs with the Acquire of everyone who sees the split bit and goes on to the page records.
+    /// Release: pairs with [`Word::try_pin`]'s Acquire.
+    pub(crate) fn reopen(&self, ownership: Ownership) {
+        self.0.store(ownership.0, Ordering::Release);
+    }
+
+    /// Turns a block's record into "ask the pages", provided it is still `was`; the pages' records are closed until they are opened with the
+    /// block's bit and count. Caller holds the table's lock.
+    ///
+    /// AcqRel: Acquire, because the block's count is carried over; Release pairs with the Acquire of whoever sees the split bit.
     pub(crate) fn try_split(&self, was: Ownership) -> bool {
-        self.0.compare_exchange(was.0, SPLIT, Ordering::Release, Ordering::Relaxed).is_ok()
+        self.0.compare_exchange(was.0, SPLIT, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 }
 
@@ -280,35 +298,105 @@ mod loom_tests {
         });
     }
 
+    /// The two words and the lock of a block of one page, as the table uses them.
+    struct Block {
+        block: Word,
+        page: Word,
+        lock: Mutex<()>,
+    }
+
+    impl Block {
+        fn pin(&self) {
+            match self.block.try_pin() {
+                Ok(()) => return,
+                Err(PinMiss::Split) if self.page.try_pin().is_ok() => return,
+                Err(_) => {}
+            }
+            let _held = self.lock.lock().unwrap();
+            if self.block.try_pin().is_err() {
+                self.page.try_pin().unwrap();
+            }
+        }
+        fn unpin(&self) {
+            if self.block.unpin().is_ok() {
+                return;
+            }
+            while self.page.unpin().is_err() {
+                drop(self.lock.lock().unwrap());
+            }
+        }
+        fn split(&self) {
+            let _held = self.lock.lock().unwrap();
+            loop {
+                let was = self.block.load();
+                if was.is_split() {
+                    return;
+                }
+                if self.block.try_split(was) {
+                    self.page.reopen(was);
+                    return;
+                }
+                thread::yield_now();
+            }
+        }
+        fn merge(&self) {
+            let _held = self.lock.lock().unwrap();
+            let first = self.page.load();
+            if self.block.load().is_split() && first.pins() == 0 && self.page.try_close(first) {
+                self.block.reopen(first);
+            }
+        }
+        fn pins(&self) -> u32 {
+            let block = self.block.load();
+            if block.is_split() { self.page.load().pins() } else { block.pins() }
+        }
+    }
+
     /// A block pinned and unpinned while it is split: no count is lost or invented.
     #[test]
     fn split_against_pin_and_unpin() {
         loom::model(|| {
-            let block = Arc::new(Word::new(Ownership::new(true, 1)));
-            let page = Arc::new(Word::new(Ownership::new(false, 0)));
+            let both = Arc::new(Block {
+                block: Word::new(Ownership::new(true, 1)),
+                page: Word::new(Ownership::closed()),
+                lock: Mutex::new(()),
+            });
             let other = {
-                let (block, page) = (block.clone(), page.clone());
+                let both = both.clone();
                 thread::spawn(move || {
-                    if block.unpin().is_err() {
-                        page.unpin().unwrap();
-                    }
-                    if block.try_pin().is_err() {
-                        page.try_pin().unwrap();
-                    }
+                    both.unpin();
+                    both.pin();
                 })
             };
-            loop {
-                let was = block.load();
-                page.prepare(Ownership::new(was.is_exclusive(), was.pins()));
-                if block.try_split(was) {
-                    break;
-                }
-                thread::yield_now();
-            }
+            both.split();
             other.join().unwrap();
-            assert!(block.load().is_split());
-            assert_eq!(page.load().pins(), 1);
-            assert!(page.load().is_exclusive());
+            assert!(both.block.load().is_split());
+            assert_eq!(both.pins(), 1);
+        });
+    }
+
+    /// A page pinned while its block is merged and split again: the pin stops the merge, or is counted after it.
+    #[test]
+    fn merge_and_split_against_pin() {
+        loom::model(|| {
+            let both = Arc::new(Block {
+                block: Word::new(Ownership::closed()),
+                page: Word::new(Ownership::new(true, 0)),
+                lock: Mutex::new(()),
+            });
+            let other = {
+                let both = both.clone();
+                thread::spawn(move || {
+                    both.merge();
+                    both.split();
+                })
+            };
+            both.pin();
+            assert_eq!(both.pins().max(1), 1);
+            other.join().unwrap();
+            assert_eq!(both.pins(), 1, "a pin was lost in a merge or a split");
+            both.unpin();
+            assert_eq!(both.pins(), 0);
         });
     }
 }
