@@ -39,7 +39,7 @@ pub use freeze::FreezeReport;
 pub use interval::{IntervalMap, Piece};
 pub use layer::{Layer, LayerId, LayerMap, Source};
 pub use ownership::{OwnershipTable, TableCounts, TableGuard};
-pub use pin::{DmaPin, PinError};
+pub use pin::{Access, DmaPin, PinError, PinInfo, Term};
 pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, Quiesced, RamImage, RamLayout};
 pub use region::GuestRegion;
 pub use stats::RamStats;

@@ -14,6 +14,7 @@ use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{Layer, LayerMap, Source};
 use crate::ownership::OwnershipTable;
+use crate::pin::PinList;
 use crate::store::{Backing, Store};
 use crate::sys::Reservation;
 use crate::units::{PAGE_SHIFT, PageRange};
@@ -77,6 +78,7 @@ pub struct GuestRegion {
     pub(crate) store: Store,
     pub(crate) at: Reservation,
     pub(crate) table: OwnershipTable,
+    pub(crate) pins: PinList,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
     live: AtomicBool,
     state: Mutex<State>,
@@ -92,6 +94,7 @@ impl GuestRegion {
             store: store.clone(),
             at,
             table: OwnershipTable::new(pages),
+            pins: PinList::default(),
             live: AtomicBool::new(false),
             state: Mutex::new(State { map: LayerMap::new(), mappings: IntervalMap::new(), birth: None, promise }),
         })

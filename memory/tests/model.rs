@@ -3,7 +3,7 @@
 
 mod dma;
 
-use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
+use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
@@ -156,7 +156,7 @@ impl World {
                 let Some(vm) = self.pick(vm) else { return };
                 let vm = &self.vms[vm];
                 let range = PageRange::new(page, (page + pages).min(PAGES));
-                let pin = vm.ram.regions()[0].pin(range).unwrap();
+                let pin = vm.ram.regions()[0].pin(range, Access::Write, Term::Long).unwrap();
                 for page in range.start..range.end {
                     assert!(vm.ram.regions()[0].ownership().get(page).0, "I3: pinned {page:#x} is exclusive");
                 }
