@@ -70,6 +70,22 @@ pub enum RamError {
         /// Its guest physical address.
         base: u64,
     },
+    /// Not inside the region.
+    #[error("{range} reach beyond the region's {pages} pages")]
+    OutOfRange {
+        /// Asked for.
+        range: PageRange,
+        /// Size of the region.
+        pages: u64,
+    },
+    /// Pages that may not be moved or dropped, because a device was promised them.
+    #[error("{pages} pages are pinned for DMA, the first of them at {first}")]
+    Pinned {
+        /// How many.
+        pages: u64,
+        /// The first run.
+        first: PageRange,
+    },
     /// An image of another shape.
     #[error("an image of {image} bytes does not fit a guest of {guest} bytes")]
     Shape {

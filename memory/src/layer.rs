@@ -14,9 +14,21 @@ use crate::interval::{IntervalMap, Piece};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerId(pub(crate) u64);
 
+impl LayerId {
+    /// Set in the identity of a layer that holds a reference page.
+    pub(crate) const REFERENCE: u64 = 1 << 63;
+
+    /// Whether the layer is a reference page's.
+    #[must_use]
+    pub fn is_reference(self) -> bool {
+        self.0 & Self::REFERENCE != 0
+    }
+}
+
 impl fmt::Debug for LayerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "layer {}", self.0)
+        let kind = if self.is_reference() { "reference" } else { "layer" };
+        write!(f, "{kind} {}", self.0 & !Self::REFERENCE)
     }
 }
 
@@ -37,6 +49,10 @@ impl Layer {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
         Self { id, file, pages, live }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Its identity.

@@ -1,6 +1,7 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
@@ -8,9 +9,10 @@ use crate::error::RamError;
 use crate::freeze::FreezeReport;
 use crate::layer::LayerMap;
 use crate::region::GuestRegion;
+use crate::reset::ResetReport;
 use crate::stats::RamStats;
 use crate::store::{Backing, Store};
-use crate::units::{PAGE_SHIFT, PAGE_SIZE};
+use crate::units::{PAGE_SHIFT, PAGE_SIZE, pages_in};
 
 /// Where the gap for memory-mapped devices begins: 3 GiB.
 pub const GAP_START: u64 = 0xc000_0000;
@@ -18,6 +20,9 @@ pub const GAP_START: u64 = 0xc000_0000;
 pub const GAP_END: u64 = 0x1_0000_0000;
 /// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47 addresses for itself).
 const MOST_BYTES: u64 = 1 << 45;
+
+/// How often a reset that waits for devices looks again.
+const PIN_POLL: Duration = Duration::from_micros(200);
 
 /// The shape of a guest's memory: which guest-physical ranges are RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -199,6 +204,36 @@ impl GuestRam {
             report += one;
         }
         Ok((RamImage { layout: self.layout.clone(), maps }, report))
+    }
+
+    /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for
+    /// devices to let go of their pins.
+    ///
+    /// # Errors
+    /// When pages stay pinned, or mappings run out: then nothing has changed. When a mapping fails half-way the contents are
+    /// neither, and the VM must not run.
+    pub fn reset(
+        &self,
+        image: &RamImage,
+        _quiesced: &Quiesced<'_>,
+        patience: Duration,
+    ) -> Result<ResetReport, RamError> {
+        if image.layout != self.layout {
+            return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
+        }
+        let deadline = Instant::now() + patience;
+        // All regions are looked at before the first is touched; a pin that comes later refuses its own region's reset.
+        while let Some(pinned) = self.regions.iter().map(|r| r.pinned_pages()).find(|p| !p.is_empty()) {
+            if Instant::now() >= deadline {
+                return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
+            }
+            std::thread::sleep(PIN_POLL);
+        }
+        let mut report = ResetReport::default();
+        for (region, map) in self.regions.iter().zip(&image.maps) {
+            report += region.reset(map)?;
+        }
+        Ok(report)
     }
 
     /// Counts by kind of page.

@@ -115,6 +115,15 @@ impl GuestRegion {
         Ok(())
     }
 
+    /// The state, for an operation on `range`.
+    pub(crate) fn checked(&self, range: PageRange) -> Result<MutexGuard<'_, State>, RamError> {
+        if !self.range().covers(range) {
+            return Err(RamError::OutOfRange { range, pages: self.pages() });
+        }
+        let state = self.state();
+        if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
+    }
+
     pub(crate) fn expect_empty(&self) -> Result<(), RamError> {
         if self.is_live() { Err(RamError::NotEmpty { base: self.base.0 }) } else { Ok(()) }
     }

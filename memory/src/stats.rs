@@ -12,7 +12,7 @@ use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtrac
 /// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless they say KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamStats {
-    /// In no layer and never written: zeros that cost nothing.
+    /// In no layer, or showing a reference page: they cost nothing.
     pub reference: u64,
     /// Provided by a layer.
     pub shared: u64,
@@ -54,7 +54,11 @@ impl GuestRegion {
         for run in &private {
             owned.extend(self.store.pagemap().owned_runs(&self.at, *run).map_err(RamError::Harvest)?);
         }
-        let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(|run| state.map.pages_within(*run)).sum();
+        let in_layers = |run: &PageRange| {
+            let shared = state.map.within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
+            shared.map(|(piece, _)| piece.len()).sum::<u64>()
+        };
+        let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(in_layers).sum();
         stats.exclusive = pages_in(&born) + pages_in(&owned);
         stats.shared = elsewhere;
         stats.reference = self.pages() - stats.exclusive - stats.shared;

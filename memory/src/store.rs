@@ -141,8 +141,23 @@ impl Store {
     /// pay for clearing 2 MiB to hold a few pages.
     pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        let id = LayerId(self.0.next_layer.fetch_add(1, Ordering::Relaxed));
-        Ok(Layer::new(id, file, pages, Arc::clone(&self.0.live_layers)))
+        Ok(self.adopt_file(file, pages))
+    }
+
+    /// A layer for a reference page.
+    pub(crate) fn reference_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
+        let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
+        Ok(Layer::new(LayerId(self.next_id() | LayerId::REFERENCE), file, pages, Arc::clone(&self.0.live_layers)))
+    }
+
+    /// A layer over a file that is already filled.
+    pub(crate) fn adopt_file(&self, file: File, pages: u64) -> Layer {
+        Layer::new(LayerId(self.next_id()), file, pages, Arc::clone(&self.0.live_layers))
+    }
+
+    fn next_id(&self) -> u64 {
+        // Relaxed: identities only have to differ.
+        self.0.next_layer.fetch_add(1, Ordering::Relaxed)
     }
 
     fn file(&self, pages: u64, grain: Backing) -> io::Result<File> {

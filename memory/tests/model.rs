@@ -3,7 +3,10 @@
 
 mod dma;
 
-use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamError, RamImage, RamLayout, Store, Term};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
@@ -55,6 +58,27 @@ enum Op {
     Unpin {
         pin: usize,
     },
+    /// Back to any image of this size.
+    Reset {
+        vm: usize,
+        image: usize,
+    },
+    Discard {
+        vm: usize,
+        page: u64,
+        pages: u64,
+    },
+    ShowReference {
+        vm: usize,
+        page: u64,
+        pages: u64,
+        byte: u8,
+    },
+    Evict {
+        vm: usize,
+        page: u64,
+        pages: u64,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -75,6 +99,11 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (any_index, any::<u8>()).prop_map(|(pin, byte)| Op::DmaWrite { pin, byte }),
         2 => any_index.prop_map(|pin| Op::DmaRead { pin }),
         2 => any_index.prop_map(|pin| Op::Unpin { pin }),
+        2 => (any_index, any_index).prop_map(|(vm, image)| Op::Reset { vm, image }),
+        2 => (any_index, 0..PAGES, 1..300u64).prop_map(|(vm, page, pages)| Op::Discard { vm, page, pages }),
+        1 => (any_index, 0..PAGES, 1..300u64, 0..3u8)
+            .prop_map(|(vm, page, pages, byte)| Op::ShowReference { vm, page, pages, byte }),
+        1 => (any_index, 0..PAGES, 1..300u64).prop_map(|(vm, page, pages)| Op::Evict { vm, page, pages }),
     ]
 }
 
@@ -180,8 +209,61 @@ impl World {
             Op::Unpin { pin } if !self.pins.is_empty() => {
                 self.pins.swap_remove(pin % self.pins.len());
             }
+            Op::Reset { vm, image } if !self.images.is_empty() => {
+                let Some(vm) = self.pick(vm) else { return };
+                let (image, model) = &self.images[image % self.images.len()];
+                let pinned = self.pins.iter().any(|p| p.vm == self.vms[vm].id);
+                let vm = &mut self.vms[vm];
+                match vm.ram.reset(image, &Quiesced::assume(), Duration::ZERO) {
+                    Ok(_) => {
+                        assert!(!pinned, "I7: a pinned page was reset away");
+                        vm.model.clone_from(model);
+                    }
+                    Err(RamError::Pinned { .. }) => assert!(pinned, "refused for pins that are not there"),
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            Op::Discard { vm, page, pages } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let range = PageRange::new(page, (page + pages).min(PAGES));
+                let pinned = self.pinned_pages(self.vms[vm].id);
+                let done = self.vms[vm].ram.regions()[0].discard(range).unwrap();
+                for page in range.start..range.end {
+                    if !pinned.contains(&page) {
+                        let at = (page * PAGE_SIZE) as usize;
+                        self.vms[vm].model[at..at + PAGE_SIZE as usize].fill(0);
+                    }
+                }
+                let kept = pinned.iter().filter(|p| range.contains(**p)).count() as u64;
+                assert_eq!((done.pinned, done.discarded), (kept, range.len() - kept), "I7");
+            }
+            Op::ShowReference { vm, page, pages, byte } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let range = PageRange::new(page, (page + pages).min(PAGES));
+                let pinned = self.pinned_pages(self.vms[vm].id).iter().any(|p| range.contains(*p));
+                let page = store.reference_page(&[byte; PAGE_SIZE as usize]).unwrap();
+                match self.vms[vm].ram.regions()[0].map_reference(range, &page) {
+                    Ok(()) => {
+                        assert!(!pinned, "I10: a pinned page became a reference");
+                        let at = range.offset() as usize;
+                        self.vms[vm].model[at..at + range.bytes()].fill(byte);
+                    }
+                    Err(RamError::Pinned { .. }) => assert!(pinned),
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            Op::Evict { vm, page, pages } => {
+                let Some(vm) = self.pick(vm) else { return };
+                let range = PageRange::new(page, (page + pages).min(PAGES));
+                let dir = std::env::temp_dir();
+                self.vms[vm].ram.regions()[0].evict(range, &dir, &Quiesced::assume()).unwrap();
+            }
             _ => {}
         }
+    }
+
+    fn pinned_pages(&self, vm: u64) -> BTreeSet<u64> {
+        self.pins.iter().filter(|p| p.vm == vm).flat_map(|p| p.range().start..p.range().end).collect()
     }
 
     fn check(&self) {
@@ -193,11 +275,8 @@ impl World {
             }
             let stats = vm.ram.stats().unwrap();
             assert_eq!(stats.reference + stats.shared + stats.exclusive, PAGES);
-            let mut pinned: Vec<u64> =
-                self.pins.iter().filter(|p| p.vm == vm.id).flat_map(|p| p.range().start..p.range().end).collect();
-            let pins = pinned.len() as u64;
-            pinned.sort_unstable();
-            pinned.dedup();
+            let pinned = self.pinned_pages(vm.id);
+            let pins = self.pins.iter().filter(|p| p.vm == vm.id).map(|p| p.range().len()).sum::<u64>();
             assert_eq!(stats.pinned, pinned.len() as u64, "I6: pins are exact");
             let region = &vm.ram.regions()[0];
             assert_eq!(region.ownership().counts(region.range()).pins, pins, "I6: pins are exact");

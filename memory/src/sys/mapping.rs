@@ -110,6 +110,15 @@ impl Reservation {
         }
     }
 
+    /// Drops this VM's own copies in a private mapping: the next access sees the file again.
+    pub(crate) fn drop_private(&self, range: PageRange) -> io::Result<()> {
+        self.check(range)?;
+        let at = self.addr(range.start).cast();
+        // SAFETY: only the contents of guest memory change, which Rust never holds a reference to.
+        unsafe { madvise(at, range.bytes(), Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
     /// Takes all access away, and all memory with it.
     pub(crate) fn protect_none(&self) -> io::Result<()> {
         let at: *mut core::ffi::c_void = self.base.as_ptr().cast();

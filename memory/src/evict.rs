@@ -1,0 +1,140 @@
+//! Eviction: cold pages a VM owns go to a file on disk, and come back when they are touched.
+//!
+//! It is a freeze of some pages into a layer whose file is on a disk: afterwards they are the layer's, the kernel may drop them from its
+//! page cache under pressure, and a touch reads them back. A pinned page is never evicted (I7, R12).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
+
+use crate::error::RamError;
+use crate::layer::Source;
+use crate::ram::Quiesced;
+use crate::region::{GuestRegion, Mapping};
+use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
+
+/// A nameless file in `dir`, gone with its last user.
+fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let fd = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+    ftruncate(&fd, pages << PAGE_SHIFT)?;
+    Ok(fd.into())
+}
+
+impl GuestRegion {
+    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory. Returns how many.
+    /// Nothing but pinned DMA may be writing to them meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be written; then nothing has changed.
+    pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<u64, RamError> {
+        let mut state = self.checked(range)?;
+        let table = self.table.lock();
+        let born = state.born_runs();
+        let mut own: Vec<PageRange> =
+            born.iter().map(|run| run.intersect(range)).filter(|run| !run.is_empty()).collect();
+        for private in subtract_runs(&[range], &born) {
+            own.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
+        }
+        own.sort_unstable();
+        // I7: the bit goes first; what is pinned keeps it and stays.
+        let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
+        let out = subtract_runs(&own, &pinned);
+        let restore = || out.iter().for_each(|run| table.set_exclusive(*run));
+        let pages = pages_in(&out);
+        if pages == 0 {
+            return Ok(0);
+        }
+        let written = swap_file(dir, pages).and_then(|file| {
+            self.at.write_out(&out, file.as_fd(), 0)?;
+            // Only a file that is on the disk can be dropped from memory.
+            file.sync_data()?;
+            Ok(file)
+        });
+        let file = written.map_err(|source| {
+            restore();
+            RamError::Copy { pages, source }
+        })?;
+        let most = (state.mappings.len() + 2 * out.len()) as u64;
+        let promised = state.promise.count().max(most);
+        state.promise.resize(promised).inspect_err(|_| restore())?;
+
+        let layer = Arc::new(self.store.adopt_file(file, pages));
+        let mut at = 0;
+        for run in &out {
+            let source = Source { layer: Arc::clone(&layer), at };
+            at += run.len();
+            // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
+            self.at.map_private(*run, layer.as_fd(), source.at).map_err(|error| {
+                restore();
+                RamError::Map { range: *run, source: error }
+            })?;
+            state.mappings.insert(*run, Mapping::Private(source.clone()));
+            state.map.insert(*run, source);
+        }
+        let emptied: Vec<PageRange> = born.iter().map(|run| run.intersect(range)).collect();
+        self.free_born(
+            &state,
+            &subtract_runs(&emptied.into_iter().filter(|r| !r.is_empty()).collect::<Vec<_>>(), &pinned),
+        );
+        // Best effort: what stays in the page cache is reclaimed when memory is short.
+        let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
+        if state.born_runs().is_empty() {
+            state.birth = None;
+        }
+        let mappings = state.mappings.len() as u64;
+        let _ = state.promise.resize(mappings);
+        Ok(pages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, GuestRam, PAGE_SIZE, RamLayout, Store, Term};
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn i7_cold_pages_go_to_disk_and_come_back_pinned_ones_stay() {
+        let dir = Path::new("/var/tmp");
+        let store = Store::open().unwrap();
+        for frozen in [false, true] {
+            let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.birth().unwrap();
+            if frozen {
+                ram.freeze(&Quiesced::assume()).unwrap();
+            }
+            let word = |page: u64| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
+            (0..1024).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
+            let region = &ram.regions()[0];
+            let pin = region.pin(PageRange::new(10, 12), Access::Write, Term::Long).unwrap();
+            let quiesced = Quiesced::assume();
+            assert_eq!(region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(), 598);
+            assert_eq!(ram.stats().unwrap().exclusive, 1024 - 598);
+            assert_eq!(ram.stats().unwrap().private_kib, (1024 - 598) * 4, "the memory is given back");
+            (0..1024).for_each(|p| assert_eq!(word(p), p + 1, "page {p} came back"));
+            pin.slice().write_obj(99u64, 0).unwrap();
+            assert_eq!(word(10), 99, "the pinned page did not move");
+            ram.memory().write_obj(7u64, GuestAddress(20 * PAGE_SIZE)).unwrap();
+            assert_eq!((word(20), word(21)), (7, 22));
+        }
+        assert_eq!(store.live_layers(), 0);
+    }
+
+    #[test]
+    fn i13_a_disk_that_cannot_be_written_changes_nothing() {
+        let store = Store::open().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
+        ram.birth().unwrap();
+        ram.memory().write_obj(5u64, GuestAddress(0)).unwrap();
+        let gone = Path::new("/proc/no-such-directory");
+        let refused = ram.regions()[0].evict(PageRange::new(0, 64), gone, &Quiesced::assume());
+        assert!(matches!(refused, Err(RamError::Copy { pages: 64, .. })));
+        assert_eq!(ram.stats().unwrap().exclusive, 64);
+        assert!(ram.regions()[0].ownership().get(0).0, "the bit is back");
+    }
+}

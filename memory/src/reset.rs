@@ -1,0 +1,129 @@
+//! Reset: back to an image, in place. The cost is in pages written since, not in memory.
+//!
+//! A page the VM has written since is dropped: the private mapping shows the layer again. Where the layer behind a range is not the
+//! image's any more (it was frozen again since), or where the VM's copy lies over an older layer (a freeze copied it and left it where it
+//! was), the range is mapped anew.
+
+use std::os::fd::AsFd;
+
+use crate::error::RamError;
+use crate::interval::IntervalMap;
+use crate::layer::LayerMap;
+use crate::region::{GuestRegion, Mapping, State};
+use crate::units::{PageRange, pages_in, push_run, subtract_runs};
+
+/// What a reset did. Counts are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResetReport {
+    /// The VM's own copies that were dropped.
+    pub dropped: u64,
+    /// Pages mapped anew.
+    pub remapped: u64,
+}
+
+impl std::ops::AddAssign for ResetReport {
+    fn add_assign(&mut self, other: Self) {
+        self.dropped += other.dropped;
+        self.remapped += other.remapped;
+    }
+}
+
+/// Whether a private mapping shows what `want` says.
+fn shows(have: &Mapping, want: &Mapping) -> bool {
+    match (have, want) {
+        (Mapping::Private(have), Mapping::Private(want)) => have.layer.id() == want.layer.id() && have.at == want.at,
+        (Mapping::Zero, Mapping::Zero) => true,
+        _ => false,
+    }
+}
+
+/// What must be mapped where for `map`.
+fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
+    let mut out = Vec::with_capacity(map.len() + 1);
+    let mut at = all.start;
+    for (range, source) in map.iter() {
+        out.push((PageRange::new(at, range.start), Mapping::Zero));
+        out.push((range, Mapping::Private(source.clone())));
+        at = range.end;
+    }
+    out.push((PageRange::new(at, all.end), Mapping::Zero));
+    out.retain(|(range, _)| !range.is_empty());
+    out
+}
+
+/// The runs of `range` whose mapping is not `want`, each with what it must be.
+fn differing(mappings: &IntervalMap<Mapping>, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
+    use crate::interval::Piece;
+    let mut runs = Vec::new();
+    for (piece, have) in mappings.within(range) {
+        if !shows(&have, &want.advance(piece.start - range.start)) {
+            push_run(&mut runs, piece);
+        }
+    }
+    runs.into_iter().map(|run| (run, want.advance(run.start - range.start))).collect()
+}
+
+impl GuestRegion {
+    /// Pins that keep the region from being reset. Callers that can wait do so until there are none.
+    pub(crate) fn pinned_pages(&self) -> Vec<PageRange> {
+        self.table.pinned_runs(self.range())
+    }
+
+    /// Puts the region back to `map`. Nothing may be writing to it.
+    pub(crate) fn reset(&self, map: &LayerMap) -> Result<ResetReport, RamError> {
+        let mut state = self.checked(self.range())?;
+        let table = self.table.lock();
+        let born = state.born_runs();
+        let mut owned = Vec::new();
+        for private in subtract_runs(&[self.range()], &born) {
+            owned.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
+        }
+        // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
+        let mut pinned = Vec::new();
+        for run in born.iter().chain(&owned) {
+            pinned.extend(table.share(*run));
+        }
+        if let Some(first) = pinned.first().copied() {
+            born.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
+            return Err(RamError::Pinned { pages: pages_in(&pinned), first });
+        }
+        self.put_back(&mut state, map, &born, &owned)
+    }
+
+    fn put_back(
+        &self,
+        state: &mut State,
+        map: &LayerMap,
+        born: &[PageRange],
+        owned: &[PageRange],
+    ) -> Result<ResetReport, RamError> {
+        let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
+        for (range, want) in wanted(map, self.range()) {
+            todo.extend(differing(&state.mappings, range, &want));
+        }
+        // Promised before anything is touched (D5).
+        let most = (state.mappings.len() + 2 * todo.len()) as u64;
+        state.promise.resize(state.promise.count().max(most))?;
+        let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
+        let dropped = subtract_runs(owned, &anew);
+        for run in &dropped {
+            self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
+        }
+        for (range, want) in &todo {
+            match want {
+                Mapping::Zero => self.at.map_zero(*range),
+                Mapping::Private(source) | Mapping::Born(source) => {
+                    self.at.map_private(*range, source.layer.as_fd(), source.at)
+                }
+            }
+            .map_err(|source| RamError::Map { range: *range, source })?;
+            state.mappings.insert(*range, want.clone());
+        }
+        state.map = map.clone();
+        if state.born_runs().is_empty() {
+            state.birth = None;
+        }
+        let _ = state.promise.resize(state.mappings.len() as u64);
+        Ok(ResetReport { dropped: pages_in(born) + pages_in(owned), remapped: pages_in(&anew) })
+    }
+}
