@@ -80,6 +80,11 @@ impl RamImage {
         &self.layout
     }
 
+    #[cfg(test)]
+    pub(crate) fn maps(&self) -> &[LayerMap] {
+        &self.maps
+    }
+
     /// Mappings a VM started from it needs at most.
     #[must_use]
     pub fn mappings(&self) -> usize {

@@ -127,3 +127,91 @@ impl GuestRegion {
         Ok(ResetReport { dropped: pages_in(born) + pages_in(owned), remapped: pages_in(&anew) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store, Term};
+    use std::time::Duration;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 2048;
+
+    fn frozen(store: &Store) -> (GuestRam, crate::RamImage) {
+        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
+        ram.birth().unwrap();
+        (0..PAGES).for_each(|p| put(&ram, p, p + 1));
+        let (image, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        (ram, image)
+    }
+
+    fn put(ram: &GuestRam, page: u64, word: u64) {
+        ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+
+    fn word(ram: &GuestRam, page: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+    }
+
+    #[test]
+    fn only_what_was_written_is_dropped() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        [3, 4, 700, 2047].iter().for_each(|p| put(&ram, *p, 0));
+        let report = ram.reset(&image, &Quiesced::assume(), Duration::ZERO).unwrap();
+        assert_eq!(report, ResetReport { dropped: 4, remapped: 0 });
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        assert_eq!(ram.stats().unwrap().private_kib, 0);
+    }
+
+    #[test]
+    fn back_over_a_freeze_that_came_between() {
+        let store = Store::open().unwrap();
+        let (ram, first) = frozen(&store);
+        // Few, which a freeze copies and leaves; and many, which it remaps.
+        put(&ram, 7, 0);
+        (1000..1600).for_each(|p| put(&ram, p, 0));
+        let (second, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        put(&ram, 7, 1);
+        ram.reset(&second, &Quiesced::assume(), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 7), word(&ram, 1000)), (0, 0), "not the first image's");
+        ram.reset(&first, &Quiesced::assume(), Duration::ZERO).unwrap();
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        ram.reset(&second, &Quiesced::assume(), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 7), word(&ram, 1599), word(&ram, 1600)), (0, 0, 1601));
+    }
+
+    #[test]
+    fn i7_a_pinned_page_refuses_the_reset_and_nothing_changes() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        put(&ram, 5, 55);
+        put(&ram, 6, 66);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, Term::Long).unwrap();
+        let refused = ram.reset(&image, &Quiesced::assume(), Duration::from_millis(5));
+        assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
+        // A pin that comes after the first look is met by the region itself.
+        let late = ram.regions()[0].reset(&image.maps()[0]);
+        assert!(matches!(late, Err(RamError::Pinned { pages: 1, .. })));
+        assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
+        assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");
+        drop(pin);
+        ram.reset(&image, &Quiesced::assume(), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 5), word(&ram, 6)), (6, 7));
+    }
+
+    #[test]
+    fn a_reset_waits_for_a_device_that_is_nearly_done() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, Term::Short).unwrap();
+        let device = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            pin.slice().write_obj(1u64, 0).unwrap();
+            drop(pin);
+        });
+        ram.reset(&image, &Quiesced::assume(), Duration::from_secs(10)).unwrap();
+        device.join().unwrap();
+        assert_eq!(word(&ram, 5), 6, "the device was done before its page went");
+    }
+}

@@ -154,6 +154,8 @@ pub(crate) struct DemoArgs {
 pub(crate) enum BenchName {
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
+    /// Pinning pages for DMA.
+    Pin,
 }
 
 #[derive(Clone, Debug, Args)]
