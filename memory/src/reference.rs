@@ -43,6 +43,26 @@ impl fmt::Debug for RefPage {
 }
 
 impl RefPage {
+    /// Whether both are handles to one page.
+    pub(crate) fn same_as(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Kind::Zero, Kind::Zero) => true,
+            (Kind::Pattern(a), Kind::Pattern(b)) => a.id() == b.id(),
+            _ => false,
+        }
+    }
+
+    /// What provides the pages of `range` while they show this page: nothing for zeros, else a piece a block.
+    pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, Source)> {
+        match &self.0 {
+            Kind::Zero => Vec::new(),
+            Kind::Pattern(layer) => range
+                .blocks()
+                .map(|(_, piece)| (piece, Source { layer: Arc::clone(layer), at: piece.start % BLOCK_PAGES }))
+                .collect(),
+        }
+    }
+
     /// The page of zeros.
     #[must_use]
     pub fn zero() -> Self {
@@ -112,29 +132,21 @@ impl GuestRegion {
 
     /// Maps `page` over `range`, none of which is pinned or will be before the locks are let go.
     fn show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
-        let pieces: Vec<PageRange> = match &page.0 {
-            Kind::Zero => vec![range],
-            Kind::Pattern(_) => range.blocks().map(|(_, piece)| piece).collect(),
-        };
+        let sources = page.sources(range);
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
         let before = state.promise.count();
-        state.promise.resize(before.max((state.mappings.len() + 2 * pieces.len()) as u64))?;
+        state.promise.resize(before.max((state.mappings.len() + 2 * sources.len().max(1)) as u64))?;
         let born: Vec<PageRange> = state.born_runs().into_iter().map(|run| run.intersect(range)).collect();
-        for piece in pieces {
-            let failed = |source| RamError::Map { range: piece, source };
-            match &page.0 {
-                Kind::Zero => {
-                    self.at.map_zero(piece).map_err(failed)?;
-                    state.mappings.insert(piece, Mapping::Zero);
-                    state.map.remove(piece);
-                }
-                Kind::Pattern(layer) => {
-                    let source = Source { layer: Arc::clone(layer), at: piece.start % BLOCK_PAGES };
-                    self.at.map_private(piece, layer.as_fd(), source.at).map_err(failed)?;
-                    state.mappings.insert(piece, Mapping::Private(source.clone()));
-                    state.map.insert(piece, source);
-                }
-            }
+        if sources.is_empty() {
+            self.at.map_zero(range).map_err(|source| RamError::Map { range, source })?;
+            state.mappings.insert(range, Mapping::Zero);
+            state.map.remove(range);
+        }
+        for (piece, source) in sources {
+            let mapped = self.at.map_private(piece, source.layer.as_fd(), source.at);
+            mapped.map_err(|source| RamError::Map { range: piece, source })?;
+            state.mappings.insert(piece, Mapping::Private(source.clone()));
+            state.map.insert(piece, source);
         }
         self.free_born(state, &born);
         // Shrinking a promise cannot fail.

@@ -13,6 +13,7 @@ use crate::budget::Promise;
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{Layer, LayerMap, Source};
+use crate::nofork::NoForkMap;
 use crate::ownership::OwnershipTable;
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
@@ -56,6 +57,8 @@ pub(crate) struct State {
     /// The file this VM was born in, while some of its pages are still mapped shared.
     pub(crate) birth: Option<Arc<Layer>>,
     pub(crate) promise: Promise,
+    /// What children do not inherit.
+    pub(crate) no_fork: NoForkMap,
 }
 
 impl State {
@@ -96,7 +99,13 @@ impl GuestRegion {
             table: OwnershipTable::new(pages),
             pins: PinList::default(),
             live: AtomicBool::new(false),
-            state: Mutex::new(State { map: LayerMap::new(), mappings: IntervalMap::new(), birth: None, promise }),
+            state: Mutex::new(State {
+                map: LayerMap::new(),
+                mappings: IntervalMap::new(),
+                birth: None,
+                promise,
+                no_fork: NoForkMap::new(),
+            }),
         })
     }
 
