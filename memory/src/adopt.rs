@@ -5,7 +5,9 @@
 //! never a refused fork.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
+use crate::background::{AttachError, BackgroundError};
 use crate::error::RamError;
 use crate::interval::Piece;
 use crate::layer::{LayerMap, Source};
@@ -86,6 +88,9 @@ fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
 impl GuestRegion {
     /// Maps the layers of `map` into this still empty region.
     pub(crate) fn adopt(&self, map: &LayerMap) -> Result<(), RamError> {
+        if let Some(error) = map.iter().find_map(|(_, source)| source.layer.failure()) {
+            return Err(RamError::Lost(error));
+        }
         let mut state = self.state();
         self.expect_empty()?;
         let adopted = self.lay_out(&mut state, map);
@@ -117,10 +122,15 @@ impl GuestRegion {
                 }
             }
             .map_err(|source| RamError::Map { range: *range, source })?;
+            // Before the region is live: a hole in an unfinished layer is waited for, never read.
+            if let Mapping::Private(source) = mapping {
+                self.watch(state, *range, source)?;
+            }
             state.mappings.insert(*range, mapping.clone());
         }
         let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
         for (range, from) in &layout.copies {
+            from.layer.need(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
             self.at
                 .read_in(*range, from.layer.as_fd(), from.at)
                 .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
@@ -135,6 +145,18 @@ impl GuestRegion {
         Ok(())
     }
 
+    fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
+        let Some(filling) = source.layer.pending() else { return Ok(()) };
+        let missing = filling.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
+            AttachError::Failed(error) => RamError::Lost(error),
+            AttachError::Watch(source) => BackgroundError::Watch(source).into(),
+        })?;
+        if missing && !state.waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
+            state.waits.push(Arc::clone(&source.layer));
+        }
+        Ok(())
+    }
+
     /// Takes all memory away and leaves bare address space, as [`GuestRegion::reserve`] made it.
     pub(crate) fn empty(&self) {
         self.clear(&mut self.state());
@@ -142,6 +164,11 @@ impl GuestRegion {
 
     fn clear(&self, state: &mut State) {
         self.set_live(false);
+        for layer in state.waits.drain(..) {
+            if let Some(filling) = layer.filling() {
+                filling.detach(&self.at);
+            }
+        }
         if let Err(error) = self.at.protect_none() {
             tracing::error!(%error, "a region could not be emptied");
         }

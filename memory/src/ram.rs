@@ -1,11 +1,12 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
 use crate::error::RamError;
-use crate::freeze::FreezeReport;
+use crate::background::FillError;
+use crate::freeze::{FreezeMode, FreezeReport};
 use crate::layer::LayerMap;
 use crate::region::GuestRegion;
 use crate::stats::RamStats;
@@ -91,6 +92,33 @@ impl RamImage {
         view.adopt(self)?;
         let maps = view.regions.iter().map(|region| region.copy_whole(grain)).collect::<Result<_, _>>()?;
         Ok(Self { layout: self.layout.clone(), maps })
+    }
+
+    pub(crate) fn fillings(&self) -> impl Iterator<Item = &Arc<crate::background::Filling>> {
+        self.maps.iter().flat_map(LayerMap::iter).filter_map(|(_, source)| source.layer.filling())
+    }
+
+    /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all the same.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.fillings().any(|filling| !filling.is_over())
+    }
+
+    /// Why it will never be complete, if a copy in the background failed. It cannot be adopted then.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<FillError>> {
+        self.fillings().find_map(|filling| filling.failure())
+    }
+
+    /// Waits until it is complete, copying what is missing on this thread.
+    ///
+    /// # Errors
+    /// When it will never be complete.
+    pub fn settle(&self) -> Result<(), RamError> {
+        for filling in self.fillings() {
+            filling.finish().map_err(RamError::Lost)?;
+        }
+        Ok(())
     }
 
     /// Layers it refers to.
@@ -190,15 +218,59 @@ impl GuestRam {
     ///
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
-    pub fn freeze(&self, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+    pub fn freeze(&self, quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+        self.freeze_in(FreezeMode::Auto, quiesced)
+    }
+
+    /// As [`GuestRam::freeze`], and says when private pages are to be copied.
+    ///
+    /// If they are left to the background, writers may go on as soon as this returns: a write to a page that is not copied yet waits for
+    /// that page. The image may be adopted at once: a read of such a page waits likewise.
+    ///
+    /// # Errors
+    /// Then the VM is as it was, and nothing was shared (I13).
+    pub fn freeze_in(
+        &self,
+        mode: FreezeMode,
+        _quiesced: &Quiesced<'_>,
+    ) -> Result<(RamImage, FreezeReport), RamError> {
         let mut report = FreezeReport::default();
         let mut maps = Vec::with_capacity(self.regions.len());
         for region in &self.regions {
-            let (map, one) = region.freeze()?;
+            let (map, one) = region.freeze(mode)?;
             maps.push(map);
             report += one;
         }
         Ok((RamImage { layout: self.layout.clone(), maps }, report))
+    }
+
+    /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that
+    /// are missing are errors (SIGBUS, EFAULT).
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<FillError>> {
+        self.regions.iter().find_map(|region| region.failure.get())
+    }
+
+    /// Calls `call` once, from whichever thread notices, when memory is lost; now, if it is already. For stopping the VM with its reason.
+    pub fn on_failure(&self, call: impl FnOnce(&Arc<FillError>) + Send + 'static) {
+        let once = Arc::new(Mutex::new(Some(call)));
+        for region in &self.regions {
+            let once = Arc::clone(&once);
+            region.failure.on(Box::new(move |error| {
+                let call = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(call) = call {
+                    call(error);
+                }
+            }));
+        }
+    }
+
+    /// Finishes what the background has to do with this memory: its own last freeze, and layers it was given before they were complete.
+    ///
+    /// # Errors
+    /// When memory it was given is lost.
+    pub fn settle(&self) -> Result<(), RamError> {
+        self.regions.iter().try_for_each(|region| region.drain(&mut region.state()))
     }
 
     /// Counts by kind of page.
@@ -208,6 +280,7 @@ impl GuestRam {
     pub fn stats(&self) -> Result<RamStats, RamError> {
         let mut stats = RamStats::default();
         for region in &self.regions {
+            region.absorb(&mut region.state(), false);
             stats += region.stats()?;
         }
         Ok(stats)

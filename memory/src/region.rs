@@ -9,6 +9,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use crate::background::{Failure, FillError};
 use crate::budget::Promise;
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
@@ -56,6 +57,19 @@ pub(crate) struct State {
     /// The file this VM was born in, while some of its pages are still mapped shared.
     pub(crate) birth: Option<Arc<Layer>>,
     pub(crate) promise: Promise,
+    /// The last freeze, while it is or was copied in the background and nobody has looked since.
+    pub(crate) freezing: Option<Freezing>,
+    /// Layers adopted before they were complete, each watched where it is mapped.
+    pub(crate) waits: Vec<Arc<Layer>>,
+}
+
+/// What has to be settled when a freeze in the background is over.
+#[derive(Debug)]
+pub(crate) struct Freezing {
+    /// The delta.
+    pub(crate) layer: Arc<Layer>,
+    /// The map without the delta: if that fails, the freeze has never been.
+    pub(crate) before: LayerMap,
 }
 
 impl State {
@@ -76,8 +90,11 @@ impl State {
 pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
-    pub(crate) at: Reservation,
+    /// Shared with what is still being copied out of it.
+    pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
+    /// Whether memory it adopted was lost.
+    pub(crate) failure: Arc<Failure>,
     pub(crate) pins: PinList,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
     live: AtomicBool,
@@ -87,16 +104,17 @@ pub struct GuestRegion {
 impl GuestRegion {
     /// Reserves addresses for `pages` pages at `base`. Nothing is mapped yet.
     pub(crate) fn reserve(base: GuestAddress, pages: u64, store: &Store) -> Result<Self, RamError> {
-        let at = Reservation::new(pages).map_err(|source| RamError::Reserve { pages, source })?;
+        let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let promise = store.budget().promise(1)?;
         Ok(Self {
             base,
             store: store.clone(),
             at,
             table: OwnershipTable::new(pages),
+            failure: Arc::default(),
             pins: PinList::default(),
             live: AtomicBool::new(false),
-            state: Mutex::new(State { map: LayerMap::new(), mappings: IntervalMap::new(), birth: None, promise }),
+            state: Mutex::new(State { map: LayerMap::new(), mappings: IntervalMap::new(), birth: None, promise, freezing: None, waits: Vec::new() }),
         })
     }
 
@@ -122,6 +140,61 @@ impl GuestRegion {
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         // A panic under the lock leaves the state as it was after the last completed step, each of which is consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finishes what the background has to do with this region, copying what is missing on this thread: its own last freeze, and
+    /// the layers it adopted unfinished. To be called under the state lock, with the vCPUs stopped or not, **before anything takes pages
+    /// away, maps others in their place or reads the map or the mappings to do so**: freeze, reset, evict, compaction.
+    ///
+    /// A freeze of its own that failed is undone, which takes nothing from the region (I13).
+    ///
+    /// # Errors
+    /// When memory it adopted is lost.
+    pub(crate) fn drain(&self, state: &mut State) -> Result<(), RamError> {
+        self.absorb(state, true);
+        while let Some(layer) = state.waits.last() {
+            if let Some(filling) = layer.filling() {
+                filling.finish().map_err(RamError::Lost)?;
+            }
+            state.waits.pop();
+        }
+        Ok(())
+    }
+
+    /// Takes note of what a freeze in the background has done to the mappings; waits for it if told to.
+    pub(crate) fn absorb(&self, state: &mut State, wait: bool) {
+        let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else { return };
+        let Freezing { layer, before } = freezing;
+        let beneath = match layer.filling().map_or(Ok(Vec::new()), |filling| filling.finish()) {
+            Ok(shared_back) => {
+                for (run, at) in shared_back {
+                    state.mappings.insert(run, Mapping::Private(Source { layer: Arc::clone(&layer), at }));
+                }
+                before
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a freeze is undone: its layer could not be filled");
+                std::mem::replace(&mut state.map, before)
+            }
+        };
+        // It may hold the last handles of large layers, and the vCPUs may be stopped.
+        self.store.dispose((layer, beneath));
+        // What the background was promised and did not need. Shrinking a promise cannot fail.
+        let _ = state.promise.resize(state.mappings.len() as u64);
+    }
+
+    /// Copies those pages of `range` that the background has not got to, and releases them: from then on they are not protected, not
+    /// missing, and stay where they are. To be called under the state lock before a device is given their frames, which
+    /// no protection keeps it from writing.
+    ///
+    /// # Errors
+    /// When adopted pages among them are lost.
+    pub(crate) fn settle(&self, state: &State, range: PageRange) -> Result<(), Arc<FillError>> {
+        if let Some(filling) = state.freezing.as_ref().and_then(|freezing| freezing.layer.pending()) {
+            filling.let_go(range);
+        }
+        let waits = state.waits.iter().filter_map(|layer| layer.filling());
+        waits.into_iter().try_for_each(|filling| filling.need_for(&self.at, range))
     }
 
     pub(crate) fn is_live(&self) -> bool {
@@ -154,6 +227,18 @@ impl GuestRegion {
     #[must_use]
     pub fn ownership(&self) -> &OwnershipTable {
         &self.table
+    }
+}
+
+impl Drop for GuestRegion {
+    fn drop(&mut self) {
+        // A freeze of its own is finished without it: the filling keeps the memory.
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for layer in state.waits.drain(..) {
+            if let Some(filling) = layer.filling() {
+                filling.detach(&self.at);
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod dma;
 
-use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
+use clade_memory::{FreezeMode, Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
@@ -26,8 +26,10 @@ enum Op {
         at: u64,
         len: u64,
     },
+    /// In the background, everything goes on while pages are still being copied.
     Freeze {
         vm: usize,
+        background: bool,
     },
     Clone {
         image: usize,
@@ -66,7 +68,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (any_index, near_an_edge.clone(), len.clone(), any::<u8>()).prop_map(|(vm, at, len, byte)| Op::Write { vm, at, len, byte }),
         3 => (any_index, near_an_edge, len).prop_map(|(vm, at, len)| Op::Read { vm, at, len }),
-        4 => any_index.prop_map(|vm| Op::Freeze { vm }),
+        4 => (any_index, any::<bool>()).prop_map(|(vm, background)| Op::Freeze { vm, background }),
         3 => any_index.prop_map(|image| Op::Clone { image }),
         1 => any_index.prop_map(|vm| Op::DropVm { vm }),
         1 => any_index.prop_map(|image| Op::DropImage { image }),
@@ -127,9 +129,10 @@ impl World {
                 self.vms[vm].ram.memory().read_slice(&mut got, GuestAddress(at)).unwrap();
                 assert!(got == self.vms[vm].model[at as usize..at as usize + got.len()], "vm {vm} at {at:#x}");
             }
-            Op::Freeze { vm } => {
+            Op::Freeze { vm, background } => {
                 let Some(vm) = self.pick(vm) else { return };
-                let (image, _) = self.vms[vm].ram.freeze(&Quiesced::assume()).unwrap();
+                let mode = if background { FreezeMode::Background } else { FreezeMode::Eager };
+                let (image, _) = self.vms[vm].ram.freeze_in(mode, &Quiesced::assume()).unwrap();
                 self.images.push((image, self.vms[vm].model.clone()));
                 if self.images.len() > MOST_VMS {
                     self.images.remove(0);
@@ -228,6 +231,11 @@ fn schedule(store: &Store, ops: Vec<Op>) {
         assert!(got == *model, "I4: an image changed");
     }
     drop(world);
+    // The background thread may just be putting away what it finished.
+    let begun = std::time::Instant::now();
+    while store.live_layers() + store.budget().used() as usize > 0 && begun.elapsed().as_secs() < 2 {
+        std::thread::yield_now();
+    }
     assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
     assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
 }
