@@ -5,10 +5,14 @@
 //! never a refused fork.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
+use crate::background::{AttachError, BackgroundError};
 use crate::error::RamError;
+use crate::freeze::RegionImage;
 use crate::interval::Piece;
 use crate::layer::{LayerMap, Source};
+use crate::nofork;
 use crate::region::{GuestRegion, Mapping, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};
 
@@ -85,10 +89,13 @@ fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
 
 impl GuestRegion {
     /// Maps the layers of `map` into this still empty region.
-    pub(crate) fn adopt(&self, map: &LayerMap) -> Result<(), RamError> {
+    pub(crate) fn adopt(&self, image: &RegionImage) -> Result<(), RamError> {
+        if let Some(error) = image.map.iter().find_map(|(_, source)| source.layer.failure()) {
+            return Err(RamError::Lost(error));
+        }
         let mut state = self.state();
         self.expect_empty()?;
-        let adopted = self.lay_out(&mut state, map);
+        let adopted = self.lay_out(&mut state, image);
         if adopted.is_err() {
             // I13: an unborn child leaves nothing behind.
             self.clear(&mut state);
@@ -96,7 +103,9 @@ impl GuestRegion {
         adopted
     }
 
-    fn lay_out(&self, state: &mut State, map: &LayerMap) -> Result<(), RamError> {
+    fn lay_out(&self, state: &mut State, image: &RegionImage) -> Result<(), RamError> {
+        let map = &image.map;
+        let absent = nofork::absent(&image.no_fork);
         let share = self.store.budget().fair_share();
         let mut short = 0;
         let mut layout = Layout::plan(map, self.range(), short);
@@ -108,19 +117,24 @@ impl GuestRegion {
             }
             layout = coarser;
         }
-        state.promise.resize(layout.mappings.len() as u64)?;
+        state.promise.resize((layout.mappings.len() + 2 * absent.len()) as u64)?;
         for (range, mapping) in &layout.mappings {
             match mapping {
-                Mapping::Zero => self.at.map_zero(*range),
+                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
                 Mapping::Private(source) | Mapping::Born(source) => {
                     self.at.map_private(*range, source.layer.as_fd(), source.at)
                 }
             }
             .map_err(|source| RamError::Map { range: *range, source })?;
+            // Before the region is live: a hole in an unfinished layer is waited for, never read.
+            if let Mapping::Private(source) = mapping {
+                self.watch(state, *range, source)?;
+            }
             state.mappings.insert(*range, mapping.clone());
         }
         let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
         for (range, from) in &layout.copies {
+            from.layer.need(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
             self.at
                 .read_in(*range, from.layer.as_fd(), from.at)
                 .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
@@ -130,8 +144,26 @@ impl GuestRegion {
             // I2: a copy made on fork is the child's own.
             table.set_exclusive(*range);
         }
+        for range in &absent {
+            self.at.map_none(*range).map_err(|source| RamError::Map { range: *range, source })?;
+            state.mappings.insert(*range, Mapping::Absent);
+        }
+        self.set_absent(absent);
+        state.no_fork = image.no_fork.clone();
         state.map = map.clone();
         self.set_live(true);
+        Ok(())
+    }
+
+    fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
+        let Some(filling) = source.layer.pending() else { return Ok(()) };
+        let missing = filling.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
+            AttachError::Failed(error) => RamError::Lost(error),
+            AttachError::Watch(source) => BackgroundError::Watch(source).into(),
+        })?;
+        if missing && !state.waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
+            state.waits.push(Arc::clone(&source.layer));
+        }
         Ok(())
     }
 
@@ -142,6 +174,11 @@ impl GuestRegion {
 
     fn clear(&self, state: &mut State) {
         self.set_live(false);
+        for layer in state.waits.drain(..) {
+            if let Some(filling) = layer.filling() {
+                filling.detach(&self.at);
+            }
+        }
         if let Err(error) = self.at.protect_none() {
             tracing::error!(%error, "a region could not be emptied");
         }

@@ -1,9 +1,11 @@
 //! What guest memory can refuse.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::background::{BackgroundError, FillError};
 use crate::budget::BudgetError;
 use crate::store::StoreError;
 use crate::units::PageRange;
@@ -94,6 +96,12 @@ pub enum RamError {
         /// Bytes reserved.
         guest: u64,
     },
+    /// A freeze in the background failed; what depends on its layer is lost, and refused.
+    #[error("memory that a background freeze was still copying is lost")]
+    Lost(#[source] Arc<FillError>),
+    /// See [`BackgroundError`].
+    #[error("no freeze in the background")]
+    Background(#[from] BackgroundError),
     /// See [`BudgetError`].
     #[error("too many memory mappings")]
     Budget(#[from] BudgetError),

@@ -33,6 +33,8 @@ impl GuestRegion {
     /// When the file cannot be written; then nothing has changed.
     pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<u64, RamError> {
         let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.drain(&mut state)?;
         let table = self.table.lock();
         let born = state.born_runs();
         let mut own: Vec<PageRange> =

@@ -16,14 +16,20 @@
 //!    same file, what was not stays owned.
 //! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time.
 //! 5. Only then does the image exist for anyone else.
+//!
+//! Where there is much to copy, steps 2 and 4 are left to the background ([`crate::background`]): pinned pages are still copied here, then the
+//! others are write-protected, and the image exists before its delta is complete.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use crate::background::{Delta, Filling, Origin, Part};
 use crate::error::RamError;
 use crate::layer::{Layer, LayerMap, Source};
+use crate::nofork::{self, NoForkMap};
 use crate::ownership::TableGuard;
-use crate::region::{GuestRegion, Mapping, State};
+use crate::protect::Shared;
+use crate::region::{Freezing, GuestRegion, Mapping, State};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, pages_in, push_run, subtract_runs};
 
@@ -36,13 +42,38 @@ const MANY_RUNS: usize = 64;
 /// is cheaper than remapping and breaking COW again.
 const KEEP_PAGES: u64 = 256;
 
+/// From this many private pages on, [`FreezeMode::Auto`] leaves copying to the background.
+const BACKGROUND_PAGES: u64 = 1024;
+
+/// When a freeze copies the private pages that have to be copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FreezeMode {
+    /// Before it returns.
+    Eager,
+    /// In the background, however few they are. An error where the host cannot.
+    Background,
+    /// In the background when they are many and the host can.
+    #[default]
+    Auto,
+}
+
+/// A region at one instant.
+#[derive(Clone, Debug)]
+pub(crate) struct RegionImage {
+    pub(crate) map: LayerMap,
+    /// What was not inherited, and will not be by the children's children.
+    pub(crate) no_fork: NoForkMap,
+}
+
 /// What one freeze did. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FreezeReport {
     /// Became layer pages by remapping alone.
     pub remapped: u64,
-    /// Were copied into a delta layer (gaps that were closed included).
+    /// Were copied into a delta layer (gaps that were closed included), or will be.
     pub copied: u64,
+    /// Of those, left to the background.
+    pub pending: u64,
     /// Of the copied, pinned: they stay exclusive and in place.
     pub pinned: u64,
 }
@@ -51,15 +82,19 @@ impl std::ops::AddAssign for FreezeReport {
     fn add_assign(&mut self, other: Self) {
         self.remapped += other.remapped;
         self.copied += other.copied;
+        self.pending += other.pending;
         self.pinned += other.pinned;
     }
 }
 
 /// What there is to freeze, decided under both locks.
-struct Plan {
+struct Plan<'t> {
     born: Vec<PageRange>,
     /// Private pages this VM owns.
     owned: Vec<PageRange>,
+    /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that protecting takes few calls.
+    private: Shared<'t>,
+    /// Born and private.
     pinned: Vec<PageRange>,
     /// What goes into the delta: `owned` with small gaps closed, and the pinned born pages.
     copy: Vec<PageRange>,
@@ -67,51 +102,63 @@ struct Plan {
 
 impl GuestRegion {
     /// Freezes the region; see the module's documentation. Nothing but pinned DMA may be writing to it.
-    pub(crate) fn freeze(&self) -> Result<(LayerMap, FreezeReport), RamError> {
+    pub(crate) fn freeze(&self, mode: FreezeMode) -> Result<(RegionImage, FreezeReport), RamError> {
         let mut state = self.state();
         if !self.is_live() {
             return Err(RamError::Empty { base: self.base.0 });
         }
+        // Before anything is looked at: what is still being copied from here would be shared twice, and what this VM was given may not
+        // be there yet.
+        self.drain(&mut state)?;
         let table = self.table.lock();
         let plan = self.plan(&state, &table)?;
-        let frozen = self.carry_out(&mut state, &table, &plan);
+        let frozen = self.carry_out(&mut state, &table, &plan, mode);
         if frozen.is_err() {
             // I13: whatever is still born or private is still this VM's own.
             for run in state.born_runs().iter().chain(&plan.owned) {
                 table.set_exclusive(*run);
             }
         }
-        frozen
+        let (mut map, report) = frozen?;
+        // The map of whoever is started from this, which is not in all the parent's own (R19).
+        nofork::hide(&state.no_fork, &mut map);
+        Ok((RegionImage { map, no_fork: state.no_fork.clone() }, report))
     }
 
-    fn plan(&self, state: &State, table: &TableGuard<'_>) -> Result<Plan, RamError> {
-        let born = state.born_runs();
-        let mut plan = Plan { born, owned: Vec::new(), pinned: Vec::new(), copy: Vec::new() };
-        for private in subtract_runs(&[self.range()], &plan.born) {
+    fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
+        // R19: what children do not inherit is not looked at. It stays as it is, and its bytes reach no layer.
+        let kept = nofork::runs(&state.no_fork);
+        let mapped_shared = state.born_runs();
+        let born = subtract_runs(&mapped_shared, &kept);
+        let (mut owned, mut together) = (Vec::new(), Vec::new());
+        let (mut copy, mut pinned) = (Vec::new(), Vec::new());
+        for private in subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept) {
             let runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
-            plan.copy.extend(close_gaps(&runs));
-            plan.owned.extend(runs);
+            copy.extend(close_gaps(&runs));
+            // Never more than is copied: what is protected is released by what fills the delta.
+            together.extend(join(&runs, SMALL_GAP));
+            owned.extend(runs);
         }
         // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
-        for run in plan.born.iter() {
-            plan.pinned.extend(table.share(*run));
+        for run in &born {
+            pinned.extend(table.share(*run));
         }
-        plan.copy.extend(plan.pinned.iter().copied());
-        for run in &plan.owned {
-            plan.pinned.extend(table.share(*run));
-        }
-        plan.pinned.sort_unstable();
-        plan.copy.sort_unstable();
-        Ok(plan)
+        copy.extend(pinned.iter().copied());
+        let private = Shared::give_up(table, &together);
+        pinned.extend(private.pinned());
+        pinned.sort_unstable();
+        copy.sort_unstable();
+        Ok(Plan { born, owned, private, pinned, copy })
     }
 
     fn carry_out(
         &self,
         state: &mut State,
         table: &TableGuard<'_>,
-        plan: &Plan,
+        plan: &Plan<'_>,
+        mode: FreezeMode,
     ) -> Result<(LayerMap, FreezeReport), RamError> {
-        let delta = self.copy_out(&plan.copy)?;
+        let (delta, filling) = self.delta(state, plan, mode)?;
         let to_remap = subtract_runs(&plan.born, &plan.pinned);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
         let most = state.mappings.len() as u64 + 2 * to_remap.len() as u64;
@@ -127,8 +174,21 @@ impl GuestRegion {
         if state.born_runs().is_empty() {
             state.birth = None;
         }
+        let before = filling.as_ref().map(|_| state.map.clone());
         for (run, source) in &delta {
             state.map.insert(*run, source.clone());
+        }
+        let report = FreezeReport {
+            remapped: pages_in(&to_remap),
+            copied: pages_in(&plan.copy),
+            pending: filling.as_ref().map_or(0, |filling| filling.missing()),
+            pinned: pages_in(&plan.pinned),
+        };
+        if let (Some(filling), Some(before), Some((_, source))) = (filling, before, delta.first()) {
+            // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
+            state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before });
+            filling.start();
+            return Ok((state.map.clone(), report));
         }
         self.share_copies(state, plan, &delta);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
@@ -141,66 +201,78 @@ impl GuestRegion {
                 }
             }
         }
-        let report = FreezeReport {
-            remapped: pages_in(&to_remap),
-            copied: pages_in(&plan.copy),
-            pinned: pages_in(&plan.pinned),
-        };
         // Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
         Ok((state.map.clone(), report))
     }
 
     /// All of the region, as it is read now, in a layer of its own.
-    pub(crate) fn copy_whole(&self, grain: Backing) -> Result<LayerMap, RamError> {
+    pub(crate) fn copy_whole(&self, grain: Backing, no_fork: &NoForkMap) -> Result<RegionImage, RamError> {
         let _state = self.state();
         let layer = self.store.layer(self.pages(), grain)?;
         let copied = self.at.write_out(&[self.range()], layer.as_fd(), 0);
         copied.map_err(|source| RamError::Copy { pages: self.pages(), source })?;
         let mut map = LayerMap::new();
         map.insert(self.range(), Source { layer: Arc::new(layer), at: 0 });
-        Ok(map)
+        Ok(RegionImage { map, no_fork: no_fork.clone() })
     }
 
-    /// Copies `runs` into a new delta layer, and says where each piece went.
-    ///
-    /// The delta is packed: its file holds the runs one after another, whole blocks first and so aligned that they can be mapped
-    /// 2 MiB at a time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
-    fn copy_out(&self, runs: &[PageRange]) -> Result<Vec<(PageRange, Source)>, RamError> {
-        if runs.is_empty() {
-            return Ok(Vec::new());
+    /// The delta layer, and where in it each run of the plan is: complete, or with what fills it.
+    fn delta(
+        &self,
+        state: &mut State,
+        plan: &Plan<'_>,
+        mode: FreezeMode,
+    ) -> Result<(Vec<(PageRange, Source)>, Option<Arc<Filling>>), RamError> {
+        if plan.copy.is_empty() {
+            return Ok((Vec::new(), None));
         }
-        let mut order = Vec::with_capacity(runs.len());
-        let mut rest = Vec::with_capacity(runs.len());
-        for run in runs {
-            let first = run.start.next_multiple_of(BLOCK_PAGES);
-            let last = run.end - run.end % BLOCK_PAGES;
-            if first < last {
-                order.push(PageRange::new(first, last));
-                rest.push(PageRange::new(run.start, first));
-                rest.push(PageRange::new(last, run.end));
-            } else {
-                rest.push(*run);
+        let packed = Packed::of(&plan.copy);
+        let later = pages_in(&plan.owned);
+        let wanted = match mode {
+            FreezeMode::Eager => false,
+            FreezeMode::Background => later > 0,
+            FreezeMode::Auto => later >= BACKGROUND_PAGES,
+        };
+        if wanted {
+            match self.defer(state, plan, &packed) {
+                Ok((layer, filling)) => return Ok((packed.placed(&layer), Some(filling))),
+                Err(error) if mode == FreezeMode::Background => return Err(error),
+                Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
-        let grain = if order.is_empty() { Backing::Small } else { Backing::Huge };
-        order.extend(rest.into_iter().filter(|r| !r.is_empty()));
-        let pages = pages_in(&order);
-        let layer = self.store.layer(pages, grain)?;
-        self.at.write_out(&order, layer.as_fd(), 0).map_err(|source| RamError::Copy { pages, source })?;
-        let layer: Arc<Layer> = Arc::new(layer);
-        let mut at = 0;
-        let place = |run: PageRange| {
-            let source = Source { layer: Arc::clone(&layer), at };
-            at += run.len();
-            (run, source)
-        };
-        Ok(order.into_iter().map(place).collect())
+        let layer = self.store.layer(packed.pages, packed.grain)?;
+        let copied = self.at.write_out(&packed.runs, layer.as_fd(), 0);
+        copied.map_err(|source| RamError::Copy { pages: packed.pages, source })?;
+        Ok((packed.placed(&Arc::new(layer)), None))
+    }
+
+    /// Copies the pinned pages into a new delta layer, write-protects the others, and leaves these to the background. Failing, or with the layer
+    /// dropped, nothing stays protected.
+    fn defer(
+        &self,
+        state: &mut State,
+        plan: &Plan<'_>,
+        packed: &Packed,
+    ) -> Result<(Arc<Layer>, Arc<Filling>), RamError> {
+        let shared = self.store.background()?;
+        let layer = Arc::new(self.store.hollow_layer(packed.pages, packed.grain)?);
+        let file = layer.file().try_clone().map_err(|source| RamError::Copy { pages: packed.pages, source })?;
+        // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
+        let used = state.mappings.len() as u64;
+        let allowance = (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share());
+        let allowance = state.promise.resize(used + allowance).map_or(0, |()| allowance);
+        let mapping = self.store.budget().promise(1)?;
+        let delta = Delta { file, parts: parts(&state.map, plan, packed), mapping, allowance };
+        let filling = Filling::new(shared, &self.at, delta)?;
+        layer.fill_with(Arc::clone(&filling));
+        filling.protect(&plan.private, &plan.pinned)?;
+        Ok((layer, filling))
     }
 
     /// Remaps copied private pages over the delta, longest runs first, until few enough remain the parent's own.
     /// Never an error: a page left out is only copied again next time.
-    fn share_copies(&self, state: &mut State, plan: &Plan, delta: &[(PageRange, Source)]) {
+    fn share_copies(&self, state: &mut State, plan: &Plan<'_>, delta: &[(PageRange, Source)]) {
         let mut pieces: Vec<(PageRange, Source)> = Vec::new();
         for (run, source) in delta {
             // I3: not the pinned pages. Born pages in the delta are all pinned.
@@ -236,6 +308,89 @@ impl GuestRegion {
         state.mappings.insert(run, Mapping::Private(source.clone()));
         Ok(())
     }
+}
+
+/// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
+/// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
+struct Packed {
+    runs: Vec<PageRange>,
+    pages: u64,
+    grain: Backing,
+}
+
+impl Packed {
+    fn of(runs: &[PageRange]) -> Self {
+        let mut order = Vec::with_capacity(runs.len());
+        let mut rest = Vec::with_capacity(runs.len());
+        for run in runs {
+            let first = run.start.next_multiple_of(BLOCK_PAGES);
+            let last = run.end - run.end % BLOCK_PAGES;
+            if first < last {
+                order.push(PageRange::new(first, last));
+                rest.push(PageRange::new(run.start, first));
+                rest.push(PageRange::new(last, run.end));
+            } else {
+                rest.push(*run);
+            }
+        }
+        let grain = if order.is_empty() { Backing::Small } else { Backing::Huge };
+        order.extend(rest.into_iter().filter(|r| !r.is_empty()));
+        Self { pages: pages_in(&order), runs: order, grain }
+    }
+
+    /// The runs, and the file's page each starts at.
+    fn iter(&self) -> impl Iterator<Item = (PageRange, u64)> {
+        self.runs.iter().scan(0, |at, run| {
+            let here = *at;
+            *at += run.len();
+            Some((*run, here))
+        })
+    }
+
+    fn placed(&self, layer: &Arc<Layer>) -> Vec<(PageRange, Source)> {
+        self.iter().map(|(run, at)| (run, Source { layer: Arc::clone(layer), at })).collect()
+    }
+}
+
+/// What the delta's pages are copied from. Pages this VM owns, and pinned ones, are in its memory; gaps that were closed it may write meanwhile
+/// (not all are protected), so they come from beneath.
+fn parts(map: &LayerMap, plan: &Plan<'_>, packed: &Packed) -> Vec<Part> {
+    let mut own = subtract_runs(&plan.pinned, &plan.owned);
+    own.extend_from_slice(&plan.owned);
+    own.sort_unstable();
+    let mut parts = Vec::with_capacity(packed.runs.len());
+    for (run, at) in packed.iter() {
+        let mut add = |range: PageRange, origin: Origin| {
+            parts.push(Part { range, at: at + (range.start - run.start), origin });
+        };
+        let first = own.partition_point(|own| own.end <= run.start);
+        let mut done = run.start;
+        for own in own[first..].iter().map(|own| own.intersect(run)).take_while(|own| !own.is_empty()) {
+            beneath(map, PageRange::new(done, own.start), &mut add);
+            add(own, Origin::Parent);
+            done = own.end;
+        }
+        beneath(map, PageRange::new(done, run.end), &mut add);
+    }
+    parts
+}
+
+fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origin)) {
+    if gap.is_empty() {
+        return;
+    }
+    let mut done = gap.start;
+    let zero = |from: u64, to: u64, add: &mut dyn FnMut(PageRange, Origin)| {
+        if from < to {
+            add(PageRange::new(from, to), Origin::Zero);
+        }
+    };
+    for (range, source) in map.within(gap) {
+        zero(done, range.start, add);
+        done = range.end;
+        add(range, Origin::Layer(source));
+    }
+    zero(done, gap.end, add);
 }
 
 /// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too much is always safe (I5).

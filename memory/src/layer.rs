@@ -5,10 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use crate::background::{FillError, Filling};
 use crate::interval::{IntervalMap, Piece};
+use crate::units::PageRange;
 
 /// Identity of a layer within its store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,13 +44,15 @@ pub struct Layer {
     file: File,
     pages: u64,
     live: Arc<AtomicUsize>,
+    /// What fills it, or did, if it was published before it was complete.
+    filling: OnceLock<Arc<Filling>>,
 }
 
 impl Layer {
     pub(crate) fn new(id: LayerId, file: File, pages: u64, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
-        Self { id, file, pages, live }
+        Self { id, file, pages, live, filling: OnceLock::new() }
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -59,6 +63,34 @@ impl Layer {
     #[must_use]
     pub fn id(&self) -> LayerId {
         self.id
+    }
+
+    /// Says what fills it: once, before anyone else has it.
+    pub(crate) fn fill_with(&self, filling: Arc<Filling>) {
+        let first = self.filling.set(filling).is_ok();
+        debug_assert!(first, "a layer is filled once");
+    }
+
+    /// What fills it, if that was left to the background.
+    pub(crate) fn filling(&self) -> Option<&Arc<Filling>> {
+        self.filling.get()
+    }
+
+    /// What fills it, as long as pages may be missing.
+    pub(crate) fn pending(&self) -> Option<&Arc<Filling>> {
+        self.filling().filter(|filling| !filling.is_over())
+    }
+
+    /// Why it will never be complete.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<FillError>> {
+        self.filling()?.failure()
+    }
+
+    /// Waits until the pages of its file within `range` are there: to be called before the file is read otherwise than through a
+    /// mapping that was adopted.
+    pub(crate) fn need(&self, range: PageRange) -> Result<(), Arc<FillError>> {
+        self.filling().map_or(Ok(()), |filling| filling.need(range))
     }
 
     /// Pages of address space in its file (holes included).
@@ -78,6 +110,9 @@ impl Layer {
 
 impl Drop for Layer {
     fn drop(&mut self) {
+        if let Some(filling) = self.filling.get() {
+            filling.abandon();
+        }
         // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
         self.live.fetch_sub(1, Ordering::Release);
     }

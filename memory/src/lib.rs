@@ -9,7 +9,7 @@
 //! |---|---|
 //! | the whole of a VM's memory | [`GuestRam`] |
 //! | the bit and the count | [`word`](crate) in `word.rs`, [`OwnershipTable`] |
-//! | how memory becomes shared | `freeze.rs` |
+//! | how memory becomes shared | `freeze.rs`; without waiting for the copies, `background.rs` |
 //! | how a child gets it | `adopt.rs` |
 //! | DMA | [`DmaPin`] |
 //!
@@ -17,6 +17,7 @@
 //! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it does not write to disk.
 
 mod adopt;
+mod background;
 mod budget;
 mod error;
 mod evict;
@@ -26,6 +27,7 @@ mod layer;
 mod nofork;
 mod ownership;
 mod pin;
+mod protect;
 mod ram;
 mod reference;
 mod region;
@@ -37,9 +39,10 @@ mod sys;
 mod units;
 mod word;
 
+pub use background::{BackgroundError, FillError};
 pub use budget::{BudgetError, MappingBudget};
 pub use error::RamError;
-pub use freeze::FreezeReport;
+pub use freeze::{FreezeMode, FreezeReport};
 pub use interval::{IntervalMap, Piece};
 pub use layer::{Layer, LayerId, LayerMap, Source};
 pub use nofork::NoFork;

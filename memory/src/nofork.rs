@@ -10,7 +10,7 @@ use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
 use crate::reference::RefPage;
 use crate::region::GuestRegion;
-use crate::units::{PageRange, push_run, subtract_runs};
+use crate::units::{PageRange, push_run};
 
 /// What a child finds in a no-fork range.
 #[derive(Clone, Debug)]
@@ -48,11 +48,6 @@ pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
     out
 }
 
-/// The parts of `range` that children may have.
-pub(crate) fn inherited(declared: &NoForkMap, range: PageRange) -> Vec<PageRange> {
-    subtract_runs(&[range], &runs(declared))
-}
-
 /// What the children's map says where the parent's must not be seen.
 pub(crate) fn hide(declared: &NoForkMap, map: &mut LayerMap) {
     for (range, what) in declared.iter() {
@@ -86,5 +81,111 @@ impl GuestRegion {
     #[must_use]
     pub fn no_fork(&self) -> Vec<(PageRange, NoFork)> {
         self.state().no_fork.iter().map(|(range, what)| (range, what.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Pattern, Quiesced, RamImage, RamLayout, Store, Term};
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 4 * 512;
+    const SECRET: u64 = 0x5ec1_2e7d_a7a5;
+
+    fn word(ram: &GuestRam, page: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+    }
+
+    fn put(ram: &GuestRam, page: u64, word: u64) {
+        ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+
+    fn child(image: &RamImage, store: &Store) -> GuestRam {
+        let ram = GuestRam::reserve(image.layout(), store).unwrap();
+        ram.adopt(image).unwrap();
+        ram
+    }
+
+    fn declared(store: &Store) -> GuestRam {
+        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
+        ram.birth().unwrap();
+        (0..PAGES).for_each(|p| put(&ram, p, SECRET));
+        let mut fresh: Pattern = [0; PAGE_SIZE as usize];
+        fresh[..8].copy_from_slice(&77u64.to_le_bytes());
+        let region = &ram.regions()[0];
+        region.set_no_fork(PageRange::new(100, 110), Some(NoFork::Zeroed)).unwrap();
+        let page = store.reference_page(&fresh).unwrap();
+        region.set_no_fork(PageRange::new(500, 530), Some(NoFork::Fresh(page))).unwrap();
+        region.set_no_fork(PageRange::new(1000, 1001), Some(NoFork::Absent)).unwrap();
+        ram
+    }
+
+    fn check_child(ram: &GuestRam) {
+        let seen: Vec<u64> = [99, 100, 109, 110, 499, 500, 529, 530, 999, 1001].iter().map(|p| word(ram, *p)).collect();
+        assert_eq!(seen, [SECRET, 0, 0, SECRET, SECRET, 77, 77, SECRET, SECRET, SECRET]);
+        let absent = ram.memory().read_obj::<u64>(GuestAddress(1000 * PAGE_SIZE));
+        assert!(absent.is_err(), "R19: absent, not zeros");
+        let pin = ram.regions()[0].pin(PageRange::with_len(1000, 1), Access::Write, Term::Short);
+        assert!(pin.is_err(), "and no device gets it");
+    }
+
+    #[test]
+    fn r19_children_and_theirs_do_not_inherit_and_the_parent_keeps() {
+        for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
+            let parent = declared(&store);
+            let (image, _) = parent.freeze(&Quiesced::assume()).unwrap();
+            assert!((0..PAGES).all(|p| word(&parent, p) == SECRET), "the parent keeps its own");
+            let first = child(&image, &store);
+            check_child(&first);
+            // Written by the child: its own children start fresh again.
+            put(&first, 100, 1);
+            put(&first, 505, 1);
+            let (image, _) = first.freeze(&Quiesced::assume()).unwrap();
+            assert_eq!((word(&first, 100), word(&first, 505)), (1, 1));
+            check_child(&child(&image, &store));
+            check_child(&child(&image.flatten(&store, store.backing()).unwrap(), &store));
+        }
+    }
+
+    #[test]
+    fn r19_the_bytes_are_in_no_layer() {
+        let store = Store::open().unwrap();
+        let parent = declared(&store);
+        // The second freeze harvests private pages, the third goes through the background: three ways for a page to get into a layer.
+        for mode in [FreezeMode::Eager, FreezeMode::Eager, FreezeMode::Background] {
+            let (image, _) = parent.freeze_in(mode, &Quiesced::assume()).unwrap();
+            image.settle().unwrap();
+            let hidden = [100..110, 500..530, 1000..1001];
+            for (range, source) in image.regions()[0].map.iter() {
+                let shown = hidden.iter().any(|h| h.clone().any(|p| range.contains(p)));
+                assert!(
+                    !shown || source.layer.id().is_reference(),
+                    "{range} of {source:?} shows what is not inherited"
+                );
+            }
+            (0..PAGES).for_each(|p| put(&parent, p, SECRET));
+            check_child(&child(&image, &store));
+        }
+    }
+
+    #[test]
+    fn r19_a_declaration_survives_pins_discards_and_resets_and_can_be_taken_back() {
+        let store = Store::open().unwrap();
+        let parent = declared(&store);
+        let region = &parent.regions()[0];
+        let ring = region.pin(PageRange::new(100, 110), Access::Write, Term::Long).unwrap();
+        let (image, report) = parent.freeze(&Quiesced::assume()).unwrap();
+        assert_eq!(report.pinned, 0, "a pinned no-fork page is not copied either");
+        ring.slice().write_obj(5u64, 0).unwrap();
+        assert_eq!(word(&parent, 100), 5);
+        check_child(&child(&image, &store));
+        drop(ring);
+        let one = child(&image, &store);
+        one.reset(&image, &Quiesced::assume(), std::time::Duration::ZERO).unwrap();
+        check_child(&one);
+        region.set_no_fork(PageRange::new(100, 110), None).unwrap();
+        let (image, _) = parent.freeze(&Quiesced::assume()).unwrap();
+        assert_eq!(word(&child(&image, &store), 100), 5, "inherited again");
     }
 }

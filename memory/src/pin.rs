@@ -230,7 +230,10 @@ impl GuestRegion {
     #[cold]
     fn pin_locked(&self, range: PageRange, access: Access, term: Term) -> Result<Option<Vec<PageRange>>, PinError> {
         // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the kernel's page tables in step.
-        let _state = self.state();
+        let state = self.state();
+        // Before the table is locked, which is never held while waiting: a page that is still being copied is copied now and
+        // released, because a device heeds no protection (D4); one that was adopted unfinished is made to be there.
+        self.settle(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
         let table = self.table.lock();
         let shared = table.not_exclusive(range);
         if access == Access::Read && term == Term::Short && !shared.is_empty() {

@@ -1,13 +1,14 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
+use crate::background::FillError;
 use crate::error::RamError;
-use crate::freeze::FreezeReport;
-use crate::layer::LayerMap;
+use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
+use crate::nofork::NoForkMap;
 use crate::region::GuestRegion;
 use crate::reset::ResetReport;
 use crate::stats::RamStats;
@@ -70,7 +71,7 @@ impl RamLayout {
 #[derive(Clone, Debug)]
 pub struct RamImage {
     layout: RamLayout,
-    maps: Vec<LayerMap>,
+    regions: Vec<RegionImage>,
 }
 
 impl RamImage {
@@ -81,14 +82,14 @@ impl RamImage {
     }
 
     #[cfg(test)]
-    pub(crate) fn maps(&self) -> &[LayerMap] {
-        &self.maps
+    pub(crate) fn regions(&self) -> &[RegionImage] {
+        &self.regions
     }
 
     /// Mappings a VM started from it needs at most.
     #[must_use]
     pub fn mappings(&self) -> usize {
-        self.maps.iter().map(LayerMap::len).sum()
+        self.regions.iter().map(|region| region.map.len()).sum()
     }
 
     /// The same memory copied into one layer a region, in pages of the given size: as long a copy as the memory is large, after
@@ -98,15 +99,44 @@ impl RamImage {
     /// When there is no memory for the copy.
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
         let view = GuestRam::reserve(&self.layout, store)?;
-        view.adopt(self)?;
-        let maps = view.regions.iter().map(|region| region.copy_whole(grain)).collect::<Result<_, _>>()?;
-        Ok(Self { layout: self.layout.clone(), maps })
+        // What is absent is copied as zeros, and absent again in whoever adopts the copy.
+        let seen = |region: &RegionImage| RegionImage { map: region.map.clone(), no_fork: NoForkMap::new() };
+        view.adopt(&Self { layout: self.layout.clone(), regions: self.regions.iter().map(seen).collect() })?;
+        let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.no_fork));
+        Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
+    }
+
+    pub(crate) fn fillings(&self) -> impl Iterator<Item = &Arc<crate::background::Filling>> {
+        self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.filling())
+    }
+
+    /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all the same.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.fillings().any(|filling| !filling.is_over())
+    }
+
+    /// Why it will never be complete, if a copy in the background failed. It cannot be adopted then.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<FillError>> {
+        self.fillings().find_map(|filling| filling.failure())
+    }
+
+    /// Waits until it is complete, copying what is missing on this thread.
+    ///
+    /// # Errors
+    /// When it will never be complete.
+    pub fn settle(&self) -> Result<(), RamError> {
+        for filling in self.fillings() {
+            filling.finish().map_err(RamError::Lost)?;
+        }
+        Ok(())
     }
 
     /// Layers it refers to.
     #[must_use]
     pub fn layers(&self) -> usize {
-        let mut ids: Vec<_> = self.maps.iter().flat_map(|m| m.iter().map(|(_, s)| s.layer.id())).collect();
+        let mut ids: Vec<_> = self.regions.iter().flat_map(|r| r.map.iter().map(|(_, s)| s.layer.id())).collect();
         ids.sort_unstable();
         ids.dedup();
         ids.len()
@@ -186,8 +216,8 @@ impl GuestRam {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
-        for (at, (region, map)) in self.regions.iter().zip(&image.maps).enumerate() {
-            if let Err(error) = region.adopt(map) {
+        for (at, (region, image)) in self.regions.iter().zip(&image.regions).enumerate() {
+            if let Err(error) = region.adopt(image) {
                 self.regions[..at].iter().for_each(|done| done.empty());
                 return Err(error);
             }
@@ -200,15 +230,26 @@ impl GuestRam {
     ///
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
-    pub fn freeze(&self, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+    pub fn freeze(&self, quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+        self.freeze_in(FreezeMode::Auto, quiesced)
+    }
+
+    /// As [`GuestRam::freeze`], and says when private pages are to be copied.
+    ///
+    /// If they are left to the background, writers may go on as soon as this returns: a write to a page that is not copied yet waits for
+    /// that page. The image may be adopted at once: a read of such a page waits likewise.
+    ///
+    /// # Errors
+    /// Then the VM is as it was, and nothing was shared (I13).
+    pub fn freeze_in(&self, mode: FreezeMode, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
         let mut report = FreezeReport::default();
-        let mut maps = Vec::with_capacity(self.regions.len());
+        let mut regions = Vec::with_capacity(self.regions.len());
         for region in &self.regions {
-            let (map, one) = region.freeze()?;
-            maps.push(map);
+            let (image, one) = region.freeze(mode)?;
+            regions.push(image);
             report += one;
         }
-        Ok((RamImage { layout: self.layout.clone(), maps }, report))
+        Ok((RamImage { layout: self.layout.clone(), regions }, report))
     }
 
     /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for
@@ -226,6 +267,8 @@ impl GuestRam {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
+        // What the image still misses must be there before it is mapped.
+        image.settle()?;
         let deadline = Instant::now() + patience;
         // All regions are looked at before the first is touched; a pin that comes later refuses its own region's reset.
         while let Some(pinned) = self.regions.iter().map(|r| r.pinned_pages()).find(|p| !p.is_empty()) {
@@ -235,10 +278,39 @@ impl GuestRam {
             std::thread::sleep(PIN_POLL);
         }
         let mut report = ResetReport::default();
-        for (region, map) in self.regions.iter().zip(&image.maps) {
-            report += region.reset(map)?;
+        for (region, image) in self.regions.iter().zip(&image.regions) {
+            report += region.reset(&image.map)?;
         }
         Ok(report)
+    }
+
+    /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that
+    /// are missing are errors (SIGBUS, EFAULT).
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<FillError>> {
+        self.regions.iter().find_map(|region| region.failure.get())
+    }
+
+    /// Calls `call` once, from whichever thread notices, when memory is lost; now, if it is already. For stopping the VM with its reason.
+    pub fn on_failure(&self, call: impl FnOnce(&Arc<FillError>) + Send + 'static) {
+        let once = Arc::new(Mutex::new(Some(call)));
+        for region in &self.regions {
+            let once = Arc::clone(&once);
+            region.failure.on(Box::new(move |error| {
+                let call = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(call) = call {
+                    call(error);
+                }
+            }));
+        }
+    }
+
+    /// Finishes what the background has to do with this memory: its own last freeze, and layers it was given before they were complete.
+    ///
+    /// # Errors
+    /// When memory it was given is lost.
+    pub fn settle(&self) -> Result<(), RamError> {
+        self.regions.iter().try_for_each(|region| region.drain(&mut region.state()))
     }
 
     /// Counts by kind of page.
@@ -248,6 +320,7 @@ impl GuestRam {
     pub fn stats(&self) -> Result<RamStats, RamError> {
         let mut stats = RamStats::default();
         for region in &self.regions {
+            region.absorb(&mut region.state(), false);
             stats += region.stats()?;
         }
         Ok(stats)

@@ -103,6 +103,8 @@ impl GuestRegion {
     /// When a page is pinned, or mappings run out; then nothing has changed.
     pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.drain(&mut state)?;
         let table = self.table.lock();
         // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
         let pinned = table.share(range);
@@ -121,6 +123,8 @@ impl GuestRegion {
     /// When mappings run out; the pages done so far are discarded, the others are as they were.
     pub fn discard(&self, range: PageRange) -> Result<Discarded, RamError> {
         let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.drain(&mut state)?;
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
         let pinned = table.share(range);

@@ -1,7 +1,7 @@
 //! A region: one memslot's worth of guest memory, over one reservation of host addresses that never moves.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::guest_memory::Result as GuestMemoryResult;
 use vm_memory::{
@@ -9,6 +9,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use crate::background::{Failure, FillError};
 use crate::budget::Promise;
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
@@ -29,6 +30,8 @@ pub(crate) enum Mapping {
     Private(Source),
     /// Private zeros.
     Zero,
+    /// No memory: not inherited (R19).
+    Absent,
 }
 
 impl Piece for Mapping {
@@ -37,6 +40,7 @@ impl Piece for Mapping {
             Self::Born(source) => Self::Born(source.advance(pages)),
             Self::Private(source) => Self::Private(source.advance(pages)),
             Self::Zero => Self::Zero,
+            Self::Absent => Self::Absent,
         }
     }
     /// Never: the kernel may or may not join two mappings, so each counts against the budget.
@@ -59,6 +63,19 @@ pub(crate) struct State {
     pub(crate) promise: Promise,
     /// What children do not inherit.
     pub(crate) no_fork: NoForkMap,
+    /// The last freeze, while it is or was copied in the background and nobody has looked since.
+    pub(crate) freezing: Option<Freezing>,
+    /// Layers adopted before they were complete, each watched where it is mapped.
+    pub(crate) waits: Vec<Arc<Layer>>,
+}
+
+/// What has to be settled when a freeze in the background is over.
+#[derive(Debug)]
+pub(crate) struct Freezing {
+    /// The delta.
+    pub(crate) layer: Arc<Layer>,
+    /// The map without the delta: if that fails, the freeze has never been.
+    pub(crate) before: LayerMap,
 }
 
 impl State {
@@ -79,32 +96,41 @@ impl State {
 pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
-    pub(crate) at: Reservation,
+    /// Shared with what is still being copied out of it.
+    pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
+    /// Whether memory it adopted was lost.
+    pub(crate) failure: Arc<Failure>,
     pub(crate) pins: PinList,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
     live: AtomicBool,
+    /// Ranges without memory, known before the region is live.
+    absent: OnceLock<Vec<PageRange>>,
     state: Mutex<State>,
 }
 
 impl GuestRegion {
     /// Reserves addresses for `pages` pages at `base`. Nothing is mapped yet.
     pub(crate) fn reserve(base: GuestAddress, pages: u64, store: &Store) -> Result<Self, RamError> {
-        let at = Reservation::new(pages).map_err(|source| RamError::Reserve { pages, source })?;
+        let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let promise = store.budget().promise(1)?;
         Ok(Self {
             base,
             store: store.clone(),
             at,
             table: OwnershipTable::new(pages),
+            failure: Arc::default(),
             pins: PinList::default(),
             live: AtomicBool::new(false),
+            absent: OnceLock::new(),
             state: Mutex::new(State {
                 map: LayerMap::new(),
                 mappings: IntervalMap::new(),
                 birth: None,
                 promise,
                 no_fork: NoForkMap::new(),
+                freezing: None,
+                waits: Vec::new(),
             }),
         })
     }
@@ -142,12 +168,78 @@ impl GuestRegion {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Finishes what the background has to do with this region, copying what is missing on this thread: its own last freeze, and
+    /// the layers it adopted unfinished. To be called under the state lock, with the vCPUs stopped or not, **before anything takes pages
+    /// away, maps others in their place or reads the map or the mappings to do so**: freeze, reset, evict, compaction.
+    ///
+    /// A freeze of its own that failed is undone, which takes nothing from the region (I13).
+    ///
+    /// # Errors
+    /// When memory it adopted is lost.
+    pub(crate) fn drain(&self, state: &mut State) -> Result<(), RamError> {
+        self.absorb(state, true);
+        while let Some(layer) = state.waits.last() {
+            if let Some(filling) = layer.filling() {
+                filling.finish().map_err(RamError::Lost)?;
+            }
+            state.waits.pop();
+        }
+        Ok(())
+    }
+
+    /// Takes note of what a freeze in the background has done to the mappings; waits for it if told to.
+    pub(crate) fn absorb(&self, state: &mut State, wait: bool) {
+        let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
+            return;
+        };
+        let Freezing { layer, before } = freezing;
+        let beneath = match layer.filling().map_or(Ok(Vec::new()), |filling| filling.finish()) {
+            Ok(shared_back) => {
+                for (run, at) in shared_back {
+                    state.mappings.insert(run, Mapping::Private(Source { layer: Arc::clone(&layer), at }));
+                }
+                before
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a freeze is undone: its layer could not be filled");
+                std::mem::replace(&mut state.map, before)
+            }
+        };
+        // It may hold the last handles of large layers, and the vCPUs may be stopped.
+        self.store.dispose((layer, beneath));
+        // What the background was promised and did not need. Shrinking a promise cannot fail.
+        let _ = state.promise.resize(state.mappings.len() as u64);
+    }
+
+    /// Copies those pages of `range` that the background has not got to, and releases them: from then on they are not protected, not
+    /// missing, and stay where they are. To be called under the state lock before a device is given their frames, which
+    /// no protection keeps it from writing.
+    ///
+    /// # Errors
+    /// When adopted pages among them are lost.
+    pub(crate) fn settle(&self, state: &State, range: PageRange) -> Result<(), Arc<FillError>> {
+        if let Some(filling) = state.freezing.as_ref().and_then(|freezing| freezing.layer.pending()) {
+            filling.let_go(range);
+        }
+        let waits = state.waits.iter().filter_map(|layer| layer.filling());
+        waits.into_iter().try_for_each(|filling| filling.need_for(&self.at, range))
+    }
+
     pub(crate) fn is_live(&self) -> bool {
         self.live.load(Ordering::Acquire)
     }
 
     pub(crate) fn set_live(&self, live: bool) {
         self.live.store(live, Ordering::Release);
+    }
+
+    /// Says which ranges have no memory, once, before the region is live.
+    pub(crate) fn set_absent(&self, ranges: Vec<PageRange>) {
+        let _ = self.absent.set(ranges);
+    }
+
+    fn is_absent(&self, range: PageRange) -> bool {
+        self.absent.get().is_some_and(|absent| absent.iter().any(|a| !a.intersect(range).is_empty()))
     }
 
     /// Pages in the region.
@@ -175,6 +267,18 @@ impl GuestRegion {
     }
 }
 
+impl Drop for GuestRegion {
+    fn drop(&mut self) {
+        // A freeze of its own is finished without it: the filling keeps the memory.
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for layer in state.waits.drain(..) {
+            if let Some(filling) = layer.filling() {
+                filling.detach(&self.at);
+            }
+        }
+    }
+}
+
 impl GuestMemoryRegion for GuestRegion {
     type B = ();
 
@@ -198,7 +302,8 @@ impl GuestMemoryRegion for GuestRegion {
         if end > self.len() {
             return Err(GuestMemoryError::InvalidBackendAddress);
         }
-        if !self.is_live() {
+        let pages = PageRange::covering(offset.0, count as u64).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        if !self.is_live() || self.is_absent(pages) {
             return Err(GuestMemoryError::HostAddressNotAvailable);
         }
         let addr = self.at.addr(0).wrapping_add(offset.0 as usize);

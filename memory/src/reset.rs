@@ -32,7 +32,8 @@ impl std::ops::AddAssign for ResetReport {
 fn shows(have: &Mapping, want: &Mapping) -> bool {
     match (have, want) {
         (Mapping::Private(have), Mapping::Private(want)) => have.layer.id() == want.layer.id() && have.at == want.at,
-        (Mapping::Zero, Mapping::Zero) => true,
+        // What was not inherited stays as absent as it was (R19).
+        (Mapping::Zero, Mapping::Zero) | (Mapping::Absent, _) => true,
         _ => false,
     }
 }
@@ -72,6 +73,8 @@ impl GuestRegion {
     /// Puts the region back to `map`. Nothing may be writing to it.
     pub(crate) fn reset(&self, map: &LayerMap) -> Result<ResetReport, RamError> {
         let mut state = self.checked(self.range())?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.drain(&mut state)?;
         let table = self.table.lock();
         let born = state.born_runs();
         let mut owned = Vec::new();
@@ -111,7 +114,7 @@ impl GuestRegion {
         }
         for (range, want) in &todo {
             match want {
-                Mapping::Zero => self.at.map_zero(*range),
+                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
                 Mapping::Private(source) | Mapping::Born(source) => {
                     self.at.map_private(*range, source.layer.as_fd(), source.at)
                 }
@@ -191,7 +194,7 @@ mod tests {
         let refused = ram.reset(&image, &Quiesced::assume(), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
         // A pin that comes after the first look is met by the region itself.
-        let late = ram.regions()[0].reset(&image.maps()[0]);
+        let late = ram.regions()[0].reset(&image.regions()[0].map);
         assert!(matches!(late, Err(RamError::Pinned { pages: 1, .. })));
         assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
         assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");

@@ -6,7 +6,9 @@ mod dma;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamError, RamImage, RamLayout, Store, Term};
+use clade_memory::{
+    Access, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamError, RamImage, RamLayout, Store, Term,
+};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
@@ -29,8 +31,10 @@ enum Op {
         at: u64,
         len: u64,
     },
+    /// In the background, everything goes on while pages are still being copied.
     Freeze {
         vm: usize,
+        background: bool,
     },
     Clone {
         image: usize,
@@ -90,7 +94,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (any_index, near_an_edge.clone(), len.clone(), any::<u8>()).prop_map(|(vm, at, len, byte)| Op::Write { vm, at, len, byte }),
         3 => (any_index, near_an_edge, len).prop_map(|(vm, at, len)| Op::Read { vm, at, len }),
-        4 => any_index.prop_map(|vm| Op::Freeze { vm }),
+        4 => (any_index, any::<bool>()).prop_map(|(vm, background)| Op::Freeze { vm, background }),
         3 => any_index.prop_map(|image| Op::Clone { image }),
         1 => any_index.prop_map(|vm| Op::DropVm { vm }),
         1 => any_index.prop_map(|image| Op::DropImage { image }),
@@ -133,6 +137,8 @@ struct World {
     vms: Vec<Vm>,
     images: Vec<(RamImage, Vec<u8>)>,
     pins: Vec<Pin>,
+    /// Whether any VM has had pages on a disk.
+    evicted: bool,
     next: u64,
 }
 
@@ -156,9 +162,16 @@ impl World {
                 self.vms[vm].ram.memory().read_slice(&mut got, GuestAddress(at)).unwrap();
                 assert!(got == self.vms[vm].model[at as usize..at as usize + got.len()], "vm {vm} at {at:#x}");
             }
-            Op::Freeze { vm } => {
+            Op::Freeze { vm, background } => {
                 let Some(vm) = self.pick(vm) else { return };
-                let (image, _) = self.vms[vm].ram.freeze(&Quiesced::assume()).unwrap();
+                let mode = if background { FreezeMode::Background } else { FreezeMode::Eager };
+                let ram = &self.vms[vm].ram;
+                let frozen = match ram.freeze_in(mode, &Quiesced::assume()) {
+                    // Private pages over a file on a disk cannot be write-protected; left to choose, the freeze is eager then.
+                    Err(RamError::Background(_)) if self.evicted => ram.freeze(&Quiesced::assume()),
+                    other => other,
+                };
+                let (image, _) = frozen.unwrap();
                 self.images.push((image, self.vms[vm].model.clone()));
                 if self.images.len() > MOST_VMS {
                     self.images.remove(0);
@@ -256,6 +269,7 @@ impl World {
                 let Some(vm) = self.pick(vm) else { return };
                 let range = PageRange::new(page, (page + pages).min(PAGES));
                 let dir = std::env::temp_dir();
+                self.evicted = true;
                 self.vms[vm].ram.regions()[0].evict(range, &dir, &Quiesced::assume()).unwrap();
             }
             _ => {}
@@ -307,6 +321,11 @@ fn schedule(store: &Store, ops: Vec<Op>) {
         assert!(got == *model, "I4: an image changed");
     }
     drop(world);
+    // The background thread may just be putting away what it finished.
+    let begun = std::time::Instant::now();
+    while store.live_layers() + store.budget().used() as usize > 0 && begun.elapsed().as_secs() < 2 {
+        std::thread::yield_now();
+    }
     assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
     assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
 }

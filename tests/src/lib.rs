@@ -1,1 +1,79 @@
-//! Under construction.
+//! What the end-to-end tests share: a host or a reason to skip, bare and Linux guests, and counters of what a process holds.
+
+mod bare;
+mod counters;
+mod linux;
+mod oracle;
+mod process;
+
+pub use bare::{Guest, Writer};
+pub use counters::Holdings;
+pub use linux::{Linux, PROMPT};
+pub use oracle::{owned_pages, smaps_anonymous_kib};
+pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use clade::kvm::Host;
+use clade::vm::Context;
+use clade_memory::{Backing, Store};
+
+/// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`.
+const REQUIRE_ENV: &str = "CLADE_REQUIRE";
+
+/// Says why a test is skipped.
+///
+/// # Panics
+/// When the tier it belongs to is required.
+pub fn skip(tier: &str, reason: &str) {
+    assert!(!required(tier), "{tier} is required: {reason}");
+    println!("skipped: {reason}");
+}
+
+fn required(tier: &str) -> bool {
+    std::env::var(REQUIRE_ENV).is_ok_and(|tiers| tiers.split(',').any(|t| t.trim() == tier))
+}
+
+/// The right to run VMs: one test of a binary at a time, because bare guests spin while they wait and because what a process
+/// holds can only be counted when nobody else changes it. The test is ended if it takes too long.
+#[derive(Debug)]
+pub struct Turn {
+    host: Arc<Host>,
+    _deadline: Deadline,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Turn {
+    /// Waits for this test's turn; `None`, having said so, on a host that cannot run VMs.
+    #[must_use]
+    pub fn take(patience: Duration) -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let userfaultfd = Path::new("/dev/userfaultfd");
+        if required("uffd") && !userfaultfd.exists() {
+            skip("uffd", "/dev/userfaultfd is missing");
+        }
+        match Host::open() {
+            Ok(host) => Some(Self { host: Arc::new(host), _deadline: Deadline::new(patience), _alone: alone }),
+            Err(error) => {
+                skip("kvm", &clade::error_chain(&error));
+                None
+            }
+        }
+    }
+
+    /// A context of its own over a fresh store.
+    ///
+    /// # Panics
+    /// When this host has KVM but cannot have the store.
+    #[must_use]
+    pub fn context(&self, backing: Backing) -> Context {
+        let store = match backing {
+            Backing::Huge => Store::open(),
+            Backing::Small => Store::open_small(),
+        };
+        Context::new(Arc::clone(&self.host), store.expect("a store")).expect("a context")
+    }
+}

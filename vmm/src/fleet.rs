@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -85,7 +86,7 @@ pub fn runtime_dir() -> PathBuf {
 
 /// Makes the runtime directory, for this user alone.
 fn make_runtime_dir(dir: &Path) -> Result<(), FleetError> {
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    use std::os::unix::fs::DirBuilderExt;
     let failed = |source| FleetError::Runtime { path: dir.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
     let owner = fs::metadata(dir).map_err(failed)?.uid();
@@ -135,12 +136,21 @@ impl Claim {
         check_name(name)?;
         let path = dir.join(format!("{name}.lock"));
         let failed = |source| FleetError::Runtime { path: path.clone(), source };
-        let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(FleetError::Taken { name: name.to_owned() }),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
+        let lock = loop {
+            let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(FleetError::Taken { name: name.to_owned() }),
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+            // An owner that left after the file was opened has removed it: what is locked then is no longer the name's.
+            let locked = lock.metadata().map_err(failed)?;
+            match fs::metadata(&path) {
+                Ok(named) if (named.dev(), named.ino()) == (locked.dev(), locked.ino()) => break lock,
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+        };
         Ok(Self { dir: dir.to_owned(), name: name.to_owned(), _lock: lock })
     }
 
@@ -251,7 +261,16 @@ impl Fleet {
         parent: Option<&str>,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Arc<Vm>, FleetError> {
-        let claim = Claim::new(&self.0.dir, name)?;
+        self.launch_as(Claim::new(&self.0.dir, name)?, parent, make)
+    }
+
+    fn launch_as(
+        &self,
+        claim: Claim,
+        parent: Option<&str>,
+        make: impl FnOnce(&Context) -> Result<Vm, VmError>,
+    ) -> Result<Arc<Vm>, FleetError> {
+        let name = &claim.name.clone();
         let control = claim.bind(&socket_path(&self.0.dir, name))?;
         let console = claim.bind(&console_path(&self.0.dir, name))?;
         let vm = Arc::new(make(&self.0.context)?);
@@ -311,12 +330,13 @@ impl Fleet {
             return Err(FleetError::Count { count });
         }
         let parent = self.get(name)?.vm;
-        let names = self.child_names(name, count, pattern)?;
+        let claims = self.claim_children(name, count, pattern)?;
         let (image, report) = parent.fork()?;
         let mut children = Vec::with_capacity(count);
-        for child in &names {
-            let make = |context: &Context| Vm::from_image(context, child, &image, options);
-            match self.launch(child, Some(name), make) {
+        for claim in claims {
+            let child = claim.name.clone();
+            let make = |context: &Context| Vm::from_image(context, &child, &image, options);
+            match self.launch_as(claim, Some(name), make) {
                 Ok(vm) => children.push(vm),
                 Err(error) => {
                     children.iter().for_each(|made: &Arc<Vm>| self.remove(made.name()));
@@ -327,22 +347,32 @@ impl Fleet {
         Ok((children, report))
     }
 
-    /// `{n}` counts up from 1, past the names this process uses already.
-    fn child_names(&self, parent: &str, count: usize, pattern: Option<&str>) -> Result<Vec<String>, FleetError> {
+    /// Claims the children's names before there are any. `{n}` counts up from 1, past the names that are taken.
+    fn claim_children(&self, parent: &str, count: usize, pattern: Option<&str>) -> Result<Vec<Claim>, FleetError> {
         let default = format!("{parent}-{{n}}");
         let pattern = pattern.unwrap_or(&default);
         if !pattern.contains("{n}") {
             if count > 1 {
                 return Err(FleetError::Pattern { pattern: pattern.to_owned() });
             }
-            check_name(pattern)?;
-            return Ok(vec![pattern.to_owned()]);
+            return Ok(vec![Claim::new(&self.0.dir, pattern)?]);
         }
-        let members = self.members();
-        let names = (1u64..).map(|n| pattern.replace("{n}", &n.to_string()));
-        let names: Vec<String> = names.filter(|name| !members.contains_key(name)).take(count).collect();
-        names.iter().try_for_each(|name| check_name(name))?;
-        Ok(names)
+        let mut claims = Vec::with_capacity(count);
+        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
+            if self.members().contains_key(&name) {
+                continue;
+            }
+            match Claim::new(&self.0.dir, &name) {
+                Ok(claim) => claims.push(claim),
+                // Another request's, or another process's.
+                Err(FleetError::Taken { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            if claims.len() == count {
+                break;
+            }
+        }
+        Ok(claims)
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct Reservation {
 
 // SAFETY: the reservation is an address and a length; every access through it is volatile or by the kernel.
 unsafe impl Send for Reservation {}
-// SAFETY: as above; remapping is serialized by the region's lock.
+// SAFETY: as above; remapping is serialized by the region's lock, or by its filling's for pages that are protected.
 unsafe impl Sync for Reservation {}
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
@@ -94,6 +94,27 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: as in `map`.
         unsafe { mmap_anonymous(at, range.bytes(), RAM_PROT, flags) }?;
+        Ok(())
+    }
+
+    /// Takes all access to `range` away, and its memory.
+    pub(crate) fn deny(&self, range: PageRange) -> io::Result<()> {
+        self.check(range)?;
+        let at = self.addr(range.start).cast();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: replaces this reservation's own mappings (checked); it stays reserved, and an access to it is a fault, not
+        // undefined behaviour.
+        unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
+        Ok(())
+    }
+
+    /// Takes the memory of `range` away: an access is an error.
+    pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
+        self.check(range)?;
+        let at = self.addr(range.start).cast();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
+        unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
         Ok(())
     }
 

@@ -3,7 +3,9 @@
 mod mapping;
 mod pagemap;
 mod tmpfs;
+mod uffd;
 
 pub(crate) use mapping::Reservation;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use tmpfs::{HugeTmpfs, small_file};
+pub(crate) use uffd::{Fault, OpenError, Uffd, Watch};

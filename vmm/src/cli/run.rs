@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::boot::{BootSource, Image};
+use crate::boot::{BootError, BootSource, Image};
 use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome};
@@ -42,15 +42,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
-    let vm =
-        fleet.launch(&name, None, |context| Vm::boot(context, &name, &config, &source)).map_err(
-            |error| match error {
-                FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_)) => {
-                    Failure::run(error)
-                }
-                _ => Failure::input(error),
-            },
-        )?;
+    let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
+    let vm = fleet.launch(&name, None, boot).map_err(|error| refused(args, error))?;
 
     let raw = if args.detached { None } else { RawMode::enter().map_err(Failure::run)? };
     vm.console().listen(Box::new(io::stdout()));
@@ -63,6 +56,18 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     match ended {
         StopReason::Asked | StopReason::Reset => Ok(()),
         reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+    }
+}
+
+/// Says which file a refusal is about, where the error only knows its contents.
+fn refused(args: &RunArgs, error: FleetError) -> Failure {
+    use BootError::{BzImage, Elf, NotAKernel, Unpack};
+    match error {
+        FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_)) => Failure::run(error),
+        FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))) => {
+            Failure::input(anyhow::Error::new(error).context(args.kernel.display().to_string()))
+        }
+        _ => Failure::input(error),
     }
 }
 

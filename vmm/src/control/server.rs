@@ -123,6 +123,11 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", verb(Verb::Stop))
+        .fallback(async || ApiError { status: StatusCode::NOT_FOUND, text: "there is no such path".into() })
+        .method_not_allowed_fallback(async || ApiError {
+            status: StatusCode::METHOD_NOT_ALLOWED,
+            text: "the path is not for that method".into(),
+        })
         .with_state(fleet)
 }
 

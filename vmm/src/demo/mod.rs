@@ -45,9 +45,9 @@ pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
         linux,
     };
     if args.json {
-        print_json(&report).map_err(Failure::run)?
+        print_json(&report).map_err(Failure::run)?;
     } else {
-        print(args, &report)?
+        print(args, &report)?;
     }
     match report.wrong_bytes {
         0 => Ok(()),

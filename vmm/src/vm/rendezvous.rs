@@ -96,11 +96,13 @@ impl<O, S> Rendezvous<O, S> {
         inner.idle += 1;
         self.to_owner.notify_all();
         let next = loop {
-            if self.want.load(Ordering::SeqCst) == EXIT {
-                break Next::Exit;
-            }
+            // The order before the wish to exit: vCPUs wait for each other at the start, and all were given their orders at once, so either
+            // all take one or none does. The wish is seen after it.
             if let Some(order) = inner.orders[index].take() {
                 break Next::Start(order);
+            }
+            if self.want.load(Ordering::SeqCst) == EXIT {
+                break Next::Exit;
             }
             inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner);
         };
@@ -156,6 +158,10 @@ impl<O, S> Rendezvous<O, S> {
     /// Starts the vCPUs, one order each.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) {
         let mut inner = self.inner();
+        if inner.stop.is_some() {
+            // Some may have left already, and the others would wait for them.
+            return;
+        }
         for (slot, order) in inner.orders.iter_mut().zip(orders) {
             *slot = Some(order);
         }

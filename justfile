@@ -1,0 +1,38 @@
+# The common tasks. `just` lists them.
+
+default:
+    @just --list
+
+# All tests; what a host lacks is skipped, and said so
+test:
+    cargo test --workspace
+
+# All tests, and a skip is a failure
+test-all: linux-guest
+    CLADE_REQUIRE=kvm,uffd,linux cargo test --workspace
+
+# Models of the ownership words, over all interleavings
+loom:
+    RUSTFLAGS="--cfg loom" cargo test -p clade-memory --lib --release --target-dir target/loom loom
+
+lint:
+    cargo clippy --workspace --all-targets -- -D warnings
+    cargo fmt --all --check
+
+demo:
+    cargo run --release -- demo
+
+bench:
+    cargo run --release -- bench fork --mem 512M,2G,4G
+    cargo run --release -- bench pin
+
+# The Linux guest, from Debian's packages; cached
+linux-guest:
+    resources/linux/build.sh
+
+# Advisories, licences, sources (needs cargo-deny)
+deny:
+    cargo deny check
+
+ci:
+    .ci/run

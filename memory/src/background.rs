@@ -1,0 +1,341 @@
+//! Background freeze: the parent resumes before its pages have been copied (D4).
+//!
+//! ```text
+//!            parent's pages            delta layer's file            child's mapping of the file
+//!           ┌───┬───┬───┬───┬───┐     ┌───┬───┬───┬───┬───┐         ┌───┬───┬───┬───┬───┐
+//!           │ C │ C │ W │ W │ P │     │ ▓ │ ▓ │   │   │ ▓ │ ◄────── │   │ ▓ │ ? │   │   │
+//!           └───┴───┴─▲─┴───┴─▲─┘     └───┴───┴─▲─┴───┴───┘         └───┴───┴─│─┴───┴───┘
+//!      a vCPU writes ─┘       │                 │  a read of a hole waits ◄───┘
+//!      and waits              └─ pinned         │
+//!           │                    (copied before │             W write-protected, not copied
+//!           │                    anything)      │             C copied: released, or mapped over the delta
+//!           └───────────► background thread ────┘             P pinned: never protected
+//!              both faults jump the queue: copy, then release, then wake
+//! ```
+//!
+//! What keeps it right, in the order of a page's life:
+//!
+//! 1. **Pinned pages are copied before anything is protected**, and protected never (I3, [`crate::protect`]).
+//! 2. A page is **protected before the freeze returns** and the parent's vCPUs resume; until it is copied its bytes are the frozen ones.
+//! 3. **Copy, then release, then wake.** A page of the parent is released only after the delta has it.
+//! 4. A page appears in the delta's file **complete and alone**: UFFDIO_COPY puts finished 4 KiB pages into the page cache. (A
+//!    `pwrite` does not do: into a hole of a `huge=always` file it makes 2 MiB of which all but the page read as zeros, and one that cannot read
+//!    its source at once exposes zeros for a moment even in 4 KiB pages.)
+//! 5. A child's mapping of an unfinished file is **watched before it is live**; a hole in it is waited for, never read. Watching
+//!    ends only after every page is there.
+//! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s `settle`), under the region's lock: from then
+//!    on it is released and not shared back, so the frame the device learns of is the page's for good.
+//! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict, compaction) first finishes
+//!    the copy (`drain`).
+//! 8. What has been copied and is **still protected** when all is copied is mapped over the delta, so that parent and children share it and
+//!    the next freeze need not copy it again. No write is lost: until the mapping is replaced it cannot be written, and the replacement is one step
+//!    for every CPU.
+//!
+//! If the copy fails, the parent is whole (it was only ever protected), and of the children the missing pages become errors
+//! to access, never zeros; [`crate::GuestRam::on_failure`] tells.
+//!
+//! Lock order: a region's state, the ownership table, a [`Filling`], the [`Shared`] index. The thread takes the last two only, and no
+//! holder of the last two touches guest memory except through the kernel, reading: so whoever waits for the thread may hold
+//! the first two.
+//!
+//! The parent may go at any time: a filling keeps the parent's memory until it is done. One thread a store serves all of it; it ends
+//! with the store, after the last filling.
+
+mod failure;
+mod filling;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use thiserror::Error;
+
+use crate::sys::{Fault, OpenError, Uffd};
+use crate::units::PAGE_SIZE;
+
+pub(crate) use failure::Failure;
+pub use failure::FillError;
+pub(crate) use filling::{AttachError, Delta, Filling, Origin, Part};
+
+/// Why nothing can be frozen in the background.
+#[derive(Debug, Error)]
+pub enum BackgroundError {
+    /// No userfaultfd.
+    #[error(
+        "the kernel gives no userfaultfd (it needs /dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)"
+    )]
+    Refused(#[source] io::Error),
+    /// One that cannot do what is needed.
+    #[error("this kernel's userfaultfd lacks {feature} (Linux 6.6 or later has it)")]
+    Lacks {
+        /// What is missing.
+        feature: &'static str,
+    },
+    /// No thread.
+    #[error("the thread that copies in the background could not be started")]
+    Thread(#[source] io::Error),
+    /// The memory could not be prepared.
+    #[error("memory could not be write-protected or watched")]
+    Watch(#[source] io::Error),
+}
+
+impl From<OpenError> for BackgroundError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Refused(source) => Self::Refused(source),
+            OpenError::Lacks(feature) => Self::Lacks { feature },
+        }
+    }
+}
+
+/// What the thread that frees layers lets others have first.
+const HURRY: Duration = Duration::from_millis(2);
+
+/// Whose fault an address is.
+#[derive(Clone)]
+enum Target {
+    /// The frozen VM's, from its first page.
+    Writer(Arc<Filling>),
+    /// A child's; the file's page at the range's start.
+    Reader(Arc<Filling>, u64),
+}
+
+#[derive(Default)]
+struct Index {
+    /// By first address: the end, and whose it is.
+    targets: BTreeMap<u64, (u64, Target)>,
+    jobs: VecDeque<Arc<Filling>>,
+    stopping: bool,
+    /// The userfaultfd failed: nothing more is begun.
+    lost: bool,
+}
+
+/// What the thread and the fillings share. It outlives the thread for as long as a filling does.
+pub(crate) struct Shared {
+    uffd: Arc<Uffd>,
+    bell: OwnedFd,
+    index: Mutex<Index>,
+    #[cfg(test)]
+    pub(crate) hooks: tests::Hooks,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Shared({} jobs)", self.index().jobs.len())
+    }
+}
+
+impl Shared {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        // Each change to it is one step.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ring(&self) {
+        // Full is as good as rung.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    fn add_target(&self, start: u64, end: u64, target: Target) {
+        let replaced = self.index().targets.insert(start, (end, target));
+        debug_assert!(replaced.is_none(), "an address has one filling at a time");
+    }
+
+    fn remove_target(&self, start: u64) {
+        // Dropped after the lock is: it may be the last handle of a filling.
+        let gone = self.index().targets.remove(&start);
+        drop(gone);
+    }
+
+    /// Hands a filling to the thread.
+    pub(crate) fn start(&self, filling: &Arc<Filling>) {
+        self.index().jobs.push_back(Arc::clone(filling));
+        self.ring();
+    }
+
+    fn answer(&self, fault: Fault) {
+        let found = {
+            let index = self.index();
+            let near = index.targets.range(..=fault.address).next_back();
+            near.filter(|(_, (end, _))| fault.address < *end).map(|(start, (_, target))| (*start, target.clone()))
+        };
+        match found {
+            Some((start, Target::Writer(filling))) => filling.serve_writer((fault.address - start) / PAGE_SIZE),
+            Some((start, Target::Reader(filling, at))) => {
+                filling.serve_reader(at + (fault.address - start) / PAGE_SIZE);
+            }
+            // Finished since: try again.
+            None => {}
+        }
+        // Last: by now the page is there, released, or an error to access.
+        if let Err(error) = self.uffd.wake_page(fault.address) {
+            tracing::error!(%error, "a waiting access could not be woken");
+        }
+    }
+
+    /// The thread: faults first, then a slice of the oldest job.
+    fn serve(&self) -> io::Result<()> {
+        loop {
+            for fault in self.uffd.faults()? {
+                self.answer(fault);
+            }
+            let (job, stopping) = {
+                let index = self.index();
+                (index.jobs.front().cloned(), index.stopping)
+            };
+            #[cfg(test)]
+            let job = job.filter(|_| stopping || !self.hooks.held());
+            match job {
+                Some(job) if !stopping && let Some(left) = job.head_start() => self.wait(Some(left))?,
+                Some(job) if job.step() => {
+                    let done = self.index().jobs.pop_front();
+                    drop(done);
+                }
+                Some(_) => {}
+                None if stopping => return Ok(()),
+                None => self.wait(None)?,
+            }
+        }
+    }
+
+    fn wait(&self, most: Option<Duration>) -> io::Result<()> {
+        let most = most.map(|most| Timespec { tv_sec: 0, tv_nsec: i64::from(most.subsec_nanos()) });
+        let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.bell, PollFlags::IN)];
+        match poll(&mut fds, most.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let rung = fds[1].revents().contains(PollFlags::IN);
+        let lost = fds[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP);
+        if lost {
+            return Err(io::Error::other("the userfaultfd reports an error"));
+        }
+        if rung {
+            let mut count = [0; 8];
+            let _ = rustix::io::read(&self.bell, &mut count);
+        }
+        Ok(())
+    }
+
+    /// Never returns while anybody may wait, unless told to stop.
+    fn run(&self) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+                Ok(Ok(())) => return,
+                // What it was doing may be half done: no layer of the lot is to be trusted. The thread goes on, for those who still wait.
+                Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
+                Ok(Err(error)) => {
+                    self.index().lost = true;
+                    self.fail_all(&Arc::new(FillError::Lost(error)));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn fail_all(&self, error: &Arc<FillError>) {
+        tracing::error!(%error, "background freezes failed");
+        let jobs = std::mem::take(&mut self.index().jobs);
+        jobs.iter().for_each(|job| job.fail(error));
+        // A filling that was begun and not handed over yet is in the targets only.
+        let targets: Vec<_> = self.index().targets.values().map(|(_, target)| target.clone()).collect();
+        for target in targets {
+            let (Target::Writer(filling) | Target::Reader(filling, _)) = target;
+            filling.fail(error);
+        }
+    }
+}
+
+/// Something whose dropping takes long.
+type Garbage = Box<dyn Send>;
+
+/// A store's background threads: one that copies and answers faults, and one that frees layers, which takes longer than a fault may wait.
+pub(crate) struct Engine {
+    shared: Arc<Shared>,
+    garbage: Option<mpsc::Sender<Garbage>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Engine({:?})", self.shared)
+    }
+}
+
+impl Engine {
+    pub(crate) fn start() -> Result<Self, BackgroundError> {
+        let uffd = Arc::new(Uffd::open()?);
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| BackgroundError::Thread(e.into()))?;
+        let shared = Arc::new(Shared {
+            uffd,
+            bell,
+            index: Mutex::default(),
+            #[cfg(test)]
+            hooks: tests::Hooks::default(),
+        });
+        let served = Arc::clone(&shared);
+        let (garbage, collected) = mpsc::channel::<Garbage>();
+        let mut engine = Self { shared, garbage: Some(garbage), threads: Vec::new() };
+        engine.spawn("clade-freeze", move || served.run())?;
+        engine.spawn("clade-free", move || {
+            for garbage in collected {
+                // Whoever gave it is in a hurry, and has just woken this thread on its own processor.
+                thread::sleep(HURRY);
+                drop(garbage);
+            }
+        })?;
+        Ok(engine)
+    }
+
+    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), BackgroundError> {
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(run).map_err(BackgroundError::Thread)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Drops `garbage` some time later, on a thread of its own.
+    pub(crate) fn dispose(&self, garbage: Garbage) {
+        if let Some(queue) = &self.garbage {
+            // The thread lives as long as the queue; did it not, the garbage would be dropped here.
+            let _ = queue.send(garbage);
+        }
+    }
+
+    /// What fillings are made with; an error once the userfaultfd has been lost.
+    pub(crate) fn shared(&self) -> Result<Arc<Shared>, BackgroundError> {
+        if self.shared.index().lost {
+            return Err(BackgroundError::Watch(io::Error::other("the userfaultfd was lost")));
+        }
+        Ok(Arc::clone(&self.shared))
+    }
+}
+
+impl Drop for Engine {
+    /// Waits until every filling is done: layers outlive their store.
+    fn drop(&mut self) {
+        self.shared.index().stopping = true;
+        self.shared.ring();
+        drop(self.garbage.take());
+        for thread in self.threads.drain(..) {
+            // A failure callback may have held the last handle of the store: then this is the thread, and it ends by itself.
+            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+                tracing::error!("a background thread ended in a panic");
+            }
+        }
+    }
+}
+
+impl AsFd for Shared {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}

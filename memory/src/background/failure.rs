@@ -1,0 +1,89 @@
+//! What becomes known when a copy in the background fails.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use thiserror::Error;
+
+/// Why a layer was never finished.
+#[derive(Debug, Error)]
+pub enum FillError {
+    /// There was no memory for a page of it, or the page could not be read.
+    #[error("{range} of the frozen VM could not be copied into the layer", range = crate::units::PageRange::with_len(*.page, *.pages))]
+    Copy {
+        /// First page, of the layer's file.
+        page: u64,
+        /// How many.
+        pages: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The frozen VM could not be let go on writing where it was done.
+    #[error("copied pages could not be released")]
+    Release(#[source] io::Error),
+    /// The thread that copies panicked.
+    #[error("the thread that copies in the background panicked")]
+    Panic,
+    /// The userfaultfd no longer answers.
+    #[error("the userfaultfd of the background freeze is lost")]
+    Lost(#[source] io::Error),
+}
+
+type Callback = Box<dyn FnOnce(&Arc<FillError>) + Send>;
+
+/// Whether a VM's memory is lost, and who wants to know.
+#[derive(Default)]
+pub(crate) struct Failure(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    error: Option<Arc<FillError>>,
+    callbacks: Vec<Callback>,
+}
+
+impl Failure {
+    fn with<T>(&self, f: impl FnOnce(&mut Inner) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn get(&self) -> Option<Arc<FillError>> {
+        self.with(|inner| inner.error.clone())
+    }
+
+    /// Notes an error; the first one stays.
+    pub(crate) fn set(&self, error: &Arc<FillError>) {
+        self.with(|inner| {
+            inner.error.get_or_insert_with(|| Arc::clone(error));
+        });
+    }
+
+    /// Calls back those who wanted to know; no lock may be held.
+    pub(crate) fn tell(&self) {
+        let (error, callbacks) = self.with(|inner| (inner.error.clone(), std::mem::take(&mut inner.callbacks)));
+        if let Some(error) = error {
+            callbacks.into_iter().for_each(|call| call(&error));
+        }
+    }
+
+    /// Calls `call` when it fails, or now if it has.
+    pub(crate) fn on(&self, call: Callback) {
+        let now = self.with(|inner| match &inner.error {
+            Some(error) => Some((Arc::clone(error), call)),
+            None => {
+                inner.callbacks.push(call);
+                None
+            }
+        });
+        if let Some((error, call)) = now {
+            call(&error);
+        }
+    }
+}
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Failure({:?})", self.get())
+    }
+}

@@ -1,0 +1,109 @@
+//! The protect gate: the only way a page of guest memory is write-protected.
+//!
+//! R10 and R20: the gate does not look at pages. It is asked for [`Shared`] runs, and those can only be had from the ownership
+//! table giving up their bits, under its lock. A pinned page keeps its bit, so it is in no such run, and *the gate cannot be asked
+//! for it*; a page pinned later has lost its bit, takes the locked path, and is released there before the device learns its address.
+//!
+//! Protection is userfaultfd's (R16: no page-table bits of our own), so a write waits wherever it comes from: vCPU, KVM, or a
+//! system call of this process. It stays registered for the region's life; registered memory that is not protected costs nothing
+//! but fault-around, while unregistering would throw away what KVM has mapped of all the rest.
+
+use std::io;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use crate::ownership::TableGuard;
+use crate::sys::{Reservation, Uffd, Watch};
+use crate::units::{PageRange, subtract_runs};
+
+/// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked: until then nobody pins them.
+#[derive(Debug)]
+pub(crate) struct Shared<'t> {
+    runs: Vec<PageRange>,
+    pinned: Vec<PageRange>,
+    _locked: PhantomData<&'t TableGuard<'t>>,
+}
+
+impl<'t> Shared<'t> {
+    /// Gives up the bits of `runs` (ascending) except where they are pinned (I2, I3).
+    pub(crate) fn give_up(table: &'t TableGuard<'_>, runs: &[PageRange]) -> Self {
+        let mut pinned = Vec::new();
+        for run in runs {
+            pinned.extend(table.share(*run));
+        }
+        Self { runs: subtract_runs(runs, &pinned), pinned, _locked: PhantomData }
+    }
+
+    /// What may be protected.
+    pub(crate) fn runs(&self) -> &[PageRange] {
+        &self.runs
+    }
+
+    /// What stayed the VM's own because a device holds it.
+    pub(crate) fn pinned(&self) -> &[PageRange] {
+        &self.pinned
+    }
+}
+
+/// Write-protects and releases pages of one region.
+#[derive(Debug)]
+pub(crate) struct ProtectGate {
+    uffd: Arc<Uffd>,
+    at: Arc<Reservation>,
+}
+
+impl ProtectGate {
+    /// Prepares the whole region `at`. (A part would split its mappings.)
+    pub(crate) fn open(uffd: Arc<Uffd>, at: Arc<Reservation>) -> io::Result<Self> {
+        uffd.register(&at, PageRange::new(0, at.pages()), Watch::Protected)?;
+        Ok(Self { uffd, at })
+    }
+
+    /// The region's memory.
+    pub(crate) fn at(&self) -> &Arc<Reservation> {
+        &self.at
+    }
+
+    pub(crate) fn uffd(&self) -> &Arc<Uffd> {
+        &self.uffd
+    }
+
+    /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the caller releases all.
+    pub(crate) fn protect(&self, shared: &Shared<'_>) -> io::Result<()> {
+        shared.runs.iter().try_for_each(|run| self.uffd.protect(&self.at, *run))
+    }
+
+    /// Lifts the protection of `range` and lets those who wait to write there go on. Always safe for the region; the caller has
+    /// copied what somebody else still needs.
+    pub(crate) fn release(&self, range: PageRange) -> io::Result<()> {
+        self.uffd.unprotect(&self.at, range)
+    }
+
+    /// Lets those who wait to write in `range` try again, after something else was mapped there.
+    pub(crate) fn wake(&self, range: PageRange) -> io::Result<()> {
+        self.uffd.wake(&self.at, range)
+    }
+
+    /// Lifts all protection by forgetting the region. The last resort when [`Self::release`] fails.
+    pub(crate) fn forget(&self) -> io::Result<()> {
+        self.uffd.unregister(&self.at, PageRange::new(0, self.at.pages()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::OwnershipTable;
+
+    #[test]
+    fn r10_the_gate_cannot_be_asked_for_a_pinned_page() {
+        let table = OwnershipTable::new(100);
+        table.lock().set_exclusive(PageRange::new(0, 100));
+        table.lock().split_partial(PageRange::new(0, 1));
+        table.try_pin(PageRange::new(20, 23)).unwrap();
+        let guard = table.lock();
+        let shared = Shared::give_up(&guard, &[PageRange::new(10, 30), PageRange::new(50, 60)]);
+        assert_eq!(shared.runs(), [PageRange::new(10, 20), PageRange::new(23, 30), PageRange::new(50, 60)]);
+        assert_eq!(shared.pinned(), [PageRange::new(20, 23)]);
+    }
+}

@@ -1,0 +1,337 @@
+//! userfaultfd: write-protecting pages, filling holes, and being told who waits for either.
+//!
+//! Faults in kernel mode are wanted too (KVM's own accesses, system calls), so never UFFD_USER_MODE_ONLY; that needs
+//! `/dev/userfaultfd`, CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd`.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use crate::sys::Reservation;
+use crate::units::{PAGE_SIZE, PageRange};
+
+const API: u64 = 0xaa;
+
+/// `_IO(0xaa, 0x00)`, on `/dev/userfaultfd`.
+const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+/// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+/// `_IOWR(0xaa, 0x00, struct uffdio_register)`
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+/// `_IOR(0xaa, 0x01, struct uffdio_range)`
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
+/// `_IOR(0xaa, 0x02, struct uffdio_range)`
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+/// `_IOWR(0xaa, 0x03, struct uffdio_copy)`
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+/// `_IOWR(0xaa, 0x06, struct uffdio_writeprotect)`
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+/// `_IOWR(0xaa, 0x08, struct uffdio_poison)`
+const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
+
+const REGISTER_MISSING: u64 = 1 << 0;
+const REGISTER_WP: u64 = 1 << 1;
+const WRITEPROTECT_WP: u64 = 1 << 0;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const PAGEFAULT_WP: u64 = 1 << 1;
+
+/// What is needed, and what it is called.
+const FEATURES: [(u64, &str); 5] = [
+    (1 << 0, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
+    (1 << 5, "UFFD_FEATURE_MISSING_SHMEM"),
+    (1 << 12, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
+    // Pages that are not mapped yet are protected too, in zeros as in files.
+    (1 << 13, "UFFD_FEATURE_WP_UNPOPULATED"),
+    (1 << 14, "UFFD_FEATURE_POISON"),
+];
+
+#[repr(C)]
+#[derive(Default)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+
+impl Range {
+    fn of(at: &Reservation, range: PageRange) -> Self {
+        // `addr` asserts that the range lies within the reservation.
+        let (start, end) = (at.addr(range.start) as u64, at.addr(range.end) as u64);
+        Self { start, len: end - start }
+    }
+}
+
+#[repr(C)]
+struct Register {
+    range: Range,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct WriteProtect {
+    range: Range,
+    mode: u64,
+}
+
+#[repr(C)]
+struct Poison {
+    range: Range,
+    mode: u64,
+    updated: i64,
+}
+
+/// Size of `struct uffd_msg`.
+const MESSAGE: usize = 32;
+/// Messages taken at a time.
+const BATCH: usize = 16;
+
+/// Somebody waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The host address, rounded down to its page.
+    pub(crate) address: u64,
+    /// A write to a protected page; else an access to a page that is not there.
+    pub(crate) write_protected: bool,
+}
+
+/// Which faults of a range are to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// Accesses to pages that have no memory behind them.
+    Missing,
+    /// Writes to pages that were protected.
+    Protected,
+}
+
+/// A userfaultfd. Closing it with faults in flight lets them read zeros: whoever registers a range keeps it open.
+#[derive(Debug)]
+pub(crate) struct Uffd(OwnedFd);
+
+/// Why there is none.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    /// The kernel or its configuration refuses.
+    Refused(io::Error),
+    /// The kernel is too old for this.
+    Lacks(&'static str),
+}
+
+impl Uffd {
+    pub(crate) fn open() -> Result<Self, OpenError> {
+        let uffd = Self::raw().map_err(OpenError::Refused)?;
+        let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
+        let mut api = Api { api: API, features: wanted, ioctls: 0 };
+        let Err(refused) = uffd.ioctl(UFFDIO_API, &mut api) else { return Ok(uffd) };
+        // A descriptor answers once: ask another one what there is, to be able to name what is missing.
+        let probe = Self::raw().map_err(OpenError::Refused)?;
+        let mut api = Api { api: API, ..Api::default() };
+        probe.ioctl(UFFDIO_API, &mut api).map_err(OpenError::Refused)?;
+        let lacking = FEATURES.iter().find(|(bit, _)| api.features & bit == 0);
+        Err(lacking.map_or(OpenError::Refused(refused), |(_, name)| OpenError::Lacks(name)))
+    }
+
+    fn raw() -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
+        let fd = match &device {
+            // SAFETY: this ioctl takes flags by value and touches no memory.
+            Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
+            // SAFETY: the call takes flags by value and touches no memory.
+            Err(_) => (unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }) as libc::c_int,
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just made it and nobody else knows it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Callers pass the argument that `request` is declared with.
+    fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
+        // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the call. What a request does to memory lies
+        // within a `Reservation`, which nobody has a Rust reference into.
+        if unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Watches `range`. Doing so again is harmless.
+    pub(crate) fn register(&self, at: &Reservation, range: PageRange, watch: Watch) -> io::Result<()> {
+        let mode = match watch {
+            Watch::Missing => REGISTER_MISSING,
+            Watch::Protected => REGISTER_WP,
+        };
+        self.ioctl(UFFDIO_REGISTER, &mut Register { range: Range::of(at, range), mode, ioctls: 0 })
+    }
+
+    /// Watches `range` no longer, lifts any protection, and lets whoever waits there try again.
+    pub(crate) fn unregister(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
+        self.ioctl(UFFDIO_UNREGISTER, &mut Range::of(at, range))?;
+        // The kernel wakes those who wait for a missing page, but not those who wait to write.
+        self.wake(at, range)
+    }
+
+    /// Lets whoever waits in `range` try again.
+    pub(crate) fn wake(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut Range::of(at, range))
+    }
+
+    /// Lets whoever waits at the page at `address` try again. Harmless whatever is mapped there.
+    pub(crate) fn wake_page(&self, address: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
+    }
+
+    /// Write-protects the pages of `range`. For [`crate::protect`] alone, which knows what may be.
+    pub(crate) fn protect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
+        self.write_protect(at, range, WRITEPROTECT_WP)
+    }
+
+    /// Lifts the protection of `range`, and lets whoever waits to write go on.
+    pub(crate) fn unprotect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
+        self.write_protect(at, range, 0)
+    }
+
+    fn write_protect(&self, at: &Reservation, range: PageRange, mode: u64) -> io::Result<()> {
+        loop {
+            match self.ioctl(UFFDIO_WRITEPROTECT, &mut WriteProtect { range: Range::of(at, range), mode }) {
+                // The address space is being changed elsewhere.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Fills the holes of `range` of a shared mapping with the pages from `from` on; pages that are there already stay. A page
+    /// appears to others in one step, complete, and alone: no neighbour of it comes into being, whatever the file's page size.
+    ///
+    /// The kernel reads `from`, never Rust; an address that is not mapped is an error.
+    pub(crate) fn fill(&self, into: &Reservation, range: PageRange, from: *const u8) -> io::Result<()> {
+        let whole = Range::of(into, range);
+        let mut done = 0;
+        while done < whole.len {
+            let (dst, src) = (whole.start + done, from as u64 + done);
+            let mut copy = Copy { dst, src, len: whole.len - done, mode: 0, copy: 0 };
+            let result = self.ioctl(UFFDIO_COPY, &mut copy);
+            done += u64::try_from(copy.copy).unwrap_or(0);
+            done += skip_or(result)?;
+        }
+        Ok(())
+    }
+
+    /// Makes every page of `range` that is not there an error to access (SIGBUS, EFAULT), and lets whoever waits find out.
+    pub(crate) fn poison(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
+        let whole = Range::of(at, range);
+        let mut done = 0;
+        while done < whole.len {
+            let rest = Range { start: whole.start + done, len: whole.len - done };
+            let mut poison = Poison { range: rest, mode: 0, updated: 0 };
+            let result = self.ioctl(UFFDIO_POISON, &mut poison);
+            done += u64::try_from(poison.updated).unwrap_or(0);
+            done += skip_or(result)?;
+        }
+        self.wake(at, range)
+    }
+
+    /// Takes the next faults that somebody waits for, or none.
+    pub(crate) fn faults(&self) -> io::Result<Vec<Fault>> {
+        let mut bytes = [0u8; MESSAGE * BATCH];
+        let got = match rustix::io::read(&self.0, &mut bytes) {
+            Ok(got) => got,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        let word = |message: &[u8], at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&message[at..at + 8]);
+            u64::from_ne_bytes(word)
+        };
+        // event at 0, flags at 8, address at 16.
+        let faults = bytes[..got].chunks_exact(MESSAGE).filter(|m| m[0] == EVENT_PAGEFAULT).map(|m| Fault {
+            address: word(m, 16) & !(PAGE_SIZE - 1),
+            write_protected: word(m, 8) & PAGEFAULT_WP != 0,
+        });
+        Ok(faults.collect())
+    }
+}
+
+/// How many bytes to go on by after a call that stopped early: past a page that is there already, or again from the same place.
+fn skip_or(result: io::Result<()>) -> io::Result<u64> {
+    match result {
+        Ok(()) => Ok(0),
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EEXIST) => Ok(PAGE_SIZE),
+            Some(libc::EAGAIN | libc::EINTR) => Ok(0),
+            _ => Err(e),
+        },
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{HugeTmpfs, small_file};
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    fn read(file: &File, page: u64) -> Vec<u8> {
+        let mut got = vec![0; PAGE_SIZE as usize];
+        file.read_exact_at(&mut got, page * PAGE_SIZE).unwrap();
+        got
+    }
+
+    /// What makes children of a pending layer right: a page that is filled brings no zero-filled neighbour with it.
+    #[test]
+    fn filling_a_page_of_a_huge_file_makes_no_neighbour() {
+        let Ok(fs) = HugeTmpfs::mount() else {
+            eprintln!("SKIPPED: no tmpfs in huge pages");
+            return;
+        };
+        for file in [fs.file(1024).unwrap(), small_file(1024).unwrap()] {
+            let uffd = Uffd::open().unwrap();
+            let into = Reservation::new(1024).unwrap();
+            let all = PageRange::new(0, 1024);
+            into.map_shared(all, file.as_fd(), 0).unwrap();
+            uffd.register(&into, all, Watch::Missing).unwrap();
+            let bytes = vec![7u8; 2 * PAGE_SIZE as usize];
+            uffd.fill(&into, PageRange::with_len(5, 2), bytes.as_ptr()).unwrap();
+            uffd.fill(&into, PageRange::with_len(6, 2), bytes.as_ptr()).expect("EEXIST is skipped");
+            let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+            assert_eq!(blocks * 512, 3 * PAGE_SIZE, "three pages and no more");
+            assert_eq!(read(&file, 7), vec![7; PAGE_SIZE as usize]);
+        }
+    }
+
+    #[test]
+    fn an_unmapped_source_is_an_error() {
+        let uffd = Uffd::open().unwrap();
+        let into = Reservation::new(4).unwrap();
+        let file = small_file(4).unwrap();
+        into.map_shared(PageRange::new(0, 4), file.as_fd(), 0).unwrap();
+        uffd.register(&into, PageRange::new(0, 4), Watch::Missing).unwrap();
+        assert!(uffd.fill(&into, PageRange::new(0, 1), std::ptr::null()).is_err());
+    }
+}

@@ -1,0 +1,55 @@
+//! What a process holds, counted.
+
+use std::fs;
+
+use clade_memory::Store;
+
+/// Everything that a VM takes and must give back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Open descriptors.
+    pub fds: usize,
+    /// Mappings of files and of anonymous inodes: layers, and `kvm_run` pages.
+    pub file_mappings: usize,
+    /// All mappings. The C library keeps some stacks of ended threads, so these come back only roughly.
+    pub mappings: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Layers alive in the store.
+    pub layers: usize,
+    /// Mappings promised by the store's budget.
+    pub promised: u64,
+}
+
+impl Holdings {
+    /// Counts.
+    ///
+    /// # Panics
+    /// When /proc cannot be read.
+    #[must_use]
+    pub fn count(store: &Store) -> Self {
+        let maps = fs::read_to_string("/proc/self/maps").expect("maps");
+        let entries = |path| fs::read_dir(path).expect("/proc").count();
+        Self {
+            fds: entries("/proc/self/fd"),
+            file_mappings: maps.lines().filter(|l| l.contains('/') || l.contains("anon_inode")).count(),
+            mappings: maps.lines().count(),
+            threads: entries("/proc/self/task"),
+            layers: store.live_layers(),
+            promised: store.budget().used(),
+        }
+    }
+
+    /// Checks that everything is as it was.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn expect_same(self, store: &Store, what: &str) {
+        // Far below one for each of the hundred VMs that come and go in between.
+        const SLACK: usize = 24;
+        let now = Self::count(store);
+        let exact = |h: Self| Self { mappings: 0, ..h };
+        assert_eq!(exact(now), exact(self), "{what}: something is still held");
+        assert!(now.mappings <= self.mappings + SLACK, "{what}: {} mappings, were {}", now.mappings, self.mappings);
+    }
+}

@@ -1,0 +1,685 @@
+//! Lives and deaths: ancestors that go first, VMs by the hundred, operations that race, and failures in the middle of them.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade::bare::{BareMailbox, BareVcpu};
+use clade::boot::{BootSource, Image};
+use clade::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
+use clade_guests::BARE_ELF;
+use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
+use clade_memory::{Access, Backing, GuestRam, PageRange, RamError, RamLayout, Term};
+use clade_tests::{Guest, Holdings, Turn, Writer, in_a_process_of_its_own, open_files_limit};
+use vm_memory::{Bytes, GuestAddress};
+
+const MIB: u64 = 32;
+const PATIENCE: Duration = Duration::from_secs(120);
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+
+fn turn() -> Option<(Turn, Context)> {
+    let turn = Turn::take(PATIENCE)?;
+    let context = turn.context(Backing::Huge);
+    Some((turn, context))
+}
+
+// --- ancestors ---
+
+#[test]
+fn a_child_outlives_its_parent_and_its_image() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    let (image, _) = parent.fork();
+    let child = Guest::child(&context, &image);
+    drop(parent);
+    child.expect(0, 2048, Some(1), "the parent is gone");
+    drop(image);
+    child.fill(Writer::Guest, 100, 1000, 2);
+    child.expect(1100, 948, Some(1), "the image is gone");
+    child.fork_child().expect(100, 1000, Some(2), "its own child");
+}
+
+#[test]
+fn an_image_outlives_all_vms() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    let (image, _) = parent.fork();
+    drop(Guest::child(&context, &image));
+    drop(parent);
+    let late: Vec<Guest> = (0..3).map(|_| Guest::child(&context, &image)).collect();
+    for (n, guest) in (0..).zip(&late) {
+        guest.fill(Writer::Guest, n * 16, 16, 10 + n);
+    }
+    for (n, guest) in (0..).zip(&late) {
+        guest.expect(n * 16, 16, Some(10 + n), "what it wrote");
+        guest.expect(64, 1984, Some(1), "what it did not");
+        guest.expect((n + 1) % 3 * 16, 16, Some(1), "what a sibling wrote");
+    }
+}
+
+#[test]
+fn ten_generations_with_the_ancestors_gone() {
+    let Some((_turn, context)) = turn() else { return };
+    let mut guest = Guest::boot(&context, MIB, 1);
+    guest.fill(Writer::Guest, 0, 2048, 100);
+    for n in 0..10 {
+        // Each generation leaves its mark: 20 pages, and for every other one more than a freeze leaves where they are.
+        guest.fill(Writer::Guest, n * 20, 20, n);
+        if n % 2 == 0 {
+            guest.fill(Writer::Guest, 400, 1000, 50 + n);
+        }
+        guest = guest.fork_child();
+        assert_eq!(u64::from(guest.vm().generation()), n + 1);
+    }
+    for n in 0..10 {
+        guest.expect(n * 20, 20, Some(n), "a generation's mark");
+    }
+    guest.expect(400, 1000, Some(58), "the eighth generation's");
+    guest.expect(200, 200, Some(100), "the first ancestor's");
+    guest.expect(1400, 648, Some(100), "the first ancestor's");
+}
+
+// --- more than one vCPU ---
+
+/// One vCPU's pages, and what must be in them.
+struct Slice {
+    vcpu: u64,
+    start: u64,
+    words: Vec<u64>,
+    done: u64,
+}
+
+const SLICE_PAGES: u64 = 512;
+const WINDOW: u64 = 32;
+
+impl Slice {
+    fn new(vcpu: u64) -> Self {
+        let start = WORK_BASE + vcpu * SLICE_PAGES * PAGE_SIZE;
+        Self { vcpu, start, words: vec![0; (SLICE_PAGES * PAGE_WORDS) as usize], done: 0 }
+    }
+
+    fn command(&self) -> Command {
+        let seed = self.vcpu;
+        Command::Write { start: self.start, pages: SLICE_PAGES, window: WINDOW, seed, count: 0, first: 0 }
+    }
+
+    /// The prediction for `progress` operations, which only go up.
+    fn advance(&mut self, progress: u64) -> &[u64] {
+        model::apply_writes(&mut self.words, self.vcpu, WINDOW, self.done..progress);
+        self.done = progress;
+        &self.words
+    }
+}
+
+/// Makes all vCPUs of a running VM stop, and says how far each had come.
+fn stop_writing(vm: &Vm, cpus: u64) -> Vec<u64> {
+    let stop = |vcpu| {
+        let vcpu = BareVcpu::new(vm, vcpu);
+        vcpu.run(Command::Idle).unwrap();
+        vcpu.mailbox().progress().unwrap()
+    };
+    (0..cpus).map(stop).collect()
+}
+
+/// A child whose vCPUs are told to stop before their first instruction, and how far each was at the fork.
+fn stopping_child(context: &Context, image: &Arc<ForkImage>, cpus: u64) -> (Guest, Vec<u64>) {
+    let at_fork = std::cell::RefCell::new(Vec::new());
+    let tell = |ram: &GuestRam| {
+        for vcpu in 0..cpus {
+            let mailbox = BareMailbox::new(ram, vcpu);
+            at_fork.borrow_mut().push(mailbox.progress().unwrap());
+            mailbox.order(Command::Idle).unwrap();
+        }
+    };
+    let options = ChildOptions { paused: true, before_start: Some(&tell) };
+    let vm = Vm::from_image(context, "child", image, options).unwrap();
+    vm.resume().unwrap();
+    for vcpu in 0..cpus {
+        BareVcpu::new(&vm, vcpu).run(Command::Idle).unwrap();
+    }
+    vm.pause().unwrap();
+    (Guest::from(vm), at_fork.into_inner())
+}
+
+#[test]
+fn writers_on_all_vcpus_are_forked_again_and_again() {
+    for cpus in [2, 4] {
+        let Some((_turn, context)) = turn() else { return };
+        let parent = Guest::boot(&context, MIB, cpus);
+        let mut slices: Vec<Slice> = (0..cpus).map(Slice::new).collect();
+        parent.vm().resume().unwrap();
+        for slice in &slices {
+            BareVcpu::new(parent.vm(), slice.vcpu).mailbox().order(slice.command()).unwrap();
+        }
+        let mut children = Vec::new();
+        for _ in 0..20 {
+            thread::sleep(Duration::from_millis(5));
+            let (image, _) = parent.vm().fork().unwrap();
+            children.push(stopping_child(&context, &image, cpus));
+        }
+        let ended = stop_writing(parent.vm(), cpus);
+        parent.vm().pause().unwrap();
+        let mut moved = 0;
+        for (n, (child, at_fork)) in children.iter().enumerate() {
+            for (slice, at_fork) in slices.iter_mut().zip(at_fork) {
+                let progress = BareMailbox::new(child.vm().ram(), slice.vcpu).progress().unwrap();
+                let what = format!("{cpus} vCPUs, child {n}, vCPU {}", slice.vcpu);
+                assert!((*at_fork..=at_fork + POLL_OPS).contains(&progress), "{what}: {progress}, forked at {at_fork}");
+                moved += u64::from(progress > slice.done);
+                let start = slice.start;
+                child.expect_words(start, slice.advance(progress), &what);
+            }
+        }
+        assert!(moved > 10 * cpus, "the vCPUs wrote on between the forks: {moved}");
+        for (slice, progress) in slices.iter_mut().zip(ended) {
+            let start = slice.start;
+            parent.expect_words(start, slice.advance(progress), "parent");
+        }
+    }
+}
+
+#[test]
+fn a_shared_count_is_exact_in_parent_and_children() {
+    const COUNT: u64 = 1_000_000;
+    let address = WORK_BASE + 8;
+    for cpus in [2, 4] {
+        let Some((_turn, context)) = turn() else { return };
+        let parent = Guest::boot(&context, MIB, cpus);
+        parent.vm().resume().unwrap();
+        let order = |vcpu| {
+            let command = Command::SharedCount { address, count: COUNT };
+            BareVcpu::new(parent.vm(), vcpu).mailbox().order(command).unwrap()
+        };
+        let seqs: Vec<u64> = (0..cpus).map(order).collect();
+        let read = |vm: &Vm| vm.ram().memory().read_obj::<u64>(GuestAddress(address)).unwrap();
+        let mut children = Vec::new();
+        let mut counts = Vec::new();
+        for _ in 0..8 {
+            let (image, _) = parent.vm().fork().unwrap();
+            let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
+            counts.push(read(&child));
+            children.push(child);
+        }
+        let finish = |vm: &Vm| {
+            for (vcpu, seq) in (0..).zip(&seqs) {
+                BareVcpu::new(vm, vcpu).await_done(*seq).unwrap();
+            }
+            vm.pause().unwrap();
+            assert_eq!(read(vm), cpus * COUNT);
+        };
+        finish(parent.vm());
+        assert!(counts.windows(2).all(|two| two[0] <= two[1]), "{counts:?}");
+        assert!(counts.iter().any(|count| (1..cpus * COUNT).contains(count)), "forked while counting: {counts:?}");
+        for child in &children {
+            child.resume().unwrap();
+            finish(child);
+        }
+    }
+}
+
+// --- nothing is left behind ---
+
+#[test]
+fn a_hundred_children_leave_nothing_behind() {
+    if !in_a_process_of_its_own("a_hundred_children_leave_nothing_behind") {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    let store = context.store();
+    let round = || {
+        parent.fill(Writer::Guest, 0, 600, 2);
+        let (image, _) = parent.fork();
+        let children: Vec<Guest> = (0..100).map(|_| Guest::child(&context, &image)).collect();
+        for child in children.iter().step_by(10) {
+            child.fill(Writer::Guest, 300, 600, 3);
+            drop(child.fork_child());
+        }
+        assert!(Holdings::count(store).threads >= 100, "they were all there");
+    };
+    // Twice before counting: the C library's caches are filled by the first.
+    round();
+    round();
+    let before = Holdings::count(store);
+    round();
+    before.expect_same(store, "a hundred children");
+    parent.expect(600, 1448, Some(1), "parent");
+    drop(parent);
+    context.cool();
+    assert_eq!((store.live_layers(), store.budget().used()), (0, 0));
+}
+
+/// A child is refused for want of a descriptor at every place where it takes one (I13).
+#[test]
+fn children_refused_for_descriptors_leave_nothing_behind() {
+    if !in_a_process_of_its_own("children_refused_for_descriptors_leave_nothing_behind") {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 2);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    let (image, _) = parent.fork();
+    drop(Guest::child(&context, &image));
+    let before = Holdings::count(context.store());
+    let mut refused = 0;
+    for extra in 0..24 {
+        let made = {
+            let _limit = open_files_limit(extra);
+            Vm::from_image(&context, "child", &image, PAUSED)
+        };
+        match made {
+            Ok(child) => Guest::from(child).expect(0, 2048, Some(1), "a child that was made after all"),
+            Err(error) => {
+                refused += 1;
+                let text = clade::error_chain(&error);
+                assert!(text.contains("os error 24") || text.contains("Too many open files"), "{extra}: {text}");
+            }
+        }
+        before.expect_same(context.store(), &format!("refused at descriptor {extra}"));
+    }
+    assert!(refused >= 4, "a VM with two vCPUs has more descriptors than {refused}");
+    parent.expect(0, 2048, Some(1), "parent");
+    Guest::child(&context, &image).expect(0, 2048, Some(1), "a child afterwards");
+}
+
+/// A fork that cannot make its layer leaves the parent as it was, and running (I13).
+#[test]
+fn a_fork_refused_for_descriptors_changes_nothing() {
+    if !in_a_process_of_its_own("a_fork_refused_for_descriptors_changes_nothing") {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    drop(parent.fork());
+    parent.fill(Writer::Guest, 500, 1000, 2);
+    let before = Holdings::count(context.store());
+    let owned = parent.owned_work_pages();
+    parent.vm().resume().unwrap();
+    let error = {
+        let _limit = open_files_limit(0);
+        parent.vm().fork().unwrap_err()
+    };
+    assert!(matches!(error, VmError::Ram(RamError::Store(_))), "{error:?}");
+    // It runs on: it answers without having been resumed.
+    let [wrong, ..] =
+        BareVcpu::new(parent.vm(), 0).run(Command::Verify { start: WORK_BASE, pages: 500, seed: 1 }).unwrap();
+    assert_eq!(wrong, 0);
+    parent.vm().pause().unwrap();
+    assert_eq!(parent.owned_work_pages(), owned, "nothing was shared");
+    before.expect_same(context.store(), "a refused fork");
+    let child = parent.fork_child();
+    parent.fill(Writer::Guest, 0, 2048, 3);
+    child.expect(0, 500, Some(1), "the next fork's child");
+    child.expect(500, 1000, Some(2), "the next fork's child");
+}
+
+/// The same for want of mappings, in fork and in starting a child.
+#[test]
+fn a_fork_refused_for_mappings_changes_nothing() {
+    if !in_a_process_of_its_own("a_fork_refused_for_mappings_changes_nothing") {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    drop(parent.fork());
+    // More pages than a freeze leaves where they are, in two places.
+    parent.fill(Writer::Guest, 100, 600, 2);
+    let (image, _) = parent.fork();
+    let before = Holdings::count(context.store());
+
+    let layout = RamLayout::new(PAGE_SIZE).unwrap();
+    let mut hogs = Vec::new();
+    let full = loop {
+        match GuestRam::reserve(&layout, context.store()) {
+            Ok(hog) => hogs.push(hog),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, RamError::Budget(_)), "{full:?}");
+    let error = Vm::from_image(&context, "child", &image, PAUSED).unwrap_err();
+    assert!(matches!(error, VmError::Ram(RamError::Budget(_))), "{error:?}");
+    // Room for the shell, but not for the image's mappings.
+    hogs.pop();
+    let error = Vm::from_image(&context, "child", &image, PAUSED).unwrap_err();
+    assert!(matches!(error, VmError::Ram(RamError::Budget(_))), "{error:?}");
+    hogs.push(GuestRam::reserve(&layout, context.store()).unwrap());
+    // A fork may be refused or do without new mappings; either way the parent is whole.
+    let newborn_fork = {
+        parent.fill(Writer::Guest, 1000, 600, 3);
+        parent.vm().resume().unwrap();
+        let forked = parent.vm().fork();
+        parent.vm().pause().unwrap();
+        forked
+    };
+    parent.expect(0, 100, Some(1), "parent");
+    parent.expect(100, 600, Some(2), "parent");
+    parent.expect(1000, 600, Some(3), "parent");
+    drop(hogs);
+    if let Ok((image, _)) = &newborn_fork {
+        parent.fill(Writer::Guest, 1000, 600, 4);
+        Guest::child(&context, image).expect(1000, 600, Some(3), "a fork in spite of it");
+    }
+    drop(newborn_fork);
+    let child = Guest::child(&context, &image);
+    child.expect(100, 600, Some(2), "a child afterwards");
+    drop(child);
+    let now = Holdings::count(context.store());
+    assert_eq!(now.fds.abs_diff(before.fds) / 2, 0, "{now:?}, was {before:?}");
+    drop((parent, image));
+    assert_eq!((context.store().live_layers(), context.store().budget().used()), (0, 0));
+}
+
+/// The first fork of a booted VM, which remaps everything, refused for mappings.
+#[test]
+fn a_first_fork_refused_for_mappings_changes_nothing() {
+    if !in_a_process_of_its_own("a_first_fork_refused_for_mappings_changes_nothing") {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, 2048, 1);
+    // A pinned page cuts the region into three mappings.
+    let region = &parent.vm().ram().regions()[0];
+    let pin = region.pin(PageRange::new(5000, 5001), Access::Write, Term::Short).unwrap();
+    let layout = RamLayout::new(PAGE_SIZE).unwrap();
+    let hogs: Vec<GuestRam> = std::iter::from_fn(|| GuestRam::reserve(&layout, context.store()).ok()).collect();
+    parent.vm().resume().unwrap();
+    let error = parent.vm().fork().unwrap_err();
+    assert!(matches!(error, VmError::Ram(RamError::Budget(_))), "{error:?}");
+    parent.vm().pause().unwrap();
+    let stats = parent.vm().memory_stats().unwrap();
+    assert_eq!(
+        (stats.exclusive, stats.shared, stats.reference),
+        ((MIB << 20) / PAGE_SIZE, 0, 0),
+        "all is its own still"
+    );
+    for page in [0, 5000, 8191] {
+        assert!(region.ownership().get(page).0, "I2: page {page} is exclusive again");
+    }
+    parent.fill(Writer::Guest, 0, 100, 2);
+    drop((hogs, pin));
+    let child = parent.fork_child();
+    parent.fill(Writer::Guest, 0, 2048, 3);
+    child.expect(0, 100, Some(2), "the next fork's child");
+    child.expect(100, 1948, Some(1), "the next fork's child");
+}
+
+#[test]
+fn an_image_of_another_shape_is_refused() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    let (image, _) = parent.fork();
+    let before = Holdings::count(context.store());
+    let ram = GuestRam::reserve(&RamLayout::new((MIB << 20) + PAGE_SIZE).unwrap(), context.store()).unwrap();
+    let error = ram.adopt(image.ram()).unwrap_err();
+    assert!(matches!(error, RamError::Shape { .. }), "{error:?}");
+    assert!(error.to_string().contains(&(MIB << 20).to_string()), "{error}");
+    assert!(ram.memory().read_obj::<u8>(GuestAddress(0)).is_err(), "it is empty still");
+    ram.birth().unwrap();
+    drop(ram);
+    before.expect_same(context.store(), "a refused image");
+}
+
+// --- operations that race ---
+
+/// A VM with `cpus` vCPUs that count their own words for ever.
+fn counting(context: &Context, cpus: u64) -> Vm {
+    let vm = Guest::boot(context, MIB, cpus).into_vm();
+    vm.resume().unwrap();
+    for vcpu in 0..cpus {
+        let start = WORK_BASE + vcpu * 64 * PAGE_SIZE;
+        BareVcpu::new(&vm, vcpu).mailbox().order(Command::Count { start, pages: 64, stride: 0 }).unwrap();
+    }
+    vm
+}
+
+fn progress(vm: &Vm, vcpu: u64) -> u64 {
+    BareMailbox::new(vm.ram(), vcpu).progress().unwrap()
+}
+
+/// Waits until every vCPU gets on.
+fn expect_running(vm: &Vm, cpus: u64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    for vcpu in 0..cpus {
+        let before = progress(vm, vcpu);
+        while progress(vm, vcpu) == before {
+            assert!(Instant::now() < deadline, "vCPU {vcpu} stands still at {before} ({:?})", vm.stopped());
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn expect_still(vm: &Vm, cpus: u64) {
+    let all = || (0..cpus).map(|vcpu| progress(vm, vcpu)).collect::<Vec<_>>();
+    let before = all();
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!(all(), before, "it is paused");
+}
+
+#[test]
+fn a_paused_vm_is_forked_and_stays_paused() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = counting(&context, 2);
+    expect_running(&parent, 2);
+    parent.pause().unwrap();
+    parent.pause().unwrap();
+    let (image, _) = parent.fork().unwrap();
+    assert!(parent.is_paused());
+    expect_still(&parent, 2);
+    let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+    assert!(!child.is_paused(), "the pause was the parent's");
+    expect_running(&child, 2);
+    let held = Vm::from_image(&context, "held", &image, PAUSED).unwrap();
+    expect_still(&held, 2);
+    assert_eq!(progress(&held, 0), progress(&parent, 0), "not one instruction past the fork");
+    let (again, _) = held.fork().unwrap();
+    assert_eq!(again.generation(), 2);
+    held.resume().unwrap();
+    expect_running(&held, 2);
+    parent.resume().unwrap();
+    parent.resume().unwrap();
+    expect_running(&parent, 2);
+}
+
+#[test]
+fn a_guard_and_a_pause_are_counted_apart() {
+    let Some((_turn, context)) = turn() else { return };
+    let vm = counting(&context, 1);
+    let guard = vm.pause_guard().unwrap();
+    vm.pause().unwrap();
+    drop(guard);
+    expect_still(&vm, 1);
+    let guard = vm.pause_guard().unwrap();
+    vm.resume().unwrap();
+    expect_still(&vm, 1);
+    drop(guard);
+    expect_running(&vm, 1);
+}
+
+#[test]
+fn pauses_resumes_and_forks_race() {
+    let Some((_turn, context)) = turn() else { return };
+    let vm = counting(&context, 2);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for n in 0..2 {
+            let (vm, done) = (&vm, &done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    vm.pause().unwrap();
+                    if n == 0 {
+                        thread::yield_now();
+                    }
+                    vm.resume().unwrap();
+                    // Locks are not fair: without a break nobody else gets a turn.
+                    thread::sleep(Duration::from_micros(50));
+                }
+            });
+        }
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..60 {
+                    let (image, _) = vm.fork().unwrap();
+                    let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
+                    assert_eq!(child.stopped(), None);
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+        }
+    });
+    vm.resume().unwrap();
+    expect_running(&vm, 2);
+}
+
+#[test]
+fn two_threads_fork_one_vm() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = counting(&context, 2);
+    let images: Vec<Arc<ForkImage>> = thread::scope(|scope| {
+        let forker = || (0..40).map(|_| parent.fork().unwrap().0).collect::<Vec<_>>();
+        let threads = [scope.spawn(forker), scope.spawn(forker)];
+        threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
+    });
+    expect_running(&parent, 2);
+    parent.pause().unwrap();
+    for image in images.iter().step_by(9) {
+        let child = Vm::from_image(&context, "child", image, ChildOptions::default()).unwrap();
+        expect_running(&child, 2);
+    }
+}
+
+#[test]
+fn a_stopped_vm_refuses_by_name() {
+    let Some((_turn, context)) = turn() else { return };
+    let vm = counting(&context, 2);
+    let (image, _) = vm.fork().unwrap();
+    vm.stop();
+    vm.stop();
+    assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Asked));
+    assert!(matches!(vm.fork(), Err(VmError::Stopped(StopReason::Asked))));
+    assert!(matches!(vm.pause(), Err(VmError::Stopped(StopReason::Asked))));
+    assert!(!vm.is_paused());
+    assert!(matches!(vm.resume(), Err(VmError::Stopped(StopReason::Asked))));
+    assert!(vm.pause_guard().is_err());
+    expect_running(&Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap(), 2);
+}
+
+#[test]
+fn a_vm_is_stopped_while_it_is_forked() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = counting(&context, 2);
+    let (image, _) = parent.fork().unwrap();
+    parent.pause().unwrap();
+    for n in 0..60u64 {
+        let vm = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+        thread::scope(|scope| {
+            let forker = scope.spawn(|| {
+                loop {
+                    match vm.fork() {
+                        Ok((image, _)) => drop(image),
+                        Err(error) => return error,
+                    }
+                }
+            });
+            thread::sleep(Duration::from_micros(n * 67));
+            vm.stop();
+            let error = forker.join().unwrap();
+            assert!(matches!(error, VmError::Stopped(StopReason::Asked)), "{error:?}");
+        });
+        assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Asked));
+    }
+}
+
+#[test]
+fn a_vm_is_dropped_while_another_thread_forks_it() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = counting(&context, 2);
+    let (image, _) = parent.fork().unwrap();
+    parent.pause().unwrap();
+    for n in 0..20u64 {
+        let vm = Arc::new(Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap());
+        let weak = Arc::downgrade(&vm);
+        let forker = thread::spawn(move || {
+            let mut images = Vec::new();
+            while let Some(vm) = weak.upgrade() {
+                images.push(vm.fork().unwrap().0);
+            }
+            images
+        });
+        thread::sleep(Duration::from_micros(n * 150));
+        drop(vm);
+        if let Some(last) = forker.join().unwrap().last() {
+            let child = Vm::from_image(&context, "orphan", last, ChildOptions::default()).unwrap();
+            expect_running(&child, 2);
+        }
+    }
+}
+
+/// Stopped before the vCPUs have all taken the order to start: those that have wait for the others.
+#[test]
+fn a_child_is_dropped_at_once() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 4);
+    let (image, _) = parent.fork();
+    for n in 0..200 {
+        let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+        if n % 2 == 0 {
+            child.stop();
+            assert_eq!(child.wait(Duration::from_secs(20)), Some(StopReason::Asked));
+        }
+    }
+}
+
+// --- the guest's own doing ---
+
+#[test]
+fn a_faulting_guest_is_told_and_can_still_be_forked() {
+    let Some((_turn, context)) = turn() else { return };
+    let guest = Guest::boot(&context, MIB, 1);
+    guest.vm().resume().unwrap();
+    // Beyond RAM: the guest's page tables do not reach there.
+    let error = BareVcpu::new(guest.vm(), 0).run(Command::Touch { start: 1 << 40, pages: 1, value: 1 }).unwrap_err();
+    assert!(error.to_string().contains("vector 14") && error.to_string().contains("0x10000000000"), "{error}");
+    assert_eq!(guest.vm().stopped(), None, "the VM is there for whoever looks into it");
+    guest.vm().pause().unwrap();
+    drop(guest.fork_child());
+}
+
+#[test]
+fn a_warm_shell_is_used_up_and_a_child_announces_itself() {
+    let Some((_turn, context)) = turn() else { return };
+    let parent = Guest::boot(&context, MIB, 1);
+    context.warm(parent.vm().config(), 3).unwrap();
+    assert_eq!(context.warm_shells(parent.vm().config()), 3);
+    let (image, _) = parent.fork();
+    let tell = |ram: &GuestRam| {
+        BareMailbox::new(ram, 0).order(Command::Announce).unwrap();
+    };
+    let options = ChildOptions { paused: false, before_start: Some(&tell) };
+    let child = Vm::from_image(&context, "child", &image, options).unwrap();
+    BareVcpu::new(&child, 0).await_event(Event::Announce).unwrap();
+    assert_eq!(context.warm_shells(parent.vm().config()), 2);
+    context.cool();
+    assert_eq!(context.warm_shells(parent.vm().config()), 0);
+}
+
+#[test]
+fn a_guest_that_does_not_fit_leaves_nothing_behind() {
+    let Some((_turn, context)) = turn() else { return };
+    let before = Holdings::count(context.store());
+    let config = Arc::new(VmConfig::bare(4 << 20, 1).unwrap());
+    let kernel = Image::Bytes(BARE_ELF.into());
+    let initrd = Some(Image::Bytes(vec![1; 8 << 20].into()));
+    let source = BootSource { kernel, initrd, cmdline: String::new(), cpus: 1, rsdp: None };
+    let error = Vm::boot(&context, "guest", &config, &source).unwrap_err();
+    assert!(error.to_string().contains("8388608 bytes does not fit"), "{error}");
+    before.expect_same(context.store(), "a guest that was refused");
+}

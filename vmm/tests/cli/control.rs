@@ -1,0 +1,175 @@
+//! A fleet by its sockets: listed, forked, paused, resumed and stopped.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::thread;
+
+use serde_json::{Value, json};
+
+use crate::tool::{Runtime, kvm, wait_until};
+
+fn files(runtime: &Runtime) -> BTreeSet<String> {
+    fs::read_dir(runtime.dir()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn a_fleet_from_its_first_vm_to_its_last() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    let all = runtime.clade(&["ps", "--json"]).json();
+    let web = &all[0];
+    assert_eq!((&web["name"], &web["state"], &web["parent"]), (&json!("web"), &json!("paused"), &Value::Null));
+    assert_eq!((&web["generation"], &web["cpus"], &web["memory"]["mib"]), (&json!(0), &json!(1), &json!(32)));
+    let table = runtime.clade(&["ps"]);
+    assert!(table.stdout.contains("web") && table.stdout.contains("paused"), "{table:?}");
+
+    let forked = runtime.clade(&["fork", "web", "--count", "3", "--name", "w-{n}", "--paused", "--json"]).json();
+    assert_eq!(forked["children"], json!(["w-1", "w-2", "w-3"]));
+    assert!(forked["pause_us"].as_f64().unwrap() > 0.0);
+    assert!(forked["remapped_pages"].as_u64().unwrap() > 0, "the first fork shares what was born: {forked}");
+    assert_eq!(runtime.names(), ["w-1", "w-2", "w-3", "web"]);
+    let child = runtime.http("w-1", "GET", "/v1/vms/w-1", "").1;
+    assert_eq!((&child["parent"], &child["generation"], &child["state"]), (&json!("web"), &json!(1), &json!("paused")));
+
+    let resumed = runtime.clade(&["resume", "w-2", "--json"]).json();
+    assert_eq!(resumed["state"], "running");
+    // A fork of a child that runs, by its default name; a line for each on standard output.
+    let lines = runtime.clade(&["fork", "w-2", "--paused"]);
+    assert_eq!((lines.code, lines.stdout.as_str()), (Some(0), "w-2-1\n"), "{lines:?}");
+    assert_eq!(runtime.clade(&["pause", "w-2", "--json"]).json()["state"], "paused");
+
+    // The numbers go on behind those in use.
+    let more = runtime.clade(&["fork", "web", "--name", "w-{n}", "--paused", "--json"]).json();
+    assert_eq!(more["children"], json!(["w-4"]));
+    runtime.clade(&["fork", "web", "--name", "w-4", "--json"]).expect_refusal("w-4");
+    runtime.clade(&["fork", "web", "--count", "0"]).expect_refusal("0 children");
+    runtime.clade(&["fork", "web", "--count", "10001"]).expect_refusal("10001");
+    runtime.clade(&["fork", "web", "--count", "2", "--name", "same"]).expect_refusal("same");
+    runtime.clade(&["fork", "web", "--name", "{n}/../x"]).expect_refusal("1/../x");
+    runtime.clade(&["run", "--kernel", "bare", "--detached", "--name", "w-1"]).expect_refusal("w-1");
+    assert_eq!(runtime.names(), ["w-1", "w-2", "w-2-1", "w-3", "w-4", "web"], "no refusal made or ended a VM");
+
+    // The children live on when the parent stops, and its name is free again.
+    assert_eq!(runtime.clade(&["stop", "web", "--json"]).json()["state"], "stopped");
+    wait_until("the parent's sockets to go", || !runtime.socket("web").exists());
+    assert!(runtime.runs());
+    assert_eq!(runtime.clade(&["resume", "w-3", "--json"]).json()["state"], "running");
+    runtime.start("web");
+    runtime.clade(&["stop", "web"]);
+
+    for name in ["w-1", "w-2", "w-2-1", "w-3", "w-4"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+    }
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(files(&runtime), BTreeSet::new(), "sockets and locks are gone");
+}
+
+#[test]
+fn requests_that_cannot_be_right() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("api");
+    let fork = "/v1/vms/api/fork";
+    let huge = "x".repeat(3 << 20);
+    let huge = format!(r#"{{"name":"{huge}"}}"#);
+    let rows: [(u16, &str, &str, &str); 21] = [
+        (400, "POST", fork, ""),
+        (400, "POST", fork, "{"),
+        (400, "POST", fork, "\"text\""),
+        (400, "POST", fork, "null"),
+        (400, "POST", fork, r#"{"count":"two"}"#),
+        (400, "POST", fork, r#"{"count":-1}"#),
+        (400, "POST", fork, r#"{"count":1.5}"#),
+        (400, "POST", fork, r#"{"count":0}"#),
+        (400, "POST", fork, r#"{"count":10001}"#),
+        (400, "POST", fork, r#"{"count":18446744073709551615}"#),
+        (400, "POST", fork, r#"{"count":99999999999999999999999999}"#),
+        (400, "POST", fork, r#"{"counts":1}"#),
+        (400, "POST", fork, r#"{"count":2,"name":"same"}"#),
+        (400, "POST", fork, r#"{"name":"../up"}"#),
+        (400, "POST", fork, &huge),
+        (409, "POST", fork, r#"{"name":"api"}"#),
+        (404, "POST", "/v1/vms/nobody/fork", "{}"),
+        (404, "GET", "/v1/vms/nobody", ""),
+        (404, "GET", "/v2/vms", ""),
+        (405, "GET", fork, ""),
+        (405, "DELETE", "/v1/vms/api", ""),
+    ];
+    for (status, method, path, body) in rows {
+        let (got, answer) = runtime.http("api", method, path, body);
+        let body = &body[..body.len().min(60)];
+        assert_eq!(got, status, "{method} {path} {body}: {answer}");
+        assert!(answer["error"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path} {body}: {answer}");
+    }
+    assert_eq!(runtime.names(), ["api"]);
+    let (status, answer) = runtime.http("api", "POST", fork, "{}");
+    assert_eq!((status, &answer["children"]), (200, &json!(["api-1"])), "after all that: {answer}");
+    runtime.http("api", "POST", "/v1/vms/api-1/pause", "");
+    let (status, all) = runtime.http("api-1", "GET", "/v1/vms", "");
+    assert_eq!((status, all.as_array().unwrap().len()), (200, 2), "each socket serves the whole process");
+}
+
+#[test]
+fn many_forks_are_asked_for_at_once() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("busy");
+    runtime.clade(&["resume", "busy", "--json"]).json();
+    let answers: Vec<(u16, Value)> = thread::scope(|scope| {
+        let ask = || {
+            let body = r#"{"count":2,"paused":true}"#;
+            (0..5).map(|_| runtime.http("busy", "POST", "/v1/vms/busy/fork", body)).collect::<Vec<_>>()
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut names = BTreeSet::new();
+    for (status, answer) in &answers {
+        assert_eq!(*status, 200, "{answer}");
+        names.extend(answer["children"].as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()));
+    }
+    let expected: BTreeSet<String> = (1..=80).map(|n| format!("busy-{n}")).collect();
+    assert_eq!(names, expected, "each name once, and none left out");
+    assert_eq!(runtime.names().len(), 81);
+    // Stopped and asked for things at the same time.
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            (1..=80)
+                .map(|n| runtime.http("busy", "POST", &format!("/v1/vms/busy-{n}/fork"), "{}").0)
+                .collect::<Vec<_>>()
+        });
+        for n in 1..=80 {
+            let (status, _) = runtime.http("busy", "POST", &format!("/v1/vms/busy-{n}/stop"), "");
+            assert!([200, 404].contains(&status), "{status}");
+        }
+        for status in asking.join().unwrap() {
+            assert!([200, 404, 409].contains(&status), "a fork of a VM that is being stopped: {status}");
+        }
+    });
+}
+
+#[test]
+fn a_crashed_process_leaves_its_names_to_others() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("crash");
+    runtime.clade(&["fork", "crash", "--count", "2", "--paused", "--json"]).json();
+    runtime.crash();
+    assert!(files(&runtime).contains("crash.sock"), "that is what a crash leaves");
+    assert_eq!(runtime.names(), Vec::<String>::new());
+    runtime.clade(&["pause", "crash"]).expect_refusal("crash");
+    runtime.start("crash");
+    assert_eq!(runtime.names(), ["crash"]);
+    let forked = runtime.clade(&["fork", "crash", "--paused", "--json"]).json();
+    assert_eq!(forked["children"], json!(["crash-1"]));
+}

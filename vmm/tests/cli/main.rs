@@ -1,0 +1,7 @@
+//! The `clade` command as a person or a program meets it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod bad_input;
+mod control;
+mod tool;

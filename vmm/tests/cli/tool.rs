@@ -1,0 +1,164 @@
+//! Running the binary, and talking to its sockets.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The binary under test.
+pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether this host has KVM. Where it must have it, it is an error if not.
+pub(crate) fn kvm() -> bool {
+    let missing = File::options().read(true).write(true).open("/dev/kvm").err();
+    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "kvm"));
+    if let Some(error) = &missing {
+        assert!(!required, "kvm is required: {error}");
+        println!("skipped: /dev/kvm: {error}");
+    }
+    missing.is_none()
+}
+
+/// Checks `done` until it says yes.
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What a command answered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl From<Output> for Answer {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Self { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    }
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// Checks that it is a refusal of bad input: exit code 2 and one line that names `value`.
+    pub(crate) fn expect_refusal(&self, value: &str) {
+        assert_eq!(self.code, Some(2), "{self:?}");
+        assert_eq!(self.stderr.trim_end().lines().count(), 1, "one line: {self:?}");
+        assert!(self.stderr.contains(value), "it does not name {value:?}: {self:?}");
+        assert!(self.stderr.starts_with("clade: "), "{self:?}");
+        assert_eq!(self.stdout, "", "{self:?}");
+        for noise in ["panicked", "backtrace", "thread '"] {
+            assert!(!self.stderr.contains(noise), "{self:?}");
+        }
+    }
+}
+
+/// A directory for sockets, and what is run over it.
+pub(crate) struct Runtime {
+    dir: TempDir,
+    processes: Vec<Child>,
+}
+
+impl Runtime {
+    pub(crate) fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), processes: Vec::new() }
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(CLADE);
+        command.args(args).env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn clade(&self, args: &[&str]) -> Answer {
+        self.command(args).output().unwrap().into()
+    }
+
+    /// Starts a bare VM in the background, and waits for its socket. Paused: it would spin.
+    pub(crate) fn start(&mut self, name: &str) {
+        let mut command = self.command(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", name]);
+        self.processes.push(command.stdout(Stdio::null()).spawn().unwrap());
+        wait_until("the VM's socket", || UnixStream::connect(self.socket(name)).is_ok());
+        // Once it answers it is in the fleet.
+        self.clade(&["pause", name, "--json"]).json();
+    }
+
+    pub(crate) fn socket(&self, name: &str) -> PathBuf {
+        self.dir().join(format!("{name}.sock"))
+    }
+
+    /// Kills the newest process, as a crash would.
+    pub(crate) fn crash(&mut self) {
+        let mut process = self.processes.pop().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    /// Waits for the oldest process to end by itself; its exit code.
+    pub(crate) fn ended(&mut self) -> Option<i32> {
+        let mut process = self.processes.remove(0);
+        wait_until("the end of the process", || process.try_wait().unwrap().is_some());
+        process.wait().unwrap().code()
+    }
+
+    /// Whether the oldest process runs.
+    pub(crate) fn runs(&mut self) -> bool {
+        self.processes[0].try_wait().unwrap().is_none()
+    }
+
+    /// Names of the running VMs.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let all = self.clade(&["ps", "--json"]).json();
+        all.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// One HTTP request to the socket of `name`: the status and the body.
+    pub(crate) fn http(&self, name: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let mut stream = UnixStream::connect(self.socket(name)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\nconnection: close\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        // A server that refuses early may not read all of it.
+        let _ = stream.write_all(request.as_bytes());
+        let mut text = Vec::new();
+        let _ = stream.read_to_end(&mut text);
+        let text = String::from_utf8_lossy(&text);
+        let (head, body) =
+            text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {method} {path}: {text:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
