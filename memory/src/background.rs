@@ -61,15 +61,17 @@ use thiserror::Error;
 use crate::sys::{Fault, OpenError, Uffd};
 use crate::units::PAGE_SIZE;
 
-pub use failure::FillError;
 pub(crate) use failure::Failure;
+pub use failure::FillError;
 pub(crate) use filling::{AttachError, Delta, Filling, Origin, Part};
 
 /// Why nothing can be frozen in the background.
 #[derive(Debug, Error)]
 pub enum BackgroundError {
     /// No userfaultfd.
-    #[error("the kernel gives no userfaultfd (it needs /dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)")]
+    #[error(
+        "the kernel gives no userfaultfd (it needs /dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)"
+    )]
     Refused(#[source] io::Error),
     /// One that cannot do what is needed.
     #[error("this kernel's userfaultfd lacks {feature} (Linux 6.6 or later has it)")]

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
-use crate::error::RamError;
 use crate::background::FillError;
+use crate::error::RamError;
 use crate::freeze::{FreezeMode, FreezeReport};
 use crate::layer::LayerMap;
 use crate::region::GuestRegion;
@@ -229,11 +229,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
-    pub fn freeze_in(
-        &self,
-        mode: FreezeMode,
-        _quiesced: &Quiesced<'_>,
-    ) -> Result<(RamImage, FreezeReport), RamError> {
+    pub fn freeze_in(&self, mode: FreezeMode, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
         let mut report = FreezeReport::default();
         let mut maps = Vec::with_capacity(self.regions.len());
         for region in &self.regions {

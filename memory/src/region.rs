@@ -114,7 +114,14 @@ impl GuestRegion {
             failure: Arc::default(),
             pins: PinList::default(),
             live: AtomicBool::new(false),
-            state: Mutex::new(State { map: LayerMap::new(), mappings: IntervalMap::new(), birth: None, promise, freezing: None, waits: Vec::new() }),
+            state: Mutex::new(State {
+                map: LayerMap::new(),
+                mappings: IntervalMap::new(),
+                birth: None,
+                promise,
+                freezing: None,
+                waits: Vec::new(),
+            }),
         })
     }
 
@@ -163,7 +170,9 @@ impl GuestRegion {
 
     /// Takes note of what a freeze in the background has done to the mappings; waits for it if told to.
     pub(crate) fn absorb(&self, state: &mut State, wait: bool) {
-        let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else { return };
+        let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
+            return;
+        };
         let Freezing { layer, before } = freezing;
         let beneath = match layer.filling().map_or(Ok(Vec::new()), |filling| filling.finish()) {
             Ok(shared_back) => {
