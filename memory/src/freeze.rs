@@ -223,7 +223,7 @@ impl GuestRegion {
         state: &mut State,
         plan: &Plan<'_>,
         mode: FreezeMode,
-    ) -> Result<(Vec<(PageRange, Source)>, Option<Arc<Filling>>), RamError> {
+    ) -> Result<(Placed, Option<Arc<Filling>>), RamError> {
         if plan.copy.is_empty() {
             return Ok((Vec::new(), None));
         }
@@ -264,7 +264,7 @@ impl GuestRegion {
         let allowance = state.promise.resize(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
         let delta = Delta { file, parts: parts(&state.map, plan, packed), mapping, allowance };
-        let filling = Filling::new(shared, &self.at, delta)?;
+        let filling = Filling::new(&shared, &self.at, delta)?;
         layer.fill_with(Arc::clone(&filling));
         filling.protect(&plan.private, &plan.pinned)?;
         Ok((layer, filling))
@@ -310,6 +310,9 @@ impl GuestRegion {
     }
 }
 
+/// Where each run of a region is in a delta.
+type Placed = Vec<(PageRange, Source)>;
+
 /// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
 /// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
 struct Packed {
@@ -347,7 +350,7 @@ impl Packed {
         })
     }
 
-    fn placed(&self, layer: &Arc<Layer>) -> Vec<(PageRange, Source)> {
+    fn placed(&self, layer: &Arc<Layer>) -> Placed {
         self.iter().map(|(run, at)| (run, Source { layer: Arc::clone(layer), at })).collect()
     }
 }

@@ -1,6 +1,8 @@
 //! Freezes in the background under load: vCPUs (threads) and devices (io_uring through pins) write while pages are copied, and
 //! children read at once. The model is a byte a page and round: a writer in round r writes r everywhere it goes.
 
+#![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
+
 mod dma;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,33 +18,33 @@ const PAGES: u64 = 12 * 512 + 77;
 const BYTES: u64 = PAGES * PAGE_SIZE;
 
 fn parent(store: &Store) -> GuestRam {
-    let ram = GuestRam::reserve(&RamLayout::new(BYTES).unwrap(), store).unwrap();
-    ram.birth().unwrap();
-    ram.freeze(&Quiesced::assume()).unwrap();
+    let ram = GuestRam::reserve(&RamLayout::new(BYTES).expect("guest memory"), store).expect("guest memory");
+    ram.birth().expect("guest memory");
+    ram.freeze(&Quiesced::assume()).expect("guest memory");
     ram
 }
 
 fn child(store: &Store, image: &RamImage) -> GuestRam {
-    let ram = GuestRam::reserve(image.layout(), store).unwrap();
-    ram.adopt(image).unwrap();
+    let ram = GuestRam::reserve(image.layout(), store).expect("guest memory");
+    ram.adopt(image).expect("guest memory");
     ram
 }
 
 fn freeze(ram: &GuestRam, mode: FreezeMode) -> (RamImage, FreezeReport) {
-    ram.freeze_in(mode, &Quiesced::assume()).unwrap()
+    ram.freeze_in(mode, &Quiesced::assume()).expect("guest memory")
 }
 
 fn write(ram: &GuestRam, page: u64, value: u64) {
     let bytes: Vec<u8> = value.to_ne_bytes().repeat(PAGE_SIZE as usize / 8);
-    ram.memory().write_slice(&bytes, GuestAddress(page * PAGE_SIZE)).unwrap();
+    ram.memory().write_slice(&bytes, GuestAddress(page * PAGE_SIZE)).expect("guest memory");
 }
 
 fn read(ram: &GuestRam, page: u64) -> u64 {
     let mut got = vec![0; PAGE_SIZE as usize];
-    ram.memory().read_slice(&mut got, GuestAddress(page * PAGE_SIZE)).unwrap();
+    ram.memory().read_slice(&mut got, GuestAddress(page * PAGE_SIZE)).expect("guest memory");
     let first = &got[..8];
     assert!(got.chunks(8).all(|word| word == first), "page {page:#x} is torn");
-    u64::from_ne_bytes(first.try_into().unwrap())
+    u64::from_ne_bytes(first.try_into().expect("guest memory"))
 }
 
 /// A scatter that visits every page once a round.

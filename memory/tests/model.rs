@@ -1,6 +1,12 @@
 //! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM. Devices are
 //! real: io_uring with registered buffers, which hold frames, not addresses.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::needless_pass_by_value,
+    reason = "a test, although not every function of it is one"
+)]
+
 mod dma;
 
 use std::collections::BTreeSet;

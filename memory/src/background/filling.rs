@@ -158,7 +158,7 @@ pub(crate) struct Delta {
 
 impl Filling {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
-    pub(crate) fn new(shared: Arc<Shared>, at: &Arc<Reservation>, delta: Delta) -> Result<Arc<Self>, BackgroundError> {
+    pub(crate) fn new(shared: &Arc<Shared>, at: &Arc<Reservation>, delta: Delta) -> Result<Arc<Self>, BackgroundError> {
         let Delta { file, parts, mapping, allowance } = delta;
         let count = parts.last().map_or(0, |part| part.file().end);
         let all = PageRange::new(0, count);
@@ -187,7 +187,7 @@ impl Filling {
             bounce: Vec::new(),
         };
         let phase = Mutex::new(Phase::Pending(Box::new(work)));
-        let filling = Arc::new(Self { shared: Arc::clone(&shared), phase, over: AtomicBool::new(false) });
+        let filling = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
         // Before anything is protected: a fault always finds its filling.
         let (start, end) = (at.addr(0) as u64, at.addr(at.pages()) as u64);
         shared.add_target(start, end, Target::Writer(Arc::clone(&filling)));

@@ -410,7 +410,11 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     }
     write(&rig.parent, 700, 0x70);
     write(&rig.parent, 700, mark(700));
-    // Nobody starts from the image any more.
+    // Nobody starts from the image any more. (A parent's write is let go a moment before the failure is known to all.)
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while image.failure().is_none() && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
     assert!(image.failure().is_some() && !image.is_pending());
     let late = GuestRam::reserve(image.layout(), &rig.store).unwrap();
     assert!(matches!(late.adopt(image), Err(RamError::Lost(_))));

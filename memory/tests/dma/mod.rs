@@ -32,6 +32,7 @@ impl Device {
         Self { ring, disk, pin }
     }
 
+    #[allow(dead_code, reason = "not every test looks at it")]
     pub(crate) fn pin(&self) -> &DmaPin {
         &self.pin
     }

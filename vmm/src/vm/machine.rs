@@ -85,6 +85,11 @@ impl Vm {
         let adopted = Instant::now();
         let devices = Devices::new(Some(&image.devices), image.config.report_port).map_err(VmError::Devices)?;
         let vm = Self::assemble(context, name, &image.config, shell, Arc::new(devices), image.generation)?;
+        // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
+        let meeting = Arc::clone(&vm.shell.meeting);
+        vm.ram().on_failure(move |error| {
+            meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
+        });
         if let Some(before_start) = options.before_start {
             before_start(vm.ram());
         }

@@ -69,6 +69,12 @@ pub enum StopReason {
         /// The error.
         error: String,
     },
+    /// Memory it shares with its parent was lost while it was still being copied.
+    #[error("its memory is lost: {error}")]
+    MemoryLost {
+        /// Why.
+        error: String,
+    },
     /// A thread of the VM panicked.
     #[error("a thread of the VM panicked on vCPU {vcpu}")]
     Panic {
