@@ -156,7 +156,8 @@ impl GuestRegion {
     }
 
     fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
-        let Some(filling) = source.layer.pending() else { return Ok(()) };
+        // Not only while it is pending: it may have failed since it was looked at, and only the filling's lock tells.
+        let Some(filling) = source.layer.filling() else { return Ok(()) };
         let missing = filling.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
             AttachError::Failed(error) => RamError::Lost(error),
             AttachError::Watch(source) => BackgroundError::Watch(source).into(),

@@ -74,7 +74,7 @@ pub enum BackgroundError {
     )]
     Refused(#[source] io::Error),
     /// One that cannot do what is needed.
-    #[error("this kernel's userfaultfd lacks {feature} (Linux 6.6 or later has it)")]
+    #[error("this kernel's userfaultfd lacks {feature} (Linux 6.4 or later has it)")]
     Lacks {
         /// What is missing.
         feature: &'static str,
@@ -175,7 +175,7 @@ impl Shared {
             // Finished since: try again.
             None => {}
         }
-        // Last: by now the page is there, released, or an error to access.
+        // Last: by now the page is there, released, or not to be had.
         if let Err(error) = self.uffd.wake_page(fault.address) {
             tracing::error!(%error, "a waiting access could not be woken");
         }
@@ -243,10 +243,13 @@ impl Shared {
 
     fn fail_all(&self, error: &Arc<FillError>) {
         tracing::error!(%error, "background freezes failed");
-        let jobs = std::mem::take(&mut self.index().jobs);
+        // Looked at once: what is begun after this has nothing to do with it. A filling that was not handed over yet is in the targets only.
+        let (jobs, targets) = {
+            let mut index = self.index();
+            let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();
+            (std::mem::take(&mut index.jobs), targets)
+        };
         jobs.iter().for_each(|job| job.fail(error));
-        // A filling that was begun and not handed over yet is in the targets only.
-        let targets: Vec<_> = self.index().targets.values().map(|(_, target)| target.clone()).collect();
         for target in targets {
             let (Target::Writer(filling) | Target::Reader(filling, _)) = target;
             filling.fail(error);

@@ -285,7 +285,7 @@ impl GuestRam {
     }
 
     /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that
-    /// are missing are errors (SIGBUS, EFAULT).
+    /// are missing are errors (KVM_RUN and system calls: EFAULT; this process: a signal).
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.regions.iter().find_map(|region| region.failure.get())

@@ -121,6 +121,7 @@ fn devices(store: &Store) {
         let mut held = dma::Device::attach(held);
         let (image, _) = freeze(&ram, FreezeMode::Background);
         let copy = child(store, &image);
+        assert_eq!(held.pin().range(), PageRange::with_len(100, PINNED));
         held.write(0xd0);
         let mut at = 200;
         while at + PINNED < PAGES {

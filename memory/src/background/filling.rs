@@ -78,6 +78,13 @@ impl Reader {
     fn address(&self) -> u64 {
         self.at.addr(self.range.start) as u64
     }
+
+    /// What of the file `range` of the child's region shows.
+    fn file_of(&self, range: PageRange) -> Option<PageRange> {
+        let cut = self.range.intersect(range);
+        let file = || PageRange::with_len(self.file.start + (cut.start - self.range.start), cut.len());
+        (!cut.is_empty()).then(file)
+    }
 }
 
 #[derive(Debug)]
@@ -118,22 +125,7 @@ enum Phase {
     Pending(Box<Work>),
     /// The runs of the region that are now mapped over the file.
     Done(Vec<(PageRange, u64)>),
-    Failed {
-        error: Arc<FillError>,
-        pages: Vec<u8>,
-        readers: Vec<Reader>,
-    },
-}
-
-impl Phase {
-    /// The children that are watched.
-    fn readers(&mut self) -> Option<&mut Vec<Reader>> {
-        match self {
-            Self::Pending(work) => Some(&mut work.readers),
-            Self::Failed { readers, .. } => Some(readers),
-            Self::Done(_) => None,
-        }
-    }
+    Failed(Arc<FillError>),
 }
 
 /// See the module's documentation.
@@ -249,7 +241,7 @@ impl Filling {
             return None;
         }
         match &*self.phase() {
-            Phase::Failed { error, .. } => Some(Arc::clone(error)),
+            Phase::Failed(error) => Some(Arc::clone(error)),
             _ => None,
         }
     }
@@ -276,7 +268,7 @@ impl Filling {
     pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
-            Phase::Failed { error, .. } => Err(Arc::clone(error)),
+            Phase::Failed(error) => Err(Arc::clone(error)),
             Phase::Done(remapped) => Ok(remapped.clone()),
             Phase::Pending(_) => Ok(Vec::new()),
         }
@@ -309,24 +301,22 @@ impl Filling {
     fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         let Phase::Pending(work) = &mut *phase else { return };
         tracing::warn!(%error, "a background freeze failed");
-        work.release_everything();
-        self.shared.remove_target(work.gate.at().addr(0) as u64);
-        let (pages, readers) = (std::mem::take(&mut work.pages), std::mem::take(&mut work.readers));
-        // Before anyone's access fails: who asks why must be told. (Who asks the layer waits for this lock.)
+        let readers = std::mem::take(&mut work.readers);
+        // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this lock.)
         self.over.store(true, Ordering::Release);
         readers.iter().for_each(|reader| reader.failure.set(error));
+        work.release_everything();
+        self.shared.remove_target(work.gate.at().addr(0) as u64);
         for reader in &readers {
-            // They stay watched: were the guest to discard a poisoned page, it would be poisoned again, not zeros (canon 32).
-            for run in runs_without(&pages, reader.file, FILLED) {
-                poison(&self.shared, reader, run);
+            self.shared.remove_target(reader.address());
+            for run in few(runs_without(&work.pages, reader.file, FILLED)) {
+                deny(&self.shared, reader, run);
             }
         }
-        let told: Vec<_> = readers.iter().map(|reader| Arc::clone(&reader.failure)).collect();
-        let failed = Phase::Failed { error: Arc::clone(error), pages, readers };
-        let done = std::mem::replace(&mut *phase, failed);
+        let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
         drop(phase);
         drop(done);
-        told.iter().for_each(|failure| failure.tell());
+        readers.iter().for_each(|reader| reader.failure.tell());
     }
 
     /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is finished instead.
@@ -362,20 +352,10 @@ impl Filling {
     /// An access to a page of the file waits.
     pub(crate) fn serve_reader(&self, page: u64) {
         let mut phase = self.phase();
-        match &mut *phase {
-            Phase::Pending(work) => {
-                let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-                if let Err(error) = work.fill(&self.shared, window) {
-                    self.fail_locked(phase, &Arc::new(error));
-                }
-            }
-            Phase::Failed { pages, readers, .. } => {
-                let lost = |reader: &&Reader| reader.file.contains(page) && pages[page as usize] & FILLED == 0;
-                for reader in readers.iter().filter(lost) {
-                    poison(&self.shared, reader, PageRange::with_len(page, 1));
-                }
-            }
-            Phase::Done(_) => {}
+        let Phase::Pending(work) = &mut *phase else { return };
+        let window = PageRange::with_len(page - page % WINDOW, WINDOW);
+        if let Err(error) = work.fill(&self.shared, window) {
+            self.fail_locked(phase, &Arc::new(error));
         }
     }
 
@@ -406,15 +386,13 @@ impl Filling {
 
     /// As [`Self::need`], for the part of a child's `range` that is mapped over the file.
     pub(crate) fn need_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
-        let wanted: Vec<PageRange> = {
-            let mut phase = self.phase();
-            let Some(readers) = phase.readers() else { return Ok(()) };
-            let mine = readers.iter().filter(|reader| Arc::ptr_eq(&reader.at, at));
-            let cut = mine.map(|reader| (reader, reader.range.intersect(range))).filter(|(_, cut)| !cut.is_empty());
-            cut.map(|(reader, cut)| {
-                PageRange::with_len(reader.file.start + (cut.start - reader.range.start), cut.len())
-            })
-            .collect()
+        let wanted: Vec<PageRange> = match &*self.phase() {
+            Phase::Done(_) => return Ok(()),
+            Phase::Failed(error) => return Err(Arc::clone(error)),
+            Phase::Pending(work) => {
+                let mine = work.readers.iter().filter(|reader| Arc::ptr_eq(&reader.at, at));
+                mine.filter_map(|reader| reader.file_of(range)).collect()
+            }
         };
         wanted.into_iter().try_for_each(|file| self.need(file))
     }
@@ -431,7 +409,7 @@ impl Filling {
         let mut phase = self.phase();
         match &mut *phase {
             Phase::Done(_) => Ok(false),
-            Phase::Failed { error, .. } => Err(AttachError::Failed(Arc::clone(error))),
+            Phase::Failed(error) => Err(AttachError::Failed(Arc::clone(error))),
             Phase::Pending(work) => {
                 self.shared.uffd.register(at, range, Watch::Missing).map_err(AttachError::Watch)?;
                 let file = PageRange::with_len(from, range.len());
@@ -447,8 +425,8 @@ impl Filling {
     /// Forgets a child that is going. Its mappings stay watched until they are unmapped, so that they never read a hole.
     pub(crate) fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
-        let Some(readers) = phase.readers() else { return };
-        let gone: Vec<Reader> = readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
+        let Phase::Pending(work) = &mut *phase else { return };
+        let gone: Vec<Reader> = work.readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
         for reader in &gone {
             self.shared.remove_target(reader.address());
         }
@@ -462,15 +440,26 @@ pub(crate) enum AttachError {
     Watch(io::Error),
 }
 
-/// Makes a run of the file an error to access through `reader`.
-fn poison(shared: &Shared, reader: &Reader, file: PageRange) {
+/// Most mappings a lost layer may cost a child that is going to be stopped.
+const MOST_DENIED: usize = 64;
+
+/// The runs, or one around all of them where they are too many.
+fn few(runs: Vec<PageRange>) -> Vec<PageRange> {
+    match runs.as_slice() {
+        [first, .., last] if runs.len() > MOST_DENIED => vec![PageRange::new(first.start, last.end)],
+        _ => runs,
+    }
+}
+
+/// Makes a run of the file an error to access through `reader`, now and after the guest has discarded it, and lets those who wait find out.
+///
+/// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which would take the whole process, and this with an
+/// error from KVM_RUN, which takes the VM.
+fn deny(shared: &Shared, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
-    if let Err(error) = shared.uffd.poison(&reader.at, range) {
-        // Never zeros: then no access at all.
-        tracing::error!(%error, %range, "lost pages could not be poisoned");
-        if let Err(error) = reader.at.deny(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
-            tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
-        }
+    if let Err(error) = reader.at.deny(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
+        // Never zeros: it stays watched.
+        tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
     }
 }
 

@@ -26,8 +26,6 @@ const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 /// `_IOWR(0xaa, 0x06, struct uffdio_writeprotect)`
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
-/// `_IOWR(0xaa, 0x08, struct uffdio_poison)`
-const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
 
 const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
@@ -36,13 +34,12 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEFAULT_WP: u64 = 1 << 1;
 
 /// What is needed, and what it is called.
-const FEATURES: [(u64, &str); 5] = [
+const FEATURES: [(u64, &str); 4] = [
     (1 << 0, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
     (1 << 5, "UFFD_FEATURE_MISSING_SHMEM"),
     (1 << 12, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
     // Pages that are not mapped yet are protected too, in zeros as in files.
     (1 << 13, "UFFD_FEATURE_WP_UNPOPULATED"),
-    (1 << 14, "UFFD_FEATURE_POISON"),
 ];
 
 #[repr(C)]
@@ -88,13 +85,6 @@ struct Copy {
 struct WriteProtect {
     range: Range,
     mode: u64,
-}
-
-#[repr(C)]
-struct Poison {
-    range: Range,
-    mode: u64,
-    updated: i64,
 }
 
 /// Size of `struct uffd_msg`.
@@ -234,20 +224,6 @@ impl Uffd {
             done += skip_or(result)?;
         }
         Ok(())
-    }
-
-    /// Makes every page of `range` that is not there an error to access (SIGBUS, EFAULT), and lets whoever waits find out.
-    pub(crate) fn poison(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        let whole = Range::of(at, range);
-        let mut done = 0;
-        while done < whole.len {
-            let rest = Range { start: whole.start + done, len: whole.len - done };
-            let mut poison = Poison { range: rest, mode: 0, updated: 0 };
-            let result = self.ioctl(UFFDIO_POISON, &mut poison);
-            done += u64::try_from(poison.updated).unwrap_or(0);
-            done += skip_or(result)?;
-        }
-        self.wake(at, range)
     }
 
     /// Takes the next faults that somebody waits for, or none.
