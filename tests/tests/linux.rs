@@ -10,9 +10,9 @@ use clade::vm::{ChildOptions, Context, ForkImage, StopReason, Vm};
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Turn};
 
-const BOOT: Duration = Duration::from_secs(240);
-const ANSWER: Duration = Duration::from_secs(90);
-const PATIENCE: Duration = Duration::from_secs(420);
+const BOOT: Duration = Duration::from_secs(300);
+const ANSWER: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(900);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 
 /// A shell at its prompt.
