@@ -36,3 +36,7 @@ deny:
 
 ci:
     .ci/run
+
+# A minute of each fuzz target (needs cargo-fuzz and a nightly compiler)
+fuzz:
+    for target in boot_load unpack serial cpu_hide; do cargo fuzz run "$target" -- -max_total_time=60; done

@@ -87,7 +87,7 @@ fn rounds(store: &Store, rounds: u64, scatter: bool) {
                 assert_eq!(read(&second, page), want, "page {page:#x}");
             }
         });
-        image.settle().unwrap();
+        image.settle().expect("a complete copy");
         let late = child(store, &image);
         for n in 0..PAGES {
             assert_eq!(read(&late, n), round, "I4: page {n:#x}");
@@ -117,7 +117,7 @@ fn devices(store: &Store) {
         }
         // One pin from before the freeze, held across it.
         let region = &ram.regions()[0];
-        let held = region.pin(PageRange::with_len(100, PINNED), Access::Write, Term::Long).unwrap();
+        let held = region.pin(PageRange::with_len(100, PINNED), Access::Write, Term::Long).expect("a pin");
         let mut held = dma::Device::attach(held);
         let (image, _) = freeze(&ram, FreezeMode::Background);
         let copy = child(store, &image);
@@ -125,7 +125,7 @@ fn devices(store: &Store) {
         held.write(0xd0);
         let mut at = 200;
         while at + PINNED < PAGES {
-            let pin = region.pin(PageRange::with_len(at, PINNED), Access::Write, Term::Long).unwrap();
+            let pin = region.pin(PageRange::with_len(at, PINNED), Access::Write, Term::Long).expect("a pin");
             let mut device = dma::Device::attach(pin);
             device.write(0xd1);
             write(&ram, at + 1, u64::from_ne_bytes([0xd2; 8]));
@@ -137,7 +137,7 @@ fn devices(store: &Store) {
         for n in 0..PAGES {
             assert_eq!(read(&copy, n), u64::from_ne_bytes([round; 8]), "page {n:#x}");
         }
-        ram.settle().unwrap();
+        ram.settle().expect("a complete copy");
         let mut at = 200;
         while at + PINNED < PAGES {
             for n in at..at + PINNED {

@@ -1,6 +1,8 @@
 //! What a process holds, counted.
 
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clade_memory::Store;
 
@@ -19,6 +21,22 @@ pub struct Holdings {
     pub layers: usize,
     /// Mappings promised by the store's budget.
     pub promised: u64,
+}
+
+/// Large layers are put away by a thread of the store, which takes a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Checks that nobody holds a layer of the store, or a mapping of its budget.
+///
+/// # Panics
+/// When somebody does.
+pub fn expect_nothing_held(store: &Store, what: &str) {
+    let held = || (store.live_layers(), store.budget().used());
+    let deadline = Instant::now() + PATIENCE;
+    while held() != (0, 0) && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(held(), (0, 0), "{what}: a layer or a mapping outlived its last user");
 }
 
 impl Holdings {
@@ -47,8 +65,13 @@ impl Holdings {
     pub fn expect_same(self, store: &Store, what: &str) {
         // Far below one for each of the hundred VMs that come and go in between.
         const SLACK: usize = 24;
-        let now = Self::count(store);
         let exact = |h: Self| Self { mappings: 0, ..h };
+        let mut now = Self::count(store);
+        let deadline = Instant::now() + PATIENCE;
+        while exact(now) != exact(self) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+            now = Self::count(store);
+        }
         assert_eq!(exact(now), exact(self), "{what}: something is still held");
         assert!(now.mappings <= self.mappings + SLACK, "{what}: {} mappings, were {}", now.mappings, self.mappings);
     }

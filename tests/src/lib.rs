@@ -7,7 +7,7 @@ mod oracle;
 mod process;
 
 pub use bare::{Guest, Writer};
-pub use counters::Holdings;
+pub use counters::{Holdings, expect_nothing_held};
 pub use linux::{Linux, PROMPT};
 pub use oracle::{owned_pages, smaps_anonymous_kib};
 pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};

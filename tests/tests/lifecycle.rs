@@ -13,7 +13,7 @@ use clade::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmEr
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
 use clade_memory::{Access, Backing, GuestRam, PageRange, RamError, RamLayout, Term};
-use clade_tests::{Guest, Holdings, Turn, Writer, in_a_process_of_its_own, open_files_limit};
+use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
 use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 32;
@@ -252,7 +252,7 @@ fn a_hundred_children_leave_nothing_behind() {
     parent.expect(600, 1448, Some(1), "parent");
     drop(parent);
     context.cool();
-    assert_eq!((store.live_layers(), store.budget().used()), (0, 0));
+    expect_nothing_held(store, "all of them");
 }
 
 /// A child is refused for want of a descriptor at every place where it takes one (I13).
@@ -374,7 +374,7 @@ fn a_fork_refused_for_mappings_changes_nothing() {
     let now = Holdings::count(context.store());
     assert_eq!(now.fds.abs_diff(before.fds) / 2, 0, "{now:?}, was {before:?}");
     drop((parent, image));
-    assert_eq!((context.store().live_layers(), context.store().budget().used()), (0, 0));
+    expect_nothing_held(context.store(), "parent and image");
 }
 
 /// The first fork of a booted VM, which remaps everything, refused for mappings.
