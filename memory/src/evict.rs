@@ -30,23 +30,23 @@ impl GuestRegion {
     /// Nothing but pinned DMA may be writing to them meanwhile.
     ///
     /// # Errors
-    /// When the file cannot be written; then nothing has changed.
+    /// When the file cannot be written; then nothing has changed. When a mapping fails half-way, some pages are evicted and the others are not;
+    /// the contents are the same.
     pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<u64, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
         let table = self.table.lock();
         let born = state.born_runs();
-        let mut own: Vec<PageRange> =
-            born.iter().map(|run| run.intersect(range)).filter(|run| !run.is_empty()).collect();
-        for private in subtract_runs(&[range], &born) {
-            own.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
-        }
+        let mut own = self.owned_private(range, &born)?;
+        let born: Vec<PageRange> = born.iter().map(|run| run.intersect(range)).filter(|run| !run.is_empty()).collect();
+        own.extend_from_slice(&born);
         own.sort_unstable();
         // I7: the bit goes first; what is pinned keeps it and stays.
         let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
         let out = subtract_runs(&own, &pinned);
-        let restore = || out.iter().for_each(|run| table.set_exclusive(*run));
+        // Of what has not been remapped: that is still this VM's own.
+        let restore = |rest: &[PageRange]| rest.iter().for_each(|run| table.set_exclusive(*run));
         let pages = pages_in(&out);
         if pages == 0 {
             return Ok(0);
@@ -58,31 +58,27 @@ impl GuestRegion {
             Ok(file)
         });
         let file = written.map_err(|source| {
-            restore();
+            restore(&out);
             RamError::Copy { pages, source }
         })?;
         let most = (state.mappings.len() + 2 * out.len()) as u64;
         let promised = state.promise.count().max(most);
-        state.promise.resize(promised).inspect_err(|_| restore())?;
+        state.promise.resize(promised).inspect_err(|_| restore(&out))?;
 
         let layer = Arc::new(self.store.adopt_file(file, pages));
         let mut at = 0;
-        for run in &out {
+        for (done, run) in out.iter().enumerate() {
             let source = Source { layer: Arc::clone(&layer), at };
             at += run.len();
             // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
             self.at.map_private(*run, layer.as_fd(), source.at).map_err(|error| {
-                restore();
+                restore(&out[done..]);
                 RamError::Map { range: *run, source: error }
             })?;
             state.mappings.insert(*run, Mapping::Private(source.clone()));
             state.map.insert(*run, source);
         }
-        let emptied: Vec<PageRange> = born.iter().map(|run| run.intersect(range)).collect();
-        self.free_born(
-            &state,
-            &subtract_runs(&emptied.into_iter().filter(|r| !r.is_empty()).collect::<Vec<_>>(), &pinned),
-        );
+        self.free_born(&state, &subtract_runs(&born, &pinned));
         // Best effort: what stays in the page cache is reclaimed when memory is short.
         let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
         if state.born_runs().is_empty() {

@@ -100,7 +100,8 @@ impl GuestRegion {
     /// Shows `page` in all of `range`, in place of what was there.
     ///
     /// # Errors
-    /// When a page is pinned, or mappings run out; then nothing has changed.
+    /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails half-way, a part of the range shows
+    /// the page.
     pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.

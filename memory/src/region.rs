@@ -19,7 +19,7 @@ use crate::ownership::OwnershipTable;
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
 use crate::sys::Reservation;
-use crate::units::{PAGE_SHIFT, PageRange};
+use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 
 /// What is mapped into a piece of the reservation at present.
 #[derive(Clone, Debug)]
@@ -157,6 +157,15 @@ impl GuestRegion {
         }
         let state = self.state();
         if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
+    }
+
+    /// The private pages of `range` that this VM owns, as the kernel says; `born` are the runs mapped shared.
+    pub(crate) fn owned_private(&self, range: PageRange, born: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
+        let mut owned = Vec::new();
+        for private in subtract_runs(&[range], born) {
+            owned.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
+        }
+        Ok(owned)
     }
 
     pub(crate) fn expect_empty(&self) -> Result<(), RamError> {

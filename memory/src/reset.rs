@@ -77,10 +77,7 @@ impl GuestRegion {
         self.drain(&mut state)?;
         let table = self.table.lock();
         let born = state.born_runs();
-        let mut owned = Vec::new();
-        for private in subtract_runs(&[self.range()], &born) {
-            owned.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
-        }
+        let owned = self.owned_private(self.range(), &born)?;
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
         let mut pinned = Vec::new();
         for run in born.iter().chain(&owned) {

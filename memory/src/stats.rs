@@ -50,10 +50,7 @@ impl GuestRegion {
         }
         let born = state.born_runs();
         let private = subtract_runs(&[self.range()], &born);
-        let mut owned = Vec::new();
-        for run in &private {
-            owned.extend(self.store.pagemap().owned_runs(&self.at, *run).map_err(RamError::Harvest)?);
-        }
+        let owned = self.owned_private(self.range(), &born)?;
         let in_layers = |run: &PageRange| {
             let shared = state.map.within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
             shared.map(|(piece, _)| piece.len()).sum::<u64>()

@@ -52,9 +52,9 @@ pub const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
 /// Start of the memory a kernel may be loaded into.
 pub const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
 /// Start of the address range without RAM.
-pub const MMIO_GAP_START: GuestAddress = GuestAddress(0xc000_0000);
+pub const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
 /// End of the address range without RAM.
-pub const MMIO_GAP_END: GuestAddress = GuestAddress(0x1_0000_0000);
+pub const MMIO_GAP_END: GuestAddress = GuestAddress(clade_memory::GAP_END);
 /// The IOAPIC's registers.
 pub const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
 /// Every local APIC's registers.

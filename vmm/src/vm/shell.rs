@@ -7,6 +7,7 @@ use clade_memory::{GuestRam, Store};
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryRegion};
 
+use crate::boot::KVM_TSS;
 use crate::kvm::{Host, StateLayout};
 use crate::vm::VmError;
 use crate::vm::config::{Irqchip, VmConfig};
@@ -18,8 +19,6 @@ use crate::vm::vcpu::{Meeting, VcpuThread};
 const STACK: usize = 256 << 10;
 /// Interrupt pins of a split irqchip's missing IOAPIC; KVM wants the number for its routing table.
 const SPLIT_PINS: u64 = 24;
-/// Three pages that VT-x without unrestricted guests takes for real mode.
-const TSS_ADDRESS: usize = 0xfffb_d000;
 
 /// VM, memslots, interrupt controllers, vCPUs and their threads; memory reserved, but none mapped.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl Shell {
         let ram = GuestRam::reserve(config.layout(), store)?;
         let fd = host.kvm().create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
         // Outside RAM, below 4 GiB; Intel hosts need it before the first vCPU.
-        fd.set_tss_address(TSS_ADDRESS).map_err(|e| VmError::kvm("set the TSS address", e))?;
+        fd.set_tss_address(KVM_TSS.0 as usize).map_err(|e| VmError::kvm("set the TSS address", e))?;
         // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace period.
         for (slot, region) in (0u32..).zip(ram.regions()) {
             let memory = kvm_bindings::kvm_userspace_memory_region {
