@@ -150,7 +150,7 @@ impl GuestRegion {
         }
         self.set_absent(absent);
         state.no_fork = image.no_fork.clone();
-        state.map = map.clone();
+        state.map.set(Arc::clone(image.map.map()));
         self.set_live(true);
         Ok(())
     }
@@ -183,9 +183,10 @@ impl GuestRegion {
         if let Err(error) = self.at.protect_none() {
             tracing::error!(%error, "a region could not be emptied");
         }
-        state.map = LayerMap::new();
+        state.map.set(Arc::default());
         state.mappings = crate::interval::IntervalMap::new();
         state.birth = None;
+        state.compaction = None;
         let _ = state.promise.resize(1);
     }
 }

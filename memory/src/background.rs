@@ -45,13 +45,14 @@ mod failure;
 mod filling;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -63,7 +64,8 @@ use crate::units::PAGE_SIZE;
 
 pub(crate) use failure::Failure;
 pub use failure::FillError;
-pub(crate) use filling::{AttachError, Delta, Filling, Origin, Part};
+pub(crate) use filling::{AttachError, Delta, Filling};
+pub(crate) use work::{Origin, Part};
 
 /// Why nothing can be frozen in the background.
 #[derive(Debug, Error)]
@@ -95,9 +97,6 @@ impl From<OpenError> for BackgroundError {
         }
     }
 }
-
-/// What the thread that frees layers lets others have first.
-const HURRY: Duration = Duration::from_millis(2);
 
 /// Whose fault an address is.
 #[derive(Clone)]
@@ -257,14 +256,10 @@ impl Shared {
     }
 }
 
-/// Something whose dropping takes long.
-type Garbage = Box<dyn Send>;
-
-/// A store's background threads: one that copies and answers faults, and one that frees layers, which takes longer than a fault may wait.
+/// A store's background thread, which copies and answers faults.
 pub(crate) struct Engine {
     shared: Arc<Shared>,
-    garbage: Option<mpsc::Sender<Garbage>>,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl fmt::Debug for Engine {
@@ -286,31 +281,8 @@ impl Engine {
             hooks: tests::Hooks::default(),
         });
         let served = Arc::clone(&shared);
-        let (garbage, collected) = mpsc::channel::<Garbage>();
-        let mut engine = Self { shared, garbage: Some(garbage), threads: Vec::new() };
-        engine.spawn("clade-freeze", move || served.run())?;
-        engine.spawn("clade-free", move || {
-            for garbage in collected {
-                // Whoever gave it is in a hurry, and has just woken this thread on its own processor.
-                thread::sleep(HURRY);
-                drop(garbage);
-            }
-        })?;
-        Ok(engine)
-    }
-
-    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), BackgroundError> {
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(run).map_err(BackgroundError::Thread)?;
-        self.threads.push(thread);
-        Ok(())
-    }
-
-    /// Drops `garbage` some time later, on a thread of its own.
-    pub(crate) fn dispose(&self, garbage: Garbage) {
-        if let Some(queue) = &self.garbage {
-            // The thread lives as long as the queue; did it not, the garbage would be dropped here.
-            let _ = queue.send(garbage);
-        }
+        let thread = thread::Builder::new().name("clade-freeze".to_owned()).spawn(move || served.run());
+        Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
     }
 
     /// What fillings are made with; an error once the userfaultfd has been lost.
@@ -327,12 +299,10 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.index().stopping = true;
         self.shared.ring();
-        drop(self.garbage.take());
-        for thread in self.threads.drain(..) {
-            // A failure callback may have held the last handle of the store: then this is the thread, and it ends by itself.
-            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-                tracing::error!("a background thread ended in a panic");
-            }
+        let Some(thread) = self.thread.take() else { return };
+        // A failure callback may have held the last handle of the store: then this is the thread, and it ends by itself.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            tracing::error!("the background thread ended in a panic");
         }
     }
 }

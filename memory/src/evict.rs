@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,9 +13,10 @@ use std::sync::Arc;
 use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 
 use crate::error::RamError;
-use crate::layer::Source;
+use crate::layer::{Home, Source};
+use crate::ownership::TableGuard;
 use crate::ram::Quiesced;
-use crate::region::{GuestRegion, Mapping};
+use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
 
 /// A nameless file in `dir`, gone with its last user.
@@ -25,14 +27,23 @@ fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
     Ok(fd.into())
 }
 
+/// What an eviction did. Counts are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Evicted {
+    /// This VM's own: written to disk, and dropped from memory.
+    pub written: u64,
+    /// Of a layer on a disk (they were evicted before): dropped again, as far as no other VM shows them.
+    pub dropped: u64,
+}
+
 impl GuestRegion {
-    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory. Returns how many.
-    /// Nothing but pinned DMA may be writing to them meanwhile.
+    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory, as well as those that a layer
+    /// on a disk provides. Nothing but pinned DMA may be writing to them meanwhile.
     ///
     /// # Errors
     /// When the file cannot be written; then nothing has changed. When a mapping fails half-way, some pages are evicted and the others are not;
     /// the contents are the same.
-    pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<u64, RamError> {
+    pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<Evicted, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
@@ -42,51 +53,78 @@ impl GuestRegion {
         let born: Vec<PageRange> = born.iter().map(|run| run.intersect(range)).filter(|run| !run.is_empty()).collect();
         own.extend_from_slice(&born);
         own.sort_unstable();
+        // Before the map shows what is about to be written there: that is not mapped yet.
+        let dropped = self.drop_cached(&state, range, &own)?;
         // I7: the bit goes first; what is pinned keeps it and stays.
         let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
         let out = subtract_runs(&own, &pinned);
+        let written = pages_in(&out);
+        if written > 0 {
+            self.write_away(&mut state, &table, &out, dir)?;
+            self.free_born(&state, &subtract_runs(&born, &pinned));
+            state.outgrow_birth();
+            let mappings = state.mappings.len() as u64;
+            let _ = state.promise.resize(mappings);
+        }
+        Ok(Evicted { written, dropped })
+    }
+
+    /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is read again when it is touched.
+    fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
+        let mut dropped = 0;
+        for (piece, source) in state.map.within(range) {
+            if source.layer.home() != Home::Disk {
+                continue;
+            }
+            for run in subtract_runs(&[piece], own) {
+                // No copy of this VM's own is among them, so nothing is lost; what is not mapped can be dropped from the page cache.
+                self.at.drop_private(run).map_err(|source| RamError::Map { range: run, source })?;
+                let offset = (source.at + (run.start - piece.start)) << PAGE_SHIFT;
+                // Best effort: what another VM shows stays, and what stays is reclaimed when memory is short.
+                let _ = fadvise(source.layer.as_fd(), offset, NonZero::new(run.len() << PAGE_SHIFT), Advice::DontNeed);
+                dropped += run.len();
+            }
+        }
+        Ok(dropped)
+    }
+
+    /// Makes a layer on a disk of `out`, whose bits have been given up, and maps it in their place.
+    fn write_away(
+        &self,
+        state: &mut State,
+        table: &TableGuard<'_>,
+        out: &[PageRange],
+        dir: &Path,
+    ) -> Result<(), RamError> {
         // Of what has not been remapped: that is still this VM's own.
         let restore = |rest: &[PageRange]| rest.iter().for_each(|run| table.set_exclusive(*run));
-        let pages = pages_in(&out);
-        if pages == 0 {
-            return Ok(0);
-        }
+        let pages = pages_in(out);
         let written = swap_file(dir, pages).and_then(|file| {
-            self.at.write_out(&out, file.as_fd(), 0)?;
+            self.at.write_out(out, file.as_fd(), 0)?;
             // Only a file that is on the disk can be dropped from memory.
             file.sync_data()?;
             Ok(file)
         });
         let file = written.map_err(|source| {
-            restore(&out);
+            restore(out);
             RamError::Copy { pages, source }
         })?;
         let most = (state.mappings.len() + 2 * out.len()) as u64;
         let promised = state.promise.count().max(most);
-        state.promise.resize(promised).inspect_err(|_| restore(&out))?;
+        state.promise.resize(promised).inspect_err(|_| restore(out))?;
 
-        let layer = Arc::new(self.store.adopt_file(file, pages));
+        let layer = Arc::new(self.store.adopt_file(file, pages, Home::Disk));
         let mut at = 0;
         for (done, run) in out.iter().enumerate() {
             let source = Source { layer: Arc::clone(&layer), at };
             at += run.len();
             // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
-            self.at.map_private(*run, layer.as_fd(), source.at).map_err(|error| {
-                restore(&out[done..]);
-                RamError::Map { range: *run, source: error }
-            })?;
-            state.mappings.insert(*run, Mapping::Private(source.clone()));
+            self.remap(state, *run, &source).inspect_err(|_| restore(&out[done..]))?;
             state.map.insert(*run, source);
         }
-        self.free_born(&state, &subtract_runs(&born, &pinned));
         // Best effort: what stays in the page cache is reclaimed when memory is short.
         let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
-        if state.born_runs().is_empty() {
-            state.birth = None;
-        }
-        let mappings = state.mappings.len() as u64;
-        let _ = state.promise.resize(mappings);
-        Ok(pages)
+        Ok(())
     }
 }
 
@@ -111,7 +149,10 @@ mod tests {
             let region = &ram.regions()[0];
             let pin = region.pin(PageRange::new(10, 12), Access::Write, Term::Long).unwrap();
             let quiesced = Quiesced::assume();
-            assert_eq!(region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(), 598);
+            assert_eq!(
+                region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(),
+                Evicted { written: 598, dropped: 0 }
+            );
             assert_eq!(ram.stats().unwrap().exclusive, 1024 - 598);
             assert_eq!(ram.stats().unwrap().private_kib, (1024 - 598) * 4, "the memory is given back");
             (0..1024).for_each(|p| assert_eq!(word(p), p + 1, "page {p} came back"));

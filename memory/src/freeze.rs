@@ -31,7 +31,8 @@ use crate::ownership::TableGuard;
 use crate::protect::Shared;
 use crate::region::{Freezing, GuestRegion, Mapping, State};
 use crate::store::Backing;
-use crate::units::{BLOCK_PAGES, PageRange, pages_in, push_run, subtract_runs};
+use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
+use crate::view::View;
 
 /// Runs are joined over gaps up to this long (in pages) even when there are few: copying four shared pages costs less
 /// than one more mapping in the parent and in every child.
@@ -60,7 +61,7 @@ pub enum FreezeMode {
 /// A region at one instant.
 #[derive(Clone, Debug)]
 pub(crate) struct RegionImage {
-    pub(crate) map: LayerMap,
+    pub(crate) map: Arc<View>,
     /// What was not inherited, and will not be by the children's children.
     pub(crate) no_fork: NoForkMap,
 }
@@ -112,6 +113,10 @@ impl GuestRegion {
         self.drain(&mut state)?;
         let table = self.table.lock();
         let plan = self.plan(&state, &table)?;
+        // While nothing writes and every page this VM owns is known.
+        let mut own = [plan.born.as_slice(), &plan.owned, &nofork::runs(&state.no_fork)].concat();
+        own.sort_unstable();
+        self.take_over_some(&mut state, &own);
         let frozen = self.carry_out(&mut state, &table, &plan, mode);
         if frozen.is_err() {
             // I13: whatever is still born or private is still this VM's own.
@@ -120,8 +125,11 @@ impl GuestRegion {
             }
         }
         let (mut map, report) = frozen?;
+        self.compact_later(&mut state);
+        self.store.sweep_later();
         // The map of whoever is started from this, which is not in all the parent's own (R19).
         nofork::hide(&state.no_fork, &mut map);
+        let map = Arc::new(View::new(self.store.views(), map));
         Ok((RegionImage { map, no_fork: state.no_fork.clone() }, report))
     }
 
@@ -136,7 +144,7 @@ impl GuestRegion {
             let runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
             copy.extend(close_gaps(&runs));
             // Never more than is copied: what is protected is released by what fills the delta.
-            together.extend(join(&runs, SMALL_GAP));
+            together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
         // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
@@ -157,7 +165,7 @@ impl GuestRegion {
         table: &TableGuard<'_>,
         plan: &Plan<'_>,
         mode: FreezeMode,
-    ) -> Result<(LayerMap, FreezeReport), RamError> {
+    ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
         let (delta, filling) = self.delta(state, plan, mode)?;
         let to_remap = subtract_runs(&plan.born, &plan.pinned);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
@@ -171,10 +179,8 @@ impl GuestRegion {
             // From here on these pages of the birth file are a layer's (I4).
             state.map.insert(*run, Source { layer: Arc::clone(birth), at: run.start });
         }
-        if state.born_runs().is_empty() {
-            state.birth = None;
-        }
-        let before = filling.as_ref().map(|_| state.map.clone());
+        state.outgrow_birth();
+        let before = filling.as_ref().map(|_| View::new(self.store.views(), Arc::clone(state.map.map())));
         for (run, source) in &delta {
             state.map.insert(*run, source.clone());
         }
@@ -188,7 +194,7 @@ impl GuestRegion {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before });
             filling.start();
-            return Ok((state.map.clone(), report));
+            return Ok((Arc::clone(state.map.map()), report));
         }
         self.share_copies(state, plan, &delta);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
@@ -203,7 +209,7 @@ impl GuestRegion {
         }
         // Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
-        Ok((state.map.clone(), report))
+        Ok((Arc::clone(state.map.map()), report))
     }
 
     /// All of the region, as it is read now, in a layer of its own.
@@ -214,6 +220,7 @@ impl GuestRegion {
         copied.map_err(|source| RamError::Copy { pages: self.pages(), source })?;
         let mut map = LayerMap::new();
         map.insert(self.range(), Source { layer: Arc::new(layer), at: 0 });
+        let map = Arc::new(View::new(self.store.views(), Arc::new(map)));
         Ok(RegionImage { map, no_fork: no_fork.clone() })
     }
 
@@ -260,10 +267,12 @@ impl GuestRegion {
         let file = layer.file().try_clone().map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
         let used = state.mappings.len() as u64;
-        let allowance = (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share());
+        let allowance =
+            (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share().saturating_sub(used));
         let allowance = state.promise.resize(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
-        let delta = Delta { file, parts: parts(&state.map, plan, packed), mapping, allowance };
+        let beneath = View::new(self.store.views(), Arc::clone(state.map.map()));
+        let delta = Delta { file, parts: parts(&beneath, plan, packed), beneath, mapping, allowance };
         let filling = Filling::new(&shared, &self.at, delta)?;
         layer.fill_with(Arc::clone(&filling));
         filling.protect(&plan.private, &plan.pinned)?;
@@ -281,6 +290,8 @@ impl GuestRegion {
                 pieces.push((piece, Source { layer: Arc::clone(&source.layer), at: source.at + skip }));
             }
         }
+        // D5: no more than its share, whatever is left of the budget; the births and the pieces of the image come on top.
+        let share = self.store.budget().fair_share();
         let mut left: u64 = pieces.iter().map(|(r, _)| r.len()).sum();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
         for (piece, source) in pieces {
@@ -288,6 +299,13 @@ impl GuestRegion {
                 break;
             }
             let needed = state.mappings.len() as u64 + 2;
+            if needed > share {
+                tracing::debug!(
+                    left,
+                    "enough mappings: pages stay private to the parent until layers have been merged"
+                );
+                break;
+            }
             if state.promise.count() < needed && state.promise.resize(needed).is_err() {
                 tracing::debug!(left, "mapping budget reached: pages stay private to the parent");
                 break;
@@ -301,7 +319,7 @@ impl GuestRegion {
     }
 
     /// Maps `run` private over `source` and records it.
-    fn remap(&self, state: &mut State, run: PageRange, source: &Source) -> Result<(), RamError> {
+    pub(crate) fn remap(&self, state: &mut State, run: PageRange, source: &Source) -> Result<(), RamError> {
         self.at
             .map_private(run, source.layer.as_fd(), source.at)
             .map_err(|source| RamError::Map { range: run, source })?;
@@ -311,18 +329,18 @@ impl GuestRegion {
 }
 
 /// Where each run of a region is in a delta.
-type Placed = Vec<(PageRange, Source)>;
+pub(crate) type Placed = Vec<(PageRange, Source)>;
 
 /// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
 /// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
-struct Packed {
-    runs: Vec<PageRange>,
-    pages: u64,
-    grain: Backing,
+pub(crate) struct Packed {
+    pub(crate) runs: Vec<PageRange>,
+    pub(crate) pages: u64,
+    pub(crate) grain: Backing,
 }
 
 impl Packed {
-    fn of(runs: &[PageRange]) -> Self {
+    pub(crate) fn of(runs: &[PageRange]) -> Self {
         let mut order = Vec::with_capacity(runs.len());
         let mut rest = Vec::with_capacity(runs.len());
         for run in runs {
@@ -342,7 +360,7 @@ impl Packed {
     }
 
     /// The runs, and the file's page each starts at.
-    fn iter(&self) -> impl Iterator<Item = (PageRange, u64)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (PageRange, u64)> {
         self.runs.iter().scan(0, |at, run| {
             let here = *at;
             *at += run.len();
@@ -350,7 +368,7 @@ impl Packed {
         })
     }
 
-    fn placed(&self, layer: &Arc<Layer>) -> Placed {
+    pub(crate) fn placed(&self, layer: &Arc<Layer>) -> Placed {
         self.iter().map(|(run, at)| (run, Source { layer: Arc::clone(layer), at })).collect()
     }
 }
@@ -398,10 +416,10 @@ fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origi
 
 /// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too much is always safe (I5).
 fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
-    let mut joined = join(runs, SMALL_GAP);
+    let mut joined = join_runs(runs, SMALL_GAP);
     let mut gap = SMALL_GAP * 4;
     while joined.len() > MANY_RUNS && gap <= BLOCK_PAGES / 8 {
-        let wider = join(runs, gap);
+        let wider = join_runs(runs, gap);
         // Not at any price: at most twice the pages that have to be copied anyway.
         if pages_in(&wider) > 2 * pages_in(runs) {
             break;
@@ -410,17 +428,6 @@ fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
         gap *= 4;
     }
     joined
-}
-
-fn join(runs: &[PageRange], gap: u64) -> Vec<PageRange> {
-    let mut out: Vec<PageRange> = Vec::with_capacity(runs.len());
-    for run in runs {
-        match out.last_mut() {
-            Some(last) if run.start - last.end <= gap => last.end = run.end,
-            _ => push_run(&mut out, *run),
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::background::{FillError, Filling};
 use crate::interval::{IntervalMap, Piece};
+use crate::store::Backing;
 use crate::units::PageRange;
 
 /// Identity of a layer within its store.
@@ -34,6 +35,15 @@ impl fmt::Debug for LayerId {
     }
 }
 
+/// Where a layer's pages are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Home {
+    /// In memory, in pages of this size.
+    Memory(Backing),
+    /// In a file on a disk, and in the page cache as long as there is room.
+    Disk,
+}
+
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
 ///
 /// A layer made from a birth file may still have pages that were pinned when it was frozen: those belong to the VM that was
@@ -43,16 +53,42 @@ pub struct Layer {
     id: LayerId,
     file: File,
     pages: u64,
+    home: Home,
     live: Arc<AtomicUsize>,
+    /// Whether a VM still owns pages of it, mapped shared, which are in no map.
+    birth: AtomicBool,
+    /// What has been given back of it, ascending (see [`crate::sweep`]).
+    given: Mutex<Vec<PageRange>>,
     /// What fills it, or did, if it was published before it was complete.
     filling: OnceLock<Arc<Filling>>,
 }
 
 impl Layer {
-    pub(crate) fn new(id: LayerId, file: File, pages: u64, live: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
-        Self { id, file, pages, live, filling: OnceLock::new() }
+        let (birth, given) = (AtomicBool::new(false), Mutex::default());
+        Self { id, file, pages, home, live, birth, given, filling: OnceLock::new() }
+    }
+
+    /// Where its pages are.
+    pub(crate) fn home(&self) -> Home {
+        self.home
+    }
+
+    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_birth`]; the map that shows the pages the VM gave up
+    /// is published before.
+    pub(crate) fn set_birth(&self, birth: bool) {
+        self.birth.store(birth, Ordering::Release);
+    }
+
+    pub(crate) fn is_birth(&self) -> bool {
+        self.birth.load(Ordering::Acquire)
+    }
+
+    /// What has been given back of it.
+    pub(crate) fn given(&self) -> MutexGuard<'_, Vec<PageRange>> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn file(&self) -> &File {

@@ -5,6 +5,8 @@
 //! declaration, so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting its
 //! pages does not change it.
 
+use std::sync::Arc;
+
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
@@ -49,7 +51,11 @@ pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
 }
 
 /// What the children's map says where the parent's must not be seen.
-pub(crate) fn hide(declared: &NoForkMap, map: &mut LayerMap) {
+pub(crate) fn hide(declared: &NoForkMap, map: &mut Arc<LayerMap>) {
+    if declared.is_empty() {
+        return;
+    }
+    let map = Arc::make_mut(map);
     for (range, what) in declared.iter() {
         map.remove(range);
         if let NoFork::Fresh(page) = what {

@@ -81,9 +81,13 @@ impl RamImage {
         &self.layout
     }
 
-    #[cfg(test)]
     pub(crate) fn regions(&self) -> &[RegionImage] {
         &self.regions
+    }
+
+    /// Of the same shape, with other maps of the same contents.
+    pub(crate) fn with_regions(&self, regions: Vec<RegionImage>) -> Self {
+        Self { layout: self.layout.clone(), regions }
     }
 
     /// Mappings a VM started from it needs at most.
@@ -100,7 +104,7 @@ impl RamImage {
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
         let view = GuestRam::reserve(&self.layout, store)?;
         // What is absent is copied as zeros, and absent again in whoever adopts the copy.
-        let seen = |region: &RegionImage| RegionImage { map: region.map.clone(), no_fork: NoForkMap::new() };
+        let seen = |region: &RegionImage| RegionImage { map: Arc::clone(&region.map), no_fork: NoForkMap::new() };
         view.adopt(&Self { layout: self.layout.clone(), regions: self.regions.iter().map(seen).collect() })?;
         let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.no_fork));
         Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
@@ -279,7 +283,7 @@ impl GuestRam {
         }
         let mut report = ResetReport::default();
         for (region, image) in self.regions.iter().zip(&image.regions) {
-            report += region.reset(&image.map)?;
+            report += region.reset(image.map.map())?;
         }
         Ok(report)
     }

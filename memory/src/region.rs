@@ -1,5 +1,6 @@
 //! A region: one memslot's worth of guest memory, over one reservation of host addresses that never moves.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -11,15 +12,17 @@ use vm_memory::{
 
 use crate::background::{Failure, FillError};
 use crate::budget::Promise;
+use crate::compact::Compaction;
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
-use crate::layer::{Layer, LayerMap, Source};
+use crate::layer::{Layer, Source};
 use crate::nofork::NoForkMap;
 use crate::ownership::OwnershipTable;
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
 use crate::sys::Reservation;
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
+use crate::view::View;
 
 /// What is mapped into a piece of the reservation at present.
 #[derive(Clone, Debug)]
@@ -55,7 +58,7 @@ impl Piece for Mapping {
 #[derive(Debug)]
 pub(crate) struct State {
     /// What provides the pages this VM does not own, or would if it dropped its own copy.
-    pub(crate) map: LayerMap,
+    pub(crate) map: View,
     /// What is mapped where. Its length is what the region costs the mapping budget.
     pub(crate) mappings: IntervalMap<Mapping>,
     /// The file this VM was born in, while some of its pages are still mapped shared.
@@ -67,6 +70,10 @@ pub(crate) struct State {
     pub(crate) freezing: Option<Freezing>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
+    /// The view being sewn together in the background, or what came of it.
+    pub(crate) compaction: Option<Arc<Compaction>>,
+    /// Pieces and layers of the map when it last was.
+    pub(crate) sewn: (usize, usize),
 }
 
 /// What has to be settled when a freeze in the background is over.
@@ -75,10 +82,21 @@ pub(crate) struct Freezing {
     /// The delta.
     pub(crate) layer: Arc<Layer>,
     /// The map without the delta: if that fails, the freeze has never been.
-    pub(crate) before: LayerMap,
+    pub(crate) before: View,
 }
 
 impl State {
+    /// To be called when pages have been taken from the birth file: it is none any more once all have.
+    pub(crate) fn outgrow_birth(&mut self) {
+        if self.born_runs().is_empty()
+            && let Some(birth) = self.birth.take()
+        {
+            // Before it may be swept: what it shows as a layer.
+            self.map.publish();
+            birth.set_birth(false);
+        }
+    }
+
     /// The runs mapped shared over the birth file.
     pub(crate) fn born_runs(&self) -> Vec<PageRange> {
         let mut runs = Vec::new();
@@ -88,6 +106,29 @@ impl State {
             }
         }
         runs
+    }
+}
+
+/// The state under its lock. What was changed of the view is published before the lock is let go.
+#[derive(Debug)]
+pub(crate) struct Locked<'a>(MutexGuard<'a, State>);
+
+impl Deref for Locked<'_> {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.0
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.0.map.publish();
     }
 }
 
@@ -124,13 +165,15 @@ impl GuestRegion {
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
             state: Mutex::new(State {
-                map: LayerMap::new(),
+                map: View::new(store.views(), Arc::default()),
                 mappings: IntervalMap::new(),
                 birth: None,
                 promise,
                 no_fork: NoForkMap::new(),
                 freezing: None,
                 waits: Vec::new(),
+                compaction: None,
+                sewn: (0, 0),
             }),
         })
     }
@@ -145,13 +188,14 @@ impl GuestRegion {
             .map_err(|source| RamError::Map { range: self.range(), source })?;
         self.table.lock().set_exclusive(self.range());
         state.mappings.insert(self.range(), Mapping::Born(Source { layer: Arc::clone(&file), at: 0 }));
+        file.set_birth(true);
         state.birth = Some(file);
         self.set_live(true);
         Ok(())
     }
 
     /// The state, for an operation on `range`.
-    pub(crate) fn checked(&self, range: PageRange) -> Result<MutexGuard<'_, State>, RamError> {
+    pub(crate) fn checked(&self, range: PageRange) -> Result<Locked<'_>, RamError> {
         if !self.range().covers(range) {
             return Err(RamError::OutOfRange { range, pages: self.pages() });
         }
@@ -172,9 +216,9 @@ impl GuestRegion {
         if self.is_live() { Err(RamError::NotEmpty { base: self.base.0 }) } else { Ok(()) }
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> Locked<'_> {
         // A panic under the lock leaves the state as it was after the last completed step, each of which is consistent.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        Locked(self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Finishes what the background has to do with this region, copying what is missing on this thread: its own last freeze, and

@@ -5,6 +5,7 @@
 //! was), the range is mapped anew.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::interval::IntervalMap;
@@ -71,7 +72,7 @@ impl GuestRegion {
     }
 
     /// Puts the region back to `map`. Nothing may be writing to it.
-    pub(crate) fn reset(&self, map: &LayerMap) -> Result<ResetReport, RamError> {
+    pub(crate) fn reset(&self, map: &Arc<LayerMap>) -> Result<ResetReport, RamError> {
         let mut state = self.checked(self.range())?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
@@ -93,7 +94,7 @@ impl GuestRegion {
     fn put_back(
         &self,
         state: &mut State,
-        map: &LayerMap,
+        map: &Arc<LayerMap>,
         born: &[PageRange],
         owned: &[PageRange],
     ) -> Result<ResetReport, RamError> {
@@ -119,10 +120,8 @@ impl GuestRegion {
             .map_err(|source| RamError::Map { range: *range, source })?;
             state.mappings.insert(*range, want.clone());
         }
-        state.map = map.clone();
-        if state.born_runs().is_empty() {
-            state.birth = None;
-        }
+        state.map.set(Arc::clone(map));
+        state.outgrow_birth();
         let _ = state.promise.resize(state.mappings.len() as u64);
         Ok(ResetReport { dropped: pages_in(born) + pages_in(owned), remapped: pages_in(&anew) })
     }
@@ -191,7 +190,7 @@ mod tests {
         let refused = ram.reset(&image, &Quiesced::assume(), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
         // A pin that comes after the first look is met by the region itself.
-        let late = ram.regions()[0].reset(&image.regions()[0].map);
+        let late = ram.regions()[0].reset(image.regions()[0].map.map());
         assert!(matches!(late, Err(RamError::Pinned { pages: 1, .. })));
         assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
         assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");

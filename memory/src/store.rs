@@ -10,9 +10,11 @@ use thiserror::Error;
 
 use crate::background::{self, BackgroundError, Engine};
 use crate::budget::MappingBudget;
-use crate::layer::{Layer, LayerId};
+use crate::housekeeping::Housekeeper;
+use crate::layer::{Home, Layer, LayerId};
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
+use crate::view::Views;
 
 /// Pages of a spare: what a guest of ordinary habits writes between two forks.
 const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;
@@ -67,8 +69,11 @@ struct Inner {
     next_layer: AtomicU64,
     live_layers: Arc<AtomicUsize>,
     spares: Mutex<Vec<File>>,
+    views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
     engine: Mutex<Option<Engine>>,
+    /// Started when there is first something to do. After the engine: what that lets go of may come here.
+    housekeeper: Mutex<Option<Housekeeper>>,
 }
 
 impl Store {
@@ -109,7 +114,9 @@ impl Store {
             next_layer: AtomicU64::new(1),
             live_layers: Arc::default(),
             spares: Mutex::default(),
+            views: Arc::default(),
             engine: Mutex::default(),
+            housekeeper: Mutex::default(),
         })))
     }
 
@@ -150,11 +157,28 @@ impl Store {
         }
     }
 
-    /// Drops `garbage` in the background, or here where there is none: freeing a layer of small pages takes 0.7 us for each.
-    pub(crate) fn dispose(&self, garbage: impl Send + 'static) {
-        if let Some(engine) = &*self.0.engine.lock().unwrap_or_else(PoisonError::into_inner) {
-            engine.dispose(Box::new(garbage));
+    /// All views of its layers.
+    pub(crate) fn views(&self) -> &Arc<Views> {
+        &self.0.views
+    }
+
+    /// Runs `with` on the housekeeper, unless there is no thread to be had for it.
+    pub(crate) fn housekeeper<T>(&self, with: impl FnOnce(&Housekeeper) -> T) -> Option<T> {
+        let mut housekeeper = self.0.housekeeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if housekeeper.is_none() {
+            match Housekeeper::start(&self.0.views) {
+                Ok(started) => *housekeeper = Some(started),
+                Err(error) => tracing::warn!(%error, "no thread to keep house: what is left over is freed on the spot"),
+            }
         }
+        housekeeper.as_ref().map(with)
+    }
+
+    /// Drops `garbage` in the background: freeing a layer of small pages takes 0.7 us for each.
+    pub(crate) fn dispose(&self, garbage: impl Send + 'static) {
+        let garbage: Box<dyn Send> = Box::new(garbage);
+        // Without a thread it is dropped with the closure, here.
+        self.housekeeper(|housekeeper| housekeeper.dispose(garbage));
     }
 
     /// Starts what background freezes need, which is otherwise done by the first of them: so that a host without it is known at
@@ -170,7 +194,7 @@ impl Store {
     /// pay for clearing 2 MiB to hold a few pages.
     pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        Ok(self.adopt_file(file, pages))
+        Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
     /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled while it is read, a page that is there is
@@ -180,18 +204,25 @@ impl Store {
             (Some(fs), Backing::Huge) => fs.file(pages),
             _ => small_file(pages),
         };
-        Ok(self.adopt_file(file.map_err(|source| StoreError::File { pages, source })?, pages))
+        let file = file.map_err(|source| StoreError::File { pages, source })?;
+        Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
     /// A layer for a reference page.
     pub(crate) fn reference_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        Ok(Layer::new(LayerId(self.next_id() | LayerId::REFERENCE), file, pages, Arc::clone(&self.0.live_layers)))
+        let (id, home) = (LayerId(self.next_id() | LayerId::REFERENCE), Home::Memory(self.grain(grain)));
+        Ok(Layer::new(id, file, pages, home, Arc::clone(&self.0.live_layers)))
     }
 
-    /// A layer over a file that is already filled.
-    pub(crate) fn adopt_file(&self, file: File, pages: u64) -> Layer {
-        Layer::new(LayerId(self.next_id()), file, pages, Arc::clone(&self.0.live_layers))
+    /// A layer over a file.
+    pub(crate) fn adopt_file(&self, file: File, pages: u64, home: Home) -> Layer {
+        Layer::new(LayerId(self.next_id()), file, pages, home, Arc::clone(&self.0.live_layers))
+    }
+
+    /// The page size that is to be had.
+    fn grain(&self, wanted: Backing) -> Backing {
+        if self.0.huge.is_some() { wanted } else { Backing::Small }
     }
 
     fn next_id(&self) -> u64 {

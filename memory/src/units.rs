@@ -143,6 +143,18 @@ pub(crate) fn subtract_runs(from: &[PageRange], minus: &[PageRange]) -> Vec<Page
     out
 }
 
+/// Ascending runs, joined over gaps of up to `gap` pages. They may overlap.
+pub(crate) fn join_runs(runs: &[PageRange], gap: u64) -> Vec<PageRange> {
+    let mut out: Vec<PageRange> = Vec::with_capacity(runs.len());
+    for run in runs {
+        match out.last_mut() {
+            Some(last) if run.start <= last.end + gap => last.end = last.end.max(run.end),
+            _ => push_run(&mut out, *run),
+        }
+    }
+    out
+}
+
 /// Total pages of a list of disjoint runs.
 pub(crate) fn pages_in(runs: &[PageRange]) -> u64 {
     runs.iter().map(|r| r.len()).sum()

@@ -1,0 +1,115 @@
+//! The sweep: memory of layer pages that nobody can see any more is given back, though the layer itself is still in use.
+//!
+//! A layer goes with its last user. Until then a VM that is frozen again and again leaves old versions of its pages behind, in layers
+//! that others, or other pages, keep alive. A page is seen if it is in some view ([`crate::view`]); nothing else reads a layer's page:
+//! a mapping shows what the view says, or a page of the VM's own on top of it.
+//!
+//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a birth file that were pinned when
+//! the rest of it became a layer. They are in no view, and a birth file is not swept for as long as its VM has such pages.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::housekeeping::Housekeeper;
+use crate::layer::{Home, Layer, LayerId};
+use crate::store::{Backing, Store};
+use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
+use crate::view::Views;
+
+/// What a sweep gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Pages whose memory is free again (or disk space, of layers on a disk).
+    pub pages: u64,
+    /// Layers they were in.
+    pub layers: u64,
+}
+
+impl Store {
+    /// Gives back what no VM and no image can see, now. It is done now and then by itself.
+    pub fn sweep(&self) -> Swept {
+        sweep(self.views())
+    }
+
+    /// Pages that sweeps have given back so far, of layers that were still in use.
+    #[must_use]
+    pub fn given_back(&self) -> u64 {
+        self.views().given_back()
+    }
+
+    /// Has it done in the background, if anything has changed since it was last.
+    pub(crate) fn sweep_later(&self) {
+        if self.views().take_changed() {
+            self.housekeeper(Housekeeper::sweep);
+        }
+    }
+}
+
+/// See [`Store::sweep`].
+pub(crate) fn sweep(views: &Views) -> Swept {
+    let maps = views.all();
+    let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
+    // Children that have not changed since their fork share one map.
+    let mut walked = HashSet::new();
+    for map in maps.iter().filter(|map| walked.insert(Arc::as_ptr(map))) {
+        for (range, source) in map.iter() {
+            let (_, runs) = seen.entry(source.layer.id()).or_insert_with(|| (Arc::clone(&source.layer), Vec::new()));
+            runs.push(PageRange::with_len(source.at, range.len()));
+        }
+    }
+    let mut swept = Swept::default();
+    for (layer, runs) in seen.into_values() {
+        // Held while pages go: what a layer has given is what its file lacks.
+        let mut given = layer.given();
+        let dead = dead_runs(&layer, runs, &given);
+        let mut pages = 0;
+        for run in dead {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match fallocate(layer.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
+                Ok(()) => {
+                    pages += run.len();
+                    given.push(run);
+                }
+                Err(error) => {
+                    let error = io::Error::from(error);
+                    tracing::debug!(%error, %run, layer = ?layer.id(), "memory was not given back");
+                }
+            }
+        }
+        given.sort_unstable();
+        *given = join_runs(&given, 0);
+        swept.pages += pages;
+        swept.layers += u64::from(pages > 0);
+    }
+    views.count_given(swept.pages);
+    if swept.pages > 0 {
+        tracing::debug!(?swept, "gave back what nobody sees");
+    }
+    swept
+}
+
+/// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes in blocks, because a block that lost a
+/// page would be mapped page by page.
+fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Vec<PageRange> {
+    // A reference page lives by its handle. In a layer that is being filled a hole is a page that is still to come.
+    if layer.id().is_reference() || layer.is_birth() || layer.pending().is_some() {
+        return Vec::new();
+    }
+    seen.sort_unstable();
+    let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));
+    let dead = subtract_runs(&dead, given);
+    if layer.home() != Home::Memory(Backing::Huge) {
+        return dead;
+    }
+    let whole = |run: PageRange| {
+        let last = if run.end == layer.pages() { run.end } else { run.end - run.end % BLOCK_PAGES };
+        PageRange::new(run.start.next_multiple_of(BLOCK_PAGES).min(last), last)
+    };
+    let dead: Vec<PageRange> = dead.into_iter().map(whole).filter(|run| !run.is_empty()).collect();
+    debug_assert!(pages_in(&dead) <= layer.pages(), "runs are disjoint");
+    dead
+}

@@ -1,0 +1,127 @@
+//! Views: every map through which somebody may yet read a layer, known to the store.
+//!
+//! A layer's page that is in no view can be given back ([`crate::sweep`]). For that to be safe the store must see *all* views at one
+//! instant, while VMs fork, reset and die beside it. So a view's map is an immutable value, registered before anything is read through it:
+//! who copies the registry under its lock holds every page that any view made later can have of an older layer, because such
+//! a view is made of these. (Walking the VMs one after another would miss a page that moves from one not yet visited to an image
+//! and away again.)
+//!
+//! The state lock is held while a VM's view is changed, and the change is published before it is let go. Between the two the
+//! registry has what the VM showed before, and what it will show besides is either in another view (an image's, which the caller holds), in a
+//! layer that is in no view yet, or in a birth file, which is not swept while it is one.
+
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::layer::LayerMap;
+
+/// All views of a store.
+#[derive(Debug, Default)]
+pub(crate) struct Views {
+    registered: Mutex<Registered>,
+    /// A view has gone or changed since this was last taken: there may be something to give back.
+    changed: AtomicBool,
+    /// Pages given back so far, of layers that were still in use.
+    given_back: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Registered {
+    next: u64,
+    maps: HashMap<u64, Arc<LayerMap>>,
+}
+
+impl Views {
+    fn registered(&self) -> MutexGuard<'_, Registered> {
+        // Each change to it is one step.
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every map that is read through now, and with it all that can be read through later of the layers there are now.
+    pub(crate) fn all(&self) -> Vec<Arc<LayerMap>> {
+        self.registered().maps.values().cloned().collect()
+    }
+
+    /// Counts pages that a sweep gave back.
+    pub(crate) fn count_given(&self, pages: u64) {
+        // Relaxed: a number to be shown.
+        self.given_back.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Pages given back so far.
+    pub(crate) fn given_back(&self) -> u64 {
+        self.given_back.load(Ordering::Relaxed)
+    }
+
+    /// Whether a sweep may find something that the last one did not.
+    pub(crate) fn take_changed(&self) -> bool {
+        // Relaxed: a hint; the registry's lock orders what matters.
+        self.changed.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// A map that is registered for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct View {
+    all: Arc<Views>,
+    id: u64,
+    map: Arc<LayerMap>,
+    published: Arc<LayerMap>,
+}
+
+impl View {
+    pub(crate) fn new(all: &Arc<Views>, map: Arc<LayerMap>) -> Self {
+        let mut registered = all.registered();
+        registered.next += 1;
+        let id = registered.next;
+        registered.maps.insert(id, Arc::clone(&map));
+        drop(registered);
+        Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
+    }
+
+    /// The map as it is now: a copy costs nothing until one of the two is changed.
+    pub(crate) fn map(&self) -> &Arc<LayerMap> {
+        &self.map
+    }
+
+    /// Shows another map. To be published.
+    pub(crate) fn set(&mut self, map: Arc<LayerMap>) {
+        self.map = map;
+    }
+
+    /// Registers what it shows now in place of what it did.
+    pub(crate) fn publish(&mut self) {
+        if Arc::ptr_eq(&self.map, &self.published) {
+            return;
+        }
+        let before = self.all.registered().maps.insert(self.id, Arc::clone(&self.map));
+        self.published = Arc::clone(&self.map);
+        self.all.changed.store(true, Ordering::Relaxed);
+        // Outside the lock: it may hold the last handles of layers.
+        drop(before);
+    }
+}
+
+impl Deref for View {
+    type Target = LayerMap;
+    fn deref(&self) -> &LayerMap {
+        &self.map
+    }
+}
+
+/// Changes the view's own copy, which others do not see.
+impl DerefMut for View {
+    fn deref_mut(&mut self) -> &mut LayerMap {
+        Arc::make_mut(&mut self.map)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        let gone = self.all.registered().maps.remove(&self.id);
+        self.all.changed.store(true, Ordering::Relaxed);
+        drop(gone);
+    }
+}

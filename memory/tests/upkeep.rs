@@ -1,0 +1,243 @@
+//! Compaction and the sweep: layers stay few, and what nobody sees is given back, without anybody noticing.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clade_memory::{
+    Access, Evicted, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+fn stores() -> [Store; 2] {
+    [Store::open().unwrap(), Store::open_small().unwrap()]
+}
+
+fn put(ram: &GuestRam, page: u64, word: u64) {
+    for at in [0, PAGE_SIZE - 8] {
+        ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE + at)).unwrap();
+    }
+}
+
+fn word(ram: &GuestRam, page: u64) -> u64 {
+    let at = |at| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE + at)).unwrap();
+    assert_eq!(at(0), at(PAGE_SIZE - 8), "page {page} is torn");
+    at(0)
+}
+
+fn born(store: &Store, pages: u64) -> GuestRam {
+    let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), store).unwrap();
+    ram.birth().unwrap();
+    (0..pages).for_each(|page| put(&ram, page, page + 1));
+    ram
+}
+
+fn freeze(ram: &GuestRam) -> RamImage {
+    ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0
+}
+
+fn child(image: &RamImage, store: &Store) -> GuestRam {
+    let ram = GuestRam::reserve(image.layout(), store).unwrap();
+    ram.adopt(image).unwrap();
+    ram
+}
+
+fn expect_gone(store: &Store) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while store.live_layers() > 0 {
+        assert!(Instant::now() < deadline, "{} layers are held", store.live_layers());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn what_no_view_sees_is_given_back() {
+    let store = Store::open_small().unwrap();
+    let ram = born(&store, 64);
+    let first = freeze(&ram);
+    (0..32).for_each(|page| put(&ram, page, 100 + page));
+    let second = freeze(&ram);
+    (0..16).for_each(|page| put(&ram, page, 200 + page));
+    let third = freeze(&ram);
+    // In all: the store sweeps by itself, too.
+    let swept = || {
+        store.sweep();
+        store.given_back()
+    };
+    assert_eq!(swept(), 0, "every page is in an image");
+    let sibling = child(&first, &store);
+    drop(first);
+    assert_eq!(swept(), 0, "a child sees what its image showed");
+    drop(sibling);
+    // Of the first layer pages 0..32 are in no view any more: the second image and the VM have newer ones.
+    assert_eq!(swept(), 32);
+    let grandchild = child(&second, &store);
+    assert!((0..32).all(|page| word(&grandchild, page) == 100 + page));
+    // The second image's layer goes as a whole: the third copied pages 16..32 again.
+    drop((second, grandchild));
+    assert_eq!(swept(), 32);
+    let want = |page| match page {
+        0..16 => 200 + page,
+        16..32 => 100 + page,
+        _ => page + 1,
+    };
+    ram.reset(&third, &Quiesced::assume(), Duration::ZERO).unwrap();
+    for vm in [&child(&third, &store), &ram] {
+        (0..64).for_each(|page| assert_eq!(word(vm, page), want(page), "page {page}"));
+    }
+    drop((third, ram));
+    expect_gone(&store);
+}
+
+#[test]
+fn i7_nothing_is_given_back_under_a_pin() {
+    for store in stores() {
+        let ram = born(&store, 1536);
+        let region = &ram.regions()[0];
+        // A whole block of the birth file, and a part of another: pinned while the rest becomes a layer.
+        let pins = [PageRange::new(512, 1024), PageRange::new(1030, 1040)]
+            .map(|range| region.pin(range, Access::Write, Term::Long).unwrap());
+        let image = freeze(&ram);
+        (0..1536).for_each(|page| put(&ram, page, 5000 + page));
+        let later = freeze(&ram);
+        drop(image);
+        store.sweep();
+        for pin in &pins {
+            (pin.range().start..pin.range().end).for_each(|page| assert_eq!(word(&ram, page), 5000 + page));
+            pin.slice().write_obj(77u64, 0).unwrap();
+            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(pin.range().start * PAGE_SIZE)).unwrap(), 77);
+        }
+        drop(pins);
+        // Now they are a layer's like any other.
+        let last = freeze(&ram);
+        drop(later);
+        store.sweep();
+        let vm = child(&last, &store);
+        for page in (0..1536).filter(|page| ![512, 1030].contains(page)) {
+            assert_eq!(word(&vm, page), 5000 + page);
+        }
+        drop((last, vm, ram));
+        expect_gone(&store);
+    }
+}
+
+/// Pages written between two freezes.
+const EACH: u64 = 60;
+
+/// A VM frozen many times, each time after writes to scattered pages.
+fn patchwork(
+    store: &Store,
+    rounds: u64,
+    pages: u64,
+    mut after: impl FnMut(&GuestRam, RamImage),
+) -> (GuestRam, Vec<u64>) {
+    let ram = born(store, pages);
+    let mut want: Vec<u64> = (0..pages).map(|page| page + 1).collect();
+    for round in 0..rounds {
+        for n in 0..EACH {
+            let page = (round * EACH + n) * 37 % pages;
+            want[page as usize] = (round + 1) << 32 | page;
+            put(&ram, page, want[page as usize]);
+        }
+        after(&ram, freeze(&ram));
+    }
+    (ram, want)
+}
+
+fn expect(vm: &GuestRam, want: &[u64]) {
+    (0..).zip(want).for_each(|(page, want)| assert_eq!(word(vm, page), *want, "page {page}"));
+}
+
+#[test]
+fn a_patchwork_is_sewn_together_with_the_same_contents() {
+    for store in stores() {
+        let mut images = Vec::new();
+        let (ram, want) = patchwork(&store, 20, 4096, |_, image| images.push(image));
+        let image = images.last().unwrap();
+        let (sewn, report) = image.compact(&store).unwrap();
+        assert!(report.layers_before > 3, "{report:?}");
+        assert!(report.layers <= 2 && report.pieces < report.pieces_before / 2, "{report:?}");
+        assert_eq!((sewn.layers() as u64, sewn.mappings() as u64), (report.layers, report.pieces));
+        expect(&child(&sewn, &store), &want);
+        expect(&child(image, &store), &want);
+
+        let before = ram.stats().unwrap();
+        let report = ram.compact(&Quiesced::assume()).unwrap();
+        assert!(report.layers <= 2, "{report:?}");
+        let after = ram.stats().unwrap();
+        assert_eq!((after.exclusive, after.shared), (before.exclusive, before.shared), "nobody owns more than before");
+        expect(&ram, &want);
+        // Back to what the first image was, and forward to the sewn one.
+        ram.reset(&images[0], &Quiesced::assume(), Duration::ZERO).unwrap();
+        expect(
+            &ram,
+            &(0..4096u64)
+                .map(|page| if page % 37 == 0 && page < EACH * 37 { 1 << 32 | page } else { page + 1 })
+                .collect::<Vec<_>>(),
+        );
+        ram.reset(&sewn, &Quiesced::assume(), Duration::ZERO).unwrap();
+        expect(&ram, &want);
+        drop((images, sewn, ram));
+        expect_gone(&store);
+    }
+}
+
+#[test]
+fn d5_layers_and_mappings_stay_bounded_over_hundreds_of_freezes() {
+    for store in stores() {
+        let (mut most_layers, mut most_mappings) = (0, 0);
+        let (ram, want) = patchwork(&store, 200, 8192, |ram, image| {
+            most_layers = most_layers.max(image.layers());
+            most_mappings = most_mappings.max(ram.stats().unwrap().mappings);
+            // The housekeeper sews between two freezes.
+            std::thread::sleep(Duration::from_millis(3));
+        });
+        println!("at most {most_layers} layers, {most_mappings} mappings over 200 freezes");
+        assert!(most_layers < 100, "{most_layers} layers of 200 freezes");
+        assert!(most_mappings < 1500, "{most_mappings} mappings");
+        expect(&ram, &want);
+        expect(&child(&freeze(&ram), &store), &want);
+        drop(ram);
+        expect_gone(&store);
+    }
+}
+
+#[test]
+fn reference_pages_stay_references() {
+    let store = Store::open().unwrap();
+    let pattern = store.reference_page(&[0x5a; PAGE_SIZE as usize]).unwrap();
+    let mut count = 0;
+    let (ram, _) = patchwork(&store, 12, 2048, |ram, _| {
+        count += 1;
+        ram.regions()[0].map_reference(PageRange::with_len(count * 148 + 1, 3), &pattern).unwrap();
+    });
+    let image = freeze(&ram);
+    let (sewn, _) = image.compact(&store).unwrap();
+    let vm = child(&sewn, &store);
+    assert_eq!(vm.stats().unwrap().reference, 36);
+    assert!((1..=12).all(|n| word(&vm, n * 148 + 2) == 0x5a5a_5a5a_5a5a_5a5a));
+}
+
+#[test]
+fn evicted_pages_that_were_read_back_are_dropped_again() {
+    let dir = Path::new("/var/tmp");
+    let store = Store::open().unwrap();
+    let ram = born(&store, 256);
+    let region = &ram.regions()[0];
+    let quiesced = Quiesced::assume();
+    let all = PageRange::new(0, 256);
+    assert_eq!(region.evict(all, dir, &quiesced).unwrap(), Evicted { written: 256, dropped: 0 });
+    (0..256).for_each(|page| assert_eq!(word(&ram, page), page + 1));
+    put(&ram, 9, 99);
+    let pin = region.pin(PageRange::new(20, 24), Access::Write, Term::Long).unwrap();
+    // Page 9 is the VM's own again and goes to disk; the four that are pinned stay; the others only leave memory.
+    let evicted = region.evict(all, dir, &quiesced).unwrap();
+    assert_eq!(evicted, Evicted { written: 1, dropped: 251 });
+    pin.slice().write_obj(7u64, 0).unwrap();
+    assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(20 * PAGE_SIZE)).unwrap(), 7, "the pinned page did not move");
+    for page in (0..256).filter(|page| ![9, 20].contains(page)) {
+        assert_eq!(word(&ram, page), page + 1);
+    }
+    assert_eq!(word(&ram, 9), 99);
+}
