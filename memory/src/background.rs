@@ -281,7 +281,13 @@ impl Engine {
             hooks: tests::Hooks::default(),
         });
         let served = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("clade-freeze".to_owned()).spawn(move || served.run());
+        #[cfg(test)]
+        let plan = crate::fault::plan();
+        let thread = thread::Builder::new().name("clade-freeze".to_owned()).spawn(move || {
+            #[cfg(test)]
+            crate::fault::inherit(plan);
+            served.run();
+        });
         Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
     }
 

@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::RamError;
+use crate::fault::{Call, point};
 use crate::freeze::{Packed, RegionImage};
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
@@ -185,6 +186,7 @@ impl Merged {
 fn copy(from: &File, at: u64, into: &File, to: u64, pages: u64, buffer: &mut [u8]) -> io::Result<()> {
     let (mut done, whole) = (0, pages * PAGE_SIZE);
     while done < whole {
+        point(Call::Copy)?;
         let part = &mut buffer[..(whole - done).min(256 * PAGE_SIZE) as usize];
         from.read_exact_at(part, at * PAGE_SIZE + done)?;
         into.write_all_at(part, to * PAGE_SIZE + done)?;
@@ -344,6 +346,15 @@ impl GuestRegion {
         most: usize,
     ) -> Result<Option<Merged>, RamError> {
         let rest = merged.placed.split_off(most.min(merged.placed.len()));
+        let taken = self.take_over_all(state, &merged, own);
+        // Shrinking a promise cannot fail.
+        let _ = state.promise.resize(state.mappings.len() as u64);
+        taken?;
+        merged.placed = rest;
+        Ok((!merged.placed.is_empty()).then_some(merged))
+    }
+
+    fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
         for (run, source) in &merged.placed {
             let same = merged.unchanged(&state.map, *run);
             let copied = |part: PageRange| source.advance(part.start - run.start);
@@ -359,9 +370,7 @@ impl GuestRegion {
             }
             same.into_iter().for_each(|part| state.map.insert(part, copied(part)));
         }
-        let _ = state.promise.resize(state.mappings.len() as u64);
-        merged.placed = rest;
-        Ok((!merged.placed.is_empty()).then_some(merged))
+        Ok(())
     }
 
     fn map_anew(&self, state: &mut State, piece: PageRange, source: &Source) -> Result<(), RamError> {

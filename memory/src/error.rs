@@ -88,6 +88,12 @@ pub enum RamError {
         /// The first run.
         first: PageRange,
     },
+    /// A reset failed half-way: the memory is neither what it was nor what it was to be. Another reset mends it.
+    #[error("the region at {base:#x} was left half reset: it must be reset again before anything else")]
+    Torn {
+        /// Its guest physical address.
+        base: u64,
+    },
     /// An image of another shape.
     #[error("an image of {image} bytes does not fit a guest of {guest} bytes")]
     Shape {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 
 use crate::error::RamError;
+use crate::fault::{Call, point};
 use crate::layer::{Home, Source};
 use crate::ownership::TableGuard;
 use crate::ram::Quiesced;
@@ -22,7 +23,9 @@ use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
 /// A nameless file in `dir`, gone with its last user.
 fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    point(Call::File)?;
     let fd = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+    point(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())
 }
@@ -60,11 +63,12 @@ impl GuestRegion {
         let out = subtract_runs(&own, &pinned);
         let written = pages_in(&out);
         if written > 0 {
-            self.write_away(&mut state, &table, &out, dir)?;
-            self.free_born(&state, &subtract_runs(&born, &pinned));
-            state.outgrow_birth();
+            let done = self.write_away(&mut state, &table, &out, dir);
             let mappings = state.mappings.len() as u64;
             let _ = state.promise.resize(mappings);
+            done?;
+            self.free_born(&state, &subtract_runs(&born, &pinned));
+            state.outgrow_birth();
         }
         Ok(Evicted { written, dropped })
     }
@@ -102,6 +106,7 @@ impl GuestRegion {
         let written = swap_file(dir, pages).and_then(|file| {
             self.at.write_out(out, file.as_fd(), 0)?;
             // Only a file that is on the disk can be dropped from memory.
+            point(Call::Copy)?;
             file.sync_data()?;
             Ok(file)
         });

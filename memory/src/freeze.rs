@@ -25,6 +25,7 @@ use std::sync::Arc;
 
 use crate::background::{Delta, Filling, Origin, Part};
 use crate::error::RamError;
+use crate::fault::{Call, point};
 use crate::layer::{Layer, LayerMap, Source};
 use crate::nofork::{self, NoForkMap};
 use crate::ownership::TableGuard;
@@ -104,10 +105,7 @@ struct Plan<'t> {
 impl GuestRegion {
     /// Freezes the region; see the module's documentation. Nothing but pinned DMA may be writing to it.
     pub(crate) fn freeze(&self, mode: FreezeMode) -> Result<(RegionImage, FreezeReport), RamError> {
-        let mut state = self.state();
-        if !self.is_live() {
-            return Err(RamError::Empty { base: self.base.0 });
-        }
+        let mut state = self.checked(self.range())?;
         // Before anything is looked at: what is still being copied from here would be shared twice, and what this VM was given may not
         // be there yet.
         self.drain(&mut state)?;
@@ -123,6 +121,8 @@ impl GuestRegion {
             for run in state.born_runs().iter().chain(&plan.owned) {
                 table.set_exclusive(*run);
             }
+            let mappings = state.mappings.len() as u64;
+            let _ = state.promise.resize(mappings);
         }
         let (mut map, report) = frozen?;
         self.compact_later(&mut state);
@@ -180,23 +180,26 @@ impl GuestRegion {
             state.map.insert(*run, Source { layer: Arc::clone(birth), at: run.start });
         }
         state.outgrow_birth();
-        let before = filling.as_ref().map(|_| View::new(self.store.views(), Arc::clone(state.map.map())));
+        let before = View::new(self.store.views(), Arc::clone(state.map.map()));
         for (run, source) in &delta {
             state.map.insert(*run, source.clone());
         }
+        let gaps = subtract_runs(&subtract_runs(&plan.copy, &plan.owned), &plan.pinned);
         let report = FreezeReport {
             remapped: pages_in(&to_remap),
             copied: pages_in(&plan.copy),
             pending: filling.as_ref().map_or(0, |filling| filling.missing()),
             pinned: pages_in(&plan.pinned),
         };
-        if let (Some(filling), Some(before), Some((_, source))) = (filling, before, delta.first()) {
+        if let (Some(filling), Some((_, source))) = (filling, delta.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
-            state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before });
+            state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
             filling.start();
             return Ok((Arc::clone(state.map.map()), report));
         }
+        let image = Arc::clone(state.map.map());
         self.share_copies(state, plan, &delta);
+        state.keep_gaps(&before, &gaps);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
         let delta_id = delta.first().map(|(_, source)| source.layer.id());
         for private in &plan.owned {
@@ -209,7 +212,7 @@ impl GuestRegion {
         }
         // Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
-        Ok((Arc::clone(state.map.map()), report))
+        Ok((image, report))
     }
 
     /// All of the region, as it is read now, in a layer of its own.
@@ -264,7 +267,9 @@ impl GuestRegion {
     ) -> Result<(Arc<Layer>, Arc<Filling>), RamError> {
         let shared = self.store.background()?;
         let layer = Arc::new(self.store.hollow_layer(packed.pages, packed.grain)?);
-        let file = layer.file().try_clone().map_err(|source| RamError::Copy { pages: packed.pages, source })?;
+        let file = point(Call::Copy)
+            .and_then(|()| layer.file().try_clone())
+            .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
         let used = state.mappings.len() as u64;
         let allowance =

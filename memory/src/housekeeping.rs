@@ -45,7 +45,11 @@ impl Housekeeper {
         let (queue, chores) = mpsc::channel();
         let sweeping = Arc::new(AtomicBool::new(false));
         let (views, queued) = (Arc::clone(views), Arc::clone(&sweeping));
+        #[cfg(test)]
+        let plan = crate::fault::plan();
         let run = move || {
+            #[cfg(test)]
+            crate::fault::inherit(plan);
             let mut due: Option<Instant> = None;
             let mut swept: Option<Instant> = None;
             loop {

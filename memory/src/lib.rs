@@ -19,9 +19,11 @@
 mod adopt;
 mod background;
 mod budget;
+mod check;
 mod compact;
 mod error;
 mod evict;
+mod fault;
 mod freeze;
 mod housekeeping;
 mod interval;
@@ -45,6 +47,7 @@ mod word;
 
 pub use background::{BackgroundError, FillError};
 pub use budget::{BudgetError, MappingBudget};
+pub use check::CheckError;
 pub use compact::CompactReport;
 pub use error::RamError;
 pub use evict::Evicted;

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::error::RamError;
+use crate::fault::{Call, point};
 use crate::layer::{Layer, Source};
+use crate::ownership::TableGuard;
 use crate::region::{GuestRegion, Mapping, State};
 use crate::store::{Backing, Store, StoreError};
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, subtract_runs};
@@ -81,7 +83,7 @@ impl Store {
         }
         let layer = self.reference_layer(BLOCK_PAGES, Backing::Huge)?;
         let block = pattern.repeat(BLOCK_PAGES as usize);
-        let wrote = layer.file().write_all_at(&block, 0);
+        let wrote = point(Call::Copy).and_then(|()| layer.file().write_all_at(&block, 0));
         wrote.map_err(|source| StoreError::File { pages: BLOCK_PAGES, source })?;
         Ok(RefPage(Kind::Pattern(Arc::new(layer))))
     }
@@ -110,12 +112,10 @@ impl GuestRegion {
         // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
         let pinned = table.share(range);
         if !pinned.is_empty() {
-            for born in state.born_runs() {
-                table.set_exclusive(born.intersect(range));
-            }
+            self.reclaim(&state, &table, range);
             return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
         }
-        self.show(&mut state, range, page)
+        self.show(&mut state, &table, range, page)
     }
 
     /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
@@ -130,13 +130,31 @@ impl GuestRegion {
         // I7: a pinned page is not discarded.
         let pinned = table.share(range);
         for run in subtract_runs(&[range], &pinned) {
-            self.show(&mut state, run, &RefPage::zero())?;
+            self.show(&mut state, &table, run, &RefPage::zero())
+                .inspect_err(|_| self.reclaim(&state, &table, range))?;
         }
         Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned) })
     }
 
     /// Maps `page` over `range`, none of which is pinned or will be before the locks are let go.
-    fn show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
+    fn show(
+        &self,
+        state: &mut State,
+        table: &TableGuard<'_>,
+        range: PageRange,
+        page: &RefPage,
+    ) -> Result<(), RamError> {
+        let shown = self.try_show(state, range, page);
+        if shown.is_err() {
+            // What was not reached is still this VM's own.
+            self.reclaim(state, table, range);
+        }
+        // Shrinking a promise cannot fail.
+        let _ = state.promise.resize(state.mappings.len() as u64);
+        shown
+    }
+
+    fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let sources = page.sources(range);
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
         let before = state.promise.count();
@@ -154,8 +172,7 @@ impl GuestRegion {
             state.map.insert(piece, source);
         }
         self.free_born(state, &born);
-        // Shrinking a promise cannot fail.
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        state.outgrow_birth();
         Ok(())
     }
 

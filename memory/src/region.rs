@@ -15,9 +15,9 @@ use crate::budget::Promise;
 use crate::compact::Compaction;
 use crate::error::RamError;
 use crate::interval::{IntervalMap, Piece};
-use crate::layer::{Layer, Source};
+use crate::layer::{Layer, LayerMap, Source};
 use crate::nofork::NoForkMap;
-use crate::ownership::OwnershipTable;
+use crate::ownership::{OwnershipTable, TableGuard};
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
 use crate::sys::Reservation;
@@ -74,6 +74,8 @@ pub(crate) struct State {
     pub(crate) compaction: Option<Arc<Compaction>>,
     /// Pieces and layers of the map when it last was.
     pub(crate) sewn: (usize, usize),
+    /// A reset has failed half-way: only another one may follow.
+    pub(crate) torn: bool,
 }
 
 /// What has to be settled when a freeze in the background is over.
@@ -83,9 +85,31 @@ pub(crate) struct Freezing {
     pub(crate) layer: Arc<Layer>,
     /// The map without the delta: if that fails, the freeze has never been.
     pub(crate) before: View,
+    /// Gaps that were closed: pages in the delta that were not this VM's own.
+    pub(crate) gaps: Vec<PageRange>,
 }
 
 impl State {
+    /// Shows what was there `before` a delta where its copies of `gaps` have not been mapped. The map of a page that is not this VM's own says
+    /// what is mapped there, always: a page that no map shows may be given back ([`crate::sweep`]).
+    pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
+        for gap in gaps {
+            for (range, mapping) in self.mappings.within(*gap) {
+                for (piece, says) in parts_of(&self.map, range) {
+                    let mapped = match &mapping {
+                        Mapping::Private(source) => Some(source.advance(piece.start - range.start)),
+                        _ => None,
+                    };
+                    if same(says.as_ref(), mapped.as_ref()) {
+                        continue;
+                    }
+                    self.map.remove(piece);
+                    before.within(piece).into_iter().for_each(|(range, source)| self.map.insert(range, source));
+                }
+            }
+        }
+    }
+
     /// To be called when pages have been taken from the birth file: it is none any more once all have.
     pub(crate) fn outgrow_birth(&mut self) {
         if self.born_runs().is_empty()
@@ -132,6 +156,22 @@ impl Drop for Locked<'_> {
     }
 }
 
+pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => a.layer.id() == b.layer.id() && a.at == b.at,
+        (None, None) => true,
+        _ => false,
+    }
+}
+
+/// All of `range` by what `map` says: a source, or zeros.
+pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Option<Source>)> {
+    let mut parts: Vec<_> = map.within(range).into_iter().map(|(range, source)| (range, Some(source))).collect();
+    let covered: Vec<PageRange> = parts.iter().map(|(range, _)| *range).collect();
+    parts.extend(subtract_runs(&[range], &covered).into_iter().map(|range| (range, None)));
+    parts
+}
+
 /// A guest-physical range and the memory behind it. See [`crate::GuestRam`] for what is done with it.
 #[derive(Debug)]
 pub struct GuestRegion {
@@ -174,6 +214,7 @@ impl GuestRegion {
                 waits: Vec::new(),
                 compaction: None,
                 sewn: (0, 0),
+                torn: false,
             }),
         })
     }
@@ -199,8 +240,25 @@ impl GuestRegion {
         if !self.range().covers(range) {
             return Err(RamError::OutOfRange { range, pages: self.pages() });
         }
+        let state = self.live_state()?;
+        if state.torn { Err(RamError::Torn { base: self.base.0 }) } else { Ok(state) }
+    }
+
+    /// The state, torn or not.
+    pub(crate) fn live_state(&self) -> Result<Locked<'_>, RamError> {
         let state = self.state();
         if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
+    }
+
+    /// Sets the bits again that were given up in `range` for something that then failed: of what is still this VM's own, as the
+    /// kernel says. Where the kernel cannot be asked, a page stays without its bit, which costs a copy at most (R4).
+    pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
+        let born = state.born_runs();
+        match self.owned_private(range, &born) {
+            Ok(owned) => owned.iter().for_each(|run| table.set_exclusive(*run)),
+            Err(error) => tracing::debug!(%error, "pages stay without their bit"),
+        }
+        born.iter().for_each(|run| table.set_exclusive(run.intersect(range)));
     }
 
     /// The private pages of `range` that this VM owns, as the kernel says; `born` are the runs mapped shared.
@@ -245,12 +303,13 @@ impl GuestRegion {
         let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
             return;
         };
-        let Freezing { layer, before } = freezing;
+        let Freezing { layer, before, gaps } = freezing;
         let beneath = match layer.filling().map_or(Ok(Vec::new()), |filling| filling.finish()) {
             Ok(shared_back) => {
                 for (run, at) in shared_back {
                     state.mappings.insert(run, Mapping::Private(Source { layer: Arc::clone(&layer), at }));
                 }
+                state.keep_gaps(&before, &gaps);
                 before
             }
             Err(error) => {

@@ -73,7 +73,7 @@ impl GuestRegion {
 
     /// Puts the region back to `map`. Nothing may be writing to it.
     pub(crate) fn reset(&self, map: &Arc<LayerMap>) -> Result<ResetReport, RamError> {
-        let mut state = self.checked(self.range())?;
+        let mut state = self.live_state()?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
         let table = self.table.lock();
@@ -88,7 +88,24 @@ impl GuestRegion {
             born.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
             return Err(RamError::Pinned { pages: pages_in(&pinned), first });
         }
-        self.put_back(&mut state, map, &born, &owned)
+        // Before anything is touched. A refusal leaves all as it was.
+        let todo = self.prepare(&mut state, map).inspect_err(|_| self.reclaim(&state, &table, self.range()))?;
+        state.torn = true;
+        let report = self.put_back(&mut state, map, &born, &owned, &todo)?;
+        state.torn = false;
+        Ok(report)
+    }
+
+    /// What must be mapped anew for `map`, with the mappings promised (D5).
+    fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
+        let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
+        for (range, want) in wanted(map, self.range()) {
+            todo.extend(differing(&state.mappings, range, &want));
+        }
+        let most = (state.mappings.len() + 2 * todo.len()) as u64;
+        let promised = state.promise.count().max(most);
+        state.promise.resize(promised)?;
+        Ok(todo)
     }
 
     fn put_back(
@@ -97,20 +114,14 @@ impl GuestRegion {
         map: &Arc<LayerMap>,
         born: &[PageRange],
         owned: &[PageRange],
+        todo: &[(PageRange, Mapping)],
     ) -> Result<ResetReport, RamError> {
-        let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
-        for (range, want) in wanted(map, self.range()) {
-            todo.extend(differing(&state.mappings, range, &want));
-        }
-        // Promised before anything is touched (D5).
-        let most = (state.mappings.len() + 2 * todo.len()) as u64;
-        state.promise.resize(state.promise.count().max(most))?;
         let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
         let dropped = subtract_runs(owned, &anew);
         for run in &dropped {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
-        for (range, want) in &todo {
+        for (range, want) in todo {
             match want {
                 Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
                 Mapping::Private(source) | Mapping::Born(source) => {

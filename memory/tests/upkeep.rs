@@ -90,6 +90,26 @@ fn what_no_view_sees_is_given_back() {
     expect_gone(&store);
 }
 
+/// A freeze copies the page between two written ones along with them. The VM goes on showing the old one, which must stay.
+#[test]
+fn a_page_copied_with_its_neighbours_is_still_shown_from_where_it_was() {
+    for mode in [FreezeMode::Eager, FreezeMode::Background] {
+        for store in stores() {
+            let ram = born(&store, 1024);
+            drop(freeze(&ram));
+            [10, 12].iter().for_each(|page| put(&ram, *page, 7));
+            let (image, report) = ram.freeze_in(mode, &Quiesced::assume()).unwrap();
+            assert_eq!(report.copied, 3);
+            image.settle().unwrap();
+            drop(image);
+            store.sweep();
+            ram.check(&Quiesced::assume()).unwrap();
+            store.sweep();
+            assert_eq!([10, 11, 12].map(|page| word(&ram, page)), [7, 12, 7]);
+        }
+    }
+}
+
 #[test]
 fn i7_nothing_is_given_back_under_a_pin() {
     for store in stores() {
@@ -141,6 +161,7 @@ fn patchwork(
             put(&ram, page, want[page as usize]);
         }
         after(&ram, freeze(&ram));
+        ram.check(&Quiesced::assume()).unwrap();
     }
     (ram, want)
 }
@@ -166,6 +187,7 @@ fn a_patchwork_is_sewn_together_with_the_same_contents() {
         let report = ram.compact(&Quiesced::assume()).unwrap();
         assert!(report.layers <= 2, "{report:?}");
         let after = ram.stats().unwrap();
+        ram.check(&Quiesced::assume()).unwrap();
         assert_eq!((after.exclusive, after.shared), (before.exclusive, before.shared), "nobody owns more than before");
         expect(&ram, &want);
         // Back to what the first image was, and forward to the sewn one.

@@ -10,6 +10,7 @@ use std::time::Instant;
 use crate::background::filling::Delta;
 use crate::background::{BackgroundError, Failure, FillError, Shared};
 use crate::budget::Promise;
+use crate::fault::{Call, point};
 use crate::layer::Source;
 use crate::protect::ProtectGate;
 use crate::sys::{Reservation, Watch};
@@ -259,6 +260,7 @@ impl Work {
             Origin::Layer(source) => {
                 self.bounce.resize(file.bytes(), 0);
                 let at = source.at + (file.start - part.at);
+                point(Call::Copy)?;
                 source.layer.file().read_exact_at(&mut self.bounce, at * PAGE_SIZE)?;
             }
         }

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use crate::fault::{Call, point};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange};
 
 /// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so that huge pages fit.
@@ -27,6 +28,7 @@ const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 impl Reservation {
     /// Reserves `pages` pages.
     pub(crate) fn new(pages: u64) -> io::Result<Self> {
+        point(Call::Map)?;
         let len = PageRange::new(0, pages).bytes();
         let slack = BLOCK_SIZE as usize;
         let padded = len.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -80,6 +82,7 @@ impl Reservation {
 
     fn map(&self, range: PageRange, kind: MapFlags, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Map)?;
         let at = self.addr(range.start).cast();
         // SAFETY: range lies within this reservation (checked), which this type owns; replacing its mapping leaves
         // it mapped, so volatile accesses through it stay valid. No Rust reference into it exists.
@@ -90,6 +93,7 @@ impl Reservation {
     /// Maps `range` to fresh zeros of this VM's own.
     pub(crate) fn map_zero(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: as in `map`.
@@ -100,6 +104,7 @@ impl Reservation {
     /// Takes all access to `range` away, and its memory.
     pub(crate) fn deny(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: replaces this reservation's own mappings (checked); it stays reserved, and an access to it is a fault, not
@@ -111,6 +116,7 @@ impl Reservation {
     /// Takes the memory of `range` away: an access is an error.
     pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
@@ -121,6 +127,7 @@ impl Reservation {
     /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first write.
     pub(crate) fn populate_write(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Advise)?;
         let at = self.addr(range.start).cast();
         loop {
             // SAFETY: populating faults pages in; contents do not change.
@@ -134,6 +141,7 @@ impl Reservation {
     /// Drops this VM's own copies in a private mapping: the next access sees the file again.
     pub(crate) fn drop_private(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Advise)?;
         let at = self.addr(range.start).cast();
         // SAFETY: only the contents of guest memory change, which Rust never holds a reference to.
         unsafe { madvise(at, range.bytes(), Advice::LinuxDontNeed) }?;
@@ -164,6 +172,7 @@ impl Reservation {
             }
             let mut todo = todo.as_mut_slice();
             while !todo.is_empty() {
+                point(Call::Copy)?;
                 // SAFETY: every iovec lies within this reservation (checked above, and only ever cut shorter below);
                 // the kernel reads it, Rust never does.
                 let wrote = unsafe { libc::pwritev(fd, todo.as_ptr(), todo.len() as libc::c_int, at as i64) };
@@ -196,6 +205,7 @@ impl Reservation {
     /// Reads `range` from `file` at `file_page` into this VM's own pages.
     pub(crate) fn read_in(&self, range: PageRange, file: impl AsFd, file_page: u64) -> io::Result<()> {
         self.check(range)?;
+        point(Call::Copy)?;
         let fd = file.as_fd().as_raw_fd();
         let mut done = 0usize;
         while done < range.bytes() {

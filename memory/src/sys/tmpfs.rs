@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
+use crate::fault::{Call, point};
 use crate::units::PAGE_SHIFT;
 
 /// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.
@@ -31,8 +32,10 @@ impl HugeTmpfs {
 
     /// A nameless file of `pages` pages, all holes.
     pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
+        point(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let fd = openat(&self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
+        point(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
         Ok(fd.into())
     }
@@ -40,7 +43,9 @@ impl HugeTmpfs {
 
 /// A file of `pages` pages in 4 KiB pages, all holes.
 pub(crate) fn small_file(pages: u64) -> io::Result<File> {
+    point(Call::File)?;
     let fd = memfd_create("clade-layer", MemfdFlags::CLOEXEC)?;
+    point(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())
 }

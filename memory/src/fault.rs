@@ -1,0 +1,130 @@
+//! Where a system call can be made to fail, one at a time, by the tests of I13. Nothing in a build that is not a test's.
+
+use std::io;
+
+/// What kind of call is about to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// mmap.
+    Map,
+    /// A new file: memfd_create, open.
+    File,
+    /// ftruncate.
+    Size,
+    /// madvise.
+    Advise,
+    /// PAGEMAP_SCAN.
+    Scan,
+    /// Reading and writing files: pread, pwritev, fdatasync, dup.
+    Copy,
+    /// UFFDIO_REGISTER.
+    Watch,
+    /// UFFDIO_WRITEPROTECT that protects. (Lifting a protection has nothing to fall back on, and allocates nothing.)
+    Protect,
+    /// UFFDIO_COPY.
+    Fill,
+}
+
+/// To be asked before each call: an error to be taken for the call's own.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn point(_call: Call) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+pub(crate) use armed::{inherit, plan, point};
+
+#[cfg(test)]
+mod armed {
+    use super::{Call, io};
+    use std::cell::RefCell;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+    const OFF: u64 = u64::MAX;
+
+    /// Which call fails. One for a test's thread and the threads that its stores start.
+    #[derive(Debug)]
+    pub(crate) struct Plan {
+        /// Calls until the one that fails.
+        left: AtomicU64,
+        /// 0 none yet, 1 one, 2 all from there on.
+        fired: AtomicU8,
+        for_ever: AtomicU8,
+        last: std::sync::Mutex<Option<Call>>,
+    }
+
+    impl Default for Plan {
+        fn default() -> Self {
+            let left = AtomicU64::new(OFF);
+            Self { left, fired: AtomicU8::new(0), for_ever: AtomicU8::new(0), last: std::sync::Mutex::default() }
+        }
+    }
+
+    impl Plan {
+        /// The call after `nth` others fails, or all from it on.
+        pub(crate) fn arm(&self, nth: u64, for_ever: bool) {
+            self.fired.store(0, Ordering::SeqCst);
+            self.for_ever.store(u8::from(for_ever), Ordering::SeqCst);
+            self.left.store(nth, Ordering::SeqCst);
+        }
+
+        /// No more failures.
+        pub(crate) fn heal(&self) {
+            self.left.store(OFF, Ordering::SeqCst);
+            self.for_ever.store(0, Ordering::SeqCst);
+        }
+
+        /// No more failures. Returns the call that failed, if one did.
+        pub(crate) fn disarm(&self) -> Option<Call> {
+            self.heal();
+            let fired = self.fired.swap(0, Ordering::SeqCst) > 0;
+            self.last.lock().unwrap().take().filter(|_| fired)
+        }
+
+        fn fails(&self, call: Call) -> bool {
+            let left = self.left.load(Ordering::SeqCst);
+            if left == OFF {
+                // What allocates fails for ever; what only looks or is done while cleaning up does not.
+                let again = self.fired.load(Ordering::SeqCst) > 0 && self.for_ever.load(Ordering::SeqCst) > 0;
+                return again && matches!(call, Call::Map | Call::File | Call::Size | Call::Advise | Call::Copy);
+            }
+            if left > 0 {
+                self.left.store(left - 1, Ordering::SeqCst);
+                return false;
+            }
+            self.left.store(OFF, Ordering::SeqCst);
+            self.fired.store(1, Ordering::SeqCst);
+            *self.last.lock().unwrap() = Some(call);
+            true
+        }
+    }
+
+    thread_local! {
+        static PLAN: RefCell<Arc<Plan>> = RefCell::default();
+    }
+
+    /// This thread's plan.
+    pub(crate) fn plan() -> Arc<Plan> {
+        PLAN.with(|plan| Arc::clone(&plan.borrow()))
+    }
+
+    /// To be called on a thread that works for the one that had `plan`.
+    pub(crate) fn inherit(plan: Arc<Plan>) {
+        PLAN.with(|mine| *mine.borrow_mut() = plan);
+    }
+
+    pub(crate) fn point(call: Call) -> io::Result<()> {
+        let fails = PLAN.with(|plan| plan.borrow().fails(call));
+        let errno = match call {
+            Call::File => libc::EMFILE,
+            Call::Copy | Call::Size => libc::ENOSPC,
+            _ => libc::ENOMEM,
+        };
+        if fails { Err(io::Error::from_raw_os_error(errno)) } else { Ok(()) }
+    }
+}
