@@ -306,10 +306,12 @@ fn i13_what_takes_pages_away_stops_between_two_pages() {
     walk("discard of born", false, Effect::Shows(range, 0), |rig| rig.ram.regions()[0].discard(range).map(|_| None));
     let few = PageRange::new(1000, 1060);
     let shown = u64::from_ne_bytes([9; 8]);
-    walk("map_reference", true, Effect::Shows(few, shown), |rig| {
-        let page = rig.store.reference_page(&[9; PAGE_SIZE as usize])?;
-        rig.ram.regions()[0].map_reference(few, &page).map(|()| None)
-    });
+    for frozen in [false, true] {
+        walk("map_reference", frozen, Effect::Shows(few, shown), |rig| {
+            let page = rig.store.reference_page(&[9; PAGE_SIZE as usize])?;
+            rig.ram.regions()[0].map_reference(few, &page).map(|()| None)
+        });
+    }
 }
 
 #[test]
