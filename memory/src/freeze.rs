@@ -31,6 +31,7 @@ use crate::nofork::{self, NoForkMap};
 use crate::ownership::TableGuard;
 use crate::protect::Shared;
 use crate::region::{Freezing, GuestRegion, Mapping, State};
+use crate::sabotage::{Break, broken};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
@@ -118,7 +119,7 @@ impl GuestRegion {
         let frozen = self.carry_out(&mut state, &table, &plan, mode);
         if frozen.is_err() {
             // I13: whatever is still born or private is still this VM's own.
-            for run in state.born_runs().iter().chain(&plan.owned) {
+            for run in state.born_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo)) {
                 table.set_exclusive(*run);
             }
             let mappings = state.mappings.len() as u64;
@@ -135,13 +136,16 @@ impl GuestRegion {
 
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
         // R19: what children do not inherit is not looked at. It stays as it is, and its bytes reach no layer.
-        let kept = nofork::runs(&state.no_fork);
+        let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
         let mapped_shared = state.born_runs();
         let born = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
         for private in subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept) {
-            let runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
+            let mut runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
+            if broken(Break::BelieveTable) {
+                runs = runs.iter().flat_map(|run| subtract_runs(&[*run], &table.not_exclusive(*run))).collect();
+            }
             copy.extend(close_gaps(&runs));
             // Never more than is copied: what is protected is released by what fills the delta.
             together.extend(join_runs(&runs, SMALL_GAP));
@@ -151,7 +155,9 @@ impl GuestRegion {
         for run in &born {
             pinned.extend(table.share(*run));
         }
-        copy.extend(pinned.iter().copied());
+        if !broken(Break::ForgetPinned) {
+            copy.extend(pinned.iter().copied());
+        }
         let private = Shared::give_up(table, &together);
         pinned.extend(private.pinned());
         pinned.sort_unstable();
@@ -167,7 +173,8 @@ impl GuestRegion {
         mode: FreezeMode,
     ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
         let (delta, filling) = self.delta(state, plan, mode)?;
-        let to_remap = subtract_runs(&plan.born, &plan.pinned);
+        let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
+        let to_remap = subtract_runs(&plan.born, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
         let most = state.mappings.len() as u64 + 2 * to_remap.len() as u64;
         let promised = state.promise.count().max(most);
@@ -175,7 +182,9 @@ impl GuestRegion {
 
         let birth = state.birth.clone();
         for (run, birth) in to_remap.iter().zip(birth.iter().cycle()) {
-            self.remap(state, *run, &Source { layer: Arc::clone(birth), at: run.start })?;
+            if !broken(Break::WriteLayer) {
+                self.remap(state, *run, &Source { layer: Arc::clone(birth), at: run.start })?;
+            }
             // From here on these pages of the birth file are a layer's (I4).
             state.map.insert(*run, Source { layer: Arc::clone(birth), at: run.start });
         }

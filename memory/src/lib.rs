@@ -16,11 +16,18 @@
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. What it does not do: it does not stop writers (see
 //! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it does not write to disk.
 
+// The devices of the tests are those of the integration tests.
+#[cfg(test)]
+extern crate self as clade_memory;
+
 mod adopt;
 mod background;
 mod budget;
 mod check;
 mod compact;
+#[cfg(test)]
+#[path = "../tests/dma/mod.rs"]
+mod dma;
 mod error;
 mod evict;
 mod fault;
@@ -36,6 +43,7 @@ mod ram;
 mod reference;
 mod region;
 mod reset;
+mod sabotage;
 mod stats;
 mod store;
 mod sweep;

@@ -12,6 +12,7 @@ use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
 use crate::reference::RefPage;
 use crate::region::GuestRegion;
+use crate::sabotage::{Break, broken};
 use crate::units::{PageRange, push_run};
 
 /// What a child finds in a no-fork range.
@@ -52,7 +53,7 @@ pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
 
 /// What the children's map says where the parent's must not be seen.
 pub(crate) fn hide(declared: &NoForkMap, map: &mut Arc<LayerMap>) {
-    if declared.is_empty() {
+    if declared.is_empty() || broken(Break::InheritAll) {
         return;
     }
     let map = Arc::make_mut(map);

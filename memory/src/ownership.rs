@@ -12,6 +12,7 @@
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PageRange, push_run};
 use crate::word::{Ownership, PinMiss, ShareMiss, Word};
 
@@ -109,7 +110,7 @@ impl OwnershipTable {
     /// On a miss, says up to which page (from the piece's start) pins were counted.
     fn try_pin_piece(&self, block: usize, piece: PageRange) -> Result<(), (PinMiss, u64)> {
         let record = &self.blocks[block];
-        if piece == self.whole(block) {
+        if piece == self.whole(block) || broken(Break::CountBlock) {
             match record.word.try_pin() {
                 Ok(()) => return Ok(()),
                 Err(PinMiss::Split) => {}
@@ -208,6 +209,7 @@ impl TableGuard<'_> {
             // The pages' records are closed until the block's is split, and opened with what it said at that moment: whoever looks in
             // between waits for the lock. A pin or unpin of the whole block that comes first makes this go round again.
             if record.word.try_split(was) {
+                let was = if broken(Break::SplitBare) { Ownership::new(was.is_exclusive(), 0) } else { was };
                 pages.iter().for_each(|word| word.reopen(was));
                 return;
             }
@@ -258,6 +260,9 @@ impl TableGuard<'_> {
     /// exclusive stay so.
     #[must_use = "the pinned pages must be copied, never shared"]
     pub(crate) fn share(&self, range: PageRange) -> Vec<PageRange> {
+        if broken(Break::KeepBits) {
+            return self.table.pinned_runs(range);
+        }
         let mut pinned = Vec::new();
         for (block, piece) in range.blocks() {
             let record = &self.table.blocks[block];

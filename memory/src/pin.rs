@@ -9,6 +9,7 @@ use thiserror::Error;
 use vm_memory::VolatileSlice;
 
 use crate::region::GuestRegion;
+use crate::sabotage::{Break, broken};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 use crate::word::{MAX_PINS, PinMiss};
 
@@ -236,7 +237,8 @@ impl GuestRegion {
         self.settle(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
         let table = self.table.lock();
         let shared = table.not_exclusive(range);
-        if access == Access::Read && term == Term::Short && !shared.is_empty() {
+        let brief = term == Term::Short || broken(Break::ReadInPlace);
+        if access == Access::Read && brief && !shared.is_empty() {
             let own = subtract_runs(&[range], &shared);
             for (at, run) in own.iter().enumerate() {
                 table.split_partial(*run);
@@ -250,6 +252,10 @@ impl GuestRegion {
         for run in shared {
             // Break COW before the bit is set: a page is exclusive only once the frame is ours (I2). Where the kernel already
             // copied it for an earlier guest write, this finds it writable and does nothing.
+            if broken(Break::PinInPlace) {
+                table.set_exclusive(run);
+                continue;
+            }
             self.at.populate_write(run).map_err(|source| PinError::Unshare { range: run, source })?;
             table.set_exclusive(run);
         }

@@ -18,6 +18,7 @@ use crate::fault::{Call, point};
 use crate::layer::{Layer, Source};
 use crate::ownership::TableGuard;
 use crate::region::{GuestRegion, Mapping, State};
+use crate::sabotage::{Break, broken};
 use crate::store::{Backing, Store, StoreError};
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, subtract_runs};
 
@@ -128,7 +129,10 @@ impl GuestRegion {
         self.drain(&mut state)?;
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
-        let pinned = table.share(range);
+        let mut pinned = table.share(range);
+        if broken(Break::DropPinned) {
+            pinned.clear();
+        }
         for run in subtract_runs(&[range], &pinned) {
             self.show(&mut state, &table, run, &RefPage::zero())
                 .inspect_err(|_| self.reclaim(&state, &table, range))?;
@@ -145,6 +149,9 @@ impl GuestRegion {
         page: &RefPage,
     ) -> Result<(), RamError> {
         let shown = self.try_show(state, range, page);
+        if broken(Break::OwnReference) {
+            table.set_exclusive(range);
+        }
         if shown.is_err() {
             // What was not reached is still this VM's own.
             self.reclaim(state, table, range);

@@ -298,6 +298,98 @@ mod loom_tests {
         });
     }
 
+    /// I8 broken on purpose: a pin that looks at the bit in one step and counts in another. The model finds the freeze that comes between.
+    #[test]
+    #[should_panic(expected = "a pinned page was remapped")]
+    fn a_pin_in_two_steps_is_caught() {
+        loom::model(|| {
+            let word = Arc::new(Word::new(Ownership::new(true, 0)));
+            let frame = Arc::new(Mutex::new(0u32));
+            let freezer = {
+                let (word, frame) = (word.clone(), frame.clone());
+                thread::spawn(move || {
+                    let mut frame = frame.lock().unwrap();
+                    if word.try_share().is_ok() {
+                        *frame = 1;
+                    }
+                })
+            };
+            let looked = word.load().is_exclusive();
+            if looked {
+                word.0.fetch_add(PIN, Ordering::Acquire);
+            }
+            freezer.join().unwrap();
+            assert!(!looked || *frame.lock().unwrap() == 0, "a pinned page was remapped");
+        });
+    }
+
+    /// A device is done and lets go while a reset drops what was written: either the reset is refused, or the device's last write was before it and
+    /// goes with the page. A device that pins during the reset gets the page as it is afterwards, never the one that goes.
+    #[test]
+    fn unpin_against_reset() {
+        use loom::cell::UnsafeCell;
+        struct Frame(UnsafeCell<u32>);
+        // SAFETY: loom's cell checks every access for a race; that check is the point of the model.
+        unsafe impl Sync for Frame {}
+        // SAFETY: as above.
+        unsafe impl Send for Frame {}
+        loom::model(|| {
+            let word = Arc::new(Word::new(Ownership::new(true, 1)));
+            // What the page holds: 1 as the VM wrote it, 0 as the image has it, 7 and 8 as devices write it. And which frame it is.
+            let bytes = Arc::new(Frame(UnsafeCell::new(1)));
+            let dropped = Arc::new(Mutex::new(false));
+            let device = {
+                let (word, bytes) = (word.clone(), bytes.clone());
+                thread::spawn(move || {
+                    // SAFETY: the pin is held: nobody else touches the bytes.
+                    bytes.0.with_mut(|b| unsafe { *b = 7 });
+                    word.unpin().unwrap();
+                })
+            };
+            let next = {
+                let (word, bytes, dropped) = (word.clone(), bytes.clone(), dropped.clone());
+                thread::spawn(move || {
+                    let mut taken = word.try_pin().is_ok();
+                    if !taken {
+                        let _held = dropped.lock().unwrap();
+                        // The locked path breaks COW before the bit is set.
+                        word.set_exclusive();
+                        taken = word.try_pin().is_ok();
+                    }
+                    assert!(taken);
+                    let pinned = *dropped.lock().unwrap();
+                    let _ = &bytes;
+                    // The frame that was pinned is still there when the device is done with it.
+                    assert_eq!(pinned, *dropped.lock().unwrap(), "a pinned page was reset away");
+                    word.unpin().unwrap();
+                })
+            };
+            let reset = {
+                let mut gone = dropped.lock().unwrap();
+                let shared = word.try_share().is_ok();
+                if shared {
+                    // SAFETY: shared means no pin: the devices are done with this frame.
+                    bytes.0.with_mut(|b| unsafe {
+                        assert_eq!(*b, 7, "dropped before the device was done");
+                        *b = 0;
+                    });
+                    *gone = true;
+                }
+                shared
+            };
+            device.join().unwrap();
+            next.join().unwrap();
+            // SAFETY: everybody has ended.
+            let left = bytes.0.with(|b| unsafe { *b });
+            assert_eq!(
+                left,
+                if reset { 0 } else { 7 },
+                "a refused reset changes nothing, one that was not leaves the image's bytes"
+            );
+            assert_eq!(word.load().pins(), 0);
+        });
+    }
+
     /// The two words and the lock of a block of one page, as the table uses them.
     struct Block {
         block: Word,
