@@ -314,7 +314,7 @@ impl GuestRegion {
                 None
             }));
         };
-        if self.store.housekeeper(|housekeeper| housekeeper.hand(work)).is_some() {
+        if self.store.housekeeper(|housekeeper| housekeeper.hand().over(work)).is_some() {
             state.compaction = Some(compaction);
         }
     }

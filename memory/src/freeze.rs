@@ -26,6 +26,7 @@ use std::sync::Arc;
 use crate::background::{Delta, Filling, Origin, Part};
 use crate::error::RamError;
 use crate::fault::{Call, point};
+use crate::housekeeping::Housekeeper;
 use crate::layer::{Layer, LayerMap, Source};
 use crate::nofork::{self, NoForkMap};
 use crate::ownership::TableGuard;
@@ -286,7 +287,9 @@ impl GuestRegion {
         let allowance = state.promise.resize(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
         let beneath = View::new(self.store.views(), Arc::clone(state.map.map()));
-        let delta = Delta { file, parts: parts(&beneath, plan, packed), beneath, mapping, allowance };
+        // Pages come into its file one by one; what is a whole block is put together when all are there.
+        let later = (packed.grain == Backing::Huge).then(|| self.store.housekeeper(Housekeeper::hand)).flatten();
+        let delta = Delta { file, parts: parts(&beneath, plan, packed), beneath, mapping, allowance, later };
         let filling = Filling::new(&shared, &self.at, delta)?;
         layer.fill_with(Arc::clone(&filling));
         filling.protect(&plan.private, &plan.pinned)?;

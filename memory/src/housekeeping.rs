@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,29 @@ enum Chore {
     Sweep,
 }
 
+/// A way to hand something to the housekeeper, for those who must not keep it going.
+#[derive(Clone)]
+pub(crate) struct Hand(Arc<Mutex<Option<mpsc::Sender<Chore>>>>);
+
+impl fmt::Debug for Hand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hand")
+    }
+}
+
+impl Hand {
+    /// Does `work` some time later; drops it if the housekeeper has gone.
+    pub(crate) fn over(&self, work: impl FnOnce() + Send + 'static) {
+        if let Some(queue) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            // The thread lives as long as the queue.
+            let _ = queue.send(Chore::Do(Box::new(work)));
+        }
+    }
+}
+
 /// See the module's documentation. Dropped, it finishes what it was given.
 pub(crate) struct Housekeeper {
-    queue: Option<mpsc::Sender<Chore>>,
+    queue: Hand,
     /// A sweep is queued already.
     sweeping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -77,11 +97,11 @@ impl Housekeeper {
             }
         };
         let thread = thread::Builder::new().name("clade-house".to_owned()).spawn(run)?;
-        Ok(Self { queue: Some(queue), sweeping, thread: Some(thread) })
+        Ok(Self { queue: Hand(Arc::new(Mutex::new(Some(queue)))), sweeping, thread: Some(thread) })
     }
 
     fn send(&self, chore: Chore) {
-        if let Some(queue) = &self.queue {
+        if let Some(queue) = &*self.queue.0.lock().unwrap_or_else(PoisonError::into_inner) {
             // The thread lives as long as the queue; did it not, the chore would be dropped here.
             let _ = queue.send(chore);
         }
@@ -92,9 +112,9 @@ impl Housekeeper {
         self.send(Chore::Drop(garbage));
     }
 
-    /// Does `work` some time later.
-    pub(crate) fn hand(&self, work: impl FnOnce() + Send + 'static) {
-        self.send(Chore::Do(Box::new(work)));
+    /// What may outlive this.
+    pub(crate) fn hand(&self) -> Hand {
+        self.queue.clone()
     }
 
     /// Sweeps some time later; asking twice is asking once.
@@ -107,7 +127,7 @@ impl Housekeeper {
 
 impl Drop for Housekeeper {
     fn drop(&mut self) {
-        drop(self.queue.take());
+        drop(self.queue.0.lock().unwrap_or_else(PoisonError::into_inner).take());
         let Some(thread) = self.thread.take() else { return };
         // Its work may have held the last handle of the store: then this is the thread, and it ends by itself.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {

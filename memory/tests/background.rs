@@ -7,10 +7,11 @@ mod dma;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clade_memory::{
-    Access, FreezeMode, FreezeReport, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term,
+    Access, Backing, FreezeMode, FreezeReport, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store,
+    Term,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -316,5 +317,51 @@ fn figures() {
                 median(reads).0
             );
         }
+    }
+}
+
+/// KiB of the mapping at `address` that are mapped 2 MiB at a time.
+fn mapped_in_blocks(address: u64) -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut here = false;
+    for line in smaps.lines() {
+        if let Some((start, end)) = line.split(' ').next().and_then(|range| range.split_once('-'))
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            here = (start..end).contains(&address);
+        } else if here && let Some(kib) = line.strip_prefix("ShmemPmdMapped:") {
+            return kib.trim().trim_end_matches(" kB").parse().unwrap();
+        }
+    }
+    0
+}
+
+#[test]
+fn small_pages_are_put_together_when_all_are_there() {
+    let store = Store::open().unwrap();
+    if store.backing() != Backing::Huge {
+        eprintln!("SKIPPED: no tmpfs in huge pages");
+        return;
+    }
+    let pages = 4 * 512;
+    let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
+    ram.birth().unwrap();
+    ram.freeze(&Quiesced::assume()).unwrap();
+    (0..pages).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
+    let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+    assert!(report.pending > 0);
+    image.settle().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let child = GuestRam::reserve(image.layout(), &store).unwrap();
+        child.adopt(&image).unwrap();
+        let read = |page: u64| child.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
+        assert!((0..pages).all(|page| read(page) == page + 1));
+        let blocks = mapped_in_blocks(child.regions()[0].host_address());
+        if blocks == pages * 4 {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{blocks} KiB of the child are mapped in blocks");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::background::work::{FILLED, PROTECTED, Part, Reader, WINDOW, Work, deny, few, runs_without};
 use crate::background::{BackgroundError, Failure, FillError, Shared, Target};
 use crate::budget::Promise;
+use crate::housekeeping::Hand;
 use crate::protect;
 use crate::sys::{Reservation, Watch};
 use crate::units::PageRange;
@@ -45,6 +46,8 @@ pub(crate) struct Delta {
     pub(crate) mapping: Promise,
     /// Mappings the region may be given.
     pub(crate) allowance: u64,
+    /// Who puts its blocks together when it is complete.
+    pub(crate) later: Option<Hand>,
 }
 
 impl Filling {
@@ -163,7 +166,9 @@ impl Filling {
         self.over.store(true, Ordering::Release);
         drop(phase);
         // Outside the lock: it may hold the last handles of layers beneath.
-        drop(done);
+        if let Phase::Pending(work) = done {
+            work.put_together();
+        }
     }
 
     /// Gives up: the parent goes on whole, children lose what they have not got.

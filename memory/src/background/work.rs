@@ -11,10 +11,11 @@ use crate::background::filling::Delta;
 use crate::background::{BackgroundError, Failure, FillError, Shared};
 use crate::budget::Promise;
 use crate::fault::{Call, point};
+use crate::housekeeping::Hand;
 use crate::layer::Source;
 use crate::protect::ProtectGate;
 use crate::sys::{Reservation, Watch};
-use crate::units::{PAGE_SIZE, PageRange};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::view::View;
 
 /// Pages copied before the thread looks for faults again: what a fault waits for at most, beside its own copy.
@@ -116,6 +117,7 @@ pub(super) struct Work {
     stage: Stage,
     /// Mappings that the region may still be given.
     allowance: u64,
+    later: Option<Hand>,
     pub(super) remapped: Vec<(PageRange, u64)>,
     pub(super) readers: Vec<Reader>,
     bounce: Vec<u8>,
@@ -168,7 +170,7 @@ fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
 impl Work {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
     pub(super) fn new(shared: &Shared, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
-        let Delta { file, parts, beneath, mapping, allowance } = delta;
+        let Delta { file, parts, beneath, mapping, allowance, later } = delta;
         let count = parts.last().map_or(0, |part| part.file().end);
         let all = PageRange::new(0, count);
         // A page that is there is taken for filled.
@@ -192,6 +194,7 @@ impl Work {
             pages: vec![0; count as usize],
             stage: Stage::Copy(0),
             allowance,
+            later,
             remapped: Vec::new(),
             readers: Vec::new(),
             bounce: Vec::new(),
@@ -313,6 +316,23 @@ impl Work {
         if let Err(error) = released.or_else(|_| self.gate.forget()) {
             tracing::error!(%error, "a VM's memory stays write-protected");
         }
+    }
+
+    /// When all pages are there: makes blocks of those that are whole, in the background. Children then map 2 MiB at a time, as they do after
+    /// a freeze that copied at once.
+    pub(super) fn put_together(self) {
+        let Self { later, into, pages, _mapping: promise, .. } = self;
+        let (Some(later), true) = (later, pages.iter().all(|flags| flags & FILLED != 0)) else { return };
+        later.over(move || {
+            for (_, block) in PageRange::new(0, into.pages()).blocks().filter(|(_, block)| block.len() == BLOCK_PAGES) {
+                if let Err(error) = into.collapse(block) {
+                    // No memory in one piece, or a page in use: it stays as it is, which is slower and not wrong.
+                    tracing::debug!(%error, %block, "small pages stay small");
+                    return;
+                }
+            }
+            drop(promise);
+        });
     }
 
     /// One slice. True when all is done.
