@@ -35,6 +35,8 @@ const DEEP: usize = 24;
 const FEW: usize = 48;
 /// See [`FEW`].
 const DEAR: u64 = 4;
+/// As many pieces as short ones may stay, whatever it costs to have fewer: half of what a VM may have mapped.
+const TOO_MANY: usize = 512;
 /// Pages that may be copied in any case.
 const CHEAP: u64 = 2_048;
 /// Longer pieces stay where they are.
@@ -89,15 +91,20 @@ fn patches(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
     let most = (DEAR * pages_in(&short)).max(CHEAP);
     let mut patches = join_runs(&short, 0);
     let mut gap = 4;
-    while patches.len() > FEW && gap <= 8 * BLOCK_PAGES {
+    while patches.len() > FEW {
         let wider = subtract_runs(&join_runs(&short, gap), &barred);
-        if pages_in(&wider) > most {
+        let dear = pages_in(&wider) > most && patches.len() <= TOO_MANY;
+        if dear || gap > map_end(map) {
             break;
         }
         patches = wider;
         gap *= 4;
     }
     patches
+}
+
+fn map_end(map: &LayerMap) -> u64 {
+    map.iter().last().map_or(0, |(range, _)| range.end)
 }
 
 /// Whether `map` is worth sewing together, so far as its size tells: it has grown well beyond what the last time left.

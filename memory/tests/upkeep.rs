@@ -263,3 +263,43 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     }
     assert_eq!(word(&ram, 9), 99);
 }
+
+/// More scattered pages than a process may have mappings: what a child cannot be given is refused before anything is done, and can be had
+/// once the image has been sewn together.
+#[test]
+fn d5_more_scattered_pages_than_mappings() {
+    let store = Store::open().unwrap();
+    let layout = RamLayout::new(1 << 30).unwrap();
+    let ram = GuestRam::reserve(&layout, &store).unwrap();
+    ram.birth().unwrap();
+    freeze(&ram);
+    let pages: Vec<u64> = (0..262_144).step_by(8).collect();
+    for (gap, patient) in [(2u64, false), (8, true)] {
+        let written: Vec<u64> = (0..262_144).step_by(gap as usize).collect();
+        written.iter().for_each(|page| put(&ram, *page, page + gap));
+        let (image, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+        assert!(ram.stats().unwrap().mappings < 1_500, "{} mappings of the parent", ram.stats().unwrap().mappings);
+        let vm = GuestRam::reserve(&layout, &store).unwrap();
+        let image = match vm.adopt(&image) {
+            Ok(()) => {
+                assert!(!patient, "{} pieces were not too many", image.mappings());
+                image
+            }
+            Err(error) => {
+                assert!(patient && matches!(error, clade_memory::RamError::Budget(_)), "{error:?}");
+                assert_eq!(vm.stats().unwrap().mappings, 0, "refused, and nothing of it is left");
+                let (sewn, report) = image.compact(&store).unwrap();
+                println!("refused with {} pieces, adopted with {}", report.pieces_before, report.pieces);
+                vm.adopt(&sewn).unwrap();
+                sewn
+            }
+        };
+        assert!(image.mappings() < 60_000);
+        written.iter().for_each(|page| assert_eq!(word(&vm, *page), page + gap));
+        vm.check(&Quiesced::assume()).unwrap();
+        drop((vm, image));
+    }
+    pages.iter().for_each(|page| assert_eq!(word(&ram, *page), page + 8));
+    drop(ram);
+    expect_gone(&store);
+}
