@@ -24,6 +24,7 @@ demo:
 
 bench:
     cargo run --release -- bench fork --mem 512M,2G,4G
+    cargo run --release -- bench freeze
     cargo run --release -- bench pin
 
 # The Linux guest, from Debian's packages; cached
