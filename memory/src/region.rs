@@ -106,6 +106,8 @@ pub struct GuestRegion {
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
+    /// See [`crate::GuestRam::disable_unshare_before_protect_for_tests`]. Relaxed: looked at by freezes only, under the state lock.
+    pub(crate) heedless: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -123,6 +125,7 @@ impl GuestRegion {
             pins: PinList::default(),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
+            heedless: AtomicBool::new(false),
             state: Mutex::new(State {
                 map: LayerMap::new(),
                 mappings: IntervalMap::new(),
