@@ -97,7 +97,7 @@ pub struct Discarded {
 }
 
 impl GuestRegion {
-    /// Shows `page` in all of `range`, in place of what was there.
+    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was not inherited stays so (R19).
     ///
     /// # Errors
     /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails half-way, a part of the range shows
@@ -115,10 +115,11 @@ impl GuestRegion {
             }
             return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
         }
-        self.show(&mut state, range, page)
+        self.not_absent(&[range]).into_iter().try_for_each(|run| self.show(&mut state, run, page))
     }
 
     /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
+    /// What is absent because it was not inherited stays so (R19).
     ///
     /// # Errors
     /// When mappings run out; the pages done so far are discarded, the others are as they were.
@@ -129,7 +130,7 @@ impl GuestRegion {
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
         let pinned = table.share(range);
-        for run in subtract_runs(&[range], &pinned) {
+        for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
             self.show(&mut state, run, &RefPage::zero())?;
         }
         Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned) })

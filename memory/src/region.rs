@@ -250,6 +250,11 @@ impl GuestRegion {
         let _ = self.absent.set(ranges);
     }
 
+    /// Those of `runs`, ascending, that have memory (R19).
+    pub(crate) fn not_absent(&self, runs: &[PageRange]) -> Vec<PageRange> {
+        subtract_runs(runs, self.absent.get().map_or(&[], Vec::as_slice))
+    }
+
     fn is_absent(&self, range: PageRange) -> bool {
         self.absent.get().is_some_and(|absent| absent.iter().any(|a| !a.intersect(range).is_empty()))
     }

@@ -1,6 +1,7 @@
 //! The axes, and what a row does along them.
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_memory::{Access, FreezeMode, PageRange, Quiesced, RamError, RefPage, Store, Term};
@@ -114,6 +115,9 @@ const AGAIN: u16 = 9;
 const LATER: u16 = 70;
 pub(crate) const PATTERN: u8 = 0x5a;
 
+/// VMs in the state "being filled": those that were filled before the row could begin, and the others.
+pub(crate) static FILLING: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
 pub(crate) struct Case<'a> {
     pub(crate) store: &'a Store,
     pub(crate) axis: Axis,
@@ -144,6 +148,7 @@ impl Case<'_> {
                 let mut child = Vm::adopt(self.store, &image, "VM");
                 vm.who = "VM's parent";
                 child.kin.push(vm);
+                FILLING[usize::from(image.ram.is_pending())].fetch_add(1, Ordering::Relaxed);
                 child.images.push(image);
                 return child;
             }

@@ -3,6 +3,7 @@
 use clade_memory::{Access, FreezeMode, NoFork, PageRange, PinError, Quiesced, Term};
 
 use crate::case::{Actor, Axis, Case, Order, State};
+use crate::dma::Device;
 use crate::runner::{Row, Run, Skip};
 use crate::splice::Splice;
 use crate::vm::{ALL, ARENA, Content, Image, PAGES, UNTOUCHED, Vm, WIDE};
@@ -69,7 +70,7 @@ pub(crate) fn rows() -> Vec<Row> {
 }
 
 /// What a device that holds `range` must be able to do: see the CPU's writes, and have its own seen.
-fn coherent(vm: &mut Vm, device: &mut crate::dma::Device, writes: bool, seed: u16) {
+fn coherent(vm: &mut Vm, device: &mut Device, writes: bool, seed: u16) {
     let range = device.pin().range();
     vm.check_device(device, "at first");
     vm.write(range, seed);
@@ -172,11 +173,18 @@ fn read_pin(case: &Case<'_>, alone: bool, protect: bool) {
     let sharers = case.clone_of(&mut parent);
     let (kept, gone): (Option<(Image, Vm)>, _) = if alone { (None, Some(sharers)) } else { (Some(sharers), None) };
     drop(gone);
-    let mut device = parent.device(HELD, Access::Read, Term::Long);
+    let pin = parent.pin(HELD, Access::Read, Term::Long);
+    // Before any device makes the kernel look: registering would unshare by itself.
+    let owned = parent.owned();
     for page in HELD.start..HELD.end {
-        assert_eq!(parent.region().ownership().get(page), (true, 1), "R26: unshared before the pin returns: {page:#x}");
+        assert_eq!(
+            parent.region().ownership().get(page),
+            (true, 1),
+            "R26: exclusive before the pin returns: {page:#x}"
+        );
+        assert!(owned.contains(&page), "R26: unshared before the pin returns: {page:#x}");
     }
-    assert!(parent.exclusive() >= HELD.len(), "R26: the kernel agrees");
+    let mut device = Device::attach(pin);
     if protect {
         case.protect_and_unprotect(&parent);
     }
@@ -209,23 +217,13 @@ fn no_copy(case: &Case<'_>, protect: bool) {
         "the pin has copied"
     );
     assert_eq!(with_pin.pinned, HELD.len());
-    let frames = frames(&vm);
+    let frames = vm.frames(HELD);
     let (_image, _child) = case.clone_under_pins(&mut vm, HELD);
     if protect {
         case.protect_and_unprotect(&vm);
     }
     coherent(&mut vm, &mut device, access == Access::Write, 2);
-    assert_eq!(self::frames(&vm), frames, "I3: the frames have changed under a pin");
-}
-
-/// The frames behind the held pages, as far as this process may know them.
-fn frames(vm: &Vm) -> Vec<u64> {
-    use std::os::unix::fs::FileExt;
-    let map = std::fs::File::open("/proc/self/pagemap").unwrap();
-    let mut entries = vec![0; HELD.len() as usize * 8];
-    map.read_exact_at(&mut entries, (vm.region().host_address() / 4096 + HELD.start) * 8).unwrap();
-    // The number of the frame; zeros for who is not privileged.
-    entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes) & ((1 << 55) - 1)).collect()
+    assert_eq!(vm.frames(HELD), frames, "I3: the frames have changed under a pin");
 }
 
 fn pin_untouched(case: &Case<'_>, cloned: bool) {

@@ -187,25 +187,12 @@ fn sane(case: &Case<'_>) {
     drop(case.freeze(&many));
     let odd = (1..MANY).step_by(2).map(|page| PageRange::with_len(page, 1));
     odd.clone().for_each(|page| case.overwrite(&mut many, page, 2));
-    assert_eq!(owned(&many), odd.clone().map(|page| page.start).collect::<Vec<_>>(), "by the page map");
+    assert_eq!(many.owned(), odd.clone().map(|page| page.start).collect::<Vec<_>>(), "by the page map");
     assert_eq!(many.exclusive(), MANY / 2, "exact beyond what one answer of the kernel holds");
     let image = case.freeze(&many);
     // Gaps that were closed are copied too; what is the VM's own is never left out.
     assert!(image.report.copied >= MANY / 2, "{:?}", image.report);
     case.overwrite(&mut many, PageRange::new(0, MANY), 3);
-}
-
-/// Pages that are private copies, as the kernel's page map says; zeros that were only read are not.
-fn owned(vm: &Vm) -> Vec<u64> {
-    use std::os::unix::fs::FileExt;
-    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
-    const FILE_OR_SHARED: u64 = 1 << 61;
-    let map = std::fs::File::open("/proc/self/pagemap").unwrap();
-    let mut entries = vec![0; vm.model.len() * 8];
-    map.read_exact_at(&mut entries, vm.region().host_address() / PAGE_SIZE * 8).unwrap();
-    let entries = entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
-    let owned = |entry: u64| entry & PRESENT_OR_SWAPPED != 0 && entry & FILE_OR_SHARED == 0;
-    (0..).zip(entries).filter(|(_, entry)| owned(*entry)).map(|(page, _)| page).collect()
 }
 
 fn exact(case: &Case<'_>) {
@@ -222,10 +209,10 @@ fn exact(case: &Case<'_>) {
     for (name, runs) in patterns {
         let (_image, mut child) = case.clone_of(&mut parent);
         child.check("before it has written");
-        assert_eq!((child.exclusive(), owned(&child)), (0, vec![]), "{name}: only read");
+        assert_eq!((child.exclusive(), child.owned()), (0, vec![]), "{name}: only read");
         runs.iter().for_each(|run| case.overwrite(&mut child, *run, 2));
         let written: Vec<u64> = runs.iter().flat_map(|run| run.start..run.end).collect();
-        assert_eq!(owned(&child), written, "{name}: by the page map");
+        assert_eq!(child.owned(), written, "{name}: by the page map");
         let stats = child.ram.stats().unwrap();
         assert_eq!(stats.exclusive, written.len() as u64, "{name}: by the statistics");
         assert_eq!(stats.private_kib, stats.exclusive * PAGE_SIZE / 1024, "{name}: in memory");
@@ -257,6 +244,12 @@ fn nothing_forgotten(case: &Case<'_>) {
         images.push(case.freeze(&vm));
     }
     case.overwrite(&mut vm, WIDE, 50);
+    // Back, and forward again from there: what comes next is based on what it went back to.
+    vm.ram.reset(&images[1].ram, &Quiesced::assume(), std::time::Duration::ZERO).unwrap();
+    vm.model.clone_from(&images[1].model);
+    images.push(case.freeze(&vm));
+    case.overwrite(&mut vm, ARENA, 51);
+    images.push(case.freeze(&vm));
 }
 
 /// Pins, attached devices and populated pages make the kernel mark pages dirty and writable, with nothing written.

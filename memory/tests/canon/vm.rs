@@ -1,6 +1,8 @@
 //! VMs and images with a model: what each page must hold. Both are checked once more when they go.
 
 use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::thread;
 
 use clade_memory::{Access, DmaPin, FreezeReport, GuestRam, PAGE_SIZE, PageRange, RamImage, RamLayout, Store, Term};
@@ -154,6 +156,28 @@ impl Vm {
     /// Pages that are its own, by the statistics.
     pub(crate) fn exclusive(&self) -> u64 {
         self.ram.stats().unwrap().exclusive
+    }
+
+    /// Pages that are private copies, as the kernel's page map says; zeros that were only read are not.
+    pub(crate) fn owned(&self) -> Vec<u64> {
+        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+        const FILE_OR_SHARED: u64 = 1 << 61;
+        let entries = (0..).zip(self.page_map());
+        let owned = entries.filter(|(_, entry)| entry & PRESENT_OR_SWAPPED != 0 && entry & FILE_OR_SHARED == 0);
+        owned.map(|(page, _)| page).collect()
+    }
+
+    /// The frames behind `range`, which only a privileged process may know; zeros for others.
+    pub(crate) fn frames(&self, range: PageRange) -> Vec<u64> {
+        let entries = &self.page_map()[range.start as usize..range.end as usize];
+        entries.iter().map(|entry| entry & ((1 << 55) - 1)).collect()
+    }
+
+    fn page_map(&self) -> Vec<u64> {
+        let map = File::open("/proc/self/pagemap").unwrap();
+        let mut entries = vec![0; self.model.len() * 8];
+        map.read_exact_at(&mut entries, self.region().host_address() / PAGE_SIZE * 8).unwrap();
+        entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
     }
 
     /// It dies with devices still at work: nothing is asked of it any more.
