@@ -21,6 +21,8 @@ mod pages;
 mod world;
 
 use std::cell::{Cell, RefCell};
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clade_memory::{Backing, Store};
@@ -64,6 +66,22 @@ fn schedule(store: &Store, pages: u64, ops: &[Op]) -> u64 {
     done
 }
 
+/// Panics since the last verdict.
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+/// Making a schedule shorter means failing a thousand times: the first few are enough to read.
+fn panic_quietly() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let aloud = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if PANICS.fetch_add(1, Ordering::Relaxed) < 3 {
+                aloud(info);
+            }
+        }));
+    });
+}
+
 /// A batch of schedules. Failing, the schedule is made as short as it can be, and printed.
 fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let mut bytes = [0; 32];
@@ -88,6 +106,7 @@ fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     match outcome {
         Ok(()) => done.get(),
         Err(TestError::Fail(reason, (pages, ops))) => {
+            PANICS.store(0, Ordering::Relaxed);
             let ops: String = ops.iter().map(|op| format!("    {op:?}\n")).collect();
             panic!("CLADE_MODEL_SEED={seed}, {} pages of memory, {pages} of them: {reason}\n{ops}", backing.name());
         }
@@ -99,6 +118,7 @@ fn run(backing: Backing) {
     let ops = number("CLADE_MODEL_OPS").unwrap_or(OPS) / 2;
     let fresh = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 >> 10 << 20;
     let first = number("CLADE_MODEL_SEED").unwrap_or_else(fresh);
+    panic_quietly();
     let (store, begun) = (RefCell::new(None), Instant::now());
     let (mut done, mut seed) = (0, first);
     while done < ops {
