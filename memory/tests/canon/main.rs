@@ -20,6 +20,8 @@
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
 mod case;
+#[path = "../deadline/mod.rs"]
+mod deadline;
 #[path = "../dma/mod.rs"]
 mod dma;
 #[path = "../require/mod.rs"]

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +11,7 @@ use std::time::{Duration, Instant};
 use clade_memory::{Backing, FreezeMode, Store};
 
 use crate::case::{Axis, Case, FILLING, State};
+use crate::deadline::Deadline;
 use crate::{AGAIN, require};
 
 /// When a combination is left out, and why.
@@ -43,7 +42,6 @@ const ALWAYS: &[Skip] = &[(
 
 /// Failures after which the rest of a row is not run.
 const ENOUGH: usize = 3;
-/// A suite that hangs must fail, and say where.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Layers are put away by a thread of the store.
 const PUT_AWAY: Duration = Duration::from_secs(5);
@@ -197,38 +195,15 @@ fn open_files() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Ends the process, saying where each walk is, unless it is dropped in time.
-fn watch(places: Vec<Arc<Mutex<String>>>) -> impl Drop {
-    struct Stop(Option<(mpsc::Sender<()>, thread::JoinHandle<()>)>);
-    impl Drop for Stop {
-        fn drop(&mut self) {
-            if let Some((done, thread)) = self.0.take() {
-                drop(done);
-                let _ = thread.join();
-            }
-        }
-    }
-    let (done, finished) = mpsc::channel::<()>();
-    let thread = thread::spawn(move || {
-        if finished.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            for place in places {
-                // Past the test harness, which would take what it captured with it.
-                let place = place.try_lock().map(|at| at.clone()).unwrap_or_default();
-                let _ = writeln!(std::io::stderr(), "not done after {PATIENCE:?}: {place}");
-            }
-            std::process::abort();
-        }
-    });
-    Stop(Some((done, thread)))
-}
-
 /// Runs the table over both backings, one thread each.
 pub(crate) fn run(table: &[Row]) {
     let files = open_files();
     let begun = Instant::now();
     let tallies: Vec<Vec<Tally>> = {
         let mut walks: Vec<Walk<'_>> = [Backing::Huge, Backing::Small].map(|b| Walk::new(table, b)).into();
-        let _watched = watch(walks.iter().map(|walk| Arc::clone(&walk.at)).collect());
+        let places: Vec<_> = walks.iter().map(|walk| Arc::clone(&walk.at)).collect();
+        let place = |at: &Arc<Mutex<String>>| at.try_lock().map(|at| at.clone()).unwrap_or_default();
+        let _deadline = Deadline::new(PATIENCE, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
         thread::scope(|scope| {
             let started: Vec<_> = walks.iter_mut().map(|walk| scope.spawn(|| walk.walk())).collect();
             // Joined, not just waited for: a thread's devices go when it has ended.

@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
+#[path = "../deadline/mod.rs"]
+mod deadline;
 #[path = "../require/mod.rs"]
 mod require;
 
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use clade_memory::{FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
 
+use deadline::Deadline;
 use disk::{Disk, How};
 use guest::{Guest, Snapshot};
 
@@ -27,6 +30,9 @@ use guest::{Guest, Snapshot};
 const HELD: usize = 6;
 /// Between freezes, so that requests and writes come in between.
 const PACE: Duration = Duration::from_millis(2);
+
+/// A storm that hangs must fail.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What was found, in bytes.
 #[derive(Debug, Default)]
@@ -81,6 +87,7 @@ fn storm(
     let (wrong, mut done) = (Wrong::default(), Done::default());
     let guest = Mutex::new(Guest::default());
     let stop = AtomicBool::new(false);
+    let _deadline = Deadline::new(PATIENCE, move || format!("{mode:?} freezes beside disk reads"));
     thread::scope(|scope| {
         scope.spawn(|| Guest::run(&guest, ram, &stop));
         for how in [How::Plain, How::Registered] {
