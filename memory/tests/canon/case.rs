@@ -1,5 +1,7 @@
 //! The axes, and what a row does along them.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -121,9 +123,15 @@ pub(crate) static FILLING: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize:
 pub(crate) struct Case<'a> {
     pub(crate) store: &'a Store,
     pub(crate) axis: Axis,
+    /// A block of memory each.
+    patterns: RefCell<BTreeMap<u8, RefPage>>,
 }
 
-impl Case<'_> {
+impl<'a> Case<'a> {
+    pub(crate) fn new(store: &'a Store, axis: Axis) -> Self {
+        Self { store, axis, patterns: RefCell::default() }
+    }
+
     /// A VM whose [`ARENA`] is in the row's state; around it are pages of a like kind, and untouched ones.
     pub(crate) fn subject(&self) -> Vm {
         let mut vm = Vm::born(self.store, "VM");
@@ -192,8 +200,9 @@ impl Case<'_> {
 
     /// Shows a reference page of `byte`.
     pub(crate) fn show(&self, vm: &mut Vm, range: PageRange, byte: u8) {
-        let page = if byte == 0 { RefPage::zero() } else { self.store.reference_page(&[byte; 4096]).unwrap() };
-        vm.region().map_reference(range, &page).unwrap();
+        let mut patterns = self.patterns.borrow_mut();
+        let page = patterns.entry(byte).or_insert_with(|| self.store.reference_page(&[byte; 4096]).unwrap());
+        vm.region().map_reference(range, page).unwrap();
         vm.holds(range, if byte == 0 { Content::Zero } else { Content::Byte(byte) });
     }
 
@@ -260,7 +269,7 @@ impl Case<'_> {
 
     /// A clone of a VM that no device is at work on.
     pub(crate) fn clone_of(&self, vm: &mut Vm) -> (Image, Vm) {
-        // More is written in between than a freeze copies and leaves where it is.
+        // All of the arena is written in between, and more on both sides.
         self.cloned(vm, PageRange::new(0, WIDE.start), false)
     }
 

@@ -147,7 +147,7 @@ impl<'t> Walk<'t> {
                 return;
             }
             let what = format!("{}, {axis:?}", self.title(inner));
-            self.attempt(at, &what, |store| run(&Case { store, axis }));
+            self.attempt(at, &what, |store| run(&Case::new(store, axis)));
         }
         self.nothing_held(at, &format!("{}, after all its combinations", self.title(inner)));
     }

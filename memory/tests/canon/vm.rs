@@ -19,7 +19,7 @@ pub(crate) const WRITTEN: PageRange = PageRange { start: 280, end: 560 };
 /// Never written by [`crate::case::Case::subject`].
 pub(crate) const UNTOUCHED: PageRange = PageRange { start: 560, end: PAGES };
 /// Written and untouched pages, on both sides of the block's edge.
-pub(crate) const WIDE: PageRange = PageRange { start: 240, end: PAGES };
+pub(crate) const WIDE: PageRange = PageRange { start: 440, end: PAGES };
 pub(crate) const ALL: PageRange = PageRange { start: 0, end: PAGES };
 const PAGE: usize = PAGE_SIZE as usize;
 
@@ -158,7 +158,7 @@ impl Vm {
         self.ram.stats().unwrap().exclusive
     }
 
-    /// Pages that are private copies, as the kernel's page map says; zeros that were only read are not.
+    /// Pages that are private copies, as the kernel's page map says: not a file's, so also zeros without a file that were only read.
     pub(crate) fn owned(&self) -> Vec<u64> {
         const PRESENT_OR_SWAPPED: u64 = 3 << 62;
         const FILE_OR_SHARED: u64 = 1 << 61;
