@@ -9,7 +9,7 @@ test:
 
 # All tests, and a skip is a failure
 test-all: linux-guest
-    CLADE_REQUIRE=kvm,uffd,linux cargo test --workspace
+    CLADE_REQUIRE=kvm,uffd,linux,direct cargo test --workspace
 
 # Models of the ownership words, over all interleavings
 loom:
@@ -24,6 +24,7 @@ demo:
 
 bench:
     cargo run --release -- bench fork --mem 512M,2G,4G
+    cargo run --release -- bench freeze
     cargo run --release -- bench pin
 
 # The Linux guest, from Debian's packages; cached

@@ -83,7 +83,9 @@ impl GuestRegion {
             for (range, mapping) in state.mappings.within(*run) {
                 let shown = match &mapping {
                     Mapping::Private(source) | Mapping::Born(source) => Some(source),
-                    Mapping::Zero | Mapping::Absent => None,
+                    Mapping::Zero => None,
+                    // Shows nothing, whatever an image it was reset to has there.
+                    Mapping::Absent => continue,
                 };
                 for (piece, says) in crate::region::parts_of(&state.map, range) {
                     let shown = shown.map(|source| source.advance(piece.start - range.start));

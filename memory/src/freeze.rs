@@ -22,6 +22,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::background::{Delta, Filling, Origin, Part};
 use crate::error::RamError;
@@ -156,11 +157,17 @@ impl GuestRegion {
         for run in &born {
             pinned.extend(table.share(*run));
         }
+        let heedless = self.heedless.load(Ordering::Relaxed);
+        if heedless {
+            pinned.clear();
+        }
         if !broken(Break::ForgetPinned) {
             copy.extend(pinned.iter().copied());
         }
         let private = Shared::give_up(table, &together);
-        pinned.extend(private.pinned());
+        if !heedless {
+            pinned.extend(private.pinned());
+        }
         pinned.sort_unstable();
         copy.sort_unstable();
         Ok(Plan { born, owned, private, pinned, copy })

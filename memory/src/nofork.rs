@@ -177,6 +177,24 @@ mod tests {
     }
 
     #[test]
+    fn r19_what_is_absent_stays_so_whatever_is_shown_there() {
+        let store = Store::open().unwrap();
+        let (image, _) = declared(&store).freeze(&Quiesced::assume()).unwrap();
+        let child = child(&image, &store);
+        let region = &child.regions()[0];
+        let around = PageRange::new(998, 1003);
+        region.discard(around).unwrap();
+        assert_eq!((word(&child, 999), word(&child, 1002)), (0, 0));
+        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, Term::Long);
+        assert!(pin.is_err(), "a balloon does not bring back what was not inherited");
+        let page = store.reference_page(&[7; PAGE_SIZE as usize]).unwrap();
+        region.map_reference(around, &page).unwrap();
+        assert_eq!((word(&child, 999), word(&child, 1001)), (0x0707_0707_0707_0707, 0x0707_0707_0707_0707));
+        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, Term::Long);
+        assert!(pin.is_err(), "nor does a pattern");
+    }
+
+    #[test]
     fn r19_a_declaration_survives_pins_discards_and_resets_and_can_be_taken_back() {
         let store = Store::open().unwrap();
         let parent = declared(&store);

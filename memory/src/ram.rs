@@ -1,5 +1,6 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -254,6 +255,18 @@ impl GuestRam {
             report += one;
         }
         Ok((RamImage { layout: self.layout.clone(), regions }, report))
+    }
+
+    /// **Breaks I3 for this VM, for good**: from now on its freezes take pinned pages like any others, as kernels did before they told
+    /// exclusive pages apart. Devices then write into layers, and into frames that the guest has left.
+    ///
+    /// It exists to show on real DMA that the tests would notice, and for nothing else. Not inherited by children.
+    #[doc(hidden)]
+    pub fn disable_unshare_before_protect_for_tests(&self) {
+        tracing::warn!(
+            "pinned pages of a VM are no longer spared by freezes: its memory will be wrong, as was asked for"
+        );
+        self.regions.iter().for_each(|region| region.heedless.store(true, Ordering::Relaxed));
     }
 
     /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for

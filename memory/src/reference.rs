@@ -100,7 +100,7 @@ pub struct Discarded {
 }
 
 impl GuestRegion {
-    /// Shows `page` in all of `range`, in place of what was there.
+    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was not inherited stays so (R19).
     ///
     /// # Errors
     /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails half-way, a part of the range shows
@@ -116,10 +116,13 @@ impl GuestRegion {
             self.reclaim(&state, &table, range);
             return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
         }
-        self.show(&mut state, &table, range, page)
+        let runs = self.not_absent(&[range]);
+        let shown = runs.into_iter().try_for_each(|run| self.show(&mut state, &table, run, page));
+        shown.inspect_err(|_| self.reclaim(&state, &table, range))
     }
 
     /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
+    /// What is absent because it was not inherited stays so (R19).
     ///
     /// # Errors
     /// When mappings run out; the pages done so far are discarded, the others are as they were.
@@ -133,7 +136,7 @@ impl GuestRegion {
         if broken(Break::DropPinned) {
             pinned.clear();
         }
-        for run in subtract_runs(&[range], &pinned) {
+        for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
             self.show(&mut state, &table, run, &RefPage::zero())
                 .inspect_err(|_| self.reclaim(&state, &table, range))?;
         }

@@ -187,6 +187,8 @@ pub struct GuestRegion {
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
+    /// See [`crate::GuestRam::disable_unshare_before_protect_for_tests`]. Relaxed: looked at by freezes only, under the state lock.
+    pub(crate) heedless: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -204,6 +206,7 @@ impl GuestRegion {
             pins: PinList::default(),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
+            heedless: AtomicBool::new(false),
             state: Mutex::new(State {
                 map: View::new(store.views(), Arc::default()),
                 mappings: IntervalMap::new(),
@@ -348,6 +351,11 @@ impl GuestRegion {
     /// Says which ranges have no memory, once, before the region is live.
     pub(crate) fn set_absent(&self, ranges: Vec<PageRange>) {
         let _ = self.absent.set(ranges);
+    }
+
+    /// Those of `runs`, ascending, that have memory (R19).
+    pub(crate) fn not_absent(&self, runs: &[PageRange]) -> Vec<PageRange> {
+        subtract_runs(runs, self.absent.get().map_or(&[], Vec::as_slice))
     }
 
     fn is_absent(&self, range: PageRange) -> bool {

@@ -154,6 +154,8 @@ pub(crate) struct DemoArgs {
 pub(crate) enum BenchName {
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
+    /// Freezing memory, by the pages written since the last time: copied in the background, and at once.
+    Freeze,
     /// Pinning pages for DMA.
     Pin,
 }

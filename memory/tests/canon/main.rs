@@ -1,0 +1,77 @@
+//! The kernel's own tests of copy-on-write, pins and tracking (cow.c, gup_longterm.c, and those of userfaultfd, pagemap, mkdirty and ksm), retold
+//! for VMs: one table of rows, each walked over its axes.
+//!
+//! ```text
+//!   page state   birth | shared | exclusive | reference | being filled | evicted | mixed | all but one page discarded
+//!   backing      huge | 4 KiB
+//!   actor        CPU | device read | device write        (a thread; io_uring's registered buffers)
+//!   order        fork | snapshot | reset                 (child at once; image adopted later; the VM itself goes back)
+//!   freeze       eager | in the background
+//! ```
+//!
+//! "Not loaded" is two states here: being filled (by a background freeze that has not got there) and evicted. Rows 22 and 23 are rows 1-14 again,
+//! over mixed blocks and over pages that are not loaded. A combination that has no meaning, or that this host cannot do, is *skipped*: listed once
+//! with its reason, and not counted as run.
+//!
+//! With devices and snapshots, not here: 31 (one fault a page of a lazy restore), 32 (a page that is unavailable is a named error) and 34 (a corrupt
+//! page stops only its VM). There is no dirty query in the interface; what rows 36-38 ask of one is asked of what stands for it, the
+//! statistics and what a freeze takes.
+
+#![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
+
+mod case;
+#[path = "../deadline/mod.rs"]
+mod deadline;
+#[path = "../dma/mod.rs"]
+mod dma;
+#[path = "../require/mod.rs"]
+mod require;
+mod rows_cow;
+mod rows_pin;
+mod rows_special;
+mod rows_track;
+mod runner;
+mod splice;
+mod vm;
+
+use case::State;
+use runner::{Row, Run};
+
+/// Rows of which rows 22 and 23 are made.
+const AGAIN: std::ops::RangeInclusive<u32> = 1..=14;
+
+fn table() -> Vec<Row> {
+    let mut rows = Vec::new();
+    rows.extend(rows_cow::rows());
+    rows.extend(rows_pin::rows());
+    rows.push(Row {
+        number: 22,
+        name: "partial",
+        guards: "a block taken for what its first page is; one page left of a discarded block",
+        run: Run::Again(&[State::Mixed, State::OneLeft]),
+    });
+    rows.push(Row {
+        number: 23,
+        name: "swapped",
+        guards: "pages that are not there yet: read as zeros, or filled again over what was written",
+        run: Run::Again(&[State::Filling, State::Evicted]),
+    });
+    rows.extend(rows_track::rows());
+    rows.extend(rows_special::rows());
+    rows.sort_by_key(|row| row.number);
+    rows
+}
+
+#[test]
+fn canon() {
+    runner::run(&table());
+}
+
+#[test]
+fn the_table_is_complete() {
+    let mut numbers: Vec<u32> = table().iter().map(|row| row.number).collect();
+    numbers.dedup();
+    let elsewhere = [31, 32, 34];
+    let want: Vec<u32> = (1..=41).filter(|n| !elsewhere.contains(n)).collect();
+    assert_eq!(numbers, want);
+}

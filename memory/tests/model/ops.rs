@@ -1,0 +1,173 @@
+//! The operations, and how schedules of them are made.
+
+use clade_memory::{Access, PAGE_SIZE, PageRange, Term};
+use proptest::prelude::*;
+
+use crate::pages::Inherits;
+
+/// A range of bytes or pages, whatever the size of the memory it is used on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    start: u64,
+    len: u64,
+}
+
+impl At {
+    /// In pages.
+    pub(crate) fn pages(self, pages: u64) -> PageRange {
+        let start = self.start % pages;
+        PageRange::new(start, start.saturating_add(self.len.max(1)).min(pages))
+    }
+
+    /// In bytes.
+    pub(crate) fn bytes(self, pages: u64) -> std::ops::Range<u64> {
+        let all = pages * PAGE_SIZE;
+        let start = self.start % all;
+        start..start.saturating_add(self.len.max(1)).min(all)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Op {
+    /// A vCPU or the VMM writes.
+    Write {
+        vm: usize,
+        at: At,
+        byte: u8,
+    },
+    Read {
+        vm: usize,
+        at: At,
+    },
+    /// In the background, everything goes on while pages are still being copied.
+    Freeze {
+        vm: usize,
+        background: bool,
+    },
+    /// Of any image, however old, and of whichever generation.
+    Clone {
+        image: usize,
+    },
+    /// Its devices let go first, or go on with what is left of it.
+    DropVm {
+        vm: usize,
+        devices_go_on: bool,
+    },
+    DropImage {
+        image: usize,
+    },
+    Pin {
+        vm: usize,
+        at: At,
+        access: Access,
+        term: Term,
+    },
+    /// A device writes through a pin, whatever happened since it was taken.
+    DmaWrite {
+        pin: usize,
+        byte: u8,
+    },
+    /// A device reads through a pin.
+    DmaRead {
+        pin: usize,
+    },
+    Unpin {
+        pin: usize,
+    },
+    /// Back to any image of this size.
+    Reset {
+        vm: usize,
+        image: usize,
+    },
+    Discard {
+        vm: usize,
+        at: At,
+    },
+    ShowReference {
+        vm: usize,
+        at: At,
+        byte: u8,
+    },
+    /// To a disk, or to another memory file system.
+    Evict {
+        vm: usize,
+        at: At,
+        disk: bool,
+    },
+    NoFork {
+        vm: usize,
+        at: At,
+        what: Option<Inherits>,
+    },
+    /// What is left to the background is waited for.
+    Settle {
+        vm: usize,
+    },
+    /// A VM's view is sewn together.
+    Compact {
+        vm: usize,
+    },
+    /// An image's is: it stays the same image.
+    CompactImage {
+        image: usize,
+    },
+    /// What nobody sees is given back.
+    Sweep,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let n = any::<usize>;
+    let near_an_edge = prop_oneof![
+        any::<u32>().prop_map(u64::from),
+        (0..4096u64, 0..32u64).prop_map(|(page, d)| (page * PAGE_SIZE + d).saturating_sub(16))
+    ];
+    // Now and then so much that a freeze remaps instead of keeping what it copied.
+    let len = prop_oneof![8 => 1..64u64, 8 => 1..9000u64, 1 => 300 * PAGE_SIZE..700 * PAGE_SIZE];
+    let bytes = || (near_an_edge.clone(), len.clone()).prop_map(|(start, len)| At { start, len });
+    let run = prop_oneof![6 => 1..40u64, 1 => 1..300u64];
+    let pages = || (0..4096u64, run.clone()).prop_map(|(start, len)| At { start, len });
+    // Whole blocks too, which have one record until a part of them is pinned.
+    let pinned = prop_oneof![
+        6 => (0..4096u64, 1..8u64).prop_map(|(start, len)| At { start, len }),
+        1 => Just(At { start: 0, len: 512 }),
+        1 => Just(At { start: 0, len: u64::MAX }),
+    ];
+    let access = prop_oneof![2 => Just(Access::Write), 1 => Just(Access::Read)];
+    let term = prop_oneof![Just(Term::Short), Just(Term::Long)];
+    let inherits = prop_oneof![
+        2 => Just(None),
+        1 => Just(Some(Inherits::Absent)),
+        2 => Just(Some(Inherits::Zeroed)),
+        2 => (0..3u8).prop_map(|byte| Some(Inherits::Fresh(byte))),
+    ];
+    prop_oneof![
+        10 => (n(), bytes(), any::<u8>()).prop_map(|(vm, at, byte)| Op::Write { vm, at, byte }),
+        3 => (n(), bytes()).prop_map(|(vm, at)| Op::Read { vm, at }),
+        4 => (n(), any::<bool>()).prop_map(|(vm, background)| Op::Freeze { vm, background }),
+        3 => n().prop_map(|image| Op::Clone { image }),
+        2 => (n(), any::<bool>()).prop_map(|(vm, devices_go_on)| Op::DropVm { vm, devices_go_on }),
+        1 => n().prop_map(|image| Op::DropImage { image }),
+        4 => (n(), pinned, access, term).prop_map(|(vm, at, access, term)| Op::Pin { vm, at, access, term }),
+        5 => (n(), any::<u8>()).prop_map(|(pin, byte)| Op::DmaWrite { pin, byte }),
+        3 => n().prop_map(|pin| Op::DmaRead { pin }),
+        4 => n().prop_map(|pin| Op::Unpin { pin }),
+        3 => (n(), n()).prop_map(|(vm, image)| Op::Reset { vm, image }),
+        2 => (n(), pages()).prop_map(|(vm, at)| Op::Discard { vm, at }),
+        1 => (n(), pages(), 0..3u8).prop_map(|(vm, at, byte)| Op::ShowReference { vm, at, byte }),
+        1 => (n(), pages(), prop_oneof![20 => Just(false), 1 => Just(true)])
+            .prop_map(|(vm, at, disk)| Op::Evict { vm, at, disk }),
+        1 => (n(), pages(), inherits).prop_map(|(vm, at, what)| Op::NoFork { vm, at, what }),
+        1 => n().prop_map(|vm| Op::Settle { vm }),
+        1 => n().prop_map(|vm| Op::Compact { vm }),
+        1 => n().prop_map(|image| Op::CompactImage { image }),
+        2 => Just(Op::Sweep),
+    ]
+}
+
+/// A size of memory, and what is done with it.
+pub(crate) fn schedule() -> impl Strategy<Value = (u64, Vec<Op>)> {
+    // A part of a block, in which everything but huge pages and sharing back is met at a seventh of the cost; and one whole block with a part of
+    // another, so that both shapes of ownership record are.
+    let pages = prop_oneof![2 => Just(90u64), 1 => Just(512 + 90u64)];
+    (pages, proptest::collection::vec(op(), 1..400))
+}
