@@ -82,6 +82,9 @@ pub struct DiskGuest {
 }
 
 impl DiskGuest {
+    /// Where the driver's area is.
+    pub const AREA: u64 = AREA;
+
     /// Boots one with the disk opened by its driver, and memory that the driver does not use written by the guest.
     ///
     /// # Panics
@@ -170,6 +173,18 @@ impl DiskGuest {
         let [done, errors, wrong, _] = vcpu.mailbox().results().expect("results");
         self.vm().pause().expect("a running VM pauses");
         (done, errors, wrong)
+    }
+
+    /// Interrupts a run of a running guest, waits until it has let its operations end, and pauses. Returns its results.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn stop_run(&self) -> [u64; 4] {
+        let vcpu = BareVcpu::new(self.vm(), 0);
+        vcpu.run(Command::Idle).expect("the guest answers");
+        let results = vcpu.mailbox().results().expect("results");
+        self.vm().pause().expect("a running VM pauses");
+        results
     }
 
     /// A paused child that goes on with what it was told.

@@ -89,6 +89,16 @@ pub enum DeviceState {
     Block(block::BlockState),
 }
 
+impl DeviceState {
+    /// Requests that were in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        match self {
+            Self::Block(state) => state.in_flight.len(),
+        }
+    }
+}
+
 /// What belongs to a saved device and cannot be written down.
 #[derive(Clone, Debug)]
 pub enum Backend {

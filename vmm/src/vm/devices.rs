@@ -94,6 +94,14 @@ pub struct DeviceState {
     virtio: Vec<TransportState>,
 }
 
+impl DeviceState {
+    /// Requests to devices that were in flight: popped, and not given back.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.virtio.iter().map(|state| state.device.in_flight()).sum()
+    }
+}
+
 /// Devices at one instant: what can be written down, and the disks.
 pub(crate) type Saved = (DeviceState, Vec<Backend>);
 

@@ -86,6 +86,8 @@ pub struct ForkReport {
     pub times: ForkTimes,
     /// Pages.
     pub freeze: FreezeReport,
+    /// Requests to devices that were in flight: the parent's go on, a child's are done again.
+    pub in_flight: usize,
 }
 
 /// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through it.

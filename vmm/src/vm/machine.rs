@@ -167,8 +167,9 @@ impl Vm {
         tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
         let config = Arc::clone(&self.config);
+        let in_flight = devices.in_flight();
         let image = ForkImage { config, ram, vcpus, vm, devices, backends, generation: self.generation + 1 };
-        Ok((Arc::new(image), ForkReport { times, freeze }))
+        Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
     fn chips(&self) -> Chips {
