@@ -43,7 +43,7 @@ impl Guest {
     /// When it does not boot.
     #[must_use]
     pub fn boot_as(context: &Context, config: VmConfig) -> Self {
-        let (config, cpus) = (Arc::new(config.clone()), u64::from(config.cpus()));
+        let (cpus, config) = (u64::from(config.cpus()), Arc::new(config));
         let kernel = Image::Bytes(BARE_ELF.into());
         let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
         let vm = Vm::boot(context, "guest", &config, &source).expect("a bare guest boots");

@@ -338,7 +338,7 @@ impl Disk {
             let part = window(buffers, (start - job.offset) as usize, (end - start) as usize);
             match source {
                 Source::File(file) => {
-                    requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part })
+                    requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
                 }
                 // By the processor: these pages are this VM's own, because they are pinned for writing.
                 Source::Zero => part.iter().for_each(fill_with_zeros),

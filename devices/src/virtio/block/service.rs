@@ -154,16 +154,16 @@ impl BlockService {
             self.delayed = Some(Delayed { queue, request, until });
             return Ok(0);
         }
-        self.begin(queue, request);
+        self.begin(queue, &request);
         Ok(cost)
     }
 
-    fn begin(&mut self, queue: u16, request: Request) {
+    fn begin(&mut self, queue: u16, request: &Request) {
         let token = self.next_token;
         self.next_token += 1;
         let written = if matches!(request.kind, Kind::Read { .. }) { request.len() as u32 } else { 0 };
         let mut pending = Pending { queue, head: request.head, status: request.status, written };
-        let given = match self.operation(&request, &mut pending) {
+        let given = match self.operation(request, &mut pending) {
             Ok(Some(operation)) => {
                 // Before the disk, which may be done with it at once.
                 self.pending.insert(token, pending);
@@ -245,7 +245,7 @@ impl BlockService {
 
     fn finish_all(&mut self, done: Vec<DiskDone>) {
         for done in done {
-            self.finish(done.token, done.result.as_ref().map(|()| ()));
+            self.finish(done.token, done.result.as_ref().copied());
         }
     }
 
@@ -299,7 +299,7 @@ impl BlockService {
                     Ok(Some(cost)) => (begun, bytes) = (begun + 1, bytes + cost),
                     // Asked for notifications before the last look, or one that comes in between is lost.
                     Ok(None) => {
-                        self.ready[index] = self.queues[index].as_mut().is_some_and(Virtqueue::enable_notifications)
+                        self.ready[index] = self.queues[index].as_mut().is_some_and(Virtqueue::enable_notifications);
                     }
                     Err(error) => self.fail(&error),
                 }
@@ -315,7 +315,7 @@ impl BlockService {
     fn release(&mut self) {
         let Some(delayed) = self.delayed.take_if(|delayed| Instant::now() >= delayed.until) else { return };
         match self.limiter.take(delayed.request.cost()) {
-            Ok(()) => self.begin(delayed.queue, delayed.request),
+            Ok(()) => self.begin(delayed.queue, &delayed.request),
             Err(until) => self.delayed = Some(Delayed { until, ..delayed }),
         }
     }
