@@ -1,20 +1,25 @@
 //! Device models of Clade.
 //!
-//! Devices here know no KVM: they are handed port accesses by a [`PioBus`], raise interrupts through an [`Irq`], and save
-//! themselves as plain values. What they do not do: they do not touch guest memory (no device here does DMA), and they start no threads.
+//! Devices here know no KVM: they are handed accesses by a [`PioBus`] or an [`MmioBus`], raise interrupts through an [`Irq`], and save
+//! themselves as plain values. Those in [`virtio`] do DMA, through pins, and have a thread each while a driver uses them; [`disk`] is what
+//! the block device stores to.
 
 #![forbid(unsafe_code)]
 
 mod bus;
 mod console;
+pub mod disk;
 mod i8042;
 mod irq;
+mod mmio;
 mod report;
 mod serial;
+pub mod virtio;
 
 pub use bus::{BusError, PioBus, PioDevice};
 pub use console::Console;
 pub use i8042::{I8042, I8042_BASE, I8042_PORTS};
 pub use irq::Irq;
+pub use mmio::{MmioBus, MmioBusError, MmioDevice};
 pub use report::{REPORT_PORTS, Report, ReportPort};
 pub use serial::{COM1_BASE, COM1_GSI, SERIAL_PORTS, SerialConsole, SerialState};

@@ -34,7 +34,16 @@ impl Guest {
     /// When it does not boot.
     #[must_use]
     pub fn boot(context: &Context, mib: u64, cpus: u64) -> Self {
-        let config = Arc::new(VmConfig::bare(mib << 20, cpus).expect("a configuration"));
+        Self::boot_as(context, VmConfig::bare(mib << 20, cpus).expect("a configuration"))
+    }
+
+    /// Boots one of the given shape.
+    ///
+    /// # Panics
+    /// When it does not boot.
+    #[must_use]
+    pub fn boot_as(context: &Context, config: VmConfig) -> Self {
+        let (cpus, config) = (u64::from(config.cpus()), Arc::new(config));
         let kernel = Image::Bytes(BARE_ELF.into());
         let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
         let vm = Vm::boot(context, "guest", &config, &source).expect("a bare guest boots");

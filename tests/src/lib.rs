@@ -2,12 +2,14 @@
 
 mod bare;
 mod counters;
+mod disk;
 mod linux;
 mod oracle;
 mod process;
 
 pub use bare::{Guest, Writer};
 pub use counters::{Holdings, expect_nothing_held};
+pub use disk::{DiskFile, DiskGuest, words};
 pub use linux::{Linux, PROMPT};
 pub use oracle::{owned_pages, smaps_anonymous_kib};
 pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade::boot::{BootSource, Image};
-use clade::vm::{Context, Vm, VmConfig};
+use clade::vm::{Context, DiskSpec, Vm, VmConfig};
 
 use crate::{required, skip};
 
@@ -52,7 +52,18 @@ impl Linux {
     /// When it cannot be loaded.
     #[must_use]
     pub fn boot(&self, context: &Context, kernel: &str, cpus: u64, extra: &str) -> Vm {
-        let config = Arc::new(VmConfig::new(MEMORY, cpus).expect("a configuration"));
+        self.boot_with(context, kernel, cpus, extra, Vec::new())
+    }
+
+    /// The same, with disks.
+    ///
+    /// # Panics
+    /// When it cannot be loaded.
+    #[must_use]
+    pub fn boot_with(&self, context: &Context, kernel: &str, cpus: u64, extra: &str, disks: Vec<DiskSpec>) -> Vm {
+        let mut config = VmConfig::new(MEMORY, cpus).expect("a configuration");
+        config.disks = disks;
+        let config = Arc::new(config);
         let source = BootSource {
             kernel: Image::File(self.dir.join(kernel)),
             initrd: Some(Image::File(self.dir.join("initramfs.cpio"))),

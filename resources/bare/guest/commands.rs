@@ -1,6 +1,7 @@
 //! The commands that take time. All accesses to guest memory are volatile: other vCPUs, devices and the host look on.
 
 use crate::{
+    disk,
     abi::{Command, PAGE_SIZE, PAGE_WORDS, POLL_OPS, Status, fill_word, touch_word, write_op},
     mailbox::Mailbox,
 };
@@ -48,6 +49,9 @@ pub fn run(mailbox: &Mailbox, command: Command) -> Outcome {
         Command::Read { start, pages, passes, words } => read(mailbox, start, pages, passes, words),
         Command::Touch { start, pages, value } => touch(mailbox, start, pages, value),
         Command::SharedCount { address, count } => shared_count(mailbox, address, count),
+        Command::DiskOpen { slot, area, size } => disk::open(slot, area, size),
+        Command::DiskRun(run) => disk::run(mailbox, run),
+        Command::DiskReset { area } => disk::reset(area),
         // The command loop's own.
         Command::Idle | Command::Announce | Command::Halt => Outcome { status: Status::Rejected, result: [0; 4] },
     }
@@ -177,7 +181,7 @@ fn in_chunks(total: u64, size: u64, mut body: impl FnMut(core::ops::Range<u64>) 
 
 /// Breaks if a new command has come.
 #[inline(always)]
-fn poll(mailbox: &Mailbox) -> ControlFlow<()> {
+pub fn poll(mailbox: &Mailbox) -> ControlFlow<()> {
     if mailbox.pending().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
@@ -189,18 +193,18 @@ fn words(start: u64, page: u64, count: u64) -> impl Iterator<Item = u64> {
 }
 
 #[inline(always)]
-fn load(gpa: u64) -> u64 {
+pub fn load(gpa: u64) -> u64 {
     // SAFETY: the host owns the range that it gave, and what is not mapped faults and is reported.
     unsafe { (gpa as *const u64).read_volatile() }
 }
 
 #[inline(always)]
-fn store(gpa: u64, value: u64) {
+pub fn store(gpa: u64, value: u64) {
     // SAFETY: as for `load`.
     unsafe { (gpa as *mut u64).write_volatile(value) }
 }
 
-fn cycles() -> u64 {
+pub fn cycles() -> u64 {
     // SAFETY: CR4.TSD is clear, so ring 3 may read the counter.
     unsafe { _rdtsc() }
 }

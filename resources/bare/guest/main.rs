@@ -7,6 +7,7 @@
 #[allow(dead_code)]
 mod abi;
 mod commands;
+mod disk;
 mod mailbox;
 mod memory_map;
 mod runtime;

@@ -1,6 +1,6 @@
 //! From the memory map that the loader left to page tables that map just that.
 
-use crate::abi::{PAGE_SIZE, PAGE_TABLES, WORK_BASE};
+use crate::abi::{PAGE_SIZE, PAGE_TABLES, VIRTIO_BASE, WORK_BASE};
 use core::ptr;
 
 /// Entries that point at a table: present, writable, user, accessed.
@@ -34,6 +34,7 @@ pub unsafe fn build_page_tables(boot: u32, info: *const u8) {
     let mut tables = Tables::new();
     tables.map(0, WORK_BASE);
     tables.map(LOCAL_APIC, PAGE_SIZE);
+    tables.map(VIRTIO_BASE, LARGE_SIZE);
     for index in 0..count {
         // SAFETY: an entry of both maps starts with 64 bits of address, 64 bits of size and 32 bits of type.
         let (start, size, kind) = unsafe {

@@ -11,8 +11,8 @@
 //! | [`PAGE_TABLES`] | a PML4, a PDPT and a page directory for every GiB in use |
 //! | [`WORK_BASE`] and up | never touched except by a command |
 //!
-//! All RAM in the memory map that the guest is booted with is mapped one to one, up to 512 GiB, and so is the local
-//! APIC. An access anywhere else is a page fault, and is reported as one.
+//! All RAM in the memory map that the guest is booted with is mapped one to one, up to 512 GiB, and so are the local
+//! APIC and the 2 MiB from [`VIRTIO_BASE`]. An access anywhere else is a page fault, and is reported as one.
 //!
 //! # vCPUs
 //!
@@ -61,6 +61,9 @@ pub const PER_VCPU_SIZE: u64 = 0x4000;
 pub const PAGE_TABLES: u64 = 0x40_0000;
 /// The first address that is the host's to give to commands.
 pub const WORK_BASE: u64 = 0x100_0000;
+
+/// Where the registers of the first virtio device are; each has a page.
+pub const VIRTIO_BASE: u64 = 0xd000_0000;
 
 /// The port that reports are written to.
 pub const REPORT_PORT: u16 = 0xf4;
@@ -172,6 +175,12 @@ macro_rules! numbered {
     };
 }
 
+// Behind the macro that it uses.
+#[path = "abi/disk.rs"]
+pub mod disk;
+
+use disk::DiskRun;
+
 numbered! {
     /// What a vCPU is doing.
     State: u64 {
@@ -281,6 +290,14 @@ pub enum Command {
     SharedCount { address: u64, count: u64 },
     /// Reports `Done` and halts for good; see [`State::Halted`].
     Halt,
+    /// Takes the virtio block device at place `slot`, with a queue of `size` descriptors in the [`disk::AREA_PAGES`] pages at
+    /// `area`. `result` is the disk's sectors, the features that were negotiated, and the device's status.
+    DiskOpen { slot: u64, area: u64, size: u64 },
+    /// Moves blocks; see [`DiskRun`]. `progress` counts operations that are done. `result` is operations done, those that ended with a status
+    /// other than 0, words that were wrong (and [`disk::VIOLATION`], if the device broke the rules), and the time-stamp counter's cycles.
+    DiskRun(DiskRun),
+    /// Resets the device of `area` and waits until it says that it is. Ends a `DiskRun` on another vCPU. `result[0]` is the status after it.
+    DiskReset { area: u64 },
 }
 
 impl Command {
@@ -300,6 +317,9 @@ impl Command {
             Self::Announce => (8, [0; 8]),
             Self::SharedCount { address, count } => (9, [address, count, 0, 0, 0, 0, 0, 0]),
             Self::Halt => (10, [0; 8]),
+            Self::DiskOpen { slot, area, size } => (11, [slot, area, size, 0, 0, 0, 0, 0]),
+            Self::DiskRun(run) => (12, run.encode()),
+            Self::DiskReset { area } => (13, [area, 0, 0, 0, 0, 0, 0, 0]),
         }
     }
 
@@ -318,6 +338,12 @@ impl Command {
             8 => return Some(Self::Announce),
             9 if a.is_multiple_of(8) => return Some(Self::SharedCount { address: a, count: b }),
             10 => return Some(Self::Halt),
+            11 if disk::is_place(a, b, c) => return Some(Self::DiskOpen { slot: a, area: b, size: c }),
+            12 => match DiskRun::decode(args) {
+                Some(run) => return Some(Self::DiskRun(run)),
+                None => return None,
+            },
+            13 if a.is_multiple_of(PAGE_SIZE) => return Some(Self::DiskReset { area: a }),
             _ => return None,
         };
         // All that are left work on a range of `b` pages from `a`, and some of them would never poll an empty one.
@@ -335,7 +361,7 @@ const MIX_2: u64 = 0x94d0_49bb_1331_11eb;
 
 /// The output function of splitmix64. It is a bijection.
 #[inline(always)]
-const fn mix(mut z: u64) -> u64 {
+pub(crate) const fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(MIX_1);
     z = (z ^ (z >> 27)).wrapping_mul(MIX_2);
     z ^ (z >> 31)
@@ -390,7 +416,7 @@ pub const fn write_op(seed: u64, i: u64, pages: u64, window: u64) -> WriteOp {
 
 /// A number below `bound`, from the high bits of `random`.
 #[inline(always)]
-const fn scale(random: u64, bound: u64) -> u64 {
+pub(crate) const fn scale(random: u64, bound: u64) -> u64 {
     ((random as u128 * bound as u128) >> 64) as u64
 }
 
@@ -434,6 +460,20 @@ mod tests {
             Command::Announce,
             Command::SharedCount { address: start, count: 3 },
             Command::Halt,
+            Command::DiskOpen { slot: 3, area: start, size: 256 },
+            Command::DiskRun(DiskRun {
+                area: start,
+                buffer: start + 0x10_0000,
+                what: disk::What::Verify,
+                order: disk::Order::Random,
+                depth: 32,
+                sector: 8,
+                sectors: 800,
+                block: 8,
+                count: 1000,
+                seed: 7,
+            }),
+            Command::DiskReset { area: start },
         ];
         for (code, command) in commands.into_iter().enumerate() {
             let (encoded, args) = command.encode();

@@ -14,7 +14,7 @@
 //! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory, where kernels look |
 //! | `0x100000` | | kernel, at the address it was linked for |
 //! | below the gap | | initramfs, as high as it fits |
-//! | `0xc0000000` | `0x100000000` | no RAM: virtio-mmio, IOAPIC, LAPIC, KVM's TSS |
+//! | `0xc0000000` | `0x100000000` | no RAM: virtio-mmio from `0xd0000000`, IOAPIC, LAPIC, KVM's TSS |
 //! | `0x100000000` | | the RAM that did not fit below the gap |
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -61,6 +61,18 @@ pub const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
 pub const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
 /// Where KVM may keep its three-page TSS (`KVM_SET_TSS_ADDR`), inside the gap.
 pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
+/// Where virtio devices have their registers: one page each, from here on.
+pub const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
+/// The interrupts of virtio devices, in order: first those that no part of a PC ever had, then those of absent parts.
+pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
+
+/// Where the virtio device number `index` is, and its interrupt. None if there are not so many.
+#[must_use]
+pub fn virtio_slot(index: usize) -> Option<(GuestAddress, u32)> {
+    let gsi = *VIRTIO_GSIS.get(index)?;
+    Some((GuestAddress(VIRTIO_BASE.0 + index as u64 * PAGE_SIZE), gsi))
+}
+
 /// Size of a small page.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -307,6 +319,23 @@ mod tests {
         assert_eq!(new(&[(0, 4 << 30)]), Err(LayoutError::InGap { start: 0, end: 4 << 30 }));
         let many: Vec<_> = (0..65).map(|i| (i * 2 * MIN_RAM, MIN_RAM)).collect();
         assert_eq!(new(&many), Err(LayoutError::TooMany { count: 65 }));
+    }
+
+    #[test]
+    fn virtio_devices_have_pages_and_interrupts_of_their_own() {
+        let mut gsis = VIRTIO_GSIS.to_vec();
+        gsis.extend([0, 1, 2, 4, 8]);
+        gsis.sort_unstable();
+        gsis.dedup();
+        assert_eq!(
+            gsis.len(),
+            VIRTIO_GSIS.len() + 5,
+            "none is another's, the timer's, the keyboard's, the console's or the clock's"
+        );
+        assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
+        let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();
+        assert!(last.0 + PAGE_SIZE <= IOAPIC_BASE.0 && VIRTIO_BASE.0 >= MMIO_GAP_START.0);
+        assert_eq!(virtio_slot(VIRTIO_GSIS.len()), None);
     }
 
     #[test]

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::cli::disk::parse_disk;
 use crate::kvm::CpuHide;
+use crate::vm::DiskSpec;
 
 /// A small KVM virtual machine monitor that forks running microVMs.
 #[derive(Debug, Parser)]
@@ -68,7 +70,7 @@ pub(crate) struct RunArgs {
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line, as it is. If not given: console=ttyS0 reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
+    /// The kernel's command line; where its disks are is added. If not given: console=ttyS0 reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// Guest memory: bytes, or with K, M, G, T.
@@ -83,6 +85,10 @@ pub(crate) struct RunArgs {
     /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
+    /// A disk: PATH[,ro][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]]. Repeatable;
+    /// the guest finds them in this order.
+    #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
+    pub(crate) disk: Vec<DiskSpec>,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
     #[arg(long)]
     pub(crate) pit: bool,

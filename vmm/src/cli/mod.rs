@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod disk;
 mod limits;
 mod output;
 mod remote;

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clade_devices::disk::Disk;
+
 use crate::boot::{BootError, BootSource, Image};
 use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::cli::terminal::RawMode;
@@ -26,6 +28,8 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     config.hide = args.cpu_hide.clone().unwrap_or_default();
     config.report_port = bare;
     config.irqchip = Irqchip::Full;
+    config.disks.clone_from(&args.disk);
+    config.check_devices().map_err(Failure::input)?;
     Ok(config)
 }
 
@@ -80,6 +84,7 @@ fn attend(fleet: &Fleet, vm: &Vm) -> StopReason {
         }
     };
     fleet.remove(vm.name());
+    let disks = vm.take_disks();
     let children = fleet.list().len();
     if children > 0 {
         eprintln!("\r\nclade: {} has ended; {children} of its children run on in this process\r", vm.name());
@@ -88,7 +93,28 @@ fn attend(fleet: &Fleet, vm: &Vm) -> StopReason {
         std::thread::sleep(TURN);
         fleet.reap();
     }
+    put_away(disks);
     reason
+}
+
+/// Writes what disks have in overlays back to their files, if that can be, and says what became of it.
+fn put_away(disks: Vec<Disk>) {
+    for disk in disks {
+        if !disk.is_forked() || disk.config().read_only {
+            continue;
+        }
+        let path = disk.config().path.display().to_string();
+        match disk.commit() {
+            Ok(report) => {
+                let bytes = report.copied + report.zeroed;
+                eprintln!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
+            }
+            Err(failed) => {
+                let error = crate::error_chain(&failed.1);
+                eprintln!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
+            }
+        }
+    }
 }
 
 /// Takes out children that have stopped; the VM this process was started for is looked after by itself.

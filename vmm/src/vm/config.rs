@@ -1,9 +1,13 @@
 //! The shape of a VM: what must be equal for a shell to fit, and for a child to continue its parent.
 
+use std::fmt::Write as _;
+
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
 use clade_memory::{RamError, RamLayout};
 use thiserror::Error;
 
-use crate::boot::MAX_CPUS;
+use crate::boot::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 use crate::kvm::CpuHide;
 
 /// Which interrupt controllers KVM emulates.
@@ -13,6 +17,15 @@ pub enum Irqchip {
     Full,
     /// Local APICs only. Made and destroyed in a fraction of the time; for guests that take no device interrupts.
     Split,
+}
+
+/// A disk, and the device it is behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The disk.
+    pub disk: DiskConfig,
+    /// The device.
+    pub device: BlockOptions,
 }
 
 /// What a VM is made of.
@@ -28,6 +41,8 @@ pub struct VmConfig {
     pub hide: CpuHide,
     /// Whether the bare guest's report port exists.
     pub report_port: bool,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskSpec>,
 }
 
 /// A VM nobody can make.
@@ -41,6 +56,12 @@ pub enum ConfigError {
     Cpus {
         /// The number.
         cpus: u64,
+    },
+    /// More devices than there are places for.
+    #[error("{devices} virtio devices: there are places for {}", VIRTIO_GSIS.len())]
+    Devices {
+        /// How many.
+        devices: usize,
     },
     /// More memory than the host has.
     #[error("{asked} MiB of guest memory are more than the host's {host} MiB (--overcommit allows it)")]
@@ -60,7 +81,8 @@ impl VmConfig {
     pub fn new(memory: u64, cpus: u64) -> Result<Self, ConfigError> {
         let layout = RamLayout::new(memory)?;
         let cpus = u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n)).ok_or(ConfigError::Cpus { cpus })?;
-        Ok(Self { layout, cpus, irqchip: Irqchip::Full, pit: false, hide: CpuHide::default(), report_port: false })
+        let (irqchip, hide) = (Irqchip::Full, CpuHide::default());
+        Ok(Self { layout, cpus, irqchip, pit: false, hide, report_port: false, disks: Vec::new() })
     }
 
     /// The same for the bare guest: a report port, and no interrupt controllers beyond the local APICs.
@@ -81,6 +103,31 @@ impl VmConfig {
     #[must_use]
     pub fn cpus(&self) -> u8 {
         self.cpus
+    }
+
+    /// Queues of each virtio device, in the order of their places.
+    pub(crate) fn virtio_queues(&self) -> impl Iterator<Item = usize> {
+        self.disks.iter().map(|disk| usize::from(disk.device.queues))
+    }
+
+    /// Refuses more devices than there are places for.
+    ///
+    /// # Errors
+    /// [`ConfigError::Devices`].
+    pub fn check_devices(&self) -> Result<(), ConfigError> {
+        let devices = self.virtio_queues().count();
+        if devices > VIRTIO_GSIS.len() { Err(ConfigError::Devices { devices }) } else { Ok(()) }
+    }
+
+    /// What a Linux kernel must be told on its command line to find the virtio devices, with a space before each.
+    #[must_use]
+    pub fn device_args(&self) -> String {
+        let mut args = String::new();
+        for (base, gsi) in (0..self.virtio_queues().count()).filter_map(virtio_slot) {
+            // Writing to a String does not fail.
+            let _ = write!(args, " virtio_mmio.device=4K@{:#x}:{gsi}", base.0);
+        }
+        args
     }
 
     /// Refuses more memory than the host has.
@@ -107,6 +154,13 @@ mod tests {
             let error = VmConfig::new(1 << 20, cpus).unwrap_err().to_string();
             assert!(error.contains(&cpus.to_string()), "{error}");
         }
+        let mut many = VmConfig::new(1 << 20, 1).unwrap();
+        let disk = DiskSpec { disk: DiskConfig::new("/disk".as_ref()), device: BlockOptions::default() };
+        many.disks = vec![disk; 17];
+        assert!(many.check_devices().unwrap_err().to_string().contains("17"));
+        many.disks.truncate(2);
+        assert!(many.check_devices().is_ok());
+        assert_eq!(many.device_args(), " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17");
         assert!(VmConfig::new(4097, 1).unwrap_err().to_string().contains("4097"));
         assert!(VmConfig::new(0, 1).is_err());
         let big = VmConfig::new(1 << 44, 1).unwrap();

@@ -6,12 +6,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use clade_devices::disk::{Disk, DiskError};
+use clade_devices::virtio::block::Block;
+use clade_devices::virtio::{
+    Backend, DeviceState as VirtioState, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioDevice, VirtioMmio,
+};
 use clade_devices::{
-    COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, PioBus, REPORT_PORTS, Report, ReportPort, SERIAL_PORTS,
-    SerialConsole, SerialState,
+    BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORTS,
+    Report, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
 };
 use clade_guests::abi::REPORT_PORT;
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::boot::virtio_slot;
+use crate::vm::config::{DiskSpec, VmConfig};
+use crate::vm::shell::Shell;
 
 /// Most reports kept for a reader that does not come. A guest can write the port for ever; the oldest go first.
 const MOST_REPORTS: usize = 4_096;
@@ -45,16 +55,63 @@ impl Reports {
     }
 }
 
+/// Why devices could not be made, or saved.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// No descriptor, or no console.
+    #[error("the devices could not be made")]
+    Io(#[source] io::Error),
+    /// Two devices at one port.
+    #[error(transparent)]
+    Ports(#[from] BusError),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Addresses(#[from] MmioBusError),
+    /// See [`DiskError`].
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// See [`RestoreError`].
+    #[error("a saved virtio device")]
+    Restore(#[from] RestoreError),
+    /// See [`SaveError`].
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// State of another VM.
+    #[error("state of {found} virtio devices for a VM with {wanted}, or of devices of other kinds")]
+    Mismatch {
+        /// In the state.
+        found: usize,
+        /// In the configuration.
+        wanted: usize,
+    },
+}
+
 /// Saved state of all devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     serial: SerialState,
+    /// By place.
+    virtio: Vec<TransportState>,
 }
+
+impl DeviceState {
+    /// Requests to devices that were in flight: popped, and not given back.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.virtio.iter().map(|state| state.device.in_flight()).sum()
+    }
+}
+
+/// Devices at one instant: what can be written down, and the disks.
+pub(crate) type Saved = (DeviceState, Vec<Backend>);
 
 /// A VM's devices.
 #[derive(Debug)]
 pub(crate) struct Devices {
     bus: PioBus,
+    mmio: MmioBus,
+    /// By place.
+    virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<Mutex<SerialConsole>>,
     pub(crate) console: Console,
     pub(crate) reports: Reports,
@@ -62,12 +119,17 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Fresh devices, or devices as they were saved.
-    pub(crate) fn new(state: Option<&DeviceState>, report_port: bool) -> io::Result<Self> {
+    /// Fresh devices, or devices as they were saved. They stand still until [`Devices::resume`].
+    pub(crate) fn new(
+        saved: Option<(&DeviceState, &[Backend])>,
+        config: &VmConfig,
+        shell: &Shell,
+    ) -> Result<Self, DeviceError> {
         let console = Console::default();
-        let serial = match state {
-            None => SerialConsole::new(Irq::new()?, console.clone()),
-            Some(state) => SerialConsole::restore(&state.serial, Irq::new()?, console.clone())?,
+        let irq = Irq::new().map_err(DeviceError::Io)?;
+        let serial = match saved {
+            None => SerialConsole::new(irq, console.clone()),
+            Some((state, _)) => SerialConsole::restore(&state.serial, irq, console.clone()).map_err(DeviceError::Io)?,
         };
         let serial = Arc::new(Mutex::new(serial));
         let i8042 = I8042::default();
@@ -75,14 +137,44 @@ impl Devices {
         let reports = Reports::default();
 
         let mut bus = PioBus::default();
-        bus.add(COM1_BASE, SERIAL_PORTS, serial.clone()).map_err(io::Error::other)?;
-        bus.add(I8042_BASE, I8042_PORTS, Arc::new(Mutex::new(i8042))).map_err(io::Error::other)?;
-        if report_port {
+        bus.add(COM1_BASE, SERIAL_PORTS, serial.clone())?;
+        bus.add(I8042_BASE, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
+        if config.report_port {
             let to = reports.clone();
             let port = ReportPort::new(move |report| to.push(report));
-            bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port))).map_err(io::Error::other)?;
+            bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
         }
-        Ok(Self { bus, serial, console, reports, reset })
+        let virtio = virtio(saved, config, shell)?;
+        let mut mmio = MmioBus::default();
+        for (at, device) in virtio.iter().enumerate() {
+            let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
+            mmio.add(base.0, MMIO_LEN, device.clone())?;
+        }
+        Ok(Self { bus, mmio, virtio, serial, console, reports, reset })
+    }
+
+    pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.mmio.read(address, data);
+    }
+
+    pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.mmio.write(address, data);
+    }
+
+    /// Lets no device do anything more in guest memory but transfers the kernel is busy with. Counted.
+    pub(crate) fn quiesce(&self) {
+        self.virtio.iter().for_each(|device| device.quiesce());
+    }
+
+    /// Gives one [`Devices::quiesce`] back, or what devices are made with.
+    pub(crate) fn resume(&self) {
+        self.virtio.iter().for_each(|device| device.resume());
+    }
+
+    /// Runs `with` on the block device number `index`. None if there is none.
+    pub(crate) fn with_block<T>(&self, index: usize, with: impl FnOnce(&mut Block) -> T) -> Option<T> {
+        // Disks have the first places.
+        self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
     pub(crate) fn pio_read(&self, port: u16, data: &mut [u8]) {
@@ -108,10 +200,54 @@ impl Devices {
 
     /// Raises again what the console has pending: a spurious interrupt does no harm, a lost one hangs the console.
     pub(crate) fn reraise(&self) {
+        self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    pub(crate) fn save(&self) -> DeviceState {
-        DeviceState { serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save() }
+    /// Everything at this instant. Only while the devices are quiesced.
+    pub(crate) fn save(&self) -> Result<Saved, DeviceError> {
+        let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner).save();
+        let saved = self.virtio.iter().map(|device| device.save()).collect::<Result<Vec<_>, _>>()?;
+        let (virtio, backends) = saved.into_iter().unzip();
+        Ok((DeviceState { serial, virtio }, backends))
+    }
+}
+
+/// The virtio devices, by place.
+fn virtio(
+    saved: Option<(&DeviceState, &[Backend])>,
+    config: &VmConfig,
+    shell: &Shell,
+) -> Result<Vec<Arc<VirtioMmio>>, DeviceError> {
+    let wanted = shell.wiring.len();
+    let mut all = Vec::with_capacity(wanted);
+    match saved {
+        None => {
+            for (spec, wiring) in config.disks.iter().zip(&shell.wiring) {
+                let device = Block::new(Disk::open(&spec.disk)?, &spec.device);
+                all.push(VirtioMmio::new(Box::new(device), &shell.ram, wiring.clone(), true));
+            }
+        }
+        Some((state, backends)) => {
+            for (((state, backend), wiring), spec) in
+                state.virtio.iter().zip(backends).zip(&shell.wiring).zip(&config.disks)
+            {
+                let device = restored(state, backend, spec)?;
+                all.push(VirtioMmio::restore(device, &shell.ram, wiring.clone(), state)?);
+            }
+        }
+    }
+    if all.len() == wanted {
+        Ok(all.into_iter().map(Arc::new).collect())
+    } else {
+        Err(DeviceError::Mismatch { found: all.len(), wanted })
+    }
+}
+
+fn restored(state: &TransportState, backend: &Backend, spec: &DiskSpec) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+    match (&state.device, backend) {
+        (VirtioState::Block(state), Backend::Disk(image)) => {
+            Ok(Box::new(Block::restore(state, image.open()?, &spec.device)))
+        }
     }
 }

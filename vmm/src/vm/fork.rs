@@ -6,17 +6,22 @@
 //!  child                                                 │ map layers │ restore │── first instruction
 //! ```
 //!
-//! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on.
+//! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device finishes what it is at: after the
+//!    vCPUs, because they activate and reset devices. What the kernel has of their requests goes on, into pinned pages.
 //! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads.
-//! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between.
+//! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with
+//!    them, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both.
 //! 4. Resume the parent: all that is needed is in the image.
-//! 5. In a shell: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run.
+//! 5. In a shell: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run. Devices go on before the
+//!    first vCPU runs but after the interrupt controllers have their state, which would forget an interrupt raised earlier.
 //!
 //! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still readable and writable to it (I13).
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use clade_devices::disk::DiskImage;
+use clade_devices::virtio::Backend;
 use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, Store};
 
 use crate::kvm::{VcpuState, VmState};
@@ -31,6 +36,7 @@ pub struct ForkImage {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) vm: VmState,
     pub(crate) devices: DeviceState,
+    pub(crate) backends: Vec<Backend>,
     pub(crate) generation: u32,
 }
 
@@ -48,6 +54,11 @@ impl ForkImage {
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Arc<Self>, RamError> {
         let ram = self.ram.flatten(store, grain)?;
         Ok(Arc::new(Self { ram, ..self.clone() }))
+    }
+
+    /// The disks, by place, at the instant of the fork.
+    pub fn disks(&self) -> impl Iterator<Item = &DiskImage> {
+        self.backends.iter().map(|Backend::Disk(image)| image)
     }
 
     /// How many forks lie between this image and the VM that was booted, counting this one.
@@ -75,6 +86,8 @@ pub struct ForkReport {
     pub times: ForkTimes,
     /// Pages.
     pub freeze: FreezeReport,
+    /// Requests to devices that were in flight: the parent's go on, a child's are done again.
+    pub in_flight: usize,
 }
 
 /// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through it.
@@ -89,7 +102,7 @@ impl<'a> PauseGuard<'a> {
         Self { vm }
     }
 
-    /// Nothing of this VM writes to its memory while the guard is held: vCPUs are parked, and no device here does DMA.
+    /// Nothing of this VM writes to its memory while the guard is held but the kernel, through pins: vCPUs are parked, and devices stand still.
     #[must_use]
     pub fn quiesced(&self) -> Quiesced<'_> {
         Quiesced::assume()

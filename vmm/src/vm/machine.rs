@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use clade_devices::disk::Disk;
+use clade_devices::virtio::block::Block;
 use clade_devices::{COM1_GSI, Console};
 use clade_memory::{GuestRam, RamStats};
 
@@ -57,11 +59,14 @@ impl Vm {
     /// # Errors
     /// When the VM cannot be made or the guest not be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
+        config.check_devices()?;
         let shell = context.shell(config)?;
         shell.ram.birth()?;
         let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
-        let loaded = boot::load(shell.ram.memory(), &layout, source)?;
-        let devices = Arc::new(Devices::new(None, config.report_port).map_err(VmError::Devices)?);
+        // A kernel without ACPI or a device tree finds virtio devices in no other way.
+        let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
+        let loaded = boot::load(shell.ram.memory(), &layout, &BootSource { cmdline, ..source.clone() })?;
+        let devices = Arc::new(Devices::new(None, config, &shell)?);
         let vm = Self::assemble(context, name, config, shell, devices, 0)?;
         vm.start(&Start::Boot(loaded.entry));
         Ok(vm)
@@ -83,7 +88,8 @@ impl Vm {
         let have_shell = Instant::now();
         shell.ram.adopt(&image.ram)?;
         let adopted = Instant::now();
-        let devices = Devices::new(Some(&image.devices), image.config.report_port).map_err(VmError::Devices)?;
+        // After the memory, in which rings are checked.
+        let devices = Devices::new(Some((&image.devices, &image.backends)), &image.config, &shell)?;
         let vm = Self::assemble(context, name, &image.config, shell, Arc::new(devices), image.generation)?;
         // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
         let meeting = Arc::clone(&vm.shell.meeting);
@@ -96,6 +102,7 @@ impl Vm {
         if options.paused {
             vm.held.store(true, Ordering::Release);
             vm.shell.meeting.hold();
+            vm.devices.quiesce();
         }
         vm.start(&Start::Restore(Arc::clone(image)));
         tracing::debug!(name, shell = ?have_shell - begun, adopt = ?adopted - have_shell, start = ?adopted.elapsed(), "child");
@@ -114,8 +121,6 @@ impl Vm {
             devices
                 .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
-            // An interrupt the parent's console had raised may have been on its way to the interrupt controller when that was saved.
-            devices.reraise();
         }
         Ok(Self {
             name: name.to_owned(),
@@ -153,7 +158,7 @@ impl Vm {
         let parked = Instant::now();
         let (ram, freeze) = self.shell.ram.freeze(&guard.quiesced())?;
         let frozen = Instant::now();
-        let devices = self.devices.save();
+        let (devices, backends) = self.devices.save()?;
         // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold is
         // delivered again.
         let vcpus = self.shell.meeting.collect()?;
@@ -162,8 +167,9 @@ impl Vm {
         tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
         let config = Arc::clone(&self.config);
-        let image = ForkImage { config, ram, vcpus, vm, devices, generation: self.generation + 1 };
-        Ok((Arc::new(image), ForkReport { times, freeze }))
+        let in_flight = devices.in_flight();
+        let image = ForkImage { config, ram, vcpus, vm, devices, backends, generation: self.generation + 1 };
+        Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
     fn chips(&self) -> Chips {
@@ -176,10 +182,13 @@ impl Vm {
 
     fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
         self.shell.meeting.pause(save)?;
+        // After the vCPUs: one of them might be activating or resetting a device.
+        self.devices.quiesce();
         Ok(PauseGuard::new(self))
     }
 
     pub(crate) fn unpause(&self) {
+        self.devices.resume();
         self.shell.meeting.resume();
     }
 
@@ -197,11 +206,12 @@ impl Vm {
     /// When it has stopped, or a vCPU does not come out of the guest.
     pub fn pause(&self) -> Result<(), VmError> {
         let _one = self.operation();
-        if !self.held.swap(true, Ordering::AcqRel)
-            && let Err(error) = self.shell.meeting.pause(false)
-        {
-            self.held.store(false, Ordering::Release);
-            return Err(error);
+        if !self.held.swap(true, Ordering::AcqRel) {
+            if let Err(error) = self.shell.meeting.pause(false) {
+                self.held.store(false, Ordering::Release);
+                return Err(error);
+            }
+            self.devices.quiesce();
         }
         Ok(())
     }
@@ -216,6 +226,7 @@ impl Vm {
             return Err(VmError::Stopped(reason));
         }
         if self.held.swap(false, Ordering::AcqRel) {
+            self.devices.resume();
             self.shell.meeting.resume();
         }
         Ok(())
@@ -289,6 +300,20 @@ impl Vm {
     /// Types into its console. Returns how many bytes were taken.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         self.devices.type_in(bytes)
+    }
+
+    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is none.
+    pub fn with_disk<T>(&self, index: usize, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
+        self.devices.with_block(index, |block| block.with_disk(with)).flatten()
+    }
+
+    /// Takes its disks away from a VM that has stopped, in their order: to be committed, exported or dropped. A disk whose requests do
+    /// not end is left out.
+    pub fn take_disks(&self) -> Vec<Disk> {
+        if self.stopped().is_none() {
+            return Vec::new();
+        }
+        (0..self.config.disks.len()).filter_map(|at| self.devices.with_block(at, Block::take_disk).flatten()).collect()
     }
 
     /// What the bare guest has reported.

@@ -20,9 +20,9 @@ use thiserror::Error;
 use crate::boot::BootError;
 use crate::kvm::{HostError, VcpuStateError, VmStateError};
 
-pub use config::{ConfigError, Irqchip, VmConfig};
+pub use config::{ConfigError, DiskSpec, Irqchip, VmConfig};
 pub use context::{Context, ContextError};
-pub use devices::{DeviceState, Reports};
+pub use devices::{DeviceError, DeviceState, Reports};
 pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use machine::{ChildOptions, Vm};
 pub use stop::StopReason;
@@ -61,8 +61,11 @@ pub enum VmError {
     #[error("no thread for a vCPU")]
     Thread(#[source] io::Error),
     /// No device.
-    #[error("the devices could not be made")]
-    Devices(#[source] io::Error),
+    #[error(transparent)]
+    Devices(#[from] DeviceError),
+    /// Not a VM.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The VM has stopped.
     #[error("the VM has stopped: {0}")]
     Stopped(StopReason),

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use clade_devices::virtio::Wiring;
+use clade_devices::virtio::regs::QUEUE_NOTIFY;
 use clade_memory::{GuestRam, Store};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
-use crate::boot::KVM_TSS;
+use crate::boot::{KVM_TSS, virtio_slot};
 use crate::kvm::{Host, StateLayout};
 use crate::vm::VmError;
-use crate::vm::config::{Irqchip, VmConfig};
+use crate::vm::config::{ConfigError, Irqchip, VmConfig};
+use crate::vm::devices::DeviceError;
 use crate::vm::rendezvous::Rendezvous;
 use crate::vm::stop::StopReason;
 use crate::vm::vcpu::{Meeting, VcpuThread};
@@ -28,6 +31,8 @@ pub(crate) struct Shell {
     pub(crate) meeting: Arc<Meeting>,
     pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: GuestRam,
+    /// The wires of each virtio device, connected.
+    pub(crate) wiring: Vec<Wiring>,
 }
 
 impl Shell {
@@ -69,8 +74,9 @@ impl Shell {
                 fd.enable_cap(&cap).map_err(|e| VmError::kvm("enable local APICs alone", e))?;
             }
         }
+        let wiring = wire(&fd, config)?;
         let meeting = Arc::new(Rendezvous::new(usize::from(config.cpus())));
-        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram };
+        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram, wiring };
         for index in 0..config.cpus() {
             let vcpu = shell.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
             let cpuid = host.cpuid(index, config.cpus(), &config.hide)?;
@@ -94,6 +100,29 @@ impl Shell {
         shell.meeting.wait_idle()?;
         Ok(shell)
     }
+}
+
+/// Connects the interrupt and the notifications of each virtio device. Here and not when the device is made, because it depends on the
+/// configuration alone, and each ioeventfd waits for readers of KVM's bus.
+fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
+    let mut all = Vec::new();
+    for (at, queues) in config.virtio_queues().enumerate() {
+        let (base, gsi) = virtio_slot(at).ok_or(ConfigError::Devices { devices: config.virtio_queues().count() })?;
+        let wiring = Wiring::new(queues).map_err(DeviceError::Io)?;
+        let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
+        for (queue, event) in (0u32..).zip(&wiring.notify) {
+            // With the queue's number as the value to match: one event a queue, at the same register.
+            fd.register_ioevent(event, &notify, queue)
+                .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
+        }
+        // Without an IOAPIC there is nobody to raise it at.
+        if config.irqchip == Irqchip::Full {
+            fd.register_irqfd(wiring.irq.eventfd(), gsi)
+                .map_err(|e| VmError::kvm("connect a device's interrupt", e))?;
+        }
+        all.push(wiring);
+    }
+    Ok(all)
 }
 
 impl Drop for Shell {

@@ -100,6 +100,12 @@ impl VcpuThread {
             Start::Restore(image) if last => self.restore_vm(image),
             _ => Ok(()),
         };
+        if last {
+            // After the interrupt controllers have their state. What a device of the parent had raised may have been on its way to them when that
+            // was saved.
+            order.devices.reraise();
+            order.devices.resume();
+        }
         // Nobody runs before the leader is done.
         order.line.wait();
         own.unwrap_or(Err(VmError::NotSaved))?;
@@ -174,8 +180,9 @@ impl VcpuThread {
                     }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => devices.pio_read(port, data),
-                Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
-                Ok(VcpuExit::MmioWrite(..) | VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
+                Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => devices.mmio_write(address, data),
+                Ok(VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
                 Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(StopReason::Shutdown { vcpu }),
                 Ok(VcpuExit::FailEntry(reason, _)) => return Some(StopReason::FailEntry { vcpu, reason }),
                 Ok(VcpuExit::InternalError) => {

@@ -98,6 +98,26 @@ fn values_that_no_vm_can_have() {
 }
 
 #[test]
+fn disks_that_cannot_be() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    let empty = runtime.dir().join("empty.img");
+    fs::write(&empty, b"short").unwrap();
+    let empty = empty.to_str().unwrap();
+    let run = |disk: &str| runtime.clade(&["run", "--kernel", "bare", "--mem", "32M", "--disk", disk]);
+    run("/no/such/disk").expect_refusal("/no/such/disk");
+    run("/dev/null").expect_refusal("/dev/null");
+    run(empty).expect_refusal(empty);
+    for (disk, named) in [("x,rw", "rw"), ("x,queues=99", "99"), ("", "names no file")] {
+        let answer = run(disk);
+        assert_eq!(answer.code, Some(2));
+        assert!(answer.stderr.contains(named), "{}", answer.stderr);
+    }
+}
+
+#[test]
 fn vms_and_guests_that_are_not_there() {
     let runtime = Runtime::new();
     for command in ["fork", "console", "pause", "resume", "stop"] {

@@ -1,0 +1,240 @@
+//! A disk at one instant: what a fork takes with it, and what becomes of overlays at the end.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade_io::{FileError, IoFile};
+use rustix::fs::{FallocateFlags, fallocate};
+use thiserror::Error;
+
+use super::live::{Disk, Setup};
+use super::map::{BlockMap, GRANULE, Source};
+use super::{DiskConfig, DiskError};
+
+/// Bytes copied at once by commit and export.
+const CHUNK: u64 = 1 << 20;
+
+/// A disk at one instant, of which any number of disks can be made, each with writes of its own. It keeps the files, not the VM, alive.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
+    pub(super) setup: Arc<Setup>,
+    pub(super) map: BlockMap,
+    /// Files with writes in flight at that instant.
+    pub(super) unsettled: Vec<Arc<IoFile>>,
+}
+
+/// An overlay was not written back.
+#[derive(Debug, Error)]
+pub enum CommitError {
+    /// Somebody else reads the base.
+    #[error("{others} other VMs or images use {} as it is; what was written since the fork is in an overlay without a name and ends with it (export it to keep it)", path.display())]
+    Shared {
+        /// The base.
+        path: PathBuf,
+        /// How many.
+        others: usize,
+    },
+    /// The base was opened for reading.
+    #[error("{} was opened read-only", path.display())]
+    ReadOnly {
+        /// The base.
+        path: PathBuf,
+    },
+    /// Requests are in flight.
+    #[error("{requests} requests to {} are in flight", path.display())]
+    Busy {
+        /// The base.
+        path: PathBuf,
+        /// How many.
+        requests: usize,
+    },
+    /// A copy failed. The base holds a part of what was written since the fork.
+    #[error("the base holds only part of what was written since the fork")]
+    Partial(#[source] FileError),
+}
+
+/// What a commit did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitReport {
+    /// Bytes copied into the base.
+    pub copied: u64,
+    /// Bytes of the base that were made zeros.
+    pub zeroed: u64,
+}
+
+impl DiskImage {
+    /// A disk that goes on from here.
+    ///
+    /// # Errors
+    /// When no eventfd is to be had.
+    pub fn open(&self) -> Result<Disk, DiskError> {
+        Disk::from_image(self)
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn config(&self) -> &DiskConfig {
+        &self.setup.config
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.setup.size
+    }
+
+    /// Waits until no write of the VM it was taken from is on its way into one of its files, up to `patience`. Returns whether that is so.
+    ///
+    /// A child needs no such wait: its device does again what was in flight. A copy of the disk does.
+    #[must_use]
+    pub fn settle(&self, patience: Duration) -> bool {
+        self.unsettled.iter().all(|file| file.settle(patience))
+    }
+
+    /// Writes the whole disk into a new file at `path`, sparse where it is zeros, and makes it durable.
+    ///
+    /// # Errors
+    /// When the file exists, or it or a source cannot be used; nothing is left at `path` then.
+    pub fn export(&self, path: &Path) -> Result<u64, FileError> {
+        let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
+        let to = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed("created"))?;
+        let copied = to
+            .set_len(self.setup.size)
+            .map_err(failed("given the disk's size"))
+            .and_then(|()| {
+                copy_data(&self.map, self.setup.size, |at, bytes| to.write_all_at(bytes, at).map_err(failed("written")))
+            })
+            .and_then(|copied| to.sync_all().map_err(failed("made durable")).map(|()| copied));
+        if copied.is_err() {
+            // The first error is the one to tell.
+            let _ = std::fs::remove_file(path);
+        }
+        copied
+    }
+}
+
+/// Hands `write` the bytes of every chunk that is not all zeros. Returns how many bytes that were.
+fn copy_data(
+    map: &BlockMap,
+    size: u64,
+    mut write: impl FnMut(u64, &[u8]) -> Result<(), FileError>,
+) -> Result<u64, FileError> {
+    let mut copied = 0;
+    for (range, source) in map.pieces(0..size.div_ceil(GRANULE)) {
+        let Source::File(file) = source else { continue };
+        for_chunks(range.start * GRANULE, (range.end * GRANULE).min(size), |at, len| {
+            let mut bytes = vec![0; len];
+            file.read_now(&mut bytes, at)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                write(at, &bytes)?;
+                copied += len as u64;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(copied)
+}
+
+fn for_chunks(
+    start: u64,
+    end: u64,
+    mut each: impl FnMut(u64, usize) -> Result<(), FileError>,
+) -> Result<(), FileError> {
+    let mut at = start;
+    while at < end {
+        let len = CHUNK.min(end - at);
+        each(at, len as usize)?;
+        at += len;
+    }
+    Ok(())
+}
+
+impl Disk {
+    /// Writes what was written since the first fork into the file the disk was opened from, and makes it durable, if nobody else has that file
+    /// in a map. A disk that was never forked has nothing to write.
+    ///
+    /// It is not one step: after a crash in the middle the base has some of the granules. Nobody sees that before, because nobody
+    /// else uses it.
+    ///
+    /// # Errors
+    /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
+    pub fn commit(self) -> Result<CommitReport, Box<(Self, CommitError)>> {
+        match self.try_commit() {
+            Ok(report) => Ok(report),
+            Err(error) => Err(Box::new((self, error))),
+        }
+    }
+
+    fn try_commit(&self) -> Result<CommitReport, CommitError> {
+        let (base, path) = (self.base(), || self.base().path().to_owned());
+        if self.in_flight() > 0 {
+            return Err(CommitError::Busy { path: path(), requests: self.in_flight() });
+        }
+        if !base.is_writable() {
+            return Err(CommitError::ReadOnly { path: path() });
+        }
+        // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
+        let others = Arc::strong_count(self.setup()) - 1;
+        if others > 0 && self.is_forked() {
+            return Err(CommitError::Shared { path: path(), others });
+        }
+        let (size, mut report) = (self.size(), CommitReport::default());
+        for (range, source) in self.map().pieces(0..size.div_ceil(GRANULE)) {
+            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(size));
+            match source {
+                Source::File(file) if Arc::ptr_eq(file, base) => {}
+                Source::File(file) => {
+                    for_chunks(start, end, |at, len| {
+                        let mut bytes = vec![0; len];
+                        file.read_now(&mut bytes, at)?;
+                        base.write_now(&bytes, at)
+                    })
+                    .map_err(CommitError::Partial)?;
+                    report.copied += end - start;
+                }
+                Source::Zero => {
+                    zero(base, start, end).map_err(CommitError::Partial)?;
+                    report.zeroed += end - start;
+                }
+            }
+        }
+        base.sync_now().map_err(CommitError::Partial)?;
+        Ok(report)
+    }
+}
+
+/// Makes a range of a file zeros: as a hole, or by writing them where there are no holes.
+fn zero(file: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    if fallocate(file, hole, start, end - start).is_ok() {
+        return Ok(());
+    }
+    for_chunks(start, end, |at, len| file.write_now(&vec![0; len], at))
+}
+
+/// The directory overlays of `config` are made in.
+pub(super) fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
+    match (&config.overlays, config.path.parent()) {
+        (Some(dir), _) => dir.clone(),
+        // What stands beside a block device is memory.
+        (None, _) if block_device => std::env::temp_dir(),
+        (None, Some(dir)) if dir.as_os_str().is_empty() => PathBuf::from("."),
+        (None, Some(dir)) => dir.to_owned(),
+        (None, None) => PathBuf::from("."),
+    }
+}
+
+/// Checks that overlays can be made in `dir`, so that a guest's first write after a fork is not the first to know.
+pub(super) fn check_overlays(dir: &Path) -> Result<(), FileError> {
+    let metadata = File::open(dir).and_then(|dir| dir.metadata());
+    let failed = |source| FileError { path: dir.to_owned(), what: "used for overlays", source };
+    match metadata {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(failed(io::ErrorKind::NotADirectory.into())),
+        Err(source) => Err(failed(source)),
+    }
+}

@@ -1,0 +1,134 @@
+//! One request to a disk, on its way through the steps it takes.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use clade_io::{AlignedBuf, Fragment, IoFile};
+
+use super::DiskError;
+use super::map::GRANULE;
+
+/// What a job is to do.
+#[derive(Debug)]
+pub(super) enum Work {
+    /// Read into the buffers.
+    Read(Vec<Fragment>),
+    /// Write the buffers.
+    Write(Vec<Fragment>),
+    /// Make zeros.
+    Zero {
+        /// As holes, where there can be any.
+        punch: bool,
+        /// Whether it may be left undone.
+        advisory: bool,
+    },
+    /// Make durable.
+    Flush,
+}
+
+/// Where a job is.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nothing was given to the engine, or what was is done again from the beginning.
+    Planned,
+    /// The rest of granules that are written in part is being read.
+    Edges,
+    /// The transfer itself.
+    Transfer,
+}
+
+/// See the module's documentation. Offsets and lengths are in bytes of the disk.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) token: u64,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) work: Work,
+    pub(super) stage: Stage,
+    /// Operations in the engine.
+    pub(super) left: usize,
+    pub(super) error: Option<DiskError>,
+    pub(super) lock: Option<u64>,
+    /// The file written to, once that is known.
+    pub(super) target: Option<Arc<IoFile>>,
+    /// Whether the map is to name the target when the job is done.
+    pub(super) moves: bool,
+    pub(super) edges: Edges,
+}
+
+impl Job {
+    pub(super) fn new(token: u64, offset: u64, len: u64, work: Work) -> Self {
+        Self {
+            token,
+            offset,
+            len,
+            work,
+            stage: Stage::Planned,
+            left: 0,
+            error: None,
+            lock: None,
+            target: None,
+            moves: false,
+            edges: Edges::default(),
+        }
+    }
+
+    pub(super) fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+
+    /// The granules it touches.
+    pub(super) fn granules(&self) -> Range<u64> {
+        self.offset / GRANULE..self.end().div_ceil(GRANULE)
+    }
+
+    /// Those that it covers, on a disk of `size` bytes, whose last granule may be a short one.
+    pub(super) fn whole_granules(&self, size: u64) -> Range<u64> {
+        let end = if self.end() == size { size.div_ceil(GRANULE) } else { self.end() / GRANULE };
+        let start = self.offset.div_ceil(GRANULE);
+        start..end.max(start)
+    }
+
+    /// Whether it changes the disk.
+    pub(super) fn changes(&self) -> bool {
+        matches!(self.work, Work::Write(_) | Work::Zero { .. })
+    }
+}
+
+/// The first and the last granule of a write, where it covers only a part of them.
+#[derive(Debug, Default)]
+pub(super) struct Edges {
+    pub(super) head: Option<Edge>,
+    pub(super) tail: Option<Edge>,
+}
+
+/// A granule whose other bytes are written along.
+#[derive(Clone, Debug)]
+pub(super) struct Edge {
+    pub(super) granule: u64,
+    /// What it held before.
+    pub(super) bytes: Arc<AlignedBuf>,
+}
+
+impl Edge {
+    pub(super) fn start(&self) -> u64 {
+        self.granule * GRANULE
+    }
+
+    fn part(&self, start: u64, end: u64) -> Option<Fragment> {
+        let (from, to) = (start - self.start(), end - self.start());
+        Fragment::owned(&self.bytes, from as usize, (to - from) as usize).ok().filter(|part| !part.is_empty())
+    }
+}
+
+impl Edges {
+    /// Where a write of `offset..end` begins with them, and its memory.
+    pub(super) fn around(&self, offset: u64, end: u64, buffers: &[Fragment]) -> (u64, Vec<Fragment>) {
+        let mut all = Vec::with_capacity(buffers.len() + 2);
+        let start = self.head.as_ref().map_or(offset, Edge::start);
+        all.extend(self.head.as_ref().and_then(|edge| edge.part(edge.start(), offset)));
+        all.extend_from_slice(buffers);
+        all.extend(self.tail.as_ref().and_then(|edge| edge.part(end, edge.start() + edge.bytes.len() as u64)));
+        (start, all)
+    }
+}

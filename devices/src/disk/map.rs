@@ -1,0 +1,180 @@
+//! Which file provides each block of a disk: a persistent map, cloned in constant time with the VM.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use clade_io::IoFile;
+use rpds::RedBlackTreeMapSync;
+
+/// The unit in which a disk's blocks are one file's or another's.
+pub const GRANULE: u64 = 4096;
+
+/// What provides a range of blocks. Files hold every block at its own offset in the disk.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// Nothing: it reads as zeros.
+    Zero,
+    /// A file.
+    File(Arc<IoFile>),
+}
+
+impl Source {
+    pub(crate) fn is(&self, file: &Arc<IoFile>) -> bool {
+        matches!(self, Self::File(own) if Arc::ptr_eq(own, file))
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Zero, Self::Zero) => true,
+            (Self::File(a), Self::File(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Extent {
+    end: u64,
+    source: Source,
+}
+
+/// Granules to sources, without gaps. Clones share everything until one of them is changed.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockMap {
+    extents: RedBlackTreeMapSync<u64, Extent>,
+}
+
+impl BlockMap {
+    /// `granules` granules, all of them provided by `source`.
+    pub(crate) fn new(granules: u64, source: Source) -> Self {
+        let mut extents = RedBlackTreeMapSync::new_sync();
+        if granules > 0 {
+            extents.insert_mut(0, Extent { end: granules, source });
+        }
+        Self { extents }
+    }
+
+    /// Extents: what the map costs.
+    pub(crate) fn len(&self) -> usize {
+        self.extents.size()
+    }
+
+    /// What provides `range`, ascending and without gaps, cut to it.
+    pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, &Source)> {
+        let first = self.extents.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);
+        self.extents.range(first..range.end).filter_map(move |(start, extent)| {
+            let piece = (*start).max(range.start)..extent.end.min(range.end);
+            (piece.start < piece.end).then_some((piece, &extent.source))
+        })
+    }
+
+    /// Whether `file` provides all of `range`.
+    pub(crate) fn is_all(&self, range: Range<u64>, file: &Arc<IoFile>) -> bool {
+        self.pieces(range).all(|(_, source)| source.is(file))
+    }
+
+    /// What provides one granule.
+    pub(crate) fn at(&self, granule: u64) -> Source {
+        let found = self.pieces(granule..granule + 1).next().map(|(_, source)| source.clone());
+        found.unwrap_or(Source::Zero)
+    }
+
+    /// From now on `source` provides `range`.
+    pub(crate) fn insert(&mut self, range: Range<u64>, source: Source) {
+        if range.is_empty() {
+            return;
+        }
+        let (mut start, mut end) = (range.start, range.end);
+        // With the neighbours, which may be the same source's and are then joined.
+        let reach = range.start.saturating_sub(1)..range.end.saturating_add(1);
+        let first = self.extents.range(..=reach.start).next_back().map_or(reach.start, |(start, _)| *start);
+        let touched: Vec<(u64, Extent)> =
+            self.extents.range(first..reach.end).map(|(start, extent)| (*start, extent.clone())).collect();
+        for (old, extent) in touched {
+            if extent.end < range.start || old > range.end {
+                continue;
+            }
+            self.extents.remove_mut(&old);
+            if extent.source.same(&source) {
+                start = start.min(old);
+                end = end.max(extent.end);
+                continue;
+            }
+            if old < range.start {
+                let head = Extent { end: extent.end.min(range.start), source: extent.source.clone() };
+                self.extents.insert_mut(old, head);
+            }
+            if extent.end > range.end {
+                self.extents.insert_mut(old.max(range.end), Extent { end: extent.end, source: extent.source });
+            }
+        }
+        self.extents.insert_mut(start, Extent { end, source });
+    }
+
+    /// The files that provide something, each once.
+    pub(crate) fn files(&self) -> Vec<Arc<IoFile>> {
+        let mut files: Vec<Arc<IoFile>> = Vec::new();
+        for (_, extent) in self.extents.iter() {
+            if let Source::File(file) = &extent.source
+                && !files.iter().any(|known| Arc::ptr_eq(known, file))
+            {
+                files.push(Arc::clone(file));
+            }
+        }
+        files
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clade_io::CachePolicy;
+    use proptest::prelude::*;
+
+    const GRANULES: u64 = 40;
+
+    fn files() -> Vec<Arc<IoFile>> {
+        let file = || IoFile::unnamed(&std::env::temp_dir(), 4096, CachePolicy::Host).unwrap();
+        (0..3).map(|_| Arc::new(file())).collect()
+    }
+
+    /// Which of the files, or none, provides each granule.
+    fn flat(map: &BlockMap, files: &[Arc<IoFile>]) -> Vec<Option<usize>> {
+        let mut flat = Vec::new();
+        for (range, source) in map.pieces(0..GRANULES) {
+            assert_eq!(range.start, flat.len() as u64, "no gap and no overlap");
+            let at = files.iter().position(|file| source.is(file));
+            flat.extend(range.map(|_| at));
+        }
+        flat
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_an_array(changes in prop::collection::vec((0..GRANULES, 1..=GRANULES, 0..4usize, any::<bool>()), 1..40)) {
+            let files = files();
+            let mut map = BlockMap::new(GRANULES, Source::File(Arc::clone(&files[0])));
+            let mut model = vec![Some(0); GRANULES as usize];
+            let mut clones = Vec::new();
+            for (start, len, which, clone) in changes {
+                let end = (start + len).min(GRANULES);
+                if clone {
+                    clones.push((map.clone(), model.clone()));
+                }
+                let source = files.get(which).map_or(Source::Zero, |file| Source::File(Arc::clone(file)));
+                map.insert(start..end, source);
+                model[start as usize..end as usize].fill(files.get(which).map(|_| which));
+                prop_assert_eq!(&flat(&map, &files), &model);
+                let runs = 1 + model.windows(2).filter(|w| w[0] != w[1]).count();
+                prop_assert_eq!(map.len(), runs, "neighbours of one source are one extent");
+                for granule in 0..GRANULES {
+                    let at = map.at(granule);
+                    prop_assert_eq!(files.iter().position(|f| at.is(f)), model[granule as usize]);
+                }
+            }
+            for (map, model) in clones {
+                prop_assert_eq!(flat(&map, &files), model, "a clone does not change");
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Disks: files that are cloned in constant time with the VM they belong to.
+//!
+//! A disk is a [`map`] from ranges of 4 KiB granules to files in which every granule stands at its own offset. Reads follow the map; writes go
+//! to the one file that is this VM's to write, its *own*. At a fork that file becomes read-only for everybody who has it in a map: the
+//! map is cloned, which is one pointer, and the next write of either side makes an unnamed overlay of its own.
+//! docs/devices.md has the reasons; in short:
+//!
+//! - A write of whole granules goes to the own file and then into the map. A write of part of a granule that is not the own file's reads the
+//!   rest of it first, alone with the granule ([`locks`]).
+//! - The map changes when the write is done, so a fork in the middle of it finds the old granule, and the child's device does the
+//!   request again.
+//!
+//! | to learn about | read |
+//! |---|---|
+//! | the map | `map.rs` |
+//! | doing requests | `live.rs`, their steps in `job.rs` |
+//! | forking, commit, export | `image.rs` |
+
+mod image;
+mod job;
+mod live;
+mod locks;
+mod map;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clade_io::{CachePolicy, EngineError, Failure, FileError, OpenError};
+use thiserror::Error;
+
+pub use image::{CommitError, CommitReport, DiskImage};
+pub use live::{Disk, DiskDone, DiskOp};
+pub use map::GRANULE;
+
+/// Bytes in a sector, the unit of virtio-blk.
+pub const SECTOR: u64 = 512;
+
+/// What a disk is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+    /// What the guest is told when it asks for the disk's id; the path's last component if not given. Cut to 20 bytes.
+    pub id: Option<String>,
+    /// Whether transfers go through the host's page cache.
+    pub cache: CachePolicy,
+    /// Where overlays are made. If not given: beside the image, or in the temporary directory for a block device.
+    pub overlays: Option<PathBuf>,
+    /// Makes every transfer late by as much, to try things with.
+    pub latency: Option<Duration>,
+}
+
+impl DiskConfig {
+    /// A writable disk on `path`, everything else as usual.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        let path = path.to_owned();
+        Self { path, read_only: false, id: None, cache: CachePolicy::Host, overlays: None, latency: None }
+    }
+}
+
+/// What a disk refuses, and what can go wrong with it.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// See [`OpenError`].
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// See [`FileError`].
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A file without a sector.
+    #[error("{} has {bytes} bytes: a disk has at least one sector of 512", path.display())]
+    TooSmall {
+        /// Which.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Not on the disk.
+    #[error("{len} bytes at {offset:#x} are not on a disk of {size:#x} bytes")]
+    OutOfRange {
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+        /// The disk's size.
+        size: u64,
+    },
+    /// A write to a disk that is read-only.
+    #[error("{} is read-only", path.display())]
+    ReadOnly {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A transfer failed.
+    #[error(transparent)]
+    Transfer(#[from] Failure),
+    /// See [`EngineError`].
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No eventfd.
+    #[error("no eventfd for a disk")]
+    Event(#[source] io::Error),
+}

@@ -1,0 +1,128 @@
+//! The memory-mapped bus: which device answers which address.
+
+use std::fmt;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+/// A device at a range of addresses. It is called from every vCPU at once.
+pub trait MmioDevice: Send + Sync + fmt::Debug {
+    /// The guest reads `data.len()` bytes at `offset` from the device's base.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// The guest writes `data` at `offset` from the device's base.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// A range that cannot be a device's.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum MmioBusError {
+    /// Two devices want one address.
+    #[error("addresses {base:#x}..{end:#x} overlap a device at {other:#x}")]
+    Overlap {
+        /// First address.
+        base: u64,
+        /// The address after the last.
+        end: u64,
+        /// Where the other device begins.
+        other: u64,
+    },
+    /// No addresses, or more than there are.
+    #[error("{len:#x} bytes at {base:#x} are no range of addresses")]
+    NoRange {
+        /// First address.
+        base: u64,
+        /// How many.
+        len: u64,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    base: u64,
+    end: u64,
+    device: Arc<dyn MmioDevice>,
+}
+
+/// Addresses to devices. Addresses nobody has read as all ones and swallow writes.
+#[derive(Clone, Debug, Default)]
+pub struct MmioBus {
+    slots: Vec<Slot>,
+}
+
+impl MmioBus {
+    /// Adds a device at `base..base + len`.
+    ///
+    /// # Errors
+    /// When another device has one of the addresses, or there are no such addresses.
+    pub fn add(&mut self, base: u64, len: u64, device: Arc<dyn MmioDevice>) -> Result<(), MmioBusError> {
+        let end = base.checked_add(len).filter(|end| *end > base).ok_or(MmioBusError::NoRange { base, len })?;
+        if let Some(other) = self.slots.iter().find(|s| base < s.end && s.base < end) {
+            return Err(MmioBusError::Overlap { base, end, other: other.base });
+        }
+        self.slots.push(Slot { base, end, device });
+        self.slots.sort_by_key(|s| s.base);
+        Ok(())
+    }
+
+    /// The device that has all of `len` bytes at `address`.
+    fn find(&self, address: u64, len: usize) -> Option<(&Slot, u64)> {
+        let at = self.slots.partition_point(|s| s.base <= address).checked_sub(1)?;
+        let slot = &self.slots[at];
+        let inside = address.checked_add(len as u64).is_some_and(|end| end <= slot.end);
+        inside.then(|| (slot, address - slot.base))
+    }
+
+    /// A guest's load.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.find(address, data.len()) {
+            Some((slot, offset)) => slot.device.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// A guest's store.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((slot, offset)) = self.find(address, data.len()) {
+            slot.device.write(offset, data);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Debug, Default)]
+    struct Last(Mutex<Vec<(u64, Vec<u8>)>>);
+    impl MmioDevice for Last {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.0.lock().unwrap().push((offset, data.to_vec()));
+        }
+    }
+
+    #[test]
+    fn routes_by_range_and_floats_elsewhere() {
+        let mut bus = MmioBus::default();
+        let device = Arc::new(Last::default());
+        bus.add(0xd000_0000, 0x1000, device.clone()).unwrap();
+        let overlap = bus.add(0xd000_0fff, 1, device.clone()).unwrap_err();
+        assert_eq!(overlap.to_string(), "addresses 0xd0000fff..0xd0001000 overlap a device at 0xd0000000");
+        assert!(matches!(bus.add(u64::MAX, 2, device.clone()), Err(MmioBusError::NoRange { .. })));
+        assert!(matches!(bus.add(0, 0, device.clone()), Err(MmioBusError::NoRange { .. })));
+        bus.add(0xd000_1000, 0x1000, Arc::new(Last::default())).unwrap();
+        let mut bytes = [0; 4];
+        bus.read(0xd000_0010, &mut bytes);
+        assert_eq!(bytes, [0x10; 4]);
+        // Across the end of a device: nobody's.
+        bus.read(0xd000_0ffe, &mut bytes);
+        assert_eq!(bytes, [0xff; 4]);
+        bus.write(0xd000_0050, &[1, 0, 0, 0]);
+        bus.write(0xd000_0ffe, &[9; 4]);
+        bus.write(0xc000_0000, &[9; 4]);
+        assert_eq!(*device.0.lock().unwrap(), vec![(0x50, vec![1, 0, 0, 0])]);
+    }
+}

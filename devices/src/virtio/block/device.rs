@@ -1,0 +1,245 @@
+//! The block device as the transport sees it.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::request::MOST_RANGE_SECTORS;
+use super::service::{BlockService, DISK};
+use super::state::{BlockState, InFlight};
+use crate::disk::{Disk, GRANULE, SECTOR};
+use crate::virtio::limiter::{Limiter, Limits};
+use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, Saved, VirtioDevice, Worker};
+
+/// Descriptors of each queue.
+pub const QUEUE_SIZE: u16 = 256;
+/// Most queues of a block device.
+pub const MOST_QUEUES: u16 = 16;
+/// Most buffers of data in a request: a chain with header and status fits in half of a queue.
+const SEG_MAX: u32 = 126;
+/// Bytes of the configuration space up to what the features offered need.
+const CONFIG_LEN: usize = 60;
+/// How long a reset waits for the kernel. Then the driver waits, looking at the status.
+const RESET_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is chosen for a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// Queues: 1 to [`MOST_QUEUES`].
+    pub queues: u16,
+    /// What it may do a second.
+    pub limits: Limits,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self { queues: 1, limits: Limits::default() }
+    }
+}
+
+/// Where the disk is.
+#[derive(Debug)]
+enum Place {
+    /// Here: the device is not active.
+    Here(Box<Disk>),
+    /// With the worker.
+    Working(Worker<BlockService>),
+    /// Nowhere: the worker's thread could not be ended, or could not begin. The driver is told by every reset and activation.
+    Lost,
+}
+
+/// A block device. While it is active its disk is the worker's.
+#[derive(Debug)]
+pub struct Block {
+    queue_sizes: Vec<u16>,
+    config: [u8; CONFIG_LEN],
+    features: u64,
+    place: Place,
+    /// In flight when it was saved, and not begun again.
+    again: VecDeque<InFlight>,
+    limiter: Limiter,
+}
+
+impl Block {
+    /// A fresh device on `disk`.
+    #[must_use]
+    pub fn new(disk: Disk, options: &BlockOptions) -> Self {
+        let read_only = disk.config().read_only;
+        let queues = options.queues.clamp(1, MOST_QUEUES);
+        let mut features = bits(&[
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_RING_F_EVENT_IDX,
+        ]);
+        if queues > 1 {
+            features |= bits(&[VIRTIO_BLK_F_MQ]);
+        }
+        features |=
+            if read_only { bits(&[VIRTIO_BLK_F_RO]) } else { bits(&[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]) };
+        Self {
+            queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
+            config: config_space(disk.size(), queues),
+            features,
+            limiter: Limiter::new(&options.limits),
+            place: Place::Here(Box::new(disk)),
+            again: VecDeque::new(),
+        }
+    }
+
+    /// A device that goes on from a saved state, on a disk of the same instant.
+    #[must_use]
+    pub fn restore(state: &BlockState, disk: Disk, options: &BlockOptions) -> Self {
+        Self { again: state.in_flight.iter().copied().collect(), ..Self::new(disk, options) }
+    }
+
+    /// Runs `with` on its disk, between two turns of its worker. None if it has lost it.
+    pub fn with_disk<T>(&mut self, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
+        match &mut self.place {
+            Place::Here(disk) => Some(with(disk)),
+            Place::Working(worker) => Some(worker.with(|service| with(&mut service.disk))),
+            Place::Lost => None,
+        }
+    }
+
+    /// Takes its disk away, with the device stopped for good. None if its requests do not end.
+    pub fn take_disk(&mut self) -> Option<Disk> {
+        let _over = self.deactivate();
+        match std::mem::replace(&mut self.place, Place::Lost) {
+            Place::Here(disk) => Some(*disk),
+            Place::Working(_) | Place::Lost => None,
+        }
+    }
+}
+
+fn bits(features: &[u32]) -> u64 {
+    features.iter().fold(0, |all, bit| all | 1 << bit)
+}
+
+/// The specification's `struct virtio_blk_config`, little-endian.
+fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
+    let mut config = [0; CONFIG_LEN];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    let granule_sectors = (GRANULE / SECTOR) as u32;
+    put(0, &(size / SECTOR).to_le_bytes());
+    put(12, &SEG_MAX.to_le_bytes());
+    // A sector can be written alone; what is cheap is a granule (2^3 sectors), of which a write of less may have to read the rest.
+    put(20, &(SECTOR as u32).to_le_bytes());
+    put(24, &[granule_sectors.trailing_zeros() as u8]);
+    put(26, &(granule_sectors as u16).to_le_bytes());
+    put(34, &queues.to_le_bytes());
+    put(36, &MOST_RANGE_SECTORS.to_le_bytes());
+    put(40, &1u32.to_le_bytes());
+    put(44, &granule_sectors.to_le_bytes());
+    put(48, &MOST_RANGE_SECTORS.to_le_bytes());
+    put(52, &1u32.to_le_bytes());
+    put(56, &[1]);
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(CONFIG_LEN);
+        let there = &self.config[start..CONFIG_LEN.min(start.saturating_add(data.len()))];
+        data[..there.len()].copy_from_slice(there);
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        if with.queues.iter().all(Option::is_none) {
+            return Err(ActivateError::NoQueue { index: 0 });
+        }
+        let Place::Here(disk) = std::mem::replace(&mut self.place, Place::Lost) else {
+            return Err(ActivateError::NotReady);
+        };
+        let again = std::mem::take(&mut self.again);
+        let mut queues = with.queues;
+        for chain in &again {
+            if let Some(Some(queue)) = queues.get_mut(usize::from(chain.queue)) {
+                queue.count_out();
+            }
+        }
+        let mut sources: Vec<(RawFd, u32)> = vec![(disk.event().as_raw_fd(), DISK)];
+        sources.extend(queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
+        let service = BlockService::new(*disk, with.ram, queues, with.interrupt, self.limiter, again);
+        match Worker::spawn("clade-blk", service, &sources, with.held) {
+            Ok(worker) => {
+                self.place = Place::Working(worker);
+                Ok(())
+            }
+            Err(failed) => {
+                let (error, service) = *failed;
+                self.place = service.map_or(Place::Lost, |service| Place::Here(Box::new(service.disk)));
+                Err(ActivateError::Worker(error))
+            }
+        }
+    }
+
+    fn deactivate(&mut self) -> bool {
+        self.again.clear();
+        let Place::Working(worker) = &self.place else { return true };
+        let deadline = Instant::now() + RESET_PATIENCE;
+        let over = worker.with(|service| {
+            while !service.abandon() {
+                if Instant::now() >= deadline || service.disk.wait(Duration::from_millis(10)).is_err() {
+                    return false;
+                }
+            }
+            true
+        });
+        if over && let Place::Working(worker) = std::mem::replace(&mut self.place, Place::Lost) {
+            self.place = worker.stop().map_or(Place::Lost, |service| Place::Here(Box::new(service.disk)));
+        }
+        over
+    }
+
+    fn quiesce(&mut self) {
+        if let Place::Working(worker) = &self.place {
+            worker.quiesce();
+        }
+    }
+
+    fn resume(&mut self) {
+        if let Place::Working(worker) = &self.place {
+            worker.resume();
+        }
+    }
+
+    fn save(&mut self) -> Result<Saved, SaveError> {
+        let (in_flight, queues, image) = match &mut self.place {
+            Place::Here(disk) => {
+                (self.again.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
+            }
+            // The worker stands still: nothing is submitted between the list and the map.
+            Place::Working(worker) => {
+                worker.with(|service| (service.in_flight(), service.queue_states(), service.disk.fork()))
+            }
+            Place::Lost => return Err(SaveError { what: "a block device" }),
+        };
+        Ok(Saved { state: DeviceState::Block(BlockState { in_flight }), backend: Backend::Disk(image), queues })
+    }
+
+    fn as_any(&mut self) -> &mut dyn Any {
+        self
+    }
+}

@@ -1,0 +1,140 @@
+//! What a driver asks of a block device.
+//!
+//! The specification lets a driver cut a request into buffers as it likes: the first 16 bytes to read are the header, the last byte to write is the
+//! status, and what is in between is data.
+
+use clade_memory::GuestRam;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use vm_memory::GuestAddress;
+
+use crate::disk::SECTOR;
+use crate::virtio::dma;
+use crate::virtio::queue::{Chain, QueueError, Segment};
+
+/// Bytes of the header.
+const HEADER: usize = 16;
+/// Bytes of a range to discard or to make zeros.
+const RANGE: usize = 16;
+/// In such a range: the room may be given back.
+const UNMAP: u32 = 1;
+/// Most sectors of such a range: what one request may take.
+pub(super) const MOST_RANGE_SECTORS: u32 = 1 << 16;
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read {
+        offset: u64,
+    },
+    Write {
+        offset: u64,
+    },
+    Flush,
+    Id,
+    Discard {
+        offset: u64,
+        len: u64,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    },
+    /// Understood, and cannot be: the status is IOERR.
+    Impossible,
+    /// Not understood: the status is UNSUPP.
+    Unknown,
+}
+
+/// A request, parsed. Every byte of it was read once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) head: u16,
+    pub(super) kind: Kind,
+    /// Where the data is: to read for a write, and the other way round.
+    pub(super) data: Vec<Segment>,
+    pub(super) status: GuestAddress,
+}
+
+impl Request {
+    /// Bytes of data.
+    pub(super) fn len(&self) -> u64 {
+        dma::len_of(&self.data)
+    }
+
+    /// What the limits count.
+    pub(super) fn cost(&self) -> u64 {
+        if matches!(self.kind, Kind::Read { .. } | Kind::Write { .. }) { self.len() } else { 0 }
+    }
+
+    /// The request in `chain`.
+    ///
+    /// # Errors
+    /// When it has no header or no room for the status, which leaves nobody to tell but the whole device.
+    pub(super) fn parse(ram: &GuestRam, chain: &Chain) -> Result<Self, QueueError> {
+        let head = chain.head;
+        let content = |what| QueueError::Content { head, what };
+        let mut header = [0; HEADER];
+        let data = dma::copy_in(ram, &chain.readable, &mut header).map_err(|_| content("has no header"))?;
+        let (status, room) = split_status(&chain.writable).ok_or_else(|| content("has no room for the status"))?;
+        let [kind, _reserved, ..] = [word(&header, 0), word(&header, 4)];
+        let sector = u64::from(word(&header, 8)) | u64::from(word(&header, 12)) << 32;
+        let offset = sector.checked_mul(SECTOR);
+        let transfer = |segments: &[Segment]| {
+            let len = dma::len_of(segments);
+            offset.filter(|_| len > 0 && len.is_multiple_of(SECTOR))
+        };
+        let (kind, data) = match kind {
+            VIRTIO_BLK_T_IN => (transfer(&room).map_or(Kind::Impossible, |offset| Kind::Read { offset }), room),
+            VIRTIO_BLK_T_OUT => (transfer(&data).map_or(Kind::Impossible, |offset| Kind::Write { offset }), data),
+            VIRTIO_BLK_T_FLUSH => (Kind::Flush, Vec::new()),
+            VIRTIO_BLK_T_GET_ID => (Kind::Id, room),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                (range(ram, &data, kind == VIRTIO_BLK_T_DISCARD), Vec::new())
+            }
+            _ => (Kind::Unknown, Vec::new()),
+        };
+        Ok(Self { head, kind, data, status })
+    }
+}
+
+fn word(bytes: &[u8; HEADER], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// The last byte of `segments`, and all before it.
+fn split_status(segments: &[Segment]) -> Option<(GuestAddress, Vec<Segment>)> {
+    let mut room = segments.to_vec();
+    let last = room.last_mut()?;
+    last.len -= 1;
+    let status = GuestAddress(last.address.0 + u64::from(last.len));
+    if last.len == 0 {
+        room.pop();
+    }
+    Some((status, room))
+}
+
+/// The one range of a discard or a write of zeros.
+fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> Kind {
+    let mut bytes = [0; RANGE];
+    if dma::len_of(data) != RANGE as u64 || dma::copy_in(ram, data, &mut bytes).is_err() {
+        return Kind::Impossible;
+    }
+    let sector = u64::from(word(&bytes, 0)) | u64::from(word(&bytes, 4)) << 32;
+    let (sectors, flags) = (word(&bytes, 8), word(&bytes, 12));
+    // The specification: a device fails what sets flags it does not know, and a discard that sets any, as unsupported.
+    if flags & !UNMAP != 0 || (discard && flags != 0) {
+        return Kind::Unknown;
+    }
+    let (Some(offset), len) = (sector.checked_mul(SECTOR), u64::from(sectors) * SECTOR) else {
+        return Kind::Impossible;
+    };
+    match (sectors, discard) {
+        (1..=MOST_RANGE_SECTORS, true) => Kind::Discard { offset, len },
+        (1..=MOST_RANGE_SECTORS, false) => Kind::Zero { offset, len, unmap: flags & UNMAP != 0 },
+        _ => Kind::Impossible,
+    }
+}

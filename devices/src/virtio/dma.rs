@@ -1,0 +1,123 @@
+//! Guest memory for devices: pinned for those that are given its address, copied by the processor for the rest.
+//!
+//! What needs a pin and what does not: an address given to the kernel, for a transfer that goes on while the VM may be forked, needs one
+//! (I3). What the VMM's processor writes in one call, such as a status byte or the used ring, does not: it goes through this VM's private
+//! mapping, which breaks COW by itself, and workers stand still during a fork.
+
+use std::sync::Arc;
+
+use clade_io::Fragment;
+use clade_memory::{Access, GuestRam, PageRange, PinError, Term};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion};
+
+use super::queue::Segment;
+
+/// Memory that a device cannot have.
+#[derive(Debug, Error)]
+pub enum DmaError {
+    /// Not in RAM.
+    #[error("{len:#x} bytes at {address:#x} are not in RAM")]
+    Outside {
+        /// First byte.
+        address: u64,
+        /// How many.
+        len: u64,
+    },
+    /// See [`PinError`].
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The processor cannot reach it.
+    #[error("guest memory at {address:#x}")]
+    Access {
+        /// First byte.
+        address: u64,
+        /// Why.
+        #[source]
+        source: GuestMemoryError,
+    },
+}
+
+/// Pins `segments` for one request, and returns them as fragments that own the pins.
+///
+/// # Errors
+/// Then nothing stays pinned.
+pub fn pin(
+    ram: &GuestRam,
+    owner: &'static str,
+    segments: &[Segment],
+    access: Access,
+) -> Result<Vec<Fragment>, DmaError> {
+    segments.iter().map(|segment| pin_one(ram, owner, segment, access)).collect()
+}
+
+fn pin_one(ram: &GuestRam, owner: &'static str, segment: &Segment, access: Access) -> Result<Fragment, DmaError> {
+    let (address, len) = (segment.address.0, u64::from(segment.len));
+    let outside = || DmaError::Outside { address, len };
+    let (region, page) = ram.locate(segment.address).ok_or_else(outside)?;
+    let offset = address - region.start_addr().0;
+    let range = PageRange::covering(offset, len).ok_or_else(outside)?;
+    let pin = Arc::new(region.pin_as(owner, range, access, Term::Short)?);
+    let start = (offset - page * clade_memory::PAGE_SIZE) as usize;
+    Fragment::pinned(&pin, start, len as usize).map_err(|_| outside())
+}
+
+/// Copies the first bytes of `segments` out of guest memory. Returns what is behind them.
+///
+/// # Errors
+/// When there are too few, or they cannot be reached.
+pub fn copy_in(ram: &GuestRam, segments: &[Segment], bytes: &mut [u8]) -> Result<Vec<Segment>, DmaError> {
+    let mut rest = Vec::with_capacity(segments.len());
+    let mut done = 0;
+    for segment in segments {
+        let take = (bytes.len() - done).min(segment.len as usize);
+        if take > 0 {
+            read(ram, segment.address, &mut bytes[done..done + take])?;
+            done += take;
+        }
+        if take < segment.len as usize {
+            let address = GuestAddress(segment.address.0 + take as u64);
+            rest.push(Segment { address, len: segment.len - take as u32 });
+        }
+    }
+    if done < bytes.len() {
+        return Err(DmaError::Outside { address: 0, len: (bytes.len() - done) as u64 });
+    }
+    Ok(rest)
+}
+
+/// Copies `bytes` into the first bytes of `segments`. Returns how many fitted.
+///
+/// # Errors
+/// When guest memory cannot be reached.
+pub fn copy_out(ram: &GuestRam, segments: &[Segment], bytes: &[u8]) -> Result<usize, DmaError> {
+    let mut done = 0;
+    for segment in segments {
+        let take = (bytes.len() - done).min(segment.len as usize);
+        write(ram, segment.address, &bytes[done..done + take])?;
+        done += take;
+    }
+    Ok(done)
+}
+
+/// Reads guest memory by the processor.
+///
+/// # Errors
+/// When it cannot be reached.
+pub fn read(ram: &GuestRam, at: GuestAddress, bytes: &mut [u8]) -> Result<(), DmaError> {
+    ram.memory().read_slice(bytes, at).map_err(|source| DmaError::Access { address: at.0, source })
+}
+
+/// Writes guest memory by the processor.
+///
+/// # Errors
+/// When it cannot be reached.
+pub fn write(ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<(), DmaError> {
+    ram.memory().write_slice(bytes, at).map_err(|source| DmaError::Access { address: at.0, source })
+}
+
+/// Bytes in `segments`.
+#[must_use]
+pub fn len_of(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| u64::from(segment.len)).sum()
+}

@@ -1,0 +1,335 @@
+//! A virtqueue in guest memory, and the chains of buffers that a driver puts there.
+//!
+//! The rings are `virtio-queue`'s. Chains are walked here, once: each descriptor is read once, so that nothing changes between the check and
+//! the use, and what is wrong with a chain is an error rather than an early end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use clade_memory::GuestRam;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Most bytes in one chain, as the specification has it.
+const MOST_BYTES: u64 = 1 << 32;
+
+/// What a driver may not do with a queue. The device needs a reset after it.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum QueueError {
+    /// A descriptor that is not there.
+    #[error("descriptor {index} of a queue of {size}")]
+    Index {
+        /// Its index.
+        index: u16,
+        /// Descriptors in the queue.
+        size: u16,
+    },
+    /// A chain with more descriptors than the queue has: a loop.
+    #[error("the chain at {head} does not end within {size} descriptors")]
+    Endless {
+        /// Its head.
+        head: u16,
+        /// Descriptors in the queue.
+        size: u16,
+    },
+    /// Not negotiated.
+    #[error("the chain at {head} has an indirect table, which was not negotiated")]
+    Indirect {
+        /// Its head.
+        head: u16,
+    },
+    /// A buffer of no bytes.
+    #[error("the chain at {head} has a buffer of no bytes")]
+    Empty {
+        /// Its head.
+        head: u16,
+    },
+    /// A buffer that is not in RAM, or not in one piece.
+    #[error("the chain at {head} has {len:#x} bytes at {address:#x}, which are not in RAM")]
+    Outside {
+        /// Its head.
+        head: u16,
+        /// Where the buffer begins.
+        address: u64,
+        /// Its length.
+        len: u32,
+    },
+    /// Too long.
+    #[error("the chain at {head} has more than 4 GiB")]
+    TooLong {
+        /// Its head.
+        head: u16,
+    },
+    /// A buffer for reading behind one for writing.
+    #[error("the chain at {head} has a buffer to read behind one to write")]
+    Order {
+        /// Its head.
+        head: u16,
+    },
+    /// More buffers than the queue has descriptors.
+    #[error("more than {size} buffers are available at once")]
+    Flood {
+        /// Descriptors in the queue.
+        size: u16,
+    },
+    /// The rings are not in RAM.
+    #[error("the rings of queue {index} are not in RAM, or not ready")]
+    Rings {
+        /// Which queue.
+        index: u16,
+    },
+    /// What a chain must have.
+    #[error("the chain at {head} {what}")]
+    Content {
+        /// Its head.
+        head: u16,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+/// A buffer: guest-physical, checked to be in one region of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First byte.
+    pub address: GuestAddress,
+    /// How many; never 0.
+    pub len: u32,
+}
+
+/// A chain of buffers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// Its number, to be given back.
+    pub head: u16,
+    /// What the device reads.
+    pub readable: Vec<Segment>,
+    /// What the device writes.
+    pub writable: Vec<Segment>,
+}
+
+/// A queue's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// Most descriptors.
+    pub max_size: u16,
+    /// Descriptors.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub ready: bool,
+    /// Where the descriptors are.
+    pub descriptors: u64,
+    /// Where the available ring is.
+    pub available: u64,
+    /// Where the used ring is.
+    pub used: u64,
+    /// The next entry of the available ring to look at.
+    pub next_available: u16,
+    /// The next entry of the used ring to fill.
+    pub next_used: u16,
+    /// Whether events are told by index.
+    pub event_idx: bool,
+}
+
+impl QueueState {
+    /// A queue nobody has set up.
+    #[must_use]
+    pub fn new(max_size: u16) -> Self {
+        Self {
+            max_size,
+            size: max_size,
+            ready: false,
+            descriptors: 0,
+            available: 0,
+            used: 0,
+            next_available: 0,
+            next_used: 0,
+            event_idx: false,
+        }
+    }
+}
+
+/// An active queue: pops chains, gives them back, and knows how many are out.
+#[derive(Debug)]
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    ram: GuestRam,
+    event: Arc<EventFd>,
+    out: u16,
+}
+
+impl Virtqueue {
+    /// A queue as its state says. Chains that were popped and not given back are to be counted by [`Virtqueue::count_out`].
+    ///
+    /// # Errors
+    /// When there can be no such queue, or its rings are not in RAM.
+    pub fn new(index: u16, state: &QueueState, ram: &GuestRam, event: &Arc<EventFd>) -> Result<Self, QueueError> {
+        let queue = Queue::try_from(virtio_queue::QueueState {
+            max_size: state.max_size,
+            next_avail: state.next_available,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.descriptors,
+            avail_ring: state.available,
+            used_ring: state.used,
+        });
+        let queue = queue.ok().filter(|queue| queue.is_valid(ram.memory())).ok_or(QueueError::Rings { index })?;
+        Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), out: 0 })
+    }
+
+    /// Its number in the device.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The eventfd that the driver's notifications arrive at.
+    #[must_use]
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Takes note of notifications that have arrived. Look into the queue after it, or one that comes in between is lost.
+    pub fn acknowledge(&self) {
+        // Nothing there is no failure: somebody was faster.
+        let _ = self.event.read();
+    }
+
+    /// Its state, to be saved.
+    #[must_use]
+    pub fn save(&self) -> QueueState {
+        let state = self.queue.state();
+        QueueState {
+            max_size: state.max_size,
+            size: state.size,
+            ready: state.ready,
+            descriptors: state.desc_table,
+            available: state.avail_ring,
+            used: state.used_ring,
+            next_available: state.next_avail,
+            next_used: state.next_used,
+            event_idx: state.event_idx_enabled,
+        }
+    }
+
+    /// The head of the next chain that the driver has made available.
+    ///
+    /// # Errors
+    /// When the driver breaks the rules.
+    pub fn pop(&mut self) -> Result<Option<u16>, QueueError> {
+        let size = self.queue.size();
+        let mut available = self.queue.iter(self.ram.memory()).map_err(|error| match error {
+            virtio_queue::Error::InvalidAvailRingIndex => QueueError::Flood { size },
+            _ => QueueError::Rings { index: self.index },
+        })?;
+        let Some(chain) = available.next() else { return Ok(None) };
+        // A driver that gives a descriptor out again before it came back could otherwise have any number in flight.
+        if self.out == size {
+            return Err(QueueError::Flood { size });
+        }
+        self.out += 1;
+        Ok(Some(chain.head_index()))
+    }
+
+    /// Counts a chain that was popped before the queue's state was saved, and will be given back.
+    pub fn count_out(&mut self) {
+        self.out = self.out.saturating_add(1);
+    }
+
+    /// The chain that begins at `head`, read once.
+    ///
+    /// # Errors
+    /// When the driver breaks the rules.
+    pub fn chain(&self, head: u16) -> Result<Chain, QueueError> {
+        let size = self.queue.size();
+        let table = GuestAddress(self.queue.desc_table());
+        let mut chain = Chain { head, ..Chain::default() };
+        let (mut index, mut bytes) = (head, 0u64);
+        for _ in 0..size {
+            if index >= size {
+                return Err(QueueError::Index { index, size });
+            }
+            let at = table.checked_add(u64::from(index) * 16).ok_or(QueueError::Rings { index: self.index })?;
+            let descriptor: Descriptor =
+                self.ram.memory().read_obj(at).map_err(|_| QueueError::Rings { index: self.index })?;
+            let flags = u32::from(descriptor.flags());
+            let segment = self.segment(head, &descriptor)?;
+            bytes += u64::from(segment.len);
+            if flags & VRING_DESC_F_INDIRECT != 0 {
+                return Err(QueueError::Indirect { head });
+            }
+            if bytes > MOST_BYTES {
+                return Err(QueueError::TooLong { head });
+            }
+            if flags & VRING_DESC_F_WRITE != 0 {
+                chain.writable.push(segment);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(segment);
+            } else {
+                return Err(QueueError::Order { head });
+            }
+            if flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(chain);
+            }
+            index = descriptor.next();
+        }
+        Err(QueueError::Endless { head, size })
+    }
+
+    fn segment(&self, head: u16, descriptor: &Descriptor) -> Result<Segment, QueueError> {
+        let (address, len) = (descriptor.addr(), descriptor.len());
+        if len == 0 {
+            return Err(QueueError::Empty { head });
+        }
+        let outside = QueueError::Outside { head, address: address.0, len };
+        let Some((region, _)) = self.ram.locate(address) else { return Err(outside) };
+        // Regions do not touch, so a buffer that leaves one is in a hole.
+        let left = region.len() - (address.0 - region.start_addr().0);
+        if u64::from(len) <= left { Ok(Segment { address, len }) } else { Err(outside) }
+    }
+
+    /// Gives a chain back, with `len` bytes written to its writable part. Everything written there is written before.
+    ///
+    /// # Errors
+    /// When the used ring has gone.
+    pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.out = self.out.saturating_sub(1);
+        // Its last step is a release store of the index: a driver that sees it sees the data and the status too.
+        self.queue.add_used(self.ram.memory(), head, len).map_err(|_| QueueError::Rings { index: self.index })
+    }
+
+    /// Whether the driver wants to be told of what was given back since this was last asked.
+    #[must_use]
+    pub fn wants_interrupt(&mut self) -> bool {
+        let memory = self.ram.memory();
+        if !self.queue.event_idx_enabled() {
+            // The used index before the flag: the driver sets the flag, then looks at the index.
+            std::sync::atomic::fence(Ordering::SeqCst);
+            let flags = memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed).unwrap_or(0);
+            return u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+        }
+        self.queue.needs_notification(memory).unwrap_or(true)
+    }
+
+    /// Asks the driver not to notify: the device looks by itself.
+    pub fn disable_notifications(&mut self) {
+        // It is a hint; whoever cannot write the ring is told so by `give_back`.
+        let _ = self.queue.disable_notification(self.ram.memory());
+    }
+
+    /// Asks the driver to notify again. Returns whether something has become available meanwhile, for which no notification comes.
+    #[must_use]
+    pub fn enable_notifications(&mut self) -> bool {
+        self.queue.enable_notification(self.ram.memory()).unwrap_or(false)
+    }
+}

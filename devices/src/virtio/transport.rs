@@ -1,0 +1,440 @@
+//! Virtio over MMIO, version 2 registers: the strict part between a driver and a device.
+//!
+//! ```text
+//!   0 ──► ACKNOWLEDGE ──► DRIVER ──► FEATURES_OK ──► DRIVER_OK          any ──write 0──► 0
+//!                          │ features   │ queues         │ nothing        any ──FAILED──► FAILED
+//!                          └ may be     └ may be         └ may be
+//!                            chosen       set up           changed
+//! ```
+//!
+//! A write that the status does not allow is ignored: above all, nothing of a queue changes once the device works with it. A device whose driver
+//! breaks the rules inside the queues gets DEVICE_NEEDS_RESET and a configuration interrupt.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clade_memory::GuestRam;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::interrupt::{Interrupt, InterruptState};
+use super::queue::{QueueState, Virtqueue};
+use super::{ActivateError, Activation, Backend, DeviceState, SaveError, VirtioDevice, Wiring};
+use crate::mmio::MmioDevice;
+
+/// Addresses a device takes.
+pub const MMIO_LEN: u64 = 0x1000;
+
+/// Registers, by offset.
+pub mod regs {
+    #![allow(missing_docs, reason = "the names are the specification's")]
+    pub const MAGIC_VALUE: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const VENDOR_ID: u64 = 0x00c;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub const QUEUE_SEL: u64 = 0x030;
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    pub const QUEUE_NUM: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_LEN_HIGH: u64 = 0x0b4;
+    pub const SHM_BASE_LOW: u64 = 0x0b8;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    pub const CONFIG: u64 = 0x100;
+    pub const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+}
+
+/// "CLAD".
+const VENDOR: u32 = u32::from_le_bytes(*b"CLAD");
+const VERSION: u32 = 2;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+/// A transport's saved state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    interrupt: InterruptState,
+    /// The device behind it.
+    pub device: DeviceState,
+}
+
+/// A saved device that cannot go on.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// Another device's state.
+    #[error("{found} saved queues for a device with {queues}")]
+    Queues {
+        /// In the state.
+        found: usize,
+        /// Of the device.
+        queues: usize,
+    },
+    /// See [`ActivateError`].
+    #[error(transparent)]
+    Activate(#[from] ActivateError),
+}
+
+#[derive(Debug)]
+struct Registers {
+    /// Without NEEDS_RESET, which the interrupt knows.
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    /// As the driver has set them up; once the device is active it has its own.
+    queues: Vec<QueueState>,
+    /// How many pauses are held.
+    holds: u32,
+    /// A reset that the device has not finished. The status is not 0 before it has.
+    resetting: bool,
+    device: Box<dyn VirtioDevice>,
+}
+
+/// A device at its registers.
+#[derive(Debug)]
+pub struct VirtioMmio {
+    ram: GuestRam,
+    wiring: Wiring,
+    interrupt: Arc<Interrupt>,
+    inner: Mutex<Registers>,
+}
+
+impl VirtioMmio {
+    /// `device`, fresh, for a VM with memory `ram`; with `held`, in a VM that stands still.
+    #[must_use]
+    pub fn new(device: Box<dyn VirtioDevice>, ram: &GuestRam, wiring: Wiring, held: bool) -> Self {
+        let queues = device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
+        let registers = Registers {
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+            queues,
+            holds: u32::from(held),
+            resetting: false,
+            device,
+        };
+        let interrupt = Arc::new(Interrupt::new(&wiring.irq, InterruptState::default()));
+        Self { ram: ram.clone(), wiring, interrupt, inner: Mutex::new(registers) }
+    }
+
+    /// `device`, which was made from the same state, in a VM that stands still.
+    ///
+    /// # Errors
+    /// When the state is not one of such a device.
+    pub fn restore(
+        device: Box<dyn VirtioDevice>,
+        ram: &GuestRam,
+        wiring: Wiring,
+        state: &TransportState,
+    ) -> Result<Self, RestoreError> {
+        let mut transport = Self::new(device, ram, wiring, true);
+        transport.interrupt = Arc::new(Interrupt::new(&transport.wiring.irq, state.interrupt));
+        let mut inner = transport.inner();
+        if inner.queues.len() != state.queues.len() {
+            return Err(RestoreError::Queues { found: state.queues.len(), queues: inner.queues.len() });
+        }
+        inner.status = state.status;
+        inner.device_features_sel = state.device_features_sel;
+        inner.driver_features_sel = state.driver_features_sel;
+        inner.driver_features = state.driver_features;
+        inner.queue_sel = state.queue_sel;
+        inner.queues.clone_from(&state.queues);
+        if inner.status & DRIVER_OK != 0 && !state.interrupt.needs_reset() {
+            transport.activate(&mut inner)?;
+        }
+        drop(inner);
+        Ok(transport)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Registers> {
+        // A panic under the lock was a device's; the registers are plain values, and the driver can still reset it.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the device do nothing more in guest memory but transfers the kernel is busy with. Counted: each needs its [`VirtioMmio::resume`].
+    pub fn quiesce(&self) {
+        let mut inner = self.inner();
+        inner.holds += 1;
+        if inner.holds == 1 {
+            inner.device.quiesce();
+        }
+    }
+
+    /// Gives one pause back.
+    pub fn resume(&self) {
+        let mut inner = self.inner();
+        inner.holds = inner.holds.saturating_sub(1);
+        if inner.holds == 0 {
+            inner.device.resume();
+        }
+    }
+
+    /// Raises the interrupt again if one is pending.
+    pub fn reraise(&self) {
+        self.interrupt.reraise();
+    }
+
+    /// Everything about the device at this instant. Only while it is quiesced.
+    ///
+    /// # Errors
+    /// When the device has lost what it works on.
+    pub fn save(&self) -> Result<(TransportState, Backend), SaveError> {
+        let mut inner = self.inner();
+        debug_assert!(inner.holds > 0, "saved while its worker runs");
+        let saved = inner.device.save()?;
+        let mut queues = inner.queues.clone();
+        for (queue, live) in queues.iter_mut().zip(saved.queues) {
+            if let Some(live) = live {
+                *queue = live;
+            }
+        }
+        let state = TransportState {
+            status: inner.status,
+            device_features_sel: inner.device_features_sel,
+            driver_features_sel: inner.driver_features_sel,
+            driver_features: inner.driver_features,
+            queue_sel: inner.queue_sel,
+            queues,
+            interrupt: self.interrupt.save(),
+            device: saved.state,
+        };
+        Ok((state, saved.backend))
+    }
+
+    /// Runs `with` on the device.
+    pub fn with_device<T>(&self, with: impl FnOnce(&mut dyn VirtioDevice) -> T) -> T {
+        with(self.inner().device.as_mut())
+    }
+
+    fn offered(inner: &Registers) -> u64 {
+        inner.device.features() | 1 << VIRTIO_F_VERSION_1
+    }
+
+    fn status(&self, inner: &Registers) -> u32 {
+        inner.status | if self.interrupt.needs_reset() { NEEDS_RESET } else { 0 }
+    }
+
+    fn write_status(&self, inner: &mut Registers, value: u32) {
+        if value == 0 {
+            return self.reset(inner);
+        }
+        if value & FAILED != 0 {
+            inner.status |= FAILED;
+            return;
+        }
+        let value = value & !NEEDS_RESET;
+        let added = value & !inner.status;
+        if inner.resetting || inner.status & !value != 0 {
+            tracing::debug!(status = inner.status, value, "a status bit is not taken back but by a reset");
+            return;
+        }
+        // One step at a time, and only the next one.
+        let allowed = match added {
+            0 => return,
+            ACKNOWLEDGE => inner.status == 0,
+            DRIVER => inner.status == ACKNOWLEDGE,
+            FEATURES_OK => inner.status == ACKNOWLEDGE | DRIVER && self.features_fit(inner),
+            DRIVER_OK => inner.status == ACKNOWLEDGE | DRIVER | FEATURES_OK,
+            _ => false,
+        };
+        if !allowed {
+            tracing::debug!(status = inner.status, value, "a status that does not follow");
+            return;
+        }
+        inner.status = value;
+        if added == DRIVER_OK
+            && let Err(error) = self.activate(inner)
+        {
+            tracing::warn!(%error, "a device cannot be activated");
+            self.interrupt.fail();
+        }
+    }
+
+    fn features_fit(&self, inner: &Registers) -> bool {
+        let chosen = inner.driver_features;
+        chosen & !Self::offered(inner) == 0 && chosen & (1 << VIRTIO_F_VERSION_1) != 0
+    }
+
+    fn activate(&self, inner: &mut Registers) -> Result<(), ActivateError> {
+        let features = inner.driver_features;
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let mut queues = Vec::with_capacity(inner.queues.len());
+        for ((index, state), event) in (0u16..).zip(&inner.queues).zip(&self.wiring.notify) {
+            let state = QueueState { event_idx, ..*state };
+            let queue = state.ready.then(|| Virtqueue::new(index, &state, &self.ram, event)).transpose()?;
+            queues.push(queue);
+        }
+        let (ram, interrupt) = (self.ram.clone(), Arc::clone(&self.interrupt));
+        inner.device.activate(Activation { ram, queues, features, interrupt, held: inner.holds > 0 })
+    }
+
+    /// Back to the beginning. A device that still has transfers it cannot give up keeps its status, which a driver waits to see become 0.
+    fn reset(&self, inner: &mut Registers) {
+        inner.resetting = !inner.device.deactivate();
+        if inner.resetting {
+            self.interrupt.fail();
+            return;
+        }
+        inner.status = 0;
+        inner.device_features_sel = 0;
+        inner.driver_features_sel = 0;
+        inner.driver_features = 0;
+        inner.queue_sel = 0;
+        inner.queues = inner.device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
+        // After the device: it may have raised one more.
+        self.interrupt.clear();
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let mut inner = self.inner();
+        match offset {
+            regs::MAGIC_VALUE => regs::MAGIC,
+            regs::VERSION => VERSION,
+            regs::DEVICE_ID => inner.device.device_type(),
+            regs::VENDOR_ID => VENDOR,
+            regs::DEVICE_FEATURES => half(Self::offered(&inner), inner.device_features_sel),
+            regs::QUEUE_NUM_MAX => selected(&inner).map_or(0, |queue| u32::from(queue.max_size)),
+            regs::QUEUE_READY => selected(&inner).map_or(0, |queue| u32::from(queue.ready)),
+            regs::INTERRUPT_STATUS => self.interrupt.pending(),
+            regs::STATUS => {
+                if inner.resetting {
+                    self.reset(&mut inner);
+                }
+                self.status(&inner)
+            }
+            // No shared memory.
+            regs::SHM_LEN_LOW | regs::SHM_LEN_HIGH | regs::SHM_BASE_LOW | regs::SHM_BASE_HIGH => u32::MAX,
+            regs::CONFIG_GENERATION => self.interrupt.generation(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        // Where there is no ioeventfd, and without the lock: a worker may hold up whoever has that.
+        if offset == regs::QUEUE_NOTIFY {
+            if let Some(event) = self.wiring.notify.get(value as usize) {
+                // A counter that is full is a notification that is pending.
+                let _ = event.write(1);
+            }
+            return;
+        }
+        if offset == regs::INTERRUPT_ACK {
+            return self.interrupt.acknowledge(value);
+        }
+        let mut inner = self.inner();
+        let inner = &mut *inner;
+        match offset {
+            regs::DEVICE_FEATURES_SEL => inner.device_features_sel = value,
+            regs::DRIVER_FEATURES_SEL => inner.driver_features_sel = value,
+            regs::DRIVER_FEATURES if inner.status == ACKNOWLEDGE | DRIVER => {
+                set_half(&mut inner.driver_features, inner.driver_features_sel, value);
+            }
+            regs::QUEUE_SEL => inner.queue_sel = value,
+            regs::STATUS => self.write_status(inner, value),
+            _ if inner.status == ACKNOWLEDGE | DRIVER | FEATURES_OK => write_queue(inner, offset, value),
+            _ => tracing::debug!(offset, value, status = inner.status, "a register that may not be written now"),
+        }
+    }
+}
+
+fn selected(inner: &Registers) -> Option<&QueueState> {
+    inner.queues.get(inner.queue_sel as usize)
+}
+
+/// Sets up a queue. Only between FEATURES_OK and DRIVER_OK, and only while it is not ready.
+fn write_queue(inner: &mut Registers, offset: u64, value: u32) {
+    let Some(queue) = inner.queues.get_mut(inner.queue_sel as usize) else { return };
+    if offset == regs::QUEUE_READY {
+        queue.ready = value == 1;
+        return;
+    }
+    if queue.ready {
+        return;
+    }
+    match offset {
+        regs::QUEUE_NUM => {
+            // Another size is not taken; the driver can see that nothing works, and whoever activates the queue checks its rings.
+            let size = u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= queue.max_size);
+            queue.size = size.unwrap_or(queue.size);
+        }
+        regs::QUEUE_DESC_LOW => set_half(&mut queue.descriptors, 0, value),
+        regs::QUEUE_DESC_HIGH => set_half(&mut queue.descriptors, 1, value),
+        regs::QUEUE_DRIVER_LOW => set_half(&mut queue.available, 0, value),
+        regs::QUEUE_DRIVER_HIGH => set_half(&mut queue.available, 1, value),
+        regs::QUEUE_DEVICE_LOW => set_half(&mut queue.used, 0, value),
+        regs::QUEUE_DEVICE_HIGH => set_half(&mut queue.used, 1, value),
+        _ => {}
+    }
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_half(value: &mut u64, select: u32, half: u32) {
+    match select {
+        0 => *value = (*value & !0xffff_ffff) | u64::from(half),
+        1 => *value = (*value & 0xffff_ffff) | u64::from(half) << 32,
+        _ => {}
+    }
+}
+
+impl MmioDevice for VirtioMmio {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = offset.checked_sub(regs::CONFIG) {
+            self.inner().device.read_config(offset, data);
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(regs::CONFIG) {
+            let mut inner = self.inner();
+            // Not before the driver has said that it knows the device.
+            if inner.status & DRIVER != 0 {
+                inner.device.write_config(offset, data);
+            }
+        } else if let (true, Ok(value)) = (offset.is_multiple_of(4), data.try_into()) {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! The thread that does a device's work.
+//!
+//! A worker sleeps until one of its sources is readable or its timer is due, and then gives its [`Service`] a *turn*. A turn is short: whoever
+//! pauses the VM waits for the end of it. Between two turns the worker looks whether it is to stand still.
+//!
+//! ```text
+//!   epoll ──► standing still? ──► turn (service locked) ──► again? ──► epoll
+//!                  ▲   quiesce: no turn begins, and the one that runs is waited for
+//! ```
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Workers do little that needs a stack.
+const STACK: usize = 256 << 10;
+/// Events taken from epoll at once.
+const EVENTS: usize = 16;
+/// Marks the worker's own eventfd.
+const CONTROL: u64 = u64::MAX;
+
+/// Why a service is given a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The worker has begun, or goes on after it stood still. Look at everything: notifications that a parent was sent are not sent to its
+    /// child again.
+    Start,
+    /// The source with this number is readable. It stays so until the service reads it.
+    Source(u32),
+    /// [`Service::deadline`] has passed.
+    Timer,
+    /// The last turn ended with [`Turn::Again`].
+    Again,
+}
+
+/// What comes after a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing, until something happens.
+    Done,
+    /// Another turn: there is more to do, but others may want the lock.
+    Again,
+}
+
+/// Whether somebody waits for the end of a turn.
+#[derive(Debug)]
+pub struct Hurry<'a>(&'a AtomicBool);
+
+impl Hurry<'_> {
+    /// True when a turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
+    #[must_use]
+    pub fn up(&self) -> bool {
+        // Relaxed: a hint. What makes a turn's end visible is the lock.
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A device's work.
+pub trait Service: Send + fmt::Debug + 'static {
+    /// Does a part of it. Runs on the worker's thread, never while the VM is paused.
+    fn turn(&mut self, wake: Wake, hurry: &Hurry<'_>) -> Turn;
+
+    /// When it wants a turn at the latest.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// A turn panicked. The service is not given another one.
+    fn broken(&mut self);
+}
+
+struct Shared<S> {
+    service: Mutex<S>,
+    gate: Mutex<Gate>,
+    opened: Condvar,
+    hurry: AtomicBool,
+    control: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    shut: bool,
+    stop: bool,
+}
+
+/// A worker's owner. Dropped, the worker ends and its service with it.
+pub struct Worker<S: Service> {
+    shared: Arc<Shared<S>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<S: Service> fmt::Debug for Worker<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Worker({:?})", self.thread.as_ref().and_then(|t| t.thread().name()))
+    }
+}
+
+impl<S: Service> Worker<S> {
+    /// Starts a worker for `service`; with `held`, standing still until [`Worker::resume`]. `sources` are descriptors that the service keeps
+    /// open, with their numbers.
+    ///
+    /// # Errors
+    /// When there is no epoll or no thread; the service comes back, if it can.
+    pub fn spawn(
+        name: &str,
+        service: S,
+        sources: &[(RawFd, u32)],
+        held: bool,
+    ) -> Result<Self, Box<(io::Error, Option<S>)>> {
+        let (epoll, control) = match Self::watch(sources) {
+            Ok(both) => both,
+            Err(error) => return Err(Box::new((error, Some(service)))),
+        };
+        let shared = Arc::new(Shared {
+            service: Mutex::new(service),
+            gate: Mutex::new(Gate { shut: held, stop: false }),
+            opened: Condvar::new(),
+            hurry: AtomicBool::new(false),
+            control,
+        });
+        let on_thread = Arc::clone(&shared);
+        let life = move || {
+            let lived = catch_unwind(AssertUnwindSafe(|| on_thread.run(&epoll)));
+            if lived.is_err() {
+                // Not another turn, but the guest is told.
+                on_thread.service().broken();
+            }
+        };
+        match thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(life) {
+            Ok(thread) => Ok(Self { shared, thread: Some(thread) }),
+            // The closure went with the attempt, so the last handle is here.
+            Err(error) => Err(Box::new((error, Self::take_apart(shared)))),
+        }
+    }
+
+    fn watch(sources: &[(RawFd, u32)]) -> io::Result<(Epoll, EventFd)> {
+        let (epoll, control) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
+        let watch = |fd, data| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data));
+        watch(control.as_raw_fd(), CONTROL)?;
+        sources.iter().try_for_each(|(fd, number)| watch(*fd, u64::from(*number)))?;
+        Ok((epoll, control))
+    }
+
+    fn take_apart(shared: Arc<Shared<S>>) -> Option<S> {
+        Arc::into_inner(shared).map(|shared| shared.service.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes the worker stand still: when this returns no turn runs, and none begins before [`Worker::resume`].
+    pub fn quiesce(&self) {
+        self.shared.gate().shut = true;
+        // Relaxed: see Hurry.
+        self.shared.hurry.store(true, Ordering::Relaxed);
+        // The gate before the lock: a worker looks at the gate with the service locked, so whoever gets the lock after the gate was
+        // shut knows that no turn runs or begins.
+        drop(self.shared.service());
+        self.shared.hurry.store(false, Ordering::Relaxed);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.shared.gate().shut = false;
+        self.shared.opened.notify_all();
+    }
+
+    /// Runs `with` on the service, between two turns.
+    pub fn with<T>(&self, with: impl FnOnce(&mut S) -> T) -> T {
+        // Relaxed: see Hurry.
+        self.shared.hurry.store(true, Ordering::Relaxed);
+        let result = with(&mut self.shared.service());
+        self.shared.hurry.store(false, Ordering::Relaxed);
+        result
+    }
+
+    /// Ends the worker and returns its service.
+    #[must_use]
+    pub fn stop(mut self) -> Option<S> {
+        self.end();
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        // The thread has ended, so this is the last handle.
+        Self::take_apart(shared)
+    }
+
+    fn end(&mut self) {
+        self.shared.gate().stop = true;
+        self.shared.opened.notify_all();
+        // Fails only when the counter is full, and then the worker wakes up anyway.
+        let _ = self.shared.control.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic was caught on the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<S: Service> Drop for Worker<S> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl<S: Service> Shared<S> {
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn service(&self) -> MutexGuard<'_, S> {
+        // After a panic in a turn nobody gives it another one.
+        self.service.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while the gate is shut. Returns whether it was, or `None` when the worker is to end.
+    fn pass(&self) -> Option<bool> {
+        let mut gate = self.gate();
+        let stood = gate.shut;
+        while gate.shut && !gate.stop {
+            gate = self.opened.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+        (!gate.stop).then_some(stood)
+    }
+
+    fn run(&self, epoll: &Epoll) {
+        let mut wakes = vec![Wake::Start];
+        let mut events = [EpollEvent::default(); EVENTS];
+        loop {
+            let mut deadline = None;
+            let mut at = 0;
+            while at < wakes.len() {
+                match self.pass() {
+                    None => return,
+                    Some(true) => wakes[at] = Wake::Start,
+                    Some(false) => {}
+                }
+                let mut service = self.service();
+                // With the service locked: see Worker::quiesce.
+                if self.gate().shut {
+                    continue;
+                }
+                let turn = service.turn(wakes[at], &Hurry(&self.hurry));
+                deadline = service.deadline();
+                drop(service);
+                if self.hurry.load(Ordering::Relaxed) {
+                    // Locks are not fair: whoever waits for this one gets it now.
+                    thread::yield_now();
+                }
+                match turn {
+                    Turn::Done => at += 1,
+                    Turn::Again => wakes[at] = Wake::Again,
+                }
+            }
+            wakes.clear();
+            match epoll.wait(timeout(deadline), &mut events) {
+                Ok(0) => wakes.push(Wake::Timer),
+                Ok(count) => {
+                    let sources = events[..count].iter().map(EpollEvent::data).filter(|data| *data != CONTROL);
+                    wakes.extend(sources.map(|data| Wake::Source(data as u32)));
+                    if self.gate().stop {
+                        return;
+                    }
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "a device's worker cannot wait for events, and ends");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Milliseconds until `deadline`, rounded up; for ever if there is none.
+fn timeout(deadline: Option<Instant>) -> i32 {
+    let Some(deadline) = deadline else { return -1 };
+    let left = deadline.saturating_duration_since(Instant::now());
+    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    #[derive(Debug)]
+    struct Counter {
+        event: EventFd,
+        told: Sender<Wake>,
+        panics: bool,
+        broken: bool,
+        again: u32,
+        /// When the turn after the next one is due.
+        due: Option<Duration>,
+        deadline: Option<Instant>,
+    }
+
+    impl Service for Counter {
+        fn turn(&mut self, wake: Wake, _hurry: &Hurry<'_>) -> Turn {
+            let _ = self.event.read();
+            assert!(!self.panics, "as asked");
+            self.deadline = self.due.take().map(|due| Instant::now() + due);
+            let _ = self.told.send(wake);
+            self.again = self.again.saturating_sub(1);
+            if self.again > 0 { Turn::Again } else { Turn::Done }
+        }
+        fn deadline(&self) -> Option<Instant> {
+            self.deadline
+        }
+        fn broken(&mut self) {
+            self.broken = true;
+        }
+    }
+
+    fn worker(held: bool) -> (Worker<Counter>, EventFd, Receiver<Wake>) {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (told, heard) = channel();
+        let ours = event.try_clone().unwrap();
+        let fd = event.as_raw_fd();
+        let service = Counter { event, told, panics: false, broken: false, again: 0, due: None, deadline: None };
+        (Worker::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
+    }
+
+    const SOON: Duration = Duration::from_secs(10);
+    const A_WHILE: Duration = Duration::from_millis(30);
+
+    #[test]
+    fn stands_still_until_it_is_let_go() {
+        let (worker, event, heard) = worker(true);
+        event.write(1).unwrap();
+        assert!(heard.recv_timeout(A_WHILE).is_err(), "held from the beginning");
+        worker.resume();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        worker.quiesce();
+        while heard.try_recv().is_ok() {}
+        event.write(1).unwrap();
+        assert!(heard.recv_timeout(A_WHILE).is_err(), "quiesced");
+        worker.resume();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start), "what came meanwhile is looked at");
+        event.write(1).unwrap();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
+    }
+
+    #[test]
+    fn goes_on_when_there_is_more_and_when_it_is_time() {
+        let (worker, event, heard) = worker(false);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        worker.with(|service| service.again = 3);
+        event.write(1).unwrap();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Again));
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Again));
+        worker.with(|service| service.due = Some(Duration::from_millis(5)));
+        event.write(1).unwrap();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Timer));
+        assert!(worker.stop().is_some());
+    }
+
+    #[test]
+    fn a_panic_breaks_the_service_and_not_the_process() {
+        let (worker, event, heard) = worker(false);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        worker.with(|service| service.panics = true);
+        event.write(1).unwrap();
+        let deadline = Instant::now() + SOON;
+        while !worker.with(|service| service.broken) {
+            assert!(Instant::now() < deadline, "nobody was told");
+            thread::sleep(Duration::from_millis(1));
+        }
+        worker.quiesce();
+        worker.resume();
+        assert!(worker.stop().unwrap().broken);
+    }
+}

@@ -1,0 +1,152 @@
+//! The block device: requests, limits, resets, and forks with requests in flight.
+
+use std::time::{Duration, Instant};
+
+use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::limiter::{Limits, Rate};
+use clade_devices::virtio::regs;
+
+use crate::driver::{File, Machine, NEEDS_RESET, OK};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn requests_are_done_and_answered() {
+    let file = File::new(1 << 20);
+    let mut config = file.config();
+    config.id = Some("the-disk".to_owned());
+    let mut machine = Machine::started(&config);
+    assert_eq!(machine.one(IN, 7, 1536), (0, 1537));
+    let read = machine.bytes(machine.data(0), 1536);
+    assert!(read[..512] == [7; 512] && read[1024..] == [9; 512]);
+    machine.put(machine.data(0), &[0x5a; 1024]);
+    assert_eq!(machine.one(OUT, 8, 1024), (0, 1));
+    assert_eq!(machine.one(FLUSH, 0, 0), (0, 1));
+    assert_eq!(std::fs::read(&file.path).unwrap()[8 * 512..10 * 512], [0x5a; 1024]);
+    assert_eq!(machine.one(GET_ID, 0, 20), (0, 21));
+    assert_eq!(machine.bytes(machine.data(0), 20), *b"the-disk\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(machine.one(77, 0, 512), (2, 1), "unknown: unsupported");
+    for (sector, len) in [(2047, 1024), (2048, 512), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 100), (0, 0)] {
+        assert_eq!(machine.one(IN, sector, len), (1, 1), "{len} bytes at sector {sector}");
+    }
+    assert_eq!(machine.read(regs::STATUS), OK, "none of it is a reason to give up");
+}
+
+#[test]
+fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
+    let file = File::new(1 << 20);
+    let mut config = file.config();
+    config.latency = Some(Duration::from_millis(60));
+    let mut parent = Machine::started(&config);
+    assert_eq!(parent.one(IN, 1, 512), (0, 513), "one is done before");
+    for n in 0..8 {
+        if n % 2 == 1 {
+            parent.put(parent.data(n), &[0xc0 + n as u8; 4096]);
+        }
+        let head = parent.request(n, u32::from(n % 2), u64::from(n) * 8, 4096);
+        parent.offer(head);
+    }
+    parent.kick();
+    while parent.fork().in_flight() < 8 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let image = parent.fork();
+    assert_eq!(image.in_flight(), 8);
+    let json = serde_json::to_string(&image.state).unwrap();
+    assert_eq!(serde_json::from_str::<clade_devices::virtio::TransportState>(&json).unwrap(), image.state);
+
+    let done = |machine: &mut Machine| {
+        let mut heads: Vec<u32> = (0..8).map(|_| machine.next_used(SOON).expect("each is given back").0).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
+        assert_eq!(machine.next_used(Duration::from_millis(100)), None, "and none twice");
+        for n in 0..8 {
+            assert_eq!(machine.status_of(n), 0);
+            if n % 2 == 0 {
+                let read = machine.bytes(machine.data(n), 4096);
+                assert!((0..8).all(|s| read[s * 512] == (usize::from(n) * 8 + s) as u8), "{n}");
+            }
+        }
+    };
+    done(&mut parent);
+    // What the parent does with its buffers afterwards is nothing to the child.
+    for n in 0..8 {
+        parent.put(parent.data(n), &[0xff; 4096]);
+    }
+    let mut child = image.child();
+    assert_eq!(child.next_used(Duration::from_millis(150)), None, "it stands still until it is let go");
+    child.device.resume();
+    done(&mut child);
+    for n in [1, 3, 5, 7u8] {
+        for machine in [&mut parent, &mut child] {
+            assert_eq!(machine.one(IN, u64::from(n) * 8, 4096), (0, 4097));
+            assert!(machine.bytes(machine.data(0), 4096) == [0xc0 + n; 4096], "{n}");
+        }
+    }
+}
+
+#[test]
+fn a_reset_ends_what_is_in_flight_at_once() {
+    let file = File::new(1 << 20);
+    let mut config = file.config();
+    config.latency = Some(Duration::from_secs(5));
+    let mut machine = Machine::started(&config);
+    machine.put(machine.data(0), &[0x77; 4096]);
+    let head = machine.request(0, IN, 8, 4096);
+    machine.offer(head);
+    machine.kick();
+    while machine.fork().in_flight() < 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let begun = Instant::now();
+    machine.write(regs::STATUS, 0);
+    assert_eq!(machine.read(regs::STATUS), 0);
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    assert_eq!((machine.bytes(machine.data(0), 4096), machine.status_of(0)), (vec![0x77; 4096], 0xee));
+    assert_eq!(machine.ram.stats().unwrap().pinned, 0, "no page stays pinned");
+}
+
+#[test]
+fn limits_hold_across_requests() {
+    let file = File::new(1 << 20);
+    let rate = Rate { per_second: 50, burst: Some(5), once: 0 };
+    let limits = Limits { operations: Some(rate), bytes: None };
+    let mut machine = Machine::new(&file.config(), BlockOptions { queues: 1, limits });
+    machine.start();
+    let begun = Instant::now();
+    for n in 0..15 {
+        assert_eq!(machine.one(IN, n, 512), (0, 513));
+    }
+    // Ten beyond the burst, at 50 a second.
+    assert!(begun.elapsed() >= Duration::from_millis(180), "{:?}", begun.elapsed());
+    // A request that waits for the limiter is in flight like any other.
+    let head = machine.request(0, IN, 5, 512);
+    machine.offer(head);
+    machine.kick();
+    let image = (0..50).map(|_| machine.fork()).find(|image| image.in_flight() == 1);
+    if let Some(image) = image {
+        let mut child = image.child();
+        child.device.resume();
+        assert_eq!(child.next_used(SOON), Some((0, 513)));
+    }
+    assert_eq!(machine.next_used(SOON), Some((0, 513)));
+}
+
+#[test]
+fn queues_work_side_by_side() {
+    let file = File::new(1 << 20);
+    let mut machine = Machine::new(&file.config(), BlockOptions { queues: 4, limits: Limits::default() });
+    machine.start();
+    let mut queues = [0; 2];
+    clade_devices::MmioDevice::read(&machine.device, regs::CONFIG + 34, &mut queues);
+    assert_eq!(u16::from_le_bytes(queues), 4);
+    assert_eq!(machine.one(IN, 3, 512), (0, 513));
+    machine.write(regs::QUEUE_NOTIFY, 3);
+    machine.write(regs::QUEUE_NOTIFY, 4);
+    assert_eq!(machine.one(IN, 4, 512), (0, 513));
+    assert_eq!(machine.read(regs::STATUS) & NEEDS_RESET, 0, "a queue that has nothing, and one that is not there");
+}

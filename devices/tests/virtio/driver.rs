@@ -1,0 +1,262 @@
+//! A driver, as a guest would have one: it reaches the device by its registers and by guest memory alone.
+
+use std::path::PathBuf;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use clade_devices::MmioDevice;
+use clade_devices::disk::{Disk, DiskConfig, DiskImage};
+use clade_devices::virtio::block::{Block, BlockOptions};
+use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
+use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+pub(crate) const RAM: u64 = 16 << 20;
+/// Where each queue has its rings: 64 KiB a queue.
+pub(crate) const RINGS: u64 = 0x10_0000;
+pub(crate) const DATA: u64 = 0x40_0000;
+pub(crate) const SIZE: u16 = 64;
+pub(crate) const OK: u32 = 15;
+pub(crate) const NEEDS_RESET: u32 = 0x40;
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+
+/// A device, its memory, and what a driver remembers.
+pub(crate) struct Machine {
+    pub(crate) ram: GuestRam,
+    pub(crate) device: VirtioMmio,
+    wiring: Wiring,
+    options: BlockOptions,
+    available: Vec<u16>,
+    used: Vec<u16>,
+}
+
+/// A disk in a directory.
+pub(crate) struct File {
+    _dir: tempfile::TempDir,
+    pub(crate) path: PathBuf,
+}
+
+impl File {
+    /// `bytes` bytes: each sector is filled with its number.
+    pub(crate) fn new(bytes: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let all: Vec<u8> = (0..bytes).map(|at| (at / 512) as u8).collect();
+        std::fs::write(&path, all).unwrap();
+        Self { _dir: dir, path }
+    }
+
+    pub(crate) fn config(&self) -> DiskConfig {
+        DiskConfig::new(&self.path)
+    }
+}
+
+pub(crate) fn ram() -> GuestRam {
+    GuestRam::reserve(&RamLayout::new(RAM).unwrap(), &Store::open_small().unwrap()).unwrap()
+}
+
+impl Machine {
+    pub(crate) fn new(config: &DiskConfig, options: BlockOptions) -> Self {
+        let ram = ram();
+        ram.birth().unwrap();
+        let queues = usize::from(options.queues);
+        let wiring = Wiring::new(queues).unwrap();
+        let block = Block::new(Disk::open(config).unwrap(), &options);
+        let device = VirtioMmio::new(Box::new(block), &ram, wiring.clone(), false);
+        Self { ram, device, wiring, options, available: vec![0; queues], used: vec![0; queues] }
+    }
+
+    /// With the driver ready.
+    pub(crate) fn started(config: &DiskConfig) -> Self {
+        let mut machine = Self::new(config, BlockOptions::default());
+        machine.start();
+        machine
+    }
+
+    pub(crate) fn read(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.device.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub(crate) fn write(&self, offset: u64, value: u32) {
+        self.device.write(offset, &value.to_le_bytes());
+    }
+
+    /// Up to FEATURES_OK, with everything that is offered.
+    pub(crate) fn negotiate(&self) -> u64 {
+        self.write(regs::STATUS, 0);
+        self.write(regs::STATUS, 1);
+        self.write(regs::STATUS, 3);
+        let mut features = 0;
+        for half in [0, 1] {
+            self.write(regs::DEVICE_FEATURES_SEL, half);
+            let offered = self.read(regs::DEVICE_FEATURES);
+            self.write(regs::DRIVER_FEATURES_SEL, half);
+            self.write(regs::DRIVER_FEATURES, offered);
+            features |= u64::from(offered) << (32 * half);
+        }
+        self.write(regs::STATUS, 11);
+        features
+    }
+
+    pub(crate) fn set_up_queue(&self, queue: u16) {
+        let rings = RINGS + u64::from(queue) * 0x1_0000;
+        self.write(regs::QUEUE_SEL, u32::from(queue));
+        self.write(regs::QUEUE_NUM, u32::from(SIZE));
+        for (low, at) in [
+            (regs::QUEUE_DESC_LOW, rings),
+            (regs::QUEUE_DRIVER_LOW, rings + 0x4000),
+            (regs::QUEUE_DEVICE_LOW, rings + 0x8000),
+        ] {
+            self.write(low, at as u32);
+            self.write(low + 4, (at >> 32) as u32);
+        }
+        self.write(regs::QUEUE_READY, 1);
+    }
+
+    pub(crate) fn start(&mut self) {
+        self.negotiate();
+        for queue in 0..self.options.queues {
+            let rings = RINGS + u64::from(queue) * 0x1_0000;
+            self.ram.memory().write_slice(&[0; 0xc000], GuestAddress(rings)).unwrap();
+            self.set_up_queue(queue);
+            (self.available[usize::from(queue)], self.used[usize::from(queue)]) = (0, 0);
+        }
+        self.write(regs::STATUS, 15);
+    }
+
+    pub(crate) fn describe(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = RINGS + u64::from(index) * 16;
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        self.ram.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
+    }
+
+    /// Makes the chain at `head` of the first queue available, without saying so.
+    pub(crate) fn offer(&mut self, head: u16) {
+        let at = RINGS + 0x4000 + 4 + u64::from(self.available[0] % SIZE) * 2;
+        self.ram.memory().write_obj(head, GuestAddress(at)).unwrap();
+        self.available[0] = self.available[0].wrapping_add(1);
+        fence(Ordering::SeqCst);
+        self.ram.memory().write_obj(self.available[0], GuestAddress(RINGS + 0x4002)).unwrap();
+    }
+
+    pub(crate) fn kick(&self) {
+        self.write(regs::QUEUE_NOTIFY, 0);
+    }
+
+    /// Puts request number `n` (of 20) into descriptors 3n.., with its data at page n, and returns its head.
+    pub(crate) fn request(&self, n: u16, kind: u32, sector: u64, len: u32) -> u16 {
+        let header = DATA - 0x1000 + u64::from(n) * 32;
+        self.ram.memory().write_obj(kind, GuestAddress(header)).unwrap();
+        self.ram.memory().write_obj(sector, GuestAddress(header + 8)).unwrap();
+        self.ram.memory().write_obj(0xeeu8, GuestAddress(header + 16)).unwrap();
+        let head = n * 3;
+        self.describe(head, header, 16, NEXT, if len == 0 { head + 2 } else { head + 1 });
+        let flags = if matches!(kind, 0 | 8) { WRITE } else { 0 };
+        self.describe(head + 1, self.data(n), len, flags | NEXT, head + 2);
+        self.describe(head + 2, header + 16, 1, WRITE, 0);
+        head
+    }
+
+    pub(crate) fn data(&self, n: u16) -> u64 {
+        DATA + u64::from(n) * 0x1_0000
+    }
+
+    pub(crate) fn status_of(&self, n: u16) -> u8 {
+        self.ram.memory().read_obj(GuestAddress(DATA - 0x1000 + u64::from(n) * 32 + 16)).unwrap()
+    }
+
+    /// The next entry of the used ring, if it comes in time: head and length.
+    pub(crate) fn next_used(&mut self, patience: Duration) -> Option<(u32, u32)> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let index: u16 = self.ram.memory().load(GuestAddress(RINGS + 0x8002), Ordering::Acquire).unwrap();
+            if index != self.used[0] {
+                let at = RINGS + 0x8004 + u64::from(self.used[0] % SIZE) * 8;
+                self.used[0] = self.used[0].wrapping_add(1);
+                let entry: u64 = self.ram.memory().read_obj(GuestAddress(at)).unwrap();
+                return Some((entry as u32, (entry >> 32) as u32));
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Does one request and returns its status and the length the device said.
+    pub(crate) fn one(&mut self, kind: u32, sector: u64, len: u32) -> (u8, u32) {
+        let head = self.request(0, kind, sector, len);
+        self.offer(head);
+        self.kick();
+        let (id, written) = self.next_used(Duration::from_secs(20)).expect("it is given back");
+        assert_eq!(id, u32::from(head));
+        (self.status_of(0), written)
+    }
+
+    pub(crate) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.ram.memory().read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
+        self.ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    /// Whether the interrupt was raised since this was last asked.
+    pub(crate) fn interrupted(&self) -> bool {
+        self.wiring.irq.eventfd().read().is_ok()
+    }
+
+    pub(crate) fn wait_for_status(&self, bits: u32) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.read(regs::STATUS) & bits != bits {
+            assert!(Instant::now() < deadline, "status {:#x} never has {bits:#x}", self.read(regs::STATUS));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A fork: memory and device at one instant.
+    pub(crate) fn fork(&self) -> Image {
+        self.device.quiesce();
+        let (state, Backend::Disk(disk)) = self.device.save().unwrap();
+        let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
+        self.device.resume();
+        Image { state, disk, ram, options: self.options, available: self.available.clone(), used: self.used.clone() }
+    }
+}
+
+pub(crate) struct Image {
+    pub(crate) state: TransportState,
+    pub(crate) disk: DiskImage,
+    ram: clade_memory::RamImage,
+    options: BlockOptions,
+    available: Vec<u16>,
+    used: Vec<u16>,
+}
+
+impl Image {
+    pub(crate) fn in_flight(&self) -> usize {
+        self.state.device.in_flight()
+    }
+
+    /// A child, not running yet.
+    pub(crate) fn child(&self) -> Machine {
+        let ram = ram();
+        ram.adopt(&self.ram).unwrap();
+        let wiring = Wiring::new(usize::from(self.options.queues)).unwrap();
+        let DeviceState::Block(block) = &self.state.device;
+        let device = Box::new(Block::restore(block, self.disk.open().unwrap(), &self.options));
+        let device = VirtioMmio::restore(device, &ram, wiring.clone(), &self.state).unwrap();
+        let (available, used) = (self.available.clone(), self.used.clone());
+        Machine { ram, device, wiring, options: self.options, available, used }
+    }
+}

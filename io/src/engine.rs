@@ -1,0 +1,329 @@
+//! The engine: an io_uring, and the operations that are in it.
+//!
+//! ```text
+//!  submit ──► backlog ──flush──► kernel ──reap──► Completion (memory and token come back)
+//!                ▲                  │ short, EINTR, EAGAIN
+//!                └──────────────────┘
+//! ```
+//!
+//! At most `depth` operations are in the kernel; each takes up to two entries (a timer it is linked behind), and the completion queue has
+//! room for all of them, so it never overflows.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::buffer::Fragment;
+use crate::op::{Failure, Op, Request, Step, Way};
+
+/// Marks completions that are nobody's: of timers and of cancellations.
+const NOBODY: u64 = u64::MAX;
+/// How long a dropped engine waits for the kernel before it leaves the operations and their memory to it for good.
+const LAST_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The engine could not be made or reached.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// No io_uring.
+    #[error("no io_uring of {depth} operations (kernel.io_uring_disabled, or a seccomp filter?)")]
+    Setup {
+        /// How deep it was to be.
+        depth: u32,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel does not take operations.
+    #[error("the kernel takes no operations")]
+    Enter(#[source] io::Error),
+}
+
+/// An operation that is over.
+#[derive(Debug)]
+pub struct Completion<T> {
+    /// What it was submitted with.
+    pub token: T,
+    /// How it ended.
+    pub result: Result<(), Failure>,
+    /// The memory it owned.
+    pub buffers: Vec<Fragment>,
+}
+
+/// How transfers were done, in steps given to the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Through the page cache.
+    pub cached: u64,
+    /// Past it.
+    pub direct: u64,
+    /// Past it, through a bounce buffer.
+    pub bounced: u64,
+    /// Given to the kernel again: short transfers, EINTR, EAGAIN.
+    pub continued: u64,
+}
+
+/// Runs operations. See the module's documentation.
+pub struct Engine<T> {
+    ring: IoUring,
+    event: EventFd,
+    depth: usize,
+    /// By the number the kernel knows them by. Boxed: the kernel holds addresses inside.
+    ops: Vec<Option<Box<Op<T>>>>,
+    free: Vec<usize>,
+    /// Not given to the kernel yet, or to be given again.
+    backlog: VecDeque<usize>,
+    /// Operations in the kernel.
+    in_kernel: usize,
+    /// Completions the kernel owes beside those: timers, cancellations.
+    owed: usize,
+    latency: Option<Duration>,
+    stats: Stats,
+}
+
+impl<T> fmt::Debug for Engine<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Engine({} in the kernel, {} behind)", self.in_kernel, self.backlog.len())
+    }
+}
+
+impl<T> Engine<T> {
+    /// An engine with at most `depth` operations in the kernel at a time. `event` is signalled at each completion.
+    ///
+    /// # Errors
+    /// When there is no io_uring to be had.
+    pub fn new(depth: u32, event: EventFd) -> Result<Self, EngineError> {
+        let failed = |source| EngineError::Setup { depth, source };
+        // Two entries an operation and one to cancel; the kernel doubles that for completions.
+        let ring = IoUring::builder().setup_clamp().build(2 * depth + 2).map_err(failed)?;
+        ring.submitter().register_eventfd(event.as_raw_fd()).map_err(failed)?;
+        Ok(Self {
+            ring,
+            event,
+            depth: depth.max(1) as usize,
+            ops: Vec::new(),
+            free: Vec::new(),
+            backlog: VecDeque::new(),
+            in_kernel: 0,
+            owed: 0,
+            latency: None,
+            stats: Stats::default(),
+        })
+    }
+
+    /// An eventfd of the kind that [`Engine::new`] takes.
+    ///
+    /// # Errors
+    /// When there is none to be had.
+    pub fn eventfd() -> io::Result<EventFd> {
+        EventFd::new(EFD_NONBLOCK)
+    }
+
+    /// Makes every operation submitted from now on late by as much: a slow disk, to try things with. The operation is in the kernel meanwhile.
+    pub fn set_latency(&mut self, latency: Option<Duration>) {
+        self.latency = latency.filter(|l| !l.is_zero());
+    }
+
+    /// Takes an operation. It begins at the next [`Engine::flush`].
+    pub fn submit(&mut self, request: Request, token: T) {
+        let op = Box::new(Op::new(request, token, self.latency));
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.ops.push(None);
+            self.ops.len() - 1
+        });
+        self.ops[at] = Some(op);
+        self.backlog.push_back(at);
+    }
+
+    /// Operations submitted and not reaped.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_kernel + self.backlog.len()
+    }
+
+    /// Operations that wait for room in the kernel.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.backlog.len()
+    }
+
+    /// How transfers were done so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Gives the kernel what it has room for. What is in its cache it may do at once, in this call.
+    ///
+    /// # Errors
+    /// When it takes nothing; what was submitted stays, and the next call tries again.
+    pub fn flush(&mut self) -> Result<(), EngineError> {
+        while self.in_kernel < self.depth {
+            let Some(at) = self.backlog.pop_front() else { break };
+            if !self.push(at) {
+                self.backlog.push_front(at);
+                break;
+            }
+        }
+        self.enter()
+    }
+
+    /// Puts an operation into the submission queue. False when that is full.
+    fn push(&mut self, at: usize) -> bool {
+        let Some(op) = self.ops[at].as_mut() else { return true };
+        let mut queue = self.ring.submission();
+        if queue.capacity() - queue.len() < 2 {
+            return false;
+        }
+        let timer = op.timer().map(|timer| timer.user_data(NOBODY));
+        let (entry, way) = op.entry();
+        let entry = entry.user_data(at as u64);
+        let pushed = match &timer {
+            None => push_entry(&mut queue, &entry),
+            // Both fit, as was looked at above: a timer is never without what it is linked to.
+            Some(timer) => push_entry(&mut queue, timer) && push_entry(&mut queue, &entry),
+        };
+        drop(queue);
+        if timer.is_some() {
+            self.owed += 1;
+            // Once: the rest of a short transfer is not late again. The kernel reads the time when it takes the entry, which is
+            // before `entry` is called again for this operation.
+        }
+        match way {
+            Way::Cached => self.stats.cached += 1,
+            Way::Direct => self.stats.direct += 1,
+            Way::Bounced => self.stats.bounced += 1,
+        }
+        self.in_kernel += 1;
+        pushed
+    }
+
+    fn enter(&mut self) -> Result<(), EngineError> {
+        loop {
+            if self.ring.submission().is_empty() {
+                return Ok(());
+            }
+            match self.ring.submit() {
+                Ok(_) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                // Out of memory for now: the entries stay in the queue.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => return Ok(()),
+                Err(error) => return Err(EngineError::Enter(error)),
+            }
+        }
+    }
+
+    /// Entries that the kernel had no memory to take: flush again soon.
+    #[must_use]
+    pub fn is_stalled(&mut self) -> bool {
+        !self.ring.submission().is_empty()
+    }
+
+    /// Hands every operation that is over to `each`, and gives the kernel what there is room for now.
+    ///
+    /// # Errors
+    /// As [`Engine::flush`].
+    pub fn reap(&mut self, mut each: impl FnMut(Completion<T>)) -> Result<(), EngineError> {
+        // Before looking: a completion that comes while we look signals again.
+        let _ = self.event.read();
+        loop {
+            let next = self.ring.completion().next();
+            let Some(entry) = next else { break };
+            if entry.user_data() == NOBODY {
+                self.owed -= 1;
+                continue;
+            }
+            let at = entry.user_data() as usize;
+            self.in_kernel -= 1;
+            let Some(mut op) = self.ops.get_mut(at).and_then(Option::take) else { continue };
+            match op.step(entry.result()) {
+                Step::Again => {
+                    op.delay = None;
+                    self.stats.continued += 1;
+                    self.ops[at] = Some(op);
+                    self.backlog.push_back(at);
+                }
+                Step::Over(result) => {
+                    self.free.push(at);
+                    let (token, buffers) = op.into_parts();
+                    each(Completion { token, result, buffers });
+                }
+            }
+        }
+        if self.backlog.is_empty() { Ok(()) } else { self.flush() }
+    }
+
+    /// Asks the kernel to give up on everything. What it can give up ends as [`Failure::Cancelled`]; transfers that a device is busy with end as
+    /// they would have. All of them are still to be reaped.
+    pub fn cancel(&mut self, mut each: impl FnMut(Completion<T>)) {
+        for at in mem::take(&mut self.backlog) {
+            if let Some(op) = self.ops[at].take() {
+                self.free.push(at);
+                let (token, buffers) = op.into_parts();
+                each(Completion { token, result: Err(Failure::Cancelled), buffers });
+            }
+        }
+        if self.in_kernel == 0 {
+            return;
+        }
+        let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(NOBODY);
+        let mut queue = self.ring.submission();
+        let pushed = push_entry(&mut queue, &cancel);
+        drop(queue);
+        self.owed += usize::from(pushed);
+        if let Err(error) = self.enter() {
+            tracing::warn!(%error, "operations could not be cancelled");
+        }
+    }
+
+    /// Waits for a completion, up to `patience`.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn wait(&mut self, patience: Duration) -> Result<(), EngineError> {
+        let time = Timespec::from(patience);
+        let args = SubmitArgs::new().timespec(&time);
+        match self.ring.submitter().submit_with_args(1, &args) {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY) => Ok(()),
+                _ => Err(EngineError::Enter(error)),
+            },
+        }
+    }
+}
+
+impl<T> Drop for Engine<T> {
+    fn drop(&mut self) {
+        self.cancel(drop);
+        let deadline = Instant::now() + LAST_PATIENCE;
+        while self.in_kernel > 0 && Instant::now() < deadline {
+            if self.wait(Duration::from_millis(100)).is_err() || self.reap(drop).is_err() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // What was continued instead of ending goes no further.
+            self.cancel(drop);
+        }
+        if self.in_kernel > 0 {
+            // The kernel may still write to this memory. It keeps it, and the pins stay: a leak is better than a stranger's memory.
+            tracing::error!(
+                operations = self.in_kernel,
+                "the kernel does not let go of operations; their memory is left to it"
+            );
+            mem::forget(mem::take(&mut self.ops));
+        }
+    }
+}
+
+fn push_entry(queue: &mut squeue::SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
+    // SAFETY: the entry points at nothing (a cancellation), or into an operation that is boxed in `ops` and stays there until its completion
+    // is reaped, or for ever if the engine is dropped first; its file and memory are owned by that operation.
+    unsafe { queue.push(entry) }.is_ok()
+}

@@ -1,0 +1,295 @@
+//! Files as operations use them: a handle through the page cache, and where asked for one past it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use thiserror::Error;
+
+/// Whether transfers go through the host's page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum CachePolicy {
+    /// Yes: what many VMs read is kept in memory once.
+    #[default]
+    Host,
+    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of 4 KiB.
+    Direct,
+}
+
+/// Something done to a file failed.
+#[derive(Debug, Error)]
+#[error("{} could not be {what}", path.display())]
+pub struct FileError {
+    /// Which file.
+    pub path: PathBuf,
+    /// What was to be done, as a participle.
+    pub what: &'static str,
+    /// Why not.
+    #[source]
+    pub source: io::Error,
+}
+
+/// A file that cannot be used.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The system says no.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Neither a file nor a block device.
+    #[error("{} is neither a regular file nor a block device", path.display())]
+    Kind {
+        /// Which.
+        path: PathBuf,
+    },
+    /// In use.
+    #[error("{} is in use by somebody who {}", path.display(), if *writing { "has it open" } else { "writes to it" })]
+    Locked {
+        /// Which.
+        path: PathBuf,
+        /// Whether it was to be written.
+        writing: bool,
+    },
+}
+
+/// A file, open for as long as an operation on it is in flight.
+#[derive(Debug)]
+pub struct IoFile {
+    path: PathBuf,
+    cached: File,
+    direct: Option<File>,
+    writable: bool,
+    /// Whether it has a name, and outlives the process.
+    named: bool,
+    block_device: bool,
+    /// Writes given to the kernel and not reaped.
+    writes: Mutex<usize>,
+    no_writes: Condvar,
+}
+
+impl IoFile {
+    /// Opens a file or a block device, locked against writers (and, if `write`, against readers) in other processes that lock too.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is something else, or is in use.
+    pub fn open(path: &Path, write: bool, policy: CachePolicy) -> Result<Self, OpenError> {
+        let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
+        let opened = if write { "opened for writing" } else { "opened" };
+        // O_NONBLOCK: opening a FIFO must not wait for its other end; for files and block devices it means nothing.
+        let cached = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(failed(opened))?;
+        let kind = cached.metadata().map_err(failed("looked at"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::Kind { path: path.to_owned() });
+        }
+        let locked = if write { cached.try_lock() } else { cached.try_lock_shared() };
+        match locked {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(OpenError::Locked { path: path.to_owned(), writing: write });
+            }
+            Err(std::fs::TryLockError::Error(source)) => return Err(failed("locked")(source).into()),
+        }
+        let direct = Self::direct_handle(&cached, write, policy, path);
+        Ok(Self::new(path, cached, direct, write, true, kind.is_block_device()))
+    }
+
+    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle.
+    ///
+    /// # Errors
+    /// When the directory's file system has no such files, or no room.
+    pub fn unnamed(dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
+        let failed = |what| move |source: io::Error| FileError { path: dir.to_owned(), what, source };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|e| failed("given an unnamed file")(e.into()))?;
+        let cached = File::from(fd);
+        cached.set_len(len).map_err(failed("given a file of the disk's size"))?;
+        let direct = Self::direct_handle(&cached, true, policy, dir);
+        Ok(Self::new(dir, cached, direct, true, false, false))
+    }
+
+    fn new(path: &Path, cached: File, direct: Option<File>, writable: bool, named: bool, block_device: bool) -> Self {
+        let (writes, no_writes) = (Mutex::new(0), Condvar::new());
+        Self { path: path.to_owned(), cached, direct, writable, named, block_device, writes, no_writes }
+    }
+
+    /// A second handle that bypasses the page cache, if it is wanted and to be had.
+    fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -> Option<File> {
+        if policy == CachePolicy::Host {
+            return None;
+        }
+        // By its descriptor, so that it is the same file whatever happened to the name.
+        let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
+        let opened =
+            OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
+        opened
+            .inspect_err(|error| {
+                tracing::warn!(path = %path.display(), %error, "no O_DIRECT here: the page cache is used");
+            })
+            .ok()
+    }
+
+    /// Its path; for an unnamed file, its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How transfers to it are done: what was asked for, or what the file system allows.
+    #[must_use]
+    pub fn policy(&self) -> CachePolicy {
+        if self.direct.is_some() { CachePolicy::Direct } else { CachePolicy::Host }
+    }
+
+    /// Whether it may be written.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether it has a name: what is written to one without is gone with the process, synced or not.
+    #[must_use]
+    pub fn is_named(&self) -> bool {
+        self.named
+    }
+
+    /// Whether it is a block device.
+    #[must_use]
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// Its size in bytes.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn size(&self) -> Result<u64, FileError> {
+        use std::io::{Seek, SeekFrom};
+        // Of a block device only seeking tells it; operations name their offsets, so nobody minds where the handle stands.
+        (&self.cached).seek(SeekFrom::End(0)).map_err(|source| self.failed("measured", source))
+    }
+
+    /// Reads without an engine.
+    ///
+    /// # Errors
+    /// When it fails, or the file ends first.
+    pub fn read_now(&self, bytes: &mut [u8], offset: u64) -> Result<(), FileError> {
+        self.cached.read_exact_at(bytes, offset).map_err(|source| self.failed("read", source))
+    }
+
+    /// Writes without an engine.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn write_now(&self, bytes: &[u8], offset: u64) -> Result<(), FileError> {
+        self.cached.write_all_at(bytes, offset).map_err(|source| self.failed("written", source))
+    }
+
+    /// Makes what was written durable, without an engine.
+    ///
+    /// # Errors
+    /// When it fails; a later success says nothing about what was written before.
+    pub fn sync_now(&self) -> Result<(), FileError> {
+        self.cached.sync_all().map_err(|source| self.failed("made durable", source))
+    }
+
+    /// Waits until no write to it is in flight, up to `patience`. Returns whether that is so.
+    #[must_use]
+    pub fn settle(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        while *writes > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            writes = self.no_writes.wait_timeout(writes, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Whether a write to it is in flight.
+    #[must_use]
+    pub fn has_writes(&self) -> bool {
+        *self.writes.lock().unwrap_or_else(PoisonError::into_inner) > 0
+    }
+
+    pub(crate) fn write_begins(&self) {
+        *self.writes.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    pub(crate) fn write_ends(&self) {
+        let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        *writes -= 1;
+        if *writes == 0 {
+            self.no_writes.notify_all();
+        }
+    }
+
+    pub(crate) fn direct_fd(&self) -> Option<RawFd> {
+        self.direct.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    pub(crate) fn cached_fd(&self) -> RawFd {
+        self.cached.as_raw_fd()
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> FileError {
+        FileError { path: self.path.clone(), what, source }
+    }
+}
+
+impl AsFd for IoFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.cached.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_are_alone_and_readers_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![7; 8192]).unwrap();
+        let reader = IoFile::open(&path, false, CachePolicy::Host).unwrap();
+        let _second = IoFile::open(&path, false, CachePolicy::Host).unwrap();
+        assert_eq!(reader.size().unwrap(), 8192);
+        let error = IoFile::open(&path, true, CachePolicy::Host).unwrap_err();
+        assert!(matches!(error, OpenError::Locked { writing: true, .. }), "{error}");
+        assert!(error.to_string().contains("disk"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_by_name() {
+        for path in ["/", "/dev/null", "/no/such/file"] {
+            let error = IoFile::open(Path::new(path), false, CachePolicy::Host).unwrap_err().to_string();
+            assert!(error.starts_with(path), "{error}");
+        }
+        let error = IoFile::unnamed(Path::new("/proc"), 1, CachePolicy::Host).unwrap_err();
+        assert_eq!(error.path, Path::new("/proc"));
+    }
+
+    #[test]
+    fn an_unnamed_file_leaves_no_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = IoFile::unnamed(dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
+        file.write_now(b"hello", 5000).unwrap();
+        let mut got = [0; 7];
+        file.read_now(&mut got, 4999).unwrap();
+        assert_eq!(&got, b"\0hello\0");
+        assert_eq!((file.size().unwrap(), file.is_named()), (1 << 20, false));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,329 @@
+//! One operation: what it owns, and which part of it goes to the kernel next.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::types::{Fd, FsyncFlags, TimeoutFlags, Timespec};
+use io_uring::{opcode, squeue};
+use thiserror::Error;
+
+use crate::buffer::{ALIGN, AlignedBuf, Fragment, for_window, total_len};
+use crate::file::IoFile;
+
+/// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
+const MOST_PIECES: usize = 1024;
+/// Bytes copied through a bounce buffer at once, so that a guest cannot make the host allocate what it likes.
+const MOST_BOUNCED: usize = 1 << 20;
+/// Times an operation is given to the kernel again after EINTR or EAGAIN.
+const MOST_RETRIES: u32 = 64;
+
+/// What is to be done. It owns what the kernel needs for it.
+#[derive(Debug)]
+pub enum Request {
+    /// Fills `buffers`, in order, from `offset` on.
+    Read {
+        /// From where.
+        file: Arc<IoFile>,
+        /// First byte in the file.
+        offset: u64,
+        /// To where. Parts of pins for writing.
+        buffers: Vec<Fragment>,
+    },
+    /// Writes `buffers`, in order, from `offset` on.
+    Write {
+        /// To where.
+        file: Arc<IoFile>,
+        /// First byte in the file.
+        offset: u64,
+        /// From where.
+        buffers: Vec<Fragment>,
+    },
+    /// Makes what was written durable.
+    Sync {
+        /// What of.
+        file: Arc<IoFile>,
+    },
+    /// Gives the range back to the file system; it reads as zeros.
+    Punch {
+        /// Where.
+        file: Arc<IoFile>,
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+    /// Makes the range zeros that are allocated.
+    Zero {
+        /// Where.
+        file: Arc<IoFile>,
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+}
+
+impl Request {
+    fn file(&self) -> &Arc<IoFile> {
+        match self {
+            Self::Read { file, .. }
+            | Self::Write { file, .. }
+            | Self::Sync { file }
+            | Self::Punch { file, .. }
+            | Self::Zero { file, .. } => file,
+        }
+    }
+
+    fn buffers(&self) -> &[Fragment] {
+        match self {
+            Self::Read { buffers, .. } | Self::Write { buffers, .. } => buffers,
+            Self::Sync { .. } | Self::Punch { .. } | Self::Zero { .. } => &[],
+        }
+    }
+
+    /// Whether it changes the file.
+    fn changes(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Punch { .. } | Self::Zero { .. })
+    }
+}
+
+/// Why an operation failed.
+#[derive(Debug, Error)]
+pub enum Failure {
+    /// The system says so.
+    #[error("I/O on {} failed", path.display())]
+    Io {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is shorter than it was said to be.
+    #[error("{} ends {missing} bytes too early", path.display())]
+    Short {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Bytes that are missing.
+        missing: usize,
+    },
+    /// It was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Failure {
+    /// The system's error number, if it is one of the system's.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Io { source, .. } => source.raw_os_error(),
+            Self::Short { .. } | Self::Cancelled => None,
+        }
+    }
+}
+
+/// How the next step of a transfer reaches the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Through the page cache.
+    Cached,
+    /// Past it, from and to the memory itself.
+    Direct,
+    /// Past it, through an aligned buffer of ours.
+    Bounced,
+}
+
+/// What a completion from the kernel means for the operation.
+pub(crate) enum Step {
+    /// Give it to the kernel again, for the rest.
+    Again,
+    Over(Result<(), Failure>),
+}
+
+/// An operation on its way. It is boxed while the kernel has it: the pieces and the time are read from where they lie.
+pub(crate) struct Op<T> {
+    request: Request,
+    pub(crate) token: T,
+    /// Bytes transferred.
+    done: usize,
+    total: usize,
+    pieces: Vec<libc::iovec>,
+    bounce: Option<AlignedBuf>,
+    way: Way,
+    /// The file system accepts O_DIRECT but refused this transfer.
+    no_direct: bool,
+    retries: u32,
+    pub(crate) delay: Option<Timespec>,
+}
+
+// SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the operation, and which any thread may use.
+unsafe impl<T: Send> Send for Op<T> {}
+
+impl<T> Op<T> {
+    pub(crate) fn new(request: Request, token: T, delay: Option<Duration>) -> Self {
+        let total = total_len(request.buffers());
+        if request.changes() {
+            request.file().write_begins();
+        }
+        Self {
+            total,
+            request,
+            token,
+            done: 0,
+            pieces: Vec::new(),
+            bounce: None,
+            way: Way::Cached,
+            no_direct: false,
+            retries: 0,
+            delay: delay.map(Timespec::from),
+        }
+    }
+
+    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped until the completion.
+    pub(crate) fn entry(&mut self) -> (squeue::Entry, Way) {
+        let file = Arc::clone(self.request.file());
+        let fd = Fd(file.cached_fd());
+        let entry = match self.request {
+            Request::Sync { .. } => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Request::Punch { offset, len, .. } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+            }
+            Request::Zero { offset, len, .. } => {
+                let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+            }
+            Request::Read { offset, .. } => {
+                let (fd, at) = self.prepare(offset);
+                opcode::Readv::new(fd, self.pieces.as_ptr(), self.pieces.len() as u32).offset(at).build()
+            }
+            Request::Write { offset, .. } => {
+                let (fd, at) = self.prepare(offset);
+                opcode::Writev::new(fd, self.pieces.as_ptr(), self.pieces.len() as u32).offset(at).build()
+            }
+        };
+        (entry, self.way)
+    }
+
+    /// The timer that the operation is linked behind, if it is to be late. Its pointer is into `self`.
+    pub(crate) fn timer(&self) -> Option<squeue::Entry> {
+        let time = self.delay.as_ref()?;
+        // Without ETIME_SUCCESS an expired timer would break the link.
+        let timer = opcode::Timeout::new(&raw const *time).flags(TimeoutFlags::ETIME_SUCCESS).build();
+        Some(timer.flags(squeue::Flags::IO_LINK))
+    }
+
+    /// Lays out the pieces for the bytes that are left. Returns the handle to use, and the offset in the file.
+    fn prepare(&mut self, offset: u64) -> (Fd, u64) {
+        let file = self.request.file();
+        let (at, left) = (offset + self.done as u64, self.total - self.done);
+        // A short transfer leaves an odd rest; that and what begins or ends inside a block goes through the cache.
+        let aligned = at.is_multiple_of(ALIGN as u64) && left.is_multiple_of(ALIGN);
+        let direct = file.direct_fd().filter(|_| aligned && !self.no_direct);
+        let fd = Fd(direct.unwrap_or(file.cached_fd()));
+        self.pieces.clear();
+        let buffers = self.request.buffers();
+        let mut fits = true;
+        for_window(buffers, self.done, left, |part| {
+            fits &= part.address().addr().is_multiple_of(ALIGN) && part.len.is_multiple_of(ALIGN);
+            if self.pieces.len() < MOST_PIECES {
+                self.pieces.push(libc::iovec { iov_base: part.address().cast(), iov_len: part.len });
+            }
+        });
+        self.way = if direct.is_none() {
+            Way::Cached
+        } else if fits {
+            Way::Direct
+        } else {
+            Way::Bounced
+        };
+        if self.way == Way::Bounced {
+            let len = left.min(MOST_BOUNCED);
+            let bounce = AlignedBuf::new(len);
+            if matches!(self.request, Request::Write { .. }) {
+                let mut to = 0;
+                for_window(buffers, self.done, len, |part| {
+                    copy(&part.slice(), &bounce.slice(), 0, to);
+                    to += part.len;
+                });
+            }
+            self.pieces.clear();
+            self.pieces.push(libc::iovec { iov_base: bounce.slice().ptr_guard_mut().as_ptr().cast(), iov_len: len });
+            self.bounce = Some(bounce);
+        }
+        (fd, at)
+    }
+
+    /// Takes note of the kernel's `result`.
+    pub(crate) fn step(&mut self, result: i32) -> Step {
+        if result < 0 {
+            return self.failed(-result);
+        }
+        if !matches!(self.request, Request::Read { .. } | Request::Write { .. }) {
+            return Step::Over(Ok(()));
+        }
+        let count = result as usize;
+        if let Some(bounce) = self.bounce.take()
+            && matches!(self.request, Request::Read { .. })
+        {
+            let mut from = 0;
+            for_window(self.request.buffers(), self.done, count, |part| {
+                copy(&bounce.slice(), &part.slice(), from, 0);
+                from += part.len;
+            });
+        }
+        self.done = (self.done + count).min(self.total);
+        match self.total - self.done {
+            0 => Step::Over(Ok(())),
+            missing if count == 0 => {
+                Step::Over(Err(Failure::Short { path: self.request.file().path().to_owned(), missing }))
+            }
+            _ => Step::Again,
+        }
+    }
+
+    fn failed(&mut self, errno: i32) -> Step {
+        self.bounce = None;
+        match errno {
+            libc::EINTR | libc::EAGAIN if self.retries < MOST_RETRIES => {
+                self.retries += 1;
+                Step::Again
+            }
+            libc::ECANCELED => Step::Over(Err(Failure::Cancelled)),
+            // Blocks larger than pages, or memory that the device cannot reach: the cache takes anything.
+            libc::EINVAL if self.way != Way::Cached => {
+                self.no_direct = true;
+                Step::Again
+            }
+            _ => {
+                let path = self.request.file().path().to_owned();
+                Step::Over(Err(Failure::Io { path, source: io::Error::from_raw_os_error(errno) }))
+            }
+        }
+    }
+}
+
+impl<T> Op<T> {
+    /// The operation's end: what it was for, and the memory. The file knows that it is over.
+    pub(crate) fn into_parts(self) -> (T, Vec<Fragment>) {
+        if self.request.changes() {
+            self.request.file().write_ends();
+        }
+        let buffers = match self.request {
+            Request::Read { buffers, .. } | Request::Write { buffers, .. } => buffers,
+            Request::Sync { .. } | Request::Punch { .. } | Request::Zero { .. } => Vec::new(),
+        };
+        (self.token, buffers)
+    }
+}
+
+/// Copies what fits from `from[from_at..]` to `to[to_at..]`.
+fn copy(from: &vm_memory::VolatileSlice<'_>, to: &vm_memory::VolatileSlice<'_>, from_at: usize, to_at: usize) {
+    let len = from.len().saturating_sub(from_at).min(to.len().saturating_sub(to_at));
+    // Both are cut to what is there, so neither can fail.
+    if let (Ok(from), Ok(to)) = (from.subslice(from_at, len), to.subslice(to_at, len)) {
+        from.copy_to_volatile_slice(to);
+    }
+}

@@ -1,0 +1,199 @@
+//! Bare guests with a disk, and the disk's file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade::bare::{BareMailbox, BareVcpu};
+use clade::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_guests::abi::disk::{DiskRun, Order, What, pattern};
+use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+
+use crate::Guest;
+
+/// Where the driver's area is.
+const AREA: u64 = WORK_BASE;
+/// Where the data is.
+const BUFFER: u64 = WORK_BASE + 16 * PAGE_SIZE;
+
+/// A directory with a disk's file in it.
+#[derive(Debug)]
+pub struct DiskFile {
+    dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl DiskFile {
+    /// A disk of `bytes` bytes that holds the words of `seed`.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    #[must_use]
+    pub fn new(bytes: u64, seed: u64) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.img");
+        fs::write(&path, words(seed, 0, bytes)).expect("a disk");
+        Self { dir, path }
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A name in the same directory.
+    #[must_use]
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// What a VM is to be told of it.
+    #[must_use]
+    pub fn spec(&self) -> DiskSpec {
+        DiskSpec { disk: DiskConfig::new(&self.path), device: BlockOptions::default() }
+    }
+
+    /// Its bytes.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.path).expect("the disk")
+    }
+}
+
+/// The words of `seed` at `bytes` bytes from byte `offset` of a disk.
+#[must_use]
+pub fn words(seed: u64, offset: u64, bytes: u64) -> Vec<u8> {
+    let mut all = vec![0; bytes as usize];
+    pattern(&mut all, seed, offset / 512);
+    all
+}
+
+/// A bare guest with a disk, paused except while it works.
+#[derive(Debug)]
+pub struct DiskGuest {
+    /// The guest.
+    pub guest: Guest,
+}
+
+impl DiskGuest {
+    /// Where the driver's area is.
+    pub const AREA: u64 = AREA;
+
+    /// Boots one with the disk opened by its driver, and memory that the driver does not use written by the guest.
+    ///
+    /// # Panics
+    /// When it does not boot, or the driver does not find the disk.
+    #[must_use]
+    pub fn boot(context: &Context, disk: DiskSpec, cpus: u64) -> Self {
+        let mut config = VmConfig::bare(48 << 20, cpus).expect("a configuration");
+        let size = fs::metadata(&disk.disk.path).expect("the disk").len();
+        config.disks = vec![disk];
+        let this = Self { guest: Guest::boot_as(context, config) };
+        let [sectors, features, status, _] = this.open();
+        assert_eq!(sectors, size / 512);
+        assert_eq!((features >> 32 & 1, status), (1, 15), "VERSION_1, and ready");
+        this
+    }
+
+    /// Has the driver take the disk.
+    pub fn open(&self) -> [u64; 4] {
+        self.guest.run(Command::DiskOpen { slot: 0, area: AREA, size: 256 })
+    }
+
+    /// A run over the disk's first `sectors` sectors, sequential and once, in blocks of 8 sectors, 32 at a time.
+    #[must_use]
+    pub fn whole(what: What, sectors: u64, seed: u64) -> DiskRun {
+        let (order, block) = (Order::Sequential, 8.min(sectors));
+        DiskRun {
+            area: AREA,
+            buffer: BUFFER,
+            what,
+            order,
+            depth: 32,
+            sector: 0,
+            sectors,
+            block,
+            count: sectors / block,
+            seed,
+        }
+    }
+
+    /// Runs, and returns operations, errors and wrong words.
+    pub fn run(&self, run: DiskRun) -> (u64, u64, u64) {
+        let [done, errors, wrong, _] = self.guest.run(Command::DiskRun(run));
+        (done, errors, wrong)
+    }
+
+    /// Runs, and expects every operation to succeed and every word to be right.
+    ///
+    /// # Panics
+    /// When not.
+    pub fn expect(&self, run: DiskRun, what: &str) {
+        assert_eq!(self.run(run), (run.count, 0, 0), "{what}: operations, errors, wrong words of {run:?}");
+    }
+
+    /// A paused child of `image`.
+    #[must_use]
+    pub fn child(context: &Context, image: &Arc<ForkImage>) -> Self {
+        Self { guest: Guest::child(context, image) }
+    }
+
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &Vm {
+        self.guest.vm()
+    }
+
+    /// Begins a run and leaves the guest running. Returns the command's number.
+    ///
+    /// # Panics
+    /// When it cannot be told.
+    #[must_use]
+    pub fn begin(&self, run: DiskRun) -> u64 {
+        let seq = BareMailbox::new(self.vm().ram(), 0).order(Command::DiskRun(run)).expect("an order");
+        self.vm().resume().expect("a paused VM runs on");
+        seq
+    }
+
+    /// Waits for the end of a run that was begun, here or in the parent, and pauses.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn finish(&self, seq: u64) -> (u64, u64, u64) {
+        // A child is paused; a parent may run.
+        let _ = self.vm().resume();
+        let vcpu = BareVcpu::new(self.vm(), 0);
+        vcpu.await_done(seq).expect("the run ends");
+        let [done, errors, wrong, _] = vcpu.mailbox().results().expect("results");
+        self.vm().pause().expect("a running VM pauses");
+        (done, errors, wrong)
+    }
+
+    /// Interrupts a run of a running guest, waits until it has let its operations end, and pauses. Returns its results.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn stop_run(&self) -> [u64; 4] {
+        let vcpu = BareVcpu::new(self.vm(), 0);
+        vcpu.run(Command::Idle).expect("the guest answers");
+        let results = vcpu.mailbox().results().expect("results");
+        self.vm().pause().expect("a running VM pauses");
+        results
+    }
+
+    /// A paused child that goes on with what it was told.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn paused_child(context: &Context, image: &Arc<ForkImage>, name: &str) -> Self {
+        let options = ChildOptions { paused: true, before_start: None };
+        Self { guest: Vm::from_image(context, name, image, options).expect("a child").into() }
+    }
+}

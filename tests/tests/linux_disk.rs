@@ -1,0 +1,116 @@
+//! Linux on a disk: ext4 made by the host, written by a guest, forked in the middle of writes, and checked by the host.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_memory::Backing;
+use clade_tests::{Linux, PROMPT, Turn, skip};
+
+const BOOT: Duration = Duration::from_secs(300);
+const ANSWER: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(900);
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+
+fn ask(vm: &Vm, line: &str) -> String {
+    vm.resume().unwrap();
+    let answer = Linux::ask(vm, line, ANSWER);
+    vm.pause().unwrap();
+    // The kernel has something to say about mounts, before it.
+    answer.lines().last().unwrap_or_default().to_owned()
+}
+
+/// Runs one of e2fsprogs' programs; false if it is not there.
+fn ext4(program: &str, args: &[&str], path: &Path) -> bool {
+    let output = match Command::new(program).args(args).arg(path).stdin(Stdio::null()).output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
+        output => output.unwrap(),
+    };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?} {}: {}\n{text}", path.display(), output.status);
+    true
+}
+
+/// The disk of an image as a file, after the journal was replayed as a mount would, found whole by fsck.
+fn checked(image: &Arc<ForkImage>, path: &Path) {
+    let disk = image.disks().next().unwrap();
+    assert!(disk.settle(Duration::from_secs(60)), "its writes end");
+    disk.export(path).unwrap();
+    // A disk of a running system: its journal is not empty. Replayed (1: errors corrected), it must be without fault.
+    let replay =
+        Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(path).stdin(Stdio::null()).output().unwrap();
+    assert!(matches!(replay.status.code(), Some(0 | 1)), "{replay:?}");
+    assert!(ext4("e2fsck", &["-fn"], path));
+}
+
+#[test]
+fn linux_on_ext4_is_forked_while_it_writes() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(linux) = Linux::find() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("root.img");
+    std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
+    if !ext4("mkfs.ext4", &["-q", "-F"], &path) {
+        return skip("linux", "there is no mkfs.ext4");
+    }
+    let context = turn.context(Backing::Huge);
+    let disk = DiskSpec { disk: DiskConfig::new(&path), device: BlockOptions::default() };
+    let parent = linux.boot_with(&context, "vmlinux", 1, "", vec![disk]);
+    let console = Linux::expect(&parent, 0, PROMPT, BOOT);
+    assert!(console.contains("virtio_blk"), "the disk is found:\n{console}");
+    parent.pause().unwrap();
+
+    assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
+    assert_eq!(ask(&parent, "echo before >/tmp/d/file && sync && echo synced"), "synced");
+
+    // In the middle of a write that does not fit the page cache's patience.
+    parent.resume().unwrap();
+    let from = parent.console().position();
+    parent.type_in(b"dd if=/dev/zero bs=64k count=160 2>/dev/null | tr '\\0' x | dd of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo end-of-dd\n");
+    let (image, in_flight) = forked_in_flight(&parent);
+    println!("{in_flight} requests in flight at the fork");
+    let _ = Linux::expect(&parent, from, "[done 0]", ANSWER);
+    parent.pause().unwrap();
+
+    let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
+    child.resume().unwrap();
+    let _ = Linux::expect(&child, 0, "[done 0]", ANSWER);
+    child.pause().unwrap();
+    for (vm, mark) in [(&parent, "parent"), (&child, "child")] {
+        assert_eq!(ask(vm, "cat /tmp/d/file"), "before");
+        assert_eq!(ask(vm, "wc -c </tmp/d/big"), (160 << 16).to_string());
+        assert_eq!(ask(vm, "tr -d x </tmp/d/big | wc -c"), "0", "{mark} wrote nothing but x");
+        assert_eq!(
+            ask(vm, &format!("echo {mark} >/tmp/d/who && sync && echo 3 >/proc/sys/vm/drop_caches; echo ok")),
+            "ok"
+        );
+    }
+    assert_eq!(ask(&parent, "cat /tmp/d/who"), "parent");
+    assert_eq!(ask(&child, "cat /tmp/d/who"), "child");
+    checked(&image, &dir.path().join("at-the-fork"));
+    for (vm, name) in [(&parent, "parent.img"), (&child, "child.img")] {
+        assert_eq!(ask(vm, "umount /tmp/d && echo gone"), "gone");
+        let (image, _) = vm.fork().unwrap();
+        let export = dir.path().join(name);
+        image.disks().next().unwrap().export(&export).unwrap();
+        assert!(ext4("e2fsck", &["-fn"], &export), "{name}");
+    }
+}
+
+/// Forks `vm` until there are requests in flight.
+fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
+    for _ in 0..2000 {
+        let (image, report) = vm.fork().unwrap();
+        if report.in_flight > 0 {
+            return (image, report.in_flight);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("it never writes");
+}
