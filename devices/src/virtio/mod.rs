@@ -21,11 +21,15 @@
 //! [`VirtioDevice::save`] returns a [`Saved`]: a plain [`DeviceState`], and a [`Backend`], which is what cannot be written down (files, sockets).
 //! A new device adds a variant to both.
 
+pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod dma;
 mod interrupt;
 pub mod limiter;
+pub mod plain;
 mod queue;
+pub mod rng;
 mod transport;
 mod worker;
 
@@ -87,6 +91,12 @@ pub enum ActivateError {
 pub enum DeviceState {
     /// Block.
     Block(block::BlockState),
+    /// Entropy.
+    Rng(rng::RngState),
+    /// Console.
+    Console(console::ConsoleState),
+    /// Balloon.
+    Balloon(balloon::BalloonState),
 }
 
 /// What belongs to a saved device and cannot be written down.
@@ -94,6 +104,8 @@ pub enum DeviceState {
 pub enum Backend {
     /// A disk at the same instant.
     Disk(crate::disk::DiskImage),
+    /// Nothing.
+    None,
 }
 
 /// A device at one instant.

@@ -327,7 +327,11 @@ mod tests {
         gsis.extend([0, 1, 2, 4, 8]);
         gsis.sort_unstable();
         gsis.dedup();
-        assert_eq!(gsis.len(), VIRTIO_GSIS.len() + 5, "none is another's, the timer's, the keyboard's, the console's or the clock's");
+        assert_eq!(
+            gsis.len(),
+            VIRTIO_GSIS.len() + 5,
+            "none is another's, the timer's, the keyboard's, the console's or the clock's"
+        );
         assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
         let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();
         assert!(last.0 + PAGE_SIZE <= IOAPIC_BASE.0 && VIRTIO_BASE.0 >= MMIO_GAP_START.0);

@@ -121,9 +121,7 @@ impl Devices {
         let irq = Irq::new().map_err(DeviceError::Io)?;
         let serial = match saved {
             None => SerialConsole::new(irq, console.clone()),
-            Some((state, _)) => {
-                SerialConsole::restore(&state.serial, irq, console.clone()).map_err(DeviceError::Io)?
-            }
+            Some((state, _)) => SerialConsole::restore(&state.serial, irq, console.clone()).map_err(DeviceError::Io)?,
         };
         let serial = Arc::new(Mutex::new(serial));
         let i8042 = I8042::default();
@@ -231,7 +229,11 @@ fn virtio(
             }
         }
     }
-    if all.len() == wanted { Ok(all.into_iter().map(Arc::new).collect()) } else { Err(DeviceError::Mismatch { found: all.len(), wanted }) }
+    if all.len() == wanted {
+        Ok(all.into_iter().map(Arc::new).collect())
+    } else {
+        Err(DeviceError::Mismatch { found: all.len(), wanted })
+    }
 }
 
 fn restored(state: &TransportState, backend: &Backend, spec: &DiskSpec) -> Result<Box<dyn VirtioDevice>, DeviceError> {

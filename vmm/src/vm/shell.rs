@@ -112,11 +112,13 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
         let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
         for (queue, event) in (0u32..).zip(&wiring.notify) {
             // With the queue's number as the value to match: one event a queue, at the same register.
-            fd.register_ioevent(event, &notify, queue).map_err(|e| VmError::kvm("connect a device's notifications", e))?;
+            fd.register_ioevent(event, &notify, queue)
+                .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
         }
         // Without an IOAPIC there is nobody to raise it at.
         if config.irqchip == Irqchip::Full {
-            fd.register_irqfd(wiring.irq.eventfd(), gsi).map_err(|e| VmError::kvm("connect a device's interrupt", e))?;
+            fd.register_irqfd(wiring.irq.eventfd(), gsi)
+                .map_err(|e| VmError::kvm("connect a device's interrupt", e))?;
         }
         all.push(wiring);
     }
