@@ -31,6 +31,7 @@ pub mod plain;
 mod queue;
 pub mod rng;
 mod transport;
+pub mod vsock;
 mod worker;
 
 use std::any::Any;
@@ -97,6 +98,8 @@ pub enum DeviceState {
     Console(console::ConsoleState),
     /// Balloon.
     Balloon(balloon::BalloonState),
+    /// Sockets.
+    Vsock(vsock::VsockState),
 }
 
 /// What belongs to a saved device and cannot be written down.
