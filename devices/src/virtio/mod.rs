@@ -27,6 +27,7 @@ pub mod console;
 pub mod dma;
 mod interrupt;
 pub mod limiter;
+pub mod net;
 pub mod plain;
 mod queue;
 pub mod rng;
@@ -100,6 +101,8 @@ pub enum DeviceState {
     Balloon(balloon::BalloonState),
     /// Sockets.
     Vsock(vsock::VsockState),
+    /// Network.
+    Net(net::NetState),
 }
 
 /// What belongs to a saved device and cannot be written down.

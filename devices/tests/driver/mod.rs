@@ -105,6 +105,11 @@ impl Driver {
         self.get(regs::STATUS) & 0x40 != 0
     }
 
+    /// The descriptor that the next chain begins with.
+    pub(crate) fn next(&self, queue: usize) -> u16 {
+        self.rings[queue].next
+    }
+
     /// Makes a chain available, and notifies.
     pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let memory = self.ram.memory();
