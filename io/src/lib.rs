@@ -17,8 +17,10 @@ mod buffer;
 mod engine;
 mod file;
 mod op;
+mod tap;
 
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
 pub use op::{Failure, Request};
+pub use tap::{Offload, Tap, TapError, VNET_HEADER};

@@ -108,6 +108,20 @@ impl Limiter {
         self.take_at(bytes, Instant::now())
     }
 
+    /// Whether anything may go now. Takes nothing: for whoever knows only afterwards how much it was.
+    ///
+    /// # Errors
+    /// The instant at which it may.
+    pub fn ready(&mut self) -> Result<(), Instant> {
+        let now = Instant::now();
+        let buckets = [self.bytes.as_mut(), self.operations.as_mut()];
+        let wait = buckets.into_iter().flatten().map(|bucket| {
+            bucket.refill(now);
+            bucket.wait()
+        });
+        wait.max().filter(|wait| !wait.is_zero()).map_or(Ok(()), |wait| Err(now + wait))
+    }
+
     fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
         let buckets = [self.bytes.as_mut(), self.operations.as_mut()];
         let wait = buckets.into_iter().flatten().map(|bucket| {

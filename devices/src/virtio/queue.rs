@@ -241,6 +241,12 @@ impl Virtqueue {
         Ok(Some(chain.head_index()))
     }
 
+    /// Takes the last [`Virtqueue::pop`] back.
+    pub fn put_back(&mut self) {
+        self.out = self.out.saturating_sub(1);
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
     /// Counts a chain that was popped before the queue's state was saved, and will be given back.
     pub fn count_out(&mut self) {
         self.out = self.out.saturating_add(1);

@@ -249,5 +249,6 @@ fn restored(state: &TransportState, backend: &Backend, spec: &DiskSpec) -> Resul
         (VirtioState::Block(state), Backend::Disk(image)) => {
             Ok(Box::new(Block::restore(state, image.open()?, &spec.device)))
         }
+        _ => Err(DeviceError::Mismatch { found: 1, wanted: 1 }),
     }
 }

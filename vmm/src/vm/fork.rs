@@ -58,7 +58,10 @@ impl ForkImage {
 
     /// The disks, by place, at the instant of the fork.
     pub fn disks(&self) -> impl Iterator<Item = &DiskImage> {
-        self.backends.iter().map(|Backend::Disk(image)| image)
+        self.backends.iter().filter_map(|backend| match backend {
+            Backend::Disk(image) => Some(image),
+            Backend::None => None,
+        })
     }
 
     /// How many forks lie between this image and the VM that was booted, counting this one.

@@ -1,0 +1,43 @@
+//! What a driver asks of a network device by its control queue.
+
+use super::super::dma;
+use crate::virtio::plain::{Io, Trouble};
+use crate::virtio::{Chain, QueueError};
+
+/// A command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    /// Use so many pairs of queues.
+    Pairs(u16),
+    /// It has announced itself.
+    Announced,
+    /// Another address.
+    Address([u8; 6]),
+    /// What is received by whom, which is the host's business: everything that comes is given to the driver.
+    Filter,
+    /// Something else.
+    Unknown,
+}
+
+/// Parses the chain's readable part: a class, a command, and what belongs to it.
+pub(super) fn parse(io: &Io, chain: &Chain) -> Result<Command, Trouble> {
+    if chain.readable.is_empty() || chain.writable.is_empty() || dma::len_of(&chain.readable) < 2 {
+        let (head, what) = (chain.head, "is no command");
+        return Err(QueueError::Content { head, what }.into());
+    }
+    let mut bytes = [0; 8];
+    let len = (dma::len_of(&chain.readable) as usize).min(bytes.len());
+    dma::copy_in(&io.ram, &chain.readable, &mut bytes[..len])?;
+    let address = || {
+        let mut address = [0; 6];
+        address.copy_from_slice(&bytes[2..8]);
+        Command::Address(address)
+    };
+    Ok(match (bytes[0], bytes[1], len) {
+        (4, 0, 4..) => Command::Pairs(u16::from_le_bytes([bytes[2], bytes[3]])),
+        (3, 0, _) => Command::Announced,
+        (1, 1, 8) => address(),
+        (0 | 2, _, _) | (1, 0, _) => Command::Filter,
+        _ => Command::Unknown,
+    })
+}

@@ -1,0 +1,513 @@
+//! The network device.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use clade_io::{Fragment, Offload, Tap, VNET_HEADER, total_len};
+use clade_memory::Access;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::Bytes;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::control::{self, Command};
+use super::state::NetState;
+use crate::virtio::limiter::{Limiter, Limits};
+use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
+use crate::virtio::{Backend, DeviceState, Hurry, Turn, Wake, dma};
+
+/// Most pairs of queues.
+const MOST_PAIRS: u16 = 8;
+const QUEUE_SIZE: u16 = 256;
+/// The largest packet there is, with its header: 64 KiB and an Ethernet header.
+const MOST_PACKET: usize = VNET_HEADER + 14 + 65_536;
+/// An Ethernet header.
+const LEAST_PACKET: usize = VNET_HEADER + 14;
+/// Packets in a turn, each way and pair of queues.
+const BATCH: usize = 32;
+/// How long a child's link stays down: long enough for a driver to see it.
+const DOWN: Duration = Duration::from_millis(250);
+/// How soon an interface that took no packet is tried again.
+const RETRY: Duration = Duration::from_millis(1);
+/// Of the configuration space: address, status, pairs.
+const STATUS: u64 = 6;
+const UP: u16 = 1;
+const ANNOUNCE: u16 = 2;
+const OWNER: &str = "virtio-net";
+
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Mac(pub [u8; 6]);
+
+/// Not an address.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("\"{text}\" is no unicast Ethernet address, like 02:00:00:00:00:01")]
+pub struct MacError {
+    text: String,
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Mac {
+    type Err = MacError;
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let bytes: Option<Vec<u8>> =
+            text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
+        // A group address cannot be anybody's own.
+        let unicast = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()).filter(|bytes| bytes[0] & 1 == 0);
+        unicast.map(Self).ok_or_else(|| MacError { text: text.to_owned() })
+    }
+}
+
+impl Mac {
+    /// An address that nobody has: random, and marked as given locally.
+    ///
+    /// # Errors
+    /// When the kernel has no random bytes.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 6];
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        bytes[0] = bytes[0] & 0xfe | 2;
+        Ok(Self(bytes))
+    }
+}
+
+/// What is chosen for a network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetOptions {
+    /// Its address.
+    pub mac: Mac,
+    /// What it may receive a second.
+    pub receive: Limits,
+    /// What it may send a second.
+    pub send: Limits,
+}
+
+/// What has gone through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetStats {
+    /// Packets received.
+    pub received: u64,
+    /// Bytes of them.
+    pub received_bytes: u64,
+    /// Packets sent.
+    pub sent: u64,
+    /// Bytes of them.
+    pub sent_bytes: u64,
+    /// Packets that the interface or the driver would not have.
+    pub dropped: u64,
+}
+
+/// A chain the driver has posted for receiving, and its memory.
+#[derive(Debug)]
+struct Posted {
+    head: u16,
+    memory: Vec<Fragment>,
+}
+
+/// Writes two bytes into `memory`, from its byte `at` on. What is beyond the end is not written.
+fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
+    let mut skip = at;
+    let mut bytes = bytes.as_slice();
+    for part in memory {
+        if skip < part.len() && !bytes.is_empty() {
+            let fits = bytes.len().min(part.len() - skip);
+            // Within the fragment, so it cannot fail.
+            let _ = part.slice().write_slice(&bytes[..fits], skip);
+            bytes = &bytes[fits..];
+            skip += fits;
+        }
+        skip = skip.saturating_sub(part.len());
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Net {
+    queue_sizes: Vec<u16>,
+    config: Config,
+    tap: Tap,
+    epoll: Epoll,
+    pairs: u16,
+    /// Pairs whose interface may have a packet.
+    readable: Vec<bool>,
+    /// Pairs whose driver may have packets to send.
+    receive: Limiter,
+    send: Limiter,
+    /// When to look again, after a limit or a full interface.
+    until: Option<Instant>,
+    /// The link is to come up then.
+    up_at: Option<Instant>,
+    /// It is to go down first.
+    renew: bool,
+    stats: NetStats,
+}
+
+impl Net {
+    /// A device on `tap`. With `renew`, it goes on as `state` says and the guest is made to renew what it has from the network.
+    ///
+    /// # Errors
+    /// When the interface cannot be waited for.
+    pub fn new(tap: Tap, options: &NetOptions, state: Option<&NetState>, renew: bool) -> io::Result<Self> {
+        let most = tap.queues() as u16;
+        let mut config = vec![0; 10];
+        config[..6].copy_from_slice(&options.mac.0);
+        config[6..8].copy_from_slice(&UP.to_le_bytes());
+        config[8..10].copy_from_slice(&most.to_le_bytes());
+        let epoll = Epoll::new()?;
+        for pair in 0..tap.queues() {
+            let fd = tap.descriptor(pair).ok_or(io::ErrorKind::NotFound)?;
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64))?;
+        }
+        let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MOST_PAIRS));
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * usize::from(most)];
+        queue_sizes.push(64);
+        Ok(Self {
+            queue_sizes,
+            config: Config::new(config),
+            epoll,
+            pairs,
+            readable: vec![true; tap.queues()],
+            tap,
+            receive: Limiter::new(&options.receive),
+            send: Limiter::new(&options.send),
+            until: None,
+            up_at: None,
+            renew,
+            stats: NetStats::default(),
+        })
+    }
+
+    /// The interface's name.
+    #[must_use]
+    pub fn interface(&self) -> &str {
+        self.tap.name()
+    }
+
+    /// What has gone through.
+    #[must_use]
+    pub fn stats(&self) -> NetStats {
+        self.stats
+    }
+
+    fn use_pairs(&mut self, pairs: u16) -> bool {
+        if pairs == 0 || usize::from(pairs) > self.tap.queues() {
+            return false;
+        }
+        match self.tap.use_queues(usize::from(pairs)) {
+            Ok(()) => {
+                self.pairs = pairs;
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, interface = self.tap.name(), pairs, "queues of an interface");
+                false
+            }
+        }
+    }
+
+    /// The number of the control queue: behind all pairs if the driver knows of more than one.
+    fn control(&self, io: &Io) -> usize {
+        if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.tap.queues() } else { 2 }
+    }
+
+    fn obey(&mut self, io: &mut Io) -> Result<(), Trouble> {
+        let queue = self.control(io);
+        while let Some(chain) = io.pop(queue)? {
+            let done = match control::parse(io, &chain)? {
+                Command::Pairs(pairs) => self.use_pairs(pairs),
+                Command::Announced => {
+                    self.set_status(UP);
+                    true
+                }
+                Command::Address(address) => {
+                    self.config.write(0, &address);
+                    true
+                }
+                Command::Filter => true,
+                Command::Unknown => false,
+            };
+            let written = dma::copy_out(&io.ram, &chain.writable, &[u8::from(!done)])?;
+            io.give_back(queue, chain.head, written as u32)?;
+        }
+        Ok(())
+    }
+
+    fn set_status(&self, status: u16) {
+        self.config.write(STATUS, &status.to_le_bytes());
+    }
+
+    /// Takes the link down and brings it up again, for a guest that has another address now.
+    fn renew(&mut self, io: &Io) {
+        if std::mem::take(&mut self.renew) {
+            self.set_status(0);
+            io.config_changed();
+            self.up_at = Some(Instant::now() + DOWN);
+        } else if self.up_at.is_some_and(|at| Instant::now() >= at) {
+            self.up_at = None;
+            let announces = io.features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
+            self.set_status(UP | if announces { ANNOUNCE } else { 0 });
+            io.config_changed();
+        }
+    }
+
+    fn send_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+        let queue = 2 * pair + 1;
+        for _ in 0..BATCH {
+            let Some(chain) = io.pop(queue)? else { return Ok(false) };
+            let len = dma::len_of(&chain.readable) as usize;
+            if !(LEAST_PACKET..=MOST_PACKET).contains(&len) {
+                self.stats.dropped += 1;
+                io.give_back(queue, chain.head, 0)?;
+                continue;
+            }
+            if let Err(until) = self.send.take((len - VNET_HEADER) as u64) {
+                io.put_back(queue);
+                self.wait_until(until);
+                return Ok(false);
+            }
+            let memory = dma::pin(&io.ram, OWNER, &chain.readable, Access::Read)?;
+            match self.tap.send(pair, &memory) {
+                Ok(Some(_)) => {
+                    self.stats.sent += 1;
+                    self.stats.sent_bytes += (len - VNET_HEADER) as u64;
+                }
+                Ok(None) => {
+                    io.put_back(queue);
+                    self.wait_until(Instant::now() + RETRY);
+                    return Ok(false);
+                }
+                // An interface that is down, or a packet that makes no sense: lost, as on a wire.
+                Err(_) => self.stats.dropped += 1,
+            }
+            io.give_back(queue, chain.head, 0)?;
+            if hurry.up() {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    fn wait_until(&mut self, until: Instant) {
+        self.until = Some(self.until.map_or(until, |earlier| earlier.min(until)));
+    }
+
+    /// Takes posted chains until a packet of any size fits, or as many as it may be spread over.
+    fn gather(io: &mut Io, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, Trouble> {
+        let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
+        let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
+        while posted.is_empty() || (merges && room(posted) < MOST_PACKET) {
+            let Some(chain) = io.pop(queue)? else { break };
+            let memory = dma::pin(&io.ram, OWNER, &chain.writable, Access::Write)?;
+            posted.push_back(Posted { head: chain.head, memory });
+        }
+        Ok(room(posted) >= LEAST_PACKET)
+    }
+
+    fn receive_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+        let queue = 2 * pair;
+        let mut posted = VecDeque::new();
+        let more = self.receive_into(io, pair, &mut posted, hurry);
+        // What was taken and not used stays posted.
+        for _ in posted {
+            io.put_back(queue);
+        }
+        more
+    }
+
+    fn receive_into(
+        &mut self,
+        io: &mut Io,
+        pair: usize,
+        posted: &mut VecDeque<Posted>,
+        hurry: &Hurry<'_>,
+    ) -> Result<bool, Trouble> {
+        let queue = 2 * pair;
+        for _ in 0..BATCH {
+            if !self.readable[pair] {
+                return Ok(false);
+            }
+            if !Self::gather(io, queue, posted)? {
+                // Looked at again when the driver has posted more.
+                return Ok(false);
+            }
+            if let Err(until) = self.receive.ready() {
+                self.wait_until(until);
+                return Ok(false);
+            }
+            let memory: Vec<Fragment> = posted.iter().flat_map(|chain| chain.memory.iter().cloned()).collect();
+            match self.tap.receive(pair, &memory) {
+                Ok(Some(len)) => self.hand_over(io, queue, posted, len)?,
+                Ok(None) => {
+                    self.readable[pair] = false;
+                    self.arm(pair);
+                }
+                Err(error) => {
+                    // Down, most likely: looked at again when it has something.
+                    tracing::debug!(%error, interface = self.tap.name(), "nothing is received");
+                    self.readable[pair] = false;
+                    self.wait_until(Instant::now() + Duration::from_millis(100));
+                    self.arm(pair);
+                }
+            }
+            if hurry.up() {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives a packet of `len` bytes to the driver, in as many chains as it is spread over.
+    fn hand_over(
+        &mut self,
+        io: &mut Io,
+        queue: usize,
+        posted: &mut VecDeque<Posted>,
+        len: usize,
+    ) -> Result<(), Trouble> {
+        let mut parts = Vec::new();
+        let mut left = len;
+        while left > 0 {
+            let Some(chain) = posted.pop_front() else { break };
+            let part = total_len(&chain.memory).min(left);
+            left -= part;
+            parts.push((chain, part));
+        }
+        if let Some((first, _)) = parts.first() {
+            // The last two bytes of the header, wherever the driver has them.
+            write_at(&first.memory, VNET_HEADER - 2, (parts.len() as u16).to_le_bytes());
+        }
+        for (chain, part) in parts {
+            io.give_back(queue, chain.head, part as u32)?;
+        }
+        let bytes = len.saturating_sub(VNET_HEADER) as u64;
+        // It was ready before; a packet's size is known when it is there.
+        let _ = self.receive.take(bytes);
+        self.stats.received += 1;
+        self.stats.received_bytes += bytes;
+        Ok(())
+    }
+
+    fn arm(&self, pair: usize) {
+        let Some(fd) = self.tap.descriptor(pair) else { return };
+        let event = EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, fd, event) {
+            tracing::warn!(%error, interface = self.tap.name(), "an interface cannot be waited for");
+        }
+    }
+
+    fn look(&mut self) {
+        let mut events = [EpollEvent::default(); MOST_PAIRS as usize];
+        let count = self.epoll.wait(0, &mut events).unwrap_or(0);
+        for event in &events[..count] {
+            if let Some(readable) = self.readable.get_mut(event.data() as usize) {
+                *readable = true;
+            }
+        }
+    }
+}
+
+impl Handler for Net {
+    const NAME: &'static str = "clade-net";
+    const TYPE: u32 = VIRTIO_ID_NET;
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_CTRL_RX,
+            VIRTIO_NET_F_CTRL_MAC_ADDR,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        if self.tap.queues() > 1 {
+            bits.push(VIRTIO_NET_F_MQ);
+        }
+        bits.iter().fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn sources(&self) -> Vec<(RawFd, u32)> {
+        vec![(self.epoll.as_raw_fd(), OWN)]
+    }
+
+    fn begin(&mut self, io: &mut Io) {
+        let has = |bit: u32| io.features & (1 << bit) != 0;
+        let offload = Offload {
+            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
+            tso4: has(VIRTIO_NET_F_GUEST_TSO4),
+            tso6: has(VIRTIO_NET_F_GUEST_TSO6),
+        };
+        if let Err(error) = self.tap.set_offload(offload) {
+            tracing::warn!(%error, interface = self.tap.name(), "an interface's offloads");
+        }
+        let pairs = self.pairs;
+        self.use_pairs(pairs);
+        self.readable.fill(true);
+    }
+
+    fn end(&mut self) {
+        self.use_pairs(1);
+        self.set_status(UP);
+        (self.until, self.up_at, self.renew) = (None, None, false);
+    }
+
+    fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+        self.until = None;
+        self.look();
+        self.renew(io);
+        self.obey(io)?;
+        let mut more = false;
+        for pair in 0..usize::from(self.pairs) {
+            more |= self.send_some(io, pair, hurry)?;
+            more |= self.receive_some(io, pair, hurry)?;
+        }
+        Ok(if more { Turn::Again } else { Turn::Done })
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        [self.until, self.up_at].into_iter().flatten().min()
+    }
+
+    fn save(&self) -> (DeviceState, Backend) {
+        (DeviceState::Net(NetState { pairs: self.pairs }), Backend::None)
+    }
+}

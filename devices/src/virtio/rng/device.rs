@@ -1,0 +1,97 @@
+//! The entropy device.
+
+use std::time::Instant;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::state::RngState;
+use crate::virtio::limiter::{Limiter, Limits};
+use crate::virtio::plain::{Config, Handler, Io, Trouble};
+use crate::virtio::{Backend, Chain, DeviceState, Hurry, Turn, Wake, dma};
+
+/// Bytes given for one request at most: a driver that asks for more gets the first of them, as the specification allows.
+const MOST: usize = 4096;
+/// Requests in a turn.
+const BATCH: usize = 16;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Rng {
+    queue_sizes: [u16; 1],
+    config: Config,
+    limiter: Limiter,
+    /// A request that waits for the limiter, put back into its queue.
+    until: Option<Instant>,
+}
+
+impl Rng {
+    /// A device that gives no more than `limits`.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Self {
+        let (config, limiter) = (Config::new(Vec::new()), Limiter::new(limits));
+        Self { queue_sizes: [64], config, limiter, until: None }
+    }
+
+    fn fill(io: &Io, chain: &Chain, bytes: &mut [u8]) -> Result<u32, Trouble> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match getrandom(&mut bytes[done..], GetRandomFlags::empty()) {
+                Ok(got) => done += got,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    // Fewer, never others.
+                    tracing::warn!(%error, "no random bytes");
+                    break;
+                }
+            }
+        }
+        Ok(dma::copy_out(&io.ram, &chain.writable, &bytes[..done])? as u32)
+    }
+}
+
+impl Handler for Rng {
+    const NAME: &'static str = "clade-rng";
+    const TYPE: u32 = VIRTIO_ID_RNG;
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+        self.until = None;
+        let mut bytes = [0; MOST];
+        for _ in 0..BATCH {
+            let Some(chain) = io.pop(0)? else { return Ok(Turn::Done) };
+            let len = (dma::len_of(&chain.writable) as usize).min(MOST);
+            if let Err(until) = self.limiter.take(len as u64) {
+                io.put_back(0);
+                self.until = Some(until);
+                return Ok(Turn::Done);
+            }
+            let written = Self::fill(io, &chain, &mut bytes[..len])?;
+            io.give_back(0, chain.head, written)?;
+            if hurry.up() {
+                break;
+            }
+        }
+        Ok(Turn::Again)
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.until
+    }
+
+    fn save(&self) -> (DeviceState, Backend) {
+        (DeviceState::Rng(RngState {}), Backend::None)
+    }
+}

@@ -1,0 +1,198 @@
+//! A driver in plain memory: sets a device up through its registers and talks to it through its queues, as a guest would, without a guest.
+
+#![allow(dead_code, reason = "not every test uses all of it")]
+
+use std::time::{Duration, Instant};
+
+use clade_devices::MmioDevice;
+use clade_devices::virtio::{Backend, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
+use clade_memory::{FreezeMode, GuestRam, Quiesced, RamLayout, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Descriptors of each queue.
+pub(crate) const SIZE: u16 = 16;
+const RINGS: u64 = 0x1_0000;
+const PER_QUEUE: u64 = 0x4000;
+const PATIENCE: Duration = Duration::from_secs(20);
+const WRITE: u16 = 2;
+const NEXT: u16 = 1;
+
+/// One queue, as the driver sees it.
+#[derive(Clone, Copy, Debug)]
+struct Ring {
+    base: u64,
+    available: u16,
+    seen: u16,
+    next: u16,
+}
+
+/// A buffer: where, how long, and whether the device writes it.
+pub(crate) type Buffer = (u64, u32, bool);
+
+pub(crate) struct Driver {
+    pub(crate) ram: GuestRam,
+    pub(crate) device: VirtioMmio,
+    wiring: Wiring,
+    rings: Vec<Ring>,
+}
+
+pub(crate) fn store() -> Store {
+    Store::open().unwrap()
+}
+
+pub(crate) fn ram(store: &Store) -> GuestRam {
+    let ram = GuestRam::reserve(&RamLayout::new(32 << 20).unwrap(), store).unwrap();
+    ram.birth().unwrap();
+    ram
+}
+
+impl Driver {
+    /// Takes `device`, with every feature it offers.
+    pub(crate) fn take(device: Box<dyn VirtioDevice>, ram: &GuestRam) -> Self {
+        let queues = device.queue_sizes().len();
+        let wiring = Wiring::new(queues).unwrap();
+        let device = VirtioMmio::new(device, ram, wiring.clone(), false);
+        let ring = |index: u64| Ring { base: RINGS + index * PER_QUEUE, available: 0, seen: 0, next: 0 };
+        let rings = (0..queues as u64).map(ring).collect();
+        let driver = Self { ram: ram.clone(), device, wiring, rings };
+        driver.set_up();
+        driver
+    }
+
+    pub(crate) fn set_up(&self) {
+        self.put(regs::STATUS, 0);
+        self.put(regs::STATUS, 1);
+        self.put(regs::STATUS, 3);
+        for half in [0, 1] {
+            self.put(regs::DEVICE_FEATURES_SEL, half);
+            let mut offered = self.get(regs::DEVICE_FEATURES);
+            if half == 0 {
+                // Without event indices: the driver here looks by itself.
+                offered &= !(1 << 29);
+            }
+            self.put(regs::DRIVER_FEATURES_SEL, half);
+            self.put(regs::DRIVER_FEATURES, offered);
+        }
+        self.put(regs::STATUS, 11);
+        for (index, ring) in (0..).zip(&self.rings) {
+            self.put(regs::QUEUE_SEL, index);
+            self.put(regs::QUEUE_NUM, u32::from(SIZE));
+            self.put(regs::QUEUE_DESC_LOW, ring.base as u32);
+            self.put(regs::QUEUE_DRIVER_LOW, ring.base as u32 + 0x1000);
+            self.put(regs::QUEUE_DEVICE_LOW, ring.base as u32 + 0x2000);
+            self.put(regs::QUEUE_READY, 1);
+        }
+        self.put(regs::STATUS, 15);
+        assert_eq!(self.get(regs::STATUS), 15);
+    }
+
+    pub(crate) fn get(&self, offset: u64) -> u32 {
+        let mut word = [0; 4];
+        self.device.read(offset, &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    pub(crate) fn put(&self, offset: u64, word: u32) {
+        self.device.write(offset, &word.to_le_bytes());
+    }
+
+    pub(crate) fn config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read(regs::CONFIG + offset, data);
+    }
+
+    /// Whether the device has given up.
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.get(regs::STATUS) & 0x40 != 0
+    }
+
+    /// The descriptor that the next chain begins with.
+    pub(crate) fn next(&self, queue: usize) -> u16 {
+        self.rings[queue].next
+    }
+
+    /// Makes a chain available, and notifies.
+    pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
+        let memory = self.ram.memory();
+        let ring = &mut self.rings[queue];
+        let head = ring.next;
+        for (n, (address, len, write)) in buffers.iter().enumerate() {
+            let index = (head + n as u16) % SIZE;
+            let last = n + 1 == buffers.len();
+            let flags = if *write { WRITE } else { 0 } | if last { 0 } else { NEXT };
+            let at = ring.base + u64::from(index) * 16;
+            memory.write_obj(*address, GuestAddress(at)).unwrap();
+            memory.write_obj(*len, GuestAddress(at + 8)).unwrap();
+            memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+            memory.write_obj((index + 1) % SIZE, GuestAddress(at + 14)).unwrap();
+        }
+        ring.next = (head + buffers.len() as u16) % SIZE;
+        let slot = ring.base + 0x1004 + u64::from(ring.available % SIZE) * 2;
+        memory.write_obj(head, GuestAddress(slot)).unwrap();
+        ring.available = ring.available.wrapping_add(1);
+        memory.store(ring.available, GuestAddress(ring.base + 0x1002), std::sync::atomic::Ordering::SeqCst).unwrap();
+        self.wiring.notify[queue].write(1).unwrap();
+        head
+    }
+
+    /// The next chain given back, if there is one: its head and the bytes written.
+    pub(crate) fn used(&mut self, queue: usize) -> Option<(u32, u32)> {
+        let ring = &mut self.rings[queue];
+        let memory = self.ram.memory();
+        let index: u16 = memory.load(GuestAddress(ring.base + 0x2002), std::sync::atomic::Ordering::SeqCst).unwrap();
+        if index == ring.seen {
+            return None;
+        }
+        let at = ring.base + 0x2004 + u64::from(ring.seen % SIZE) * 8;
+        ring.seen = ring.seen.wrapping_add(1);
+        Some((memory.read_obj(GuestAddress(at)).unwrap(), memory.read_obj(GuestAddress(at + 4)).unwrap()))
+    }
+
+    /// Waits for the next chain given back.
+    pub(crate) fn wait(&mut self, queue: usize) -> (u32, u32) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(used) = self.used(queue) {
+                return used;
+            }
+            assert!(!self.needs_reset(), "the device has given up");
+            assert!(Instant::now() < deadline, "nothing comes back from queue {queue}");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    pub(crate) fn wait_until(&self, what: &str, mut so: impl FnMut(&Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !so(self) {
+            assert!(Instant::now() < deadline, "never {what}");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    pub(crate) fn fill(&self, at: u64, bytes: &[u8]) {
+        self.ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn look(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.ram.memory().read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    /// Forks memory and device: `make` gets the saved state and makes the child's device.
+    pub(crate) fn fork(
+        &self,
+        store: &Store,
+        make: impl FnOnce(&TransportState, &Backend) -> Box<dyn VirtioDevice>,
+    ) -> Self {
+        self.device.quiesce();
+        let (image, _) = self.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+        let (state, backend) = self.device.save().unwrap();
+        self.device.resume();
+        let ram = GuestRam::reserve(image.layout(), store).unwrap();
+        ram.adopt(&image).unwrap();
+        let wiring = Wiring::new(self.rings.len()).unwrap();
+        let device = VirtioMmio::restore(make(&state, &backend), &ram, wiring.clone(), &state).unwrap();
+        device.resume();
+        Self { ram, device, wiring, rings: self.rings.clone() }
+    }
+}

@@ -1,0 +1,184 @@
+//! The plain devices, driven through registers and rings: what they give, what they refuse, and that a fork loses and repeats nothing.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod driver;
+
+use std::time::Duration;
+
+use clade_devices::Console;
+use clade_devices::virtio::balloon::{Balloon, BalloonStat, BalloonState};
+use clade_devices::virtio::console::{ConsoleDevice, Typist};
+use clade_devices::virtio::limiter::{Limits, Rate};
+use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::{DeviceState, VirtioDevice};
+use clade_memory::{Access, PageRange, Term};
+
+use driver::{Driver, ram, store};
+
+const BUFFER: u64 = 0x20_0000;
+
+fn rng() -> Box<dyn VirtioDevice> {
+    Box::new(Plain::new(Rng::new(&Limits::default())))
+}
+
+#[test]
+fn random_bytes_differ_in_parent_and_child() {
+    let store = store();
+    let mut parent = Driver::take(rng(), &ram(&store));
+    parent.post(0, &[(BUFFER, 64, true), (BUFFER + 0x1000, 64, true)]);
+    assert_eq!(parent.wait(0).1, 128);
+    let first = parent.look(BUFFER, 64);
+    assert_ne!(first, vec![0; 64]);
+    assert_ne!(first, parent.look(BUFFER + 0x1000, 64));
+    let mut child = parent.fork(&store, |_, _| rng());
+    assert_eq!(child.look(BUFFER, 64), first, "what was drawn is inherited");
+    for vm in [&mut parent, &mut child] {
+        vm.post(0, &[(BUFFER, 64, true)]);
+        assert_eq!(vm.wait(0).1, 64);
+    }
+    assert_ne!(parent.look(BUFFER, 64), child.look(BUFFER, 64));
+}
+
+#[test]
+fn a_limited_source_of_entropy_waits_and_goes_on() {
+    let rate = Rate { per_second: 2_000, burst: Some(200), once: 0 };
+    let limits = Limits { bytes: Some(rate), operations: None };
+    let mut vm = Driver::take(Box::new(Plain::new(Rng::new(&limits))), &ram(&store()));
+    let begun = std::time::Instant::now();
+    for _ in 0..6 {
+        vm.post(0, &[(BUFFER, 200, true)]);
+    }
+    (0..6).for_each(|_| assert_eq!(vm.wait(0).1, 200));
+    assert!(begun.elapsed() > Duration::from_millis(300), "1,200 bytes at 2,000 a second, 200 at once");
+}
+
+fn console() -> (Box<dyn VirtioDevice>, Console, Typist) {
+    let output = Console::default();
+    let device = ConsoleDevice::new(output.clone()).unwrap();
+    let typist = device.typist();
+    (Box::new(Plain::new(device)), output, typist)
+}
+
+#[test]
+fn a_console_is_heard_and_typed_at_and_a_child_has_its_own() {
+    let store = store();
+    let (device, output, typist) = console();
+    let mut parent = Driver::take(device, &ram(&store));
+    parent.fill(BUFFER, b"hello ");
+    parent.fill(BUFFER + 0x1000, b"world");
+    parent.post(1, &[(BUFFER, 6, false), (BUFFER + 0x1000, 5, false)]);
+    parent.wait(1);
+    assert_eq!(output.since(0), b"hello world");
+    // Typed before the driver listens, more than it has room for.
+    assert_eq!(typist.type_in(b"abcdefgh"), 8);
+    parent.post(0, &[(BUFFER + 0x2000, 5, true)]);
+    assert_eq!(parent.wait(0).1, 5);
+    assert_eq!(parent.look(BUFFER + 0x2000, 5), b"abcde");
+    parent.post(0, &[(BUFFER + 0x3000, 5, true)]);
+    assert_eq!(parent.wait(0).1, 3);
+    // A buffer posted before the fork stays posted in both.
+    parent.post(0, &[(BUFFER + 0x4000, 16, true)]);
+    let (device, childs, childs_typist) = console();
+    let mut child = parent.fork(&store, |_, _| device);
+    childs_typist.type_in(b"child");
+    typist.type_in(b"parent");
+    assert_eq!((child.wait(0).1, parent.wait(0).1), (5, 6));
+    assert_eq!(child.look(BUFFER + 0x4000, 5), b"child");
+    assert_eq!(parent.look(BUFFER + 0x4000, 6), b"parent");
+    child.fill(BUFFER, b"mine");
+    child.post(1, &[(BUFFER, 4, false)]);
+    child.wait(1);
+    assert_eq!((childs.since(0), output.since(0)), (b"mine".to_vec(), b"hello world".to_vec()));
+}
+
+fn balloon(state: &BalloonState) -> Box<Plain<Balloon>> {
+    Box::new(Plain::new(Balloon::new(state).unwrap()))
+}
+
+fn numbers(pages: impl Iterator<Item = u32>) -> Vec<u8> {
+    pages.flat_map(u32::to_le_bytes).collect()
+}
+
+fn of(vm: &Driver) -> clade_devices::virtio::balloon::BalloonStats {
+    vm.device.with_device(|device| {
+        let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+        balloon.with(|balloon| balloon.stats()).unwrap()
+    })
+}
+
+#[test]
+fn an_inflated_balloon_gives_memory_back_and_never_a_pinned_page() {
+    let store = store();
+    let mut vm = Driver::take(balloon(&BalloonState::default()), &ram(&store));
+    (0x1000..0x1100).for_each(|page| vm.fill(page << 12, &[7; 4096]));
+    let region = vm.ram.regions()[0].clone();
+    let pin = region.pin(PageRange::new(0x1010, 0x1012), Access::Write, Term::Long).unwrap();
+    // Descending, as Linux sends them, and some numbers that are no RAM.
+    vm.fill(BUFFER, &numbers((0x1000..0x1100).rev().chain([0xc_0000, u32::MAX])));
+    vm.post(0, &[(BUFFER, 258 * 4, false)]);
+    vm.wait(0);
+    assert_eq!((of(&vm).discarded, of(&vm).pinned), (254, 2));
+    for page in 0x1000..0x1100u64 {
+        let kept = (0x1010..0x1012).contains(&page);
+        assert_eq!(vm.look(page << 12, 4096), vec![if kept { 7 } else { 0 }; 4096], "page {page:#x}");
+    }
+    drop(pin);
+    // Free pages are reported as buffers; part of a page is not a page.
+    vm.fill(0x120_0800, &[9; 0x4000]);
+    vm.post(3, &[(0x120_0800, 0x3000, true), (0x130_0000, 0x20_0000 - 1, true)]);
+    vm.wait(3);
+    assert_eq!(vm.look(0x120_0800, 0x800), vec![9; 0x800], "a part of a page stays");
+    assert_eq!(vm.look(0x120_1000, 0x2000), vec![0; 0x2000]);
+    // Taken back: they are zeros until they are written.
+    vm.post(1, &[(BUFFER, 256 * 4, false)]);
+    vm.wait(1);
+    vm.fill(0x1000 << 12, b"again");
+    assert_eq!(vm.look(0x1000 << 12, 5), b"again");
+}
+
+#[test]
+fn a_guest_is_asked_for_its_statistics_and_a_child_answers_too() {
+    let store = store();
+    let mut parent = Driver::take(balloon(&BalloonState::default()), &ram(&store));
+    let stat = |tag: u16, value: u64| [tag.to_le_bytes().as_slice(), &value.to_le_bytes()].concat();
+    parent.fill(BUFFER, &[stat(4, 1000), stat(5, 5000), stat(99, 1)].concat());
+    parent.post(2, &[(BUFFER, 30, false)]);
+    parent.wait_until("told", |vm| of(vm).guest.len() == 2);
+    assert_eq!(of(&parent).guest, [(BalloonStat::Free, 1000), (BalloonStat::Total, 5000)]);
+    assert!(parent.used(2).is_none(), "the chain is kept until the guest is asked again");
+    parent.device.with_device(|device| {
+        let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+        balloon.with(|balloon| balloon.set_target(300));
+        balloon.config_changed();
+    });
+    assert_eq!(parent.get(clade_devices::virtio::regs::INTERRUPT_STATUS) & 2, 2);
+    parent.put(clade_devices::virtio::regs::CONFIG + 4, 250);
+    let mut child = parent.fork(&store, |state, _| {
+        let DeviceState::Balloon(state) = &state.device else { panic!("{state:?}") };
+        balloon(state)
+    });
+    for vm in [&mut parent, &mut child] {
+        assert_eq!((of(vm).target, of(vm).actual), (300, 250));
+        vm.device.with_device(|device| {
+            device.as_any().downcast_mut::<Plain<Balloon>>().unwrap().with(Balloon::ask);
+        });
+        vm.wait(2);
+        assert!(vm.used(2).is_none(), "once");
+    }
+}
+
+#[test]
+fn what_is_no_request_ends_in_a_reset_and_not_in_a_panic() {
+    let store = store();
+    for buffers in [[(BUFFER, 3, false)], [(BUFFER, 0, false)], [(0xc000_0000, 4, false)], [(BUFFER, 20_000, false)]] {
+        let mut vm = Driver::take(balloon(&BalloonState::default()), &ram(&store));
+        vm.post(0, &buffers);
+        vm.wait_until("given up", Driver::needs_reset);
+        vm.set_up();
+    }
+    let mut vm = Driver::take(rng(), &ram(&store));
+    vm.post(0, &[(u64::MAX - 1, 16, true)]);
+    vm.wait_until("given up", Driver::needs_reset);
+}

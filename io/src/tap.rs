@@ -1,0 +1,250 @@
+//! TAP interfaces: packets straight between the host's network and memory that an operation owns.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use thiserror::Error;
+
+use crate::buffer::Fragment;
+
+/// Longest name of an interface.
+const MOST_NAME: usize = libc::IFNAMSIZ - 1;
+/// Bytes of the header before each packet: `struct virtio_net_hdr_v1`.
+pub const VNET_HEADER: usize = 12;
+/// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
+const MOST_PIECES: usize = 1024;
+
+/// A TAP interface that cannot be had.
+#[derive(Debug, Error)]
+pub enum TapError {
+    /// No such name.
+    #[error("\"{name}\" is no name for an interface: 1 to {MOST_NAME} characters, no slash, space or colon")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// The kernel refuses.
+    #[error("TAP interface {name}: {what}")]
+    Refused {
+        /// The name.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a receiver can do by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offload {
+    /// Take packets whose checksum is not computed.
+    pub checksum: bool,
+    /// Take TCP over IPv4 in pieces larger than the wire's.
+    pub tso4: bool,
+    /// The same over IPv6.
+    pub tso6: bool,
+}
+
+/// `struct ifreq`, as far as TAP needs it.
+#[repr(C)]
+struct Request {
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    rest: [u8; 22],
+}
+
+impl Request {
+    fn new(name: &str, flags: libc::c_int) -> Self {
+        let mut request = Self { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        request
+    }
+}
+
+/// An interface, with one descriptor for each pair of queues. It goes when this does, unless somebody has made it persistent.
+#[derive(Debug)]
+pub struct Tap {
+    name: String,
+    queues: Vec<File>,
+    /// Which of them the kernel gives packets to.
+    attached: Vec<bool>,
+}
+
+impl Tap {
+    /// Opens the interface `name`, or makes it; `%d` in the name becomes a number that is free.
+    ///
+    /// # Errors
+    /// When there can be no such interface: the name, no permission (CAP_NET_ADMIN), in use, another number of queues.
+    pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
+        let bad = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
+        if name.is_empty() || name.len() > MOST_NAME || name.contains(bad) || !name.is_ascii() {
+            return Err(TapError::Name { name: name.to_owned() });
+        }
+        let mut tap = Self { name: name.to_owned(), queues: Vec::new(), attached: vec![true; queues] };
+        let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        for _ in 0..queues {
+            let refused = |what| {
+                let name = tap.name.clone();
+                move |source| TapError::Refused { name, what, source }
+            };
+            let options = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+            let file = options.map_err(refused("/dev/net/tun cannot be opened"))?;
+            let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
+            let mut request = Request::new(&tap.name, flags);
+            ioctl(&file, libc::TUNSETIFF, &mut request).map_err(refused("it cannot be attached to"))?;
+            let mut size = VNET_HEADER as libc::c_int;
+            ioctl(&file, libc::TUNSETVNETHDRSZ, &mut size).map_err(refused("no packet headers of virtio's"))?;
+            let len = request.name.iter().position(|byte| *byte == 0).unwrap_or(MOST_NAME);
+            tap.name = String::from_utf8_lossy(&request.name[..len]).into_owned();
+            tap.queues.push(file);
+        }
+        Ok(tap)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Pairs of queues.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// The descriptor of a pair of queues: readable when there is a packet.
+    #[must_use]
+    pub fn descriptor(&self, queue: usize) -> Option<RawFd> {
+        self.queues.get(queue).map(AsRawFd::as_raw_fd)
+    }
+
+    /// Says what whoever reads packets here can do by itself.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_offload(&self, offload: Offload) -> io::Result<()> {
+        let bit = |has: bool, bit: libc::c_uint| if has { bit } else { 0 };
+        let bits = bit(offload.checksum, libc::TUN_F_CSUM)
+            | bit(offload.checksum && offload.tso4, libc::TUN_F_TSO4)
+            | bit(offload.checksum && offload.tso6, libc::TUN_F_TSO6);
+        for file in &self.queues {
+            // SAFETY: this ioctl takes its flags by value and touches no memory.
+            if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(bits)) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
+    /// Has packets given to the first `count` pairs of queues only.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn use_queues(&mut self, count: usize) -> io::Result<()> {
+        if self.queues.len() < 2 {
+            return Ok(());
+        }
+        for (index, (file, attached)) in self.queues.iter().zip(&mut self.attached).enumerate() {
+            let wanted = index < count;
+            if *attached != wanted {
+                let flags = if wanted { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+                ioctl(file, libc::TUNSETQUEUE, &mut Request::new("", flags))?;
+                *attached = wanted;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one packet and its header into `buffers`, which are parts of pins for writing. What does not fit is cut off. None when there is
+    /// none.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn receive(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
+        self.transfer(queue, buffers, |fd, pieces, count| {
+            // SAFETY: every piece is within a fragment, which the caller keeps and which is guest memory pinned for writing, or a buffer; the
+            // kernel alone writes there.
+            unsafe { libc::readv(fd, pieces, count) }
+        })
+    }
+
+    /// Sends the packet in `buffers`, with its header before it. None when the interface takes none now.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn send(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
+        self.transfer(queue, buffers, |fd, pieces, count| {
+            // SAFETY: every piece is within a fragment, which the caller keeps; the kernel only reads there.
+            unsafe { libc::writev(fd, pieces, count) }
+        })
+    }
+
+    fn transfer(
+        &self,
+        queue: usize,
+        buffers: &[Fragment],
+        call: impl Fn(RawFd, *const libc::iovec, libc::c_int) -> isize,
+    ) -> io::Result<Option<usize>> {
+        let file = self.queues.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
+        if buffers.len() > MOST_PIECES {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let piece = |part: &Fragment| libc::iovec { iov_base: part.address().cast(), iov_len: part.len() };
+        let pieces: Vec<libc::iovec> = buffers.iter().map(piece).collect();
+        loop {
+            let moved = call(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int);
+            if let Ok(moved) = usize::try_from(moved) {
+                return Ok(Some(moved));
+            }
+            match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                error => return Err(error),
+            }
+        }
+    }
+}
+
+/// Callers pass the argument that `request` is declared with.
+fn ioctl<T>(file: &File, request: libc::Ioctl, arg: &mut T) -> io::Result<()> {
+    // SAFETY: `arg` is the request's own argument type and outlives the call.
+    if unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_names_are_refused_by_name() {
+        for name in ["", "a/b", "with space", "a:b", "sixteen-characters", "ünicode"] {
+            let Err(TapError::Name { name: told }) = Tap::open(name, 1) else { panic!("{name} was taken") };
+            assert_eq!(told, name);
+        }
+    }
+
+    #[test]
+    fn queues_come_and_go() {
+        let mut tap = match Tap::open("cladeq%d", 4) {
+            Ok(tap) => tap,
+            Err(error) => {
+                eprintln!("SKIPPED: {error}");
+                return;
+            }
+        };
+        assert!(tap.name().starts_with("cladeq") && tap.queues() == 4);
+        for count in [1, 4, 2] {
+            tap.use_queues(count).unwrap();
+        }
+        tap.set_offload(Offload { checksum: true, tso4: true, tso6: true }).unwrap();
+        assert!(tap.receive(0, &[]).is_ok_and(|got| got.is_none()), "it is down: there is no packet");
+    }
+}
