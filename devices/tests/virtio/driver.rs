@@ -227,7 +227,7 @@ impl Machine {
     /// A fork: memory and device at one instant.
     pub(crate) fn fork(&self) -> Image {
         self.device.quiesce();
-        let (state, Backend::Disk(disk)) = self.device.save().unwrap();
+        let (state, Backend::Disk(disk)) = self.device.save().unwrap() else { panic!("a disk without a disk") };
         let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
         self.device.resume();
         Image { state, disk, ram, options: self.options, available: self.available.clone(), used: self.used.clone() }
@@ -253,7 +253,7 @@ impl Image {
         let ram = ram();
         ram.adopt(&self.ram).unwrap();
         let wiring = Wiring::new(usize::from(self.options.queues)).unwrap();
-        let DeviceState::Block(block) = &self.state.device;
+        let DeviceState::Block(block) = &self.state.device else { panic!("{:?}", self.state) };
         let device = Box::new(Block::restore(block, self.disk.open().unwrap(), &self.options));
         let device = VirtioMmio::restore(device, &ram, wiring.clone(), &self.state).unwrap();
         let (available, used) = (self.available.clone(), self.used.clone());

@@ -117,7 +117,7 @@ impl Connection {
         }
         // A guest that says it has taken more than it was sent has no room.
         let under_way = self.sent.wrapping_sub(self.peer_forwarded);
-        self.peer_room.checked_sub(under_way).unwrap_or(0)
+        self.peer_room.saturating_sub(under_way)
     }
 
     /// Reads what is for the guest. `None` when there is nothing now; no bytes at the end.
