@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, statx};
 use thiserror::Error;
+
+use crate::buffer::ALIGN;
 
 /// Whether transfers go through the host's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -17,8 +19,17 @@ pub enum CachePolicy {
     /// Yes: what many VMs read is kept in memory once.
     #[default]
     Host,
-    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of 4 KiB.
+    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of what it asks for (512 bytes
+    /// most often).
     Direct,
+}
+
+/// What the file system says transfers past its cache must be multiples of (Linux 6.1), or what every disk's blocks divide.
+fn alignment(file: &File) -> usize {
+    let said = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    let said = said.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let wanted = said.map(|stat| stat.stx_dio_mem_align.max(stat.stx_dio_offset_align) as usize);
+    wanted.filter(|align| align.is_power_of_two()).map_or(ALIGN, |align| align.clamp(512, ALIGN))
 }
 
 /// Something done to a file failed.
@@ -62,6 +73,8 @@ pub struct IoFile {
     path: PathBuf,
     cached: File,
     direct: Option<File>,
+    /// What offsets, lengths and addresses of transfers past the page cache must be multiples of.
+    align: usize,
     writable: bool,
     /// Whether it has a name, and outlives the process.
     named: bool,
@@ -119,7 +132,8 @@ impl IoFile {
 
     fn new(path: &Path, cached: File, direct: Option<File>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
-        Self { path: path.to_owned(), cached, direct, writable, named, block_device, writes, no_writes }
+        let align = direct.as_ref().map_or(ALIGN, alignment);
+        Self { path: path.to_owned(), cached, direct, align, writable, named, block_device, writes, no_writes }
     }
 
     /// A second handle that bypasses the page cache, if it is wanted and to be had.
@@ -233,6 +247,11 @@ impl IoFile {
         if *writes == 0 {
             self.no_writes.notify_all();
         }
+    }
+
+    /// See the field.
+    pub(crate) fn direct_align(&self) -> usize {
+        self.align
     }
 
     pub(crate) fn direct_fd(&self) -> Option<RawFd> {

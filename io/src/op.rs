@@ -8,7 +8,7 @@ use io_uring::types::{Fd, FsyncFlags, TimeoutFlags, Timespec};
 use io_uring::{opcode, squeue};
 use thiserror::Error;
 
-use crate::buffer::{ALIGN, AlignedBuf, Fragment, for_window, total_len};
+use crate::buffer::{AlignedBuf, Fragment, for_window, total_len};
 use crate::file::IoFile;
 
 /// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
@@ -220,14 +220,15 @@ impl<T> Op<T> {
         let file = self.request.file();
         let (at, left) = (offset + self.done as u64, self.total - self.done);
         // A short transfer leaves an odd rest; that and what begins or ends inside a block goes through the cache.
-        let aligned = at.is_multiple_of(ALIGN as u64) && left.is_multiple_of(ALIGN);
+        let align = file.direct_align();
+        let aligned = at.is_multiple_of(align as u64) && left.is_multiple_of(align);
         let direct = file.direct_fd().filter(|_| aligned && !self.no_direct);
         let fd = Fd(direct.unwrap_or(file.cached_fd()));
         self.pieces.clear();
         let buffers = self.request.buffers();
         let mut fits = true;
         for_window(buffers, self.done, left, |part| {
-            fits &= part.address().addr().is_multiple_of(ALIGN) && part.len.is_multiple_of(ALIGN);
+            fits &= part.address().addr().is_multiple_of(align) && part.len.is_multiple_of(align);
             if self.pieces.len() < MOST_PIECES {
                 self.pieces.push(libc::iovec { iov_base: part.address().cast(), iov_len: part.len });
             }
