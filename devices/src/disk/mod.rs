@@ -13,7 +13,8 @@
 //! | to learn about | read |
 //! |---|---|
 //! | the map | `map.rs` |
-//! | doing requests | `live.rs`, their steps in `job.rs` |
+//! | taking requests, and saying when they are done | `live.rs` |
+//! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
 
 mod image;
@@ -21,6 +22,7 @@ mod job;
 mod live;
 mod locks;
 mod map;
+mod steps;
 
 use std::io;
 use std::path::{Path, PathBuf};

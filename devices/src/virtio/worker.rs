@@ -230,8 +230,9 @@ impl<S: Service> Shared<S> {
     fn run(&self, epoll: &Epoll) {
         let mut wakes = vec![Wake::Start];
         let mut events = [EpollEvent::default(); EVENTS];
+        // Kept over interrupted waits, after which no turn says it again.
+        let mut deadline = None;
         loop {
-            let mut deadline = None;
             let mut at = 0;
             while at < wakes.len() {
                 match self.pass() {

@@ -90,6 +90,30 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
 }
 
 #[test]
+fn what_the_disk_writes_to_is_pinned_and_its_own_also_where_it_was_shared() {
+    let file = File::new(1 << 20);
+    let mut config = file.config();
+    config.latency = Some(Duration::from_millis(100));
+    let parent = Machine::started(&config);
+    parent.put(parent.data(0), &[0x11; 8192]);
+    let mut child = parent.fork().child();
+    child.device.resume();
+    assert_eq!(child.ram.stats().unwrap().pinned, 0);
+    // Two pages, both still shared with the parent.
+    let head = child.request(0, IN, 8, 8192);
+    child.offer(head);
+    child.kick();
+    while child.fork().in_flight() < 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(child.ram.stats().unwrap().pinned, 2, "I3: while the kernel has their address");
+    assert_eq!(child.next_used(SOON), Some((0, 8193)));
+    assert_eq!(child.bytes(child.data(0), 512), [8; 512]);
+    assert_eq!(child.ram.stats().unwrap().pinned, 0);
+    assert!(parent.bytes(parent.data(0), 8192) == [0x11; 8192], "the parent's pages are the parent's");
+}
+
+#[test]
 fn a_reset_ends_what_is_in_flight_at_once() {
     let file = File::new(1 << 20);
     let mut config = file.config();

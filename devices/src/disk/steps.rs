@@ -1,0 +1,249 @@
+//! The steps of a disk's jobs: what is given to the engine, and what comes after it.
+
+use std::mem;
+use std::sync::Arc;
+
+use clade_io::{AlignedBuf, Engine, Fragment, IoFile, Request, window};
+
+use super::DiskError;
+use super::job::{Edge, Edges, Job, Stage, Work};
+use super::live::Disk;
+use super::map::{GRANULE, Source};
+
+/// Operations in the kernel at a time.
+const DEPTH: u32 = 128;
+/// Zeros that are written where a file takes no holes.
+const ZEROS: usize = 64 << 10;
+
+impl Disk {
+    pub(super) fn plan(&mut self, at: usize, mut job: Job) {
+        let planned = match job.work {
+            Work::Read(_) => self.plan_read(at, &mut job),
+            Work::Write(_) => self.plan_write(at, &mut job),
+            Work::Zero { punch, advisory } => self.plan_zero(at, &mut job, punch, advisory),
+            Work::Flush => self.plan_flush(at, &mut job),
+        };
+        if let Err(error) = planned {
+            job.error.get_or_insert(error);
+        }
+        self.put(at, job);
+    }
+
+    /// Puts a job back, or ends it when the engine has nothing of it.
+    pub(super) fn put(&mut self, at: usize, job: Job) {
+        if job.left > 0 {
+            self.jobs[at] = Some(job);
+        } else {
+            self.end(at, job);
+        }
+    }
+
+    fn give(&mut self, at: usize, job: &mut Job, request: Request) -> Result<(), DiskError> {
+        if self.engine.is_none() {
+            // Made at the first request: most clones of a VM never touch their disk.
+            let event = self.event.try_clone().map_err(DiskError::Event)?;
+            let mut engine = Engine::new(DEPTH, event)?;
+            engine.set_latency(self.setup.config.latency);
+            self.engine = Some(engine);
+        }
+        if let Some(engine) = &mut self.engine {
+            engine.submit(request, at);
+            job.left += 1;
+        }
+        Ok(())
+    }
+
+    fn plan_read(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        let Work::Read(buffers) = &job.work else { return Ok(()) };
+        let mut requests = Vec::new();
+        for (range, source) in self.map.pieces(job.granules()) {
+            let start = (range.start * GRANULE).max(job.offset);
+            let end = (range.end * GRANULE).min(job.end());
+            let part = window(buffers, (start - job.offset) as usize, (end - start) as usize);
+            match source {
+                Source::File(file) => {
+                    requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
+                }
+                // By the processor: these pages are this VM's own, because they are pinned for writing.
+                Source::Zero => part.iter().for_each(fill_with_zeros),
+            }
+        }
+        job.stage = Stage::Transfer;
+        requests.into_iter().try_for_each(|request| self.give(at, job, request))
+    }
+
+    fn own(&mut self) -> Result<Arc<IoFile>, DiskError> {
+        if let Some(own) = &self.own {
+            return Ok(Arc::clone(own));
+        }
+        let setup = &self.setup;
+        let file = Arc::new(IoFile::unnamed(&setup.overlays, setup.size, setup.config.cache)?);
+        Ok(Arc::clone(self.own.insert(file)))
+    }
+
+    fn plan_write(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        let own = self.own()?;
+        let granules = job.granules();
+        job.moves = !self.map.is_all(granules.clone(), &own);
+        job.target = Some(Arc::clone(&own));
+        job.edges = Edges::default();
+        let whole = job.whole_granules(self.size());
+        let mut reads = Vec::new();
+        let mut edge = |granule: u64| {
+            let source = self.map.at(granule);
+            if whole.contains(&granule) || source.is(&own) {
+                return None;
+            }
+            let len = GRANULE.min(self.setup.size - granule * GRANULE) as usize;
+            let edge = Edge { granule, bytes: Arc::new(AlignedBuf::new(len)) };
+            if let Source::File(file) = source {
+                let buffers = Fragment::owned(&edge.bytes, 0, len).into_iter().collect();
+                reads.push(Request::Read { file, offset: granule * GRANULE, buffers });
+            }
+            Some(edge)
+        };
+        job.edges.head = edge(granules.start);
+        let last = granules.end - 1;
+        // One granule can be both: it is read once.
+        let tail = if last == granules.start { job.edges.head.clone() } else { edge(last) };
+        job.edges.tail = tail;
+        if reads.is_empty() {
+            return self.transfer(at, job);
+        }
+        job.stage = Stage::Edges;
+        reads.into_iter().try_for_each(|request| self.give(at, job, request))
+    }
+
+    fn transfer(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        job.stage = Stage::Transfer;
+        let (Work::Write(buffers), Some(file)) = (&job.work, job.target.clone()) else { return Ok(()) };
+        let (offset, buffers) = job.edges.around(job.offset, job.end(), buffers);
+        self.give(at, job, Request::Write { file, offset, buffers })
+    }
+
+    fn plan_zero(&mut self, at: usize, job: &mut Job, punch: bool, advisory: bool) -> Result<(), DiskError> {
+        job.stage = Stage::Transfer;
+        let (offset, len) = (job.offset, job.len);
+        if let Some(base) = self.own.clone().filter(|own| Arc::ptr_eq(own, &self.setup.base)) {
+            // In place: the base is what lasts, and its file system knows how.
+            job.target = Some(Arc::clone(&base));
+            let file = base;
+            let request =
+                if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
+            return self.give(at, job, request);
+        }
+        let whole = job.whole_granules(self.size());
+        if !advisory {
+            for (start, end) in odd_ends(offset, job.end(), &whole) {
+                let zeros = self.zero_fragments(end - start);
+                self.add_later(Job::new(job.token, start, end - start, Work::Write(zeros)));
+            }
+        }
+        (job.offset, job.len) = (whole.start * GRANULE, 0);
+        if whole.is_empty() {
+            return Ok(());
+        }
+        job.len = (whole.end * GRANULE).min(self.size()) - job.offset;
+        job.moves = true;
+        let Some(own) = self.own.clone() else { return Ok(()) };
+        // Room in the own file is given back. In files that others have too it is not ours to give.
+        let own_pieces = self.map.pieces(whole).filter(|(_, source)| source.is(&own));
+        let punches: Vec<Request> = own_pieces
+            .map(|(range, _)| {
+                let (offset, len) = (range.start * GRANULE, (range.end - range.start) * GRANULE);
+                Request::Punch { file: Arc::clone(&own), offset, len }
+            })
+            .collect();
+        punches.into_iter().try_for_each(|request| self.give(at, job, request))
+    }
+
+    /// Adds a job that must not begin before the one that adds it holds or has given back its granules.
+    fn add_later(&mut self, job: Job) {
+        self.parts.entry(job.token).or_default().left += 1;
+        let at = self.jobs.len();
+        self.jobs.push(Some(job));
+        self.waiting.push_back(at);
+    }
+
+    fn zero_fragments(&mut self, len: u64) -> Vec<Fragment> {
+        let zeros = self.zeros.get_or_insert_with(|| Arc::new(AlignedBuf::new(ZEROS)));
+        let mut left = len as usize;
+        let mut all = Vec::with_capacity(left.div_ceil(ZEROS));
+        while left > 0 {
+            let take = left.min(ZEROS);
+            all.extend(Fragment::owned(zeros, 0, take));
+            left -= take;
+        }
+        all
+    }
+
+    fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        job.stage = Stage::Transfer;
+        // An overlay has no name: nothing of it is there after the process, synced or not. So only the base is.
+        if mem::take(&mut self.unsynced) {
+            let file = Arc::clone(&self.setup.base);
+            job.target = Some(Arc::clone(&file));
+            return self.give(at, job, Request::Sync { file });
+        }
+        Ok(())
+    }
+
+    /// What comes after the engine has done all it was given of a job.
+    pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
+        let next = match (&job.work, &job.stage) {
+            (Work::Write(_), Stage::Edges) if job.error.is_none() => {
+                let current = job.target.as_ref().zip(self.own.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
+                // Forked meanwhile: what was to be written to is read-only now. From the beginning, to the new own file; the bytes
+                // that were read are still right, since the granules are held.
+                if current { self.transfer(at, job) } else { self.plan_write(at, job) }
+            }
+            (Work::Zero { advisory, .. }, Stage::Transfer) => {
+                let advisory = *advisory;
+                self.after_zero(job, advisory);
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        if let Err(error) = next {
+            job.error.get_or_insert(error);
+        }
+    }
+
+    /// A file that has no holes: a discard is done, zeros are written.
+    fn after_zero(&mut self, job: &mut Job, advisory: bool) {
+        let refused = matches!(&job.error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
+        if !refused {
+            return;
+        }
+        // For a move the map says zero, whatever the file still holds; and a discard is a hint.
+        job.error = None;
+        if !job.moves && !advisory {
+            let zeros = self.zero_fragments(job.len);
+            self.add_later(Job::new(job.token, job.offset, job.len, Work::Write(zeros)));
+        }
+    }
+}
+
+/// What of `offset..end` lies outside of the whole granules in it.
+fn odd_ends(offset: u64, end: u64, whole: &std::ops::Range<u64>) -> Vec<(u64, u64)> {
+    if whole.is_empty() {
+        // Within one granule, or across the border of two.
+        return vec![(offset, end)];
+    }
+    let head = (offset, whole.start * GRANULE);
+    let tail = ((whole.end * GRANULE).min(end), end);
+    [head, tail].into_iter().filter(|(start, end)| start < end).collect()
+}
+
+fn fill_with_zeros(fragment: &Fragment) {
+    const CHUNK: [u8; 4096] = [0; 4096];
+    let slice = fragment.slice();
+    let mut at = 0;
+    while at < slice.len() {
+        let len = CHUNK.len().min(slice.len() - at);
+        if let Ok(part) = slice.subslice(at, len) {
+            part.copy_from(&CHUNK[..len]);
+        }
+        at += len;
+    }
+}
