@@ -317,9 +317,11 @@ impl GuestRegion {
         // D5: no more than its share, whatever is left of the budget; the births and the pieces of the image come on top.
         let share = self.store.budget().fair_share();
         let mut left: u64 = pieces.iter().map(|(r, _)| r.len()).sum();
+        // Heedless to the end: what is kept would be spared after all.
+        let keep = if self.heedless.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
         for (piece, source) in pieces {
-            if left <= KEEP_PAGES {
+            if left <= keep {
                 break;
             }
             let needed = state.mappings.len() as u64 + 2;

@@ -263,9 +263,10 @@ impl GuestRam {
     /// It exists to show on real DMA that the tests would notice, and for nothing else. Not inherited by children.
     #[doc(hidden)]
     pub fn disable_unshare_before_protect_for_tests(&self) {
-        tracing::warn!(
-            "pinned pages of a VM are no longer spared by freezes: its memory will be wrong, as was asked for"
-        );
+        static SAID: std::sync::Once = std::sync::Once::new();
+        SAID.call_once(|| {
+            tracing::warn!("pinned pages are no longer spared by freezes: memory will be wrong, as was asked for");
+        });
         self.regions.iter().for_each(|region| region.heedless.store(true, Ordering::Relaxed));
     }
 

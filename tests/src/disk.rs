@@ -113,6 +113,7 @@ impl DiskGuest {
         DiskRun {
             area: AREA,
             buffer: BUFFER,
+            stride: 0,
             what,
             order,
             depth: 32,

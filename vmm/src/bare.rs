@@ -110,6 +110,22 @@ impl<'a> BareMailbox<'a> {
         self.get(abi::offset::PROGRESS)
     }
 
+    /// The number of the last command that has ended.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn ended(self) -> Result<u64, BareError> {
+        self.get(abi::offset::DONE_SEQ)
+    }
+
+    /// The number of the last command that the vCPU has taken.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn taken(self) -> Result<u64, BareError> {
+        self.get(abi::offset::ACK_SEQ)
+    }
+
     /// What the last command found.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ pub mod demo;
 pub mod event_loop;
 pub mod fleet;
 pub mod kvm;
+mod stress;
 pub mod vm;
 
 /// An error and its causes in one line.

@@ -5,7 +5,7 @@ use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Completion, Engine, Fragment, IoFile, Stats, total_len};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Fragment, IoFile, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::image::{DiskImage, check_overlays, overlay_dir};
@@ -176,6 +176,12 @@ impl Disk {
     #[must_use]
     pub fn config(&self) -> &DiskConfig {
         &self.setup.config
+    }
+
+    /// Whether transfers go through the host's page cache: what was asked for, as far as the file system has it.
+    #[must_use]
+    pub fn policy(&self) -> CachePolicy {
+        self.setup.base.policy()
     }
 
     /// Whether it was ever forked, or is the result of a fork: its writes are then in overlays.

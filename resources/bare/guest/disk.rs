@@ -226,7 +226,7 @@ impl Driver {
     }
 
     fn buffer(&self, slot: u64) -> u64 {
-        self.run.buffer + slot * self.run.block_bytes()
+        self.run.memory_of(slot)
     }
 
     fn describe(&self, descriptor: u64, address: u64, len: u64, flags: u64) {

@@ -24,6 +24,8 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Measure, beside a baseline in the same run.
     Bench(BenchArgs),
+    /// Try hard to make something go wrong, and compare every byte.
+    Stress(StressArgs),
     /// Write an embedded guest to a file.
     Guest(GuestArgs),
     /// List the running VMs.
@@ -176,6 +178,37 @@ pub(crate) struct BenchArgs {
     /// Samples of each figure.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) samples: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What can be tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StressName {
+    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset and destroyed.
+    Dma,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StressArgs {
+    /// What to try.
+    pub(crate) name: StressName,
+    /// For how long.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) seconds: u64,
+    /// Forks of the parent a second, as far as there is time.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) forks_per_second: u32,
+    /// The seed of all choices, as a failure prints it.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Where the disks' files are made; the temporary directory if not given.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Let freezes take pinned pages like any others: bytes will be wrong, and must be found.
+    #[arg(long)]
+    pub(crate) without_unshare: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -58,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => crate::demo::main(&args),
         Command::Run(args) => run::main(&args),
         Command::Bench(args) => crate::bench::main(&args),
+        Command::Stress(args) => crate::stress::main(&args),
         Command::Guest(args) => remote::guest(&args),
         Command::Ps(args) => remote::ps(&args),
         Command::Fork(args) => remote::fork(&args),
@@ -75,4 +76,4 @@ pub fn main() -> ExitCode {
     }
 }
 
-pub(crate) use args::{BenchArgs, BenchName, DEFAULT_CMDLINE, DemoArgs};
+pub(crate) use args::{BenchArgs, BenchName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};

@@ -92,8 +92,10 @@ numbered! {
 pub struct DiskRun {
     /// The driver's area.
     pub area: u64,
-    /// Memory for the data: `depth` times `block` sectors. A multiple of 8.
+    /// Memory for the data: `depth` times `block` sectors, or `depth` times `stride` bytes. A multiple of 8.
     pub buffer: u64,
+    /// Bytes from one operation's memory to the next's; 0 stands for as many as it has. What is between is somebody else's.
+    pub stride: u64,
     /// What to do.
     pub what: What,
     /// In which order.
@@ -115,18 +117,19 @@ pub struct DiskRun {
 impl DiskRun {
     pub(super) const fn encode(self) -> [u64; 8] {
         let how = self.what as u64 | (self.order as u64) << 8 | self.depth << 16 | self.block << 32;
-        [self.area, self.buffer, how, self.sector, self.sectors, self.count, self.seed, 0]
+        [self.area, self.buffer, how, self.sector, self.sectors, self.count, self.seed, self.stride]
     }
 
     pub(super) const fn decode(args: [u64; 8]) -> Option<Self> {
-        let [area, buffer, how, sector, sectors, count, seed, _] = args;
+        let [area, buffer, how, sector, sectors, count, seed, stride] = args;
         let (depth, block) = (how >> 16 & 0xffff, how >> 32);
         let (Some(what), Some(order)) = (What::from_number(how & 0xff), Order::from_number(how >> 8 & 0xff)) else {
             return None;
         };
         let fits = depth >= 1 && depth <= MOST_DEPTH && block >= 1 && block <= sectors && sectors <= 1 << 40;
-        if fits && area != 0 && area.is_multiple_of(PAGE_SIZE) && buffer.is_multiple_of(8) {
-            Some(Self { area, buffer, what, order, depth, sector, sectors, block, count, seed })
+        let apart = stride == 0 || (stride.is_multiple_of(8) && stride >= block * SECTOR && stride <= 1 << 20);
+        if fits && apart && area != 0 && area.is_multiple_of(PAGE_SIZE) && buffer.is_multiple_of(8) {
+            Some(Self { area, buffer, stride, what, order, depth, sector, sectors, block, count, seed })
         } else {
             None
         }
@@ -140,6 +143,12 @@ impl DiskRun {
             Order::Random => scale(mix(self.seed ^ mix(i)), blocks),
         };
         self.sector + block * self.block
+    }
+
+    /// Where the memory of operation `slot` in flight is.
+    pub const fn memory_of(&self, slot: u64) -> u64 {
+        let stride = if self.stride == 0 { self.block_bytes() } else { self.stride };
+        self.buffer + slot * stride
     }
 
     /// Bytes an operation.

@@ -1,0 +1,74 @@
+//! What becomes of forks: children that run on with what was in flight, and are stopped, forked, reset, destroyed and compared.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use super::Tally;
+use super::rig::{Expectation, Random, compare_counts, compare_memory, reset_and_read, stop_and_compare};
+use crate::cli::Failure;
+use crate::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm};
+
+/// A child runs for up to as long before something is done to it.
+const RUNS: Duration = Duration::from_millis(8);
+
+/// A fork of the parent, and what must be in it.
+pub(super) struct Forked {
+    pub(super) image: Arc<ForkImage>,
+    pub(super) expect: Expectation,
+    pub(super) report: ForkReport,
+}
+
+pub(super) struct Checker {
+    context: Context,
+    without_unshare: bool,
+    random: Random,
+    tally: Tally,
+}
+
+impl Checker {
+    pub(super) fn new(context: Context, without_unshare: bool, random: Random) -> Self {
+        Self { context, without_unshare, random, tally: Tally::default() }
+    }
+
+    pub(super) fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    pub(super) fn check(&mut self, forked: &Forked) -> Result<(), Failure> {
+        tracing::debug!(in_flight = forked.report.in_flight, round = forked.expect.round, "a child");
+        self.child(&forked.image, &forked.expect, 0)
+    }
+
+    fn child(&mut self, image: &Arc<ForkImage>, expect: &Expectation, depth: u64) -> Result<(), Failure> {
+        let options = ChildOptions { paused: true, before_start: None };
+        let vm = Vm::from_image(&self.context, "child", image, options).map_err(Failure::run)?;
+        if self.without_unshare {
+            vm.ram().disable_unshare_before_protect_for_tests();
+        }
+        self.tally.children += 1;
+        self.tally.nested += u64::from(depth > 0);
+        // As it was at the fork: the counter may be one word ahead of its count.
+        compare_counts(vm.ram(), 1, &mut self.tally)?;
+        compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
+        vm.resume().map_err(Failure::run)?;
+        thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
+        if depth < 3 && self.random.one_in(6) {
+            let (image, _) = vm.fork().map_err(Failure::run)?;
+            self.child(&image, expect, depth + 1)?;
+        }
+        match self.random.below(8) {
+            // Destroyed with requests in flight.
+            0 | 1 => self.tally.destroyed_running += 1,
+            2 => {
+                reset_and_read(&vm, &mut self.tally)?;
+                compare_memory(vm.ram(), expect, None, &mut self.tally)?;
+            }
+            _ => {
+                stop_and_compare(&vm, expect, &mut self.tally)?;
+                compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
+            }
+        }
+        Ok(())
+    }
+}
