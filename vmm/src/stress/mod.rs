@@ -3,10 +3,10 @@
 //!
 //! ```text
 //!            vCPU 0                     vCPU 1                      vCPU 2
-//!   reads disk 0 at random,     writes disk 1 from front to     counts up one word in the other
-//!   depth 32, compares every    back with the round's words,    half of every page the devices
-//!   word it gets                then reads and compares it      read and write
-//!                └────────── 2 KiB of each page ───────┴──────────── the other 2 KiB
+//!   reads disk 0 at random,     writes disk 1 from front to     counts up one word in the
+//!   depth 32, compares every    back with the round's words,    other half of the page that
+//!   word it gets                then reads and compares it      each request ends in
+//!       └────────── 30 KiB a request, 7 1/2 pages ─────┴──────────── the last 2 KiB
 //! ```
 //!
 //! The host forks, on the beat; writes and discards pages nobody else uses; and on another thread lets children run on with the requests that

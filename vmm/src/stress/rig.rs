@@ -28,14 +28,18 @@ const CPUS: u64 = 3;
 /// The drivers' areas.
 pub(super) const READ_AREA: u64 = WORK_BASE;
 const WRITE_AREA: u64 = WORK_BASE + 0x8000;
-/// Pages that devices and the counter share: the reader's, then the writer's.
+/// Memory that devices and the counter share: the reader's, then the writer's.
 const SHARED: u64 = WORK_BASE + 0x1_0000;
 const DEPTH: u64 = 32;
-const SHARED_PAGES: u64 = 2 * DEPTH;
-/// Sectors of a request: half a page.
-const BLOCK: u64 = 4;
+/// Memory of one request: the device's bytes, and behind them, in the same page, the counter's.
+const STRIDE: u64 = 32 << 10;
+const SLOTS: u64 = 2 * DEPTH;
+/// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes before all of it has landed.
+const BLOCK: u64 = 60;
+/// Where the counter's word is in each request's memory.
+const COUNTED: u64 = BLOCK * disk::SECTOR;
 /// Pages only the host writes and discards.
-const SCRATCH: u64 = WORK_BASE + (1 << 20);
+const SCRATCH: u64 = WORK_BASE + (4 << 20);
 const SCRATCH_PAGES: u64 = 512;
 /// Pages nobody writes after boot.
 const STILL: u64 = WORK_BASE + (8 << 20);
@@ -44,8 +48,8 @@ const STILL_SEED: u64 = 0x57111;
 
 const READ_BYTES: u64 = 32 << 20;
 const READ_SEED: u64 = 0x4ead;
-const WRITE_BYTES: u64 = 1 << 20;
-const WRITE_BLOCKS: u64 = WRITE_BYTES / disk::SECTOR / BLOCK;
+const WRITE_BLOCKS: u64 = 64;
+const WRITE_BYTES: u64 = WRITE_BLOCKS * BLOCK * disk::SECTOR;
 /// Of the writer's disk before its first round; round `n` writes words of this and `n`.
 const WRITE_SEED: u64 = 0x3117e;
 
@@ -127,7 +131,7 @@ fn reading() -> DiskRun {
     DiskRun {
         area: READ_AREA,
         buffer: SHARED,
-        stride: PAGE_SIZE,
+        stride: STRIDE,
         what: What::Verify,
         order: Order::Random,
         depth: DEPTH,
@@ -139,11 +143,17 @@ fn reading() -> DiskRun {
     }
 }
 
+/// The counter's: one word behind the bytes of each request, of either device.
+fn counting() -> Command {
+    // One page less than there is: the last word is the last slot's.
+    Command::Count { start: SHARED + COUNTED, pages: ((SLOTS - 1) * STRIDE) / PAGE_SIZE + 1, stride: STRIDE / 8 }
+}
+
 /// A part of the writer's disk, in order: `blocks` from `first` on, with the words of a round.
 pub(super) fn writing(what: What, round: u64, first: u64, blocks: u64) -> DiskRun {
     DiskRun {
         area: WRITE_AREA,
-        buffer: SHARED + DEPTH * PAGE_SIZE,
+        buffer: SHARED + DEPTH * STRIDE,
         what,
         order: Order::Sequential,
         sector: first * BLOCK,
@@ -186,7 +196,7 @@ impl Rig {
         let expect = Expectation { phase: Phase::Verify, round: 0, seq: 0, scratch: vec![0; SCRATCH_PAGES as usize] };
         let mut rig = Self { vm, expect, policy, discards: 0, found: Tally::default(), _files: files };
         rig.order(READER, Command::DiskRun(reading()))?;
-        rig.order(COUNTER, Command::Count { start: SHARED + PAGE_SIZE / 2, pages: SHARED_PAGES, stride: 0 })?;
+        rig.order(COUNTER, counting())?;
         rig.begin(Phase::Write, 1)?;
         Ok(rig)
     }
@@ -319,15 +329,15 @@ pub(super) fn stop_and_compare(vm: &Vm, expect: &Expectation, tally: &mut Tally)
 /// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant, up to `ahead` times more.
 pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
     let count = BareMailbox::new(ram, COUNTER).progress().map_err(Failure::run)?;
-    let times = |count: u64, page: u64| (count + SHARED_PAGES - 1 - page) / SHARED_PAGES;
-    for page in 0..SHARED_PAGES {
-        let at = GuestAddress(SHARED + page * PAGE_SIZE + PAGE_SIZE / 2);
+    let times = |count: u64, slot: u64| (count + SLOTS - 1 - slot) / SLOTS;
+    for slot in 0..SLOTS {
+        let at = GuestAddress(SHARED + slot * STRIDE + COUNTED);
         let got: u64 = ram.memory().read_obj(at).map_err(Failure::run)?;
-        if !(times(count, page)..=times(count + ahead, page)).contains(&got) {
+        if !(times(count, slot)..=times(count + ahead, slot)).contains(&got) {
             tally.wrong_bytes += 8;
         }
     }
-    tally.bytes_checked += SHARED_PAGES * 8;
+    tally.bytes_checked += SLOTS * 8;
     Ok(())
 }
 
