@@ -46,6 +46,8 @@ const MANY_RUNS: usize = 64;
 /// Private pages that stay the parent's own after a freeze has copied them. Below it, copying them again at the next freeze
 /// is cheaper than remapping and breaking COW again.
 const KEEP_PAGES: u64 = 256;
+/// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
+const MOST_USED: u64 = 2_048;
 
 /// From this many private pages on, [`FreezeMode::Auto`] leaves copying to the background.
 const BACKGROUND_PAGES: u64 = 1024;
@@ -153,20 +155,35 @@ impl GuestRegion {
             together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
-        // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
-        for run in &born {
-            pinned.extend(table.share(*run));
-        }
         let heedless = self.heedless.load(Ordering::Relaxed);
+        // Pages that devices had since the last freeze they will have again: copied now and left where they are, like those they have. Otherwise each
+        // would be mapped anew, and copied once more at its next pin. Their bits stay, so that such a pin needs no lock.
+        let mut left = if heedless { 0 } else { MOST_USED };
+        let mut take_used = |runs: &[PageRange]| {
+            let mut used = Vec::new();
+            for run in runs {
+                let taken = table.take_used(*run, left);
+                left -= pages_in(&taken);
+                used.extend(taken);
+            }
+            used
+        };
+        let (used_born, used_private) = (take_used(&born), take_used(&together));
+        // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
+        for run in subtract_runs(&born, &used_born) {
+            pinned.extend(table.share(run));
+        }
         if heedless {
             pinned.clear();
         }
+        pinned.extend(used_born);
         if !broken(Break::ForgetPinned) {
             copy.extend(pinned.iter().copied());
         }
-        let private = Shared::give_up(table, &together);
+        let private = Shared::give_up(table, &subtract_runs(&together, &used_private));
         if !heedless {
             pinned.extend(private.pinned());
+            pinned.extend(used_private);
         }
         pinned.sort_unstable();
         copy.sort_unstable();
@@ -206,7 +223,7 @@ impl GuestRegion {
             remapped: pages_in(&to_remap),
             copied: pages_in(&plan.copy),
             pending: filling.as_ref().map_or(0, |filling| filling.missing()),
-            pinned: pages_in(&plan.pinned),
+            pinned: plan.pinned.iter().map(|run| self.table.counts(*run).pinned).sum(),
         };
         if let (Some(filling), Some((_, source))) = (filling, delta.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
@@ -255,7 +272,7 @@ impl GuestRegion {
             return Ok((Vec::new(), None));
         }
         let packed = Packed::of(&plan.copy);
-        let later = pages_in(&plan.owned);
+        let later = pages_in(&subtract_runs(&plan.owned, &plan.pinned));
         let wanted = match mode {
             FreezeMode::Eager => false,
             FreezeMode::Background => later > 0,

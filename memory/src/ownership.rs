@@ -224,12 +224,17 @@ impl TableGuard<'_> {
         }
         let words = self.table.page_words(block, self.table.whole(block));
         let Some(first) = words.first().map(Word::load) else { return false };
+        let first = first.unused();
         if first.pins() > 0 {
             return false;
         }
         // Closed one by one: a pin that comes in between is either counted before its page is closed, and ends the merge, or takes
         // the locked path and waits for this one.
-        let open = words.iter().position(|word| !word.try_close(first));
+        let like_the_first = |word: &Word| {
+            let was = word.load();
+            was.unused() == first && word.try_close(was)
+        };
+        let open = words.iter().position(|word| !like_the_first(word));
         match open {
             None => record.word.reopen(first),
             Some(at) => words[..at].iter().for_each(|word| word.reopen(first)),
@@ -291,6 +296,28 @@ impl TableGuard<'_> {
             }
         }
         pinned
+    }
+
+    /// The pages of `range` that devices had since this was last asked, at most `most`; from now on they have not. Exclusive pages only.
+    pub(crate) fn take_used(&self, range: PageRange, most: u64) -> Vec<PageRange> {
+        let (mut runs, mut count) = (Vec::new(), 0);
+        let mut take = |run: PageRange, word: &Word| {
+            if word.forget_used() && count + run.len() <= most {
+                count += run.len();
+                push_run(&mut runs, run);
+            }
+        };
+        for (block, piece) in range.blocks() {
+            let record = &self.table.blocks[block];
+            if record.word.load().is_split() {
+                for (page, word) in (piece.start..).zip(self.table.page_words(block, piece)) {
+                    take(PageRange::with_len(page, 1), word);
+                }
+            } else if piece == self.table.whole(block) {
+                take(piece, &record.word);
+            }
+        }
+        runs
     }
 
     /// The locked half of a pin: makes the records of `range` a page each where the range covers only a part of a block.

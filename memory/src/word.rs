@@ -1,12 +1,13 @@
 //! One ownership word: the exclusive bit and the pin count of a page (or of a whole 2 MiB block) in one atomic.
 //!
 //! ```text
-//!   31            8 7      2     1        0
-//!  +---------------+--------+-------+-----------+
-//!  |   pin count   |  zero  | split | exclusive |
-//!  +---------------+--------+-------+-----------+
+//!   31            8 7      3    2      1        0
+//!  +---------------+--------+------+-------+-----------+
+//!  |   pin count   |  zero  | used | split | exclusive |
+//!  +---------------+--------+------+-------+-----------+
 //! ```
 //!
+//! `used` says that it was pinned since the last freeze: a hint, set in the step that counts, on which nothing but speed depends.
 //! `split` in a block's record means "ask the pages"; in a page's record, "ask the block, under the lock".
 //!
 //! Bit and count share a word (R14) so that the two questions that must not be torn apart are each one atomic step:
@@ -21,6 +22,7 @@ use crate::sync::{AtomicU32, Ordering};
 
 const EXCLUSIVE: u32 = 1;
 const SPLIT: u32 = 1 << 1;
+const USED: u32 = 1 << 2;
 const PIN_SHIFT: u32 = 8;
 const PIN: u32 = 1 << PIN_SHIFT;
 /// Most pins one page can have at a time. One more is refused: a count never wraps (I6).
@@ -40,6 +42,14 @@ impl Ownership {
     }
     pub(crate) const fn is_exclusive(self) -> bool {
         self.0 & EXCLUSIVE != 0
+    }
+    /// Whether a device had it since the last freeze.
+    pub(crate) const fn is_used(self) -> bool {
+        self.0 & USED != 0
+    }
+    /// But for that.
+    pub(crate) const fn unused(self) -> Self {
+        Self(self.0 & !USED)
     }
     pub(crate) const fn is_split(self) -> bool {
         self.0 & SPLIT != 0
@@ -117,7 +127,7 @@ impl Word {
             if now.pins() == MAX_PINS {
                 return Err(PinMiss::Saturated);
             }
-            match self.0.compare_exchange_weak(seen, seen + PIN, Ordering::Acquire, Ordering::Relaxed) {
+            match self.0.compare_exchange_weak(seen, (seen + PIN) | USED, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return Ok(()),
                 Err(actual) => seen = actual,
             }
@@ -150,14 +160,30 @@ impl Word {
     /// AcqRel: Acquire pairs with [`Word::unpin`] (the device is done before the bytes are frozen); Release publishes the lost bit before the
     /// layer that shares the page.
     pub(crate) fn try_share(&self) -> Result<(), ShareMiss> {
-        match self.0.compare_exchange(EXCLUSIVE, 0, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok(()),
-            Err(actual) => Err(match Ownership(actual) {
-                now if now.is_split() => ShareMiss::Split,
-                now if now.is_exclusive() => ShareMiss::Pinned,
-                _ => ShareMiss::NotExclusive,
-            }),
+        let mut seen = self.0.load(Ordering::Acquire);
+        loop {
+            let now = Ownership(seen);
+            if now.is_split() {
+                return Err(ShareMiss::Split);
+            }
+            if !now.is_exclusive() {
+                return Err(ShareMiss::NotExclusive);
+            }
+            if now.pins() > 0 {
+                return Err(ShareMiss::Pinned);
+            }
+            match self.0.compare_exchange_weak(seen, 0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Ok(()),
+                Err(actual) => seen = actual,
+            }
         }
+    }
+
+    /// Takes back that a device had it. Returns whether one did. Relaxed: a hint.
+    pub(crate) fn forget_used(&self) -> bool {
+        // A closed or split record's bits are nobody's.
+        let seen = Ownership(self.0.load(Ordering::Relaxed));
+        !seen.is_split() && seen.is_used() && Ownership(self.0.fetch_and(!USED, Ordering::Relaxed)).is_used()
     }
 
     /// Sets the bit (I2: birth, break-COW, copy on fork). Caller holds the table's lock.
