@@ -48,7 +48,7 @@ impl Checker {
         }
         self.tally.children += 1;
         self.tally.nested += u64::from(depth > 0);
-        // As it was at the fork: the counter may be one word ahead of its count.
+        // As it was at the fork: a CPU may be one word ahead of its count.
         compare_counts(vm.ram(), 1, &mut self.tally)?;
         compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
         vm.resume().map_err(Failure::run)?;

@@ -2,11 +2,12 @@
 //! every byte of every VM and disk is compared with what it must be.
 //!
 //! ```text
-//!            vCPU 0                     vCPU 1                      vCPU 2
-//!   reads disk 0 at random,     writes disk 1 from front to     counts up one word in the
-//!   depth 32, compares every    back with the round's words,    other half of the page that
-//!   word it gets                then reads and compares it      each request ends in
-//!       └────────── 30 KiB a request, 7 1/2 pages ─────┴──────────── the last 2 KiB
+//!            vCPU 0                       vCPU 1
+//!   reads disk 0 at random,       writes disk 1 from front to back with the
+//!   depth 32, compares every      round's words, then reads and compares it
+//!   word it gets
+//!        └──── both, while requests are in flight, count up a word in the
+//!              page that each request's 30 KiB end in ────┘
 //! ```
 //!
 //! The host forks, on the beat; writes and discards pages nobody else uses; and on another thread lets children run on with the requests that

@@ -22,22 +22,18 @@ use crate::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
 const MEMORY: u64 = 64 << 20;
 pub(super) const READER: u64 = 0;
 pub(super) const WRITER: u64 = 1;
-pub(super) const COUNTER: u64 = 2;
-const CPUS: u64 = 3;
+const CPUS: u64 = 2;
 
 /// The drivers' areas.
 pub(super) const READ_AREA: u64 = WORK_BASE;
 const WRITE_AREA: u64 = WORK_BASE + 0x8000;
-/// Memory that devices and the counter share: the reader's, then the writer's.
+/// Memory that devices and CPUs share: the reader's, then the writer's.
 const SHARED: u64 = WORK_BASE + 0x1_0000;
 const DEPTH: u64 = 32;
-/// Memory of one request: the device's bytes, and behind them, in the same page, the counter's.
+/// Memory of one request: the device's bytes, and behind them, in the same page, a word that the CPU counts up.
 const STRIDE: u64 = 32 << 10;
-const SLOTS: u64 = 2 * DEPTH;
 /// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes before all of it has landed.
 const BLOCK: u64 = 60;
-/// Where the counter's word is in each request's memory.
-const COUNTED: u64 = BLOCK * disk::SECTOR;
 /// Pages only the host writes and discards.
 const SCRATCH: u64 = WORK_BASE + (4 << 20);
 const SCRATCH_PAGES: u64 = 512;
@@ -143,12 +139,6 @@ fn reading() -> DiskRun {
     }
 }
 
-/// The counter's: one word behind the bytes of each request, of either device.
-fn counting() -> Command {
-    // One page less than there is: the last word is the last slot's.
-    Command::Count { start: SHARED + COUNTED, pages: ((SLOTS - 1) * STRIDE) / PAGE_SIZE + 1, stride: STRIDE / 8 }
-}
-
 /// A part of the writer's disk, in order: `blocks` from `first` on, with the words of a round.
 pub(super) fn writing(what: What, round: u64, first: u64, blocks: u64) -> DiskRun {
     DiskRun {
@@ -185,7 +175,7 @@ impl Rig {
             vm.ram().disable_unshare_before_protect_for_tests();
         }
         let run = |vcpu, command| BareVcpu::new(&vm, vcpu).run(command).map_err(Failure::run);
-        run(COUNTER, Command::Fill { start: STILL, pages: STILL_PAGES, seed: STILL_SEED })?;
+        run(WRITER, Command::Fill { start: STILL, pages: STILL_PAGES, seed: STILL_SEED })?;
         for (vcpu, area, bytes) in [(READER, READ_AREA, READ_BYTES), (WRITER, WRITE_AREA, WRITE_BYTES)] {
             let [sectors, ..] = run(vcpu, Command::DiskOpen { slot: vcpu, area, size: 256 })?;
             if sectors != bytes / disk::SECTOR {
@@ -196,7 +186,6 @@ impl Rig {
         let expect = Expectation { phase: Phase::Verify, round: 0, seq: 0, scratch: vec![0; SCRATCH_PAGES as usize] };
         let mut rig = Self { vm, expect, policy, discards: 0, found: Tally::default(), _files: files };
         rig.order(READER, Command::DiskRun(reading()))?;
-        rig.order(COUNTER, counting())?;
         rig.begin(Phase::Write, 1)?;
         Ok(rig)
     }
@@ -321,23 +310,23 @@ pub(super) fn stop_and_compare(vm: &Vm, expect: &Expectation, tally: &mut Tally)
             tally.bytes_checked += blocks * BLOCK * disk::SECTOR;
         }
     }
-    // The counter stops too, and then every word is exactly what its count says.
-    idle(COUNTER)?;
+    // Nothing is counted up any more, and every word is exactly what the count says.
     compare_counts(vm.ram(), 0, tally)
 }
 
 /// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant, up to `ahead` times more.
 pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
-    let count = BareMailbox::new(ram, COUNTER).progress().map_err(Failure::run)?;
-    let times = |count: u64, slot: u64| (count + SLOTS - 1 - slot) / SLOTS;
-    for slot in 0..SLOTS {
-        let at = GuestAddress(SHARED + slot * STRIDE + COUNTED);
-        let got: u64 = ram.memory().read_obj(at).map_err(Failure::run)?;
-        if !(times(count, slot)..=times(count + ahead, slot)).contains(&got) {
-            tally.wrong_bytes += 8;
+    let word = |at: u64| ram.memory().read_obj::<u64>(GuestAddress(at)).map_err(Failure::run);
+    for run in [reading(), writing(What::Write, 1, 0, WRITE_BLOCKS)] {
+        let count = word(run.area + disk::STATE + disk::state::TOUCHED * 8)?;
+        for slot in 0..DEPTH {
+            let got = word(run.neighbour_of(slot).unwrap_or(run.buffer))?;
+            if !(disk::touched(count, slot, DEPTH)..=disk::touched(count + ahead, slot, DEPTH)).contains(&got) {
+                tally.wrong_bytes += 8;
+            }
         }
+        tally.bytes_checked += DEPTH * 8;
     }
-    tally.bytes_checked += SLOTS * 8;
     Ok(())
 }
 
@@ -375,7 +364,7 @@ pub(super) fn compare_memory(
 /// In a running VM: resets the reader's disk in the middle of what it does, takes it again, and reads some of it.
 pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> {
     let run = |vcpu, command| BareVcpu::new(vm, vcpu).run(command).map_err(Failure::run);
-    let [status, ..] = run(COUNTER, Command::DiskReset { area: READ_AREA })?;
+    let [status, ..] = run(WRITER, Command::DiskReset { area: READ_AREA })?;
     tally.violations += u64::from(status != 0);
     run(READER, Command::Idle)?;
     run(READER, Command::DiskOpen { slot: READER, area: READ_AREA, size: 256 })?;

@@ -46,6 +46,8 @@ pub mod state {
     pub const FEATURES: u64 = 4;
     /// Times the device was notified.
     pub const KICKS: u64 = 5;
+    /// Times a word between two operations' memory was counted up, see [`super::touched`].
+    pub const TOUCHED: u64 = 6;
     /// The first of the words that say for each operation in flight which it is, plus 1.
     pub const FLIGHT: u64 = 16;
 }
@@ -94,7 +96,8 @@ pub struct DiskRun {
     pub area: u64,
     /// Memory for the data: `depth` times `block` sectors, or `depth` times `stride` bytes. A multiple of 8.
     pub buffer: u64,
-    /// Bytes from one operation's memory to the next's; 0 stands for as many as it has. What is between is somebody else's.
+    /// Bytes from one operation's memory to the next's; 0 stands for as many as it has. The first word of what is between is counted up
+    /// by the CPU, slot after slot, for as long as the run goes on: neighbours of what the device reads and writes. See [`touched`].
     pub stride: u64,
     /// What to do.
     pub what: What,
@@ -151,10 +154,20 @@ impl DiskRun {
         self.buffer + slot * stride
     }
 
+    /// Where the word behind the memory of operation `slot` is, which the CPU counts up. None without a stride.
+    pub const fn neighbour_of(&self, slot: u64) -> Option<u64> {
+        if self.stride > self.block_bytes() { Some(self.memory_of(slot) + self.block_bytes()) } else { None }
+    }
+
     /// Bytes an operation.
     pub const fn block_bytes(&self) -> u64 {
         self.block * SECTOR
     }
+}
+
+/// How often the word of slot `slot` of `depth` was counted up when all together were `count` times.
+pub const fn touched(count: u64, slot: u64, depth: u64) -> u64 {
+    (count + depth - 1 - slot) / depth
 }
 
 /// The word that a write of `seed` puts at byte `offset` of the disk.
