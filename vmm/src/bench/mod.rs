@@ -1,5 +1,6 @@
 //! `clade bench`: ours, the baseline and the ratio from one run.
 
+mod disk;
 mod fork;
 mod freeze;
 mod pin;
@@ -108,6 +109,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     }
     let context = Context::open().map_err(Failure::input)?;
     let rows = match args.name {
+        BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
         BenchName::Pin => pin::run(context.store(), args)?,

@@ -160,6 +160,8 @@ pub(crate) struct DemoArgs {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
+    /// A guest's disk I/O, beside the host's own on the same file.
+    Disk,
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
     /// Freezing memory, by the pages written since the last time: copied in the background, and at once.
