@@ -26,6 +26,12 @@ bench:
     cargo run --release -- bench fork --mem 512M,2G,4G
     cargo run --release -- bench freeze
     cargo run --release -- bench pin
+    cargo run --release -- bench disk
+
+# Ten minutes of DMA under forks, and a few seconds that must fail
+stress:
+    cargo run --release -- stress dma --seconds 600
+    ! cargo run --release -- stress dma --seconds 5 --without-unshare
 
 # The Linux guest, from Debian's packages; cached
 linux-guest:
@@ -38,6 +44,6 @@ deny:
 ci:
     .ci/run
 
-# A minute of each fuzz target (needs cargo-fuzz and a nightly compiler)
+# A minute of each fuzz target, guided by coverage
 fuzz:
-    for target in boot_load unpack serial cpu_hide; do cargo fuzz run "$target" -- -max_total_time=60; done
+    fuzz/run.sh 60

@@ -4,4 +4,5 @@
 
 mod bad_input;
 mod control;
+mod stress;
 mod tool;

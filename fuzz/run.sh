@@ -1,0 +1,36 @@
+#!/bin/sh
+# Runs fuzz targets with coverage guidance on the stable compiler: fuzz/run.sh SECONDS [TARGET...]
+#
+# The instrumentation that libFuzzer wants is plain LLVM; only the sanitizers need a nightly compiler. `cargo fuzz` does the
+# same and more where there is one. libFuzzer itself is built with the C++ compiler, installed if it is missing.
+set -eu
+cd "$(dirname "$0")"
+seconds=$1
+shift
+targets=${*:-"boot_load unpack serial cpu_hide virtio virtio_state"}
+if ! command -v c++ >/dev/null; then
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    $sudo apt-get update -qq
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++
+fi
+target_dir=${CARGO_TARGET_DIR:-$PWD/../target}/fuzz
+flags='-Cpasses=sancov-module -Ccodegen-units=1 --cfg fuzzing'
+for arg in level=4 inline-8bit-counters pc-table trace-compares; do
+    flags="$flags -Cllvm-args=-sanitizer-coverage-$arg"
+done
+host=$(rustc -vV | sed -n 's/^host: //p')
+RUSTFLAGS="$flags" CARGO_TARGET_DIR=$target_dir cargo build --quiet --release --target "$host" --bins
+status=0
+for target in $targets; do
+    mkdir -p "corpus/$target"
+    if "$target_dir/$host/release/$target" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=4096 \
+        "corpus/$target" >"corpus/$target.log" 2>&1; then
+        echo "$target: $(grep -a '^#' "corpus/$target.log" | tail -n 1)"
+    else
+        echo "$target: FAILED"
+        tail -n 40 "corpus/$target.log"
+        status=1
+    fi
+done
+exit $status

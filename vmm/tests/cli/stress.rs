@@ -1,0 +1,42 @@
+//! DMA under forks, for a few seconds: no byte wrong with the protocol, and wrong bytes found without.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::tool::{Answer, CLADE, kvm};
+
+fn stress(args: &[&str]) -> (Answer, Value) {
+    let all = [&["stress", "dma", "--json", "--seconds", "4"], args].concat();
+    let answer = Answer::from(Command::new(CLADE).args(all).output().unwrap());
+    let report = serde_json::from_str(&answer.stdout).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+    (answer, report)
+}
+
+#[test]
+fn no_byte_is_wrong_while_a_vm_is_forked_under_dma() {
+    if !kvm() {
+        return;
+    }
+    let (answer, report) = stress(&["--forks-per-second", "50"]);
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    let count = |key: &str| report[key].as_u64().unwrap_or_else(|| panic!("no {key}: {report}"));
+    assert_eq!((count("wrong_bytes"), count("violations")), (0, 0));
+    for key in ["forks", "children", "bytes_checked", "in_flight_at_fork", "discards", "rounds_written"] {
+        assert!(count(key) > 0, "{key}: {report}");
+    }
+    for key in ["without_forks", "with_forks", "ratio"] {
+        assert!(report["throughput_mib_s"][key].as_f64().is_some_and(|value| value > 0.0), "{key}: {report}");
+    }
+}
+
+#[test]
+fn without_unshare_before_protect_wrong_bytes_are_found() {
+    if !kvm() {
+        return;
+    }
+    let (answer, report) = stress(&["--forks-per-second", "50", "--without-unshare"]);
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert!(report["wrong_bytes"].as_u64().is_some_and(|wrong| wrong > 0), "{report}");
+    assert!(answer.stderr.contains("are not what they must be"), "{answer:?}");
+}
