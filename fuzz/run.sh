@@ -26,7 +26,7 @@ for target in $targets; do
     mkdir -p "corpus/$target"
     if "$target_dir/$host/release/$target" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=4096 \
         "corpus/$target" >"corpus/$target.log" 2>&1; then
-        echo "$target: $(grep -a '^#' "corpus/$target.log" | tail -n 1)"
+        echo "$target: $(grep -a 'cov:' "corpus/$target.log" | tail -n 1)"
     else
         echo "$target: FAILED"
         tail -n 40 "corpus/$target.log"
