@@ -464,6 +464,7 @@ mod tests {
             Command::DiskRun(DiskRun {
                 area: start,
                 buffer: start + 0x10_0000,
+                stride: 0x2000,
                 what: disk::What::Verify,
                 order: disk::Order::Random,
                 depth: 32,
