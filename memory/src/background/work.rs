@@ -140,7 +140,7 @@ pub(super) fn few(runs: Vec<PageRange>) -> Vec<PageRange> {
 /// error from KVM_RUN, which takes the VM.
 pub(super) fn deny(shared: &Shared, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
-    if let Err(error) = reader.at.deny(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
+    if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
         // Never zeros: it stays watched.
         tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
     }

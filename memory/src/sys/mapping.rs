@@ -101,18 +101,6 @@ impl Reservation {
         Ok(())
     }
 
-    /// Takes all access to `range` away, and its memory.
-    pub(crate) fn deny(&self, range: PageRange) -> io::Result<()> {
-        self.check(range)?;
-        point(Call::Map)?;
-        let at = self.addr(range.start).cast();
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: replaces this reservation's own mappings (checked); it stays reserved, and an access to it is a fault, not
-        // undefined behaviour.
-        unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
-        Ok(())
-    }
-
     /// Takes the memory of `range` away: an access is an error.
     pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
