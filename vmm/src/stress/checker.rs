@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::Tally;
-use super::rig::{Expectation, Random, compare_counts, compare_memory, reset_and_read, stop_and_compare};
+use super::rig::{Expectation, Random, compare_counts, compare_memory, reads, reset_and_read, stop_and_compare};
 use crate::cli::Failure;
 use crate::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm};
 
@@ -50,6 +50,7 @@ impl Checker {
         self.tally.nested += u64::from(depth > 0);
         // As it was at the fork: a CPU may be one word ahead of its count.
         compare_counts(vm.ram(), 1, &mut self.tally)?;
+        let read_before = reads(vm.ram())?;
         compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
         vm.resume().map_err(Failure::run)?;
         thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
@@ -65,7 +66,7 @@ impl Checker {
                 compare_memory(vm.ram(), expect, None, &mut self.tally)?;
             }
             _ => {
-                stop_and_compare(&vm, expect, &mut self.tally)?;
+                stop_and_compare(&vm, expect, read_before, &mut self.tally)?;
                 compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
             }
         }

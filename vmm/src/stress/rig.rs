@@ -215,8 +215,7 @@ impl Rig {
 
     /// Bytes the reader has got and compared.
     pub(super) fn read_bytes(&self) -> Result<u64, Failure> {
-        let operations = BareMailbox::new(self.vm.ram(), READER).progress().map_err(Failure::run)?;
-        Ok(operations * BLOCK * disk::SECTOR)
+        Ok(reads(self.vm.ram())? * BLOCK * disk::SECTOR)
     }
 
     /// What must be true at this instant. (Only this thread changes it.)
@@ -266,10 +265,15 @@ impl Rig {
     /// The end: the parent stops what it does, and is compared like a child.
     pub(super) fn finish(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         tally.add(&self.found);
-        stop_and_compare(&self.vm, &self.expect, tally)?;
+        stop_and_compare(&self.vm, &self.expect, 0, tally)?;
         self.vm.pause().map_err(Failure::run)?;
         compare_memory(self.vm.ram(), &self.expect, None, tally)
     }
+}
+
+/// Operations that the reader has done.
+pub(super) fn reads(ram: &GuestRam) -> Result<u64, Failure> {
+    BareMailbox::new(ram, READER).progress().map_err(Failure::run)
 }
 
 /// Takes note of what a disk run says of itself.
@@ -293,12 +297,19 @@ fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
 }
 
 /// Stops the disk runs of a running VM, lets what is in flight end, and has the guest compare all of the writer's disk.
-pub(super) fn stop_and_compare(vm: &Vm, expect: &Expectation, tally: &mut Tally) -> Result<(), Failure> {
+/// Of what the reader has compared, only what came after `read_before` operations is counted: a child's run began in its parent. (Words found
+/// wrong before the fork are found in both.)
+pub(super) fn stop_and_compare(
+    vm: &Vm,
+    expect: &Expectation,
+    read_before: u64,
+    tally: &mut Tally,
+) -> Result<(), Failure> {
     await_taken(vm, WRITER, expect.seq)?;
     let idle = |vcpu| BareVcpu::new(vm, vcpu).run(Command::Idle).map_err(Failure::run);
     let read = idle(READER)?;
     note(&read, tally);
-    tally.bytes_checked += read[0] * BLOCK * disk::SECTOR;
+    tally.bytes_checked += read[0].saturating_sub(read_before) * BLOCK * disk::SECTOR;
     let written = idle(WRITER)?;
     note(&written, tally);
     let done = if expect.phase == Phase::Write { written[0].min(WRITE_BLOCKS) } else { WRITE_BLOCKS };
