@@ -29,7 +29,7 @@ use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
 use crate::virtio::{Backend, DeviceState, Hurry, Turn, Wake, dma};
 
 /// Most pairs of queues.
-const MOST_PAIRS: u16 = 8;
+pub const MOST_PAIRS: u16 = 8;
 const QUEUE_SIZE: u16 = 256;
 /// The largest packet there is, with its header: 64 KiB and an Ethernet header.
 const MOST_PACKET: usize = VNET_HEADER + 14 + 65_536;
@@ -47,8 +47,9 @@ const UP: u16 = 1;
 const ANNOUNCE: u16 = 2;
 const OWNER: &str = "virtio-net";
 
-/// An Ethernet address.
+/// An Ethernet address. Written down as people write it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
 /// Not an address.
@@ -79,6 +80,19 @@ impl FromStr for Mac {
         // A group address cannot be anybody's own.
         let unicast = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()).filter(|bytes| bytes[0] & 1 == 0);
         unicast.map(Self).ok_or_else(|| MacError { text: text.to_owned() })
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = MacError;
+    fn try_from(text: String) -> Result<Self, MacError> {
+        text.parse()
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
     }
 }
 

@@ -11,5 +11,5 @@ mod control;
 mod device;
 mod state;
 
-pub use device::{Mac, Net, NetOptions, NetStats};
+pub use device::{MOST_PAIRS, Mac, MacError, Net, NetOptions, NetStats};
 pub use state::NetState;
