@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
@@ -21,6 +21,7 @@ use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
 use crate::vm::shell::Shell;
 use crate::vm::slice::Urgent;
 use crate::vm::stop::StopReason;
+use crate::vm::turns::Turns;
 use crate::vm::vcpu::{Order, Start};
 
 /// How a child starts.
@@ -62,7 +63,7 @@ pub struct Vm {
     /// Whether its owner has paused it (guards pause it beside that).
     held: AtomicBool,
     /// One fork, pause or resume at a time.
-    operations: Mutex<()>,
+    operations: Turns,
 }
 
 impl Vm {
@@ -157,7 +158,7 @@ impl Vm {
             _claims: ends.claims,
             born: Instant::now(),
             held: AtomicBool::new(false),
-            operations: Mutex::default(),
+            operations: Turns::default(),
         })
     }
 
@@ -168,16 +169,12 @@ impl Vm {
         self.shell.meeting.start(std::iter::repeat_n(order, cpus));
     }
 
-    fn operation(&self) -> MutexGuard<'_, ()> {
-        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
     ///
     /// # Errors
     /// Then it runs on as it did (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         let _urgent = Urgent::new();
         let begun = Instant::now();
         let guard = self.pause_inner(true)?;
@@ -232,7 +229,7 @@ impl Vm {
     /// # Errors
     /// When it has stopped, or a vCPU does not come out of the guest.
     pub fn pause(&self) -> Result<(), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         if !self.held.swap(true, Ordering::AcqRel) {
             if let Err(error) = self.shell.meeting.pause(false) {
                 self.held.store(false, Ordering::Release);
@@ -248,7 +245,7 @@ impl Vm {
     /// # Errors
     /// When it has stopped.
     pub fn resume(&self) -> Result<(), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }

@@ -12,6 +12,7 @@ mod rendezvous;
 mod shell;
 mod slice;
 mod stop;
+mod turns;
 mod vcpu;
 mod virtio;
 
