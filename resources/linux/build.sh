@@ -9,7 +9,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-inputs=(build.sh guest.config kernel.patch init.c console)
+inputs=(build.sh guest.config kernel.patch init.c vsock.c console)
 outputs=(vmlinux bzImage initramfs.cpio)
 packages=(linux-source-6.1 build-essential flex bison bc libelf-dev libssl-dev busybox-static cpio patch xz-utils)
 
@@ -90,8 +90,12 @@ root=$work/root
 mkdir -p "$root"/{bin,dev,proc,sys,tmp}
 cp /bin/busybox "$root/bin/busybox"
 install -m 644 "$here/console" "$root/console"
-gcc -Os -ffreestanding -Wall -Wextra -static -nostdlib -fno-asynchronous-unwind-tables -fno-stack-protector -fno-ident -s \
-    -Wl,--build-id=none -include tools/include/nolibc/nolibc.h -o "$root/init" "$here/init.c" -lgcc
+program() {
+    gcc -Os -ffreestanding -Wall -Wextra -static -nostdlib -fno-asynchronous-unwind-tables -fno-stack-protector -fno-ident -s \
+        -Wl,--build-id=none -include tools/include/nolibc/nolibc.h -o "$1" "$2" -lgcc
+}
+program "$root/init" "$here/init.c"
+program "$root/bin/vsock" "$here/vsock.c"
 (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc --reproducible -R 0:0) >"$aside/initramfs.cpio"
 
 for file in "${outputs[@]}"; do mv "$aside/$file" "$out/$file"; done

@@ -10,17 +10,25 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use crate::event_loop::EventLoop;
 use crate::vm::Vm;
 
+/// Which of a VM's consoles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    Serial,
+    Virtio,
+}
+
 /// Accepts people on a VM's console socket.
 pub(crate) struct ConsoleListener {
     listener: UnixListener,
     vm: Weak<Vm>,
+    line: Line,
     events: EventLoop,
 }
 
 impl ConsoleListener {
-    pub(crate) fn new(listener: UnixListener, vm: &Arc<Vm>, events: EventLoop) -> io::Result<Self> {
+    pub(crate) fn new(listener: UnixListener, vm: &Arc<Vm>, line: Line, events: EventLoop) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, vm: Arc::downgrade(vm), events })
+        Ok(Self { listener, vm: Arc::downgrade(vm), line, events })
     }
 
     fn accept(&self) -> io::Result<()> {
@@ -28,8 +36,13 @@ impl ConsoleListener {
         stream.set_nonblocking(true)?;
         let Some(vm) = self.vm.upgrade() else { return Ok(()) };
         // A reader too slow for the socket's buffer is let go: a guest never waits for whoever looks at it.
-        vm.console().listen(Box::new(Output(stream.try_clone()?)));
-        let client = ConsoleClient { stream, vm: self.vm.clone() };
+        let console = match self.line {
+            Line::Serial => Some(vm.console()),
+            Line::Virtio => vm.virtio_console(),
+        };
+        let Some(console) = console else { return Ok(()) };
+        console.listen(Box::new(Output(stream.try_clone()?)));
+        let client = ConsoleClient { stream, vm: self.vm.clone(), line: self.line };
         let events = self.events.clone();
         // From another thread: this one is the loop, and cannot wait for itself.
         std::thread::spawn(move || events.add(Box::new(client)));
@@ -80,6 +93,7 @@ impl Drop for Output {
 struct ConsoleClient {
     stream: UnixStream,
     vm: Weak<Vm>,
+    line: Line,
 }
 
 impl MutEventSubscriber for ConsoleClient {
@@ -91,7 +105,10 @@ impl MutEventSubscriber for ConsoleClient {
         };
         match self.vm.upgrade() {
             Some(vm) if typed > 0 => {
-                vm.type_in(&bytes[..typed]);
+                match self.line {
+                    Line::Serial => vm.type_in(&bytes[..typed]),
+                    Line::Virtio => vm.type_in_virtio(&bytes[..typed]),
+                };
             }
             _ => {
                 let _ = ops.remove(Events::empty(&self.stream));

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use event_manager::SubscriberId;
 use thiserror::Error;
 
-use crate::console::ConsoleListener;
+use crate::console::{ConsoleListener, Line};
 use crate::event_loop::{EventLoop, LoopError};
-use crate::vm::{ChildOptions, Context, ForkReport, Vm, VmError};
+use crate::vm::{ChildIdentity, ChildOptions, Context, ForkReport, Vm, VmError};
 
 /// Longest name: a socket's path must fit 108 bytes.
 pub const LONGEST_NAME: usize = 48;
@@ -123,6 +123,12 @@ pub fn console_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.console"))
 }
 
+/// Path of a VM's virtio console, if it has one.
+#[must_use]
+pub fn virtio_console_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.hvc"))
+}
+
 /// A name held on this host. The lock goes with the process, so a crashed owner's name is free again.
 #[derive(Debug)]
 struct Claim {
@@ -168,8 +174,8 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         // The lock file last: while it is locked nobody else binds these.
-        for path in [socket_path(&self.dir, &self.name), console_path(&self.dir, &self.name)] {
-            let _ = fs::remove_file(path);
+        for path in [socket_path, console_path, virtio_console_path] {
+            let _ = fs::remove_file(path(&self.dir, &self.name));
         }
         let _ = fs::remove_file(self.dir.join(format!("{}.lock", self.name)));
     }
@@ -179,8 +185,19 @@ impl Drop for Claim {
 struct Member {
     vm: Arc<Vm>,
     parent: Option<String>,
-    console: SubscriberId,
+    consoles: Vec<SubscriberId>,
     _claim: Claim,
+}
+
+/// Children to be made of one instant.
+#[derive(Clone, Debug)]
+pub struct Children<'a> {
+    /// How many.
+    pub count: usize,
+    /// Their names, `{n}` standing for a number; the parent's name and a number if not given.
+    pub pattern: Option<&'a str>,
+    /// What is chosen for their devices.
+    pub identity: &'a ChildIdentity,
 }
 
 /// A VM of the fleet, as it is listed.
@@ -274,13 +291,23 @@ impl Fleet {
         let control = claim.bind(&socket_path(&self.0.dir, name))?;
         let console = claim.bind(&console_path(&self.0.dir, name))?;
         let vm = Arc::new(make(&self.0.context)?);
-        let listener = ConsoleListener::new(console, &vm, self.0.events.clone())
-            .map_err(|source| FleetError::Runtime { path: console_path(&self.0.dir, name), source })?;
-        let console = self.0.events.add(Box::new(listener))?;
+        let mut consoles = vec![self.serve_console(console, &vm, Line::Serial)?];
+        if vm.virtio_console().is_some() {
+            let served = claim
+                .bind(&virtio_console_path(&self.0.dir, name))
+                .and_then(|console| self.serve_console(console, &vm, Line::Virtio));
+            consoles.push(served.inspect_err(|_| consoles.iter().for_each(|id| self.0.events.remove(*id)))?);
+        }
         let parent = parent.map(str::to_owned);
-        self.members().insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, console, _claim: claim });
+        self.members().insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, consoles, _claim: claim });
         (self.0.serve)(control, name);
         Ok(vm)
+    }
+
+    fn serve_console(&self, socket: UnixListener, vm: &Arc<Vm>, line: Line) -> Result<SubscriberId, FleetError> {
+        let listener = ConsoleListener::new(socket, vm, line, self.0.events.clone())
+            .map_err(|source| FleetError::Runtime { path: console_path(&self.0.dir, vm.name()), source })?;
+        Ok(self.0.events.add(Box::new(listener))?)
     }
 
     /// The VM called `name`.
@@ -303,7 +330,7 @@ impl Fleet {
     pub fn remove(&self, name: &str) {
         let member = self.members().remove(name);
         if let Some(member) = member {
-            self.0.events.remove(member.console);
+            member.consoles.iter().for_each(|console| self.0.events.remove(*console));
             member.vm.stop();
         }
     }
@@ -315,27 +342,33 @@ impl Fleet {
         stopped.iter().for_each(|name| self.remove(name));
     }
 
-    /// Forks a VM into `count` children of one instant. All or none are made (I13).
+    /// Forks a VM into children of one instant. All or none are made (I13).
     ///
     /// # Errors
-    /// When a name is taken or a child cannot be made; the parent runs on.
+    /// When a name, an interface, an address or a socket is taken or a child cannot be made; the parent runs on.
     pub fn fork(
         &self,
         name: &str,
-        count: usize,
-        pattern: Option<&str>,
+        wanted: &Children<'_>,
         options: ChildOptions<'_>,
     ) -> Result<(Vec<Arc<Vm>>, ForkReport), FleetError> {
+        let count = wanted.count;
         if !(1..=MOST_CHILDREN).contains(&count) {
             return Err(FleetError::Count { count });
         }
         let parent = self.get(name)?.vm;
-        let claims = self.claim_children(name, count, pattern)?;
+        let claims = self.claim_children(name, count, wanted.pattern)?;
+        // Before the parent is paused: what cannot be had costs it nothing.
+        let taken = claims.into_iter().map(|claim| {
+            let ends = parent.child_endpoints(&claim.name, wanted.identity)?;
+            Ok((claim, ends))
+        });
+        let taken = taken.collect::<Result<Vec<_>, FleetError>>()?;
         let (image, report) = parent.fork()?;
         let mut children = Vec::with_capacity(count);
-        for claim in claims {
+        for (claim, ends) in taken {
             let child = claim.name.clone();
-            let make = |context: &Context| Vm::from_image(context, &child, &image, options);
+            let make = |context: &Context| Vm::from_image_as(context, &child, &image, ends, options);
             match self.launch_as(claim, Some(name), make) {
                 Ok(vm) => children.push(vm),
                 Err(error) => {

@@ -35,33 +35,57 @@ pub enum Trouble {
 
 /// A device's configuration space, shared by the transport, the handler and whoever changes it from the host's side.
 #[derive(Clone, Debug)]
-pub struct Config(Arc<Mutex<Vec<u8>>>);
+pub struct Config(Arc<Mutex<Space>>);
+
+#[derive(Debug)]
+struct Space {
+    bytes: Vec<u8>,
+    /// Of each byte, whether the driver has read it since it was written.
+    seen: Vec<bool>,
+}
 
 impl Config {
     /// A space of these bytes.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(bytes)))
+        let seen = vec![false; bytes.len()];
+        Self(Arc::new(Mutex::new(Space { bytes, seen })))
     }
 
-    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+    fn space(&self) -> MutexGuard<'_, Space> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads from `offset` on. Beyond the end there are zeros.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let bytes = self.bytes();
+        let Space { bytes, .. } = &*self.space();
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
         let there = &bytes[start..bytes.len().min(start.saturating_add(data.len()))];
         data[..there.len()].copy_from_slice(there);
     }
 
+    /// The same, by the driver.
+    fn read_by_driver(&self, offset: u64, data: &mut [u8]) {
+        self.read(offset, data);
+        let Space { seen, .. } = &mut *self.space();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        seen.iter_mut().skip(start).take(data.len()).for_each(|seen| *seen = true);
+    }
+
+    /// Whether the driver has read the byte at `offset` since it was written.
+    #[must_use]
+    pub fn is_seen(&self, offset: u64) -> bool {
+        let Space { seen, .. } = &*self.space();
+        usize::try_from(offset).is_ok_and(|at| seen.get(at) == Some(&true))
+    }
+
     /// Writes at `offset`; what does not fit is ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        let mut bytes = self.bytes();
+        let Space { bytes, seen } = &mut *self.space();
         let Ok(start) = usize::try_from(offset) else { return };
         if let Some(there) = start.checked_add(data.len()).and_then(|end| bytes.get_mut(start..end)) {
             there.copy_from_slice(data);
+            seen[start..start + data.len()].fill(false);
         }
     }
 
@@ -310,7 +334,7 @@ impl<H: Handler> VirtioDevice for Plain<H> {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.config.read(offset, data);
+        self.config.read_by_driver(offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -24,18 +24,18 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 is always set.
 const RFLAGS: u64 = 1 << 1;
 
-/// An MSR the boot vCPU starts with.
+/// Bits of an MSR that vCPUs start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootMsr {
     /// Its number.
     pub index: u32,
-    /// Its value.
-    pub value: u64,
+    /// The bits, set beside those that KVM sets.
+    pub bits: u64,
 }
 
 /// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string operations on
 /// (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
-pub const BOOT_MSRS: [BootMsr; 2] = [BootMsr { index: 0x1a0, value: 1 }, BootMsr { index: 0x2ff, value: 1 << 11 | 6 }];
+pub const BOOT_MSRS: [BootMsr; 2] = [BootMsr { index: 0x1a0, bits: 1 }, BootMsr { index: 0x2ff, bits: 1 << 11 | 6 }];
 
 /// Takes the descriptor apart, as loading it into a segment register does.
 fn segment(gdt: &[u64; 4], index: usize) -> kvm_segment {

@@ -4,9 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use clade_devices::virtio::vsock::VsockOptions;
+
+use crate::cli::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::cli::disk::parse_disk;
 use crate::kvm::CpuHide;
-use crate::vm::DiskSpec;
+use crate::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
 #[derive(Debug, Parser)]
@@ -32,8 +35,10 @@ pub(crate) enum Command {
     Ps(JsonArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
+    /// Show a VM's balloon, or ask its guest to give up memory.
+    Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
-    Console(NameArgs),
+    Console(ConsoleArgs),
     /// Pause a VM.
     Pause(ActArgs),
     /// Let a paused VM run.
@@ -50,9 +55,24 @@ pub(crate) struct JsonArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct NameArgs {
+pub(crate) struct ConsoleArgs {
     /// The VM's name.
     pub(crate) name: String,
+    /// Its virtio console (hvc0) instead of its serial one.
+    #[arg(long = "virtio")]
+    pub(crate) is_virtio: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BalloonArgs {
+    /// The VM's name.
+    pub(crate) name: String,
+    /// MiB the guest is to give up, in all. It does so when it can.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) target: Option<u64>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -91,6 +111,25 @@ pub(crate) struct RunArgs {
     /// the guest finds them in this order.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
+    /// A network device: tap=NAME[,mac=ADDRESS][,queues=N][,rx-bytes=RATE[,rx-bytes-burst=N]][,rx-packets=..][,tx-bytes=..][,tx-packets=..]. The TAP
+    /// interface is opened or made; %d in its name is a number that is free. Repeatable.
+    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net)]
+    pub(crate) net: Vec<NetSpec>,
+    /// A socket device: cid=N,socket=PATH. The host connects to PATH and says CONNECT PORT; the guest reaches who listens at PATH_PORT.
+    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
+    pub(crate) vsock: Option<VsockOptions>,
+    /// An entropy device. There is one for every guest but the bare one; this is for that.
+    #[arg(long, conflicts_with = "no_rng")]
+    pub(crate) rng: bool,
+    /// No entropy device.
+    #[arg(long)]
+    pub(crate) no_rng: bool,
+    /// A balloon: memory that the guest gives back, when it has it free or when asked to (clade balloon).
+    #[arg(long)]
+    pub(crate) balloon: bool,
+    /// A virtio console (hvc0) beside the serial one (clade console --virtio).
+    #[arg(long)]
+    pub(crate) virtio_console: bool,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
     #[arg(long)]
     pub(crate) pit: bool,
@@ -115,6 +154,14 @@ pub(crate) struct ForkArgs {
     /// The children's names; {n} stands for a number. NAME-{n} if not given.
     #[arg(long = "name", value_name = "PATTERN")]
     pub(crate) pattern: Option<String>,
+    /// For the children's network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the parent's name with another number, and a random
+    /// address.
+    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
+    pub(crate) net: Vec<NetChoice>,
+    /// For the children's socket device: [cid=N][,socket=PATH]; {name} in the path is the child's name. If not given: the next CID that is free, and
+    /// NAME.vsock beside the parent's socket.
+    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
+    pub(crate) vsock: Option<VsockChoice>,
     /// Leave the children paused.
     #[arg(long)]
     pub(crate) paused: bool,

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use anyhow::anyhow;
 use hyper::Method;
 
-use crate::cli::args::{ActArgs, ForkArgs, GuestArgs, JsonArgs, NameArgs};
+use crate::cli::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs, GuestArgs, JsonArgs};
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome, Table, print_json};
 use crate::console::{Escape, EscapeFilter};
-use crate::control::{Client, ClientError, ForkAnswer, ForkRequest, VmInfo, VmState};
-use crate::fleet::{check_name, console_path, runtime_dir};
+use crate::control::{BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo, VmState};
+use crate::fleet::{check_name, console_path, runtime_dir, virtio_console_path};
 
 fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
@@ -39,13 +39,17 @@ pub(crate) fn ps(args: &JsonArgs) -> Outcome {
     if args.json {
         return print_json(&all).map_err(Failure::run);
     }
-    let mut table =
-        Table::new(["name", "state", "pid", "gen", "parent", "vCPUs", "MiB", "own KiB", "shared MiB", "age s"]);
+    let mut header = vec!["name", "state", "pid", "gen", "parent", "vCPUs", "MiB", "own KiB", "shared MiB", "age s"];
+    // Columns that nobody has anything in are left out.
+    let (nets, vsocks) = (all.iter().any(|vm| !vm.nets.is_empty()), all.iter().any(|vm| vm.vsock.is_some()));
+    header.extend(nets.then_some("interfaces"));
+    header.extend(vsocks.then_some("CID"));
+    let mut table = Table::new(header);
     for vm in &all {
         let memory = |figure: fn(&crate::control::MemoryInfo) -> u64| {
             vm.memory.as_ref().map_or_else(|| "?".into(), |m| figure(m).to_string())
         };
-        table.row([
+        let mut row = vec![
             vm.name.clone(),
             state_name(vm.state).into(),
             vm.pid.to_string(),
@@ -56,13 +60,27 @@ pub(crate) fn ps(args: &JsonArgs) -> Outcome {
             memory(|m| m.private_kib),
             memory(|m| m.shared_pages / 256),
             format!("{:.1}", vm.age_s),
-        ]);
+        ];
+        if nets {
+            let all: Vec<String> = vm.nets.iter().map(|net| format!("{} {}", net.tap, net.mac)).collect();
+            row.push(if all.is_empty() { "-".into() } else { all.join(" ") });
+        }
+        if vsocks {
+            row.push(vm.vsock.as_ref().map_or_else(|| "-".into(), |vsock| vsock.cid.to_string()));
+        }
+        table.row(row);
     }
     table.print().map_err(Failure::run)
 }
 
 pub(crate) fn fork(args: &ForkArgs) -> Outcome {
-    let request = ForkRequest { count: args.count, name: args.pattern.clone(), paused: args.paused };
+    let request = ForkRequest {
+        count: args.count,
+        name: args.pattern.clone(),
+        paused: args.paused,
+        nets: args.net.clone(),
+        vsock: args.vsock.clone(),
+    };
     let answer: ForkAnswer = ask(Client::default().request(Method::POST, &args.name, "/fork", Some(&request)))?;
     if args.json {
         return print_json(&answer).map_err(Failure::run);
@@ -83,6 +101,35 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
     Ok(())
 }
 
+pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {
+    let client = Client::default();
+    let info: BalloonInfo = match args.target.map(|target_mib| BalloonRequest { target_mib }) {
+        Some(request) => ask(client.request(Method::POST, &args.name, "/balloon", Some(&request)))?,
+        None => ask(client.request(Method::GET, &args.name, "/balloon", None::<&()>))?,
+    };
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    let mut table = Table::new(["balloon", ""]);
+    let mib = |mib: f64| format!("{mib:.1} MiB");
+    table.row(["asked for".into(), mib(info.target_mib)]);
+    table.row(["given up".into(), mib(info.actual_mib)]);
+    table.row(["pages discarded so far".into(), info.discarded_pages.to_string()]);
+    table.row(["pages kept, pinned".into(), info.pinned_pages.to_string()]);
+    if let Some(guest) = info.guest {
+        let kib = |kib: u64| format!("{:.1} MiB", kib as f64 / 1024.0);
+        table.row(["guest: total".into(), kib(guest.total_kib)]);
+        table.row(["guest: free".into(), kib(guest.free_kib)]);
+        table.row(["guest: available".into(), kib(guest.available_kib)]);
+        table.row(["guest: disk caches".into(), kib(guest.caches_kib)]);
+    }
+    table.print().map_err(Failure::run)?;
+    if !info.answered {
+        eprintln!("{} has not answered: what it says of its memory is old, or nothing", args.name);
+    }
+    Ok(())
+}
+
 pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
     let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, action, None::<&()>))?;
     if args.json {
@@ -92,9 +139,10 @@ pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
     Ok(())
 }
 
-pub(crate) fn console(args: &NameArgs) -> Outcome {
+pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     check_name(&args.name).map_err(Failure::input)?;
-    let path = console_path(&runtime_dir(), &args.name);
+    let path = if args.is_virtio { virtio_console_path } else { console_path };
+    let path = path(&runtime_dir(), &args.name);
     let gone = |_| ClientError::NoSuchVm { name: args.name.clone(), path: path.clone() };
     let mut from_guest = UnixStream::connect(&path).map_err(gone).map_err(Failure::input)?;
     let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;

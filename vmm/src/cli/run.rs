@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_devices::disk::Disk;
+use clade_devices::virtio::limiter::Limits;
 
 use crate::boot::{BootError, BootSource, Image};
 use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
@@ -29,6 +30,11 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     config.report_port = bare;
     config.irqchip = Irqchip::Full;
     config.disks.clone_from(&args.disk);
+    config.nets.clone_from(&args.net);
+    config.vsock.clone_from(&args.vsock);
+    config.rng = (args.rng || !(bare || args.no_rng)).then(Limits::default);
+    config.balloon = args.balloon;
+    config.virtio_console = args.virtio_console;
     config.check_devices().map_err(Failure::input)?;
     Ok(config)
 }

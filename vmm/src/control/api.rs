@@ -2,8 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use std::path::PathBuf;
+
+use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
+use clade_devices::virtio::net::Mac;
+
 use crate::fleet::Listed;
-use crate::vm::StopReason;
+use crate::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VsockChoice};
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +39,30 @@ pub struct MemoryInfo {
     pub private_kib: u64,
 }
 
+/// A network device, and what has gone through it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetInfo {
+    /// The interface on the host.
+    pub tap: String,
+    /// The guest's address.
+    pub mac: Mac,
+    /// Bytes received by the guest.
+    pub received_bytes: u64,
+    /// Bytes sent by the guest.
+    pub sent_bytes: u64,
+    /// Packets that the interface or the driver would not have.
+    pub dropped: u64,
+}
+
+/// A socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockInfo {
+    /// The guest's address.
+    pub cid: u64,
+    /// Where the host connects.
+    pub socket: PathBuf,
+}
+
 /// A VM as it is listed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmInfo {
@@ -56,6 +85,25 @@ pub struct VmInfo {
     pub age_s: f64,
     /// Its memory, if the kernel could be asked.
     pub memory: Option<MemoryInfo>,
+    /// Its network devices.
+    #[serde(default)]
+    pub nets: Vec<NetInfo>,
+    /// Its socket device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vsock: Option<VsockInfo>,
+}
+
+fn nets(vm: &Vm) -> Vec<NetInfo> {
+    let info = |(at, own): (usize, &crate::vm::NetIdentity)| {
+        let stats = vm.net_stats(at).unwrap_or_default();
+        let (received_bytes, sent_bytes, dropped) = (stats.received_bytes, stats.sent_bytes, stats.dropped);
+        NetInfo { tap: own.tap.clone(), mac: own.mac, received_bytes, sent_bytes, dropped }
+    };
+    vm.identity().nets.iter().enumerate().map(info).collect()
+}
+
+fn vsock(identity: &Identity) -> Option<VsockInfo> {
+    identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
 }
 
 impl From<&Listed> for VmInfo {
@@ -85,6 +133,8 @@ impl From<&Listed> for VmInfo {
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
             memory,
+            nets: nets(vm),
+            vsock: vsock(vm.identity()),
         }
     }
 }
@@ -102,6 +152,88 @@ pub struct ForkRequest {
     /// Whether they wait for a resume.
     #[serde(default)]
     pub paused: bool,
+    /// What is chosen for their network devices, in order.
+    #[serde(default)]
+    pub nets: Vec<NetChoice>,
+    /// What is chosen for their socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockChoice>,
+}
+
+impl ForkRequest {
+    /// What is chosen for the children's devices.
+    #[must_use]
+    pub fn identity(&self) -> ChildIdentity {
+        ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+    }
+}
+
+/// What a balloon is to be.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// MiB the guest is to give up, in all.
+    pub target_mib: u64,
+}
+
+/// A balloon, and what the guest says of its memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// MiB the guest is asked to give up.
+    pub target_mib: f64,
+    /// MiB it says it has given up.
+    pub actual_mib: f64,
+    /// Pages discarded so far: given up when asked, or free and reported.
+    pub discarded_pages: u64,
+    /// Pages that stayed because a device had them pinned.
+    pub pinned_pages: u64,
+    /// Whether the guest has answered just now; what it says is of an earlier time otherwise.
+    pub answered: bool,
+    /// What the guest says; absent if it never has.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub guest: Option<GuestMemory>,
+}
+
+/// What a guest says of its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// All of it.
+    pub total_kib: u64,
+    /// Used for nothing.
+    pub free_kib: u64,
+    /// To be had without swapping.
+    pub available_kib: u64,
+    /// Disk caches.
+    pub caches_kib: u64,
+    /// Faults that needed a disk.
+    pub major_faults: u64,
+    /// Other faults.
+    pub minor_faults: u64,
+}
+
+impl BalloonInfo {
+    /// From what the device knows.
+    #[must_use]
+    pub fn new(stats: &BalloonStats, answered: bool) -> Self {
+        let mib = |pages: u32| f64::from(pages) / 256.0;
+        let said = |stat| stats.guest.iter().find(|(tag, _)| *tag == stat).map_or(0, |(_, value)| *value);
+        let guest = (!stats.guest.is_empty()).then(|| GuestMemory {
+            total_kib: said(BalloonStat::Total) >> 10,
+            free_kib: said(BalloonStat::Free) >> 10,
+            available_kib: said(BalloonStat::Available) >> 10,
+            caches_kib: said(BalloonStat::Caches) >> 10,
+            major_faults: said(BalloonStat::MajorFaults),
+            minor_faults: said(BalloonStat::MinorFaults),
+        });
+        Self {
+            target_mib: mib(stats.target),
+            actual_mib: mib(stats.actual),
+            discarded_pages: stats.discarded,
+            pinned_pages: stats.pinned,
+            answered,
+            guest,
+        }
+    }
 }
 
 fn one() -> usize {
@@ -113,6 +245,9 @@ fn one() -> usize {
 pub struct ForkAnswer {
     /// The children's names.
     pub children: Vec<String>,
+    /// What is theirs alone, in the same order; empty if they have no such devices.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub identities: Vec<IdentityInfo>,
     /// How long the parent was paused, in microseconds.
     pub pause_us: f64,
     /// Of that, freezing memory.
@@ -123,4 +258,23 @@ pub struct ForkAnswer {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
+}
+
+/// What is a child's alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityInfo {
+    /// Its network devices.
+    pub nets: Vec<NetInfo>,
+    /// Its socket device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vsock: Option<VsockInfo>,
+}
+
+impl IdentityInfo {
+    /// A VM's; none if it has nothing of the kind.
+    #[must_use]
+    pub fn of(vm: &Vm) -> Option<Self> {
+        let (nets, vsock) = (nets(vm), vsock(vm.identity()));
+        (!nets.is_empty() || vsock.is_some()).then_some(Self { nets, vsock })
+    }
 }

@@ -6,6 +6,8 @@
 //! | `GET /v1/vms` | | all VMs of the process: `[VmInfo]` |
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
+//! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
+//! | `POST /v1/vms/{name}/balloon` | `BalloonRequest` | `BalloonInfo` |
 //! | `POST /v1/vms/{name}/pause`, `resume`, `stop` | | `VmInfo` |
 //!
 //! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 409 for a VM in the wrong state or a name
@@ -15,6 +17,9 @@ mod api;
 mod client;
 mod server;
 
-pub use api::{ForkAnswer, ForkRequest, MemoryInfo, VmInfo, VmState};
+pub use api::{
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, VmInfo,
+    VmState, VsockInfo,
+};
 pub use client::{Client, ClientError};
 pub use server::serve_fleet;

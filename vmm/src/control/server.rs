@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
@@ -13,9 +13,14 @@ use axum::{Json, Router};
 use serde_json::json;
 use tokio::runtime::Handle;
 
-use crate::control::api::{ForkAnswer, ForkRequest, VmInfo};
-use crate::fleet::{Fleet, FleetError, WeakFleet};
-use crate::vm::{ChildOptions, Context, VmError};
+use crate::control::api::{BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, VmInfo};
+use crate::fleet::{Children, Fleet, FleetError, WeakFleet};
+use crate::vm::{ChildOptions, Context, Vm, VmError};
+
+/// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// An error as the API gives it.
 struct ApiError {
@@ -35,8 +40,12 @@ impl From<FleetError> for ApiError {
             FleetError::BadName { .. } | FleetError::Pattern { .. } | FleetError::Count { .. } => {
                 StatusCode::BAD_REQUEST
             }
+            FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
             FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
-            FleetError::Taken { .. } | FleetError::Vm(VmError::Stopped(_)) => StatusCode::CONFLICT,
+            FleetError::Taken { .. } | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. }) => {
+                StatusCode::CONFLICT
+            }
+            FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
             FleetError::Runtime { .. } | FleetError::Loop(_) | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self { status, text: crate::error_chain(&error) }
@@ -99,10 +108,13 @@ async fn fork(
     let made = with_fleet(fleet, move |fleet| {
         let begun = Instant::now();
         let options = ChildOptions { paused: request.paused, before_start: None };
-        let (children, report) = fleet.fork(&name, request.count, request.name.as_deref(), options)?;
+        let identity = request.identity();
+        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let (children, report) = fleet.fork(&name, &wanted, options)?;
         let us = |d: std::time::Duration| d.as_secs_f64() * 1e6;
         Ok(ForkAnswer {
             children: children.iter().map(|vm| vm.name().to_owned()).collect(),
+            identities: children.iter().filter_map(|vm| IdentityInfo::of(vm)).collect(),
             pause_us: us(report.times.pause),
             freeze_us: us(report.times.freeze),
             total_us: us(begun.elapsed()),
@@ -113,6 +125,39 @@ async fn fork(
     Ok(Json(made.await?))
 }
 
+/// Asks the guest, and takes what it said before if it does not answer in time.
+fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
+    let before = vm.balloon_stats()?.answers;
+    vm.ask_balloon()?;
+    let deadline = Instant::now() + ANSWER;
+    loop {
+        let stats = vm.balloon_stats()?;
+        let answered = stats.answers != before;
+        if answered || Instant::now() > deadline {
+            return Ok(BalloonInfo::new(&stats, answered));
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
+    Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
+}
+
+async fn set_balloon(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<BalloonRequest>, JsonRejection>,
+) -> Answer<BalloonInfo> {
+    let Json(request) = request?;
+    let set = with_fleet(fleet, move |fleet| {
+        let vm = fleet.get(&name)?.vm;
+        vm.set_balloon(request.target_mib)?;
+        ask_balloon(&vm)
+    });
+    Ok(Json(set.await?))
+}
+
 fn router(fleet: WeakFleet) -> Router {
     let verb =
         |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
@@ -120,6 +165,7 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms", get(list))
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}/fork", post(fork))
+        .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", verb(Verb::Stop))

@@ -161,12 +161,6 @@ impl Host {
         self.max_vcpus
     }
 
-    /// Whether `KVM_CAP_SYNC_REGS` lets registers ride along with `KVM_RUN`.
-    #[must_use]
-    pub fn has_sync_regs(&self) -> bool {
-        self.kvm.check_extension(Cap::SyncRegs)
-    }
-
     /// Whether guests can be given another TSC frequency than the host's.
     #[must_use]
     pub fn has_tsc_control(&self) -> bool {
@@ -239,12 +233,19 @@ impl Host {
         let vm = self.kvm.create_vm()?;
         if self.has_split_irqchip() {
             // A sixtieth of the time a full irqchip takes to destroy.
-            vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() })?;
+            local_apics_alone(&vm)?;
         } else {
             vm.create_irq_chip()?;
         }
         Ok(vm)
     }
+}
+
+/// Gives the vCPUs of `vm`, which has none yet, local APICs, and the VM neither IOAPIC nor PICs.
+pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    /// Interrupt pins of the missing IOAPIC; KVM wants the number for its routing table.
+    const PINS: u64 = 24;
+    vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
 }
 
 fn open_device(path: &Path) -> Result<Kvm, HostError> {

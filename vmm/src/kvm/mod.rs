@@ -24,8 +24,9 @@ mod vm_state;
 
 pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
 pub use features::{CpuHide, UnknownFeature};
+pub(crate) use host::local_apics_alone;
 pub use host::{Host, HostError, KVM_PATH};
-pub use msrs::{MsrError, MsrSet};
+pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
 pub use vm_state::{Chips, Clock, VmState, VmStateError};

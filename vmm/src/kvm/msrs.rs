@@ -26,8 +26,8 @@ const UNLISTED: [u32; 28] = [
 #[derive(Debug, thiserror::Error)]
 pub enum MsrError {
     /// A call failed.
-    #[error("{what} failed on the scratch vCPU")]
-    Probe {
+    #[error("{what} failed")]
+    Call {
         /// Which.
         what: &'static str,
         /// What KVM said.
@@ -67,10 +67,21 @@ fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, MsrError> {
     Msrs::from_entries(entries).map_err(|_| MsrError::TooMany { count: entries.len() })
 }
 
+/// Sets `bits` of one MSR beside those that are set. False when this host's KVM has no such MSR, or refuses the value.
+pub fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
+    let failed = |what| move |source| MsrError::Call { what, source };
+    let mut one = fam(&entries(&[index]))?;
+    if vcpu.get_msrs(&mut one).map_err(failed("KVM_GET_MSRS"))? != 1 {
+        return Ok(false);
+    }
+    one.as_mut_slice()[0].data |= bits;
+    Ok(vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))? == 1)
+}
+
 impl MsrSet {
     /// Tries every MSR that KVM names on `vcpu`, a scratch one that has its CPUID.
     pub(super) fn probe(host: &Host, vcpu: &VcpuFd) -> Result<Self, MsrError> {
-        let failed = |what| move |source| MsrError::Probe { what, source };
+        let failed = |what| move |source| MsrError::Call { what, source };
         let listed = host.kvm().get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
 
         let mut indices = listed.as_slice().to_vec();
@@ -99,7 +110,7 @@ impl MsrSet {
         let mut found = Vec::with_capacity(indices.len());
         while !indices.is_empty() {
             let mut msrs = fam(&entries(&indices))?;
-            let source = |source| MsrError::Probe { what: "KVM_GET_MSRS", source };
+            let source = |source| MsrError::Call { what: "KVM_GET_MSRS", source };
             let read = vcpu.get_msrs(&mut msrs).map_err(source)?.min(indices.len());
             found.extend_from_slice(&msrs.as_slice()[..read]);
             if let Some(index) = indices.get(read) {
@@ -133,6 +144,26 @@ mod tests {
         let mut indices = [MSR_TSC_DEADLINE, 0x4b56_4d01, 0xc000_0081, 0x174, MSR_TSC];
         indices.sort_unstable_by_key(|&index| (rank(index), index));
         assert_eq!(indices, [MSR_TSC, 0x174, 0xc000_0081, 0x4b56_4d01, MSR_TSC_DEADLINE]);
+    }
+
+    #[test]
+    fn bits_are_set_beside_those_that_are_set() {
+        let Some(host) = host() else { return };
+        let vm = host.scratch_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&host.cpuid(0, 1, &CpuHide::none()).unwrap()).unwrap();
+        let value = |index| {
+            let mut one = fam(&entries(&[index])).unwrap();
+            assert_eq!(vcpu.get_msrs(&mut one).unwrap(), 1);
+            one.as_slice()[0].data
+        };
+        // IA32_MTRR_DEF_TYPE: write-back; then enabled as well.
+        assert!(set_msr_bits(&vcpu, 0x2ff, 6).unwrap());
+        assert!(set_msr_bits(&vcpu, 0x2ff, 1 << 11).unwrap());
+        assert_eq!(value(0x2ff), 1 << 11 | 6);
+        assert!(!set_msr_bits(&vcpu, 0x4000_ffff, 1).unwrap(), "there is none of that number");
+        assert!(!set_msr_bits(&vcpu, 0x2ff, 1 << 60).unwrap(), "a reserved bit");
+        assert_eq!(value(0x2ff), 1 << 11 | 6);
     }
 
     #[test]

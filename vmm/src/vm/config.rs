@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::limiter::Limits;
+use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::{RamError, RamLayout};
 use thiserror::Error;
 
@@ -28,7 +31,55 @@ pub struct DiskSpec {
     pub device: BlockOptions,
 }
 
-/// What a VM is made of.
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetSpec {
+    /// Its TAP interface, which is opened or made; `%d` stands for a number that is free.
+    pub tap: String,
+    /// Its address; a random one if not given.
+    pub mac: Option<Mac>,
+    /// Pairs of queues.
+    pub queues: u16,
+    /// What it may receive a second.
+    pub receive: Limits,
+    /// What it may send a second.
+    pub send: Limits,
+}
+
+impl NetSpec {
+    /// A device on `tap` with one pair of queues, everything else by default.
+    #[must_use]
+    pub fn new(tap: &str) -> Self {
+        Self { tap: tap.to_owned(), mac: None, queues: 1, receive: Limits::default(), send: Limits::default() }
+    }
+}
+
+/// A virtio device at its place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place<'a> {
+    Disk(&'a DiskSpec),
+    Net(&'a NetSpec),
+    Vsock,
+    Rng(&'a Limits),
+    Balloon,
+    Console,
+}
+
+impl Place<'_> {
+    fn queues(self) -> usize {
+        match self {
+            Self::Disk(disk) => usize::from(disk.device.queues),
+            // Two a pair, and the control queue.
+            Self::Net(net) => 2 * usize::from(net.queues) + 1,
+            Self::Vsock => 3,
+            Self::Rng(_) => 1,
+            Self::Balloon => 4,
+            Self::Console => 2,
+        }
+    }
+}
+
+/// What a VM is made of. Its children have the same configuration, and what is theirs alone ([`crate::vm::Identity`]) beside it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmConfig {
     layout: RamLayout,
@@ -43,6 +94,16 @@ pub struct VmConfig {
     pub report_port: bool,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskSpec>,
+    /// Network devices, in the order in which the guest finds them.
+    pub nets: Vec<NetSpec>,
+    /// The socket device, if there is one.
+    pub vsock: Option<VsockOptions>,
+    /// What the entropy device may give, if there is one.
+    pub rng: Option<Limits>,
+    /// Whether there is a balloon.
+    pub balloon: bool,
+    /// Whether there is a virtio console (`hvc0`) beside the serial one.
+    pub virtio_console: bool,
 }
 
 /// A VM nobody can make.
@@ -82,7 +143,20 @@ impl VmConfig {
         let layout = RamLayout::new(memory)?;
         let cpus = u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n)).ok_or(ConfigError::Cpus { cpus })?;
         let (irqchip, hide) = (Irqchip::Full, CpuHide::default());
-        Ok(Self { layout, cpus, irqchip, pit: false, hide, report_port: false, disks: Vec::new() })
+        Ok(Self {
+            layout,
+            cpus,
+            irqchip,
+            pit: false,
+            hide,
+            report_port: false,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            rng: None,
+            balloon: false,
+            virtio_console: false,
+        })
     }
 
     /// The same for the bare guest: a report port, and no interrupt controllers beyond the local APICs.
@@ -105,9 +179,20 @@ impl VmConfig {
         self.cpus
     }
 
+    /// The virtio devices in the order of their places: disks first, so that adding another device moves no disk.
+    pub(crate) fn places(&self) -> impl Iterator<Item = Place<'_>> {
+        let disks = self.disks.iter().map(Place::Disk);
+        disks
+            .chain(self.nets.iter().map(Place::Net))
+            .chain(self.vsock.iter().map(|_| Place::Vsock))
+            .chain(self.rng.iter().map(Place::Rng))
+            .chain(self.balloon.then_some(Place::Balloon))
+            .chain(self.virtio_console.then_some(Place::Console))
+    }
+
     /// Queues of each virtio device, in the order of their places.
     pub(crate) fn virtio_queues(&self) -> impl Iterator<Item = usize> {
-        self.disks.iter().map(|disk| usize::from(disk.device.queues))
+        self.places().map(Place::queues)
     }
 
     /// Refuses more devices than there are places for.
@@ -161,6 +246,11 @@ mod tests {
         many.disks.truncate(2);
         assert!(many.check_devices().is_ok());
         assert_eq!(many.device_args(), " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17");
+        let queues = |config: &VmConfig| config.virtio_queues().collect::<Vec<_>>();
+        many.nets = vec![NetSpec { queues: 4, ..NetSpec::new("tap%d") }];
+        many.vsock = Some(VsockOptions { cid: 3, socket: "/socket".into() });
+        (many.rng, many.balloon, many.virtio_console) = (Some(Limits::default()), true, true);
+        assert_eq!(queues(&many), [1, 1, 9, 3, 1, 4, 2], "the disks stay where they were");
         assert!(VmConfig::new(4097, 1).unwrap_err().to_string().contains("4097"));
         assert!(VmConfig::new(0, 1).is_err());
         let big = VmConfig::new(1 << 44, 1).unwrap();

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::{Disk, DiskError};
+use clade_devices::disk::DiskError;
 use clade_devices::virtio::block::Block;
-use clade_devices::virtio::{
-    Backend, DeviceState as VirtioState, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioDevice, VirtioMmio,
-};
+use clade_devices::virtio::plain::{Handler, Plain};
+use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
     BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORTS,
     Report, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
@@ -20,8 +19,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::boot::virtio_slot;
-use crate::vm::config::{DiskSpec, VmConfig};
+use crate::vm::config::VmConfig;
+use crate::vm::identity::Endpoints;
 use crate::vm::shell::Shell;
+use crate::vm::virtio::{self, Hvc};
 
 /// Most reports kept for a reader that does not come. A guest can write the port for ever; the oldest go first.
 const MOST_REPORTS: usize = 4_096;
@@ -76,6 +77,14 @@ pub enum DeviceError {
     /// See [`SaveError`].
     #[error(transparent)]
     Save(#[from] SaveError),
+    /// A device whose end on the host is missing.
+    #[error("there is no interface or socket for {device} {number}")]
+    NoEnd {
+        /// What kind of device.
+        device: &'static str,
+        /// Which of them.
+        number: usize,
+    },
     /// State of another VM.
     #[error("state of {found} virtio devices for a VM with {wanted}, or of devices of other kinds")]
     Mismatch {
@@ -91,7 +100,7 @@ pub enum DeviceError {
 pub struct DeviceState {
     serial: SerialState,
     /// By place.
-    virtio: Vec<TransportState>,
+    pub(crate) virtio: Vec<TransportState>,
 }
 
 impl DeviceState {
@@ -114,6 +123,8 @@ pub(crate) struct Devices {
     virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<Mutex<SerialConsole>>,
     pub(crate) console: Console,
+    /// The virtio console, if there is one.
+    pub(crate) hvc: Option<Hvc>,
     pub(crate) reports: Reports,
     reset: Arc<AtomicBool>,
 }
@@ -124,6 +135,7 @@ impl Devices {
         saved: Option<(&DeviceState, &[Backend])>,
         config: &VmConfig,
         shell: &Shell,
+        ends: &mut Endpoints,
     ) -> Result<Self, DeviceError> {
         let console = Console::default();
         let irq = Irq::new().map_err(DeviceError::Io)?;
@@ -144,13 +156,14 @@ impl Devices {
             let port = ReportPort::new(move |report| to.push(report));
             bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
         }
-        let virtio = virtio(saved, config, shell)?;
+        let made = virtio::make(saved, config, shell, ends)?;
+        let (virtio, hvc) = (made.devices, made.hvc);
         let mut mmio = MmioBus::default();
         for (at, device) in virtio.iter().enumerate() {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, reports, reset })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -175,6 +188,13 @@ impl Devices {
     pub(crate) fn with_block<T>(&self, index: usize, with: impl FnOnce(&mut Block) -> T) -> Option<T> {
         // Disks have the first places.
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
+    }
+
+    /// Runs `with` on the device number `number` of those that `H` handles. None if there are not so many.
+    pub(crate) fn with_plain<H: Handler, T>(&self, number: usize, with: impl FnOnce(&mut Plain<H>) -> T) -> Option<T> {
+        let is = |device: &&Arc<VirtioMmio>| device.with_device(|device| device.as_any().is::<Plain<H>>());
+        let device = self.virtio.iter().filter(is).nth(number)?;
+        device.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
     pub(crate) fn pio_read(&self, port: u16, data: &mut [u8]) {
@@ -210,45 +230,5 @@ impl Devices {
         let saved = self.virtio.iter().map(|device| device.save()).collect::<Result<Vec<_>, _>>()?;
         let (virtio, backends) = saved.into_iter().unzip();
         Ok((DeviceState { serial, virtio }, backends))
-    }
-}
-
-/// The virtio devices, by place.
-fn virtio(
-    saved: Option<(&DeviceState, &[Backend])>,
-    config: &VmConfig,
-    shell: &Shell,
-) -> Result<Vec<Arc<VirtioMmio>>, DeviceError> {
-    let wanted = shell.wiring.len();
-    let mut all = Vec::with_capacity(wanted);
-    match saved {
-        None => {
-            for (spec, wiring) in config.disks.iter().zip(&shell.wiring) {
-                let device = Block::new(Disk::open(&spec.disk)?, &spec.device);
-                all.push(VirtioMmio::new(Box::new(device), &shell.ram, wiring.clone(), true));
-            }
-        }
-        Some((state, backends)) => {
-            for (((state, backend), wiring), spec) in
-                state.virtio.iter().zip(backends).zip(&shell.wiring).zip(&config.disks)
-            {
-                let device = restored(state, backend, spec)?;
-                all.push(VirtioMmio::restore(device, &shell.ram, wiring.clone(), state)?);
-            }
-        }
-    }
-    if all.len() == wanted {
-        Ok(all.into_iter().map(Arc::new).collect())
-    } else {
-        Err(DeviceError::Mismatch { found: all.len(), wanted })
-    }
-}
-
-fn restored(state: &TransportState, backend: &Backend, spec: &DiskSpec) -> Result<Box<dyn VirtioDevice>, DeviceError> {
-    match (&state.device, backend) {
-        (VirtioState::Block(state), Backend::Disk(image)) => {
-            Ok(Box::new(Block::restore(state, image.open()?, &spec.device)))
-        }
-        _ => Err(DeviceError::Mismatch { found: 1, wanted: 1 }),
     }
 }

@@ -25,8 +25,10 @@ use clade_devices::virtio::Backend;
 use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, Store};
 
 use crate::kvm::{VcpuState, VmState};
+use crate::vm::VmError;
 use crate::vm::config::VmConfig;
 use crate::vm::devices::DeviceState;
+use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 
 /// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
 #[derive(Clone, Debug)]
@@ -37,6 +39,8 @@ pub struct ForkImage {
     pub(crate) vm: VmState,
     pub(crate) devices: DeviceState,
     pub(crate) backends: Vec<Backend>,
+    /// The parent's, which its children's are derived from.
+    pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
 }
 
@@ -62,6 +66,15 @@ impl ForkImage {
             Backend::Disk(image) => Some(image),
             Backend::None => None,
         })
+    }
+
+    /// Takes what a child called `name` will have alone: what `choice` says, the rest as [`crate::vm::NetChoice`] and
+    /// [`crate::vm::VsockChoice`] say.
+    ///
+    /// # Errors
+    /// When it cannot be had; nothing is taken then (I13).
+    pub fn endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
+        Ok(Endpoints::child(&self.config, &self.identity, name, choice)?)
     }
 
     /// How many forks lie between this image and the VM that was booted, counting this one.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
@@ -17,9 +17,11 @@ use crate::vm::config::{Irqchip, VmConfig};
 use crate::vm::context::Context;
 use crate::vm::devices::{Devices, Reports};
 use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
 use crate::vm::shell::Shell;
 use crate::vm::slice::Urgent;
 use crate::vm::stop::StopReason;
+use crate::vm::turns::Turns;
 use crate::vm::vcpu::{Order, Start};
 
 /// How a child starts.
@@ -37,6 +39,14 @@ impl fmt::Debug for ChildOptions<'_> {
     }
 }
 
+/// What a VM is put together from.
+struct Parts {
+    shell: Shell,
+    devices: Arc<Devices>,
+    ends: Endpoints,
+    generation: u32,
+}
+
 /// A virtual machine that runs, is paused, or has stopped.
 #[derive(Debug)]
 pub struct Vm {
@@ -44,13 +54,16 @@ pub struct Vm {
     config: Arc<VmConfig>,
     context: Context,
     shell: Shell,
-    devices: Arc<Devices>,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) identity: Arc<Identity>,
     generation: u32,
     born: Instant,
+    /// After the devices, whose interfaces and addresses they hold.
+    _claims: Claims,
     /// Whether its owner has paused it (guards pause it beside that).
     held: AtomicBool,
     /// One fork, pause or resume at a time.
-    operations: Mutex<()>,
+    operations: Turns,
 }
 
 impl Vm {
@@ -60,14 +73,15 @@ impl Vm {
     /// When the VM cannot be made or the guest not be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
+        let mut ends = Endpoints::boot(config)?;
         let shell = context.shell(config)?;
         shell.ram.birth()?;
         let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
         // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
         let loaded = boot::load(shell.ram.memory(), &layout, &BootSource { cmdline, ..source.clone() })?;
-        let devices = Arc::new(Devices::new(None, config, &shell)?);
-        let vm = Self::assemble(context, name, config, shell, devices, 0)?;
+        let devices = Arc::new(Devices::new(None, config, &shell, &mut ends)?);
+        let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0 })?;
         vm.start(&Start::Boot(loaded.entry));
         Ok(vm)
     }
@@ -82,6 +96,21 @@ impl Vm {
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Self, VmError> {
+        let ends = image.endpoints(name, &ChildIdentity::default())?;
+        Self::from_image_as(context, name, image, ends, options)
+    }
+
+    /// Starts a child with what was taken for it before: [`Vm::child_endpoints`], [`ForkImage::endpoints`].
+    ///
+    /// # Errors
+    /// As [`Vm::from_image`].
+    pub fn from_image_as(
+        context: &Context,
+        name: &str,
+        image: &Arc<ForkImage>,
+        mut ends: Endpoints,
+        options: ChildOptions<'_>,
+    ) -> Result<Self, VmError> {
         let _urgent = Urgent::new();
         let begun = Instant::now();
         let shell = context.shell(&image.config)?;
@@ -89,8 +118,10 @@ impl Vm {
         shell.ram.adopt(&image.ram)?;
         let adopted = Instant::now();
         // After the memory, in which rings are checked.
-        let devices = Devices::new(Some((&image.devices, &image.backends)), &image.config, &shell)?;
-        let vm = Self::assemble(context, name, &image.config, shell, Arc::new(devices), image.generation)?;
+        let saved = Some((&image.devices, image.backends.as_slice()));
+        let devices = Arc::new(Devices::new(saved, &image.config, &shell, &mut ends)?);
+        let parts = Parts { shell, devices, ends, generation: image.generation };
+        let vm = Self::assemble(context, name, &image.config, parts)?;
         // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
         let meeting = Arc::clone(&vm.shell.meeting);
         vm.ram().on_failure(move |error| {
@@ -109,14 +140,8 @@ impl Vm {
         Ok(vm)
     }
 
-    fn assemble(
-        context: &Context,
-        name: &str,
-        config: &Arc<VmConfig>,
-        shell: Shell,
-        devices: Arc<Devices>,
-        generation: u32,
-    ) -> Result<Self, VmError> {
+    fn assemble(context: &Context, name: &str, config: &Arc<VmConfig>, parts: Parts) -> Result<Self, VmError> {
+        let Parts { shell, devices, ends, generation } = parts;
         if config.irqchip == Irqchip::Full {
             devices
                 .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
@@ -128,10 +153,12 @@ impl Vm {
             context: context.clone(),
             shell,
             devices,
+            identity: Arc::new(ends.identity),
             generation,
+            _claims: ends.claims,
             born: Instant::now(),
             held: AtomicBool::new(false),
-            operations: Mutex::default(),
+            operations: Turns::default(),
         })
     }
 
@@ -142,16 +169,12 @@ impl Vm {
         self.shell.meeting.start(std::iter::repeat_n(order, cpus));
     }
 
-    fn operation(&self) -> MutexGuard<'_, ()> {
-        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
     ///
     /// # Errors
     /// Then it runs on as it did (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         let _urgent = Urgent::new();
         let begun = Instant::now();
         let guard = self.pause_inner(true)?;
@@ -168,7 +191,8 @@ impl Vm {
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
         let config = Arc::clone(&self.config);
         let in_flight = devices.in_flight();
-        let image = ForkImage { config, ram, vcpus, vm, devices, backends, generation: self.generation + 1 };
+        let (identity, generation) = (Arc::clone(&self.identity), self.generation + 1);
+        let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation };
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
@@ -205,7 +229,7 @@ impl Vm {
     /// # Errors
     /// When it has stopped, or a vCPU does not come out of the guest.
     pub fn pause(&self) -> Result<(), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         if !self.held.swap(true, Ordering::AcqRel) {
             if let Err(error) = self.shell.meeting.pause(false) {
                 self.held.store(false, Ordering::Release);
@@ -221,7 +245,7 @@ impl Vm {
     /// # Errors
     /// When it has stopped.
     pub fn resume(&self) -> Result<(), VmError> {
-        let _one = self.operation();
+        let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }

@@ -4,13 +4,17 @@ mod config;
 mod context;
 mod devices;
 mod fork;
+mod handles;
+mod identity;
 mod kick;
 mod machine;
 mod rendezvous;
 mod shell;
 mod slice;
 mod stop;
+mod turns;
 mod vcpu;
+mod virtio;
 
 use std::io;
 
@@ -20,10 +24,11 @@ use thiserror::Error;
 use crate::boot::BootError;
 use crate::kvm::{HostError, VcpuStateError, VmStateError};
 
-pub use config::{ConfigError, DiskSpec, Irqchip, VmConfig};
+pub use config::{ConfigError, DiskSpec, Irqchip, NetSpec, VmConfig};
 pub use context::{Context, ContextError};
 pub use devices::{DeviceError, DeviceState, Reports};
 pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
 pub use stop::StopReason;
 
@@ -63,6 +68,23 @@ pub enum VmError {
     /// No device.
     #[error(transparent)]
     Devices(#[from] DeviceError),
+    /// What is to be the VM's alone.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// No such device.
+    #[error("the VM has no {device}")]
+    NoDevice {
+        /// Which.
+        device: &'static str,
+    },
+    /// A balloon larger than the VM.
+    #[error("a balloon of {asked} MiB in a VM of {there} MiB")]
+    Balloon {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB there are.
+        there: u64,
+    },
     /// Not a VM.
     #[error(transparent)]
     Config(#[from] ConfigError),

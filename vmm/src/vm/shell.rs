@@ -10,7 +10,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
 use crate::boot::{KVM_TSS, virtio_slot};
-use crate::kvm::{Host, StateLayout};
+use crate::kvm::{Host, StateLayout, local_apics_alone};
 use crate::vm::VmError;
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
@@ -20,8 +20,6 @@ use crate::vm::vcpu::{Meeting, VcpuThread};
 
 /// vCPU threads do little: exits and state. The default of 8 MiB would be address space for nothing, a thousand times.
 const STACK: usize = 256 << 10;
-/// Interrupt pins of a split irqchip's missing IOAPIC; KVM wants the number for its routing table.
-const SPLIT_PINS: u64 = 24;
 
 /// VM, memslots, interrupt controllers, vCPUs and their threads; memory reserved, but none mapped.
 #[derive(Debug)]
@@ -68,10 +66,7 @@ impl Shell {
                 }
             }
             Irqchip::Split => {
-                let mut cap =
-                    kvm_bindings::kvm_enable_cap { cap: kvm_bindings::KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-                cap.args[0] = SPLIT_PINS;
-                fd.enable_cap(&cap).map_err(|e| VmError::kvm("enable local APICs alone", e))?;
+                local_apics_alone(&fd).map_err(|e| VmError::kvm("enable local APICs alone", e))?;
             }
         }
         let wiring = wire(&fd, config)?;

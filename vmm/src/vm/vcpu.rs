@@ -6,8 +6,8 @@ use std::sync::{Arc, Barrier};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
-use crate::boot::Entry;
-use crate::kvm::{Clock, CpuidState, HealError, Host, StateLayout, VcpuState};
+use crate::boot::{BOOT_MSRS, Entry};
+use crate::kvm::{Clock, CpuidState, HealError, Host, StateLayout, VcpuState, mark_paused, set_msr_bits};
 use crate::vm::VmError;
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
@@ -109,17 +109,49 @@ impl VcpuThread {
         // Nobody runs before the leader is done.
         order.line.wait();
         own.unwrap_or(Err(VmError::NotSaved))?;
+        if let Start::Restore(_) = order.start {
+            // After its clock was restored. The instant of the fork may be long ago.
+            self.tell_of_pause();
+        }
         shared
     }
 
     fn give_state(&self, start: &Start) -> Result<(), VmError> {
         match start {
-            Start::Boot(entry) if self.index == 0 => self.boot(entry),
-            Start::Boot(_) => Ok(()),
+            Start::Boot(entry) => {
+                self.set_boot_msrs();
+                // The others wait for the first to start them.
+                if self.index == 0 { self.boot(entry) } else { Ok(()) }
+            }
             Start::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
                 Ok(state.restore(&self.vcpu, &self.layout, CpuidState::Set)?)
             }
+        }
+    }
+
+    /// Sets what firmware would have. A host's KVM may refuse: then the guest starts with what that gives it.
+    fn set_boot_msrs(&self) {
+        for msr in BOOT_MSRS {
+            match set_msr_bits(&self.vcpu, msr.index, msr.bits) {
+                Ok(true) => {}
+                Ok(false) => tracing::debug!(vcpu = self.index, ?msr, "KVM refuses an MSR of a vCPU that boots"),
+                Err(error) => {
+                    let error = crate::error_chain(&error);
+                    tracing::debug!(vcpu = self.index, ?msr, error, "an MSR of a vCPU that boots");
+                }
+            }
+        }
+    }
+
+    /// Tells the guest that it stood still, if it has a clock by which to be told: its watchdogs then do not count that time.
+    fn tell_of_pause(&self) {
+        if let Err(error) = mark_paused(&self.vcpu) {
+            tracing::debug!(
+                vcpu = self.index,
+                error = crate::error_chain(&error),
+                "a guest is not told that it was paused"
+            );
         }
     }
 
@@ -160,6 +192,7 @@ impl VcpuThread {
                     // The pause's kick is spent; `allow` and another look come before the guest is entered.
                     self.meeting.kicker(self.index).allow();
                     if self.meeting.may_run() {
+                        self.tell_of_pause();
                         return true;
                     }
                     next = self.meeting.park(self.index, false);

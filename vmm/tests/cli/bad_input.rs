@@ -118,9 +118,42 @@ fn disks_that_cannot_be() {
 }
 
 #[test]
+fn devices_that_cannot_be() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    let file = runtime.dir().join("file");
+    fs::write(&file, b"not a socket").unwrap();
+    let run = |args: &[&str]| runtime.clade(&[&["run", "--kernel", "bare", "--mem", "32M"], args].concat());
+    run(&["--net", "tap=lo"]).expect_refusal("lo");
+    run(&["--net", "tap=sixteen-letters-"]).expect_refusal("sixteen-letters-");
+    let taken = format!("cid=1000777,socket={}", file.display());
+    run(&["--vsock", &taken]).expect_refusal(file.to_str().unwrap());
+    run(&["--vsock", "cid=1000777,socket=/no/such/directory/s"]).expect_refusal("/no/such/directory/s");
+    let many = ["--disk", "x"].repeat(17);
+    run(&[&many[..], &["--rng"]].concat()).expect_refusal("18");
+    // What the argument parser refuses: its own words, and ours in them.
+    let rows: [(&[&str], &str); 6] = [
+        (&["--net", "mac=02:00:00:00:00:01"], "tap=NAME"),
+        (&["--net", "tap=x,mac=01:00:00:00:00:01"], "01:00:00:00:00:01"),
+        (&["--net", "tap=x,speed=9"], "speed=9"),
+        (&["--vsock", "cid=2,socket=x"], "\"2\""),
+        (&["--vsock", "cid=5"], "socket=PATH"),
+        (&["--rng", "--no-rng"], "--no-rng"),
+    ];
+    for (args, named) in rows {
+        let answer = run(args);
+        assert_eq!(answer.code, Some(2), "{answer:?}");
+        assert!(answer.stderr.contains(named), "{named}: {answer:?}");
+    }
+    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 1, "no socket and no lock is left behind");
+}
+
+#[test]
 fn vms_and_guests_that_are_not_there() {
     let runtime = Runtime::new();
-    for command in ["fork", "console", "pause", "resume", "stop"] {
+    for command in ["fork", "balloon", "console", "pause", "resume", "stop"] {
         runtime.clade(&[command, "nobody"]).expect_refusal("nobody");
         runtime.clade(&[command, "../up"]).expect_refusal("../up");
     }

@@ -173,3 +173,64 @@ fn a_crashed_process_leaves_its_names_to_others() {
     let forked = runtime.clade(&["fork", "crash", "--paused", "--json"]).json();
     assert_eq!(forked["children"], json!(["crash-1"]));
 }
+
+#[test]
+fn children_have_sockets_and_addresses_of_their_own() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    // Of this process, because tests run beside each other on one host.
+    let cid = 0x4000_0000 + u64::from(std::process::id()) * 64;
+    let socket = |name: &str| runtime.dir().join(name).display().to_string();
+    let vsock = format!("cid={cid},socket={}", socket("eve.vsock"));
+    let (own, given) = (socket("own.vsock"), socket("given-{name}"));
+    let expected = [socket("eve-1.vsock"), socket("eve-2.vsock"), socket("given-eve-3")];
+    runtime.start_with("eve", &["--vsock", &vsock, "--balloon", "--virtio-console"]);
+    assert!(files(&runtime).is_superset(&["eve.vsock".to_owned(), "eve.hvc".to_owned()].into()));
+
+    let forked = runtime.clade(&["fork", "eve", "--count", "2", "--paused", "--json"]).json();
+    let identity = |forked: &Value, at: usize| {
+        let vsock = &forked["identities"][at]["vsock"];
+        (vsock["cid"].as_u64().unwrap(), vsock["socket"].as_str().unwrap().to_owned())
+    };
+    let (one, two) = (identity(&forked, 0), identity(&forked, 1));
+    assert_eq!((&one.1, &two.1), (&expected[0], &expected[1]));
+    assert!(cid < one.0 && one.0 < two.0, "{forked}");
+
+    let wish = format!("cid={},socket={given}", cid + 50);
+    let forked = runtime.clade(&["fork", "eve", "--vsock", &wish, "--paused", "--json"]).json();
+    assert_eq!(identity(&forked, 0), (cid + 50, expected[2].clone()));
+    let listed = runtime.clade(&["ps"]).stdout;
+    assert!(listed.contains("CID") && listed.contains(&(cid + 50).to_string()), "{listed}");
+
+    // What is taken is named, and nothing is made or ended.
+    let before = files(&runtime);
+    let names = runtime.names();
+    runtime.clade(&["fork", "eve", "--vsock", &format!("cid={cid}")]).expect_refusal(&cid.to_string());
+    runtime.clade(&["fork", "eve", "--vsock", &format!("socket={}", one.1)]).expect_refusal(&one.1);
+    // The second child's would be the first's.
+    let twice = cid + 60;
+    let both = ["fork", "eve", "--count", "2", "--vsock", &format!("cid={twice},socket={own}")];
+    runtime.clade(&both).expect_refusal(&twice.to_string());
+    runtime.clade(&["fork", "eve", "--net", "tap=x"]).expect_refusal("1 network interfaces");
+    runtime.clade(&["run", "--kernel", "bare", "--mem", "32M", "--vsock", &vsock]).expect_refusal(&cid.to_string());
+    assert_eq!((files(&runtime), runtime.names()), (before, names));
+    assert_eq!(runtime.clade(&["resume", "eve", "--json"]).json()["state"], "running", "the parent runs on");
+
+    // Nobody drives the balloon: it is as it was asked, and no guest answers.
+    let balloon = runtime.clade(&["balloon", "eve", "--target", "8", "--json"]).json();
+    assert_eq!((&balloon["target_mib"], &balloon["actual_mib"]), (&json!(8.0), &json!(0.0)), "{balloon}");
+    assert_eq!((&balloon["answered"], &balloon["guest"]), (&json!(false), &Value::Null), "{balloon}");
+    runtime.clade(&["balloon", "eve", "--target", "32"]).expect_refusal("32 MiB");
+    assert_eq!(runtime.http("eve", "POST", "/v1/vms/eve/balloon", r#"{"target":1}"#).0, 400);
+    for name in ["eve", "eve-1", "eve-2", "eve-3"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+    }
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(files(&runtime), BTreeSet::new(), "sockets and locks are gone");
+
+    runtime.start("plain");
+    runtime.clade(&["balloon", "plain"]).expect_refusal("balloon");
+    runtime.clade(&["fork", "plain", "--vsock", "cid=77"]).expect_refusal("77");
+}

@@ -97,7 +97,13 @@ impl Runtime {
 
     /// Starts a bare VM in the background, and waits for its socket. Paused: it would spin.
     pub(crate) fn start(&mut self, name: &str) {
+        self.start_with(name, &[]);
+    }
+
+    /// The same, with more arguments.
+    pub(crate) fn start_with(&mut self, name: &str, args: &[&str]) {
         let mut command = self.command(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", name]);
+        command.args(args);
         self.processes.push(command.stdout(Stdio::null()).spawn().unwrap());
         wait_until("the VM's socket", || UnixStream::connect(self.socket(name)).is_ok());
         // Once it answers it is in the fleet.

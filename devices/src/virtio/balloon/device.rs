@@ -82,6 +82,8 @@ pub struct BalloonStats {
     pub pinned: u64,
     /// What the guest said last. It is asked again by [`Balloon::ask`].
     pub guest: Vec<(BalloonStat, u64)>,
+    /// How often it has said something.
+    pub answers: u64,
 }
 
 /// See the module's documentation.
@@ -198,6 +200,7 @@ impl Balloon {
             Some((*tag, value))
         };
         self.known.guest = bytes.chunks_exact(STAT).filter_map(stat).collect();
+        self.known.answers += 1;
         Ok(())
     }
 

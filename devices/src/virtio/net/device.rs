@@ -1,16 +1,12 @@
 //! The network device.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use clade_io::{Fragment, Offload, Tap, VNET_HEADER, total_len};
 use clade_memory::Access;
-use serde::{Deserialize, Serialize};
-use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
@@ -23,13 +19,14 @@ use vm_memory::Bytes;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::{self, Command};
+use super::mac::Mac;
 use super::state::NetState;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
 use crate::virtio::{Backend, DeviceState, Hurry, Turn, Wake, dma};
 
 /// Most pairs of queues.
-const MOST_PAIRS: u16 = 8;
+pub const MOST_PAIRS: u16 = 8;
 const QUEUE_SIZE: u16 = 256;
 /// The largest packet there is, with its header: 64 KiB and an Ethernet header.
 const MOST_PACKET: usize = VNET_HEADER + 14 + 65_536;
@@ -37,8 +34,12 @@ const MOST_PACKET: usize = VNET_HEADER + 14 + 65_536;
 const LEAST_PACKET: usize = VNET_HEADER + 14;
 /// Packets in a turn, each way and pair of queues.
 const BATCH: usize = 32;
-/// How long a child's link stays down: long enough for a driver to see it.
+/// How long a child's link stays down at least.
 const DOWN: Duration = Duration::from_millis(250);
+/// How long it stays down for a driver that has not looked. One that looks only when it is up again has not seen that it was down.
+const MOST_DOWN: Duration = Duration::from_secs(30);
+/// How often it is looked whether the driver has.
+const LOOK: Duration = Duration::from_millis(20);
 /// How soon an interface that took no packet is tried again.
 const RETRY: Duration = Duration::from_millis(1);
 /// Of the configuration space: address, status, pairs.
@@ -46,54 +47,6 @@ const STATUS: u64 = 6;
 const UP: u16 = 1;
 const ANNOUNCE: u16 = 2;
 const OWNER: &str = "virtio-net";
-
-/// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Mac(pub [u8; 6]);
-
-/// Not an address.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[error("\"{text}\" is no unicast Ethernet address, like 02:00:00:00:00:01")]
-pub struct MacError {
-    text: String,
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl fmt::Debug for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl FromStr for Mac {
-    type Err = MacError;
-    fn from_str(text: &str) -> Result<Self, MacError> {
-        let bytes: Option<Vec<u8>> =
-            text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
-        // A group address cannot be anybody's own.
-        let unicast = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()).filter(|bytes| bytes[0] & 1 == 0);
-        unicast.map(Self).ok_or_else(|| MacError { text: text.to_owned() })
-    }
-}
-
-impl Mac {
-    /// An address that nobody has: random, and marked as given locally.
-    ///
-    /// # Errors
-    /// When the kernel has no random bytes.
-    pub fn random() -> io::Result<Self> {
-        let mut bytes = [0; 6];
-        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-        bytes[0] = bytes[0] & 0xfe | 2;
-        Ok(Self(bytes))
-    }
-}
 
 /// What is chosen for a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,8 +112,8 @@ pub struct Net {
     send: Limiter,
     /// When to look again, after a limit or a full interface.
     until: Option<Instant>,
-    /// The link is to come up then.
-    up_at: Option<Instant>,
+    /// When the link went down, if it is.
+    down_since: Option<Instant>,
     /// It is to go down first.
     renew: bool,
     stats: NetStats,
@@ -195,7 +148,7 @@ impl Net {
             receive: Limiter::new(&options.receive),
             send: Limiter::new(&options.send),
             until: None,
-            up_at: None,
+            down_since: None,
             renew,
             stats: NetStats::default(),
         })
@@ -265,13 +218,18 @@ impl Net {
         if std::mem::take(&mut self.renew) {
             self.set_status(0);
             io.config_changed();
-            self.up_at = Some(Instant::now() + DOWN);
-        } else if self.up_at.is_some_and(|at| Instant::now() >= at) {
-            self.up_at = None;
+            self.down_since = Some(Instant::now());
+        } else if self.down_since.is_some_and(|since| self.may_come_up(since)) {
+            self.down_since = None;
             let announces = io.features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
             self.set_status(UP | if announces { ANNOUNCE } else { 0 });
             io.config_changed();
         }
+    }
+
+    fn may_come_up(&self, down_since: Instant) -> bool {
+        let down = down_since.elapsed();
+        down >= MOST_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
     }
 
     fn send_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
@@ -487,7 +445,7 @@ impl Handler for Net {
     fn end(&mut self) {
         self.use_pairs(1);
         self.set_status(UP);
-        (self.until, self.up_at, self.renew) = (None, None, false);
+        (self.until, self.down_since, self.renew) = (None, None, false);
     }
 
     fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
@@ -504,7 +462,9 @@ impl Handler for Net {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.until, self.up_at].into_iter().flatten().min()
+        // From when it may come up on, it is looked at every now and then.
+        let look = |since: Instant| (since + DOWN).max(Instant::now() + LOOK);
+        [self.until, self.down_since.map(look)].into_iter().flatten().min()
     }
 
     fn save(&self) -> (DeviceState, Backend) {

@@ -9,7 +9,9 @@
 
 mod control;
 mod device;
+mod mac;
 mod state;
 
-pub use device::{Mac, Net, NetOptions, NetStats};
+pub use device::{MOST_PAIRS, Net, NetOptions, NetStats};
+pub use mac::{Mac, MacError};
 pub use state::NetState;

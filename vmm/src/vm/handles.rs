@@ -1,0 +1,78 @@
+//! A VM's devices from the host's side.
+
+use clade_devices::Console;
+use clade_devices::virtio::balloon::{Balloon, BalloonStats};
+use clade_devices::virtio::net::{Net, NetStats};
+use clade_memory::PAGE_SHIFT;
+
+use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
+use crate::vm::{Vm, VmError};
+
+const MIB_SHIFT: u32 = 20;
+
+impl Vm {
+    /// What is this VM's alone: interfaces, addresses, sockets.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Takes what a child called `name` will have alone, before there is an image of it: off the way from the fork to its first instruction.
+    ///
+    /// # Errors
+    /// When it cannot be had; nothing is taken then, and this VM runs on (I13).
+    pub fn child_endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
+        Ok(Endpoints::child(self.config(), &self.identity, name, choice)?)
+    }
+
+    /// Asks the guest to give up `mib` MiB of its memory in all, by its balloon. It does so when it can, or not at all.
+    ///
+    /// # Errors
+    /// When there is no balloon, or not so much memory.
+    pub fn set_balloon(&self, mib: u64) -> Result<(), VmError> {
+        let there = self.config().layout().bytes() >> MIB_SHIFT;
+        let pages = u32::try_from(mib << (MIB_SHIFT - PAGE_SHIFT)).ok().filter(|_| mib < there);
+        let pages = pages.ok_or(VmError::Balloon { asked: mib, there })?;
+        let set = self.devices.with_plain(0, |device| {
+            let set = device.with(|balloon: &mut Balloon| balloon.set_target(pages));
+            device.config_changed();
+            set
+        });
+        set.flatten().ok_or(VmError::NoDevice { device: "balloon" })
+    }
+
+    /// Has the guest asked how it stands with its memory: the answer is in [`Vm::balloon_stats`] some time later.
+    ///
+    /// # Errors
+    /// When there is no balloon.
+    pub fn ask_balloon(&self) -> Result<(), VmError> {
+        let asked = self.devices.with_plain(0, |device| device.with(Balloon::ask));
+        asked.flatten().ok_or(VmError::NoDevice { device: "balloon" })
+    }
+
+    /// What is known of its balloon.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn balloon_stats(&self) -> Result<BalloonStats, VmError> {
+        let stats = self.devices.with_plain(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
+        stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
+    }
+
+    /// What has gone through its network device number `index`. None if there is none.
+    #[must_use]
+    pub fn net_stats(&self, index: usize) -> Option<NetStats> {
+        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
+    }
+
+    /// What its virtio console has written. None if it has none.
+    #[must_use]
+    pub fn virtio_console(&self) -> Option<&Console> {
+        self.devices.hvc.as_ref().map(|hvc| &hvc.output)
+    }
+
+    /// Types into its virtio console. Returns how many bytes were taken, which is none if there is no such console.
+    pub fn type_in_virtio(&self, bytes: &[u8]) -> usize {
+        self.devices.hvc.as_ref().map_or(0, |hvc| hvc.typist.type_in(bytes))
+    }
+}

@@ -1,0 +1,107 @@
+//! One operation on a VM at a time, in the order in which they were asked for.
+//!
+//! A plain mutex goes to whoever is quickest, which is the thread that has just given it back: somebody who pauses and resumes a VM in a loop would keep
+//! a fork waiting for as long as it likes.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug, Default)]
+struct Tickets {
+    /// The next to be drawn.
+    next: u64,
+    /// The one whose turn it is.
+    now: u64,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Turns {
+    tickets: Mutex<Tickets>,
+    called: Condvar,
+}
+
+/// A turn, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    fn tickets(&self) -> MutexGuard<'_, Tickets> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until all who asked before have had their turn.
+    pub(crate) fn take(&self) -> Turn<'_> {
+        let mut tickets = self.tickets();
+        let own = tickets.next;
+        tickets.next += 1;
+        while tickets.now != own {
+            tickets = self.called.wait(tickets).unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.tickets().now += 1;
+        // All of them: which one it is they know themselves.
+        self.0.called.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_asks_again_and_again_starves_nobody() {
+        let (turns, done, others) = (Turns::default(), AtomicBool::new(false), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            // Gives its turn back only to ask for the next.
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let _turn = turns.take();
+                    others.fetch_add(1, Ordering::SeqCst);
+                    thread::sleep(Duration::from_micros(200));
+                }
+            });
+            for _ in 0..100 {
+                let held = turns.tickets();
+                let (before, waiting) = (others.load(Ordering::SeqCst), held.next - held.now);
+                drop(held);
+                let turn = turns.take();
+                let between = others.load(Ordering::SeqCst) - before;
+                drop(turn);
+                // The one it has, and one more if it asked in between the look and our own asking.
+                assert!(between <= 2, "{between} turns of the other's before ours, {waiting} were drawn");
+                thread::sleep(Duration::from_micros(100));
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        assert!(others.load(Ordering::SeqCst) > 10);
+    }
+
+    #[test]
+    fn turns_come_in_the_order_they_are_asked_for() {
+        let (turns, order) = (Turns::default(), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            let first = turns.take();
+            for n in 0..8u64 {
+                let (turns, order) = (&turns, &order);
+                scope.spawn(move || {
+                    let _turn = turns.take();
+                    order.lock().unwrap().push(n);
+                });
+                while turns.tickets().next != n + 2 {
+                    thread::yield_now();
+                }
+            }
+            drop(first);
+        });
+        assert_eq!(order.into_inner().unwrap(), (0..8).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,118 @@
+//! The virtio devices of one VM, fresh or as they were saved.
+
+use std::sync::Arc;
+
+use clade_devices::Console;
+use clade_devices::disk::Disk;
+use clade_devices::virtio::balloon::{Balloon, BalloonState};
+use clade_devices::virtio::block::Block;
+use clade_devices::virtio::console::{ConsoleDevice, Typist};
+use clade_devices::virtio::net::{Net, NetOptions};
+use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, VirtioMmio};
+
+use crate::vm::config::{Place, VmConfig};
+use crate::vm::devices::{DeviceError, DeviceState};
+use crate::vm::identity::Endpoints;
+use crate::vm::shell::Shell;
+
+/// The virtio console's two ends on the host.
+#[derive(Clone, Debug)]
+pub(crate) struct Hvc {
+    pub(crate) output: Console,
+    pub(crate) typist: Typist,
+}
+
+/// By place.
+pub(crate) struct Made {
+    pub(crate) devices: Vec<Arc<VirtioMmio>>,
+    pub(crate) hvc: Option<Hvc>,
+}
+
+/// Makes all devices of `config`, which take what they need of `ends`.
+pub(crate) fn make(
+    saved: Option<(&DeviceState, &[Backend])>,
+    config: &VmConfig,
+    shell: &Shell,
+    ends: &mut Endpoints,
+) -> Result<Made, DeviceError> {
+    let wanted = config.places().count();
+    if let Some((state, backends)) = saved {
+        let found = state.virtio.len().min(backends.len());
+        if found != wanted {
+            return Err(DeviceError::Mismatch { found, wanted });
+        }
+    }
+    // Taken from the front, in the order of their places.
+    let mut maker = Maker { ends, next_net: 0, hvc: None };
+    let mut devices = Vec::with_capacity(wanted);
+    for (at, (place, wiring)) in config.places().zip(&shell.wiring).enumerate() {
+        let device = match saved {
+            None => VirtioMmio::new(maker.device(place, None)?, &shell.ram, wiring.clone(), true),
+            Some((state, backends)) => {
+                let state = &state.virtio[at];
+                let device = maker.device(place, Some((&state.device, &backends[at])))?;
+                VirtioMmio::restore(device, &shell.ram, wiring.clone(), state)?
+            }
+        };
+        devices.push(Arc::new(device));
+    }
+    Ok(Made { devices, hvc: maker.hvc })
+}
+
+struct Maker<'a> {
+    ends: &'a mut Endpoints,
+    next_net: usize,
+    hvc: Option<Hvc>,
+}
+
+impl Maker<'_> {
+    fn device(
+        &mut self,
+        place: Place<'_>,
+        saved: Option<(&VirtioState, &Backend)>,
+    ) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        Ok(match (place, saved) {
+            (Place::Disk(spec), None) => Box::new(Block::new(Disk::open(&spec.disk)?, &spec.device)),
+            (Place::Disk(spec), Some((VirtioState::Block(state), Backend::Disk(image)))) => {
+                Box::new(Block::restore(state, image.open()?, &spec.device))
+            }
+            (Place::Net(spec), saved @ (None | Some((VirtioState::Net(_), _)))) => {
+                if self.ends.nets.is_empty() {
+                    return Err(DeviceError::NoEnd { device: "network device", number: self.next_net });
+                }
+                self.next_net += 1;
+                let end = self.ends.nets.remove(0);
+                let options = NetOptions { mac: end.mac, receive: spec.receive, send: spec.send };
+                let state = match saved {
+                    Some((VirtioState::Net(state), _)) => Some(state),
+                    _ => None,
+                };
+                // Whoever goes on from a saved state has another address than the guest knows.
+                let net = Net::new(end.tap, &options, state, state.is_some()).map_err(DeviceError::Io)?;
+                Box::new(Plain::new(net))
+            }
+            (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
+                // Made with its socket, and knows whether it is a child's.
+                let vsock = self.ends.vsock.take();
+                Box::new(Plain::new(vsock.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?))
+            }
+            (Place::Rng(limits), None | Some((VirtioState::Rng(_), _))) => Box::new(Plain::new(Rng::new(limits))),
+            (Place::Balloon, None) => {
+                Box::new(Plain::new(Balloon::new(&BalloonState::default()).map_err(DeviceError::Io)?))
+            }
+            (Place::Balloon, Some((VirtioState::Balloon(state), _))) => {
+                Box::new(Plain::new(Balloon::new(state).map_err(DeviceError::Io)?))
+            }
+            (Place::Console, None | Some((VirtioState::Console(_), _))) => {
+                let output = Console::default();
+                let device = ConsoleDevice::new(output.clone()).map_err(DeviceError::Io)?;
+                self.hvc = Some(Hvc { output, typist: device.typist() });
+                Box::new(Plain::new(device))
+            }
+            // State of another kind of device.
+            _ => return Err(DeviceError::Mismatch { found: 1, wanted: 1 }),
+        })
+    }
+}
