@@ -6,7 +6,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::tool::{Runtime, kvm, wait_until};
+use crate::tool::{Runtime, kvm, taps, wait_until};
 
 fn files(runtime: &Runtime) -> BTreeSet<String> {
     fs::read_dir(runtime.dir()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
@@ -172,6 +172,47 @@ fn a_crashed_process_leaves_its_names_to_others() {
     assert_eq!(runtime.names(), ["crash"]);
     let forked = runtime.clade(&["fork", "crash", "--paused", "--json"]).json();
     assert_eq!(forked["children"], json!(["crash-1"]));
+}
+
+#[test]
+fn children_have_interfaces_of_their_own() {
+    if !kvm() || !taps() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    // Of this process, because tests run beside each other on one host.
+    let stem = format!("cl{}x", std::process::id());
+    let interfaces = || {
+        let all =
+            fs::read_dir("/sys/class/net").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        all.filter(|name| name.starts_with(&stem)).collect::<BTreeSet<_>>()
+    };
+    let numbered = |numbers: &[u32]| numbers.iter().map(|n| format!("{stem}{n}")).collect::<BTreeSet<_>>();
+    runtime.start_with("lan", &["--net", &format!("tap={stem}0,queues=2")]);
+    let forked = runtime.clade(&["fork", "lan", "--count", "2", "--paused", "--json"]).json();
+    let net = |at: usize, key: &str| forked["identities"][at]["nets"][0][key].as_str().unwrap().to_owned();
+    assert_eq!((net(0, "tap"), net(1, "tap")), (format!("{stem}1"), format!("{stem}2")));
+    let macs: BTreeSet<String> = [net(0, "mac"), net(1, "mac")].into();
+    assert_eq!(macs.len(), 2, "{forked}");
+    let own = runtime.clade(&["ps", "--json"]).json()[0]["nets"][0]["mac"].as_str().unwrap().to_owned();
+    assert!(!macs.contains(&own), "{forked}");
+    // An interface that has several queues would let a second VM in.
+    let taken = format!("{stem}0");
+    runtime.clade(&["fork", "lan", "--net", &format!("tap={taken}")]).expect_refusal(&taken);
+    runtime.clade(&["fork", "lan", "--net", &format!("mac={own}")]).expect_refusal(&own);
+    // The first child's is made, and goes again when the second's cannot be.
+    let mac = "02:77:00:00:00:01";
+    runtime.clade(&["fork", "lan", "--count", "2", "--net", &format!("mac={mac}")]).expect_refusal(mac);
+    runtime.clade(&["fork", "lan", "--net", "tap=lo"]).expect_refusal("lo");
+    assert_eq!(runtime.names(), ["lan", "lan-1", "lan-2"]);
+    assert_eq!(interfaces(), numbered(&[0, 1, 2]), "what was refused left nothing");
+    assert_eq!(runtime.clade(&["resume", "lan", "--json"]).json()["state"], "running", "the parent runs on");
+    runtime.clade(&["stop", "lan-1"]);
+    wait_until("its interface to go", || interfaces() == numbered(&[0, 2]));
+    runtime.clade(&["stop", "lan-2"]);
+    runtime.clade(&["stop", "lan"]);
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(interfaces(), numbered(&[]));
 }
 
 #[test]

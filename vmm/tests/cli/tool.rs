@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use clade_io::Tap;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -14,13 +15,26 @@ use tempfile::TempDir;
 pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
 const PATIENCE: Duration = Duration::from_secs(60);
 
+fn required(tier: &str) -> bool {
+    std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|t| t == tier))
+}
+
 /// Whether this host has KVM. Where it must have it, it is an error if not.
 pub(crate) fn kvm() -> bool {
     let missing = File::options().read(true).write(true).open("/dev/kvm").err();
-    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "kvm"));
     if let Some(error) = &missing {
-        assert!(!required, "kvm is required: {error}");
+        assert!(!required("kvm"), "kvm is required: {error}");
         println!("skipped: /dev/kvm: {error}");
+    }
+    missing.is_none()
+}
+
+/// The same for TAP interfaces.
+pub(crate) fn taps() -> bool {
+    let missing = Tap::open("cladep%d", 1).err();
+    if let Some(error) = &missing {
+        assert!(!required("tap"), "tap is required: {error}");
+        println!("skipped: {error}");
     }
     missing.is_none()
 }
