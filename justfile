@@ -9,7 +9,7 @@ test:
 
 # All tests, and a skip is a failure
 test-all: linux-guest
-    CLADE_REQUIRE=kvm,uffd,linux,direct cargo test --workspace
+    CLADE_REQUIRE=kvm,uffd,linux,direct,tap cargo test --workspace
 
 # Models of the ownership words, over all interleavings
 loom:

@@ -3,16 +3,20 @@
 mod bare;
 mod counters;
 mod disk;
+mod ext4;
 mod linux;
 mod oracle;
 mod process;
+mod tap;
 
 pub use bare::{Guest, Writer};
 pub use counters::{Holdings, expect_nothing_held};
 pub use disk::{DiskFile, DiskGuest, words};
+pub use ext4::{checked, ext4};
 pub use linux::{Linux, PROMPT};
 pub use oracle::{owned_pages, smaps_anonymous_kib};
 pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};
+pub use tap::{Subnet, can_have_taps};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +26,7 @@ use clade::kvm::Host;
 use clade::vm::Context;
 use clade_memory::{Backing, Store};
 
-/// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`.
+/// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`, `direct`, `tap`.
 const REQUIRE_ENV: &str = "CLADE_REQUIRE";
 
 /// Says why a test is skipped.

@@ -66,8 +66,26 @@ impl Linux {
     /// When it cannot be loaded.
     #[must_use]
     pub fn boot_with(&self, context: &Context, kernel: &str, cpus: u64, extra: &str, disks: Vec<DiskSpec>) -> Vm {
-        let mut config = VmConfig::new(MEMORY, cpus).expect("a configuration");
+        let mut config = Self::config(cpus);
         config.disks = disks;
+        self.boot_as(context, kernel, extra, config)
+    }
+
+    /// What it is booted with by default.
+    ///
+    /// # Panics
+    /// When no VM can have so many vCPUs.
+    #[must_use]
+    pub fn config(cpus: u64) -> VmConfig {
+        VmConfig::new(MEMORY, cpus).expect("a configuration")
+    }
+
+    /// Starts booting a VM of `config`.
+    ///
+    /// # Panics
+    /// When it cannot be loaded.
+    #[must_use]
+    pub fn boot_as(&self, context: &Context, kernel: &str, extra: &str, config: VmConfig) -> Vm {
         let config = Arc::new(config);
         let source = BootSource {
             kernel: Image::File(self.dir.join(kernel)),

@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +9,7 @@ use clade::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
-use clade_tests::{Linux, PROMPT, Turn, skip};
+use clade_tests::{Linux, PROMPT, Turn, checked, ext4, skip};
 
 const BOOT: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(180);
@@ -24,29 +22,6 @@ fn ask(vm: &Vm, line: &str) -> String {
     vm.pause().unwrap();
     // The kernel has something to say about mounts, before it.
     answer.lines().last().unwrap_or_default().to_owned()
-}
-
-/// Runs one of e2fsprogs' programs; false if it is not there.
-fn ext4(program: &str, args: &[&str], path: &Path) -> bool {
-    let output = match Command::new(program).args(args).arg(path).stdin(Stdio::null()).output() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
-        output => output.unwrap(),
-    };
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?} {}: {}\n{text}", path.display(), output.status);
-    true
-}
-
-/// The disk of an image as a file, after the journal was replayed as a mount would, found whole by fsck.
-fn checked(image: &Arc<ForkImage>, path: &Path) {
-    let disk = image.disks().next().unwrap();
-    assert!(disk.settle(Duration::from_secs(60)), "its writes end");
-    disk.export(path).unwrap();
-    // A disk of a running system: its journal is not empty. Replayed (1: errors corrected), it must be without fault.
-    let replay =
-        Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(path).stdin(Stdio::null()).output().unwrap();
-    assert!(matches!(replay.status.code(), Some(0 | 1)), "{replay:?}");
-    assert!(ext4("e2fsck", &["-fn"], path));
 }
 
 #[test]

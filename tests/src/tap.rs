@@ -1,0 +1,84 @@
+//! The host's end of a guest's network.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use clade::vm::IdentityError;
+use clade_io::{Tap, TapError};
+
+use crate::skip;
+
+/// `struct ifreq` with an address, or flags, in it.
+#[repr(C)]
+struct Request {
+    name: [u8; libc::IFNAMSIZ],
+    value: [u8; 24],
+}
+
+/// A network with a TAP interface and the guest behind it, given its address when dropped with the interface.
+#[derive(Clone, Copy, Debug)]
+pub struct Subnet(u8, u8);
+
+impl Subnet {
+    /// One that no other test of this host uses, most likely: tests run beside each other in processes.
+    #[must_use]
+    pub fn next() -> Self {
+        static NEXT: AtomicU8 = AtomicU8::new(0);
+        // Relaxed: a number that differs from call to call.
+        Self((std::process::id() % 250) as u8, NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The host's address.
+    #[must_use]
+    pub fn host(self) -> Ipv4Addr {
+        Ipv4Addr::new(10, self.0, self.1, 1)
+    }
+
+    /// The guest's.
+    #[must_use]
+    pub fn guest(self) -> Ipv4Addr {
+        Ipv4Addr::new(10, self.0, self.1, 2)
+    }
+
+    /// Gives the interface `tap` the host's address, and brings it up.
+    ///
+    /// # Panics
+    /// When it cannot be done.
+    pub fn bring_up(self, tap: &str) {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket to ask with");
+        let address = |ip: Ipv4Addr| {
+            let mut value = [0; 24];
+            value[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            value[4..8].copy_from_slice(&ip.octets());
+            value
+        };
+        let mut flags = [0; 24];
+        flags[..2].copy_from_slice(&((libc::IFF_UP | libc::IFF_RUNNING) as u16).to_ne_bytes());
+        for (what, value) in [
+            (libc::SIOCSIFADDR, address(self.host())),
+            (libc::SIOCSIFNETMASK, address(Ipv4Addr::new(255, 255, 255, 0))),
+            (libc::SIOCSIFFLAGS, flags),
+        ] {
+            let mut request = Request { name: [0; libc::IFNAMSIZ], value };
+            request.name[..tap.len()].copy_from_slice(tap.as_bytes());
+            // SAFETY: the request is a `struct ifreq`, which is 40 bytes, and outlives the call.
+            let done = unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw mut request) };
+            assert_eq!(done, 0, "{tap}: {what:#x}: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+/// Whether this host lets one have TAP interfaces; says why not otherwise.
+#[must_use]
+pub fn can_have_taps() -> bool {
+    match Tap::open("cladep%d", 1) {
+        Ok(_) => true,
+        Err(error @ TapError::Refused { .. }) => {
+            skip("tap", &clade::error_chain(&IdentityError::from(error)));
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

@@ -1,0 +1,481 @@
+//! Linux with one device of every kind: booted once for all tests of this file, which go on in forks of it; the last one forks it in the middle of
+//! everything at once.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade::boot::virtio_slot;
+use clade::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::limiter::Limits;
+use clade_devices::virtio::vsock::VsockOptions;
+use clade_memory::Backing;
+use clade_tests::{Linux, PROMPT, Subnet, Turn, can_have_taps, checked, ext4, skip};
+use tempfile::TempDir;
+
+const BOOT: Duration = Duration::from_secs(300);
+const ANSWER: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(900);
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+/// What goes over the network.
+const BYTES: usize = 1 << 20;
+/// What a request to the disk takes at least, so that a fork finds some in flight.
+const LATENCY: Duration = Duration::from_millis(10);
+
+/// A shell at its prompt, in a VM with a disk, an interface, sockets, entropy, a balloon and two consoles.
+#[derive(Clone)]
+struct Booted {
+    context: Context,
+    image: Arc<ForkImage>,
+    dir: Arc<TempDir>,
+    taps: bool,
+}
+
+impl Booted {
+    /// Boots it the first time.
+    fn get(turn: &Turn) -> Option<Self> {
+        static BOOTED: Mutex<Option<Booted>> = Mutex::new(None);
+        let mut booted = BOOTED.lock().unwrap_or_else(PoisonError::into_inner);
+        if booted.is_none() {
+            *booted = Some(Self::boot(turn)?);
+        }
+        booted.clone()
+    }
+
+    fn boot(turn: &Turn) -> Option<Self> {
+        let linux = Linux::find()?;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(32 << 20).unwrap();
+        if !ext4("mkfs.ext4", &["-q", "-F"], &path) {
+            skip("linux", "there is no mkfs.ext4");
+            return None;
+        }
+        let taps = can_have_taps();
+        let context = turn.context(Backing::Huge);
+        let mut config = Linux::config(1);
+        let disk = DiskConfig { latency: Some(LATENCY), ..DiskConfig::new(&path) };
+        config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
+        config.nets = if taps { vec![NetSpec::new("cladel%d")] } else { Vec::new() };
+        let cid = 0x2000_0000 + u64::from(std::process::id()) * 64;
+        config.vsock = Some(VsockOptions { cid, socket: dir.path().join("linux.vsock") });
+        (config.rng, config.balloon, config.virtio_console) = (Some(Limits::default()), true, true);
+        let vm = linux.boot_as(&context, "vmlinux", "", config);
+        let _ = Linux::expect(&vm, 0, PROMPT, BOOT);
+        let (image, _) = vm.fork().unwrap();
+        Some(Self { context, image, dir: Arc::new(dir), taps })
+    }
+
+    fn child(&self, name: &str) -> Vm {
+        Vm::from_image(&self.context, name, &self.image, PAUSED).unwrap()
+    }
+}
+
+/// Asks a paused VM's shell, and pauses it again. The last line: the kernel has something to say before it at times.
+fn ask(vm: &Vm, line: &str) -> String {
+    vm.resume().unwrap();
+    let answer = Linux::ask(vm, line, ANSWER);
+    vm.pause().unwrap();
+    answer.lines().last().unwrap_or_default().to_owned()
+}
+
+/// Waits for the end of a line that was typed into a running VM, and for the prompt behind it; returns what came.
+fn finish(vm: &Vm, from: u64) -> String {
+    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"), ANSWER);
+    assert!(text.contains("[done 0]"), "{text}");
+    text
+}
+
+/// Waits, with the VM running, until `done` says what it has seen.
+fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + ANSWER;
+    vm.resume().unwrap();
+    loop {
+        if let Some(seen) = done() {
+            vm.pause().unwrap();
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "{}: {what}: not within {ANSWER:?}", vm.name());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Calls `once` until it does not say that it would block.
+fn patiently<T>(what: &str, mut once: impl FnMut() -> std::io::Result<T>) -> T {
+    let deadline = Instant::now() + ANSWER;
+    loop {
+        match once() {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                assert!(Instant::now() < deadline, "{what}: not within {ANSWER:?}");
+                thread::sleep(Duration::from_millis(10));
+            }
+            other => return other.unwrap_or_else(|error| panic!("{what}: {error}")),
+        }
+    }
+}
+
+/// Listens for one connection of the guest's, and gives it to `with` on a thread.
+fn serve<T: Send + 'static>(
+    address: Ipv4Addr,
+    with: impl FnOnce(TcpStream) -> T + Send + 'static,
+) -> (u16, thread::JoinHandle<T>) {
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let served = thread::spawn(move || {
+        let (stream, _) = patiently("the guest connects", || listener.accept());
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(ANSWER)).unwrap();
+        with(stream)
+    });
+    (port, served)
+}
+
+fn pattern(seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let word = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    (0..BYTES / 8).flat_map(word).collect()
+}
+
+/// Gives both ends of a VM's network their addresses, and waits until the guest reaches the host.
+fn connect(vm: &Vm) -> Subnet {
+    let subnet = Subnet::next();
+    subnet.bring_up(&vm.identity().nets[0].tap);
+    let (host, guest) = (subnet.host(), subnet.guest());
+    assert_eq!(ask(vm, &format!("ip addr add {guest}/24 dev eth0 && ip link set eth0 up && echo up")), "up");
+    wait_for(vm, "the guest reaches the host", || {
+        let answer = Linux::ask(vm, &format!("ping -c 1 -W 5 {host} >/dev/null && echo reached"), ANSWER);
+        answer.contains("reached").then_some(())
+    });
+    subnet
+}
+
+/// Has the guest get `data` over TCP into /tmp/data.
+fn send_to(vm: &Vm, subnet: Subnet, data: &[u8]) {
+    let bytes = data.to_vec();
+    let (port, sent) = serve(subnet.host(), move |mut stream| stream.write_all(&bytes).unwrap());
+    let line = format!("nc {} {port} </dev/null >/tmp/data; wc -c </tmp/data", subnet.host());
+    assert_eq!(ask(vm, &line), data.len().to_string());
+    sent.join().unwrap();
+}
+
+fn private_kib(vm: &Vm) -> u64 {
+    vm.memory_stats().unwrap().private_kib
+}
+
+#[test]
+fn linux_siblings_draw_random_bytes_of_their_own() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let (one, two) = (booted.child("one"), booted.child("two"));
+    let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
+    let (first, second, again) = (draw(&one), draw(&two), draw(&one));
+    // Hexadecimal, two digits a byte. What the driver had drawn ahead when the VM was forked, at most two buffers of 64 bytes, is the same in both.
+    for drawn in [&first, &second, &again] {
+        assert_eq!(drawn.len(), 1024, "{drawn}");
+        assert!(drawn.bytes().all(|digit| digit.is_ascii_hexdigit()), "{drawn}");
+    }
+    let part = |drawn: &str, at: usize| drawn[at..at + 64].to_owned();
+    for at in (256..1024).step_by(64) {
+        assert!(
+            part(&first, at) != part(&second, at) && part(&first, at) != part(&again, at),
+            "{at}: {first} {second}"
+        );
+    }
+}
+
+#[test]
+fn linux_is_heard_and_typed_at_on_its_virtio_console() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let vm = booted.child("hvc");
+    let hvc = vm.virtio_console().unwrap();
+    assert_eq!(ask(&vm, "echo to-the-host >/dev/hvc0; echo said"), "said");
+    let (seen, found) = hvc.wait_for(0, "to-the-host", ANSWER);
+    assert!(found, "{seen}");
+    assert_eq!(vm.type_in_virtio(b"from-the-host\n"), 14);
+    assert_eq!(ask(&vm, "read -r line </dev/hvc0; echo got-$line >/dev/hvc0; echo read $line"), "read from-the-host");
+    assert!(hvc.wait_for(0, "got-from-the-host", ANSWER).1);
+    // A child's begins empty, and goes on.
+    let (image, _) = vm.fork().unwrap();
+    let child = Vm::from_image(&booted.context, "hvc-child", &image, PAUSED).unwrap();
+    assert_eq!(ask(&child, "echo of-the-child >/dev/hvc0; echo said"), "said");
+    let (seen, found) = child.virtio_console().unwrap().wait_for(0, "of-the-child", ANSWER);
+    assert!(found && !seen.contains("from-the-host"), "{seen}");
+    assert!(!hvc.wait_for(0, "of-the-child", Duration::ZERO).1);
+}
+
+#[test]
+fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
+    const MIB: u64 = 96;
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let vm = booted.child("balloon");
+    let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=24 2>/dev/null; rm /tmp/fill; echo used";
+    assert_eq!(ask(&vm, use_memory), "used");
+    let before = private_kib(&vm);
+    assert!(before > 24 << 10, "{before} KiB are the VM's own");
+
+    // So much that a part of what was used must be in it: 110 MiB are free.
+    vm.set_balloon(MIB).unwrap();
+    wait_for(&vm, "the balloon inflates", || (vm.balloon_stats().unwrap().actual == MIB as u32 * 256).then_some(()));
+    let (inflated, stats) = (private_kib(&vm), vm.balloon_stats().unwrap());
+    println!("private memory: {before} KiB, with {MIB} MiB in the balloon {inflated} KiB; {stats:?}");
+    assert!(inflated + (6 << 10) < before, "{before} then {inflated} KiB");
+    assert_eq!((stats.discarded, stats.pinned), (MIB * 256, 0));
+    let free = |vm: &Vm| {
+        let text = ask(vm, "while read -r key kib unit; do [ $key = MemFree: ] && echo $kib; done </proc/meminfo");
+        text.parse::<u64>().unwrap_or_else(|_| panic!("{text:?}"))
+    };
+    assert!(free(&vm) < 40 << 10, "of 116 MiB");
+    // Asked, the guest says the same.
+    let answers = vm.balloon_stats().unwrap().answers;
+    vm.ask_balloon().unwrap();
+    wait_for(&vm, "the guest answers", || (vm.balloon_stats().unwrap().answers > answers).then_some(()));
+
+    // Forked, both go on with what they have; the child takes its pages back and finds them usable.
+    let (image, _) = vm.fork().unwrap();
+    let child = Vm::from_image(&booted.context, "deflating", &image, PAUSED).unwrap();
+    assert_eq!(child.balloon_stats().unwrap().actual, MIB as u32 * 256);
+    child.set_balloon(0).unwrap();
+    wait_for(&child, "the balloon deflates", || (child.balloon_stats().unwrap().actual == 0).then_some(()));
+    assert!(free(&child) > 80 << 10);
+    assert_eq!(vm.balloon_stats().unwrap().actual, MIB as u32 * 256, "the parent's is its own");
+
+    // From now on free runs of 128 KiB are reported; the kernel wants 4 MiB in a VM with so little memory, and then more of them than it has.
+    let reported = child.balloon_stats().unwrap().discarded;
+    assert_eq!(ask(&child, "echo 5 >/sys/module/page_reporting/parameters/page_reporting_order; echo set"), "set");
+    assert_eq!(ask(&child, use_memory), "used");
+    let enough = reported + (20 << 8);
+    wait_for(&child, "free memory is reported", || (child.balloon_stats().unwrap().discarded > enough).then_some(()));
+    println!("private memory after what is free was reported: {} KiB", private_kib(&child));
+    assert!(private_kib(&child) < 16 << 10);
+    let again = "dd if=/dev/zero of=/tmp/fill bs=1M count=4 2>/dev/null; rm /tmp/fill; echo used";
+    assert_eq!(ask(&child, again), "used", "and can be used again");
+}
+
+/// The guest connects to the host, and the host to the guest.
+fn talk(vm: &Vm, word: &str) {
+    let socket = vm.identity().vsock.clone().unwrap().socket;
+    let path = |port: u32| PathBuf::from(format!("{}_{port}", socket.display()));
+    let listener = UnixListener::bind(path(5000)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    vm.resume().unwrap();
+    let from = vm.console().position();
+    vm.type_in(format!("echo from-{word} | vsock connect 2 5000\n").as_bytes());
+    let (mut stream, _) = patiently("the guest connects", || listener.accept());
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(ANSWER)).unwrap();
+    let wanted = format!("from-{word}\n");
+    let mut got = vec![0; wanted.len()];
+    stream.read_exact(&mut got).unwrap();
+    assert_eq!(String::from_utf8_lossy(&got), wanted);
+    stream.write_all(format!("answer-to-{word}\n").as_bytes()).unwrap();
+    drop(stream);
+    let text = finish(vm, from);
+    assert!(text.contains(&format!("answer-to-{word}")) && text.contains("closed"), "{text}");
+    std::fs::remove_file(path(5000)).unwrap();
+
+    let from = vm.console().position();
+    vm.type_in(format!("echo served-{word} | vsock listen 6000\n").as_bytes());
+    let _ = Linux::expect(vm, from, "listening", ANSWER);
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.set_read_timeout(Some(ANSWER)).unwrap();
+    stream.write_all(b"CONNECT 6000\n").unwrap();
+    let mut said = Vec::new();
+    while said.iter().filter(|byte| **byte == b'\n').count() < 2 {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        said.extend(byte);
+    }
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.starts_with("OK ") && said.ends_with(&format!("\nserved-{word}\n")), "{said:?}");
+    stream.write_all(format!("asked-of-{word}\n").as_bytes()).unwrap();
+    drop(stream);
+    let text = finish(vm, from);
+    assert!(text.contains(&format!("asked-of-{word}")), "{text}");
+    vm.pause().unwrap();
+}
+
+#[test]
+fn linux_talks_through_sockets_both_ways() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let vm = booted.child("sockets");
+    assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.path().join("sockets.vsock"));
+    talk(&vm, "one");
+    // Nobody listens: refused, and nothing else.
+    vm.resume().unwrap();
+    let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null", ANSWER);
+    vm.pause().unwrap();
+    assert!(text.contains("failed 104"), "{text}");
+    talk(&vm, "two");
+}
+
+#[test]
+fn linux_moves_bytes_through_its_network() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    if !booted.taps {
+        return skip("tap", "there are no TAP interfaces");
+    }
+    let vm = booted.child("network");
+    let subnet = connect(&vm);
+    let data = pattern(1);
+    send_to(&vm, subnet, &data);
+    let (port, back) = serve(subnet.host(), |mut stream| {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        got
+    });
+    assert_eq!(ask(&vm, &format!("nc {} {port} </tmp/data; echo sent", subnet.host())), "sent");
+    assert!(back.join().unwrap() == data, "every byte came back as it went");
+    let stats = vm.net_stats(0).unwrap();
+    println!("{stats:?}");
+    assert!(stats.received_bytes > BYTES as u64 && stats.sent_bytes > BYTES as u64, "{stats:?}");
+}
+
+/// Takes half of what comes, and the rest when it is let go.
+struct Slow {
+    received: AtomicUsize,
+    released: AtomicBool,
+}
+
+impl Slow {
+    fn read(&self, mut stream: TcpStream) -> Vec<u8> {
+        let mut got = Vec::new();
+        let mut part = vec![0; 16 << 10];
+        loop {
+            let len = stream.read(&mut part).unwrap();
+            if len == 0 {
+                return got;
+            }
+            got.extend(&part[..len]);
+            self.received.store(got.len(), Ordering::SeqCst);
+            while got.len() > BYTES / 2 && !self.released.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+}
+
+#[test]
+fn linux_is_forked_in_the_middle_of_everything() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    if !booted.taps {
+        return skip("tap", "there are no TAP interfaces");
+    }
+    let parent = booted.child("parent");
+    let subnet = connect(&parent);
+    let data = pattern(2);
+    send_to(&parent, subnet, &data);
+    assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
+    let carrier = |vm: &Vm| ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse::<u64>().unwrap();
+    let changes = carrier(&parent);
+    // A connection that nothing is said on.
+    let held_path = booted.dir.path().join("parent.vsock_7000");
+    let listener = UnixListener::bind(&held_path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(ask(&parent, "mkfifo /tmp/f; vsock connect 2 7000 <>/tmp/f & echo begun"), "begun");
+    let (mut held, _) = wait_for(&parent, "the guest connects", || listener.accept().ok());
+
+    // A transfer and a file at once, and the fork in the middle of both.
+    let slow = Arc::new(Slow { received: AtomicUsize::new(0), released: AtomicBool::new(false) });
+    let reader = Arc::clone(&slow);
+    let (port, transfer) = serve(subnet.host(), move |stream| reader.read(stream));
+    parent.resume().unwrap();
+    let from = parent.console().position();
+    let host = subnet.host();
+    let line = format!(
+        "nc {host} {port} </tmp/data & net=$!; dd if=/tmp/data of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo file-$?\n"
+    );
+    parent.type_in(line.as_bytes());
+    let deadline = Instant::now() + ANSWER;
+    let image = loop {
+        let received = slow.received.load(Ordering::SeqCst);
+        assert!(Instant::now() < deadline, "never in the middle of both: {received} bytes sent");
+        let (image, report) = parent.fork().unwrap();
+        if report.in_flight > 0 && received > 0 {
+            assert!(received < BYTES, "it is let go afterwards");
+            println!("forked with {} requests in flight and {received} of {BYTES} bytes sent", report.in_flight);
+            break image;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    slow.released.store(true, Ordering::SeqCst);
+    // The parent has noticed nothing.
+    let text = finish(&parent, from);
+    assert!(text.contains("file-0"), "{text}");
+    parent.pause().unwrap();
+    assert_eq!(ask(&parent, "wait $net; echo sent-$?"), "sent-0");
+    assert!(transfer.join().unwrap() == data, "the transfer is whole");
+    assert_eq!(ask(&parent, "cmp /tmp/data /tmp/d/big && echo same"), "same");
+    let from = parent.console().position();
+    held.write_all(b"are-you-there\n").unwrap();
+    wait_for(&parent, "the connection goes on", || {
+        parent.console().wait_for(from, "are-you-there", Duration::ZERO).1.then_some(())
+    });
+    assert_eq!(carrier(&parent), changes, "its link stayed up");
+
+    let child = Vm::from_image(&booted.context, "child", &image, PAUSED).unwrap();
+    let (own, parents) = (child.identity().clone(), parent.identity().clone());
+    assert!(own.nets[0].mac != parents.nets[0].mac && own.nets[0].tap != parents.nets[0].tap, "{own:?} {parents:?}");
+    let vsock = own.vsock.clone().unwrap();
+    assert_eq!(vsock.socket, booted.dir.path().join("child.vsock"));
+    assert!(Some(vsock.cid) != parents.vsock.map(|vsock| vsock.cid));
+    // Its file is written to the end as well, and its connection was reset.
+    child.resume().unwrap();
+    let text = finish(&child, 0);
+    assert!(text.contains("file-0"), "{text}");
+    // ENOTCONN is what Linux gives to who reads from a socket that its device has reset.
+    let _ = Linux::expect(&child, 0, "failed 107", ANSWER);
+    child.pause().unwrap();
+    assert_eq!(ask(&child, "kill $net; cmp /tmp/data /tmp/d/big && echo same"), "same");
+    talk(&child, "child");
+    // Its link went down and came up.
+    let now = wait_for_carrier(&child, changes + 2);
+    assert!(now >= changes + 2, "{changes} changes of the link, then {now}");
+    // The device says its own address, and a driver that is bound again takes it.
+    let (base, _) = virtio_slot(1).unwrap();
+    let word = |at: u64, bits: u32| ask(&child, &format!("devmem {:#x} {bits}", base.0 + 0x100 + at));
+    let [a, b, c, d, e, f] = own.nets[0].mac.0;
+    assert_eq!(word(0, 32), format!("0x{:08X}", u32::from_le_bytes([a, b, c, d])));
+    assert_eq!(word(4, 16), format!("0x{:04X}", u16::from_le_bytes([e, f])));
+    let rebind = "cd /sys/bus/virtio/drivers/virtio_net; d=$(echo virtio*); echo $d >unbind; echo $d >bind; cat /sys/class/net/eth0/address";
+    assert_eq!(ask(&child, rebind), own.nets[0].mac.to_string());
+    let subnet = connect(&child);
+    send_to(&child, subnet, &pattern(3));
+
+    // The disk of the instant of the fork is whole, and so is what either made of it.
+    checked(&image, &booted.dir.path().join("at-the-fork"));
+    for (vm, name) in [(&parent, "of-the-parent"), (&child, "of-the-child")] {
+        assert_eq!(ask(vm, "umount /tmp/d && echo gone"), "gone");
+        let (image, _) = vm.fork().unwrap();
+        checked(&image, &booted.dir.path().join(name));
+    }
+}
+
+fn wait_for_carrier(vm: &Vm, wanted: u64) -> u64 {
+    let deadline = Instant::now() + ANSWER;
+    loop {
+        let now = ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse().unwrap();
+        if now >= wanted || Instant::now() > deadline {
+            return now;
+        }
+    }
+}
