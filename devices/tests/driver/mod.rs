@@ -54,13 +54,19 @@ impl Driver {
         let device = VirtioMmio::new(device, ram, wiring.clone(), false);
         let ring = |index: u64| Ring { base: RINGS + index * PER_QUEUE, available: 0, seen: 0, next: 0 };
         let rings = (0..queues as u64).map(ring).collect();
-        let driver = Self { ram: ram.clone(), device, wiring, rings };
+        let mut driver = Self { ram: ram.clone(), device, wiring, rings };
         driver.set_up();
         driver
     }
 
-    pub(crate) fn set_up(&self) {
+    /// From the beginning: with the device reset, and nothing in the rings of what was there.
+    pub(crate) fn set_up(&mut self) {
         self.put(regs::STATUS, 0);
+        for ring in &mut self.rings {
+            *ring = Ring { available: 0, seen: 0, next: 0, ..*ring };
+            let clear = vec![0u8; PER_QUEUE as usize];
+            self.ram.memory().write_slice(&clear, GuestAddress(ring.base)).unwrap();
+        }
         self.put(regs::STATUS, 1);
         self.put(regs::STATUS, 3);
         for half in [0, 1] {
