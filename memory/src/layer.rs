@@ -13,7 +13,7 @@ use crate::interval::{IntervalMap, Piece};
 use crate::store::Backing;
 use crate::units::PageRange;
 
-/// Identity of a layer within its store.
+/// Identity of a layer within the process.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerId(pub(crate) u64);
 
@@ -69,6 +69,11 @@ impl Layer {
         live.fetch_add(1, Ordering::Relaxed);
         let (birth, given) = (AtomicBool::new(false), Mutex::default());
         Self { id, file, pages, home, live, birth, given, filling: OnceLock::new() }
+    }
+
+    /// Whether it is counted there: whether it is that store's.
+    pub(crate) fn is_counted_in(&self, live: &Arc<AtomicUsize>) -> bool {
+        Arc::ptr_eq(&self.live, live)
     }
 
     /// Where its pages are.

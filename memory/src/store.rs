@@ -66,7 +66,6 @@ struct Inner {
     warning: Option<String>,
     pagemap: Pagemap,
     budget: MappingBudget,
-    next_layer: AtomicU64,
     live_layers: Arc<AtomicUsize>,
     spares: Mutex<Vec<File>>,
     views: Arc<Views>,
@@ -106,15 +105,15 @@ impl Store {
 
     fn with(huge: Option<HugeTmpfs>, warning: Option<String>) -> Result<Self, StoreError> {
         let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
+        let live_layers = Arc::default();
         Ok(Self(Arc::new(Inner {
             huge,
             warning,
             pagemap,
             budget: MappingBudget::of_this_process(),
-            next_layer: AtomicU64::new(1),
-            live_layers: Arc::default(),
+            views: Arc::new(Views::new(&live_layers)),
+            live_layers,
             spares: Mutex::default(),
-            views: Arc::default(),
             engine: Mutex::default(),
             housekeeper: Mutex::default(),
         })))
@@ -211,13 +210,13 @@ impl Store {
     /// A layer for a reference page.
     pub(crate) fn reference_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        let (id, home) = (LayerId(self.next_id() | LayerId::REFERENCE), Home::Memory(self.grain(grain)));
+        let (id, home) = (LayerId(Self::next_id() | LayerId::REFERENCE), Home::Memory(self.grain(grain)));
         Ok(Layer::new(id, file, pages, home, Arc::clone(&self.0.live_layers)))
     }
 
     /// A layer over a file.
     pub(crate) fn adopt_file(&self, file: File, pages: u64, home: Home) -> Layer {
-        Layer::new(LayerId(self.next_id()), file, pages, home, Arc::clone(&self.0.live_layers))
+        Layer::new(LayerId(Self::next_id()), file, pages, home, Arc::clone(&self.0.live_layers))
     }
 
     /// The page size that is to be had.
@@ -225,9 +224,10 @@ impl Store {
         if self.0.huge.is_some() { wanted } else { Backing::Small }
     }
 
-    fn next_id(&self) -> u64 {
-        // Relaxed: identities only have to differ.
-        self.0.next_layer.fetch_add(1, Ordering::Relaxed)
+    fn next_id() -> u64 {
+        // The process's, because a VM of one store may be started from an image of another. Relaxed: identities only have to differ.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
     }
 
     fn file(&self, pages: u64, grain: Backing) -> io::Result<File> {

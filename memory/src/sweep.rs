@@ -49,14 +49,14 @@ impl Store {
     }
 }
 
-/// See [`Store::sweep`].
+/// See [`Store::sweep`]. Layers of other stores are theirs to sweep.
 pub(crate) fn sweep(views: &Views) -> Swept {
     let maps = views.all();
     let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
     // Children that have not changed since their fork share one map.
     let mut walked = HashSet::new();
     for map in maps.iter().filter(|map| walked.insert(Arc::as_ptr(map))) {
-        for (range, source) in map.iter() {
+        for (range, source) in map.iter().filter(|(_, source)| views.owns(&source.layer)) {
             let (_, runs) = seen.entry(source.layer.id()).or_insert_with(|| (Arc::clone(&source.layer), Vec::new()));
             runs.push(PageRange::with_len(source.at, range.len()));
         }

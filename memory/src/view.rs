@@ -1,10 +1,10 @@
-//! Views: every map through which somebody may yet read a layer, known to the store.
+//! Views: every map through which somebody may yet read a layer, known to the process.
 //!
-//! A layer's page that is in no view can be given back ([`crate::sweep`]). For that to be safe the store must see *all* views at one
+//! A layer's page that is in no view can be given back ([`crate::sweep`]). For that to be safe whoever does it must see *all* views at one
 //! instant, while VMs fork, reset and die beside it. So a view's map is an immutable value, registered before anything is read through it:
 //! who copies the registry under its lock holds every page that any view made later can have of an older layer, because such
 //! a view is made of these. (Walking the VMs one after another would miss a page that moves from one not yet visited to an image
-//! and away again.)
+//! and away again.) The registry is the process's, not a store's: nothing keeps a VM of one store from being started from an image of another.
 //!
 //! The state lock is held while a VM's view is changed, and the change is published before it is let go. Between the two the
 //! registry has what the VM showed before, and what it will show besides is either in another view (an image's, which the caller holds), in a
@@ -12,15 +12,19 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
-use crate::layer::LayerMap;
+use crate::layer::{Layer, LayerMap};
 
-/// All views of a store.
-#[derive(Debug, Default)]
+/// Every view there is.
+static REGISTERED: LazyLock<Mutex<Registered>> = LazyLock::new(Mutex::default);
+
+/// A store's part in it.
+#[derive(Debug)]
 pub(crate) struct Views {
-    registered: Mutex<Registered>,
+    /// Which layers are the store's: those that are counted here.
+    live_layers: Arc<AtomicUsize>,
     /// A view has gone or changed since this was last taken: there may be something to give back.
     changed: AtomicBool,
     /// Pages given back so far, of layers that were still in use.
@@ -33,15 +37,26 @@ struct Registered {
     maps: HashMap<u64, Arc<LayerMap>>,
 }
 
+fn registered() -> MutexGuard<'static, Registered> {
+    // Each change to it is one step.
+    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Views {
-    fn registered(&self) -> MutexGuard<'_, Registered> {
-        // Each change to it is one step.
-        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Of a store whose layers are counted in `live_layers`.
+    pub(crate) fn new(live_layers: &Arc<AtomicUsize>) -> Self {
+        let (changed, given_back) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { live_layers: Arc::clone(live_layers), changed, given_back }
+    }
+
+    /// Whether a layer is the store's.
+    pub(crate) fn owns(&self, layer: &Layer) -> bool {
+        layer.is_counted_in(&self.live_layers)
     }
 
     /// Every map that is read through now, and with it all that can be read through later of the layers there are now.
     pub(crate) fn all(&self) -> Vec<Arc<LayerMap>> {
-        self.registered().maps.values().cloned().collect()
+        registered().maps.values().cloned().collect()
     }
 
     /// Counts pages that a sweep gave back.
@@ -73,11 +88,11 @@ pub(crate) struct View {
 
 impl View {
     pub(crate) fn new(all: &Arc<Views>, map: Arc<LayerMap>) -> Self {
-        let mut registered = all.registered();
-        registered.next += 1;
-        let id = registered.next;
-        registered.maps.insert(id, Arc::clone(&map));
-        drop(registered);
+        let mut registry = registered();
+        registry.next += 1;
+        let id = registry.next;
+        registry.maps.insert(id, Arc::clone(&map));
+        drop(registry);
         Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
     }
 
@@ -96,7 +111,7 @@ impl View {
         if Arc::ptr_eq(&self.map, &self.published) {
             return;
         }
-        let before = self.all.registered().maps.insert(self.id, Arc::clone(&self.map));
+        let before = registered().maps.insert(self.id, Arc::clone(&self.map));
         self.published = Arc::clone(&self.map);
         self.all.changed.store(true, Ordering::Relaxed);
         // Outside the lock: it may hold the last handles of layers.
@@ -120,7 +135,7 @@ impl DerefMut for View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        let gone = self.all.registered().maps.remove(&self.id);
+        let gone = registered().maps.remove(&self.id);
         self.all.changed.store(true, Ordering::Relaxed);
         drop(gone);
     }

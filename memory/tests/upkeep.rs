@@ -303,3 +303,24 @@ fn d5_more_scattered_pages_than_mappings() {
     drop(ram);
     expect_gone(&store);
 }
+
+/// A VM of one store, started from an image of another: neither store gives back what the other's VM sees.
+#[test]
+fn stores_look_at_each_others_views() {
+    let (ours, theirs) = (Store::open_small().unwrap(), Store::open_small().unwrap());
+    let parent = born(&ours, 64);
+    let vm = child(&freeze(&parent), &theirs);
+    (0..32).for_each(|page| put(&vm, page, 7));
+    (32..64).for_each(|page| put(&parent, page, 8));
+    drop((freeze(&vm), freeze(&parent)));
+    theirs.sweep();
+    ours.sweep();
+    (0..64).for_each(|page| assert_eq!(word(&vm, page), if page < 32 { 7 } else { page + 1 }));
+    (0..64).for_each(|page| assert_eq!(word(&parent, page), if page < 32 { page + 1 } else { 8 }));
+    // What nobody sees of ours is given back all the same.
+    (0..32).for_each(|page| put(&parent, page, 9));
+    drop(freeze(&parent));
+    drop(vm);
+    ours.sweep();
+    assert!(ours.given_back() > 0);
+}
