@@ -318,7 +318,7 @@ fn stores_look_at_each_others_views() {
     (0..64).for_each(|page| assert_eq!(word(&vm, page), if page < 32 { 7 } else { page + 1 }));
     (0..64).for_each(|page| assert_eq!(word(&parent, page), if page < 32 { page + 1 } else { 8 }));
     // What nobody sees of ours is given back all the same.
-    (0..32).for_each(|page| put(&parent, page, 9));
+    (0..16).for_each(|page| put(&parent, page, 9));
     drop(freeze(&parent));
     drop(vm);
     ours.sweep();
