@@ -12,6 +12,8 @@
 //! | how memory becomes shared | `freeze.rs`; without waiting for the copies, `background.rs` |
 //! | how a child gets it | `adopt.rs` |
 //! | DMA | [`DmaPin`] |
+//! | how layers stay few, and are given back | `compact.rs`, `sweep.rs`, `view.rs` |
+//! | how it is tested | `fault.rs`, `sabotage.rs`, `tests/` |
 //!
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. What it does not do: it does not stop writers (see
 //! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it does not write to disk.
