@@ -185,7 +185,7 @@ impl GuestRegion {
         }
         state.map.set(Arc::default());
         state.mappings = crate::interval::IntervalMap::new();
-        state.birth = None;
+        state.leave_birth();
         state.compaction = None;
         let _ = state.promise.resize(1);
     }

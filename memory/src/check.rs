@@ -68,9 +68,7 @@ impl GuestRegion {
         // Until what the background did is taken note of, the view before keeps what is still mapped.
         self.drain(&mut state)?;
         let table = self.table.lock();
-        let mut own = self.owned_private(self.range(), &state.born_runs())?;
-        own.extend(state.born_runs());
-        own.sort_unstable();
+        let own = self.own(&state)?;
         let others = crate::units::subtract_runs(&[self.range()], &own);
         for run in &others {
             let claimed = crate::units::subtract_runs(&[*run], &table.not_exclusive(*run));

@@ -22,7 +22,7 @@ use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
 use crate::nofork;
 use crate::ram::{GuestRam, Quiesced, RamImage};
-use crate::region::{GuestRegion, Mapping, State};
+use crate::region::{GuestRegion, Mapping, State, parts_of, same};
 use crate::store::Store;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
@@ -64,13 +64,15 @@ impl CompactReport {
         self.copied += copied;
         self.pieces_before += before.len() as u64;
         self.pieces += after.len() as u64;
-        self.layers_before += layers(before) as u64;
-        self.layers += layers(after) as u64;
+        self.layers_before += layers([before]) as u64;
+        self.layers += layers([after]) as u64;
     }
 }
 
-pub(crate) fn layers(map: &LayerMap) -> usize {
-    let mut ids: Vec<_> = map.iter().map(|(_, source)| source.layer.id()).collect();
+/// Layers that `maps` refer to.
+pub(crate) fn layers<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> usize {
+    let pieces = maps.into_iter().flat_map(LayerMap::iter);
+    let mut ids: Vec<_> = pieces.map(|(_, source)| source.layer.id()).collect();
     ids.sort_unstable();
     ids.dedup();
     ids.len()
@@ -110,7 +112,7 @@ fn map_end(map: &LayerMap) -> u64 {
 /// Whether `map` is worth sewing together, so far as its size tells: it has grown well beyond what the last time left.
 fn is_patchwork(map: &LayerMap, sewn: (usize, usize)) -> bool {
     let (pieces, deep) = sewn;
-    map.len() > MANY.max(pieces + pieces / 2) || (map.len() > deep + DEEP && layers(map) > deep + DEEP)
+    map.len() > MANY.max(pieces + pieces / 2) || (map.len() > deep + DEEP && layers([map]) > deep + DEEP)
 }
 
 /// A copy of parts of a map in one layer.
@@ -160,24 +162,17 @@ impl Merged {
 
     /// The parts of `run` where `now` says what it said when it was copied.
     fn unchanged(&self, now: &LayerMap, run: PageRange) -> Vec<PageRange> {
-        let (was, is) = (self.of.within(run), now.within(run));
-        let mut same = Vec::new();
-        for (range, source) in &was {
-            let cut = is.iter().filter(|(other, _)| !other.intersect(*range).is_empty());
-            for (other, now) in cut {
-                let both = other.intersect(*range);
-                let (a, b) = (source.advance(both.start - range.start), now.advance(both.start - other.start));
-                if a.layer.id() == b.layer.id() && a.at == b.at {
-                    same.push(both);
+        let mut unchanged = Vec::new();
+        for (range, was) in parts_of(&self.of, run) {
+            for (piece, is) in parts_of(now, range) {
+                let was = was.as_ref().map(|source| source.advance(piece.start - range.start));
+                if same(was.as_ref(), is.as_ref()) {
+                    unchanged.push(piece);
                 }
             }
         }
-        // Zeros then and zeros now.
-        let covered = |map: &[(PageRange, Source)]| map.iter().map(|(range, _)| *range).collect::<Vec<_>>();
-        let zeros = subtract_runs(&subtract_runs(&[run], &covered(&was)), &covered(&is));
-        same.extend(zeros);
-        same.sort_unstable();
-        join_runs(&same, 0)
+        unchanged.sort_unstable();
+        join_runs(&unchanged, 0)
     }
 
     /// Shows the copies in `map`, wherever it still says what was copied.
@@ -297,15 +292,6 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// What this VM owns, mapped shared or private.
-    fn own(&self, state: &State) -> Result<Vec<PageRange>, RamError> {
-        let born = state.born_runs();
-        let mut own = self.owned_private(self.range(), &born)?;
-        own.extend(born);
-        own.sort_unstable();
-        Ok(own)
-    }
-
     /// After a freeze: has the view sewn together in the background, if it has become a patchwork.
     pub(crate) fn compact_later(&self, state: &mut State) {
         if state.compaction.is_some() || state.freezing.is_some() || !is_patchwork(&state.map, state.sewn) {
@@ -326,11 +312,13 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been sewn together. `own` are the pages this VM owns; nothing
-    /// else writes.
-    pub(crate) fn take_over_some(&self, state: &mut State, own: &[PageRange]) {
+    /// In a freeze, with the table locked: takes over some of what has been sewn together, if anything has. `own` are the pages this VM owns, but
+    /// for no-fork ones; nothing else writes.
+    pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
-        match merged.map(|merged| self.take_over(state, merged, own, AT_A_FREEZE)) {
+        let mut own = own.concat();
+        own.sort_unstable();
+        match merged.map(|merged| self.take_over(state, merged, &own, AT_A_FREEZE)) {
             Some(Ok(Some(rest))) => {
                 if let Some(compaction) = &state.compaction {
                     compaction.set(Some(rest));
@@ -341,7 +329,7 @@ impl GuestRegion {
             Some(Ok(None)) | None => {}
         }
         state.compaction = None;
-        state.sewn = (state.map.len(), layers(&state.map));
+        state.sewn = (state.map.len(), layers([&*state.map]));
     }
 
     /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most `most` patches; returns the rest.
@@ -362,8 +350,11 @@ impl GuestRegion {
     }
 
     fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
+        let kept = nofork::runs(&state.no_fork);
         for (run, source) in &merged.placed {
-            let same = merged.unchanged(&state.map, *run);
+            // Without what has been declared no-fork since it was copied: which of those pages are the VM's own a freeze does not ask, and a page that is
+            // not must not be shown by a mapping when the map says otherwise.
+            let same = subtract_runs(&merged.unchanged(&state.map, *run), &kept);
             let copied = |part: PageRange| source.advance(part.start - run.start);
             // This VM's own pages stay as they are; of them only the map changes.
             let pieces = subtract_runs(&same, own);
@@ -384,5 +375,47 @@ impl GuestRegion {
         let most = (state.mappings.len() + 2) as u64;
         state.promise.resize(state.promise.count().max(most))?;
         self.remap(state, piece, source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{FreezeMode, NoFork, RamLayout};
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// What is declared no-fork between the copying and the taking over stays with the layer it is shown from.
+    #[test]
+    fn a_declaration_that_came_in_between_is_left_alone() {
+        let store = Store::open().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
+        ram.birth().unwrap();
+        let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0;
+        freeze();
+        // So many that most are mapped over the delta.
+        (0..1024).filter(|page| page % 512 < 400).for_each(|page| put(page, page + 1));
+        let image = freeze();
+        // The VM's own again, and in what a freeze does not ask for once it is declared.
+        put(12, 999);
+        let region = &ram.regions()[0];
+        let mut state = region.state();
+        let of = Arc::clone(state.map.map());
+        let merged = Merged::make(&store, &of, &patches(&of, &[])).unwrap().unwrap();
+        state.no_fork.insert(PageRange::new(10, 20), NoFork::Zeroed);
+        let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
+        region.take_over(&mut state, merged, &own, usize::MAX).unwrap();
+        drop(state);
+        ram.check(&Quiesced::assume()).unwrap();
+        drop((image, of));
+        store.sweep();
+        for page in 0..1024 {
+            let want = match page {
+                12 => 999,
+                _ if page % 512 < 400 => page + 1,
+                _ => 0,
+            };
+            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
+        }
     }
 }

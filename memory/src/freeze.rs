@@ -117,9 +117,7 @@ impl GuestRegion {
         let table = self.table.lock();
         let plan = self.plan(&state, &table)?;
         // While nothing writes and every page this VM owns is known.
-        let mut own = [plan.born.as_slice(), &plan.owned, &nofork::runs(&state.no_fork)].concat();
-        own.sort_unstable();
-        self.take_over_some(&mut state, &own);
+        self.take_over_some(&mut state, [&plan.born, &plan.owned]);
         let frozen = self.carry_out(&mut state, &table, &plan, mode);
         if frozen.is_err() {
             // I13: whatever is still born or private is still this VM's own.

@@ -174,6 +174,13 @@ pub struct Source {
     pub at: u64,
 }
 
+impl Source {
+    /// Whether both are one page of one layer.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.layer.id() == other.layer.id() && self.at == other.at
+    }
+}
+
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} at {:#x}", self.layer.id, self.at)

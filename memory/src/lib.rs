@@ -16,7 +16,7 @@
 //! | how it is tested | `fault.rs`, `sabotage.rs`, `tests/` |
 //!
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. What it does not do: it does not stop writers (see
-//! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it does not write to disk.
+//! [`Quiesced`]), it does not handle page faults (the kernel's private mappings copy on write), and it writes to disk only what is evicted.
 
 // The devices of the tests are those of the integration tests.
 #[cfg(test)]

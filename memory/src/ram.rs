@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
 use crate::background::FillError;
+use crate::compact;
 use crate::error::RamError;
 use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
 use crate::nofork::NoForkMap;
@@ -141,10 +142,7 @@ impl RamImage {
     /// Layers it refers to.
     #[must_use]
     pub fn layers(&self) -> usize {
-        let mut ids: Vec<_> = self.regions.iter().flat_map(|r| r.map.iter().map(|(_, s)| s.layer.id())).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ids.len()
+        compact::layers(self.regions.iter().map(|region| &**region.map))
     }
 }
 

@@ -121,6 +121,14 @@ impl State {
         }
     }
 
+    /// The VM goes, or its memory does: what it still owned of the file it was born in is nobody's. No device has any of it, for a pin keeps the
+    /// region.
+    pub(crate) fn leave_birth(&mut self) {
+        if let Some(birth) = self.birth.take() {
+            birth.set_birth(false);
+        }
+    }
+
     /// The runs mapped shared over the birth file.
     pub(crate) fn born_runs(&self) -> Vec<PageRange> {
         let mut runs = Vec::new();
@@ -158,7 +166,7 @@ impl Drop for Locked<'_> {
 
 pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
     match (a, b) {
-        (Some(a), Some(b)) => a.layer.id() == b.layer.id() && a.at == b.at,
+        (Some(a), Some(b)) => a.is(b),
         (None, None) => true,
         _ => false,
     }
@@ -271,6 +279,15 @@ impl GuestRegion {
             owned.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
         }
         Ok(owned)
+    }
+
+    /// What this VM owns, mapped shared or private.
+    pub(crate) fn own(&self, state: &State) -> Result<Vec<PageRange>, RamError> {
+        let born = state.born_runs();
+        let mut own = self.owned_private(self.range(), &born)?;
+        own.extend(born);
+        own.sort_unstable();
+        Ok(own)
     }
 
     pub(crate) fn expect_empty(&self) -> Result<(), RamError> {
@@ -389,8 +406,9 @@ impl GuestRegion {
 
 impl Drop for GuestRegion {
     fn drop(&mut self) {
-        // A freeze of its own is finished without it: the filling keeps the memory.
+        // A freeze of its own is finished without it: the filling keeps the memory, and has long copied what was pinned of the birth file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.leave_birth();
         for layer in state.waits.drain(..) {
             if let Some(filling) = layer.filling() {
                 filling.detach(&self.at);

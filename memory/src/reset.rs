@@ -32,7 +32,7 @@ impl std::ops::AddAssign for ResetReport {
 /// Whether a private mapping shows what `want` says.
 fn shows(have: &Mapping, want: &Mapping) -> bool {
     match (have, want) {
-        (Mapping::Private(have), Mapping::Private(want)) => have.layer.id() == want.layer.id() && have.at == want.at,
+        (Mapping::Private(have), Mapping::Private(want)) => have.is(want),
         // What was not inherited stays as absent as it was (R19).
         (Mapping::Zero, Mapping::Zero) | (Mapping::Absent, _) => true,
         _ => false,

@@ -258,6 +258,17 @@ mod loom_tests {
 
     use super::*;
 
+    /// A freeze, on a thread of its own: shares the page, and if it may, puts another frame behind it.
+    fn freeze_and_remap(word: &Arc<Word>, frame: &Arc<Mutex<u32>>) -> thread::JoinHandle<()> {
+        let (word, frame) = (word.clone(), frame.clone());
+        thread::spawn(move || {
+            let mut frame = frame.lock().unwrap();
+            if word.try_share().is_ok() {
+                *frame = 1;
+            }
+        })
+    }
+
     /// A pin races a freeze that shares and then "remaps". If the pin got in without the lock, the freeze must not have taken the
     /// page; if the freeze took it, the pin must go through the lock and unshare (I3, I8).
     #[test]
@@ -266,15 +277,7 @@ mod loom_tests {
             let word = Arc::new(Word::new(Ownership::new(true, 0)));
             // The frame behind the page: 0 before, 1 after the freeze's remap, 2 after an unshare. Guarded by the table's lock.
             let frame = Arc::new(Mutex::new(0u32));
-            let freezer = {
-                let (word, frame) = (word.clone(), frame.clone());
-                thread::spawn(move || {
-                    let mut frame = frame.lock().unwrap();
-                    if word.try_share().is_ok() {
-                        *frame = 1;
-                    }
-                })
-            };
+            let freezer = freeze_and_remap(&word, &frame);
             let got = match word.try_pin() {
                 Ok(()) => None,
                 Err(_) => {
@@ -331,15 +334,7 @@ mod loom_tests {
         loom::model(|| {
             let word = Arc::new(Word::new(Ownership::new(true, 0)));
             let frame = Arc::new(Mutex::new(0u32));
-            let freezer = {
-                let (word, frame) = (word.clone(), frame.clone());
-                thread::spawn(move || {
-                    let mut frame = frame.lock().unwrap();
-                    if word.try_share().is_ok() {
-                        *frame = 1;
-                    }
-                })
-            };
+            let freezer = freeze_and_remap(&word, &frame);
             let looked = word.load().is_exclusive();
             if looked {
                 word.0.fetch_add(PIN, Ordering::Acquire);

@@ -324,3 +324,19 @@ fn stores_look_at_each_others_views() {
     ours.sweep();
     assert!(ours.given_back() > 0);
 }
+
+/// What a VM still owned of its birth file when it went, because a device had it at the last freeze, is given back though others see the rest.
+#[test]
+fn what_a_dead_vm_owned_of_its_birth_file_is_given_back() {
+    let store = Store::open_small().unwrap();
+    let parent = born(&store, 64);
+    let pin = parent.regions()[0].pin(PageRange::new(5, 9), Access::Write, Term::Long).unwrap();
+    let image = freeze(&parent);
+    store.sweep();
+    assert_eq!(store.given_back(), 0, "while it lives it owns them");
+    drop((pin, parent));
+    store.sweep();
+    assert_eq!(store.given_back(), 4);
+    let vm = child(&image, &store);
+    (0..64).for_each(|page| assert_eq!(word(&vm, page), page + 1));
+}

@@ -113,7 +113,10 @@ impl Limiter {
     /// # Errors
     /// The instant at which it may.
     pub fn ready(&mut self) -> Result<(), Instant> {
-        let now = Instant::now();
+        self.ready_at(Instant::now())
+    }
+
+    fn ready_at(&mut self, now: Instant) -> Result<(), Instant> {
         let buckets = [self.bytes.as_mut(), self.operations.as_mut()];
         let wait = buckets.into_iter().flatten().map(|bucket| {
             bucket.refill(now);
@@ -123,19 +126,10 @@ impl Limiter {
     }
 
     fn take_at(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
-        let buckets = [self.bytes.as_mut(), self.operations.as_mut()];
-        let wait = buckets.into_iter().flatten().map(|bucket| {
-            bucket.refill(now);
-            bucket.wait()
-        });
-        match wait.max().filter(|wait| !wait.is_zero()) {
-            Some(wait) => Err(now + wait),
-            None => {
-                self.bytes.iter_mut().for_each(|bucket| bucket.take(bytes));
-                self.operations.iter_mut().for_each(|bucket| bucket.take(1));
-                Ok(())
-            }
-        }
+        self.ready_at(now)?;
+        self.bytes.iter_mut().for_each(|bucket| bucket.take(bytes));
+        self.operations.iter_mut().for_each(|bucket| bucket.take(1));
+        Ok(())
     }
 }
 

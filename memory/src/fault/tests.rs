@@ -96,8 +96,7 @@ impl Rig {
     fn check_still_owned(&self, before: &[bool], what: &str) {
         let region = &self.ram.regions()[0];
         let state = region.state();
-        let mut own = region.owned_private(region.range(), &state.born_runs()).unwrap();
-        own.extend(state.born_runs());
+        let own = region.own(&state).unwrap();
         for page in (0..PAGES).filter(|page| before[*page as usize] && own.iter().any(|run| run.contains(*page))) {
             assert!(region.ownership().get(page).0, "{what}: page {page} has lost its bit");
         }

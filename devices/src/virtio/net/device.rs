@@ -107,7 +107,6 @@ pub struct Net {
     pairs: u16,
     /// Pairs whose interface may have a packet.
     readable: Vec<bool>,
-    /// Pairs whose driver may have packets to send.
     receive: Limiter,
     send: Limiter,
     /// When to look again, after a limit or a full interface.
