@@ -51,16 +51,23 @@ impl Store {
 
 /// See [`Store::sweep`]. Layers of other stores are theirs to sweep.
 pub(crate) fn sweep(views: &Views) -> Swept {
-    let maps = views.all();
-    let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
-    // Children that have not changed since their fork share one map.
-    let mut walked = HashSet::new();
-    for map in maps.iter().filter(|map| walked.insert(Arc::as_ptr(map))) {
-        for (range, source) in map.iter().filter(|(_, source)| views.owns(&source.layer)) {
-            let (_, runs) = seen.entry(source.layer.id()).or_insert_with(|| (Arc::clone(&source.layer), Vec::new()));
-            runs.push(PageRange::with_len(source.at, range.len()));
-        }
-    }
+    sweep_in_steps(views, || {})
+}
+
+/// `between` is called after each step but the last: whatever others do there must cost no page.
+fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
+    // Before the views are looked at: a VM that freezes or dies in between first shows the pages it had to itself and then says that it has none. Asked
+    // afterwards, the layer would be one of which the views looked at do not show those pages.
+    let whole: HashSet<LayerId> = seen_in(views)
+        .into_values()
+        .map(|(layer, _)| layer)
+        .filter(|layer| is_whole(layer))
+        .map(|layer| layer.id())
+        .collect();
+    between();
+    let mut seen = seen_in(views);
+    seen.retain(|id, _| whole.contains(id));
+    between();
     let mut swept = Swept::default();
     for (layer, runs) in seen.into_values() {
         // Held while pages go: what a layer has given is what its file lacks.
@@ -92,13 +99,30 @@ pub(crate) fn sweep(views: &Views) -> Swept {
     swept
 }
 
+/// What views see of this store's layers.
+fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
+    let maps = views.all();
+    let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
+    // Children that have not changed since their fork share one map.
+    let mut walked = HashSet::new();
+    for map in maps.iter().filter(|map| walked.insert(Arc::as_ptr(map))) {
+        for (range, source) in map.iter().filter(|(_, source)| views.owns(&source.layer)) {
+            let (_, runs) = seen.entry(source.layer.id()).or_insert_with(|| (Arc::clone(&source.layer), Vec::new()));
+            runs.push(PageRange::with_len(source.at, range.len()));
+        }
+    }
+    seen
+}
+
+/// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives by its handle; in a layer that is being filled a hole
+/// is a page that is still to come.
+fn is_whole(layer: &Layer) -> bool {
+    !layer.id().is_reference() && !layer.is_birth() && layer.pending().is_none()
+}
+
 /// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes in blocks, because a block that lost a
 /// page would be mapped page by page.
 fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Vec<PageRange> {
-    // A reference page lives by its handle. In a layer that is being filled a hole is a page that is still to come.
-    if layer.id().is_reference() || layer.is_birth() || layer.pending().is_some() {
-        return Vec::new();
-    }
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));
     let dead = subtract_runs(&dead, given);
@@ -112,4 +136,51 @@ fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Ve
     let dead: Vec<PageRange> = dead.into_iter().map(whole).filter(|run| !run.is_empty()).collect();
     debug_assert!(pages_in(&dead) <= layer.pages(), "runs are disjoint");
     dead
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Term};
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 64;
+
+    fn check(ram: &GuestRam, what: &str) {
+        for page in 0..PAGES {
+            let word: u64 = ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap();
+            assert_eq!(word, page + 1, "page {page} {what}");
+        }
+    }
+
+    /// The last pages of a birth file become a layer's, or their VM goes, in the middle of a sweep.
+    #[test]
+    fn what_is_shown_while_a_sweep_looks_round_is_kept() {
+        for (dies, step) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
+            let store = Store::open_small().unwrap();
+            let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.birth().unwrap();
+            (0..PAGES).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
+            let freeze = |ram: &GuestRam| ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0;
+            let pin = ram.regions()[0].pin(PageRange::new(5, 9), Access::Write, Term::Long).unwrap();
+            let first = freeze(&ram);
+            drop(pin);
+            assert!(!ram.regions()[0].state().born_runs().is_empty(), "what was pinned is the VM's still");
+            let (mut ram, mut second, mut at) = (Some(ram), None, 0);
+            sweep_in_steps(store.views(), || {
+                if at == step {
+                    second = Some(freeze(ram.as_ref().unwrap()));
+                    ram = ram.take().filter(|_| !dies);
+                }
+                at += 1;
+            });
+            let what = format!("(dies: {dies}, in step {step})");
+            ram.iter().for_each(|ram| check(ram, &what));
+            for image in [first, second.unwrap()] {
+                let child = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+                child.adopt(&image).unwrap();
+                check(&child, &what);
+            }
+        }
+    }
 }
