@@ -12,6 +12,9 @@
 //! | `0x9000` | `0xf000` | page tables of the 64-bit protocol: PML4, PDPT, four PDs; 4 GiB in 2 MiB pages |
 //! | `0x20000` | `0x20800` | command line |
 //! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory, where kernels look |
+//! | `0xe0000` | `0xf0000` | ACPI tables, the root pointer first, where kernels look |
+//! | `0xfe000` | `0xff000` | the VM's generation id, which changes in every clone |
+//! | `0xff000` | `0x100000` | VMClock: what tells user space the same |
 //! | `0x100000` | | kernel, at the address it was linked for |
 //! | below the gap | | initramfs, as high as it fits |
 //! | `0xc0000000` | `0x100000000` | no RAM: virtio-mmio from `0xd0000000`, IOAPIC, LAPIC, KVM's TSS |
@@ -49,6 +52,16 @@ pub const CMDLINE_CAPACITY: usize = 2048;
 pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// End of base memory.
 pub const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
+/// ACPI tables, the root pointer first.
+pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
+/// End of what ACPI tables may take.
+pub const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
+/// The 16 bytes of the generation id, in a page of their own: a kernel may hand the clock's page to its users, and this is for nobody else.
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
+/// The VMClock structure, in a page of its own.
+pub const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
+/// The interrupt by which the guest is told that its generation has changed. Of a mouse that there is not.
+pub const GENERATION_GSI: u32 = 12;
 /// Start of the memory a kernel may be loaded into.
 pub const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
 /// Start of the address range without RAM.
@@ -324,13 +337,13 @@ mod tests {
     #[test]
     fn virtio_devices_have_pages_and_interrupts_of_their_own() {
         let mut gsis = VIRTIO_GSIS.to_vec();
-        gsis.extend([0, 1, 2, 4, 8]);
+        gsis.extend([0, 1, 2, 4, 8, GENERATION_GSI]);
         gsis.sort_unstable();
         gsis.dedup();
         assert_eq!(
             gsis.len(),
-            VIRTIO_GSIS.len() + 5,
-            "none is another's, the timer's, the keyboard's, the console's or the clock's"
+            VIRTIO_GSIS.len() + 6,
+            "none is another's, the timer's, the keyboard's, the console's, the clock's or the generation's"
         );
         assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
         let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();
@@ -354,6 +367,10 @@ mod tests {
             range(BOOT_PD.0, BOOT_PD.0 + PAGE_SIZE * BOOT_PD_COUNT),
             range(CMDLINE.0, CMDLINE.0 + CMDLINE_CAPACITY as u64),
             range(MP_TABLE.0, BASE_MEMORY_END.0),
+            range(ACPI_TABLES.0, ACPI_TABLES_END.0),
+            range(GENERATION_ID.0, GENERATION_ID.0 + PAGE_SIZE),
+            range(VMCLOCK.0, VMCLOCK.0 + PAGE_SIZE),
+            range(HIMEM_START.0, HIMEM_START.0 + 1),
         ];
         for (i, a) in fixed.iter().enumerate() {
             for b in &fixed[i + 1..] {

@@ -14,6 +14,7 @@
 //!
 //! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed through), 32-bit kernels.
 
+mod acpi;
 mod bzimage;
 mod elf;
 mod image;
@@ -28,6 +29,7 @@ mod regs;
 mod testutil;
 mod unpack;
 
+pub use acpi::{acpi_tables, write_acpi_tables};
 pub use bzimage::{BzImage, BzImageError};
 pub use elf::{ElfError, KernelElf};
 pub use image::{Image, ImageError};

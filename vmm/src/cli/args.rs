@@ -8,7 +8,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::cli::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::cli::disk::parse_disk;
-use crate::kvm::CpuHide;
+use crate::kvm::{CpuHide, CpuTemplate};
 use crate::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
@@ -104,6 +104,9 @@ pub(crate) struct RunArgs {
     /// The VM's name; clade-PID if not given.
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// What the CPUs look like: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a snapshot moves between hosts of one vendor.
+    #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
+    pub(crate) cpu_template: CpuTemplate,
     /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
@@ -130,6 +133,9 @@ pub(crate) struct RunArgs {
     /// A virtio console (hvc0) beside the serial one (clade console --virtio).
     #[arg(long)]
     pub(crate) virtio_console: bool,
+    /// No ACPI tables: the guest finds its devices on the command line alone, and has no generation id by which to learn that it was cloned.
+    #[arg(long)]
+    pub(crate) no_acpi: bool,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
     #[arg(long)]
     pub(crate) pit: bool,

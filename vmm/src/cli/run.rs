@@ -26,7 +26,9 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
         config.check_host_memory().map_err(Failure::input)?;
     }
     config.pit = args.pit;
+    config.cpu = args.cpu_template;
     config.hide = args.cpu_hide.clone().unwrap_or_default();
+    config.acpi = !(bare || args.no_acpi);
     config.report_port = bare;
     config.irqchip = Irqchip::Full;
     config.disks.clone_from(&args.disk);

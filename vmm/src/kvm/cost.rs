@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::testutil::{TWO_OUTS, TestVm, host, save_all};
 use super::vcpu_state::{CpuidState, StateLayout};
+use super::vm_state::Clock;
 
 /// Prints what each step costs: `cargo test --release -- --ignored --nocapture cost_of_each_step`.
 #[test]
@@ -53,5 +54,5 @@ fn cost_of_each_step() {
     time("set lapic", &mut || vcpu.set_lapic(&state.lapic).unwrap());
     time("set msrs", &mut || _ = vcpu.set_msrs(&state.msrs).unwrap());
     time("set events", &mut || vcpu.set_vcpu_events(&state.events).unwrap());
-    time("restore", &mut || state.restore(vcpu, &layout, CpuidState::Set).unwrap());
+    time("restore", &mut || state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp).unwrap());
 }

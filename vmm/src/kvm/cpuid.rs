@@ -6,6 +6,7 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use super::features::{CpuHide, Reg, features};
+use super::template::CpuTemplate;
 
 /// Leaf 1 ECX: TSC deadline timer.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -47,6 +48,14 @@ pub enum CpuidError {
         /// How many there are.
         vcpus: u8,
     },
+    /// The host lacks what a template needs.
+    #[error("the CPU template {template} needs {}, which guests cannot have on this host", missing.join(", "))]
+    Template {
+        /// Which template.
+        template: CpuTemplate,
+        /// What is missing, by the kernel's names.
+        missing: Vec<&'static str>,
+    },
     /// More entries than KVM takes.
     #[error("{entries} CPUID entries are more than KVM takes")]
     TooManyEntries {
@@ -64,6 +73,8 @@ pub struct CpuidSpec<'a> {
     pub vcpus: u8,
     /// What to hide.
     pub hide: &'a CpuHide,
+    /// What it is to look like.
+    pub template: CpuTemplate,
     /// The highest basic leaf to admit to.
     pub max_leaf: Option<u32>,
     /// Whether KVM emulates the TSC deadline timer, which it does not say in its CPUID.
@@ -108,6 +119,12 @@ pub fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, Cpu
     }
     let mut leaves = Leaves(supported.as_slice().to_vec());
     let amd = leaves.is_amd();
+    // Of what the host has; what is hidden beside that is whoever hides it's own choice.
+    let missing = spec.template.missing(&leaves.0);
+    if !missing.is_empty() {
+        return Err(CpuidError::Template { template: spec.template, missing });
+    }
+    spec.template.apply(&mut leaves.0);
     if let Some(max) = spec.max_leaf {
         let highest = leaves.required(0)?;
         highest.eax = highest.eax.min(max);
@@ -265,7 +282,15 @@ mod tests {
     }
 
     fn spec(vcpu: u8, vcpus: u8, hide: &CpuHide) -> CpuidSpec<'_> {
-        CpuidSpec { vcpu, vcpus, hide, max_leaf: None, tsc_deadline: true, force_xsaveerptr: false }
+        CpuidSpec {
+            vcpu,
+            vcpus,
+            hide,
+            template: CpuTemplate::Host,
+            max_leaf: None,
+            tsc_deadline: true,
+            force_xsaveerptr: false,
+        }
     }
 
     fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> kvm_cpuid_entry2 {
@@ -326,6 +351,23 @@ mod tests {
         let none: CpuHide = "xsave".parse().unwrap();
         let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &none)).unwrap();
         assert!(cpuid.as_slice().iter().filter(|e| e.function == 0xd).all(|e| e.eax | e.ebx | e.ecx | e.edx == 0));
+    }
+
+    #[test]
+    fn a_template_hides_what_it_does_not_name() {
+        let hide = CpuHide::none();
+        let with = |template| build_cpuid(&supported(b"GenuineIntel"), &CpuidSpec { template, ..spec(1, 2, &hide) });
+        let cpuid = with(CpuTemplate::V2).unwrap();
+        assert_eq!(find(&cpuid, 1, 0).ecx & (1 << 28 | 1 << 26), 0, "no AVX, no XSAVE");
+        assert_eq!(find(&cpuid, 1, 0).ecx & (1 << 23 | HYPERVISOR), 1 << 23 | HYPERVISOR);
+        assert_eq!(find(&cpuid, 1, 0).ebx >> 24, 1, "and the vCPU's place as ever");
+        assert_eq!(find(&cpuid, 0xb, 1).ebx, 2);
+        let mut poor = supported(b"GenuineIntel");
+        poor.as_mut_slice().iter_mut().filter(|e| e.function == 7).for_each(|e| e.ebx = 0);
+        let error = build_cpuid(&poor, &CpuidSpec { template: CpuTemplate::V3, ..spec(0, 1, &hide) }).unwrap_err();
+        let text =
+            "the CPU template x86-64-v3 needs avx2, bmi1, bmi2, fsgsbase, smep, which guests cannot have on this host";
+        assert_eq!(error.to_string(), text);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::cpuid::{CpuidError, CpuidSpec, build_cpuid};
 use super::features::CpuHide;
 use super::msrs::{MsrError, MsrSet};
 use super::quirks::{QuirkError, Quirks};
+use super::template::CpuTemplate;
 use crate::boot::MAX_CPUS;
 
 /// Where the device usually is.
@@ -188,6 +189,11 @@ impl Host {
 
     /// The CPUID for `vcpu` of `vcpus`, without what `hide` and the host's quirks hide.
     pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
+        self.cpuid_of(vcpu, vcpus, hide, CpuTemplate::Host)
+    }
+
+    /// The same, of a CPU that looks like `template`.
+    pub fn cpuid_of(&self, vcpu: u8, vcpus: u8, hide: &CpuHide, template: CpuTemplate) -> Result<CpuId, HostError> {
         if vcpus > self.max_vcpus {
             return Err(HostError::TooManyVcpus { asked: vcpus, max: self.max_vcpus });
         }
@@ -195,6 +201,7 @@ impl Host {
             vcpu,
             vcpus,
             hide: &hide.union(&self.quirks.hide()),
+            template,
             max_leaf: self.quirks.max_leaf(),
             tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
             force_xsaveerptr: self.quirks.forces_xsaveerptr(),

@@ -17,6 +17,7 @@ mod features;
 mod host;
 mod msrs;
 mod quirks;
+mod template;
 #[cfg(test)]
 mod testutil;
 mod vcpu_state;
@@ -28,5 +29,6 @@ pub(crate) use host::local_apics_alone;
 pub use host::{Host, HostError, KVM_PATH};
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
+pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
-pub use vm_state::{Chips, Clock, VmState, VmStateError};
+pub use vm_state::{Chips, Clock, VmState, VmStateError, WallClock};

@@ -13,7 +13,9 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 use super::host::{Host, HostError};
-use super::msrs::MsrError;
+use super::msrs::{MSR_TSC, MsrError};
+use super::template::CpuTemplate;
+use super::vm_state::{Clock, WallClock};
 
 /// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -72,8 +74,10 @@ pub enum VcpuStateError {
         source: Box<HostError>,
     },
     /// A buffer could not be made.
-    #[error("no buffer for an XSAVE area of {bytes} bytes")]
+    #[error("no buffer for {what} of {bytes} bytes")]
     Buffer {
+        /// For what.
+        what: &'static str,
         /// Its size.
         bytes: usize,
     },
@@ -121,13 +125,22 @@ impl StateLayout {
         })
     }
 
+    /// The same for vCPUs that look like `template`, whose state has that template's MSRs and no others.
+    pub fn of(&self, template: CpuTemplate) -> Result<Self, VcpuStateError> {
+        let mine: Vec<_> = self.msrs.as_slice().iter().filter(|entry| template.has_msr(entry.index)).copied().collect();
+        let bytes = size_of_val(mine.as_slice());
+        let msrs = Msrs::from_entries(&mine).map_err(|_| VcpuStateError::Buffer { what: "MSRs", bytes })?;
+        Ok(Self { msrs, ..self.clone() })
+    }
+
     fn xsave_bytes(&self) -> usize {
         size_of::<kvm_xsave>() + self.xsave_extra * size_of::<u32>()
     }
 
     /// A zeroed buffer for an XSAVE area of this host's size.
     fn xsave(&self) -> Result<Xsave, VcpuStateError> {
-        Xsave::new(self.xsave_extra).map_err(|_| VcpuStateError::Buffer { bytes: self.xsave_bytes() })
+        Xsave::new(self.xsave_extra)
+            .map_err(|_| VcpuStateError::Buffer { what: "an XSAVE area", bytes: self.xsave_bytes() })
     }
 }
 
@@ -166,6 +179,9 @@ pub struct VcpuState {
     pub lapic: kvm_lapic_state,
     /// Exceptions, interrupts, NMIs and SMIs on their way.
     pub events: kvm_vcpu_events,
+    /// The host's wall clock when the TSC was read.
+    #[serde(default)]
+    pub taken: WallClock,
 }
 
 impl VcpuState {
@@ -184,6 +200,7 @@ impl VcpuState {
             msrs: layout.msrs.clone(),
             lapic: kvm_lapic_state::default(),
             events: kvm_vcpu_events::default(),
+            taken: WallClock::default(),
         };
         state.save_into(vcpu, layout)?;
         Ok(state)
@@ -202,6 +219,7 @@ impl VcpuState {
         // Before the local APIC: the timer may fire between the two, on another CPU. This way round the interrupt is in
         // the APIC's state and perhaps comes twice, which a guest takes for a spurious one; the other way round the
         // deadline would already read 0 and the APIC would not have it yet, and a tickless guest would sleep forever.
+        self.taken = WallClock::now();
         self.save_msrs(vcpu, layout)?;
         // Before the events, because it moves posted interrupts into the APIC's registers.
         self.lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
@@ -213,8 +231,8 @@ impl VcpuState {
     pub(super) fn save_xsave(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
         if !layout.xsave2 {
             let xsave = vcpu.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
-            self.xsave =
-                Xsave::from_header(kvm_xsave2::from(xsave)).map_err(|_| VcpuStateError::Buffer { bytes: 4096 })?;
+            self.xsave = Xsave::from_header(kvm_xsave2::from(xsave))
+                .map_err(|_| VcpuStateError::Buffer { what: "an XSAVE area", bytes: 4096 })?;
             return Ok(());
         }
         if self.xsave.as_slice().len() != layout.xsave_extra {
@@ -239,12 +257,16 @@ impl VcpuState {
     }
 
     /// Gives the state to `vcpu`. After an error the vCPU is of no use.
-    pub fn restore(&self, vcpu: &VcpuFd, layout: &StateLayout, cpuid: CpuidState) -> Result<(), VcpuStateError> {
+    pub fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        layout: &StateLayout,
+        cpuid: CpuidState,
+        clock: Clock,
+    ) -> Result<(), VcpuStateError> {
         // Checked before anything is changed.
-        let found = size_of::<kvm_xsave>() + size_of_val(self.xsave.as_slice());
-        if found != layout.xsave_bytes() {
-            return Err(VcpuStateError::XsaveSize { found, expected: layout.xsave_bytes() });
-        }
+        let fitted = self.fitted_xsave(layout)?;
+        let xsave = fitted.as_ref().unwrap_or(&self.xsave);
         // First, because KVM checks everything that follows against what the guest's CPU has.
         if cpuid == CpuidState::Unset {
             vcpu.set_cpuid2(&self.cpuid).map_err(call("KVM_SET_CPUID2"))?;
@@ -261,19 +283,53 @@ impl VcpuState {
         // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, or 4096 where it does not know that capability.
         // `layout` asked the same KVM, and the area has exactly that size, checked at the top. The size could only grow
         // by this process asking for dynamic XSTATE permission (arch_prctl), which nothing in this program does.
-        unsafe { vcpu.set_xsave2(&self.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
+        unsafe { vcpu.set_xsave2(xsave) }.map_err(call("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
         // After the special registers because of the APIC base; before the MSRs, because a TSC deadline is taken only
         // while the timer is in deadline mode.
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
-        let written = vcpu.set_msrs(&self.msrs).map_err(call("KVM_SET_MSRS"))?;
-        if let Some(entry) = self.msrs.as_slice().get(written) {
-            return Err(VcpuStateError::MsrWrite { index: entry.index, value: entry.data });
-        }
+        self.restore_msrs(vcpu, clock)?;
         // Last, because setting registers drops pending exceptions, and special registers queue an interrupt that this
         // replaces.
         vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The XSAVE area in this host's size, where the state's is another: a host with more state components has a larger area, of which a guest that
+    /// was not given them has used nothing.
+    fn fitted_xsave(&self, layout: &StateLayout) -> Result<Option<Xsave>, VcpuStateError> {
+        let (mine, theirs) = (self.xsave.as_slice(), layout.xsave_extra);
+        if mine.len() == theirs {
+            return Ok(None);
+        }
+        let both = mine.len().min(theirs);
+        if mine[both..].iter().any(|word| *word != 0) {
+            let found = size_of::<kvm_xsave>() + size_of_val(mine);
+            return Err(VcpuStateError::XsaveSize { found, expected: layout.xsave_bytes() });
+        }
+        let mut fitted = layout.xsave()?;
+        // SAFETY: the length, which describes the allocation, is not changed.
+        let area = unsafe { fitted.as_mut_fam_struct() };
+        area.xsave.region = self.xsave.as_fam_struct_ref().xsave.region;
+        fitted.as_mut_slice()[..both].copy_from_slice(&mine[..both]);
+        Ok(Some(fitted))
+    }
+
+    fn restore_msrs(&self, vcpu: &VcpuFd, clock: Clock) -> Result<(), VcpuStateError> {
+        let mut msrs = self.msrs.clone();
+        if let (Clock::CatchUp, Some(khz)) = (clock, self.tsc_khz) {
+            // It has counted on while the VM was not there, as the guest's clock has: a guest that reads the TSC finds the same time in both. It comes
+            // first among the MSRs, so a deadline that has passed meanwhile fires when it is set.
+            let ticks = (self.taken.elapsed().as_nanos() * u128::from(khz) / 1_000_000) as u64;
+            msrs.as_mut_slice().iter_mut().filter(|entry| entry.index == MSR_TSC).for_each(|entry| {
+                entry.data = entry.data.wrapping_add(ticks);
+            });
+        }
+        let written = vcpu.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
+        match msrs.as_slice().get(written) {
+            None => Ok(()),
+            Some(entry) => Err(VcpuStateError::MsrWrite { index: entry.index, value: entry.data }),
+        }
     }
 
     fn restore_tsc_frequency(&self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
@@ -304,7 +360,7 @@ mod tests {
     use kvm_bindings::kvm_msr_entry;
 
     use super::super::testutil::{TWO_OUTS, TestVm, host, save_all};
-    use super::super::vm_state::{Chips, Clock, VmState};
+    use super::super::vm_state::{Chips, VmState};
     use super::*;
 
     /// MSRs whose value goes on while nobody looks.
@@ -316,6 +372,7 @@ mod tests {
         for entry in state.msrs.as_mut_slice().iter_mut().filter(|e| MOVING.contains(&e.index)) {
             entry.data = 0;
         }
+        state.taken = WallClock::default();
         let json = |value: serde_json::Value| serde_json::to_vec(&value).unwrap();
         let serde_json::Value::Object(fields) = serde_json::to_value(&state).unwrap() else { unreachable!() };
         fields.into_iter().map(|(name, value)| json(serde_json::json!([name, value]))).collect()
@@ -340,7 +397,7 @@ mod tests {
         let sent: Vec<VcpuState> = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
         let mut child = parent.sibling(&host);
         for (vcpu, state) in child.vcpus.iter().zip(&sent) {
-            state.restore(vcpu, &layout, CpuidState::Set).unwrap();
+            state.restore(vcpu, &layout, CpuidState::Set, Clock::Resume).unwrap();
         }
         vm_saved.restore_chips(&child.vm).unwrap();
         vm_saved.restore_clock(&child.vm, Clock::Resume).unwrap();
@@ -373,11 +430,34 @@ mod tests {
             set_msr(&mut state, index, data);
         }
         let child = parent.sibling(&host);
-        state.restore(&child.vcpus[0], &layout, CpuidState::Set).unwrap();
+        state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
         let again = save_all(&child, &host, &layout).remove(0);
         for (a, b) in fixed(&state).iter().zip(&fixed(&again)) {
             assert_eq!(String::from_utf8_lossy(a), String::from_utf8_lossy(b));
         }
+    }
+
+    #[test]
+    fn an_area_of_another_size_fits_if_nothing_is_lost() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let mut state = save_all(&vm, &host, &layout).remove(0);
+        // FCW and XMM0's first word, marked as present in XSTATE_BV.
+        state.xsave_word_mut(0, 0x027f);
+        state.xsave_word_mut(40, 0xabcd_ef01);
+        state.xsave_word_mut(128, 3);
+        let mut area = Xsave::new(layout.xsave_extra + 7).unwrap();
+        area.as_mut_slice()[..layout.xsave_extra].copy_from_slice(state.xsave.as_slice());
+        // SAFETY: the length, which describes the allocation, is not changed.
+        unsafe { area.as_mut_fam_struct() }.xsave.region = state.xsave.as_fam_struct_ref().xsave.region;
+        let larger = VcpuState { xsave: area, ..state.clone() };
+        let other = vm.sibling(&host);
+        larger.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
+        let again = save_all(&other, &host, &layout).remove(0);
+        assert_eq!(again.xsave.as_slice().len(), layout.xsave_extra);
+        let region = |state: &VcpuState| state.xsave.as_fam_struct_ref().xsave.region;
+        assert_eq!((region(&again)[0], region(&again)[40]), (0x027f, 0xabcd_ef01));
     }
 
     fn set_msr(state: &mut VcpuState, index: u32, data: u64) {
@@ -389,6 +469,36 @@ mod tests {
             // SAFETY: the length, which describes the allocation, is not changed.
             let area = unsafe { self.xsave.as_mut_fam_struct() };
             area.xsave.region[word] = value;
+        }
+    }
+
+    /// What a guest reads of the TSC is as far ahead as the wall clock, and only where that is asked for.
+    #[test]
+    fn the_tsc_catches_up_with_the_wall_clock() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let mut state = save_all(&vm, &host, &layout).remove(0);
+        let Some(khz) = state.tsc_khz else {
+            println!("skipped: KVM does not say how fast a TSC counts here");
+            return;
+        };
+        let hour = u64::from(khz) * 1000 * 3600;
+        let mut set = state.clone();
+        set_msr(&mut set, MSR_TSC, tsc(&state) + hour);
+        let other = vm.sibling(&host);
+        set.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
+        if tsc(&save_all(&other, &host, &layout)[0]) < tsc(&set) {
+            println!("skipped: guests read the host's TSC here, which goes on by itself");
+            return;
+        }
+        state.taken = state.taken.earlier(std::time::Duration::from_secs(3600));
+        for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, hour)] {
+            let other = vm.sibling(&host);
+            state.restore(&other.vcpus[0], &layout, CpuidState::Set, clock).unwrap();
+            let again = save_all(&other, &host, &layout).remove(0);
+            let counted = tsc(&again) - tsc(&state) - ahead;
+            assert!(counted < u64::from(khz) * 1000 * 20, "{clock:?}: {counted} beside what it is ahead");
         }
     }
 
@@ -410,9 +520,13 @@ mod tests {
         let layout = StateLayout::new(&host).unwrap();
         let vm = TestVm::new(&host, 1, &TWO_OUTS);
         let good = save_all(&vm, &host, &layout).remove(0);
-        let refusal = |state: VcpuState| state.restore(&vm.vcpus[0], &layout, CpuidState::Set).unwrap_err().to_string();
+        let refusal = |state: VcpuState| {
+            state.restore(&vm.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap_err().to_string()
+        };
 
-        let larger = VcpuState { xsave: Xsave::new(layout.xsave_extra + 1).unwrap(), ..good.clone() };
+        let mut area = Xsave::new(layout.xsave_extra + 1).unwrap();
+        area.as_mut_slice()[layout.xsave_extra] = 1;
+        let larger = VcpuState { xsave: area, ..good.clone() };
         let bytes = layout.xsave_bytes();
         assert_eq!(
             refusal(larger),

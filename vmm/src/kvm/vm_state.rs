@@ -1,10 +1,10 @@
 //! A VM's state outside its vCPUs: interrupt controllers, timer, clock.
 
 use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -41,8 +41,35 @@ pub enum Chips {
 pub enum Clock {
     /// From where it stood: no time has passed. What a fork and a reset want.
     Resume,
-    /// Ahead by the wall-clock time since it was saved, where the host could say when that was.
+    /// Ahead by the wall-clock time since it was saved: what the guest takes for the time of day is right again.
     CatchUp,
+}
+
+/// A moment by the host's wall clock, in nanoseconds since 1970. Not by a clock that never jumps, because it is compared with the clock of another
+/// boot, or of another host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WallClock(u64);
+
+impl WallClock {
+    /// This moment.
+    #[must_use]
+    pub fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_nanos()).unwrap_or(0))
+    }
+
+    /// How long ago it was. No time at all if that is not known, or the clock has been put back since.
+    #[must_use]
+    pub fn elapsed(self) -> Duration {
+        if self.0 == 0 { Duration::ZERO } else { Duration::from_nanos(Self::now().0.saturating_sub(self.0)) }
+    }
+
+    /// A moment that long before.
+    #[cfg(test)]
+    pub(super) fn earlier(self, by: Duration) -> Self {
+        Self(self.0 - by.as_nanos() as u64)
+    }
 }
 
 /// The three interrupt controllers, in KVM's form.
@@ -66,6 +93,9 @@ pub struct VmState {
     irqchips: Option<Irqchips>,
     pit: Option<kvm_pit_state2>,
     clock: kvm_clock_data,
+    /// The host's wall clock when the guest's was read.
+    #[serde(default)]
+    taken: WallClock,
 }
 
 fn failed(call: &'static str, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmStateError {
@@ -84,6 +114,7 @@ impl VmState {
     pub fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
         // First, because the pause should cost the guest's clock as little as possible.
         let clock = vm.get_clock().map_err(failed("KVM_GET_CLOCK", "the clock"))?;
+        let taken = WallClock::now();
         let get = |(chip_id, what): (u32, &'static str)| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP", what))?;
@@ -101,7 +132,7 @@ impl VmState {
                 Some(Irqchips { pic_master: get(pic_master)?, pic_slave: get(pic_slave)?, ioapic: get(ioapic)? })
             }
         };
-        Ok(Self { irqchips, pit, clock })
+        Ok(Self { irqchips, pit, clock, taken })
     }
 
     /// Gives the controllers and the timer their state.
@@ -128,13 +159,14 @@ impl VmState {
     /// The last step before the vCPUs run, because the clock runs from this moment; and after their MSRs, because it is
     /// computed from their TSCs.
     pub fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
-        // Other flags say how the clock was read; KVM refuses them here.
-        let flags = match clock {
-            Clock::Resume => 0,
-            Clock::CatchUp => self.clock.flags & KVM_CLOCK_REALTIME,
+        // Not by KVM_CLOCK_REALTIME, which says the same more exactly but not on every host, and moves this clock without the TSCs.
+        let ahead = match clock {
+            Clock::Resume => Duration::ZERO,
+            Clock::CatchUp => self.taken.elapsed(),
         };
-        let data =
-            kvm_clock_data { clock: self.clock.clock, flags, realtime: self.clock.realtime, ..Default::default() };
+        let clock = self.clock.clock.saturating_add(u64::try_from(ahead.as_nanos()).unwrap_or(u64::MAX));
+        // The flags it was read with are refused here.
+        let data = kvm_clock_data { clock, ..Default::default() };
         vm.set_clock(&data).map_err(failed("KVM_SET_CLOCK", "the clock"))
     }
 
@@ -200,10 +232,12 @@ mod tests {
         let mut saved = VmState::save(&a, Chips::None).unwrap();
         saved.clock.clock = 3_600_000_000_000;
         let b = host.scratch_vm().unwrap();
-        for clock in [Clock::Resume, Clock::CatchUp] {
+        saved.taken = saved.taken.earlier(Duration::from_secs(1800));
+        for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, 1_800_000_000_000)] {
             saved.restore_clock(&b, clock).unwrap();
             let now = VmState::save(&b, Chips::None).unwrap().clock_ns();
-            assert!((saved.clock_ns()..saved.clock_ns() + 10_000_000_000).contains(&now), "{clock:?}: {now}");
+            let least = saved.clock_ns() + ahead;
+            assert!((least..least + 10_000_000_000).contains(&now), "{clock:?}: {now}");
         }
     }
 }

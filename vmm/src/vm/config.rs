@@ -11,7 +11,7 @@ use clade_memory::{RamError, RamLayout};
 use thiserror::Error;
 
 use crate::boot::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
-use crate::kvm::CpuHide;
+use crate::kvm::{CpuHide, CpuTemplate};
 
 /// Which interrupt controllers KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,8 +88,12 @@ pub struct VmConfig {
     pub irqchip: Irqchip,
     /// Whether there is a PIT. A kernel that calibrates by the TSC or kvm-clock needs none.
     pub pit: bool,
+    /// What the CPUs look like.
+    pub cpu: CpuTemplate,
     /// CPU features to hide from the guest.
     pub hide: CpuHide,
+    /// Whether the guest finds ACPI tables, and in them its generation id. Without, or without an IOAPIC, there are the command line and the MP table.
+    pub acpi: bool,
     /// Whether the bare guest's report port exists.
     pub report_port: bool,
     /// Disks, in the order in which the guest finds them.
@@ -148,7 +152,9 @@ impl VmConfig {
             cpus,
             irqchip,
             pit: false,
+            cpu: CpuTemplate::Host,
             hide,
+            acpi: true,
             report_port: false,
             disks: Vec::new(),
             nets: Vec::new(),
@@ -164,13 +170,19 @@ impl VmConfig {
     /// # Errors
     /// As [`VmConfig::new`].
     pub fn bare(memory: u64, cpus: u64) -> Result<Self, ConfigError> {
-        Ok(Self { irqchip: Irqchip::Split, report_port: true, ..Self::new(memory, cpus)? })
+        Ok(Self { irqchip: Irqchip::Split, acpi: false, report_port: true, ..Self::new(memory, cpus)? })
     }
 
     /// Where RAM is.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
+    }
+
+    /// Whether the guest has a generation id, and an interrupt by which it learns that it has changed.
+    #[must_use]
+    pub fn has_generation(&self) -> bool {
+        self.acpi && self.irqchip == Irqchip::Full
     }
 
     /// Number of vCPUs.

@@ -17,6 +17,7 @@ use clade_devices::{
 use clade_guests::abi::REPORT_PORT;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use vm_superio::Trigger;
 
 use crate::boot::virtio_slot;
 use crate::vm::config::VmConfig;
@@ -127,6 +128,7 @@ pub(crate) struct Devices {
     pub(crate) hvc: Option<Hvc>,
     pub(crate) reports: Reports,
     reset: Arc<AtomicBool>,
+    generation: Option<Arc<Irq>>,
 }
 
 impl Devices {
@@ -163,7 +165,7 @@ impl Devices {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, generation: shell.generation.clone() })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -222,6 +224,16 @@ impl Devices {
     pub(crate) fn reraise(&self) {
         self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
+    }
+
+    /// Tells the guest that its generation has changed. After the interrupt controllers have their state, which would forget it.
+    pub(crate) fn tell_generation(&self) {
+        if let Some(irq) = &self.generation
+            && let Err(error) = irq.trigger()
+        {
+            // The eventfd is full of what nobody has taken: the guest is told anyway.
+            tracing::debug!(%error, "a guest is not told once more that its generation has changed");
+        }
     }
 
     /// Everything at this instant. Only while the devices are quiesced.

@@ -17,6 +17,7 @@ use crate::vm::config::{Irqchip, VmConfig};
 use crate::vm::context::Context;
 use crate::vm::devices::{Devices, Reports};
 use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+use crate::vm::generation::{self, GenerationError};
 use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
 use crate::vm::shell::Shell;
 use crate::vm::slice::Urgent;
@@ -79,7 +80,18 @@ impl Vm {
         let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
         // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
-        let loaded = boot::load(shell.ram.memory(), &layout, &BootSource { cmdline, ..source.clone() })?;
+        let mut source = BootSource { cmdline, ..source.clone() };
+        if config.has_generation() {
+            let mem = shell.ram.memory();
+            generation::begin(mem)?;
+            if source.rsdp.is_none() {
+                source.rsdp = Some(
+                    boot::write_acpi_tables(mem, config.cpus(), config.virtio_queues().count())
+                        .map_err(GenerationError::from)?,
+                );
+            }
+        }
+        let loaded = boot::load(shell.ram.memory(), &layout, &source)?;
         let devices = Arc::new(Devices::new(None, config, &shell, &mut ends)?);
         let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0 })?;
         vm.start(&Start::Boot(loaded.entry));
@@ -127,6 +139,9 @@ impl Vm {
         vm.ram().on_failure(move |error| {
             meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
         });
+        if image.config.has_generation() {
+            generation::renew(vm.ram().memory())?;
+        }
         if let Some(before_start) = options.before_start {
             before_start(vm.ram());
         }

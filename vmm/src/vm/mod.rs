@@ -4,6 +4,7 @@ mod config;
 mod context;
 mod devices;
 mod fork;
+mod generation;
 mod handles;
 mod identity;
 mod kick;
@@ -28,6 +29,7 @@ pub use config::{ConfigError, DiskSpec, Irqchip, NetSpec, VmConfig};
 pub use context::{Context, ContextError};
 pub use devices::{DeviceError, DeviceState, Reports};
 pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
+pub use generation::{GenerationError, GenerationId};
 pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
 pub use stop::StopReason;
@@ -88,6 +90,9 @@ pub enum VmError {
     /// Not a VM.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The generation id could not be made, or not be put into the guest's memory.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// The VM has stopped.
     #[error("the VM has stopped: {0}")]
     Stopped(StopReason),

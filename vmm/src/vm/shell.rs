@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use clade_devices::Irq;
 use clade_devices::virtio::Wiring;
 use clade_devices::virtio::regs::QUEUE_NOTIFY;
 use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
-use crate::boot::{KVM_TSS, virtio_slot};
-use crate::kvm::{Host, StateLayout, local_apics_alone};
+use crate::boot::{GENERATION_GSI, KVM_TSS, virtio_slot};
+use crate::kvm::{CpuTemplate, Host, StateLayout, local_apics_alone};
 use crate::vm::VmError;
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
@@ -31,6 +32,8 @@ pub(crate) struct Shell {
     pub(crate) ram: GuestRam,
     /// The wires of each virtio device, connected.
     pub(crate) wiring: Vec<Wiring>,
+    /// Tells the guest that its generation has changed, if it can be told.
+    pub(crate) generation: Option<Arc<Irq>>,
 }
 
 impl Shell {
@@ -70,16 +73,21 @@ impl Shell {
             }
         }
         let wiring = wire(&fd, config)?;
+        let generation = config.has_generation().then(|| wire_generation(&fd)).transpose()?;
+        let layout = match config.cpu {
+            CpuTemplate::Host => Arc::clone(layout),
+            template => Arc::new(layout.of(template)?),
+        };
         let meeting = Arc::new(Rendezvous::new(usize::from(config.cpus())));
-        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram, wiring };
+        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram, wiring, generation };
         for index in 0..config.cpus() {
             let vcpu = shell.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
-            let cpuid = host.cpuid(index, config.cpus(), &config.hide)?;
+            let cpuid = host.cpuid_of(index, config.cpus(), &config.hide, config.cpu)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| VmError::kvm("set a vCPU's CPUID", e))?;
             let thread = VcpuThread {
                 index: usize::from(index),
                 host: Arc::clone(host),
-                layout: Arc::clone(layout),
+                layout: Arc::clone(&layout),
                 meeting: Arc::clone(&shell.meeting),
                 vm: Arc::clone(&shell.fd),
                 vcpu,
@@ -118,6 +126,13 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
         all.push(wiring);
     }
     Ok(all)
+}
+
+fn wire_generation(fd: &VmFd) -> Result<Arc<Irq>, VmError> {
+    let irq = Irq::new().map_err(DeviceError::Io)?;
+    fd.register_irqfd(irq.eventfd(), GENERATION_GSI)
+        .map_err(|e| VmError::kvm("connect the generation's interrupt", e))?;
+    Ok(Arc::new(irq))
 }
 
 impl Drop for Shell {

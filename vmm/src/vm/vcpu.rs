@@ -104,6 +104,9 @@ impl VcpuThread {
             // After the interrupt controllers have their state. What a device of the parent had raised may have been on its way to them when that
             // was saved.
             order.devices.reraise();
+            if let Start::Restore(_) = order.start {
+                order.devices.tell_generation();
+            }
             order.devices.resume();
         }
         // Nobody runs before the leader is done.
@@ -125,7 +128,7 @@ impl VcpuThread {
             }
             Start::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
-                Ok(state.restore(&self.vcpu, &self.layout, CpuidState::Set)?)
+                Ok(state.restore(&self.vcpu, &self.layout, CpuidState::Set, Clock::CatchUp)?)
             }
         }
     }
