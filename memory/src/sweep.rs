@@ -99,6 +99,10 @@ fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Ve
     if layer.id().is_reference() || layer.is_birth() || layer.pending().is_some() {
         return Vec::new();
     }
+    // A snapshot is not ours to punch holes in, whoever sees it here.
+    if layer.home() == Home::File {
+        return Vec::new();
+    }
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));
     let dead = subtract_runs(&dead, given);
