@@ -31,7 +31,9 @@ pub enum RamError {
         most: u64,
     },
     /// A range of guest memory that cannot be.
-    #[error("{pages} pages at {start:#x} cannot be a range of guest memory: ranges are ascending, disjoint and whole pages")]
+    #[error(
+        "{pages} pages at {start:#x} cannot be a range of guest memory: ranges are ascending, disjoint and whole pages"
+    )]
     Range {
         /// Its guest physical address.
         start: u64,

@@ -230,7 +230,10 @@ mod tests {
         assert!(matches!(RamLayout::of_ranges(&[]), Err(RamError::NoMemory)));
         let far = [range(1 << 47, 1)];
         assert!(matches!(RamLayout::of_ranges(&far), Err(RamError::TooLarge { .. })));
-        assert_eq!(RamLayout::new(8 << 30).unwrap(), RamLayout::of_ranges(RamLayout::new(8 << 30).unwrap().ranges()).unwrap());
+        assert_eq!(
+            RamLayout::new(8 << 30).unwrap(),
+            RamLayout::of_ranges(RamLayout::new(8 << 30).unwrap().ranges()).unwrap()
+        );
     }
 
     #[test]
