@@ -30,6 +30,22 @@ pub enum RamError {
         /// The limit.
         most: u64,
     },
+    /// A range of guest memory that cannot be.
+    #[error(
+        "{pages} pages at {start:#x} cannot be a range of guest memory: ranges are ascending, disjoint and whole pages"
+    )]
+    Range {
+        /// Its guest physical address.
+        start: u64,
+        /// Its length.
+        pages: u64,
+    },
+    /// An image was to be made of maps that do not fit it.
+    #[error("maps that do not fit the guest: {what}")]
+    Parts {
+        /// What does not.
+        what: String,
+    },
     /// No address range for a region.
     #[error("no host address range for {pages} pages of guest memory")]
     Reserve {

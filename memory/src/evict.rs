@@ -77,7 +77,7 @@ impl GuestRegion {
     fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
         let mut dropped = 0;
         for (piece, source) in state.map.within(range) {
-            if source.layer.home() != Home::Disk {
+            if !matches!(source.layer.home(), Home::Disk | Home::File) {
                 continue;
             }
             for run in subtract_runs(&[piece], own) {

@@ -40,8 +40,10 @@ impl fmt::Debug for LayerId {
 pub(crate) enum Home {
     /// In memory, in pages of this size.
     Memory(Backing),
-    /// In a file on a disk, and in the page cache as long as there is room.
+    /// In a file on a disk that is the layer's alone, and in the page cache as long as there is room.
     Disk,
+    /// In a file that others have too, such as a snapshot's: only ever read, so nothing of it is given back.
+    File,
 }
 
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.

@@ -13,6 +13,7 @@
 //! | how a child gets it | `adopt.rs` |
 //! | DMA | [`DmaPin`] |
 //! | how layers stay few, and are given back | `compact.rs`, `sweep.rs`, `view.rs` |
+//! | what a snapshot on a disk is made of | `parts.rs` |
 //! | how it is tested | `fault.rs`, `sabotage.rs`, `tests/` |
 //!
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. What it does not do: it does not stop writers (see
@@ -39,6 +40,7 @@ mod interval;
 mod layer;
 mod nofork;
 mod ownership;
+mod parts;
 mod pin;
 mod protect;
 mod ram;
@@ -66,6 +68,7 @@ pub use interval::{IntervalMap, Piece};
 pub use layer::{Layer, LayerId, LayerMap, Source};
 pub use nofork::NoFork;
 pub use ownership::{OwnershipTable, TableCounts, TableGuard};
+pub use parts::LayerDraft;
 pub use pin::{Access, DmaPin, PinError, PinInfo, Term};
 pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, Quiesced, RamImage, RamLayout};
 pub use reference::{Discarded, Pattern, RefPage};

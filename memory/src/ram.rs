@@ -56,6 +56,33 @@ impl RamLayout {
         Ok(Self { ranges })
     }
 
+    /// RAM in the given ranges: start and length in pages of each.
+    ///
+    /// # Errors
+    /// When there is none, one is empty or not page-aligned, or they are not ascending and disjoint.
+    pub fn of_ranges(ranges: &[(GuestAddress, u64)]) -> Result<Self, RamError> {
+        let mut free = 0;
+        let mut total = 0u64;
+        for (start, pages) in ranges {
+            let wrong = RamError::Range { start: start.0, pages: *pages };
+            let Some(end) = pages.checked_mul(PAGE_SIZE).and_then(|bytes| start.0.checked_add(bytes)) else {
+                return Err(wrong);
+            };
+            if *pages == 0 || start.0 < free || !start.0.is_multiple_of(PAGE_SIZE) {
+                return Err(wrong);
+            }
+            free = end;
+            total = total.saturating_add(pages << PAGE_SHIFT);
+        }
+        if total == 0 {
+            return Err(RamError::NoMemory);
+        }
+        if free > 2 * MOST_BYTES || total > MOST_BYTES {
+            return Err(RamError::TooLarge { bytes: total, most: MOST_BYTES });
+        }
+        Ok(Self { ranges: ranges.to_vec() })
+    }
+
     /// Start and length in pages of each range, ascending.
     #[must_use]
     pub fn ranges(&self) -> &[(GuestAddress, u64)] {
@@ -85,6 +112,10 @@ impl RamImage {
 
     pub(crate) fn regions(&self) -> &[RegionImage] {
         &self.regions
+    }
+
+    pub(crate) fn of(layout: RamLayout, regions: Vec<RegionImage>) -> Self {
+        Self { layout, regions }
     }
 
     /// Of the same shape, with other maps of the same contents.

@@ -74,7 +74,7 @@ impl GuestRegion {
 }
 
 /// The pages of `range` of a file that have memory behind them.
-fn allocated(file: BorrowedFd<'_>, range: PageRange) -> std::io::Result<Vec<PageRange>> {
+pub(crate) fn allocated(file: BorrowedFd<'_>, range: PageRange) -> std::io::Result<Vec<PageRange>> {
     let mut runs = Vec::new();
     let mut at = range.start;
     while at < range.end {

@@ -115,9 +115,9 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
 }
 
 /// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives by its handle; in a layer that is being filled a hole
-/// is a page that is still to come.
+/// is a page that is still to come; a snapshot is not ours to punch holes in, whoever sees it here.
 fn is_whole(layer: &Layer) -> bool {
-    !layer.id().is_reference() && !layer.is_birth() && layer.pending().is_none()
+    layer.home() != Home::File && !layer.id().is_reference() && !layer.is_birth() && layer.pending().is_none()
 }
 
 /// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes in blocks, because a block that lost a

@@ -58,6 +58,16 @@ impl Pagemap {
     /// The pages of `range` that are present or swapped and neither a file's nor the zero page: this VM's own copies. The kernel is
     /// the truth here; it has seen writes by vCPUs, by devices and by this process alike.
     pub(crate) fn owned_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
+        self.runs_without(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range)
+    }
+
+    /// The pages of `range` that somebody has read or written through this mapping and that are not the zero page.
+    pub(crate) fn touched_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
+        self.runs_without(PAGE_IS_PFNZERO, at, range)
+    }
+
+    /// The pages of `range` that are present or swapped and in none of the categories `not`.
+    fn runs_without(&self, not: u64, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         let mut runs = Vec::new();
         if range.is_empty() {
             return Ok(runs);
@@ -72,8 +82,8 @@ impl Pagemap {
                 end,
                 vec: found.as_mut_ptr() as u64,
                 vec_len: BATCH as u64,
-                category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-                category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+                category_inverted: not,
+                category_mask: not,
                 category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 ..ScanArg::default()

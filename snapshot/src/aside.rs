@@ -1,0 +1,248 @@
+//! The transaction: a directory written beside its place, and put there in one step.
+//!
+//! 1. What crashes have left over is swept: directories of our naming that nobody holds the lock of.
+//! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the directory itself, so that it ends
+//!    with the process).
+//! 3. Everything is written there, each file synced, then the directory.
+//! 4. One rename: to the target if there is none, else the two are exchanged.
+//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a power cut can bring the old names back.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::Error;
+use crate::files::Files;
+
+pub(crate) const MANIFEST: &str = "manifest.json";
+pub(crate) const STATE: &str = "state";
+pub(crate) const WARM: &str = "warm";
+/// What a warm file is called until it is in place.
+pub(crate) const WARM_ASIDE: &str = ".warm-";
+const MARK: &str = ".clade-";
+
+/// A random number that no other snapshot has.
+pub(crate) fn random() -> Result<u128, Error> {
+    let mut bytes = [0; 16];
+    let mut done = 0;
+    while done < bytes.len() {
+        match rustix::rand::getrandom(&mut bytes[done..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(some) => done += some,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::file("read", "/dev/urandom", error.into())),
+        }
+    }
+    Ok(u128::from_le_bytes(bytes))
+}
+
+/// The name of a layer's files: of memory, or of a disk.
+pub(crate) fn layer_name(disk: Option<usize>) -> String {
+    disk.map_or_else(|| "memory".to_owned(), |disk| format!("disk-{disk}"))
+}
+
+/// Whether a snapshot has a file of that name.
+fn is_ours(name: &str) -> bool {
+    let layer = |stem: &str| {
+        let number = stem.strip_prefix("disk-").unwrap_or("");
+        stem == "memory" || (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    [MANIFEST, STATE, WARM].contains(&name)
+        || name.strip_prefix(WARM_ASIDE).is_some_and(is_hex)
+        || name.strip_suffix(".data").or_else(|| name.strip_suffix(".index")).is_some_and(layer)
+}
+
+fn is_hex(text: &str) -> bool {
+    text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn is_aside(name: &str) -> bool {
+    name.starts_with('.') && name.rsplit_once(MARK).is_some_and(|(stem, mark)| stem.len() > 1 && is_hex(mark))
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Where a snapshot is to be: its parent directory, as it really is, and its own name.
+pub(crate) fn place(dir: &Path) -> Result<PathBuf, Error> {
+    let unusable = || Error::Path { path: dir.to_owned() };
+    let found = match dir.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let name = dir.file_name().ok_or_else(unusable)?;
+            let parent = match dir.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent,
+                _ => Path::new("."),
+            };
+            parent.canonicalize().map(|parent| parent.join(name))
+        }
+        other => other,
+    };
+    let place = found.map_err(|source| Error::file("found", dir, source))?;
+    if place.to_str().is_none() || place.file_name().is_none() {
+        return Err(unusable());
+    }
+    Ok(place)
+}
+
+/// Whether a snapshot may be put there: nothing is, or an empty directory, or a snapshot and nothing besides.
+pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error> {
+    let refuse = |found: &str| Err(Error::NotASnapshot { path: dir.to_owned(), found: found.to_owned() });
+    match dir.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::file("looked at", dir, source)),
+        Ok(meta) if !meta.is_dir() => return refuse("no files: it is no directory"),
+        Ok(_) => {}
+    }
+    let names: Vec<String> = files.list(dir)?.iter().map(|path| name_of(path)).collect();
+    if let Some(alien) = names.iter().find(|name| !is_ours(name)) {
+        return refuse(&format!("{alien:?} in it"));
+    }
+    if !names.is_empty() && !names.iter().any(|name| name == MANIFEST) {
+        return refuse("no manifest.json");
+    }
+    Ok(())
+}
+
+/// Removes a directory of snapshot files. What is not ours stays, and the directory with it.
+fn remove(files: &Files, dir: &Path) -> Result<(), Error> {
+    let paths = match files.list(dir) {
+        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for path in paths.iter().filter(|path| is_ours(&name_of(path))) {
+        files.remove_file(path)?;
+    }
+    files.remove_dir(dir)
+}
+
+/// Removes what crashes left in `parent`. What cannot be removed is left for the next time.
+fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
+    let stale: Vec<PathBuf> = files.list(parent)?.into_iter().filter(|path| is_aside(&name_of(path))).collect();
+    if stale.is_empty() {
+        return Ok(());
+    }
+    // One of them may be an old snapshot whose successor's rename is not on the disk yet.
+    files.sync_dir(parent)?;
+    for path in stale {
+        let swept =
+            files.open(&path).and_then(|dir| if files.try_lock(&dir, &path)? { remove(files, &path) } else { Ok(()) });
+        if let Err(error) = swept {
+            tracing::debug!(path = %path.display(), %error, "not swept");
+        }
+    }
+    Ok(())
+}
+
+/// A directory being written. Dropped before it is published, it is removed.
+#[derive(Debug)]
+pub(crate) struct Aside<'f> {
+    files: &'f Files,
+    place: PathBuf,
+    path: PathBuf,
+    /// Held while it is being written: who can lock it may remove it.
+    _lock: File,
+    /// To be removed: it is not published, or it is what was there before.
+    garbage: bool,
+}
+
+impl<'f> Aside<'f> {
+    /// Beside `place` (as [`place`] gives it), after sweeping.
+    pub(crate) fn create(files: &'f Files, place: PathBuf) -> Result<Self, Error> {
+        let parent = place.parent().ok_or_else(|| Error::Path { path: place.clone() })?;
+        sweep(files, parent)?;
+        let name = name_of(&place);
+        loop {
+            let path = parent.join(format!(".{name}{MARK}{:016x}", random()? as u64));
+            files.make_dir(&path)?;
+            let made = Self::lock(files, &path);
+            match made {
+                Ok(Some(lock)) => return Ok(Self { files, place, path, _lock: lock, garbage: true }),
+                // Somebody swept it before it was locked.
+                Ok(None) => {}
+                Err(error) => {
+                    let _ = files.remove_dir(&path);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn lock(files: &Files, path: &Path) -> Result<Option<File>, Error> {
+        let dir = match files.open(path) {
+            Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        if !files.try_lock(&dir, path)? {
+            return Ok(None);
+        }
+        // What is locked must still be what is there.
+        let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        let there = dir.metadata().and_then(|locked| Ok(same(locked, path.symlink_metadata()?)));
+        Ok(there.unwrap_or(false).then_some(dir))
+    }
+
+    /// Where to write.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Puts it in its place. All files in it have been synced. On an error it may be there all the same, whole, but not known to be on the disk.
+    pub(crate) fn publish(mut self) -> Result<(), Error> {
+        self.files.sync_dir(&self.path)?;
+        let old = loop {
+            if self.files.exchange(&self.path, &self.place)? {
+                break true;
+            }
+            if self.files.rename_new(&self.path, &self.place)? {
+                break false;
+            }
+        };
+        // What is aside now is the old one, and it must stay until the rename is on the disk.
+        self.garbage = false;
+        self.files.sync_dir(self.place.parent().unwrap_or(&self.place))?;
+        self.garbage = old;
+        Ok(())
+    }
+}
+
+impl Drop for Aside<'_> {
+    fn drop(&mut self) {
+        if self.garbage
+            && let Err(error) = remove(self.files, &self.path)
+        {
+            // The next save's sweep gets it.
+            tracing::debug!(path = %self.path.display(), %error, "not removed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_what_is_ours() {
+        for ours in [
+            "manifest.json",
+            "state",
+            "memory.data",
+            "memory.index",
+            "disk-0.data",
+            "disk-12.index",
+            "warm",
+            ".warm-0123456789abcdef",
+        ] {
+            assert!(is_ours(ours), "{ours}");
+        }
+        for alien in ["notes.txt", "disk-.data", "disk-x.data", "memory", "manifest.json~", ".warm-1", "lost+found"] {
+            assert!(!is_ours(alien), "{alien}");
+        }
+        assert!(is_aside(".base.clade-0123456789abcdef"));
+        assert!(
+            !is_aside("base.clade-0123456789abcdef")
+                && !is_aside(".base.clade-012")
+                && !is_aside(".clade-0123456789abcdef")
+        );
+    }
+}

@@ -1,0 +1,263 @@
+//! Opening: a snapshot and all it depends on, checked before anything is used.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_memory::{IntervalMap, PAGE_SIZE, PageRange, Piece, RamLayout};
+
+use crate::aside::{MANIFEST, STATE, WARM, layer_name};
+use crate::disk::DiskReader;
+use crate::error::Error;
+use crate::files::Files;
+use crate::format::{Damage, Manifest, Sections, SnapshotId, Warm};
+use crate::layer::{LayerFile, sealed_sum};
+use crate::space::Kind;
+
+/// Longest chain: one full snapshot and what was saved on top of it. Each adds files to hold open, and pieces to map.
+pub const MOST_DEEP: usize = 64;
+/// Longest manifest.
+const MOST_MANIFEST: u64 = 16 << 20;
+
+/// Which layer of the chain a page is in: 0 is the newest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Layer(usize),
+    Zero,
+}
+
+impl Piece for Place {
+    fn advance(&self, _pages: u64) -> Self {
+        *self
+    }
+    fn continues(&self, _pages: u64, next: &Self) -> bool {
+        self == next
+    }
+}
+
+/// A space as a chain gives it: every page is in exactly one layer, or zeros.
+#[derive(Debug)]
+pub(crate) struct ChainSpace {
+    pub(crate) bytes: u64,
+    /// Newest first.
+    pub(crate) layers: Vec<LayerFile>,
+    pub(crate) map: IntervalMap<Place>,
+}
+
+impl ChainSpace {
+    fn new(layers: Vec<LayerFile>) -> Result<Self, Error> {
+        let mut map = IntervalMap::new();
+        for (at, layer) in layers.iter().enumerate().rev() {
+            for run in &layer.index.runs {
+                map.insert(run.range, if run.kind == Kind::Zero { Place::Zero } else { Place::Layer(at) });
+            }
+        }
+        // The oldest has all of it, so that no page is without a place.
+        let bytes = layers.last().map_or(0, |oldest| oldest.index.bytes);
+        if let Some((oldest, page)) = layers.last().and_then(|oldest| Some((oldest, oldest.index.first_missing()?))) {
+            return Err(Error::damaged(&oldest.path, Damage::Hole { page }));
+        }
+        Ok(Self { bytes, layers, map })
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.bytes.div_ceil(PAGE_SIZE)
+    }
+}
+
+/// One directory of a chain.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) dir: PathBuf,
+    pub(crate) manifest: Manifest,
+}
+
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) files: Files,
+    /// Newest first.
+    pub(crate) members: Vec<Member>,
+    pub(crate) sections: Sections,
+    pub(crate) memory: ChainSpace,
+    pub(crate) disks: Vec<ChainSpace>,
+    /// The directory that was opened, for what is looked for later.
+    _dir: File,
+}
+
+/// A snapshot whose manifests, state, indexes and lengths have been found right, and its parents', all the way. The data itself is checked as it is
+/// read, or by [`crate::verify`]. Its files are open: it stays as it is if others replace or remove the directory.
+///
+/// What is not guarded against is a data file that is cut short in place. Then accesses to memory that was restored lazily fail: KVM_RUN and system calls with
+/// EFAULT, which stops the one VM with a reason; this process by SIGBUS, which the VMM takes.
+#[derive(Clone, Debug)]
+pub struct Snapshot(pub(crate) Arc<Opened>);
+
+pub(crate) fn read_manifest(files: &Files, dir: &Path) -> Result<Manifest, Error> {
+    let path = dir.join(MANIFEST);
+    let bytes = files.read(&path, MOST_MANIFEST)?;
+    Manifest::decode(&bytes).map_err(|damage| Error::damaged(path, damage))
+}
+
+/// The manifests of a chain, newest first.
+pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error> {
+    let manifest = read_manifest(files, dir)?;
+    let mut seen = HashSet::from([manifest.id]);
+    let mut members = vec![Member { dir: dir.to_owned(), manifest }];
+    while let Some(Member { dir: child, manifest }) = members.last()
+        && let Some(parent) = &manifest.parent
+    {
+        let at = child.join(&parent.path);
+        let inside = |source| Error::Parent { path: child.clone(), parent: at.clone(), source: Box::new(source) };
+        if !seen.insert(parent.id) {
+            return Err(Error::Cycle { path: at, id: parent.id });
+        }
+        if members.len() >= MOST_DEEP {
+            return Err(Error::TooDeep { path: dir.to_owned(), most: MOST_DEEP });
+        }
+        let found = read_manifest(files, &at).map_err(inside)?;
+        if found.id != parent.id {
+            let wrong = Error::WrongId { path: at.clone(), wanted: parent.id, found: found.id };
+            return Err(inside(wrong));
+        }
+        fits(child, manifest, &found)?;
+        members.push(Member { dir: at, manifest: found });
+    }
+    Ok(members)
+}
+
+/// Whether a snapshot and its parent are of one VM.
+fn fits(path: &Path, child: &Manifest, parent: &Manifest) -> Result<(), Error> {
+    let shape = |what: String| Err(Error::Shape { path: path.to_owned(), what });
+    let ranges = |of: &Manifest| of.memory.regions.iter().map(|r| (r.guest_address, r.pages)).collect::<Vec<_>>();
+    if ranges(child) != ranges(parent) {
+        return shape(format!("its memory is {:?}, its parent's {:?}", ranges(child), ranges(parent)));
+    }
+    let disks = |of: &Manifest| of.disks.iter().map(|d| (d.name.clone(), d.layer.bytes)).collect::<Vec<_>>();
+    if disks(child) != disks(parent) {
+        return shape(format!("its disks are {:?}, its parent's {:?}", disks(child), disks(parent)));
+    }
+    Ok(())
+}
+
+fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
+    let path = member.dir.join(STATE);
+    let entry = &member.manifest.state;
+    let bytes = files.read(&path, entry.bytes)?;
+    let checked = || {
+        if bytes.len() as u64 != entry.bytes {
+            let found = bytes.len() as u64;
+            return Err(Damage::Length { what: "the state".to_owned(), wanted: entry.bytes, found });
+        }
+        let sections = Sections::decode(&bytes)?;
+        let (wanted, found) = (entry.checksum, sealed_sum(&bytes));
+        if wanted != found {
+            return Err(Damage::Checksum { what: "the state".to_owned(), wanted, found });
+        }
+        Ok(sections)
+    };
+    checked().map_err(|damage| Error::damaged(path, damage))
+}
+
+impl Snapshot {
+    /// Opens the snapshot in `dir`, and those it depends on.
+    ///
+    /// # Errors
+    /// When any of them is missing, damaged, of a later format, or another than it should be.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        Self::with(&Files::default(), dir)
+    }
+
+    pub(crate) fn with(files: &Files, dir: &Path) -> Result<Self, Error> {
+        let held = files.open(dir)?;
+        let members = read_chain(files, dir)?;
+        let newest = &members[0];
+        let sections = read_state(files, newest)?;
+        // What restores needs nothing of the parents' states, but a chain is whole or it is not.
+        members[1..].iter().try_for_each(|member| read_state(files, member).map(drop))?;
+        let space = |disk: Option<usize>| {
+            let layers = members.iter().map(|member| {
+                let entry = disk.map_or(&member.manifest.memory.layer, |at| &member.manifest.disks[at].layer);
+                LayerFile::open(files, &member.dir, &layer_name(disk), entry)
+            });
+            ChainSpace::new(layers.collect::<Result<_, _>>()?)
+        };
+        let memory = space(None)?;
+        let disks = (0..newest.manifest.disks.len()).map(|at| space(Some(at))).collect::<Result<_, _>>()?;
+        Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks, _dir: held })))
+    }
+
+    /// Which snapshot it is.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        self.manifest().id
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.0.members[0].dir
+    }
+
+    /// What it says of itself.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.0.members[0].manifest
+    }
+
+    /// Snapshots in its chain: 1 if it is full.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.0.members.len()
+    }
+
+    /// Where they are, itself first.
+    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
+        self.0.members.iter().map(|member| member.dir.as_path())
+    }
+
+    /// The section of that name.
+    #[must_use]
+    pub fn section(&self, name: &str) -> Option<&[u8]> {
+        self.0.sections.get(name)
+    }
+
+    /// All sections.
+    #[must_use]
+    pub fn sections(&self) -> &Sections {
+        &self.0.sections
+    }
+
+    /// The shape of the guest's memory.
+    ///
+    /// # Errors
+    /// Never for a snapshot that could be opened.
+    pub fn layout(&self) -> Result<RamLayout, Error> {
+        self.manifest().layout().map_err(|damage| Error::damaged(self.dir().join(MANIFEST), damage))
+    }
+
+    /// Its disks, in the VM's order.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskReader> {
+        (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
+    }
+
+    /// The pages that a run from it touched first, if that was ever recorded, for [`crate::Load::Warm`].
+    ///
+    /// # Errors
+    /// When the file is there and damaged, which harms nothing else.
+    pub fn warm(&self) -> Result<Option<Vec<PageRange>>, Error> {
+        read_warm(&self.0.files, self.dir(), self.id())
+    }
+}
+
+pub(crate) fn read_warm(files: &Files, dir: &Path, id: SnapshotId) -> Result<Option<Vec<PageRange>>, Error> {
+    let path = dir.join(WARM);
+    let bytes = match files.read(&path, 1 << 30) {
+        Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    let warm = Warm::decode(&bytes).map_err(|damage| Error::damaged(path, damage))?;
+    // Another snapshot's: it was put in this one's place while the run was recorded.
+    Ok((warm.id == id).then_some(warm.runs))
+}

@@ -1,0 +1,72 @@
+//! Compacting: a chain becomes one full snapshot, in the newest one's place.
+//!
+//! It keeps its identity. That is the identity of its contents, which do not change, so what was saved on top of it is as right as before. Its parents
+//! stay as they are: others may depend on them.
+
+use std::path::Path;
+
+use clade_memory::PAGE_SHIFT;
+
+use crate::aside::{Aside, MANIFEST, STATE, WARM, expect_replaceable, layer_name, place};
+use crate::chain::{Place, Snapshot, read_manifest, read_warm};
+use crate::disk::Merged;
+use crate::error::Error;
+use crate::files::Files;
+use crate::format::Warm;
+use crate::save::{Meter, Saved, Watch};
+use crate::write::write_layer;
+
+/// Merges the snapshot in `dir` with all it depends on. Of a full one nothing is changed.
+///
+/// # Errors
+/// Then `dir` is as it was; see [`crate::Save::to`].
+pub fn compact(dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+    compact_with(&Files::default(), dir, watch)
+}
+
+pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+    let snapshot = Snapshot::with(files, dir)?;
+    let spaces: Vec<_> = std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks).collect();
+    let mut manifest = snapshot.manifest().clone();
+    if manifest.parent.is_some() {
+        let place = place(dir)?;
+        expect_replaceable(files, &place)?;
+        let data = |space: &&crate::chain::ChainSpace| {
+            let data = space.map.iter().filter(|(_, place)| **place != Place::Zero);
+            data.map(|(range, _)| range.len() << PAGE_SHIFT).sum::<u64>()
+        };
+        let (mut done, total) = (0, spaces.iter().map(data).sum());
+        let mut meter = Meter::new(watch, &mut done, total);
+        meter.add(0)?;
+        let aside = Aside::create(files, place)?;
+        manifest.parent = None;
+        for (at, space) in spaces.into_iter().enumerate() {
+            let disk = at.checked_sub(1);
+            let entry = disk.map_or(&mut manifest.memory.layer, |at| &mut manifest.disks[at].layer);
+            let merged = Merged { space, files, last: Default::default() };
+            *entry =
+                write_layer(files, aside.path(), &layer_name(disk), &merged, (true, entry.compression), &mut meter)?;
+        }
+        let state = files.read(&dir.join(STATE), manifest.state.bytes)?;
+        files.write(&aside.path().join(STATE), &state)?;
+        // A hint, lost if it is damaged.
+        if let Ok(Some(runs)) = read_warm(files, dir, manifest.id) {
+            files.write(&aside.path().join(WARM), &Warm { id: manifest.id, runs }.encode())?;
+        }
+        files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
+        meter.check()?;
+        // Somebody may have saved there meanwhile.
+        let found = read_manifest(files, dir)?.id;
+        if found != manifest.id {
+            return Err(Error::WrongId { path: dir.to_owned(), wanted: manifest.id, found });
+        }
+        aside.publish()?;
+    }
+    let layers = || std::iter::once(&manifest.memory.layer).chain(manifest.disks.iter().map(|disk| &disk.layer));
+    Ok(Saved {
+        id: manifest.id,
+        data_pages: layers().map(|layer| layer.data_pages).sum(),
+        zero_pages: layers().map(|layer| layer.zero_pages).sum(),
+        data_bytes: layers().map(|layer| layer.data_bytes).sum(),
+    })
+}

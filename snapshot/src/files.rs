@@ -1,0 +1,260 @@
+//! Every operation on files, in one place: named in errors, repeated when interrupted, and made to fail by tests.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, fcntl_getfl, fcntl_setfl, flock, fsync, renameat_with};
+use rustix::io::Errno;
+
+use crate::error::Error;
+
+/// What is about to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    MakeDir,
+    Create,
+    Open,
+    Lock,
+    Write,
+    SetLen,
+    Sync,
+    SyncDir,
+    Rename,
+    Remove,
+    Read,
+    List,
+}
+
+/// Does it all. In tests, by a plan.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Files {
+    #[cfg(test)]
+    pub(crate) plan: Option<std::sync::Arc<crate::tests::faults::Plan>>,
+}
+
+/// What a plan wants done in place of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(test), allow(dead_code, reason = "only plans of tests say more than Go"))]
+pub(crate) enum Verdict {
+    Go,
+    /// A write or a read of only some of it.
+    Short,
+    /// A write of other bytes.
+    Lie,
+}
+
+impl Files {
+    #[cfg(not(test))]
+    #[inline(always)]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests have it look at its plan")]
+    fn point(&self, _op: Op, _path: &Path) -> io::Result<Verdict> {
+        Ok(Verdict::Go)
+    }
+
+    #[cfg(test)]
+    fn point(&self, op: Op, path: &Path) -> io::Result<Verdict> {
+        self.plan.as_ref().map_or(Ok(Verdict::Go), |plan| plan.decide(op, path))
+    }
+
+    /// Does `call` until it is not interrupted.
+    fn run<T>(&self, op: Op, path: &Path, mut call: impl FnMut(Verdict) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match self.point(op, path).and_then(&mut call) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// A new directory, the user's alone: guest memory is in it.
+    pub(crate) fn make_dir(&self, path: &Path) -> Result<(), Error> {
+        let made = self.run(Op::MakeDir, path, |_| fs::DirBuilder::new().mode(0o700).create(path));
+        made.map_err(|source| Error::file("made", path, source))
+    }
+
+    /// Opens a file, or a directory, for reading.
+    pub(crate) fn open(&self, path: &Path) -> Result<File, Error> {
+        self.run(Op::Open, path, |_| File::open(path)).map_err(|source| Error::file("opened", path, source))
+    }
+
+    /// Locks a file, or a directory, that is open; false if somebody else has it.
+    pub(crate) fn try_lock(&self, file: &File, path: &Path) -> Result<bool, Error> {
+        let locked = self.run(Op::Lock, path, |_| match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        });
+        locked.map_err(|source| Error::file("locked", path, source))
+    }
+
+    /// A new file, written past the page cache if that is asked for and can be.
+    pub(crate) fn create(&self, path: &Path, direct: bool) -> Result<File, Error> {
+        let open = |flags: OFlags| {
+            let mut options = OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600).custom_flags(flags.bits().cast_signed());
+            options.open(path)
+        };
+        let file = self.run(Op::Create, path, |_| {
+            if direct {
+                match open(OFlags::DIRECT) {
+                    // Not on this file system. It may have made the file all the same.
+                    Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                        let _ = fs::remove_file(path);
+                    }
+                    other => return other,
+                }
+            }
+            open(OFlags::empty())
+        });
+        file.map_err(|source| Error::file("created", path, source))
+    }
+
+    /// Writes all of `bytes` at `offset`.
+    pub(crate) fn write_all_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> Result<(), Error> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let written = self.run(Op::Write, path, |verdict| match verdict {
+                Verdict::Go => file.write_at(&bytes[done..], offset + done as u64),
+                // Half of it, in whole pages where it is pages.
+                Verdict::Short => {
+                    let half = (bytes.len() - done) / 2;
+                    let some = if half > 4096 { half & !4095 } else { bytes.len() - done };
+                    file.write_at(&bytes[done..done + some], offset + done as u64)
+                }
+                Verdict::Lie => Ok(bytes.len() - done),
+            });
+            match written {
+                Ok(0) => return Err(Error::file("written", path, io::ErrorKind::WriteZero.into())),
+                Ok(some) => done += some,
+                // A file system that opens for direct writes and then cannot.
+                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) && make_indirect(file) => {}
+                Err(source) => return Err(Error::file("written", path, source)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a file so long.
+    pub(crate) fn set_len(&self, file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
+        self.run(Op::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
+    }
+
+    /// Has a file on the disk. A failure is final: what a later call says of the same pages is not to be trusted.
+    pub(crate) fn sync(&self, file: &File, path: &Path) -> Result<(), Error> {
+        self.run(Op::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
+    }
+
+    /// Has a directory's entries on the disk.
+    pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), Error> {
+        let dir = self.open(path)?;
+        let synced = self.run(Op::SyncDir, path, |_| Ok(fsync(dir.as_fd())?));
+        synced.map_err(|source| Error::file("synced", path, source))
+    }
+
+    /// Renames; false if something is there already.
+    pub(crate) fn rename_new(&self, from: &Path, to: &Path) -> Result<bool, Error> {
+        self.rename(from, to, RenameFlags::NOREPLACE)
+    }
+
+    /// Each takes the other's place, in one step; false if there is no `to`.
+    pub(crate) fn exchange(&self, from: &Path, to: &Path) -> Result<bool, Error> {
+        self.rename(from, to, RenameFlags::EXCHANGE)
+    }
+
+    fn rename(&self, from: &Path, to: &Path, how: RenameFlags) -> Result<bool, Error> {
+        let renamed = self.run(Op::Rename, to, |_| match renameat_with(CWD, from, CWD, to, how) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) if how == RenameFlags::NOREPLACE => Ok(false),
+            Err(Errno::NOENT) if how == RenameFlags::EXCHANGE => Ok(false),
+            Err(error) => Err(error.into()),
+        });
+        renamed.map_err(|source| Error::file("put in place", to, source))
+    }
+
+    /// Renames a file over whatever file is there.
+    pub(crate) fn replace(&self, from: &Path, to: &Path) -> Result<(), Error> {
+        let renamed = self.run(Op::Rename, to, |_| fs::rename(from, to));
+        renamed.map_err(|source| Error::file("put in place", to, source))
+    }
+
+    /// Removes a file; gone already is as good.
+    pub(crate) fn remove_file(&self, path: &Path) -> Result<(), Error> {
+        gone(self.run(Op::Remove, path, |_| fs::remove_file(path)), path)
+    }
+
+    /// Removes an empty directory; gone already is as good.
+    pub(crate) fn remove_dir(&self, path: &Path) -> Result<(), Error> {
+        gone(self.run(Op::Remove, path, |_| fs::remove_dir(path)), path)
+    }
+
+    /// The names in a directory, sorted.
+    pub(crate) fn list(&self, path: &Path) -> Result<Vec<PathBuf>, Error> {
+        let names = self.run(Op::List, path, |_| {
+            fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
+        });
+        let mut names = names.map_err(|source| Error::file("listed", path, source))?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Fills `bytes` from `offset` on.
+    pub(crate) fn read_exact_at(&self, file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<(), Error> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let read = self.run(Op::Read, path, |verdict| {
+                let most =
+                    if verdict == Verdict::Short { (bytes.len() - done).div_ceil(2) } else { bytes.len() - done };
+                file.read_at(&mut bytes[done..done + most], offset + done as u64)
+            });
+            match read {
+                Ok(0) => return Err(Error::file("read", path, io::ErrorKind::UnexpectedEof.into())),
+                Ok(some) => done += some,
+                Err(source) => return Err(Error::file("read", path, source)),
+            }
+        }
+        Ok(())
+    }
+
+    /// All of a file, of at most `most` bytes.
+    pub(crate) fn read(&self, path: &Path, most: u64) -> Result<Vec<u8>, Error> {
+        let file = self.open(path)?;
+        let bytes = len(&file, path)?;
+        if bytes > most {
+            let damage = crate::format::Damage::Length { what: "the file".to_owned(), wanted: most, found: bytes };
+            return Err(Error::damaged(path, damage));
+        }
+        let mut out = vec![0; bytes as usize];
+        self.read_exact_at(&file, path, &mut out, 0)?;
+        Ok(out)
+    }
+
+    /// A new file with these bytes, on the disk.
+    pub(crate) fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        let file = self.create(path, false)?;
+        self.write_all_at(&file, path, bytes, 0)?;
+        self.sync(&file, path)
+    }
+}
+
+fn gone(removed: io::Result<()>, path: &Path) -> Result<(), Error> {
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::file("removed", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Through the page cache from now on; false if it was already.
+fn make_indirect(file: &File) -> bool {
+    match fcntl_getfl(file) {
+        Ok(flags) if flags.contains(OFlags::DIRECT) => fcntl_setfl(file, flags - OFlags::DIRECT).is_ok(),
+        _ => false,
+    }
+}
+
+/// Length of an open file.
+pub(crate) fn len(file: &File, path: &Path) -> Result<u64, Error> {
+    file.metadata().map(|meta| meta.len()).map_err(|source| Error::file("asked for its length", path, source))
+}

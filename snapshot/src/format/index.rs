@@ -1,0 +1,278 @@
+//! The index of a layer: which pages of a space it holds, and a checksum for each chunk of them.
+//!
+//! ```text
+//! "CLADEIDX"  u32 version  u32 flags (1: packed)  u64 bytes of the space  u64 bytes of the data file  u64 runs  u64 chunks
+//! runs   × { u64 first page, u64 pages << 1 | zeros }          ascending, disjoint, joined where they touch
+//! chunks × { u32 bytes stored, u32 0, u64 checksum of them }   those that hold data, ascending
+//! u64 checksum of all that
+//! ```
+
+use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+
+use super::{Damage, Reader, VERSION, seal, unseal};
+use crate::space::Kind;
+
+/// Pages of a chunk, the unit of checksums and compression.
+pub const CHUNK_PAGES: u64 = 64;
+/// Bytes of a chunk.
+pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
+const MAGIC: &[u8; 8] = b"CLADEIDX";
+const PACKED: u32 = 1;
+/// Longest space there can be: so that no offset overflows.
+const MOST_BYTES: u64 = 1 << 60;
+
+/// Pages, and what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Which pages of the space.
+    pub range: PageRange,
+    /// Whether they are in the data file, or zeros and nowhere.
+    pub kind: Kind,
+}
+
+/// The stored data of the 64 pages from a multiple of 64 on, as far as they are data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Which: its first page divided by 64.
+    pub number: u64,
+    /// Where in the data file, if the layer is packed.
+    pub offset: u64,
+    /// Bytes stored. Fewer than there are data pages for: compressed.
+    pub stored: u32,
+    /// Checksum of what is stored.
+    pub sum: u64,
+}
+
+/// See the module's documentation. A page in no run is not in this layer, which is another thing than zeros.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    /// Chunks are stored one behind the other, and may be compressed; else each page is at its own offset.
+    pub packed: bool,
+    /// Length of the space.
+    pub bytes: u64,
+    /// Length of the data file.
+    pub data_bytes: u64,
+    /// Ascending.
+    pub runs: Vec<Run>,
+    /// Ascending.
+    pub chunks: Vec<Chunk>,
+}
+
+/// Appends a run, joined to the last one where that is the same.
+pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: Kind) {
+    if range.is_empty() {
+        return;
+    }
+    match runs.last_mut() {
+        Some(last) if last.range.end == range.start && last.kind == kind => last.range.end = range.end,
+        _ => runs.push(Run { range, kind }),
+    }
+}
+
+/// The parts of ascending runs that lie in `within`.
+fn runs_within(runs: &[Run], within: PageRange) -> impl Iterator<Item = Run> {
+    let first = runs.partition_point(|run| run.range.end <= within.start);
+    let touching = runs[first..].iter().take_while(move |run| run.range.start < within.end);
+    touching.map(move |run| Run { range: run.range.intersect(within), kind: run.kind })
+}
+
+impl Index {
+    /// Pages of the space, the last of which may be used in part.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.bytes.div_ceil(PAGE_SIZE)
+    }
+
+    /// The first page that is in no run.
+    #[must_use]
+    pub fn first_missing(&self) -> Option<u64> {
+        let mut at = 0;
+        for run in &self.runs {
+            if run.range.start != at {
+                return Some(at);
+            }
+            at = run.range.end;
+        }
+        (at < self.pages()).then_some(at)
+    }
+
+    /// Pages of a kind.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> u64 {
+        self.runs.iter().filter(|run| run.kind == kind).map(|run| run.range.len()).sum()
+    }
+
+    /// The runs of data pages within `within`.
+    pub fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
+        runs_within(&self.runs, within).filter(|run| run.kind == Kind::Data).map(|run| run.range)
+    }
+
+    /// The data pages of a chunk.
+    pub fn data_of(&self, chunk: u64) -> impl Iterator<Item = PageRange> {
+        self.data_within(PageRange::with_len(chunk * CHUNK_PAGES, CHUNK_PAGES))
+    }
+
+    /// The chunk of that number, if there is data in it.
+    #[must_use]
+    pub fn chunk(&self, number: u64) -> Option<&Chunk> {
+        self.chunks.binary_search_by_key(&number, |chunk| chunk.number).ok().map(|at| &self.chunks[at])
+    }
+
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(56 + 16 * (self.runs.len() + self.chunks.len()));
+        out.extend_from_slice(MAGIC);
+        out.extend_from_slice(&VERSION.bits().to_le_bytes());
+        out.extend_from_slice(&u32::from(self.packed).to_le_bytes());
+        for number in [self.bytes, self.data_bytes, self.runs.len() as u64, self.chunks.len() as u64] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        for run in &self.runs {
+            out.extend_from_slice(&run.range.start.to_le_bytes());
+            out.extend_from_slice(&(run.range.len() << 1 | u64::from(run.kind == Kind::Zero)).to_le_bytes());
+        }
+        for chunk in &self.chunks {
+            out.extend_from_slice(&u64::from(chunk.stored).to_le_bytes());
+            out.extend_from_slice(&chunk.sum.to_le_bytes());
+        }
+        seal(out)
+    }
+
+    /// From bytes. What it returns is consistent: runs ascend within the space, chunks are those that the runs say.
+    ///
+    /// # Errors
+    /// When they are not an index.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
+        let mut reader = unseal(bytes, MAGIC, "index")?;
+        let flags = reader.u32()?;
+        if flags & !PACKED != 0 {
+            return Err(Damage::value("flags", format!("{flags:#x}")));
+        }
+        let mut index = Self { packed: flags & PACKED != 0, bytes: reader.u64()?, ..Self::default() };
+        if index.bytes > MOST_BYTES {
+            return Err(Damage::value("the length of the space", index.bytes));
+        }
+        index.data_bytes = reader.u64()?;
+        let (runs, chunks) = (reader.u64()?, reader.u64()?);
+        let tables = runs.checked_add(chunks).and_then(|entries| entries.checked_mul(16));
+        if tables != Some(reader.0.len() as u64) {
+            let wanted = tables.unwrap_or(u64::MAX);
+            return Err(Damage::Length { what: "its tables".to_owned(), wanted, found: reader.0.len() as u64 });
+        }
+        index.read_runs(&mut reader, runs)?;
+        index.read_chunks(&mut reader, chunks)?;
+        reader.end()?;
+        Ok(index)
+    }
+
+    fn read_runs(&mut self, reader: &mut Reader<'_>, runs: u64) -> Result<(), Damage> {
+        let pages = self.pages();
+        self.runs.reserve_exact(runs as usize);
+        for _ in 0..runs {
+            let (start, packed) = (reader.u64()?, reader.u64()?);
+            let len = packed >> 1;
+            let kind = if packed & 1 == 1 { Kind::Zero } else { Kind::Data };
+            let (least, joined) = self
+                .runs
+                .last()
+                .map_or((0, false), |last| (last.range.end, last.range.end == start && last.kind == kind));
+            let end = start.checked_add(len).filter(|end| len > 0 && *end <= pages && start >= least && !joined);
+            let Some(end) = end else {
+                return Err(Damage::value("a run", format!("{len:#x} pages at {start:#x} of {pages:#x}")));
+            };
+            self.runs.push(Run { range: PageRange::new(start, end), kind });
+        }
+        Ok(())
+    }
+
+    fn read_chunks(&mut self, reader: &mut Reader<'_>, chunks: u64) -> Result<(), Damage> {
+        let mut next = 0;
+        let mut offset = 0;
+        self.chunks.reserve_exact(chunks as usize);
+        for at in 0..chunks {
+            // The next one that a run reaches into.
+            let first = self.runs.partition_point(|run| run.range.end <= next * CHUNK_PAGES);
+            let Some(run) = self.runs[first..].iter().find(|run| run.kind == Kind::Data) else {
+                return Err(Damage::value("the number of chunks", format!("{chunks}: there is data for {at}")));
+            };
+            let number = next.max(run.range.start / CHUNK_PAGES);
+            next = number + 1;
+            let (stored, sum) = (reader.u64()?, reader.u64()?);
+            let most = self.data_of(number).map(|data| data.len() << PAGE_SHIFT).sum::<u64>();
+            if stored == 0 || stored > most || (!self.packed && stored != most) {
+                return Err(Damage::value("the length of a chunk", format!("{stored}, with {most} bytes of data")));
+            }
+            let place = if self.packed { offset } else { number * CHUNK_BYTES };
+            offset += stored;
+            self.chunks.push(Chunk { number, offset: place, stored: stored as u32, sum });
+        }
+        if let Some(left) = self.data_within(PageRange::new(next * CHUNK_PAGES, self.pages())).next() {
+            return Err(Damage::value("the number of chunks", format!("{chunks}: there is data at {left}")));
+        }
+        let wanted = if self.packed { offset } else { self.pages() << PAGE_SHIFT };
+        if self.data_bytes != wanted {
+            return Err(Damage::Length { what: "the data file".to_owned(), wanted, found: self.data_bytes });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(packed: bool) -> Index {
+        let run = |start, end, kind| Run { range: PageRange::new(start, end), kind };
+        let chunk = |number: u64, offset, stored| Chunk {
+            number,
+            offset: if packed { offset } else { number * CHUNK_BYTES },
+            stored,
+            sum: number + 7,
+        };
+        Index {
+            packed,
+            bytes: 300 * PAGE_SIZE - 5,
+            data_bytes: if packed { 6 * PAGE_SIZE } else { 300 * PAGE_SIZE },
+            runs: vec![
+                run(0, 3, Kind::Zero),
+                run(3, 5, Kind::Data),
+                run(62, 65, Kind::Data),
+                run(65, 299, Kind::Zero),
+                run(299, 300, Kind::Data),
+            ],
+            chunks: vec![chunk(0, 0, 4 * 4096), chunk(1, 4 * PAGE_SIZE, 4096), chunk(4, 5 * PAGE_SIZE, 4096)],
+        }
+    }
+
+    #[test]
+    fn it_comes_back_as_it_was() {
+        let sparse = index(false);
+        assert_eq!(Index::decode(&sparse.encode()), Ok(sparse.clone()));
+        let packed = index(true);
+        assert_eq!(Index::decode(&packed.encode()), Ok(packed));
+        assert_eq!((sparse.first_missing(), sparse.count(Kind::Data), sparse.count(Kind::Zero)), (Some(5), 6, 237));
+        assert_eq!(sparse.chunk(1).map(|chunk| chunk.offset), Some(CHUNK_BYTES));
+        assert_eq!(sparse.chunk(2), None);
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        let wrong = |change: &dyn Fn(&mut Index)| {
+            let mut index = index(false);
+            change(&mut index);
+            let refused = Index::decode(&index.encode());
+            assert!(matches!(refused, Err(Damage::Value { .. } | Damage::Length { .. })), "{refused:?}");
+        };
+        wrong(&|i| i.runs.swap(0, 1));
+        wrong(&|i| i.runs[4].range.end = 301);
+        wrong(&|i| i.runs[0].range.end = 4);
+        wrong(&|i| i.runs[0].kind = Kind::Data);
+        wrong(&|i| i.chunks.truncate(2));
+        wrong(&|i| i.chunks[0].stored = 4096);
+        wrong(&|i| i.chunks.push(Chunk { number: 9, offset: 0, stored: 4096, sum: 0 }));
+        wrong(&|i| i.data_bytes += 1);
+        wrong(&|i| i.bytes = u64::MAX);
+        wrong(&|i| i.runs[4].range = PageRange::new(1 << 62, (1 << 62) + 1));
+    }
+}

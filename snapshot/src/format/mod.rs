@@ -1,0 +1,263 @@
+//! The files of a snapshot, as bytes. Each decoder takes any bytes and returns a value or [`Damage`]; none panics, and none allocates more than a small
+//! multiple of what it was given.
+
+mod index;
+mod manifest;
+mod state;
+mod warm;
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub(crate) use index::push_run;
+pub use index::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Index, Run};
+pub(crate) use manifest::valid_name;
+pub use manifest::{
+    DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,
+};
+pub use state::{Sections, encode_sections};
+pub use warm::Warm;
+
+/// The format that is written.
+pub const VERSION: Version = Version { major: 1, minor: 0 };
+
+/// What is wrong with a file.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Damage {
+    /// It does not begin as such a file does.
+    #[error("it is not a {0} file")]
+    Magic(&'static str),
+    /// Of a format that came later.
+    #[error("it has format version {found}, and this program reads {ours}")]
+    Version {
+        /// Its.
+        found: Version,
+        /// The newest known.
+        ours: Version,
+    },
+    /// A checksum of its own does not match.
+    #[error("{what} has checksum {found:016x}, not {wanted:016x}")]
+    Checksum {
+        /// Which part.
+        what: String,
+        /// As written down.
+        wanted: u64,
+        /// As computed.
+        found: u64,
+    },
+    /// Longer or shorter than it should be.
+    #[error("{what} has {found} bytes, not {wanted}")]
+    Length {
+        /// Which part.
+        what: String,
+        /// As written down.
+        wanted: u64,
+        /// As found.
+        found: u64,
+    },
+    /// A value that cannot be.
+    #[error("{what} cannot be {value}")]
+    Value {
+        /// Which.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// Not the JSON it should be.
+    #[error("it cannot be read: {0}")]
+    Json(String),
+    /// Pages that are neither data nor zeros.
+    #[error("page {page:#x} is missing, though there is no parent to have it")]
+    Hole {
+        /// The first.
+        page: u64,
+    },
+    /// Not zeros where nothing was written.
+    #[error("page {page:#x} holds something, though nothing was written there")]
+    Stray {
+        /// Which.
+        page: u64,
+    },
+    /// A compressed chunk that cannot be decompressed.
+    #[error("chunk {chunk} cannot be decompressed: {why}")]
+    Compressed {
+        /// Its number.
+        chunk: u64,
+        /// As the decoder says.
+        why: String,
+    },
+}
+
+impl Damage {
+    pub(crate) fn value(what: &'static str, value: impl ToString) -> Self {
+        Self::Value { what, value: value.to_string() }
+    }
+}
+
+/// Which snapshot it is: a random number, that of what is in it rather than of the files it is in.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotId(u128);
+
+impl SnapshotId {
+    /// This number.
+    #[must_use]
+    pub const fn new(id: u128) -> Self {
+        Self(id)
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u128 {
+        self.0
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for SnapshotId {
+    type Err = Damage;
+    fn from_str(text: &str) -> Result<Self, Damage> {
+        let wrong = || Damage::value("a snapshot's identity", format!("{text:?}"));
+        // One way to write each.
+        let plain = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if !plain {
+            return Err(wrong());
+        }
+        u128::from_str_radix(text, 16).map(Self).map_err(|_| wrong())
+    }
+}
+
+impl TryFrom<String> for SnapshotId {
+    type Error = Damage;
+    fn try_from(text: String) -> Result<Self, Damage> {
+        text.parse()
+    }
+}
+
+impl From<SnapshotId> for String {
+    fn from(id: SnapshotId) -> Self {
+        id.to_string()
+    }
+}
+
+/// How a layer's chunks are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// As they are, at the offset they have in their space: can be mapped.
+    #[default]
+    None,
+    /// Each by zstd, one behind the other: smaller, and decompressed at restore.
+    Zstd,
+}
+
+/// The checksum of everything here: XXH3, 64 bits.
+#[must_use]
+pub fn checksum(bytes: &[u8]) -> u64 {
+    twox_hash::XxHash3_64::oneshot(bytes)
+}
+
+/// Bytes with their checksum behind them, as the binary files end.
+#[must_use]
+pub fn seal(mut body: Vec<u8>) -> Vec<u8> {
+    let sum = checksum(&body);
+    body.extend_from_slice(&sum.to_le_bytes());
+    body
+}
+
+/// Takes a sealed file apart; it begins with `magic`.
+pub(crate) fn unseal<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -> Result<Reader<'a>, Damage> {
+    if bytes.get(..8) != Some(magic) {
+        return Err(Damage::Magic(name));
+    }
+    let mut head = Reader(&bytes[8..]);
+    // Before the checksum: a later version may have another.
+    let version = Version::from_bits(head.u32()?);
+    if version.major != VERSION.major {
+        return Err(Damage::Version { found: version, ours: VERSION });
+    }
+    let Some((body, sum)) = bytes.split_last_chunk::<8>() else {
+        return Err(Damage::Magic(name));
+    };
+    let (wanted, found) = (u64::from_le_bytes(*sum), checksum(body));
+    if wanted != found {
+        return Err(Damage::Checksum { what: format!("the {name} file"), wanted, found });
+    }
+    body.get(12..).map(Reader).ok_or(Damage::Magic(name))
+}
+
+/// Little-endian numbers, one after another.
+#[derive(Debug)]
+pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(crate) fn bytes(&mut self, len: u64) -> Result<&'a [u8], Damage> {
+        let have = self.0.len() as u64;
+        let short = || Damage::Length { what: "the rest of it".to_owned(), wanted: len, found: have };
+        let len = usize::try_from(len).map_err(|_| short())?;
+        let (taken, rest) = self.0.split_at_checked(len).ok_or_else(short)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Damage> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.bytes(N as u64)?);
+        Ok(out)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, Damage> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, Damage> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    pub(crate) fn u128(&mut self) -> Result<u128, Damage> {
+        self.array().map(u128::from_le_bytes)
+    }
+
+    /// Nothing may be left.
+    pub(crate) fn end(&self) -> Result<(), Damage> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Damage::value("what is left at the end", format!("{} bytes", self.0.len())))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identities_are_written_in_one_way() {
+        let id: SnapshotId = "00000000000000000000000000c1ade0".parse().unwrap();
+        assert_eq!((id, id.to_string()), (SnapshotId::new(0xc1_ade0), "00000000000000000000000000c1ade0".to_owned()));
+        for wrong in ["", "c1ade0", "00000000000000000000000000C1ADE0", "+0000000000000000000000000c1ade0"] {
+            assert!(matches!(wrong.parse::<SnapshotId>(), Err(Damage::Value { .. })), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn the_checksum_is_the_published_one() {
+        // XXH3_64bits of nothing, from its specification.
+        assert_eq!(checksum(b""), 0x2d06_8005_38d3_94c2);
+    }
+}

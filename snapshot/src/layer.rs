@@ -1,0 +1,114 @@
+//! Reading a layer's files.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+
+use crate::error::Error;
+use crate::files::{Files, len};
+use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
+use crate::space::Kind;
+
+/// A layer whose files are open: its index has been checked, its data file has the right length.
+#[derive(Debug)]
+pub(crate) struct LayerFile {
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+    pub(crate) index: Index,
+}
+
+impl LayerFile {
+    /// Opens the layer of that name in a snapshot's directory.
+    pub(crate) fn open(files: &Files, dir: &Path, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
+        let path = dir.join(format!("{name}.index"));
+        let bytes = files.read(&path, entry.index_bytes)?;
+        let index = Self::checked(&bytes, entry).map_err(|damage| Error::damaged(path, damage))?;
+        let path = dir.join(format!("{name}.data"));
+        let file = files.open(&path)?;
+        let found = len(&file, &path)?;
+        if found != index.data_bytes {
+            let damage = Damage::Length { what: "the data".to_owned(), wanted: index.data_bytes, found };
+            return Err(Error::damaged(path, damage));
+        }
+        Ok(Self { path, file, index })
+    }
+
+    fn checked(bytes: &[u8], entry: &LayerEntry) -> Result<Index, Damage> {
+        let length = |what: &str, wanted, found| {
+            if wanted == found { Ok(()) } else { Err(Damage::Length { what: what.to_owned(), wanted, found }) }
+        };
+        length("the index", entry.index_bytes, bytes.len() as u64)?;
+        let index = Index::decode(bytes)?;
+        // It is sealed; this says that it is the one that the manifest means.
+        let found = sealed_sum(bytes);
+        if entry.index_checksum != found {
+            return Err(Damage::Checksum { what: "the index".to_owned(), wanted: entry.index_checksum, found });
+        }
+        length("the space", entry.bytes, index.bytes)?;
+        length("the data file", entry.data_bytes, index.data_bytes)?;
+        length("the data", entry.data_pages << PAGE_SHIFT, index.count(Kind::Data) << PAGE_SHIFT)?;
+        length("what is zero", entry.zero_pages << PAGE_SHIFT, index.count(Kind::Zero) << PAGE_SHIFT)?;
+        if index.packed != (entry.compression == Compression::Zstd) {
+            return Err(Damage::value("the compression", format!("{:?}", entry.compression)));
+        }
+        Ok(index)
+    }
+
+    /// The data pages of a chunk, one after another, after its checksum has been found right. `into` is given back, so that it is allocated once.
+    pub(crate) fn read_chunk(&self, files: &Files, chunk: &Chunk, mut into: Vec<u8>) -> Result<Vec<u8>, Error> {
+        into.clear();
+        into.resize(chunk.stored as usize, 0);
+        if self.index.packed {
+            files.read_exact_at(&self.file, &self.path, &mut into, chunk.offset)?;
+        } else {
+            let mut rest = into.as_mut_slice();
+            for range in self.index.data_of(chunk.number) {
+                let (part, after) = rest.split_at_mut(range.bytes());
+                files.read_exact_at(&self.file, &self.path, part, range.offset())?;
+                rest = after;
+            }
+        }
+        let found = checksum(&into);
+        if found != chunk.sum {
+            let what = format!("the chunk at page {:#x}", chunk.number * CHUNK_PAGES);
+            return Err(Error::damaged(&self.path, Damage::Checksum { what, wanted: chunk.sum, found }));
+        }
+        let pages: u64 = self.index.data_of(chunk.number).map(PageRange::len).sum();
+        if into.len() as u64 == pages << PAGE_SHIFT {
+            return Ok(into);
+        }
+        let damaged = |why: String| Error::damaged(&self.path, Damage::Compressed { chunk: chunk.number, why });
+        let out = zstd::bulk::decompress(&into, (pages << PAGE_SHIFT) as usize);
+        let out = out.map_err(|error| damaged(error.to_string()))?;
+        if out.len() as u64 != pages << PAGE_SHIFT {
+            return Err(damaged(format!("it has {} bytes, not {}", out.len(), pages << PAGE_SHIFT)));
+        }
+        Ok(out)
+    }
+
+    /// Calls `with` for each piece of `wanted`, all in one chunk, with its bytes out of what [`Self::read_chunk`] returned.
+    pub(crate) fn pick<E>(
+        &self,
+        chunk: &Chunk,
+        bytes: &[u8],
+        wanted: PageRange,
+        mut with: impl FnMut(PageRange, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut at = 0;
+        for range in self.index.data_of(chunk.number) {
+            let cut = range.intersect(wanted);
+            if !cut.is_empty() {
+                let from = at + ((cut.start - range.start) * PAGE_SIZE) as usize;
+                with(cut, &bytes[from..from + cut.bytes()])?;
+            }
+            at += range.bytes();
+        }
+        Ok(())
+    }
+}
+
+/// The checksum that a sealed file ends with.
+pub(crate) fn sealed_sum(bytes: &[u8]) -> u64 {
+    bytes.last_chunk::<8>().map_or(0, |sum| u64::from_le_bytes(*sum))
+}

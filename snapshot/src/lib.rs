@@ -1,0 +1,48 @@
+//! Snapshots of microVMs on disk.
+//!
+//! A snapshot is a directory that holds a VM at one instant: its memory, its disks, and whatever else the VMM wants back, as named sections of bytes. It
+//! is full, or it has what changed since its parent. `docs/snapshot-format.md` has the format, and what is promised of it.
+//!
+//! | to | use |
+//! |---|---|
+//! | write one | [`Save`] |
+//! | read one | [`Snapshot`] |
+//! | check one, look at one, merge a chain | [`verify`], [`show`], [`compact`] |
+//! | read ahead what the last run touched first | [`record_warm`], [`Load::Warm`] |
+//!
+//! What it does not do: it does not stop the VM (it takes an image that never changes), knows nothing of the sections' contents, and does not
+//! encrypt. Checksums find accidents, not forgeries.
+
+#![forbid(unsafe_code)]
+
+mod aside;
+mod chain;
+mod compact;
+mod disk;
+mod error;
+mod files;
+pub mod format;
+mod layer;
+mod ram;
+mod restore;
+mod save;
+mod show;
+mod space;
+mod verify;
+mod warm;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use chain::{MOST_DEEP, Snapshot};
+pub use compact::compact;
+pub use disk::DiskReader;
+pub use error::Error;
+pub use format::{Compression, Damage, SnapshotId};
+pub use restore::Load;
+pub use save::{Base, DiskToSave, Save, Saved, Watch};
+pub use show::{LayerSummary, Link, Summary, show};
+pub use space::{Kind, Space, linear};
+pub use verify::{Verified, verify};
+pub use warm::record_warm;

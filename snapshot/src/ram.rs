@@ -1,0 +1,91 @@
+//! Guest memory as a space.
+
+use std::io;
+use std::sync::Arc;
+
+use clade_memory::{Layer, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage};
+
+use crate::space::{Kind, Space, linear};
+
+/// An image, or what of it differs from another.
+#[derive(Debug)]
+pub(crate) struct RamSpace {
+    bytes: u64,
+    /// What layers provide, ascending: the layer's page that the range starts with.
+    pieces: Vec<(PageRange, Arc<Layer>, u64)>,
+    wanted: Vec<PageRange>,
+}
+
+impl RamSpace {
+    /// All of `image`, or what may have changed since `base`. Waits until the image is complete.
+    pub(crate) fn new(image: &RamImage, base: Option<&RamImage>) -> Result<Self, RamError> {
+        image.settle()?;
+        let layout = image.layout();
+        let wanted = match base {
+            Some(base) => linear(layout, &image.changed_since(base)?),
+            None => vec![PageRange::new(0, layout.bytes() >> PAGE_SHIFT)],
+        };
+        let mut pieces = Vec::new();
+        let mut first = 0;
+        for (map, (_, pages)) in image.maps().zip(layout.ranges()) {
+            for (range, source) in map.iter() {
+                let range = PageRange::new(first + range.start, first + range.end);
+                pieces.push((range, Arc::clone(&source.layer), source.at));
+            }
+            first += pages;
+        }
+        Ok(Self { bytes: layout.bytes(), pieces, wanted })
+    }
+
+    fn within(&self, range: PageRange) -> impl Iterator<Item = (PageRange, &Layer, u64)> {
+        let first = self.pieces.partition_point(|(piece, ..)| piece.end <= range.start);
+        let touching = self.pieces[first..].iter().take_while(move |(piece, ..)| piece.start < range.end);
+        touching.map(move |(piece, layer, at)| {
+            let cut = piece.intersect(range);
+            (cut, &**layer, at + (cut.start - piece.start))
+        })
+    }
+}
+
+impl Space for RamSpace {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+        let mut runs = Vec::new();
+        let mut push = |start, end, kind| {
+            if start < end {
+                runs.push((PageRange::new(start, end), kind));
+            }
+        };
+        for wanted in &self.wanted {
+            let mut done = wanted.start;
+            for (range, layer, at) in self.within(*wanted) {
+                let data = layer.data_runs(PageRange::with_len(at, range.len())).map_err(io::Error::other)?;
+                for data in data {
+                    let here = range.start + (data.start - at);
+                    // Holes of the layer, and what no layer provides.
+                    push(done, here, Kind::Zero);
+                    done = here + data.len();
+                    push(here, done, Kind::Data);
+                }
+            }
+            push(done, wanted.end, Kind::Zero);
+        }
+        Ok(runs)
+    }
+
+    fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let wanted = PageRange::with_len(page, bytes.len() as u64 / PAGE_SIZE);
+        let mut done = wanted.start;
+        let slice = |from: u64, to: u64| ((from - page) << PAGE_SHIFT) as usize..((to - page) << PAGE_SHIFT) as usize;
+        for (range, layer, at) in self.within(wanted) {
+            bytes[slice(done, range.start)].fill(0);
+            layer.read_pages(at, &mut bytes[slice(range.start, range.end)]).map_err(io::Error::other)?;
+            done = range.end;
+        }
+        bytes[slice(done, wanted.end)].fill(0);
+        Ok(())
+    }
+}

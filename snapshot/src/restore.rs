@@ -1,0 +1,301 @@
+//! Restoring memory: layers of a snapshot become layers of VMs.
+//!
+//! A layer that is not compressed is mapped as it is: its file has each page at the page's own offset, so neighbours in memory are neighbours in the
+//! file, and a hole between two of them reads as the zeros that are there, which lets one mapping span both. The rest is copied into memory, and every chunk
+//! that is copied has been compared with its checksum.
+
+use std::num::NonZero;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use clade_memory::{
+    Backing, Layer, LayerDraft, LayerMap, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout,
+    Source, Store,
+};
+use rustix::fs::{Advice, fadvise};
+
+use crate::chain::{ChainSpace, Place, Snapshot};
+use crate::disk::{Wanted, chunks_of};
+use crate::error::Error;
+use crate::files::{Files, len};
+use crate::format::{Damage, NoForkKind};
+
+/// Mappings that a region may come to before gaps are bridged over more generously and short pieces copied.
+const MANY: usize = 256;
+/// Zeros between two pieces of one file are mapped with them up to this many pages at first.
+const GAP: u64 = 16;
+/// Longest piece that is copied for want of mappings.
+const MOST_SHORT: u64 = 512;
+
+/// How memory comes from the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// As it is touched, from the page cache, which all VMs of the snapshot share. What is compressed is decompressed first. Its data is not compared
+    /// with checksums.
+    Lazy,
+    /// All of it now, into huge pages, each chunk compared with its checksum.
+    Preload,
+    /// As [`Load::Lazy`], and these pages are read ahead: what [`Snapshot::warm`] has, or others.
+    Warm(Vec<PageRange>),
+}
+
+/// Where a piece of memory is to come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// The file of that layer, mapped.
+    File(usize),
+    /// The region's own layer, filled here.
+    Draft,
+}
+
+type Pieces = Vec<(PageRange, Owner)>;
+
+struct Region {
+    /// Pages of the space.
+    all: PageRange,
+    pieces: Pieces,
+    draft: Option<LayerDraft>,
+}
+
+impl Snapshot {
+    /// Its memory as an image, which any number of VMs of the process can be started from, and be saved on top of incrementally.
+    ///
+    /// # Errors
+    /// When it was made on another kind of machine, a file has become shorter, a chunk that is read is damaged, or there is no memory.
+    pub fn restore_ram(&self, store: &Store, load: &Load) -> Result<RamImage, Error> {
+        let (ours, theirs) = (std::env::consts::ARCH, &self.manifest().machine);
+        if ours != theirs {
+            return Err(Error::Machine { path: self.dir().to_owned(), theirs: theirs.clone(), ours });
+        }
+        let space = &self.0.memory;
+        let layout = self.layout()?;
+        let mapped = |at: usize| *load != Load::Preload && !space.layers[at].index.packed;
+        let mut regions = regions(&layout, space, mapped);
+        for region in &mut regions {
+            if region.pieces.iter().any(|(_, owner)| *owner == Owner::Draft) {
+                region.draft = Some(store.draft(region.all.len(), Backing::Huge).map_err(RamError::from)?);
+            }
+        }
+        fill(&self.0.files, space, &regions, mapped)?;
+        let files = self.layers(store, &regions)?;
+        if let Load::Warm(runs) = load {
+            self.read_ahead(runs, mapped);
+        }
+        let mut maps = Vec::with_capacity(regions.len());
+        for (region, declared) in regions.into_iter().zip(self.no_fork(store)?) {
+            let draft = region.draft.map(LayerDraft::publish);
+            let mut map = LayerMap::new();
+            for (range, owner) in region.pieces {
+                let local = PageRange::new(range.start - region.all.start, range.end - region.all.start);
+                let source = match owner {
+                    Owner::File(at) => files[at].clone().map(|layer| Source { layer, at: range.start }),
+                    Owner::Draft => draft.clone().map(|layer| Source { layer, at: local.start }),
+                };
+                if let Some(source) = source {
+                    map.insert(local, source);
+                }
+            }
+            maps.push((map, declared));
+        }
+        Ok(RamImage::from_parts(store, &layout, maps)?)
+    }
+
+    /// The data files that are mapped, as layers.
+    fn layers(&self, store: &Store, regions: &[Region]) -> Result<Vec<Option<Arc<Layer>>>, Error> {
+        let space = &self.0.memory;
+        let used = |at| regions.iter().flat_map(|region| &region.pieces).any(|(_, owner)| *owner == Owner::File(at));
+        let layer = |(at, layer): (usize, &crate::layer::LayerFile)| {
+            if !used(at) {
+                return Ok(None);
+            }
+            // It was right when it was opened, which may be long ago.
+            let found = len(&layer.file, &layer.path)?;
+            if found != layer.index.data_bytes {
+                let damage = Damage::Length { what: "the data".to_owned(), wanted: layer.index.data_bytes, found };
+                return Err(Error::damaged(&layer.path, damage));
+            }
+            let file = layer.file.try_clone().map_err(|source| Error::file("opened", &layer.path, source))?;
+            Ok(Some(store.file_layer(file, space.pages()).map_err(RamError::from)?))
+        };
+        space.layers.iter().enumerate().map(layer).collect()
+    }
+
+    fn read_ahead(&self, runs: &[PageRange], mapped: impl Fn(usize) -> bool) {
+        let space = &self.0.memory;
+        for run in runs {
+            for (range, place) in space.map.within(*run) {
+                if let Place::Layer(at) = place
+                    && mapped(at)
+                {
+                    // Best effort: it is read when it is touched otherwise.
+                    let bytes = NonZero::new(range.len() << PAGE_SHIFT);
+                    let _ = fadvise(&space.layers[at].file, range.offset(), bytes, Advice::WillNeed);
+                }
+            }
+        }
+    }
+
+    fn no_fork(&self, store: &Store) -> Result<Vec<Vec<(PageRange, NoFork)>>, Error> {
+        let mut first = 0;
+        let mut all = Vec::new();
+        for region in &self.manifest().memory.regions {
+            let mut declared = Vec::new();
+            for entry in &region.no_fork {
+                let what = match entry.kind {
+                    NoForkKind::Absent => NoFork::Absent,
+                    NoForkKind::Zeroed => NoFork::Zeroed,
+                    NoForkKind::Fresh => {
+                        let mut page = [0; PAGE_SIZE as usize];
+                        self.read_page(first + entry.start, &mut page)?;
+                        NoFork::Fresh(store.reference_page(&page).map_err(RamError::from)?)
+                    }
+                };
+                declared.push((entry.range(), what));
+            }
+            all.push(declared);
+            first += region.pages;
+        }
+        Ok(all)
+    }
+
+    /// A page of memory, its chunk compared with its checksum.
+    fn read_page(&self, page: u64, into: &mut [u8]) -> Result<(), Error> {
+        let space = crate::disk::Merged { space: &self.0.memory, files: &self.0.files, last: Default::default() };
+        let read = crate::space::Space::read_pages(&space, page, into);
+        read.map_err(|source| Error::Space { name: "memory".to_owned(), page, source })
+    }
+}
+
+/// Where each region's pages are to come from.
+fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> bool) -> Vec<Region> {
+    let mut first = 0;
+    let mut regions = Vec::new();
+    for (_, pages) in layout.ranges() {
+        let all = PageRange::with_len(first, *pages);
+        first += pages;
+        let (mut gap, mut short) = (GAP, 0);
+        let mut pieces = plan(space, all, gap, short, &mapped);
+        while pieces.len() > MANY && gap < all.len() {
+            gap *= 4;
+            pieces = plan(space, all, gap, short, &mapped);
+        }
+        while pieces.len() > MANY && short < MOST_SHORT {
+            short = (short * 2).max(1);
+            pieces = plan(space, all, gap, short, &mapped);
+        }
+        regions.push(Region { all, pieces, draft: None });
+    }
+    regions
+}
+
+/// Pieces with gaps of up to `gap` zeros bridged, and those of up to `short` pages copied.
+fn plan(space: &ChainSpace, all: PageRange, gap: u64, short: u64, mapped: impl Fn(usize) -> bool) -> Pieces {
+    let owned = space.map.within(all).into_iter().filter_map(|(range, place)| match place {
+        Place::Layer(at) if mapped(at) => Some((range, Owner::File(at))),
+        Place::Layer(_) => Some((range, Owner::Draft)),
+        Place::Zero => None,
+    });
+    let bridged = bridge(space, owned, gap);
+    if short == 0 {
+        return bridged;
+    }
+    let copied =
+        bridged.into_iter().map(|(range, owner)| (range, if range.len() <= short { Owner::Draft } else { owner }));
+    bridge(space, copied, gap)
+}
+
+fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, gap: u64) -> Pieces {
+    let mut out = Pieces::new();
+    for (range, owner) in pieces {
+        if let Some((last, before)) = out.last_mut()
+            && *before == owner
+            && range.start - last.end <= gap
+        {
+            let between = PageRange::new(last.end, range.start);
+            // Zeros, in the space. In the file they must be a hole: it may have pages there that a later layer says are zeros.
+            let hole = match owner {
+                Owner::File(at) => space.layers[at].index.data_within(between).next().is_none(),
+                Owner::Draft => true,
+            };
+            if hole {
+                last.end = range.end;
+                continue;
+            }
+        }
+        out.push((range, owner));
+    }
+    out
+}
+
+/// Reads what goes into drafts.
+fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(usize) -> bool) -> Result<(), Error> {
+    let mut todo = chunks_of(space, |at| !mapped(at));
+    // Short pieces of mapped layers.
+    for (range, place) in space.map.iter() {
+        let Place::Layer(at) = *place else { continue };
+        if !mapped(at) {
+            continue;
+        }
+        for (piece, _) in regions.iter().flat_map(|region| drafted(region, range)) {
+            let numbers = piece.start / crate::format::CHUNK_PAGES..=(piece.end - 1) / crate::format::CHUNK_PAGES;
+            todo.extend(numbers.map(|number| (at, number, vec![piece])));
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8).min(todo.len().max(1));
+    thread::scope(|scope| {
+        let work = || {
+            let mut buffer = Vec::new();
+            // Relaxed: each takes another number, and the list does not change.
+            while let Some(wanted) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
+                buffer = copy(files, space, regions, wanted, buffer).inspect_err(|_| {
+                    next.store(todo.len(), Ordering::Relaxed);
+                })?;
+            }
+            Ok(())
+        };
+        let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        let theirs =
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        theirs.fold(mine, |sum, one| sum.and(one))
+    })
+}
+
+/// The parts of `range` that are in a region's draft.
+fn drafted(region: &Region, range: PageRange) -> impl Iterator<Item = (PageRange, Owner)> {
+    let first = region.pieces.partition_point(|(piece, _)| piece.end <= range.start);
+    let touching = region.pieces[first..].iter().take_while(move |(piece, _)| piece.start < range.end);
+    touching
+        .map(move |(piece, owner)| (piece.intersect(range), *owner))
+        .filter(|(piece, owner)| *owner == Owner::Draft && !piece.is_empty())
+}
+
+fn copy(
+    files: &Files,
+    space: &ChainSpace,
+    regions: &[Region],
+    wanted: &Wanted,
+    buffer: Vec<u8>,
+) -> Result<Vec<u8>, Error> {
+    let (at, number, ranges) = wanted;
+    let layer = &space.layers[*at];
+    let Some(chunk) = layer.index.chunk(*number) else { return Ok(buffer) };
+    let bytes = layer.read_chunk(files, chunk, buffer)?;
+    for wanted in ranges {
+        layer.pick(chunk, &bytes, *wanted, |range, data| {
+            for region in regions {
+                let cut = range.intersect(region.all);
+                if let Some(draft) = &region.draft
+                    && !cut.is_empty()
+                {
+                    let data = &data[((cut.start - range.start) << PAGE_SHIFT) as usize..][..cut.bytes()];
+                    draft.write_pages(cut.start - region.all.start, data)?;
+                }
+            }
+            Ok::<(), Error>(())
+        })?;
+    }
+    Ok(bytes)
+}

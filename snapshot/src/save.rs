@@ -1,0 +1,257 @@
+//! Saving: a snapshot is written aside and put in its place as a whole, or not at all.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
+
+use crate::aside::{Aside, MANIFEST, STATE, expect_replaceable, layer_name, place, random};
+use crate::chain::{MOST_DEEP, Snapshot, read_manifest};
+use crate::error::Error;
+use crate::files::Files;
+use crate::format::{
+    Compression, DiskEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, SnapshotId, StateEntry,
+    encode_sections, valid_name,
+};
+use crate::layer::sealed_sum;
+use crate::ram::RamSpace;
+use crate::space::{Kind, Space};
+use crate::write::write_layer;
+
+/// How a save is watched, and stopped.
+#[derive(Clone, Copy)]
+pub struct Watch<'a> {
+    /// Told bytes done and bytes to do at most (what turns out to be zeros is done without being written), on the thread that saves.
+    pub progress: &'a dyn Fn(u64, u64),
+    /// Set by anyone, at any time.
+    pub cancel: &'a AtomicBool,
+}
+
+impl std::fmt::Debug for Watch<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").field("cancel", &self.cancel).finish_non_exhaustive()
+    }
+}
+
+impl Watch<'static> {
+    /// Nobody looks.
+    #[must_use]
+    pub fn none() -> Self {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        Self { progress: &|_, _| {}, cancel: &NEVER }
+    }
+}
+
+/// Counts for a [`Watch`].
+pub(crate) struct Meter<'a> {
+    watch: &'a Watch<'a>,
+    done: &'a mut u64,
+    total: u64,
+}
+
+impl<'a> Meter<'a> {
+    pub(crate) fn new(watch: &'a Watch<'a>, done: &'a mut u64, total: u64) -> Self {
+        Self { watch, done, total }
+    }
+
+    /// The same, for a shorter time.
+    pub(crate) fn part(&mut self) -> Meter<'_> {
+        Meter { watch: self.watch, done: self.done, total: self.total }
+    }
+
+    /// More is done; an error if it has been cancelled.
+    pub(crate) fn add(&mut self, bytes: u64) -> Result<(), Error> {
+        *self.done += bytes;
+        (self.watch.progress)(*self.done, self.total);
+        self.check()
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        // Relaxed: it guards nothing but itself.
+        if self.watch.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// A disk, by the name it is to have in the snapshot.
+#[derive(Clone, Copy)]
+pub struct DiskToSave<'a> {
+    /// 1 to 255 bytes, another for each disk.
+    pub name: &'a str,
+    /// Its contents at the instant of the image.
+    pub space: &'a dyn Space,
+}
+
+impl std::fmt::Debug for DiskToSave<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DiskToSave").field("name", &self.name).field("bytes", &self.space.bytes()).finish()
+    }
+}
+
+/// What an incremental snapshot is on top of.
+#[derive(Clone, Copy, Debug)]
+pub struct Base<'a> {
+    /// Where it is.
+    pub dir: &'a Path,
+    /// Which it is: what stands in `dir` must be it.
+    pub id: SnapshotId,
+    /// The memory that was saved there, or restored from there.
+    pub image: &'a RamImage,
+}
+
+/// A VM at one instant, to be saved. It may run again: nothing here changes.
+#[derive(Clone, Debug)]
+pub struct Save<'a> {
+    /// Its memory.
+    pub memory: &'a RamImage,
+    /// Its disks. Of a full save they give all of their pages, of an incremental one those that changed since the base.
+    pub disks: &'a [DiskToSave<'a>],
+    /// Everything else, as the caller likes.
+    pub sections: &'a [(&'a str, &'a [u8])],
+    /// Save only what changed since.
+    pub base: Option<Base<'a>>,
+    /// Smaller files that cannot be mapped.
+    pub compression: Compression,
+}
+
+/// What was saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Which snapshot it is. The caller replaces its last image by the one just saved **after** it has this: until then the last base is the base.
+    pub id: SnapshotId,
+    /// Pages written, of memory and disks.
+    pub data_pages: u64,
+    /// Pages that are zeros, of memory and disks.
+    pub zero_pages: u64,
+    /// Bytes of their files.
+    pub data_bytes: u64,
+}
+
+impl Save<'_> {
+    /// Writes it to `dir`, in place of the snapshot that is there.
+    ///
+    /// # Errors
+    /// Then what was in `dir` is there as it was. Only if the last sync failed may the new one be there instead, whole, but not known to
+    /// outlive a power cut: it is to be saved again.
+    pub fn to(&self, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+        self.with(&Files::default(), dir, watch)
+    }
+
+    pub(crate) fn with(&self, files: &Files, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+        self.check_names()?;
+        let memory = RamSpace::new(self.memory, self.base.map(|base| base.image))?;
+        let place = place(dir)?;
+        expect_replaceable(files, &place)?;
+        let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
+        let spaces =
+            std::iter::once(("memory", &memory as &dyn Space)).chain(self.disks.iter().map(|d| (d.name, d.space)));
+        let mut total = 0;
+        for (name, space) in spaces.clone() {
+            let runs = crate::space::checked_runs(name, space, self.base.is_none())?;
+            let data = runs.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range.len());
+            total += data.sum::<u64>() << PAGE_SHIFT;
+        }
+        let mut done = 0;
+        let mut meter = Meter::new(watch, &mut done, total);
+        meter.add(0)?;
+
+        let aside = Aside::create(files, place)?;
+        let mut layers = Vec::with_capacity(1 + self.disks.len());
+        for (at, (_, space)) in spaces.enumerate() {
+            let how = (self.base.is_none(), self.compression);
+            layers.push(write_layer(files, aside.path(), &layer_name(at.checked_sub(1)), space, how, &mut meter)?);
+        }
+        let state = encode_sections(self.sections);
+        files.write(&aside.path().join(STATE), &state)?;
+        let id = SnapshotId::new(random()?);
+        let (data_pages, zero_pages, data_bytes) = layers.iter().fold((0, 0, 0), |sum, layer| {
+            (sum.0 + layer.data_pages, sum.1 + layer.zero_pages, sum.2 + layer.data_bytes)
+        });
+        let mut layers = layers.into_iter();
+        let Some(layer) = layers.next() else { return Err(Error::Cancelled) };
+        let disks = self.disks.iter().zip(layers).map(|(disk, layer)| DiskEntry { name: disk.name.to_owned(), layer });
+        let memory = MemoryEntry { regions: regions(self.memory), layer };
+        let entry = StateEntry { bytes: state.len() as u64, checksum: sealed_sum(&state) };
+        let manifest = Manifest::new(id, parent, memory, disks.collect(), entry);
+        files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
+        meter.check()?;
+        if let Some(base) = &self.base {
+            // It may have been replaced meanwhile.
+            expect_id(files, base)?;
+        }
+        aside.publish()?;
+        Ok(Saved { id, data_pages, zero_pages, data_bytes })
+    }
+
+    fn check_names(&self) -> Result<(), Error> {
+        let twice = |name: &str| Err(Error::Twice { name: name.to_owned() });
+        let mut names = HashSet::new();
+        for disk in self.disks {
+            if !valid_name(disk.name) || !names.insert(disk.name) {
+                return twice(disk.name);
+            }
+        }
+        names.clear();
+        for (name, _) in self.sections {
+            if !valid_name(name) || !names.insert(name) {
+                return twice(name);
+            }
+        }
+        Ok(())
+    }
+
+    /// The base as the manifest names it, after looking at all of its chain.
+    fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<Parent, Error> {
+        expect_id(files, base)?;
+        let chain = Snapshot::with(files, base.dir)?;
+        let identity = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        let target = identity(place);
+        if target.is_some() && chain.dirs().any(|dir| identity(dir) == target) {
+            return Err(Error::OwnChain { path: place.to_owned() });
+        }
+        if chain.depth() >= MOST_DEEP {
+            return Err(Error::TooDeep { path: base.dir.to_owned(), most: MOST_DEEP });
+        }
+        let wrong = |what: String| Error::Shape { path: base.dir.to_owned(), what };
+        if chain.layout()? != *self.memory.layout() {
+            return Err(wrong(format!("its memory is not of the shape {:?}", self.memory.layout().ranges())));
+        }
+        let theirs: Vec<(&str, u64)> =
+            chain.manifest().disks.iter().map(|d| (d.name.as_str(), d.layer.bytes)).collect();
+        let ours: Vec<(&str, u64)> = self.disks.iter().map(|disk| (disk.name, disk.space.bytes())).collect();
+        if theirs != ours {
+            return Err(wrong(format!("its disks {theirs:?} are not {ours:?}")));
+        }
+        let dir = crate::aside::place(base.dir)?;
+        let sibling = dir.parent() == place.parent();
+        let name = if sibling { dir.file_name().map(|name| Path::new("..").join(name)) } else { None };
+        let path = name.unwrap_or(dir);
+        let text = path.to_str().ok_or_else(|| Error::Path { path: path.clone() })?;
+        Ok(Parent { id: base.id, path: text.to_owned() })
+    }
+}
+
+fn expect_id(files: &Files, base: &Base<'_>) -> Result<(), Error> {
+    let found = read_manifest(files, base.dir)?.id;
+    if found == base.id { Ok(()) } else { Err(Error::WrongId { path: base.dir.to_owned(), wanted: base.id, found }) }
+}
+
+fn regions(image: &RamImage) -> Vec<Region> {
+    let entry = |(range, what): (clade_memory::PageRange, NoFork)| NoForkEntry {
+        start: range.start,
+        pages: range.len(),
+        kind: match what {
+            NoFork::Absent => NoForkKind::Absent,
+            NoFork::Zeroed => NoForkKind::Zeroed,
+            NoFork::Fresh(_) => NoForkKind::Fresh,
+        },
+    };
+    let ranges = image.layout().ranges().iter().zip(image.no_fork());
+    let region = |((base, pages), declared): (&(vm_memory::GuestAddress, u64), Vec<_>)| Region {
+        guest_address: base.0,
+        pages: *pages,
+        no_fork: declared.into_iter().map(entry).collect(),
+    };
+    ranges.map(region).collect()
+}

@@ -1,0 +1,68 @@
+//! Plans: which operation on files goes wrong, and how.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+
+use crate::files::{Op, Verdict};
+
+/// How an operation goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It fails with this, once.
+    Errno(Errno),
+    /// It, and every one after it, fails: the process is gone, as far as the disk knows.
+    Dead,
+    /// The process is killed before it.
+    Kill,
+    /// Only some of it is done, if it is a write or a read.
+    Short,
+    /// It says that it wrote, and did not.
+    Lie,
+}
+
+/// Numbers operations, and lets one go wrong.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    fault: Option<(u64, Fault)>,
+    count: AtomicU64,
+    trace: Mutex<Vec<(Op, PathBuf)>>,
+}
+
+impl Plan {
+    /// Operation number `at` goes wrong.
+    pub(crate) fn new(at: u64, fault: Fault) -> Self {
+        Self { fault: Some((at, fault)), ..Self::default() }
+    }
+
+    /// Operations so far.
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    /// What was done, in order.
+    pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
+        self.trace.lock().unwrap().clone()
+    }
+
+    /// What is to become of the next operation.
+    pub(crate) fn decide(&self, op: Op, path: &Path) -> io::Result<Verdict> {
+        let number = self.count.fetch_add(1, Ordering::SeqCst);
+        self.trace.lock().unwrap().push((op, path.to_owned()));
+        match self.fault {
+            Some((at, Fault::Errno(errno))) if at == number => Err(errno.into()),
+            Some((at, Fault::Dead)) if number >= at => Err(Errno::IO.into()),
+            Some((at, Fault::Kill)) if at == number => {
+                let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                // It does not come back from there.
+                Err(Errno::IO.into())
+            }
+            Some((at, Fault::Short)) if at == number => Ok(Verdict::Short),
+            Some((at, Fault::Lie)) if at == number && op == Op::Write => Ok(Verdict::Lie),
+            _ => Ok(Verdict::Go),
+        }
+    }
+}

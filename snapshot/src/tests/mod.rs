@@ -1,0 +1,5 @@
+//! Tests of the whole, by kind of fault.
+
+mod basic;
+pub(crate) mod faults;
+pub(crate) mod support;

@@ -1,0 +1,299 @@
+//! Writing a layer: the caller's thread reads, looks for zeros, sums and compresses a window while another thread writes the one before.
+//!
+//! A layer that is not compressed is written past the page cache, in writes of up to 4 MiB: a snapshot is read again later or never, and its pages
+//! would push out others.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread;
+
+use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+
+use crate::error::Error;
+use crate::files::Files;
+use crate::format::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Compression, Index, LayerEntry, Run, checksum, push_run};
+use crate::layer::sealed_sum;
+use crate::save::Meter;
+use crate::space::{Kind, Space, checked_runs};
+
+/// Pages that are read, and written, together: 4 MiB.
+const WINDOW: u64 = 1024;
+/// Windows under way.
+const BUFFERS: usize = 3;
+/// Zeros beside data are written with it when they are fewer pages than this: fewer writes, extents and mappings for a little space.
+const SHORT: u64 = 16;
+const ALIGN: usize = 4096;
+static ZERO: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+/// zstd's fastest ordinary level: a snapshot is waited for.
+const LEVEL: i32 = 1;
+
+/// A window's bytes, aligned for direct writes.
+#[derive(Debug)]
+struct Buffer {
+    raw: Vec<u8>,
+    skip: usize,
+}
+
+impl Buffer {
+    fn new() -> Self {
+        let raw = vec![0; (WINDOW << PAGE_SHIFT) as usize + ALIGN];
+        let skip = raw.as_ptr().align_offset(ALIGN);
+        Self { raw, skip }
+    }
+
+    /// The bytes of pages of the window.
+    fn pages(&mut self, range: PageRange) -> &mut [u8] {
+        let from = self.skip + range.offset() as usize;
+        &mut self.raw[from..from + range.bytes()]
+    }
+}
+
+/// What the writer is given: pieces of a buffer, and where they go.
+struct Job {
+    buffer: Buffer,
+    /// Pages of the window, and the offset of their file.
+    pieces: Vec<(PageRange, u64)>,
+    /// In place of pieces: compressed chunks, and where they go.
+    packed: Option<(Vec<u8>, u64)>,
+}
+
+/// Pages of a window and what they are, in the window's own numbers.
+type Pieces = Vec<Run>;
+
+struct Writing<'a> {
+    name: &'a str,
+    space: &'a dyn Space,
+    index: Index,
+    jobs: SyncSender<Job>,
+    buffers: Receiver<Buffer>,
+    meter: &'a mut Meter<'a>,
+}
+
+/// Writes the two files of a layer into `dir`, synced.
+pub(crate) fn write_layer(
+    files: &Files,
+    dir: &Path,
+    name: &str,
+    space: &dyn Space,
+    (full, compression): (bool, Compression),
+    meter: &mut Meter<'_>,
+) -> Result<LayerEntry, Error> {
+    let runs = checked_runs(name, space, full)?;
+    let packed = compression == Compression::Zstd;
+    let path = dir.join(format!("{name}.data"));
+    let file = files.create(&path, !packed)?;
+    let pages = space.bytes().div_ceil(PAGE_SIZE);
+    if !packed {
+        files.set_len(&file, &path, pages << PAGE_SHIFT)?;
+    }
+    let index = Index { packed, bytes: space.bytes(), data_bytes: pages << PAGE_SHIFT, ..Index::default() };
+    let index = fill(files, (&path, &file), (name, space), &runs, index, meter)?;
+    files.sync(&file, &path)?;
+    let bytes = index.encode();
+    files.write(&dir.join(format!("{name}.index")), &bytes)?;
+    Ok(LayerEntry {
+        compression,
+        bytes: index.bytes,
+        data_pages: index.count(Kind::Data),
+        zero_pages: index.count(Kind::Zero),
+        data_bytes: index.data_bytes,
+        index_bytes: bytes.len() as u64,
+        index_checksum: sealed_sum(&bytes),
+    })
+}
+
+fn fill(
+    files: &Files,
+    (path, file): (&PathBuf, &File),
+    (name, space): (&str, &dyn Space),
+    runs: &[Run],
+    index: Index,
+    meter: &mut Meter<'_>,
+) -> Result<Index, Error> {
+    thread::scope(|scope| {
+        let (jobs, todo) = sync_channel::<Job>(BUFFERS);
+        let (done, buffers) = channel();
+        for _ in 0..BUFFERS {
+            // The receiver is in this very function.
+            let _ = done.send(Buffer::new());
+        }
+        let writer = scope.spawn(move || {
+            for mut job in todo {
+                for (pages, offset) in &job.pieces {
+                    files.write_all_at(file, path, job.buffer.pages(*pages), *offset)?;
+                }
+                if let Some((bytes, offset)) = &job.packed {
+                    files.write_all_at(file, path, bytes, *offset)?;
+                }
+                // Nobody waits for it any more when the other side has stopped.
+                let _ = done.send(job.buffer);
+            }
+            Ok::<(), Error>(())
+        });
+        let mut meter = meter.part();
+        let mut writing = Writing { name, space, index, jobs, buffers, meter: &mut meter };
+        let filled = writing.run(runs);
+        let index = std::mem::take(&mut writing.index);
+        // Closes the queue: the writer ends.
+        drop(writing);
+        let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // The writer's error comes first: when it stops, the other side only knows that it did.
+        written?;
+        filled?;
+        Ok(index)
+    })
+}
+
+impl Writing<'_> {
+    fn run(&mut self, runs: &[Run]) -> Result<(), Error> {
+        let mut window = 0;
+        let mut pieces = Pieces::new();
+        for run in runs {
+            let mut at = run.range.start;
+            while at < run.range.end {
+                if at / WINDOW != window {
+                    self.window(window * WINDOW, &mut pieces)?;
+                    window = at / WINDOW;
+                }
+                let mut end = run.range.end.min((window + 1) * WINDOW);
+                if run.kind == Kind::Zero && at.is_multiple_of(WINDOW) && run.range.end >= at + WINDOW {
+                    // Whole windows of zeros, however many.
+                    end = run.range.end - run.range.end % WINDOW;
+                    push_run(&mut self.index.runs, PageRange::new(at, end), Kind::Zero);
+                } else {
+                    let first = window * WINDOW;
+                    pieces.push(Run { range: PageRange::new(at - first, end - first), kind: run.kind });
+                }
+                at = end;
+            }
+        }
+        self.window(window * WINDOW, &mut pieces)?;
+        if self.index.packed {
+            self.index.data_bytes = self.index.chunks.last().map_or(0, |last| last.offset + u64::from(last.stored));
+        }
+        Ok(())
+    }
+
+    /// Reads and sends off the pages of the window from `first` on; takes the pieces.
+    fn window(&mut self, first: u64, pieces: &mut Pieces) -> Result<(), Error> {
+        if !pieces.iter().any(|piece| piece.kind == Kind::Data) {
+            for piece in pieces.drain(..) {
+                push_run(&mut self.index.runs, shifted(piece.range, first), piece.kind);
+            }
+            return Ok(());
+        }
+        // No buffer comes back when the writer has failed, which is what will be said.
+        let Ok(mut buffer) = self.buffers.recv() else { return Err(Error::Cancelled) };
+        let mut pages = 0;
+        for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
+            let page = first + piece.range.start;
+            let read = self.space.read_pages(page, buffer.pages(piece.range));
+            read.map_err(|source| Error::Space { name: self.name.to_owned(), page, source })?;
+            pages += piece.range.len();
+        }
+        let known = settle(pieces, &mut buffer);
+        pieces.clear();
+        let data: Vec<PageRange> = known.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range).collect();
+        for run in known {
+            push_run(&mut self.index.runs, shifted(run.range, first), run.kind);
+        }
+        let job = if self.index.packed { self.pack(first, &data, buffer) } else { self.place(first, &data, buffer) };
+        if self.jobs.send(job).is_err() {
+            return Err(Error::Cancelled);
+        }
+        self.meter.add(pages << PAGE_SHIFT)
+    }
+
+    /// Each page at its own offset.
+    fn place(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
+        for number in chunks(data) {
+            let mut hasher = twox_hash::XxHash3_64::new();
+            let mut stored = 0;
+            for part in within(data, number) {
+                std::hash::Hasher::write(&mut hasher, buffer.pages(part));
+                stored += part.bytes();
+            }
+            let number = first / CHUNK_PAGES + number;
+            let sum = std::hash::Hasher::finish(&hasher);
+            self.index.chunks.push(Chunk { number, offset: number * CHUNK_BYTES, stored: stored as u32, sum });
+        }
+        let pieces = data.iter().map(|range| (*range, shifted(*range, first).offset())).collect();
+        Job { buffer, pieces, packed: None }
+    }
+
+    /// Chunk behind chunk, each compressed unless that makes it longer.
+    fn pack(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
+        let raw: Vec<(u64, Vec<u8>)> = chunks(data)
+            .map(|number| {
+                let mut bytes = Vec::with_capacity(CHUNK_BYTES as usize);
+                within(data, number).for_each(|part| bytes.extend_from_slice(buffer.pages(part)));
+                (number, bytes)
+            })
+            .collect();
+        let threads = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let share = raw.len().div_ceil(threads).max(1);
+        let compress = |bytes: &Vec<u8>| match zstd::bulk::compress(bytes, LEVEL) {
+            Ok(small) if small.len() < bytes.len() => small,
+            // It does not get smaller, or cannot be had: stored as it is.
+            _ => bytes.clone(),
+        };
+        let packed: Vec<Vec<u8>> = thread::scope(|scope| {
+            let workers: Vec<_> = raw
+                .chunks(share)
+                .map(|some| scope.spawn(move || some.iter().map(|(_, bytes)| compress(bytes)).collect::<Vec<_>>()))
+                .collect();
+            workers
+                .into_iter()
+                .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        });
+        let start = self.index.chunks.last().map_or(0, |last| last.offset + u64::from(last.stored));
+        let mut out = Vec::new();
+        for ((number, _), bytes) in raw.iter().zip(&packed) {
+            let offset = start + out.len() as u64;
+            let (number, sum) = (first / CHUNK_PAGES + number, checksum(bytes));
+            self.index.chunks.push(Chunk { number, offset, stored: bytes.len() as u32, sum });
+            out.extend_from_slice(bytes);
+        }
+        Job { buffer, pieces: Vec::new(), packed: Some((out, start)) }
+    }
+}
+
+fn shifted(range: PageRange, by: u64) -> PageRange {
+    PageRange::new(range.start + by, range.end + by)
+}
+
+/// The chunks of a window that have data.
+fn chunks(data: &[PageRange]) -> impl Iterator<Item = u64> {
+    (0..WINDOW / CHUNK_PAGES).filter(|number| within(data, *number).next().is_some())
+}
+
+fn within(data: &[PageRange], chunk: u64) -> impl Iterator<Item = PageRange> {
+    let all = PageRange::with_len(chunk * CHUNK_PAGES, CHUNK_PAGES);
+    data.iter().map(move |range| range.intersect(all)).filter(|range| !range.is_empty())
+}
+
+/// What the pages of a window are, now that those that were said to be data have been read.
+fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for piece in pieces {
+        for page in piece.range.start..piece.range.end {
+            let one = PageRange::with_len(page, 1);
+            let zero = piece.kind == Kind::Zero || *buffer.pages(one) == ZERO;
+            push_run(&mut runs, one, if zero { Kind::Zero } else { Kind::Data });
+        }
+    }
+    let beside = |a: &Run, b: &Run| a.range.end == b.range.start && a.kind != b.kind;
+    let mut out = Vec::new();
+    for (at, run) in runs.iter().enumerate() {
+        let near = (at > 0 && beside(&runs[at - 1], run)) || runs.get(at + 1).is_some_and(|next| beside(run, next));
+        if run.kind == Kind::Zero && run.range.len() < SHORT && near {
+            buffer.pages(run.range).fill(0);
+            push_run(&mut out, run.range, Kind::Data);
+        } else {
+            push_run(&mut out, run.range, run.kind);
+        }
+    }
+    out
+}
