@@ -9,6 +9,7 @@ mod identity;
 mod kick;
 mod machine;
 mod rendezvous;
+pub mod saved;
 mod shell;
 mod slice;
 mod stop;
@@ -30,6 +31,7 @@ pub use devices::{DeviceError, DeviceState, Reports};
 pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
+pub use saved::SavedError;
 pub use stop::StopReason;
 
 /// What can go wrong with a VM.

@@ -92,8 +92,16 @@ fn covers(runs: &[DiskRun], granule: u64) -> bool {
 
 #[derive(Clone, Debug)]
 enum Act {
-    Write { sector: u64, sectors: u64, byte: u8 },
-    Zero { sector: u64, sectors: u64, unmap: bool },
+    Write {
+        sector: u64,
+        sectors: u64,
+        byte: u8,
+    },
+    Zero {
+        sector: u64,
+        sectors: u64,
+        unmap: bool,
+    },
     Fork,
     /// Goes on in a disk made of the last image, as after a reset.
     Back,
