@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, Mode, OFlags, SeekFrom, StatxFlags, seek, statx};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::ALIGN;
 
 /// Whether transfers go through the host's page cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CachePolicy {
     /// Yes: what many VMs read is kept in memory once.
     #[default]
@@ -187,9 +189,36 @@ impl IoFile {
     /// # Errors
     /// When the system cannot say.
     pub fn size(&self) -> Result<u64, FileError> {
-        use std::io::{Seek, SeekFrom};
         // Of a block device only seeking tells it; operations name their offsets, so nobody minds where the handle stands.
-        (&self.cached).seek(SeekFrom::End(0)).map_err(|source| self.failed("measured", source))
+        seek(&self.cached, SeekFrom::End(0)).map_err(|error| self.failed("measured", error.into()))
+    }
+
+    /// The first byte from `offset` on that is not in a hole, as far as the file system tells holes from data. `None` when there is only
+    /// hole left.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn next_data(&self, offset: u64) -> Result<Option<u64>, FileError> {
+        match seek(&self.cached, SeekFrom::Data(offset)) {
+            Ok(at) => Ok(Some(at)),
+            // Past the last byte of data.
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            // A block device, or a file system without holes: all of it is data.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(offset)),
+            Err(error) => Err(self.failed("searched for data", error.into())),
+        }
+    }
+
+    /// Where the data at `offset` ends: at a hole, or at the end of the file.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn next_hole(&self, offset: u64) -> Result<u64, FileError> {
+        match seek(&self.cached, SeekFrom::Hole(offset)) {
+            Ok(at) => Ok(at),
+            Err(rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(u64::MAX),
+            Err(error) => Err(self.failed("searched for holes", error.into())),
+        }
     }
 
     /// Reads without an engine.

@@ -38,6 +38,12 @@ pub enum CommitError {
         /// How many.
         others: usize,
     },
+    /// There is no base: the disk is a snapshot's, whose files stay as they are.
+    #[error("{} comes from a snapshot, which stays as it is; what was written since is in an overlay without a name and ends with it (export it to keep it)", path.display())]
+    Snapshot {
+        /// What the disk was before.
+        path: PathBuf,
+    },
     /// The base was opened for reading.
     #[error("{} was opened read-only", path.display())]
     ReadOnly {
@@ -170,7 +176,10 @@ impl Disk {
     }
 
     fn try_commit(&self) -> Result<CommitReport, CommitError> {
-        let (base, path) = (self.base(), || self.base().path().to_owned());
+        let Some(base) = self.base() else {
+            return Err(CommitError::Snapshot { path: self.config().path.clone() });
+        };
+        let path = || base.path().to_owned();
         if self.in_flight() > 0 {
             return Err(CommitError::Busy { path: path(), requests: self.in_flight() });
         }

@@ -18,7 +18,8 @@ use super::{DiskConfig, DiskError, SECTOR};
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) config: DiskConfig,
-    pub(super) base: Arc<IoFile>,
+    /// The file it was opened from. None if it is made of a snapshot's files, of which none is ever written.
+    pub(super) base: Option<Arc<IoFile>>,
     pub(super) size: u64,
     pub(super) overlays: PathBuf,
 }
@@ -87,6 +88,8 @@ pub struct Disk {
     /// The file that this disk alone may write. None after a fork, until the next write.
     pub(super) own: Option<Arc<IoFile>>,
     pub(super) forked: bool,
+    /// Files of its map that were still being written, by another VM, when it was made.
+    pub(super) unsettled: Vec<Arc<IoFile>>,
     /// Whether the base was written and not synced since.
     pub(super) unsynced: bool,
     pub(super) jobs: Vec<Option<Job>>,
@@ -120,12 +123,13 @@ impl Disk {
         }
         let map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
         let own = base.is_writable().then(|| Arc::clone(&base));
-        let setup = Arc::new(Setup { config: config.clone(), base, size, overlays });
+        let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays });
         Self::assemble(setup, map, own, false)
     }
 
     pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
-        Self::assemble(Arc::clone(&image.setup), image.map.clone(), None, true)
+        let disk = Self::assemble(Arc::clone(&image.setup), image.map.clone(), None, true)?;
+        Ok(Self { unsettled: image.unsettled.clone(), ..disk })
     }
 
     fn assemble(setup: Arc<Setup>, map: BlockMap, own: Option<Arc<IoFile>>, forked: bool) -> Result<Self, DiskError> {
@@ -136,6 +140,7 @@ impl Disk {
             map,
             own,
             forked,
+            unsettled: Vec::new(),
             unsynced: false,
             jobs: Vec::new(),
             free: Vec::new(),
@@ -157,7 +162,9 @@ impl Disk {
     pub fn fork(&mut self) -> DiskImage {
         self.own = None;
         self.forked = true;
-        let mut unsettled: Vec<Arc<IoFile>> = Vec::new();
+        // Its map may still have them, whether or not its device has done those writes again.
+        self.unsettled.retain(|file| file.has_writes());
+        let mut unsettled = self.unsettled.clone();
         for target in self.jobs.iter().flatten().filter_map(|job| job.target.as_ref()) {
             if target.has_writes() && !unsettled.iter().any(|known| Arc::ptr_eq(known, target)) {
                 unsettled.push(Arc::clone(target));
@@ -181,7 +188,7 @@ impl Disk {
     /// Whether transfers go through the host's page cache: what was asked for, as far as the file system has it.
     #[must_use]
     pub fn policy(&self) -> CachePolicy {
-        self.setup.base.policy()
+        self.setup.base.as_ref().map_or(self.setup.config.cache, |base| base.policy())
     }
 
     /// Whether it was ever forked, or is the result of a fork: its writes are then in overlays.
@@ -218,8 +225,13 @@ impl Disk {
         &self.setup
     }
 
-    pub(super) fn base(&self) -> &Arc<IoFile> {
-        &self.setup.base
+    pub(super) fn base(&self) -> Option<&Arc<IoFile>> {
+        self.setup.base.as_ref()
+    }
+
+    /// Whether `file` is the one it was opened from.
+    pub(super) fn is_base(&self, file: &Arc<IoFile>) -> bool {
+        self.base().is_some_and(|base| Arc::ptr_eq(base, file))
     }
 
     pub(super) fn map(&self) -> &BlockMap {
@@ -290,7 +302,7 @@ impl Disk {
 
     /// Whether a change in the own file leaves the map as it is.
     fn in_place(&self, job: &Job, own: &Arc<IoFile>) -> bool {
-        matches!(job.work, Work::Write(_)) || Arc::ptr_eq(own, &self.setup.base)
+        matches!(job.work, Work::Write(_)) || self.is_base(own)
     }
 
     /// Gives the kernel what was submitted.

@@ -23,7 +23,7 @@ impl Source {
         matches!(self, Self::File(own) if Arc::ptr_eq(own, file))
     }
 
-    fn same(&self, other: &Self) -> bool {
+    pub(super) fn same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Zero, Self::Zero) => true,
             (Self::File(a), Self::File(b)) => Arc::ptr_eq(a, b),

@@ -16,9 +16,11 @@
 //! | taking requests, and saying when they are done | `live.rs` |
 //! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
+//! | what a snapshot writes, and a disk made of it again | `layers.rs` |
 
 mod image;
 mod job;
+mod layers;
 mod live;
 mod locks;
 mod map;
@@ -29,9 +31,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clade_io::{CachePolicy, EngineError, Failure, FileError, OpenError};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::{CommitError, CommitReport, DiskImage};
+pub use layers::{DiskLayer, DiskRun};
 pub use live::{Disk, DiskDone, DiskOp};
 pub use map::GRANULE;
 
@@ -39,7 +43,7 @@ pub use map::GRANULE;
 pub const SECTOR: u64 = 512;
 
 /// What a disk is made of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
     /// A raw image or a block device.
     pub path: PathBuf,
@@ -90,6 +94,46 @@ pub enum DiskError {
         len: u64,
         /// The disk's size.
         size: u64,
+    },
+    /// A size no disk has.
+    #[error("a disk of {size:#x} bytes: a disk has at least one sector of 512, and whole ones")]
+    Size {
+        /// The size.
+        size: u64,
+    },
+    /// A file of a snapshot that somebody might write.
+    #[error("{} is open for writing: what a disk was written down in is only read", path.display())]
+    WritableLayer {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A run of a layer that is not on the disk, or not in its file.
+    #[error("the layer in {} has granules {start:#x} to {end:#x}; there are {granules:#x}", path.display())]
+    LayerRun {
+        /// The layer's file; the disk's own path for zeros.
+        path: PathBuf,
+        /// The run's first granule.
+        start: u64,
+        /// The granule after its last one.
+        end: u64,
+        /// How many there can be.
+        granules: u64,
+    },
+    /// Data without a file to be in.
+    #[error("a layer of {} has data in granules {start:#x} to {end:#x} and no file", path.display())]
+    NoLayerFile {
+        /// The disk's path.
+        path: PathBuf,
+        /// The run's first granule.
+        start: u64,
+        /// The granule after its last one.
+        end: u64,
+    },
+    /// A read of what is still being written.
+    #[error("writes to {} were in flight when the disk was forked, and have not ended", path.display())]
+    Unsettled {
+        /// The file; the directory of an overlay.
+        path: PathBuf,
     },
     /// A write to a disk that is read-only.
     #[error("{} is read-only", path.display())]

@@ -124,7 +124,7 @@ impl Disk {
     fn plan_zero(&mut self, at: usize, job: &mut Job, punch: bool, advisory: bool) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
         let (offset, len) = (job.offset, job.len);
-        if let Some(base) = self.own.clone().filter(|own| Arc::ptr_eq(own, &self.setup.base)) {
+        if let Some(base) = self.own.clone().filter(|own| self.is_base(own)) {
             // In place: the base is what lasts, and its file system knows how.
             job.target = Some(Arc::clone(&base));
             let file = base;
@@ -180,8 +180,9 @@ impl Disk {
     fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
         // An overlay has no name: nothing of it is there after the process, synced or not. So only the base is.
-        if mem::take(&mut self.unsynced) {
-            let file = Arc::clone(&self.setup.base);
+        if mem::take(&mut self.unsynced)
+            && let Some(file) = self.setup.base.clone()
+        {
             job.target = Some(Arc::clone(&file));
             return self.give(at, job, Request::Sync { file });
         }

@@ -106,6 +106,19 @@ pub enum DeviceState {
 }
 
 impl DeviceState {
+    /// What kind of device it is of.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Block(_) => "block",
+            Self::Rng(_) => "entropy",
+            Self::Console(_) => "console",
+            Self::Balloon(_) => "balloon",
+            Self::Vsock(_) => "socket",
+            Self::Net(_) => "network",
+        }
+    }
+
     /// Requests that were in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {

@@ -88,6 +88,14 @@ pub struct TransportState {
     pub device: DeviceState,
 }
 
+impl TransportState {
+    /// The queues it has, by number.
+    #[must_use]
+    pub fn queues(&self) -> &[QueueState] {
+        &self.queues
+    }
+}
+
 /// A saved device that cannot go on.
 #[derive(Debug, Error)]
 pub enum RestoreError {

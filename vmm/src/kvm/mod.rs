@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `host` | `/dev/kvm`, its version and capabilities, with an error for each thing that may be missing |
 //! | `features`, `cpuid` | names of CPU features, and the CPUID each vCPU is given |
+//! | `facts` | what a state written down presupposes of its host |
 //! | `quirks` | everything that adapts to a KVM which is not a hardware one |
 //! | `msrs` | which MSRs make up a vCPU's state on this host |
 //! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
@@ -13,6 +14,7 @@
 #[cfg(test)]
 mod cost;
 mod cpuid;
+mod facts;
 mod features;
 mod host;
 mod msrs;
@@ -24,6 +26,7 @@ mod vcpu_state;
 mod vm_state;
 
 pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
+pub use facts::{FeatureWord, HostFacts, HostMismatch};
 pub use features::{CpuHide, UnknownFeature};
 pub(crate) use host::local_apics_alone;
 pub use host::{Host, HostError, KVM_PATH};

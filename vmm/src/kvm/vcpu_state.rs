@@ -12,13 +12,11 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use super::facts::same_tsc;
 use super::host::{Host, HostError};
 use super::msrs::{MSR_TSC, MsrError};
 use super::template::CpuTemplate;
 use super::vm_state::{Clock, WallClock};
-
-/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
-const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Why a vCPU's state could not be taken or given.
 #[derive(Debug, thiserror::Error)]
@@ -334,8 +332,7 @@ impl VcpuState {
 
     fn restore_tsc_frequency(&self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
         let (Some(saved), Some(here)) = (self.tsc_khz, layout.tsc_khz) else { return Ok(()) };
-        let difference = u64::from(saved.abs_diff(here)) * 1_000_000;
-        if difference <= u64::from(saved) * TSC_TOLERANCE_PPM {
+        if same_tsc(saved, here) {
             return Ok(());
         }
         if !layout.tsc_control {

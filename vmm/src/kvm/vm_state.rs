@@ -135,6 +135,18 @@ impl VmState {
         Ok(Self { irqchips, pit, clock, taken })
     }
 
+    /// Which chips it is the state of.
+    #[must_use]
+    pub fn chips(&self) -> Option<Chips> {
+        match (&self.irqchips, &self.pit) {
+            (None, None) => Some(Chips::None),
+            (Some(_), None) => Some(Chips::Irqchip),
+            (Some(_), Some(_)) => Some(Chips::IrqchipAndPit),
+            // KVM has no PIT without the controllers it interrupts.
+            (None, Some(_)) => None,
+        }
+    }
+
     /// Gives the controllers and the timer their state.
     ///
     /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs, and a local APIC that is

@@ -8,13 +8,15 @@ use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::Mac;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::{RamError, RamLayout};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::boot::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
-use crate::kvm::{CpuHide, CpuTemplate};
+use crate::kvm::{Chips, CpuHide, CpuTemplate};
 
 /// Which interrupt controllers KVM emulates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Irqchip {
     /// Local APICs, IOAPIC and PICs: what a kernel with a serial console needs.
     Full,
@@ -23,7 +25,7 @@ pub enum Irqchip {
 }
 
 /// A disk, and the device it is behind.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// The disk.
     pub disk: DiskConfig,
@@ -32,7 +34,7 @@ pub struct DiskSpec {
 }
 
 /// A network device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
     /// Its TAP interface, which is opened or made; `%d` stands for a number that is free.
     pub tap: String,
@@ -66,7 +68,19 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
-    fn queues(self) -> usize {
+    /// What the state of its device is called, see [`clade_devices::virtio::DeviceState::kind`].
+    pub(crate) fn kind(self) -> &'static str {
+        match self {
+            Self::Disk(_) => "block",
+            Self::Net(_) => "network",
+            Self::Vsock => "socket",
+            Self::Rng(_) => "entropy",
+            Self::Balloon => "balloon",
+            Self::Console => "console",
+        }
+    }
+
+    pub(crate) fn queues(self) -> usize {
         match self {
             Self::Disk(disk) => usize::from(disk.device.queues),
             // Two a pair, and the control queue.
@@ -80,9 +94,13 @@ impl Place<'_> {
 }
 
 /// What a VM is made of. Its children have the same configuration, and what is theirs alone ([`crate::vm::Identity`]) beside it.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// Written down in snapshots: see [`crate::vm::saved`] for what may change here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmConfig {
+    #[serde(rename = "memory", with = "saved_layout")]
     layout: RamLayout,
+    #[serde(deserialize_with = "saved_cpus")]
     cpus: u8,
     /// Interrupt controllers.
     pub irqchip: Irqchip,
@@ -108,6 +126,24 @@ pub struct VmConfig {
     pub balloon: bool,
     /// Whether there is a virtio console (`hvc0`) beside the serial one.
     pub virtio_console: bool,
+}
+
+/// A layout as the number of bytes that it follows from.
+mod saved_layout {
+    use super::{Deserialize, RamLayout};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(layout: &RamLayout, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(layout.bytes())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<RamLayout, D::Error> {
+        RamLayout::new(u64::deserialize(from)?).map_err(D::Error::custom)
+    }
+}
+
+fn saved_cpus<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
+    VmConfig::checked_cpus(u64::deserialize(from)?).map_err(serde::de::Error::custom)
 }
 
 /// A VM nobody can make.
@@ -145,7 +181,7 @@ impl VmConfig {
     /// When no VM can have that much memory or that many vCPUs.
     pub fn new(memory: u64, cpus: u64) -> Result<Self, ConfigError> {
         let layout = RamLayout::new(memory)?;
-        let cpus = u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n)).ok_or(ConfigError::Cpus { cpus })?;
+        let cpus = Self::checked_cpus(cpus)?;
         let (irqchip, hide) = (Irqchip::Full, CpuHide::default());
         Ok(Self {
             layout,
@@ -173,6 +209,10 @@ impl VmConfig {
         Ok(Self { irqchip: Irqchip::Split, acpi: false, report_port: true, ..Self::new(memory, cpus)? })
     }
 
+    fn checked_cpus(cpus: u64) -> Result<u8, ConfigError> {
+        u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n)).ok_or(ConfigError::Cpus { cpus })
+    }
+
     /// Where RAM is.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
@@ -189,6 +229,15 @@ impl VmConfig {
     #[must_use]
     pub fn cpus(&self) -> u8 {
         self.cpus
+    }
+
+    /// Which chips of a PC KVM has in it.
+    pub(crate) fn chips(&self) -> Chips {
+        match (self.irqchip, self.pit) {
+            (Irqchip::Split, _) => Chips::None,
+            (Irqchip::Full, false) => Chips::Irqchip,
+            (Irqchip::Full, true) => Chips::IrqchipAndPit,
+        }
     }
 
     /// The virtio devices in the order of their places: disks first, so that adding another device moves no disk.

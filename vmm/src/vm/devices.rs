@@ -99,7 +99,7 @@ pub enum DeviceError {
 /// Saved state of all devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    serial: SerialState,
+    pub(crate) serial: SerialState,
     /// By place.
     pub(crate) virtio: Vec<TransportState>,
 }

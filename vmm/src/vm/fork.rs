@@ -45,6 +45,12 @@ pub struct ForkImage {
 }
 
 impl ForkImage {
+    /// The shape of the VM.
+    #[must_use]
+    pub fn config(&self) -> &Arc<VmConfig> {
+        &self.config
+    }
+
     /// The memory.
     #[must_use]
     pub fn ram(&self) -> &RamImage {

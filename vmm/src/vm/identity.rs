@@ -39,7 +39,7 @@ pub struct NetIdentity {
 }
 
 /// What is a VM's alone.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// By network device.
     pub nets: Vec<NetIdentity>,

@@ -11,7 +11,7 @@ use clade_devices::{COM1_GSI, Console};
 use clade_memory::{GuestRam, RamStats};
 
 use crate::boot::{self, BootSource};
-use crate::kvm::{Chips, VmState};
+use crate::kvm::VmState;
 use crate::vm::VmError;
 use crate::vm::config::{Irqchip, VmConfig};
 use crate::vm::context::Context;
@@ -200,23 +200,15 @@ impl Vm {
         // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold is
         // delivered again.
         let vcpus = self.shell.meeting.collect()?;
-        let vm = VmState::save(&self.shell.fd, self.chips())?;
+        let vm = VmState::save(&self.shell.fd, self.config.chips())?;
         drop(guard);
         tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
         let config = Arc::clone(&self.config);
         let in_flight = devices.in_flight();
-        let (identity, generation) = (Arc::clone(&self.identity), self.generation + 1);
+        let (identity, generation) = (Arc::clone(&self.identity), self.generation.saturating_add(1));
         let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation };
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
-    }
-
-    fn chips(&self) -> Chips {
-        match (self.config.irqchip, self.config.pit) {
-            (Irqchip::Split, _) => Chips::None,
-            (Irqchip::Full, false) => Chips::Irqchip,
-            (Irqchip::Full, true) => Chips::IrqchipAndPit,
-        }
     }
 
     fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {

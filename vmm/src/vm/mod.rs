@@ -10,6 +10,7 @@ mod identity;
 mod kick;
 mod machine;
 mod rendezvous;
+pub mod saved;
 mod shell;
 mod slice;
 mod stop;
@@ -32,6 +33,7 @@ pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use generation::{GenerationError, GenerationId};
 pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
+pub use saved::SavedError;
 pub use stop::StopReason;
 
 /// What can go wrong with a VM.

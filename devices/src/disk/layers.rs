@@ -1,0 +1,199 @@
+//! What of a disk is written down, and a disk made of what was.
+//!
+//! A snapshot takes runs of granules from an image, all of them or those that changed since an older one, and puts each at its own offset in a
+//! file. A disk is made of such files again: oldest first, each run over what was there before.
+//!
+//! # Why comparing sources is enough
+//!
+//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So a granule that two images have
+//! from one file has one content, once the writes that were in flight at the *older* image's instant have ended ([`DiskImage::settle`]). Those are
+//! the child's to do again, whatever the file then holds. A granule with two sources may have one content all the same; it counts as changed.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use clade_io::IoFile;
+
+use super::image::{check_overlays, overlay_dir};
+use super::live::Setup;
+use super::map::{BlockMap, GRANULE, Source};
+use super::{DiskConfig, DiskError, DiskImage, SECTOR};
+
+/// Granules in a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRun {
+    /// Which, in units of [`GRANULE`].
+    pub granules: Range<u64>,
+    /// Whether they are known to be zeros. Others may be too.
+    pub zero: bool,
+}
+
+/// Part of a disk, as a snapshot has it: each granule at its own offset in the file.
+#[derive(Clone, Debug)]
+pub struct DiskLayer {
+    /// The file, open for reading. Not needed if all runs are zeros.
+    pub file: Option<Arc<IoFile>>,
+    /// Which granules it has.
+    pub runs: Vec<DiskRun>,
+}
+
+/// Adds a run, joined to the last one where they are one.
+fn push(runs: &mut Vec<DiskRun>, granules: Range<u64>, zero: bool) {
+    if granules.is_empty() {
+        return;
+    }
+    match runs.last_mut() {
+        Some(last) if last.zero == zero && last.granules.end == granules.start => last.granules.end = granules.end,
+        _ => runs.push(DiskRun { granules, zero }),
+    }
+}
+
+/// Adds `granules` of `file`, with its holes as zeros.
+fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, granules: Range<u64>) -> Result<(), DiskError> {
+    let mut at = granules.start;
+    while at < granules.end {
+        // A granule is zeros only if no byte of it is data.
+        let data = file.next_data(at * GRANULE)?.map_or(granules.end, |data| data / GRANULE).clamp(at, granules.end);
+        push(runs, at..data, true);
+        if data == granules.end {
+            break;
+        }
+        // At least one: a hole may begin in the granule the data is in.
+        let hole = file.next_hole(data * GRANULE)?.div_ceil(GRANULE).clamp(data + 1, granules.end);
+        push(runs, data..hole, false);
+        at = hole;
+    }
+    Ok(())
+}
+
+impl DiskImage {
+    /// How many granules it has; the last one may be a short one.
+    #[must_use]
+    pub fn granules(&self) -> u64 {
+        self.setup.size.div_ceil(GRANULE)
+    }
+
+    /// All of it, ascending and without gaps: what is data, and what is known to be zeros. Settle it first: what is still being written
+    /// is taken for data.
+    ///
+    /// # Errors
+    /// When a file cannot be asked for its holes.
+    pub fn runs(&self) -> Result<Vec<DiskRun>, DiskError> {
+        let mut runs = Vec::new();
+        for (granules, source) in self.map.pieces(0..self.granules()) {
+            self.push_source(&mut runs, granules, source)?;
+        }
+        Ok(runs)
+    }
+
+    /// The granules that may differ from those of `older`, ascending. None that does is missing, if `older` was settled before it was read.
+    ///
+    /// # Errors
+    /// As [`DiskImage::runs`].
+    pub fn changed_since(&self, older: &Self) -> Result<Vec<DiskRun>, DiskError> {
+        let mut runs = Vec::new();
+        for (granules, source) in self.map.pieces(0..self.granules()) {
+            let mut at = granules.start;
+            // What of it is beyond the end of the other is not among its pieces.
+            for (other, before) in older.map.pieces(granules.clone()) {
+                if !source.same(before) {
+                    self.push_source(&mut runs, other.clone(), source)?;
+                }
+                at = other.end;
+            }
+            self.push_source(&mut runs, at..granules.end, source)?;
+        }
+        Ok(runs)
+    }
+
+    fn push_source(&self, runs: &mut Vec<DiskRun>, granules: Range<u64>, source: &Source) -> Result<(), DiskError> {
+        match source {
+            Source::Zero => push(runs, granules, true),
+            // A hole may be filled yet.
+            Source::File(file) if file.has_writes() => push(runs, granules, false),
+            Source::File(file) => push_file(runs, file, granules)?,
+        }
+        Ok(())
+    }
+
+    /// Reads its bytes from `offset` on, through the page cache.
+    ///
+    /// # Errors
+    /// When they are not on the disk, writes that were in flight at its instant have not ended ([`DiskImage::settle`]), or a file cannot be
+    /// read.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
+        let (len, size) = (bytes.len() as u64, self.setup.size);
+        let Some(end) = offset.checked_add(len).filter(|end| *end <= size) else {
+            return Err(DiskError::OutOfRange { offset, len, size });
+        };
+        if let Some(file) = self.unsettled.iter().find(|file| file.has_writes()) {
+            return Err(DiskError::Unsettled { path: file.path().to_owned() });
+        }
+        for (granules, source) in self.map.pieces(offset / GRANULE..end.div_ceil(GRANULE)) {
+            let (from, to) = ((granules.start * GRANULE).max(offset), (granules.end * GRANULE).min(end));
+            let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
+            match source {
+                Source::Zero => part.fill(0),
+                Source::File(file) => file.read_now(part, from)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A disk of `size` bytes made of what a snapshot has of it, oldest first: later runs lie over earlier ones, and what is in none is
+    /// zeros. The disks that are opened from it write to overlays of their own, where `config` has them, and never to the layers.
+    ///
+    /// # Errors
+    /// When there is no such disk, a layer does not fit it, or overlays cannot be made.
+    pub fn from_layers(config: &DiskConfig, size: u64, layers: &[DiskLayer]) -> Result<Self, DiskError> {
+        // The offset of its last byte is a file's.
+        if size == 0 || !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
+            return Err(DiskError::Size { size });
+        }
+        let overlays = overlay_dir(config, false);
+        if !config.read_only {
+            check_overlays(&overlays)?;
+        }
+        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::Zero);
+        for layer in layers {
+            layer.check(config, size)?;
+            for DiskRun { granules, zero } in &layer.runs {
+                let source = layer.file.as_ref().filter(|_| !zero);
+                map.insert(granules.clone(), source.map_or(Source::Zero, |file| Source::File(Arc::clone(file))));
+            }
+        }
+        let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays });
+        Ok(Self { setup, map, unsettled: Vec::new() })
+    }
+}
+
+impl DiskLayer {
+    /// Refuses runs that are not on a disk of `size` bytes or not in the file, and a file that can be written.
+    fn check(&self, config: &DiskConfig, size: u64) -> Result<(), DiskError> {
+        let mut in_file = 0;
+        if let Some(file) = &self.file {
+            if file.is_writable() {
+                return Err(DiskError::WritableLayer { path: file.path().to_owned() });
+            }
+            // The disk's last granule may be a short one, and is whole if the disk's size is reached.
+            let bytes = file.size()?;
+            in_file = if bytes >= size { u64::MAX } else { bytes / GRANULE };
+        }
+        let on_disk = size.div_ceil(GRANULE);
+        for DiskRun { granules: Range { start, end }, zero } in &self.runs {
+            let (start, end) = (*start, *end);
+            let most = if *zero { on_disk } else { on_disk.min(in_file) };
+            if self.file.is_none() && !zero {
+                return Err(DiskError::NoLayerFile { path: config.path.clone(), start, end });
+            }
+            if start >= end || end > most {
+                let path = self.file.as_ref().map_or(config.path.as_path(), |file| file.path()).to_owned();
+                return Err(DiskError::LayerRun { path, start, end, granules: most });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

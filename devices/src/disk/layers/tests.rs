@@ -1,0 +1,284 @@
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clade_io::{AlignedBuf, CachePolicy, Fragment};
+use proptest::prelude::*;
+
+use super::*;
+use crate::disk::{CommitError, Disk, DiskOp};
+
+const SOON: Duration = Duration::from_secs(10);
+/// Not whole granules.
+const SIZE: u64 = 40 * GRANULE + 3 * SECTOR;
+
+fn buffer(bytes: &[u8]) -> (Arc<AlignedBuf>, Vec<Fragment>) {
+    let buffer = Arc::new(AlignedBuf::new(bytes.len()));
+    let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
+    fragment.slice().copy_from(bytes);
+    (buffer, vec![fragment])
+}
+
+fn finish(disk: &mut Disk) {
+    disk.kick().unwrap();
+    loop {
+        for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
+            done.result.unwrap();
+        }
+        if disk.in_flight() == 0 {
+            return;
+        }
+        disk.wait(SOON).unwrap();
+    }
+}
+
+fn write(disk: &mut Disk, offset: u64, bytes: &[u8]) {
+    let (_keep, buffers) = buffer(bytes);
+    disk.submit(DiskOp::Write { offset, buffers }, 1).unwrap();
+    finish(disk);
+}
+
+fn read(disk: &mut Disk, offset: u64, len: usize) -> Vec<u8> {
+    let (_keep, buffers) = buffer(&vec![0xee; len]);
+    let mut bytes = vec![0; len];
+    disk.submit(DiskOp::Read { offset, buffers: buffers.clone() }, 1).unwrap();
+    finish(disk);
+    buffers[0].slice().copy_to(&mut bytes);
+    bytes
+}
+
+/// A disk's file in `dir`: data, and from granule 20 to 30 a hole.
+fn file(dir: &Path) -> (PathBuf, Vec<u8>) {
+    let path = dir.join("disk.img");
+    let mut model: Vec<u8> = (0..SIZE).map(|at| (at / SECTOR) as u8 | 1).collect();
+    model[20 * GRANULE as usize..30 * GRANULE as usize].fill(0);
+    let to = File::create(&path).unwrap();
+    to.set_len(SIZE).unwrap();
+    to.write_all_at(&model[..20 * GRANULE as usize], 0).unwrap();
+    to.write_all_at(&model[30 * GRANULE as usize..], 30 * GRANULE).unwrap();
+    (path, model)
+}
+
+fn bytes_of(run: &DiskRun, size: u64) -> Range<usize> {
+    (run.granules.start * GRANULE) as usize..((run.granules.end * GRANULE).min(size)) as usize
+}
+
+/// Writes `runs` of `image` down, as a snapshot does.
+fn layer(dir: &Path, number: usize, image: &DiskImage, runs: Vec<DiskRun>) -> DiskLayer {
+    let path = dir.join(format!("layer{number}"));
+    let to = File::create(&path).unwrap();
+    to.set_len(image.size()).unwrap();
+    for run in runs.iter().filter(|run| !run.zero) {
+        let range = bytes_of(run, image.size());
+        let mut bytes = vec![0; range.len()];
+        image.read_at(range.start as u64, &mut bytes).unwrap();
+        to.write_all_at(&bytes, range.start as u64).unwrap();
+    }
+    drop(to);
+    let file = Arc::new(IoFile::open(&path, false, CachePolicy::Host).unwrap());
+    DiskLayer { file: Some(file), runs }
+}
+
+fn whole(image: &DiskImage) -> Vec<u8> {
+    let mut bytes = vec![0xee; image.size() as usize];
+    image.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn covers(runs: &[DiskRun], granule: u64) -> bool {
+    runs.iter().any(|run| run.granules.contains(&granule))
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write {
+        sector: u64,
+        sectors: u64,
+        byte: u8,
+    },
+    Zero {
+        sector: u64,
+        sectors: u64,
+        unmap: bool,
+    },
+    Fork,
+    /// Goes on in a disk made of the last image, as after a reset.
+    Back,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let range = (0..SIZE / SECTOR).prop_flat_map(|sector| (Just(sector), 1..=(SIZE / SECTOR - sector).min(24)));
+    prop_oneof![
+        6 => (range.clone(), any::<u8>())
+            .prop_map(|((sector, sectors), byte)| Act::Write { sector, sectors, byte }),
+        2 => (range, any::<bool>()).prop_map(|((sector, sectors), unmap)| Act::Zero { sector, sectors, unmap }),
+        2 => Just(Act::Fork),
+        1 => Just(Act::Back),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn what_changed_is_what_a_model_says_and_layers_are_the_disk_again(acts in prop::collection::vec(act(), 1..32)) {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut model) = file(dir.path());
+        let config = DiskConfig::new(&path);
+        let mut disk = Disk::open(&config).unwrap();
+        let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
+        for act in acts.into_iter().chain([Act::Fork]) {
+            match act {
+                Act::Write { sector, sectors, byte } => {
+                    let bytes = vec![byte; (sectors * SECTOR) as usize];
+                    write(&mut disk, sector * SECTOR, &bytes);
+                    model[(sector * SECTOR) as usize..][..bytes.len()].copy_from_slice(&bytes);
+                }
+                Act::Zero { sector, sectors, unmap } => {
+                    let (offset, len) = (sector * SECTOR, sectors * SECTOR);
+                    disk.submit(DiskOp::Zero { offset, len, unmap }, 1).unwrap();
+                    finish(&mut disk);
+                    model[offset as usize..(offset + len) as usize].fill(0);
+                }
+                Act::Fork => images.push((disk.fork(), model.clone())),
+                Act::Back => {
+                    if let Some((image, then)) = images.last() {
+                        disk = image.open().unwrap();
+                        model.clone_from(then);
+                    }
+                }
+            }
+        }
+        for (image, then) in &images {
+            prop_assert!(&whole(image) == then, "an image is its instant");
+            let runs = image.runs().unwrap();
+            let joined: u64 = runs.iter().map(|run| run.granules.end - run.granules.start).sum();
+            prop_assert_eq!(joined, image.granules());
+            for run in runs.iter().filter(|run| run.zero) {
+                prop_assert!(then[bytes_of(run, SIZE)].iter().all(|byte| *byte == 0), "{:?}", run);
+            }
+        }
+        for (at, (newer, now)) in images.iter().enumerate() {
+            for (older, then) in &images[..=at] {
+                let runs = newer.changed_since(older).unwrap();
+                for granule in 0..newer.granules() {
+                    let range = bytes_of(&DiskRun { granules: granule..granule + 1, zero: false }, SIZE);
+                    let same = now[range.clone()] == then[range];
+                    prop_assert!(same || covers(&runs, granule), "granule {} changed", granule);
+                }
+            }
+        }
+        let mut layers = Vec::new();
+        for (at, (image, now)) in images.iter().enumerate() {
+            let runs = match at.checked_sub(1) {
+                None => image.runs().unwrap(),
+                Some(before) => image.changed_since(&images[before].0).unwrap(),
+            };
+            layers.push(layer(dir.path(), at, image, runs));
+            let again = DiskImage::from_layers(&config, SIZE, &layers).unwrap();
+            prop_assert!(&whole(&again) == now, "layer {}", at);
+        }
+    }
+}
+
+#[test]
+fn nothing_changed_since_is_no_run_and_holes_are_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, model) = file(dir.path());
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    let first = disk.fork();
+    assert_eq!(whole(&first), model);
+    let runs = first.runs().unwrap();
+    let run = |granules, zero| DiskRun { granules, zero };
+    assert_eq!(runs, [run(0..20, false), run(20..30, true), run(30..41, false)]);
+    assert_eq!(disk.fork().changed_since(&first).unwrap(), []);
+    write(&mut disk, 25 * GRANULE + SECTOR, &[7; 512]);
+    assert_eq!(disk.fork().changed_since(&first).unwrap(), [run(25..26, false)]);
+}
+
+#[test]
+fn a_disk_made_of_layers_writes_beside_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, mut model) = file(dir.path());
+    let image = Disk::open(&DiskConfig::new(&path)).unwrap().fork();
+    let layers = [layer(dir.path(), 0, &image, image.runs().unwrap())];
+    let written = fs::read(dir.path().join("layer0")).unwrap();
+    let overlays = tempfile::tempdir().unwrap();
+    // The image itself may be gone, and its directory with it.
+    let mut config = DiskConfig::new("/no/such/directory/disk.img".as_ref());
+    let refused = DiskImage::from_layers(&config, SIZE, &layers).unwrap_err().to_string();
+    assert!(refused.contains("/no/such/directory"), "{refused}");
+    config.overlays = Some(overlays.path().to_owned());
+    let restored = DiskImage::from_layers(&config, SIZE, &layers).unwrap();
+    let (mut one, mut two) = (restored.open().unwrap(), restored.open().unwrap());
+    write(&mut one, 3 * GRANULE + SECTOR, &[0xaa; 1024]);
+    one.submit(DiskOp::Zero { offset: 0, len: GRANULE, unmap: true }, 1).unwrap();
+    one.submit(DiskOp::Flush, 2).unwrap();
+    finish(&mut one);
+    assert_eq!(read(&mut two, 0, SIZE as usize), model, "one's writes are one's own");
+    model[3 * 4096 + 512..3 * 4096 + 1536].fill(0xaa);
+    model[..4096].fill(0);
+    assert_eq!(read(&mut one, 0, SIZE as usize), model);
+    assert_eq!(one.fork().changed_since(&restored).unwrap().len(), 2);
+    let (_, refused) = *one.commit().unwrap_err();
+    assert!(matches!(&refused, CommitError::Snapshot { path } if path.ends_with("disk.img")), "{refused}");
+    assert_eq!(fs::read(dir.path().join("layer0")).unwrap(), written, "a snapshot's file stays as it is");
+    assert_eq!(fs::read_dir(overlays.path()).unwrap().count(), 0, "overlays have no name");
+}
+
+#[test]
+fn layers_that_do_not_fit_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("layer");
+    fs::write(&path, vec![1; 3 * GRANULE as usize]).unwrap();
+    let mut config = DiskConfig::new(&dir.path().join("disk.img"));
+    config.overlays = Some(dir.path().to_owned());
+    let open = |write| Some(Arc::new(IoFile::open(&path, write, CachePolicy::Host).unwrap()));
+    let refused = |size, file: &Option<Arc<IoFile>>, granules: Range<u64>, zero| {
+        let layer = DiskLayer { file: file.clone(), runs: vec![DiskRun { granules, zero }] };
+        DiskImage::from_layers(&config, size, &[layer]).unwrap_err().to_string()
+    };
+    let size = 4 * GRANULE;
+    let written = refused(size, &open(true), 0..1, false);
+    assert!(written.contains("open for writing") && written.contains("/layer"), "{written}");
+    let file = open(false);
+    for (granules, zero, there) in [(2..4, false, 3), (0..5, true, 4), (u64::MAX - 1..u64::MAX, true, 4)] {
+        let text = refused(size, &file, granules.clone(), zero);
+        let wanted = format!("granules {:#x} to {:#x}; there are {there:#x}", granules.start, granules.end);
+        assert!(text.contains(&wanted), "{text}");
+    }
+    assert!(refused(size, &file, 1..1, true).contains("granules 0x1 to 0x1"));
+    assert!(refused(size, &None, 1..2, false).contains("no file"));
+    for size in [0, 100, 513, u64::MAX / 512 * 512] {
+        assert!(refused(size, &file, 0..1, true).contains(&format!("{size:#x}")));
+    }
+    // A file as long as the disk, whose last granule is a short one.
+    let short = 3 * GRANULE - SECTOR;
+    let layer = DiskLayer { file, runs: vec![DiskRun { granules: 0..3, zero: false }] };
+    assert_eq!(whole(&DiskImage::from_layers(&config, short, &[layer]).unwrap()), vec![1; short as usize]);
+}
+
+#[test]
+fn what_is_still_being_written_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = file(dir.path());
+    let mut config = DiskConfig::new(&path);
+    config.latency = Some(Duration::from_millis(60));
+    let mut disk = Disk::open(&config).unwrap();
+    let (_keep, buffers) = buffer(&[9; 4096]);
+    disk.submit(DiskOp::Write { offset: 22 * GRANULE, buffers }, 1).unwrap();
+    disk.kick().unwrap();
+    let image = disk.fork();
+    let refused = image.read_at(0, &mut [0; 16]).unwrap_err().to_string();
+    assert!(refused.contains("disk.img") && refused.contains("in flight"), "{refused}");
+    assert!(image.runs().unwrap().iter().all(|run| !run.zero), "a hole may be filled yet");
+    // Whoever goes on from it says so too, though it has nothing in flight itself.
+    let heir = image.open().unwrap().fork();
+    assert!(heir.read_at(0, &mut [0; 16]).is_err());
+    finish(&mut disk);
+    assert!(image.settle(SOON) && heir.settle(SOON));
+    let mut granule = [0; 4096];
+    heir.read_at(22 * GRANULE, &mut granule).unwrap();
+    assert_eq!(granule, [9; 4096]);
+    assert_eq!(heir.changed_since(&image).unwrap(), []);
+}

@@ -1,0 +1,80 @@
+//! Everything of an image but its memory, written down and read back: the VM that comes of it goes on.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade::bare::BareVcpu;
+use clade::vm::{ForkImage, saved};
+use clade_devices::disk::{DiskImage, DiskLayer, GRANULE};
+use clade_devices::virtio::Backend;
+use clade_guests::abi::disk::What;
+use clade_io::{CachePolicy, IoFile};
+use clade_memory::Backing;
+use clade_tests::{DiskFile, DiskGuest, Turn};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const BYTES: u64 = 4 << 20;
+const SECTORS: u64 = BYTES / 512;
+
+fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
+    let sections = image.sections().unwrap();
+    let named = || sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
+    assert_eq!(saved::config(named()).unwrap(), **image.config());
+    assert_eq!(saved::host_facts(named()).unwrap(), image.host_facts());
+    Arc::new(ForkImage::from_sections(named(), image.ram().clone(), vec![Backend::Disk(disk)]).unwrap())
+}
+
+/// The disk of `image`, written into a file at `path` and made of it again.
+fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
+    let disk = image.disks().next().unwrap();
+    assert!(disk.settle(PATIENCE));
+    let runs = disk.runs().unwrap();
+    let to = File::create_new(path).unwrap();
+    for run in runs.iter().filter(|run| !run.zero) {
+        let mut bytes = vec![0; ((run.granules.end - run.granules.start) * GRANULE) as usize];
+        disk.read_at(run.granules.start * GRANULE, &mut bytes).unwrap();
+        to.write_all_at(&bytes, run.granules.start * GRANULE).unwrap();
+    }
+    drop(to);
+    let file = Arc::new(IoFile::open(path, false, CachePolicy::Host).unwrap());
+    DiskImage::from_layers(disk.config(), disk.size(), &[DiskLayer { file: Some(file), runs }]).unwrap()
+}
+
+#[test]
+fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let context = turn.context(Backing::Huge);
+    let file = DiskFile::new(BYTES, 1);
+    let mut spec = file.spec();
+    spec.disk.latency = Some(Duration::from_millis(20));
+    let parent = DiskGuest::boot(&context, spec, 2);
+    let run = DiskGuest::whole(What::Write, SECTORS, 2);
+    let seq = parent.begin(run);
+    let deadline = Instant::now() + PATIENCE;
+    while BareVcpu::new(parent.vm(), 0).mailbox().progress().unwrap() < run.count / 3 {
+        assert!(Instant::now() < deadline, "the run does not get on");
+        thread::yield_now();
+    }
+    let (image, report) = parent.vm().fork().unwrap();
+    assert!(report.in_flight > 0, "requests are in flight");
+    image.host_facts().check(context.host()).unwrap();
+    let again = read_back(&image, written_down(&image, &file.beside("layer")));
+    assert_eq!(parent.finish(seq), (run.count, 0, 0));
+    drop((parent, image));
+
+    let child = DiskGuest::paused_child(&context, &again, "restored");
+    assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
+    child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the snapshot");
+    // And again, from what it has become.
+    child.expect(DiskGuest::whole(What::Write, 800, 3), "it writes");
+    let (image, _) = child.guest.fork();
+    let second = read_back(&image, written_down(&image, &file.beside("second")));
+    let grandchild = DiskGuest::paused_child(&context, &second, "again");
+    grandchild.expect(DiskGuest::whole(What::Verify, 800, 3), "the disk it had");
+    child.expect(DiskGuest::whole(What::Verify, 800, 3), "its own");
+}

@@ -1,0 +1,224 @@
+//! What a VM's state presupposes of its host, written down with it: so that a host that lacks something says what.
+
+use std::fmt;
+use std::fs;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use serde::{Deserialize, Serialize};
+
+use super::features::{CpuHide, Reg, features};
+use super::host::{Host, HostError};
+
+/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
+pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Bits that say how many vCPUs there are, and nothing about the host: HTT and CMP_LEGACY.
+const TOPOLOGY: [(u32, Reg, u32); 2] = [(1, Reg::Edx, 1 << 28), (0x8000_0001, Reg::Ecx, 1 << 1)];
+
+/// A register of CPUID whose bits are features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeatureWord {
+    leaf: u32,
+    subleaf: u32,
+    register: Reg,
+    bits: u32,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// The version of Clade.
+    pub clade: String,
+    /// The CPU's vendor, as CPUID says it.
+    pub vendor: String,
+    /// The features that the guest was given.
+    pub features: Vec<FeatureWord>,
+    /// The frequency of its TSC, if KVM said.
+    pub tsc_khz: Option<u32>,
+    /// The kernel's release.
+    pub kernel: String,
+}
+
+/// A host that the state cannot go on at.
+#[derive(Debug, thiserror::Error)]
+pub enum HostMismatch {
+    /// Another vendor's CPU.
+    #[error("the guest ran on a CPU of {saved:?}, this one is of {here:?}")]
+    Vendor {
+        /// Of the state.
+        saved: String,
+        /// Of this host.
+        here: String,
+    },
+    /// Features that are not there.
+    #[error("this host lacks CPU features that the guest was given: {}", missing.join(", "))]
+    Features {
+        /// By name; those without one by their place in CPUID.
+        missing: Vec<String>,
+    },
+    /// A TSC that cannot be had.
+    #[error("the guest was given a TSC of {saved} kHz, this host has {here} kHz and cannot scale it")]
+    Tsc {
+        /// Of the state.
+        saved: u32,
+        /// Of this host.
+        here: u32,
+    },
+    /// This host cannot be asked.
+    #[error("this host cannot be compared with the one the guest ran on")]
+    Host(#[from] HostError),
+}
+
+impl fmt::Display for FeatureWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CPUID {:#x}.{} {:?}", self.leaf, self.subleaf, self.register)
+    }
+}
+
+/// The registers of `cpuid` that have named features.
+fn words(cpuid: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
+    let mut all: Vec<FeatureWord> = Vec::new();
+    for feature in features() {
+        let (leaf, subleaf, register) = (feature.leaf, feature.subleaf, feature.reg);
+        let known = |word: &FeatureWord| (word.leaf, word.subleaf, word.register) == (leaf, subleaf, register);
+        let Some(entry) = cpuid.iter().find(|e| (e.function, e.index) == (leaf, subleaf)) else { continue };
+        if all.iter().any(known) {
+            continue;
+        }
+        let bits = match register {
+            Reg::Eax => entry.eax,
+            Reg::Ebx => entry.ebx,
+            Reg::Ecx => entry.ecx,
+            Reg::Edx => entry.edx,
+        };
+        let topology = TOPOLOGY.iter().find(|(l, r, _)| (*l, *r) == (leaf, register)).map_or(0, |(.., bits)| *bits);
+        all.push(FeatureWord { leaf, subleaf, register, bits: bits & !topology });
+    }
+    all
+}
+
+fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
+    let leaf = cpuid.iter().find(|e| e.function == 0);
+    let bytes = leaf.map(|e| [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes)).unwrap_or_default();
+    String::from_utf8_lossy(bytes.as_flattened()).into_owned()
+}
+
+impl HostFacts {
+    /// Of a guest whose vCPUs were made with `cpuid`, on this host.
+    #[must_use]
+    pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>) -> Self {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            clade: env!("CARGO_PKG_VERSION").to_owned(),
+            vendor: vendor(cpuid),
+            features: words(cpuid),
+            tsc_khz,
+            kernel: kernel.trim().to_owned(),
+        }
+    }
+
+    /// Of a guest that is given all that `host` has.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn here(host: &Host) -> Result<Self, HostError> {
+        Ok(Self::of(host.cpuid(0, 1, &CpuHide::none())?.as_slice(), host.tsc_khz()?))
+    }
+
+    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is no hindrance.
+    ///
+    /// # Errors
+    /// What is missing, all of it.
+    pub fn check(&self, host: &Host) -> Result<(), HostMismatch> {
+        self.check_against(&Self::here(host)?, host.has_tsc_control())
+    }
+
+    fn check_against(&self, here: &Self, scales_tsc: bool) -> Result<(), HostMismatch> {
+        if self.vendor != here.vendor {
+            return Err(HostMismatch::Vendor { saved: self.vendor.clone(), here: here.vendor.clone() });
+        }
+        let missing = self.missing(here);
+        if !missing.is_empty() {
+            return Err(HostMismatch::Features { missing });
+        }
+        match (self.tsc_khz, here.tsc_khz) {
+            (Some(saved), Some(here)) if !scales_tsc && !same_tsc(saved, here) => {
+                Err(HostMismatch::Tsc { saved, here })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The features that `here` does not have, by name.
+    #[must_use]
+    pub fn missing(&self, here: &Self) -> Vec<String> {
+        let mut missing = Vec::new();
+        for word in &self.features {
+            let same = |w: &&FeatureWord| (w.leaf, w.subleaf, w.register) == (word.leaf, word.subleaf, word.register);
+            let lacking = word.bits & !here.features.iter().find(same).map_or(0, |w| w.bits);
+            for bit in (0..u32::BITS).filter(|bit| lacking & 1 << bit != 0) {
+                let named = features()
+                    .find(|f| (f.leaf, f.subleaf, f.reg, f.bit) == (word.leaf, word.subleaf, word.register, bit));
+                missing.push(named.map_or_else(|| format!("{word} bit {bit}"), |f| f.name.to_owned()));
+            }
+        }
+        missing
+    }
+}
+
+/// Whether two calibrations may be of one frequency.
+pub(super) fn same_tsc(saved: u32, here: u32) -> bool {
+    u64::from(saved.abs_diff(here)) * 1_000_000 <= u64::from(saved) * TSC_TOLERANCE_PPM
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testutil::host;
+    use super::*;
+
+    fn facts(ecx1: u32, ebx7: u32) -> HostFacts {
+        let entry = |function, ebx, ecx, edx| kvm_cpuid_entry2 { function, ebx, ecx, edx, ..Default::default() };
+        let leaves =
+            [entry(0, 0x756e_6547, 0x6c65_746e, 0x4965_6e69), entry(1, 0, ecx1, 1 << 28), entry(7, ebx7, 0, 0)];
+        HostFacts::of(&leaves, Some(2_000_000))
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        // pclmulqdq and sse4_2; avx2 and a bit without a name.
+        let saved = facts(1 << 1 | 1 << 20, 1 << 5 | 1 << 13);
+        assert_eq!(saved.vendor, "GenuineIntel");
+        assert!(saved.check_against(&facts(!0, !0), false).is_ok(), "more is no hindrance");
+        let error = saved.check_against(&facts(1 << 1, 0), false).unwrap_err().to_string();
+        let wanted = "this host lacks CPU features that the guest was given: sse4_2, avx2, CPUID 0x7.0 Ebx bit 13";
+        assert_eq!(error, wanted);
+        let none = HostFacts { features: Vec::new(), ..saved.clone() };
+        assert_eq!(saved.missing(&none).len(), 4, "and not that there are several vCPUs");
+    }
+
+    #[test]
+    fn another_vendor_and_another_tsc_are_refused_by_name() {
+        let saved = facts(1, 1);
+        let amd = HostFacts { vendor: "AuthenticAMD".into(), ..saved.clone() };
+        let error = amd.check_against(&saved, true).unwrap_err().to_string();
+        assert_eq!(error, "the guest ran on a CPU of \"AuthenticAMD\", this one is of \"GenuineIntel\"");
+        let fast = HostFacts { tsc_khz: Some(3_000_000), kernel: "9.9".into(), clade: "9.9".into(), ..saved.clone() };
+        assert!(fast.check_against(&saved, true).is_ok());
+        let error = fast.check_against(&saved, false).unwrap_err().to_string();
+        assert!(error.contains("3000000 kHz") && error.contains("2000000 kHz"), "{error}");
+        let near = HostFacts { tsc_khz: Some(2_000_400), ..saved.clone() };
+        assert!(near.check_against(&saved, false).is_ok());
+    }
+
+    #[test]
+    fn a_host_fits_itself() {
+        let Some(host) = host() else { return };
+        let facts = HostFacts::of(host.cpuid(1, 2, &CpuHide::none()).unwrap().as_slice(), host.tsc_khz().unwrap());
+        facts.check(&host).unwrap();
+        assert!(!facts.features.is_empty() && !facts.kernel.is_empty());
+        let mut hidden = HostFacts::here(&host).unwrap();
+        hidden.features.iter_mut().for_each(|word| word.bits = 0);
+        assert!(!facts.missing(&hidden).is_empty());
+        assert!(hidden.missing(&facts).is_empty());
+    }
+}

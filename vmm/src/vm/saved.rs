@@ -1,0 +1,330 @@
+//! Everything of a [`ForkImage`] but its memory and its disks' contents, as bytes: named sections, each a CBOR value.
+//!
+//! | section | what |
+//! |---|---|
+//! | `host` | what it presupposes of a host, to be compared before anything else: [`HostFacts`] |
+//! | `config` | [`VmConfig`] |
+//! | `vcpus` | a [`VcpuState`] each |
+//! | `vm` | interrupt controllers, PIT, clock: [`VmState`] |
+//! | `devices` | [`DeviceState`] |
+//! | `identity` | names and addresses of the VM it was taken from, and its generation |
+//!
+//! # What may change
+//!
+//! Fields have names. One that is added gets `#[serde(default)]`, with a default that means what was so before there was the field; one that is not
+//! known is skipped, so it must not change what the others mean. A field does not get another meaning, or another unit: it gets another
+//! name. Sections that are not known are skipped too. KVM's own structures are bytes, which only grow: shorter ones are filled up with zeros.
+//!
+//! # What is checked
+//!
+//! All that can be by itself: what was written must fit the configuration it was written with. That it fits the host KVM says at
+//! the latest, when the state is given to it; what is in a device's queues the device says.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use clade_devices::virtio::block::MOST_QUEUES;
+use clade_devices::virtio::net::MOST_PAIRS;
+use clade_devices::virtio::{Backend, DeviceState as VirtioState, TransportState};
+use clade_memory::RamImage;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use thiserror::Error;
+
+use crate::kvm::{HostFacts, VcpuState, VmState};
+use crate::vm::config::{Place, VmConfig};
+use crate::vm::devices::DeviceState;
+use crate::vm::fork::ForkImage;
+use crate::vm::identity::Identity;
+
+/// The sections, in the order in which they are written.
+pub const SECTIONS: [&str; 6] = [HOST, CONFIG, VCPUS, VM, DEVICES, IDENTITY];
+const HOST: &str = "host";
+const CONFIG: &str = "config";
+const VCPUS: &str = "vcpus";
+const VM: &str = "vm";
+const DEVICES: &str = "devices";
+const IDENTITY: &str = "identity";
+
+/// Room for the longest string of bytes that is read in one piece: an XSAVE area's first part.
+const SCRATCH: usize = 16 << 10;
+
+/// Sections that are no VM, or an image that cannot be written down.
+#[derive(Debug, Error)]
+pub enum SavedError {
+    /// It is not there.
+    #[error("there is no section {section:?}")]
+    Missing {
+        /// Which.
+        section: &'static str,
+    },
+    /// It is there more than once.
+    #[error("section {section:?} is there more than once")]
+    Twice {
+        /// Which.
+        section: &'static str,
+    },
+    /// It is not what it should be.
+    #[error("section {section:?}, of {bytes} bytes, cannot be read")]
+    Read {
+        /// Which.
+        section: &'static str,
+        /// Its length.
+        bytes: usize,
+        /// Where and why not.
+        #[source]
+        source: ciborium::de::Error<std::io::Error>,
+    },
+    /// There is more than it should have.
+    #[error("section {section:?} has {left} bytes behind its end")]
+    Behind {
+        /// Which.
+        section: &'static str,
+        /// How many.
+        left: usize,
+    },
+    /// It cannot be written.
+    #[error("section {section:?} cannot be written")]
+    Write {
+        /// Which.
+        section: &'static str,
+        /// Why not.
+        #[source]
+        source: ciborium::ser::Error<std::io::Error>,
+    },
+    /// A number that does not fit the configuration.
+    #[error("section {section:?}: {what}: {found}, must be {wanted}")]
+    Mismatch {
+        /// Which.
+        section: &'static str,
+        /// What is counted.
+        what: String,
+        /// What is there.
+        found: u64,
+        /// What the configuration says.
+        wanted: u64,
+    },
+    /// A device of another kind.
+    #[error("section {section:?}: device {place} is of kind {found:?}, must be {wanted:?}")]
+    Kind {
+        /// Which.
+        section: &'static str,
+        /// Its place.
+        place: usize,
+        /// What is there.
+        found: &'static str,
+        /// What the configuration says.
+        wanted: &'static str,
+    },
+    /// Chips that the configuration does not have, or has.
+    #[error("section {section:?} is the state of {found}, and the configuration has {wanted}")]
+    Chips {
+        /// Which.
+        section: &'static str,
+        /// What is there.
+        found: String,
+        /// What the configuration says.
+        wanted: String,
+    },
+    /// A configuration nobody can have.
+    #[error("section {section:?} is no configuration of a VM")]
+    Config {
+        /// Which.
+        section: &'static str,
+        /// Why not.
+        #[source]
+        source: crate::vm::ConfigError,
+    },
+    /// A request in flight that cannot be.
+    #[error(
+        "section {section:?}: device {place} has a request in flight at {head} of queue {queue}, which has no such, or more than it can have"
+    )]
+    InFlight {
+        /// Which.
+        section: &'static str,
+        /// The device's place.
+        place: usize,
+        /// The queue.
+        queue: u16,
+        /// The request.
+        head: u16,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedIdentity {
+    identity: Identity,
+    generation: u32,
+}
+
+impl ForkImage {
+    /// What the guest needs of a host.
+    #[must_use]
+    pub fn host_facts(&self) -> HostFacts {
+        // Every image has a first vCPU; all have the same features.
+        let first = self.vcpus.first();
+        HostFacts::of(first.map_or(&[], |vcpu| vcpu.cpuid.as_slice()), first.and_then(|vcpu| vcpu.tsc_khz))
+    }
+
+    /// Everything but memory and disks, by the names in [`SECTIONS`] and in that order.
+    ///
+    /// # Errors
+    /// When something has no form to be written in: a path that is not UTF-8.
+    pub fn sections(&self) -> Result<Vec<(&'static str, Vec<u8>)>, SavedError> {
+        let identity = SavedIdentity { identity: (*self.identity).clone(), generation: self.generation };
+        Ok(vec![
+            write(HOST, &self.host_facts())?,
+            write(CONFIG, &*self.config)?,
+            write(VCPUS, &self.vcpus)?,
+            write(VM, &self.vm)?,
+            write(DEVICES, &self.devices)?,
+            write(IDENTITY, &identity)?,
+        ])
+    }
+
+    /// An image of what [`ForkImage::sections`] returned, with the memory and, by place, the disks of the same instant ([`Backend::None`] for
+    /// other devices). Ask [`host_facts`] first whether it can go on here.
+    ///
+    /// # Errors
+    /// When a section is missing, cannot be read, or does not fit the others, the memory or the disks.
+    pub fn from_sections<'a>(
+        sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+        ram: RamImage,
+        backends: Vec<Backend>,
+    ) -> Result<Self, SavedError> {
+        let sections: Vec<(&str, &[u8])> = sections.into_iter().collect();
+        let config: VmConfig = read(&sections, CONFIG)?;
+        check_config(&config, &ram)?;
+        let vcpus: Vec<VcpuState> = read(&sections, VCPUS)?;
+        check_vcpus(&config, &vcpus)?;
+        let vm: VmState = read(&sections, VM)?;
+        let (found, wanted) = (vm.chips(), config.chips());
+        if found != Some(wanted) {
+            let found = found.map_or_else(|| "a PIT alone".to_owned(), |chips| format!("{chips:?}"));
+            return Err(SavedError::Chips { section: VM, found, wanted: format!("{wanted:?}") });
+        }
+        let devices: DeviceState = read(&sections, DEVICES)?;
+        check_devices(&config, &devices, &backends)?;
+        let SavedIdentity { identity, generation } = read(&sections, IDENTITY)?;
+        let count = |what: &str, found: usize, wanted: usize| expect(IDENTITY, what, found as u64, wanted as u64);
+        count("network devices", identity.nets.len(), config.nets.len())?;
+        count("socket devices", usize::from(identity.vsock.is_some()), usize::from(config.vsock.is_some()))?;
+        let (config, identity) = (Arc::new(config), Arc::new(identity));
+        Ok(Self { config, ram, vcpus, vm, devices, backends, identity, generation })
+    }
+}
+
+/// What the sections presuppose of a host, to be compared by [`HostFacts::check`].
+///
+/// # Errors
+/// When there is no such section, or it cannot be read.
+pub fn host_facts<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<HostFacts, SavedError> {
+    read(&sections.into_iter().collect::<Vec<_>>(), HOST)
+}
+
+/// The configuration in the sections: what memory and disks must be made before [`ForkImage::from_sections`].
+///
+/// # Errors
+/// When there is no such section, or it cannot be read.
+pub fn config<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<VmConfig, SavedError> {
+    read(&sections.into_iter().collect::<Vec<_>>(), CONFIG)
+}
+
+fn write<T: Serialize>(section: &'static str, value: &T) -> Result<(&'static str, Vec<u8>), SavedError> {
+    let mut bytes = Vec::new();
+    ciborium::into_writer(value, &mut bytes).map_err(|source| SavedError::Write { section, source })?;
+    Ok((section, bytes))
+}
+
+fn read<T: DeserializeOwned>(sections: &[(&str, &[u8])], section: &'static str) -> Result<T, SavedError> {
+    let mut named = sections.iter().filter(|(name, _)| *name == section);
+    let Some((_, bytes)) = named.next() else { return Err(SavedError::Missing { section }) };
+    if named.next().is_some() {
+        return Err(SavedError::Twice { section });
+    }
+    let (mut rest, mut scratch) = (*bytes, vec![0; SCRATCH]);
+    let value = ciborium::de::from_reader_with_buffer(&mut rest, &mut scratch);
+    let value = value.map_err(|source| SavedError::Read { section, bytes: bytes.len(), source })?;
+    if rest.is_empty() { Ok(value) } else { Err(SavedError::Behind { section, left: rest.len() }) }
+}
+
+fn expect(section: &'static str, what: &str, found: u64, wanted: u64) -> Result<(), SavedError> {
+    if found == wanted {
+        return Ok(());
+    }
+    Err(SavedError::Mismatch { section, what: what.to_owned(), found, wanted })
+}
+
+fn check_config(config: &VmConfig, ram: &RamImage) -> Result<(), SavedError> {
+    expect(CONFIG, "bytes of memory", config.layout().bytes(), ram.layout().bytes())?;
+    config.check_devices().map_err(|source| SavedError::Config { section: CONFIG, source })?;
+    let disks = config.disks.iter().map(|disk| ("queues of disk", disk.device.queues, MOST_QUEUES));
+    let nets = config.nets.iter().map(|net| ("queue pairs of network device", net.queues, MOST_PAIRS));
+    for (at, (what, queues, most)) in disks.enumerate().chain(nets.enumerate()) {
+        let (found, most) = (u64::from(queues), u64::from(most));
+        expect(CONFIG, &format!("{what} {at}"), found, found.clamp(1, most))?;
+    }
+    Ok(())
+}
+
+fn check_vcpus(config: &VmConfig, vcpus: &[VcpuState]) -> Result<(), SavedError> {
+    expect(VCPUS, "vCPUs", vcpus.len() as u64, u64::from(config.cpus()))?;
+    let Some(first) = vcpus.first() else { return Ok(()) };
+    for (at, vcpu) in vcpus.iter().enumerate() {
+        let same = |what: &str, of: fn(&VcpuState) -> usize| {
+            expect(VCPUS, &format!("{what} of vCPU {at}"), of(vcpu) as u64, of(first) as u64)
+        };
+        same("MSRs", |vcpu| vcpu.msrs.as_slice().len())?;
+        same("words of the XSAVE area", |vcpu| vcpu.xsave.as_slice().len())?;
+        same("CPUID entries", |vcpu| vcpu.cpuid.as_slice().len())?;
+        for (number, (own, other)) in vcpu.msrs.as_slice().iter().zip(first.msrs.as_slice()).enumerate() {
+            let what = format!("index of MSR {number} of vCPU {at}");
+            expect(VCPUS, &what, u64::from(own.index), u64::from(other.index))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend]) -> Result<(), SavedError> {
+    let wanted = config.places().count() as u64;
+    expect(DEVICES, "virtio devices", devices.virtio.len() as u64, wanted)?;
+    expect(DEVICES, "backends given", backends.len() as u64, wanted)?;
+    for (place, ((wanted, state), backend)) in config.places().zip(&devices.virtio).zip(backends).enumerate() {
+        let kind = |found, wanted| Err(SavedError::Kind { section: DEVICES, place, found, wanted });
+        if state.device.kind() != wanted.kind() {
+            return kind(state.device.kind(), wanted.kind());
+        }
+        match (wanted, backend) {
+            (Place::Disk(spec), Backend::Disk(disk)) if disk.config().read_only != spec.disk.read_only => {
+                let named = |read_only| if read_only { "read-only disk" } else { "writable disk" };
+                return kind(named(disk.config().read_only), named(spec.disk.read_only));
+            }
+            (Place::Disk(_), Backend::Disk(_)) => {}
+            (Place::Disk(_), Backend::None) => return kind("without a disk", wanted.kind()),
+            (_, Backend::Disk(_)) => return kind("with a disk", wanted.kind()),
+            (_, Backend::None) => {}
+        }
+        let queues = state.queues().len() as u64;
+        expect(DEVICES, &format!("queues of device {place}"), queues, wanted.queues() as u64)?;
+        check_in_flight(place, state)?;
+    }
+    Ok(())
+}
+
+/// Each request in flight is in a queue, and no queue has more than its size: its device counts them.
+fn check_in_flight(place: usize, state: &TransportState) -> Result<(), SavedError> {
+    let VirtioState::Block(block) = &state.device else { return Ok(()) };
+    let mut counts: HashMap<u16, u16> = HashMap::new();
+    for chain in &block.in_flight {
+        let size = state.queues().get(usize::from(chain.queue)).map_or(0, |queue| queue.size);
+        let count = counts.entry(chain.queue).or_default();
+        *count = count.saturating_add(1);
+        if chain.head >= size || *count > size {
+            let (queue, head) = (chain.queue, chain.head);
+            return Err(SavedError::InFlight { section: DEVICES, place, queue, head });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
