@@ -132,6 +132,13 @@ impl IoFile {
         Ok(Self::new(dir, cached, direct, true, false, false))
     }
 
+    /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.
+    #[must_use]
+    pub fn read_only(cached: File, path: &Path, policy: CachePolicy) -> Self {
+        let direct = Self::direct_handle(&cached, false, policy, path);
+        Self::new(path, cached, direct, false, true, false)
+    }
+
     fn new(path: &Path, cached: File, direct: Option<File>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
         let align = direct.as_ref().map_or(ALIGN, alignment);

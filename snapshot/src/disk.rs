@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
@@ -132,6 +132,31 @@ impl DiskReader {
             }
             Ok(())
         })
+    }
+}
+
+/// A layer of a disk.
+#[derive(Debug)]
+pub struct DiskLayerFile {
+    /// What its data is in, and where that is: each page at its own offset. None if it is compressed: read it through its [`DiskReader`].
+    pub file: Option<(File, PathBuf)>,
+    /// What it has of the disk, ascending.
+    pub runs: Vec<(PageRange, Kind)>,
+}
+
+impl DiskReader {
+    /// Its layers, oldest first: later runs lie over earlier ones. The oldest has all of it.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub fn layers(&self) -> Result<Vec<DiskLayerFile>, Error> {
+        let layer = |layer: &LayerFile| {
+            let runs = layer.index.runs.iter().map(|run| (run.range, run.kind)).collect();
+            let clone = || layer.file.try_clone().map_err(|source| Error::file("opened", &layer.path, source));
+            let file = (!layer.index.packed).then(clone).transpose()?;
+            Ok(DiskLayerFile { file: file.map(|file| (file, layer.path.clone())), runs })
+        };
+        self.space().layers.iter().rev().map(layer).collect()
     }
 }
 

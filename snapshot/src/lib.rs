@@ -37,7 +37,7 @@ mod tests;
 
 pub use chain::{MOST_DEEP, Snapshot};
 pub use compact::compact;
-pub use disk::DiskReader;
+pub use disk::{DiskLayerFile, DiskReader};
 pub use error::Error;
 pub use format::{Compression, Damage, SnapshotId};
 pub use restore::Load;

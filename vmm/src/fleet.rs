@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::console::{ConsoleListener, Line};
 use crate::event_loop::{EventLoop, LoopError};
-use crate::vm::{ChildIdentity, ChildOptions, Context, ForkReport, Vm, VmError};
+use crate::vm::{ChildIdentity, ChildOptions, Context, Endpoints, ForkImage, ForkReport, SnapshotError, Vm, VmError};
 
 /// Longest name: a socket's path must fit 108 bytes.
 pub const LONGEST_NAME: usize = 48;
@@ -70,6 +70,9 @@ pub enum FleetError {
     /// See [`VmError`].
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// See [`SnapshotError`].
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
 
 /// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/tmp/clade-UID`.
@@ -209,7 +212,13 @@ pub struct Listed {
     pub parent: Option<String>,
 }
 
-type Serve = Box<dyn Fn(UnixListener, &str) + Send + Sync>;
+/// How members' control sockets are served.
+pub(crate) struct Serve {
+    /// Begins to serve a member's.
+    pub(crate) begin: Box<dyn Fn(UnixListener, &str) + Send + Sync>,
+    /// Answers what has been asked, and serves nobody any more.
+    pub(crate) finish: Box<dyn Fn() + Send + Sync>,
+}
 
 /// Clones are handles to the same fleet.
 #[derive(Clone)]
@@ -262,6 +271,11 @@ impl Fleet {
         self.0.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has what was asked answered before the process ends: who stops the last VM wants to hear that it is stopped.
+    pub fn finish(&self) {
+        (self.0.serve.finish)();
+    }
+
     /// The device loop.
     #[must_use]
     pub fn events(&self) -> &EventLoop {
@@ -300,7 +314,7 @@ impl Fleet {
         }
         let parent = parent.map(str::to_owned);
         self.members().insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, consoles, _claim: claim });
-        (self.0.serve)(control, name);
+        (self.0.serve.begin)(control, name);
         Ok(vm)
     }
 
@@ -365,11 +379,45 @@ impl Fleet {
         });
         let taken = taken.collect::<Result<Vec<_>, FleetError>>()?;
         let (image, report) = parent.fork()?;
-        let mut children = Vec::with_capacity(count);
+        Ok((self.launch_all(taken, Some(name), &image, options)?, report))
+    }
+
+    /// Starts VMs from an image, called `name` and a number unless a pattern is given; just `name` if it is one alone. All or none are made (I13).
+    ///
+    /// # Errors
+    /// When a name, an interface, an address or a socket is taken or a VM cannot be made.
+    pub fn start(
+        &self,
+        name: &str,
+        wanted: &Children<'_>,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Vec<Arc<Vm>>, FleetError> {
+        let count = wanted.count;
+        if !(1..=MOST_CHILDREN).contains(&count) {
+            return Err(FleetError::Count { count });
+        }
+        let pattern = wanted.pattern.or((count == 1).then_some(name));
+        let taken = self.claim_children(name, count, pattern)?.into_iter().map(|claim| {
+            let ends = image.endpoints(&claim.name, wanted.identity)?;
+            Ok((claim, ends))
+        });
+        let taken = taken.collect::<Result<Vec<_>, FleetError>>()?;
+        self.launch_all(taken, None, image, options)
+    }
+
+    fn launch_all(
+        &self,
+        taken: Vec<(Claim, Endpoints)>,
+        parent: Option<&str>,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Vec<Arc<Vm>>, FleetError> {
+        let mut children = Vec::with_capacity(taken.len());
         for (claim, ends) in taken {
             let child = claim.name.clone();
-            let make = |context: &Context| Vm::from_image_as(context, &child, &image, ends, options);
-            match self.launch_as(claim, Some(name), make) {
+            let make = |context: &Context| Vm::from_image_as(context, &child, image, ends, options);
+            match self.launch_as(claim, parent, make) {
                 Ok(vm) => children.push(vm),
                 Err(error) => {
                     children.iter().for_each(|made: &Arc<Vm>| self.remove(made.name()));
@@ -377,7 +425,7 @@ impl Fleet {
                 }
             }
         }
-        Ok((children, report))
+        Ok(children)
     }
 
     /// Claims the children's names before there are any. `{n}` counts up from 1, past the names that are taken.

@@ -45,6 +45,10 @@ pub(crate) enum Command {
     Resume(ActArgs),
     /// Stop a VM for good.
     Stop(ActArgs),
+    /// Save a running VM to a directory, or look at what was saved.
+    Snapshot(SnapshotArgs),
+    /// Start VMs from a snapshot.
+    Restore(RestoreArgs),
 }
 
 #[derive(Debug, Args)]
@@ -174,6 +178,87 @@ pub(crate) struct ForkArgs {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct SnapshotArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<SnapshotCommand>,
+    #[command(flatten)]
+    pub(crate) save: Option<SaveArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Compare all of a snapshot, and of those it depends on, with its checksums.
+    Verify(SnapshotDirArgs),
+    /// Describe a snapshot.
+    Show(SnapshotDirArgs),
+    /// Merge a snapshot with those it depends on, so that it depends on none.
+    Compact(SnapshotDirArgs),
+    /// Record which pages a restored VM has touched, for `restore --warm`.
+    Warm(ActArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotDirArgs {
+    /// The snapshot's directory.
+    pub(crate) dir: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    /// The VM's name.
+    #[arg(value_name = "VM")]
+    pub(crate) name: String,
+    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete.
+    pub(crate) dir: PathBuf,
+    /// Save only what changed since the VM was last saved, or restored. The snapshot depends on that one.
+    #[arg(long)]
+    pub(crate) incremental: bool,
+    /// Compress (zstd). What is restored from it is decompressed first instead of being mapped.
+    #[arg(long)]
+    pub(crate) zstd: bool,
+    /// Print JSON instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The snapshot's directory.
+    pub(crate) dir: PathBuf,
+    /// VMs.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) count: usize,
+    /// Their names; {n} stands for a number. The directory's name, and a number if there are several, if not given.
+    #[arg(long = "name", value_name = "PATTERN")]
+    pub(crate) pattern: Option<String>,
+    /// Read all of the memory now, into huge pages, and compare its checksums.
+    #[arg(long, conflicts_with = "warm")]
+    pub(crate) preload: bool,
+    /// Read ahead what was recorded to be touched first (clade snapshot warm).
+    #[arg(long)]
+    pub(crate) warm: bool,
+    /// Where disks have their overlays. If not given: where the VM that was saved had them, if there is such a place.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) overlays: Option<PathBuf>,
+    /// For the VMs' network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: another interface, and a random address.
+    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
+    pub(crate) net: Vec<NetChoice>,
+    /// For the VMs' socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name.
+    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
+    pub(crate) vsock: Option<VsockChoice>,
+    /// Leave them paused.
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Do not read the terminal; consoles are on their sockets. So it is for several VMs in any case.
+    #[arg(long)]
+    pub(crate) detached: bool,
 }
 
 #[derive(Debug, Args)]

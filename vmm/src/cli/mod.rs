@@ -6,7 +6,9 @@ mod disk;
 mod limits;
 mod output;
 mod remote;
+mod restore;
 mod run;
+mod snapshot;
 mod terminal;
 
 use std::fmt;
@@ -68,6 +70,8 @@ pub fn main() -> ExitCode {
         Command::Pause(args) => remote::act(&args, "/pause"),
         Command::Resume(args) => remote::act(&args, "/resume"),
         Command::Stop(args) => remote::act(&args, "/stop"),
+        Command::Snapshot(args) => snapshot::main(args),
+        Command::Restore(args) => restore::main(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

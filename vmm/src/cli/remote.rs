@@ -16,7 +16,7 @@ use crate::console::{Escape, EscapeFilter};
 use crate::control::{BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo, VmState};
 use crate::fleet::{check_name, console_path, runtime_dir, virtio_console_path};
 
-fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
+pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
     runtime.block_on(question).map_err(|error| match error {
         ClientError::NoSuchVm { .. } | ClientError::Name(_) | ClientError::Refused { status: 400..500, .. } => {

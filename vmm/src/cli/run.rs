@@ -57,17 +57,23 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
     let vm = fleet.launch(&name, None, boot).map_err(|error| refused(args, error))?;
 
-    let raw = if args.detached { None } else { RawMode::enter().map_err(Failure::run)? };
+    foreground(&fleet, &vm, args.detached)
+}
+
+/// Has this terminal be the VM's, unless it is `detached`, until it ends.
+pub(super) fn foreground(fleet: &Fleet, vm: &Arc<Vm>, detached: bool) -> Outcome {
+    let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
     vm.console().listen(Box::new(io::stdout()));
-    if !args.detached {
-        fleet.events().add(Box::new(Stdin::new(&vm))).map_err(Failure::run)?;
+    if !detached {
+        fleet.events().add(Box::new(Stdin::new(vm))).map_err(Failure::run)?;
     }
-    let ended = attend(&fleet, &vm);
+    let ended = attend(fleet, vm);
+    fleet.finish();
     drop(raw);
     let _ = io::stdout().flush();
     match ended {
         StopReason::Asked | StopReason::Reset => Ok(()),
-        reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+        reason => Err(Failure::Run(anyhow::anyhow!("{}: {reason}", vm.name()))),
     }
 }
 

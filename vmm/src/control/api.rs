@@ -260,6 +260,57 @@ pub struct ForkAnswer {
     pub copied_pages: u64,
 }
 
+/// A snapshot to be made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Its directory; absolute, because this process may have another working directory than who asks.
+    pub dir: PathBuf,
+    /// Only what changed since the VM was last saved, or restored.
+    #[serde(default)]
+    pub incremental: bool,
+    /// Whether its files are compressed (zstd), and so cannot be mapped.
+    #[serde(default)]
+    pub zstd: bool,
+}
+
+/// A snapshot that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotAnswer {
+    /// Where it is.
+    pub dir: PathBuf,
+    /// Which it is.
+    pub id: String,
+    /// How long the VM was paused, in microseconds.
+    pub pause_us: f64,
+    /// The whole request, until all was on the disk.
+    pub total_us: f64,
+    /// Pages of memory and disks that were written.
+    pub data_pages: u64,
+    /// Pages that are zeros.
+    pub zero_pages: u64,
+    /// Bytes of the files.
+    pub data_bytes: u64,
+}
+
+/// How far the snapshot is that is being made of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotProgress {
+    /// Whether one is.
+    pub running: bool,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes to do, at most.
+    pub total: u64,
+}
+
+/// A record of what a VM touches first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmAnswer {
+    /// Pages in it.
+    pub pages: u64,
+}
+
 /// What is a child's alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityInfo {

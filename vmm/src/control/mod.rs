@@ -8,6 +8,10 @@
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
 //! | `POST /v1/vms/{name}/balloon` | `BalloonRequest` | `BalloonInfo` |
+//! | `POST /v1/vms/{name}/snapshot` | `SnapshotRequest` | `SnapshotAnswer`, when all is on the disk |
+//! | `GET /v1/vms/{name}/snapshot` | | `SnapshotProgress` |
+//! | `DELETE /v1/vms/{name}/snapshot` | | `SnapshotProgress`; the one that is being made ends with an error |
+//! | `POST /v1/vms/{name}/warm` | | `WarmAnswer`: what it touched is written into its snapshot |
 //! | `POST /v1/vms/{name}/pause`, `resume`, `stop` | | `VmInfo` |
 //!
 //! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 409 for a VM in the wrong state or a name
@@ -18,8 +22,8 @@ mod client;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, VmInfo,
-    VmState, VsockInfo,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo,
+    SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
 };
 pub use client::{Client, ClientError};
 pub use server::serve_fleet;

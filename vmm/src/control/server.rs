@@ -1,7 +1,9 @@
 //! Serving the control sockets.
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
@@ -10,15 +12,22 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use clade_snapshot::Compression;
 use serde_json::json;
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
-use crate::control::api::{BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, VmInfo};
-use crate::fleet::{Children, Fleet, FleetError, WeakFleet};
-use crate::vm::{ChildOptions, Context, Vm, VmError};
+use crate::control::api::{
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, SnapshotAnswer, SnapshotProgress,
+    SnapshotRequest, VmInfo, WarmAnswer,
+};
+use crate::fleet::{Children, Fleet, FleetError, Serve, WeakFleet};
+use crate::vm::{ChildOptions, Context, SnapshotError, SnapshotOptions, Vm, VmError};
 
 /// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
 const ANSWER: Duration = Duration::from_secs(2);
+/// How long those who have asked something may take to read the answer when the process ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -46,9 +55,31 @@ impl From<FleetError> for ApiError {
                 StatusCode::CONFLICT
             }
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
+            FleetError::Snapshot(error) => snapshot_status(error),
             FleetError::Runtime { .. } | FleetError::Loop(_) | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self { status, text: crate::error_chain(&error) }
+    }
+}
+
+/// Whose mistake it is that there is no snapshot.
+fn snapshot_status(error: &SnapshotError) -> StatusCode {
+    use clade_snapshot::Error;
+    match error {
+        SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
+        SnapshotError::Files(
+            Error::NotASnapshot { .. }
+            | Error::Parent { .. }
+            | Error::WrongId { .. }
+            | Error::Cycle { .. }
+            | Error::TooDeep { .. }
+            | Error::Shape { .. }
+            | Error::OwnChain { .. },
+        )
+        | SnapshotError::NoBase { .. }
+        | SnapshotError::Busy { .. }
+        | SnapshotError::Vm(VmError::Stopped(_)) => StatusCode::CONFLICT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
@@ -125,6 +156,57 @@ async fn fork(
     Ok(Json(made.await?))
 }
 
+async fn snapshot(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<SnapshotRequest>, JsonRejection>,
+) -> Answer<SnapshotAnswer> {
+    let Json(SnapshotRequest { dir, incremental, zstd }) = request?;
+    if !dir.is_absolute() {
+        let text = format!("{} is not an absolute path", dir.display());
+        return Err(ApiError { status: StatusCode::BAD_REQUEST, text });
+    }
+    let made = with_fleet(fleet, move |fleet| {
+        let compression = if zstd { Compression::Zstd } else { Compression::None };
+        let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression })?;
+        let us = |d: Duration| d.as_secs_f64() * 1e6;
+        Ok(SnapshotAnswer {
+            dir: report.place.dir,
+            id: report.place.id.to_string(),
+            pause_us: us(report.times.pause),
+            total_us: us(report.took),
+            data_pages: report.saved.data_pages,
+            zero_pages: report.saved.zero_pages,
+            data_bytes: report.saved.data_bytes,
+        })
+    });
+    Ok(Json(made.await?))
+}
+
+fn progress(vm: &Vm) -> SnapshotProgress {
+    let progress = vm.snapshot_progress();
+    let (done, total) = progress.unwrap_or_default();
+    SnapshotProgress { running: progress.is_some(), done, total }
+}
+
+async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
+    Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
+}
+
+async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
+    let cancelled = with_fleet(fleet, move |fleet| {
+        let vm = fleet.get(&name)?.vm;
+        vm.cancel_snapshot();
+        Ok(progress(&vm))
+    });
+    Ok(Json(cancelled.await?))
+}
+
+async fn warm(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WarmAnswer> {
+    let recorded = with_fleet(fleet, move |fleet| Ok(WarmAnswer { pages: fleet.get(&name)?.vm.record_warm()? }));
+    Ok(Json(recorded.await?))
+}
+
 /// Asks the guest, and takes what it said before if it does not answer in time.
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     let before = vm.balloon_stats()?.answers;
@@ -166,6 +248,8 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}/fork", post(fork))
         .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
+        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
+        .route("/v1/vms/{name}/warm", post(warm))
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", verb(Verb::Stop))
@@ -183,21 +267,45 @@ fn router(fleet: WeakFleet) -> Router {
 /// When the sockets' directory or the device loop cannot be made.
 pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fleet, FleetError> {
     let runtime = runtime.clone();
+    let servers: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
+    let (ending, ended) = tokio::sync::watch::channel(false);
     Fleet::new(context, dir, |weak| {
         let router = router(weak);
-        Box::new(move |socket, name| {
-            let router = router.clone();
-            let name = name.to_owned();
-            runtime.spawn(async move {
+        let (handle, started) = (runtime.clone(), Arc::clone(&servers));
+        let begin = move |socket: UnixListener, name: &str| {
+            let (router, name, mut ended) = (router.clone(), name.to_owned(), ended.clone());
+            let server = handle.spawn(async move {
                 let served = async {
                     socket.set_nonblocking(true)?;
-                    axum::serve(tokio::net::UnixListener::from_std(socket)?, router).await
+                    let socket = tokio::net::UnixListener::from_std(socket)?;
+                    let end = async move {
+                        // An error is the sender gone, which is the end too.
+                        let _ = ended.wait_for(|ended| *ended).await;
+                    };
+                    axum::serve(socket, router).with_graceful_shutdown(end).await
                 };
                 let served: io::Result<()> = served.await;
                 if let Err(error) = served {
                     tracing::error!(%error, name, "control socket");
                 }
             });
-        })
+            let mut started = started.lock().unwrap_or_else(PoisonError::into_inner);
+            started.retain(|server| !server.is_finished());
+            started.push(server);
+        };
+        let finish = move || {
+            // Nobody to be told is as good.
+            let _ = ending.send(true);
+            let servers = std::mem::take(&mut *servers.lock().unwrap_or_else(PoisonError::into_inner));
+            runtime.block_on(async {
+                let all = async {
+                    for server in servers {
+                        let _ = server.await;
+                    }
+                };
+                let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
+            });
+        };
+        Serve { begin: Box::new(begin), finish: Box::new(finish) }
     })
 }

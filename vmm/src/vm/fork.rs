@@ -29,6 +29,7 @@ use crate::vm::VmError;
 use crate::vm::config::VmConfig;
 use crate::vm::devices::DeviceState;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
+use crate::vm::snapshot::SavedAt;
 
 /// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
 #[derive(Clone, Debug)]
@@ -42,6 +43,8 @@ pub struct ForkImage {
     /// The parent's, which its children's are derived from.
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
+    /// Where it stands on disk, if it was restored from there.
+    pub(crate) place: Option<SavedAt>,
 }
 
 impl ForkImage {

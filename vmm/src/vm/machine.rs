@@ -21,6 +21,7 @@ use crate::vm::generation::{self, GenerationError};
 use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
 use crate::vm::shell::Shell;
 use crate::vm::slice::Urgent;
+use crate::vm::snapshot::Saving;
 use crate::vm::stop::StopReason;
 use crate::vm::turns::Turns;
 use crate::vm::vcpu::{Order, Start};
@@ -65,6 +66,7 @@ pub struct Vm {
     held: AtomicBool,
     /// One fork, pause or resume at a time.
     operations: Turns,
+    pub(crate) saving: Saving,
 }
 
 impl Vm {
@@ -133,7 +135,8 @@ impl Vm {
         let saved = Some((&image.devices, image.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &shell, &mut ends)?);
         let parts = Parts { shell, devices, ends, generation: image.generation };
-        let vm = Self::assemble(context, name, &image.config, parts)?;
+        let mut vm = Self::assemble(context, name, &image.config, parts)?;
+        vm.saving = Saving::of(image);
         // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
         let meeting = Arc::clone(&vm.shell.meeting);
         vm.ram().on_failure(move |error| {
@@ -174,6 +177,7 @@ impl Vm {
             born: Instant::now(),
             held: AtomicBool::new(false),
             operations: Turns::default(),
+            saving: Saving::default(),
         })
     }
 
@@ -207,7 +211,7 @@ impl Vm {
         let config = Arc::clone(&self.config);
         let in_flight = devices.in_flight();
         let (identity, generation) = (Arc::clone(&self.identity), self.generation.saturating_add(1));
-        let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation };
+        let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation, place: None };
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 

@@ -13,6 +13,7 @@ mod rendezvous;
 pub mod saved;
 mod shell;
 mod slice;
+mod snapshot;
 mod stop;
 mod turns;
 mod vcpu;
@@ -34,6 +35,7 @@ pub use generation::{GenerationError, GenerationId};
 pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
 pub use saved::SavedError;
+pub use snapshot::{RestoreLoad, RestoreOptions, SavedAt, SnapshotError, SnapshotOptions, SnapshotReport};
 pub use stop::StopReason;
 
 /// What can go wrong with a VM.

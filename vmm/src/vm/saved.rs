@@ -209,7 +209,7 @@ impl ForkImage {
         count("network devices", identity.nets.len(), config.nets.len())?;
         count("socket devices", usize::from(identity.vsock.is_some()), usize::from(config.vsock.is_some()))?;
         let (config, identity) = (Arc::new(config), Arc::new(identity));
-        Ok(Self { config, ram, vcpus, vm, devices, backends, identity, generation })
+        Ok(Self { config, ram, vcpus, vm, devices, backends, identity, generation, place: None })
     }
 }
 

@@ -72,6 +72,7 @@ fn image() -> (ForkImage, tempfile::TempDir) {
         backends,
         identity: Arc::default(),
         generation: 3,
+        place: None,
     };
     (image, dir)
 }

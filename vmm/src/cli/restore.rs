@@ -1,0 +1,74 @@
+//! `clade restore`: VMs that go on from a snapshot.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::cli::args::RestoreArgs;
+use crate::cli::run::foreground;
+use crate::cli::{Failure, Outcome};
+use crate::control::serve_fleet;
+use crate::fleet::{Children, Fleet, FleetError, runtime_dir};
+use crate::vm::{ChildIdentity, ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotError, VmError};
+
+/// How often the end of the process's VMs is looked for.
+const TURN: Duration = Duration::from_millis(200);
+
+/// What is wrong with a snapshot, or with what was asked for, is the caller's; what this host could not do is not.
+fn failure(error: FleetError) -> Failure {
+    use clade_snapshot::Error;
+    match error {
+        FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_) | VmError::Ram(_))
+        | FleetError::Snapshot(SnapshotError::Vm(_) | SnapshotError::Files(Error::Memory(_))) => Failure::run(error),
+        _ => Failure::input(error),
+    }
+}
+
+/// A name made of the directory's.
+fn stem(dir: &Path) -> String {
+    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let fits = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' };
+    let name: String = name.chars().map(fits).take(32).collect();
+    if name.starts_with(|c: char| c.is_ascii_alphanumeric()) { name } else { format!("vm{name}") }
+}
+
+pub(crate) fn main(args: &RestoreArgs) -> Outcome {
+    let begun = Instant::now();
+    let context = Context::open().map_err(Failure::input)?;
+    let load = match (args.preload, args.warm) {
+        (true, _) => RestoreLoad::Preload,
+        (_, true) => RestoreLoad::Warm,
+        _ => RestoreLoad::Lazy,
+    };
+    let options = RestoreOptions { load, overlays: args.overlays.clone() };
+    // By a name that says which directory it is, not which it is a link to.
+    let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
+    let image = ForkImage::restore(&context, &dir, &options).map_err(|error| failure(error.into()))?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
+    let identity = ChildIdentity { nets: args.net.clone(), vsock: args.vsock.clone() };
+    let wanted = Children { count: args.count, pattern: args.pattern.as_deref(), identity: &identity };
+    let child = ChildOptions { paused: args.paused, before_start: None };
+    let vms = fleet.start(&stem(&dir), &wanted, &image, child).map_err(failure)?;
+    drop(image);
+    let took = begun.elapsed().as_secs_f64() * 1e3;
+    let [vm] = vms.as_slice() else {
+        for vm in &vms {
+            println!("{}", vm.name());
+        }
+        eprintln!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
+        drop(vms);
+        wait_for_all(&fleet);
+        fleet.finish();
+        return Ok(());
+    };
+    eprintln!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
+    foreground(&fleet, vm, args.detached)
+}
+
+fn wait_for_all(fleet: &Fleet) {
+    while !fleet.list().is_empty() {
+        std::thread::sleep(TURN);
+        fleet.reap();
+    }
+}
