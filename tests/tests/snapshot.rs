@@ -1,0 +1,321 @@
+//! Snapshots on disk on real KVM: bare guests saved while they run, and what goes on from there.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade::kvm::{CpuTemplate, HostMismatch};
+use clade::vm::{
+    Context, ForkImage, GenerationId, RestoreLoad, RestoreOptions, SnapshotError, SnapshotOptions, StopReason, Vm,
+    VmConfig,
+};
+use clade_guests::abi::Command;
+use clade_guests::abi::disk::What;
+use clade_memory::Backing;
+use clade_snapshot::{Compression, Error, compact, verify};
+use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, expect_nothing_held};
+
+const PATIENCE: Duration = Duration::from_secs(240);
+const MIB: u64 = 48;
+const PAGES: u64 = 4096;
+const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None };
+const INCREMENTAL: SnapshotOptions = SnapshotOptions { incremental: true, compression: Compression::None };
+const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None };
+
+fn turn() -> Option<(Turn, Context)> {
+    let turn = Turn::take(PATIENCE)?;
+    let context = turn.context(Backing::Huge);
+    Some((turn, context))
+}
+
+fn load(load: RestoreLoad) -> RestoreOptions {
+    RestoreOptions { load, overlays: None }
+}
+
+fn restored(context: &Context, dir: &Path, options: &RestoreOptions) -> Guest {
+    Guest::child(context, &ForkImage::restore(context, dir, options).unwrap())
+}
+
+/// Saves a guest while it runs.
+fn save(guest: &Guest, dir: &Path, options: SnapshotOptions) -> clade::vm::SnapshotReport {
+    guest.vm().resume().unwrap();
+    let report = guest.vm().snapshot(dir, options).unwrap();
+    guest.vm().pause().unwrap();
+    report
+}
+
+#[test]
+fn a_vm_goes_on_from_the_instant_it_was_saved_at() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Guest::boot(&context, MIB, 1);
+    guest.fill(Writer::Guest, 0, 600, 1);
+    let ways = [
+        ("mapped", Compression::None, RestoreLoad::Lazy),
+        ("preloaded", Compression::None, RestoreLoad::Preload),
+        ("unpacked", Compression::Zstd, RestoreLoad::Lazy),
+    ];
+    for (name, compression, way) in ways {
+        let at = dir.path().join(name);
+        let report = save(&guest, &at, SnapshotOptions { incremental: false, compression });
+        assert!(report.saved.data_pages >= 600, "{report:?}");
+        // What is written afterwards is in nobody's past.
+        guest.fill(Writer::Guest, 10, 20, 2);
+        let one = restored(&context, &at, &load(way));
+        let two = restored(&context, &at, &load(way));
+        one.expect(0, 600, Some(1), name);
+        one.fill(Writer::Guest, 0, 100, 3);
+        two.expect(0, 600, Some(1), "its sibling has written, and nobody else");
+        one.expect(0, 100, Some(3), name);
+        guest.expect(10, 20, Some(2), "the VM that was saved runs on");
+        guest.fill(Writer::Guest, 10, 20, 1);
+        // What the guest's code does not touch is zeros.
+        two.expect(2000, 100, None, name);
+        assert_eq!(two.vm().generation(), one.vm().generation());
+    }
+}
+
+#[test]
+fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let guest = Guest::boot(&context, MIB, 1);
+    guest.vm().resume().unwrap();
+    let error = guest.vm().snapshot(&at("first"), INCREMENTAL).unwrap_err();
+    assert!(matches!(&error, SnapshotError::NoBase { name } if name == "guest"), "{error}");
+    guest.vm().pause().unwrap();
+    guest.fill(Writer::Guest, 0, PAGES, 1);
+    let full = save(&guest, &at("full"), FULL);
+    guest.fill(Writer::Guest, 100, 50, 2);
+    let second = save(&guest, &at("second"), INCREMENTAL);
+    assert!((50..400).contains(&second.saved.data_pages), "{:?} of {:?}", second.saved, full.saved);
+    // One that goes on from the second, changed and saved in its turn: not the VM that the first two are of.
+    let other = restored(&context, &at("second"), &LAZY);
+    other.fill(Writer::Guest, 200, 10, 3);
+    let third = save(&other, &at("third"), INCREMENTAL);
+    assert!((10..400).contains(&third.saved.data_pages), "{:?}", third.saved);
+    let check = |name: &str, way| {
+        let vm = restored(&context, &at(name), &load(way));
+        vm.expect(0, 100, Some(1), name);
+        vm.expect(100, 50, Some(2), name);
+        vm.expect(150, 50, Some(1), name);
+        vm.expect(200, 10, Some(3), name);
+        vm.expect(210, PAGES - 210, Some(1), name);
+    };
+    check("third", RestoreLoad::Lazy);
+    check("third", RestoreLoad::Preload);
+    assert_eq!(verify(&at("third")).unwrap().snapshots, 3);
+    // A full one of a VM that was loaded as it was touched has all of it.
+    let whole = save(&restored(&context, &at("third"), &LAZY), &at("whole"), FULL);
+    assert!(whole.saved.data_pages >= full.saved.data_pages, "{:?} of {:?}", whole.saved, full.saved);
+    assert_eq!(verify(&at("whole")).unwrap().snapshots, 1);
+    check("whole", RestoreLoad::Lazy);
+    // Onto what its own memory is mapped from.
+    let vm = restored(&context, &at("whole"), &LAZY);
+    save(&vm, &at("whole"), FULL);
+    vm.expect(0, 100, Some(1), "its files were replaced under it");
+    check("whole", RestoreLoad::Lazy);
+    // But never onto what it depends on.
+    vm.vm().resume().unwrap();
+    let error = vm.vm().snapshot(&at("whole"), INCREMENTAL).unwrap_err();
+    assert!(matches!(error, SnapshotError::Files(Error::OwnChain { .. })), "{error}");
+    vm.vm().pause().unwrap();
+    vm.expect(0, 100, Some(1), "and runs on");
+    compact(&at("third"), &clade_snapshot::Watch::none()).unwrap();
+    fs::remove_dir_all(at("full")).unwrap();
+    fs::remove_dir_all(at("second")).unwrap();
+    check("third", RestoreLoad::Lazy);
+}
+
+#[test]
+fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
+    let Some((_turn, context)) = turn() else { return };
+    let file = DiskFile::new(2 << 20, 7);
+    let at = |name: &str| file.beside(name);
+    let parent = DiskGuest::boot(&context, file.spec(), 1);
+    let sectors = (2 << 20) / 512;
+    let run = |what, sectors, seed| DiskGuest::whole(what, sectors, seed);
+    parent.expect(run(What::Write, 512, 8), "written before");
+    save(&parent.guest, &at("full"), FULL);
+    parent.expect(run(What::Write, 64, 9), "written after");
+    save(&parent.guest, &at("more"), INCREMENTAL);
+    // In the middle of writing everything.
+    let seq = parent.begin(run(What::Write, sectors, 10));
+    let report = parent.vm().snapshot(&at("midst"), INCREMENTAL).unwrap();
+    assert_eq!(parent.finish(seq), (sectors / 8, 0, 0));
+    assert!(report.saved.data_pages > 0);
+    for (name, way) in [("full", RestoreLoad::Lazy), ("full", RestoreLoad::Preload)] {
+        let vm = DiskGuest { guest: restored(&context, &at(name), &load(way)) };
+        vm.expect(run(What::Verify, 512, 8), name);
+        // Its own writes are its own.
+        vm.expect(run(What::Write, 32, 11), name);
+        vm.expect(run(What::Verify, 32, 11), name);
+        assert!(vm.vm().with_disk(0, |disk| disk.is_forked()).unwrap());
+    }
+    let vm = DiskGuest { guest: restored(&context, &at("more"), &LAZY) };
+    vm.expect(run(What::Verify, 64, 9), "the base and what changed");
+    drop(vm);
+    // What was in flight is done again, against its own disk.
+    let vm = DiskGuest { guest: restored(&context, &at("midst"), &LAZY) };
+    assert_eq!(vm.finish(seq), (sectors / 8, 0, 0));
+    vm.expect(run(What::Verify, sectors, 10), "finished after it was restored");
+    drop(vm);
+    let vm = DiskGuest { guest: restored(&context, &at("full"), &LAZY) };
+    vm.expect(run(What::Verify, 512, 8), "nobody wrote to the snapshot's files");
+    for name in ["full", "more", "midst"] {
+        verify(&at(name)).unwrap();
+    }
+    // Compressed, it is unpacked into a file of its own.
+    save(&parent.guest, &at("small"), SnapshotOptions { incremental: false, compression: Compression::Zstd });
+    let vm = DiskGuest { guest: restored(&context, &at("small"), &LAZY) };
+    vm.expect(run(What::Verify, sectors, 10), "unpacked");
+}
+
+#[test]
+fn what_is_touched_first_is_recorded_and_read_ahead() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("vm");
+    let guest = Guest::boot(&context, MIB, 1);
+    guest.fill(Writer::Guest, 0, PAGES, 1);
+    save(&guest, &at, FULL);
+    let error = ForkImage::restore(&context, &at, &load(RestoreLoad::Warm)).unwrap_err();
+    assert!(matches!(error, SnapshotError::Cold { .. }), "{error}");
+    let first = restored(&context, &at, &LAZY);
+    first.expect(0, 32, Some(1), "touched");
+    let pages = first.vm().record_warm().unwrap();
+    assert!((32..PAGES).contains(&pages), "{pages} pages");
+    let second = restored(&context, &at, &load(RestoreLoad::Warm));
+    second.expect(0, PAGES, Some(1), "read ahead, and the rest as ever");
+    verify(&at).unwrap();
+}
+
+/// The machine's shape, its CPU template and its generation id go with it; the id changes.
+#[test]
+fn restored_vms_have_another_generation_and_the_same_cpu() {
+    let Some((turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("vm");
+    let mut config = VmConfig::bare(MIB << 20, 2).unwrap();
+    (config.irqchip, config.acpi) = (clade::vm::Irqchip::Full, true);
+    // Every x86-64 host has it.
+    config.cpu = CpuTemplate::V1;
+    let guest = Guest::boot_as(&context, config);
+    let id = |guest: &Guest| GenerationId::of(guest.vm().ram().memory()).unwrap();
+    let report = save(&guest, &at, FULL);
+    assert_eq!(guest.vm().config().cpu, CpuTemplate::V1);
+    let fresh = turn.context(Backing::Huge);
+    let mut ids = vec![id(&guest), id(&guest.fork_child())];
+    for _ in 0..3 {
+        let vm = restored(&fresh, &at, &LAZY);
+        assert_eq!((vm.vm().config().cpu, vm.vm().config().cpus()), (CpuTemplate::V1, 2));
+        ids.push(id(&vm));
+        vm.run(Command::Idle);
+    }
+    let all = ids.len();
+    let different: std::collections::HashSet<GenerationId> = ids.into_iter().collect();
+    assert_eq!(different.len(), all, "each has its own");
+    assert!(report.times.pause < Duration::from_secs(2));
+}
+
+#[test]
+fn damaged_and_foreign_snapshots_are_refused_by_name() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let guest = Guest::boot(&context, MIB, 1);
+    guest.fill(Writer::Guest, 0, 64, 1);
+    save(&guest, &at("good"), FULL);
+    let before = Holdings::count(context.store());
+    let refused = |dir: &Path| ForkImage::restore(&context, dir, &LAZY).unwrap_err();
+    assert!(matches!(refused(&at("none")), SnapshotError::Files(Error::File { .. })));
+    let copy = |name: &str| {
+        let to = at(name);
+        fs::create_dir(&to).unwrap();
+        for entry in fs::read_dir(at("good")).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+        to
+    };
+    // A bit of what is small; of the data only a preload, or a verification, sees it.
+    for file in ["manifest.json", "state", "memory.index"] {
+        let bad = copy(&format!("flipped-{file}"));
+        let mut bytes = fs::read(bad.join(file)).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        fs::write(bad.join(file), bytes).unwrap();
+        let error = clade::error_chain(&refused(&bad));
+        assert!(error.contains(file), "{error}");
+    }
+    let bad = copy("flipped-data");
+    let data = fs::File::options().write(true).read(true).open(bad.join("memory.data")).unwrap();
+    let page = clade_guests::abi::WORK_BASE + 17;
+    let mut byte = [0];
+    data.read_exact_at(&mut byte, page).unwrap();
+    data.write_all_at(&[byte[0] ^ 1], page).unwrap();
+    drop(data);
+    let error = ForkImage::restore(&context, &bad, &load(RestoreLoad::Preload)).unwrap_err();
+    assert!(clade::error_chain(&error).contains("memory.data"), "{}", clade::error_chain(&error));
+    verify(&bad).unwrap_err();
+    let bad = copy("short");
+    let data = fs::File::options().write(true).open(bad.join("memory.data")).unwrap();
+    data.set_len(4096).unwrap();
+    drop(data);
+    assert!(clade::error_chain(&refused(&bad)).contains("memory.data"));
+    // A directory with something else in it is not replaced.
+    let other: PathBuf = at("precious");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("letter"), "dear").unwrap();
+    guest.vm().resume().unwrap();
+    let error = guest.vm().snapshot(&other, FULL).unwrap_err();
+    assert!(matches!(error, SnapshotError::Files(Error::NotASnapshot { .. })), "{error}");
+    assert_eq!(fs::read(other.join("letter")).unwrap(), b"dear");
+    guest.vm().pause().unwrap();
+    guest.expect(0, 64, Some(1), "and the VM runs on");
+    before.expect_same(context.store(), "refusals leave nothing behind");
+}
+
+#[test]
+fn a_host_that_lacks_what_the_guest_was_given_is_told_what() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Guest::boot(&context, MIB, 1);
+    save(&guest, &dir.path().join("vm"), FULL);
+    let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm")).unwrap();
+    let facts = clade::vm::saved::host_facts(snapshot.sections().iter()).unwrap();
+    facts.check(context.host()).unwrap();
+    let mut json = serde_json::to_value(&facts).unwrap();
+    json["vendor"] = "ElbrusOfMCST".into();
+    let other: clade::kvm::HostFacts = serde_json::from_value(json).unwrap();
+    let error = other.check(context.host()).unwrap_err();
+    assert!(matches!(error, HostMismatch::Vendor { .. }), "{error}");
+}
+
+#[test]
+fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("vm");
+    let guest = Guest::boot(&context, MIB, 1);
+    save(&guest, &at, FULL);
+    guest.vm().stop();
+    let error = guest.vm().snapshot(&at, FULL).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Vm(clade::vm::VmError::Stopped(StopReason::Asked))),
+        "{}",
+        clade::error_chain(&error)
+    );
+    verify(&at).unwrap();
+    drop(guest);
+    let image: Arc<ForkImage> = ForkImage::restore(&context, &at, &LAZY).unwrap();
+    let many: Vec<Vm> = (0..20).map(|_| Guest::child(&context, &image).into_vm()).collect();
+    drop((many, image));
+    expect_nothing_held(context.store(), "after twenty restored VMs");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporaries");
+}
