@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_guests::BARE_ELF;
-use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
-use clade_memory::{Backing, GAP_START, GuestRam, Store};
+use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_memory::{Backing, Store};
 
-use crate::bare::{BareMailbox, BareVcpu};
-use crate::bench::{Row, Sample};
+use crate::bare::BareVcpu;
+use crate::bench::{Row, Sample, announced, label, low_pages};
 use crate::boot::{BootSource, Image};
 use crate::cli::{BenchArgs, Failure};
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
@@ -61,15 +61,6 @@ struct Samples {
     plain_read: Sample,
 }
 
-fn label(bytes: u64) -> String {
-    if bytes.is_multiple_of(1 << 30) { format!("{}G", bytes >> 30) } else { format!("{}M", bytes >> 20) }
-}
-
-/// Below the gap, where one range holds it all.
-fn low_pages(mem: u64) -> u64 {
-    (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
-}
-
 impl OneSize<'_> {
     fn measure(&self, smallest: &mut Option<(u64, f64)>) -> Result<Vec<Row>, Failure> {
         let mut s = Samples::default();
@@ -87,9 +78,9 @@ impl OneSize<'_> {
             let begun = Instant::now();
             let (image, report) = parent.fork().map_err(Failure::run)?;
             s.pause.push_us(report.times.pause);
-            s.first_instruction.push_us(self.announced(self.context, &image, begun)?);
+            s.first_instruction.push_us(announced(self.context, &image, begun)?);
             // In turn, so that both meet the same noise; made cold, as on the path of a restore.
-            s.plain_first_instruction.push_us(self.announced(self.plain, &flat, Instant::now())?);
+            s.plain_first_instruction.push_us(announced(self.plain, &flat, Instant::now())?);
         }
         drop(parent);
         for _ in 0..self.samples.clamp(1, 5) {
@@ -109,7 +100,7 @@ impl OneSize<'_> {
         let pause = if base_mem == self.mem {
             pause.target("p50 <= 500, p99 <= 2000", |r| r.p50() <= 500.0 && r.p99() <= 2_000.0)
         } else {
-            pause.target(format!("p50 <= 3 x {}'s", self::label(base_mem)), |r| r.p50() <= 3.0 * base)
+            pause.target(format!("p50 <= 3 x {}'s", super::label(base_mem)), |r| r.p50() <= 3.0 * base)
         };
         vec![
             pause,
@@ -117,7 +108,7 @@ impl OneSize<'_> {
             Row::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
                 .against(restore, &s.plain_first_instruction)
                 .target("p50 <= 500", |r| r.p50() <= 500.0),
-            Row::new(format!("read_shared_{}_of_{label}", self::label(self.read_bytes())), "us", &s.read)
+            Row::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
                 .against(restore, &s.plain_read)
                 .target("ratio <= 0.05", |r| r.ratio() <= 0.05),
         ]
@@ -149,19 +140,6 @@ impl OneSize<'_> {
             full_copy.push_us(begun.elapsed());
         }
         flat.ok_or_else(|| Failure::Run(anyhow::anyhow!("no sample was taken")))
-    }
-
-    /// From `begun` to the child's report, which is among its first instructions.
-    fn announced(&self, context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Result<Duration, Failure> {
-        let tell = |ram: &GuestRam| {
-            if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {
-                tracing::error!(%error, "no order for the child");
-            }
-        };
-        let options = ChildOptions { before_start: Some(&tell), ..ChildOptions::default() };
-        let child = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
-        let at = BareVcpu::new(&child, 0).await_event(Event::Announce).map_err(Failure::run)?;
-        Ok(at - begun)
     }
 
     fn read_bytes(&self) -> u64 {

@@ -4,13 +4,20 @@ mod disk;
 mod fork;
 mod freeze;
 mod pin;
+mod restore;
 mod sample;
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
+use clade_memory::{GAP_START, GuestRam};
 use serde::Serialize;
 
+use crate::bare::{BareMailbox, BareVcpu};
 use crate::cli::{BenchArgs, BenchName, Failure, Table, print_json};
 use crate::kvm::Quirks;
-use crate::vm::Context;
+use crate::vm::{ChildOptions, Context, ForkImage, Vm};
 
 pub(crate) use sample::{Sample, Spread};
 
@@ -113,9 +120,34 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
+        BenchName::Restore => restore::restore(&context, args)?,
+        BenchName::Save => restore::save(&context, args)?,
     };
     let report = Report { host: HostInfo::of(&context), rows };
     if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
+}
+
+/// A size as it stands in a row's name.
+fn label(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 30) { format!("{}G", bytes >> 30) } else { format!("{}M", bytes >> 20) }
+}
+
+/// A bare guest's pages below the gap, where one range holds them all.
+fn low_pages(mem: u64) -> u64 {
+    (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
+}
+
+/// From `begun` to a child's report, which is among its first instructions.
+fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Result<Duration, Failure> {
+    let tell = |ram: &GuestRam| {
+        if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {
+            tracing::error!(%error, "no order for the child");
+        }
+    };
+    let options = ChildOptions { before_start: Some(&tell), ..ChildOptions::default() };
+    let child = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
+    let at = BareVcpu::new(&child, 0).await_event(Event::Announce).map_err(Failure::run)?;
+    Ok(at - begun)
 }
 
 fn print(report: &Report) -> Result<(), Failure> {

@@ -306,6 +306,10 @@ pub(crate) enum BenchName {
     Freeze,
     /// Pinning pages for DMA.
     Pin,
+    /// Going on from a snapshot on disk, beside reading all of it first.
+    Restore,
+    /// Saving a running VM to disk, beside writing as many bytes.
+    Save,
 }
 
 #[derive(Clone, Debug, Args)]
