@@ -71,6 +71,16 @@ impl GuestRegion {
         self.table.pinned_runs(self.range())
     }
 
+    /// Whether a reset has failed half-way.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.state().torn
+    }
+
+    /// Notes that a reset has failed half-way: of the VM, if not of this region.
+    pub(crate) fn tear(&self) {
+        self.state().torn = true;
+    }
+
     /// Puts the region back to `map`. Nothing may be writing to it.
     pub(crate) fn reset(&self, map: &Arc<LayerMap>) -> Result<ResetReport, RamError> {
         let mut state = self.live_state()?;

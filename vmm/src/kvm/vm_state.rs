@@ -39,9 +39,9 @@ pub enum Chips {
 /// How a restored VM's clock goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// From where it stood: no time has passed. What a fork and a reset want.
+    /// From where it stood: no time has passed.
     Resume,
-    /// Ahead by the wall-clock time since it was saved, where the host could say when that was.
+    /// Ahead by the wall-clock time since it was saved, where the host could say when that was. What a fork and a reset want.
     CatchUp,
 }
 
