@@ -4,6 +4,7 @@ mod disk;
 mod fork;
 mod freeze;
 mod pin;
+mod reset;
 mod sample;
 
 use serde::Serialize;
@@ -112,6 +113,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
+        BenchName::Reset => reset::run(&context, args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
     };
     let report = Report { host: HostInfo::of(&context), rows };

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Ps(JsonArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
+    /// Put a VM that was forked back to the instant of its fork, in place.
+    Reset(ActArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
@@ -215,6 +217,8 @@ pub(crate) enum BenchName {
     Freeze,
     /// Pinning pages for DMA.
     Pin,
+    /// Resetting a running VM in place, by the pages written since, beside starting another from the same image.
+    Reset,
 }
 
 #[derive(Clone, Debug, Args)]

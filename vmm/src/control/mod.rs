@@ -18,8 +18,8 @@ mod client;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, VmInfo,
-    VmState, VsockInfo,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, ResetAnswer,
+    VmInfo, VmState, VsockInfo,
 };
 pub use client::{Client, ClientError};
 pub use server::serve_fleet;

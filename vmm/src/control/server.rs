@@ -13,7 +13,7 @@ use axum::{Json, Router};
 use serde_json::json;
 use tokio::runtime::Handle;
 
-use crate::control::api::{BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, VmInfo};
+use crate::control::api::{BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, ResetAnswer, VmInfo};
 use crate::fleet::{Children, Fleet, FleetError, WeakFleet};
 use crate::vm::{ChildOptions, Context, Vm, VmError};
 
@@ -42,7 +42,8 @@ impl From<FleetError> for ApiError {
             }
             FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
             FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
-            FleetError::Taken { .. } | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. }) => {
+            FleetError::Taken { .. }
+            | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
                 StatusCode::CONFLICT
             }
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
@@ -125,6 +126,22 @@ async fn fork(
     Ok(Json(made.await?))
 }
 
+async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
+    let made = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        let report = listed.vm.reset_to_origin()?;
+        let us = |d: Duration| d.as_secs_f64() * 1e6;
+        Ok(ResetAnswer {
+            vm: VmInfo::from(&listed),
+            dropped_pages: report.memory.dropped,
+            remapped_pages: report.memory.remapped,
+            memory_us: us(report.drop),
+            total_us: us(report.total),
+        })
+    });
+    Ok(Json(made.await?))
+}
+
 /// Asks the guest, and takes what it said before if it does not answer in time.
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     let before = vm.balloon_stats()?.answers;
@@ -165,6 +182,7 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms", get(list))
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}/fork", post(fork))
+        .route("/v1/vms/{name}/reset", post(reset))
         .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
