@@ -239,7 +239,7 @@ pub(crate) struct BenchArgs {
 /// What can be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StressName {
-    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset and destroyed.
+    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset, put back to its fork and destroyed.
     Dma,
 }
 
