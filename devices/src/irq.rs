@@ -1,13 +1,14 @@
 //! An interrupt line, as an eventfd that KVM turns into an interrupt.
 
 use std::io;
+use std::sync::Arc;
 
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Raises one interrupt line.
-#[derive(Debug)]
-pub struct Irq(EventFd);
+/// Raises one interrupt line. Clones raise the same.
+#[derive(Clone, Debug)]
+pub struct Irq(Arc<EventFd>);
 
 impl Irq {
     /// A line connected to nothing yet.
@@ -15,7 +16,7 @@ impl Irq {
     /// # Errors
     /// When no eventfd can be had.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK).map(Self)
+        EventFd::new(EFD_NONBLOCK).map(Arc::new).map(Self)
     }
 
     /// The eventfd, to connect to an interrupt controller.

@@ -73,6 +73,7 @@ impl From<&SerialState> for Uart16550 {
 #[derive(Debug)]
 pub struct SerialConsole {
     uart: Serial<Irq, NoEvents, Console>,
+    console: Console,
     /// Typed, but not yet in the UART's FIFO.
     pending: VecDeque<u8>,
 }
@@ -81,7 +82,7 @@ impl SerialConsole {
     /// A UART as after reset.
     #[must_use]
     pub fn new(irq: Irq, console: Console) -> Self {
-        Self { uart: Serial::new(irq, console), pending: VecDeque::new() }
+        Self { uart: Serial::new(irq, console.clone()), console, pending: VecDeque::new() }
     }
 
     /// A UART as it was saved. What had been typed and was not yet in the FIFO stays with the one it was typed into.
@@ -89,9 +90,19 @@ impl SerialConsole {
     /// # Errors
     /// When the state is not one a UART can be in, or its interrupt cannot be raised.
     pub fn restore(state: &SerialState, irq: Irq, console: Console) -> io::Result<Self> {
-        let uart = Serial::from_state(&state.into(), irq, NoEvents, console)
+        let uart = Serial::from_state(&state.into(), irq, NoEvents, console.clone())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, format!("serial state: {e:?}")))?;
-        Ok(Self { uart, pending: VecDeque::new() })
+        Ok(Self { uart, console, pending: VecDeque::new() })
+    }
+
+    /// Goes back to a saved state, in place: on the same line and the same console, which keeps what was written. What had been typed
+    /// and was not yet in the FIFO is forgotten.
+    ///
+    /// # Errors
+    /// As [`SerialConsole::restore`]; it is as before.
+    pub fn rewind(&mut self, state: &SerialState) -> io::Result<()> {
+        *self = Self::restore(state, self.irq().clone(), self.console.clone())?;
+        Ok(())
     }
 
     /// The UART's registers and FIFO.

@@ -228,6 +228,34 @@ fn a_child_keeps_its_buffers_and_is_made_to_renew() {
 }
 
 #[test]
+fn a_device_that_is_put_back_has_its_buffers_its_address_and_news() {
+    let Some((tap, wire)) = tap(1) else { return };
+    let mut vm = Driver::take(net(tap, 1), &ram(&store()));
+    (0..6).for_each(|_| offer(&mut vm, 2048));
+    let moment = vm.moment();
+    wire.send(&frame(100, 1));
+    assert_eq!(received(&mut vm), frame(100, 1));
+    // Another address: class 1, command 1.
+    vm.fill(OUT, &[1, 1, 2, 2, 2, 2, 2, 2]);
+    vm.post(2, &[(OUT, 8, false), (OUT + 16, 1, true)]);
+    vm.wait(2);
+    let config = |vm: &Driver| {
+        let mut config = [0; 8];
+        vm.config(0, &mut config);
+        config
+    };
+    assert_eq!(config(&vm)[..6], [2; 6]);
+    for round in 0..2 {
+        vm.rewind(&moment);
+        vm.wait_until("told", |vm| vm.get(regs::INTERRUPT_STATUS) & 2 == 2);
+        assert_eq!(config(&vm), [2, 0, 0, 0, 0, 1, 0, 0], "its own address, and down");
+        vm.wait_until("up again", |vm| config(vm)[6] == 3);
+        wire.send(&frame(200, round));
+        assert_eq!(received(&mut vm), frame(200, round));
+    }
+}
+
+#[test]
 fn queues_are_used_as_the_driver_asks() {
     let Some((tap, wire)) = tap(2) else { return };
     let mut vm = Driver::take(net(tap, 1), &ram(&store()));

@@ -4,7 +4,7 @@
 
 mod driver;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStat, BalloonState};
@@ -12,7 +12,7 @@ use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::plain::Plain;
 use clade_devices::virtio::rng::Rng;
-use clade_devices::virtio::{DeviceState, VirtioDevice};
+use clade_devices::virtio::{DeviceState, VirtioDevice, regs};
 use clade_memory::{Access, PageRange, Term};
 
 use driver::{Driver, ram, store};
@@ -91,6 +91,85 @@ fn a_console_is_heard_and_typed_at_and_a_child_has_its_own() {
     child.post(1, &[(BUFFER, 4, false)]);
     child.wait(1);
     assert_eq!((childs.since(0), output.since(0)), (b"mine".to_vec(), b"hello world".to_vec()));
+}
+
+#[test]
+fn a_console_that_is_put_back_has_its_buffers_and_not_what_was_typed_since() {
+    let (device, output, typist) = console();
+    let mut vm = Driver::take(device, &ram(&store()));
+    vm.post(0, &[(BUFFER + 0x4000, 16, true)]);
+    vm.fill(BUFFER, b"then");
+    let moment = vm.moment();
+    vm.post(1, &[(BUFFER, 4, false)]);
+    vm.wait(1);
+    typist.type_in(b"read, and more than that");
+    assert_eq!(vm.wait(0).1, 16);
+    for typed in [&b"again"[..], b"and again"] {
+        vm.rewind(&moment);
+        assert_eq!(vm.look(BUFFER + 0x4000, 4), [0; 4]);
+        assert!(vm.used(0).is_none(), "what was typed before is forgotten");
+        typist.type_in(typed);
+        assert_eq!(vm.wait(0).1 as usize, typed.len());
+        assert_eq!(vm.look(BUFFER + 0x4000, typed.len()), typed);
+    }
+    vm.post(1, &[(BUFFER, 4, false)]);
+    vm.wait(1);
+    assert_eq!(output.since(0), b"thenthen", "what it wrote stays written");
+}
+
+#[test]
+fn a_device_that_was_taken_or_broken_since_is_put_back() {
+    let store = store();
+    let (device, _, typist) = console();
+    let mut vm = Driver::take(device, &ram(&store));
+    vm.post(0, &[(BUFFER, 16, true)]);
+    let taken = vm.moment();
+    vm.put(regs::STATUS, 0);
+    let fresh = vm.moment();
+    vm.set_up();
+    // No such descriptor chain: a loop of one.
+    vm.post(1, &[(BUFFER, 0, false)]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !vm.needs_reset() {
+        assert!(Instant::now() < deadline, "an empty buffer is against the rules");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let broken = vm.moment();
+    vm.rewind(&taken);
+    assert!(!vm.needs_reset());
+    typist.type_in(b"works");
+    assert_eq!(vm.wait(0).1, 5);
+    vm.rewind(&fresh);
+    assert_eq!(vm.get(regs::STATUS), 0);
+    vm.rewind(&broken);
+    assert!(vm.needs_reset());
+    vm.rewind(&taken);
+    typist.type_in(b"works again");
+    assert_eq!(vm.wait(0).1, 11);
+}
+
+#[test]
+fn a_balloon_that_is_put_back_has_the_target_it_had() {
+    let mut vm = Driver::take(balloon(&BalloonState::default()), &ram(&store()));
+    let target = |vm: &Driver, pages| {
+        vm.device.with_device(|device| {
+            let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+            balloon.with(|balloon| balloon.set_target(pages)).unwrap();
+            balloon.config_changed();
+        });
+    };
+    target(&vm, 100);
+    vm.fill(0x1000 << 12, &[7; 4096]);
+    let moment = vm.moment();
+    let generation = vm.get(regs::CONFIG_GENERATION);
+    target(&vm, 999);
+    vm.fill(BUFFER, &numbers([0x1000].into_iter()));
+    vm.post(0, &[(BUFFER, 4, false)]);
+    vm.wait(0);
+    assert_eq!(vm.look(0x1000 << 12, 1), [0]);
+    vm.rewind(&moment);
+    assert_eq!((of(&vm).target, vm.get(regs::CONFIG_GENERATION)), (100, generation));
+    assert_eq!(vm.look(0x1000 << 12, 4096), [7; 4096], "a page that was given up since is there");
 }
 
 fn balloon(state: &BalloonState) -> Box<Plain<Balloon>> {

@@ -246,6 +246,36 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
 }
 
 #[test]
+fn a_guest_that_is_put_back_is_told_that_its_connections_are_gone_and_so_is_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = guest(dir.path());
+    vm.driver.post(EVENTS, &[(0x10_0000, 8, true)]);
+    let mut host = connect(dir.path(), "vm.sock", 9);
+    let asked = vm.packet();
+    vm.send(RESPONSE, asked.host, 9, &[], 1 << 16);
+    assert_eq!(line(&mut host), format!("OK {}", asked.host));
+    let moment = vm.driver.moment();
+    host.write_all(b"later").unwrap();
+    assert_eq!(vm.packet().data, b"later");
+    for _ in 0..2 {
+        vm.driver.rewind(&moment);
+        assert_eq!(vm.driver.wait(EVENTS).1, 4);
+        assert_eq!(vm.driver.look(0x10_0000, 4), [0; 4], "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
+        assert!(vm.driver.used(RX).is_none(), "nothing of what was on its way");
+    }
+    assert_eq!(host.read(&mut [0; 8]).unwrap(), 0, "the host reads the end");
+    // Its address and its socket are what they were, and work.
+    let mut cid = [0; 8];
+    vm.driver.config(0, &mut cid);
+    assert_eq!(u64::from_le_bytes(cid), CID);
+    let mut host = connect(dir.path(), "vm.sock", 10);
+    let asked = vm.packet();
+    assert_eq!((asked.op, asked.guest), (REQUEST, 10));
+    vm.send(RESPONSE, asked.host, 10, &[], 1 << 16);
+    assert_eq!(line(&mut host), format!("OK {}", asked.host));
+}
+
+#[test]
 fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();

@@ -303,8 +303,8 @@ impl GuestRam {
     /// devices to let go of their pins.
     ///
     /// # Errors
-    /// When pages stay pinned, or mappings run out: then nothing has changed. When a mapping fails half-way the contents are
-    /// neither, and the VM must not run.
+    /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails half-way the contents are neither
+    /// ([`GuestRam::is_torn`]), and the VM must not run.
     pub fn reset(
         &self,
         image: &RamImage,
@@ -325,10 +325,18 @@ impl GuestRam {
             std::thread::sleep(PIN_POLL);
         }
         let mut report = ResetReport::default();
-        for (region, image) in self.regions.iter().zip(&image.regions) {
-            report += region.reset(image.map.map())?;
+        for (at, (region, image)) in self.regions.iter().zip(&image.regions).enumerate() {
+            // What is back already is of another instant than what is not.
+            let done = region.reset(image.map.map());
+            report += done.inspect_err(|_| self.regions[..at].iter().for_each(|done| done.tear()))?;
         }
         Ok(report)
+    }
+
+    /// Whether a reset has failed half-way: the contents are of no one instant, and only another reset is of use.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.regions.iter().any(|region| region.is_torn())
     }
 
     /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that

@@ -327,6 +327,30 @@ fn linux_talks_through_sockets_both_ways() {
 }
 
 #[test]
+fn linux_is_put_back_with_everything_it_has() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let vm = booted.child("reset");
+    assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && echo mounted"), "mounted");
+    for round in 0..3 {
+        assert_eq!(ask(&vm, "echo here > /tmp/marker; cat /tmp/marker"), "here");
+        // Running, with writes in flight to the disk, and a connection that the guest holds.
+        vm.resume().unwrap();
+        vm.type_in(b"dd if=/dev/urandom of=/d/new bs=64k count=64 conv=fsync 2>/dev/null; echo end-of-write\n");
+        thread::sleep(Duration::from_millis(300));
+        let from = vm.console().position();
+        vm.reset_to_origin().unwrap();
+        assert!(!vm.is_paused());
+        vm.pause().unwrap();
+        assert_eq!(ask(&vm, "ls /tmp/marker /d 2>&1 | grep -c 'No such'"), "2", "round {round}");
+        assert!(!String::from_utf8_lossy(&vm.console().since(from)).contains("end-of-write"));
+        assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && ls /d"), "lost+found", "round {round}");
+        assert_eq!(ask(&vm, "head -c 8 /dev/hwrng | wc -c"), "8");
+        talk(&vm, &format!("round-{round}"));
+    }
+}
+
+#[test]
 fn linux_moves_bytes_through_its_network() {
     let Some(turn) = Turn::take(PATIENCE) else { return };
     let Some(booted) = Booted::get(&turn) else { return };

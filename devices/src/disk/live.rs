@@ -173,6 +173,23 @@ impl Disk {
         DiskImage { setup: Arc::clone(&self.setup), map: self.map.clone(), unsettled }
     }
 
+    /// Goes back to an instant, in place: what was written since is in a file that nobody has any more. Refused, with nothing changed, while
+    /// requests are in flight.
+    #[must_use]
+    pub fn rewind(&mut self, image: &DiskImage) -> bool {
+        if self.in_flight() > 0 {
+            return false;
+        }
+        self.setup = Arc::clone(&image.setup);
+        self.map = image.map.clone();
+        // Like a child: the file that was its own then is read-only for everybody since.
+        self.own = None;
+        self.forked = true;
+        self.unsettled.clone_from(&image.unsettled);
+        self.done.clear();
+        true
+    }
+
     /// Its size in bytes: whole sectors.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -52,6 +52,13 @@ impl Interrupt {
         InterruptState { pending: self.pending(), generation: self.generation(), needs_reset: self.needs_reset() }
     }
 
+    /// Goes back to a saved state. The line is not raised: see [`Interrupt::reraise`].
+    pub(crate) fn rewind(&self, state: InterruptState) {
+        self.generation.store(state.generation, Ordering::SeqCst);
+        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+        self.pending.store(state.pending, Ordering::SeqCst);
+    }
+
     /// Tells the driver that there are used buffers.
     pub fn used(&self) {
         self.raise(USED);

@@ -39,6 +39,7 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clade_memory::GuestRam;
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,12 @@ pub enum ActivateError {
     /// No worker.
     #[error("no thread or no events for the device")]
     Worker(#[source] io::Error),
+    /// The state is not one of such a device.
+    #[error("the state of another kind of device: {found}")]
+    Kind {
+        /// Which kind.
+        found: &'static str,
+    },
     /// It is active, or has lost what it works on.
     #[error("the device is not ready to be activated")]
     NotReady,
@@ -192,6 +199,22 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Lets it go on.
     fn resume(&mut self);
+
+    /// Has the kernel give up what it is busy with in guest memory, or waits for it, up to `patience`. Only called while it is quiesced. Returns
+    /// whether that is over. Nothing is given back: if the device is then resumed it does all of it again, as after a fork.
+    #[must_use]
+    fn halt(&mut self, _patience: Duration) -> bool {
+        // Of most devices nothing is ever in flight.
+        true
+    }
+
+    /// Goes back to a saved state, in place, after [`VirtioDevice::halt`]: `with` is there if a driver had it then. What is this VM's alone stays
+    /// what it is, and the guest is told as a child's is.
+    ///
+    /// # Errors
+    /// When the state is another kind of device's, or the device cannot work. It is no device of any instant then.
+    fn rewind(&mut self, state: &DeviceState, backend: &Backend, with: Option<Activation>)
+    -> Result<(), ActivateError>;
 
     /// Its state. Only called while it is quiesced.
     ///

@@ -112,6 +112,11 @@ pub struct Io {
 }
 
 impl Io {
+    fn new(with: Activation) -> Self {
+        let Activation { ram, queues, features, interrupt, held: _ } = with;
+        Self { ram, features, used: vec![false; queues.len()], queues, interrupt }
+    }
+
     /// The next chain of queue `index`, read once and checked. None when there is none, or no such queue: then the driver will notify.
     ///
     /// # Errors
@@ -211,6 +216,12 @@ pub trait Handler: Send + fmt::Debug + 'static {
     /// The driver lets go.
     fn end(&mut self) {}
 
+    /// Goes back to a saved state, after [`Handler::end`] and before [`Handler::begin`]. What is this VM's alone stays.
+    ///
+    /// # Errors
+    /// When it is another kind of device's state.
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError>;
+
     /// Does a part of what there is to do in all queues and sources. `wake` says what it is about, as far as one knows.
     ///
     /// # Errors
@@ -241,6 +252,22 @@ impl<H: Handler> PlainService<H> {
             self.io.interrupt.fail();
         }
     }
+}
+
+impl<H: Handler> PlainService<H> {
+    fn rewind(&mut self, state: &DeviceState, with: Activation) -> Result<(), ActivateError> {
+        self.handler.end();
+        self.handler.rewind(state)?;
+        self.io = Io::new(with);
+        self.handler.begin(&mut self.io);
+        self.broken = false;
+        Ok(())
+    }
+}
+
+/// Whether both have the same queues set up.
+pub(super) fn same_queues(some: &[Option<Virtqueue>], others: &[Option<Virtqueue>]) -> bool {
+    some.iter().map(Option::is_some).eq(others.iter().map(Option::is_some))
 }
 
 impl<H: Handler> Service for PlainService<H> {
@@ -348,11 +375,10 @@ impl<H: Handler> VirtioDevice for Plain<H> {
         let Place::Here(mut handler) = std::mem::replace(&mut self.place, Place::Lost) else {
             return Err(ActivateError::NotReady);
         };
-        let used = vec![false; with.queues.len()];
         let mut sources = handler.sources();
         sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
-        let Activation { ram, queues, features, interrupt, held } = with;
-        let mut io = Io { ram, features, queues, used, interrupt };
+        let held = with.held;
+        let mut io = Io::new(with);
         handler.begin(&mut io);
         let service = PlainService { handler, io, broken: false };
         match Worker::spawn(H::NAME, service, &sources, held) {
@@ -389,6 +415,31 @@ impl<H: Handler> VirtioDevice for Plain<H> {
         if let Place::Working(worker) = &self.place {
             worker.resume();
         }
+    }
+
+    fn rewind(
+        &mut self,
+        state: &DeviceState,
+        _backend: &Backend,
+        with: Option<Activation>,
+    ) -> Result<(), ActivateError> {
+        let Some(with) = with else {
+            // Never false for a plain device.
+            let _over = self.deactivate();
+            let Place::Here(handler) = &mut self.place else { return Err(ActivateError::NotReady) };
+            return handler.rewind(state);
+        };
+        // In place if the worker waits for the same queues' events then and now; threads cost more than all the rest.
+        if let Place::Working(worker) = &self.place
+            && worker.is_alive()
+            && worker.with(|service| same_queues(&service.io.queues, &with.queues))
+        {
+            worker.with(|service| service.rewind(state, with))?;
+            worker.start_over();
+            return Ok(());
+        }
+        self.rewind(state, &Backend::None, None)?;
+        self.activate(with)
     }
 
     fn save(&mut self) -> Result<Saved, SaveError> {

@@ -11,6 +11,7 @@
 //! breaks the rules inside the queues gets DEVICE_NEEDS_RESET and a configuration interrupt.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use clade_memory::GuestRam;
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,11 @@ pub struct TransportState {
 }
 
 impl TransportState {
+    /// Whether a driver had it, and had not broken it.
+    fn is_active(&self) -> bool {
+        self.status & DRIVER_OK != 0 && !self.interrupt.needs_reset()
+    }
+
     /// The queues it has, by number.
     #[must_use]
     pub fn queues(&self) -> &[QueueState] {
@@ -127,6 +133,17 @@ struct Registers {
     /// A reset that the device has not finished. The status is not 0 before it has.
     resetting: bool,
     device: Box<dyn VirtioDevice>,
+}
+
+impl Registers {
+    fn load(&mut self, state: &TransportState) {
+        self.status = state.status;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features;
+        self.queue_sel = state.queue_sel;
+        self.queues.clone_from(&state.queues);
+    }
 }
 
 /// A device at its registers.
@@ -174,13 +191,8 @@ impl VirtioMmio {
         if inner.queues.len() != state.queues.len() {
             return Err(RestoreError::Queues { found: state.queues.len(), queues: inner.queues.len() });
         }
-        inner.status = state.status;
-        inner.device_features_sel = state.device_features_sel;
-        inner.driver_features_sel = state.driver_features_sel;
-        inner.driver_features = state.driver_features;
-        inner.queue_sel = state.queue_sel;
-        inner.queues.clone_from(&state.queues);
-        if inner.status & DRIVER_OK != 0 && !state.interrupt.needs_reset() {
+        inner.load(state);
+        if state.is_active() {
             transport.activate(&mut inner)?;
         }
         drop(inner);
@@ -242,6 +254,46 @@ impl VirtioMmio {
         Ok((state, saved.backend))
     }
 
+    /// See [`VirtioDevice::halt`].
+    #[must_use]
+    pub fn halt(&self, patience: Duration) -> bool {
+        let mut inner = self.inner();
+        debug_assert!(inner.holds > 0, "halted while its worker runs");
+        inner.device.halt(patience)
+    }
+
+    /// Whether [`VirtioMmio::rewind`] to `state` can only fail for want of a thread. Changes nothing.
+    ///
+    /// # Errors
+    /// When the state is not one of this device.
+    pub fn check(&self, state: &TransportState) -> Result<(), RestoreError> {
+        let inner = self.inner();
+        let (found, queues) = (state.queues.len(), inner.queues.len());
+        if found != queues {
+            return Err(RestoreError::Queues { found, queues });
+        }
+        if state.is_active() {
+            self.activation(&inner, state)?;
+        }
+        Ok(())
+    }
+
+    /// Goes back to a saved state, in place. The device stands still, and is halted; the VM's memory is that instant's already. Interrupts that
+    /// were pending are not raised: see [`VirtioMmio::reraise`].
+    ///
+    /// # Errors
+    /// As [`VirtioMmio::check`], or when there is no thread: it is then to be rewound again before it is resumed.
+    pub fn rewind(&self, state: &TransportState, backend: &Backend) -> Result<(), RestoreError> {
+        self.check(state)?;
+        let mut inner = self.inner();
+        let with = state.is_active().then(|| self.activation(&inner, state)).transpose()?;
+        // Before the device, which tells its driver what a child's is told.
+        self.interrupt.rewind(state.interrupt);
+        inner.load(state);
+        inner.resetting = false;
+        Ok(inner.device.rewind(&state.device, backend, with)?)
+    }
+
     /// Runs `with` on the device.
     pub fn with_device<T>(&self, with: impl FnOnce(&mut dyn VirtioDevice) -> T) -> T {
         with(self.inner().device.as_mut())
@@ -297,16 +349,30 @@ impl VirtioMmio {
     }
 
     fn activate(&self, inner: &mut Registers) -> Result<(), ActivateError> {
-        let features = inner.driver_features;
+        let with = self.activation_of(inner, inner.driver_features, &inner.queues)?;
+        inner.device.activate(with)
+    }
+
+    /// What the device is to be given to go on from `state`.
+    fn activation(&self, inner: &Registers, state: &TransportState) -> Result<Activation, ActivateError> {
+        self.activation_of(inner, state.driver_features, &state.queues)
+    }
+
+    fn activation_of(
+        &self,
+        inner: &Registers,
+        features: u64,
+        states: &[QueueState],
+    ) -> Result<Activation, ActivateError> {
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        let mut queues = Vec::with_capacity(inner.queues.len());
-        for ((index, state), event) in (0u16..).zip(&inner.queues).zip(&self.wiring.notify) {
+        let mut queues = Vec::with_capacity(states.len());
+        for ((index, state), event) in (0u16..).zip(states).zip(&self.wiring.notify) {
             let state = QueueState { event_idx, ..*state };
             let queue = state.ready.then(|| Virtqueue::new(index, &state, &self.ram, event)).transpose()?;
             queues.push(queue);
         }
         let (ram, interrupt) = (self.ram.clone(), Arc::clone(&self.interrupt));
-        inner.device.activate(Activation { ram, queues, features, interrupt, held: inner.holds > 0 })
+        Ok(Activation { ram, queues, features, interrupt, held: inner.holds > 0 })
     }
 
     /// Back to the beginning. A device that still has transfers it cannot give up keeps its status, which a driver waits to see become 0.

@@ -89,6 +89,8 @@ struct Shared<S> {
 struct Gate {
     shut: bool,
     stop: bool,
+    /// Everything is to be looked at: its service is at another instant than it was.
+    start: bool,
 }
 
 /// A worker's owner. Dropped, the worker ends and its service with it.
@@ -121,7 +123,7 @@ impl<S: Service> Worker<S> {
         };
         let shared = Arc::new(Shared {
             service: Mutex::new(service),
-            gate: Mutex::new(Gate { shut: held, stop: false }),
+            gate: Mutex::new(Gate { shut: held, ..Gate::default() }),
             opened: Condvar::new(),
             hurry: AtomicBool::new(false),
             control,
@@ -168,6 +170,19 @@ impl<S: Service> Worker<S> {
     pub fn resume(&self) {
         self.shared.gate().shut = false;
         self.shared.opened.notify_all();
+    }
+
+    /// Has the next turn look at everything, as the first one does: what the service works with is not what it was.
+    pub fn start_over(&self) {
+        self.shared.gate().start = true;
+        // Fails only when the counter is full, and then the worker wakes up anyway.
+        let _ = self.shared.control.write(1);
+    }
+
+    /// Whether its thread is there: a turn that panicked ends it.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Runs `with` on the service, between two turns.
@@ -263,8 +278,14 @@ impl<S: Service> Shared<S> {
                 Ok(count) => {
                     let sources = events[..count].iter().map(EpollEvent::data).filter(|data| *data != CONTROL);
                     wakes.extend(sources.map(|data| Wake::Source(data as u32)));
-                    if self.gate().stop {
+                    // Nothing there is no failure. Before the gate, or a call that comes in between is lost.
+                    let _ = self.control.read();
+                    let mut gate = self.gate();
+                    if gate.stop {
                         return;
+                    }
+                    if std::mem::take(&mut gate.start) {
+                        wakes.push(Wake::Start);
                     }
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -365,6 +386,21 @@ mod tests {
     }
 
     #[test]
+    fn starts_over_when_it_is_told_and_not_before_it_may() {
+        let (worker, _event, heard) = worker(false);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        worker.quiesce();
+        worker.start_over();
+        assert!(heard.recv_timeout(A_WHILE).is_err(), "quiesced");
+        worker.resume();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        worker.start_over();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert!(worker.is_alive());
+        assert!(worker.stop().is_some());
+    }
+
+    #[test]
     fn a_panic_breaks_the_service_and_not_the_process() {
         let (worker, event, heard) = worker(false);
         assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
@@ -377,6 +413,10 @@ mod tests {
         }
         worker.quiesce();
         worker.resume();
+        while worker.is_alive() {
+            assert!(Instant::now() < deadline, "its thread does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
         assert!(worker.stop().unwrap().broken);
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::{Backend, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
-use clade_memory::{FreezeMode, GuestRam, Quiesced, RamLayout, Store};
+use clade_memory::{FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Descriptors of each queue.
@@ -200,5 +200,35 @@ impl Driver {
         let device = VirtioMmio::restore(make(&state, &backend), &ram, wiring.clone(), &state).unwrap();
         device.resume();
         Self { ram, device, wiring, rings: self.rings.clone() }
+    }
+}
+
+/// A device, its memory and what the driver remembers, at one instant.
+pub(crate) struct Moment {
+    state: TransportState,
+    backend: Backend,
+    ram: RamImage,
+    rings: Vec<Ring>,
+}
+
+impl Driver {
+    pub(crate) fn moment(&self) -> Moment {
+        self.device.quiesce();
+        let (state, backend) = self.device.save().unwrap();
+        let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
+        self.device.resume();
+        Moment { state, backend, ram, rings: self.rings.clone() }
+    }
+
+    /// Back to `moment`, in place.
+    pub(crate) fn rewind(&mut self, moment: &Moment) {
+        self.device.quiesce();
+        assert!(self.device.halt(PATIENCE));
+        self.device.check(&moment.state).unwrap();
+        self.ram.reset(&moment.ram, &Quiesced::assume(), PATIENCE).unwrap();
+        self.device.rewind(&moment.state, &moment.backend).unwrap();
+        self.rings.clone_from(&moment.rings);
+        self.device.reraise();
+        self.device.resume();
     }
 }

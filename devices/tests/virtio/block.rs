@@ -89,6 +89,73 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
     }
 }
 
+/// A machine with 8 requests in flight: reads to even pages, writes of the byte `0xc0 + n` from odd ones.
+fn with_eight_in_flight(file: &File, latency: Duration) -> Machine {
+    let mut config = file.config();
+    config.latency = Some(latency);
+    let mut machine = Machine::started(&config);
+    for n in 0..8 {
+        if n % 2 == 1 {
+            machine.put(machine.data(n), &[0xc0 + n as u8; 4096]);
+        }
+        let head = machine.request(n, u32::from(n % 2), u64::from(n) * 8, 4096);
+        machine.offer(head);
+    }
+    machine.kick();
+    while machine.fork().in_flight() < 8 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    machine
+}
+
+fn expect_eight(machine: &mut Machine) {
+    let mut heads: Vec<u32> = (0..8).map(|_| machine.next_used(SOON).expect("each is given back").0).collect();
+    heads.sort_unstable();
+    assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
+    assert_eq!(machine.next_used(Duration::from_millis(100)), None, "and none twice");
+    assert!((0..8).all(|n| machine.status_of(n) == 0));
+    let read = machine.bytes(machine.data(2), 4096);
+    assert!((0..8).all(|s| read[s * 512] == (16 + s) as u8));
+}
+
+#[test]
+fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest() {
+    let file = File::new(1 << 20);
+    let mut machine = with_eight_in_flight(&file, Duration::from_millis(60));
+    let image = machine.fork();
+    expect_eight(&mut machine);
+    machine.put(machine.data(9), &[0x77; 4096]);
+    let head = machine.request(9, OUT, 800, 4096);
+    machine.offer(head);
+    machine.kick();
+    for _ in 0..2 {
+        // In the middle of it, and then in the middle of the eight.
+        image.rewind(&mut machine);
+        assert_eq!(machine.ram.stats().unwrap().pinned, 0);
+        assert_eq!(machine.next_used(Duration::from_millis(100)), None, "it stands still until it is let go");
+        machine.device.resume();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    expect_eight(&mut machine);
+    assert_eq!(machine.one(IN, 800, 4096), (0, 4097));
+    assert!(machine.bytes(machine.data(0), 512) == [800u32 as u8; 512], "what it wrote since is gone");
+    assert_eq!(machine.one(IN, 8, 4096), (0, 4097));
+    assert!(machine.bytes(machine.data(0), 4096) == [0xc1; 4096], "what was being written then is there");
+}
+
+#[test]
+fn what_was_given_up_for_nothing_is_done_again() {
+    let file = File::new(1 << 20);
+    let mut machine = with_eight_in_flight(&file, Duration::from_millis(200));
+    machine.device.quiesce();
+    assert!(machine.device.halt(SOON));
+    assert_eq!(machine.ram.stats().unwrap().pinned, 0, "the kernel is busy with nothing");
+    assert_eq!(machine.fork().in_flight(), 8, "and all of it is still in flight");
+    assert_eq!(machine.next_used(Duration::from_millis(50)), None);
+    machine.device.resume();
+    expect_eight(&mut machine);
+}
+
 #[test]
 fn what_the_disk_writes_to_is_pinned_and_its_own_also_where_it_was_shared() {
     let file = File::new(1 << 20);

@@ -248,6 +248,16 @@ impl Image {
         self.state.device.in_flight()
     }
 
+    /// The same machine, back at this instant, not running yet.
+    pub(crate) fn rewind(&self, machine: &mut Machine) {
+        machine.device.quiesce();
+        assert!(machine.device.halt(Duration::from_secs(20)));
+        machine.ram.reset(&self.ram, &Quiesced::assume(), Duration::ZERO).unwrap();
+        machine.device.rewind(&self.state, &Backend::Disk(self.disk.clone())).unwrap();
+        machine.available.clone_from(&self.available);
+        machine.used.clone_from(&self.used);
+    }
+
     /// A child, not running yet.
     pub(crate) fn child(&self) -> Machine {
         let ram = ram();

@@ -4,6 +4,7 @@ mod disk;
 mod fork;
 mod freeze;
 mod pin;
+mod reset;
 mod restore;
 mod sample;
 
@@ -119,6 +120,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
+        BenchName::Reset => reset::run(&context, args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
         BenchName::Restore => restore::restore(&context, args)?,
         BenchName::Save => restore::save(&context, args)?,

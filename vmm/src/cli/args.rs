@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Ps(JsonArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
+    /// Put a VM that was forked back to the instant of its fork, in place.
+    Reset(ActArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
@@ -310,6 +312,8 @@ pub(crate) enum BenchName {
     Restore,
     /// Saving a running VM to disk, beside writing as many bytes.
     Save,
+    /// Resetting a running VM in place, by the pages written since, beside starting another from the same image.
+    Reset,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -330,7 +334,7 @@ pub(crate) struct BenchArgs {
 /// What can be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StressName {
-    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset and destroyed.
+    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset, put back to its fork and destroyed.
     Dma,
 }
 

@@ -65,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Guest(args) => remote::guest(&args),
         Command::Ps(args) => remote::ps(&args),
         Command::Fork(args) => remote::fork(&args),
+        Command::Reset(args) => remote::reset(&args),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Console(args) => remote::console(&args),
         Command::Pause(args) => remote::act(&args, "/pause"),

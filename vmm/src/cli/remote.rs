@@ -13,7 +13,9 @@ use crate::cli::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs, GuestArgs, J
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome, Table, print_json};
 use crate::console::{Escape, EscapeFilter};
-use crate::control::{BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo, VmState};
+use crate::control::{
+    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, ResetAnswer, VmInfo, VmState,
+};
 use crate::fleet::{check_name, console_path, runtime_dir, virtio_console_path};
 
 pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
@@ -97,6 +99,19 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         answer.total_us / 1000.0,
         answer.remapped_pages,
         answer.copied_pages,
+    );
+    Ok(())
+}
+
+pub(crate) fn reset(args: &ActArgs) -> Outcome {
+    let answer: ResetAnswer = ask(Client::default().request(Method::POST, &args.name, "/reset", None::<&()>))?;
+    if args.json {
+        return print_json(&answer).map_err(Failure::run);
+    }
+    println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+    eprintln!(
+        "reset in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
+        answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
     );
     Ok(())
 }

@@ -329,3 +329,18 @@ impl IdentityInfo {
         (!nets.is_empty() || vsock.is_some()).then_some(Self { nets, vsock })
     }
 }
+
+/// A reset that was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetAnswer {
+    /// The VM, as it is after it.
+    pub vm: VmInfo,
+    /// Pages that had been written since, and were dropped.
+    pub dropped_pages: u64,
+    /// Pages mapped anew.
+    pub remapped_pages: u64,
+    /// Of the whole, putting memory back, in microseconds.
+    pub memory_us: f64,
+    /// The whole, from asking the vCPUs to stop until they were let go.
+    pub total_us: f64,
+}

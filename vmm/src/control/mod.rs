@@ -22,7 +22,7 @@ mod client;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, ResetAnswer,
     SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
 };
 pub use client::{Client, ClientError};

@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use crate::control::api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, SnapshotAnswer, SnapshotProgress,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress,
     SnapshotRequest, VmInfo, WarmAnswer,
 };
 use crate::fleet::{Children, Fleet, FleetError, Serve, WeakFleet};
@@ -51,7 +51,8 @@ impl From<FleetError> for ApiError {
             }
             FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
             FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
-            FleetError::Taken { .. } | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. }) => {
+            FleetError::Taken { .. }
+            | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
                 StatusCode::CONFLICT
             }
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
@@ -183,6 +184,22 @@ async fn snapshot(
     Ok(Json(made.await?))
 }
 
+async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
+    let made = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        let report = listed.vm.reset_to_origin()?;
+        let us = |d: Duration| d.as_secs_f64() * 1e6;
+        Ok(ResetAnswer {
+            vm: VmInfo::from(&listed),
+            dropped_pages: report.memory.dropped,
+            remapped_pages: report.memory.remapped,
+            memory_us: us(report.drop),
+            total_us: us(report.total),
+        })
+    });
+    Ok(Json(made.await?))
+}
+
 fn progress(vm: &Vm) -> SnapshotProgress {
     let progress = vm.snapshot_progress();
     let (done, total) = progress.unwrap_or_default();
@@ -247,6 +264,7 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms", get(list))
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}/fork", post(fork))
+        .route("/v1/vms/{name}/reset", post(reset))
         .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
         .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
         .route("/v1/vms/{name}/warm", post(warm))

@@ -39,9 +39,9 @@ pub enum Chips {
 /// How a restored VM's clock goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// From where it stood: no time has passed. What a fork and a reset want.
+    /// From where it stood: no time has passed.
     Resume,
-    /// Ahead by the wall-clock time since it was saved: what the guest takes for the time of day is right again.
+    /// Ahead by the wall-clock time since it was saved: what the guest takes for the time of day is right again. What a fork and a reset want.
     CatchUp,
 }
 

@@ -1,16 +1,19 @@
-//! What becomes of forks: children that run on with what was in flight, and are stopped, forked, reset, destroyed and compared.
+//! What becomes of forks: children that run on with what was in flight, and are stopped, forked, put back to their fork, destroyed and compared.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use super::Tally;
-use super::rig::{Expectation, Random, compare_counts, compare_memory, reads, reset_and_read, stop_and_compare};
+use super::rig::{Expectation, Random, all, compare_counts, compare_memory, reads, reset_and_read, stop_and_compare};
 use crate::cli::Failure;
 use crate::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm};
 
 /// A child runs for up to as long before something is done to it.
 const RUNS: Duration = Duration::from_millis(8);
+
+/// Of the children that are reset in place, one in as many is compared whole.
+const WHOLE: u64 = 8;
 
 /// A fork of the parent, and what must be in it.
 pub(super) struct Forked {
@@ -52,11 +55,21 @@ impl Checker {
         compare_counts(vm.ram(), 1, &mut self.tally)?;
         let read_before = reads(vm.ram())?;
         compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
+        let whole = if self.random.one_in(WHOLE) { Some(all(vm.ram())?) } else { None };
         vm.resume().map_err(Failure::run)?;
-        thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
+        self.run_on();
+        while self.random.one_in(3) {
+            self.put_back(&vm, expect, whole.as_deref(), read_before)?;
+            self.run_on();
+        }
         if depth < 3 && self.random.one_in(6) {
             let (image, _) = vm.fork().map_err(Failure::run)?;
             self.child(&image, expect, depth + 1)?;
+        }
+        if self.random.one_in(4) {
+            // Also over its own freeze, which the nested fork was.
+            self.put_back(&vm, expect, whole.as_deref(), read_before)?;
+            self.run_on();
         }
         match self.random.below(8) {
             // Destroyed with requests in flight.
@@ -71,5 +84,36 @@ impl Checker {
             }
         }
         Ok(())
+    }
+
+    fn run_on(&mut self) {
+        thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
+    }
+
+    /// Resets a running child to its fork, in the middle of what it and its devices do, and compares it with what it was. It runs afterwards.
+    fn put_back(
+        &mut self,
+        vm: &Vm,
+        expect: &Expectation,
+        whole: Option<&[u8]>,
+        read_before: u64,
+    ) -> Result<(), Failure> {
+        self.tally.resets += 1;
+        if self.random.one_in(2) {
+            vm.reset_to_origin().map_err(Failure::run)?;
+            // It runs already: only what its CPUs and devices leave alone is as it was.
+            return compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally);
+        }
+        vm.pause().map_err(Failure::run)?;
+        vm.reset_to_origin().map_err(Failure::run)?;
+        compare_counts(vm.ram(), 1, &mut self.tally)?;
+        compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
+        self.tally.violations += u64::from(reads(vm.ram())? != read_before);
+        if let Some(then) = whole {
+            let now = all(vm.ram())?;
+            self.tally.wrong_bytes += now.iter().zip(then).filter(|(now, then)| now != then).count() as u64;
+            self.tally.bytes_checked += now.len() as u64;
+        }
+        vm.resume().map_err(Failure::run)
     }
 }

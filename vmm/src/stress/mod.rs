@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The host forks, on the beat; writes and discards pages nobody else uses; and on another thread lets children run on with the requests that
-//! were in flight, stops, forks, resets their disk or destroys them in the middle, and compares. What a child must have
+//! were in flight, puts them back to their fork, stops, forks, resets their disk or destroys them in the middle, and compares. What a child must have
 //! is known: the round and how far it has come are in its own memory.
 //!
 //! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong, and must be found: a check that cannot fail proves nothing.
@@ -49,7 +49,9 @@ pub(crate) struct Tally {
     violations: u64,
     children: u64,
     nested: u64,
+    /// VMs put back to their fork, in place.
     resets: u64,
+    disk_resets: u64,
     destroyed_running: u64,
 }
 
@@ -61,6 +63,7 @@ impl Tally {
         self.children += other.children;
         self.nested += other.nested;
         self.resets += other.resets;
+        self.disk_resets += other.disk_resets;
         self.destroyed_running += other.destroyed_running;
     }
 }
@@ -237,7 +240,8 @@ fn print(report: &Report) -> Result<(), Failure> {
     row("requests in flight at a fork", format!("{:.1}", report.in_flight_at_fork as f64 / report.forks.max(1) as f64));
     row("parent paused for", format!("{:.0} us  (p99 {:.0})", report.pause_us.p50, report.pause_us.p99));
     row("children compared", format!("{}, {} of them nested", tally.children, tally.nested));
-    row("disk resets, destroyed running", format!("{}, {}", tally.resets, tally.destroyed_running));
+    row("put back to their fork in place", tally.resets.to_string());
+    row("disk resets, destroyed running", format!("{}, {}", tally.disk_resets, tally.destroyed_running));
     row("pages discarded, rounds written", format!("{}, {}", report.discards, report.rounds_written));
     row("disk reads without forks", format!("{:.1} MiB/s", t.without_forks));
     row("  with forks", format!("{:.1} MiB/s ({:.0} %)", t.with_forks, t.ratio * 100.0));

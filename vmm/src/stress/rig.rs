@@ -276,6 +276,14 @@ pub(super) fn reads(ram: &GuestRam) -> Result<u64, Failure> {
     BareMailbox::new(ram, READER).progress().map_err(Failure::run)
 }
 
+/// All of a paused guest's memory.
+pub(super) fn all(ram: &GuestRam) -> Result<Vec<u8>, Failure> {
+    let mut bytes = vec![0; MEMORY as usize];
+    let slice = ram.memory().get_slice(GuestAddress(0), bytes.len()).map_err(Failure::run)?;
+    slice.copy_to(&mut bytes);
+    Ok(bytes)
+}
+
 /// Takes note of what a disk run says of itself.
 fn note(results: &[u64; 4], tally: &mut Tally) {
     let [_, errors, wrong, _] = results;
@@ -382,7 +390,7 @@ pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> 
     let again = DiskRun { count: 256, ..reading() };
     note(&run(READER, Command::DiskRun(again))?, tally);
     tally.bytes_checked += 256 * BLOCK * disk::SECTOR;
-    tally.resets += 1;
+    tally.disk_resets += 1;
     Ok(())
 }
 

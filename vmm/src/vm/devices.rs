@@ -42,6 +42,10 @@ impl Reports {
         self.0.1.notify_all();
     }
 
+    fn clear(&self) {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// The next report, if one comes within `patience`.
     #[must_use]
     pub fn next(&self, patience: Duration) -> Option<Report> {
@@ -234,6 +238,34 @@ impl Devices {
             // The eventfd is full of what nobody has taken: the guest is told anyway.
             tracing::debug!(%error, "a guest is not told once more that its generation has changed");
         }
+    }
+
+    /// Whether [`Devices::rewind`] to `state` is possible. Changes nothing.
+    pub(crate) fn check(&self, state: &DeviceState) -> Result<(), DeviceError> {
+        let (found, wanted) = (state.virtio.len(), self.virtio.len());
+        if found != wanted {
+            return Err(DeviceError::Mismatch { found, wanted });
+        }
+        Ok(self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.check(state))?)
+    }
+
+    /// Ends what the kernel is busy with in guest memory, up to `patience` in all. Only while they are quiesced. Returns the place of a device of which
+    /// that cannot be ended. Resumed, they do it again.
+    pub(crate) fn halt(&self, patience: Duration) -> Option<usize> {
+        let deadline = Instant::now() + patience;
+        self.virtio.iter().position(|device| !device.halt(deadline.saturating_duration_since(Instant::now())))
+    }
+
+    /// Goes back to another instant, in place. Only while they are quiesced, and halted.
+    pub(crate) fn rewind(&self, state: &DeviceState, backends: &[Backend]) -> Result<(), DeviceError> {
+        self.check(state)?;
+        for ((device, state), backend) in self.virtio.iter().zip(&state.virtio).zip(backends) {
+            device.rewind(state, backend)?;
+        }
+        // What was reported or asked for since was so by another VM than it is now.
+        self.reports.clear();
+        self.reset.store(false, Ordering::Relaxed);
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner).rewind(&state.serial).map_err(DeviceError::Io)
     }
 
     /// Everything at this instant. Only while the devices are quiesced.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
@@ -47,15 +47,16 @@ struct Parts {
     devices: Arc<Devices>,
     ends: Endpoints,
     generation: u32,
+    origin: Option<Arc<ForkImage>>,
 }
 
 /// A virtual machine that runs, is paused, or has stopped.
 #[derive(Debug)]
 pub struct Vm {
     name: String,
-    config: Arc<VmConfig>,
+    pub(crate) config: Arc<VmConfig>,
     context: Context,
-    shell: Shell,
+    pub(crate) shell: Shell,
     pub(crate) devices: Arc<Devices>,
     pub(crate) identity: Arc<Identity>,
     generation: u32,
@@ -63,9 +64,13 @@ pub struct Vm {
     /// After the devices, whose interfaces and addresses they hold.
     _claims: Claims,
     /// Whether its owner has paused it (guards pause it beside that).
-    held: AtomicBool,
-    /// One fork, pause or resume at a time.
-    operations: Turns,
+    pub(crate) held: AtomicBool,
+    /// Whether a reset has failed half-way: memory, vCPUs and devices are of no one instant.
+    pub(crate) torn: AtomicBool,
+    /// What it was started from.
+    pub(crate) origin: Mutex<Option<Arc<ForkImage>>>,
+    /// One fork, reset, pause or resume at a time.
+    pub(crate) operations: Turns,
     pub(crate) saving: Saving,
 }
 
@@ -95,7 +100,7 @@ impl Vm {
         }
         let loaded = boot::load(shell.ram.memory(), &layout, &source)?;
         let devices = Arc::new(Devices::new(None, config, &shell, &mut ends)?);
-        let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0 })?;
+        let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry));
         Ok(vm)
     }
@@ -134,7 +139,7 @@ impl Vm {
         // After the memory, in which rings are checked.
         let saved = Some((&image.devices, image.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &shell, &mut ends)?);
-        let parts = Parts { shell, devices, ends, generation: image.generation };
+        let parts = Parts { shell, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         vm.saving = Saving::of(image);
         // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
@@ -159,7 +164,7 @@ impl Vm {
     }
 
     fn assemble(context: &Context, name: &str, config: &Arc<VmConfig>, parts: Parts) -> Result<Self, VmError> {
-        let Parts { shell, devices, ends, generation } = parts;
+        let Parts { shell, devices, ends, generation, origin } = parts;
         if config.irqchip == Irqchip::Full {
             devices
                 .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
@@ -176,6 +181,8 @@ impl Vm {
             _claims: ends.claims,
             born: Instant::now(),
             held: AtomicBool::new(false),
+            torn: AtomicBool::new(false),
+            origin: Mutex::new(origin),
             operations: Turns::default(),
             saving: Saving::default(),
         })
@@ -195,6 +202,7 @@ impl Vm {
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
         let _one = self.operations.take();
         let _urgent = Urgent::new();
+        self.expect_whole()?;
         let begun = Instant::now();
         let guard = self.pause_inner(true)?;
         let parked = Instant::now();
@@ -215,7 +223,7 @@ impl Vm {
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
-    fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
+    pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
         self.shell.meeting.pause(save)?;
         // After the vCPUs: one of them might be activating or resetting a device.
         self.devices.quiesce();
@@ -254,12 +262,13 @@ impl Vm {
     /// Lets a paused VM run.
     ///
     /// # Errors
-    /// When it has stopped.
+    /// When it has stopped, or a reset has failed half-way.
     pub fn resume(&self) -> Result<(), VmError> {
         let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }
+        self.expect_whole()?;
         if self.held.swap(false, Ordering::AcqRel) {
             self.devices.resume();
             self.shell.meeting.resume();

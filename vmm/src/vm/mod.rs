@@ -10,6 +10,7 @@ mod identity;
 mod kick;
 mod machine;
 mod rendezvous;
+mod reset;
 pub mod saved;
 mod shell;
 mod slice;
@@ -34,6 +35,7 @@ pub use fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use generation::{GenerationError, GenerationId};
 pub use identity::{ChildIdentity, Endpoints, Identity, IdentityError, NetChoice, NetIdentity, VsockChoice};
 pub use machine::{ChildOptions, Vm};
+pub use reset::ResetReport;
 pub use saved::SavedError;
 pub use snapshot::{RestoreLoad, RestoreOptions, SavedAt, SnapshotError, SnapshotOptions, SnapshotReport};
 pub use stop::StopReason;
@@ -106,6 +108,23 @@ pub enum VmError {
         /// How long was waited.
         seconds: u64,
     },
+    /// There is no image to go back to.
+    #[error("the VM was booted, not forked: there is no image it could be reset to")]
+    NoOrigin,
+    /// An image of another VM.
+    #[error("the image is of a VM of another shape")]
+    OtherShape,
+    /// The kernel does not let go of guest memory.
+    #[error("transfers of virtio device {place} did not end within {seconds} s")]
+    InFlight {
+        /// The device's place.
+        place: usize,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// It is of no instant.
+    #[error("a reset of the VM failed half-way; only another one mends it")]
+    HalfReset,
     /// A vCPU's state is missing.
     #[error("a vCPU has no saved state")]
     NotSaved,

@@ -34,6 +34,8 @@ struct Inner<O, S> {
     save_asked: u64,
     save_done: Vec<u64>,
     saved: Vec<Option<Result<S, VmError>>>,
+    /// How each parked vCPU took the state it was given last. None while it has not.
+    loaded: Vec<Option<Result<(), VmError>>>,
     stop: Option<StopReason>,
 }
 
@@ -51,6 +53,8 @@ pub(crate) enum Next<O> {
     Start(O),
     Run,
     Save,
+    /// Take another state, in place.
+    Load(O),
     Exit,
 }
 
@@ -65,6 +69,7 @@ impl<O, S> Rendezvous<O, S> {
             save_asked: 0,
             save_done: vec![0; vcpus],
             saved: (0..vcpus).map(|_| None).collect(),
+            loaded: (0..vcpus).map(|_| None).collect(),
             stop: None,
         };
         Self {
@@ -116,7 +121,8 @@ impl<O, S> Rendezvous<O, S> {
         self.want.load(Ordering::SeqCst) == RUN
     }
 
-    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true after a [`Next::Save`].
+    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true after a [`Next::Save`] or
+    /// [`Next::Load`].
     pub(crate) fn park(&self, index: usize, parked: bool) -> Next<O> {
         let mut inner = self.inner();
         if !parked {
@@ -130,6 +136,11 @@ impl<O, S> Rendezvous<O, S> {
                     return Next::Exit;
                 }
                 PARK if inner.save_done[index] != inner.save_asked => return Next::Save,
+                PARK if inner.orders[index].is_some() => {
+                    if let Some(order) = inner.orders[index].take() {
+                        return Next::Load(order);
+                    }
+                }
                 PARK => inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner),
                 _ => {
                     inner.parked -= 1;
@@ -144,6 +155,12 @@ impl<O, S> Rendezvous<O, S> {
         let mut inner = self.inner();
         inner.save_done[index] = inner.save_asked;
         inner.saved[index] = Some(state);
+        self.to_owner.notify_all();
+    }
+
+    /// Tells how a vCPU took the state it was given.
+    pub(crate) fn has_loaded(&self, index: usize, result: Result<(), VmError>) {
+        self.inner().loaded[index] = Some(result);
         self.to_owner.notify_all();
     }
 
@@ -228,6 +245,23 @@ impl<O, S> Rendezvous<O, S> {
     pub(crate) fn collect(&self) -> Result<Vec<S>, VmError> {
         let mut inner = self.wait(|inner| inner.save_done.iter().all(|done| *done == inner.save_asked))?;
         inner.saved.iter_mut().map(|s| s.take().unwrap_or(Err(VmError::NotSaved))).collect()
+    }
+
+    /// Gives vCPUs that are all parked another state, each an order.
+    pub(crate) fn load(&self, orders: impl IntoIterator<Item = O>) {
+        let mut inner = self.inner();
+        inner.loaded.fill_with(|| None);
+        for (slot, order) in inner.orders.iter_mut().zip(orders) {
+            *slot = Some(order);
+        }
+        drop(inner);
+        self.to_vcpus.notify_all();
+    }
+
+    /// Waits until every vCPU has taken what [`Rendezvous::load`] gave it.
+    pub(crate) fn await_loaded(&self) -> Result<(), VmError> {
+        let mut inner = self.wait(|inner| inner.loaded.iter().all(Option::is_some))?;
+        inner.loaded.iter_mut().try_for_each(|result| result.take().unwrap_or(Err(VmError::NotSaved)))
     }
 
     /// Gives a pause back; the last one lets the vCPUs run.

@@ -191,6 +191,12 @@ impl VcpuThread {
                     self.meeting.hand_in(self.index, state);
                     next = self.meeting.park(self.index, true);
                 }
+                Next::Load(order) => {
+                    // Caught, because whoever resets the VM waits for this vCPU.
+                    let taken = catch_unwind(AssertUnwindSafe(|| self.give_state(&order.start)));
+                    self.meeting.has_loaded(self.index, taken.unwrap_or(Err(VmError::NotSaved)));
+                    next = self.meeting.park(self.index, true);
+                }
                 Next::Run => {
                     // The pause's kick is spent; `allow` and another look come before the guest is entered.
                     self.meeting.kicker(self.index).allow();

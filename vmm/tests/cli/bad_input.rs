@@ -153,7 +153,7 @@ fn devices_that_cannot_be() {
 #[test]
 fn vms_and_guests_that_are_not_there() {
     let runtime = Runtime::new();
-    for command in ["fork", "balloon", "console", "pause", "resume", "stop"] {
+    for command in ["fork", "reset", "balloon", "console", "pause", "resume", "stop"] {
         runtime.clade(&[command, "nobody"]).expect_refusal("nobody");
         runtime.clade(&[command, "../up"]).expect_refusal("../up");
     }
@@ -198,7 +198,7 @@ fn demos_and_benches_that_cannot_be() {
         return;
     }
     let runtime = Runtime::new();
-    let rows: [(&[&str], &str); 10] = [
+    let rows: [(&[&str], &str); 11] = [
         (&["demo", "--mem", "4097"], "4097"),
         (&["demo", "--mem", "16M"], "16777216"),
         (&["demo", "--cpus", "33"], "33"),
@@ -209,6 +209,7 @@ fn demos_and_benches_that_cannot_be() {
         (&["bench", "fork", "--mem", "1M"], "1048576"),
         (&["bench", "freeze", "--mem", "256M"], "268435456"),
         (&["bench", "freeze", "--samples", "0"], "0 samples"),
+        (&["bench", "reset", "--mem", "64M"], "67108864"),
     ];
     for (args, value) in rows {
         runtime.clade(args).expect_refusal(value);

@@ -41,6 +41,16 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     assert_eq!((lines.code, lines.stdout.as_str()), (Some(0), "w-2-1\n"), "{lines:?}");
     assert_eq!(runtime.clade(&["pause", "w-2", "--json"]).json()["state"], "paused");
 
+    // Put back to its fork: as paused or running as it was. The first was never forked.
+    let reset = runtime.clade(&["reset", "w-1", "--json"]).json();
+    assert_eq!((&reset["vm"]["name"], &reset["vm"]["state"]), (&json!("w-1"), &json!("paused")));
+    assert!(reset["total_us"].as_f64().unwrap() > 0.0, "{reset}");
+    runtime.clade(&["resume", "w-2"]);
+    let line = runtime.clade(&["reset", "w-2"]);
+    assert_eq!((line.code, line.stdout.as_str()), (Some(0), "w-2 is running\n"), "{line:?}");
+    assert_eq!(runtime.clade(&["pause", "w-2", "--json"]).json()["state"], "paused");
+    runtime.clade(&["reset", "web"]).expect_refusal("no image");
+
     // The numbers go on behind those in use.
     let more = runtime.clade(&["fork", "web", "--name", "w-{n}", "--paused", "--json"]).json();
     assert_eq!(more["children"], json!(["w-4"]));
@@ -78,7 +88,7 @@ fn requests_that_cannot_be_right() {
     let fork = "/v1/vms/api/fork";
     let huge = "x".repeat(3 << 20);
     let huge = format!(r#"{{"name":"{huge}"}}"#);
-    let rows: [(u16, &str, &str, &str); 21] = [
+    let rows: [(u16, &str, &str, &str); 24] = [
         (400, "POST", fork, ""),
         (400, "POST", fork, "{"),
         (400, "POST", fork, "\"text\""),
@@ -96,6 +106,9 @@ fn requests_that_cannot_be_right() {
         (400, "POST", fork, &huge),
         (409, "POST", fork, r#"{"name":"api"}"#),
         (404, "POST", "/v1/vms/nobody/fork", "{}"),
+        (409, "POST", "/v1/vms/api/reset", ""),
+        (404, "POST", "/v1/vms/nobody/reset", ""),
+        (405, "GET", "/v1/vms/api/reset", ""),
         (404, "GET", "/v1/vms/nobody", ""),
         (404, "GET", "/v2/vms", ""),
         (405, "GET", fork, ""),

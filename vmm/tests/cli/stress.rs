@@ -22,7 +22,7 @@ fn no_byte_is_wrong_while_a_vm_is_forked_under_dma() {
     assert_eq!(answer.code, Some(0), "{answer:?}");
     let count = |key: &str| report[key].as_u64().unwrap_or_else(|| panic!("no {key}: {report}"));
     assert_eq!((count("wrong_bytes"), count("violations")), (0, 0));
-    for key in ["forks", "children", "bytes_checked", "in_flight_at_fork", "discards", "rounds_written"] {
+    for key in ["forks", "children", "bytes_checked", "in_flight_at_fork", "resets", "discards", "rounds_written"] {
         assert!(count(key) > 0, "{key}: {report}");
     }
     for key in ["without_forks", "with_forks", "ratio"] {

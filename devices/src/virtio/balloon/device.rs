@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::BalloonState;
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{Backend, Chain, DeviceState, Hurry, QueueError, Segment, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, QueueError, Segment, Turn, Wake, dma};
 
 /// Feature bits, which the bindings do not have.
 const VIRTIO_BALLOON_F_STATS_VQ: u32 = 1;
@@ -263,6 +263,16 @@ impl Handler for Balloon {
     fn end(&mut self) {
         self.stats_chain = None;
         self.config.write(ACTUAL, &0u32.to_le_bytes());
+    }
+
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
+        let DeviceState::Balloon(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
+        self.config.write(NUM_PAGES, &state.target.to_le_bytes());
+        self.config.write(ACTUAL, &state.actual.to_le_bytes());
+        (self.stats_chain, self.asked) = (state.stats_chain, false);
+        // What the guest said, it said later.
+        self.known.guest.clear();
+        Ok(())
     }
 
     fn turn(&mut self, io: &mut Io, wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {

@@ -214,6 +214,47 @@ impl VirtioDevice for Block {
         over
     }
 
+    fn halt(&mut self, patience: Duration) -> bool {
+        match &self.place {
+            Place::Working(worker) => {
+                let over = worker.with(|service| service.halt(patience));
+                // If nothing comes of it, what is to be done again is begun again.
+                worker.start_over();
+                over
+            }
+            Place::Here(_) | Place::Lost => true,
+        }
+    }
+
+    fn rewind(
+        &mut self,
+        state: &DeviceState,
+        backend: &Backend,
+        with: Option<Activation>,
+    ) -> Result<(), ActivateError> {
+        let (DeviceState::Block(state), Backend::Disk(image)) = (state, backend) else {
+            return Err(ActivateError::Kind { found: state.kind() });
+        };
+        let Some(with) = with else {
+            let rewound = self.deactivate() && self.with_disk(|disk| disk.rewind(image)) == Some(true);
+            self.again = state.in_flight.iter().copied().collect();
+            return if rewound { Ok(()) } else { Err(ActivateError::NotReady) };
+        };
+        // In place if the worker waits for the same queues' events then and now; threads cost more than all the rest.
+        if let Place::Working(worker) = &self.place
+            && worker.is_alive()
+            && worker.with(|service| service.has_queues(&with.queues))
+        {
+            if !worker.with(|service| service.rewind(state, image, with)) {
+                return Err(ActivateError::NotReady);
+            }
+            worker.start_over();
+            return Ok(());
+        }
+        self.rewind(&DeviceState::Block(state.clone()), backend, None)?;
+        self.activate(with)
+    }
+
     fn quiesce(&mut self) {
         if let Place::Working(worker) = &self.place {
             worker.quiesce();

@@ -14,10 +14,11 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use vm_memory::GuestAddress;
 
 use super::request::{Kind, Request};
-use super::state::InFlight;
-use crate::disk::{Disk, DiskDone, DiskError, DiskOp};
+use super::state::{BlockState, InFlight};
+use crate::disk::{Disk, DiskDone, DiskError, DiskImage, DiskOp};
 use crate::virtio::limiter::Limiter;
-use crate::virtio::{Hurry, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, dma};
+use crate::virtio::plain::same_queues;
+use crate::virtio::{Activation, Hurry, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, dma};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
@@ -75,6 +76,8 @@ pub(super) struct BlockService {
     ready: Vec<bool>,
     /// Queues with something given back since the driver was last told.
     used: Vec<bool>,
+    /// Nothing is given back: what ends now is done again.
+    halting: bool,
     /// The driver has broken the rules, or the device is broken: nothing is popped or given back any more.
     broken: bool,
 }
@@ -108,6 +111,7 @@ impl BlockService {
             retry: None,
             ready: vec![false; count],
             used: vec![false; count],
+            halting: false,
             broken: false,
         }
     }
@@ -132,6 +136,56 @@ impl BlockService {
         self.disk.cancel();
         self.reap();
         self.disk.in_flight() == 0
+    }
+
+    /// Has the kernel give up what it is busy with, or waits for it. What was popped and not given back is done again afterwards, from the beginning:
+    /// nothing is given back here. Returns whether nothing is in flight any more.
+    pub(super) fn halt(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut list = self.in_flight();
+        self.halting = true;
+        loop {
+            // Each time: what waited for others begins when those end.
+            self.disk.cancel();
+            self.reap();
+            let over = self.disk.in_flight() == 0 || Instant::now() >= deadline;
+            if over || self.disk.wait(Duration::from_millis(1)).is_err() {
+                break;
+            }
+        }
+        self.halting = false;
+        // What is still there goes on, and is given back when it is done.
+        let stays = |chain: &InFlight| self.pending.values().any(|p| (p.queue, p.head) == (chain.queue, chain.head));
+        list.retain(|chain| !stays(chain));
+        self.again = list.into();
+        self.delayed = None;
+        self.redone.retain(|token| self.pending.contains_key(token));
+        self.disk.in_flight() == 0
+    }
+
+    pub(super) fn has_queues(&self, queues: &[Option<Virtqueue>]) -> bool {
+        same_queues(&self.queues, queues)
+    }
+
+    /// Goes back to a saved state, on its disk at that instant. Returns whether it could: nothing may be in flight.
+    pub(super) fn rewind(&mut self, state: &BlockState, image: &DiskImage, with: Activation) -> bool {
+        if !self.disk.rewind(image) {
+            return false;
+        }
+        self.queues = with.queues;
+        self.again = state.in_flight.iter().copied().collect();
+        for chain in &self.again {
+            if let Some(Some(queue)) = self.queues.get_mut(usize::from(chain.queue)) {
+                queue.count_out();
+            }
+        }
+        self.pending.clear();
+        self.redone.clear();
+        (self.delayed, self.retry) = (None, None);
+        self.ready.fill(true);
+        self.used.fill(false);
+        self.broken = false;
+        true
     }
 
     fn fail(&mut self, error: &dyn std::fmt::Display) {
@@ -219,7 +273,7 @@ impl BlockService {
 
     /// Tells the driver how a request ended: the status before the used ring, whose index is stored last and with release.
     fn give_back(&mut self, pending: &Pending, status: u32) {
-        if self.broken {
+        if self.broken || self.halting {
             return;
         }
         let index = usize::from(pending.queue);

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::state::ConsoleState;
 use crate::console::Console;
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{Backend, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -105,6 +105,15 @@ impl Handler for ConsoleDevice {
 
     fn sources(&self) -> Vec<(RawFd, u32)> {
         vec![(self.typist.0.1.as_raw_fd(), OWN)]
+    }
+
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
+        let DeviceState::Console(ConsoleState {}) = state else {
+            return Err(ActivateError::Kind { found: state.kind() });
+        };
+        // Typed for the guest as it was.
+        self.typist.typed().clear();
+        Ok(())
     }
 
     fn turn(&mut self, io: &mut Io, wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {

@@ -23,7 +23,7 @@ use super::mac::Mac;
 use super::state::NetState;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{Backend, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
 
 /// Most pairs of queues.
 pub const MOST_PAIRS: u16 = 8;
@@ -102,6 +102,7 @@ fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
 pub struct Net {
     queue_sizes: Vec<u16>,
     config: Config,
+    mac: Mac,
     tap: Tap,
     epoll: Epoll,
     pairs: u16,
@@ -140,6 +141,7 @@ impl Net {
         Ok(Self {
             queue_sizes,
             config: Config::new(config),
+            mac: options.mac,
             epoll,
             pairs,
             readable: vec![true; tap.queues()],
@@ -445,6 +447,16 @@ impl Handler for Net {
         self.use_pairs(1);
         self.set_status(UP);
         (self.until, self.down_since, self.renew) = (None, None, false);
+    }
+
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
+        let DeviceState::Net(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
+        self.pairs = state.pairs.clamp(1, (self.tap.queues() as u16).clamp(1, MOST_PAIRS));
+        // The driver may have set another one since.
+        self.config.write(0, &self.mac.0);
+        // As a child is told, whose address may not be the one it knows.
+        self.renew = true;
+        Ok(())
     }
 
     fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::state::RngState;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, Handler, Io, Trouble};
-use crate::virtio::{Backend, Chain, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, Turn, Wake, dma};
 
 /// Bytes given for one request at most: a driver that asks for more gets the first of them, as the specification allows.
 const MOST: usize = 4096;
@@ -65,6 +65,12 @@ impl Handler for Rng {
 
     fn config(&self) -> &Config {
         &self.config
+    }
+
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
+        let DeviceState::Rng(RngState {}) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
+        self.until = None;
+        Ok(())
     }
 
     fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {

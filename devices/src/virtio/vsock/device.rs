@@ -17,7 +17,7 @@ use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use super::state::VsockState;
 use super::{FIRST_GUEST_CID, HOST_CID};
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{Backend, Chain, DeviceState, Hurry, QueueError, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, QueueError, Turn, Wake, dma};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -473,6 +473,13 @@ impl Handler for Vsock {
         self.replies.clear();
         self.ready.clear();
         self.reset = false;
+    }
+
+    fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
+        let DeviceState::Vsock(_) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
+        // As a child is told: of the connections it knows, none is there.
+        self.reset = true;
+        Ok(())
     }
 
     fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
