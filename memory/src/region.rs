@@ -20,7 +20,7 @@ use crate::nofork::NoForkMap;
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
-use crate::sys::Reservation;
+use crate::sys::{Reservation, Watched};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 use crate::view::View;
 
@@ -185,6 +185,8 @@ pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Opti
 pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
+    /// Before the addresses, which may be another's once they are given back.
+    _watched: Option<Watched>,
     /// Shared with what is still being copied out of it.
     pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
@@ -205,12 +207,15 @@ impl GuestRegion {
     pub(crate) fn reserve(base: GuestAddress, pages: u64, store: &Store) -> Result<Self, RamError> {
         let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let promise = store.budget().promise(1)?;
+        let failure = Arc::default();
+        let watched = Watched::new(at.addr(0) as usize, at.addr(pages) as usize, &failure);
         Ok(Self {
             base,
             store: store.clone(),
+            _watched: watched,
             at,
             table: OwnershipTable::new(pages),
-            failure: Arc::default(),
+            failure,
             pins: PinList::default(),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),

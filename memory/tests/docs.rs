@@ -1,4 +1,4 @@
-//! What docs/invariants.md says is so: every line it quotes stands in the file it names, and every test it names exists.
+//! What docs/invariants.md and docs/identity.md say is so: every line they quote stands in the file they name, and every test they name exists.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -21,13 +21,39 @@ fn quoted(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
 
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// All code there is.
+fn all_sources() -> String {
+    let mut files = Vec::new();
+    sources(root(), &mut files);
+    files.iter().map(|file| fs::read_to_string(file).unwrap()).collect()
+}
+
+/// docs/identity.md has a test for each thing that a clone has of its own.
+#[test]
+fn every_row_of_what_a_clone_has_of_its_own_has_its_test() {
+    let text = fs::read_to_string(root().join("docs/identity.md")).unwrap();
+    let all = all_sources();
+    let rows = text.lines().skip_while(|line| !line.starts_with("| what | fork")).skip(2);
+    let rows: Vec<&str> = rows.take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() >= 10, "{} rows", rows.len());
+    for row in rows {
+        let tests = quoted(row.trim_matches('|').rsplit(" | ").next().unwrap());
+        assert!(!tests.is_empty(), "no test: {row}");
+        for name in tests {
+            assert!(all.contains(&format!("fn {name}(")), "there is no test {name}: {row}");
+        }
+    }
+}
+
 #[test]
 fn every_line_and_every_test_named_is_there() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let root = root();
     let text = fs::read_to_string(root.join("docs/invariants.md")).unwrap();
-    let mut files = Vec::new();
-    sources(root, &mut files);
-    let all: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+    let all = all_sources();
     let (mut rules, mut wrong) = (0, Vec::new());
     for row in text.lines().filter(|line| line.starts_with("| R")) {
         // A quoted line may hold the bar that separates cells.

@@ -26,6 +26,9 @@ pub enum FillError {
     /// The thread that copies panicked.
     #[error("the thread that copies in the background panicked")]
     Panic,
+    /// A file that memory is mapped from has become shorter, or cannot be read.
+    #[error("a page of guest memory is gone: the file it is mapped from was cut short, or cannot be read")]
+    Gone,
     /// The userfaultfd no longer answers.
     #[error("the userfaultfd of the background freeze is lost")]
     Lost(#[source] io::Error),

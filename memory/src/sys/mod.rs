@@ -2,10 +2,12 @@
 
 mod mapping;
 mod pagemap;
+mod sigbus;
 mod tmpfs;
 mod uffd;
 
 pub(crate) use mapping::Reservation;
 pub(crate) use pagemap::Pagemap;
+pub(crate) use sigbus::Watched;
 pub(crate) use tmpfs::{HugeTmpfs, small_file};
 pub(crate) use uffd::{Fault, OpenError, Uffd, Watch};

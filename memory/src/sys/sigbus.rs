@@ -1,0 +1,201 @@
+//! SIGBUS: a page of guest memory that the kernel cannot bring.
+//!
+//! Memory that is mapped from files on a disk (snapshots, evicted pages) can turn out not to be there: a file was cut short, a disk does not read. A
+//! guest's access is an error of KVM_RUN and a system call's is EFAULT, but an access by this process is a signal, which would end every VM of it. So the
+//! page is replaced by one of zeros **that only keeps the access from failing**, and the VM whose memory it is is told that it is lost; it is
+//! stopped, and what was made of the zeros meanwhile stops with it.
+//!
+//! The handler may interrupt anything, so it takes no locks: it looks through a table of watched ranges, each entry of which is written in an order that
+//! makes a half-written one match nothing.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::background::{Failure, FillError};
+use crate::units::PAGE_SIZE;
+
+/// Regions that can be watched at a time. Others are not: their process goes as it would without this.
+const SLOTS: usize = 1 << 15;
+
+/// A watched range. Empty if `end` is 0.
+struct Slot {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    lost: AtomicBool,
+}
+
+static TABLE: [Slot; SLOTS] =
+    [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; SLOTS];
+/// Slots that have ever been used: how far the handler looks.
+static USED: AtomicUsize = AtomicUsize::new(0);
+/// Where the handler says that it has found something; -1 until there is somebody to hear it.
+static BELL: AtomicI32 = AtomicI32::new(-1);
+
+/// What the handler does not touch.
+#[derive(Default)]
+struct Owners {
+    free: Vec<usize>,
+    failures: Vec<Weak<Failure>>,
+}
+
+static OWNERS: Mutex<Option<Owners>> = Mutex::new(None);
+/// What was there before, for signals that are not about guest memory.
+static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
+    with(OWNERS.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
+}
+
+/// A range that is watched for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Watched(usize);
+
+impl Watched {
+    /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure` is told when a page of them is lost. `None`
+    /// when there is no room.
+    pub(crate) fn new(start: usize, end: usize, failure: &Arc<Failure>) -> Option<Self> {
+        install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
+        let slot = owners(|owners| {
+            let slot = owners.free.pop().or_else(|| {
+                let next = owners.failures.len();
+                (next < SLOTS).then(|| owners.failures.push(Weak::new()))?;
+                Some(next)
+            })?;
+            owners.failures[slot] = Arc::downgrade(failure);
+            Some(slot)
+        })?;
+        TABLE[slot].lost.store(false, Ordering::Relaxed);
+        TABLE[slot].start.store(start, Ordering::Relaxed);
+        // Release: whoever sees the end sees the start. Pairs with the handler's Acquire.
+        TABLE[slot].end.store(end, Ordering::Release);
+        USED.fetch_max(slot + 1, Ordering::Release);
+        Some(Self(slot))
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        // Before the addresses are anybody else's: the region drops this before its reservation.
+        TABLE[self.0].end.store(0, Ordering::Release);
+        owners(|owners| {
+            owners.failures[self.0] = Weak::new();
+            owners.free.push(self.0);
+        });
+    }
+}
+
+/// Takes the signal over, once, with a thread that tells.
+fn install() -> io::Result<()> {
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    let done = INSTALLED.get_or_init(|| take_over().map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)));
+    (*done).map_err(io::Error::from_raw_os_error)
+}
+
+fn take_over() -> io::Result<()> {
+    let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
+    // For the life of the process, as the handler is.
+    let raw = bell.as_fd().as_raw_fd();
+    thread::Builder::new().name("clade-sigbus".to_owned()).spawn(move || tell_all(&bell))?;
+    BELL.store(raw, Ordering::Release);
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: zeros are a value of the structure: no flags, no signals, the default action.
+    let new = unsafe { action.assume_init_mut() };
+    new.sa_sigaction = handler as *const () as usize;
+    // On the thread's signal stack if it has one, restarting what it interrupts.
+    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    let mut before = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: both point at structures of that type; the handler is a function of the signature that SA_SIGINFO says.
+    if unsafe { libc::sigaction(libc::SIGBUS, new, before.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has succeeded, so it is filled in.
+    let before = unsafe { before.assume_init() };
+    let _ = BEFORE.set(before);
+    Ok(())
+}
+
+/// The thread that tells owners: what they do may lock and allocate.
+fn tell_all(bell: &OwnedFd) {
+    loop {
+        let mut count = [0; 8];
+        match rustix::io::read(bell, &mut count) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
+            if !entry.lost.swap(false, Ordering::AcqRel) {
+                continue;
+            }
+            let failure = owners(|owners| owners.failures.get(slot).and_then(Weak::upgrade));
+            if let Some(failure) = failure {
+                failure.set(&Arc::new(FillError::Gone));
+                failure.tell();
+            }
+        }
+    }
+}
+
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel has filled it in for a SIGBUS, which has an address.
+    let address = unsafe { (*info).si_addr() } as usize;
+    // SAFETY: errno is the interrupted code's, and is put back.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: it points at this thread's errno.
+    let before = unsafe { *errno };
+    let mended = mend(address);
+    // SAFETY: as above.
+    unsafe { *errno = before };
+    if !mended {
+        not_ours(signal, info, context);
+    }
+}
+
+fn mend(address: usize) -> bool {
+    for slot in TABLE.iter().take(USED.load(Ordering::Acquire)) {
+        let end = slot.end.load(Ordering::Acquire);
+        if address < slot.start.load(Ordering::Relaxed) || address >= end {
+            continue;
+        }
+        let page = address & !(PAGE_SIZE as usize - 1);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
+        // SAFETY: the page is guest memory, which whoever watches it keeps mapped; replacing a page of it leaves it mapped, and no Rust reference
+        // into it exists. mmap is a bare system call, and safe in a handler.
+        let mapped = unsafe { libc::mmap(page as *mut libc::c_void, PAGE_SIZE as usize, prot, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return false;
+        }
+        slot.lost.store(true, Ordering::Release);
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight bytes of this stack; write is safe in a handler. Full is as good as rung.
+        let _ = unsafe { libc::write(BELL.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };
+        return true;
+    }
+    false
+}
+
+/// Somebody else's signal: theirs to handle, and the process's end if nobody does.
+fn not_ours(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let Some(before) = BEFORE.get() else { return };
+    if before.sa_sigaction == libc::SIG_DFL || before.sa_sigaction == libc::SIG_IGN {
+        // SAFETY: the action that was there before. Back in the code that faulted, it takes place.
+        unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
+        return;
+    }
+    if before.sa_flags & libc::SA_SIGINFO != 0 {
+        type WithInfo = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+        // SAFETY: whoever set it said by SA_SIGINFO that it is of this type.
+        let call = unsafe { std::mem::transmute::<usize, WithInfo>(before.sa_sigaction) };
+        call(signal, info, context);
+    } else {
+        type Plain = extern "C" fn(libc::c_int);
+        // SAFETY: whoever set it said by the lack of SA_SIGINFO that it is of this type.
+        let call = unsafe { std::mem::transmute::<usize, Plain>(before.sa_sigaction) };
+        call(signal);
+    }
+}

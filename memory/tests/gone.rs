@@ -1,0 +1,81 @@
+//! Memory over a file that goes away: one VM is told that it is lost, and the process lives on.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use clade_memory::{FillError, GuestRam, LayerMap, NoForkMap, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Source, Store};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vm_memory::{Bytes, GuestAddress};
+
+const PAGES: u64 = 64;
+
+fn file(byte: u8) -> File {
+    let mut file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    std::io::Write::write_all(&mut file, &vec![byte; (PAGES * PAGE_SIZE) as usize]).unwrap();
+    file
+}
+
+fn over(file: &File, store: &Store) -> GuestRam {
+    let layout = RamLayout::new(PAGES * PAGE_SIZE).unwrap();
+    let layer = store.file_layer(file.try_clone().unwrap(), PAGES).unwrap();
+    let mut map = LayerMap::new();
+    map.insert(PageRange::new(0, PAGES), Source { layer, at: 0 });
+    let image = RamImage::from_parts(store, &layout, vec![(map, NoForkMap::new())]).unwrap();
+    let ram = GuestRam::reserve(&layout, store).unwrap();
+    ram.adopt(&image).unwrap();
+    ram
+}
+
+fn byte(ram: &GuestRam, page: u64) -> u8 {
+    ram.memory().read_obj(GuestAddress(page * PAGE_SIZE + 7)).unwrap()
+}
+
+#[test]
+fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
+    let store = Store::open_small().unwrap();
+    let (first, second) = (file(1), file(2));
+    let (lost, well) = (over(&first, &store), over(&second, &store));
+    let (told, hear) = mpsc::channel();
+    lost.on_failure(move |error| told.send(matches!(**error, FillError::Gone)).unwrap());
+    assert_eq!((byte(&lost, 0), byte(&well, 0)), (1, 2));
+    lost.memory().write_obj(9u8, GuestAddress(3 * PAGE_SIZE + 7)).unwrap();
+    first.set_len(0).unwrap();
+    // What is read now is nothing to rely on, but it is read.
+    let _ = byte(&lost, 30);
+    assert!(hear.recv_timeout(Duration::from_secs(10)).unwrap(), "it is told why");
+    assert!(matches!(lost.failure().as_deref(), Some(FillError::Gone)));
+    assert_eq!(byte(&lost, 3), 9, "its own pages are its own");
+    assert!(well.failure().is_none());
+    (0..PAGES).for_each(|page| assert_eq!(byte(&well, page), 2));
+    // Neither is it frozen into something that others would take for its memory, nor does trying harm anybody.
+    drop(lost.freeze(&Quiesced::assume()));
+    drop(lost);
+    assert_eq!(byte(&over(&second, &store), 5), 2);
+}
+
+#[test]
+#[ignore = "ends the process; run by the test below"]
+fn touches_what_is_nobodys() {
+    let store = Store::open_small().unwrap();
+    let _watched = over(&file(1), &store);
+    let other = file(3);
+    let flags = MapFlags::PRIVATE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let at = unsafe { mmap(std::ptr::null_mut(), 4096, ProtFlags::READ, flags, &other, 0) }.unwrap();
+    other.set_len(0).unwrap();
+    // SAFETY: the address is mapped; that the access is a SIGBUS is what is tried.
+    let byte = unsafe { at.cast::<u8>().read_volatile() };
+    println!("read {byte}");
+}
+
+#[test]
+fn other_accesses_end_the_process_as_ever() {
+    let exe = std::env::current_exe().unwrap();
+    let output = Command::new(exe).args(["--exact", "touches_what_is_nobodys", "--ignored"]).output().unwrap();
+    assert_eq!(output.status.signal(), Some(libc::SIGBUS), "{output:?}");
+}

@@ -1,0 +1,167 @@
+//! Linux on disk: booted once, saved, and started again fifty times, each time as somebody else.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clade::vm::{ChildOptions, Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::limiter::Limits;
+use clade_memory::Backing;
+use clade_tests::{Linux, PROMPT, Turn, ext4, skip};
+
+const BOOT: Duration = Duration::from_secs(300);
+const ANSWER: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(900);
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+const CLONES: usize = 50;
+/// How wrong a clock may be, beside what is not known of when it was read.
+const CLOCK: f64 = 0.05;
+/// How long the snapshot lies there: a clock that stands still meanwhile is wrong by as much.
+const AGE: Duration = Duration::from_secs(3);
+
+fn ask(vm: &Vm, line: &str) -> String {
+    vm.resume().unwrap();
+    let answer = Linux::ask(vm, line, ANSWER);
+    vm.pause().unwrap();
+    answer.lines().last().unwrap_or_default().to_owned()
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
+}
+
+/// A reading of a guest's clock, and the host's time before and after.
+struct Reading {
+    guest: f64,
+    before: f64,
+    after: f64,
+}
+
+fn read(vm: &Vm, line: &str) -> Reading {
+    let before = now();
+    let text = ask(vm, line);
+    let guest = text.parse().unwrap_or_else(|_| panic!("{line}: {text:?}"));
+    Reading { guest, before, after: now() }
+}
+
+const UPTIME: &str = "read -r up idle </proc/uptime; echo $up";
+/// Seconds and microseconds, as adjtimex has them.
+const DAY: &str = "set -- $(adjtimex | while read -r key rest; do case $key in time.tv_*) echo ${rest##* };; esac; done); printf '%d.%06d\\n' $1 $2";
+const IDENTITY: &str = "read -r uuid </proc/sys/kernel/random/uuid; read -r file </tmp/d/before; echo $uuid $file";
+
+#[test]
+fn linux_is_saved_once_and_restored_as_fifty_others() {
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(linux) = Linux::find() else { return };
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let disk = dir.path().join("root.img");
+    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    if !ext4("mkfs.ext4", &["-q", "-F"], &disk) {
+        return skip("linux", "there is no mkfs.ext4");
+    }
+    let context = turn.context(Backing::Huge);
+    let mut config = Linux::config(1);
+    let spec = clade::vm::DiskSpec { disk: DiskConfig::new(&disk), device: BlockOptions::default() };
+    (config.disks, config.rng) = (vec![spec], Some(Limits::default()));
+    let parent = linux.boot_as(&context, "vmlinux", "", config);
+    let _ = Linux::expect(&parent, 0, PROMPT, BOOT);
+    parent.pause().unwrap();
+    assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
+    assert_eq!(ask(&parent, "echo before >/tmp/d/before && sync && echo synced"), "synced");
+    let first = [UPTIME, DAY].map(|line| read(&parent, line));
+
+    parent.resume().unwrap();
+    let at = dir.path().join("snapshot");
+    let report = parent.snapshot(&at, SnapshotOptions::default()).unwrap();
+    parent.pause().unwrap();
+    println!(
+        "saved {} pages of data in {:?}, paused for {:?}",
+        report.saved.data_pages, report.took, report.times.pause
+    );
+    // Written after: in nobody's past. And the original goes away, with its memory.
+    assert_eq!(ask(&parent, "echo after >/tmp/d/after && sync && echo synced"), "synced");
+    let of_parent = GenerationId::of(parent.ram().memory()).unwrap();
+    drop((parent, context));
+    std::thread::sleep(AGE);
+
+    let context = turn.context(Backing::Huge);
+    let (mut uuids, mut ids, mut took) = (HashSet::new(), HashSet::from([of_parent]), Vec::new());
+    for number in 0..CLONES {
+        let begun = Instant::now();
+        let vm = restored(&context, &at, &format!("clone-{number}"));
+        let answer = ask(&vm, IDENTITY);
+        took.push(begun.elapsed());
+        let (uuid, file) = answer.split_once(' ').unwrap_or_else(|| panic!("{answer:?}"));
+        assert_eq!(file, "before", "what was written before is there");
+        assert!(uuids.insert(uuid.to_owned()), "clone {number} makes up what another has: {uuid}");
+        assert!(ids.insert(GenerationId::of(vm.ram().memory()).unwrap()), "clone {number} is another's twin");
+        match number {
+            // Two at the same time: what one writes is not the other's.
+            0 => two_write_apart(&vm, &restored(&context, &at, "twin")),
+            1 => clocks_are_right(&vm, &first),
+            2 => kernels_reseed(&vm, &restored(&context, &at, "other")),
+            3 => a_reset_is_another_too(&vm, &mut uuids, &mut ids),
+            _ => {}
+        }
+    }
+    took.sort_unstable();
+    println!(
+        "{CLONES} clones: from the directory to an answer on the console in {:?} (p50), {:?} (p99)",
+        took[CLONES / 2],
+        took[CLONES - 1]
+    );
+    clade_snapshot::verify(&at).unwrap();
+}
+
+fn restored(context: &Context, at: &std::path::Path, name: &str) -> Vm {
+    let image = ForkImage::restore(context, at, &RestoreOptions::default()).unwrap();
+    Vm::from_image(context, name, &image, PAUSED).unwrap()
+}
+
+fn two_write_apart(one: &Vm, other: &Vm) {
+    for (vm, mark) in [(one, "one"), (other, "other")] {
+        assert_eq!(ask(vm, "[ -e /tmp/d/after ] && echo there || echo not-there"), "not-there");
+        assert_eq!(ask(vm, &format!("echo {mark} >/tmp/d/who && sync && echo ok")), "ok");
+    }
+    for (vm, mark) in [(one, "one"), (other, "other")] {
+        assert_eq!(ask(vm, "read -r who </tmp/d/who; echo $who"), mark);
+    }
+}
+
+/// The time since boot, and the time of day, have gone on while the VM was a file. (A guest whose kernel is interpreted loses seconds while it boots, so its time
+/// of day is compared with what it was, and not with the host's.)
+fn clocks_are_right(vm: &Vm, first: &[Reading; 2]) {
+    for (first, (line, clock)) in first.iter().zip([(UPTIME, "time since boot"), (DAY, "time of day")]) {
+        let second = read(vm, line);
+        let passed = second.guest - first.guest;
+        let (least, most) = (second.before - first.after, second.after - first.before);
+        println!("{clock}: {passed:.2} s have passed for the guest, {least:.2} to {most:.2} s for the host");
+        assert!((least - CLOCK..=most + CLOCK).contains(&passed), "{clock}: {passed} s, not {least} to {most}");
+        assert!(passed > AGE.as_secs_f64());
+    }
+}
+
+/// The kernel says that it knows, and what it gives to programs is another's.
+fn kernels_reseed(one: &Vm, other: &Vm) {
+    let random = |vm: &Vm| ask(vm, "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo");
+    let (a, b) = (random(one), random(other));
+    assert_eq!((a.len(), b.len()), (32, 32), "{a} {b}");
+    assert_ne!(a, b, "two clones draw the same");
+    let said =
+        ask(one, "dmesg | while read -r line; do case $line in *'virtual machine fork'*) echo $line;; esac; done");
+    assert!(said.contains("crng reseeded due to virtual machine fork"), "{said:?}");
+}
+
+fn a_reset_is_another_too(vm: &Vm, uuids: &mut HashSet<String>, ids: &mut HashSet<GenerationId>) {
+    assert_eq!(ask(vm, "echo mine >/tmp/d/mine && sync && echo ok"), "ok");
+    vm.reset_to_origin().unwrap();
+    let answer = ask(vm, IDENTITY);
+    let (uuid, file) = answer.split_once(' ').unwrap_or_else(|| panic!("{answer:?}"));
+    assert_eq!(file, "before");
+    assert!(uuids.insert(uuid.to_owned()), "{uuid} again");
+    assert!(ids.insert(GenerationId::of(vm.ram().memory()).unwrap()));
+    assert_eq!(ask(vm, "[ -e /tmp/d/mine ] && echo there || echo not-there"), "not-there");
+}
