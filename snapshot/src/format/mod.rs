@@ -12,8 +12,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use index::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Index, Run};
 pub(crate) use index::push_run;
+pub use index::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Index, Run};
 pub(crate) use manifest::valid_name;
 pub use manifest::{
     DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,

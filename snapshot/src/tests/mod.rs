@@ -1,5 +1,10 @@
 //! Tests of the whole, by kind of fault.
 
 mod basic;
+mod chains;
+mod damage;
 pub(crate) mod faults;
+mod history;
+mod kill;
 pub(crate) mod support;
+mod walk;
