@@ -50,7 +50,7 @@ impl LayerFile {
         length("the data", entry.data_pages << PAGE_SHIFT, index.count(Kind::Data) << PAGE_SHIFT)?;
         length("what is zero", entry.zero_pages << PAGE_SHIFT, index.count(Kind::Zero) << PAGE_SHIFT)?;
         if index.packed != (entry.compression == Compression::Zstd) {
-            return Err(Damage::value("the compression", format!("{:?}", entry.compression)));
+            return Err(Damage::value("the compression", &format!("{:?}", entry.compression)));
         }
         Ok(index)
     }

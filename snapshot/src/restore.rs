@@ -259,7 +259,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
         let mine = work();
         let theirs =
             workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        theirs.fold(mine, |sum, one| sum.and(one))
+        theirs.fold(mine, Result::and)
     })
 }
 

@@ -73,7 +73,7 @@ impl Sections {
         for at in 0..count {
             let (name, len, wanted) = (reader.u64()?, reader.u64()?, reader.u64()?);
             if name > MOST_NAME as u64 {
-                return Err(Damage::value("the length of a section's name", name));
+                return Err(Damage::value("the length of a section's name", &name));
             }
             let (name, body) = (reader.bytes(name)?, reader.bytes(len)?);
             let found = sum_of(name, body);
@@ -82,7 +82,7 @@ impl Sections {
                 return Err(Damage::Checksum { what: format!("section {at}, {text:?},"), wanted, found });
             }
             if text.as_bytes() != name || !names.insert(text.clone()) {
-                return Err(Damage::value("the name of a section", format!("{text:?}")));
+                return Err(Damage::value("the name of a section", &format!("{text:?}")));
             }
             sections.push((text, body.to_vec()));
         }
@@ -125,6 +125,6 @@ mod tests {
         let refused = Sections::decode(&damaged).unwrap_err();
         assert!(matches!(&refused, Damage::Checksum { what, .. } if what.contains("devices")), "{refused:?}");
         let twice = encode_sections(&[("a", b""), ("a", b"")]);
-        assert_eq!(Sections::decode(&twice), Err(Damage::value("the name of a section", "\"a\"")));
+        assert_eq!(Sections::decode(&twice), Err(Damage::value("the name of a section", &"\"a\"")));
     }
 }
