@@ -4,6 +4,7 @@ mod basic;
 mod chains;
 mod damage;
 pub(crate) mod faults;
+mod fixture;
 mod history;
 mod kill;
 pub(crate) mod support;
