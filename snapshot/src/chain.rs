@@ -121,7 +121,9 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
             return Err(inside(wrong));
         }
         fits(child, manifest, &found)?;
-        members.push(Member { dir: at, manifest: found });
+        // Of many relative paths one after another none would be short enough in the end.
+        let dir = at.canonicalize().unwrap_or(at);
+        members.push(Member { dir, manifest: found });
     }
     Ok(members)
 }

@@ -15,7 +15,7 @@ use crate::files::Files;
 use crate::format::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Compression, Index, LayerEntry, Run, checksum, push_run};
 use crate::layer::sealed_sum;
 use crate::save::Meter;
-use crate::space::{Kind, Space, checked_runs};
+use crate::space::{Kind, Space};
 
 /// Pages that are read, and written, together: 4 MiB.
 const WINDOW: u64 = 1024;
@@ -70,16 +70,15 @@ struct Writing<'a> {
     meter: &'a mut Meter<'a>,
 }
 
-/// Writes the two files of a layer into `dir`, synced.
+/// Writes the two files of a layer, `runs` of a space, into `dir`, synced.
 pub(crate) fn write_layer(
     files: &Files,
     dir: &Path,
     name: &str,
     space: &dyn Space,
-    (full, compression): (bool, Compression),
+    (runs, compression): (&[Run], Compression),
     meter: &mut Meter<'_>,
 ) -> Result<LayerEntry, Error> {
-    let runs = checked_runs(name, space, full)?;
     let packed = compression == Compression::Zstd;
     let path = dir.join(format!("{name}.data"));
     let file = files.create(&path, !packed)?;
@@ -88,7 +87,7 @@ pub(crate) fn write_layer(
         files.set_len(&file, &path, pages << PAGE_SHIFT)?;
     }
     let index = Index { packed, bytes: space.bytes(), data_bytes: pages << PAGE_SHIFT, ..Index::default() };
-    let index = fill(files, (&path, &file), (name, space), &runs, index, meter)?;
+    let index = fill(files, (&path, &file), (name, space), runs, index, meter)?;
     files.sync(&file, &path)?;
     let bytes = index.encode();
     files.write(&dir.join(format!("{name}.index")), &bytes)?;

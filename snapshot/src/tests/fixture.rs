@@ -24,10 +24,9 @@ impl Space for Disk {
     }
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         bytes.fill(0);
-        for (at, byte) in [(10, 0x44), (4999, 0x55)] {
-            if let Some(here) = bytes.get_mut((at - page * 4096) as usize) {
-                *here = byte;
-            }
+        for (at, byte) in [(10u64, 0x44), (4999, 0x55)] {
+            let here = at.checked_sub(page * 4096).and_then(|at| bytes.get_mut(at as usize));
+            here.into_iter().for_each(|here| *here = byte);
         }
         Ok(())
     }

@@ -27,6 +27,7 @@ fn victim() {
 
 #[test]
 fn killed_at_any_step() {
+    let _alone = alone();
     let cast = Cast::new();
     for (number, deed) in DEEDS.into_iter().enumerate() {
         let mut step = 0;

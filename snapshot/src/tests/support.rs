@@ -134,6 +134,13 @@ pub(crate) fn names(dir: &Path) -> Vec<String> {
     names
 }
 
+/// Held by tests that start processes, and by those in which a lock must go with its file: between a fork and the exec behind it the child has all of
+/// this process's descriptors, locks and all.
+pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// What is done to a directory that has `one`, a full snapshot, and `two`, on top of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Deed {

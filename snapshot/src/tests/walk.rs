@@ -57,6 +57,7 @@ fn faulty(cast: &Cast, deed: Deed, step: u64, fault: Fault) {
 
 #[test]
 fn a_fault_at_any_step_leaves_the_old_or_the_new_and_a_retry_is_complete() {
+    let _alone = alone();
     let cast = Cast::new();
     for deed in DEEDS {
         let steps = trace(&cast, deed).1.len() as u64;
@@ -74,6 +75,7 @@ fn a_fault_at_any_step_leaves_the_old_or_the_new_and_a_retry_is_complete() {
 
 #[test]
 fn no_space_is_said_by_name_and_a_failed_sync_is_final() {
+    let _alone = alone();
     let cast = Cast::new();
     let (_, steps) = trace(&cast, Deed::Over);
     for (step, (op, path)) in steps.iter().enumerate() {
@@ -144,6 +146,7 @@ fn a_disk_that_lies_is_found_out_by_verify() {
 
 #[test]
 fn one_that_is_being_written_is_not_swept() {
+    let _alone = alone();
     let cast = Cast::new();
     let stage = cast.stage();
     let files = Files::default();
