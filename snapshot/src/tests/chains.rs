@@ -195,3 +195,31 @@ fn children_outlive_the_merging_of_their_parent() {
     assert!(contents(&vm) == before[2], "who runs from the old files runs on");
     assert_eq!(compact(&at("b"), &Watch::none()).unwrap().id, made[1].0, "of a full one nothing is changed");
 }
+
+#[test]
+fn a_base_that_is_replaced_meanwhile_is_noticed() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let never = std::sync::atomic::AtomicBool::new(false);
+    // While it is being written somebody saves over what it depends on, or over itself.
+    let replace = |name: &'static str| {
+        let (target, image) = (at(name), made[0].1.clone());
+        move |done, total| {
+            if done == total {
+                Saving::default().save(&image, &target).unwrap();
+            }
+        }
+    };
+    let over_c = replace("c");
+    let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1 });
+    let save = Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None };
+    let refused = save.to(&at("d"), &Watch { progress: &over_c, cancel: &never }).unwrap_err();
+    assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[2].0), "{refused:?}");
+    let over_b = replace("b");
+    let refused = compact(&at("b"), &Watch { progress: &over_b, cancel: &never }).unwrap_err();
+    assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[1].0), "{refused:?}");
+    assert_eq!(names(dir.path()), ["a", "b", "c"]);
+    verify(&at("b")).unwrap();
+}

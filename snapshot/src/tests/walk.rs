@@ -159,3 +159,25 @@ fn one_that_is_being_written_is_not_swept() {
     drop(live);
     assert_eq!(names(stage.path()), ["one", "two"]);
 }
+
+#[test]
+fn an_old_snapshot_is_not_removed_before_its_successor_is_known_to_be_on_the_disk() {
+    let _alone = alone();
+    let cast = Cast::new();
+    for deed in [Deed::Over, Deed::Compact] {
+        let (stage, steps) = trace(&cast, deed);
+        let parent = stage.path().canonicalize().unwrap();
+        // What a crash left may be such a one: its removal waits for a sync too.
+        let first = steps.iter().position(|(op, _)| *op == Op::Remove).unwrap();
+        assert!(steps[..first].iter().any(|(op, path)| *op == Op::SyncDir && path.canonicalize().unwrap() == parent));
+        let last = steps.iter().rposition(|(op, _)| *op == Op::SyncDir).unwrap();
+        let stage = cast.stage();
+        let plan = Arc::new(Plan::new(last as u64, Fault::Errno(Errno::IO)));
+        let failed = cast.act(deed, &with(&plan), stage.path());
+        assert!(matches!(failed, Err(Error::File { what: "synced", .. })), "{failed:?}");
+        let aside: Vec<_> = names(stage.path()).into_iter().filter(|name| name.starts_with('.')).collect();
+        let [aside] = aside.as_slice() else { panic!("{aside:?}") };
+        let old = restored(&stage.path().join(aside), &cast.store, &crate::Load::Preload);
+        assert!(old == cast.two, "{deed:?}: the old one is whole, in case the rename is not on the disk");
+    }
+}
