@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 
-use super::{Damage, VERSION, checksum, seal, unseal};
+use super::{Damage, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADESTA";
 /// Longest name of a section, and of a disk.
@@ -99,12 +99,6 @@ impl Sections {
     /// Each name and what is there, in the order in which they were given.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
-    }
-
-    /// The checksum that the file ends with.
-    #[must_use]
-    pub fn file_checksum(bytes: &[u8]) -> u64 {
-        bytes.split_last_chunk::<8>().map_or_else(|| checksum(bytes), |(_, sum)| u64::from_le_bytes(*sum))
     }
 }
 
