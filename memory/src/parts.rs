@@ -261,7 +261,8 @@ mod tests {
         let path = std::env::temp_dir().join(format!("clade-parts-{}", std::process::id()));
         let bytes: Vec<u8> = (0..2 * PAGES).flat_map(|p| vec![p as u8 + 1; 4096]).collect();
         std::fs::write(&path, &bytes).unwrap();
-        let file = File::open(&path).unwrap();
+        // It could be written to: that it is not is up to the sweep.
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         assert!(matches!(store.file_layer(file.try_clone().unwrap(), 2 * PAGES + 1), Err(StoreError::File { .. })));
         let layer = store.file_layer(file, 2 * PAGES).unwrap();
         let draft = store.draft(4, Backing::Small).unwrap();

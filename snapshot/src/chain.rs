@@ -1,7 +1,6 @@
 //! Opening: a snapshot and all it depends on, checked before anything is used.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -81,8 +80,6 @@ pub(crate) struct Opened {
     pub(crate) sections: Sections,
     pub(crate) memory: ChainSpace,
     pub(crate) disks: Vec<ChainSpace>,
-    /// The directory that was opened, for what is looked for later.
-    _dir: File,
 }
 
 /// A snapshot whose manifests, state, indexes and lengths have been found right, and its parents', all the way. The data itself is checked as it is
@@ -121,7 +118,9 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
             return Err(inside(wrong));
         }
         fits(child, manifest, &found)?;
-        members.push(Member { dir: at, manifest: found });
+        // Of many relative paths one after another none would be short enough in the end.
+        let dir = at.canonicalize().unwrap_or(at);
+        members.push(Member { dir, manifest: found });
     }
     Ok(members)
 }
@@ -169,7 +168,6 @@ impl Snapshot {
     }
 
     pub(crate) fn with(files: &Files, dir: &Path) -> Result<Self, Error> {
-        let held = files.open(dir)?;
         let members = read_chain(files, dir)?;
         let newest = &members[0];
         let sections = read_state(files, newest)?;
@@ -184,7 +182,7 @@ impl Snapshot {
         };
         let memory = space(None)?;
         let disks = (0..newest.manifest.disks.len()).map(|at| space(Some(at))).collect::<Result<_, _>>()?;
-        Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks, _dir: held })))
+        Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks })))
     }
 
     /// Which snapshot it is.

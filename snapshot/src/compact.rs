@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::Warm;
 use crate::save::{Meter, Saved, Watch};
+use crate::space::checked_runs;
 use crate::write::write_layer;
 
 /// Merges the snapshot in `dir` with all it depends on. Of a full one nothing is changed.
@@ -44,8 +45,10 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
             let disk = at.checked_sub(1);
             let entry = disk.map_or(&mut manifest.memory.layer, |at| &mut manifest.disks[at].layer);
             let merged = Merged { space, files, last: Default::default() };
-            *entry =
-                write_layer(files, aside.path(), &layer_name(disk), &merged, (true, entry.compression), &mut meter)?;
+            let name = layer_name(disk);
+            let runs = checked_runs(&name, &merged, true)?;
+            let how = (runs.as_slice(), entry.compression);
+            *entry = write_layer(files, aside.path(), &name, &merged, how, &mut meter)?;
         }
         let state = files.read(&dir.join(STATE), manifest.state.bytes)?;
         files.write(&aside.path().join(STATE), &state)?;

@@ -47,10 +47,13 @@ impl LayerFile {
         }
         length("the space", entry.bytes, index.bytes)?;
         length("the data file", entry.data_bytes, index.data_bytes)?;
-        length("the data", entry.data_pages << PAGE_SHIFT, index.count(Kind::Data) << PAGE_SHIFT)?;
-        length("what is zero", entry.zero_pages << PAGE_SHIFT, index.count(Kind::Zero) << PAGE_SHIFT)?;
+        let pages = (index.count(Kind::Data), index.count(Kind::Zero));
+        if pages != (entry.data_pages, entry.zero_pages) {
+            let value = format!("{pages:?}, with {:?} in the manifest", (entry.data_pages, entry.zero_pages));
+            return Err(Damage::value("the numbers of data and zero pages", &value));
+        }
         if index.packed != (entry.compression == Compression::Zstd) {
-            return Err(Damage::value("the compression", format!("{:?}", entry.compression)));
+            return Err(Damage::value("the compression", &format!("{:?}", entry.compression)));
         }
         Ok(index)
     }

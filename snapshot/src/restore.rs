@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use clade_memory::{
-    Backing, Layer, LayerDraft, LayerMap, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout,
-    Source, Store,
+    BLOCK_PAGES, Backing, Layer, LayerDraft, LayerMap, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage,
+    RamLayout, Source, Store,
 };
 use rustix::fs::{Advice, fadvise};
 
@@ -58,6 +58,21 @@ struct Region {
     draft: Option<LayerDraft>,
 }
 
+impl Region {
+    /// Pages of its draft: huge ones, unless most of their memory would be for nothing.
+    fn grain(&self) -> Backing {
+        let (mut pages, mut blocks, mut counted) = (0, 0, 0);
+        for (range, _) in self.pieces.iter().filter(|(_, owner)| *owner == Owner::Draft) {
+            let (first, end) = (range.start - self.all.start, range.end - self.all.start);
+            let first_block = (first / BLOCK_PAGES).max(counted);
+            pages += range.len();
+            counted = end.div_ceil(BLOCK_PAGES);
+            blocks += counted.saturating_sub(first_block);
+        }
+        if blocks * BLOCK_PAGES <= 2 * pages { Backing::Huge } else { Backing::Small }
+    }
+}
+
 impl Snapshot {
     /// Its memory as an image, which any number of VMs of the process can be started from, and be saved on top of incrementally.
     ///
@@ -74,7 +89,7 @@ impl Snapshot {
         let mut regions = regions(&layout, space, mapped);
         for region in &mut regions {
             if region.pieces.iter().any(|(_, owner)| *owner == Owner::Draft) {
-                region.draft = Some(store.draft(region.all.len(), Backing::Huge).map_err(RamError::from)?);
+                region.draft = Some(store.draft(region.all.len(), region.grain()).map_err(RamError::from)?);
             }
         }
         fill(&self.0.files, space, &regions, mapped)?;
@@ -259,7 +274,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
         let mine = work();
         let theirs =
             workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        theirs.fold(mine, |sum, one| sum.and(one))
+        theirs.fold(mine, Result::and)
     })
 }
 

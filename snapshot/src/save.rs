@@ -17,7 +17,7 @@ use crate::format::{
 };
 use crate::layer::sealed_sum;
 use crate::ram::RamSpace;
-use crate::space::{Kind, Space};
+use crate::space::{Kind, Space, checked_runs};
 use crate::write::write_layer;
 
 /// How a save is watched, and stopped.
@@ -144,22 +144,25 @@ impl Save<'_> {
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
         let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
-        let spaces =
-            std::iter::once(("memory", &memory as &dyn Space)).chain(self.disks.iter().map(|d| (d.name, d.space)));
+        let full = self.base.is_none();
+        let mut spaces = vec![("memory", &memory as &dyn Space)];
+        spaces.extend(self.disks.iter().map(|disk| (disk.name, disk.space)));
         let mut total = 0;
-        for (name, space) in spaces.clone() {
-            let runs = crate::space::checked_runs(name, space, self.base.is_none())?;
-            let data = runs.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range.len());
+        let mut runs = Vec::with_capacity(spaces.len());
+        for (name, space) in &spaces {
+            let these = checked_runs(name, *space, full)?;
+            let data = these.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range.len());
             total += data.sum::<u64>() << PAGE_SHIFT;
+            runs.push(these);
         }
         let mut done = 0;
         let mut meter = Meter::new(watch, &mut done, total);
         meter.add(0)?;
 
         let aside = Aside::create(files, place)?;
-        let mut layers = Vec::with_capacity(1 + self.disks.len());
-        for (at, (_, space)) in spaces.enumerate() {
-            let how = (self.base.is_none(), self.compression);
+        let mut layers = Vec::with_capacity(spaces.len());
+        for (at, ((_, space), runs)) in spaces.into_iter().zip(&runs).enumerate() {
+            let how = (runs.as_slice(), self.compression);
             layers.push(write_layer(files, aside.path(), &layer_name(at.checked_sub(1)), space, how, &mut meter)?);
         }
         let state = encode_sections(self.sections);

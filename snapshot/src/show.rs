@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::aside::{MANIFEST, STATE, WARM, layer_name};
+use crate::aside::{STATE, WARM, layer_name};
 use crate::chain::{read_chain, read_manifest};
 use crate::error::Error;
 use crate::files::Files;
@@ -100,7 +100,6 @@ pub fn show(dir: &Path) -> Result<Summary, Error> {
 }
 
 fn layers(dir: &Path, manifest: &Manifest) -> Vec<LayerSummary> {
-    debug_assert!(dir.join(MANIFEST).exists(), "it has just been read");
     let summary = |name: &str, disk: Option<usize>, entry: &LayerEntry| {
         let file = dir.join(format!("{}.data", layer_name(disk)));
         LayerSummary {

@@ -15,7 +15,7 @@ use crate::files::Files;
 use crate::format::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Compression, Index, LayerEntry, Run, checksum, push_run};
 use crate::layer::sealed_sum;
 use crate::save::Meter;
-use crate::space::{Kind, Space, checked_runs};
+use crate::space::{Kind, Space};
 
 /// Pages that are read, and written, together: 4 MiB.
 const WINDOW: u64 = 1024;
@@ -70,16 +70,15 @@ struct Writing<'a> {
     meter: &'a mut Meter<'a>,
 }
 
-/// Writes the two files of a layer into `dir`, synced.
+/// Writes the two files of a layer, `runs` of a space, into `dir`, synced.
 pub(crate) fn write_layer(
     files: &Files,
     dir: &Path,
     name: &str,
     space: &dyn Space,
-    (full, compression): (bool, Compression),
+    (runs, compression): (&[Run], Compression),
     meter: &mut Meter<'_>,
 ) -> Result<LayerEntry, Error> {
-    let runs = checked_runs(name, space, full)?;
     let packed = compression == Compression::Zstd;
     let path = dir.join(format!("{name}.data"));
     let file = files.create(&path, !packed)?;
@@ -88,7 +87,7 @@ pub(crate) fn write_layer(
         files.set_len(&file, &path, pages << PAGE_SHIFT)?;
     }
     let index = Index { packed, bytes: space.bytes(), data_bytes: pages << PAGE_SHIFT, ..Index::default() };
-    let index = fill(files, (&path, &file), (name, space), &runs, index, meter)?;
+    let index = fill(files, (&path, &file), (name, space), runs, index, meter)?;
     files.sync(&file, &path)?;
     let bytes = index.encode();
     files.write(&dir.join(format!("{name}.index")), &bytes)?;
@@ -296,4 +295,91 @@ fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Index;
+    use crate::layer::LayerFile;
+    use crate::save::Watch;
+    use std::io;
+
+    /// Many windows in which short zeros that are known, long ones, and pages that turn out to be zeros stand between data and gaps.
+    struct Pattern;
+
+    const PAGES: u64 = 9 * WINDOW + 5;
+
+    /// What page it is: its byte if it is data, none if it is not to be saved.
+    fn byte(page: u64) -> Option<u8> {
+        match (page / WINDOW, page % 100) {
+            (4 | 5, _) | (_, 40..70) => Some(0),
+            (7, _) | (_, 70..75) => None,
+            (_, at) if at % 10 < 3 || at == 99 => Some(0),
+            _ => Some((page % 251) as u8 + 1),
+        }
+    }
+
+    impl Space for Pattern {
+        fn bytes(&self) -> u64 {
+            PAGES << PAGE_SHIFT
+        }
+        fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+            let kind = |page: u64| match byte(page)? {
+                // Only found by reading.
+                0 if page % 100 == 99 => Some(Kind::Data),
+                0 => Some(Kind::Zero),
+                _ => Some(Kind::Data),
+            };
+            let mut runs = Vec::new();
+            for page in 0..PAGES {
+                kind(page).into_iter().for_each(|kind| push_run(&mut runs, PageRange::with_len(page, 1), kind));
+            }
+            Ok(runs.into_iter().map(|run| (run.range, run.kind)).collect())
+        }
+        fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
+            for (at, page_bytes) in bytes.chunks_mut(PAGE_SIZE as usize).enumerate() {
+                page_bytes.fill(byte(page + at as u64).ok_or(io::ErrorKind::InvalidInput)?);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_page_is_stored_as_what_it_is() {
+        let files = Files::default();
+        for compression in [Compression::None, Compression::Zstd] {
+            let dir = tempfile::tempdir().unwrap();
+            let runs = crate::space::checked_runs("it", &Pattern, false).unwrap();
+            let (watch, mut done) = (Watch::none(), 0);
+            let mut meter = Meter::new(&watch, &mut done, 0);
+            let entry = write_layer(&files, dir.path(), "it", &Pattern, (&runs, compression), &mut meter).unwrap();
+            let layer = LayerFile::open(&files, dir.path(), "it", &entry).unwrap();
+            let mut found = vec![None; PAGES as usize];
+            for run in layer.index.runs.iter().filter(|run| run.kind == Kind::Zero) {
+                run.range.blocks().for_each(|(_, part)| {
+                    found[part.start as usize..part.end as usize].fill(Some(0));
+                });
+                let long = run.range.len() >= SHORT || run.range.start.is_multiple_of(WINDOW);
+                let ends = |page: u64| page.is_multiple_of(WINDOW) || byte(page).is_none();
+                assert!(long || ends(run.range.end) || ends(run.range.start - 1), "{run:?} is short");
+            }
+            for chunk in &layer.index.chunks {
+                let bytes = layer.read_chunk(&files, chunk, Vec::new()).unwrap();
+                let all = PageRange::with_len(chunk.number * CHUNK_PAGES, CHUNK_PAGES);
+                let each = |range: PageRange, data: &[u8]| {
+                    for (page, data) in (range.start..range.end).zip(data.chunks(PAGE_SIZE as usize)) {
+                        assert!(data.iter().all(|byte| *byte == data[0]) && found[page as usize].is_none());
+                        found[page as usize] = Some(data[0]);
+                    }
+                    Ok::<(), Error>(())
+                };
+                layer.pick(chunk, &bytes, all, each).unwrap();
+            }
+            let wrong = (0..PAGES).find(|page| found[*page as usize] != byte(*page));
+            assert_eq!(wrong, None, "{compression:?}");
+            let again = Index::decode(&std::fs::read(dir.path().join("it.index")).unwrap()).unwrap();
+            assert_eq!(again, layer.index);
+        }
+    }
 }

@@ -147,11 +147,11 @@ impl Index {
         let mut reader = unseal(bytes, MAGIC, "index")?;
         let flags = reader.u32()?;
         if flags & !PACKED != 0 {
-            return Err(Damage::value("flags", format!("{flags:#x}")));
+            return Err(Damage::value("flags", &format!("{flags:#x}")));
         }
         let mut index = Self { packed: flags & PACKED != 0, bytes: reader.u64()?, ..Self::default() };
         if index.bytes > MOST_BYTES {
-            return Err(Damage::value("the length of the space", index.bytes));
+            return Err(Damage::value("the length of the space", &index.bytes));
         }
         index.data_bytes = reader.u64()?;
         let (runs, chunks) = (reader.u64()?, reader.u64()?);
@@ -179,7 +179,7 @@ impl Index {
                 .map_or((0, false), |last| (last.range.end, last.range.end == start && last.kind == kind));
             let end = start.checked_add(len).filter(|end| len > 0 && *end <= pages && start >= least && !joined);
             let Some(end) = end else {
-                return Err(Damage::value("a run", format!("{len:#x} pages at {start:#x} of {pages:#x}")));
+                return Err(Damage::value("a run", &format!("{len:#x} pages at {start:#x} of {pages:#x}")));
             };
             self.runs.push(Run { range: PageRange::new(start, end), kind });
         }
@@ -194,21 +194,21 @@ impl Index {
             // The next one that a run reaches into.
             let first = self.runs.partition_point(|run| run.range.end <= next * CHUNK_PAGES);
             let Some(run) = self.runs[first..].iter().find(|run| run.kind == Kind::Data) else {
-                return Err(Damage::value("the number of chunks", format!("{chunks}: there is data for {at}")));
+                return Err(Damage::value("the number of chunks", &format!("{chunks}: there is data for {at}")));
             };
             let number = next.max(run.range.start / CHUNK_PAGES);
             next = number + 1;
             let (stored, sum) = (reader.u64()?, reader.u64()?);
             let most = self.data_of(number).map(|data| data.len() << PAGE_SHIFT).sum::<u64>();
             if stored == 0 || stored > most || (!self.packed && stored != most) {
-                return Err(Damage::value("the length of a chunk", format!("{stored}, with {most} bytes of data")));
+                return Err(Damage::value("the length of a chunk", &format!("{stored}, with {most} bytes of data")));
             }
             let place = if self.packed { offset } else { number * CHUNK_BYTES };
             offset += stored;
             self.chunks.push(Chunk { number, offset: place, stored: stored as u32, sum });
         }
         if let Some(left) = self.data_within(PageRange::new(next * CHUNK_PAGES, self.pages())).next() {
-            return Err(Damage::value("the number of chunks", format!("{chunks}: there is data at {left}")));
+            return Err(Damage::value("the number of chunks", &format!("{chunks}: there is data at {left}")));
         }
         let wanted = if self.packed { offset } else { self.pages() << PAGE_SHIFT };
         if self.data_bytes != wanted {

@@ -224,7 +224,7 @@ impl Manifest {
         let text = std::str::from_utf8(bytes).map_err(|error| Damage::Json(error.to_string()))?;
         let head: Head = serde_json::from_str(text).map_err(|error| Damage::Json(error.to_string()))?;
         if head.format != FORMAT {
-            return Err(Damage::value("the format", format!("{:?}", head.format)));
+            return Err(Damage::value("the format", &format!("{:?}", head.format)));
         }
         // Before the checksum: a later version may have another.
         if head.version.major != VERSION.major {
@@ -259,25 +259,25 @@ impl Manifest {
             for entry in &region.no_fork {
                 let end = entry.start.checked_add(entry.pages).filter(|end| *end <= region.pages);
                 let Some(end) = end.filter(|_| entry.pages > 0 && entry.start >= free) else {
-                    return Err(Damage::value("a range that is not inherited", format!("{entry:?}")));
+                    return Err(Damage::value("a range that is not inherited", &format!("{entry:?}")));
                 };
                 free = end;
             }
         }
         if self.disks.len() > MOST_DISKS {
-            return Err(Damage::value("the number of disks", self.disks.len()));
+            return Err(Damage::value("the number of disks", &self.disks.len()));
         }
         let mut names = HashSet::new();
         for disk in &self.disks {
             if !valid_name(&disk.name) || !names.insert(&disk.name) {
-                return Err(Damage::value("the name of a disk", format!("{:?}", disk.name)));
+                return Err(Damage::value("the name of a disk", &format!("{:?}", disk.name)));
             }
             if disk.layer.bytes > u64::MAX - PAGE_SIZE {
-                return Err(Damage::value("the length of a disk", disk.layer.bytes));
+                return Err(Damage::value("the length of a disk", &disk.layer.bytes));
             }
         }
         if self.parent.as_ref().is_some_and(|parent| parent.path.is_empty() || parent.path.contains('\0')) {
-            return Err(Damage::value("the parent's path", "empty"));
+            return Err(Damage::value("the parent's path", &"empty"));
         }
         Ok(())
     }
@@ -289,7 +289,7 @@ impl Manifest {
     pub fn layout(&self) -> Result<RamLayout, Damage> {
         let ranges: Vec<_> =
             self.memory.regions.iter().map(|region| (GuestAddress(region.guest_address), region.pages)).collect();
-        RamLayout::of_ranges(&ranges).map_err(|error| Damage::value("the layout of memory", error))
+        RamLayout::of_ranges(&ranges).map_err(|error| Damage::value("the layout of memory", &error))
     }
 }
 

@@ -92,7 +92,7 @@ pub enum Damage {
 }
 
 impl Damage {
-    pub(crate) fn value(what: &'static str, value: impl ToString) -> Self {
+    pub(crate) fn value(what: &'static str, value: &impl ToString) -> Self {
         Self::Value { what, value: value.to_string() }
     }
 }
@@ -131,7 +131,7 @@ impl fmt::Debug for SnapshotId {
 impl FromStr for SnapshotId {
     type Err = Damage;
     fn from_str(text: &str) -> Result<Self, Damage> {
-        let wrong = || Damage::value("a snapshot's identity", format!("{text:?}"));
+        let wrong = || Damage::value("a snapshot's identity", &format!("{text:?}"));
         // One way to write each.
         let plain = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if !plain {
@@ -237,7 +237,7 @@ impl<'a> Reader<'a> {
         if self.0.is_empty() {
             Ok(())
         } else {
-            Err(Damage::value("what is left at the end", format!("{} bytes", self.0.len())))
+            Err(Damage::value("what is left at the end", &format!("{} bytes", self.0.len())))
         }
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 
-use super::{Damage, VERSION, checksum, seal, unseal};
+use super::{Damage, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADESTA";
 /// Longest name of a section, and of a disk.
@@ -73,7 +73,7 @@ impl Sections {
         for at in 0..count {
             let (name, len, wanted) = (reader.u64()?, reader.u64()?, reader.u64()?);
             if name > MOST_NAME as u64 {
-                return Err(Damage::value("the length of a section's name", name));
+                return Err(Damage::value("the length of a section's name", &name));
             }
             let (name, body) = (reader.bytes(name)?, reader.bytes(len)?);
             let found = sum_of(name, body);
@@ -82,7 +82,7 @@ impl Sections {
                 return Err(Damage::Checksum { what: format!("section {at}, {text:?},"), wanted, found });
             }
             if text.as_bytes() != name || !names.insert(text.clone()) {
-                return Err(Damage::value("the name of a section", format!("{text:?}")));
+                return Err(Damage::value("the name of a section", &format!("{text:?}")));
             }
             sections.push((text, body.to_vec()));
         }
@@ -99,12 +99,6 @@ impl Sections {
     /// Each name and what is there, in the order in which they were given.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
-    }
-
-    /// The checksum that the file ends with.
-    #[must_use]
-    pub fn file_checksum(bytes: &[u8]) -> u64 {
-        bytes.split_last_chunk::<8>().map_or_else(|| checksum(bytes), |(_, sum)| u64::from_le_bytes(*sum))
     }
 }
 
@@ -125,6 +119,6 @@ mod tests {
         let refused = Sections::decode(&damaged).unwrap_err();
         assert!(matches!(&refused, Damage::Checksum { what, .. } if what.contains("devices")), "{refused:?}");
         let twice = encode_sections(&[("a", b""), ("a", b"")]);
-        assert_eq!(Sections::decode(&twice), Err(Damage::value("the name of a section", "\"a\"")));
+        assert_eq!(Sections::decode(&twice), Err(Damage::value("the name of a section", &"\"a\"")));
     }
 }

@@ -51,7 +51,7 @@ impl Warm {
         for _ in 0..count {
             let (start, len) = (reader.u64()?, reader.u64()?);
             if start > MOST_PAGES || len > MOST_PAGES || len == 0 {
-                return Err(Damage::value("a run", format!("{len:#x} pages at {start:#x}")));
+                return Err(Damage::value("a run", &format!("{len:#x} pages at {start:#x}")));
             }
             runs.push(PageRange::with_len(start, len));
         }

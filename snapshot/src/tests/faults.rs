@@ -38,11 +38,6 @@ impl Plan {
         Self { fault: Some((at, fault)), ..Self::default() }
     }
 
-    /// Operations so far.
-    pub(crate) fn count(&self) -> u64 {
-        self.count.load(Ordering::SeqCst)
-    }
-
     /// What was done, in order.
     pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
         self.trace.lock().unwrap().clone()

@@ -1,5 +1,11 @@
 //! Tests of the whole, by kind of fault.
 
 mod basic;
+mod chains;
+mod damage;
 pub(crate) mod faults;
+mod fixture;
+mod history;
+mod kill;
 pub(crate) mod support;
+mod walk;

@@ -133,3 +133,167 @@ pub(crate) fn names(dir: &Path) -> Vec<String> {
     names.sort();
     names
 }
+
+/// Held by tests that start processes, and by those in which a lock must go with its file: between a fork and the exec behind it the child has all of
+/// this process's descriptors, locks and all.
+pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// What is done to a directory that has `one`, a full snapshot, and `two`, on top of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deed {
+    /// A full save to where nothing is.
+    Fresh,
+    /// A full save over `two`.
+    Over,
+    /// An incremental save over `two`, based on a VM restored from `one`.
+    Incremental,
+    /// Compressed, with a disk, over `two`.
+    Packed,
+    /// `two` is merged with `one`.
+    Compact,
+    /// What a run from `two` touched is written down.
+    Warm,
+}
+
+pub(crate) const DEEDS: [Deed; 6] =
+    [Deed::Fresh, Deed::Over, Deed::Incremental, Deed::Packed, Deed::Compact, Deed::Warm];
+
+/// The VMs that deeds are done with.
+pub(crate) struct Cast {
+    pub(crate) store: Store,
+    /// Where `one` and `two` are to be copied from.
+    pub(crate) template: tempfile::TempDir,
+    /// Page 5 is 50, page 90 is 90.
+    pub(crate) one: Vec<u8>,
+    /// And page 6 is 60.
+    pub(crate) two: Vec<u8>,
+    /// And page 90 is zeros and page 100 is 100.
+    pub(crate) new: Vec<u8>,
+    base: (SnapshotId, RamImage),
+    image: RamImage,
+}
+
+/// Where syncs cost nothing, if there is such a place.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+impl Cast {
+    pub(crate) fn new() -> Self {
+        let store = Store::open_small().unwrap();
+        let template = scratch();
+        let at = |name: &str| template.path().join(name);
+        let ram = born(&layout(), &store);
+        put(&ram, 5, 50);
+        put(&ram, 90, 90);
+        let one = contents(&ram);
+        let first = Saving::default().save(&freeze(&ram), &at("one")).unwrap();
+        // From here on it is a VM restored from `one`.
+        let restored = Snapshot::open(&at("one")).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+        let ram = child(&restored, &store);
+        put(&ram, 6, 60);
+        let two = contents(&ram);
+        let base = (first.id, restored);
+        let onto = |image: &RamImage| {
+            let base = Some((at("one"), base.0, &base.1));
+            let base = base.as_ref().map(|(dir, id, image)| (dir.as_path(), *id, *image));
+            Saving { base, ..Saving::default() }.save(image, &at("two")).unwrap()
+        };
+        onto(&freeze(&ram));
+        put(&ram, 90, 0);
+        put(&ram, 100, 100);
+        let (new, image) = (contents(&ram), freeze(&ram));
+        Self { store, template, one, two, new, base, image }
+    }
+
+    /// A directory with copies of both, and what a crash has left there.
+    pub(crate) fn stage(&self) -> tempfile::TempDir {
+        let stage = scratch();
+        for name in ["one", "two"] {
+            copy_dir(&self.template.path().join(name), &stage.path().join(name));
+        }
+        let stale = stage.path().join(".two.clade-0123456789abcdef");
+        copy_dir(&self.template.path().join("one"), &stale);
+        stage
+    }
+
+    /// Where the deed's result is.
+    pub(crate) fn target(deed: Deed) -> &'static str {
+        if deed == Deed::Fresh { "three" } else { "two" }
+    }
+
+    pub(crate) fn act(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
+        let target = stage.join(Self::target(deed));
+        let one = stage.join("one");
+        let mut disk = ModelDisk::new(5000);
+        disk.write(4096, &[9; 500]);
+        let disks = [DiskToSave { name: "root", space: &disk }];
+        let mut saving = Saving { files: files.clone(), ..Saving::default() };
+        match deed {
+            Deed::Compact => return crate::compact::compact_with(files, &target, &Watch::none()).map(drop),
+            Deed::Warm => return crate::warm::record_with(files, &target, &[PageRange::new(5, 7)]),
+            Deed::Fresh | Deed::Over => {}
+            Deed::Incremental => saving.base = Some((&one, self.base.0, &self.base.1)),
+            Deed::Packed => (saving.compression, saving.disks) = (Compression::Zstd, &disks),
+        }
+        saving.save(&self.image, &target).map(drop)
+    }
+
+    /// What the target has before the deed (nothing, if it is not there), and after.
+    pub(crate) fn before_and_after(&self, deed: Deed) -> (Option<&[u8]>, &[u8]) {
+        match deed {
+            Deed::Fresh => (None, &self.new),
+            Deed::Over | Deed::Incremental | Deed::Packed => (Some(&self.two), &self.new),
+            Deed::Compact | Deed::Warm => (Some(&self.two), &self.two),
+        }
+    }
+
+    /// The old or the new, complete; and `one` as it was. Returns whether it is the new.
+    pub(crate) fn check(&self, deed: Deed, stage: &Path, what: &str) -> bool {
+        crate::verify(&stage.join("one")).unwrap_or_else(|error| panic!("{what}: one: {error:?}"));
+        assert!(restored(&stage.join("one"), &self.store, &Load::Lazy) == self.one, "{what}: one has changed");
+        let target = stage.join(Self::target(deed));
+        let (before, after) = self.before_and_after(deed);
+        if !target.exists() {
+            assert!(before.is_none(), "{what}: the old snapshot is gone");
+            return false;
+        }
+        crate::verify(&target).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        let found = restored(&target, &self.store, &Load::Preload);
+        assert!(found == after || Some(found.as_slice()) == before, "{what}: neither the old nor the new");
+        found == after
+    }
+}
+
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for name in names(from) {
+        std::fs::copy(from.join(&name), to.join(&name)).unwrap();
+    }
+}
+
+impl Cast {
+    /// As [`Self::act`], on a stage that another process has set up: there, a VM is restored and does the same.
+    pub(crate) fn act_on_copy(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
+        let one = Snapshot::open(&stage.join("one"))?;
+        let restored = one.restore_ram(&self.store, &Load::Lazy)?;
+        let ram = child(&restored, &self.store);
+        for (page, byte) in [(6, 60), (90, 0), (100, 100)] {
+            put(&ram, page, byte);
+        }
+        let image = freeze(&ram);
+        let cast = Self {
+            store: self.store.clone(),
+            template: scratch(),
+            base: (one.id(), restored),
+            image,
+            one: Vec::new(),
+            two: Vec::new(),
+            new: Vec::new(),
+        };
+        cast.act(deed, files, stage)
+    }
+}

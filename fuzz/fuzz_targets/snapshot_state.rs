@@ -1,0 +1,21 @@
+//! Any state file: it is refused, or its sections make the same file again.
+#![no_main]
+
+use clade_snapshot::format::{Sections, encode_sections, seal};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    assert!(Sections::decode(bytes).is_err() || bytes.len() >= 24);
+    // With the right checksum for the whole of it.
+    let head = [&b"CLADESTA"[..], &(1u32 << 16).to_le_bytes()].concat();
+    for sections in [seal(bytes.to_vec()), seal([&head, bytes].concat())].iter().flat_map(|file| Sections::decode(file)) {
+        let list: Vec<(&str, &[u8])> = sections.iter().collect();
+        assert_eq!(Sections::decode(&encode_sections(&list)).as_ref(), Ok(&sections));
+    }
+    // And sections cut from the bytes come back, whatever they are.
+    let (name, body) = bytes.split_at(bytes.len() / 2);
+    let name: String = String::from_utf8_lossy(name).chars().take(60).collect();
+    let list = [(name.as_str(), body), ("another one", bytes)];
+    let again = Sections::decode(&encode_sections(&list));
+    assert!(name == "another one" || again.as_ref().is_ok_and(|again| again.get(&name) == Some(body)));
+});

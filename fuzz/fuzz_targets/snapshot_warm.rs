@@ -1,0 +1,16 @@
+//! Any warm file: it is refused, or it makes the same bytes again.
+#![no_main]
+
+use clade_snapshot::format::{Warm, seal};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    // With a head and a checksum that are right, or what is behind them is seldom reached; and with a number of runs that fits.
+    let head = [&b"CLADEWRM"[..], &(1u32 << 16).to_le_bytes()].concat();
+    let with_head = seal([&head, bytes].concat());
+    let fits = (bytes.len() as u64 / 16).to_le_bytes();
+    let runs = seal([&head, &[0; 20][..], &fits, &bytes[..bytes.len() & !15]].concat());
+    for warm in [bytes, &with_head, &runs].map(Warm::decode).into_iter().flatten() {
+        assert_eq!(Warm::decode(&warm.encode()).as_ref(), Ok(&warm));
+    }
+});

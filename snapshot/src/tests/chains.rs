@@ -1,0 +1,225 @@
+//! Chains that are not what they should be.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use clade_memory::{RamImage, Store};
+
+use super::support::*;
+use crate::format::{Damage, Manifest, Parent};
+use crate::*;
+
+/// `a`, `b` on it, `c` on that, and their images; page 1 of each is another.
+fn chain(store: &Store, dir: &Path) -> Vec<(SnapshotId, RamImage)> {
+    let ram = born(&layout(), store);
+    let mut made: Vec<(SnapshotId, RamImage)> = Vec::new();
+    for (at, name) in ["a", "b", "c"].iter().enumerate() {
+        put(&ram, 1, at as u8 + 1);
+        put(&ram, 10 + at as u64, 7);
+        let image = freeze(&ram);
+        let before = at.checked_sub(1).map(|before| (dir.join(["a", "b"][before]), &made[before]));
+        let base = before.as_ref().map(|(dir, (id, image))| (dir.as_path(), *id, image));
+        let saved = Saving { base, ..Saving::default() }.save(&image, &dir.join(name)).unwrap();
+        made.push((saved.id, image));
+    }
+    made
+}
+
+fn rewrite(dir: &Path, change: impl FnOnce(&mut Manifest)) {
+    let path = dir.join("manifest.json");
+    let mut manifest = Manifest::decode(&fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest);
+    fs::write(&path, manifest.encode()).unwrap();
+}
+
+#[test]
+fn parents_that_are_missing_or_others_are_refused_by_name() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    assert_eq!(Snapshot::open(&at("c")).unwrap().depth(), 3);
+
+    // Reordered: a stands where b should.
+    fs::rename(at("b"), at("x")).unwrap();
+    fs::rename(at("a"), at("b")).unwrap();
+    let refused = Snapshot::open(&at("c")).unwrap_err();
+    let Error::Parent { source, .. } = &refused else { panic!("{refused:?}") };
+    let found = matches!(**source, Error::WrongId { wanted, found, .. } if (wanted, found) == (made[1].0, made[0].0));
+    assert!(found, "{refused:?}");
+    fs::rename(at("b"), at("a")).unwrap();
+
+    let refused = Snapshot::open(&at("c")).unwrap_err();
+    assert!(matches!(&refused, Error::Parent { parent, .. } if parent.ends_with("../b")), "{refused:?}");
+    let shown = show(&at("c")).unwrap();
+    assert!(shown.broken.is_some_and(|broken| broken.contains("../b")) && shown.parents.is_empty());
+    fs::rename(at("x"), at("b")).unwrap();
+
+    // What is wrong with a parent is wrong with the child.
+    let state = fs::read(at("a").join("state")).unwrap();
+    fs::write(at("a").join("state"), &state[1..]).unwrap();
+    assert!(matches!(Snapshot::open(&at("c")), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
+    fs::write(at("a").join("state"), &state).unwrap();
+    verify(&at("c")).unwrap();
+
+    // Siblings move together.
+    let other = scratch();
+    for name in ["a", "b", "c"] {
+        copy_dir(&at(name), &other.path().join(name));
+    }
+    assert_eq!(verify(&other.path().join("c")).unwrap().snapshots, 3);
+    let links: Vec<_> = show(&at("c")).unwrap().parents.iter().map(|link| link.id).collect();
+    assert_eq!(links, [made[1].0, made[0].0]);
+}
+
+#[test]
+fn cycles_and_shapes_that_do_not_fit_are_refused() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    rewrite(&at("a"), |a| a.parent = Some(Parent { id: made[2].0, path: "../c".to_owned() }));
+    let refused = Snapshot::open(&at("c")).unwrap_err();
+    assert!(matches!(refused, Error::Cycle { id, .. } if id == made[2].0), "{refused:?}");
+    rewrite(&at("a"), |a| a.parent = Some(Parent { id: a.id, path: ".".to_owned() }));
+    assert!(matches!(Snapshot::open(&at("a")), Err(Error::Cycle { .. })));
+    rewrite(&at("a"), |a| {
+        a.parent = None;
+        a.memory.regions[0].guest_address = 0;
+    });
+    assert!(matches!(Snapshot::open(&at("c")), Err(Error::Shape { .. })));
+    // A full one that is none.
+    rewrite(&at("b"), |b| b.parent = None);
+    let refused = Snapshot::open(&at("b")).unwrap_err();
+    assert!(matches!(refused, Error::Damaged { damage: Damage::Hole { page: 0 }, .. }), "{refused:?}");
+}
+
+#[test]
+fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |number: usize| dir.path().join(format!("{number:04}"));
+    copy_dir(&dir.path().join("a"), &at(0));
+    for number in 1..1000 {
+        copy_dir(&dir.path().join("b"), &at(number));
+        let parent = if number == 1 { made[0].0 } else { SnapshotId::new(number as u128 - 1) };
+        rewrite(&at(number), |manifest| {
+            manifest.id = SnapshotId::new(number as u128);
+            manifest.parent = Some(Parent { id: parent, path: format!("../{:04}", number - 1) });
+        });
+    }
+    let begun = Instant::now();
+    let refused = Snapshot::open(&at(999)).unwrap_err();
+    assert!(matches!(&refused, Error::TooDeep { path, most: MOST_DEEP } if *path == at(999)), "{refused:?}");
+    assert!(begun.elapsed().as_secs() < 2);
+    assert_eq!(Snapshot::open(&at(MOST_DEEP - 1)).unwrap().depth(), MOST_DEEP);
+    assert!(matches!(Snapshot::open(&at(MOST_DEEP)), Err(Error::TooDeep { .. })));
+    let deepest = at(MOST_DEEP - 1);
+    let base = Some((deepest.as_path(), SnapshotId::new(MOST_DEEP as u128 - 1), &made[1].1));
+    let refused = Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap_err();
+    assert!(matches!(refused, Error::TooDeep { .. }), "{refused:?}");
+    // Merged, it can be saved on top of.
+    compact(&deepest, &Watch::none()).unwrap();
+    Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap();
+}
+
+#[test]
+fn an_incremental_save_over_its_own_chain_is_refused() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    std::os::unix::fs::symlink(at("a"), at("link")).unwrap();
+    let c = at("c");
+    let incremental = Saving { base: Some((&c, made[2].0, &made[2].1)), ..Saving::default() };
+    for target in ["c", "b", "a", "link", "../a/../c"] {
+        let target = at("a").join("..").join(target.trim_start_matches("../"));
+        let refused = incremental.save(&made[2].1, &target).unwrap_err();
+        assert!(matches!(refused, Error::OwnChain { .. }), "{target:?}: {refused:?}");
+    }
+    let other = Saving { base: Some((&c, made[1].0, &made[2].1)), ..Saving::default() };
+    let refused = other.save(&made[2].1, &at("d")).unwrap_err();
+    assert!(matches!(refused, Error::WrongId { wanted, found, .. } if (wanted, found) == (made[1].0, made[2].0)));
+    // A full save may go anywhere: nothing it needs is there.
+    Saving::default().save(&made[2].1, &at("c")).unwrap();
+    assert_eq!(verify(&at("c")).unwrap().snapshots, 1);
+}
+
+#[test]
+fn what_is_no_snapshot_is_not_replaced() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let refused = |name: &str, why: &str| {
+        let error = Saving::default().save(&made[0].1, &at(name)).unwrap_err();
+        assert!(matches!(&error, Error::NotASnapshot { found, .. } if found.contains(why)), "{error:?}");
+    };
+    fs::create_dir(at("home")).unwrap();
+    fs::write(at("home").join("letters.txt"), "dear").unwrap();
+    refused("home", "letters.txt");
+    fs::write(at("a").join("notes"), "mine").unwrap();
+    refused("a", "notes");
+    fs::write(at("file"), "").unwrap();
+    refused("file", "no directory");
+    fs::create_dir(at("half")).unwrap();
+    fs::write(at("half").join("state"), "").unwrap();
+    refused("half", "manifest.json");
+    assert_eq!(fs::read(at("home").join("letters.txt")).unwrap(), b"dear");
+    fs::create_dir(at("empty")).unwrap();
+    Saving::default().save(&made[0].1, &at("empty")).unwrap();
+    assert!(matches!(Saving::default().save(&made[0].1, Path::new("/")), Err(Error::Path { .. })));
+    assert!(matches!(Saving::default().save(&made[0].1, &at("no/where")), Err(Error::File { .. })));
+}
+
+#[test]
+fn children_outlive_the_merging_of_their_parent() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    record_warm(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
+    let before: Vec<_> = ["a", "b", "c"].map(|name| restored(&at(name), &store, &Load::Lazy)).into();
+    let vm = child(&Snapshot::open(&at("c")).unwrap().restore_ram(&store, &Load::Lazy).unwrap(), &store);
+    let merged = compact(&at("b"), &Watch::none()).unwrap();
+    assert_eq!(merged.id, made[1].0, "the contents are the same, and so is its identity");
+    let b = Snapshot::open(&at("b")).unwrap();
+    assert!(b.depth() == 1 && b.warm().unwrap().is_some() && b.section("vcpus").is_some());
+    fs::remove_dir_all(at("a")).unwrap();
+    for (name, before) in [("b", &before[1]), ("c", &before[2])] {
+        verify(&at(name)).unwrap();
+        assert!(restored(&at(name), &store, &Load::Preload) == *before, "{name}");
+    }
+    assert!(contents(&vm) == before[2], "who runs from the old files runs on");
+    assert_eq!(compact(&at("b"), &Watch::none()).unwrap().id, made[1].0, "of a full one nothing is changed");
+}
+
+#[test]
+fn a_base_that_is_replaced_meanwhile_is_noticed() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let never = std::sync::atomic::AtomicBool::new(false);
+    // While it is being written somebody saves over what it depends on, or over itself.
+    let replace = |name: &'static str| {
+        let (target, image) = (at(name), made[0].1.clone());
+        move |done, total| {
+            if done == total {
+                Saving::default().save(&image, &target).unwrap();
+            }
+        }
+    };
+    let over_c = replace("c");
+    let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1 });
+    let save = Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None };
+    let refused = save.to(&at("d"), &Watch { progress: &over_c, cancel: &never }).unwrap_err();
+    assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[2].0), "{refused:?}");
+    let over_b = replace("b");
+    let refused = compact(&at("b"), &Watch { progress: &over_b, cancel: &never }).unwrap_err();
+    assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[1].0), "{refused:?}");
+    assert_eq!(names(dir.path()), ["a", "b", "c"]);
+    verify(&at("b")).unwrap();
+}
