@@ -279,12 +279,17 @@ fn i13_a_reset_that_fails_half_way_leaves_it_paused_until_another_mends_it() {
     for running in [false, true] {
         child.fill(Writer::Guest, 0, 64, 2);
         if running {
-            child.vm().resume().unwrap();
+            counting(&child, 0, 100, 10);
         }
         let failed = child.vm().reset(&bad);
         assert!(matches!(failed, Err(VmError::VcpuState(_))), "{failed:?}");
         assert!(child.vm().is_paused());
         assert!(matches!(child.vm().resume(), Err(VmError::HalfReset)));
+        // Its registers are those of a guest that counts, but it stands still.
+        let progress = || BareMailbox::new(child.vm().ram(), 0).progress().unwrap();
+        let before = progress();
+        thread::sleep(Duration::from_millis(30));
+        assert_eq!(progress(), before, "it stands still");
         assert!(matches!(child.vm().fork().map(drop), Err(VmError::HalfReset)));
         child.vm().reset_to_origin().unwrap();
         assert!(child.vm().is_paused());

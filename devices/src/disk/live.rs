@@ -182,7 +182,7 @@ impl Disk {
         }
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
-        // Like a child: the file that was its own then is read-only for everybody since.
+        // Nobody has it in a map any more: its room is given back.
         self.own = None;
         self.forked = true;
         self.unsettled.clone_from(&image.unsettled);

@@ -30,6 +30,7 @@ pub mod limiter;
 pub mod net;
 pub mod plain;
 mod queue;
+pub mod regs;
 pub mod rng;
 mod transport;
 pub mod vsock;
@@ -50,7 +51,7 @@ use crate::irq::Irq;
 
 pub use interrupt::{Interrupt, InterruptState};
 pub use queue::{Chain, QueueError, QueueState, Segment, Virtqueue};
-pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio, regs};
+pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
 pub use worker::{Hurry, Service, Turn, Wake, Worker};
 
 /// What a driver's DRIVER_OK gives to a device.

@@ -197,6 +197,15 @@ fn nothing_changed_since_is_no_run_and_holes_are_zeros() {
 }
 
 #[test]
+fn what_an_older_disk_did_not_reach_has_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = DiskConfig::new(&dir.path().join("disk.img"));
+    let zeros = |granules: u64| DiskImage::from_layers(&config, granules * GRANULE, &[]).unwrap();
+    assert_eq!(zeros(5).changed_since(&zeros(3)).unwrap(), [DiskRun { granules: 3..5, zero: true }]);
+    assert_eq!(zeros(3).changed_since(&zeros(5)).unwrap(), []);
+}
+
+#[test]
 fn a_disk_made_of_layers_writes_beside_them() {
     let dir = tempfile::tempdir().unwrap();
     let (path, mut model) = file(dir.path());
