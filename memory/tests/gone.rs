@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use clade_memory::{FillError, GuestRam, LayerMap, NoForkMap, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Source, Store};
+use clade_memory::{FillError, GuestRam, LayerMap, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Source, Store};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,7 +25,7 @@ fn over(file: &File, store: &Store) -> GuestRam {
     let layer = store.file_layer(file.try_clone().unwrap(), PAGES).unwrap();
     let mut map = LayerMap::new();
     map.insert(PageRange::new(0, PAGES), Source { layer, at: 0 });
-    let image = RamImage::from_parts(store, &layout, vec![(map, NoForkMap::new())]).unwrap();
+    let image = RamImage::from_parts(store, &layout, vec![(map, Vec::new())]).unwrap();
     let ram = GuestRam::reserve(&layout, store).unwrap();
     ram.adopt(&image).unwrap();
     ram
@@ -49,7 +49,8 @@ fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
     let _ = byte(&lost, 30);
     assert!(hear.recv_timeout(Duration::from_secs(10)).unwrap(), "it is told why");
     assert!(matches!(lost.failure().as_deref(), Some(FillError::Gone)));
-    assert_eq!(byte(&lost, 3), 9, "its own pages are its own");
+    // The kernel takes a VM's own copies of a file's pages with the file's: nothing of it is worth anything.
+    let _ = byte(&lost, 3);
     assert!(well.failure().is_none());
     (0..PAGES).for_each(|page| assert_eq!(byte(&well, page), 2));
     // Neither is it frozen into something that others would take for its memory, nor does trying harm anybody.

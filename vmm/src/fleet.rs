@@ -212,10 +212,12 @@ pub struct Listed {
     pub parent: Option<String>,
 }
 
+type Begin = Box<dyn Fn(UnixListener, &str) + Send + Sync>;
+
 /// How members' control sockets are served.
 pub(crate) struct Serve {
     /// Begins to serve a member's.
-    pub(crate) begin: Box<dyn Fn(UnixListener, &str) + Send + Sync>,
+    pub(crate) begin: Begin,
     /// Answers what has been asked, and serves nobody any more.
     pub(crate) finish: Box<dyn Fn() + Send + Sync>,
 }

@@ -2,7 +2,7 @@
 //!
 //! Memory that is mapped from files on a disk (snapshots, evicted pages) can turn out not to be there: a file was cut short, a disk does not read. A
 //! guest's access is an error of KVM_RUN and a system call's is EFAULT, but an access by this process is a signal, which would end every VM of it. So the
-//! page is replaced by one of zeros **that only keeps the access from failing**, and the VM whose memory it is is told that it is lost; it is
+//! page is replaced (the kernel takes the VM's own copies of a truncated file's pages too) by one of zeros **that only keeps the access from failing**, and the VM whose memory it is is told that it is lost; it is
 //! stopped, and what was made of the zeros meanwhile stops with it.
 //!
 //! The handler may interrupt anything, so it takes no locks: it looks through a table of watched ranges, each entry of which is written in an order that
@@ -142,8 +142,10 @@ fn tell_all(bell: &OwnedFd) {
 }
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel has filled it in for a SIGBUS, which has an address.
-    let address = unsafe { (*info).si_addr() } as usize;
+    // SAFETY: the kernel gives a handler of this kind a structure that lives as long as the call.
+    let told = unsafe { &*info };
+    // SAFETY: it is filled in for a SIGBUS, which has an address.
+    let address = unsafe { told.si_addr() } as usize;
     // SAFETY: errno is the interrupted code's, and is put back.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: it points at this thread's errno.
@@ -163,7 +165,8 @@ fn mend(address: usize) -> bool {
             continue;
         }
         let page = address & !(PAGE_SIZE as usize - 1);
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
         // SAFETY: the page is guest memory, which whoever watches it keeps mapped; replacing a page of it leaves it mapped, and no Rust reference
         // into it exists. mmap is a bare system call, and safe in a handler.
         let mapped = unsafe { libc::mmap(page as *mut libc::c_void, PAGE_SIZE as usize, prot, flags, -1, 0) };

@@ -142,11 +142,6 @@ impl Vm {
         let parts = Parts { shell, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         vm.saving = Saving::of(image);
-        // Its pages may still be on their way: if one can never come, the VM stops with the reason, and never reads zeros.
-        let meeting = Arc::clone(&vm.shell.meeting);
-        vm.ram().on_failure(move |error| {
-            meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
-        });
         if image.config.has_generation() {
             generation::renew(vm.ram().memory())?;
         }
@@ -170,6 +165,11 @@ impl Vm {
                 .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
+        // Its pages may still be on their way, or on a disk: if one can never come, the VM stops with the reason, and never reads zeros.
+        let meeting = Arc::clone(&shell.meeting);
+        shell.ram.on_failure(move |error| {
+            meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
+        });
         Ok(Self {
             name: name.to_owned(),
             config: Arc::clone(config),
