@@ -4,5 +4,6 @@
 
 mod bad_input;
 mod control;
+mod snapshot;
 mod stress;
 mod tool;

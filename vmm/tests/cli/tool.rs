@@ -124,6 +124,12 @@ impl Runtime {
         self.clade(&["pause", name, "--json"]).json();
     }
 
+    /// Starts a command in the background.
+    pub(crate) fn spawn(&mut self, args: &[&str]) {
+        let mut command = self.command(args);
+        self.processes.push(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    }
+
     pub(crate) fn socket(&self, name: &str) -> PathBuf {
         self.dir().join(format!("{name}.sock"))
     }

@@ -1,0 +1,144 @@
+//! VMs on disk, from the command line: saved, looked at, merged, restored, and refused.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::tool::{Runtime, kvm, wait_until};
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_vm_is_saved_and_restored_as_several() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (full, more, small) = (dir.path().join("full"), dir.path().join("more"), dir.path().join("small"));
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["snapshot", "web", text(&more), "--incremental"]).expect_refusal("web");
+    let saved = runtime.clade(&["snapshot", "web", text(&full), "--json"]).json();
+    assert!(saved["data_pages"].as_u64().unwrap() > 0 && saved["zero_pages"].as_u64().unwrap() > 0, "{saved}");
+    assert!(saved["pause_us"].as_f64().unwrap() > 0.0, "{saved}");
+    let line = runtime.clade(&["snapshot", "web", text(&more), "--incremental"]);
+    assert_eq!(line.code, Some(0), "{line:?}");
+    assert!(line.stdout.contains("MiB of data") && line.stdout.contains("paused for"), "{line:?}");
+    runtime.clade(&["snapshot", "web", text(&small), "--zstd", "--json"]).json();
+    assert_eq!(runtime.names(), ["web"]);
+    runtime.clade(&["stop", "web"]);
+    assert_eq!(runtime.ended(), Some(0));
+
+    let shown = runtime.clade(&["snapshot", "show", text(&more), "--json"]).json();
+    assert_eq!((&shown["full"], shown["parents"].as_array().unwrap().len()), (&json!(false), 1), "{shown}");
+    assert_eq!(shown["parents"][0]["id"], saved["id"]);
+    let table = runtime.clade(&["snapshot", "show", text(&more)]);
+    assert!(table.stdout.contains("memory") && table.stdout.contains("incremental"), "{table:?}");
+    let verified = runtime.clade(&["snapshot", "verify", text(&more), "--json"]).json();
+    assert_eq!(verified["snapshots"], 2, "{verified}");
+    let compacted = runtime.clade(&["snapshot", "compact", text(&more), "--json"]).json();
+    assert_eq!((&compacted["full"], &compacted["id"]), (&json!(true), &shown["id"]), "{compacted}");
+    fs::remove_dir_all(&full).unwrap();
+
+    let paused = ["--paused", "--detached"];
+    runtime.spawn(&[&["restore", text(&more), "--count", "2", "--name", "w-{n}"], paused.as_slice()].concat());
+    wait_until("two VMs", || runtime.socket("w-1").exists() && runtime.socket("w-2").exists());
+    wait_until("both in the fleet", || runtime.names() == ["w-1", "w-2"]);
+    let one = runtime.http("w-1", "GET", "/v1/vms/w-1", "").1;
+    assert_eq!((&one["state"], &one["parent"], &one["memory"]["mib"]), (&json!("paused"), &json!(null), &json!(32)));
+    // They run, and what they touched is put on record.
+    runtime.clade(&["resume", "w-1"]);
+    assert_eq!(runtime.clade(&["pause", "w-1", "--json"]).json()["state"], "paused");
+    let warm = runtime.clade(&["snapshot", "warm", "w-1", "--json"]).json();
+    assert!(warm["pages"].as_u64().unwrap() > 0, "{warm}");
+    assert_eq!(runtime.clade(&["reset", "w-2", "--json"]).json()["vm"]["state"], "paused");
+    for name in ["w-1", "w-2"] {
+        assert_eq!(runtime.clade(&["stop", name, "--json"]).json()["state"], "stopped");
+    }
+    assert_eq!(runtime.ended(), Some(0));
+
+    for (at, args) in [(&more, ["--warm"]), (&more, ["--preload"]), (&small, ["--paused"])] {
+        let name = at.file_name().unwrap().to_str().unwrap();
+        runtime.spawn(&[&["restore", text(at)], args.as_slice(), &["--detached"]].concat());
+        // By the directory's name.
+        wait_until("the VM", || runtime.socket(name).exists() && runtime.names() == [name]);
+        assert_eq!(runtime.clade(&["stop", name, "--json"]).json()["state"], "stopped");
+        assert_eq!(runtime.ended(), Some(0));
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside the snapshots");
+}
+
+#[test]
+fn snapshots_that_cannot_be() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut runtime = Runtime::new();
+    runtime.start("vm");
+    runtime.clade(&["snapshot", "vm", text(&at("good")), "--json"]).json();
+    for command in ["verify", "show", "compact"] {
+        runtime.clade(&["snapshot", command, text(&at("none"))]).expect_refusal("none");
+    }
+    runtime.clade(&["snapshot", "nobody", text(&at("x"))]).expect_refusal("nobody");
+    runtime.clade(&["snapshot", "warm", "nobody"]).expect_refusal("nobody");
+    runtime.clade(&["restore", text(&at("none"))]).expect_refusal("none");
+    runtime.clade(&["restore", text(dir.path())]).expect_refusal("manifest.json");
+    runtime.clade(&["restore", text(&at("good")), "--count", "0"]).expect_refusal("0 children");
+    runtime.clade(&["restore", text(&at("good")), "--count", "2", "--name", "same"]).expect_refusal("same");
+    runtime.clade(&["restore", text(&at("good")), "--name", "vm"]).expect_refusal("vm");
+    runtime.clade(&["restore", text(&at("good")), "--name", "../up"]).expect_refusal("../up");
+    runtime.clade(&["restore", text(&at("good")), "--net", "tap=x"]).expect_refusal("1");
+    runtime.clade(&["restore", text(&at("good")), "--warm", "--name", "w"]).expect_refusal("good");
+    for args in [&["restore"][..], &["restore", "x", "--warm", "--preload"], &["snapshot", "vm"], &["snapshot"]] {
+        assert_eq!(runtime.clade(args).code, Some(2), "{args:?}");
+    }
+    // What is not a snapshot is not replaced, and what is damaged is named.
+    fs::create_dir(at("letters")).unwrap();
+    fs::write(at("letters").join("one"), "dear").unwrap();
+    runtime.clade(&["snapshot", "vm", text(&at("letters"))]).expect_refusal("letters");
+    fs::write(at("file"), "no directory").unwrap();
+    runtime.clade(&["snapshot", "vm", text(&at("file"))]).expect_refusal("file");
+    runtime.clade(&["snapshot", "vm", text(&at("good")), "--incremental"]).expect_refusal("good");
+    let state = at("good").join("state");
+    let mut bytes = fs::read(&state).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&state, &bytes).unwrap();
+    runtime.clade(&["restore", text(&at("good"))]).expect_refusal("state");
+    runtime.clade(&["snapshot", "verify", text(&at("good"))]).expect_refusal("state");
+
+    let path = "/v1/vms/vm/snapshot";
+    let absolute = format!(r#"{{"dir":{:?},"lossy":true}}"#, at("y"));
+    let rows = [
+        (400, "POST", path, ""),
+        (400, "POST", path, "{}"),
+        (400, "POST", path, r#"{"dir":"relative"}"#),
+        (400, "POST", path, r#"{"dir":7}"#),
+        (400, "POST", path, absolute.as_str()),
+        (404, "POST", "/v1/vms/nobody/snapshot", r#"{"dir":"/x"}"#),
+        (404, "GET", "/v1/vms/nobody/snapshot", ""),
+        (404, "POST", "/v1/vms/nobody/warm", ""),
+        (405, "PUT", path, ""),
+    ];
+    for (status, method, path, body) in rows {
+        let (got, answer) = runtime.http("vm", method, path, body);
+        assert_eq!(got, status, "{method} {path} {body}: {answer}");
+        assert!(answer["error"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path} {body}: {answer}");
+    }
+    let none = json!({ "running": false, "done": 0, "total": 0 });
+    assert_eq!(runtime.http("vm", "GET", path, "").1["running"], none["running"]);
+    assert_eq!(runtime.http("vm", "DELETE", path, "").0, 200, "ending what is not going on is no error");
+    assert_eq!(runtime.names(), ["vm"], "no refusal made or ended a VM");
+    runtime.clade(&["snapshot", "vm", text(&at("good")), "--json"]).json();
+    assert_eq!(
+        runtime.clade(&["snapshot", "verify", text(&at("good"))]).code,
+        Some(0),
+        "and it is saved after all that"
+    );
+    assert!(!at("y").exists() && !at("x").exists());
+    runtime.clade(&["stop", "vm"]);
+}
