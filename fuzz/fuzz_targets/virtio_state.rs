@@ -1,12 +1,13 @@
-//! Any saved state: it is refused, or a device goes on from it and can be saved, reset and dropped.
+//! Any saved state: it is refused, or a device goes on from it and can be saved, reset, put back to it and dropped.
 #![no_main]
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::plain::Plain;
-use clade_devices::virtio::{DeviceState, TransportState, VirtioMmio, Wiring, regs};
+use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
 
@@ -35,4 +36,16 @@ fuzz_target!(|bytes: &[u8]| {
     device.resume();
     assert!(saved.is_ok());
     device.write(regs::STATUS, &0u32.to_le_bytes());
+    // And back to it, in place: as a driver had it, and from a device that nobody has.
+    for _ in 0..2 {
+        device.quiesce();
+        assert!(device.halt(Duration::ZERO));
+        assert!(device.check(&state).is_ok(), "a device went on from it before");
+        let back = device.rewind(&state, &Backend::None);
+        assert_eq!(back.is_ok(), matches!(state.device, DeviceState::Balloon(_)));
+        device.resume();
+        if back.is_err() {
+            return;
+        }
+    }
 });
