@@ -103,6 +103,9 @@ const REQUIRED: [(Cap, &str); 14] = [
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
 
+/// How often making a VM is tried. Once more has always been enough.
+const CREATE_TRIES: usize = 100;
+
 /// What only a vCPU can tell.
 #[derive(Debug)]
 struct Probed {
@@ -235,9 +238,21 @@ impl Host {
         Ok(self.probed.get_or_init(|| probed))
     }
 
+    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread has anything else to do for the kernel: also for an
+    /// io_uring's completions, of which no signal tells. Then it is tried again.
+    pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        for _ in 0..CREATE_TRIES {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => std::thread::yield_now(),
+                made => return made,
+            }
+        }
+        self.kvm.create_vm()
+    }
+
     /// A VM without memory whose vCPUs have local APICs, for finding things out.
     pub(super) fn scratch_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
-        let vm = self.kvm.create_vm()?;
+        let vm = self.create_vm()?;
         if self.has_split_irqchip() {
             // A sixtieth of the time a full irqchip takes to destroy.
             local_apics_alone(&vm)?;

@@ -44,7 +44,7 @@ impl Shell {
         config: &VmConfig,
     ) -> Result<Self, VmError> {
         let ram = GuestRam::reserve(config.layout(), store)?;
-        let fd = host.kvm().create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
+        let fd = host.create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
         // Outside RAM, below 4 GiB; Intel hosts need it before the first vCPU.
         fd.set_tss_address(KVM_TSS.0 as usize).map_err(|e| VmError::kvm("set the TSS address", e))?;
         // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace period.
