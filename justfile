@@ -25,6 +25,9 @@ demo:
 bench:
     cargo run --release -- bench fork --mem 512M,2G,4G
     cargo run --release -- bench freeze
+    cargo run --release -- bench reset
+    cargo run --release -- bench restore
+    cargo run --release -- bench save
     cargo run --release -- bench pin
     cargo run --release -- bench disk
 

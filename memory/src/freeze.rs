@@ -283,7 +283,7 @@ impl GuestRegion {
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
-        let layer = self.store.layer(packed.pages, packed.grain)?;
+        let layer = self.store.delta_layer(packed.pages, packed.grain)?;
         let copied = self.at.write_out(&packed.runs, layer.as_fd(), 0);
         copied.map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         Ok((packed.placed(&Arc::new(layer)), None))

@@ -6,10 +6,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::background::{FillError, Filling};
 use crate::interval::{IntervalMap, Piece};
+use crate::shelf::Shelf;
 use crate::store::Backing;
 use crate::units::PageRange;
 
@@ -53,7 +54,7 @@ pub(crate) enum Home {
 #[derive(Debug)]
 pub struct Layer {
     id: LayerId,
-    file: File,
+    file: Arc<File>,
     pages: u64,
     home: Home,
     live: Arc<AtomicUsize>,
@@ -63,14 +64,22 @@ pub struct Layer {
     given: Mutex<Vec<PageRange>>,
     /// What fills it, or did, if it was published before it was complete.
     filling: OnceLock<Arc<Filling>>,
+    /// Where its file goes when it goes, and how many pages the file has room for.
+    shelf: Option<(Weak<Shelf>, u64)>,
 }
 
 impl Layer {
-    pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(id: LayerId, file: impl Into<Arc<File>>, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
         let (birth, given) = (AtomicBool::new(false), Mutex::default());
-        Self { id, file, pages, home, live, birth, given, filling: OnceLock::new() }
+        Self { id, file: file.into(), pages, home, live, birth, given, filling: OnceLock::new(), shelf: None }
+    }
+
+    /// The same, whose file has room for `room` pages and goes to `shelf` when the layer does.
+    pub(crate) fn shelved(mut self, shelf: &Arc<Shelf>, room: u64) -> Self {
+        self.shelf = Some((Arc::downgrade(shelf), room));
+        self
     }
 
     /// Whether it is counted there: whether it is that store's.
@@ -155,6 +164,11 @@ impl Drop for Layer {
     fn drop(&mut self) {
         if let Some(filling) = self.filling.get() {
             filling.abandon();
+        }
+        if let (Some((shelf, room)), Home::Memory(grain)) = (&self.shelf, self.home)
+            && let Some(shelf) = shelf.upgrade()
+        {
+            shelf.put(grain, *room, Arc::clone(&self.file));
         }
         // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
         self.live.fetch_sub(1, Ordering::Release);

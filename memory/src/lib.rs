@@ -48,6 +48,7 @@ mod reference;
 mod region;
 mod reset;
 mod sabotage;
+mod shelf;
 mod stats;
 mod store;
 mod sweep;

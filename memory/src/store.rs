@@ -12,6 +12,7 @@ use crate::background::{self, BackgroundError, Engine};
 use crate::budget::MappingBudget;
 use crate::housekeeping::Housekeeper;
 use crate::layer::{Home, Layer, LayerId};
+use crate::shelf::{LARGEST, Shelf};
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
 use crate::view::Views;
@@ -68,6 +69,9 @@ struct Inner {
     budget: MappingBudget,
     live_layers: Arc<AtomicUsize>,
     spares: Mutex<Vec<File>>,
+    shelf: Arc<Shelf>,
+    /// Files that were taken from it.
+    reused: AtomicU64,
     views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
     engine: Mutex<Option<Engine>>,
@@ -114,6 +118,8 @@ impl Store {
             views: Arc::new(Views::new(&live_layers)),
             live_layers,
             spares: Mutex::default(),
+            shelf: Arc::default(),
+            reused: AtomicU64::new(0),
             engine: Mutex::default(),
             housekeeper: Mutex::default(),
         })))
@@ -196,6 +202,35 @@ impl Store {
         Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
+    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its pages may hold anything.
+    pub(crate) fn delta_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
+        if pages > LARGEST {
+            return self.layer(pages, grain);
+        }
+        let grain = self.grain(grain);
+        let (file, room) = match self.0.shelf.take(grain, pages) {
+            Some(kept) => {
+                // Relaxed: a number to be shown.
+                self.0.reused.fetch_add(1, Ordering::Relaxed);
+                kept
+            }
+            None => {
+                // Room costs nothing, and the next delta is about as large.
+                let room = pages.next_power_of_two();
+                (Arc::new(self.file(room, grain).map_err(|source| StoreError::File { pages, source })?), room)
+            }
+        };
+        let id = LayerId(Self::next_id());
+        let layer = Layer::new(id, file, pages, Home::Memory(grain), Arc::clone(&self.0.live_layers));
+        Ok(layer.shelved(&self.0.shelf, room))
+    }
+
+    /// Freezes that found a file of a layer that had gone.
+    #[must_use]
+    pub fn reused(&self) -> u64 {
+        self.0.reused.load(Ordering::Relaxed)
+    }
+
     /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled while it is read, a page that is there is
     /// taken for filled.
     pub(crate) fn hollow_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
@@ -264,8 +299,9 @@ impl Store {
         Ok(())
     }
 
-    /// Lets the spare files go.
+    /// Lets the files go that are kept for later.
     pub fn cool(&self) {
+        self.0.shelf.clear();
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 

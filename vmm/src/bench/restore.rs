@@ -59,7 +59,9 @@ impl Bench {
         // Not the temporary directory, which may be memory.
         let dir = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).map_err(Failure::run)?;
         // Each takes a second or so of the disk's time.
-        Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label: label(mem) })
+        // Sizes are told apart only if there are several.
+        let label = if args.mem.len() == 1 { String::new() } else { format!("_{}", label(mem)) };
+        Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label })
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -110,12 +112,12 @@ impl Bench {
         let read = "read all of it first";
         let l = &self.label;
         Ok(vec![
-            Row::new(format!("restore_first_instruction_{l}"), "us", &lazy.first).against(read, &preload.first),
-            Row::new(format!("restore_first_answer_{l}"), "us", &lazy.answer).against(read, &preload.answer),
-            Row::new(format!("restore_private_after_answer_{l}"), "KiB", &lazy.private).against(read, &preload.private),
-            Row::new(format!("restore_first_answer_cold_{l}"), "us", &cold.answer)
+            Row::new(format!("restore_first_instruction{l}"), "us", &lazy.first).against(read, &preload.first),
+            Row::new(format!("restore_first_answer{l}"), "us", &lazy.answer).against(read, &preload.answer),
+            Row::new(format!("restore_private_after_answer{l}"), "KiB", &lazy.private).against(read, &preload.private),
+            Row::new(format!("restore_first_answer_cold{l}"), "us", &cold.answer)
                 .against("in the page cache", &lazy.answer),
-            Row::new(format!("restore_next_first_instruction_{l}"), "us", &clone).against("from opening", &lazy.first),
+            Row::new(format!("restore_next_first_instruction{l}"), "us", &clone).against("from opening", &lazy.first),
         ])
     }
 
@@ -187,10 +189,10 @@ impl Bench {
         let direct = "write past the page cache";
         Ok(vec![
             // Higher is better here.
-            Row::new(format!("save_full_{l}"), "MiB/s", &rate).against(direct, &plain_rate),
-            Row::new(format!("save_full_time_{l}"), "us", &full).against(direct, &plain),
-            Row::new(format!("save_incremental_{CHANGED}_pages_{l}"), "us", &more).against("save_full", &full),
-            Row::new(format!("save_pause_{l}"), "us", &save_pause)
+            Row::new(format!("save_full{l}"), "MiB/s", &rate).against(direct, &plain_rate),
+            Row::new(format!("save_full_time{l}"), "us", &full).against(direct, &plain),
+            Row::new(format!("save_incremental{l}"), "us", &more).against("save_full", &full),
+            Row::new(format!("save_pause{l}"), "us", &save_pause)
                 .against("a fork's", &fork_pause)
                 .target("ratio <= 1.25", |r| r.ratio() <= 1.25),
         ])

@@ -188,15 +188,8 @@ pub fn write_acpi_tables<M: GuestMemoryBackend>(
 mod tests {
     use super::super::layout::VIRTIO_GSIS;
     use super::super::mptable::MAX_CPUS;
+    use super::super::testutil::{sum, u32_at};
     use super::*;
-
-    fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
-    }
-
-    fn u32_at(bytes: &[u8], at: usize) -> u32 {
-        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-    }
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())

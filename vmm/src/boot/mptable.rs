@@ -96,15 +96,8 @@ pub fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testutil::{sum, u32_at};
     use super::*;
-
-    fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
-    }
-
-    fn u32_at(bytes: &[u8], at: usize) -> u32 {
-        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-    }
 
     /// Parses a table as a kernel does: floating pointer, header, entries by type.
     fn parse(table: &[u8]) -> Vec<&[u8]> {

@@ -21,6 +21,15 @@ pub(super) fn bytes_at(mem: &GuestMemoryMmap<()>, addr: GuestAddress, len: usize
     out
 }
 
+/// What the bytes of a firmware table add up to.
+pub(super) fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
 /// Builds a 64-bit x86 ELF file: header, program headers, notes, segments.
 pub(super) struct ElfBuilder {
     entry: u64,

@@ -156,6 +156,21 @@ pub(crate) struct RunArgs {
 /// What a Linux guest on a serial console needs, and no more.
 pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
+/// What a VM that goes on from another's instant has of its own, and how it starts.
+#[derive(Debug, Args)]
+pub(crate) struct CloneArgs {
+    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the original's name with another number, and a random address.
+    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
+    pub(crate) net: Vec<NetChoice>,
+    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. If not given: the next CID that is free, and NAME.vsock
+    /// beside the original's socket.
+    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
+    pub(crate) vsock: Option<VsockChoice>,
+    /// Leave it paused.
+    #[arg(long)]
+    pub(crate) paused: bool,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ForkArgs {
     /// The parent's name.
@@ -166,17 +181,8 @@ pub(crate) struct ForkArgs {
     /// The children's names; {n} stands for a number. NAME-{n} if not given.
     #[arg(long = "name", value_name = "PATTERN")]
     pub(crate) pattern: Option<String>,
-    /// For the children's network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the parent's name with another number, and a random
-    /// address.
-    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
-    pub(crate) net: Vec<NetChoice>,
-    /// For the children's socket device: [cid=N][,socket=PATH]; {name} in the path is the child's name. If not given: the next CID that is free, and
-    /// NAME.vsock beside the parent's socket.
-    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
-    pub(crate) vsock: Option<VsockChoice>,
-    /// Leave the children paused.
-    #[arg(long)]
-    pub(crate) paused: bool,
+    #[command(flatten)]
+    pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -249,15 +255,8 @@ pub(crate) struct RestoreArgs {
     /// Where disks have their overlays. If not given: where the VM that was saved had them, if there is such a place.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
-    /// For the VMs' network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: another interface, and a random address.
-    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
-    pub(crate) net: Vec<NetChoice>,
-    /// For the VMs' socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name.
-    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
-    pub(crate) vsock: Option<VsockChoice>,
-    /// Leave them paused.
-    #[arg(long)]
-    pub(crate) paused: bool,
+    #[command(flatten)]
+    pub(crate) child: CloneArgs,
     /// Do not read the terminal; consoles are on their sockets. So it is for several VMs in any case.
     #[arg(long)]
     pub(crate) detached: bool,

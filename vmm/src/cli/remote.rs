@@ -79,9 +79,9 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
     let request = ForkRequest {
         count: args.count,
         name: args.pattern.clone(),
-        paused: args.paused,
-        nets: args.net.clone(),
-        vsock: args.vsock.clone(),
+        paused: args.child.paused,
+        nets: args.child.net.clone(),
+        vsock: args.child.vsock.clone(),
     };
     let answer: ForkAnswer = ask(Client::default().request(Method::POST, &args.name, "/fork", Some(&request)))?;
     if args.json {

@@ -46,9 +46,9 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
-    let identity = ChildIdentity { nets: args.net.clone(), vsock: args.vsock.clone() };
+    let identity = ChildIdentity { nets: args.child.net.clone(), vsock: args.child.vsock.clone() };
     let wanted = Children { count: args.count, pattern: args.pattern.as_deref(), identity: &identity };
-    let child = ChildOptions { paused: args.paused, before_start: None };
+    let child = ChildOptions { paused: args.child.paused, before_start: None };
     let vms = fleet.start(&stem(&dir), &wanted, &image, child).map_err(failure)?;
     drop(image);
     let took = begun.elapsed().as_secs_f64() * 1e3;

@@ -418,10 +418,7 @@ mod tests {
         let mut state = save_all(&parent, &host, &layout).remove(0);
         state.regs.r15 = 0xdead_beef;
         state.debug_regs.db[0] = 0x1234;
-        // FCW and XMM0's first word, marked as present in XSTATE_BV.
-        state.xsave_word_mut(0, 0x027f);
-        state.xsave_word_mut(40, 0xabcd_ef01);
-        state.xsave_word_mut(128, 3);
+        state.mark_xsave();
         state.lapic.regs[0x3e0] = 0xb;
         for (index, data) in [(0xc000_0082, 0xffff_ffff_8100_0000), (0x174, 0x10), (0x277, 0x0007_0106_0007_0106)] {
             set_msr(&mut state, index, data);
@@ -440,10 +437,7 @@ mod tests {
         let layout = StateLayout::new(&host).unwrap();
         let vm = TestVm::new(&host, 1, &TWO_OUTS);
         let mut state = save_all(&vm, &host, &layout).remove(0);
-        // FCW and XMM0's first word, marked as present in XSTATE_BV.
-        state.xsave_word_mut(0, 0x027f);
-        state.xsave_word_mut(40, 0xabcd_ef01);
-        state.xsave_word_mut(128, 3);
+        state.mark_xsave();
         let mut area = Xsave::new(layout.xsave_extra + 7).unwrap();
         area.as_mut_slice()[..layout.xsave_extra].copy_from_slice(state.xsave.as_slice());
         // SAFETY: the length, which describes the allocation, is not changed.
@@ -462,6 +456,13 @@ mod tests {
     }
 
     impl VcpuState {
+        /// FCW and XMM0's first word, marked as present in XSTATE_BV.
+        fn mark_xsave(&mut self) {
+            self.xsave_word_mut(0, 0x027f);
+            self.xsave_word_mut(40, 0xabcd_ef01);
+            self.xsave_word_mut(128, 3);
+        }
+
         fn xsave_word_mut(&mut self, word: usize, value: u32) {
             // SAFETY: the length, which describes the allocation, is not changed.
             let area = unsafe { self.xsave.as_mut_fam_struct() };

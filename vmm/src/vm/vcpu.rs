@@ -12,7 +12,7 @@ use crate::vm::VmError;
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
 use crate::vm::rendezvous::{Next, Rendezvous};
-use crate::vm::slice;
+use crate::vm::slice::{self, Urgent};
 use crate::vm::stop::StopReason;
 
 /// What a vCPU starts from.
@@ -90,7 +90,7 @@ impl VcpuThread {
     }
 
     /// Gives the vCPU the state it starts with. All vCPUs of a VM get theirs before the first of them runs.
-    fn prepare(&self, order: &Order) -> Result<(), VmError> {
+    fn prepare(&mut self, order: &Order) -> Result<(), VmError> {
         // Caught, because the others wait in line for this one.
         let own = catch_unwind(AssertUnwindSafe(|| self.give_state(&order.start)));
         let last = order.line.wait().is_leader();
@@ -119,7 +119,7 @@ impl VcpuThread {
         shared
     }
 
-    fn give_state(&self, start: &Start) -> Result<(), VmError> {
+    fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
         match start {
             Start::Boot(entry) => {
                 self.set_boot_msrs();
@@ -128,7 +128,13 @@ impl VcpuThread {
             }
             Start::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
-                Ok(state.restore(&self.vcpu, &self.layout, CpuidState::Set, Clock::CatchUp)?)
+                // From another host, which has features of its own: the guest keeps those it was booted with. (A vCPU that has run had them already.)
+                let other = state.cpuid.as_slice() != self.cpuid.as_slice();
+                if other {
+                    self.cpuid = state.cpuid.clone();
+                }
+                let cpuid = if other { CpuidState::Unset } else { CpuidState::Set };
+                Ok(state.restore(&self.vcpu, &self.layout, cpuid, Clock::CatchUp)?)
             }
         }
     }
@@ -183,6 +189,8 @@ impl VcpuThread {
 
     /// Parks, saving the vCPU as often as asked. False when the thread is to end.
     fn park(&mut self) -> bool {
+        // Whoever pauses the VM waits for this thread to save, and the guest for it to go on: both when it is woken, not when others have had enough.
+        let _urgent = Urgent::new();
         let mut next = self.meeting.park(self.index, false);
         loop {
             match next {
