@@ -263,7 +263,10 @@ fn broken(image: &ForkImage) -> Arc<ForkImage> {
     let (_, bytes) = sections.iter_mut().find(|(name, _)| *name == "vcpus").unwrap();
     let mut scratch = vec![0; 16 << 10];
     let mut vcpus: Vec<VcpuState> = ciborium::de::from_reader_with_buffer(bytes.as_slice(), &mut scratch).unwrap();
-    vcpus.iter_mut().for_each(|vcpu| vcpu.xsave = Xsave::new(9).unwrap());
+    // A state component that this host has no room for, in use.
+    let mut xsave = Xsave::new(4096).unwrap();
+    xsave.as_mut_slice()[4095] = 1;
+    vcpus.iter_mut().for_each(|vcpu| vcpu.xsave = xsave.clone());
     bytes.clear();
     ciborium::into_writer(&vcpus, bytes).unwrap();
     let named = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
