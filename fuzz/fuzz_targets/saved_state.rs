@@ -47,6 +47,7 @@ fn right() -> &'static [Vec<u8>; 6] {
             msrs: kvm_bindings::Msrs::new(0).expect("a list"),
             lapic: Default::default(),
             events: Default::default(),
+            taken: Default::default(),
         };
         let queue = cbor!({ "max_size" => 128, "size" => 128, "ready" => false, "descriptors" => 0, "available" => 0,
             "used" => 0, "next_available" => 0, "next_used" => 0, "event_idx" => false });
