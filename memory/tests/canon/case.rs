@@ -3,10 +3,13 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use clade_memory::{Access, FreezeMode, PageRange, Quiesced, RamError, RefPage, Store, Term};
+use clade_memory::{
+    Access, FreezeMode, FreezeReport, LayerMap, PageRange, Quiesced, RamError, RamImage, RefPage, Source, Store, Term,
+};
 
 use crate::vm::{ALL, ARENA, Content, Image, Vm, WIDE, WRITTEN, seeded};
 
@@ -25,6 +28,8 @@ pub(crate) enum State {
     Filling,
     /// In a file on a disk.
     Evicted,
+    /// In a snapshot's file, mapped and not yet touched.
+    Restored,
     /// Shared, exclusive, zero and reference pages in turn, within each block.
     Mixed,
     /// All but one page of their block discarded.
@@ -32,20 +37,21 @@ pub(crate) enum State {
 }
 
 impl State {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Birth,
         Self::Shared,
         Self::Exclusive,
         Self::Reference,
         Self::Filling,
         Self::Evicted,
+        Self::Restored,
         Self::Mixed,
         Self::OneLeft,
     ];
 
     /// What rows 22 and 23 are for.
     pub(crate) fn is_another_rows(self) -> bool {
-        matches!(self, Self::Mixed | Self::OneLeft | Self::Filling | Self::Evicted)
+        matches!(self, Self::Mixed | Self::OneLeft | Self::Filling | Self::Evicted | Self::Restored)
     }
 }
 
@@ -165,6 +171,12 @@ impl<'a> Case<'a> {
                 let out = vm.region().evict(ARENA, dir, &Quiesced::assume()).unwrap();
                 assert_eq!(out.written, ARENA.len());
             }
+            State::Restored => {
+                let image = self.on_disk(&vm);
+                let mut restored = Vm::adopt(self.store, &image, "VM");
+                restored.images.push(image);
+                return restored;
+            }
             State::Mixed => {
                 self.share(&mut vm);
                 for page in ARENA.start - 20..ARENA.end {
@@ -191,6 +203,16 @@ impl<'a> Case<'a> {
             }
         }
         vm
+    }
+
+    /// All of a VM in a file, none of which is mapped. (That it is in the page cache makes no difference to anyone but the clock.)
+    fn on_disk(&self, vm: &Vm) -> Image {
+        let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        file.write_all_at(&vm.bytes(ALL), 0).unwrap();
+        let mut map = LayerMap::new();
+        map.insert(ALL, Source { layer: self.store.file_layer(file, ALL.len()).unwrap(), at: 0 });
+        let ram = RamImage::from_parts(self.store, vm.ram.layout(), vec![(map, Vec::new())]).unwrap();
+        Image { ram, model: vm.model.clone(), report: FreezeReport::default(), store: self.store.clone() }
     }
 
     fn share(&self, vm: &mut Vm) {
@@ -284,7 +306,7 @@ impl<'a> Case<'a> {
             let image = match vm.ram.freeze_in(FreezeMode::Background, &Quiesced::assume()) {
                 Ok((image, _)) => image,
                 // Over a file on a disk only without.
-                Err(RamError::Background(_)) if self.axis.state == State::Evicted => return,
+                Err(RamError::Background(_)) if matches!(self.axis.state, State::Evicted | State::Restored) => return,
                 Err(error) => panic!("{error}"),
             };
             if wanted {

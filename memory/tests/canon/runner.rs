@@ -36,7 +36,7 @@ pub(crate) struct Row {
 
 /// Left out of every row.
 const ALWAYS: &[Skip] = &[(
-    |axis| axis.state == State::Evicted && axis.mode == FreezeMode::Background,
+    |axis| matches!(axis.state, State::Evicted | State::Restored) && axis.mode == FreezeMode::Background,
     "pages over a file on a disk cannot be write-protected, and are frozen eagerly",
 )];
 
