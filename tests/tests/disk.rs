@@ -53,9 +53,16 @@ fn await_progress(guest: &DiskGuest, done: u64) {
 /// Forks a running guest once `done` operations of its run are done, and sees that others are in flight.
 fn fork_in_flight(guest: &DiskGuest, done: u64) -> Arc<ForkImage> {
     await_progress(guest, done);
-    let (image, report) = guest.vm().fork().unwrap();
-    assert!(report.in_flight > 0, "requests are in flight");
-    image
+    // Between two batches there are none, for a moment, and on a busy host for longer.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (image, report) = guest.vm().fork().unwrap();
+        if report.in_flight > 0 {
+            return image;
+        }
+        assert!(Instant::now() < deadline, "requests are never in flight");
+        thread::sleep(LATE / 4);
+    }
 }
 
 /// The disk of `guest` as it is now, written to a file.
@@ -133,14 +140,16 @@ fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
     let mut generations = Vec::new();
     for n in 0..4 {
         let child = DiskGuest::paused_child(&context, &image, "descendant");
-        if n % 2 == 1 {
+        image = if n % 2 == 1 {
             // It begins to do them again, and is forked in the middle of that.
             child.vm().resume().unwrap();
             thread::sleep(LATE / 2);
-        }
-        let (next, report) = child.vm().fork().unwrap();
-        assert!(report.in_flight > 0, "generation {n}");
-        image = next;
+            fork_in_flight(&child, 0)
+        } else {
+            let (next, report) = child.vm().fork().unwrap();
+            assert!(report.in_flight > 0, "generation {n} has not run, and all of it is in flight still");
+            next
+        };
         generations.push(child);
     }
     generations.push(DiskGuest::paused_child(&context, &image, "last"));

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -10,20 +11,22 @@ use std::time::Duration;
 
 use clade::kvm::{CpuTemplate, HostMismatch};
 use clade::vm::{
-    Context, ForkImage, GenerationId, RestoreLoad, RestoreOptions, SnapshotError, SnapshotOptions, StopReason, Vm,
-    VmConfig,
+    ChildOptions, Context, ForkImage, GenerationId, NetSpec, RestoreLoad, RestoreOptions, SnapshotError,
+    SnapshotOptions, StopReason, Vm, VmConfig,
 };
+use clade_devices::virtio::vsock::VsockOptions;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::What;
 use clade_memory::Backing;
 use clade_snapshot::{Compression, Error, compact, verify};
-use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, expect_nothing_held};
+use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_taps, expect_nothing_held};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const MIB: u64 = 48;
 const PAGES: u64 = 4096;
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None };
 const INCREMENTAL: SnapshotOptions = SnapshotOptions { incremental: true, compression: Compression::None };
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None };
 
 fn turn() -> Option<(Turn, Context)> {
@@ -218,9 +221,39 @@ fn restored_vms_have_another_generation_and_the_same_cpu() {
         vm.run(Command::Idle);
     }
     let all = ids.len();
-    let different: std::collections::HashSet<GenerationId> = ids.into_iter().collect();
+    let different: HashSet<GenerationId> = ids.into_iter().collect();
     assert_eq!(different.len(), all, "each has its own");
     assert!(report.times.pause < Duration::from_secs(2));
+}
+
+#[test]
+fn restored_vms_have_interfaces_and_addresses_of_their_own() {
+    let Some((_turn, context)) = turn() else { return };
+    if !can_have_taps() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("vm");
+    let mut config = VmConfig::bare(MIB << 20, 1).unwrap();
+    config.nets = vec![NetSpec::new("cladet%d")];
+    config.vsock = Some(VsockOptions { cid: 40_000, socket: dir.path().join("vm.vsock") });
+    let guest = Guest::boot_as(&context, config);
+    save(&guest, &at, FULL);
+    let image = ForkImage::restore(&context, &at, &LAZY).unwrap();
+    // Beside the one that was saved, which still has its own.
+    let vms: Vec<Vm> = ["a", "b", "c"].map(|name| Vm::from_image(&context, name, &image, PAUSED).unwrap()).into();
+    let all: Vec<&Vm> = vms.iter().chain([guest.vm()]).collect();
+    let different = |what: &str, of: fn(&Vm) -> String| {
+        let values: HashSet<String> = all.iter().map(|vm| of(vm)).collect();
+        assert_eq!(values.len(), all.len(), "{what}: {values:?}");
+    };
+    different("MAC addresses", |vm| vm.identity().nets[0].mac.to_string());
+    different("interfaces", |vm| vm.identity().nets[0].tap.clone());
+    different("CIDs", |vm| vm.identity().vsock.as_ref().unwrap().cid.to_string());
+    different("sockets", |vm| vm.identity().vsock.as_ref().unwrap().socket.display().to_string());
+    let before = vms[0].identity().nets[0].mac;
+    vms[0].reset_to_origin().unwrap();
+    assert_eq!(vms[0].identity().nets[0].mac, before, "a reset keeps its own");
 }
 
 #[test]
