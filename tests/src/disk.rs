@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clade::bare::{BareMailbox, BareVcpu};
 use clade::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
@@ -13,6 +15,8 @@ use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 
 use crate::Guest;
 
+/// How long a guest may take to get on.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Where the driver's area is.
 const AREA: u64 = WORK_BASE;
 /// Where the data is.
@@ -174,6 +178,37 @@ impl DiskGuest {
         let [done, errors, wrong, _] = vcpu.mailbox().results().expect("results");
         self.vm().pause().expect("a running VM pauses");
         (done, errors, wrong)
+    }
+
+    /// Waits until `done` operations of a running guest's run are done.
+    ///
+    /// # Panics
+    /// When it does not get on.
+    pub fn await_progress(&self, done: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while BareVcpu::new(self.vm(), 0).mailbox().progress().expect("the guest's progress") < done {
+            assert!(Instant::now() < deadline, "the run does not get on");
+            thread::yield_now();
+        }
+    }
+
+    /// Forks a running guest once `done` operations of its run are done and others are in flight: between two batches there are none, for a moment, and
+    /// on a busy host for longer.
+    ///
+    /// # Panics
+    /// When there never are.
+    #[must_use]
+    pub fn fork_in_flight(&self, done: u64) -> Arc<ForkImage> {
+        self.await_progress(done);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (image, report) = self.vm().fork().expect("a running VM is forked");
+            if report.in_flight > 0 {
+                return image;
+            }
+            assert!(Instant::now() < deadline, "requests are never in flight");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Interrupts a run of a running guest, waits until it has let its operations end, and pauses. Returns its results.

@@ -2,12 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clade::bare::BareVcpu;
-use clade::vm::{Context, DiskSpec, ForkImage};
+use clade::vm::{Context, DiskSpec};
 use clade_devices::disk::CommitError;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::{DiskRun, Order, What};
@@ -42,29 +41,6 @@ fn late(file: &DiskFile) -> DiskSpec {
     spec
 }
 
-fn await_progress(guest: &DiskGuest, done: u64) {
-    let deadline = Instant::now() + PATIENCE;
-    while BareVcpu::new(guest.vm(), 0).mailbox().progress().unwrap() < done {
-        assert!(Instant::now() < deadline, "the run does not get on");
-        thread::yield_now();
-    }
-}
-
-/// Forks a running guest once `done` operations of its run are done, and sees that others are in flight.
-fn fork_in_flight(guest: &DiskGuest, done: u64) -> Arc<ForkImage> {
-    await_progress(guest, done);
-    // Between two batches there are none, for a moment, and on a busy host for longer.
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (image, report) = guest.vm().fork().unwrap();
-        if report.in_flight > 0 {
-            return image;
-        }
-        assert!(Instant::now() < deadline, "requests are never in flight");
-        thread::sleep(LATE / 4);
-    }
-}
-
 /// The disk of `guest` as it is now, written to a file.
 fn exported(guest: &DiskGuest, file: &DiskFile, name: &str) -> Vec<u8> {
     let (image, _) = guest.vm().fork().unwrap();
@@ -96,7 +72,7 @@ fn writes_in_flight_at_a_fork_are_done_once_here_and_again_there() {
     let parent = DiskGuest::boot(&context, late(&file), 1);
     let run = whole(What::Write, 2);
     let seq = parent.begin(run);
-    let image = fork_in_flight(&parent, run.count / 3);
+    let image = parent.fork_in_flight(run.count / 3);
     assert_eq!(parent.finish(seq), (run.count, 0, 0), "the parent's: each done once, none wrong");
     let child = DiskGuest::paused_child(&context, &image, "child");
     assert_eq!(child.finish(seq), (run.count, 0, 0), "the child's: each done once, none wrong");
@@ -121,9 +97,9 @@ fn reads_in_flight_at_a_fork_arrive_in_both() {
     let parent = DiskGuest::boot(&context, late(&file), 1);
     let run = DiskRun { order: Order::Random, count: 600, ..whole(What::Verify, 5) };
     let seq = parent.begin(run);
-    let image = fork_in_flight(&parent, 100);
+    let image = parent.fork_in_flight(100);
     let child = DiskGuest::paused_child(&context, &image, "child");
-    let again = fork_in_flight(&parent, 300);
+    let again = parent.fork_in_flight(300);
     assert_eq!(parent.finish(seq), (600, 0, 0));
     assert_eq!(child.finish(seq), (600, 0, 0));
     assert_eq!(DiskGuest::paused_child(&context, &again, "second").finish(seq), (600, 0, 0));
@@ -136,7 +112,7 @@ fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
     let parent = DiskGuest::boot(&context, late(&file), 1);
     let run = whole(What::Write, 6);
     let seq = parent.begin(run);
-    let mut image = fork_in_flight(&parent, 50);
+    let mut image = parent.fork_in_flight(50);
     let mut generations = Vec::new();
     for n in 0..4 {
         let child = DiskGuest::paused_child(&context, &image, "descendant");
@@ -144,7 +120,7 @@ fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
             // It begins to do them again, and is forked in the middle of that.
             child.vm().resume().unwrap();
             thread::sleep(LATE / 2);
-            fork_in_flight(&child, 0)
+            child.fork_in_flight(0)
         } else {
             let (next, report) = child.vm().fork().unwrap();
             assert!(report.in_flight > 0, "generation {n} has not run, and all of it is in flight still");
@@ -193,7 +169,7 @@ fn a_parent_that_is_forked_all_the_time_loses_nothing() {
     let parent = DiskGuest::boot(&context, file.spec(), 1);
     let run = DiskRun { order: Order::Random, count: 0, ..whole(What::Verify, 9) };
     let seq = parent.begin(run);
-    await_progress(&parent, 1);
+    parent.await_progress(1);
     let mut in_flight = 0;
     for n in 0..60 {
         let (image, report) = parent.vm().fork().unwrap();

@@ -165,21 +165,12 @@ fn a_reset_in_the_middle_of_disk_io_does_the_images_requests_again() {
     let parent = DiskGuest::boot(&context, spec, 1);
     let run = DiskGuest::whole(What::Write, SECTORS, 2);
     let seq = parent.begin(run);
-    let progress = |guest: &DiskGuest, done| {
-        let deadline = Instant::now() + PATIENCE;
-        while BareVcpu::new(guest.vm(), 0).mailbox().progress().unwrap() < done {
-            assert!(Instant::now() < deadline, "the run does not get on");
-            thread::yield_now();
-        }
-    };
-    progress(&parent, run.count / 4);
-    let (image, report) = parent.vm().fork().unwrap();
-    assert!(report.in_flight > 0, "requests are in flight in the image");
+    let image = parent.fork_in_flight(run.count / 4);
     assert_eq!(parent.finish(seq), (run.count, 0, 0));
     let child = DiskGuest::paused_child(&context, &image, "child");
     for round in 1..6 {
         child.vm().resume().unwrap();
-        progress(&child, run.count * (round + 1) / 8);
+        child.await_progress(run.count * (round + 1) / 8);
         // Requests of its own are in flight.
         child.vm().reset_to_origin().unwrap();
     }

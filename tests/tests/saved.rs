@@ -5,10 +5,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use clade::bare::BareVcpu;
 use clade::vm::{ForkImage, saved};
 use clade_devices::disk::{DiskImage, DiskLayer, GRANULE};
 use clade_devices::virtio::Backend;
@@ -55,13 +53,7 @@ fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
     let parent = DiskGuest::boot(&context, spec, 2);
     let run = DiskGuest::whole(What::Write, SECTORS, 2);
     let seq = parent.begin(run);
-    let deadline = Instant::now() + PATIENCE;
-    while BareVcpu::new(parent.vm(), 0).mailbox().progress().unwrap() < run.count / 3 {
-        assert!(Instant::now() < deadline, "the run does not get on");
-        thread::yield_now();
-    }
-    let (image, report) = parent.vm().fork().unwrap();
-    assert!(report.in_flight > 0, "requests are in flight");
+    let image = parent.fork_in_flight(run.count / 3);
     image.host_facts().check(context.host()).unwrap();
     let again = read_back(&image, written_down(&image, &file.beside("layer")));
     assert_eq!(parent.finish(seq), (run.count, 0, 0));
