@@ -70,7 +70,6 @@ impl Watched {
             owners.failures[slot] = Arc::downgrade(failure);
             Some(slot)
         })?;
-        TABLE[slot].lost.store(false, Ordering::Relaxed);
         TABLE[slot].start.store(start, Ordering::Relaxed);
         // Release: whoever sees the end sees the start. Pairs with the handler's Acquire.
         TABLE[slot].end.store(end, Ordering::Release);
@@ -84,6 +83,8 @@ impl Drop for Watched {
         // Before the addresses are anybody else's: the region drops this before its reservation.
         TABLE[self.0].end.store(0, Ordering::Release);
         owners(|owners| {
+            // Nobody is left to be told. Nothing sets it again: whoever accesses the region keeps it.
+            TABLE[self.0].lost.store(false, Ordering::Relaxed);
             owners.failures[self.0] = Weak::new();
             owners.free.push(self.0);
         });
@@ -129,10 +130,11 @@ fn tell_all(bell: &OwnedFd) {
             Err(_) => return,
         }
         for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
-            if !entry.lost.swap(false, Ordering::AcqRel) {
-                continue;
-            }
-            let failure = owners(|owners| owners.failures.get(slot).and_then(Weak::upgrade));
+            // In one step with whose it is: a slot that is taken by another VM in between would have that one told.
+            let failure = owners(|owners| {
+                let lost = entry.lost.swap(false, Ordering::AcqRel);
+                owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)
+            });
             if let Some(failure) = failure {
                 failure.set(&Arc::new(FillError::Gone));
                 failure.tell();
