@@ -15,7 +15,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::housekeeping::Housekeeper;
-use crate::layer::{Home, Layer, LayerId};
+use crate::layer::{Home, Layer, LayerId, LayerMap};
 use crate::store::{Backing, Store};
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::Views;
@@ -58,16 +58,11 @@ pub(crate) fn sweep(views: &Views) -> Swept {
 fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     // Before the views are looked at: a VM that freezes or dies in between first shows the pages it had to itself and then says that it has none. Asked
     // afterwards, the layer would be one of which the views looked at do not show those pages.
-    let whole: HashSet<LayerId> = seen_in(views)
-        .into_values()
-        .map(|(layer, _)| layer)
-        .filter(|layer| is_whole(layer))
-        .map(|layer| layer.id())
-        .collect();
+    let whole = whole_layers(views);
     between();
     let mut seen = seen_in(views);
-    seen.retain(|id, _| whole.contains(id));
     between();
+    seen.retain(|id, _| whole.contains(id));
     let mut swept = Swept::default();
     for (layer, runs) in seen.into_values() {
         // Held while pages go: what a layer has given is what its file lacks.
@@ -99,13 +94,25 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     swept
 }
 
+/// All there is to be read through, once: children that have not changed since their fork share one map.
+fn maps_of(views: &Views) -> Vec<Arc<LayerMap>> {
+    let mut maps = views.all();
+    let mut walked = HashSet::new();
+    maps.retain(|map| walked.insert(Arc::as_ptr(map)));
+    maps
+}
+
+/// This store's layers in sight that may be swept.
+fn whole_layers(views: &Views) -> HashSet<LayerId> {
+    let maps = maps_of(views);
+    let layers = maps.iter().flat_map(|map| map.iter()).map(|(_, source)| &source.layer);
+    layers.filter(|layer| views.owns(layer) && is_whole(layer)).map(|layer| layer.id()).collect()
+}
+
 /// What views see of this store's layers.
 fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
-    let maps = views.all();
     let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
-    // Children that have not changed since their fork share one map.
-    let mut walked = HashSet::new();
-    for map in maps.iter().filter(|map| walked.insert(Arc::as_ptr(map))) {
+    for map in &maps_of(views) {
         for (range, source) in map.iter().filter(|(_, source)| views.owns(&source.layer)) {
             let (_, runs) = seen.entry(source.layer.id()).or_insert_with(|| (Arc::clone(&source.layer), Vec::new()));
             runs.push(PageRange::with_len(source.at, range.len()));
