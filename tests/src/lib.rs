@@ -7,6 +7,7 @@ mod ext4;
 mod linux;
 mod oracle;
 mod process;
+mod saved;
 mod tap;
 
 pub use bare::{Guest, Writer};
@@ -16,6 +17,7 @@ pub use ext4::{checked, ext4};
 pub use linux::{Linux, PROMPT};
 pub use oracle::{owned_pages, smaps_anonymous_kib};
 pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};
+pub use saved::{saved_vcpus, with_vcpus};
 pub use tap::{Subnet, can_have_taps};
 
 use std::path::Path;

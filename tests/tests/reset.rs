@@ -7,13 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade::bare::{BareMailbox, BareVcpu};
-use clade::kvm::VcpuState;
 use clade::vm::{Context, ForkImage, VmError};
-use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Access, Backing, PageRange, RamError, Term};
-use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own};
+use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own, with_vcpus};
 use kvm_bindings::Xsave;
 
 const MIB: u64 = 32;
@@ -250,18 +248,10 @@ fn a_vm_without_an_origin_and_one_that_has_stopped_say_so() {
 
 /// `image` with state that no vCPU of this host takes.
 fn broken(image: &ForkImage) -> Arc<ForkImage> {
-    let mut sections = image.sections().unwrap();
-    let (_, bytes) = sections.iter_mut().find(|(name, _)| *name == "vcpus").unwrap();
-    let mut scratch = vec![0; 16 << 10];
-    let mut vcpus: Vec<VcpuState> = ciborium::de::from_reader_with_buffer(bytes.as_slice(), &mut scratch).unwrap();
     // A state component that this host has no room for, in use.
     let mut xsave = Xsave::new(4096).unwrap();
     xsave.as_mut_slice()[4095] = 1;
-    vcpus.iter_mut().for_each(|vcpu| vcpu.xsave = xsave.clone());
-    bytes.clear();
-    ciborium::into_writer(&vcpus, bytes).unwrap();
-    let named = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
-    Arc::new(ForkImage::from_sections(named, image.ram().clone(), Vec::<Backend>::new()).unwrap())
+    with_vcpus(image, |vcpu| vcpu.xsave = xsave.clone())
 }
 
 #[test]

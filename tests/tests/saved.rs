@@ -13,7 +13,7 @@ use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_io::{CachePolicy, IoFile};
 use clade_memory::Backing;
-use clade_tests::{DiskFile, DiskGuest, Turn};
+use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, with_vcpus};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const BYTES: u64 = 4 << 20;
@@ -41,6 +41,30 @@ fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
     drop(to);
     let file = Arc::new(IoFile::open(path, false, CachePolicy::Host).unwrap());
     DiskImage::from_layers(disk.config(), disk.size(), &[DiskLayer { file: Some(file), runs }]).unwrap()
+}
+
+/// A guest that was booted on another host, whose processor has another name, goes on with that name.
+#[test]
+fn a_guest_keeps_the_cpuid_it_was_booted_with() {
+    const NAME: u32 = 0x8000_0002;
+    const ELBR: u32 = u32::from_le_bytes(*b"Elbr");
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let context = turn.context(Backing::Huge);
+    let guest = Guest::boot(&context, 48, 2);
+    guest.fill(Writer::Guest, 0, 64, 1);
+    let (image, _) = guest.fork();
+    let foreign = with_vcpus(&image, |state| {
+        state.cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == NAME).for_each(|entry| entry.eax = ELBR);
+    });
+    let child = Guest::child(&context, &foreign);
+    child.expect(0, 64, Some(1), "it runs");
+    let kept = saved_vcpus(&child.fork().0);
+    for (state, want) in kept.iter().zip(&saved_vcpus(&foreign)) {
+        assert_eq!(state.cpuid.as_slice(), want.cpuid.as_slice());
+        assert!(state.cpuid.as_slice().iter().any(|entry| entry.function == NAME && entry.eax == ELBR));
+    }
+    child.vm().reset(&foreign).unwrap();
+    child.expect(0, 64, Some(1), "and is put back, though a vCPU that has run takes no other CPUID");
 }
 
 #[test]

@@ -7,13 +7,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, Store};
 
 use crate::bare::BareVcpu;
-use crate::bench::{Row, Sample, announced, label, low_pages};
-use crate::boot::{BootSource, Image};
+use crate::bench::{Row, Sample, announced, label, low_pages, written};
 use crate::cli::{BenchArgs, Failure};
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
@@ -116,17 +114,11 @@ impl OneSize<'_> {
 
     /// A guest that has written all its RAM and goes on writing its hot set.
     fn parent(&self) -> Result<Vm, Failure> {
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
-        let vm = Vm::boot(self.context, "bench", &self.config, &source).map_err(Failure::run)?;
-        let vcpu = BareVcpu::new(&vm, 0);
-        vcpu.await_ready().map_err(Failure::run)?;
-        for (base, pages) in self.config.layout().ranges() {
-            let start = base.0.max(WORK_BASE);
-            let pages = pages - (start - base.0) / PAGE_SIZE;
-            vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
-        }
-        vcpu.mailbox().order(Command::Count { start: WORK_BASE, pages: HOT_PAGES, stride: 0 }).map_err(Failure::run)?;
+        let vm = written(self.context, &self.config)?;
+        BareVcpu::new(&vm, 0)
+            .mailbox()
+            .order(Command::Count { start: WORK_BASE, pages: HOT_PAGES, stride: 0 })
+            .map_err(Failure::run)?;
         Ok(vm)
     }
 

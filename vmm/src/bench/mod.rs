@@ -11,14 +11,16 @@ mod sample;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
 use clade_memory::{GAP_START, GuestRam};
 use serde::Serialize;
 
 use crate::bare::{BareMailbox, BareVcpu};
+use crate::boot::{BootSource, Image};
 use crate::cli::{BenchArgs, BenchName, Failure, Table, print_json};
 use crate::kvm::Quirks;
-use crate::vm::{ChildOptions, Context, ForkImage, Vm};
+use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
 pub(crate) use sample::{Sample, Spread};
 
@@ -137,6 +139,21 @@ fn label(bytes: u64) -> String {
 /// A bare guest's pages below the gap, where one range holds them all.
 fn low_pages(mem: u64) -> u64 {
     (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
+}
+
+/// A bare guest with one vCPU that has written all its RAM above what it lies in itself.
+fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
+    let kernel = Image::Bytes(BARE_ELF.into());
+    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+    let vm = Vm::boot(context, "bench", config, &source).map_err(Failure::run)?;
+    let vcpu = BareVcpu::new(&vm, 0);
+    vcpu.await_ready().map_err(Failure::run)?;
+    for (base, pages) in config.layout().ranges() {
+        let start = base.0.max(WORK_BASE);
+        let pages = pages - (start - base.0) / PAGE_SIZE;
+        vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
+    }
+    Ok(vm)
 }
 
 /// From `begun` to a child's report, which is among its first instructions.

@@ -7,13 +7,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, WORK_BASE};
 use clade_memory::GAP_START;
 
 use crate::bare::{BareMailbox, BareVcpu};
-use crate::bench::{Row, Sample};
-use crate::boot::{BootSource, Image};
+use crate::bench::{Row, Sample, written};
 use crate::cli::{BenchArgs, Failure};
 use crate::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig};
 
@@ -85,15 +83,9 @@ impl Samples {
 
 /// A guest that has written all its RAM, as it is about to announce itself.
 fn image(context: &Context, config: &Arc<VmConfig>) -> Result<Arc<ForkImage>, Failure> {
-    let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
-    let parent = Vm::boot(context, "bench", config, &source).map_err(Failure::run)?;
-    let vcpu = BareVcpu::new(&parent, 0);
-    vcpu.await_ready().map_err(Failure::run)?;
-    let pages = (config.layout().bytes() - WORK_BASE) / PAGE_SIZE;
-    vcpu.run(Command::Fill { start: WORK_BASE, pages, seed: 1 }).map_err(Failure::run)?;
+    let parent = written(context, config)?;
     parent.pause().map_err(Failure::run)?;
-    vcpu.mailbox().order(Command::Announce).map_err(Failure::run)?;
+    BareMailbox::new(parent.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
     Ok(parent.fork().map_err(Failure::run)?.0)
 }
 

@@ -12,14 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_snapshot::Compression;
 use rustix::fs::{Advice, fadvise};
 
 use crate::bare::BareVcpu;
-use crate::bench::{Row, Sample, announced, label, low_pages};
-use crate::boot::{BootSource, Image};
+use crate::bench::{Row, Sample, announced, label, written};
 use crate::cli::{BenchArgs, Failure};
 use crate::vm::{
     ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotOptions, SnapshotReport, Vm, VmConfig,
@@ -50,17 +48,12 @@ impl Bench {
         if mem < 2 * WORK_BASE {
             return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
         }
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
-        let vm = Vm::boot(context, "bench", &config, &source).map_err(Failure::run)?;
-        let vcpu = BareVcpu::new(&vm, 0);
-        vcpu.await_ready().map_err(Failure::run)?;
-        vcpu.run(Command::Fill { start: WORK_BASE, pages: low_pages(mem), seed: 1 }).map_err(Failure::run)?;
+        let vm = written(context, &config)?;
         // Not the temporary directory, which may be memory.
         let dir = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).map_err(Failure::run)?;
-        // Each takes a second or so of the disk's time.
         // Sizes are told apart only if there are several.
         let label = if args.mem.len() == 1 { String::new() } else { format!("_{}", label(mem)) };
+        // A sample takes a second or so of the disk's time.
         Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label })
     }
 

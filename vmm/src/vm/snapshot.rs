@@ -19,7 +19,6 @@ use clade_snapshot::{
     Base, Compression, DiskReader, DiskToSave, Kind, Load, Save, Saved, Snapshot, SnapshotId, Space, Watch, linear,
     record_warm,
 };
-use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
 use crate::kvm::HostMismatch;
@@ -401,9 +400,7 @@ fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> R
 fn unpacked(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<(File, PathBuf), SnapshotError> {
     let dir = disk.overlays.clone().unwrap_or_else(std::env::temp_dir);
     let failed = |source: io::Error| SnapshotError::Unpack { path: dir.clone(), source };
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::open(&dir, flags, Mode::RUSR | Mode::WUSR).map_err(|error| failed(error.into()))?;
-    let file = File::from(file);
+    let file = tempfile::tempfile_in(&dir).map_err(failed)?;
     reader.copy_to(&file, &dir)?;
     let only_read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(failed)?;
     Ok((only_read, dir))

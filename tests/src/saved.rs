@@ -1,0 +1,35 @@
+//! Images with vCPUs of another state, made by way of what is written down of them.
+
+use std::sync::Arc;
+
+use clade::kvm::VcpuState;
+use clade::vm::ForkImage;
+
+const VCPUS: &str = "vcpus";
+
+/// The vCPUs of an image as they are written down.
+///
+/// # Panics
+/// When they are not.
+#[must_use]
+pub fn saved_vcpus(image: &ForkImage) -> Vec<VcpuState> {
+    let sections = image.sections().expect("sections");
+    let (_, bytes) = sections.iter().find(|(name, _)| *name == VCPUS).expect("vCPUs");
+    ciborium::de::from_reader_with_buffer(bytes.as_slice(), &mut vec![0; 16 << 10]).expect("vCPUs")
+}
+
+/// The image of a VM without devices, each of its vCPUs changed.
+///
+/// # Panics
+/// When it cannot be read back.
+#[must_use]
+pub fn with_vcpus(image: &ForkImage, change: impl FnMut(&mut VcpuState)) -> Arc<ForkImage> {
+    let mut vcpus = saved_vcpus(image);
+    vcpus.iter_mut().for_each(change);
+    let mut sections = image.sections().expect("sections");
+    let (_, bytes) = sections.iter_mut().find(|(name, _)| *name == VCPUS).expect("vCPUs");
+    bytes.clear();
+    ciborium::into_writer(&vcpus, bytes).expect("bytes");
+    let named = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
+    Arc::new(ForkImage::from_sections(named, image.ram().clone(), Vec::new()).expect("an image"))
+}
