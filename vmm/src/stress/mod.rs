@@ -35,8 +35,10 @@ use rig::{Random, Rig};
 
 /// Forks that wait to be looked at. When as many do, the next is only made.
 const WAITING: usize = 4;
-/// How long throughput is measured, each way, at most and at least.
-const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
+/// How long throughput is measured, each way, at least and at most.
+const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+/// With forks and without are measured in turn, so long at a time: what else the host does meets both.
+const TURN: Duration = Duration::from_millis(500);
 /// Between two looks at the parent.
 const LOOK: Duration = Duration::from_micros(500);
 
@@ -80,6 +82,48 @@ struct Throughput {
     ratio_with_children: f64,
 }
 
+/// What a fork costs the parent.
+#[derive(Debug, Serialize)]
+struct Costs {
+    /// Its whole pause.
+    pause_us: Spread,
+    /// Of that, until its vCPUs and devices stand still.
+    park_us: Spread,
+    /// And until its memory is frozen.
+    freeze_us: Spread,
+    pages_copied: Spread,
+    pages_remapped: Spread,
+}
+
+#[derive(Debug, Default)]
+struct CostSamples {
+    pause: Sample,
+    park: Sample,
+    freeze: Sample,
+    copied: Sample,
+    remapped: Sample,
+}
+
+impl CostSamples {
+    fn push(&mut self, fork: &ForkReport) {
+        self.pause.push_us(fork.times.pause);
+        self.park.push_us(fork.times.park);
+        self.freeze.push_us(fork.times.freeze);
+        self.copied.push(fork.freeze.copied as f64);
+        self.remapped.push(fork.freeze.remapped as f64);
+    }
+
+    fn spread(&self) -> Costs {
+        Costs {
+            pause_us: self.pause.spread(),
+            park_us: self.park.spread(),
+            freeze_us: self.freeze.spread(),
+            pages_copied: self.copied.spread(),
+            pages_remapped: self.remapped.spread(),
+        }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     seconds: f64,
@@ -93,7 +137,10 @@ struct Report {
     rounds_written: u64,
     #[serde(flatten)]
     tally: Tally,
-    pause_us: Spread,
+    /// Of the forks that were dropped.
+    fork: Costs,
+    /// While children ran on the same processors.
+    fork_with_children: Costs,
     throughput_mib_s: Throughput,
 }
 
@@ -104,7 +151,6 @@ struct Stress<'a> {
     random: Random,
     forks: u64,
     in_flight: u64,
-    pause: Sample,
 }
 
 pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
@@ -119,7 +165,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     let context = Context::open().map_err(Failure::input)?;
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
     let rig = Rig::boot(&context, args)?;
-    let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0, pause: Sample::default() };
+    let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0 };
     let report = stress.run(&context, seed)?;
     if args.json {
         print_json(&report).map_err(Failure::run)?;
@@ -140,8 +186,13 @@ impl Stress<'_> {
         let [least, most] = MEASURED;
         let measured = (whole / 8).clamp(least, most);
         let begun = Instant::now();
-        let mut throughput = Throughput { without_forks: self.quiet(measured)?, ..Throughput::default() };
-        throughput.with_forks = self.forking(measured, |_, _, _| {})?;
+        let (mut quiet, mut forking) = (Stretch::default(), Stretch::default());
+        let (mut dropped, mut kept) = (CostSamples::default(), CostSamples::default());
+        while quiet.time < measured || forking.time < measured {
+            quiet.add(&self.quiet(TURN.min(measured))?);
+            forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| {})?);
+        }
+        let without_forks = begun.elapsed().saturating_sub(forking.time);
 
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
         let mut checker = Checker::new(context.clone(), self.args.without_unshare, self.random.fork());
@@ -155,7 +206,7 @@ impl Stress<'_> {
         let checking = checking.map_err(Failure::run)?;
         let left = whole.saturating_sub(begun.elapsed()).max(least);
         let mut gone = false;
-        throughput.with_children = self.forking(left, |rig, image, forked| {
+        let children = self.forking(left, &mut kept, |rig, image, forked| {
             let forked = Forked { image, expect: rig.expectation(), report: forked };
             // The checker has ended: the reason is its result.
             gone |= matches!(queue.try_send(forked), Err(TrySendError::Disconnected(_)));
@@ -165,8 +216,13 @@ impl Stress<'_> {
             checking.join().map_err(|_| Failure::Run(anyhow::anyhow!("the checker panicked")))?;
         let mut tally = checked?;
         self.rig.finish(&mut tally)?;
-        throughput.ratio = throughput.with_forks / throughput.without_forks;
-        throughput.ratio_with_children = throughput.with_children / throughput.without_forks;
+        let throughput = Throughput {
+            without_forks: quiet.mib_s(),
+            with_forks: forking.mib_s(),
+            with_children: children.mib_s(),
+            ratio: forking.mib_s() / quiet.mib_s(),
+            ratio_with_children: children.mib_s() / quiet.mib_s(),
+        };
         let seconds = begun.elapsed().as_secs_f64();
         Ok(Report {
             seconds,
@@ -177,32 +233,34 @@ impl Stress<'_> {
                 CachePolicy::Host => "host cache",
             },
             forks: self.forks,
-            forks_per_second: self.forks as f64 / (seconds - measured.as_secs_f64()),
+            forks_per_second: self.forks as f64 / (seconds - without_forks.as_secs_f64()),
             in_flight_at_fork: self.in_flight,
             discards: self.rig.discards(),
             rounds_written: self.rig.rounds(),
             tally,
-            pause_us: self.pause.spread(),
+            fork: dropped.spread(),
+            fork_with_children: kept.spread(),
             throughput_mib_s: throughput,
         })
     }
 
-    /// MiB a second without forks.
-    fn quiet(&mut self, time: Duration) -> Result<f64, Failure> {
+    /// The parent without forks.
+    fn quiet(&mut self, time: Duration) -> Result<Stretch, Failure> {
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
         while begun.elapsed() < time {
             self.rig.step(&mut self.random)?;
             thread::sleep(LOOK);
         }
-        Ok(mib_s(self.rig.read_bytes()? - from, begun.elapsed()))
+        Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
 
-    /// MiB a second while the parent is forked on the beat; what is made of a fork is up to `then`.
+    /// The parent while it is forked on the beat; what is made of a fork is up to `then`.
     fn forking(
         &mut self,
         time: Duration,
+        costs: &mut CostSamples,
         mut then: impl FnMut(&Rig, std::sync::Arc<crate::vm::ForkImage>, ForkReport),
-    ) -> Result<f64, Failure> {
+    ) -> Result<Stretch, Failure> {
         let beat = Duration::from_secs(1) / self.args.forks_per_second;
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
         let mut next = begun;
@@ -218,15 +276,29 @@ impl Stress<'_> {
             let (image, report) = self.rig.fork()?;
             self.forks += 1;
             self.in_flight += report.in_flight as u64;
-            self.pause.push_us(report.times.pause);
+            costs.push(&report);
             then(&self.rig, image, report);
         }
-        Ok(mib_s(self.rig.read_bytes()? - from, begun.elapsed()))
+        Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
 }
 
-fn mib_s(bytes: u64, time: Duration) -> f64 {
-    bytes as f64 / f64::from(1 << 20) / time.as_secs_f64()
+/// What was read, and in what time.
+#[derive(Debug, Default)]
+struct Stretch {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Stretch {
+    fn add(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.time += other.time;
+    }
+
+    fn mib_s(&self) -> f64 {
+        self.bytes as f64 / f64::from(1 << 20) / self.time.as_secs_f64()
+    }
 }
 
 fn print(report: &Report) -> Result<(), Failure> {
@@ -238,7 +310,14 @@ fn print(report: &Report) -> Result<(), Failure> {
     row("disk", report.disk.into());
     row("forks", format!("{} ({:.0} a second)", report.forks, report.forks_per_second));
     row("requests in flight at a fork", format!("{:.1}", report.in_flight_at_fork as f64 / report.forks.max(1) as f64));
-    row("parent paused for", format!("{:.0} us  (p99 {:.0})", report.pause_us.p50, report.pause_us.p99));
+    let us = |spread: &Spread| format!("{:.0} us  (p99 {:.0})", spread.p50, spread.p99);
+    row("parent paused for", us(&report.fork.pause_us));
+    row("  until all stands still", us(&report.fork.park_us));
+    row("  until memory is frozen", us(&report.fork.freeze_us));
+    let pages = |spread: &Spread| format!("{:.0}", spread.p50);
+    let (copied, remapped) = (pages(&report.fork.pages_copied), pages(&report.fork.pages_remapped));
+    row("pages copied, remapped", format!("{copied}, {remapped}"));
+    row("parent paused for, with running children", us(&report.fork_with_children.pause_us));
     row("children compared", format!("{}, {} of them nested", tally.children, tally.nested));
     row("put back to their fork in place", tally.resets.to_string());
     row("disk resets, destroyed running", format!("{}, {}", tally.disk_resets, tally.destroyed_running));
