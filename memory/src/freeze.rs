@@ -14,7 +14,9 @@
 //! 2. Everything that needs a copy is copied while every page still is where it was. Failing here changes nothing.
 //! 3. Born pages are remapped. Contents do not change, so even a failure half-way leaves the VM whole: what was remapped is read from the
 //!    same file, what was not stays owned.
-//! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time.
+//! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time. Which are is decided before
+//!    2, so that those that stay get a layer to themselves: all of it is superseded at the next freeze, and its file used again
+//!    ([`crate::shelf`]). In one layer with the others it would live as long as the last of them.
 //! 5. Only then does the image exist for anyone else.
 //!
 //! Where there is much to copy, steps 2 and 4 are left to the background ([`crate::background`]): pinned pages are still copied here, then the
@@ -43,7 +45,7 @@ use crate::view::View;
 const SMALL_GAP: u64 = 4;
 /// Above this many runs, longer gaps are closed too.
 const MANY_RUNS: usize = 64;
-/// Private pages that stay the parent's own after a freeze has copied them. Below it, copying them again at the next freeze
+/// Private pages that stay the parent's own after a freeze has copied them, at most. Below it, copying them again at the next freeze
 /// is cheaper than remapping and breaking COW again.
 const KEEP_PAGES: u64 = 256;
 /// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
@@ -195,7 +197,7 @@ impl GuestRegion {
         plan: &Plan<'_>,
         mode: FreezeMode,
     ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
-        let (delta, filling) = self.delta(state, plan, mode)?;
+        let mut delta = self.delta(state, plan, mode)?;
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.born, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
@@ -213,30 +215,30 @@ impl GuestRegion {
         }
         state.outgrow_birth();
         let before = View::new(self.store.views(), Arc::clone(state.map.map()));
-        for (run, source) in &delta {
+        for (run, source) in delta.all() {
             state.map.insert(*run, source.clone());
         }
         let gaps = subtract_runs(&subtract_runs(&plan.copy, &plan.owned), &plan.pinned);
         let report = FreezeReport {
             remapped: pages_in(&to_remap),
             copied: pages_in(&plan.copy),
-            pending: filling.as_ref().map_or(0, |filling| filling.missing()),
+            pending: delta.filling.as_ref().map_or(0, |filling| filling.missing()),
             pinned: plan.pinned.iter().map(|run| self.table.counts(*run).pinned).sum(),
         };
-        if let (Some(filling), Some((_, source))) = (filling, delta.first()) {
+        if let (Some(filling), Some((_, source))) = (delta.filling.take(), delta.staying.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
             filling.start();
             return Ok((Arc::clone(state.map.map()), report));
         }
         let image = Arc::clone(state.map.map());
-        self.share_copies(state, plan, &delta);
+        self.share_copies(state, &delta.shared);
         state.keep_gaps(&before, &gaps);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
-        let delta_id = delta.first().map(|(_, source)| source.layer.id());
+        let shared_id = delta.shared.first().map(|(_, source)| source.layer.id());
         for private in &plan.owned {
             for (range, mapping) in state.mappings.within(*private) {
-                let shared = matches!(&mapping, Mapping::Private(now) if Some(now.layer.id()) == delta_id);
+                let shared = matches!(&mapping, Mapping::Private(now) if Some(now.layer.id()) == shared_id);
                 if !shared {
                     table.set_exclusive(range);
                 }
@@ -259,17 +261,11 @@ impl GuestRegion {
         Ok(RegionImage { map, no_fork: no_fork.clone() })
     }
 
-    /// The delta layer, and where in it each run of the plan is: complete, or with what fills it.
-    fn delta(
-        &self,
-        state: &mut State,
-        plan: &Plan<'_>,
-        mode: FreezeMode,
-    ) -> Result<(Placed, Option<Arc<Filling>>), RamError> {
+    /// What the plan copies, in layers: complete, or with what fills them.
+    fn delta(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Copies, RamError> {
         if plan.copy.is_empty() {
-            return Ok((Vec::new(), None));
+            return Ok(Copies::default());
         }
-        let packed = Packed::of(&plan.copy);
         let later = pages_in(&subtract_runs(&plan.owned, &plan.pinned));
         let wanted = match mode {
             FreezeMode::Eager => false,
@@ -277,16 +273,36 @@ impl GuestRegion {
             FreezeMode::Auto => later >= BACKGROUND_PAGES,
         };
         if wanted {
+            let packed = Packed::of(&plan.copy);
             match self.defer(state, plan, &packed) {
-                Ok((layer, filling)) => return Ok((packed.placed(&layer), Some(filling))),
+                Ok((layer, filling)) => {
+                    return Ok(Copies {
+                        staying: packed.placed(&layer),
+                        filling: Some(filling),
+                        ..Copies::default()
+                    });
+                }
                 Err(error) if mode == FreezeMode::Background => return Err(error),
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
+        // Heedless to the end: what is kept would be spared after all.
+        let keep = if self.heedless.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
+        let shared = worth_sharing(&plan.copy, &plan.pinned, keep);
+        let staying = self.copied(&subtract_runs(&plan.copy, &shared))?;
+        Ok(Copies { shared: self.copied(&shared)?, staying, filling: None })
+    }
+
+    /// Copies `runs` into a layer of their own.
+    fn copied(&self, runs: &[PageRange]) -> Result<Placed, RamError> {
+        if runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let packed = Packed::of(runs);
         let layer = self.store.delta_layer(packed.pages, packed.grain)?;
         let copied = self.at.write_out(&packed.runs, layer.as_fd(), 0);
         copied.map_err(|source| RamError::Copy { pages: packed.pages, source })?;
-        Ok((packed.placed(&Arc::new(layer)), None))
+        Ok(packed.placed(&Arc::new(layer)))
     }
 
     /// Copies the pinned pages into a new delta layer, write-protects the others, and leaves these to the background. Failing, or with the layer
@@ -318,44 +334,26 @@ impl GuestRegion {
         Ok((layer, filling))
     }
 
-    /// Remaps copied private pages over the delta, longest runs first, until few enough remain the parent's own.
-    /// Never an error: a page left out is only copied again next time.
-    fn share_copies(&self, state: &mut State, plan: &Plan<'_>, delta: &[(PageRange, Source)]) {
-        let mut pieces: Vec<(PageRange, Source)> = Vec::new();
-        for (run, source) in delta {
-            // I3: not the pinned pages. Born pages in the delta are all pinned.
-            for piece in subtract_runs(&[*run], &plan.pinned) {
-                let skip = piece.start - run.start;
-                pieces.push((piece, Source { layer: Arc::clone(&source.layer), at: source.at + skip }));
-            }
-        }
+    /// Remaps copied private pages over their layer, longest runs first. Never an error: a page left out is only copied again next time.
+    fn share_copies(&self, state: &mut State, shared: &[(PageRange, Source)]) {
         // D5: no more than its share, whatever is left of the budget; the births and the pieces of the image come on top.
         let share = self.store.budget().fair_share();
-        let mut left: u64 = pieces.iter().map(|(r, _)| r.len()).sum();
-        // Heedless to the end: what is kept would be spared after all.
-        let keep = if self.heedless.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
+        let mut pieces: Vec<_> = shared.iter().collect();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
         for (piece, source) in pieces {
-            if left <= keep {
-                break;
-            }
             let needed = state.mappings.len() as u64 + 2;
             if needed > share {
-                tracing::debug!(
-                    left,
-                    "enough mappings: pages stay private to the parent until layers have been merged"
-                );
+                tracing::debug!("enough mappings: pages stay private to the parent until layers have been merged");
                 break;
             }
             if state.promise.count() < needed && state.promise.resize(needed).is_err() {
-                tracing::debug!(left, "mapping budget reached: pages stay private to the parent");
+                tracing::debug!("mapping budget reached: pages stay private to the parent");
                 break;
             }
-            if let Err(error) = self.remap(state, piece, &source) {
-                tracing::debug!(%error, left, "pages stay private to the parent");
+            if let Err(error) = self.remap(state, *piece, source) {
+                tracing::debug!(%error, "pages stay private to the parent");
                 break;
             }
-            left -= piece.len();
         }
     }
 
@@ -371,6 +369,37 @@ impl GuestRegion {
 
 /// Where each run of a region is in a delta.
 pub(crate) type Placed = Vec<(PageRange, Source)>;
+
+/// What a freeze copies, and where to.
+#[derive(Default)]
+struct Copies {
+    /// Pages that the parent will be shown from here.
+    shared: Placed,
+    /// Pages that stay its own and in place, and whatever is left to the background.
+    staying: Placed,
+    filling: Option<Arc<Filling>>,
+}
+
+impl Copies {
+    fn all(&self) -> impl Iterator<Item = &(PageRange, Source)> {
+        self.shared.iter().chain(&self.staying)
+    }
+}
+
+/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of born pages only those are copied), and the
+/// longest, until no more than `keep` pages are left.
+fn worth_sharing(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
+    let mut runs = subtract_runs(copy, pinned);
+    let mut left = pages_in(&runs);
+    runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.len()));
+    runs.retain(|run| {
+        let worth = left > keep;
+        left -= if worth { run.len() } else { 0 };
+        worth
+    });
+    runs.sort_unstable();
+    runs
+}
 
 /// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
 /// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
@@ -474,6 +503,17 @@ fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_runs_are_shared_and_never_pinned_ones() {
+        let r = PageRange::new;
+        let copy = [r(0, 10), r(20, 21), r(30, 60), r(100, 105)];
+        assert_eq!(worth_sharing(&copy, &[], 100), vec![]);
+        assert_eq!(worth_sharing(&copy, &[], 20), vec![r(30, 60)]);
+        assert_eq!(worth_sharing(&copy, &[], 15), vec![r(0, 10), r(30, 60)]);
+        assert_eq!(worth_sharing(&copy, &[], 0), copy);
+        assert_eq!(worth_sharing(&copy, &[r(0, 10), r(40, 50)], 16), vec![r(30, 40)]);
+    }
 
     #[test]
     fn gaps_close_when_cheap() {
