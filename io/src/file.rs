@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags, SeekFrom, StatxFlags, seek, statx};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::ALIGN;
+use crate::shelf::FileShelf;
 
 /// Whether transfers go through the host's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -32,6 +33,21 @@ fn alignment(file: &File) -> usize {
     let said = said.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let wanted = said.map(|stat| stat.stx_dio_mem_align.max(stat.stx_dio_offset_align) as usize);
     wanted.filter(|align| align.is_power_of_two()).map_or(ALIGN, |align| align.clamp(512, ALIGN))
+}
+
+/// A second handle that bypasses the page cache, if it is wanted and to be had.
+fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -> Option<File> {
+    if policy == CachePolicy::Host {
+        return None;
+    }
+    // By its descriptor, so that it is the same file whatever happened to the name.
+    let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
+    let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
+    opened
+        .inspect_err(|error| {
+            tracing::warn!(path = %path.display(), %error, "no O_DIRECT here: the page cache is used");
+        })
+        .ok()
 }
 
 /// Something done to a file failed.
@@ -69,14 +85,31 @@ pub enum OpenError {
     },
 }
 
+/// The handles of an open file.
+#[derive(Debug)]
+pub(crate) struct Handles {
+    pub(crate) cached: File,
+    direct: Option<File>,
+    /// What offsets, lengths and addresses of transfers past the page cache must be multiples of.
+    align: usize,
+}
+
+impl Handles {
+    /// `path` is what it is called in warnings.
+    fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
+        let direct = direct_handle(&cached, write, policy, path);
+        let align = direct.as_ref().map_or(ALIGN, alignment);
+        Self { cached, direct, align }
+    }
+}
+
 /// A file, open for as long as an operation on it is in flight.
 #[derive(Debug)]
 pub struct IoFile {
     path: PathBuf,
-    cached: File,
-    direct: Option<File>,
-    /// What offsets, lengths and addresses of transfers past the page cache must be multiples of.
-    align: usize,
+    handles: Arc<Handles>,
+    /// Where its handles go after it.
+    shelf: Option<Arc<FileShelf>>,
     writable: bool,
     /// Whether it has a name, and outlives the process.
     named: bool,
@@ -113,8 +146,8 @@ impl IoFile {
             }
             Err(std::fs::TryLockError::Error(source)) => return Err(failed("locked")(source).into()),
         }
-        let direct = Self::direct_handle(&cached, write, policy, path);
-        Ok(Self::new(path, cached, direct, write, true, kind.is_block_device()))
+        let handles = Handles::new(cached, write, policy, path);
+        Ok(Self::new(path, Arc::new(handles), write, true, kind.is_block_device()))
     }
 
     /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle.
@@ -128,37 +161,36 @@ impl IoFile {
             .map_err(|e| failed("given an unnamed file")(e.into()))?;
         let cached = File::from(fd);
         cached.set_len(len).map_err(failed("given a file of the disk's size"))?;
-        let direct = Self::direct_handle(&cached, true, policy, dir);
-        Ok(Self::new(dir, cached, direct, true, false, false))
+        Ok(Self::new(dir, Arc::new(Handles::new(cached, true, policy, dir)), true, false, false))
+    }
+
+    /// As [`IoFile::unnamed`], but a file that `shelf` has kept if there is one, **with anything in it**: for whoever reads nothing that it
+    /// has not written. It goes back there in the end. All files of one shelf must be asked for with the same arguments.
+    ///
+    /// # Errors
+    /// As [`IoFile::unnamed`].
+    pub fn reused(shelf: &Arc<FileShelf>, dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
+        let file = match shelf.take() {
+            Some(handles) => Self::new(dir, handles, true, false, false),
+            None => Self::unnamed(dir, len, policy)?,
+        };
+        Ok(file.shelved(shelf))
+    }
+
+    fn shelved(mut self, shelf: &Arc<FileShelf>) -> Self {
+        self.shelf = Some(Arc::clone(shelf));
+        self
     }
 
     /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.
     #[must_use]
     pub fn read_only(cached: File, path: &Path, policy: CachePolicy) -> Self {
-        let direct = Self::direct_handle(&cached, false, policy, path);
-        Self::new(path, cached, direct, false, true, false)
+        Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
     }
 
-    fn new(path: &Path, cached: File, direct: Option<File>, writable: bool, named: bool, block_device: bool) -> Self {
+    fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
-        let align = direct.as_ref().map_or(ALIGN, alignment);
-        Self { path: path.to_owned(), cached, direct, align, writable, named, block_device, writes, no_writes }
-    }
-
-    /// A second handle that bypasses the page cache, if it is wanted and to be had.
-    fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -> Option<File> {
-        if policy == CachePolicy::Host {
-            return None;
-        }
-        // By its descriptor, so that it is the same file whatever happened to the name.
-        let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
-        let opened =
-            OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
-        opened
-            .inspect_err(|error| {
-                tracing::warn!(path = %path.display(), %error, "no O_DIRECT here: the page cache is used");
-            })
-            .ok()
+        Self { path: path.to_owned(), handles, shelf: None, writable, named, block_device, writes, no_writes }
     }
 
     /// Its path; for an unnamed file, its directory.
@@ -170,7 +202,7 @@ impl IoFile {
     /// How transfers to it are done: what was asked for, or what the file system allows.
     #[must_use]
     pub fn policy(&self) -> CachePolicy {
-        if self.direct.is_some() { CachePolicy::Direct } else { CachePolicy::Host }
+        if self.handles.direct.is_some() { CachePolicy::Direct } else { CachePolicy::Host }
     }
 
     /// Whether it may be written.
@@ -197,7 +229,7 @@ impl IoFile {
     /// When the system cannot say.
     pub fn size(&self) -> Result<u64, FileError> {
         // Of a block device only seeking tells it; operations name their offsets, so nobody minds where the handle stands.
-        seek(&self.cached, SeekFrom::End(0)).map_err(|error| self.failed("measured", error.into()))
+        seek(&self.handles.cached, SeekFrom::End(0)).map_err(|error| self.failed("measured", error.into()))
     }
 
     /// The first byte from `offset` on that is not in a hole, as far as the file system tells holes from data. `None` when there is only
@@ -206,7 +238,7 @@ impl IoFile {
     /// # Errors
     /// When the system cannot say.
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>, FileError> {
-        match seek(&self.cached, SeekFrom::Data(offset)) {
+        match seek(&self.handles.cached, SeekFrom::Data(offset)) {
             Ok(at) => Ok(Some(at)),
             // Past the last byte of data.
             Err(rustix::io::Errno::NXIO) => Ok(None),
@@ -221,7 +253,7 @@ impl IoFile {
     /// # Errors
     /// When the system cannot say.
     pub fn next_hole(&self, offset: u64) -> Result<u64, FileError> {
-        match seek(&self.cached, SeekFrom::Hole(offset)) {
+        match seek(&self.handles.cached, SeekFrom::Hole(offset)) {
             Ok(at) => Ok(at),
             Err(rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(u64::MAX),
             Err(error) => Err(self.failed("searched for holes", error.into())),
@@ -233,7 +265,7 @@ impl IoFile {
     /// # Errors
     /// When it fails, or the file ends first.
     pub fn read_now(&self, bytes: &mut [u8], offset: u64) -> Result<(), FileError> {
-        self.cached.read_exact_at(bytes, offset).map_err(|source| self.failed("read", source))
+        self.handles.cached.read_exact_at(bytes, offset).map_err(|source| self.failed("read", source))
     }
 
     /// Writes without an engine.
@@ -241,7 +273,7 @@ impl IoFile {
     /// # Errors
     /// When it fails.
     pub fn write_now(&self, bytes: &[u8], offset: u64) -> Result<(), FileError> {
-        self.cached.write_all_at(bytes, offset).map_err(|source| self.failed("written", source))
+        self.handles.cached.write_all_at(bytes, offset).map_err(|source| self.failed("written", source))
     }
 
     /// Makes what was written durable, without an engine.
@@ -249,7 +281,7 @@ impl IoFile {
     /// # Errors
     /// When it fails; a later success says nothing about what was written before.
     pub fn sync_now(&self) -> Result<(), FileError> {
-        self.cached.sync_all().map_err(|source| self.failed("made durable", source))
+        self.handles.cached.sync_all().map_err(|source| self.failed("made durable", source))
     }
 
     /// Waits until no write to it is in flight, up to `patience`. Returns whether that is so.
@@ -287,15 +319,15 @@ impl IoFile {
 
     /// See the field.
     pub(crate) fn direct_align(&self) -> usize {
-        self.align
+        self.handles.align
     }
 
     pub(crate) fn direct_fd(&self) -> Option<RawFd> {
-        self.direct.as_ref().map(AsRawFd::as_raw_fd)
+        self.handles.direct.as_ref().map(AsRawFd::as_raw_fd)
     }
 
     pub(crate) fn cached_fd(&self) -> RawFd {
-        self.cached.as_raw_fd()
+        self.handles.cached.as_raw_fd()
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> FileError {
@@ -303,9 +335,18 @@ impl IoFile {
     }
 }
 
+impl Drop for IoFile {
+    fn drop(&mut self) {
+        // Nobody reads it any more, and what was to be written to it has been: operations hold the file.
+        if let Some(shelf) = self.shelf.take() {
+            shelf.put(Arc::clone(&self.handles));
+        }
+    }
+}
+
 impl AsFd for IoFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.cached.as_fd()
+        self.handles.cached.as_fd()
     }
 }
 
@@ -334,6 +375,31 @@ mod tests {
         }
         let error = IoFile::unnamed(Path::new("/proc"), 1, CachePolicy::Host).unwrap_err();
         assert_eq!(error.path, Path::new("/proc"));
+    }
+
+    #[test]
+    fn a_file_is_used_again_when_nobody_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = Arc::new(FileShelf::default());
+        let file = || IoFile::reused(&shelf, dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
+        let inode = |file: &IoFile| rustix::fs::fstat(file).unwrap().st_ino;
+        let (first, second) = (file(), file());
+        first.write_now(b"before", 5000).unwrap();
+        let (was, other) = (inode(&first), inode(&second));
+        assert_ne!(was, other);
+        drop(first);
+        let again = file();
+        assert_eq!(
+            (inode(&again), again.is_writable(), again.is_named(), again.has_writes()),
+            (was, true, false, false)
+        );
+        assert_eq!(again.policy(), second.policy());
+        let mut got = [0; 6];
+        again.read_now(&mut got, 5000).unwrap();
+        assert_eq!(&got, b"before", "its room is there, with anything in it");
+        assert_ne!(inode(&file()), was, "it is in use");
+        drop((again, second));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | memory of an operation | `buffer.rs` |
 //! | files, and whether the page cache is used | `file.rs` |
+//! | files that are used again | `shelf.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //!
 //! What it does not do: it knows nothing of guests, disks and their formats, and it starts no threads.
@@ -17,10 +18,12 @@ mod buffer;
 mod engine;
 mod file;
 mod op;
+mod shelf;
 mod tap;
 
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
 pub use op::{Failure, Request};
+pub use shelf::FileShelf;
 pub use tap::{Offload, Tap, TapError, VNET_HEADER};

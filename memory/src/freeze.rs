@@ -276,11 +276,7 @@ impl GuestRegion {
             let packed = Packed::of(&plan.copy);
             match self.defer(state, plan, &packed) {
                 Ok((layer, filling)) => {
-                    return Ok(Copies {
-                        staying: packed.placed(&layer),
-                        filling: Some(filling),
-                        ..Copies::default()
-                    });
+                    return Ok(Copies { staying: packed.placed(&layer), filling: Some(filling), ..Copies::default() });
                 }
                 Err(error) if mode == FreezeMode::Background => return Err(error),
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),

@@ -162,7 +162,7 @@ impl DiskImage {
                 map.insert(granules.clone(), source.map_or(Source::Zero, |file| Source::File(Arc::clone(file))));
             }
         }
-        let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays });
+        let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays, shelf: Arc::default() });
         Ok(Self { setup, map, unsettled: Vec::new() })
     }
 }

@@ -5,7 +5,7 @@ use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Fragment, IoFile, Stats, total_len};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, Fragment, IoFile, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::image::{DiskImage, check_overlays, overlay_dir};
@@ -22,6 +22,9 @@ pub(super) struct Setup {
     pub(super) base: Option<Arc<IoFile>>,
     pub(super) size: u64,
     pub(super) overlays: PathBuf,
+    /// Overlays that nobody has any more. What is in one is read only where the map says so, and it says so only of what was written since the file
+    /// was taken from here: in whole granules.
+    pub(super) shelf: Arc<FileShelf>,
 }
 
 /// A request to a disk. Offsets and lengths are in bytes, and multiples of a sector.
@@ -123,7 +126,7 @@ impl Disk {
         }
         let map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
         let own = base.is_writable().then(|| Arc::clone(&base));
-        let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays });
+        let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
         Self::assemble(setup, map, own, false)
     }
 

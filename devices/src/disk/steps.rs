@@ -77,8 +77,8 @@ impl Disk {
             return Ok(Arc::clone(own));
         }
         let setup = &self.setup;
-        let file = Arc::new(IoFile::unnamed(&setup.overlays, setup.size, setup.config.cache)?);
-        Ok(Arc::clone(self.own.insert(file)))
+        let file = IoFile::reused(&setup.shelf, &setup.overlays, setup.size, setup.config.cache)?;
+        Ok(Arc::clone(self.own.insert(Arc::new(file))))
     }
 
     fn plan_write(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {

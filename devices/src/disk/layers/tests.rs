@@ -291,3 +291,39 @@ fn what_is_still_being_written_is_not_read() {
     assert_eq!(granule, [9; 4096]);
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
+
+/// What is in an overlay from before it was this disk's is seen by no request, no fork and no snapshot.
+#[test]
+fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, model) = file(dir.path());
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    let first = disk.fork();
+    let old = vec![0xaa; SIZE as usize];
+    let mut child = first.open().unwrap();
+    write(&mut child, 0, &old);
+    drop(child);
+    // Its overlay is whose turn it is next, with all of that in it.
+    let mut next = first.open().unwrap();
+    let mut want = model.clone();
+    let put = |disk: &mut Disk, want: &mut Vec<u8>, sector: u64, sectors: u64, byte: u8| {
+        let (from, len) = (sector * SECTOR, (sectors * SECTOR) as usize);
+        write(disk, from, &vec![byte; len]);
+        want[from as usize..from as usize + len].fill(byte);
+    };
+    put(&mut next, &mut want, 3, 1, 1);
+    put(&mut next, &mut want, 165, 20, 2);
+    put(&mut next, &mut want, SIZE / SECTOR - 2, 2, 3);
+    assert_eq!(next.own.as_ref().map(|own| own.next_data(0).unwrap()), Some(Some(0)), "it is that one");
+    assert_eq!(read(&mut next, 0, SIZE as usize), want);
+    let image = next.fork();
+    assert_eq!(whole(&image), want);
+    let changed = image.changed_since(&first).unwrap();
+    let granules: Vec<_> = (0..image.granules()).filter(|granule| covers(&changed, *granule)).collect();
+    assert_eq!(granules, [0, 20, 21, 22, 23, 40]);
+    let base = layer(dir.path(), 0, &first, first.runs().unwrap());
+    let delta = layer(dir.path(), 1, &image, changed);
+    let again = DiskImage::from_layers(&DiskConfig::new(&path), SIZE, &[base, delta]).unwrap();
+    assert_eq!(whole(&again), want);
+    assert_eq!(whole(&first), model);
+}
