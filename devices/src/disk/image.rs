@@ -168,7 +168,9 @@ impl Disk {
     ///
     /// # Errors
     /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
-    pub fn commit(self) -> Result<CommitReport, Box<(Self, CommitError)>> {
+    pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
+        // What cannot be ended is in flight.
+        let _ = self.settle_moves();
         match self.try_commit() {
             Ok(report) => Ok(report),
             Err(error) => Err(Box::new((self, error))),

@@ -24,6 +24,8 @@ pub(super) enum Work {
     },
     /// Make durable.
     Flush,
+    /// Copy granules of overlays into the own file, through this memory.
+    Move(Option<Arc<AlignedBuf>>),
 }
 
 /// Where a job is.
@@ -31,7 +33,7 @@ pub(super) enum Work {
 pub(super) enum Stage {
     /// Nothing was given to the engine, or what was is done again from the beginning.
     Planned,
-    /// The rest of granules that are written in part is being read.
+    /// The rest of granules that are written in part is being read, or what is moved.
     Edges,
     /// The transfer itself.
     Transfer,
@@ -91,7 +93,7 @@ impl Job {
 
     /// Whether it changes the disk.
     pub(super) fn changes(&self) -> bool {
-        matches!(self.work, Work::Write(_) | Work::Zero { .. })
+        matches!(self.work, Work::Write(_) | Work::Zero { .. } | Work::Move(_))
     }
 }
 

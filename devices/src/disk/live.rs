@@ -8,6 +8,7 @@ use std::sync::Arc;
 use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, Fragment, IoFile, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::compact::Moves;
 use super::image::{DiskImage, check_overlays, overlay_dir};
 use super::job::{Job, Work};
 use super::locks::{Hold, RangeLocks, overlap};
@@ -105,6 +106,7 @@ pub struct Disk {
     pub(super) parts: HashMap<u64, Parts>,
     pub(super) done: Vec<DiskDone>,
     pub(super) reaped: Vec<Completion<usize>>,
+    pub(super) moves: Moves,
     /// Not to be read again when the engine fails for good.
     pub(super) zeros: Option<Arc<AlignedBuf>>,
 }
@@ -153,6 +155,7 @@ impl Disk {
             parts: HashMap::new(),
             done: Vec::new(),
             reaped: Vec::new(),
+            moves: Moves::default(),
             zeros: None,
         })
     }
@@ -189,6 +192,7 @@ impl Disk {
         self.own = None;
         self.forked = true;
         self.unsettled.clone_from(&image.unsettled);
+        self.moves.forget();
         self.done.clear();
         true
     }
@@ -217,10 +221,10 @@ impl Disk {
         self.forked
     }
 
-    /// Requests that are not done.
+    /// Requests that are not done, and what the disk does on its own meanwhile.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.parts.len()
+        self.parts.len() + self.moves.running
     }
 
     /// Readable when there is something to [`Disk::reap`].
@@ -238,7 +242,7 @@ impl Disk {
     /// Extents of the map, and files that provide something.
     #[must_use]
     pub fn extents_and_files(&self) -> (usize, usize) {
-        (self.map.len(), self.map.files().len())
+        (self.map.len(), self.map.sizes().len())
     }
 
     pub(super) fn setup(&self) -> &Arc<Setup> {
@@ -279,12 +283,12 @@ impl Disk {
         if job.changes() && self.setup.config.read_only {
             return Err(DiskError::ReadOnly { path: self.setup.config.path.clone() });
         }
+        self.parts.entry(job.token).or_default().left += 1;
         self.add(job);
         Ok(())
     }
 
-    fn add(&mut self, job: Job) {
-        self.parts.entry(job.token).or_default().left += 1;
+    pub(super) fn add(&mut self, job: Job) {
         let at = self.free.pop().unwrap_or_else(|| {
             self.jobs.push(None);
             self.jobs.len() - 1
@@ -330,6 +334,7 @@ impl Disk {
     /// # Errors
     /// When it takes nothing; it is given again at the next call.
     pub fn kick(&mut self) -> Result<(), DiskError> {
+        self.begin_moves();
         match &mut self.engine {
             Some(engine) => Ok(engine.flush()?),
             None => Ok(()),
@@ -361,6 +366,7 @@ impl Disk {
 
     /// Gives up on what the kernel can give up on. Everything is still to be reaped.
     pub fn cancel(&mut self) {
+        self.moves.forget();
         let mut reaped = mem::take(&mut self.reaped);
         if let Some(engine) = &mut self.engine {
             engine.cancel(|completion| reaped.push(completion));
@@ -401,7 +407,7 @@ impl Disk {
     /// Ends a job: the map changes, its granules are free, and whoever waited for them begins.
     pub(super) fn end(&mut self, at: usize, mut job: Job) {
         match (&job.work, &job.error) {
-            (Work::Write(_), None) if job.moves => {
+            (Work::Write(_) | Work::Move(_), None) if job.moves => {
                 if let Some(target) = job.target.take() {
                     self.map.insert(job.granules(), Source::File(target));
                 }
@@ -415,7 +421,14 @@ impl Disk {
             self.unsynced = true;
         }
         self.free.push(at);
-        if let Some(parts) = self.parts.get_mut(&job.token) {
+        if let Work::Move(_) = job.work {
+            self.moves.running -= 1;
+            if let Some(error) = job.error.take() {
+                // Where it is it stays, and is tried again some overlays later.
+                tracing::debug!(%error, "overlays are not merged");
+                self.moves.forget();
+            }
+        } else if let Some(parts) = self.parts.get_mut(&job.token) {
             parts.left -= 1;
             if let Some(error) = job.error.take() {
                 parts.error.get_or_insert(error);

@@ -1,5 +1,6 @@
 //! Which file provides each block of a disk: a persistent map, cloned in constant time with the VM.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -111,15 +112,16 @@ impl BlockMap {
         self.extents.insert_mut(start, Extent { end, source });
     }
 
-    /// The files that provide something, each once.
-    pub(crate) fn files(&self) -> Vec<Arc<IoFile>> {
-        let mut files: Vec<Arc<IoFile>> = Vec::new();
-        for (_, extent) in self.extents.iter() {
-            if let Source::File(file) = &extent.source
-                && !files.iter().any(|known| Arc::ptr_eq(known, file))
-            {
-                files.push(Arc::clone(file));
-            }
+    /// The files that provide something, each once, and how many granules.
+    pub(crate) fn sizes(&self) -> Vec<(Arc<IoFile>, u64)> {
+        let (mut files, mut known) = (Vec::new(), HashMap::new());
+        for (start, extent) in self.extents.iter() {
+            let Source::File(file) = &extent.source else { continue };
+            let at = *known.entry(Arc::as_ptr(file)).or_insert_with(|| {
+                files.push((Arc::clone(file), 0));
+                files.len() - 1
+            });
+            files[at].1 += extent.end - start;
         }
         files
     }

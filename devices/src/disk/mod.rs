@@ -16,8 +16,10 @@
 //! | taking requests, and saying when they are done | `live.rs` |
 //! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
+//! | keeping overlays few | `compact.rs` |
 //! | what a snapshot writes, and a disk made of it again | `layers.rs` |
 
+mod compact;
 mod image;
 mod job;
 mod layers;

@@ -22,6 +22,7 @@ impl Disk {
             Work::Write(_) => self.plan_write(at, &mut job),
             Work::Zero { punch, advisory } => self.plan_zero(at, &mut job, punch, advisory),
             Work::Flush => self.plan_flush(at, &mut job),
+            Work::Move(_) => self.plan_move(at, &mut job),
         };
         if let Err(error) = planned {
             job.error.get_or_insert(error);
@@ -38,7 +39,7 @@ impl Disk {
         }
     }
 
-    fn give(&mut self, at: usize, job: &mut Job, request: Request) -> Result<(), DiskError> {
+    pub(super) fn give(&mut self, at: usize, job: &mut Job, request: Request) -> Result<(), DiskError> {
         if self.engine.is_none() {
             // Made at the first request: most clones of a VM never touch their disk.
             let event = self.event.try_clone().map_err(DiskError::Event)?;
@@ -78,7 +79,9 @@ impl Disk {
         }
         let setup = &self.setup;
         let file = IoFile::reused(&setup.shelf, &setup.overlays, setup.size, setup.config.cache)?;
-        Ok(Arc::clone(self.own.insert(Arc::new(file))))
+        let own = Arc::clone(self.own.insert(Arc::new(file)));
+        self.overlay_made();
+        Ok(own)
     }
 
     fn plan_write(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
@@ -116,8 +119,14 @@ impl Disk {
 
     fn transfer(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
-        let (Work::Write(buffers), Some(file)) = (&job.work, job.target.clone()) else { return Ok(()) };
-        let (offset, buffers) = job.edges.around(job.offset, job.end(), buffers);
+        let Some(file) = job.target.clone() else { return Ok(()) };
+        let (offset, buffers) = match &job.work {
+            Work::Write(buffers) => job.edges.around(job.offset, job.end(), buffers),
+            Work::Move(Some(buffer)) => {
+                (job.offset, Fragment::owned(buffer, 0, job.len as usize).into_iter().collect())
+            }
+            _ => return Ok(()),
+        };
         self.give(at, job, Request::Write { file, offset, buffers })
     }
 
@@ -192,11 +201,15 @@ impl Disk {
     /// What comes after the engine has done all it was given of a job.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
         let next = match (&job.work, &job.stage) {
-            (Work::Write(_), Stage::Edges) if job.error.is_none() => {
+            (Work::Write(_) | Work::Move(_), Stage::Edges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.own.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
                 // Forked meanwhile: what was to be written to is read-only now. From the beginning, to the new own file; the bytes
                 // that were read are still right, since the granules are held.
-                if current { self.transfer(at, job) } else { self.plan_write(at, job) }
+                match (current, &job.work) {
+                    (true, _) => self.transfer(at, job),
+                    (false, Work::Move(_)) => self.plan_move(at, job),
+                    (false, _) => self.plan_write(at, job),
+                }
             }
             (Work::Zero { advisory, .. }, Stage::Transfer) => {
                 let advisory = *advisory;

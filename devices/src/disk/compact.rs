@@ -1,0 +1,159 @@
+//! Keeping the files of a disk few.
+//!
+//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one granule of it is nowhere else. A disk that is
+//! forked a thousand times, and writes a little in between, would have a thousand overlays: two descriptors each, and the process has so many.
+//!
+//! So when the map names too many, granules of the smallest are *moved* into the own file until half as many are left: read, written, and then in the
+//! map, like a guest's write of the same bytes, alone with its granules, and while the guest goes on. As in a log-structured merge, what has been
+//! moved is in a larger file, and is moved again only when there are many of that size.
+//!
+//! Images keep the files they have. Nothing is moved while a parent's writes are still on their way into a file of this disk, and nothing is moved
+//! into an overlay that would be made for it: a disk nobody writes costs no file.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_io::{AlignedBuf, Fragment, IoFile, Request};
+
+use super::DiskError;
+use super::job::{Job, Stage, Work};
+use super::live::Disk;
+use super::map::{GRANULE, Source};
+
+/// Overlays that a map may name.
+const MOST: usize = 64;
+/// Overlays made between two looks at how many there are: looking takes as long as the map is.
+const LOOK: u32 = 16;
+/// Granules moved at once.
+const RUN: u64 = 64;
+/// Moves in flight.
+const AT_ONCE: usize = 2;
+/// How long the end of moves is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is to be moved, and how much of it is under way.
+#[derive(Debug)]
+pub(super) struct Moves {
+    /// Granules. Where each is is looked up when its turn comes.
+    queue: VecDeque<Range<u64>>,
+    /// In flight.
+    pub(super) running: usize,
+    /// Overlays made since the last look.
+    made: u32,
+    /// See [`MOST`] and [`LOOK`].
+    most: usize,
+    look: u32,
+}
+
+impl Default for Moves {
+    fn default() -> Self {
+        Self { queue: VecDeque::new(), running: 0, made: 0, most: MOST, look: LOOK }
+    }
+}
+
+impl Moves {
+    /// What is not under way stays where it is.
+    pub(super) fn forget(&mut self) {
+        self.queue.clear();
+    }
+
+    #[cfg(test)]
+    pub(super) fn at_most(most: usize, look: u32) -> Self {
+        Self { most, look, ..Self::default() }
+    }
+}
+
+/// Whether granules of `file` may be moved away: an overlay that has become read-only.
+fn movable(source: &Source, own: Option<&Arc<IoFile>>) -> bool {
+    matches!(source, Source::File(file) if !file.is_named() && !own.is_some_and(|own| Arc::ptr_eq(own, file)))
+}
+
+impl Disk {
+    /// To be called when an overlay was made: looks now and then whether they have become too many.
+    pub(super) fn overlay_made(&mut self) {
+        self.moves.made += 1;
+        if self.moves.made < self.moves.look || !self.moves.queue.is_empty() {
+            return;
+        }
+        self.moves.made = 0;
+        let own = self.own.as_ref();
+        let mut overlays: Vec<_> = self.map.sizes().into_iter().filter(|(file, _)| !file.is_named()).collect();
+        overlays.retain(|(file, _)| !own.is_some_and(|own| Arc::ptr_eq(own, file)));
+        if overlays.len() <= self.moves.most {
+            return;
+        }
+        overlays.sort_unstable_by_key(|(_, granules)| *granules);
+        overlays.truncate(overlays.len() - self.moves.most / 2);
+        let chosen = |source: &Source| overlays.iter().any(|(file, _)| source.is(file));
+        for (range, _) in self.map.pieces(0..self.size().div_ceil(GRANULE)).filter(|(_, source)| chosen(source)) {
+            let starts = (range.start..range.end).step_by(RUN as usize);
+            self.moves.queue.extend(starts.map(|start| start..range.end.min(start + RUN)));
+        }
+        tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
+    }
+
+    /// Begins what is to be moved, a little at a time.
+    pub(super) fn begin_moves(&mut self) {
+        // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
+        let held = self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes());
+        while !held && self.moves.running < AT_ONCE {
+            let Some(range) = self.moves.queue.pop_front() else { return };
+            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(self.size()));
+            self.moves.running += 1;
+            // Its token is nobody's: it is counted here, and told to nobody.
+            self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
+        }
+    }
+
+    /// Reads what of the job's granules can still be moved: all of one run of them. The rest is moved later.
+    pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        // Planned again after a fork, it may have nothing to do any more.
+        (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
+        let (own, all) = (self.own.clone(), job.granules());
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for (range, _) in self.map.pieces(all).filter(|(_, source)| movable(source, own.as_ref())) {
+            match runs.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => runs.push(range),
+            }
+        }
+        let mut runs = runs.into_iter();
+        // Without an own file: forked meanwhile, and not written since.
+        let (Some(own), Some(run)) = (own, runs.next()) else { return Ok(()) };
+        self.moves.queue.extend(runs);
+        job.offset = run.start * GRANULE;
+        job.len = (run.end * GRANULE).min(self.size()) - job.offset;
+        (job.moves, job.target) = (true, Some(own));
+        let buffer = Arc::new(AlignedBuf::new(job.len as usize));
+        let mut reads = Vec::new();
+        for (range, source) in self.map.pieces(run) {
+            let Source::File(file) = source else { continue };
+            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(self.size()));
+            let buffers = Fragment::owned(&buffer, (start - job.offset) as usize, (end - start) as usize);
+            let buffers = buffers.into_iter().collect();
+            reads.push(Request::Read { file: Arc::clone(file), offset: start, buffers });
+        }
+        job.work = Work::Move(Some(buffer));
+        job.stage = Stage::Edges;
+        reads.into_iter().try_for_each(|request| self.give(at, job, request))
+    }
+
+    /// Stops moving, and waits for what is under way. Returns whether nothing is.
+    pub(super) fn settle_moves(&mut self) -> bool {
+        self.moves.forget();
+        let deadline = Instant::now() + PATIENCE;
+        while self.moves.running > 0 && Instant::now() < deadline {
+            let done = self.reap();
+            self.done.extend(done.unwrap_or_default());
+            if self.moves.running > 0 && self.wait(Duration::from_millis(10)).is_err() {
+                break;
+            }
+        }
+        self.moves.running == 0
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,237 @@
+use std::fs;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::disk::{DiskConfig, DiskImage, DiskOp, SECTOR};
+
+const GRANULES: u64 = 300;
+/// Not whole granules.
+const SIZE: u64 = GRANULES * GRANULE - 3 * SECTOR;
+
+fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    let model: Vec<u8> = (0..SIZE).map(|at| (at / SECTOR % 251) as u8 | 1).collect();
+    fs::write(&path, &model).unwrap();
+    (dir, path, model)
+}
+
+fn buffer(bytes: &[u8]) -> Vec<Fragment> {
+    let buffer = Arc::new(AlignedBuf::new(bytes.len()));
+    let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
+    fragment.slice().copy_from(bytes);
+    vec![fragment]
+}
+
+fn write(disk: &mut Disk, offset: u64, bytes: &[u8], token: u64) {
+    disk.submit(DiskOp::Write { offset, buffers: buffer(bytes) }, token).unwrap();
+    disk.kick().unwrap();
+}
+
+/// Lets the guest's requests end; what is moved goes on.
+fn requests_end(disk: &mut Disk) {
+    loop {
+        // What a cancelled one made way for is given to the kernel here.
+        disk.reap().unwrap();
+        if disk.in_flight() == disk.moves.running {
+            return;
+        }
+        disk.wait(Duration::from_secs(10)).unwrap();
+    }
+}
+
+/// Lets all that is in flight end, and returns how many requests did.
+fn finish(disk: &mut Disk) -> usize {
+    let mut ended = 0;
+    loop {
+        for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
+            done.result.unwrap();
+            ended += 1;
+        }
+        if disk.in_flight() == 0 {
+            return ended;
+        }
+        disk.wait(Duration::from_secs(10)).unwrap();
+    }
+}
+
+fn read(disk: &mut Disk) -> Vec<u8> {
+    let buffers = buffer(&vec![0xee; SIZE as usize]);
+    let mut bytes = vec![0; SIZE as usize];
+    disk.submit(DiskOp::Read { offset: 0, buffers: buffers.clone() }, 1).unwrap();
+    disk.kick().unwrap();
+    finish(disk);
+    buffers[0].slice().copy_to(&mut bytes);
+    bytes
+}
+
+fn whole(image: &DiskImage) -> Vec<u8> {
+    let mut bytes = vec![0xee; SIZE as usize];
+    image.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
+    let (_dir, path, mut model) = image();
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    let mut kept = Vec::new();
+    let mut most = 0;
+    for fork in 0..1000u64 {
+        let image = disk.fork();
+        if fork % 250 == 100 {
+            kept.push((image, model.clone()));
+        }
+        // Another place each time, so that each overlay would be needed for ever.
+        let (at, byte) = (fork * 7 % (GRANULES - 1) * GRANULE, fork as u8);
+        write(&mut disk, at, &[byte; 4096], fork);
+        model[at as usize..at as usize + 4096].fill(byte);
+        assert_eq!(finish(&mut disk), 1, "what is moved is nobody's request");
+        most = most.max(disk.extents_and_files().1);
+    }
+    assert!(most <= 2 + MOST + LOOK as usize, "{most} files");
+    assert!(most > MOST / 2, "{most}: nothing was merged");
+    assert!(read(&mut disk) == model);
+    for (image, then) in &kept {
+        assert!(whole(image) == *then, "an image is its instant");
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write {
+        sector: u64,
+        sectors: u64,
+        byte: u8,
+        wait: bool,
+    },
+    Discard {
+        granule: u64,
+        granules: u64,
+    },
+    Fork,
+    /// In a disk of its own, which is then this one.
+    Child,
+    /// In place, once nothing is in flight.
+    Rewind,
+    Cancel,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let sectors = (0..SIZE / SECTOR).prop_flat_map(|sector| (Just(sector), 1..=(SIZE / SECTOR - sector).min(64)));
+    let granules = (0..GRANULES).prop_flat_map(|granule| (Just(granule), 1..=(GRANULES - granule).min(20)));
+    prop_oneof![
+        12 => (sectors, any::<u8>(), prop::bool::weighted(0.3))
+            .prop_map(|((sector, sectors), byte, wait)| Act::Write { sector, sectors, byte, wait }),
+        2 => granules.prop_map(|(granule, granules)| Act::Discard { granule, granules }),
+        8 => Just(Act::Fork),
+        1 => Just(Act::Child),
+        1 => Just(Act::Rewind),
+        1 => Just(Act::Cancel),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    /// Merged all the time, with writes and forks in the middle, a disk and its images are what bytes are.
+    #[test]
+    fn whatever_is_moved_bytes_stay(acts in prop::collection::vec(act(), 1..80), late in any::<bool>()) {
+        let (_dir, path, mut model) = image();
+        let latency = late.then_some(Duration::from_micros(300));
+        let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&path) }).unwrap();
+        disk.moves = Moves::at_most(3, 1);
+        let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
+        let mut last = None;
+        // Of requests in flight that overlap nobody knows which is last.
+        let mut busy: Vec<Range<u64>> = Vec::new();
+        for (token, act) in (2..).zip(acts) {
+            let sectors_in = GRANULE / SECTOR;
+            let range = match act {
+                Act::Write { sector, sectors, .. } => Some(sector..sector + sectors),
+                Act::Discard { granule, granules } => Some(granule * sectors_in..(granule + granules) * sectors_in),
+                _ => None,
+            };
+            if let Some(range) = range {
+                if busy.iter().any(|other| other.start < range.end && range.start < other.end) {
+                    requests_end(&mut disk);
+                    busy.clear();
+                }
+                busy.push(range);
+            }
+            match act {
+                Act::Write { sector, sectors, byte, wait } => {
+                    let bytes = vec![byte; (sectors * SECTOR) as usize];
+                    write(&mut disk, sector * SECTOR, &bytes, token);
+                    model[(sector * SECTOR) as usize..][..bytes.len()].fill(byte);
+                    if wait {
+                        finish(&mut disk);
+                    }
+                }
+                Act::Discard { granule, granules } => {
+                    let (offset, end) = (granule * GRANULE, ((granule + granules) * GRANULE).min(SIZE));
+                    disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
+                    model[offset as usize..end as usize].fill(0);
+                }
+                // A guest's requests are done again by a child's device, which is not here; moves stay in flight.
+                Act::Fork | Act::Child | Act::Rewind => {
+                    requests_end(&mut disk);
+                    if let (Act::Rewind, Some((image, then))) = (&act, &last) {
+                        disk.cancel();
+                        disk.settle_moves();
+                        prop_assert!(disk.rewind(image));
+                        model = Vec::clone(then);
+                        continue;
+                    }
+                    let image = disk.fork();
+                    if let Act::Child = act {
+                        disk = image.open().unwrap();
+                        disk.moves = Moves::at_most(3, 1);
+                    }
+                    last = Some((image.clone(), model.clone()));
+                    if token % 3 == 0 {
+                        images.push((image, model.clone()));
+                    }
+                }
+                Act::Cancel => {
+                    requests_end(&mut disk);
+                    disk.cancel();
+                }
+            }
+        }
+        finish(&mut disk);
+        prop_assert!(read(&mut disk) == model);
+        for (image, then) in &images {
+            prop_assert!(image.settle(Duration::from_secs(10)));
+            prop_assert!(&whole(image) == then, "an image is its instant");
+        }
+        if disk.is_forked() {
+            let last = disk.fork();
+            prop_assert!(whole(&last) == model);
+        }
+    }
+}
+
+#[test]
+fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
+    let (_dir, path, mut model) = image();
+    let config = DiskConfig { latency: Some(Duration::from_millis(2)), ..DiskConfig::new(&path) };
+    let mut disk = Disk::open(&config).unwrap();
+    disk.moves = Moves::at_most(2, 1);
+    for fork in 0..12u64 {
+        drop(disk.fork());
+        let at = fork * 20 * GRANULE;
+        write(&mut disk, at, &[fork as u8; 4096], fork);
+        model[at as usize..at as usize + 4096].fill(fork as u8);
+        requests_end(&mut disk);
+        if fork == 6 {
+            // Whatever of them has not ended yet ends as an error, or as if it had not been asked to.
+            disk.cancel();
+        }
+    }
+    disk.kick().unwrap();
+    assert!(disk.moves.running > 0, "something is on its way");
+    disk.commit().map_err(|refused| refused.1).unwrap();
+    assert!(fs::read(&path).unwrap() == model);
+}
