@@ -1,0 +1,157 @@
+//! What a freeze copies: which runs, how they lie in their layer, what of them the parent is shown from there.
+
+use std::sync::Arc;
+
+use crate::background::{Origin, Part};
+use crate::layer::{Layer, LayerMap, Source};
+use crate::store::Backing;
+use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
+
+/// Runs are joined over gaps up to this long (in pages) even when there are few: copying four shared pages costs less
+/// than one more mapping in the parent and in every child.
+pub(super) const SMALL_GAP: u64 = 4;
+/// Above this many runs, longer gaps are closed too.
+const MANY_RUNS: usize = 64;
+
+/// Where each run of a region is in a delta.
+pub(crate) type Placed = Vec<(PageRange, Source)>;
+
+/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of born pages only those are copied), and the
+/// longest, until no more than `keep` pages are left.
+pub(super) fn worth_sharing(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
+    let mut runs = subtract_runs(copy, pinned);
+    let mut left = pages_in(&runs);
+    runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.len()));
+    runs.retain(|run| {
+        let worth = left > keep;
+        left -= if worth { run.len() } else { 0 };
+        worth
+    });
+    runs.sort_unstable();
+    runs
+}
+
+/// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
+/// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
+pub(crate) struct Packed {
+    pub(crate) runs: Vec<PageRange>,
+    pub(crate) pages: u64,
+    pub(crate) grain: Backing,
+}
+
+impl Packed {
+    pub(crate) fn of(runs: &[PageRange]) -> Self {
+        let mut order = Vec::with_capacity(runs.len());
+        let mut rest = Vec::with_capacity(runs.len());
+        for run in runs {
+            let first = run.start.next_multiple_of(BLOCK_PAGES);
+            let last = run.end - run.end % BLOCK_PAGES;
+            if first < last {
+                order.push(PageRange::new(first, last));
+                rest.push(PageRange::new(run.start, first));
+                rest.push(PageRange::new(last, run.end));
+            } else {
+                rest.push(*run);
+            }
+        }
+        let grain = if order.is_empty() { Backing::Small } else { Backing::Huge };
+        order.extend(rest.into_iter().filter(|r| !r.is_empty()));
+        Self { pages: pages_in(&order), runs: order, grain }
+    }
+
+    /// The runs, and the file's page each starts at.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (PageRange, u64)> {
+        self.runs.iter().scan(0, |at, run| {
+            let here = *at;
+            *at += run.len();
+            Some((*run, here))
+        })
+    }
+
+    pub(crate) fn placed(&self, layer: &Arc<Layer>) -> Placed {
+        self.iter().map(|(run, at)| (run, Source { layer: Arc::clone(layer), at })).collect()
+    }
+}
+
+/// What the delta's pages are copied from. Pages this VM owns, and pinned ones, are in its memory; gaps that were closed it may write meanwhile
+/// (not all are protected), so they come from beneath.
+pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<Part> {
+    let mut own = subtract_runs(pinned, owned);
+    own.extend_from_slice(owned);
+    own.sort_unstable();
+    let mut parts = Vec::with_capacity(packed.runs.len());
+    for (run, at) in packed.iter() {
+        let mut add = |range: PageRange, origin: Origin| {
+            parts.push(Part { range, at: at + (range.start - run.start), origin });
+        };
+        let first = own.partition_point(|own| own.end <= run.start);
+        let mut done = run.start;
+        for own in own[first..].iter().map(|own| own.intersect(run)).take_while(|own| !own.is_empty()) {
+            beneath(map, PageRange::new(done, own.start), &mut add);
+            add(own, Origin::Parent);
+            done = own.end;
+        }
+        beneath(map, PageRange::new(done, run.end), &mut add);
+    }
+    parts
+}
+
+fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origin)) {
+    if gap.is_empty() {
+        return;
+    }
+    let mut done = gap.start;
+    let zero = |from: u64, to: u64, add: &mut dyn FnMut(PageRange, Origin)| {
+        if from < to {
+            add(PageRange::new(from, to), Origin::Zero);
+        }
+    };
+    for (range, source) in map.within(gap) {
+        zero(done, range.start, add);
+        done = range.end;
+        add(range, Origin::Layer(source));
+    }
+    zero(done, gap.end, add);
+}
+
+/// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too much is always safe (I5).
+pub(super) fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
+    let mut joined = join_runs(runs, SMALL_GAP);
+    let mut gap = SMALL_GAP * 4;
+    while joined.len() > MANY_RUNS && gap <= BLOCK_PAGES / 8 {
+        let wider = join_runs(runs, gap);
+        // Not at any price: at most twice the pages that have to be copied anyway.
+        if pages_in(&wider) > 2 * pages_in(runs) {
+            break;
+        }
+        joined = wider;
+        gap *= 4;
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_runs_are_shared_and_never_pinned_ones() {
+        let r = PageRange::new;
+        let copy = [r(0, 10), r(20, 21), r(30, 60), r(100, 105)];
+        assert_eq!(worth_sharing(&copy, &[], 100), vec![]);
+        assert_eq!(worth_sharing(&copy, &[], 20), vec![r(30, 60)]);
+        assert_eq!(worth_sharing(&copy, &[], 15), vec![r(0, 10), r(30, 60)]);
+        assert_eq!(worth_sharing(&copy, &[], 0), copy);
+        assert_eq!(worth_sharing(&copy, &[r(0, 10), r(40, 50)], 16), vec![r(30, 40)]);
+    }
+
+    #[test]
+    fn gaps_close_when_cheap() {
+        let r = PageRange::new;
+        assert_eq!(close_gaps(&[r(0, 1), r(3, 4), r(20, 21)]), vec![r(0, 4), r(20, 21)]);
+        let scattered: Vec<_> = (0..1000).map(|i| PageRange::with_len(i * 10, 1)).collect();
+        assert_eq!(close_gaps(&scattered).len(), 1000, "closing would copy ten times as much");
+        let dense: Vec<_> = (0..1000).map(|i| PageRange::with_len(i * 20, 14)).collect();
+        assert_eq!(close_gaps(&dense), vec![r(0, 19_994)]);
+    }
+}
