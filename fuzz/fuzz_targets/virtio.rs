@@ -45,12 +45,15 @@ const REGISTERS: [u64; 16] = [
 enum Step {
     Write(u8, u32),
     Read(u16, u8),
-    /// Brings the device to life in the usual way, with so many queues.
+    /// Brings the device to life in the usual way, with so many queues, and with indirect tables or without.
     SetUp(u8),
     /// Puts a descriptor somewhere: queue, index, address, length, flags, next.
     Descriptor(u8, u8, u32, u32, u16, u8),
     /// Makes a head available.
     Offer(u8, u16),
+    /// Puts an indirect table behind a queue's rings and a descriptor that refers to it: queue, index, offset, length, flags, and each descriptor's
+    /// address, length, flags and next.
+    Table(u8, u8, u8, u32, u16, Vec<(u32, u32, u16, u8)>),
     /// Any bytes anywhere near.
     Poke(u16, Vec<u8>),
     Notify(u8),
@@ -139,14 +142,31 @@ impl Vm {
         let _ = self.ram.memory().write_slice(bytes, GuestAddress(at));
     }
 
+    fn descriptor(&self, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {
+        self.poke(at, &address.to_le_bytes());
+        self.poke(at + 8, &len.to_le_bytes());
+        self.poke(at + 12, &flags.to_le_bytes());
+        self.poke(at + 14, &next.to_le_bytes());
+    }
+
+    /// A descriptor of a buffer that is in RAM and short, most often.
+    fn buffer(&self, at: u64, (address, len, flags, next): (u32, u32, u16, u8)) {
+        let address = if address % 4 == 0 { u64::from(address) << 8 } else { u64::from(address) % WINDOW };
+        let len = if len % 4 == 0 { len } else { len % 0x600 };
+        self.descriptor(at, (address, len, flags, u16::from(next % 18)));
+    }
+
     fn step(&mut self, step: Step) {
         match step {
             Step::Write(register, value) => self.put(REGISTERS[usize::from(register) % REGISTERS.len()], value),
             Step::Read(offset, len) => self.device.read(u64::from(offset), &mut vec![0; usize::from(len % 9)]),
             Step::SetUp(queues) => {
                 [0, 1, 3].iter().for_each(|status| self.put(regs::STATUS, *status));
-                self.put(regs::DRIVER_FEATURES_SEL, 1);
-                self.put(regs::DRIVER_FEATURES, 1);
+                // VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1.
+                for (half, chosen) in [(0, u32::from(queues < 0xc0) << 28), (1, 1)] {
+                    self.put(regs::DRIVER_FEATURES_SEL, half);
+                    self.put(regs::DRIVER_FEATURES, chosen);
+                }
                 self.put(regs::STATUS, 11);
                 for queue in 0..u32::from(queues % 8) {
                     let base = 0x1000 * queue;
@@ -162,12 +182,20 @@ impl Vm {
             }
             Step::Descriptor(queue, index, address, len, flags, next) => {
                 let at = 0x1000 * u64::from(queue % 8) + 16 * u64::from(index % 17);
-                let address = if address % 4 == 0 { u64::from(address) << 8 } else { u64::from(address) % WINDOW };
-                let len = if len % 4 == 0 { len } else { len % 0x600 };
-                self.poke(at, &address.to_le_bytes());
-                self.poke(at + 8, &len.to_le_bytes());
-                self.poke(at + 12, &(flags % 8).to_le_bytes());
-                self.poke(at + 14, &u16::from(next % 18).to_le_bytes());
+                self.buffer(at, (address, len, flags % 8, next));
+            }
+            Step::Table(queue, index, offset, len, flags, entries) => {
+                let queue = 0x1000 * u64::from(queue % 8);
+                let table = queue + 0xc00 + u64::from(offset % 32);
+                // Most often as long as it is, and sometimes longer than a queue of 16 allows.
+                let len = if len % 4 == 0 { len } else { 16 * (entries.len() as u32 % 18) };
+                for ((address, len, flags, next), n) in entries.into_iter().zip(0u64..18) {
+                    // A table in a table is rare, or nothing else would be seen.
+                    let flags = if flags % 32 == 0 { 4 } else { flags % 4 };
+                    self.buffer(table + 16 * n, (address, len, flags, next));
+                }
+                let flags = 4 | if flags % 8 == 1 { 1 } else { flags & 2 };
+                self.descriptor(queue + 16 * u64::from(index % 16), (table, len, flags, 0));
             }
             Step::Offer(queue, head) => {
                 let queue = usize::from(queue % 8);

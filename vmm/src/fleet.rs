@@ -1,11 +1,12 @@
 //! The VMs of this process by name, each with a control socket and a console socket.
 
+mod names;
+
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use event_manager::SubscriberId;
@@ -15,8 +16,9 @@ use crate::console::{ConsoleListener, Line};
 use crate::event_loop::{EventLoop, LoopError};
 use crate::vm::{ChildIdentity, ChildOptions, Context, Endpoints, ForkImage, ForkReport, SnapshotError, Vm, VmError};
 
-/// Longest name: a socket's path must fit 108 bytes.
-pub const LONGEST_NAME: usize = 48;
+use names::{Claim, make_runtime_dir};
+pub use names::{LONGEST_NAME, check_name, console_path, runtime_dir, socket_path, virtio_console_path};
+
 /// Most children one request may make.
 pub const MOST_CHILDREN: usize = 10_000;
 
@@ -55,6 +57,9 @@ pub enum FleetError {
         /// How many were asked for.
         count: usize,
     },
+    /// No VM is made any more.
+    #[error("the process is ending")]
+    Ending,
     /// Sockets and their directory.
     #[error("{} cannot be used", path.display())]
     Runtime {
@@ -73,115 +78,6 @@ pub enum FleetError {
     /// See [`SnapshotError`].
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
-}
-
-/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/tmp/clade-UID`.
-#[must_use]
-pub fn runtime_dir() -> PathBuf {
-    if let Some(dir) = std::env::var_os("CLADE_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        return dir.into();
-    }
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        Some(dir) => Path::new(&dir).join("clade"),
-        None => PathBuf::from(format!("/tmp/clade-{}", rustix::process::getuid().as_raw())),
-    }
-}
-
-/// Makes the runtime directory, for this user alone.
-fn make_runtime_dir(dir: &Path) -> Result<(), FleetError> {
-    use std::os::unix::fs::DirBuilderExt;
-    let failed = |source| FleetError::Runtime { path: dir.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
-    let owner = fs::metadata(dir).map_err(failed)?.uid();
-    if owner != rustix::process::getuid().as_raw() {
-        // Under /tmp somebody else may have been there first.
-        return Err(failed(io::Error::new(io::ErrorKind::PermissionDenied, format!("it belongs to user {owner}"))));
-    }
-    Ok(())
-}
-
-/// Checks a name.
-///
-/// # Errors
-/// [`FleetError::BadName`].
-pub fn check_name(name: &str) -> Result<(), FleetError> {
-    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-    let rest = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if first && rest && name.len() <= LONGEST_NAME {
-        Ok(())
-    } else {
-        Err(FleetError::BadName { name: name.to_owned() })
-    }
-}
-
-/// Paths of a VM's sockets.
-#[must_use]
-pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.sock"))
-}
-
-/// Path of a VM's console.
-#[must_use]
-pub fn console_path(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.console"))
-}
-
-/// Path of a VM's virtio console, if it has one.
-#[must_use]
-pub fn virtio_console_path(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.hvc"))
-}
-
-/// A name held on this host. The lock goes with the process, so a crashed owner's name is free again.
-#[derive(Debug)]
-struct Claim {
-    dir: PathBuf,
-    name: String,
-    _lock: File,
-}
-
-impl Claim {
-    fn new(dir: &Path, name: &str) -> Result<Self, FleetError> {
-        check_name(name)?;
-        let path = dir.join(format!("{name}.lock"));
-        let failed = |source| FleetError::Runtime { path: path.clone(), source };
-        let lock = loop {
-            let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-            match lock.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(FleetError::Taken { name: name.to_owned() }),
-                Err(TryLockError::Error(source)) => return Err(failed(source)),
-            }
-            // An owner that left after the file was opened has removed it: what is locked then is no longer the name's.
-            let locked = lock.metadata().map_err(failed)?;
-            match fs::metadata(&path) {
-                Ok(named) if (named.dev(), named.ino()) == (locked.dev(), locked.ino()) => break lock,
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-                _ => {}
-            }
-        };
-        Ok(Self { dir: dir.to_owned(), name: name.to_owned(), _lock: lock })
-    }
-
-    fn bind(&self, path: &Path) -> Result<UnixListener, FleetError> {
-        let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
-        // The lock is ours, so a socket that is there is a dead owner's.
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
-            _ => {}
-        }
-        UnixListener::bind(path).map_err(failed)
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        // The lock file last: while it is locked nobody else binds these.
-        for path in [socket_path, console_path, virtio_console_path] {
-            let _ = fs::remove_file(path(&self.dir, &self.name));
-        }
-        let _ = fs::remove_file(self.dir.join(format!("{}.lock", self.name)));
-    }
 }
 
 #[derive(Debug)]
@@ -231,6 +127,8 @@ struct Inner {
     dir: PathBuf,
     events: EventLoop,
     members: Mutex<BTreeMap<String, Member>>,
+    /// Whether it takes nobody any more. Only read and written under the lock of the members.
+    closed: AtomicBool,
     /// Serves HTTP on a member's control socket.
     serve: Serve,
 }
@@ -265,6 +163,7 @@ impl Fleet {
             dir: dir.to_owned(),
             events,
             members: Mutex::default(),
+            closed: AtomicBool::new(false),
             serve: serve(WeakFleet(weak.clone())),
         })))
     }
@@ -315,7 +214,14 @@ impl Fleet {
             consoles.push(served.inspect_err(|_| consoles.iter().for_each(|id| self.0.events.remove(*id)))?);
         }
         let parent = parent.map(str::to_owned);
-        self.members().insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, consoles, _claim: claim });
+        {
+            let mut members = self.members();
+            if self.0.closed.load(Ordering::Relaxed) {
+                consoles.iter().for_each(|id| self.0.events.remove(*id));
+                return Err(FleetError::Ending);
+            }
+            members.insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, consoles, _claim: claim });
+        }
         (self.0.serve.begin)(control, name);
         Ok(vm)
     }
@@ -349,6 +255,13 @@ impl Fleet {
             member.consoles.iter().for_each(|console| self.0.events.remove(*console));
             member.vm.stop();
         }
+    }
+
+    /// Stops all VMs, and takes no more: also those that a request is just making.
+    pub fn close(&self) {
+        let members = self.members();
+        self.0.closed.store(true, Ordering::Relaxed);
+        members.values().for_each(|member| member.vm.stop());
     }
 
     /// Takes out the VMs that have stopped.
@@ -462,34 +375,36 @@ impl Fleet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::{BootSource, Image};
+    use crate::kvm::testutil::host;
+    use crate::vm::VmConfig;
 
     #[test]
-    fn names_cannot_leave_the_directory() {
-        for bad in ["", "../x", "a/b", ".hidden", "-x", "a b", "ä", &"x".repeat(49)] {
-            assert!(check_name(bad).is_err(), "{bad:?}");
+    fn a_closed_fleet_stops_its_vms_and_takes_no_more() {
+        if host().is_none() {
+            return;
         }
-        for good in ["a", "web-1", "A.b_c", &"x".repeat(48)] {
-            assert!(check_name(good).is_ok(), "{good:?}");
-        }
-    }
-
-    #[test]
-    fn a_name_is_taken_once_and_free_again_after() {
         let dir = tempfile::tempdir().unwrap();
-        let claim = Claim::new(dir.path(), "a").unwrap();
-        claim.bind(&socket_path(dir.path(), "a")).unwrap();
-        assert!(matches!(Claim::new(dir.path(), "a"), Err(FleetError::Taken { .. })));
-        drop(claim);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
-        Claim::new(dir.path(), "a").unwrap();
-    }
-
-    #[test]
-    fn a_dead_owners_sockets_are_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(UnixListener::bind(socket_path(dir.path(), "a")).unwrap());
-        assert!(socket_path(dir.path(), "a").exists());
-        let claim = Claim::new(dir.path(), "a").unwrap();
-        claim.bind(&socket_path(dir.path(), "a")).unwrap();
+        let serve = |_| Serve { begin: Box::new(|_, _| {}), finish: Box::new(|| {}) };
+        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), serve).unwrap();
+        let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
+        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+        let mut config = VmConfig::new(32 << 20, 1).unwrap();
+        (config.report_port, config.acpi) = (true, false);
+        let config = Arc::new(config);
+        let boot = |name: &'static str| {
+            let (config, source) = (&config, &source);
+            move |context: &Context| Vm::boot(context, name, config, source)
+        };
+        let one = fleet.launch("one", None, boot("one")).unwrap();
+        // Closed while another is being made.
+        let late = fleet.launch("late", None, |context| {
+            fleet.close();
+            boot("late")(context)
+        });
+        assert!(matches!(late, Err(FleetError::Ending)), "{late:?}");
+        assert!(one.stopped().is_some());
+        fleet.remove("one");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nobody's sockets are left");
     }
 }

@@ -11,7 +11,7 @@ use clade_memory::{Access, GuestRam, PageRange, PinError, Term};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion};
 
-use super::queue::Segment;
+use super::chain::Segment;
 
 /// Memory that a device cannot have.
 #[derive(Debug, Error)]

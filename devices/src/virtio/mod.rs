@@ -23,6 +23,7 @@
 
 pub mod balloon;
 pub mod block;
+mod chain;
 pub mod console;
 pub mod dma;
 mod interrupt;
@@ -49,8 +50,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::irq::Irq;
 
+pub use chain::{Chain, Segment};
 pub use interrupt::{Interrupt, InterruptState};
-pub use queue::{Chain, QueueError, QueueState, Segment, Virtqueue};
+pub use queue::{QueueError, QueueState, Virtqueue};
 pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
 pub use worker::{Hurry, Service, Turn, Wake, Worker};
 
@@ -173,7 +175,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Its device type, as the specification numbers them.
     fn device_type(&self) -> u32;
 
-    /// The features it offers, without VIRTIO_F_VERSION_1, which the transport adds.
+    /// The features it offers, without VIRTIO_F_VERSION_1 and VIRTIO_F_INDIRECT_DESC, which the transport adds.
     fn features(&self) -> u64;
 
     /// Its queues' largest sizes, each a power of two.

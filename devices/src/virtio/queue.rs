@@ -1,7 +1,6 @@
-//! A virtqueue in guest memory, and the chains of buffers that a driver puts there.
+//! A virtqueue in guest memory, where a driver puts chains of buffers.
 //!
-//! The rings are `virtio-queue`'s. Chains are walked here, once: each descriptor is read once, so that nothing changes between the check and
-//! the use, and what is wrong with a chain is an error rather than an early end.
+//! The rings are `virtio-queue`'s; how chains are walked is in `chain.rs`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,16 +8,13 @@ use std::sync::atomic::Ordering;
 use clade_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Most bytes in one chain, as the specification has it.
-const MOST_BYTES: u64 = 1 << 32;
+use super::chain::{Chain, DESCRIPTOR, Walk};
 
 /// What a driver may not do with a queue. The device needs a reset after it.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -31,7 +27,7 @@ pub enum QueueError {
         /// Descriptors in the queue.
         size: u16,
     },
-    /// A chain with more descriptors than the queue has: a loop.
+    /// A chain with more buffers than the queue has descriptors: a loop, most often.
     #[error("the chain at {head} does not end within {size} descriptors")]
     Endless {
         /// Its head.
@@ -44,6 +40,38 @@ pub enum QueueError {
     Indirect {
         /// Its head.
         head: u16,
+    },
+    /// A table is the end of a chain.
+    #[error("the chain at {head} goes on behind its indirect table")]
+    BehindTable {
+        /// Its head.
+        head: u16,
+    },
+    /// A table in a table.
+    #[error("the chain at {head} has an indirect table in its indirect table")]
+    Nested {
+        /// Its head.
+        head: u16,
+    },
+    /// Not a table, or one with more descriptors than the queue has.
+    #[error("the chain at {head} has an indirect table of {len} bytes, not of 1 to {size} descriptors of {DESCRIPTOR}")]
+    TableLength {
+        /// Its head.
+        head: u16,
+        /// The table's length.
+        len: u32,
+        /// Descriptors in the queue.
+        size: u16,
+    },
+    /// A descriptor that is not in the table.
+    #[error("descriptor {index} of an indirect table of {entries}, in the chain at {head}")]
+    TableIndex {
+        /// Its head.
+        head: u16,
+        /// Its index.
+        index: u16,
+        /// Descriptors in the table.
+        entries: u32,
     },
     /// A buffer of no bytes.
     #[error("the chain at {head} has a buffer of no bytes")]
@@ -95,26 +123,6 @@ pub enum QueueError {
     },
 }
 
-/// A buffer: guest-physical, checked to be in one region of RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// First byte.
-    pub address: GuestAddress,
-    /// How many; never 0.
-    pub len: u32,
-}
-
-/// A chain of buffers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Chain {
-    /// Its number, to be given back.
-    pub head: u16,
-    /// What the device reads.
-    pub readable: Vec<Segment>,
-    /// What the device writes.
-    pub writable: Vec<Segment>,
-}
-
 /// A queue's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
@@ -163,20 +171,30 @@ pub struct Virtqueue {
     queue: Queue,
     ram: GuestRam,
     event: Arc<EventFd>,
+    /// Whether chains may have indirect tables.
+    indirect: bool,
     out: u16,
 }
 
 impl Virtqueue {
-    /// A queue as its state says. Chains that were popped and not given back are to be counted by [`Virtqueue::count_out`].
+    /// A queue as its state says, for a driver that has chosen `features`. Chains that were popped and not given back are to be counted by
+    /// [`Virtqueue::count_out`].
     ///
     /// # Errors
     /// When there can be no such queue, or its rings are not in RAM.
-    pub fn new(index: u16, state: &QueueState, ram: &GuestRam, event: &Arc<EventFd>) -> Result<Self, QueueError> {
+    pub fn new(
+        index: u16,
+        state: &QueueState,
+        features: u64,
+        ram: &GuestRam,
+        event: &Arc<EventFd>,
+    ) -> Result<Self, QueueError> {
+        let chosen = |feature: u32| features & (1 << feature) != 0;
         let queue = Queue::try_from(virtio_queue::QueueState {
             max_size: state.max_size,
             next_avail: state.next_available,
             next_used: state.next_used,
-            event_idx_enabled: state.event_idx,
+            event_idx_enabled: chosen(VIRTIO_RING_F_EVENT_IDX),
             size: state.size,
             ready: state.ready,
             desc_table: state.descriptors,
@@ -184,7 +202,8 @@ impl Virtqueue {
             used_ring: state.used,
         });
         let queue = queue.ok().filter(|queue| queue.is_valid(ram.memory())).ok_or(QueueError::Rings { index })?;
-        Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), out: 0 })
+        let indirect = chosen(VIRTIO_RING_F_INDIRECT_DESC);
+        Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), indirect, out: 0 })
     }
 
     /// Its number in the device.
@@ -259,49 +278,26 @@ impl Virtqueue {
     pub fn chain(&self, head: u16) -> Result<Chain, QueueError> {
         let size = self.queue.size();
         let table = GuestAddress(self.queue.desc_table());
-        let mut chain = Chain { head, ..Chain::default() };
-        let (mut index, mut bytes) = (head, 0u64);
-        for _ in 0..size {
+        let mut walk = Walk::new(&self.ram, size, head);
+        let mut next = Some(head);
+        while let Some(index) = next {
             if index >= size {
                 return Err(QueueError::Index { index, size });
             }
-            let at = table.checked_add(u64::from(index) * 16).ok_or(QueueError::Rings { index: self.index })?;
+            let at = u64::from(index) * u64::from(DESCRIPTOR);
+            let at = table.checked_add(at).ok_or(QueueError::Rings { index: self.index })?;
             let descriptor: Descriptor =
                 self.ram.memory().read_obj(at).map_err(|_| QueueError::Rings { index: self.index })?;
-            let flags = u32::from(descriptor.flags());
-            let segment = self.segment(head, &descriptor)?;
-            bytes += u64::from(segment.len);
-            if flags & VRING_DESC_F_INDIRECT != 0 {
+            if !Walk::is_table(&descriptor) {
+                next = walk.buffer(&descriptor)?;
+            } else if self.indirect {
+                walk.table(&descriptor)?;
+                break;
+            } else {
                 return Err(QueueError::Indirect { head });
             }
-            if bytes > MOST_BYTES {
-                return Err(QueueError::TooLong { head });
-            }
-            if flags & VRING_DESC_F_WRITE != 0 {
-                chain.writable.push(segment);
-            } else if chain.writable.is_empty() {
-                chain.readable.push(segment);
-            } else {
-                return Err(QueueError::Order { head });
-            }
-            if flags & VRING_DESC_F_NEXT == 0 {
-                return Ok(chain);
-            }
-            index = descriptor.next();
         }
-        Err(QueueError::Endless { head, size })
-    }
-
-    fn segment(&self, head: u16, descriptor: &Descriptor) -> Result<Segment, QueueError> {
-        let (address, len) = (descriptor.addr(), descriptor.len());
-        if len == 0 {
-            return Err(QueueError::Empty { head });
-        }
-        let outside = QueueError::Outside { head, address: address.0, len };
-        let Some((region, _)) = self.ram.locate(address) else { return Err(outside) };
-        // Regions do not touch, so a buffer that leaves one is in a hole.
-        let left = region.len() - (address.0 - region.start_addr().0);
-        if u64::from(len) <= left { Ok(Segment { address, len }) } else { Err(outside) }
+        Ok(walk.end())
     }
 
     /// Gives a chain back, with `len` bytes written to its writable part. Everything written there is written before.

@@ -20,7 +20,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::interrupt::{Interrupt, InterruptState};
 use super::queue::{QueueState, Virtqueue};
@@ -267,7 +267,8 @@ impl VirtioMmio {
     }
 
     fn offered(inner: &Registers) -> u64 {
-        inner.device.features() | 1 << VIRTIO_F_VERSION_1
+        // Indirect tables are the queue's affair: no device knows of them.
+        inner.device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     fn status(&self, inner: &Registers) -> u32 {
@@ -331,11 +332,9 @@ impl VirtioMmio {
         features: u64,
         states: &[QueueState],
     ) -> Result<Activation, ActivateError> {
-        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut queues = Vec::with_capacity(states.len());
         for ((index, state), event) in (0u16..).zip(states).zip(&self.wiring.notify) {
-            let state = QueueState { event_idx, ..*state };
-            let queue = state.ready.then(|| Virtqueue::new(index, &state, &self.ram, event)).transpose()?;
+            let queue = state.ready.then(|| Virtqueue::new(index, state, features, &self.ram, event)).transpose()?;
             queues.push(queue);
         }
         let (ram, interrupt) = (self.ram.clone(), Arc::clone(&self.interrupt));

@@ -16,6 +16,10 @@ const PER_QUEUE: u64 = 0x4000;
 const PATIENCE: Duration = Duration::from_secs(20);
 const WRITE: u16 = 2;
 const NEXT: u16 = 1;
+const INDIRECT: u16 = 4;
+/// Where a queue has its tables, one a descriptor.
+const TABLES: u64 = 0x3000;
+const PER_TABLE: u64 = 0x100;
 
 /// One queue, as the driver sees it.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +48,15 @@ pub(crate) fn ram(store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(32 << 20).unwrap(), store).unwrap();
     ram.birth().unwrap();
     ram
+}
+
+/// Address, length, flags and next.
+fn describe(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {
+    let memory = ram.memory();
+    memory.write_obj(address, GuestAddress(at)).unwrap();
+    memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+    memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+    memory.write_obj(next, GuestAddress(at + 14)).unwrap();
 }
 
 impl Driver {
@@ -116,22 +129,32 @@ impl Driver {
         self.rings[queue].next
     }
 
-    /// Makes a chain available, and notifies.
+    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in both.
     pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let memory = self.ram.memory();
         let ring = &mut self.rings[queue];
         let head = ring.next;
-        for (n, (address, len, write)) in buffers.iter().enumerate() {
-            let index = (head + n as u16) % SIZE;
-            let last = n + 1 == buffers.len();
-            let flags = if *write { WRITE } else { 0 } | if last { 0 } else { NEXT };
-            let at = ring.base + u64::from(index) * 16;
-            memory.write_obj(*address, GuestAddress(at)).unwrap();
-            memory.write_obj(*len, GuestAddress(at + 8)).unwrap();
-            memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
-            memory.write_obj((index + 1) % SIZE, GuestAddress(at + 14)).unwrap();
+        let direct = match ring.available % 3 {
+            0 => buffers.len(),
+            1 => 0,
+            _ => buffers.len() / 2,
+        };
+        let in_ring = |n: usize| ring.base + u64::from((head + n as u16) % SIZE) * 16;
+        let table = ring.base + TABLES + u64::from(head) * PER_TABLE;
+        for (n, &(address, len, write)) in buffers.iter().enumerate() {
+            let flags = if write { WRITE } else { 0 } | if n + 1 == buffers.len() { 0 } else { NEXT };
+            let (at, next) = if n < direct {
+                (in_ring(n), (head + n as u16 + 1) % SIZE)
+            } else {
+                (table + (n - direct) as u64 * 16, (n - direct) as u16 + 1)
+            };
+            describe(&self.ram, at, (address, len, flags, next));
         }
-        ring.next = (head + buffers.len() as u16) % SIZE;
+        let in_table = buffers.len() - direct;
+        if in_table > 0 {
+            describe(&self.ram, in_ring(direct), (table, in_table as u32 * 16, INDIRECT, 0));
+        }
+        ring.next = (head + direct as u16 + u16::from(in_table > 0)) % SIZE;
         let slot = ring.base + 0x1004 + u64::from(ring.available % SIZE) * 2;
         memory.write_obj(head, GuestAddress(slot)).unwrap();
         ring.available = ring.available.wrapping_add(1);

@@ -21,6 +21,20 @@ pub(crate) const NEEDS_RESET: u32 = 0x40;
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// The feature of indirect tables.
+pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
+
+/// A descriptor's bytes.
+pub(crate) fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    bytes
+}
 
 /// A device, its memory, and what a driver remembers.
 pub(crate) struct Machine {
@@ -28,6 +42,8 @@ pub(crate) struct Machine {
     pub(crate) device: VirtioMmio,
     wiring: Wiring,
     options: BlockOptions,
+    /// Features that the driver does not take.
+    pub(crate) declined: u64,
     available: Vec<u16>,
     used: Vec<u16>,
 }
@@ -65,7 +81,7 @@ impl Machine {
         let wiring = Wiring::new(queues).unwrap();
         let block = Block::new(Disk::open(config).unwrap(), &options);
         let device = VirtioMmio::new(Box::new(block), &ram, wiring.clone(), false);
-        Self { ram, device, wiring, options, available: vec![0; queues], used: vec![0; queues] }
+        Self { ram, device, wiring, options, declined: 0, available: vec![0; queues], used: vec![0; queues] }
     }
 
     /// With the driver ready.
@@ -85,7 +101,7 @@ impl Machine {
         self.device.write(offset, &value.to_le_bytes());
     }
 
-    /// Up to FEATURES_OK, with everything that is offered.
+    /// Up to FEATURES_OK, with everything that is offered and not declined.
     pub(crate) fn negotiate(&self) -> u64 {
         self.write(regs::STATUS, 0);
         self.write(regs::STATUS, 1);
@@ -93,7 +109,7 @@ impl Machine {
         let mut features = 0;
         for half in [0, 1] {
             self.write(regs::DEVICE_FEATURES_SEL, half);
-            let offered = self.read(regs::DEVICE_FEATURES);
+            let offered = self.read(regs::DEVICE_FEATURES) & !((self.declined >> (32 * half)) as u32);
             self.write(regs::DRIVER_FEATURES_SEL, half);
             self.write(regs::DRIVER_FEATURES, offered);
             features |= u64::from(offered) << (32 * half);
@@ -129,13 +145,14 @@ impl Machine {
     }
 
     pub(crate) fn describe(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
-        let at = RINGS + u64::from(index) * 16;
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&address.to_le_bytes());
-        bytes[8..12].copy_from_slice(&len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&next.to_le_bytes());
-        self.ram.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
+        self.put(RINGS + u64::from(index) * 16, &descriptor(address, len, flags, next));
+    }
+
+    /// Puts a table somewhere: address, length, flags and next of each descriptor.
+    pub(crate) fn table(&self, at: u64, entries: &[(u64, u32, u16, u16)]) {
+        let bytes: Vec<u8> =
+            entries.iter().flat_map(|&(at, len, flags, next)| descriptor(at, len, flags, next)).collect();
+        self.put(at, &bytes);
     }
 
     /// Makes the chain at `head` of the first queue available, without saying so.
@@ -162,6 +179,19 @@ impl Machine {
         let flags = if matches!(kind, 0 | 8) { WRITE } else { 0 };
         self.describe(head + 1, self.data(n), len, flags | NEXT, head + 2);
         self.describe(head + 2, header + 16, 1, WRITE, 0);
+        head
+    }
+
+    /// Puts all of request `n` but its first `direct` descriptors into a table at `at`. What they leave in the ring is nonsense.
+    pub(crate) fn fold(&self, n: u16, direct: u16, at: u64) -> u16 {
+        let head = n * 3;
+        let mut table = self.bytes(RINGS + u64::from(head + direct) * 16, usize::from(3 - direct) * 16);
+        for (next, entry) in (1u16..).zip(table.chunks_mut(16)) {
+            entry[14..].copy_from_slice(&next.to_le_bytes());
+        }
+        self.put(at, &table);
+        (head + direct..head + 3).for_each(|index| self.describe(index, u64::MAX, 0, u16::MAX, u16::MAX));
+        self.describe(head + direct, at, table.len() as u32, INDIRECT, 0xffff);
         head
     }
 
@@ -230,7 +260,8 @@ impl Machine {
         let (state, Backend::Disk(disk)) = self.device.save().unwrap() else { panic!("a disk without a disk") };
         let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
         self.device.resume();
-        Image { state, disk, ram, options: self.options, available: self.available.clone(), used: self.used.clone() }
+        let (options, declined) = (self.options, self.declined);
+        Image { state, disk, ram, options, declined, available: self.available.clone(), used: self.used.clone() }
     }
 }
 
@@ -239,6 +270,7 @@ pub(crate) struct Image {
     pub(crate) disk: DiskImage,
     ram: clade_memory::RamImage,
     options: BlockOptions,
+    declined: u64,
     available: Vec<u16>,
     used: Vec<u16>,
 }
@@ -267,6 +299,6 @@ impl Image {
         let device = Box::new(Block::restore(block, self.disk.open().unwrap(), &self.options));
         let device = VirtioMmio::restore(device, &ram, wiring.clone(), &self.state).unwrap();
         let (available, used) = (self.available.clone(), self.used.clone());
-        Machine { ram, device, wiring, options: self.options, available, used }
+        Machine { ram, device, wiring, options: self.options, declined: self.declined, available, used }
     }
 }

@@ -5,4 +5,5 @@
 mod block;
 mod driver;
 mod hostile;
+mod indirect;
 mod transport;

@@ -3,6 +3,7 @@
 mod args;
 mod devices;
 mod disk;
+mod ending;
 mod limits;
 mod output;
 mod remote;
@@ -26,6 +27,8 @@ pub(crate) enum Failure {
     Input(anyhow::Error),
     /// It could be, but went wrong: exit code 1.
     Run(anyhow::Error),
+    /// A signal ended it, and everything in order: exit code 128 and the signal's number, as shells have it.
+    Signal(i32),
 }
 
 impl Failure {
@@ -39,8 +42,10 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Input(error) | Self::Run(error)) = self;
-        f.write_str(&crate::error_chain(error.as_ref()))
+        match self {
+            Self::Input(error) | Self::Run(error) => f.write_str(&crate::error_chain(error.as_ref())),
+            Self::Signal(number) => write!(f, "ended by signal {number}"),
+        }
     }
 }
 
@@ -78,7 +83,11 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("clade: {failure}");
-            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
+            ExitCode::from(match failure {
+                Failure::Run(_) => 1,
+                Failure::Input(_) => 2,
+                Failure::Signal(number) => 128 + number as u8,
+            })
         }
     }
 }

@@ -1,17 +1,15 @@
 //! `clade restore`: VMs that go on from a snapshot.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::cli::args::RestoreArgs;
-use crate::cli::run::foreground;
+use crate::cli::ending::Ending;
+use crate::cli::run::{foreground, wait_for_all};
 use crate::cli::{Failure, Outcome};
 use crate::control::serve_fleet;
-use crate::fleet::{Children, Fleet, FleetError, runtime_dir};
+use crate::fleet::{Children, FleetError, runtime_dir};
 use crate::vm::{ChildIdentity, ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotError, VmError};
-
-/// How often the end of the process's VMs is looked for.
-const TURN: Duration = Duration::from_millis(200);
 
 /// What is wrong with a snapshot, or with what was asked for, is the caller's; what this host could not do is not.
 fn failure(error: FleetError) -> Failure {
@@ -45,6 +43,8 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     let image = ForkImage::restore(&context, &dir, &options).map_err(|error| failure(error.into()))?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    // Before there is anything to leave behind.
+    let ending = Ending::listen(runtime.handle()).map_err(Failure::run)?;
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
     let identity = ChildIdentity { nets: args.child.net.clone(), vsock: args.child.vsock.clone() };
     let wanted = Children { count: args.count, pattern: args.pattern.as_deref(), identity: &identity };
@@ -58,17 +58,10 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         }
         eprintln!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
         drop(vms);
-        wait_for_all(&fleet);
+        wait_for_all(&fleet, &ending);
         fleet.finish();
-        return Ok(());
+        return ending.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
     };
     eprintln!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
-    foreground(&fleet, vm, args.detached)
-}
-
-fn wait_for_all(fleet: &Fleet) {
-    while !fleet.list().is_empty() {
-        std::thread::sleep(TURN);
-        fleet.reap();
-    }
+    foreground(&fleet, vm, args.detached, &ending)
 }

@@ -10,6 +10,7 @@ use clade_devices::virtio::limiter::Limits;
 
 use crate::boot::{BootError, BootSource, Image};
 use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::cli::ending::Ending;
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome};
 use crate::console::Stdin;
@@ -52,25 +53,30 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    // Before there is anything to leave behind.
+    let ending = Ending::listen(runtime.handle()).map_err(Failure::run)?;
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
     let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
     let vm = fleet.launch(&name, None, boot).map_err(|error| refused(args, error))?;
 
-    foreground(&fleet, &vm, args.detached)
+    foreground(&fleet, &vm, args.detached, &ending)
 }
 
-/// Has this terminal be the VM's, unless it is `detached`, until it ends.
-pub(super) fn foreground(fleet: &Fleet, vm: &Arc<Vm>, detached: bool) -> Outcome {
+/// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
+pub(super) fn foreground(fleet: &Fleet, vm: &Arc<Vm>, detached: bool, ending: &Ending) -> Outcome {
     let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
     vm.console().listen(Box::new(io::stdout()));
     if !detached {
         fleet.events().add(Box::new(Stdin::new(vm))).map_err(Failure::run)?;
     }
-    let ended = attend(fleet, vm);
+    let ended = attend(fleet, vm, ending);
     fleet.finish();
     drop(raw);
     let _ = io::stdout().flush();
+    if let Some(number) = ending.signal() {
+        return Err(Failure::Signal(number));
+    }
     match ended {
         StopReason::Asked | StopReason::Reset => Ok(()),
         reason => Err(Failure::Run(anyhow::anyhow!("{}: {reason}", vm.name()))),
@@ -89,10 +95,11 @@ fn refused(args: &RunArgs, error: FleetError) -> Failure {
     }
 }
 
-/// Waits for the VM, and then for the children that live in this process.
-fn attend(fleet: &Fleet, vm: &Vm) -> StopReason {
+/// Waits for the VM, and then for the children that live in this process. A signal ends them all.
+fn attend(fleet: &Fleet, vm: &Vm, ending: &Ending) -> StopReason {
     let reason = loop {
         fleet_turn(fleet, vm.name());
+        close_at_end(fleet, ending);
         if let Some(reason) = vm.wait(TURN) {
             break reason;
         }
@@ -100,15 +107,31 @@ fn attend(fleet: &Fleet, vm: &Vm) -> StopReason {
     fleet.remove(vm.name());
     let disks = vm.take_disks();
     let children = fleet.list().len();
-    if children > 0 {
+    if children > 0 && ending.signal().is_none() {
         eprintln!("\r\nclade: {} has ended; {children} of its children run on in this process\r", vm.name());
     }
-    while !fleet.list().is_empty() {
-        std::thread::sleep(TURN);
-        fleet.reap();
-    }
+    wait_for_all(fleet, ending);
+    // After all of them: a disk that somebody else has in its map is not written to.
     put_away(disks);
     reason
+}
+
+/// Waits until no VM is left.
+pub(super) fn wait_for_all(fleet: &Fleet, ending: &Ending) {
+    loop {
+        close_at_end(fleet, ending);
+        fleet.reap();
+        if fleet.list().is_empty() {
+            return;
+        }
+        std::thread::sleep(TURN);
+    }
+}
+
+fn close_at_end(fleet: &Fleet, ending: &Ending) {
+    if ending.signal().is_some() {
+        fleet.close();
+    }
 }
 
 /// Writes what disks have in overlays back to their files, if that can be, and says what became of it.

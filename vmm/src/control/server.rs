@@ -52,6 +52,7 @@ impl From<FleetError> for ApiError {
             FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
             FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
             FleetError::Taken { .. }
+            | FleetError::Ending
             | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
                 StatusCode::CONFLICT
             }

@@ -21,7 +21,7 @@ mod msrs;
 mod quirks;
 mod template;
 #[cfg(test)]
-mod testutil;
+pub(crate) mod testutil;
 mod vcpu_state;
 mod vm_state;
 

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod control;
+mod ending;
 mod snapshot;
 mod stress;
 mod tool;

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_io::Tap;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -130,6 +131,11 @@ impl Runtime {
         self.processes.push(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     }
 
+    /// The same, with its standard error kept for [`Runtime::heard`].
+    pub(crate) fn spawn_heard(&mut self, args: &[&str]) {
+        self.processes.push(self.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    }
+
     pub(crate) fn socket(&self, name: &str) -> PathBuf {
         self.dir().join(format!("{name}.sock"))
     }
@@ -143,9 +149,26 @@ impl Runtime {
 
     /// Waits for the oldest process to end by itself; its exit code.
     pub(crate) fn ended(&mut self) -> Option<i32> {
-        let mut process = self.processes.remove(0);
-        wait_until("the end of the process", || process.try_wait().unwrap().is_some());
-        process.wait().unwrap().code()
+        // It stays in the list until it has ended, so that it is killed if it does not.
+        wait_until("the end of the process", || self.processes[0].try_wait().unwrap().is_some());
+        self.processes.remove(0).wait().unwrap().code()
+    }
+
+    /// Has a process that was started elsewhere be one of these.
+    pub(crate) fn adopt(&mut self, process: Child) {
+        self.processes.push(process);
+    }
+
+    /// Sends the oldest process a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.processes[0]), signal).unwrap();
+    }
+
+    /// Takes what the oldest process says on standard error from now on, to its end. It was started by [`Runtime::spawn_heard`].
+    pub(crate) fn heard(&mut self) -> String {
+        let mut text = String::new();
+        self.processes[0].stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        text
     }
 
     /// Whether the oldest process runs.

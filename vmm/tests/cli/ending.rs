@@ -1,0 +1,132 @@
+//! Processes that are told to end: everything ends in order, and nothing is left behind.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use rustix::process::Signal;
+
+use crate::tool::{Runtime, kvm, wait_until};
+
+fn entries(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    names.collect()
+}
+
+/// A bare VM with sockets of every kind and a disk in `dir`, and two children.
+fn family(runtime: &mut Runtime, dir: &Path, number: u32) {
+    // One that no other test has, here or in another process.
+    let cid = 0x3000_0000 + std::process::id() * 16 + number;
+    let disk = dir.join("disk");
+    std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let (disk, vsock) = (disk.display().to_string(), format!("cid={cid},socket={}/web.vsock", dir.display()));
+    let run = ["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", "web", "--virtio-console"];
+    runtime.spawn_heard(&[&run[..], &["--disk", &disk, "--vsock", &vsock]].concat());
+    wait_until("the VM's socket", || {
+        runtime.socket("web").exists() && runtime.clade(&["pause", "web"]).code == Some(0)
+    });
+    runtime.clade(&["fork", "web", "--count", "2", "--json"]).json();
+    assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
+    // Of each: a lock, its HTTP socket and two consoles; and its own vsock beside the disk.
+    assert_eq!(
+        (entries(runtime.dir()).len(), entries(dir).len()),
+        (12, 4),
+        "{:?} {:?}",
+        entries(runtime.dir()),
+        entries(dir)
+    );
+}
+
+#[test]
+fn a_signal_ends_all_vms_and_leaves_nothing_behind() {
+    if !kvm() {
+        return;
+    }
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 129)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut runtime = Runtime::new();
+        family(&mut runtime, dir.path(), 0);
+        runtime.signal(signal);
+        let said = runtime.heard();
+        assert_eq!(runtime.ended(), Some(code), "{said}");
+        assert_eq!(entries(runtime.dir()), [""; 0], "{signal:?}");
+        assert_eq!(entries(dir.path()), ["disk"], "{signal:?}: neither sockets nor overlays");
+        // The parent's, which it alone has in the end.
+        assert!(said.contains("disk has been given the 0 bytes written since the VM was forked"), "{said}");
+        assert!(said.contains(&format!("clade: ended by signal {}", signal.as_raw())), "{said}");
+        assert!(!said.contains("run on in this process"), "{said}");
+        assert!(std::fs::read(dir.path().join("disk")).unwrap() == vec![7; 1 << 20]);
+    }
+}
+
+#[test]
+fn a_signal_ends_children_whose_parent_has_gone() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut runtime = Runtime::new();
+    family(&mut runtime, dir.path(), 8);
+    runtime.clade(&["stop", "web"]);
+    wait_until("the parent has gone", || runtime.names() == ["web-1", "web-2"]);
+    runtime.signal(Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
+    assert_eq!((entries(runtime.dir()), entries(dir.path())), (vec![], vec!["disk".to_owned()]));
+}
+
+#[test]
+fn a_signal_ends_vms_that_were_restored_together() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["snapshot", "web", saved, "--json"]).json();
+    runtime.clade(&["stop", "web"]);
+    assert_eq!(runtime.ended(), Some(0));
+    runtime.spawn(&["restore", saved, "--count", "3", "--name", "w-{n}", "--paused", "--detached"]);
+    wait_until("all three", || runtime.names() == ["w-1", "w-2", "w-3"]);
+    runtime.signal(Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
+    assert_eq!(entries(runtime.dir()), [""; 0]);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once_and_its_name_is_free() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.signal(Signal::TERM);
+    runtime.signal(Signal::INT);
+    // Which of the two it is depends on whether the first was quicker.
+    let code = runtime.ended();
+    assert!(matches!(code, Some(130 | 143)), "{code:?}");
+    runtime.start("web");
+    assert_eq!(runtime.names(), ["web"]);
+}
+
+#[test]
+fn a_signal_that_was_ignored_stays_so() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let script = "trap '' HUP INT; exec \"$0\" run --detached --kernel bare --mem 32M --name web";
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", script, crate::tool::CLADE]).env("CLADE_RUNTIME_DIR", runtime.dir()).stdin(Stdio::null());
+    runtime.adopt(shell.stdout(Stdio::null()).spawn().unwrap());
+    wait_until("the VM's socket", || {
+        runtime.socket("web").exists() && runtime.clade(&["pause", "web"]).code == Some(0)
+    });
+    runtime.signal(Signal::HUP);
+    runtime.signal(Signal::INT);
+    std::thread::sleep(std::time::Duration::from_millis(600));
+    assert!(runtime.runs() && runtime.names() == ["web"]);
+    runtime.signal(Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
+    assert_eq!(entries(runtime.dir()), [""; 0]);
+}
