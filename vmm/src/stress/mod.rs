@@ -39,6 +39,8 @@ const WAITING: usize = 4;
 const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 /// With forks and without are measured in turn, so long at a time: what else the host does meets both.
 const TURN: Duration = Duration::from_millis(500);
+/// Beats that are made up for at once, at most.
+const MADE_UP: u32 = 10;
 /// Between two looks at the parent.
 const LOOK: Duration = Duration::from_micros(500);
 
@@ -192,8 +194,6 @@ impl Stress<'_> {
             quiet.add(&self.quiet(TURN.min(measured))?);
             forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| {})?);
         }
-        let without_forks = begun.elapsed().saturating_sub(forking.time);
-
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
         let mut checker = Checker::new(context.clone(), self.args.without_unshare, self.random.fork());
         let thread = thread::Builder::new().name("checker".to_owned());
@@ -233,7 +233,7 @@ impl Stress<'_> {
                 CachePolicy::Host => "host cache",
             },
             forks: self.forks,
-            forks_per_second: self.forks as f64 / (seconds - without_forks.as_secs_f64()),
+            forks_per_second: self.forks as f64 / (forking.time + children.time).as_secs_f64(),
             in_flight_at_fork: self.in_flight,
             discards: self.rig.discards(),
             rounds_written: self.rig.rounds(),
@@ -271,8 +271,8 @@ impl Stress<'_> {
                 thread::sleep((next - now).min(LOOK));
                 continue;
             }
-            // A beat that was missed is not made up for.
-            next = (next + beat).max(now);
+            // Beats that were missed are made up for, but not all those of a host that stood still.
+            next = (next + beat).max(now.checked_sub(beat * MADE_UP).unwrap_or(now));
             let (image, report) = self.rig.fork()?;
             self.forks += 1;
             self.in_flight += report.in_flight as u64;
