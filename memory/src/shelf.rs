@@ -69,7 +69,7 @@ impl Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamLayout, Store, Term};
+    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
@@ -95,18 +95,13 @@ mod tests {
     #[test]
     fn files_are_used_again_and_nobody_sees_it() {
         const PAGES: u64 = 1024;
-        let store = Store::open_small().unwrap();
-        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
-        let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
-        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0;
-        freeze();
+        let (store, ram) = frozen(PAGES);
         let mut kept = Vec::new();
         for round in 1..40u64 {
             // Pages far apart, as many as are copied and shared, in numbers that differ.
             let written = (0..PAGES).step_by(2).take(300 + (round as usize * 37) % 150);
-            written.clone().for_each(|page| put(page, round << 32 | page));
-            let image = freeze();
+            written.clone().for_each(|page| put(&ram, page, round << 32 | page));
+            let image = freeze(&ram);
             let model: Vec<u64> = (0..PAGES).map(|page| read(&ram, page)).collect();
             if round % 5 == 0 {
                 let child = GuestRam::reserve(ram.layout(), &store).unwrap();
@@ -126,25 +121,37 @@ mod tests {
     #[test]
     fn what_stays_is_copied_to_files_used_again() {
         const PAGES: u64 = 8192;
-        let store = Store::open_small().unwrap();
-        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
-        let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
-        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0;
-        freeze();
+        let (store, ram) = frozen(PAGES);
         let region = &ram.regions()[0];
         for round in 0..20u64 {
             // Devices use these, and the VM writes more than a freeze leaves in place: each time elsewhere, so that it stays shown from its layer.
             drop(region.pin(PageRange::new(0, 200), Access::Write, Term::Short).unwrap());
-            (0..200).for_each(|page| put(page, round));
-            (0..300).for_each(|page| put(1000 + round * 301 + page, round));
-            let image = freeze();
+            (0..200).for_each(|page| put(&ram, page, round));
+            (0..300).for_each(|page| put(&ram, 1000 + round * 301 + page, round));
+            let image = freeze(&ram);
             let child = GuestRam::reserve(ram.layout(), &store).unwrap();
             child.adopt(&image).unwrap();
             assert_eq!((read(&child, 7), read(&child, 1299 + round * 301)), (round, round));
         }
         // Two take turns.
         assert!(store.reused() >= 17, "{} files were used again", store.reused());
+    }
+
+    /// A VM's memory of which all was frozen once.
+    fn frozen(pages: u64) -> (Store, GuestRam) {
+        let store = Store::open_small().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
+        ram.birth().unwrap();
+        freeze(&ram);
+        (store, ram)
+    }
+
+    fn freeze(ram: &GuestRam) -> RamImage {
+        ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0
+    }
+
+    fn put(ram: &GuestRam, page: u64, word: u64) {
+        ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
     }
 
     fn read(ram: &GuestRam, page: u64) -> u64 {

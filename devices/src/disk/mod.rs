@@ -27,6 +27,8 @@ mod live;
 mod locks;
 mod map;
 mod steps;
+#[cfg(test)]
+mod testutil;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::disk::testutil::{SOON, begin_write, finish, read, whole};
 use crate::disk::{DiskConfig, DiskImage, DiskOp, SECTOR};
 
 const GRANULES: u64 = 300;
@@ -18,18 +19,6 @@ fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
     (dir, path, model)
 }
 
-fn buffer(bytes: &[u8]) -> Vec<Fragment> {
-    let buffer = Arc::new(AlignedBuf::new(bytes.len()));
-    let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
-    fragment.slice().copy_from(bytes);
-    vec![fragment]
-}
-
-fn write(disk: &mut Disk, offset: u64, bytes: &[u8], token: u64) {
-    disk.submit(DiskOp::Write { offset, buffers: buffer(bytes) }, token).unwrap();
-    disk.kick().unwrap();
-}
-
 /// Lets the guest's requests end; what is moved goes on.
 fn requests_end(disk: &mut Disk) {
     loop {
@@ -38,39 +27,8 @@ fn requests_end(disk: &mut Disk) {
         if disk.in_flight() == disk.moves.running {
             return;
         }
-        disk.wait(Duration::from_secs(10)).unwrap();
+        disk.wait(SOON).unwrap();
     }
-}
-
-/// Lets all that is in flight end, and returns how many requests did.
-fn finish(disk: &mut Disk) -> usize {
-    let mut ended = 0;
-    loop {
-        for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
-            done.result.unwrap();
-            ended += 1;
-        }
-        if disk.in_flight() == 0 {
-            return ended;
-        }
-        disk.wait(Duration::from_secs(10)).unwrap();
-    }
-}
-
-fn read(disk: &mut Disk) -> Vec<u8> {
-    let buffers = buffer(&vec![0xee; SIZE as usize]);
-    let mut bytes = vec![0; SIZE as usize];
-    disk.submit(DiskOp::Read { offset: 0, buffers: buffers.clone() }, 1).unwrap();
-    disk.kick().unwrap();
-    finish(disk);
-    buffers[0].slice().copy_to(&mut bytes);
-    bytes
-}
-
-fn whole(image: &DiskImage) -> Vec<u8> {
-    let mut bytes = vec![0xee; SIZE as usize];
-    image.read_at(0, &mut bytes).unwrap();
-    bytes
 }
 
 #[test]
@@ -86,14 +44,14 @@ fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
         }
         // Another place each time, so that each overlay would be needed for ever.
         let (at, byte) = (fork * 7 % (GRANULES - 1) * GRANULE, fork as u8);
-        write(&mut disk, at, &[byte; 4096], fork);
+        begin_write(&mut disk, at, &[byte; 4096], fork);
         model[at as usize..at as usize + 4096].fill(byte);
         assert_eq!(finish(&mut disk), 1, "what is moved is nobody's request");
         most = most.max(disk.extents_and_files().1);
     }
     assert!(most <= 2 + MOST + LOOK as usize, "{most} files");
     assert!(most > MOST / 2, "{most}: nothing was merged");
-    assert!(read(&mut disk) == model);
+    assert!(read(&mut disk, 0, SIZE as usize) == model);
     for (image, then) in &kept {
         assert!(whole(image) == *then, "an image is its instant");
     }
@@ -163,7 +121,7 @@ proptest! {
             match act {
                 Act::Write { sector, sectors, byte, wait } => {
                     let bytes = vec![byte; (sectors * SECTOR) as usize];
-                    write(&mut disk, sector * SECTOR, &bytes, token);
+                    begin_write(&mut disk, sector * SECTOR, &bytes, token);
                     model[(sector * SECTOR) as usize..][..bytes.len()].fill(byte);
                     if wait {
                         finish(&mut disk);
@@ -201,9 +159,9 @@ proptest! {
             }
         }
         finish(&mut disk);
-        prop_assert!(read(&mut disk) == model);
+        prop_assert!(read(&mut disk, 0, SIZE as usize) == model);
         for (image, then) in &images {
-            prop_assert!(image.settle(Duration::from_secs(10)));
+            prop_assert!(image.settle(SOON));
             prop_assert!(&whole(image) == then, "an image is its instant");
         }
         if disk.is_forked() {
@@ -222,7 +180,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     for fork in 0..12u64 {
         drop(disk.fork());
         let at = fork * 20 * GRANULE;
-        write(&mut disk, at, &[fork as u8; 4096], fork);
+        begin_write(&mut disk, at, &[fork as u8; 4096], fork);
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
         if fork == 6 {

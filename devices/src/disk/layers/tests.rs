@@ -3,50 +3,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clade_io::{AlignedBuf, CachePolicy, Fragment};
+use clade_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;
+use crate::disk::testutil::{SOON, buffer, finish, read, whole, write};
 use crate::disk::{CommitError, Disk, DiskOp};
 
-const SOON: Duration = Duration::from_secs(10);
 /// Not whole granules.
 const SIZE: u64 = 40 * GRANULE + 3 * SECTOR;
-
-fn buffer(bytes: &[u8]) -> (Arc<AlignedBuf>, Vec<Fragment>) {
-    let buffer = Arc::new(AlignedBuf::new(bytes.len()));
-    let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
-    fragment.slice().copy_from(bytes);
-    (buffer, vec![fragment])
-}
-
-fn finish(disk: &mut Disk) {
-    disk.kick().unwrap();
-    loop {
-        for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
-            done.result.unwrap();
-        }
-        if disk.in_flight() == 0 {
-            return;
-        }
-        disk.wait(SOON).unwrap();
-    }
-}
-
-fn write(disk: &mut Disk, offset: u64, bytes: &[u8]) {
-    let (_keep, buffers) = buffer(bytes);
-    disk.submit(DiskOp::Write { offset, buffers }, 1).unwrap();
-    finish(disk);
-}
-
-fn read(disk: &mut Disk, offset: u64, len: usize) -> Vec<u8> {
-    let (_keep, buffers) = buffer(&vec![0xee; len]);
-    let mut bytes = vec![0; len];
-    disk.submit(DiskOp::Read { offset, buffers: buffers.clone() }, 1).unwrap();
-    finish(disk);
-    buffers[0].slice().copy_to(&mut bytes);
-    bytes
-}
 
 /// A disk's file in `dir`: data, and from granule 20 to 30 a hole.
 fn file(dir: &Path) -> (PathBuf, Vec<u8>) {
@@ -78,12 +43,6 @@ fn layer(dir: &Path, number: usize, image: &DiskImage, runs: Vec<DiskRun>) -> Di
     drop(to);
     let file = Arc::new(IoFile::open(&path, false, CachePolicy::Host).unwrap());
     DiskLayer { file: Some(file), runs }
-}
-
-fn whole(image: &DiskImage) -> Vec<u8> {
-    let mut bytes = vec![0xee; image.size() as usize];
-    image.read_at(0, &mut bytes).unwrap();
-    bytes
 }
 
 fn covers(runs: &[DiskRun], granule: u64) -> bool {
@@ -274,7 +233,7 @@ fn what_is_still_being_written_is_not_read() {
     let mut config = DiskConfig::new(&path);
     config.latency = Some(Duration::from_millis(60));
     let mut disk = Disk::open(&config).unwrap();
-    let (_keep, buffers) = buffer(&[9; 4096]);
+    let buffers = buffer(&[9; 4096]);
     disk.submit(DiskOp::Write { offset: 22 * GRANULE, buffers }, 1).unwrap();
     disk.kick().unwrap();
     let image = disk.fork();

@@ -1,0 +1,60 @@
+//! What tests of disks share.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade_io::{AlignedBuf, Fragment};
+
+use super::{Disk, DiskImage, DiskOp};
+
+pub(super) const SOON: Duration = Duration::from_secs(10);
+
+/// Memory with `bytes` in it. What is given to the kernel keeps it.
+pub(super) fn buffer(bytes: &[u8]) -> Vec<Fragment> {
+    let buffer = Arc::new(AlignedBuf::new(bytes.len()));
+    let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
+    fragment.slice().copy_from(bytes);
+    vec![fragment]
+}
+
+/// Begins to write.
+pub(super) fn begin_write(disk: &mut Disk, offset: u64, bytes: &[u8], token: u64) {
+    disk.submit(DiskOp::Write { offset, buffers: buffer(bytes) }, token).unwrap();
+    disk.kick().unwrap();
+}
+
+pub(super) fn write(disk: &mut Disk, offset: u64, bytes: &[u8]) {
+    begin_write(disk, offset, bytes, 1);
+    finish(disk);
+}
+
+pub(super) fn read(disk: &mut Disk, offset: u64, len: usize) -> Vec<u8> {
+    let (buffers, mut bytes) = (buffer(&vec![0xee; len]), vec![0; len]);
+    disk.submit(DiskOp::Read { offset, buffers: buffers.clone() }, 1).unwrap();
+    finish(disk);
+    buffers[0].slice().copy_to(&mut bytes);
+    bytes
+}
+
+/// Lets all that is in flight end, and returns how many requests did.
+pub(super) fn finish(disk: &mut Disk) -> usize {
+    let mut ended = 0;
+    disk.kick().unwrap();
+    loop {
+        for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
+            done.result.unwrap();
+            ended += 1;
+        }
+        if disk.in_flight() == 0 {
+            return ended;
+        }
+        disk.wait(SOON).unwrap();
+    }
+}
+
+/// All of an image.
+pub(super) fn whole(image: &DiskImage) -> Vec<u8> {
+    let mut bytes = vec![0xee; image.size() as usize];
+    image.read_at(0, &mut bytes).unwrap();
+    bytes
+}
