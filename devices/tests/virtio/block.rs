@@ -6,13 +6,12 @@ use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::regs;
 
-use crate::driver::{File, Machine, NEEDS_RESET, OK};
+use crate::driver::{File, Machine, NEEDS_RESET, OK, SOON};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
-const SOON: Duration = Duration::from_secs(20);
 
 #[test]
 fn requests_are_done_and_answered() {
@@ -59,20 +58,7 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
     let json = serde_json::to_string(&image.state).unwrap();
     assert_eq!(serde_json::from_str::<clade_devices::virtio::TransportState>(&json).unwrap(), image.state);
 
-    let done = |machine: &mut Machine| {
-        let mut heads: Vec<u32> = (0..8).map(|_| machine.next_used(SOON).expect("each is given back").0).collect();
-        heads.sort_unstable();
-        assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
-        assert_eq!(machine.next_used(Duration::from_millis(100)), None, "and none twice");
-        for n in 0..8 {
-            assert_eq!(machine.status_of(n), 0);
-            if n % 2 == 0 {
-                let read = machine.bytes(machine.data(n), 4096);
-                assert!((0..8).all(|s| read[s * 512] == (usize::from(n) * 8 + s) as u8), "{n}");
-            }
-        }
-    };
-    done(&mut parent);
+    parent.expect_eight();
     // What the parent does with its buffers afterwards is nothing to the child.
     for n in 0..8 {
         parent.put(parent.data(n), &[0xff; 4096]);
@@ -80,7 +66,7 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
     let mut child = image.child();
     assert_eq!(child.next_used(Duration::from_millis(150)), None, "it stands still until it is let go");
     child.device.resume();
-    done(&mut child);
+    child.expect_eight();
     for n in [1, 3, 5, 7u8] {
         for machine in [&mut parent, &mut child] {
             assert_eq!(machine.one(IN, u64::from(n) * 8, 4096), (0, 4097));
@@ -108,22 +94,12 @@ fn with_eight_in_flight(file: &File, latency: Duration) -> Machine {
     machine
 }
 
-fn expect_eight(machine: &mut Machine) {
-    let mut heads: Vec<u32> = (0..8).map(|_| machine.next_used(SOON).expect("each is given back").0).collect();
-    heads.sort_unstable();
-    assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
-    assert_eq!(machine.next_used(Duration::from_millis(100)), None, "and none twice");
-    assert!((0..8).all(|n| machine.status_of(n) == 0));
-    let read = machine.bytes(machine.data(2), 4096);
-    assert!((0..8).all(|s| read[s * 512] == (16 + s) as u8));
-}
-
 #[test]
 fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest() {
     let file = File::new(1 << 20);
     let mut machine = with_eight_in_flight(&file, Duration::from_millis(60));
     let image = machine.fork();
-    expect_eight(&mut machine);
+    machine.expect_eight();
     for sector in [800, 8] {
         machine.put(machine.data(0), &[0x66; 4096]);
         assert_eq!(machine.one(OUT, sector, 4096), (0, 1), "one is written");
@@ -140,7 +116,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest(
         machine.device.resume();
         std::thread::sleep(Duration::from_millis(20));
     }
-    expect_eight(&mut machine);
+    machine.expect_eight();
     for sector in [800, 900] {
         assert_eq!(machine.one(IN, sector, 4096), (0, 4097));
         assert!(machine.bytes(machine.data(0), 512) == [sector as u8; 512], "what it wrote since is gone");
@@ -159,7 +135,7 @@ fn what_was_given_up_for_nothing_is_done_again() {
     assert_eq!(machine.fork().in_flight(), 8, "and all of it is still in flight");
     assert_eq!(machine.next_used(Duration::from_millis(50)), None);
     machine.device.resume();
-    expect_eight(&mut machine);
+    machine.expect_eight();
 }
 
 #[test]

@@ -19,6 +19,9 @@ pub(crate) const SIZE: u16 = 64;
 pub(crate) const OK: u32 = 15;
 pub(crate) const NEEDS_RESET: u32 = 0x40;
 
+/// What takes longer does not end.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
@@ -195,6 +198,19 @@ impl Machine {
         head
     }
 
+    /// Requests 0 to 7, reads into the even pages and writes from the odd ones, each of 8 sectors, are given back, once each, and right.
+    pub(crate) fn expect_eight(&mut self) {
+        let mut heads: Vec<u32> = (0..8).map(|_| self.next_used(SOON).expect("each is given back").0).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
+        assert_eq!(self.next_used(Duration::from_millis(100)), None, "and none twice");
+        for n in 0..8 {
+            assert_eq!(self.status_of(n), 0);
+            let read = self.bytes(self.data(n), 4096);
+            assert!(n % 2 == 1 || (0..8).all(|s| read[s * 512] == (usize::from(n) * 8 + s) as u8), "{n}");
+        }
+    }
+
     pub(crate) fn data(&self, n: u16) -> u64 {
         DATA + u64::from(n) * 0x1_0000
     }
@@ -226,7 +242,7 @@ impl Machine {
         let head = self.request(0, kind, sector, len);
         self.offer(head);
         self.kick();
-        let (id, written) = self.next_used(Duration::from_secs(20)).expect("it is given back");
+        let (id, written) = self.next_used(SOON).expect("it is given back");
         assert_eq!(id, u32::from(head));
         (self.status_of(0), written)
     }

@@ -13,13 +13,12 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::driver::{
-    File, INDIRECT, INDIRECT_DESC, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, WRITE, descriptor, ram,
+    File, INDIRECT, INDIRECT_DESC, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor, ram,
 };
 use crate::hostile::{FREE, expect_refusal};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
-const SOON: Duration = Duration::from_secs(20);
 /// Where tables are.
 const TABLES: u64 = 0x70_0000;
 
@@ -139,18 +138,6 @@ fn with_eight_in_flight(file: &File) -> Machine {
     machine
 }
 
-fn expect_eight(machine: &mut Machine) {
-    let mut heads: Vec<u32> = (0..8).map(|_| machine.next_used(SOON).expect("each is given back").0).collect();
-    heads.sort_unstable();
-    assert_eq!(heads, (0..8).map(|n| n * 3).collect::<Vec<_>>(), "each once");
-    assert_eq!(machine.next_used(Duration::from_millis(100)), None, "and none twice");
-    for n in 0..8 {
-        assert_eq!(machine.status_of(n), 0);
-        let read = machine.bytes(machine.data(n), 4096);
-        assert!(n % 2 == 1 || (0..8).all(|s| read[s * 512] == (usize::from(n) * 8 + s) as u8), "{n}");
-    }
-}
-
 /// The writes of the 8 are on the disk, and whoever reads them by a table has its feature.
 fn expect_written(machine: &mut Machine) {
     for n in [1, 3, 5, 7u8] {
@@ -165,13 +152,13 @@ fn a_child_walks_the_tables_of_what_is_in_flight_in_its_own_memory() {
     let mut parent = with_eight_in_flight(&file);
     let image = parent.fork();
     assert_eq!(image.in_flight(), 8);
-    expect_eight(&mut parent);
+    parent.expect_eight();
     // What the parent does with its tables and buffers afterwards is nothing to the child.
     parent.put(TABLES, &[0xff; 4096]);
     (0..8).for_each(|n| parent.put(parent.data(n), &[0xff; 4096]));
     let mut child = image.child();
     child.device.resume();
-    expect_eight(&mut child);
+    child.expect_eight();
     for machine in [&mut parent, &mut child] {
         expect_written(machine);
     }
@@ -182,7 +169,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_in_tables_again() {
     let file = File::new(1 << 20);
     let mut machine = with_eight_in_flight(&file);
     let image = machine.fork();
-    expect_eight(&mut machine);
+    machine.expect_eight();
     // Also where its driver has declined tables since.
     for declined in [0, INDIRECT_DESC] {
         machine.put(TABLES, &[0xff; 4096]);
@@ -190,7 +177,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_in_tables_again() {
         machine.start();
         image.rewind(&mut machine);
         machine.device.resume();
-        expect_eight(&mut machine);
+        machine.expect_eight();
         expect_written(&mut machine);
     }
 }
@@ -294,7 +281,7 @@ fn a_table_that_is_changed_while_its_request_is_in_flight_changes_nothing() {
         machine.table(at, &[(FREE, 4096, WRITE, 0), (u64::MAX, 0, INDIRECT, 9), (FREE + 4096, 4096, WRITE | NEXT, 0)]);
         (0..3).for_each(|index| machine.describe(n as u16 * 3 + index, FREE, 4096, WRITE, 0));
     }
-    expect_eight(&mut machine);
+    machine.expect_eight();
     assert!(machine.bytes(FREE, 8192) == [0xa5; 8192], "what it refers to now was never asked for");
     expect_written(&mut machine);
 }
