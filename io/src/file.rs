@@ -170,16 +170,12 @@ impl IoFile {
     /// # Errors
     /// As [`IoFile::unnamed`].
     pub fn reused(shelf: &Arc<FileShelf>, dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
-        let file = match shelf.take() {
+        let mut file = match shelf.take() {
             Some(handles) => Self::new(dir, handles, true, false, false),
             None => Self::unnamed(dir, len, policy)?,
         };
-        Ok(file.shelved(shelf))
-    }
-
-    fn shelved(mut self, shelf: &Arc<FileShelf>) -> Self {
-        self.shelf = Some(Arc::clone(shelf));
-        self
+        file.shelf = Some(Arc::clone(shelf));
+        Ok(file)
     }
 
     /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.

@@ -169,8 +169,7 @@ impl Disk {
     /// # Errors
     /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
     pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
-        // What cannot be ended is in flight.
-        let _ = self.settle_moves();
+        self.settle_moves();
         match self.try_commit() {
             Ok(report) => Ok(report),
             Err(error) => Err(Box::new((self, error))),

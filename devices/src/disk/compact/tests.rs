@@ -193,3 +193,36 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     disk.commit().map_err(|refused| refused.1).unwrap();
     assert!(fs::read(&path).unwrap() == model);
 }
+
+#[test]
+fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file() {
+    let (_dir, path, _) = image();
+    let mut disk =
+        Disk::open(&DiskConfig { latency: Some(Duration::from_millis(300)), ..DiskConfig::new(&path) }).unwrap();
+    for at in 0..5 {
+        drop(disk.fork());
+        begin_write(&mut disk, at * 8 * GRANULE, &[1; 4096], 1);
+        finish(&mut disk);
+    }
+    disk.moves = Moves::at_most(2, 1);
+    // In place, and in flight while the child is made.
+    begin_write(&mut disk, 4 * 8 * GRANULE, &[2; 4096], 1);
+    let mut child = disk.fork().open().unwrap();
+    child.moves = Moves::at_most(2, 1);
+    begin_write(&mut child, 100 * GRANULE, &[3; 4096], 1);
+    child.kick().unwrap();
+    assert!(child.unsettled.iter().any(|file| file.has_writes()), "the parent's is on its way");
+    assert!(!child.moves.queue.is_empty() && child.moves.running == 0, "{:?}", child.moves);
+    finish(&mut disk);
+    child.kick().unwrap();
+    assert_eq!(child.moves.running, AT_ONCE);
+    child.moves.queue.push_back(0..1);
+    drop(child.fork());
+    let queued = child.moves.queue.len();
+    requests_end(&mut child);
+    while child.moves.running > 0 {
+        child.wait(SOON).unwrap();
+        child.reap().unwrap();
+    }
+    assert!(child.own.is_none() && child.moves.queue.len() >= queued, "{:?}", child.moves);
+}
