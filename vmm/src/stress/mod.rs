@@ -91,7 +91,7 @@ struct Costs {
     pause_us: Spread,
     /// Of that, until its vCPUs and devices stand still.
     park_us: Spread,
-    /// And until its memory is frozen.
+    /// And then for freezing its memory.
     freeze_us: Spread,
     pages_copied: Spread,
     pages_remapped: Spread,
@@ -313,7 +313,7 @@ fn print(report: &Report) -> Result<(), Failure> {
     let us = |spread: &Spread| format!("{:.0} us  (p99 {:.0})", spread.p50, spread.p99);
     row("parent paused for", us(&report.fork.pause_us));
     row("  until all stands still", us(&report.fork.park_us));
-    row("  until memory is frozen", us(&report.fork.freeze_us));
+    row("  then for freezing memory", us(&report.fork.freeze_us));
     let pages = |spread: &Spread| format!("{:.0}", spread.p50);
     let (copied, remapped) = (pages(&report.fork.pages_copied), pages(&report.fork.pages_remapped));
     row("pages copied, remapped", format!("{copied}, {remapped}"));
