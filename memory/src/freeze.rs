@@ -145,7 +145,8 @@ impl GuestRegion {
         let born = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
-        for private in subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept) {
+        // What is absent though it is not declared any more has nothing to be copied, and is no gap between what has (R19).
+        for private in self.not_absent(&subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept)) {
             let mut runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
             if broken(Break::BelieveTable) {
                 runs = runs.iter().flat_map(|run| subtract_runs(&[*run], &table.not_exclusive(*run))).collect();

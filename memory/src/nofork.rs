@@ -194,6 +194,34 @@ mod tests {
         assert!(pin.is_err(), "nor does a pattern");
     }
 
+    /// Once the declaration is taken back, the next freeze has the child's own pages on either side of one that is absent, as near as if
+    /// it were a gap to be closed.
+    #[test]
+    fn r19_what_is_absent_is_no_gap_to_be_copied() {
+        for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
+            let (image, _) = declared(&store).freeze(&Quiesced::assume()).unwrap();
+            for mode in [FreezeMode::Eager, FreezeMode::Background] {
+                let parent = child(&image, &store);
+                parent.regions()[0].set_no_fork(PageRange::new(1000, 1001), None).unwrap();
+                // So many that they are shared back from the layer.
+                let written = || (700..1300).filter(|page| *page != 1000);
+                written().for_each(|page| put(&parent, page, page));
+                let (image, report) = parent.freeze_in(mode, &Quiesced::assume()).unwrap();
+                assert_eq!(report.copied, 599);
+                parent.settle().unwrap();
+                parent.check(&Quiesced::assume()).unwrap();
+                let absent = parent.memory().read_obj::<u64>(GuestAddress(1000 * PAGE_SIZE));
+                assert!(absent.is_err(), "{mode:?}: absent still");
+                let nowhere = tempfile::tempfile().unwrap();
+                let read = parent.regions()[0].at.write_out(&[PageRange::with_len(1000, 1)], &nowhere, 0);
+                assert!(read.is_err(), "{mode:?}: for the kernel too");
+                let child = child(&image, &store);
+                assert!(written().all(|page| word(&parent, page) == page && word(&child, page) == page), "{mode:?}");
+                assert_eq!(word(&child, 1000), 0, "{mode:?}: inherited again, from where there is nothing");
+            }
+        }
+    }
+
     #[test]
     fn r19_a_declaration_survives_pins_discards_and_resets_and_can_be_taken_back() {
         let store = Store::open().unwrap();

@@ -135,10 +135,16 @@ fn op() -> impl Strategy<Value = Op> {
     let access = prop_oneof![2 => Just(Access::Write), 1 => Just(Access::Read)];
     let term = prop_oneof![Just(Term::Short), Just(Term::Long)];
     let inherits = prop_oneof![
-        2 => Just(None),
-        1 => Just(Some(Inherits::Absent)),
-        2 => Just(Some(Inherits::Zeroed)),
-        2 => (0..3u8).prop_map(|byte| Some(Inherits::Fresh(byte))),
+        2 => Just(Inherits::Absent),
+        2 => Just(Inherits::Zeroed),
+        2 => (0..3u8).prop_map(Inherits::Fresh),
+    ];
+    // Few pages, as between two that are copied together; and taken back all over, so that a child has things absent that nobody declares.
+    let few = (0..4096u64, 1..5u64).prop_map(|(start, len)| At { start, len });
+    let no_fork = prop_oneof![
+        5 => (prop_oneof![pages(), few], inherits).prop_map(|(at, what)| (at, Some(what))),
+        1 => pages().prop_map(|at| (at, None)),
+        2 => Just((At { start: 0, len: u64::MAX }, None)),
     ];
     prop_oneof![
         10 => (n(), bytes(), any::<u8>()).prop_map(|(vm, at, byte)| Op::Write { vm, at, byte }),
@@ -156,7 +162,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (n(), pages(), 0..3u8).prop_map(|(vm, at, byte)| Op::ShowReference { vm, at, byte }),
         1 => (n(), pages(), prop_oneof![20 => Just(false), 1 => Just(true)])
             .prop_map(|(vm, at, disk)| Op::Evict { vm, at, disk }),
-        1 => (n(), pages(), inherits).prop_map(|(vm, at, what)| Op::NoFork { vm, at, what }),
+        2 => (n(), no_fork).prop_map(|(vm, (at, what))| Op::NoFork { vm, at, what }),
         1 => n().prop_map(|vm| Op::Settle { vm }),
         1 => n().prop_map(|vm| Op::Compact { vm }),
         1 => n().prop_map(|image| Op::CompactImage { image }),
