@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, Mode, OFlags, SeekFrom, StatxFlags, seek, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom, StatxFlags, linkat, seek, statx};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -113,7 +114,11 @@ pub struct IoFile {
     writable: bool,
     /// Whether it has a name, and outlives the process.
     named: bool,
+    /// Whether it was given one later.
+    linked: AtomicBool,
     block_device: bool,
+    /// Whether writes to it have ended since it was last made durable.
+    unsynced: AtomicBool,
     /// Writes given to the kernel and not reaped.
     writes: Mutex<usize>,
     no_writes: Condvar,
@@ -186,7 +191,57 @@ impl IoFile {
 
     fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
-        Self { path: path.to_owned(), handles, shelf: None, writable, named, block_device, writes, no_writes }
+        let (linked, unsynced, path) = (AtomicBool::new(false), AtomicBool::new(false), path.to_owned());
+        Self { path, handles, shelf: None, writable, named, linked, block_device, unsynced, writes, no_writes }
+    }
+
+    /// A new file at `path`, in place of what was there, for its owner only. It is not locked.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn create(path: &Path) -> Result<Self, FileError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_CLOEXEC);
+        let failed = |source| FileError { path: path.to_owned(), what: "created", source };
+        let handles = Handles::new(options.open(path).map_err(failed)?, true, CachePolicy::Host, path);
+        Ok(Self::new(path, Arc::new(handles), true, true, false))
+    }
+
+    /// Gives a file without a name one. It is for as long as it has a user what it was before ([`IoFile::is_named`]), but is there after the process, and
+    /// is never used again for something else.
+    ///
+    /// # Errors
+    /// When the directory is not on its file system, the name is taken, or the system cannot do it.
+    pub fn link(&self, path: &Path) -> Result<(), FileError> {
+        // Before: a failure may come after it has been done.
+        self.linked.store(true, Ordering::Release);
+        let same = format!("/proc/self/fd/{}", self.cached_fd());
+        linkat(CWD, same, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(|error| FileError {
+            path: path.to_owned(),
+            what: "linked",
+            source: error.into(),
+        })
+    }
+
+    /// Whether writes to it have ended since this was last asked: what was written before the answer is to be made durable by whoever asks, or
+    /// given back with [`IoFile::set_unsynced`].
+    #[must_use]
+    pub fn take_unsynced(&self) -> bool {
+        self.unsynced.swap(false, Ordering::AcqRel)
+    }
+
+    /// Says that not all of it is durable.
+    pub fn set_unsynced(&self) {
+        self.unsynced.store(true, Ordering::Release);
+    }
+
+    /// The file's number on its file system.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn inode(&self) -> Result<u64, FileError> {
+        let stat = rustix::fs::fstat(&self.handles.cached).map_err(|error| self.failed("looked at", error.into()))?;
+        Ok(stat.st_ino)
     }
 
     /// Its path; for an unnamed file, its directory.
@@ -269,6 +324,7 @@ impl IoFile {
     /// # Errors
     /// When it fails.
     pub fn write_now(&self, bytes: &[u8], offset: u64) -> Result<(), FileError> {
+        self.set_unsynced();
         self.handles.cached.write_all_at(bytes, offset).map_err(|source| self.failed("written", source))
     }
 
@@ -306,6 +362,7 @@ impl IoFile {
     }
 
     pub(crate) fn write_ends(&self) {
+        self.set_unsynced();
         let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
         *writes -= 1;
         if *writes == 0 {
@@ -334,7 +391,7 @@ impl IoFile {
 impl Drop for IoFile {
     fn drop(&mut self) {
         // Nobody reads it any more, and what was to be written to it has been: operations hold the file.
-        if let Some(shelf) = self.shelf.take() {
+        if let Some(shelf) = self.shelf.take().filter(|_| !*self.linked.get_mut()) {
             shelf.put(Arc::clone(&self.handles));
         }
     }
@@ -396,6 +453,26 @@ mod tests {
         assert_ne!(inode(&file()), was, "it is in use");
         drop((again, second));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_was_given_a_name_is_there_afterwards_and_not_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = Arc::new(FileShelf::default());
+        let file = IoFile::reused(&shelf, dir.path(), 8192, CachePolicy::Host).unwrap();
+        assert!(!file.take_unsynced());
+        file.write_now(b"kept", 4096).unwrap();
+        assert!(file.take_unsynced() && !file.take_unsynced());
+        let path = dir.path().join("name");
+        file.link(&path).unwrap();
+        assert_eq!(file.link(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
+        let inode = file.inode().unwrap();
+        drop(file);
+        assert_eq!(&std::fs::read(&path).unwrap()[4096..4100], b"kept");
+        let other = IoFile::reused(&shelf, dir.path(), 8192, CachePolicy::Host).unwrap();
+        assert_ne!(other.inode().unwrap(), inode);
+        let error = other.link(Path::new("/proc/name")).unwrap_err();
+        assert!(error.to_string().starts_with("/proc/name"), "{error}");
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub enum Request {
     Sync {
         /// What of.
         file: Arc<IoFile>,
+        /// With all that is known about it: of a directory, which names are in it.
+        all: bool,
     },
     /// Gives the range back to the file system; it reads as zeros.
     Punch {
@@ -69,7 +71,7 @@ impl Request {
         match self {
             Self::Read { file, .. }
             | Self::Write { file, .. }
-            | Self::Sync { file }
+            | Self::Sync { file, .. }
             | Self::Punch { file, .. }
             | Self::Zero { file, .. } => file,
         }
@@ -186,7 +188,10 @@ impl<T> Op<T> {
         let file = Arc::clone(self.request.file());
         let fd = Fd(file.cached_fd());
         let entry = match self.request {
-            Request::Sync { .. } => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Request::Sync { all, .. } => {
+                let flags = if all { FsyncFlags::empty() } else { FsyncFlags::DATASYNC };
+                opcode::Fsync::new(fd).flags(flags).build()
+            }
             Request::Punch { offset, len, .. } => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()

@@ -284,3 +284,26 @@ fn an_overlay_goes_back_to_its_base_when_nobody_else_uses_it() {
     want[1000 * 512..1008 * 512].fill(0);
     assert!(file.bytes() == want, "the base has everything");
 }
+
+#[test]
+fn what_the_guest_flushed_after_forks_is_there_when_its_vm_has_died() {
+    let Some((_turn, context)) = turn() else { return };
+    let file = DiskFile::new(BYTES, 1);
+    let parent = DiskGuest::boot(&context, file.spec(), 1);
+    let flush = DiskRun { count: 1, ..whole(What::Flush, 0) };
+    let mut want = words(1, 0, BYTES);
+    for fork in 0..5u64 {
+        let _ = parent.guest.fork();
+        let (sector, seed) = (100 * fork, 2 + fork);
+        parent.expect(DiskRun { sector, ..part(What::Write, 80, seed) }, "after a fork");
+        parent.expect(flush, "a flush");
+        want[sector as usize * 512..][..80 * 512].copy_from_slice(&words(seed, sector * 512, 80 * 512));
+    }
+    assert!(file.bytes() == words(1, 0, BYTES), "the image is for others to read");
+    // Nobody commits.
+    drop(parent);
+    let guest = DiskGuest::boot(&context, file.spec(), 1);
+    assert!(file.bytes() == want, "the image has been given it");
+    assert!(!file.beside("disk.img.clade-journal").exists());
+    guest.expect(DiskRun { sector: 400, ..part(What::Verify, 80, 6) }, "and the next guest sees it");
+}

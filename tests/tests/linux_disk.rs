@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clade::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
-use clade_devices::disk::DiskConfig;
+use clade_devices::disk::{Disk, DiskConfig};
 use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Turn, checked, ext4, skip};
@@ -78,6 +79,13 @@ fn linux_on_ext4_is_forked_while_it_writes() {
         image.disks().next().unwrap().export(&export).unwrap();
         assert!(ext4("e2fsck", &["-fn"], &export), "{name}");
     }
+
+    // What the parent has flushed is its image's, whatever becomes of the parent.
+    drop((parent, child, image));
+    drop(Disk::open(&DiskConfig::new(&path)).unwrap());
+    assert!(ext4("e2fsck", &["-fn"], &path), "the image itself");
+    let who = Command::new("debugfs").args(["-R", "cat /who"]).arg(&path).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&who.stdout), "parent\n");
 }
 
 /// Forks `vm` until there are requests in flight.

@@ -60,7 +60,7 @@ impl Moves {
     }
 
     #[cfg(test)]
-    pub(super) fn at_most(most: usize, look: u32) -> Self {
+    pub(in crate::disk) fn at_most(most: usize, look: u32) -> Self {
         Self { most, look, ..Self::default() }
     }
 }

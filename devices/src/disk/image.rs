@@ -11,12 +11,15 @@ use clade_io::{FileError, IoFile};
 use rustix::fs::{FallocateFlags, fallocate};
 use thiserror::Error;
 
-use super::live::{Disk, Setup};
+use super::journal::{Journal, left_in};
+use super::live::{Disk, DiskOp, Setup};
 use super::map::{BlockMap, GRANULE, Source};
 use super::{DiskConfig, DiskError};
 
 /// Bytes copied at once by commit and export.
 const CHUNK: u64 = 1 << 20;
+/// How long the kernel is waited for before it is asked again.
+const TURN: Duration = Duration::from_secs(1);
 
 /// A disk at one instant, of which any number of disks can be made, each with writes of its own. It keeps the files, not the VM, alive.
 #[derive(Clone, Debug)]
@@ -31,12 +34,22 @@ pub struct DiskImage {
 #[derive(Debug, Error)]
 pub enum CommitError {
     /// Somebody else reads the base.
-    #[error("{others} other VMs or images use {} as it is; what was written since the fork is in an overlay without a name and ends with it (export it to keep it)", path.display())]
+    #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), fate(kept.as_deref()))]
     Shared {
         /// The base.
         path: PathBuf,
         /// How many.
         others: usize,
+        /// The journal that has it all, if there is one.
+        kept: Option<PathBuf>,
+    },
+    /// The disk is a child's, and the one it was forked from has left a journal.
+    #[error("{} is to be given what is in {} first: by whoever opens it next", path.display(), dir.display())]
+    Left {
+        /// The base.
+        path: PathBuf,
+        /// Where the journal is.
+        dir: PathBuf,
     },
     /// There is no base: the disk is a snapshot's, whose files stay as they are.
     #[error("{} comes from a snapshot, which stays as it is; what was written since is in an overlay without a name and ends with it (export it to keep it)", path.display())]
@@ -59,8 +72,22 @@ pub enum CommitError {
         requests: usize,
     },
     /// A copy failed. The base holds a part of what was written since the fork.
-    #[error("the base holds only part of what was written since the fork")]
-    Partial(#[source] FileError),
+    #[error("the base holds only part of what was written since the fork; the rest {}", fate(kept.as_deref()))]
+    Partial {
+        /// The journal that has it all, if there is one.
+        kept: Option<PathBuf>,
+        /// What failed.
+        #[source]
+        source: FileError,
+    },
+}
+
+/// What becomes of what was not committed.
+fn fate(kept: Option<&Path>) -> String {
+    match kept {
+        Some(dir) => format!("is in {} and is put in when the image is opened next", dir.display()),
+        None => "is in an overlay without a name and ends with it (export it to keep it)".to_owned(),
+    }
 }
 
 /// What a commit did.
@@ -70,6 +97,8 @@ pub struct CommitReport {
     pub copied: u64,
     /// Bytes of the base that were made zeros.
     pub zeroed: u64,
+    /// Whether all of it was durable beside the base before that was changed.
+    pub journaled: bool,
 }
 
 impl DiskImage {
@@ -163,8 +192,8 @@ impl Disk {
     /// Writes what was written since the first fork into the file the disk was opened from, and makes it durable, if nobody else has that file
     /// in a map. A disk that was never forked has nothing to write.
     ///
-    /// It is not one step: after a crash in the middle the base has some of the granules. Nobody sees that before, because nobody
-    /// else uses it.
+    /// It is one step, where a journal can be beside the image: all of it is durable there before the image is changed, and is put in by whoever
+    /// opens the image next if this does not come to its end ([`CommitReport::journaled`]).
     ///
     /// # Errors
     /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
@@ -176,8 +205,8 @@ impl Disk {
         }
     }
 
-    fn try_commit(&self) -> Result<CommitReport, CommitError> {
-        let Some(base) = self.base() else {
+    fn try_commit(&mut self) -> Result<CommitReport, CommitError> {
+        let Some(base) = self.base().cloned() else {
             return Err(CommitError::Snapshot { path: self.config().path.clone() });
         };
         let path = || base.path().to_owned();
@@ -189,32 +218,67 @@ impl Disk {
         }
         // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
         let others = Arc::strong_count(self.setup()) - 1;
+        let journaled = self.is_forked() && self.keep();
+        let kept = self.journal.as_ref().and_then(|journal| journal.kept_in()).map(Path::to_owned);
         if others > 0 && self.is_forked() {
-            return Err(CommitError::Shared { path: path(), others });
+            return Err(CommitError::Shared { path: path(), others, kept });
         }
-        let (size, mut report) = (self.size(), CommitReport::default());
-        for (range, source) in self.map().pieces(0..size.div_ceil(GRANULE)) {
-            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(size));
-            match source {
-                Source::File(file) if Arc::ptr_eq(file, base) => {}
-                Source::File(file) => {
-                    for_chunks(start, end, |at, len| {
-                        let mut bytes = vec![0; len];
-                        file.read_now(&mut bytes, at)?;
-                        base.write_now(&bytes, at)
-                    })
-                    .map_err(CommitError::Partial)?;
-                    report.copied += end - start;
-                }
-                Source::Zero => {
-                    zero(base, start, end).map_err(CommitError::Partial)?;
-                    report.zeroed += end - start;
-                }
+        if let (None, Some(dir)) = (&self.journal, left_in(&base)) {
+            return Err(CommitError::Left { path: path(), dir });
+        }
+        let report = put_in(self.map(), &base, self.size());
+        let report = report.map_err(|source| CommitError::Partial { kept, source })?;
+        self.journal.iter_mut().for_each(Journal::remove);
+        Ok(CommitReport { journaled, ..report })
+    }
+
+    /// Has everything in the journal. Returns whether that is so: without one, or with no room for it, the image itself is all there is.
+    pub(super) fn keep(&mut self) -> bool {
+        let kept = self.journal.is_some() && self.flush_now().inspect_err(|error| {
+            tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "no journal of what is committed");
+        }).is_ok();
+        // It may have turned out that there cannot be one.
+        kept && self.journal.is_some()
+    }
+
+    /// A flush, from beginning to end, while nothing else is in flight.
+    pub(super) fn flush_now(&mut self) -> Result<(), DiskError> {
+        self.submit(DiskOp::Flush, 0)?;
+        self.kick()?;
+        loop {
+            let mut done = self.take_done();
+            done.extend(self.reap()?);
+            if let Some(done) = done.pop() {
+                return done.result;
+            }
+            self.wait(TURN)?;
+        }
+    }
+}
+
+/// Writes what `map` has elsewhere into `base`, and makes it durable.
+pub(super) fn put_in(map: &BlockMap, base: &Arc<IoFile>, size: u64) -> Result<CommitReport, FileError> {
+    let mut report = CommitReport::default();
+    for (range, source) in map.pieces(0..size.div_ceil(GRANULE)) {
+        let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(size));
+        match source {
+            Source::File(file) if Arc::ptr_eq(file, base) => {}
+            Source::File(file) => {
+                for_chunks(start, end, |at, len| {
+                    let mut bytes = vec![0; len];
+                    file.read_now(&mut bytes, at)?;
+                    base.write_now(&bytes, at)
+                })?;
+                report.copied += end - start;
+            }
+            Source::Zero => {
+                zero(base, start, end)?;
+                report.zeroed += end - start;
             }
         }
-        base.sync_now().map_err(CommitError::Partial)?;
-        Ok(report)
     }
+    base.sync_now()?;
+    Ok(report)
 }
 
 /// Makes a range of a file zeros: as a hole, or by writing them where there are no holes.

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::mem;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,8 +10,9 @@ use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, Fragment,
 use vmm_sys_util::eventfd::EventFd;
 
 use super::compact::Moves;
-use super::image::{DiskImage, check_overlays, overlay_dir};
+use super::image::{DiskImage, check_overlays, overlay_dir, put_in};
 use super::job::{Job, Work};
+use super::journal::{Journal, Left};
 use super::locks::{Hold, RangeLocks, overlap};
 use super::map::{BlockMap, GRANULE, Source};
 use super::{DiskConfig, DiskError, SECTOR};
@@ -61,7 +63,8 @@ pub enum DiskOp {
         /// How many.
         len: u64,
     },
-    /// Makes all writes that are done durable, as far as anything of this disk outlives the process.
+    /// Makes all writes that are done durable: in the image, or in the journal beside it once the disk has been forked. What a child writes, or a disk made
+    /// of a snapshot's files, does not outlive the process, and nothing is done for it.
     Flush,
 }
 
@@ -96,6 +99,10 @@ pub struct Disk {
     pub(super) unsettled: Vec<Arc<IoFile>>,
     /// Whether the base was written and not synced since.
     pub(super) unsynced: bool,
+    /// Of the disk that was opened from the base, where there can be one.
+    pub(super) journal: Option<Journal>,
+    /// The job that it is busy with. Other flushes wait.
+    pub(super) flushing: Option<usize>,
     pub(super) jobs: Vec<Option<Job>>,
     pub(super) free: Vec<usize>,
     /// Jobs that wait for their granules, in the order they came.
@@ -112,10 +119,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the disk of a VM that is booted.
+    /// Opens the disk of a VM that is booted. A journal that was left beside the image is put in first; a disk that is only read shows what is
+    /// in it.
     ///
     /// # Errors
-    /// When the file cannot be used as one.
+    /// When the file cannot be used as one, or what was left beside it cannot: nothing of that is lost then.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
         let base = Arc::new(IoFile::open(&config.path, !config.read_only, config.cache)?);
         let size = base.size()? / SECTOR * SECTOR;
@@ -126,10 +134,21 @@ impl Disk {
         if !config.read_only {
             check_overlays(&overlays)?;
         }
-        let map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
+        let left = Left::find(&base, size)?;
+        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
+        match left {
+            Some(left) if config.read_only => map = left.map,
+            Some(left) => {
+                let report = put_in(&left.map, &base, size)?;
+                left.remove();
+                tracing::warn!(path = %config.path.display(), ?report, "given what a VM that did not end in order had made durable");
+            }
+            None => {}
+        }
         let own = base.is_writable().then(|| Arc::clone(&base));
+        let journal = own.as_ref().and_then(|base| Journal::new(base, size, &overlays));
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
-        Self::assemble(setup, map, own, false)
+        Ok(Self { journal, ..Self::assemble(setup, map, own, false)? })
     }
 
     pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
@@ -147,6 +166,8 @@ impl Disk {
             forked,
             unsettled: Vec::new(),
             unsynced: false,
+            journal: None,
+            flushing: None,
             jobs: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),
@@ -186,6 +207,10 @@ impl Disk {
         if self.in_flight() > 0 {
             return false;
         }
+        let base = |setup: &Setup| setup.base.as_ref().map(Arc::as_ptr);
+        // Of another disk: what this one has made durable stays its image's.
+        self.journal = self.journal.take().filter(|_| base(&self.setup) == base(&image.setup));
+        self.journal.iter_mut().for_each(Journal::replaced);
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
         // Nobody has it in a map any more: its room is given back.
@@ -301,6 +326,11 @@ impl Disk {
     /// Begins a job, or leaves it waiting for its granules. Returns whether it waits.
     fn begin(&mut self, at: usize) -> bool {
         let Some(mut job) = self.jobs[at].take() else { return false };
+        if matches!(job.work, Work::Flush) && self.flushing.is_some() {
+            self.jobs[at] = Some(job);
+            self.wait_for_turn(at);
+            return true;
+        }
         if job.changes() && job.lock.is_none() {
             let range = job.granules();
             let hold = match &self.own {
@@ -314,14 +344,18 @@ impl Disk {
             job.lock = if behind { None } else { self.locks.take(&range, hold) };
             if job.lock.is_none() {
                 self.jobs[at] = Some(job);
-                if !self.waiting.contains(&at) {
-                    self.waiting.push_back(at);
-                }
+                self.wait_for_turn(at);
                 return true;
             }
         }
         self.plan(at, job);
         false
+    }
+
+    fn wait_for_turn(&mut self, at: usize) {
+        if !self.waiting.contains(&at) {
+            self.waiting.push_back(at);
+        }
     }
 
     /// Whether a change in the own file leaves the map as it is.
@@ -409,13 +443,20 @@ impl Disk {
         match (&job.work, &job.error) {
             (Work::Write(_) | Work::Move(_), None) if job.moves => {
                 if let Some(target) = job.target.take() {
-                    self.map.insert(job.granules(), Source::File(target));
+                    self.insert(job.granules(), Source::File(target));
                 }
             }
-            (Work::Zero { .. }, None) if job.moves => self.map.insert(job.whole_granules(self.size()), Source::Zero),
+            (Work::Zero { .. }, None) if job.moves => self.insert(job.whole_granules(self.size()), Source::Zero),
             // Not durable: the next flush tries again.
             (Work::Flush, Some(_)) => self.unsynced = true,
             _ => {}
+        }
+        if self.flushing == Some(at) {
+            self.flushing = None;
+            // Nothing is left to give up when it went well.
+            self.journal.iter_mut().for_each(Journal::give_up);
+            // Other flushes have waited for it.
+            self.released = true;
         }
         if job.changes() && job.target.as_ref().is_some_and(|target| target.is_named()) {
             self.unsynced = true;
@@ -442,6 +483,11 @@ impl Disk {
             self.locks.release(lock);
             self.released = true;
         }
+    }
+
+    fn insert(&mut self, granules: Range<u64>, source: Source) {
+        self.journal.iter_mut().for_each(|journal| journal.moved(granules.clone()));
+        self.map.insert(granules, source);
     }
 
     /// Begins what waits and need not wait any more, in order. Not from within `end`, which would begin to nest.

@@ -16,12 +16,14 @@
 //! | taking requests, and saying when they are done | `live.rs` |
 //! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
+//! | what of a forked disk survives the process | `journal/` |
 //! | keeping overlays few | `compact.rs` |
 //! | what a snapshot writes, and a disk made of it again | `layers.rs` |
 
 mod compact;
 mod image;
 mod job;
+mod journal;
 mod layers;
 mod live;
 mod locks;
@@ -39,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::{CommitError, CommitReport, DiskImage};
+pub use journal::JournalError;
 pub use layers::{DiskLayer, DiskRun};
 pub use live::{Disk, DiskDone, DiskOp};
 pub use map::GRANULE;
@@ -88,6 +91,15 @@ pub enum DiskError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
+    },
+    /// The journal that was left beside an image cannot be used. The image is as it was.
+    #[error("{} cannot be put into its image; without it the image is as it was when it was first forked", path.display())]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: JournalError,
     },
     /// Not on the disk.
     #[error("{len} bytes at {offset:#x} are not on a disk of {size:#x} bytes")]

@@ -188,14 +188,34 @@ impl Disk {
 
     fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
-        // An overlay has no name: nothing of it is there after the process, synced or not. So only the base is.
+        let mut requests = Vec::new();
         if mem::take(&mut self.unsynced)
             && let Some(file) = self.setup.base.clone()
         {
             job.target = Some(Arc::clone(&file));
-            return self.give(at, job, Request::Sync { file });
+            requests.push(Request::Sync { file, all: false });
         }
-        Ok(())
+        // Of a disk that has no journal, what is in an overlay is gone with the process, synced or not.
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.forked) {
+            match journal.begin(&self.map) {
+                Ok(first) => requests.extend(first),
+                Err(error) if journal.is_impossible(&error) => {
+                    tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
+                    self.journal = None;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            self.flushing = self.journal.as_ref().filter(|journal| journal.is_busy()).map(|_| at);
+        }
+        requests.into_iter().try_for_each(|request| self.give(at, job, request))?;
+        if job.left == 0 { self.flush_on(at, job) } else { Ok(()) }
+    }
+
+    /// The next step of the flush that the journal is busy with.
+    fn flush_on(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        let Some(journal) = self.journal.as_mut().filter(|_| self.flushing == Some(at)) else { return Ok(()) };
+        let next = journal.next()?;
+        next.map_or(Ok(()), |request| self.give(at, job, request))
     }
 
     /// What comes after the engine has done all it was given of a job.
@@ -211,6 +231,7 @@ impl Disk {
                     (false, _) => self.plan_write(at, job),
                 }
             }
+            (Work::Flush, _) if job.error.is_none() => self.flush_on(at, job),
             (Work::Zero { advisory, .. }, Stage::Transfer) => {
                 let advisory = *advisory;
                 self.after_zero(job, advisory);

@@ -115,6 +115,13 @@ fn disks_that_cannot_be() {
         assert_eq!(answer.code, Some(2));
         assert!(answer.stderr.contains(named), "{}", answer.stderr);
     }
+    let image = runtime.dir().join("disk.img");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let journal = runtime.dir().join("disk.img.clade-journal");
+    fs::create_dir(&journal).unwrap();
+    fs::write(journal.join("journal"), b"what no disk wrote").unwrap();
+    run(image.to_str().unwrap()).expect_refusal(journal.join("journal").to_str().unwrap());
+    assert!(journal.join("journal").exists() && fs::read(&image).unwrap() == vec![7; 1 << 20]);
 }
 
 #[test]

@@ -1,0 +1,461 @@
+//! What of a forked disk survives the process: a journal beside the image.
+//!
+//! From its first fork on, a disk's writes are in overlays without names, and the image is everybody's to read and nobody's to write. So that a flush keeps
+//! its promise all the same, for the disk that was opened from the image, overlays are given names when it is flushed, in a directory beside the image,
+//! and a journal there says which granules are in which. Whoever opens the image next puts them in; a commit does the same, and so is
+//! one step: until the journal is durable the image has not changed, and from then on it will have all of it.
+//!
+//! ```text
+//! disk.img                    the image, as it was at the first fork
+//! disk.img.clade-journal/
+//!     journal                 which granules are where (format.rs); replaced as a whole, or appended to
+//!     overlay.0, overlay.1    granules, each at its own offset in the disk
+//! ```
+//!
+//! A flush, in this order ([`Journal::begin`], [`Journal::next`]):
+//!
+//! 1. Overlays with granules that the journal is going to name are given names.
+//! 2. What was written to them, and their names, are made durable.
+//! 3. A record with the granules that have *moved* is written, and made durable. Before 2 it could name what is not there: unlike a disk, whose sectors
+//!    hold the old or the new, a file that nobody has written holds anything.
+//! 4. If it is a whole journal, in a file of its own so far: this takes the old one's name, and that is made durable.
+//!
+//! A write in place, to an overlay the journal names already, moves nothing: 2 is all there is to do, and one sync.
+//!
+//! What the journal names is not used again for something else, whatever the map says meanwhile: the journal holds the files until another one, which does not
+//! name them, is durable.
+
+mod format;
+
+use std::fs::{self, File};
+use std::io;
+use std::mem;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_io::{AlignedBuf, CachePolicy, FileError, Fragment, IoFile, Request};
+
+use super::DiskError;
+use super::map::{BlockMap, GRANULE, Source};
+pub use format::JournalError;
+use format::{Entry, Image};
+
+/// Moved ranges that are remembered; if there are more, the next journal is a whole one.
+const MOST_MOVED: usize = 1 << 16;
+/// A journal that is longer, and as many times as long as a whole one, is replaced.
+const LONG: (u64, u64) = (1 << 20, 4);
+/// Overlays that a journal may name and the map does not, before it is replaced.
+const STALE: usize = 16;
+
+const JOURNAL: &str = "journal";
+const NEXT: &str = "journal.next";
+const OVERLAY: &str = "overlay.";
+
+/// What is being made durable.
+#[derive(Debug)]
+struct Writing {
+    /// To be remembered again if it fails.
+    moved: Vec<Range<u64>>,
+    whole: bool,
+    synced: Vec<Arc<IoFile>>,
+    /// Overlays that the record names, if it is whole: the others' names go.
+    named: Vec<u64>,
+    /// The record, and the file's header before it if it is the first.
+    bytes: Vec<u8>,
+    step: Step,
+}
+
+/// What the kernel was given last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Data,
+    Record,
+    Sealed,
+    Named,
+}
+
+/// An overlay with a name.
+#[derive(Debug)]
+struct Named {
+    file: Arc<IoFile>,
+    number: u64,
+}
+
+impl Named {
+    /// Whether only the journal has it: it is in no map any more, and nobody will write to it.
+    fn is_stale(&self) -> bool {
+        Arc::strong_count(&self.file) == 1
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Journal {
+    dir: PathBuf,
+    image: Image,
+    granules: u64,
+    base: Arc<IoFile>,
+    /// Once it is there; and the one it is in.
+    directory: Option<(Arc<IoFile>, Arc<IoFile>)>,
+    /// Whether the directory is not known to be durable, or the names in it are not.
+    unnamed: (bool, bool),
+    /// Durable, with so many bytes and records.
+    file: Option<Arc<IoFile>>,
+    end: u64,
+    records: u64,
+    overlays: Vec<Named>,
+    next_overlay: u64,
+    /// Since the last record: what the map has elsewhere.
+    moved: Vec<Range<u64>>,
+    /// Whether the next record must say all: the map is not the one the last was about.
+    whole: bool,
+    /// To be replaced by this one.
+    next: Option<Arc<IoFile>>,
+    writing: Option<Writing>,
+}
+
+/// The directory beside the image that `path` leads to.
+fn directory(path: &Path) -> io::Result<PathBuf> {
+    let mut name = fs::canonicalize(path)?.into_os_string();
+    name.push(".clade-journal");
+    Ok(name.into())
+}
+
+fn device(path: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(fs::metadata(path)?.dev())
+}
+
+impl Journal {
+    /// For the disk opened from `base`. None where there cannot be one: beside a block device is memory, and a file cannot be given a name on
+    /// another file system than its own.
+    pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Path) -> Option<Self> {
+        let ready = || -> io::Result<Self> {
+            let dir = directory(base.path())?;
+            let beside = dir.parent().unwrap_or(Path::new("/"));
+            if base.is_block_device() || device(beside)? != device(overlays)? {
+                return Err(io::ErrorKind::CrossesDevices.into());
+            }
+            let inode = base.inode().map_err(|error| error.source)?;
+            Ok(Self {
+                dir,
+                image: Image { size, inode },
+                granules: size.div_ceil(GRANULE),
+                base: Arc::clone(base),
+                directory: None,
+                unnamed: (false, false),
+                file: None,
+                end: 0,
+                records: 0,
+                overlays: Vec::new(),
+                next_overlay: 0,
+                moved: Vec::new(),
+                whole: true,
+                next: None,
+                writing: None,
+            })
+        };
+        ready()
+            .inspect_err(|error| {
+                tracing::debug!(path = %base.path().display(), %error, "no journal: a flush after a fork is not durable");
+            })
+            .ok()
+    }
+
+    /// The directory it is in, if anything is.
+    pub(super) fn kept_in(&self) -> Option<&Path> {
+        self.file.as_ref().map(|_| self.dir.as_path())
+    }
+
+    /// Whether a flush is on its way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// Whether `error`, at the first name that was to be given, says that none can be: the file system has no such thing, or /proc is not there.
+    pub(super) fn is_impossible(&self, error: &FileError) -> bool {
+        use rustix::io::Errno;
+        let errno = Errno::from_io_error(&error.source);
+        let never = [Errno::OPNOTSUPP, Errno::PERM, Errno::NOENT, Errno::XDEV, Errno::MLINK];
+        self.file.is_none() && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
+    }
+
+    /// The map has `granules` elsewhere now.
+    pub(super) fn moved(&mut self, granules: Range<u64>) {
+        if self.whole {
+            return;
+        }
+        match self.moved.last_mut() {
+            Some(last) if last.end == granules.start => last.end = granules.end,
+            _ => self.moved.push(granules),
+        }
+        if self.moved.len() > MOST_MOVED {
+            self.replaced();
+        }
+    }
+
+    /// The map is another.
+    pub(super) fn replaced(&mut self) {
+        self.moved.clear();
+        self.whole = true;
+    }
+
+    fn is_base(&self, source: &Source) -> bool {
+        source.is(&self.base)
+    }
+
+    /// Whether what is moved should rather be said as a whole.
+    fn is_long(&self, map: &BlockMap) -> bool {
+        let (long, times) = LONG;
+        self.end > long && self.end > times * (format::ENTRY * map.len()) as u64
+            || self.overlays.iter().filter(|named| named.is_stale()).count() > STALE
+    }
+
+    /// Begins to make durable what `map` shows and the image does not. What is to be given to the kernel first; nothing, if there is
+    /// nothing to be done.
+    ///
+    /// # Errors
+    /// When a name cannot be given. The next flush tries again.
+    pub(super) fn begin(&mut self, map: &BlockMap) -> Result<Vec<Request>, FileError> {
+        let whole = self.whole || self.is_long(map);
+        let all = 0..self.granules;
+        let ranges = if whole { std::slice::from_ref(&all) } else { &self.moved };
+        let mut entries = Vec::new();
+        let mut new: Vec<Arc<IoFile>> = Vec::new();
+        for (granules, source) in ranges.iter().flat_map(|range| map.pieces(range.clone())) {
+            match source {
+                Source::Zero => entries.push((granules, None)),
+                Source::File(_) if self.is_base(source) => {}
+                Source::File(file) => entries.push((granules, Some(Arc::clone(file)))),
+            }
+        }
+        if whole && entries.is_empty() && self.file.is_none() {
+            return Ok(Vec::new());
+        }
+        for file in entries.iter().filter_map(|(_, file)| file.as_ref()) {
+            if self.number(file).is_none() && !new.iter().any(|known| Arc::ptr_eq(known, file)) {
+                new.push(Arc::clone(file));
+            }
+        }
+        let (directory, beside) = self.make_directory()?;
+        for file in new {
+            let number = self.next_overlay;
+            file.link(&self.dir.join(format!("{OVERLAY}{number}")))?;
+            self.next_overlay += 1;
+            self.unnamed.1 = true;
+            self.overlays.push(Named { file, number });
+        }
+        let named = [(self.unnamed.0, beside), (self.unnamed.1, directory)];
+        let mut requests: Vec<Request> = named
+            .into_iter()
+            .filter(|(wanted, _)| *wanted)
+            .map(|(_, file)| Request::Sync { file, all: true })
+            .collect();
+        let overlays = self.overlays.iter().map(|named| &named.file);
+        let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).cloned().collect();
+        requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
+        let entries: Vec<Entry> = entries
+            .into_iter()
+            .map(|(granules, file)| Entry { granules, overlay: file.as_ref().and_then(|file| self.number(file)) })
+            .collect();
+        let mut bytes = if whole { format::header(self.image) } else { Vec::new() };
+        let says = whole || !entries.is_empty();
+        if says {
+            bytes.extend(format::record(if whole { 0 } else { self.records }, &entries));
+        }
+        let mut named: Vec<u64> = entries.iter().filter_map(|entry| entry.overlay).collect();
+        named.sort_unstable();
+        named.dedup();
+        let moved = mem::take(&mut self.moved);
+        self.whole = false;
+        self.writing = Some(Writing { moved, whole, synced, named, bytes, step: Step::Data });
+        Ok(requests)
+    }
+
+    fn number(&self, file: &Arc<IoFile>) -> Option<u64> {
+        self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)).map(|named| named.number)
+    }
+
+    /// The journal's directory, made if it is not there, and the one it is in.
+    fn make_directory(&mut self) -> Result<(Arc<IoFile>, Arc<IoFile>), FileError> {
+        if let Some((directory, beside)) = &self.directory {
+            return Ok((Arc::clone(directory), Arc::clone(beside)));
+        }
+        let failed = |source| FileError { path: self.dir.clone(), what: "made", source };
+        match fs::create_dir(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+            _ => self.unnamed.0 = true,
+        }
+        let open = |path: &Path| Ok(Arc::new(IoFile::read_only(File::open(path)?, path, CachePolicy::Host)));
+        let directory = open(&self.dir).map_err(failed)?;
+        let beside = open(self.dir.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+        Ok(self.directory.insert((directory, beside)).clone())
+    }
+
+    /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
+    ///
+    /// # Errors
+    /// When the journal cannot be replaced. To be told with [`Journal::give_up`].
+    pub(super) fn next(&mut self) -> Result<Option<Request>, FileError> {
+        let Some(writing) = &mut self.writing else { return Ok(None) };
+        if writing.step == Step::Data {
+            self.unnamed = (false, false);
+        }
+        let to = if writing.whole { &mut self.next } else { &mut self.file };
+        match writing.step {
+            Step::Data if !writing.bytes.is_empty() => {
+                writing.step = Step::Record;
+                let file = match to {
+                    Some(file) if !writing.whole => Arc::clone(file),
+                    _ => Arc::clone(to.insert(Arc::new(IoFile::create(&self.dir.join(NEXT))?))),
+                };
+                let buffer = Arc::new(AlignedBuf::new(writing.bytes.len()));
+                let fragment = Fragment::owned(&buffer, 0, writing.bytes.len()).ok();
+                fragment.iter().for_each(|fragment| fragment.slice().copy_from(&writing.bytes));
+                let offset = if writing.whole { 0 } else { self.end };
+                Ok(Some(Request::Write { file, offset, buffers: fragment.into_iter().collect() }))
+            }
+            Step::Record => {
+                writing.step = Step::Sealed;
+                Ok(to.clone().map(|file| Request::Sync { file, all: false }))
+            }
+            Step::Sealed if writing.whole => {
+                writing.step = Step::Named;
+                let failed = |source| FileError { path: self.dir.join(JOURNAL), what: "replaced", source };
+                fs::rename(self.dir.join(NEXT), self.dir.join(JOURNAL)).map_err(failed)?;
+                Ok(self.directory.clone().map(|(file, _)| Request::Sync { file, all: true }))
+            }
+            Step::Data | Step::Sealed | Step::Named => {
+                self.written();
+                Ok(None)
+            }
+        }
+    }
+
+    fn written(&mut self) {
+        let Some(writing) = self.writing.take() else { return };
+        if writing.whole {
+            (self.file, self.end, self.records) = (self.next.take(), 0, 0);
+            // They were named by the journal that is gone. A file can be given a name only once, so whoever may be written again keeps it.
+            let keeps = |named: &Named| writing.named.binary_search(&named.number).is_ok() || !named.is_stale();
+            let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
+            self.overlays = keep;
+            gone.iter().for_each(|named| remove(&self.dir.join(format!("{OVERLAY}{}", named.number))));
+        }
+        self.end += writing.bytes.len() as u64;
+        self.records += u64::from(!writing.bytes.is_empty());
+    }
+
+    /// The flush failed: nothing of it counts, and the next one does it all again.
+    pub(super) fn give_up(&mut self) {
+        let Some(mut writing) = self.writing.take() else { return };
+        writing.synced.iter().for_each(|file| file.set_unsynced());
+        // With the names as well: that of a whole journal may or may not have been taken.
+        self.whole |= writing.whole;
+        writing.moved.append(&mut self.moved);
+        self.moved = writing.moved;
+        if self.whole {
+            self.moved.clear();
+        }
+    }
+
+    /// Takes it away: the image has everything.
+    pub(super) fn remove(&mut self) {
+        self.replaced();
+        if self.directory.take().is_some() {
+            (self.file, self.next) = (None, None);
+            remove_all(&self.dir);
+        }
+        self.overlays.clear();
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a file that nobody needs any more was not removed");
+    }
+}
+
+/// The journal first, and durably: overlays without it are nothing, while it without overlays is damaged.
+fn remove_all(dir: &Path) {
+    remove(&dir.join(JOURNAL));
+    let _ = File::open(dir).and_then(|dir| dir.sync_all());
+    let ours = |name: &str| name == NEXT || name.starts_with(OVERLAY);
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.filter(|entry| entry.file_name().to_str().is_some_and(ours));
+    names.for_each(|entry| remove(&entry.path()));
+    if let Err(error) = fs::remove_dir(dir) {
+        tracing::warn!(path = %dir.display(), %error, "a directory that nobody needs any more was not removed");
+    }
+}
+
+/// Where the journal is that was left beside `base`, if one was.
+pub(super) fn left_in(base: &IoFile) -> Option<PathBuf> {
+    directory(base.path()).ok().filter(|dir| dir.join(JOURNAL).exists())
+}
+
+/// A disk whose journal was left behind: by a process that did not end in order, or with somebody else still using the image.
+#[derive(Debug)]
+pub(super) struct Left {
+    dir: PathBuf,
+    /// What the disk shows.
+    pub(super) map: BlockMap,
+}
+
+impl Left {
+    /// Looks for the journal of the image that `base` is.
+    ///
+    /// # Errors
+    /// When there is one that cannot be read, is not this image's, or lacks a file.
+    pub(super) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
+        let failed = |path: &Path, what: &'static str| {
+            let path = path.to_owned();
+            move |source| DiskError::from(FileError { path, what, source })
+        };
+        let dir = directory(base.path()).map_err(failed(base.path(), "looked up"))?;
+        let path = dir.join(JOURNAL);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                // Names that were given before there was a journal to use them.
+                if base.is_writable() && dir.is_dir() {
+                    remove_all(&dir);
+                }
+                return Ok(None);
+            }
+            Err(error) => return Err(failed(&path, "read")(error)),
+        };
+        let granules = size.div_ceil(GRANULE);
+        let image = Image { size, inode: base.inode()? };
+        let entries = format::entries(&bytes, image, granules);
+        let entries = entries.map_err(|source| DiskError::Journal { path: path.clone(), source })?;
+        let mut map = BlockMap::new(granules, Source::File(Arc::clone(base)));
+        let mut files: Vec<(u64, Arc<IoFile>)> = Vec::new();
+        for Entry { granules, overlay } in entries {
+            let source = match (overlay, files.iter().find(|(number, _)| Some(*number) == overlay)) {
+                (None, _) => Source::Zero,
+                (_, Some((_, file))) => Source::File(Arc::clone(file)),
+                (Some(number), None) => {
+                    let path = dir.join(format!("{OVERLAY}{number}"));
+                    let file = File::open(&path).map_err(failed(&path, "opened"))?;
+                    let file = Arc::new(IoFile::read_only(file, &path, CachePolicy::Host));
+                    files.push((number, Arc::clone(&file)));
+                    Source::File(file)
+                }
+            };
+            map.insert(granules, source);
+        }
+        Ok(Some(Self { dir, map }))
+    }
+
+    /// Takes the journal away, when the image has everything.
+    pub(super) fn remove(self) {
+        remove_all(&self.dir);
+    }
+}
+
+#[cfg(test)]
+mod tests;
