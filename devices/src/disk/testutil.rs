@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_io::{AlignedBuf, Fragment};
+use proptest::prelude::*;
 
 use super::{Disk, DiskImage, DiskOp};
 
@@ -57,4 +58,9 @@ pub(super) fn whole(image: &DiskImage) -> Vec<u8> {
     let mut bytes = vec![0xee; image.size() as usize];
     image.read_at(0, &mut bytes).unwrap();
     bytes
+}
+
+/// Where a run of at most `most` of `all` begins, and how long it is.
+pub(super) fn run(all: u64, most: u64) -> impl Strategy<Value = (u64, u64)> + Clone {
+    (0..all).prop_flat_map(move |first| (Just(first), 1..=(all - first).min(most)))
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::testutil::{SOON, begin_write, finish, read, whole};
+use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole};
 use crate::disk::{DiskConfig, DiskImage, DiskOp, SECTOR};
 
 const GRANULES: u64 = 300;
@@ -78,8 +78,8 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let sectors = (0..SIZE / SECTOR).prop_flat_map(|sector| (Just(sector), 1..=(SIZE / SECTOR - sector).min(64)));
-    let granules = (0..GRANULES).prop_flat_map(|granule| (Just(granule), 1..=(GRANULES - granule).min(20)));
+    let sectors = run(SIZE / SECTOR, 64);
+    let granules = run(GRANULES, 20);
     prop_oneof![
         12 => (sectors, any::<u8>(), prop::bool::weighted(0.3))
             .prop_map(|((sector, sectors), byte, wait)| Act::Write { sector, sectors, byte, wait }),

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::disk::compact::Moves;
-use crate::disk::testutil::{SOON, begin_write, finish, read, whole, write};
+use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole, write};
 use crate::disk::{CommitError, CommitReport, Disk, DiskConfig, DiskOp, SECTOR};
 
 const GRANULES: u64 = 40;
@@ -364,8 +364,8 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let sectors = (0..SIZE / SECTOR).prop_flat_map(|sector| (Just(sector), 1..=(SIZE / SECTOR - sector).min(40)));
-    let granules = (0..GRANULES).prop_flat_map(|granule| (Just(granule), 1..=(GRANULES - granule).min(10)));
+    let sectors = run(SIZE / SECTOR, 40);
+    let granules = run(GRANULES, 10);
     prop_oneof![
         12 => (sectors, any::<u8>()).prop_map(|((sector, sectors), byte)| Act::Write { sector, sectors, byte }),
         2 => granules.prop_map(|(granule, granules)| Act::Zero { granule, granules }),

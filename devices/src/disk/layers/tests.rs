@@ -7,7 +7,7 @@ use clade_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::testutil::{SOON, buffer, finish, read, whole, write};
+use crate::disk::testutil::{SOON, buffer, finish, read, run, whole, write};
 use crate::disk::{CommitError, Disk, DiskOp};
 
 /// Not whole granules.
@@ -67,7 +67,7 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let range = (0..SIZE / SECTOR).prop_flat_map(|sector| (Just(sector), 1..=(SIZE / SECTOR - sector).min(24)));
+    let range = run(SIZE / SECTOR, 24);
     prop_oneof![
         6 => (range.clone(), any::<u8>())
             .prop_map(|((sector, sectors), byte)| Act::Write { sector, sectors, byte }),
