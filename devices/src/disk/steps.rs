@@ -201,6 +201,7 @@ impl Disk {
                 Ok(first) => requests.extend(first),
                 Err(error) if journal.is_impossible(&error) => {
                     tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
+                    journal.remove();
                     self.journal = None;
                 }
                 Err(error) => return Err(error.into()),

@@ -173,11 +173,12 @@ impl Journal {
         self.writing.is_some()
     }
 
-    /// Whether `error`, at the first name that was to be given, says that none can be: the file system has no such thing, or /proc is not there.
+    /// Whether `error`, at the first name that was to be given, says that none can be: the file system has no such thing,
+    /// the directory is not to be written, or /proc is not there.
     pub(super) fn is_impossible(&self, error: &FileError) -> bool {
-        use rustix::io::Errno;
-        let errno = Errno::from_io_error(&error.source);
-        let never = [Errno::OPNOTSUPP, Errno::PERM, Errno::NOENT, Errno::XDEV, Errno::MLINK];
+        use rustix::io::Errno as E;
+        let errno = E::from_io_error(&error.source);
+        let never = [E::OPNOTSUPP, E::PERM, E::ACCESS, E::ROFS, E::NOENT, E::XDEV, E::MLINK];
         self.file.is_none() && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
     }
 

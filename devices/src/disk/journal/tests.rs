@@ -202,6 +202,23 @@ fn names_without_a_journal_are_nothing_and_a_link_leads_to_the_same_one() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
+/// A directory that must not be written is no reason to fail a flush, unless something is there already.
+#[test]
+fn what_cannot_be_is_told_from_what_failed() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    drop(disk.fork());
+    let error = |errno| FileError { path: PathBuf::new(), what: "made", source: io::Error::from_raw_os_error(errno) };
+    let journal = disk.journal.as_ref().unwrap();
+    for errno in [libc::EACCES, libc::EROFS, libc::EPERM, libc::EXDEV, libc::EOPNOTSUPP] {
+        assert!(journal.is_impossible(&error(errno)), "{errno}");
+    }
+    assert!(!journal.is_impossible(&error(libc::ENOSPC)) && !journal.is_impossible(&error(libc::EIO)));
+    write(&mut disk, 0, &[2; 4096]);
+    flush(&mut disk);
+    assert!(!disk.journal.as_ref().unwrap().is_impossible(&error(libc::EACCES)), "what is there needs a flush");
+}
+
 /// Overlays on another file system cannot be given names beside the image.
 #[test]
 fn without_a_journal_a_flush_and_a_commit_are_what_they_can_be() {
