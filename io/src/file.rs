@@ -235,13 +235,17 @@ impl IoFile {
         self.unsynced.store(true, Ordering::Release);
     }
 
-    /// The file's number on its file system.
+    /// The file's number on its file system, and when it was made (ns since 1970; 0 where that is not known): numbers are used again.
     ///
     /// # Errors
     /// When the system cannot say.
-    pub fn inode(&self) -> Result<u64, FileError> {
-        let stat = rustix::fs::fstat(&self.handles.cached).map_err(|error| self.failed("looked at", error.into()))?;
-        Ok(stat.st_ino)
+    pub fn identity(&self) -> Result<(u64, u64), FileError> {
+        let wanted = StatxFlags::INO | StatxFlags::BTIME;
+        let stat = statx(&self.handles.cached, "", AtFlags::EMPTY_PATH, wanted)
+            .map_err(|error| self.failed("looked at", error.into()))?;
+        let born = (stat.stx_btime.tv_sec as u64).wrapping_mul(1_000_000_000) + u64::from(stat.stx_btime.tv_nsec);
+        let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        Ok((stat.stx_ino, if known { born } else { 0 }))
     }
 
     /// Its path; for an unnamed file, its directory.
@@ -466,11 +470,11 @@ mod tests {
         let path = dir.path().join("name");
         file.link(&path).unwrap();
         assert_eq!(file.link(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
-        let inode = file.inode().unwrap();
+        let inode = file.identity().unwrap();
         drop(file);
         assert_eq!(&std::fs::read(&path).unwrap()[4096..4100], b"kept");
         let other = IoFile::reused(&shelf, dir.path(), 8192, CachePolicy::Host).unwrap();
-        assert_ne!(other.inode().unwrap(), inode);
+        assert_ne!(other.identity().unwrap(), inode);
         let error = other.link(Path::new("/proc/name")).unwrap_err();
         assert!(error.to_string().starts_with("/proc/name"), "{error}");
     }

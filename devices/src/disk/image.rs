@@ -71,6 +71,11 @@ pub enum CommitError {
         /// How many.
         requests: usize,
     },
+    /// The base has everything, and a journal that could not be removed is to be put in once more: what is written to the base before that is undone.
+    #[error(
+        "the image has everything that was written since the fork, but the journal beside it is still there: remove it before the image is opened"
+    )]
+    Journal(#[source] FileError),
     /// A copy failed. The base holds a part of what was written since the fork.
     #[error("the base holds only part of what was written since the fork; the rest {}", fate(kept.as_deref()))]
     Partial {
@@ -219,7 +224,8 @@ impl Disk {
         // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
         let others = Arc::strong_count(self.setup()) - 1;
         let journaled = self.is_forked() && self.keep();
-        let kept = self.journal.as_ref().and_then(|journal| journal.kept_in()).map(Path::to_owned);
+        let kept =
+            self.journal.as_ref().filter(|_| journaled).and_then(|journal| journal.kept_in()).map(Path::to_owned);
         if others > 0 && self.is_forked() {
             return Err(CommitError::Shared { path: path(), others, kept });
         }
@@ -228,7 +234,7 @@ impl Disk {
         }
         let report = put_in(self.map(), &base, self.size());
         let report = report.map_err(|source| CommitError::Partial { kept, source })?;
-        self.journal.iter_mut().for_each(Journal::remove);
+        self.journal.iter_mut().try_for_each(Journal::remove).map_err(CommitError::Journal)?;
         Ok(CommitReport { journaled, ..report })
     }
 
@@ -243,12 +249,13 @@ impl Disk {
 
     /// A flush, from beginning to end, while nothing else is in flight.
     pub(super) fn flush_now(&mut self) -> Result<(), DiskError> {
-        self.submit(DiskOp::Flush, 0)?;
+        const TOKEN: u64 = u64::MAX;
+        self.submit(DiskOp::Flush, TOKEN)?;
         self.kick()?;
         loop {
             let mut done = self.take_done();
             done.extend(self.reap()?);
-            if let Some(done) = done.pop() {
+            if let Some(done) = done.into_iter().rfind(|done| done.token == TOKEN) {
                 return done.result;
             }
             self.wait(TURN)?;

@@ -101,7 +101,7 @@ pub struct Disk {
     pub(super) unsynced: bool,
     /// Of the disk that was opened from the base, where there can be one.
     pub(super) journal: Option<Journal>,
-    /// The job that it is busy with. Other flushes wait.
+    /// The flush that is on its way. Others wait: they promise what it may not have done yet.
     pub(super) flushing: Option<usize>,
     pub(super) jobs: Vec<Option<Job>>,
     pub(super) free: Vec<usize>,
@@ -140,7 +140,7 @@ impl Disk {
             Some(left) if config.read_only => map = left.map,
             Some(left) => {
                 let report = put_in(&left.map, &base, size)?;
-                left.remove();
+                left.remove()?;
                 tracing::warn!(path = %config.path.display(), ?report, "given what a VM that did not end in order had made durable");
             }
             None => {}
@@ -453,8 +453,9 @@ impl Disk {
         }
         if self.flushing == Some(at) {
             self.flushing = None;
-            // Nothing is left to give up when it went well.
-            self.journal.iter_mut().for_each(Journal::give_up);
+            // Nothing is left to give up when it went well. What was cancelled is not lost.
+            let lost = matches!(&job.error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
+            self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
             // Other flushes have waited for it.
             self.released = true;
         }

@@ -201,13 +201,13 @@ impl Disk {
                 Ok(first) => requests.extend(first),
                 Err(error) if journal.is_impossible(&error) => {
                     tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
-                    journal.remove();
+                    journal.remove()?;
                     self.journal = None;
                 }
                 Err(error) => return Err(error.into()),
             }
-            self.flushing = self.journal.as_ref().filter(|journal| journal.is_busy()).map(|_| at);
         }
+        self.flushing = Some(at);
         requests.into_iter().try_for_each(|request| self.give(at, job, request))?;
         if job.left == 0 { self.flush_on(at, job) } else { Ok(()) }
     }

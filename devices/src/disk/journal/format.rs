@@ -2,7 +2,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | header | magic `CLADEJ01`, the disk's size, the image's inode, checksum: 8 bytes each |
+//! | header | magic `CLADEJ01`, the disk's size, the image's inode, when that was made (ns since 1970; 0 where the file system does not say), checksum: 8 bytes each |
 //! | record | its number, how many entries: 8 bytes each; the entries; checksum of all that, 8 bytes |
 //! | entry | first granule, the granule after its last, the overlay's number or all ones for zeros: 8 bytes each |
 //!
@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 const MAGIC: &[u8; 8] = b"CLADEJ01";
-const HEADER: usize = 32;
+const HEADER: usize = 40;
 /// Bytes of an entry; as many as a record has besides.
 pub(super) const ENTRY: usize = 24;
 /// In place of an overlay's number.
@@ -31,6 +31,8 @@ pub(super) struct Entry {
 pub(super) struct Image {
     pub(super) size: u64,
     pub(super) inode: u64,
+    /// An inode's number is soon another file's.
+    pub(super) born: u64,
 }
 
 fn put(bytes: &mut Vec<u8>, word: u64) {
@@ -46,6 +48,7 @@ pub(super) fn header(image: Image) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     put(&mut bytes, image.size);
     put(&mut bytes, image.inode);
+    put(&mut bytes, image.born);
     seal(&mut bytes, 0);
     bytes
 }
@@ -70,13 +73,16 @@ pub enum JournalError {
     #[error("it is damaged: its beginning is not what was written")]
     Damaged,
     /// The image has been replaced or resized.
-    #[error("it belongs to another image: of {size} bytes, inode {inode}")]
+    #[error("it belongs to another image: of {size} bytes, inode {inode}, or one that had that number before")]
     Other {
         /// That image's size.
         size: u64,
         /// That image's inode.
         inode: u64,
     },
+    /// The directory it is in is another user's, or others may write in it.
+    #[error("its directory is not this user's alone")]
+    NotOurs,
     /// A record whose checksum is right says what cannot be.
     #[error("it has granules {start:#x} to {end:#x} of a disk that has {granules:#x}")]
     OffDisk {
@@ -122,11 +128,11 @@ fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Vec<Entry>)> {
 pub(super) fn entries(bytes: &[u8], image: Image, granules: u64) -> Result<Vec<Entry>, JournalError> {
     let (head, mut rest) = bytes.split_at_checked(HEADER).ok_or(JournalError::Damaged)?;
     let mut reader = Reader(&head[MAGIC.len()..]);
-    let words = [reader.word(), reader.word(), reader.word()].map(Option::unwrap_or_default);
-    if !head.starts_with(MAGIC) || words[2] != twox_hash::XxHash3_64::oneshot(&head[..HEADER - 8]) {
+    let [size, inode, born, sum] = [(); 4].map(|()| reader.word().unwrap_or_default());
+    if !head.starts_with(MAGIC) || sum != twox_hash::XxHash3_64::oneshot(&head[..HEADER - 8]) {
         return Err(JournalError::Damaged);
     }
-    let of = Image { size: words[0], inode: words[1] };
+    let of = Image { size, inode, born };
     if of != image {
         return Err(JournalError::Other { size: of.size, inode: of.inode });
     }
@@ -148,7 +154,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const IMAGE: Image = Image { size: 100 * 4096, inode: 7 };
+    const IMAGE: Image = Image { size: 100 * 4096, inode: 7, born: 99 };
 
     fn some_entries() -> impl Strategy<Value = Vec<Entry>> {
         let entry = (0..99u64, 1..40u64, proptest::option::of(0..9u64));
@@ -196,7 +202,7 @@ mod tests {
     #[test]
     fn another_image_and_granules_off_the_disk_are_refused_by_value() {
         let (bytes, _) = journal(&[vec![]]);
-        for other in [Image { size: 8192, ..IMAGE }, Image { inode: 8, ..IMAGE }] {
+        for other in [Image { size: 8192, ..IMAGE }, Image { inode: 8, ..IMAGE }, Image { born: 98, ..IMAGE }] {
             let refused = entries(&bytes, other, 100);
             assert_eq!(refused, Err(JournalError::Other { size: IMAGE.size, inode: IMAGE.inode }));
         }

@@ -31,10 +31,13 @@ use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clade_io::{AlignedBuf, CachePolicy, FileError, Fragment, IoFile, Request};
+use rustix::fs::OFlags;
+use rustix::process::geteuid;
 
 use super::DiskError;
 use super::map::{BlockMap, GRANULE, Source};
@@ -100,6 +103,8 @@ pub(super) struct Journal {
     directory: Option<(Arc<IoFile>, Arc<IoFile>)>,
     /// Whether the directory is not known to be durable, or the names in it are not.
     unnamed: (bool, bool),
+    /// Whether there may be one of that name.
+    named: bool,
     /// Durable, with so many bytes and records.
     file: Option<Arc<IoFile>>,
     end: u64,
@@ -108,6 +113,8 @@ pub(super) struct Journal {
     next_overlay: u64,
     /// Since the last record: what the map has elsewhere.
     moved: Vec<Range<u64>>,
+    /// Whether the system has failed to make something durable. It says so once, and has then forgotten what: a record must not name it.
+    broken: bool,
     /// Whether the next record must say all: the map is not the one the last was about.
     whole: bool,
     /// To be replaced by this one.
@@ -123,8 +130,16 @@ fn directory(path: &Path) -> io::Result<PathBuf> {
 }
 
 fn device(path: &Path) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
     Ok(fs::metadata(path)?.dev())
+}
+
+/// Opens a journal's directory, which nobody else may have made or may write in: what is in it goes into an image.
+fn open_ours(dir: &Path) -> io::Result<File> {
+    let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits() as i32;
+    let opened = fs::OpenOptions::new().read(true).custom_flags(flags).open(dir)?;
+    let metadata = opened.metadata()?;
+    let ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+    if ours { Ok(opened) } else { Err(io::ErrorKind::PermissionDenied.into()) }
 }
 
 impl Journal {
@@ -137,14 +152,16 @@ impl Journal {
             if base.is_block_device() || device(beside)? != device(overlays)? {
                 return Err(io::ErrorKind::CrossesDevices.into());
             }
-            let inode = base.inode().map_err(|error| error.source)?;
+            let (inode, born) = base.identity().map_err(|error| error.source)?;
             Ok(Self {
                 dir,
-                image: Image { size, inode },
+                image: Image { size, inode, born },
                 granules: size.div_ceil(GRANULE),
                 base: Arc::clone(base),
                 directory: None,
                 unnamed: (false, false),
+                named: false,
+                broken: false,
                 file: None,
                 end: 0,
                 records: 0,
@@ -165,12 +182,7 @@ impl Journal {
 
     /// The directory it is in, if anything is.
     pub(super) fn kept_in(&self) -> Option<&Path> {
-        self.file.as_ref().map(|_| self.dir.as_path())
-    }
-
-    /// Whether a flush is on its way.
-    pub(super) fn is_busy(&self) -> bool {
-        self.writing.is_some()
+        self.named.then_some(self.dir.as_path())
     }
 
     /// Whether `error`, at the first name that was to be given, says that none can be: the file system has no such thing,
@@ -179,7 +191,7 @@ impl Journal {
         use rustix::io::Errno as E;
         let errno = E::from_io_error(&error.source);
         let never = [E::OPNOTSUPP, E::PERM, E::ACCESS, E::ROFS, E::NOENT, E::XDEV, E::MLINK];
-        self.file.is_none() && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
+        !self.named && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
     }
 
     /// The map has `granules` elsewhere now.
@@ -219,6 +231,10 @@ impl Journal {
     /// # Errors
     /// When a name cannot be given. The next flush tries again.
     pub(super) fn begin(&mut self, map: &BlockMap) -> Result<Vec<Request>, FileError> {
+        if self.broken {
+            let (path, source) = (self.dir.clone(), io::Error::from(rustix::io::Errno::IO));
+            return Err(FileError { path, what: "added to since a write to an overlay was lost", source });
+        }
         let whole = self.whole || self.is_long(map);
         let all = 0..self.granules;
         let ranges = if whole { std::slice::from_ref(&all) } else { &self.moved };
@@ -231,7 +247,7 @@ impl Journal {
                 Source::File(file) => entries.push((granules, Some(Arc::clone(file)))),
             }
         }
-        if whole && entries.is_empty() && self.file.is_none() {
+        if whole && entries.is_empty() && !self.named {
             return Ok(Vec::new());
         }
         for file in entries.iter().filter_map(|(_, file)| file.as_ref()) {
@@ -241,9 +257,7 @@ impl Journal {
         }
         let (directory, beside) = self.make_directory()?;
         for file in new {
-            let number = self.next_overlay;
-            file.link(&self.dir.join(format!("{OVERLAY}{number}")))?;
-            self.next_overlay += 1;
+            let number = self.link(&file)?;
             self.unnamed.1 = true;
             self.overlays.push(Named { file, number });
         }
@@ -274,6 +288,18 @@ impl Journal {
         Ok(requests)
     }
 
+    /// Gives `file` the next name that nobody has.
+    fn link(&mut self, file: &IoFile) -> Result<u64, FileError> {
+        loop {
+            let number = self.next_overlay;
+            self.next_overlay += 1;
+            match file.link(&self.dir.join(format!("{OVERLAY}{number}"))) {
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+                linked => return linked.map(|()| number),
+            }
+        }
+    }
+
     fn number(&self, file: &Arc<IoFile>) -> Option<u64> {
         self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)).map(|named| named.number)
     }
@@ -284,14 +310,17 @@ impl Journal {
             return Ok((Arc::clone(directory), Arc::clone(beside)));
         }
         let failed = |source| FileError { path: self.dir.clone(), what: "made", source };
-        match fs::create_dir(&self.dir) {
+        match fs::DirBuilder::new().mode(0o700).create(&self.dir) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => self.unnamed.0 = true,
         }
-        let open = |path: &Path| Ok(Arc::new(IoFile::read_only(File::open(path)?, path, CachePolicy::Host)));
-        let directory = open(&self.dir).map_err(failed)?;
-        let beside = open(self.dir.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
-        Ok(self.directory.insert((directory, beside)).clone())
+        let open = |file: File, path: &Path| Arc::new(IoFile::read_only(file, path, CachePolicy::Host));
+        let directory = open_ours(&self.dir).map_err(failed)?;
+        // Kept for as long as the journal is: an image that takes this one's name under a running VM does not take its journal.
+        directory.try_lock().map_err(|error| failed(error.into()))?;
+        let beside = self.dir.parent().unwrap_or(Path::new("/"));
+        let beside = open(File::open(beside).map_err(failed)?, beside);
+        Ok(self.directory.insert((open(directory, &self.dir), beside)).clone())
     }
 
     /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
@@ -323,6 +352,8 @@ impl Journal {
             }
             Step::Sealed if writing.whole => {
                 writing.step = Step::Named;
+                // Before: it may be there although it failed.
+                self.named = true;
                 let failed = |source| FileError { path: self.dir.join(JOURNAL), what: "replaced", source };
                 fs::rename(self.dir.join(NEXT), self.dir.join(JOURNAL)).map_err(failed)?;
                 Ok(self.directory.clone().map(|(file, _)| Request::Sync { file, all: true }))
@@ -348,9 +379,10 @@ impl Journal {
         self.records += u64::from(!writing.bytes.is_empty());
     }
 
-    /// The flush failed: nothing of it counts, and the next one does it all again.
-    pub(super) fn give_up(&mut self) {
+    /// The flush failed: nothing of it counts, and the next one does it all again, unless something was `lost`.
+    pub(super) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
+        self.broken |= lost && writing.step == Step::Data;
         writing.synced.iter().for_each(|file| file.set_unsynced());
         // With the names as well: that of a whole journal may or may not have been taken.
         self.whole |= writing.whole;
@@ -362,16 +394,22 @@ impl Journal {
     }
 
     /// Takes it away: the image has everything.
-    pub(super) fn remove(&mut self) {
+    ///
+    /// # Errors
+    /// When it is still there. It must not be put in again, once the image has been written.
+    pub(super) fn remove(&mut self) -> Result<(), FileError> {
         self.replaced();
         if self.directory.take().is_some() {
             (self.file, self.next) = (None, None);
-            remove_all(&self.dir);
+            remove_all(&self.dir)?;
         }
+        self.named = false;
         self.overlays.clear();
+        Ok(())
     }
 }
 
+/// Removes what nobody needs any more. What cannot be is only in the way.
 fn remove(path: &Path) {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound
@@ -381,9 +419,13 @@ fn remove(path: &Path) {
 }
 
 /// The journal first, and durably: overlays without it are nothing, while it without overlays is damaged.
-fn remove_all(dir: &Path) {
-    remove(&dir.join(JOURNAL));
-    let _ = File::open(dir).and_then(|dir| dir.sync_all());
+fn remove_all(dir: &Path) -> Result<(), FileError> {
+    let path = dir.join(JOURNAL);
+    let gone = match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => File::open(dir).and_then(|dir| dir.sync_all()),
+    };
+    gone.map_err(|source| FileError { path, what: "removed", source })?;
     let ours = |name: &str| name == NEXT || name.starts_with(OVERLAY);
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let names = entries.filter(|entry| entry.file_name().to_str().is_some_and(ours));
@@ -391,6 +433,7 @@ fn remove_all(dir: &Path) {
     if let Err(error) = fs::remove_dir(dir) {
         tracing::warn!(path = %dir.display(), %error, "a directory that nobody needs any more was not removed");
     }
+    Ok(())
 }
 
 /// Where the journal is that was left beside `base`, if one was.
@@ -404,6 +447,8 @@ pub(super) struct Left {
     dir: PathBuf,
     /// What the disk shows.
     pub(super) map: BlockMap,
+    /// Nobody else's meanwhile.
+    _locked: File,
 }
 
 impl Left {
@@ -416,21 +461,35 @@ impl Left {
             let path = path.to_owned();
             move |source| DiskError::from(FileError { path, what, source })
         };
-        let dir = directory(base.path()).map_err(failed(base.path(), "looked up"))?;
+        // Without a name it has nothing beside it.
+        let Ok(dir) = directory(base.path()) else { return Ok(None) };
         let path = dir.join(JOURNAL);
+        let locked = match open_ours(&dir) {
+            Ok(opened) => opened,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(DiskError::Journal { path, source: JournalError::NotOurs });
+            }
+            Err(error) => return Err(failed(&dir, "opened")(error)),
+        };
+        let alone = if base.is_writable() { locked.try_lock() } else { locked.try_lock_shared() };
+        alone.map_err(|error| failed(&dir, "locked")(error.into()))?;
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 // Names that were given before there was a journal to use them.
-                if base.is_writable() && dir.is_dir() {
-                    remove_all(&dir);
+                if base.is_writable() {
+                    remove_all(&dir)?;
                 }
                 return Ok(None);
             }
             Err(error) => return Err(failed(&path, "read")(error)),
         };
         let granules = size.div_ceil(GRANULE);
-        let image = Image { size, inode: base.inode()? };
+        let (inode, born) = base.identity()?;
+        let image = Image { size, inode, born };
         let entries = format::entries(&bytes, image, granules);
         let entries = entries.map_err(|source| DiskError::Journal { path: path.clone(), source })?;
         let mut map = BlockMap::new(granules, Source::File(Arc::clone(base)));
@@ -449,12 +508,15 @@ impl Left {
             };
             map.insert(granules, source);
         }
-        Ok(Some(Self { dir, map }))
+        Ok(Some(Self { dir, map, _locked: locked }))
     }
 
     /// Takes the journal away, when the image has everything.
-    pub(super) fn remove(self) {
-        remove_all(&self.dir);
+    ///
+    /// # Errors
+    /// As [`Journal::remove`].
+    pub(super) fn remove(self) -> Result<(), FileError> {
+        remove_all(&self.dir)
     }
 }
 

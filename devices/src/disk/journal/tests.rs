@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -179,8 +180,40 @@ fn a_journal_that_is_damaged_or_anothers_is_refused_and_nothing_is_lost() {
     fs::rename(&copy, &bench.path).unwrap();
     assert_eq!(refused(), JournalError::Other { size: SIZE, inode });
     fs::rename(&kept, &bench.path).unwrap();
+    // Somebody else could have put it there.
+    let mode = |mode| fs::set_permissions(&bench.journal, fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o777);
+    assert_eq!(refused(), JournalError::NotOurs);
+    mode(0o700);
+    // Another VM has taken the name.
+    let other = File::open(&bench.journal).unwrap();
+    other.lock().unwrap();
+    let error = Disk::open(&DiskConfig::new(&bench.path)).unwrap_err().to_string();
+    assert!(error.starts_with(bench.journal.to_str().unwrap()), "{error}");
+    drop(other);
     drop(bench.open());
     assert!(bench.image()[..4096] == [2; 4096]);
+}
+
+#[test]
+fn a_new_image_of_the_same_name_and_number_is_another_image() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    drop(disk.fork());
+    write(&mut disk, 0, &[2; 4096]);
+    flush(&mut disk);
+    let before = disk.journal.as_ref().unwrap().image;
+    drop(disk);
+    if before.born == 0 {
+        println!("skipped: the file system does not say when a file was made");
+        return;
+    }
+    fs::remove_file(&bench.path).unwrap();
+    fs::write(&bench.path, vec![7; SIZE as usize]).unwrap();
+    let refused = Disk::open(&DiskConfig::new(&bench.path)).unwrap_err();
+    let source = JournalError::Other { size: SIZE, inode: before.inode };
+    assert!(matches!(&refused, DiskError::Journal { source: found, .. } if *found == source), "{refused}");
+    assert!(bench.image() == vec![7; SIZE as usize]);
 }
 
 #[test]
@@ -324,7 +357,7 @@ fn a_flush_is_in_order_and_one_step() {
             let all = [
                 "sync disk.img.clade-journal, all",
                 &format!("sync {beside}"),
-                "write journal.next at 80",
+                "write journal.next at 88",
                 "sync journal.next",
             ];
             assert_eq!(done, all[..(2 + stop - 4).min(4)]);
@@ -348,13 +381,60 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     let told = |requests: Vec<Request>| requests.iter().map(carry_out).collect::<Vec<_>>();
     let first = told(journal.begin(&map).unwrap());
     assert_eq!(first.len(), 3);
-    journal.give_up();
+    journal.give_up(false);
     assert_eq!(told(journal.begin(&map).unwrap()), first, "with the names, which are there");
     while let Some(request) = journal.next().unwrap() {
         carry_out(&request);
     }
     assert!(told(journal.begin(&map).unwrap()).is_empty() && journal.next().unwrap().is_none());
     assert_eq!(bench.names(), ["journal", "overlay.0"]);
+    // What the system has lost it does not say twice.
+    let _ = journal.begin(&map).unwrap();
+    journal.give_up(true);
+    let refused = journal.begin(&map).unwrap_err().to_string();
+    assert!(refused.contains("a write to an overlay was lost"), "{refused}");
+}
+
+/// Of a journal that has its name, durably or not, the next flush has to say that it is over.
+#[test]
+fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    let image = disk.fork();
+    write(&mut disk, 0, &[2; 4096]);
+    let map = disk.map.clone();
+    let journal = disk.journal.as_mut().unwrap();
+    journal.begin(&map).unwrap().iter().for_each(|request| drop(carry_out(request)));
+    while bench.names().binary_search(&JOURNAL.to_owned()).is_err() {
+        journal.next().unwrap().iter().for_each(|request| drop(carry_out(request)));
+    }
+    journal.give_up(false);
+    assert_eq!(journal.kept_in(), Some(bench.journal.as_path()));
+    assert!(disk.rewind(&image));
+    flush(&mut disk);
+    drop((disk, image, map));
+    drop(bench.open());
+    assert!(bench.image() == vec![1; SIZE as usize], "it was put back");
+}
+
+/// The first has taken what there is to be synced; the second must not be done before it.
+#[test]
+fn a_flush_waits_for_the_one_before_it() {
+    let bench = Bench::new();
+    let latency = Some(Duration::from_millis(50));
+    let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&bench.path) }).unwrap();
+    write(&mut disk, 0, &[2; 4096]);
+    disk.submit(DiskOp::Flush, 1).unwrap();
+    drop(disk.fork());
+    disk.submit(DiskOp::Flush, 2).unwrap();
+    disk.kick().unwrap();
+    assert!(disk.take_done().is_empty(), "neither is done");
+    let mut order = Vec::new();
+    while disk.in_flight() > 0 {
+        disk.wait(SOON).unwrap();
+        order.extend(disk.reap().unwrap().iter().map(|done| done.token));
+    }
+    assert_eq!(order, [1, 2]);
 }
 
 #[derive(Clone, Debug)]
