@@ -20,7 +20,7 @@ use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 use super::DiskError;
 use super::job::{Job, Stage, Work};
 use super::live::Disk;
-use super::map::{GRANULE, Source};
+use super::map::{GRANULE, Source, push_run};
 
 /// Overlays that a map may name.
 const MOST: usize = 64;
@@ -115,10 +115,7 @@ impl Disk {
         let mut runs: Vec<Range<u64>> = Vec::new();
         let may = |source: &Source| matches!(source, Source::File(file) if movable(file, own.as_ref()));
         for (range, _) in self.map.pieces(all).filter(|(_, source)| may(source)) {
-            match runs.last_mut() {
-                Some(last) if last.end == range.start => last.end = range.end,
-                _ => runs.push(range),
-            }
+            push_run(&mut runs, range);
         }
         let mut runs = runs.into_iter();
         // Without an own file: forked meanwhile, and not written since.

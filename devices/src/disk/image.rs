@@ -52,7 +52,7 @@ pub enum CommitError {
         dir: PathBuf,
     },
     /// There is no base: the disk is a snapshot's, whose files stay as they are.
-    #[error("{} comes from a snapshot, which stays as it is; what was written since is in an overlay without a name and ends with it (export it to keep it)", path.display())]
+    #[error("{} comes from a snapshot, which stays as it is; what was written since {}", path.display(), fate(None))]
     Snapshot {
         /// What the disk was before.
         path: PathBuf,

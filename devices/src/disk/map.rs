@@ -33,6 +33,14 @@ impl Source {
     }
 }
 
+/// Adds a run of granules, joined to the last one where it goes on from there.
+pub(super) fn push_run(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+    match runs.last_mut() {
+        Some(last) if last.end == run.start => last.end = run.end,
+        _ => runs.push(run),
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Extent {
     end: u64,
@@ -132,6 +140,13 @@ mod tests {
     use super::*;
     use clade_io::CachePolicy;
     use proptest::prelude::*;
+
+    #[test]
+    fn runs_are_joined_where_one_goes_on_from_the_last() {
+        let mut runs = Vec::new();
+        [0..2, 2..5, 6..7, 5..6, 6..8].into_iter().for_each(|run| push_run(&mut runs, run));
+        assert_eq!(runs, [0..5, 6..7, 5..8]);
+    }
 
     const GRANULES: u64 = 40;
 

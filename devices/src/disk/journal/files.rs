@@ -16,13 +16,18 @@ use crate::disk::map::{BlockMap, GRANULE, Source};
 
 pub(super) const JOURNAL: &str = "journal";
 pub(super) const NEXT: &str = "journal.next";
-pub(super) const OVERLAY: &str = "overlay.";
+const OVERLAY: &str = "overlay.";
 
 /// The directory beside the image that `path` leads to.
 pub(super) fn directory(path: &Path) -> io::Result<PathBuf> {
     let mut name = fs::canonicalize(path)?.into_os_string();
     name.push(".clade-journal");
     Ok(name.into())
+}
+
+/// The overlay of that number in a journal's directory.
+pub(super) fn overlay(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("{OVERLAY}{number}"))
 }
 
 pub(super) fn device(path: &Path) -> io::Result<u64> {
@@ -128,7 +133,7 @@ impl Left {
                 (None, _) => Source::Zero,
                 (_, Some((_, file))) => Source::File(Arc::clone(file)),
                 (Some(number), None) => {
-                    let path = dir.join(format!("{OVERLAY}{number}"));
+                    let path = self::overlay(&dir, number);
                     let file = File::open(&path).map_err(failed(&path, "opened"))?;
                     let file = Arc::new(IoFile::read_only(file, &path, CachePolicy::Host));
                     files.push((number, Arc::clone(&file)));

@@ -28,6 +28,7 @@
 mod files;
 mod format;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::mem;
@@ -38,8 +39,8 @@ use std::sync::Arc;
 
 use clade_io::{AlignedBuf, CachePolicy, FileError, Fragment, IoFile, Request};
 
-use super::map::{BlockMap, GRANULE, Source};
-use files::{JOURNAL, NEXT, OVERLAY, device, directory, open_ours, remove, remove_all};
+use super::map::{BlockMap, GRANULE, Source, push_run};
+use files::{JOURNAL, NEXT, device, directory, open_ours, overlay, remove, remove_all};
 pub(super) use files::{Left, left_in};
 pub use format::JournalError;
 use format::{Entry, Image};
@@ -48,7 +49,7 @@ use format::{Entry, Image};
 const MOST_MOVED: usize = 1 << 16;
 /// A journal that is longer, and as many times as long as a whole one, is replaced.
 const LONG: (u64, u64) = (1 << 20, 4);
-/// Overlays that a journal may name and the map does not, before it is replaced.
+/// Overlays that nobody but the journal may have, before it is replaced.
 const STALE: usize = 16;
 
 /// What is being made durable.
@@ -59,7 +60,7 @@ struct Writing {
     whole: bool,
     synced: Vec<Arc<IoFile>>,
     /// Overlays that the record names, if it is whole: the others' names go.
-    named: Vec<u64>,
+    named: BTreeSet<u64>,
     /// The record, and the file's header before it if it is the first.
     bytes: Vec<u8>,
     step: Step,
@@ -175,10 +176,7 @@ impl Journal {
         if self.whole {
             return;
         }
-        match self.moved.last_mut() {
-            Some(last) if last.end == granules.start => last.end = granules.end,
-            _ => self.moved.push(granules),
-        }
+        push_run(&mut self.moved, granules);
         if self.moved.len() > MOST_MOVED {
             self.replaced();
         }
@@ -188,10 +186,6 @@ impl Journal {
     pub(super) fn replaced(&mut self) {
         self.moved.clear();
         self.whole = true;
-    }
-
-    fn is_base(&self, source: &Source) -> bool {
-        source.is(&self.base)
     }
 
     /// Whether what is moved should rather be said as a whole.
@@ -214,28 +208,20 @@ impl Journal {
         let whole = self.whole || self.is_long(map);
         let all = 0..self.granules;
         let ranges = if whole { std::slice::from_ref(&all) } else { &self.moved };
-        let mut entries = Vec::new();
-        let mut new: Vec<Arc<IoFile>> = Vec::new();
-        for (granules, source) in ranges.iter().flat_map(|range| map.pieces(range.clone())) {
-            match source {
-                Source::Zero => entries.push((granules, None)),
-                Source::File(_) if self.is_base(source) => {}
-                Source::File(file) => entries.push((granules, Some(Arc::clone(file)))),
-            }
-        }
-        if whole && entries.is_empty() && !self.named {
+        let pieces = ranges.iter().flat_map(|range| map.pieces(range.clone()));
+        let pieces = pieces.filter(|(_, source)| !source.is(&self.base));
+        let pieces: Vec<_> = pieces.map(|(granules, source)| (granules, source.clone())).collect();
+        if whole && pieces.is_empty() && !self.named {
             return Ok(Vec::new());
         }
-        for file in entries.iter().filter_map(|(_, file)| file.as_ref()) {
-            if self.number(file).is_none() && !new.iter().any(|known| Arc::ptr_eq(known, file)) {
-                new.push(Arc::clone(file));
-            }
-        }
         let (directory, beside) = self.make_directory()?;
-        for file in new {
-            let number = self.link(&file)?;
-            self.unnamed.1 = true;
-            self.overlays.push(Named { file, number });
+        let mut entries = Vec::with_capacity(pieces.len());
+        for (granules, source) in pieces {
+            let overlay = match source {
+                Source::Zero => None,
+                Source::File(file) => Some(self.number(&file)?),
+            };
+            entries.push(Entry { granules, overlay });
         }
         let named = [(self.unnamed.0, beside), (self.unnamed.1, directory)];
         let mut requests: Vec<Request> = named
@@ -246,38 +232,33 @@ impl Journal {
         let overlays = self.overlays.iter().map(|named| &named.file);
         let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).cloned().collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
-        let entries: Vec<Entry> = entries
-            .into_iter()
-            .map(|(granules, file)| Entry { granules, overlay: file.as_ref().and_then(|file| self.number(file)) })
-            .collect();
         let mut bytes = if whole { format::header(self.image) } else { Vec::new() };
-        let says = whole || !entries.is_empty();
-        if says {
+        if whole || !entries.is_empty() {
             bytes.extend(format::record(if whole { 0 } else { self.records }, &entries));
         }
-        let mut named: Vec<u64> = entries.iter().filter_map(|entry| entry.overlay).collect();
-        named.sort_unstable();
-        named.dedup();
+        let named = entries.iter().filter_map(|entry| entry.overlay).collect();
         let moved = mem::take(&mut self.moved);
         self.whole = false;
         self.writing = Some(Writing { moved, whole, synced, named, bytes, step: Step::Data });
         Ok(requests)
     }
 
-    /// Gives `file` the next name that nobody has.
-    fn link(&mut self, file: &IoFile) -> Result<u64, FileError> {
+    /// The number of an overlay's name; the next one that nobody has, if it has none yet.
+    fn number(&mut self, file: &Arc<IoFile>) -> Result<u64, FileError> {
+        if let Some(named) = self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)) {
+            return Ok(named.number);
+        }
         loop {
             let number = self.next_overlay;
             self.next_overlay += 1;
-            match file.link(&self.dir.join(format!("{OVERLAY}{number}"))) {
-                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
-                linked => return linked.map(|()| number),
+            match file.link(&overlay(&self.dir, number)) {
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => continue,
+                linked => linked?,
             }
+            self.unnamed.1 = true;
+            self.overlays.push(Named { file: Arc::clone(file), number });
+            return Ok(number);
         }
-    }
-
-    fn number(&self, file: &Arc<IoFile>) -> Option<u64> {
-        self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)).map(|named| named.number)
     }
 
     /// The journal's directory, made if it is not there, and the one it is in.
@@ -308,19 +289,19 @@ impl Journal {
         if writing.step == Step::Data {
             self.unnamed = (false, false);
         }
-        let to = if writing.whole { &mut self.next } else { &mut self.file };
+        if writing.step == Step::Data && writing.whole {
+            self.next = Some(Arc::new(IoFile::create(&self.dir.join(NEXT))?));
+        }
+        let to = if writing.whole { &self.next } else { &self.file };
         match writing.step {
             Step::Data if !writing.bytes.is_empty() => {
                 writing.step = Step::Record;
-                let file = match to {
-                    Some(file) if !writing.whole => Arc::clone(file),
-                    _ => Arc::clone(to.insert(Arc::new(IoFile::create(&self.dir.join(NEXT))?))),
-                };
                 let buffer = Arc::new(AlignedBuf::new(writing.bytes.len()));
                 let fragment = Fragment::owned(&buffer, 0, writing.bytes.len()).ok();
                 fragment.iter().for_each(|fragment| fragment.slice().copy_from(&writing.bytes));
                 let offset = if writing.whole { 0 } else { self.end };
-                Ok(Some(Request::Write { file, offset, buffers: fragment.into_iter().collect() }))
+                let buffers = fragment.into_iter().collect();
+                Ok(to.clone().map(|file| Request::Write { file, offset, buffers }))
             }
             Step::Record => {
                 writing.step = Step::Sealed;
@@ -346,10 +327,10 @@ impl Journal {
         if writing.whole {
             (self.file, self.end, self.records) = (self.next.take(), 0, 0);
             // They were named by the journal that is gone. A file can be given a name only once, so whoever may be written again keeps it.
-            let keeps = |named: &Named| writing.named.binary_search(&named.number).is_ok() || !named.is_stale();
+            let keeps = |named: &Named| writing.named.contains(&named.number) || !named.is_stale();
             let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
             self.overlays = keep;
-            gone.iter().for_each(|named| remove(&self.dir.join(format!("{OVERLAY}{}", named.number))));
+            gone.iter().for_each(|named| remove(&overlay(&self.dir, named.number)));
         }
         self.end += writing.bytes.len() as u64;
         self.records += u64::from(!writing.bytes.is_empty());

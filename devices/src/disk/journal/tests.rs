@@ -29,6 +29,14 @@ impl Bench {
         Disk::open(&DiskConfig::new(&self.path)).unwrap()
     }
 
+    /// Forked, and the first granule written since.
+    fn forked(&self) -> Disk {
+        let mut disk = self.open();
+        drop(disk.fork());
+        write(&mut disk, 0, &[2; 4096]);
+        disk
+    }
+
     fn image(&self) -> Vec<u8> {
         fs::read(&self.path).unwrap()
     }
@@ -144,9 +152,7 @@ fn what_cannot_be_committed_is_kept() {
 #[test]
 fn a_journal_that_is_damaged_or_anothers_is_refused_and_nothing_is_lost() {
     let bench = Bench::new();
-    let mut disk = bench.open();
-    drop(disk.fork());
-    write(&mut disk, 0, &[2; 4096]);
+    let mut disk = bench.forked();
     flush(&mut disk);
     drop(disk);
     let journal = bench.journal.join("journal");
@@ -195,9 +201,7 @@ fn a_journal_that_is_damaged_or_anothers_is_refused_and_nothing_is_lost() {
 #[test]
 fn a_new_image_of_the_same_name_and_number_is_another_image() {
     let bench = Bench::new();
-    let mut disk = bench.open();
-    drop(disk.fork());
-    write(&mut disk, 0, &[2; 4096]);
+    let mut disk = bench.forked();
     flush(&mut disk);
     let before = disk.journal.as_ref().unwrap().image;
     drop(disk);
@@ -318,9 +322,7 @@ fn a_flush_is_in_order_and_one_step() {
     for stop in 0..7 {
         let bench = Bench::new();
         let beside = bench.path.parent().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
-        let mut disk = bench.open();
-        drop(disk.fork());
-        write(&mut disk, 0, &[2; 4096]);
+        let mut disk = bench.forked();
         let run = |disk: &mut Disk, most: usize| {
             let (map, mut done) = (disk.map.clone(), Vec::new());
             let journal = disk.journal.as_mut().unwrap();
@@ -370,9 +372,7 @@ fn a_flush_is_in_order_and_one_step() {
 #[test]
 fn a_flush_that_failed_is_done_again_from_the_beginning() {
     let bench = Bench::new();
-    let mut disk = bench.open();
-    drop(disk.fork());
-    write(&mut disk, 0, &[2; 4096]);
+    let mut disk = bench.forked();
     let map = disk.map.clone();
     let journal = disk.journal.as_mut().unwrap();
     let told = |requests: Vec<Request>| requests.iter().map(carry_out).collect::<Vec<_>>();
@@ -390,6 +390,30 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     journal.give_up(true);
     let refused = journal.begin(&map).unwrap_err().to_string();
     assert!(refused.contains("a write to an overlay was lost"), "{refused}");
+}
+
+/// What a journal names is kept for it, though everybody else has lost interest while it was written.
+#[test]
+fn an_overlay_that_the_journal_alone_has_stays() {
+    let bench = Bench::new();
+    let mut disk = bench.forked();
+    flush(&mut disk);
+    // Once more as a whole, with nothing left to be synced.
+    let map = disk.map.clone();
+    let journal = disk.journal.as_mut().unwrap();
+    journal.replaced();
+    assert!(journal.begin(&map).unwrap().is_empty());
+    drop((map, disk.fork()));
+    write(&mut disk, 0, &[3; 4096]);
+    let journal = disk.journal.as_mut().unwrap();
+    assert!(journal.overlays[0].is_stale(), "the granule is in another now");
+    while let Some(request) = journal.next().unwrap() {
+        carry_out(&request);
+    }
+    assert_eq!(bench.names(), ["journal", "overlay.0"]);
+    drop(disk);
+    drop(bench.open());
+    assert!(bench.image()[..4096] == [2; 4096], "as it was flushed");
 }
 
 /// Of a journal that has its name, durably or not, the next flush has to say that it is over.
