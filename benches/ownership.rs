@@ -30,7 +30,7 @@ fn dirty(ram: &GuestRam, pages: u64) {
 }
 
 fn freeze(ram: &GuestRam) -> RamImage {
-    ram.freeze(&Quiesced::assume()).expect("a freeze").0
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("a freeze").0
 }
 
 fn pin(c: &mut Criterion) {

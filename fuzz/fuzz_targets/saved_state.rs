@@ -19,7 +19,7 @@ fn ram() -> &'static RamImage {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(MEMORY).expect("a layout"), &store).expect("memory");
         ram.birth().expect("memory");
-        ram.freeze(&Quiesced::assume()).expect("an image").0
+        ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image").0
     })
 }
 
@@ -48,6 +48,7 @@ fn right() -> &'static [Vec<u8>; 6] {
             lapic: Default::default(),
             events: Default::default(),
             taken: Default::default(),
+            taken_in_boot: None,
         };
         let queue = cbor!({ "max_size" => 128, "size" => 128, "ready" => false, "descriptors" => 0, "available" => 0,
             "used" => 0, "next_available" => 0, "next_used" => 0, "event_idx" => false });

@@ -39,8 +39,8 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(Index::decode(&index.encode()).as_ref(), Ok(&index));
         let mut end = 0;
         for run in &index.runs {
-            assert!(run.range.start >= end && run.range.end <= index.pages());
-            end = run.range.end;
+            assert!(run.range.start() >= end && run.range.end() <= index.pages());
+            end = run.range.end();
         }
         for chunk in &index.chunks {
             let data: u64 = index.data_of(chunk.number).map(PageRange::len).sum();

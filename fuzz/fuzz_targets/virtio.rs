@@ -73,7 +73,7 @@ fn world() -> &'static World {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(RAM).expect("a layout"), &store).expect("memory");
         ram.birth().expect("memory");
-        let (image, _) = ram.freeze(&Quiesced::assume()).expect("an image");
+        let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image");
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("disk"), vec![1; 1 << 20]).expect("a disk");
         World { store, image, dir }
@@ -228,7 +228,7 @@ fuzz_target!(|input: (u8, Vec<Step>)| {
             continue;
         }
         vm.device.quiesce();
-        let (image, _) = vm.ram.freeze(&Quiesced::assume()).expect("an image");
+        let (image, _) = vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image");
         let (state, backend) = vm.device.save().expect("a state");
         let again: TransportState =
             serde_json::from_slice(&serde_json::to_vec(&state).expect("written")).expect("read");

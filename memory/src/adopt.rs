@@ -12,8 +12,9 @@ use crate::error::RamError;
 use crate::freeze::RegionImage;
 use crate::interval::Piece;
 use crate::layer::{LayerMap, Source};
-use crate::nofork;
-use crate::region::{GuestRegion, Mapping, State};
+use crate::mappings::Mapping;
+use crate::nofork::{self, NoForkMap};
+use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};
 
 /// Most memory to copy into a child for want of mappings. Beyond it the fork is refused.
@@ -88,13 +89,13 @@ fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
 }
 
 impl GuestRegion {
-    /// Maps the layers of `map` into this still empty region.
+    /// Maps the layers of `map` into this still empty region, which is not live before all of its VM's are.
     pub(crate) fn adopt(&self, image: &RegionImage) -> Result<(), RamError> {
         if let Some(error) = image.map.iter().find_map(|(_, source)| source.layer.failure()) {
             return Err(RamError::Lost(error));
         }
         let mut state = self.state();
-        self.expect_empty()?;
+        Self::expect_empty(self.base, &state)?;
         let adopted = self.lay_out(&mut state, image);
         if adopted.is_err() {
             // I13: an unborn child leaves nothing behind.
@@ -148,10 +149,8 @@ impl GuestRegion {
             self.at.map_none(*range).map_err(|source| RamError::Map { range: *range, source })?;
             state.mappings.insert(*range, Mapping::Absent);
         }
-        self.set_absent(absent);
         state.no_fork = image.no_fork.clone();
         state.map.set(Arc::clone(image.map.map()));
-        self.set_live(true);
         Ok(())
     }
 
@@ -173,8 +172,11 @@ impl GuestRegion {
         self.clear(&mut self.state());
     }
 
+    /// All that populating it has done, it undoes: addresses, bits, declarations. It was never live, so nobody has a pin.
     fn clear(&self, state: &mut State) {
-        self.set_live(false);
+        let pinned = self.table.lock().share(self.range());
+        debug_assert!(pinned.is_empty(), "a region that was never live is pinned");
+        state.no_fork = NoForkMap::new();
         for layer in state.waits.drain(..) {
             if let Some(filling) = layer.filling() {
                 filling.detach(&self.at);
@@ -184,7 +186,7 @@ impl GuestRegion {
             tracing::error!(%error, "a region could not be emptied");
         }
         state.map.set(Arc::default());
-        state.mappings = crate::interval::IntervalMap::new();
+        state.mappings = crate::mappings::Mappings::default();
         state.leave_birth();
         state.compaction = None;
         let _ = state.promise.resize(1);

@@ -112,9 +112,13 @@ struct Index {
     /// By first address: the end, and whose it is.
     targets: BTreeMap<u64, (u64, Target)>,
     jobs: VecDeque<Arc<Filling>>,
+    /// VMs whose memory was lost, to be told by the thread, which holds no lock.
+    lost_memory: Vec<Arc<Failure>>,
     stopping: bool,
     /// The userfaultfd failed: nothing more is begun.
     lost: bool,
+    /// The thread has ended.
+    ended: bool,
 }
 
 /// What the thread and the fillings share. It outlives the thread for as long as a filling does.
@@ -160,6 +164,36 @@ impl Shared {
         self.ring();
     }
 
+    /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with any lock held.
+    pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<Failure>>) {
+        let mut failures: Vec<_> = failures.collect();
+        if failures.is_empty() {
+            return;
+        }
+        let mut index = self.index();
+        if !index.ended {
+            index.lost_memory.append(&mut failures);
+            drop(index);
+            self.ring();
+            return;
+        }
+        drop(index);
+        let tell = move || failures.iter().for_each(|failure| failure.tell());
+        if let Err(error) = thread::Builder::new().name("clade-lost".to_owned()).spawn(tell) {
+            tracing::error!(%error, "memory is lost, and there is no thread to tell its VM");
+        }
+    }
+
+    /// Tells those who are to be told.
+    fn tell_now(&self) {
+        let failures = std::mem::take(&mut self.index().lost_memory);
+        for failure in failures {
+            if catch_unwind(AssertUnwindSafe(|| failure.tell())).is_err() {
+                tracing::error!("a callback for lost memory panicked");
+            }
+        }
+    }
+
     fn answer(&self, fault: Fault) {
         let found = {
             let index = self.index();
@@ -183,9 +217,13 @@ impl Shared {
     /// The thread: faults first, then a slice of the oldest job.
     fn serve(&self) -> io::Result<()> {
         loop {
-            for fault in self.uffd.faults()? {
+            let faults = self.uffd.faults()?;
+            #[cfg(test)]
+            self.hooks.between_read_and_answer(&faults);
+            for fault in faults {
                 self.answer(fault);
             }
+            self.tell_now();
             let (job, stopping) = {
                 let index = self.index();
                 (index.jobs.front().cloned(), index.stopping)
@@ -287,6 +325,8 @@ impl Engine {
             #[cfg(test)]
             crate::fault::inherit(plan);
             served.run();
+            served.index().ended = true;
+            served.tell_now();
         });
         Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
     }

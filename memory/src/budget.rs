@@ -2,8 +2,8 @@
 //! through a fork is the one failure that cannot be undone. So mappings are promised before they are made (D5).
 
 use std::fs;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use thiserror::Error;
 
@@ -24,27 +24,45 @@ pub struct BudgetError {
     pub limit: u64,
 }
 
-/// Mappings in use and allowed, over all VMs of the process.
+/// Mappings in use and allowed, over all VMs and stores of the process.
 #[derive(Debug)]
 pub struct MappingBudget {
+    /// Promised by this store.
     used: Arc<AtomicU64>,
+    /// Promised by all stores together: what the limit is compared with.
+    total: Arc<AtomicU64>,
     limit: u64,
 }
 
 impl MappingBudget {
     pub(crate) fn of_this_process() -> Self {
+        static TOTAL: LazyLock<Arc<AtomicU64>> = LazyLock::new(Arc::default);
         let max = fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|s| s.trim().parse().ok());
-        Self::with_limit(max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE))
+        let limit = max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE);
+        Self { used: Arc::default(), total: Arc::clone(&TOTAL), limit }
     }
 
-    pub(crate) fn with_limit(limit: u64) -> Self {
-        Self { used: Arc::default(), limit }
+    #[cfg(test)]
+    fn with_limit(limit: u64) -> Self {
+        Self { used: Arc::default(), total: Arc::default(), limit }
     }
 
-    /// Mappings promised at the moment.
+    /// Another store's part of the same budget.
+    #[cfg(test)]
+    fn beside(&self) -> Self {
+        Self { used: Arc::default(), total: Arc::clone(&self.total), limit: self.limit }
+    }
+
+    /// Mappings promised by this store at the moment.
     #[must_use]
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Mappings that can still be promised, by any store.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.limit.saturating_sub(self.total.load(Ordering::Relaxed))
     }
 
     /// Mappings that may be promised in all.
@@ -57,12 +75,13 @@ impl MappingBudget {
     pub(crate) fn fair_share(&self) -> u64 {
         const MOST: u64 = 1_024;
         const LEAST: u64 = 4;
-        (self.limit.saturating_sub(self.used()) / 16).clamp(LEAST, MOST)
+        (self.left() / 16).clamp(LEAST, MOST)
     }
 
     /// Promises `count` mappings, given back when the promise is dropped.
     pub(crate) fn promise(&self, count: u64) -> Result<Promise, BudgetError> {
-        let mut promise = Promise { used: Arc::clone(&self.used), count: 0, limit: self.limit };
+        let (used, total) = (Arc::clone(&self.used), Arc::clone(&self.total));
+        let mut promise = Promise { used, total, count: 0, limit: self.limit };
         promise.resize(count)?;
         Ok(promise)
     }
@@ -72,6 +91,7 @@ impl MappingBudget {
 #[derive(Debug)]
 pub(crate) struct Promise {
     used: Arc<AtomicU64>,
+    total: Arc<AtomicU64>,
     count: u64,
     limit: u64,
 }
@@ -85,14 +105,16 @@ impl Promise {
     pub(crate) fn resize(&mut self, count: u64) -> Result<(), BudgetError> {
         if count <= self.count {
             // Relaxed: the budget is a number; no memory is published through it.
+            self.total.fetch_sub(self.count - count, Ordering::Relaxed);
             self.used.fetch_sub(self.count - count, Ordering::Relaxed);
         } else {
             let asked = count - self.count;
-            self.used
+            self.total
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
                     used.checked_add(asked).filter(|sum| *sum <= self.limit)
                 })
                 .map_err(|used| BudgetError { asked, used, limit: self.limit })?;
+            self.used.fetch_add(asked, Ordering::Relaxed);
         }
         self.count = count;
         Ok(())
@@ -101,6 +123,7 @@ impl Promise {
 
 impl Drop for Promise {
     fn drop(&mut self) {
+        self.total.fetch_sub(self.count, Ordering::Relaxed);
         self.used.fetch_sub(self.count, Ordering::Relaxed);
     }
 }
@@ -110,6 +133,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn d5_all_stores_of_a_process_share_one_budget() {
+        let stores = [crate::Store::open_small().unwrap(), crate::Store::open_small().unwrap()];
+        let [one, other] = [stores[0].budget(), stores[1].budget()];
+        let promise = one.promise(1_000).unwrap();
+        // Other tests may have promised more.
+        assert!(other.left() + 1_000 <= other.limit(), "{} of {} are left", other.left(), other.limit());
+        assert_eq!((one.used(), other.used()), (1_000, 0));
+        drop(promise);
+    }
+
+    #[test]
     fn promises_add_up_and_come_back() {
         let budget = MappingBudget::with_limit(10);
         let mut a = budget.promise(6).unwrap();
@@ -117,8 +151,11 @@ mod tests {
         let b = budget.promise(4).unwrap();
         assert_eq!(a.resize(7).unwrap_err(), BudgetError { asked: 1, used: 10, limit: 10 });
         assert_eq!(a.count(), 6, "a refused promise is unchanged");
+        let other = budget.beside();
+        assert!(other.promise(1).is_err(), "the process's, not the store's");
+        assert_eq!((other.used(), other.left()), (0, 0));
         a.resize(1).unwrap();
         drop(b);
-        assert_eq!(budget.used(), 1);
+        assert_eq!((budget.used(), other.left()), (1, 9));
     }
 }

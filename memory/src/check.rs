@@ -5,8 +5,9 @@ use thiserror::Error;
 use crate::error::RamError;
 use crate::interval::Piece;
 use crate::layer::Source;
+use crate::mappings::Mapping;
 use crate::ram::{GuestRam, Quiesced};
-use crate::region::{GuestRegion, Mapping};
+use crate::region::GuestRegion;
 use crate::units::PageRange;
 
 /// Two that must agree and do not: a bug in this crate, or a writer that was not stopped.

@@ -3,7 +3,7 @@
 //! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times, or the thousandth generation of forks,
 //! would be made of a thousand layers in as many pieces, and each piece is a mapping in every VM started from it. Layers do not
 //! change (I4), so the short pieces can be copied together into one new layer at any time, while everybody runs: that is done by the
-//! housekeeper, from the map a freeze has left. The VM takes the result over at a later freeze, while nothing writes:
+//! reclaim thread, from the map a freeze has left. The VM takes the result over at a later freeze, while nothing writes:
 //!
 //! * where its map still says what was copied, the map is changed, and
 //! * where besides the VM does not own the page and its mapping says so too, the new layer is mapped in place of the old.
@@ -20,9 +20,10 @@ use crate::fault::{Call, point};
 use crate::freeze::{Packed, RegionImage};
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
+use crate::mappings::{Mapping, Mappings};
 use crate::nofork;
 use crate::ram::{GuestRam, Quiesced, RamImage};
-use crate::region::{GuestRegion, Mapping, State, parts_of, same};
+use crate::region::{GuestRegion, State, parts_of, same};
 use crate::store::Store;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
@@ -123,7 +124,7 @@ struct Merged {
     /// What was copied, and where to.
     placed: Vec<(PageRange, Source)>,
     /// The new layer's pages are seen by this until those who take it over see them.
-    _seen: View,
+    seen: View,
 }
 
 impl Merged {
@@ -153,7 +154,7 @@ impl Merged {
         let placed = packed.placed(&layer);
         let mut map = LayerMap::new();
         placed.iter().for_each(|(run, source)| map.insert(*run, source.clone()));
-        Ok(Some(Self { of: Arc::clone(of), placed, _seen: View::new(store.views(), Arc::new(map)) }))
+        Ok(Some(Self { of: Arc::clone(of), placed, seen: View::new(store.views(), Arc::new(map)) }))
     }
 
     fn pages(&self) -> u64 {
@@ -261,7 +262,7 @@ impl Compaction {
 
 /// Whether mapping `pieces` anew takes no more mappings than there are: not where one large layer shows between many pages of
 /// the VM's own. What is absent stays absent.
-fn is_gain(mappings: &IntervalMap<Mapping>, pieces: &[PageRange]) -> bool {
+fn is_gain(mappings: &Mappings, pieces: &[PageRange]) -> bool {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return true };
     let mut trial = IntervalMap::new();
     for (range, mapping) in mappings.within(PageRange::new(first.start.saturating_sub(1), last.end + 1)) {
@@ -307,7 +308,7 @@ impl GuestRegion {
                 None
             }));
         };
-        if self.store.housekeeper(|housekeeper| housekeeper.hand().over(work)).is_some() {
+        if self.store.reclaim(|thread| thread.sender().spawn(work).is_ok()) == Some(true) {
             state.compaction = Some(compaction);
         }
     }
@@ -344,9 +345,13 @@ impl GuestRegion {
         let taken = self.take_over_all(state, &merged, own);
         // Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
-        taken?;
         merged.placed = rest;
-        Ok((!merged.placed.is_empty()).then_some(merged))
+        if taken.is_ok() && !merged.placed.is_empty() {
+            return Ok(Some(merged));
+        }
+        // What was taken over before is in the published view, so the new layer is one that a sweep looks at; what was just taken over is not yet.
+        state.keep_until_published(merged.seen);
+        taken.map(|()| None)
     }
 
     fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
@@ -391,7 +396,7 @@ mod tests {
         let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
         ram.birth().unwrap();
         let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
-        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0;
+        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
         freeze();
         // So many that most are mapped over the delta.
         (0..1024).filter(|page| page % 512 < 400).for_each(|page| put(page, page + 1));
@@ -406,7 +411,7 @@ mod tests {
         let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
         region.take_over(&mut state, merged, &own, usize::MAX).unwrap();
         drop(state);
-        ram.check(&Quiesced::assume()).unwrap();
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
         drop((image, of));
         store.sweep();
         for page in 0..1024 {
@@ -417,5 +422,53 @@ mod tests {
             };
             assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
         }
+    }
+
+    /// When the last part is taken over, the published view shows only the first part of the new layer.
+    /// A sweep leaves the rest until that is published too.
+    #[test]
+    fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
+        const PAGES: u64 = 2048;
+        let store = Store::open_small().unwrap();
+        let parent = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+        parent.birth().unwrap();
+        let put = |page: u64, word: u64| parent.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+        let freeze = || parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
+        (0..PAGES).for_each(|page| put(page, page + 1));
+        drop(freeze());
+        // Short pieces in two places, and one long piece between them.
+        let dirty = [(0, 100), (200, 300), (1700, 1800), (1900, 2000)].map(|(start, end)| PageRange::new(start, end));
+        let is_dirty = |page: u64| dirty.iter().any(|run| run.contains(page));
+        (0..PAGES).filter(|page| is_dirty(*page)).for_each(|page| put(page, page + 5_001));
+        // A child, which shows every page from a layer.
+        let image = freeze();
+        let ram = GuestRam::reserve(image.layout(), &store).unwrap();
+        ram.adopt(&image).unwrap();
+        drop((image, parent));
+        let region = &ram.regions()[0];
+        let mut state = region.state();
+        let of = Arc::clone(state.map.map());
+        let merged = Merged::make(&store, &of, &patches(&of, &[])).unwrap().unwrap();
+        assert!(merged.placed.len() > 1, "two parts: {:?}", merged.placed);
+        let layer = merged.placed[0].1.layer.id();
+        let rest = region.take_over(&mut state, merged, &[], 1).unwrap().expect("the first part alone");
+        // Published.
+        drop(state);
+        crate::sweep::sweep(store.views());
+        let mut state = region.state();
+        assert!(region.take_over(&mut state, rest, &[], usize::MAX).unwrap().is_none());
+        crate::sweep::sweep(store.views());
+        drop(state);
+        drop(of);
+        store.sweep();
+        for page in 0..PAGES {
+            let want = if is_dirty(page) { page + 5_001 } else { page + 1 };
+            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
+        }
+        let state = region.state();
+        let shown = state.map.iter().filter(|(_, source)| source.layer.id() == layer).count();
+        assert!(shown > 1, "both parts were taken over");
+        drop(state);
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
     }
 }

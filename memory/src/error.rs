@@ -12,6 +12,7 @@ use crate::units::PageRange;
 
 /// An operation on guest memory that was refused or failed. The VM it was asked of is as it was (I13).
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RamError {
     /// No memory at all was asked for.
     #[error("a guest needs memory: 0 bytes were asked for")]

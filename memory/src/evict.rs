@@ -15,10 +15,11 @@ use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 use crate::error::RamError;
 use crate::fault::{Call, point};
 use crate::layer::{Home, Source};
+use crate::nofork;
 use crate::ownership::TableGuard;
 use crate::ram::Quiesced;
 use crate::region::{GuestRegion, State};
-use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
+use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
 /// A nameless file in `dir`, gone with its last user.
 fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
@@ -41,7 +42,7 @@ pub struct Evicted {
 
 impl GuestRegion {
     /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory, as well as those that a layer
-    /// on a disk provides. Nothing but pinned DMA may be writing to them meanwhile.
+    /// on a disk provides. No-fork pages stay. Nothing but pinned DMA may be writing to them meanwhile.
     ///
     /// # Errors
     /// When the file cannot be written; then nothing has changed. When a mapping fails half-way, some pages are evicted and the others are not;
@@ -51,13 +52,19 @@ impl GuestRegion {
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
         let table = self.table.lock();
-        let born = state.born_runs();
-        let mut own = self.owned_private(range, &born)?;
-        let born: Vec<PageRange> = born.iter().map(|run| run.intersect(range)).filter(|run| !run.is_empty()).collect();
+        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be a mapping away from them. I7: so does what a device
+        // reads.
+        let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
+        kept.sort_unstable();
+        let kept = join_runs(&kept, 0);
+        let born = subtract_runs(&state.mappings.born_within(range), &kept);
+        let mut own = subtract_runs(&self.owned_private(range, &state.mappings.born_within(range))?, &kept);
         own.extend_from_slice(&born);
         own.sort_unstable();
         // Before the map shows what is about to be written there: that is not mapped yet.
-        let dropped = self.drop_cached(&state, range, &own)?;
+        let mut stays = [own.as_slice(), &kept].concat();
+        stays.sort_unstable();
+        let dropped = self.drop_cached(&state, range, &join_runs(&stays, 0))?;
         // I7: the bit goes first; what is pinned keeps it and stays.
         let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
         let out = subtract_runs(&own, &pinned);
@@ -68,7 +75,7 @@ impl GuestRegion {
             let _ = state.promise.resize(mappings);
             done?;
             self.free_born(&state, &subtract_runs(&born, &pinned));
-            state.outgrow_birth();
+            state.retire_base_if_shared();
         }
         Ok(Evicted { written, dropped })
     }
@@ -147,13 +154,13 @@ mod tests {
             let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
             ram.birth().unwrap();
             if frozen {
-                ram.freeze(&Quiesced::assume()).unwrap();
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             }
             let word = |page: u64| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
             (0..1024).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
             let region = &ram.regions()[0];
             let pin = region.pin(PageRange::new(10, 12), Access::Write, Term::Long).unwrap();
-            let quiesced = Quiesced::assume();
+            let quiesced = Quiesced::by(&crate::NoWriters);
             assert_eq!(
                 region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(),
                 Evicted { written: 598, dropped: 0 }
@@ -166,7 +173,44 @@ mod tests {
             ram.memory().write_obj(7u64, GuestAddress(20 * PAGE_SIZE)).unwrap();
             assert_eq!((word(20), word(21)), (7, 22));
         }
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
         assert_eq!(store.live_layers(), 0);
+    }
+
+    #[test]
+    fn what_is_read_without_a_count_and_what_is_not_inherited_stays() {
+        let store = Store::open().unwrap();
+        for frozen in [false, true] {
+            let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.birth().unwrap();
+            if frozen {
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+            }
+            (0..64).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
+            let region = &ram.regions()[0];
+            // The VM's own, and a short read of them: of private pages it counts nothing.
+            let pin = region.pin(PageRange::new(10, 12), Access::Read, Term::Short).unwrap();
+            assert_eq!(region.ownership().get(10).1, u32::from(!frozen));
+            region.set_no_fork(PageRange::new(20, 30), Some(crate::NoFork::Zeroed)).unwrap();
+            let evicted =
+                region.evict(PageRange::new(0, 64), Path::new("/var/tmp"), &Quiesced::by(&crate::NoWriters)).unwrap();
+            assert_eq!(evicted, Evicted { written: 64 - 2 - 10, dropped: 0 }, "frozen before: {frozen}");
+            let on_disk = |page: u64| {
+                let state = region.state();
+                state
+                    .map
+                    .within(PageRange::with_len(page, 1))
+                    .iter()
+                    .any(|(_, source)| source.layer.home() == Home::Disk)
+            };
+            assert_eq!(
+                [9, 10, 11, 12, 19, 20, 29, 30].map(on_disk),
+                [true, false, false, true, true, false, false, true]
+            );
+            assert_eq!(pin.slice().read_obj::<u64>(0).unwrap(), 11);
+            drop(pin);
+            ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        }
     }
 
     #[test]
@@ -176,7 +220,7 @@ mod tests {
         ram.birth().unwrap();
         ram.memory().write_obj(5u64, GuestAddress(0)).unwrap();
         let gone = Path::new("/proc/no-such-directory");
-        let refused = ram.regions()[0].evict(PageRange::new(0, 64), gone, &Quiesced::assume());
+        let refused = ram.regions()[0].evict(PageRange::new(0, 64), gone, &Quiesced::by(&crate::NoWriters));
         assert!(matches!(refused, Err(RamError::Copy { pages: 64, .. })));
         assert_eq!(ram.stats().unwrap().exclusive, 64);
         assert!(ram.regions()[0].ownership().get(0).0, "the bit is back");

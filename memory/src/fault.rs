@@ -19,8 +19,10 @@ pub(crate) enum Call {
     Copy,
     /// UFFDIO_REGISTER.
     Watch,
-    /// UFFDIO_WRITEPROTECT that protects. (Lifting a protection has nothing to fall back on, and allocates nothing.)
+    /// UFFDIO_WRITEPROTECT that protects.
     Protect,
+    /// UFFDIO_WRITEPROTECT that lifts a protection. What it falls back on, forgetting the region, does not fail here.
+    Release,
     /// UFFDIO_COPY.
     Fill,
 }
@@ -47,6 +49,9 @@ mod armed {
 
     const OFF: u64 = u64::MAX;
 
+    /// A kind of call and how many of them are left until one fails.
+    type Only = Option<(Call, u64)>;
+
     /// Which call fails. One for a test's thread and the threads that its stores start.
     #[derive(Debug)]
     pub(crate) struct Plan {
@@ -56,12 +61,14 @@ mod armed {
         fired: AtomicU8,
         for_ever: AtomicU8,
         last: std::sync::Mutex<Option<Call>>,
+        only: std::sync::Mutex<Only>,
     }
 
     impl Default for Plan {
         fn default() -> Self {
             let left = AtomicU64::new(OFF);
-            Self { left, fired: AtomicU8::new(0), for_ever: AtomicU8::new(0), last: std::sync::Mutex::default() }
+            let (last, only) = (std::sync::Mutex::default(), std::sync::Mutex::default());
+            Self { left, fired: AtomicU8::new(0), for_ever: AtomicU8::new(0), last, only }
         }
     }
 
@@ -73,10 +80,34 @@ mod armed {
             self.left.store(nth, Ordering::SeqCst);
         }
 
+        /// The call of that kind after `nth` others of it fails, alone.
+        pub(crate) fn fail_call(&self, call: Call, nth: u64) {
+            self.fired.store(0, Ordering::SeqCst);
+            *self.only.lock().unwrap() = Some((call, nth));
+        }
+
+        fn fails_only(&self, call: Call) -> bool {
+            let mut only = self.only.lock().unwrap();
+            match &mut *only {
+                Some((kind, 0)) if *kind == call => {
+                    *only = None;
+                    self.fired.store(1, Ordering::SeqCst);
+                    *self.last.lock().unwrap() = Some(call);
+                    true
+                }
+                Some((kind, left)) if *kind == call => {
+                    *left -= 1;
+                    false
+                }
+                _ => false,
+            }
+        }
+
         /// No more failures.
         pub(crate) fn heal(&self) {
             self.left.store(OFF, Ordering::SeqCst);
             self.for_ever.store(0, Ordering::SeqCst);
+            *self.only.lock().unwrap() = None;
         }
 
         /// No more failures. Returns the call that failed, if one did.
@@ -87,6 +118,9 @@ mod armed {
         }
 
         fn fails(&self, call: Call) -> bool {
+            if self.fails_only(call) {
+                return true;
+            }
             let left = self.left.load(Ordering::SeqCst);
             if left == OFF {
                 // What allocates fails for ever; what only looks or is done while cleaning up does not.

@@ -15,15 +15,18 @@
 //! 3. Born pages are remapped. Contents do not change, so even a failure half-way leaves the VM whole: what was remapped is read from the
 //!    same file, what was not stays owned.
 //! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time. Which are is decided before
-//!    2, so that those that stay get a layer to themselves: all of it is superseded at the next freeze, and its file used again
-//!    ([`crate::shelf`]). In one layer with the others it would live as long as the last of them.
+//!    2, so that those that stay get a layer to themselves: all of it is superseded at the next freeze, and its memory goes. In one layer with the
+//!    others it would live as long as the last of them.
 //! 5. Only then does the image exist for anyone else.
 //!
 //! Where there is much to copy, steps 2 and 4 are left to the background ([`crate::background`]): pinned pages are still copied here, then the
 //! others are write-protected, and the image exists before its delta is complete.
 
 mod copies;
+#[cfg(test)]
+mod tests;
 
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,12 +34,13 @@ use std::sync::atomic::Ordering;
 use crate::background::{Delta, Filling};
 use crate::error::RamError;
 use crate::fault::{Call, point};
-use crate::housekeeping::Housekeeper;
 use crate::layer::{Layer, LayerMap, Source};
+use crate::mappings::Mapping;
 use crate::nofork::{self, NoForkMap};
 use crate::ownership::TableGuard;
 use crate::protect::Shared;
-use crate::region::{Freezing, GuestRegion, Mapping, State};
+use crate::reclaim::ReclaimThread;
+use crate::region::{Freezing, GuestRegion, State};
 use crate::sabotage::{Break, broken};
 use crate::store::Backing;
 use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
@@ -50,6 +54,9 @@ use copies::{SMALL_GAP, close_gaps, parts, worth_sharing};
 const KEEP_PAGES: u64 = 256;
 /// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
 const MOST_USED: u64 = 2_048;
+
+/// No-fork pages that a freeze moves out of the birth file, at most: reading them takes a millisecond.
+const MAX_WITHDRAWN: u64 = 1_024;
 
 /// From this many private pages on, [`FreezeMode::Auto`] leaves copying to the background.
 const BACKGROUND_PAGES: u64 = 1024;
@@ -110,18 +117,28 @@ struct Plan<'t> {
 }
 
 impl GuestRegion {
-    /// Freezes the region; see the module's documentation. Nothing but pinned DMA may be writing to it.
-    pub(crate) fn freeze(&self, mode: FreezeMode) -> Result<(RegionImage, FreezeReport), RamError> {
-        let mut state = self.checked(self.range())?;
+    /// Freezes `regions`, all or none; see the module's documentation. Nothing but pinned DMA may be writing to them.
+    ///
+    /// Everything that can be refused is done in all of them before the first is remapped: each is prepared here, then the rest, and only when those have
+    /// succeeded is it committed. A commit can fail in one system call, which changes no contents.
+    pub(crate) fn freeze_all(
+        regions: &[Arc<Self>],
+        mode: FreezeMode,
+        frozen: &mut VecDeque<(RegionImage, FreezeReport)>,
+    ) -> Result<(), RamError> {
+        let Some((region, rest)) = regions.split_first() else { return Ok(()) };
+        let mut state = region.checked(region.range())?;
         // Before anything is looked at: what is still being copied from here would be shared twice, and what this VM was given may not
         // be there yet.
-        self.drain(&mut state)?;
-        let table = self.table.lock();
-        let plan = self.plan(&state, &table)?;
+        region.drain(&mut state)?;
+        let table = region.table.lock();
+        let plan = region.plan(&state, &table)?;
         // While nothing writes and every page this VM owns is known.
-        self.take_over_some(&mut state, [&plan.born, &plan.owned]);
-        let frozen = self.carry_out(&mut state, &table, &plan, mode);
-        if frozen.is_err() {
+        region.take_over_some(&mut state, [&plan.born, &plan.owned]);
+        let prepared = region.prepare_freeze(&mut state, &plan, mode);
+        let done = prepared.and_then(|prepared| Self::freeze_all(rest, mode, frozen).map(|()| prepared));
+        let done = done.and_then(|prepared| region.commit_freeze(&mut state, &table, &plan, prepared));
+        if done.is_err() {
             // I13: whatever is still born or private is still this VM's own.
             for run in state.born_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo)) {
                 table.set_exclusive(*run);
@@ -129,13 +146,14 @@ impl GuestRegion {
             let mappings = state.mappings.len() as u64;
             let _ = state.promise.resize(mappings);
         }
-        let (mut map, report) = frozen?;
-        self.compact_later(&mut state);
-        self.store.sweep_later();
+        let (mut map, report) = done?;
+        region.compact_later(&mut state);
+        region.store.sweep_later();
         // The map of whoever is started from this, which is not in all the parent's own (R19).
         nofork::hide(&state.no_fork, &mut map);
-        let map = Arc::new(View::new(self.store.views(), map));
-        Ok((RegionImage { map, no_fork: state.no_fork.clone() }, report))
+        let map = Arc::new(View::new(region.store.views(), map));
+        frozen.push_front((RegionImage { map, no_fork: state.no_fork.clone() }, report));
+        Ok(())
     }
 
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
@@ -191,21 +209,27 @@ impl GuestRegion {
         Ok(Plan { born, owned, private, pinned, copy })
     }
 
-    fn carry_out(
-        &self,
-        state: &mut State,
-        table: &TableGuard<'_>,
-        plan: &Plan<'_>,
-        mode: FreezeMode,
-    ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
-        let mut delta = self.delta(state, plan, mode)?;
+    /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns dropped, nothing has changed.
+    fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
+        let delta = self.delta(state, plan, mode)?;
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.born, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
         let most = state.mappings.len() as u64 + 2 * to_remap.len() as u64;
         let promised = state.promise.count().max(most);
         state.promise.resize(promised)?;
+        Ok(Prepared { delta, to_remap })
+    }
 
+    /// Shares what was prepared.
+    fn commit_freeze(
+        &self,
+        state: &mut State,
+        table: &TableGuard<'_>,
+        plan: &Plan<'_>,
+        prepared: Prepared,
+    ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
+        let Prepared { mut delta, to_remap } = prepared;
         let birth = state.birth.clone();
         for (run, birth) in to_remap.iter().zip(birth.iter().cycle()) {
             if !broken(Break::WriteLayer) {
@@ -214,7 +238,8 @@ impl GuestRegion {
             // From here on these pages of the birth file are a layer's (I4).
             state.map.insert(*run, Source { layer: Arc::clone(birth), at: run.start });
         }
-        state.outgrow_birth();
+        self.withdraw_no_fork(state, table);
+        state.register_born();
         let before = View::new(self.store.views(), Arc::clone(state.map.map()));
         for (run, source) in delta.all() {
             state.map.insert(*run, source.clone());
@@ -248,6 +273,35 @@ impl GuestRegion {
         // Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
         Ok((image, report))
+    }
+
+    /// R19: pages that children do not inherit leave the file the VM was born in, which is one that children map from now on: they become private pages with
+    /// the same bytes, and the file has holes in their place. What is pinned stays where it is (I3), and so does what is too much for a pause.
+    fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
+        let Some(birth) = state.birth.clone() else { return };
+        let declared = nofork::runs(&state.no_fork);
+        let born: Vec<PageRange> = declared.iter().flat_map(|run| state.mappings.born_within(*run)).collect();
+        let (mut moved, mut left) = (Vec::new(), MAX_WITHDRAWN);
+        for run in born {
+            let pinned = table.share(run);
+            for piece in subtract_runs(&[run], &pinned) {
+                let needed = state.mappings.len() as u64 + 2;
+                let room = state.promise.count() >= needed || state.promise.resize(needed).is_ok();
+                if room && piece.len() <= left {
+                    match self.at.replace_private(piece, birth.as_fd(), piece.start) {
+                        Ok(()) => {
+                            left -= piece.len();
+                            state.mappings.insert(piece, Mapping::Zero);
+                            moved.push(piece);
+                        }
+                        Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the birth file"),
+                    }
+                }
+                // Here or there, they are this VM's own.
+                table.set_exclusive(piece);
+            }
+        }
+        self.free_born(state, &moved);
     }
 
     /// All of the region, as it is read now, in a layer of its own.
@@ -323,7 +377,7 @@ impl GuestRegion {
         let mapping = self.store.budget().promise(1)?;
         let beneath = View::new(self.store.views(), Arc::clone(state.map.map()));
         // Pages come into its file one by one; what is a whole block is put together when all are there.
-        let later = (packed.grain == Backing::Huge).then(|| self.store.housekeeper(Housekeeper::hand)).flatten();
+        let later = (packed.grain == Backing::Huge).then(|| self.store.reclaim(ReclaimThread::sender)).flatten();
         let delta = Delta {
             file,
             parts: parts(&beneath, &plan.owned, &plan.pinned, packed),
@@ -369,6 +423,13 @@ impl GuestRegion {
         state.mappings.insert(run, Mapping::Private(source.clone()));
         Ok(())
     }
+}
+
+/// A freeze of one region that can still be given up.
+struct Prepared {
+    delta: Copies,
+    /// Born runs that become a layer's by being mapped privately.
+    to_remap: Vec<PageRange>,
 }
 
 /// What a freeze copies, and where to.

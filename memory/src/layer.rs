@@ -5,12 +5,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::background::{FillError, Filling};
 use crate::interval::{IntervalMap, Piece};
-use crate::shelf::Shelf;
 use crate::store::Backing;
 use crate::units::PageRange;
 
@@ -52,9 +51,9 @@ pub(crate) enum Home {
 /// A layer made from a birth file may still have pages that were pinned when it was frozen: those belong to the VM that was
 /// born in it, are in nobody's [`LayerMap`], and are not part of the layer.
 #[derive(Debug)]
-pub struct Layer {
+pub(crate) struct Layer {
     id: LayerId,
-    file: Arc<File>,
+    file: File,
     pages: u64,
     home: Home,
     live: Arc<AtomicUsize>,
@@ -64,22 +63,37 @@ pub struct Layer {
     given: Mutex<Vec<PageRange>>,
     /// What fills it, or did, if it was published before it was complete.
     filling: OnceLock<Arc<Filling>>,
-    /// Where its file goes when it goes, and how many pages the file has room for.
-    shelf: Option<(Weak<Shelf>, u64)>,
+    /// Handles that others were given (see [`crate::handle`]), and those of them that have gone. Both only grow.
+    handles_made: AtomicU64,
+    handles_gone: AtomicU64,
 }
 
 impl Layer {
-    pub(crate) fn new(id: LayerId, file: impl Into<Arc<File>>, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
         let (birth, given) = (AtomicBool::new(false), Mutex::default());
-        Self { id, file: file.into(), pages, home, live, birth, given, filling: OnceLock::new(), shelf: None }
+        let (filling, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
+        Self { id, file, pages, home, live, birth, given, filling, handles_made, handles_gone }
     }
 
-    /// The same, whose file has room for `room` pages and goes to `shelf` when the layer does.
-    pub(crate) fn shelved(mut self, shelf: &Arc<Shelf>, room: u64) -> Self {
-        self.shelf = Some((Arc::downgrade(shelf), room));
-        self
+    /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with [`Self::handles_made`].
+    pub(crate) fn add_handle(&self) {
+        self.handles_made.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Release: what was read through the handle was read before, and what was made of it is registered.
+    pub(crate) fn remove_handle(&self) {
+        self.handles_gone.fetch_add(1, Ordering::Release);
+    }
+
+    /// How many handles there have been, if there is none now. If it says the same twice, there was none in between.
+    pub(crate) fn handles_made(&self) -> Option<u64> {
+        // In this order: no handle goes before it is made. So equal counts mean that there was none at the first load.
+        // Acquire: pairs with `remove_handle`.
+        let gone = self.handles_gone.load(Ordering::Acquire);
+        let made = self.handles_made.load(Ordering::SeqCst);
+        (made == gone).then_some(made)
     }
 
     /// Whether it is counted there: whether it is that store's.
@@ -96,6 +110,8 @@ impl Layer {
     /// is published before.
     pub(crate) fn set_birth(&self, birth: bool) {
         self.birth.store(birth, Ordering::Release);
+        #[cfg(test)]
+        crate::sweep::worst::moment(&crate::view::Views::new(&self.live));
     }
 
     pub(crate) fn is_birth(&self) -> bool {
@@ -112,8 +128,7 @@ impl Layer {
     }
 
     /// Its identity.
-    #[must_use]
-    pub fn id(&self) -> LayerId {
+    pub(crate) fn id(&self) -> LayerId {
         self.id
     }
 
@@ -134,8 +149,7 @@ impl Layer {
     }
 
     /// Why it will never be complete.
-    #[must_use]
-    pub fn failure(&self) -> Option<Arc<FillError>> {
+    pub(crate) fn failure(&self) -> Option<Arc<FillError>> {
         self.filling()?.failure()
     }
 
@@ -146,8 +160,7 @@ impl Layer {
     }
 
     /// Pages of address space in its file (holes included).
-    #[must_use]
-    pub fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.pages
     }
 
@@ -155,7 +168,7 @@ impl Layer {
     ///
     /// # Errors
     /// When the file cannot be asked.
-    pub fn resident_bytes(&self) -> io::Result<u64> {
+    pub(crate) fn resident_bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 }
@@ -164,11 +177,6 @@ impl Drop for Layer {
     fn drop(&mut self) {
         if let Some(filling) = self.filling.get() {
             filling.abandon();
-        }
-        if let (Some((shelf, room)), Home::Memory(grain)) = (&self.shelf, self.home)
-            && let Some(shelf) = shelf.upgrade()
-        {
-            shelf.put(grain, *room, Arc::clone(&self.file));
         }
         // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
         self.live.fetch_sub(1, Ordering::Release);
@@ -183,11 +191,11 @@ impl AsFd for Layer {
 
 /// Where the first page of a range comes from; the following pages follow in the file.
 #[derive(Clone)]
-pub struct Source {
+pub(crate) struct Source {
     /// The layer.
-    pub layer: Arc<Layer>,
+    pub(crate) layer: Arc<Layer>,
     /// The page in the layer's file.
-    pub at: u64,
+    pub(crate) at: u64,
 }
 
 impl Source {
@@ -213,4 +221,4 @@ impl Piece for Source {
 }
 
 /// Which layer provides each page a VM does not own. A page in no entry is zeros.
-pub type LayerMap = IntervalMap<Source>;
+pub(crate) type LayerMap = IntervalMap<Source>;

@@ -1,6 +1,7 @@
 //! No-fork regions: memory that a child does not inherit (R19), such as rings shared with a device or secrets.
 //!
-//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, so their bytes are in no file a child
+//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out of the birth file (up to 4 MiB; what is
+//! pinned stays). So their bytes are in no file a child
 //! maps. The parent keeps them as they are. A child gets them absent, as zeros, or fresh from a reference page, and inherits the
 //! declaration, so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting its
 //! pages does not change it.
@@ -141,14 +142,14 @@ mod tests {
     fn r19_children_and_theirs_do_not_inherit_and_the_parent_keeps() {
         for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
             let parent = declared(&store);
-            let (image, _) = parent.freeze(&Quiesced::assume()).unwrap();
+            let (image, _) = parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             assert!((0..PAGES).all(|p| word(&parent, p) == SECRET), "the parent keeps its own");
             let first = child(&image, &store);
             check_child(&first);
             // Written by the child: its own children start fresh again.
             put(&first, 100, 1);
             put(&first, 505, 1);
-            let (image, _) = first.freeze(&Quiesced::assume()).unwrap();
+            let (image, _) = first.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             assert_eq!((word(&first, 100), word(&first, 505)), (1, 1));
             check_child(&child(&image, &store));
             check_child(&child(&image.flatten(&store, store.backing()).unwrap(), &store));
@@ -161,7 +162,7 @@ mod tests {
         let parent = declared(&store);
         // The second freeze harvests private pages, the third goes through the background: three ways for a page to get into a layer.
         for mode in [FreezeMode::Eager, FreezeMode::Eager, FreezeMode::Background] {
-            let (image, _) = parent.freeze_in(mode, &Quiesced::assume()).unwrap();
+            let (image, _) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
             image.settle().unwrap();
             let hidden = [100..110, 500..530, 1000..1001];
             for (range, source) in image.regions()[0].map.iter() {
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn r19_what_is_absent_stays_so_whatever_is_shown_there() {
         let store = Store::open().unwrap();
-        let (image, _) = declared(&store).freeze(&Quiesced::assume()).unwrap();
+        let (image, _) = declared(&store).freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let child = child(&image, &store);
         let region = &child.regions()[0];
         let around = PageRange::new(998, 1003);
@@ -199,17 +200,17 @@ mod tests {
     #[test]
     fn r19_what_is_absent_is_no_gap_to_be_copied() {
         for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
-            let (image, _) = declared(&store).freeze(&Quiesced::assume()).unwrap();
+            let (image, _) = declared(&store).freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             for mode in [FreezeMode::Eager, FreezeMode::Background] {
                 let parent = child(&image, &store);
                 parent.regions()[0].set_no_fork(PageRange::new(1000, 1001), None).unwrap();
                 // So many that they are shared back from the layer.
                 let written = || (700..1300).filter(|page| *page != 1000);
                 written().for_each(|page| put(&parent, page, page));
-                let (image, report) = parent.freeze_in(mode, &Quiesced::assume()).unwrap();
+                let (image, report) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
                 assert_eq!(report.copied, 599);
                 parent.settle().unwrap();
-                parent.check(&Quiesced::assume()).unwrap();
+                parent.check(&Quiesced::by(&crate::NoWriters)).unwrap();
                 let absent = parent.memory().read_obj::<u64>(GuestAddress(1000 * PAGE_SIZE));
                 assert!(absent.is_err(), "{mode:?}: absent still");
                 let nowhere = tempfile::tempfile().unwrap();
@@ -228,17 +229,17 @@ mod tests {
         let parent = declared(&store);
         let region = &parent.regions()[0];
         let ring = region.pin(PageRange::new(100, 110), Access::Write, Term::Long).unwrap();
-        let (image, report) = parent.freeze(&Quiesced::assume()).unwrap();
+        let (image, report) = parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(report.pinned, 0, "a pinned no-fork page is not copied either");
         ring.slice().write_obj(5u64, 0).unwrap();
         assert_eq!(word(&parent, 100), 5);
         check_child(&child(&image, &store));
         drop(ring);
         let one = child(&image, &store);
-        one.reset(&image, &Quiesced::assume(), std::time::Duration::ZERO).unwrap();
+        one.reset(&image, &Quiesced::by(&crate::NoWriters), std::time::Duration::ZERO).unwrap();
         check_child(&one);
         region.set_no_fork(PageRange::new(100, 110), None).unwrap();
-        let (image, _) = parent.freeze(&Quiesced::assume()).unwrap();
+        let (image, _) = parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(word(&child(&image, &store), 100), 5, "inherited again");
     }
 }

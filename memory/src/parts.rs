@@ -1,21 +1,20 @@
 //! Images taken apart and put together: what a snapshot on a disk is made of.
 //!
 //! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their descriptors
-//! ([`Layer::read_pages`]). Whoever reads one in makes layers of files that are there ([`Store::file_layer`], never written) or that it
+//! ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there ([`Store::file_layer`], never written) or that it
 //! fills itself ([`LayerDraft`], which nobody sees before it is complete, I4), and an image of these ([`RamImage::from_parts`]).
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::freeze::RegionImage;
+use crate::handle::{ImageMap, LayerHandle, image_map, layer_map};
 use crate::layer::{Home, Layer, LayerMap};
 use crate::nofork::{NoFork, NoForkMap};
 use crate::ram::{GuestRam, RamImage, RamLayout};
-use crate::stats::allocated;
 use crate::store::{Backing, Store, StoreError};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, subtract_runs};
 use crate::view::View;
@@ -40,8 +39,8 @@ impl LayerDraft {
 
     /// No more writes: from here on it never changes (I4).
     #[must_use]
-    pub fn publish(self) -> Arc<Layer> {
-        Arc::new(self.0)
+    pub fn publish(self) -> LayerHandle {
+        LayerHandle::new(&Arc::new(self.0))
     }
 }
 
@@ -52,13 +51,13 @@ impl Store {
     ///
     /// # Errors
     /// When the file is shorter.
-    pub fn file_layer(&self, file: File, pages: u64) -> Result<Arc<Layer>, StoreError> {
+    pub fn file_layer(&self, file: File, pages: u64) -> Result<LayerHandle, StoreError> {
         let short = |source| StoreError::File { pages, source };
         let bytes = file.metadata().map_err(short)?.len();
         if bytes < pages << PAGE_SHIFT {
             return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
         }
-        Ok(Arc::new(self.adopt_file(file, pages, Home::File)))
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::File))))
     }
 
     /// A layer of `pages` pages in memory, all zeros, to be filled.
@@ -70,49 +69,24 @@ impl Store {
     }
 }
 
-impl Layer {
-    /// Reads whole pages of it, beginning with page `at`; waits for those that are still being copied.
-    ///
-    /// # Errors
-    /// When they cannot be read, or will never come.
-    pub fn read_pages(&self, at: u64, bytes: &mut [u8]) -> Result<(), RamError> {
-        let pages = (bytes.len() as u64).div_ceil(PAGE_SIZE);
-        let range = PageRange::with_len(at, pages);
-        self.need(range).map_err(RamError::Lost)?;
-        self.file().read_exact_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
-    }
-
-    /// Those of the pages in `range` of its file that may be other than zeros, because there is memory behind them. Waits for those that
-    /// are still being copied.
-    ///
-    /// # Errors
-    /// When the file cannot be asked, or pages will never come.
-    pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
-        self.need(range).map_err(RamError::Lost)?;
-        if self.home() == Home::File {
-            // What is read of it must be there: had somebody cut it short, what is gone would look like a hole.
-            return Ok(vec![range]);
-        }
-        allocated(self.as_fd(), range).map_err(RamError::Harvest)
-    }
-}
-
 impl RamImage {
     /// An image of these maps, one for each range of the layout, and what its children's children do not inherit.
     ///
     /// # Errors
     /// When a map reaches beyond its range, or beyond a layer.
+    #[expect(clippy::needless_pass_by_value, reason = "the handles are held to the end, see below")]
     pub fn from_parts(
         store: &Store,
         layout: &RamLayout,
-        maps: Vec<(LayerMap, Vec<(PageRange, NoFork)>)>,
+        maps: Vec<(ImageMap, Vec<(PageRange, NoFork)>)>,
     ) -> Result<Self, RamError> {
         let wrong = |what: String| RamError::Parts { what };
         if maps.len() != layout.ranges().len() {
             return Err(wrong(format!("{} maps for {} ranges", maps.len(), layout.ranges().len())));
         }
         let mut regions = Vec::with_capacity(maps.len());
-        for ((base, pages), (map, declared)) in layout.ranges().iter().zip(maps) {
+        // The handles in `maps` are held until every region's view is registered: between two of them a layer may be seen in part only.
+        for ((base, pages), (map, declared)) in layout.ranges().iter().zip(&maps) {
             let all = PageRange::new(0, *pages);
             for (range, source) in map.iter() {
                 let end = source.at.saturating_add(range.len());
@@ -122,20 +96,20 @@ impl RamImage {
             }
             let mut no_fork = NoForkMap::new();
             for (range, what) in declared {
-                if !all.covers(range) {
+                if !all.covers(*range) {
                     return Err(wrong(format!("{range} of the {pages} pages at {:#x} are not inherited", base.0)));
                 }
-                no_fork.insert(range, what);
+                no_fork.insert(*range, what.clone());
             }
-            let map = Arc::new(View::new(store.views(), Arc::new(map)));
+            let map = Arc::new(View::new(store.views(), Arc::new(layer_map(map))));
             regions.push(RegionImage { map, no_fork });
         }
         Ok(Self::of(layout.clone(), regions))
     }
 
-    /// Which layer provides each page, by range of the layout. A page in no entry is zeros.
-    pub fn maps(&self) -> impl Iterator<Item = &LayerMap> {
-        self.regions().iter().map(|region| &**region.map.map())
+    /// Which layer provides each page, by range of the layout. A page in no entry is zeros. The handles keep the layers whole, after the image too.
+    pub fn maps(&self) -> impl Iterator<Item = ImageMap> {
+        self.regions().iter().map(|region| image_map(&region.map))
     }
 
     /// What children's children do not inherit, by range of the layout.
@@ -153,7 +127,8 @@ impl RamImage {
         if base.layout() != self.layout() {
             return Err(RamError::Shape { image: base.layout().bytes(), guest: self.layout().bytes() });
         }
-        Ok(self.maps().zip(base.maps()).map(|(now, before)| differing(now, before)).collect())
+        let pairs = self.regions().iter().zip(base.regions());
+        Ok(pairs.map(|(now, before)| differing(&now.map, &before.map)).collect())
     }
 }
 
@@ -197,7 +172,8 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{PageRange, Quiesced, Source, Swept};
+    use crate::handle::LayerSource;
+    use crate::{PageRange, Quiesced, Swept};
     use vm_memory::{Bytes, GuestAddress};
 
     const PAGES: u64 = 64;
@@ -242,13 +218,13 @@ mod tests {
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
         ram.birth().unwrap();
         put(&ram, 0x5000, 5);
-        let (first, _) = ram.freeze(&Quiesced::assume()).unwrap();
-        let (same, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        let (first, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        let (same, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(same.changed_since(&first).unwrap(), vec![vec![], vec![]]);
         put(&ram, 0x7000, 7);
         put(&ram, 0x10_0000, 9);
         ram.regions()[0].discard(PageRange::new(20, 22)).unwrap();
-        let (second, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let r = PageRange::new;
         assert_eq!(second.changed_since(&first).unwrap(), vec![vec![r(7, 8), r(20, 22)], vec![r(0, 1)]]);
         let other = RamImage::from_parts(&store, &RamLayout::new(4096).unwrap(), vec![Default::default()]).unwrap();
@@ -270,10 +246,10 @@ mod tests {
         draft.write_pages(2, &[0xee; 4096]).unwrap();
         let draft = draft.publish();
         let map = |at| {
-            let mut map = LayerMap::new();
+            let mut map = ImageMap::new();
             // The first page shows zeros, so that a sweep would find something to give back.
-            map.insert(PageRange::new(1, PAGES), Source { layer: Arc::clone(&layer), at: at + 1 });
-            map.insert(PageRange::new(9, 10), Source { layer: Arc::clone(&draft), at: 2 });
+            map.insert(PageRange::new(1, PAGES), LayerSource { layer: layer.clone(), at: at + 1 });
+            map.insert(PageRange::new(9, 10), LayerSource { layer: draft.clone(), at: 2 });
             (map, Vec::new())
         };
         let image = RamImage::from_parts(&store, &layout(), vec![map(0), map(PAGES)]).unwrap();
@@ -286,15 +262,25 @@ mod tests {
         assert_eq!((word(&vms[0], 0x2000), word(&vms[1], 0x2000)), (77, 0x0303_0303_0303_0303));
         assert_eq!((word(&vms[0], 0), word(&vms[0], 0x9000)), (0, 0xeeee_eeee_eeee_eeee));
         assert_eq!(word(&vms[1], 0x10_0000 + 0x3000), 0x4444_4444_4444_4444);
-        // Of the draft something goes; of the file nothing does.
+        // Whoever holds a handle may read any page of it, as may whoever has the map.
+        let map = image.maps().next().unwrap();
+        for handle in [Some(draft), map.get(9).map(|source| source.layer)] {
+            assert_eq!(store.sweep(), Swept::default());
+            let mut page = [1; 4096];
+            handle.unwrap().read_pages(3, &mut page).unwrap();
+            assert_eq!(page, [0; 4096]);
+        }
+        drop((map, layer));
+        // Of the draft something goes; of the file nothing does, though nobody has a handle of it.
         let swept = store.sweep();
         assert_eq!(swept, Swept { pages: 3, layers: 1 });
         assert_eq!(std::fs::read(&path).unwrap(), bytes, "the file is as it was");
-        let (later, _) = vms[0].freeze(&Quiesced::assume()).unwrap();
+        let (later, _) = vms[0].freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(later.changed_since(&image).unwrap(), vec![vec![PageRange::new(2, 3)], vec![]]);
         let touched = vms[0].touched().unwrap();
         assert!(touched[0].iter().any(|run| run.contains(2)) && !touched[1].iter().any(|run| run.contains(3)));
         let mut page = [0; 4096];
+        let layer = image.maps().next().unwrap().get(1).unwrap().layer;
         layer.read_pages(3, &mut page).unwrap();
         assert_eq!((page[0], layer.data_runs(PageRange::new(1, 3)).unwrap()), (4, vec![PageRange::new(1, 3)]));
         std::fs::remove_file(path).unwrap();

@@ -8,13 +8,16 @@ use std::{fmt, io};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
+use crate::grace::Section;
 use crate::region::GuestRegion;
 use crate::sabotage::{Break, broken};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
+use crate::view::View;
 use crate::word::{MAX_PINS, PinMiss};
 
 /// A pin that was refused. Nothing stays pinned.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum PinError {
     /// Not inside the region.
     #[error("{range} reach beyond the region's {pages} pages")]
@@ -32,6 +35,12 @@ pub enum PinError {
     Empty {
         /// Its guest physical address.
         base: u64,
+    },
+    /// A page is absent, because it was not inherited (R19).
+    #[error("a page of {range} is absent: the VM did not inherit it")]
+    Absent {
+        /// Asked for.
+        range: PageRange,
     },
     /// A page has as many pins as can be counted (I6).
     #[error("a page of {range} already has {MAX_PINS} pins")]
@@ -120,14 +129,21 @@ impl PinList {
 /// An operation in flight owns its pin: drop it after the completion has been reaped, never before.
 ///
 /// A short read of pages that are not the VM's own is the one case in which nothing is counted for them: a layer's page does not change
-/// (I4), and one that the guest writes meanwhile is copied *away* from the device, which was asked for what was there before.
+/// (I4), and one that the guest writes meanwhile is copied *away* from the device, which was asked for what was there before. Such a pin holds
+/// the views its region shows while it lasts, and with them the layers, files and frames ([`crate::grace`]); no reset, discard or eviction takes
+/// a page of its range away.
 pub struct DmaPin {
     region: Arc<GuestRegion>,
     range: PageRange,
     /// The pages counted, where they are not all of `range`.
     part: Option<Vec<PageRange>>,
+    /// Where some are not: what keeps the views that show them.
+    section: Option<Section>,
     ticket: Option<u64>,
 }
+
+/// What a pin that is not of exclusive pages alone holds: the pages counted, if not all, and what keeps the others.
+type Held = (Option<Vec<PageRange>>, Option<Section>);
 
 impl DmaPin {
     /// The pages pinned.
@@ -175,6 +191,9 @@ impl Drop for DmaPin {
             None => self.region.table.unpin(self.range),
             Some(runs) => runs.iter().for_each(|run| self.region.table.unpin(*run)),
         }
+        if let Some(section) = self.section.take() {
+            self.region.close(section);
+        }
         if let Some(ticket) = self.ticket {
             self.region.pins.remove(ticket);
         }
@@ -212,14 +231,23 @@ impl GuestRegion {
         if !self.is_live() {
             return Err(PinError::Empty { base: self.base.0 });
         }
-        let part = match self.table.try_pin(range) {
-            Ok(()) => None,
+        let (part, section) = match self.table.try_pin(range) {
+            Ok(()) => (None, None),
             Err(PinMiss::Saturated) => return Err(PinError::Saturated { range }),
-            Err(PinMiss::NotExclusive | PinMiss::Split) => self.pin_locked(range, access, term)?,
+            Err(PinMiss::NotExclusive | PinMiss::Split) => {
+                // A part of it would be granted otherwise, and whoever reads the slice would die.
+                if self.is_absent(range) {
+                    return Err(PinError::Absent { range });
+                }
+                match self.try_open(range, access, term) {
+                    Some(section) => (Some(Vec::new()), Some(section)),
+                    None => self.pin_locked(range, access, term)?,
+                }
+            }
         };
         let listed = || self.pins.add(PinInfo { owner, range, access, held: Duration::ZERO });
         let ticket = (term == Term::Long).then(listed);
-        Ok(DmaPin { region: Arc::clone(self), range, part, ticket })
+        Ok(DmaPin { region: Arc::clone(self), range, part, section, ticket })
     }
 
     /// The long-term pins and their owners, the longest held first.
@@ -228,10 +256,36 @@ impl GuestRegion {
         self.pins.all()
     }
 
+    /// A short read of pages that are all a layer's: no lock, no count, but a section that keeps what the region shows (I4).
+    fn try_open(&self, range: PageRange, access: Access, term: Term) -> Option<Section> {
+        // What is still being copied into the layer is brought by the locked path, which says why if it cannot be had.
+        if access != Access::Read || term != Term::Short || self.is_unfinished() {
+            return None;
+        }
+        match self.grace.try_open(range, || self.table.none_exclusive(range)) {
+            Ok(section) => Some(section),
+            Err(gone) => {
+                self.dispose(gone);
+                None
+            }
+        }
+    }
+
+    fn close(&self, section: Section) {
+        self.dispose(self.grace.close(section));
+    }
+
+    fn dispose(&self, gone: Vec<View>) {
+        if !gone.is_empty() {
+            // They may hold the last handles of large layers, and this is a device's thread.
+            self.store.dispose(gone);
+        }
+    }
+
     #[cold]
-    fn pin_locked(&self, range: PageRange, access: Access, term: Term) -> Result<Option<Vec<PageRange>>, PinError> {
+    fn pin_locked(&self, range: PageRange, access: Access, term: Term) -> Result<Held, PinError> {
         // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the kernel's page tables in step.
-        let state = self.state();
+        let state = self.state_for_pin();
         // Before the table is locked, which is never held while waiting: a page that is still being copied is copied now and
         // released, because a device heeds no protection (D4); one that was adopted unfinished is made to be there.
         self.settle(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
@@ -247,7 +301,7 @@ impl GuestRegion {
                     return Err(PinError::Saturated { range });
                 }
             }
-            return Ok(Some(own));
+            return Ok((Some(own), Some(self.grace.open_locked(range))));
         }
         for run in shared {
             // Break COW before the bit is set: a page is exclusive only once the frame is ours (I2). Where the kernel already
@@ -262,6 +316,6 @@ impl GuestRegion {
         table.split_partial(range);
         // Under the lock nobody clears the bit or splits, so only saturation is left to miss.
         self.table.try_pin(range).map_err(|_| PinError::Saturated { range })?;
-        Ok(None)
+        Ok((None, None))
     }
 }

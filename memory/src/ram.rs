@@ -1,5 +1,6 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,10 +13,10 @@ use crate::error::RamError;
 use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
 use crate::nofork::NoForkMap;
 use crate::region::GuestRegion;
-use crate::reset::ResetReport;
+use crate::reset::{ResetError, ResetReport};
 use crate::stats::RamStats;
 use crate::store::{Backing, Store};
-use crate::units::{PAGE_SHIFT, PAGE_SIZE, pages_in};
+use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
 /// Where the gap for memory-mapped devices begins: 3 GiB.
 pub const GAP_START: u64 = 0xc000_0000;
@@ -177,15 +178,25 @@ impl RamImage {
     }
 }
 
-/// Proof, by the caller's word, that nothing writes to guest memory but devices through pins: vCPUs are out of KVM_RUN and devices are
-/// paused. A write in spite of it is not undefined behaviour, but it may be in the image or not.
+/// A guard: while it lives, nothing writes to a VM's memory but devices through pins. vCPUs are out of KVM_RUN, and devices are paused.
+///
+/// Implemented by whoever can stop them, for the value that lets them go on when it is dropped.
+pub trait StopsWriters {}
+
+/// There are no writers to stop: the memory is nobody's but the caller's, as in tests and benchmarks.
+#[derive(Clone, Copy, Debug)]
+pub struct NoWriters;
+
+impl StopsWriters for NoWriters {}
+
+/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but it may be in the image or not.
 #[derive(Debug)]
 pub struct Quiesced<'a>(std::marker::PhantomData<&'a ()>);
 
-impl Quiesced<'_> {
-    /// States that all writers are stopped for as long as the value is held.
+impl<'a> Quiesced<'a> {
+    /// Writers are stopped for as long as `guard` is held, and so is this.
     #[must_use]
-    pub fn assume() -> Self {
+    pub fn by(_guard: &'a impl StopsWriters) -> Self {
         Self(std::marker::PhantomData)
     }
 }
@@ -196,7 +207,7 @@ pub type GuestMemory = GuestRegionCollection<GuestRegion>;
 /// A VM's guest memory.
 ///
 /// ```
-/// # use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
+/// # use clade_memory::{GuestRam, NoWriters, Quiesced, RamLayout, Store};
 /// # use vm_memory::{Bytes, GuestAddress};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let store = Store::open()?;
@@ -205,7 +216,7 @@ pub type GuestMemory = GuestRegionCollection<GuestRegion>;
 /// parent.birth()?;
 /// parent.memory().write_obj(7u32, GuestAddress(0x1000))?;
 ///
-/// let (image, _) = parent.freeze(&Quiesced::assume())?;
+/// let (image, _) = parent.freeze(&Quiesced::by(&NoWriters))?;
 /// let child = GuestRam::reserve(&layout, &store)?;
 /// child.adopt(&image)?;
 ///
@@ -239,7 +250,19 @@ impl GuestRam {
     /// # Errors
     /// When memory is there already or cannot be had.
     pub fn birth(&self) -> Result<(), RamError> {
-        self.regions.iter().try_for_each(|r| r.birth())
+        self.populate(|at| self.regions[at].birth())
+    }
+
+    /// Gives every region memory, and makes them live when all have it; on failure none has any (I13).
+    fn populate(&self, mut one: impl FnMut(usize) -> Result<(), RamError>) -> Result<(), RamError> {
+        for at in 0..self.regions.len() {
+            if let Err(error) = one(at) {
+                self.regions[..at].iter().for_each(|done| done.empty());
+                return Err(error);
+            }
+        }
+        self.regions.iter().for_each(|region| region.go_live());
+        Ok(())
     }
 
     /// Gives it the memory of an image, shared until written.
@@ -250,13 +273,7 @@ impl GuestRam {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
-        for (at, (region, image)) in self.regions.iter().zip(&image.regions).enumerate() {
-            if let Err(error) = region.adopt(image) {
-                self.regions[..at].iter().for_each(|done| done.empty());
-                return Err(error);
-            }
-        }
-        Ok(())
+        self.populate(|at| self.regions[at].adopt(&image.regions[at]))
     }
 
     /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied (I3). This VM goes on with the
@@ -276,10 +293,15 @@ impl GuestRam {
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
     pub fn freeze_in(&self, mode: FreezeMode, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
+        let mut frozen = VecDeque::with_capacity(self.regions.len());
+        GuestRegion::freeze_all(&self.regions, mode, &mut frozen)?;
+        // A page that was lost meanwhile was copied as the zeros that stand in for it.
+        if let Some(error) = self.regions.iter().find_map(|region| region.lost()) {
+            return Err(RamError::Lost(error));
+        }
         let mut report = FreezeReport::default();
-        let mut regions = Vec::with_capacity(self.regions.len());
-        for region in &self.regions {
-            let (image, one) = region.freeze(mode)?;
+        let mut regions = Vec::with_capacity(frozen.len());
+        for (image, one) in frozen {
             regions.push(image);
             report += one;
         }
@@ -318,19 +340,22 @@ impl GuestRam {
         image.settle()?;
         let deadline = Instant::now() + patience;
         // All regions are looked at before the first is touched; a pin that comes later refuses its own region's reset.
-        while let Some(pinned) = self.regions.iter().map(|r| r.pinned_pages()).find(|p| !p.is_empty()) {
+        while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
             if Instant::now() >= deadline {
-                return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
+                return Err(refused);
             }
             std::thread::sleep(PIN_POLL);
         }
         let mut report = ResetReport::default();
-        for (at, (region, image)) in self.regions.iter().zip(&image.regions).enumerate() {
-            // What is back already is of another instant than what is not.
-            let done = region.reset(image.map.map());
-            report += done.inspect_err(|_| self.regions[..at].iter().for_each(|done| done.tear()))?;
+        match GuestRegion::reset_all(&self.regions, image.regions(), &mut report) {
+            Ok(()) => Ok(report),
+            Err(ResetError::Refused(error)) => Err(error),
+            Err(ResetError::Torn(error)) => {
+                // What is back already is of another instant than what is not.
+                self.regions.iter().for_each(|region| region.tear());
+                Err(error)
+            }
         }
-        Ok(report)
     }
 
     /// Whether a reset has failed half-way: the contents are of no one instant, and only another reset is of use.
@@ -346,7 +371,8 @@ impl GuestRam {
         self.regions.iter().find_map(|region| region.failure.get())
     }
 
-    /// Calls `call` once, from whichever thread notices, when memory is lost; now, if it is already. For stopping the VM with its reason.
+    /// Calls `call` once when memory is lost, on a thread of the memory's own that holds no lock: it may ask the VM anything. If memory is lost
+    /// already, it is called here and now. For stopping the VM with its reason.
     pub fn on_failure(&self, call: impl FnOnce(&Arc<FillError>) + Send + 'static) {
         let once = Arc::new(Mutex::new(Some(call)));
         for region in &self.regions {

@@ -16,11 +16,12 @@ use rustix::fs::{FallocateFlags, fallocate};
 use crate::error::RamError;
 use crate::fault::{Call, point};
 use crate::layer::{Layer, Source};
+use crate::mappings::Mapping;
 use crate::ownership::TableGuard;
-use crate::region::{GuestRegion, Mapping, State};
+use crate::region::{GuestRegion, State};
 use crate::sabotage::{Break, broken};
 use crate::store::{Backing, Store, StoreError};
-use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, subtract_runs};
+use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
 /// A page's worth of bytes.
 pub type Pattern = [u8; PAGE_SIZE as usize];
@@ -97,6 +98,9 @@ pub struct Discarded {
     pub discarded: u64,
     /// Were pinned, and stay as they are (I7).
     pub pinned: u64,
+    /// Of the discarded, given back without a mapping, because the VM has used up its share of mappings. Their memory is free; they show zeros if they
+    /// were the VM's since its birth, else what their layer has, until they are written.
+    pub unmapped: u64,
 }
 
 impl GuestRegion {
@@ -111,7 +115,7 @@ impl GuestRegion {
         self.drain(&mut state)?;
         let table = self.table.lock();
         // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
-        let pinned = table.share(range);
+        let pinned = self.share_unless_pinned(&table, range);
         if !pinned.is_empty() {
             self.reclaim(&state, &table, range);
             return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
@@ -124,23 +128,66 @@ impl GuestRegion {
     /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
     /// What is absent because it was not inherited stays so (R19).
     ///
+    /// Zeros in the middle of something else cost a mapping or two. A guest may discard what it likes, so each region has its share of the process's
+    /// mappings; beyond it pages are given back without one ([`Discarded::unmapped`]).
+    ///
     /// # Errors
-    /// When mappings run out; the pages done so far are discarded, the others are as they were.
+    /// When the kernel refuses; the pages done so far are discarded, the others are as they were.
     pub fn discard(&self, range: PageRange) -> Result<Discarded, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.drain(&mut state)?;
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
-        let mut pinned = table.share(range);
+        let mut pinned = self.share_unless_pinned(&table, range);
         if broken(Break::DropPinned) {
             pinned.clear();
         }
+        let mut unmapped = 0;
+        // What is being read keeps its bit if it had one.
+        pinned.iter().for_each(|run| self.reclaim(&state, &table, *run));
         for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
-            self.show(&mut state, &table, run, &RefPage::zero())
-                .inspect_err(|_| self.reclaim(&state, &table, range))?;
+            let mapped = self.may_map_zero(&state, run).then(|| self.show(&mut state, &table, run, &RefPage::zero()));
+            let shown = match mapped {
+                // Beyond its share, or another VM has taken the last mappings since: nothing has been touched.
+                None | Some(Err(RamError::Budget(_))) => {
+                    unmapped += run.len();
+                    self.give_back_unmapped(&state, &table, run)
+                }
+                Some(shown) => shown,
+            };
+            shown.inspect_err(|_| self.reclaim(&state, &table, range))?;
         }
-        Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned) })
+        Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned), unmapped })
+    }
+
+    /// Whether zeros in place of `range` stay within the region's share of mappings, or take none.
+    fn may_map_zero(&self, state: &State, range: PageRange) -> bool {
+        let (now, then) = (state.mappings.len() as u64, state.mappings.len_with(range) as u64);
+        let budget = self.store.budget();
+        // What it takes while it is being done: see `try_show`.
+        then <= now || (then <= budget.fair_share() && now + 2 <= state.promise.count().max(now + budget.left()))
+    }
+
+    /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes but that the VM's own copies go.
+    fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<(), RamError> {
+        let born = state.mappings.born_within(range);
+        for run in &subtract_runs(&[range], &born) {
+            self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
+        }
+        // In place: holes in a file of this VM's own are zeros, and the pages stay its own.
+        self.free_born(state, &born);
+        born.iter().for_each(|run| table.set_exclusive(*run));
+        Ok(())
+    }
+
+    /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being read without a count.
+    fn share_unless_pinned(&self, table: &TableGuard<'_>, range: PageRange) -> Vec<PageRange> {
+        let mut pinned = table.share(range);
+        pinned
+            .extend(self.grace.ranges().into_iter().map(|read| read.intersect(range)).filter(|read| !read.is_empty()));
+        pinned.sort_unstable();
+        join_runs(&pinned, 0)
     }
 
     /// Maps `page` over `range`, none of which is pinned or will be before the locks are let go.
@@ -169,7 +216,7 @@ impl GuestRegion {
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
         let before = state.promise.count();
         state.promise.resize(before.max((state.mappings.len() + 2 * sources.len().max(1)) as u64))?;
-        let born: Vec<PageRange> = state.born_runs().into_iter().map(|run| run.intersect(range)).collect();
+        let born = state.mappings.born_within(range);
         if sources.is_empty() {
             self.at.map_zero(range).map_err(|source| RamError::Map { range, source })?;
             state.mappings.insert(range, Mapping::Zero);
@@ -182,7 +229,7 @@ impl GuestRegion {
             state.map.insert(piece, source);
         }
         self.free_born(state, &born);
-        state.outgrow_birth();
+        state.retire_base_if_shared();
         Ok(())
     }
 
@@ -238,7 +285,7 @@ mod tests {
 
         // Freeze and fork keep it a reference, whoever lets go of the handle.
         drop(page);
-        let (image, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();
         drop((ram, image));
@@ -246,6 +293,7 @@ mod tests {
         // Gaps that the freeze closed were copied; all others are references still.
         assert!(child.stats().unwrap().reference > 1000);
         drop(child);
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
         assert_eq!(store.live_layers(), 0, "R23: it lived as long as it was shown");
     }
 
@@ -276,11 +324,11 @@ mod tests {
             let region = &ram.regions()[0];
             (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
             if freeze_first {
-                ram.freeze(&Quiesced::assume()).unwrap();
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             }
             let pin = region.pin(PageRange::new(5, 7), Access::Write, Term::Long).unwrap();
             let done = region.discard(PageRange::new(0, 600)).unwrap();
-            assert_eq!(done, Discarded { discarded: 598, pinned: 2 });
+            assert_eq!(done, Discarded { discarded: 598, pinned: 2, unmapped: 0 });
             let seen: Vec<u64> = [0, 4, 5, 6, 7, 599, 600].iter().map(|p| word(&ram, *p)).collect();
             assert_eq!(seen, [0, 0, 6, 7, 0, 0, 601]);
             pin.slice().write_obj(77u64, 8).unwrap();

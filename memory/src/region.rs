@@ -14,8 +14,10 @@ use crate::background::{Failure, FillError};
 use crate::budget::Promise;
 use crate::compact::Compaction;
 use crate::error::RamError;
-use crate::interval::{IntervalMap, Piece};
+use crate::grace::Grace;
+use crate::interval::Piece;
 use crate::layer::{Layer, LayerMap, Source};
+use crate::mappings::{Mapping, Mappings};
 use crate::nofork::NoForkMap;
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::pin::PinList;
@@ -23,34 +25,6 @@ use crate::store::{Backing, Store};
 use crate::sys::{Reservation, Watched};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 use crate::view::View;
-
-/// What is mapped into a piece of the reservation at present.
-#[derive(Clone, Debug)]
-pub(crate) enum Mapping {
-    /// Shared and writable over the birth file: every page is this VM's own.
-    Born(Source),
-    /// Private over a layer: the kernel copies on write.
-    Private(Source),
-    /// Private zeros.
-    Zero,
-    /// No memory: not inherited (R19).
-    Absent,
-}
-
-impl Piece for Mapping {
-    fn advance(&self, pages: u64) -> Self {
-        match self {
-            Self::Born(source) => Self::Born(source.advance(pages)),
-            Self::Private(source) => Self::Private(source.advance(pages)),
-            Self::Zero => Self::Zero,
-            Self::Absent => Self::Absent,
-        }
-    }
-    /// Never: the kernel may or may not join two mappings, so each counts against the budget.
-    fn continues(&self, _pages: u64, _next: &Self) -> bool {
-        false
-    }
-}
 
 /// Everything about a region that only changes under its lock.
 ///
@@ -60,9 +34,11 @@ pub(crate) struct State {
     /// What provides the pages this VM does not own, or would if it dropped its own copy.
     pub(crate) map: View,
     /// What is mapped where. Its length is what the region costs the mapping budget.
-    pub(crate) mappings: IntervalMap<Mapping>,
+    pub(crate) mappings: Mappings,
     /// The file this VM was born in, while some of its pages are still mapped shared.
     pub(crate) birth: Option<Arc<Layer>>,
+    /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back, and the rest may be.
+    born: Option<View>,
     pub(crate) promise: Promise,
     /// What children do not inherit.
     pub(crate) no_fork: NoForkMap,
@@ -76,6 +52,8 @@ pub(crate) struct State {
     pub(crate) sewn: (usize, usize),
     /// A reset has failed half-way: only another one may follow.
     pub(crate) torn: bool,
+    /// Views that were replaced under this lock.
+    replaced: Vec<View>,
 }
 
 /// What has to be settled when a freeze in the background is over.
@@ -111,14 +89,40 @@ impl State {
     }
 
     /// To be called when pages have been taken from the birth file: it is none any more once all have.
-    pub(crate) fn outgrow_birth(&mut self) {
-        if self.born_runs().is_empty()
+    pub(crate) fn retire_base_if_shared(&mut self) {
+        if self.mappings.born_pages() == 0
             && let Some(birth) = self.birth.take()
         {
             // Before it may be swept: what it shows as a layer.
-            self.map.publish();
+            self.publish();
             birth.set_birth(false);
+            self.born = None;
         }
+    }
+
+    /// After a freeze: the file this VM was born in is a layer but for the pages that are still its own. These are registered like a view's, and from
+    /// then on what nobody sees of the file can be given back, though one page of it be kept for ever.
+    pub(crate) fn register_born(&mut self) {
+        self.retire_base_if_shared();
+        let Some(birth) = self.birth.clone() else { return };
+        let mut map = LayerMap::new();
+        for run in self.mappings.born_runs() {
+            map.insert(run, Source { layer: Arc::clone(&birth), at: run.start });
+        }
+        // In this order: what has become a layer's is shown by the view before it is no longer registered as born.
+        self.publish();
+        self.born = Some(self.map.beside(Arc::new(map)));
+        birth.set_birth(false);
+    }
+
+    /// Keeps `view` registered until what is shown now is, and until no device reads it.
+    pub(crate) fn keep_until_published(&mut self, view: View) {
+        self.replaced.push(view);
+    }
+
+    /// Registers the view as it is now. The one before stays registered until the lock is let go, and longer while it is read.
+    fn publish(&mut self) {
+        self.replaced.extend(self.map.publish());
     }
 
     /// The VM goes, or its memory does: what it still owned of the file it was born in is nobody's. No device has any of it, for a pin keeps the
@@ -127,40 +131,47 @@ impl State {
         if let Some(birth) = self.birth.take() {
             birth.set_birth(false);
         }
+        self.born = None;
     }
 
     /// The runs mapped shared over the birth file.
     pub(crate) fn born_runs(&self) -> Vec<PageRange> {
-        let mut runs = Vec::new();
-        for (range, mapping) in self.mappings.iter() {
-            if matches!(mapping, Mapping::Born(_)) {
-                crate::units::push_run(&mut runs, range);
-            }
-        }
-        runs
+        self.mappings.born_runs()
     }
 }
 
-/// The state under its lock. What was changed of the view is published before the lock is let go.
+/// The state under its lock. What was changed of the view is published before the lock is let go; meanwhile no page is taken for shared without it
+/// (R11, [`crate::grace`]).
 #[derive(Debug)]
-pub(crate) struct Locked<'a>(MutexGuard<'a, State>);
+pub(crate) struct Locked<'a> {
+    region: &'a GuestRegion,
+    state: MutexGuard<'a, State>,
+}
 
 impl Deref for Locked<'_> {
     type Target = State;
     fn deref(&self) -> &State {
-        &self.0
+        &self.state
     }
 }
 
 impl DerefMut for Locked<'_> {
     fn deref_mut(&mut self) -> &mut State {
-        &mut self.0
+        &mut self.state
     }
 }
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        self.0.map.publish();
+        self.state.publish();
+        let replaced = std::mem::take(&mut self.state.replaced);
+        // After the new view is published and its layers are mapped, before another pin may begin: a device that reads the one before keeps it.
+        let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
+        self.region.grace.end_change();
+        if !gone.is_empty() {
+            // They may hold the last handles of large layers, and the VM may be paused for this.
+            self.region.store.dispose(gone);
+        }
     }
 }
 
@@ -186,13 +197,17 @@ pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
     /// Before the addresses, which may be another's once they are given back.
-    _watched: Option<Watched>,
+    watched: Option<Watched>,
     /// Shared with what is still being copied out of it.
     pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
     /// Whether memory it adopted was lost.
     pub(crate) failure: Arc<Failure>,
     pub(crate) pins: PinList,
+    /// The short read pins that are not counted, and the views they may read.
+    pub(crate) grace: Grace<View>,
+    /// Whether memory it adopted may still be missing: then a pin has it brought first, under the state lock. Set before the region is live.
+    unfinished: AtomicBool,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
@@ -212,18 +227,21 @@ impl GuestRegion {
         Ok(Self {
             base,
             store: store.clone(),
-            _watched: watched,
+            watched,
             at,
             table: OwnershipTable::new(pages),
             failure,
             pins: PinList::default(),
+            grace: Grace::default(),
+            unfinished: AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
             heedless: AtomicBool::new(false),
             state: Mutex::new(State {
                 map: View::new(store.views(), Arc::default()),
-                mappings: IntervalMap::new(),
+                mappings: Mappings::default(),
                 birth: None,
+                born: None,
                 promise,
                 no_fork: NoForkMap::new(),
                 freezing: None,
@@ -231,6 +249,7 @@ impl GuestRegion {
                 compaction: None,
                 sewn: (0, 0),
                 torn: false,
+                replaced: Vec::new(),
             }),
         })
     }
@@ -238,7 +257,7 @@ impl GuestRegion {
     /// Gives the region a birth file: fresh zeros, every page this VM's own (I2).
     pub(crate) fn birth(&self) -> Result<(), RamError> {
         let mut state = self.state();
-        self.expect_empty()?;
+        Self::expect_empty(self.base, &state)?;
         let file = Arc::new(self.store.layer(self.pages(), Backing::Huge)?);
         self.at
             .map_shared(self.range(), std::os::fd::AsFd::as_fd(&*file), 0)
@@ -247,7 +266,6 @@ impl GuestRegion {
         state.mappings.insert(self.range(), Mapping::Born(Source { layer: Arc::clone(&file), at: 0 }));
         file.set_birth(true);
         state.birth = Some(file);
-        self.set_live(true);
         Ok(())
     }
 
@@ -257,6 +275,9 @@ impl GuestRegion {
             return Err(RamError::OutOfRange { range, pages: self.pages() });
         }
         let state = self.live_state()?;
+        if let Some(error) = self.lost() {
+            return Err(RamError::Lost(error));
+        }
         if state.torn { Err(RamError::Torn { base: self.base.0 }) } else { Ok(state) }
     }
 
@@ -269,12 +290,12 @@ impl GuestRegion {
     /// Sets the bits again that were given up in `range` for something that then failed: of what is still this VM's own, as the
     /// kernel says. Where the kernel cannot be asked, a page stays without its bit, which costs a copy at most (R4).
     pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
-        let born = state.born_runs();
+        let born = state.mappings.born_within(range);
         match self.owned_private(range, &born) {
             Ok(owned) => owned.iter().for_each(|run| table.set_exclusive(*run)),
             Err(error) => tracing::debug!(%error, "pages stay without their bit"),
         }
-        born.iter().for_each(|run| table.set_exclusive(run.intersect(range)));
+        born.iter().for_each(|run| table.set_exclusive(*run));
     }
 
     /// The private pages of `range` that this VM owns, as the kernel says; `born` are the runs mapped shared.
@@ -295,13 +316,41 @@ impl GuestRegion {
         Ok(own)
     }
 
-    pub(crate) fn expect_empty(&self) -> Result<(), RamError> {
-        if self.is_live() { Err(RamError::NotEmpty { base: self.base.0 }) } else { Ok(()) }
+    /// Refuses memory that is there, live or about to be.
+    pub(crate) fn expect_empty(base: GuestAddress, state: &State) -> Result<(), RamError> {
+        if state.mappings.is_empty() { Ok(()) } else { Err(RamError::NotEmpty { base: base.0 }) }
+    }
+
+    /// The memory is there, in this region and in all others of its VM: pins and accesses may begin.
+    pub(crate) fn go_live(&self) {
+        let state = self.state();
+        let absent = state.mappings.iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
+        // Once: a region that is live stays so.
+        let _ = self.absent.set(absent.map(|(range, _)| range).collect());
+        self.set_unfinished(!state.waits.is_empty());
+        self.set_live(true);
     }
 
     pub(crate) fn state(&self) -> Locked<'_> {
         // A panic under the lock leaves the state as it was after the last completed step, each of which is consistent.
-        Locked(self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        let state = self.state_for_pin();
+        self.grace.begin_change();
+        Locked { region: self, state }
+    }
+
+    /// The state, for a pin: it only makes pages this VM's own, so those that other pins take for shared stay right.
+    pub(crate) fn state_for_pin(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether memory it adopted may still be missing.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        // Acquire: pairs with the Release of whoever has seen to it.
+        self.unfinished.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_unfinished(&self, unfinished: bool) {
+        self.unfinished.store(unfinished, Ordering::Release);
     }
 
     /// Finishes what the background has to do with this region, copying what is missing on this thread: its own last freeze, and
@@ -320,6 +369,7 @@ impl GuestRegion {
             }
             state.waits.pop();
         }
+        self.set_unfinished(false);
         Ok(())
     }
 
@@ -342,8 +392,11 @@ impl GuestRegion {
                 std::mem::replace(&mut state.map, before)
             }
         };
-        // It may hold the last handles of large layers, and the vCPUs may be stopped.
-        self.store.dispose((layer, beneath));
+        // Registered until what is shown now is: a gap's pages, which are shown from beneath again, are in no other view before that, and a sweep in
+        // between would give them back. Whatever lets go of a view publishes first.
+        state.keep_until_published(beneath);
+        // It may hold the last handle of a large layer, and the vCPUs may be stopped.
+        self.store.dispose(layer);
         // What the background was promised and did not need. Shrinking a promise cannot fail.
         let _ = state.promise.resize(state.mappings.len() as u64);
     }
@@ -362,17 +415,18 @@ impl GuestRegion {
         waits.into_iter().try_for_each(|filling| filling.need_for(&self.at, range))
     }
 
+    /// Why some of its memory is lost, told or not told yet.
+    pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
+        let gone = || self.watched.as_ref().is_some_and(Watched::is_lost).then(|| Arc::new(FillError::Gone));
+        self.failure.get().or_else(gone)
+    }
+
     pub(crate) fn is_live(&self) -> bool {
         self.live.load(Ordering::Acquire)
     }
 
-    pub(crate) fn set_live(&self, live: bool) {
+    fn set_live(&self, live: bool) {
         self.live.store(live, Ordering::Release);
-    }
-
-    /// Says which ranges have no memory, once, before the region is live.
-    pub(crate) fn set_absent(&self, ranges: Vec<PageRange>) {
-        let _ = self.absent.set(ranges);
     }
 
     /// Those of `runs`, ascending, that have memory (R19).
@@ -380,8 +434,12 @@ impl GuestRegion {
         subtract_runs(runs, self.absent.get().map_or(&[], Vec::as_slice))
     }
 
-    fn is_absent(&self, range: PageRange) -> bool {
-        self.absent.get().is_some_and(|absent| absent.iter().any(|a| !a.intersect(range).is_empty()))
+    /// Whether a page of `range` has no memory (R19).
+    pub(crate) fn is_absent(&self, range: PageRange) -> bool {
+        self.absent.get().is_some_and(|absent| {
+            let next = absent.partition_point(|a| a.end <= range.start);
+            absent.get(next).is_some_and(|a| !a.intersect(range).is_empty())
+        })
     }
 
     /// Pages in the region.

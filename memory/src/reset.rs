@@ -8,10 +8,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::interval::IntervalMap;
+use crate::freeze::RegionImage;
 use crate::layer::LayerMap;
-use crate::region::{GuestRegion, Mapping, State};
-use crate::units::{BLOCK_PAGES, PageRange, pages_in, push_run, subtract_runs};
+use crate::mappings::{Mapping, Mappings};
+use crate::region::{GuestRegion, State};
+use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtract_runs};
 
 /// Shared pages between two of the VM's own that are dropped along: showing them again costs the guest one fault at most, since the kernel maps the
 /// neighbours of a page with it, and that costs no more than the system call it saves (4 us with KVM's part in it).
@@ -32,6 +33,21 @@ impl std::ops::AddAssign for ResetReport {
     fn add_assign(&mut self, other: Self) {
         self.dropped += other.dropped;
         self.remapped += other.remapped;
+    }
+}
+
+/// Why a reset did not take place.
+#[derive(Debug)]
+pub(crate) enum ResetError {
+    /// Nothing has changed.
+    Refused(RamError),
+    /// Some of it has.
+    Torn(RamError),
+}
+
+impl From<RamError> for ResetError {
+    fn from(error: RamError) -> Self {
+        Self::Refused(error)
     }
 }
 
@@ -60,7 +76,7 @@ fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
 }
 
 /// The runs of `range` whose mapping is not `want`, each with what it must be.
-fn differing(mappings: &IntervalMap<Mapping>, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
+fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
     use crate::interval::Piece;
     let mut runs = Vec::new();
     for (piece, have) in mappings.within(range) {
@@ -90,9 +106,14 @@ fn joined(runs: &[PageRange]) -> Vec<PageRange> {
 }
 
 impl GuestRegion {
-    /// Pins that keep the region from being reset. Callers that can wait do so until there are none.
-    pub(crate) fn pinned_pages(&self) -> Vec<PageRange> {
-        self.table.pinned_runs(self.range())
+    /// Why the region cannot be reset at present, if it cannot. Callers that can wait do so.
+    pub(crate) fn in_use(&self) -> Option<RamError> {
+        let mut pinned = self.table.pinned_runs(self.range());
+        pinned.extend(self.grace.ranges());
+        pinned.sort_unstable();
+        let pinned = join_runs(&pinned, 0);
+        let first = pinned.first().copied()?;
+        Some(RamError::Pinned { pages: pages_in(&pinned), first })
     }
 
     /// Whether a reset has failed half-way.
@@ -105,14 +126,31 @@ impl GuestRegion {
         self.state().torn = true;
     }
 
-    /// Puts the region back to `map`. Nothing may be writing to it.
-    pub(crate) fn reset(&self, map: &Arc<LayerMap>) -> Result<ResetReport, RamError> {
-        let mut state = self.live_state()?;
+    /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be refused is asked of all of them before the first is
+    /// touched.
+    pub(crate) fn reset_all(
+        regions: &[Arc<Self>],
+        images: &[RegionImage],
+        report: &mut ResetReport,
+    ) -> Result<(), ResetError> {
+        let (Some((region, rest)), Some((image, images))) = (regions.split_first(), images.split_first()) else {
+            return Ok(());
+        };
+        let map = image.map.map();
+        let mut state = region.live_state()?;
+        if let Some(error) = region.lost() {
+            return Err(RamError::Lost(error).into());
+        }
         // What is still being copied from here is finished first: the copy reads the pages that go.
-        self.drain(&mut state)?;
-        let table = self.table.lock();
+        region.drain(&mut state)?;
+        // I7: nothing more is read without a count until the lock is let go.
+        let read = region.grace.ranges();
+        if let Some(first) = read.first().copied() {
+            return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
+        }
+        let table = region.table.lock();
         let born = state.born_runs();
-        let owned = self.owned_private(self.range(), &born)?;
+        let owned = region.owned_private(region.range(), &born)?;
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
         let mut pinned = Vec::new();
         for run in born.iter().chain(&owned) {
@@ -120,14 +158,21 @@ impl GuestRegion {
         }
         if let Some(first) = pinned.first().copied() {
             born.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
-            return Err(RamError::Pinned { pages: pages_in(&pinned), first });
+            return Err(RamError::Pinned { pages: pages_in(&pinned), first }.into());
         }
-        // Before anything is touched. A refusal leaves all as it was.
-        let todo = self.prepare(&mut state, map).inspect_err(|_| self.reclaim(&state, &table, self.range()))?;
+        // Before anything is touched. A refusal here or in another region leaves all as it was.
+        let todo = region.prepare(&mut state, map).map_err(ResetError::from);
+        let todo = todo.and_then(|todo| Self::reset_all(rest, images, report).map(|()| todo));
+        let todo = todo.inspect_err(|_| {
+            region.reclaim(&state, &table, region.range());
+            let mappings = state.mappings.len() as u64;
+            let _ = state.promise.resize(mappings);
+        })?;
+        // Until all of it is done: should that end in a panic, the VM does not run on.
         state.torn = true;
-        let report = self.put_back(&mut state, map, &born, &owned, &todo)?;
+        *report += region.put_back(&mut state, map, &born, &owned, &todo).map_err(ResetError::Torn)?;
         state.torn = false;
-        Ok(report)
+        Ok(())
     }
 
     /// What must be mapped anew for `map`, with the mappings promised (D5).
@@ -167,7 +212,7 @@ impl GuestRegion {
             state.mappings.insert(*range, want.clone());
         }
         state.map.set(Arc::clone(map));
-        state.outgrow_birth();
+        state.retire_base_if_shared();
         let _ = state.promise.resize(state.mappings.len() as u64);
         Ok(ResetReport { dropped: pages_in(born) + pages_in(owned), remapped: pages_in(&anew) })
     }
@@ -186,7 +231,7 @@ mod tests {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
         ram.birth().unwrap();
         (0..PAGES).for_each(|p| put(&ram, p, p + 1));
-        let (image, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         (ram, image)
     }
 
@@ -203,7 +248,7 @@ mod tests {
         let store = Store::open().unwrap();
         let (ram, image) = frozen(&store);
         [3, 4, 700, 2047].iter().for_each(|p| put(&ram, *p, 0));
-        let report = ram.reset(&image, &Quiesced::assume(), Duration::ZERO).unwrap();
+        let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert_eq!(report, ResetReport { dropped: 4, remapped: 0 });
         assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
         assert_eq!(ram.stats().unwrap().private_kib, 0);
@@ -229,7 +274,7 @@ mod tests {
         let some = |p: &u64| if *p < 1000 { p.is_multiple_of(3) } else { p.is_multiple_of(40) };
         (0..PAGES).filter(some).for_each(|p| put(&ram, p, 0));
         ram.regions()[0].discard(PageRange::with_len(1001, 1)).unwrap();
-        let report = ram.reset(&image, &Quiesced::assume(), Duration::ZERO).unwrap();
+        let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert_eq!(report.dropped, (0..PAGES).filter(some).count() as u64);
         assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
         assert_eq!(ram.stats().unwrap().private_kib, 0);
@@ -242,13 +287,13 @@ mod tests {
         // Few, which a freeze copies and leaves; and many, which it remaps.
         put(&ram, 7, 0);
         (1000..1600).for_each(|p| put(&ram, p, 0));
-        let (second, _) = ram.freeze(&Quiesced::assume()).unwrap();
+        let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         put(&ram, 7, 1);
-        ram.reset(&second, &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert_eq!((word(&ram, 7), word(&ram, 1000)), (0, 0), "not the first image's");
-        ram.reset(&first, &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&first, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
-        ram.reset(&second, &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert_eq!((word(&ram, 7), word(&ram, 1599), word(&ram, 1600)), (0, 0, 1601));
     }
 
@@ -259,16 +304,36 @@ mod tests {
         put(&ram, 5, 55);
         put(&ram, 6, 66);
         let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, Term::Long).unwrap();
-        let refused = ram.reset(&image, &Quiesced::assume(), Duration::from_millis(5));
+        let refused = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
         // A pin that comes after the first look is met by the region itself.
-        let late = ram.regions()[0].reset(image.regions()[0].map.map());
-        assert!(matches!(late, Err(RamError::Pinned { pages: 1, .. })));
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 1, .. }))));
         assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
         assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");
         drop(pin);
-        ram.reset(&image, &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
         assert_eq!((word(&ram, 5), word(&ram, 6)), (6, 7));
+    }
+
+    #[test]
+    fn i7_pages_that_are_read_without_a_count_refuse_the_reset() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        put(&ram, 700, 7);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, Term::Short).unwrap();
+        assert_eq!(ram.regions()[0].ownership().get(5), (false, 0), "not counted");
+        // A read that comes after the first look is met by the region itself.
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 2, .. }))), "{late:?}");
+        assert_eq!(word(&ram, 700), 7, "nothing has changed");
+        let device = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            drop(pin);
+        });
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).expect("waited for the device");
+        device.join().unwrap();
+        assert_eq!(word(&ram, 700), 701);
     }
 
     #[test]
@@ -281,8 +346,27 @@ mod tests {
             pin.slice().write_obj(1u64, 0).unwrap();
             drop(pin);
         });
-        ram.reset(&image, &Quiesced::assume(), Duration::from_secs(10)).unwrap();
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).unwrap();
         device.join().unwrap();
         assert_eq!(word(&ram, 5), 6, "the device was done before its page went");
+    }
+
+    #[test]
+    fn d5_all_mappings_of_a_reset_are_promised_before_the_first_is_made() {
+        let store = Store::open_small().unwrap();
+        let (ram, image) = frozen(&store);
+        let region = &ram.regions()[0];
+        // Every second page of the image comes from elsewhere: each is mapped anew in the middle of one mapping.
+        let mut map = LayerMap::clone(image.regions()[0].map.map());
+        (0..40).for_each(|n| map.remove(PageRange::with_len(100 + 2 * n, 1)));
+        let mut state = region.live_state().unwrap();
+        let todo = region.prepare(&mut state, &map).unwrap();
+        let (before, promised) = (state.mappings.len(), state.promise.count());
+        region.put_back(&mut state, &Arc::new(map), &[], &[], &todo).unwrap();
+        let made = state.mappings.len() as u64;
+        assert_eq!((before as u64, made), (1, 81));
+        assert!(promised >= made, "{made} mappings were made, and {promised} promised");
+        drop(state);
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
     }
 }

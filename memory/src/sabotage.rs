@@ -90,7 +90,7 @@ mod tests {
         }
 
         fn freeze(&self) -> RamImage {
-            self.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0
+            self.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0
         }
 
         fn child(&self, image: &RamImage) -> GuestRam {
@@ -100,7 +100,7 @@ mod tests {
         }
 
         fn check(&self) {
-            self.ram.check(&Quiesced::assume()).unwrap();
+            self.ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
         }
     }
 
@@ -233,7 +233,7 @@ mod tests {
         let region = &rig.ram.regions()[0];
         let pin = region.pin(PageRange::new(1, 2), Access::Write, Term::Long).unwrap();
         plan().arm(0, false);
-        let refused = rig.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume());
+        let refused = rig.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters));
         assert!(plan().disarm().is_some() && refused.is_err());
         (0..PAGES).for_each(|page| assert!(region.ownership().get(page).0, "page {page} has lost its bit"));
         drop(pin);

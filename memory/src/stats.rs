@@ -6,7 +6,8 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{SeekFrom, seek};
 
 use crate::error::RamError;
-use crate::region::{GuestRegion, Mapping};
+use crate::mappings::Mapping;
+use crate::region::GuestRegion;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
 
 /// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless they say KiB.

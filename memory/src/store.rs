@@ -4,15 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
 use crate::background::{self, BackgroundError, Engine};
 use crate::budget::MappingBudget;
-use crate::housekeeping::Housekeeper;
 use crate::layer::{Home, Layer, LayerId};
-use crate::shelf::{LARGEST, Shelf};
+use crate::pool::{LayerFilePool, MAX_PAGES};
+use crate::reclaim::ReclaimThread;
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
 use crate::view::Views;
@@ -69,14 +70,14 @@ struct Inner {
     budget: MappingBudget,
     live_layers: Arc<AtomicUsize>,
     spares: Mutex<Vec<File>>,
-    shelf: Arc<Shelf>,
+    pool: Arc<LayerFilePool>,
     /// Files that were taken from it.
-    reused: AtomicU64,
+    made_ahead: AtomicU64,
     views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
     engine: Mutex<Option<Engine>>,
     /// Started when there is first something to do. After the engine: what that lets go of may come here.
-    housekeeper: Mutex<Option<Housekeeper>>,
+    reclaim: Mutex<Option<ReclaimThread>>,
 }
 
 impl Store {
@@ -118,10 +119,10 @@ impl Store {
             views: Arc::new(Views::new(&live_layers)),
             live_layers,
             spares: Mutex::default(),
-            shelf: Arc::default(),
-            reused: AtomicU64::new(0),
+            pool: Arc::default(),
+            made_ahead: AtomicU64::new(0),
             engine: Mutex::default(),
-            housekeeper: Mutex::default(),
+            reclaim: Mutex::default(),
         })))
     }
 
@@ -141,6 +142,18 @@ impl Store {
     #[must_use]
     pub fn live_layers(&self) -> usize {
         self.0.live_layers.load(Ordering::Acquire)
+    }
+
+    /// Waits until the reclaim thread has done what it was given before, or for `timeout`. At once if nothing was ever given to it, or by itself.
+    pub(crate) fn wait_reclaimed(&self, timeout: Duration) {
+        let sender = {
+            let reclaim = self.0.reclaim.lock().unwrap_or_else(PoisonError::into_inner);
+            reclaim.as_ref().filter(|thread| !thread.is_this()).map(ReclaimThread::sender)
+        };
+        let (tell, told) = mpsc::channel();
+        if let Some(Ok(())) = sender.map(|sender| sender.spawn(move || _ = tell.send(()))) {
+            let _ = told.recv_timeout(timeout);
+        }
     }
 
     /// The budget of memory mappings of this process.
@@ -167,23 +180,23 @@ impl Store {
         &self.0.views
     }
 
-    /// Runs `with` on the housekeeper, unless there is no thread to be had for it.
-    pub(crate) fn housekeeper<T>(&self, with: impl FnOnce(&Housekeeper) -> T) -> Option<T> {
-        let mut housekeeper = self.0.housekeeper.lock().unwrap_or_else(PoisonError::into_inner);
-        if housekeeper.is_none() {
-            match Housekeeper::start(&self.0.views) {
-                Ok(started) => *housekeeper = Some(started),
-                Err(error) => tracing::warn!(%error, "no thread to keep house: what is left over is freed on the spot"),
+    /// Calls `with` with the reclaim thread, unless there is no thread to be had.
+    pub(crate) fn reclaim<T>(&self, with: impl FnOnce(&ReclaimThread) -> T) -> Option<T> {
+        let mut reclaim = self.0.reclaim.lock().unwrap_or_else(PoisonError::into_inner);
+        if reclaim.is_none() {
+            match ReclaimThread::start(&self.0.views) {
+                Ok(started) => *reclaim = Some(started),
+                Err(error) => tracing::warn!(%error, "no reclaim thread: what is left over is freed on the spot"),
             }
         }
-        housekeeper.as_ref().map(with)
+        reclaim.as_ref().map(with)
     }
 
     /// Drops `garbage` in the background: freeing a layer of small pages takes 0.7 us for each.
     pub(crate) fn dispose(&self, garbage: impl Send + 'static) {
-        let garbage: Box<dyn Send> = Box::new(garbage);
-        // Without a thread it is dropped with the closure, here.
-        self.housekeeper(|housekeeper| housekeeper.dispose(garbage));
+        // Without a thread, or with one that has too much to do, it is dropped with the task, here.
+        let task = self.reclaim(ReclaimThread::sender).map(|sender| sender.spawn(move || drop(garbage)));
+        drop(task);
     }
 
     /// Starts what background freezes need, which is otherwise done by the first of them: so that a host without it is known at
@@ -202,33 +215,39 @@ impl Store {
         Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
-    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its pages may hold anything.
+    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its memory may be allocated already.
     pub(crate) fn delta_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
-        if pages > LARGEST {
+        if pages > MAX_PAGES {
             return self.layer(pages, grain);
         }
         let grain = self.grain(grain);
-        let (file, room) = match self.0.shelf.take(grain, pages) {
-            Some(kept) => {
+        let made = self.0.pool.take(grain, pages);
+        if let Some(order) = self.0.pool.order(grain, pages, Instant::now()) {
+            let (pool, huge) = (Arc::clone(&self.0.pool), self.0.huge.clone());
+            let work = move || {
+                pool.fill(order, |pages, grain| match (&huge, grain) {
+                    (Some(fs), Backing::Huge) => fs.file(pages),
+                    _ => small_file(pages),
+                });
+            };
+            if self.reclaim(|thread| thread.sender().spawn(work).is_ok()) != Some(true) {
+                self.0.pool.cancel();
+            }
+        }
+        match made {
+            Some(file) => {
                 // Relaxed: a number to be shown.
-                self.0.reused.fetch_add(1, Ordering::Relaxed);
-                kept
+                self.0.made_ahead.fetch_add(1, Ordering::Relaxed);
+                Ok(self.adopt_file(file, pages, Home::Memory(grain)))
             }
-            None => {
-                // Room costs nothing, and the next delta is about as large.
-                let room = pages.next_power_of_two();
-                (Arc::new(self.file(room, grain).map_err(|source| StoreError::File { pages, source })?), room)
-            }
-        };
-        let id = LayerId(Self::next_id());
-        let layer = Layer::new(id, file, pages, Home::Memory(grain), Arc::clone(&self.0.live_layers));
-        Ok(layer.shelved(&self.0.shelf, room))
+            None => self.layer(pages, grain),
+        }
     }
 
-    /// Freezes that found a file of a layer that had gone.
+    /// Freezes that found a file whose memory was allocated already.
     #[must_use]
-    pub fn reused(&self) -> u64 {
-        self.0.reused.load(Ordering::Relaxed)
+    pub fn made_ahead(&self) -> u64 {
+        self.0.made_ahead.load(Ordering::Relaxed)
     }
 
     /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled while it is read, a page that is there is
@@ -301,7 +320,7 @@ impl Store {
 
     /// Lets the files go that are kept for later.
     pub fn cool(&self) {
-        self.0.shelf.clear();
+        self.0.pool.clear();
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 

@@ -18,9 +18,9 @@ pub const BLOCK_SIZE: u64 = BLOCK_PAGES * PAGE_SIZE;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageRange {
     /// First page.
-    pub start: u64,
-    /// One past the last page.
-    pub end: u64,
+    pub(crate) start: u64,
+    /// One past the last page. Never below `start`: every constructor sees to it, and nothing outside the crate can change it.
+    pub(crate) end: u64,
 }
 
 impl PageRange {
@@ -30,10 +30,26 @@ impl PageRange {
         Self { start, end: if end < start { start } else { end } }
     }
 
-    /// `len` pages from `start`.
+    /// `len` pages from `start`. Where the end cannot be counted, a range that ends with the last page there could be: beyond every region and never empty, so
+    /// that whoever checks it refuses it.
     #[must_use]
     pub const fn with_len(start: u64, len: u64) -> Self {
-        Self { start, end: start + len }
+        match start.checked_add(len) {
+            Some(end) => Self { start, end },
+            None => Self { start: if start == u64::MAX { u64::MAX - 1 } else { start }, end: u64::MAX },
+        }
+    }
+
+    /// First page.
+    #[must_use]
+    pub const fn start(self) -> u64 {
+        self.start
+    }
+
+    /// One past the last page.
+    #[must_use]
+    pub const fn end(self) -> u64 {
+        self.end
     }
 
     /// The pages touched by `len` bytes at byte `offset`. `None` when the end overflows.
@@ -77,13 +93,13 @@ impl PageRange {
     /// Length in bytes, for a range that has been checked against a region (which fits in memory).
     #[must_use]
     pub const fn bytes(self) -> usize {
-        (self.len() << PAGE_SHIFT) as usize
+        self.len().saturating_mul(PAGE_SIZE) as usize
     }
 
     /// Byte offset of the first page.
     #[must_use]
     pub const fn offset(self) -> u64 {
-        self.start << PAGE_SHIFT
+        self.start.saturating_mul(PAGE_SIZE)
     }
 
     /// The pieces of this range, one per block: block number and the pages of the range within it.

@@ -6,6 +6,8 @@
 //! a view is made of these. (Walking the VMs one after another would miss a page that moves from one not yet visited to an image
 //! and away again.) The registry is the process's, not a store's: nothing keeps a VM of one store from being started from an image of another.
 //!
+//! A view that a VM no longer shows stays registered while a device may be reading it without a count ([`crate::grace`]).
+//!
 //! The state lock is held while a VM's view is changed, and the change is published before it is let go. Between the two the
 //! registry has what the VM showed before, and what it will show besides is either in another view (an image's, which the caller holds), in a
 //! layer that is in no view yet, or in a birth file, which is not swept while it is one.
@@ -93,7 +95,14 @@ impl View {
         let id = registry.next;
         registry.maps.insert(id, Arc::clone(&map));
         drop(registry);
+        #[cfg(test)]
+        crate::sweep::worst::moment(all);
         Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
+    }
+
+    /// Another view of the same store, registered.
+    pub(crate) fn beside(&self, map: Arc<LayerMap>) -> Self {
+        Self::new(&self.all, map)
     }
 
     /// The map as it is now: a copy costs nothing until one of the two is changed.
@@ -106,16 +115,25 @@ impl View {
         self.map = map;
     }
 
-    /// Registers what it shows now in place of what it did.
-    pub(crate) fn publish(&mut self) {
+    /// Registers what it shows now in place of what it did. Returns what it did, which is still registered: a device may be reading it
+    /// ([`crate::grace`]).
+    #[must_use = "a device may be reading what was shown before"]
+    pub(crate) fn publish(&mut self) -> Option<Self> {
         if Arc::ptr_eq(&self.map, &self.published) {
-            return;
+            return None;
         }
-        let before = registered().maps.insert(self.id, Arc::clone(&self.map));
-        self.published = Arc::clone(&self.map);
+        let before = std::mem::replace(&mut self.published, Arc::clone(&self.map));
+        let mut registry = registered();
+        registry.next += 1;
+        let id = registry.next;
+        // One step: whoever copies the registry finds both.
+        registry.maps.insert(id, Arc::clone(&before));
+        registry.maps.insert(self.id, Arc::clone(&self.map));
+        drop(registry);
         self.all.changed.store(true, Ordering::Relaxed);
-        // Outside the lock: it may hold the last handles of layers.
-        drop(before);
+        #[cfg(test)]
+        crate::sweep::worst::moment(&self.all);
+        Some(Self { all: Arc::clone(&self.all), id, published: Arc::clone(&before), map: before })
     }
 }
 
@@ -137,6 +155,9 @@ impl Drop for View {
     fn drop(&mut self) {
         let gone = registered().maps.remove(&self.id);
         self.all.changed.store(true, Ordering::Relaxed);
+        // Outside the lock: it may hold the last handles of layers.
         drop(gone);
+        #[cfg(test)]
+        crate::sweep::worst::moment(&self.all);
     }
 }

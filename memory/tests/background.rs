@@ -21,7 +21,7 @@ const BYTES: u64 = PAGES * PAGE_SIZE;
 fn parent(store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(BYTES).expect("guest memory"), store).expect("guest memory");
     ram.birth().expect("guest memory");
-    ram.freeze(&Quiesced::assume()).expect("guest memory");
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("guest memory");
     ram
 }
 
@@ -32,7 +32,7 @@ fn child(store: &Store, image: &RamImage) -> GuestRam {
 }
 
 fn freeze(ram: &GuestRam, mode: FreezeMode) -> (RamImage, FreezeReport) {
-    ram.freeze_in(mode, &Quiesced::assume()).expect("guest memory")
+    ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).expect("guest memory")
 }
 
 fn write(ram: &GuestRam, page: u64, value: u64) {
@@ -272,7 +272,7 @@ fn figures() {
             let pages = dirty * stride + 64;
             let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
             ram.birth().unwrap();
-            ram.freeze(&Quiesced::assume()).unwrap();
+            ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let (mut pauses, mut fills, mut writes, mut again, mut reads) = (vec![], vec![], vec![], vec![], vec![]);
             for round in 0..7 {
                 for n in 0..dirty {
@@ -346,9 +346,9 @@ fn small_pages_are_put_together_when_all_are_there() {
     let pages = 4 * 512;
     let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
     ram.birth().unwrap();
-    ram.freeze(&Quiesced::assume()).unwrap();
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
     (0..pages).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
-    let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+    let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     assert!(report.pending > 0);
     image.settle().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);

@@ -8,7 +8,9 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use clade_memory::{FillError, GuestRam, LayerMap, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Source, Store};
+use clade_memory::{
+    FillError, GuestRam, ImageMap, LayerSource, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -23,8 +25,8 @@ fn file(byte: u8) -> File {
 fn over(file: &File, store: &Store) -> GuestRam {
     let layout = RamLayout::new(PAGES * PAGE_SIZE).unwrap();
     let layer = store.file_layer(file.try_clone().unwrap(), PAGES).unwrap();
-    let mut map = LayerMap::new();
-    map.insert(PageRange::new(0, PAGES), Source { layer, at: 0 });
+    let mut map = ImageMap::new();
+    map.insert(PageRange::new(0, PAGES), LayerSource { layer, at: 0 });
     let image = RamImage::from_parts(store, &layout, vec![(map, Vec::new())]).unwrap();
     let ram = GuestRam::reserve(&layout, store).unwrap();
     ram.adopt(&image).unwrap();
@@ -54,7 +56,7 @@ fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
     assert!(well.failure().is_none());
     (0..PAGES).for_each(|page| assert_eq!(byte(&well, page), 2));
     // Neither is it frozen into something that others would take for its memory, nor does trying harm anybody.
-    drop(lost.freeze(&Quiesced::assume()));
+    drop(lost.freeze(&Quiesced::by(&clade_memory::NoWriters)));
     drop(lost);
     assert_eq!(byte(&over(&second, &store), 5), 2);
 }

@@ -34,7 +34,7 @@ fn born(store: &Store, pages: u64) -> GuestRam {
 }
 
 fn freeze(ram: &GuestRam) -> RamImage {
-    ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap().0
+    ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)).unwrap().0
 }
 
 fn child(image: &RamImage, store: &Store) -> GuestRam {
@@ -82,7 +82,7 @@ fn what_no_view_sees_is_given_back() {
         16..32 => 100 + page,
         _ => page + 1,
     };
-    ram.reset(&third, &Quiesced::assume(), Duration::ZERO).unwrap();
+    ram.reset(&third, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
     for vm in [&child(&third, &store), &ram] {
         (0..64).for_each(|page| assert_eq!(word(vm, page), want(page), "page {page}"));
     }
@@ -98,12 +98,12 @@ fn a_page_copied_with_its_neighbours_is_still_shown_from_where_it_was() {
             let ram = born(&store, 1024);
             drop(freeze(&ram));
             [10, 12].iter().for_each(|page| put(&ram, *page, 7));
-            let (image, report) = ram.freeze_in(mode, &Quiesced::assume()).unwrap();
+            let (image, report) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             assert_eq!(report.copied, 3);
             image.settle().unwrap();
             drop(image);
             store.sweep();
-            ram.check(&Quiesced::assume()).unwrap();
+            ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
             store.sweep();
             assert_eq!([10, 11, 12].map(|page| word(&ram, page)), [7, 12, 7]);
         }
@@ -124,9 +124,9 @@ fn i7_nothing_is_given_back_under_a_pin() {
         drop(image);
         store.sweep();
         for pin in &pins {
-            (pin.range().start..pin.range().end).for_each(|page| assert_eq!(word(&ram, page), 5000 + page));
+            (pin.range().start()..pin.range().end()).for_each(|page| assert_eq!(word(&ram, page), 5000 + page));
             pin.slice().write_obj(77u64, 0).unwrap();
-            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(pin.range().start * PAGE_SIZE)).unwrap(), 77);
+            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(pin.range().start() * PAGE_SIZE)).unwrap(), 77);
         }
         drop(pins);
         // Now they are a layer's like any other.
@@ -161,7 +161,7 @@ fn patchwork(
             put(&ram, page, want[page as usize]);
         }
         after(&ram, freeze(&ram));
-        ram.check(&Quiesced::assume()).unwrap();
+        ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
     }
     (ram, want)
 }
@@ -184,21 +184,21 @@ fn a_patchwork_is_sewn_together_with_the_same_contents() {
         expect(&child(image, &store), &want);
 
         let before = ram.stats().unwrap();
-        let report = ram.compact(&Quiesced::assume()).unwrap();
+        let report = ram.compact(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         assert!(report.layers <= 2, "{report:?}");
         let after = ram.stats().unwrap();
-        ram.check(&Quiesced::assume()).unwrap();
+        ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         assert_eq!((after.exclusive, after.shared), (before.exclusive, before.shared), "nobody owns more than before");
         expect(&ram, &want);
         // Back to what the first image was, and forward to the sewn one.
-        ram.reset(&images[0], &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&images[0], &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         expect(
             &ram,
             &(0..4096u64)
                 .map(|page| if page % 37 == 0 && page < EACH * 37 { 1 << 32 | page } else { page + 1 })
                 .collect::<Vec<_>>(),
         );
-        ram.reset(&sewn, &Quiesced::assume(), Duration::ZERO).unwrap();
+        ram.reset(&sewn, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         expect(&ram, &want);
         drop((images, sewn, ram));
         expect_gone(&store);
@@ -247,7 +247,7 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     let store = Store::open().unwrap();
     let ram = born(&store, 256);
     let region = &ram.regions()[0];
-    let quiesced = Quiesced::assume();
+    let quiesced = Quiesced::by(&clade_memory::NoWriters);
     let all = PageRange::new(0, 256);
     assert_eq!(region.evict(all, dir, &quiesced).unwrap(), Evicted { written: 256, dropped: 0 });
     (0..256).for_each(|page| assert_eq!(word(&ram, page), page + 1));
@@ -277,7 +277,7 @@ fn d5_more_scattered_pages_than_mappings() {
     for (gap, patient) in [(2u64, false), (8, true)] {
         let written: Vec<u64> = (0..262_144).step_by(gap as usize).collect();
         written.iter().for_each(|page| put(&ram, *page, page + gap));
-        let (image, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+        let (image, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
         assert!(ram.stats().unwrap().mappings < 1_500, "{} mappings of the parent", ram.stats().unwrap().mappings);
         let vm = GuestRam::reserve(&layout, &store).unwrap();
         let image = match vm.adopt(&image) {
@@ -296,7 +296,7 @@ fn d5_more_scattered_pages_than_mappings() {
         };
         assert!(image.mappings() < 60_000);
         written.iter().for_each(|page| assert_eq!(word(&vm, *page), page + gap));
-        vm.check(&Quiesced::assume()).unwrap();
+        vm.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         drop((vm, image));
     }
     pages.iter().for_each(|page| assert_eq!(word(&ram, *page), page + 8));

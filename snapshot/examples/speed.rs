@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         bytes[1 << 19..].fill(at as u8 | 1);
         ram.memory().write_slice(&bytes, GuestAddress(at << 20))?;
     }
-    let (image, _) = ram.freeze(&Quiesced::assume())?;
+    let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters))?;
     let at = Path::new(&dir).join("speed");
     for compression in [Compression::None, Compression::None, Compression::Zstd] {
         let disk = direct(&Path::new(&dir).join("speed.direct"), mib)?;

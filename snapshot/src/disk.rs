@@ -65,7 +65,7 @@ impl DiskReader {
         let pages = PageRange::new(offset >> PAGE_SHIFT, end.div_ceil(PAGE_SIZE));
         for (range, place) in self.space().map.within(pages) {
             // The part of the range that is asked for, in bytes of the disk.
-            let (from, to) = (range.offset().max(offset), (range.end << PAGE_SHIFT).min(end));
+            let (from, to) = (range.offset().max(offset), (range.end() << PAGE_SHIFT).min(end));
             let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
             match place {
                 Place::Zero => part.fill(0),
@@ -91,7 +91,7 @@ impl DiskReader {
             };
             let wanted = PageRange::new(from >> PAGE_SHIFT, end.div_ceil(PAGE_SIZE));
             layer.pick(chunk, &bytes, wanted, |range, data| {
-                let (a, b) = (range.offset().max(from), (range.end << PAGE_SHIFT).min(end));
+                let (a, b) = (range.offset().max(from), (range.end() << PAGE_SHIFT).min(end));
                 let data = &data[(a - range.offset()) as usize..(b - range.offset()) as usize];
                 part[(a - from) as usize..(b - from) as usize].copy_from_slice(data);
                 Ok::<(), Error>(())
@@ -108,7 +108,7 @@ impl DiskReader {
         for (range, place) in self.space().map.iter().filter(|(_, place)| **place != Place::Zero) {
             debug_assert_ne!(*place, Place::Zero);
             match runs.last_mut() {
-                Some(last) if last.end == range.start => last.end = range.end,
+                Some(last) if last.end() == range.start() => *last = PageRange::new(last.start(), range.end()),
                 _ => runs.push(range),
             }
         }
@@ -182,7 +182,7 @@ pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<W
         if !of(at) {
             continue;
         }
-        for number in range.start / CHUNK_PAGES..=(range.end - 1) / CHUNK_PAGES {
+        for number in range.start() / CHUNK_PAGES..=(range.end() - 1) / CHUNK_PAGES {
             let part = range.intersect(PageRange::with_len(number * CHUNK_PAGES, CHUNK_PAGES));
             wanted.entry((at, number)).or_default().push(part);
         }
@@ -215,18 +215,18 @@ impl Space for Merged<'_> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         for (range, place) in self.space.map.within(all) {
             let Place::Layer(at) = place else {
-                bytes[((range.start - page) << PAGE_SHIFT) as usize..][..range.bytes()].fill(0);
+                bytes[((range.start() - page) << PAGE_SHIFT) as usize..][..range.bytes()].fill(0);
                 continue;
             };
             let layer = &self.space.layers[at];
-            let numbers = range.start / CHUNK_PAGES..=(range.end - 1) / CHUNK_PAGES;
+            let numbers = range.start() / CHUNK_PAGES..=(range.end() - 1) / CHUNK_PAGES;
             for chunk in numbers.filter_map(|number| layer.index.chunk(number)) {
                 let data = match last.take() {
                     Some((was, number, data)) if was == at && number == chunk.number => data,
                     _ => layer.read_chunk(self.files, chunk, Vec::new()).map_err(io::Error::other)?,
                 };
                 layer.pick(chunk, &data, range, |part, data| {
-                    bytes[((part.start - page) << PAGE_SHIFT) as usize..][..part.bytes()].copy_from_slice(data);
+                    bytes[((part.start() - page) << PAGE_SHIFT) as usize..][..part.bytes()].copy_from_slice(data);
                     Ok::<(), io::Error>(())
                 })?;
                 *last = Some((at, chunk.number, data));

@@ -102,7 +102,7 @@ impl LayerFile {
         for range in self.index.data_of(chunk.number) {
             let cut = range.intersect(wanted);
             if !cut.is_empty() {
-                let from = at + ((cut.start - range.start) * PAGE_SIZE) as usize;
+                let from = at + ((cut.start() - range.start()) * PAGE_SIZE) as usize;
                 with(cut, &bytes[from..from + cut.bytes()])?;
             }
             at += range.bytes();

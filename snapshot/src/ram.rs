@@ -1,9 +1,8 @@
 //! Guest memory as a space.
 
 use std::io;
-use std::sync::Arc;
 
-use clade_memory::{Layer, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage};
+use clade_memory::{LayerHandle, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage};
 
 use crate::space::{Kind, Space, linear};
 
@@ -12,7 +11,7 @@ use crate::space::{Kind, Space, linear};
 pub(crate) struct RamSpace {
     bytes: u64,
     /// What layers provide, ascending: the layer's page that the range starts with.
-    pieces: Vec<(PageRange, Arc<Layer>, u64)>,
+    pieces: Vec<(PageRange, LayerHandle, u64)>,
     wanted: Vec<PageRange>,
 }
 
@@ -29,20 +28,20 @@ impl RamSpace {
         let mut first = 0;
         for (map, (_, pages)) in image.maps().zip(layout.ranges()) {
             for (range, source) in map.iter() {
-                let range = PageRange::new(first + range.start, first + range.end);
-                pieces.push((range, Arc::clone(&source.layer), source.at));
+                let range = PageRange::new(first + range.start(), first + range.end());
+                pieces.push((range, source.layer.clone(), source.at));
             }
             first += pages;
         }
         Ok(Self { bytes: layout.bytes(), pieces, wanted })
     }
 
-    fn within(&self, range: PageRange) -> impl Iterator<Item = (PageRange, &Layer, u64)> {
-        let first = self.pieces.partition_point(|(piece, ..)| piece.end <= range.start);
-        let touching = self.pieces[first..].iter().take_while(move |(piece, ..)| piece.start < range.end);
+    fn within(&self, range: PageRange) -> impl Iterator<Item = (PageRange, &LayerHandle, u64)> {
+        let first = self.pieces.partition_point(|(piece, ..)| piece.end() <= range.start());
+        let touching = self.pieces[first..].iter().take_while(move |(piece, ..)| piece.start() < range.end());
         touching.map(move |(piece, layer, at)| {
             let cut = piece.intersect(range);
-            (cut, &**layer, at + (cut.start - piece.start))
+            (cut, layer, at + (cut.start() - piece.start()))
         })
     }
 }
@@ -60,32 +59,32 @@ impl Space for RamSpace {
             }
         };
         for wanted in &self.wanted {
-            let mut done = wanted.start;
+            let mut done = wanted.start();
             for (range, layer, at) in self.within(*wanted) {
                 let data = layer.data_runs(PageRange::with_len(at, range.len())).map_err(io::Error::other)?;
                 for data in data {
-                    let here = range.start + (data.start - at);
+                    let here = range.start() + (data.start() - at);
                     // Holes of the layer, and what no layer provides.
                     push(done, here, Kind::Zero);
                     done = here + data.len();
                     push(here, done, Kind::Data);
                 }
             }
-            push(done, wanted.end, Kind::Zero);
+            push(done, wanted.end(), Kind::Zero);
         }
         Ok(runs)
     }
 
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         let wanted = PageRange::with_len(page, bytes.len() as u64 / PAGE_SIZE);
-        let mut done = wanted.start;
+        let mut done = wanted.start();
         let slice = |from: u64, to: u64| ((from - page) << PAGE_SHIFT) as usize..((to - page) << PAGE_SHIFT) as usize;
         for (range, layer, at) in self.within(wanted) {
-            bytes[slice(done, range.start)].fill(0);
-            layer.read_pages(at, &mut bytes[slice(range.start, range.end)]).map_err(io::Error::other)?;
-            done = range.end;
+            bytes[slice(done, range.start())].fill(0);
+            layer.read_pages(at, &mut bytes[slice(range.start(), range.end())]).map_err(io::Error::other)?;
+            done = range.end();
         }
-        bytes[slice(done, wanted.end)].fill(0);
+        bytes[slice(done, wanted.end())].fill(0);
         Ok(())
     }
 }

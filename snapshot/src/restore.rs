@@ -5,13 +5,12 @@
 //! that is copied has been compared with its checksum.
 
 use std::num::NonZero;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use clade_memory::{
-    BLOCK_PAGES, Backing, Layer, LayerDraft, LayerMap, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage,
-    RamLayout, Source, Store,
+    BLOCK_PAGES, Backing, ImageMap, LayerDraft, LayerHandle, LayerSource, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange,
+    RamError, RamImage, RamLayout, Store,
 };
 use rustix::fs::{Advice, fadvise};
 
@@ -63,7 +62,7 @@ impl Region {
     fn grain(&self) -> Backing {
         let (mut pages, mut blocks, mut counted) = (0, 0, 0);
         for (range, _) in self.pieces.iter().filter(|(_, owner)| *owner == Owner::Draft) {
-            let (first, end) = (range.start - self.all.start, range.end - self.all.start);
+            let (first, end) = (range.start() - self.all.start(), range.end() - self.all.start());
             let first_block = (first / BLOCK_PAGES).max(counted);
             pages += range.len();
             counted = end.div_ceil(BLOCK_PAGES);
@@ -100,12 +99,12 @@ impl Snapshot {
         let mut maps = Vec::with_capacity(regions.len());
         for (region, declared) in regions.into_iter().zip(self.no_fork(store)?) {
             let draft = region.draft.map(LayerDraft::publish);
-            let mut map = LayerMap::new();
+            let mut map = ImageMap::new();
             for (range, owner) in region.pieces {
-                let local = PageRange::new(range.start - region.all.start, range.end - region.all.start);
+                let local = PageRange::new(range.start() - region.all.start(), range.end() - region.all.start());
                 let source = match owner {
-                    Owner::File(at) => files[at].clone().map(|layer| Source { layer, at: range.start }),
-                    Owner::Draft => draft.clone().map(|layer| Source { layer, at: local.start }),
+                    Owner::File(at) => files[at].clone().map(|layer| LayerSource { layer, at: range.start() }),
+                    Owner::Draft => draft.clone().map(|layer| LayerSource { layer, at: local.start() }),
                 };
                 if let Some(source) = source {
                     map.insert(local, source);
@@ -117,7 +116,7 @@ impl Snapshot {
     }
 
     /// The data files that are mapped, as layers.
-    fn layers(&self, store: &Store, regions: &[Region]) -> Result<Vec<Option<Arc<Layer>>>, Error> {
+    fn layers(&self, store: &Store, regions: &[Region]) -> Result<Vec<Option<LayerHandle>>, Error> {
         let space = &self.0.memory;
         let used = |at| regions.iter().flat_map(|region| &region.pieces).any(|(_, owner)| *owner == Owner::File(at));
         let layer = |(at, layer): (usize, &crate::layer::LayerFile)| {
@@ -225,16 +224,16 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
     for (range, owner) in pieces {
         if let Some((last, before)) = out.last_mut()
             && *before == owner
-            && range.start - last.end <= gap
+            && range.start() - last.end() <= gap
         {
-            let between = PageRange::new(last.end, range.start);
+            let between = PageRange::new(last.end(), range.start());
             // Zeros, in the space. In the file they must be a hole: it may have pages there that a later layer says are zeros.
             let hole = match owner {
                 Owner::File(at) => space.layers[at].index.data_within(between).next().is_none(),
                 Owner::Draft => true,
             };
             if hole {
-                last.end = range.end;
+                *last = PageRange::new(last.start(), range.end());
                 continue;
             }
         }
@@ -253,7 +252,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
             continue;
         }
         for (piece, _) in regions.iter().flat_map(|region| drafted(region, range)) {
-            let numbers = piece.start / crate::format::CHUNK_PAGES..=(piece.end - 1) / crate::format::CHUNK_PAGES;
+            let numbers = piece.start() / crate::format::CHUNK_PAGES..=(piece.end() - 1) / crate::format::CHUNK_PAGES;
             todo.extend(numbers.map(|number| (at, number, vec![piece])));
         }
     }
@@ -280,8 +279,8 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
 
 /// The parts of `range` that are in a region's draft.
 fn drafted(region: &Region, range: PageRange) -> impl Iterator<Item = (PageRange, Owner)> {
-    let first = region.pieces.partition_point(|(piece, _)| piece.end <= range.start);
-    let touching = region.pieces[first..].iter().take_while(move |(piece, _)| piece.start < range.end);
+    let first = region.pieces.partition_point(|(piece, _)| piece.end() <= range.start());
+    let touching = region.pieces[first..].iter().take_while(move |(piece, _)| piece.start() < range.end());
     touching
         .map(move |(piece, owner)| (piece.intersect(range), *owner))
         .filter(|(piece, owner)| *owner == Owner::Draft && !piece.is_empty())
@@ -305,8 +304,8 @@ fn copy(
                 if let Some(draft) = &region.draft
                     && !cut.is_empty()
                 {
-                    let data = &data[((cut.start - range.start) << PAGE_SHIFT) as usize..][..cut.bytes()];
-                    draft.write_pages(cut.start - region.all.start, data)?;
+                    let data = &data[((cut.start() - range.start()) << PAGE_SHIFT) as usize..][..cut.bytes()];
+                    draft.write_pages(cut.start() - region.all.start(), data)?;
                 }
             }
             Ok::<(), Error>(())

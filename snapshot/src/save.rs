@@ -242,7 +242,7 @@ fn expect_id(files: &Files, base: &Base<'_>) -> Result<(), Error> {
 
 fn regions(image: &RamImage) -> Vec<Region> {
     let entry = |(range, what): (clade_memory::PageRange, NoFork)| NoForkEntry {
-        start: range.start,
+        start: range.start(),
         pages: range.len(),
         kind: match what {
             NoFork::Absent => NoForkKind::Absent,

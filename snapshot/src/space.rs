@@ -41,7 +41,7 @@ pub fn linear(layout: &RamLayout, runs: &[Vec<PageRange>]) -> Vec<PageRange> {
     let mut first = 0;
     let mut out = Vec::new();
     for ((_, pages), runs) in layout.ranges().iter().zip(runs) {
-        out.extend(runs.iter().map(|run| PageRange::new(first + run.start, first + run.end)));
+        out.extend(runs.iter().map(|run| PageRange::new(first + run.start(), first + run.end())));
         first += pages;
     }
     out
@@ -54,13 +54,13 @@ pub(crate) fn checked_runs(name: &str, space: &dyn Space, full: bool) -> Result<
     let mut runs = Vec::with_capacity(given.len());
     let mut at = 0;
     for (range, kind) in given {
-        if range.start < at || range.end > pages {
-            return Err(Error::Runs { name: name.to_owned(), page: range.start, pages });
+        if range.start() < at || range.end() > pages {
+            return Err(Error::Runs { name: name.to_owned(), page: range.start(), pages });
         }
-        if full && range.start > at {
+        if full && range.start() > at {
             return Err(Error::Incomplete { name: name.to_owned(), page: at });
         }
-        at = range.end;
+        at = range.end();
         crate::format::push_run(&mut runs, range, kind);
     }
     if full && at < pages {

@@ -72,20 +72,20 @@ fn holes_are_zeros(files: &Files, layer: &LayerFile) -> Result<(), Error> {
         };
         let hole = seek(&layer.file, SeekFrom::Hole(data)).map_err(sought)?.max(data + 1);
         let there = PageRange::new(data >> PAGE_SHIFT, hole.min(layer.index.data_bytes).div_ceil(PAGE_SIZE));
-        let mut done = there.start;
+        let mut done = there.start();
         let written: Vec<PageRange> = layer.index.data_within(there).collect();
-        for range in written.into_iter().chain([PageRange::new(there.end, there.end)]) {
-            while done < range.start {
-                let part = PageRange::new(done, range.start.min(done + CHUNK_PAGES));
+        for range in written.into_iter().chain([PageRange::new(there.end(), there.end())]) {
+            while done < range.start() {
+                let part = PageRange::new(done, range.start().min(done + CHUNK_PAGES));
                 let bytes = &mut bytes[..part.bytes()];
                 files.read_exact_at(&layer.file, &layer.path, bytes, part.offset())?;
                 if let Some(stray) = bytes.iter().position(|byte| *byte != 0) {
-                    let page = part.start + (stray as u64 >> PAGE_SHIFT);
+                    let page = part.start() + (stray as u64 >> PAGE_SHIFT);
                     return Err(Error::damaged(&layer.path, Damage::Stray { page }));
                 }
-                done = part.end;
+                done = part.end();
             }
-            done = range.end.max(done);
+            done = range.end().max(done);
         }
         at = hole;
     }

@@ -149,16 +149,16 @@ impl Writing<'_> {
         let mut window = 0;
         let mut pieces = Pieces::new();
         for run in runs {
-            let mut at = run.range.start;
-            while at < run.range.end {
+            let mut at = run.range.start();
+            while at < run.range.end() {
                 if at / WINDOW != window {
                     self.window(window * WINDOW, &mut pieces)?;
                     window = at / WINDOW;
                 }
-                let mut end = run.range.end.min((window + 1) * WINDOW);
-                if run.kind == Kind::Zero && at.is_multiple_of(WINDOW) && run.range.end >= at + WINDOW {
+                let mut end = run.range.end().min((window + 1) * WINDOW);
+                if run.kind == Kind::Zero && at.is_multiple_of(WINDOW) && run.range.end() >= at + WINDOW {
                     // Whole windows of zeros, however many.
-                    end = run.range.end - run.range.end % WINDOW;
+                    end = run.range.end() - run.range.end() % WINDOW;
                     push_run(&mut self.index.runs, PageRange::new(at, end), Kind::Zero);
                 } else {
                     let first = window * WINDOW;
@@ -186,7 +186,7 @@ impl Writing<'_> {
         let Ok(mut buffer) = self.buffers.recv() else { return Err(Error::Cancelled) };
         let mut pages = 0;
         for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
-            let page = first + piece.range.start;
+            let page = first + piece.range.start();
             let read = self.space.read_pages(page, buffer.pages(piece.range));
             read.map_err(|source| Error::Space { name: self.name.to_owned(), page, source })?;
             pages += piece.range.len();
@@ -260,7 +260,7 @@ impl Writing<'_> {
 }
 
 fn shifted(range: PageRange, by: u64) -> PageRange {
-    PageRange::new(range.start + by, range.end + by)
+    PageRange::new(range.start() + by, range.end() + by)
 }
 
 /// The chunks of a window that have data.
@@ -277,13 +277,13 @@ fn within(data: &[PageRange], chunk: u64) -> impl Iterator<Item = PageRange> {
 fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
     let mut runs = Vec::new();
     for piece in pieces {
-        for page in piece.range.start..piece.range.end {
+        for page in piece.range.start()..piece.range.end() {
             let one = PageRange::with_len(page, 1);
             let zero = piece.kind == Kind::Zero || *buffer.pages(one) == ZERO;
             push_run(&mut runs, one, if zero { Kind::Zero } else { Kind::Data });
         }
     }
-    let beside = |a: &Run, b: &Run| a.range.end == b.range.start && a.kind != b.kind;
+    let beside = |a: &Run, b: &Run| a.range.end() == b.range.start() && a.kind != b.kind;
     let mut out = Vec::new();
     for (at, run) in runs.iter().enumerate() {
         let near = (at > 0 && beside(&runs[at - 1], run)) || runs.get(at + 1).is_some_and(|next| beside(run, next));
@@ -358,17 +358,17 @@ mod tests {
             let mut found = vec![None; PAGES as usize];
             for run in layer.index.runs.iter().filter(|run| run.kind == Kind::Zero) {
                 run.range.blocks().for_each(|(_, part)| {
-                    found[part.start as usize..part.end as usize].fill(Some(0));
+                    found[part.start() as usize..part.end() as usize].fill(Some(0));
                 });
-                let long = run.range.len() >= SHORT || run.range.start.is_multiple_of(WINDOW);
+                let long = run.range.len() >= SHORT || run.range.start().is_multiple_of(WINDOW);
                 let ends = |page: u64| page.is_multiple_of(WINDOW) || byte(page).is_none();
-                assert!(long || ends(run.range.end) || ends(run.range.start - 1), "{run:?} is short");
+                assert!(long || ends(run.range.end()) || ends(run.range.start() - 1), "{run:?} is short");
             }
             for chunk in &layer.index.chunks {
                 let bytes = layer.read_chunk(&files, chunk, Vec::new()).unwrap();
                 let all = PageRange::with_len(chunk.number * CHUNK_PAGES, CHUNK_PAGES);
                 let each = |range: PageRange, data: &[u8]| {
-                    for (page, data) in (range.start..range.end).zip(data.chunks(PAGE_SIZE as usize)) {
+                    for (page, data) in (range.start()..range.end()).zip(data.chunks(PAGE_SIZE as usize)) {
                         assert!(data.iter().all(|byte| *byte == data[0]) && found[page as usize].is_none());
                         found[page as usize] = Some(data[0]);
                     }

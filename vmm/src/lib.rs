@@ -14,6 +14,7 @@
 pub mod bare;
 pub mod bench;
 pub mod boot;
+mod check;
 pub mod cli;
 mod console;
 pub mod control;

@@ -214,7 +214,7 @@ impl Driver {
         make: impl FnOnce(&TransportState, &Backend) -> Box<dyn VirtioDevice>,
     ) -> Self {
         self.device.quiesce();
-        let (image, _) = self.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+        let (image, _) = self.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
         let (state, backend) = self.device.save().unwrap();
         self.device.resume();
         let ram = GuestRam::reserve(image.layout(), store).unwrap();
@@ -238,7 +238,7 @@ impl Driver {
     pub(crate) fn moment(&self) -> Moment {
         self.device.quiesce();
         let (state, backend) = self.device.save().unwrap();
-        let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
+        let (ram, _) = self.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         self.device.resume();
         Moment { state, backend, ram, rings: self.rings.clone() }
     }
@@ -248,7 +248,7 @@ impl Driver {
         self.device.quiesce();
         assert!(self.device.halt(PATIENCE));
         self.device.check(&moment.state).unwrap();
-        self.ram.reset(&moment.ram, &Quiesced::assume(), PATIENCE).unwrap();
+        self.ram.reset(&moment.ram, &Quiesced::by(&clade_memory::NoWriters), PATIENCE).unwrap();
         self.device.rewind(&moment.state, &moment.backend).unwrap();
         self.rings.clone_from(&moment.rings);
         self.device.reraise();

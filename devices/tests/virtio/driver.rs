@@ -274,7 +274,7 @@ impl Machine {
     pub(crate) fn fork(&self) -> Image {
         self.device.quiesce();
         let (state, Backend::Disk(disk)) = self.device.save().unwrap() else { panic!("a disk without a disk") };
-        let (ram, _) = self.ram.freeze(&Quiesced::assume()).unwrap();
+        let (ram, _) = self.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         self.device.resume();
         let (options, declined) = (self.options, self.declined);
         Image { state, disk, ram, options, declined, available: self.available.clone(), used: self.used.clone() }
@@ -300,7 +300,7 @@ impl Image {
     pub(crate) fn rewind(&self, machine: &mut Machine) {
         machine.device.quiesce();
         assert!(machine.device.halt(Duration::from_secs(20)));
-        machine.ram.reset(&self.ram, &Quiesced::assume(), Duration::ZERO).unwrap();
+        machine.ram.reset(&self.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         machine.device.rewind(&self.state, &Backend::Disk(self.disk.clone())).unwrap();
         machine.available.clone_from(&self.available);
         machine.used.clone_from(&self.used);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::background::work::{FILLED, PROTECTED, Part, Reader, WINDOW, Work, deny, few, runs_without};
 use crate::background::{BackgroundError, Failure, FillError, Shared, Target};
 use crate::budget::Promise;
-use crate::housekeeping::Hand;
 use crate::protect;
+use crate::reclaim::TaskSender;
 use crate::sys::{Reservation, Watch};
 use crate::units::PageRange;
 use crate::view::View;
@@ -47,7 +47,7 @@ pub(crate) struct Delta {
     /// Mappings the region may be given.
     pub(crate) allowance: u64,
     /// Who puts its blocks together when it is complete.
-    pub(crate) later: Option<Hand>,
+    pub(crate) later: Option<TaskSender>,
 }
 
 impl Filling {
@@ -133,9 +133,22 @@ impl Filling {
                 true
             }
             Err(error) => {
-                self.fail_locked(phase, &Arc::new(error));
+                self.give_up(phase, &Arc::new(error));
                 true
             }
+        }
+    }
+
+    /// A step has failed. If the delta has all its pages that costs nobody anything: the layer is complete, and what was mapped over it stays so.
+    /// Otherwise the layer is lost. Nothing has been mapped over it in that case, so the parent is as it was before the freeze.
+    fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
+        match &mut *phase {
+            Phase::Pending(work) if work.is_filled() => {
+                tracing::warn!(%error, "pages stay private to the parent");
+                work.release_everything();
+                self.complete(phase);
+            }
+            _ => self.fail_locked(phase, error),
         }
     }
 
@@ -173,12 +186,14 @@ impl Filling {
 
     /// Gives up: the parent goes on whole, children lose what they have not got.
     pub(crate) fn fail(&self, error: &Arc<FillError>) {
-        self.fail_locked(self.phase(), error);
+        self.give_up(self.phase(), error);
     }
 
     fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         let Phase::Pending(work) = &mut *phase else { return };
         tracing::warn!(%error, "a background freeze failed");
+        // I14: what is mapped over a delta is shown from it by the map, and a map forgets a delta that failed.
+        debug_assert!(work.remapped.is_empty(), "a run is mapped over a delta that is not complete");
         let readers = std::mem::take(&mut work.readers);
         // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this lock.)
         self.over.store(true, Ordering::Release);
@@ -194,7 +209,8 @@ impl Filling {
         let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
         drop(phase);
         drop(done);
-        readers.iter().for_each(|reader| reader.failure.tell());
+        // Not here: whoever finishes a copy holds a region's lock, and who is told may ask that region.
+        self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
     }
 
     /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is finished instead.
@@ -217,13 +233,10 @@ impl Filling {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-        let released = work.let_go(&self.shared, window).and_then(|()| {
-            // Released by now, or never protected by this filling, which under its lock is the only one: lifting it again is harmless, and
-            // nobody waits for ever.
-            work.gate.release(PageRange::with_len(page, 1)).map_err(FillError::Release)
-        });
-        if let Err(error) = released {
-            self.fail_locked(phase, &Arc::new(error));
+        // Only what this filling says is protected: the fault may be older than that. Since it was read the page may have been released, or mapped over
+        // the delta, where there is nothing to be released any more. Whoever waits is woken in any case, and tries again.
+        if let Err(error) = work.let_go(&self.shared, window) {
+            self.give_up(phase, &Arc::new(error));
         }
     }
 
@@ -243,7 +256,7 @@ impl Filling {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         if let Err(error) = work.let_go(&self.shared, range) {
-            self.fail_locked(phase, &Arc::new(error));
+            self.give_up(phase, &Arc::new(error));
         }
     }
 

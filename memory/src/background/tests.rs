@@ -1,5 +1,7 @@
 //! What needs the thread to stand still, or to fail, at a known place. The rest is in `tests/background.rs`.
 
+mod over;
+
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -9,6 +11,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::background::{FillError, Shared};
+use crate::fault::Call;
 use crate::pin::{Access, Term};
 use crate::sys::small_file;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
@@ -22,17 +25,34 @@ pub(crate) struct Hooks {
     /// Pages that may still be copied before copying fails.
     left: AtomicU64,
     panic: AtomicBool,
+    /// Faults that are read are not answered yet.
+    hold_answers: AtomicBool,
+    /// Faults that have been read.
+    faults_read: AtomicU64,
 }
 
 impl Default for Hooks {
     fn default() -> Self {
-        Self { hold: AtomicBool::new(false), left: AtomicU64::new(u64::MAX), panic: AtomicBool::new(false) }
+        Self {
+            hold: AtomicBool::new(false),
+            left: AtomicU64::new(u64::MAX),
+            panic: AtomicBool::new(false),
+            hold_answers: AtomicBool::new(false),
+            faults_read: AtomicU64::new(0),
+        }
     }
 }
 
 impl Hooks {
     pub(crate) fn held(&self) -> bool {
         self.hold.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn between_read_and_answer(&self, faults: &[crate::sys::Fault]) {
+        self.faults_read.fetch_add(faults.len() as u64, Ordering::AcqRel);
+        while !faults.is_empty() && self.hold_answers.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_micros(50));
+        }
     }
 
     pub(crate) fn before_copy(&self, run: PageRange) -> Result<(), FillError> {
@@ -72,7 +92,7 @@ impl Rig {
         for page in 0..PAGES {
             write(&parent, page, 0xee);
         }
-        parent.freeze(&Quiesced::assume()).unwrap();
+        parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let rig = Self { store, engine, parent };
         rig.dirty(dirty);
         rig
@@ -87,7 +107,7 @@ impl Rig {
     /// Freezes with the thread held: everything is pending but what faults ask for.
     fn freeze_held(&self) -> (RamImage, FreezeReport) {
         self.engine.hooks.hold.store(true, Ordering::Release);
-        self.parent.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap()
+        self.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap()
     }
 
     fn let_run(&self) {
@@ -262,7 +282,7 @@ fn copied_runs_are_shared_back_and_written_pages_are_not() {
         let stats = rig.parent.stats().unwrap();
         assert!(stats.exclusive < report.copied / 2, "{stats:?}");
         assert!((0..PAGES).all(|page| read(&rig.parent, page) == if page == 600 { 0x66 } else { all(&MANY, page) }));
-        let (_, again) = rig.parent.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+        let (_, again) = rig.parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
         assert!(again.copied < report.copied / 2, "what was shared back is not copied again: {again:?}");
     }
 }
@@ -278,7 +298,7 @@ fn frozen_again_while_pending() {
         assert!(!first.is_pending(), "finished first");
         let grandchild = {
             // A child frozen while what it was given was pending.
-            let (image, _) = child.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+            let (image, _) = child.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
             rig.child(&image)
         };
         let of_second = rig.child(&second);
@@ -299,7 +319,7 @@ fn a_child_frozen_while_its_layer_is_pending() {
             write(&child, page, 0x33);
         }
         write(&child, 650, 0x34);
-        let (nested, _) = child.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+        let (nested, _) = child.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
         assert!(nested.is_pending());
         for page in 0..PAGES {
             write(&child, page, 1);
@@ -362,6 +382,7 @@ fn a_layer_nobody_wants_is_not_filled() {
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();
         drop((child, image, parent));
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
         assert_eq!(store.live_layers(), 0);
         assert!(engine.index().targets.is_empty(), "no address is watched any more");
         engine.hooks.hold.store(false, Ordering::Release);
@@ -383,12 +404,12 @@ fn a_child_that_copies_short_runs_waits_for_them() {
     let pages = 2500 * 20;
     let parent = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
     parent.birth().unwrap();
-    parent.freeze(&Quiesced::assume()).unwrap();
+    parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
     for n in 0..2500 {
         write(&parent, n * 20, mark(n));
     }
     engine.hooks.hold.store(true, Ordering::Release);
-    let (image, report) = parent.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+    let (image, report) = parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
     assert_eq!(report.pending, 2500);
     let child = GuestRam::reserve(image.layout(), &store).unwrap();
     child.adopt(&image).unwrap();
@@ -424,14 +445,14 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     assert!(is_lost(touch(child, 1050)), "canon 32: an error, never zeros");
     assert!(touch(child, 1300).is_ok(), "what was never in the delta is still there");
     assert!(child.regions()[0].pin(PageRange::new(1050, 1051), Access::Write, Term::Short).is_err());
-    assert!(matches!(child.freeze(&Quiesced::assume()), Err(RamError::Lost(_))));
+    assert!(matches!(child.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Lost(_))));
     // Discarded, a lost page does not come back as zeros either.
     let at = (child.regions()[0].host_address() + 1050 * PAGE_SIZE) as *mut libc::c_void;
     // SAFETY: a page of the child's own memory, to which no Rust reference exists.
     assert_eq!(unsafe { libc::madvise(at, PAGE_SIZE as usize, libc::MADV_DONTNEED) }, 0);
     assert!(is_lost(touch(child, 1050)), "canon 32");
     // The next freeze goes as if the failed one had never been.
-    let (again, _) = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::assume()).unwrap();
+    let (again, _) = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
     expect_image(rig, &again, &MANY);
     again.settle().unwrap();
     expect_image(rig, &again, &MANY);
@@ -497,9 +518,115 @@ fn a_thread_that_panics_stops_the_child_and_goes_on_for_others() {
 fn a_refused_freeze_leaves_nothing_protected() {
     let rig = Rig::new(Store::open_small().unwrap(), &MANY);
     rig.engine.index().lost = true;
-    let refused = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::assume());
+    let refused = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters));
     assert!(matches!(refused, Err(RamError::Background(_))), "canon 25: by name");
-    let (image, report) = rig.parent.freeze_in(FreezeMode::Auto, &Quiesced::assume()).unwrap();
+    let (image, report) = rig.parent.freeze_in(FreezeMode::Auto, &Quiesced::by(&crate::NoWriters)).unwrap();
     assert_eq!(report.pending, 0, "eager instead");
     expect_image(&rig, &image, &MANY);
+}
+
+/// A fault that was read is answered when the copy has gone on: the page has been released, or is mapped over the delta by now.
+#[test]
+fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
+    for store in stores() {
+        // How far the copy goes on meanwhile: to the end, or step by step.
+        for steps in [1, 5, 13, 14, 15, 16, 17, 18, u32::MAX] {
+            let rig = Rig::new(store.clone(), &MANY);
+            let (image, _) = rig.freeze_held();
+            let hooks = &rig.engine.hooks;
+            let before = hooks.faults_read.load(Ordering::Acquire);
+            hooks.hold_answers.store(true, Ordering::Release);
+            let writer = {
+                let parent = rig.parent.clone();
+                thread::spawn(move || write(&parent, 600, 0x66))
+            };
+            while hooks.faults_read.load(Ordering::Acquire) == before {
+                thread::yield_now();
+            }
+            {
+                let state = rig.parent.regions()[0].state();
+                let filling = state.freezing.as_ref().unwrap().layer.filling().unwrap();
+                (0..steps).take_while(|_| !filling.step()).for_each(drop);
+            }
+            hooks.hold_answers.store(false, Ordering::Release);
+            writer.join().unwrap();
+            rig.let_run();
+            rig.parent.settle().unwrap();
+            assert!(image.failure().is_none(), "after {steps} steps: {:?}", image.failure());
+            expect_image(&rig, &image, &MANY);
+            // Everything is where the records say: what the VM owns and what later images have.
+            rig.parent.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+            write(&rig.parent, 700, 0x77);
+            let now = |page| match page {
+                600 => 0x66,
+                700 => 0x77,
+                _ => all(&MANY, page),
+            };
+            for _ in 0..2 {
+                let (later, _) = rig.parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+                let child = rig.child(&later);
+                (0..PAGES).for_each(|page| {
+                    assert_eq!(read(&child, page), now(page), "after {steps} steps, page {page}");
+                    assert_eq!(read(&rig.parent, page), now(page), "after {steps} steps, the parent's page {page}");
+                });
+            }
+        }
+    }
+}
+
+/// Every lift of a protection fails in turn, alone: before anything is mapped over the delta, between, and after. Nobody loses a byte.
+#[test]
+fn i14_a_release_that_fails_after_a_remap_loses_nothing() {
+    let mut tried = 0;
+    for nth in 0.. {
+        let rig = Rig::new(Store::open_small().unwrap(), &MANY);
+        let (image, _) = rig.freeze_held();
+        let child = rig.child(&image);
+        write(&rig.parent, 600, 0x66);
+        crate::fault::plan().fail_call(Call::Release, nth);
+        rig.parent.settle().unwrap();
+        let fired = crate::fault::plan().disarm().is_some();
+        let want = |page| if page == 600 { 0x66 } else { all(&MANY, page) };
+        for round in 0..2u8 {
+            let (later, _) = rig.parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+            let second = rig.child(&later);
+            for page in (0..PAGES).filter(|page| round == 0 || *page != 800) {
+                assert_eq!(read(&second, page), want(page), "release {nth} failing, freeze {round}: page {page}");
+                assert_eq!(read(&rig.parent, page), want(page), "release {nth} failing: the parent's page {page}");
+            }
+            write(&rig.parent, 800, 0x88);
+        }
+        if image.failure().is_none() {
+            (0..PAGES).for_each(|page| assert_eq!(read(&child, page), all(&MANY, page), "the child's page {page}"));
+        }
+        if !fired {
+            break;
+        }
+        tried += 1;
+    }
+    assert!(tried > 3, "{tried} releases");
+}
+
+/// Who is told may ask the VM anything: no lock is held, whoever noticed.
+#[test]
+fn a_callback_may_ask_the_vm() {
+    for store in stores() {
+        let rig = Rig::new(store, &MANY);
+        let (image, _) = rig.freeze_held();
+        let child = rig.child(&image);
+        let (tell, told) = mpsc::channel();
+        let (own, parent) = (child.clone(), rig.parent.clone());
+        child.on_failure(move |_| {
+            let asked = (own.stats().is_ok(), own.settle().is_err(), parent.stats().is_ok(), own.is_torn());
+            tell.send(asked).unwrap();
+        });
+        rig.engine.hooks.left.store(0, Ordering::Release);
+        // Noticed by a thread that holds the child's lock.
+        let noticed = thread::spawn(move || child.settle().is_err());
+        let asked = told.recv_timeout(Duration::from_secs(20)).expect("told, and not in a deadlock");
+        assert!(noticed.join().unwrap());
+        rig.engine.hooks.left.store(u64::MAX, Ordering::Release);
+        assert_eq!(asked, (true, true, true, false));
+        rig.let_run();
+    }
 }

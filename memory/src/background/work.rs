@@ -5,15 +5,15 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::background::filling::Delta;
 use crate::background::{BackgroundError, Failure, FillError, Shared};
 use crate::budget::Promise;
 use crate::fault::{Call, point};
-use crate::housekeeping::Hand;
 use crate::layer::Source;
 use crate::protect::ProtectGate;
+use crate::reclaim::TaskSender;
 use crate::sys::{Reservation, Watch};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::view::View;
@@ -26,6 +26,9 @@ pub(super) const WINDOW: u64 = 32;
 const RUNS: usize = 32;
 /// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying them again.
 const LEAST_REMAPPED: u64 = 8;
+/// How often a block is put together before it stays in small pages: a page of it may be in use for a moment.
+const COLLAPSE_TRIES: u32 = 5;
+const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
 /// Pages that stay the parent's own in any case, as in an eager freeze.
 const KEEP_PAGES: u64 = 256;
 
@@ -117,7 +120,7 @@ pub(super) struct Work {
     stage: Stage,
     /// Mappings that the region may still be given.
     allowance: u64,
-    later: Option<Hand>,
+    later: Option<TaskSender>,
     pub(super) remapped: Vec<(PageRange, u64)>,
     pub(super) readers: Vec<Reader>,
     bounce: Vec<u8>,
@@ -199,6 +202,11 @@ impl Work {
             readers: Vec::new(),
             bounce: Vec::new(),
         })
+    }
+
+    /// Whether every page of the delta is there.
+    pub(super) fn is_filled(&self) -> bool {
+        self.pages.iter().all(|flags| flags & FILLED != 0)
     }
 
     pub(super) fn mark(&mut self, file: PageRange, change: impl Fn(u8) -> u8) {
@@ -302,6 +310,7 @@ impl Work {
     /// Releases what is protected of `file` pages of `part`.
     fn release(&mut self, part: &Part, file: PageRange) -> io::Result<()> {
         for run in runs_with(&self.pages, file, PROTECTED) {
+            point(Call::Release)?;
             self.gate.release(part.to_region(run))?;
             self.mark(run, |flags| flags & !PROTECTED);
         }
@@ -321,14 +330,23 @@ impl Work {
     /// When all pages are there: makes blocks of those that are whole, in the background. Children then map 2 MiB at a time, as they do after
     /// a freeze that copied at once.
     pub(super) fn put_together(self) {
-        let Self { later, into, pages, _mapping: promise, .. } = self;
-        let (Some(later), true) = (later, pages.iter().all(|flags| flags & FILLED != 0)) else { return };
-        later.over(move || {
+        let filled = self.is_filled();
+        let Self { later, into, _mapping: promise, .. } = self;
+        let (Some(later), true) = (later, filled) else { return };
+        // Left undone if there is too much to do: then small pages stay small.
+        let _ = later.spawn(move || {
             for (_, block) in PageRange::new(0, into.pages()).blocks().filter(|(_, block)| block.len() == BLOCK_PAGES) {
-                if let Err(error) = into.collapse(block) {
+                let mut done = into.collapse(block);
+                for _ in 1..COLLAPSE_TRIES {
+                    if done.is_ok() {
+                        break;
+                    }
+                    std::thread::sleep(COLLAPSE_INTERVAL);
+                    done = into.collapse(block);
+                }
+                if let Err(error) = done {
                     // No memory in one piece, or a page in use: it stays as it is, which is slower and not wrong.
                     tracing::debug!(%error, %block, "small pages stay small");
-                    return;
                 }
             }
             drop(promise);
@@ -437,9 +455,11 @@ impl Work {
             return Ok(());
         }
         // All of it is copied and protected, so no write is lost: a writer waits, and finds the new mapping when it is woken.
+        self.remapped.reserve(1);
         self.gate.at().map_private(run, self.file.as_fd(), at)?;
-        self.mark(file, |flags| flags & !PROTECTED);
+        // At once: from here on it is mapped there, whatever happens next (I14).
         self.remapped.push((run, at));
+        self.mark(file, |flags| flags & !PROTECTED);
         self.gate.wake(run)
     }
 }

@@ -11,9 +11,13 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::fault::{Call, plan};
 use crate::pin::{Access, DmaPin, Term};
 use crate::units::{PAGE_SIZE, PageRange};
-use crate::{Backing, FreezeMode, GuestRam, NoFork, Quiesced, RamError, RamImage, RamLayout, Store};
+use crate::{Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamError, RamImage, RamLayout, Store};
 
+/// Of the first region, in which operations on a region take place.
 const PAGES: u64 = 1100;
+/// Of both, numbered through. The second begins behind a gap, so that what concerns the whole VM can fail in it when the first is done.
+const ALL: u64 = PAGES + 200;
+const SECOND: u64 = 1 << 30;
 
 /// What an operation may do to the contents.
 #[derive(Clone, Copy, PartialEq)]
@@ -35,20 +39,30 @@ struct Rig {
     empty: GuestRam,
 }
 
+fn address(page: u64) -> GuestAddress {
+    let start = if page < PAGES { page * PAGE_SIZE } else { SECOND + (page - PAGES) * PAGE_SIZE };
+    GuestAddress(start + 64)
+}
+
 fn put(ram: &GuestRam, page: u64, word: u64) {
-    ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE + 64)).unwrap();
+    ram.memory().write_obj(word, address(page)).unwrap();
 }
 
 fn word(ram: &GuestRam, page: u64) -> u64 {
-    ram.memory().read_obj(GuestAddress(page * PAGE_SIZE + 64)).unwrap()
+    ram.memory().read_obj(address(page)).unwrap()
 }
 
 fn contents(ram: &GuestRam) -> Vec<u64> {
-    (0..PAGES).map(|page| word(ram, page)).collect()
+    (0..ALL).map(|page| word(ram, page)).collect()
 }
 
 fn layout() -> RamLayout {
-    RamLayout::new(PAGES * PAGE_SIZE).unwrap()
+    RamLayout::of_ranges(&[(GuestAddress(0), PAGES), (GuestAddress(SECOND), ALL - PAGES)]).unwrap()
+}
+
+/// The region of a page, and its number there.
+fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
+    if page < PAGES { (&ram.regions()[0], page) } else { (&ram.regions()[1], page - PAGES) }
 }
 
 impl Rig {
@@ -58,12 +72,12 @@ impl Rig {
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
         let empty = GuestRam::reserve(&layout(), &store).unwrap();
         ram.birth().unwrap();
-        (0..PAGES).for_each(|page| put(&ram, page, page + 1));
+        (0..ALL).for_each(|page| put(&ram, page, page + 1));
         let region = ram.regions()[0].clone();
         region.set_no_fork(PageRange::new(900, 910), Some(NoFork::Zeroed)).unwrap();
         let mut image = None;
         if frozen {
-            let (taken, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
+            let (taken, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
             let mut seen = contents(&ram);
             seen[900..910].fill(0);
             image = Some((taken, seen));
@@ -71,6 +85,7 @@ impl Rig {
             region.map_reference(PageRange::new(40, 60), &pattern).unwrap();
             (100..140).chain(700..720).chain(1030..1040).for_each(|page| put(&ram, page, 1000 + page));
             (1000..1020).step_by(2).for_each(|page| put(&ram, page, 1000 + page));
+            (1110..1150).chain(1200..1204).for_each(|page| put(&ram, page, 1000 + page));
         }
         let pins =
             [(110, 114), (800, 803)].map(|(a, b)| region.pin(PageRange::new(a, b), Access::Write, Term::Long).unwrap());
@@ -85,27 +100,29 @@ impl Rig {
     }
 
     fn check_table(&self, what: &str) {
-        self.ram.check(&Quiesced::assume()).unwrap_or_else(|error| panic!("{what}: {error}"));
+        self.ram.check(&Quiesced::by(&crate::NoWriters)).unwrap_or_else(|error| panic!("{what}: {error}"));
     }
 
     fn bits(&self) -> Vec<bool> {
-        (0..PAGES).map(|page| self.ram.regions()[0].ownership().get(page).0).collect()
+        let bit = |page| {
+            let (region, at) = place(&self.ram, page);
+            region.ownership().get(at).0
+        };
+        (0..ALL).map(bit).collect()
     }
 
     /// After a failure: what was the VM's own and has not gone is its own, and it has no more mappings promised than it needs.
     fn check_still_owned(&self, before: &[bool], what: &str) {
-        let region = &self.ram.regions()[0];
-        let state = region.state();
-        let own = region.own(&state).unwrap();
-        for page in (0..PAGES).filter(|page| before[*page as usize] && own.iter().any(|run| run.contains(*page))) {
-            assert!(region.ownership().get(page).0, "{what}: page {page} has lost its bit");
-        }
-        if state.freezing.is_none() {
-            assert_eq!(
-                state.promise.count(),
-                state.mappings.len() as u64,
-                "{what}: mappings are promised and not made"
-            );
+        for (region, first) in self.ram.regions().iter().zip([0, PAGES]) {
+            let state = region.state();
+            let own = region.own(&state).unwrap();
+            for page in own.iter().flat_map(|run| run.start..run.end).filter(|page| before[(first + page) as usize]) {
+                assert!(region.ownership().get(page).0, "{what}: page {page} from {first} on has lost its bit");
+            }
+            if state.freezing.is_none() {
+                let (promised, mapped) = (state.promise.count(), state.mappings.len() as u64);
+                assert_eq!(promised, mapped, "{what}: mappings are promised and not made");
+            }
         }
     }
 
@@ -116,7 +133,7 @@ impl Rig {
             pin.slice().write_obj(first + 5_000_000, 64).unwrap();
             assert_eq!(word(&self.ram, first), first + 5_000_000, "{what}: the device's write is not seen");
         }
-        (0..PAGES).for_each(|page| put(&self.ram, page, page + 9_000_000));
+        (0..ALL).for_each(|page| put(&self.ram, page, page + 9_000_000));
         for pin in &self.pins {
             let got: u64 = pin.slice().read_obj(64).unwrap();
             assert_eq!(got, pin.range().start + 9_000_000, "{what}: the device does not see the guest's write");
@@ -124,8 +141,8 @@ impl Rig {
         if let Some((image, seen)) = &self.image {
             assert_eq!(&self.child(image), seen, "{what}: an older image has changed");
         }
-        let (image, _) = self.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).unwrap();
-        let mut want: Vec<u64> = (0..PAGES).map(|page| page + 9_000_000).collect();
+        let (image, _) = self.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+        let mut want: Vec<u64> = (0..ALL).map(|page| page + 9_000_000).collect();
         want[900..910].fill(0);
         assert_eq!(self.child(&image), want, "{what}: a freeze afterwards is wrong");
     }
@@ -164,6 +181,7 @@ fn walk(name: &str, frozen: bool, effect: Effect, op: impl Fn(&Rig) -> Result<Op
             }
             *failed.entry(format!("{call:?}")).or_default() += 1;
             check(&mut rig, &what, call, effect, &op, &done);
+            drop(done);
             rig.check_nothing_is_left(&what);
         }
     }
@@ -192,10 +210,9 @@ fn check(
             }
         }
         Effect::Resets => {
-            let region = &rig.ram.regions()[0];
-            if region.state().torn {
+            if rig.ram.is_torn() {
                 assert!(done.is_err());
-                let refused = rig.ram.freeze(&Quiesced::assume());
+                let refused = rig.ram.freeze(&Quiesced::by(&crate::NoWriters));
                 assert!(matches!(refused, Err(RamError::Torn { .. })), "{what}: frozen half reset");
             } else if done.is_err() {
                 assert_eq!(contents(&rig.ram), rig.want, "{what} ({call:?}): refused, and changed all the same");
@@ -209,7 +226,7 @@ fn check(
         want[900..910].fill(0);
         assert_eq!(rig.child(image), want, "{what}: a failure was passed over, and the image is wrong");
     }
-    if !rig.ram.regions()[0].state().torn {
+    if !rig.ram.is_torn() {
         rig.check_table(what);
     }
     // Asked again, it succeeds.
@@ -219,7 +236,7 @@ fn check(
 }
 
 fn freeze(rig: &Rig, mode: FreezeMode) -> Result<Option<RamImage>, RamError> {
-    let (image, _) = rig.ram.freeze_in(mode, &Quiesced::assume())?;
+    let (image, _) = rig.ram.freeze_in(mode, &Quiesced::by(&crate::NoWriters))?;
     // A failure after it has returned undoes the freeze, which nobody is hurt by who has not started a child of it.
     Ok(image.settle().is_ok().then_some(image))
 }
@@ -246,12 +263,16 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
         match &adopted {
             Ok(()) => {
                 assert_eq!(&contents(&rig.empty), seen);
-                rig.empty.regions()[0].empty();
+                rig.empty.regions().iter().for_each(|region| region.empty());
             }
             Err(_) => {
-                let state = rig.empty.regions()[0].state();
-                assert_eq!((state.mappings.len(), state.map.len(), state.promise.count()), (0, 0, 1));
+                for region in rig.empty.regions() {
+                    let state = region.state();
+                    assert_eq!((state.mappings.len(), state.map.len(), state.promise.count()), (0, 0, 1));
+                    assert_eq!((state.no_fork.len(), region.ownership().counts(region.range()).exclusive), (0, 0));
+                }
                 assert!(rig.empty.memory().read_obj::<u64>(GuestAddress(0)).is_err());
+                assert!(rig.empty.memory().read_obj::<u64>(GuestAddress(SECOND)).is_err());
             }
         }
         adopted.map(|()| None)
@@ -259,7 +280,7 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
     walk("birth", true, Effect::None, |rig| {
         let born = GuestRam::reserve(&layout(), &rig.store)?;
         born.birth()?;
-        assert_eq!(contents(&born), vec![0; PAGES as usize]);
+        assert_eq!(contents(&born), vec![0; ALL as usize]);
         Ok(None)
     });
 }
@@ -274,18 +295,18 @@ fn i13_a_reset_that_fails_half_way_says_so_and_is_mended_by_another() {
         let (later, _) = {
             (0..30).for_each(|page| put(&vm, page * 30, 3));
             (300..900).for_each(|page| put(&vm, page, 4));
-            vm.freeze_in(FreezeMode::Eager, &Quiesced::assume())?
+            vm.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters))?
         };
         (0..30).for_each(|page| put(&vm, page * 31, 5));
         let before = contents(&vm);
-        let reset = vm.reset(image, &Quiesced::assume(), Duration::ZERO);
+        let reset = vm.reset(image, &Quiesced::by(&crate::NoWriters), Duration::ZERO);
         let torn = vm.regions()[0].state().torn;
         match &reset {
             Ok(_) => assert_eq!(&contents(&vm), seen),
             Err(_) if torn => {
-                assert!(matches!(vm.freeze(&Quiesced::assume()), Err(RamError::Torn { .. })));
+                assert!(matches!(vm.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Torn { .. })));
                 plan().heal();
-                vm.reset(image, &Quiesced::assume(), Duration::ZERO)?;
+                vm.reset(image, &Quiesced::by(&crate::NoWriters), Duration::ZERO)?;
                 assert_eq!(&contents(&vm), seen);
             }
             Err(_) => {
@@ -293,7 +314,7 @@ fn i13_a_reset_that_fails_half_way_says_so_and_is_mended_by_another() {
                 assert_eq!(contents(&vm), before, "refused, and changed all the same");
             }
         }
-        vm.reset(&later, &Quiesced::assume(), Duration::ZERO)?;
+        vm.reset(&later, &Quiesced::by(&crate::NoWriters), Duration::ZERO)?;
         reset.map(|_| None)
     });
 }
@@ -319,15 +340,15 @@ fn i13_eviction_and_compaction_change_nothing() {
     for frozen in [false, true] {
         walk("evict", frozen, Effect::None, |rig| {
             let region = &rig.ram.regions()[0];
-            region.evict(PageRange::new(90, 850), dir, &Quiesced::assume())?;
+            region.evict(PageRange::new(90, 850), dir, &Quiesced::by(&crate::NoWriters))?;
             // And what has been read back is dropped.
             assert_eq!(word(&rig.ram, 120), rig.want[120]);
-            region.evict(PageRange::new(90, 850), dir, &Quiesced::assume()).map(|_| None)
+            region.evict(PageRange::new(90, 850), dir, &Quiesced::by(&crate::NoWriters)).map(|_| None)
         });
     }
     walk("compact", true, Effect::None, |rig| {
         freeze(rig, FreezeMode::Eager)?;
-        rig.ram.compact(&Quiesced::assume())?;
+        rig.ram.compact(&Quiesced::by(&crate::NoWriters))?;
         let (image, _) = rig.image.as_ref().unwrap();
         image.compact(&rig.store)?;
         Ok(None)

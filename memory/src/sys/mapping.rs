@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 use crate::fault::{Call, point};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange};
@@ -87,6 +87,7 @@ impl Reservation {
         // SAFETY: range lies within this reservation (checked), which this type owns; replacing its mapping leaves
         // it mapped, so volatile accesses through it stay valid. No Rust reference into it exists.
         unsafe { mmap(at, range.bytes(), RAM_PROT, kind | MapFlags::FIXED, file, file_page << PAGE_SHIFT) }?;
+        self.do_not_fork(range);
         Ok(())
     }
 
@@ -98,7 +99,18 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: as in `map`.
         unsafe { mmap_anonymous(at, range.bytes(), RAM_PROT, flags) }?;
+        self.do_not_fork(range);
         Ok(())
+    }
+
+    /// Keeps `range` out of processes that this one forks (R19's VM_DONTCOPY): a fork would make guest memory the kernel's COW pages, under its devices, and
+    /// give a child process what is the guest's. Best effort: it can only fail for a range that is not mapped.
+    fn do_not_fork(&self, range: PageRange) {
+        let at = self.addr(range.start).cast();
+        // SAFETY: it changes what a fork copies, not the memory.
+        if let Err(error) = unsafe { madvise(at, range.bytes(), Advice::LinuxDontFork) } {
+            tracing::debug!(%error, %range, "a process that is forked inherits guest memory");
+        }
     }
 
     /// Takes the memory of `range` away: an access is an error.
@@ -109,6 +121,24 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
         unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
+        Ok(())
+    }
+
+    /// Puts private pages with the bytes that `file` has from `file_page` on in place of what is mapped in `range`, in one step. Failing, nothing has
+    /// changed.
+    pub(crate) fn replace_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
+        let aside = Self::new(range.len())?;
+        let all = PageRange::new(0, range.len());
+        aside.map_zero(all)?;
+        aside.read_in(all, file, file_page)?;
+        self.check(range)?;
+        point(Call::Map)?;
+        let (from, into) = (aside.addr(0).cast(), self.addr(range.start).cast());
+        // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within this reservation, which stays mapped. No Rust reference
+        // into either exists.
+        unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
+        // Its addresses were given up by the move, and may be another's by now.
+        std::mem::forget(aside);
         Ok(())
     }
 

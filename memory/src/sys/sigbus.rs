@@ -70,18 +70,25 @@ impl Watched {
             owners.failures[slot] = Arc::downgrade(failure);
             Some(slot)
         })?;
-        TABLE[slot].start.store(start, Ordering::Relaxed);
-        // Release: whoever sees the end sees the start. Pairs with the handler's Acquire.
-        TABLE[slot].end.store(end, Ordering::Release);
+        // SeqCst: in this order, after the 0 of whoever had the slot before. The handler looks at the end, the start and the end.
+        TABLE[slot].start.store(start, Ordering::SeqCst);
+        TABLE[slot].end.store(end, Ordering::SeqCst);
         USED.fetch_max(slot + 1, Ordering::Release);
         Some(Self(slot))
+    }
+}
+
+impl Watched {
+    /// Whether a page of the range is lost and its owner has not been told yet.
+    pub(crate) fn is_lost(&self) -> bool {
+        TABLE[self.0].lost.load(Ordering::Acquire)
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
         // Before the addresses are anybody else's: the region drops this before its reservation.
-        TABLE[self.0].end.store(0, Ordering::Release);
+        TABLE[self.0].end.store(0, Ordering::SeqCst);
         owners(|owners| {
             // Nobody is left to be told. Nothing sets it again: whoever accesses the region keeps it.
             TABLE[self.0].lost.store(false, Ordering::Relaxed);
@@ -132,11 +139,14 @@ fn tell_all(bell: &OwnedFd) {
         for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
             // In one step with whose it is: a slot that is taken by another VM in between would have that one told.
             let failure = owners(|owners| {
-                let lost = entry.lost.swap(false, Ordering::AcqRel);
-                owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)
+                let lost = entry.lost.load(Ordering::Acquire);
+                let failure = owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)?;
+                // Noted before the mark is taken away: whoever asks in between finds one of the two.
+                failure.set(&Arc::new(FillError::Gone));
+                entry.lost.store(false, Ordering::Release);
+                Some(failure)
             });
             if let Some(failure) = failure {
-                failure.set(&Arc::new(FillError::Gone));
                 failure.tell();
             }
         }
@@ -162,8 +172,10 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
 
 fn mend(address: usize) -> bool {
     for slot in TABLE.iter().take(USED.load(Ordering::Acquire)) {
-        let end = slot.end.load(Ordering::Acquire);
-        if address < slot.start.load(Ordering::Relaxed) || address >= end {
+        let end = slot.end.load(Ordering::SeqCst);
+        let start = slot.start.load(Ordering::SeqCst);
+        // The end once more: it is 0 while the slot changes hands, so that the start of one region and the end of another are never taken for a range.
+        if address < start || address >= end || slot.end.load(Ordering::SeqCst) != end {
             continue;
         }
         let page = address & !(PAGE_SIZE as usize - 1);

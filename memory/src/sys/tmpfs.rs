@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
@@ -11,8 +12,8 @@ use crate::fault::{Call, point};
 use crate::units::PAGE_SHIFT;
 
 /// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.
-#[derive(Debug)]
-pub(crate) struct HugeTmpfs(OwnedFd);
+#[derive(Clone, Debug)]
+pub(crate) struct HugeTmpfs(Arc<OwnedFd>);
 
 impl HugeTmpfs {
     /// Mounts it. Needs CAP_SYS_ADMIN and transparent huge pages.
@@ -27,14 +28,14 @@ impl HugeTmpfs {
         fsconfig_create(&fs)?;
         let attrs =
             MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        Ok(Self(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?))
+        Ok(Self(Arc::new(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)))
     }
 
     /// A nameless file of `pages` pages, all holes.
     pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
         point(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let fd = openat(&self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
+        let fd = openat(&*self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
         point(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
         Ok(fd.into())

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, FreezeReport, LayerMap, PageRange, Quiesced, RamError, RamImage, RefPage, Source, Store, Term,
+    Access, FreezeMode, FreezeReport, ImageMap, LayerSource, PageRange, Quiesced, RamError, RamImage, RefPage, Store,
+    Term,
 };
 
 use crate::vm::{ALL, ARENA, Content, Image, Vm, WIDE, WRITTEN, seeded};
@@ -151,9 +152,9 @@ impl<'a> Case<'a> {
                 vm.write(WRITTEN, AGAIN);
             }
             State::Reference => {
-                let middle = (ARENA.start + ARENA.end) / 2;
-                self.show(&mut vm, PageRange::new(ARENA.start, middle), PATTERN);
-                self.show(&mut vm, PageRange::new(middle, ARENA.end), 0);
+                let middle = (ARENA.start() + ARENA.end()) / 2;
+                self.show(&mut vm, PageRange::new(ARENA.start(), middle), PATTERN);
+                self.show(&mut vm, PageRange::new(middle, ARENA.end()), 0);
             }
             State::Filling => {
                 self.share(&mut vm);
@@ -168,7 +169,7 @@ impl<'a> Case<'a> {
             }
             State::Evicted => {
                 let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-                let out = vm.region().evict(ARENA, dir, &Quiesced::assume()).unwrap();
+                let out = vm.region().evict(ARENA, dir, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
                 assert_eq!(out.written, ARENA.len());
             }
             State::Restored => {
@@ -179,7 +180,7 @@ impl<'a> Case<'a> {
             }
             State::Mixed => {
                 self.share(&mut vm);
-                for page in ARENA.start - 20..ARENA.end {
+                for page in ARENA.start() - 20..ARENA.end() {
                     let one = PageRange::with_len(page, 1);
                     match page % 5 {
                         1 | 2 => vm.write(one, AGAIN),
@@ -195,8 +196,8 @@ impl<'a> Case<'a> {
             State::OneLeft => {
                 self.share(&mut vm);
                 vm.write(ARENA, AGAIN);
-                let left = ARENA.start + 7;
-                for gone in [PageRange::new(0, left), PageRange::new(left + 1, ALL.end)] {
+                let left = ARENA.start() + 7;
+                for gone in [PageRange::new(0, left), PageRange::new(left + 1, ALL.end())] {
                     vm.region().discard(gone).unwrap();
                     vm.holds(gone, Content::Zero);
                 }
@@ -209,8 +210,8 @@ impl<'a> Case<'a> {
     fn on_disk(&self, vm: &Vm) -> Image {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         file.write_all_at(&vm.bytes(ALL), 0).unwrap();
-        let mut map = LayerMap::new();
-        map.insert(ALL, Source { layer: self.store.file_layer(file, ALL.len()).unwrap(), at: 0 });
+        let mut map = ImageMap::new();
+        map.insert(ALL, LayerSource { layer: self.store.file_layer(file, ALL.len()).unwrap(), at: 0 });
         let ram = RamImage::from_parts(self.store, vm.ram.layout(), vec![(map, Vec::new())]).unwrap();
         Image { ram, model: vm.model.clone(), report: FreezeReport::default(), store: self.store.clone() }
     }
@@ -229,7 +230,7 @@ impl<'a> Case<'a> {
     }
 
     pub(crate) fn freeze_in(&self, mode: FreezeMode, vm: &Vm) -> Image {
-        let (ram, report) = vm.ram.freeze_in(mode, &Quiesced::assume()).unwrap();
+        let (ram, report) = vm.ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
         Image { ram, model: vm.model.clone(), report, store: self.store.clone() }
     }
 
@@ -258,8 +259,12 @@ impl<'a> Case<'a> {
                 vm.holds(range, Content::Seed(seed));
             }
         }
-        let model = &vm.model[range.start as usize];
-        assert_eq!(&vm.bytes(PageRange::with_len(range.start, 1))[..], model.bytes(range.start), "the guest sees it");
+        let model = &vm.model[range.start() as usize];
+        assert_eq!(
+            &vm.bytes(PageRange::with_len(range.start(), 1))[..],
+            model.bytes(range.start()),
+            "the guest sees it"
+        );
     }
 
     /// The VM and an image of it, with a child, in the case's order; `held` says that devices hold pins, which a reset must respect. The VM
@@ -272,14 +277,16 @@ impl<'a> Case<'a> {
         }
         let early = (self.axis.order == Order::Reset).then(|| self.child(&image));
         let before = vm.model.clone();
-        for other in [PageRange::new(WIDE.start, keep.start), PageRange::new(keep.end.max(WIDE.start), WIDE.end)] {
+        for other in
+            [PageRange::new(WIDE.start(), keep.start()), PageRange::new(keep.end().max(WIDE.start()), WIDE.end())]
+        {
             if !other.is_empty() {
                 vm.write(other, LATER);
             }
         }
         let child = early.unwrap_or_else(|| self.child(&image));
         if self.axis.order == Order::Reset {
-            match (vm.ram.reset(&image.ram, &Quiesced::assume(), Duration::ZERO), held) {
+            match (vm.ram.reset(&image.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO), held) {
                 (Ok(_), false) => vm.model = before,
                 (Err(RamError::Pinned { .. }), true) => {}
                 (other, _) => panic!("I7: a reset under {held} pins: {other:?}"),
@@ -292,7 +299,7 @@ impl<'a> Case<'a> {
     /// A clone of a VM that no device is at work on.
     pub(crate) fn clone_of(&self, vm: &mut Vm) -> (Image, Vm) {
         // All of the arena is written in between, and more on both sides.
-        self.cloned(vm, PageRange::new(0, WIDE.start), false)
+        self.cloned(vm, PageRange::new(0, WIDE.start()), false)
     }
 
     /// A clone of a VM of which devices hold `held`.
@@ -303,7 +310,7 @@ impl<'a> Case<'a> {
     /// Protects what the VM owns, and lifts it again: copying done, or given up because nobody wants the copy.
     pub(crate) fn protect_and_unprotect(&self, vm: &Vm) {
         for wanted in [true, false] {
-            let image = match vm.ram.freeze_in(FreezeMode::Background, &Quiesced::assume()) {
+            let image = match vm.ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)) {
                 Ok((image, _)) => image,
                 // Over a file on a disk only without.
                 Err(RamError::Background(_)) if matches!(self.axis.state, State::Evicted | State::Restored) => return,

@@ -31,7 +31,7 @@ mod rows_pin;
 mod rows_special;
 mod rows_track;
 mod runner;
-mod splice;
+
 mod vm;
 
 use case::State;

@@ -13,7 +13,7 @@ const NO_BACKGROUND: Skip = (|axis: &Axis| axis.mode == FreezeMode::Eager, "with
 /// A device that reads, and lets go, is a part of what collapses.
 const HAS_ITS_READER: Skip = (|axis: &Axis| axis.actor == Actor::DeviceRead, "the row has a device that reads");
 
-const BLOCK: PageRange = PageRange { start: 0, end: BLOCK_PAGES };
+const BLOCK: PageRange = PageRange::new(0, BLOCK_PAGES);
 
 pub(crate) fn rows() -> Vec<Row> {
     let axes = |number, name, guards, run| Row { number, name, guards, run: Run::Axes(&[], run) };
@@ -89,13 +89,13 @@ fn siblings(case: &Case<'_>) {
     // Seen by the other before: what is mapped already must not change either.
     two.check("before its sibling writes");
     case.overwrite(&mut one, ARENA, 2);
-    case.overwrite(&mut two, PageRange::new(ARENA.start + 10, ARENA.end), 3);
+    case.overwrite(&mut two, PageRange::new(ARENA.start() + 10, ARENA.end()), 3);
 }
 
 fn grandchild(case: &Case<'_>) {
     let mut parent = case.subject();
     let (_, mut child) = case.clone_of(&mut parent);
-    case.overwrite(&mut child, PageRange::new(ARENA.start, ARENA.start + 20), 2);
+    case.overwrite(&mut child, PageRange::new(ARENA.start(), ARENA.start() + 20), 2);
     let (_, mut grandchild) = case.clone_of(&mut child);
     case.overwrite(&mut child, WIDE, 3);
     grandchild.check("after its parent has overwritten everything");
@@ -117,7 +117,7 @@ fn with_protection(case: &Case<'_>) {
 /// next freeze that shares all of it.
 fn split_and_collapse(vm: &Vm) {
     drop(vm.device(PageRange::new(3, 9), Access::Write, Term::Short));
-    drop(vm.device(PageRange::new(BLOCK.end - 4, BLOCK.end), Access::Read, Term::Long));
+    drop(vm.device(PageRange::new(BLOCK.end() - 4, BLOCK.end()), Access::Read, Term::Long));
     let at = vm.region().host_address() as *mut libc::c_void;
     // SAFETY: the range is guest memory, whose contents collapsing does not change; refusing is allowed.
     let _ = unsafe { libc::madvise(at, BLOCK.bytes(), libc::MADV_COLLAPSE) };
@@ -185,12 +185,12 @@ fn first_write(case: &Case<'_>) {
     let (image, mut one) = case.clone_of(&mut parent);
     let two = case.child(&image);
     two.check("before its sibling writes");
-    for page in [6, 11, ARENA.start + 1, ARENA.start + 3, ARENA.end - 2, UNTOUCHED.start + 1] {
+    for page in [6, 11, ARENA.start() + 1, ARENA.start() + 3, ARENA.end() - 2, UNTOUCHED.start() + 1] {
         case.overwrite(&mut one, PageRange::with_len(page, 1), 2);
     }
     two.check("after its sibling's first writes");
     parent.check("after its child's first writes");
-    for page in [6, 11, ARENA.start + 2, UNTOUCHED.start + 1] {
+    for page in [6, 11, ARENA.start() + 2, UNTOUCHED.start() + 1] {
         case.overwrite(&mut parent, PageRange::with_len(page, 1), 3);
     }
 }
@@ -202,7 +202,7 @@ fn untouched(case: &Case<'_>) {
     image.check("after its source has touched a page");
     // The same where the page is a hole two layers down.
     let mut child = case.child(&image);
-    case.overwrite(&mut child, PageRange::with_len(UNTOUCHED.start, 1), 3);
+    case.overwrite(&mut child, PageRange::with_len(UNTOUCHED.start(), 1), 3);
     let (_, _grandchild) = case.clone_of(&mut child);
     case.overwrite(&mut child, UNTOUCHED, 4);
 }

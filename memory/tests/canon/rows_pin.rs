@@ -4,8 +4,8 @@ use clade_memory::{Access, FreezeMode, NoFork, PageRange, PinError, Quiesced, Te
 
 use crate::case::{Actor, Axis, Case, Order, State};
 use crate::dma::Device;
+use crate::dma::splice::Splice;
 use crate::runner::{Row, Run, Skip};
-use crate::splice::Splice;
 use crate::vm::{ALL, ARENA, Content, Image, PAGES, UNTOUCHED, Vm, WIDE};
 
 const NOT_ITS_OWN: Skip =
@@ -19,7 +19,7 @@ const HELD_THROUGHOUT: Skip = (
 const ONE_ORDER: Skip = (|axis: &Axis| axis.order != Order::Fork, "the row forks once");
 
 /// A part of the arena, on both sides of the block's edge.
-const HELD: PageRange = PageRange { start: ARENA.start + 5, end: ARENA.end - 5 };
+const HELD: PageRange = PageRange::new(ARENA.start() + 5, ARENA.end() - 5);
 
 pub(crate) fn rows() -> Vec<Row> {
     let axes = |number, name, guards, run| Row { number, name, guards, run: Run::Axes(&[], run) };
@@ -98,7 +98,7 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
     // All of it is given back but what the device holds (I7).
     let gone = child.region().discard(ALL).unwrap();
     assert_eq!((gone.discarded, gone.pinned), (PAGES - HELD.len(), HELD.len()));
-    for zero in [PageRange::new(0, HELD.start), PageRange::new(HELD.end, PAGES)] {
+    for zero in [PageRange::new(0, HELD.start()), PageRange::new(HELD.end(), PAGES)] {
         child.holds(zero, Content::Zero);
     }
     case.overwrite(&mut parent, WIDE, 2);
@@ -123,7 +123,7 @@ fn pinned_parent(case: &Case<'_>, before: bool) {
     let mut device = early.unwrap_or_else(|| parent.device(HELD, access, Term::Long));
     let gone = parent.region().discard(ALL).unwrap();
     assert_eq!((gone.discarded, gone.pinned), (PAGES - HELD.len(), HELD.len()), "I7");
-    for zero in [PageRange::new(0, HELD.start), PageRange::new(HELD.end, PAGES)] {
+    for zero in [PageRange::new(0, HELD.start()), PageRange::new(HELD.end(), PAGES)] {
         parent.holds(zero, Content::Zero);
     }
     case.overwrite(&mut child, WIDE, 2);
@@ -147,7 +147,7 @@ fn pinned_and_protected(case: &Case<'_>) {
     }
     coherent(&mut vm, &mut device, access == Access::Write, 3);
     if case.axis.order == Order::Reset {
-        let refused = vm.ram.reset(&image.ram, &Quiesced::assume(), std::time::Duration::ZERO);
+        let refused = vm.ram.reset(&image.ram, &Quiesced::by(&clade_memory::NoWriters), std::time::Duration::ZERO);
         assert!(refused.is_err(), "I7: pinned pages were reset away");
         coherent(&mut vm, &mut device, access == Access::Write, 4);
     }
@@ -176,7 +176,7 @@ fn read_pin(case: &Case<'_>, alone: bool, protect: bool) {
     let pin = parent.pin(HELD, Access::Read, Term::Long);
     // Before any device makes the kernel look: registering would unshare by itself.
     let owned = parent.owned();
-    for page in HELD.start..HELD.end {
+    for page in HELD.start()..HELD.end() {
         assert_eq!(
             parent.region().ownership().get(page),
             (true, 1),
@@ -246,7 +246,7 @@ fn all_kinds(case: &Case<'_>) {
     let mut vm = case.subject();
     let (image, child) = case.clone_of(&mut vm);
     for (access, term) in [(Access::Read, Term::Long), (Access::Write, Term::Short), (Access::Write, Term::Long)] {
-        for range in [PageRange::with_len(ARENA.start, 4), PageRange::new(0, 512), UNTOUCHED] {
+        for range in [PageRange::with_len(ARENA.start(), 4), PageRange::new(0, 512), UNTOUCHED] {
             let mut device = vm.device(range, access, term);
             coherent(&mut vm, &mut device, access == Access::Write, 2);
         }
@@ -277,11 +277,17 @@ fn refused(case: &Case<'_>, vm: &Vm) {
     }
     empty.kill();
     region.set_no_fork(ARENA, Some(NoFork::Absent)).unwrap();
-    let (image, _) = vm.ram.freeze_in(case.axis.mode, &Quiesced::assume()).unwrap();
+    let (image, _) = vm.ram.freeze_in(case.axis.mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     let child = Vm::reserve(case.store, "child without an arena");
     child.ram.adopt(&image).unwrap();
-    let absent = child.region().pin(HELD, Access::Write, Term::Long);
-    assert!(matches!(absent, Err(PinError::Unshare { .. })), "{absent:?}");
+    for (access, term) in [(Access::Write, Term::Long), (Access::Read, Term::Long), (Access::Read, Term::Short)] {
+        for range in [HELD, PageRange::with_len(ARENA.start() - 1, 2), PageRange::with_len(ARENA.end() - 1, 9)] {
+            let absent = child.region().pin(range, access, term);
+            assert!(matches!(absent, Err(PinError::Absent { range: named }) if named == range), "{absent:?}");
+        }
+    }
+    let wraps = child.region().pin(PageRange::with_len(3, u64::MAX - 2), Access::Read, Term::Short);
+    assert!(matches!(wraps, Err(PinError::OutOfRange { .. })), "{wraps:?}");
     assert_eq!(child.region().ownership().counts(child.all()).pins, 0, "nothing stays pinned");
     child.kill();
 }

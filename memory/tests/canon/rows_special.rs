@@ -106,14 +106,14 @@ fn without_a_kernel_feature() {
     // Everything else goes on: a freeze that may choose is eager, and one that must not is refused with nothing changed.
     let mut vm = Vm::with_pages(&store, "VM", 2048);
     vm.ram.birth().unwrap();
-    drop(vm.ram.freeze(&Quiesced::assume()).unwrap());
+    drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
     vm.write(PageRange::new(0, 2000), 2);
     if without == "userfaultfd" {
-        let refused = vm.ram.freeze_in(FreezeMode::Background, &Quiesced::assume());
+        let refused = vm.ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters));
         assert!(matches!(refused, Err(RamError::Background(_))), "{refused:?}");
         vm.check("after a freeze was refused");
     }
-    let (ram, report) = vm.ram.freeze(&Quiesced::assume()).unwrap();
+    let (ram, report) = vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
     assert!(report.copied >= 2000);
     let image = Image { ram, model: vm.model.clone(), report, store: store.clone() };
     vm.write(PageRange::new(0, 2000), 3);
@@ -185,7 +185,7 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
             let standing = standing.write().unwrap();
             let before: Vec<u64> = writers.iter().map(|writer| writer.done.load(Ordering::Acquire)).collect();
             // Fetch and clear: what was written since goes into the image, and is nobody's own any more.
-            let (image, _) = ram.freeze_in(mode, &Quiesced::assume()).unwrap();
+            let (image, _) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let after: Vec<u64> = writers.iter().map(|writer| writer.begun.load(Ordering::Acquire)).collect();
             drop(standing);
             freezes += 1;
@@ -198,7 +198,7 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
             }
         }
     });
-    let (image, _) = ram.freeze(&Quiesced::assume()).unwrap();
+    let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
     let fetched = GuestRam::reserve(image.layout(), store).unwrap();
     fetched.adopt(&image).unwrap();
     for writer in &writers {
@@ -254,7 +254,7 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
     // Private copies with the same bytes in two VMs that have nothing to do with each other.
     let twin = |who| {
         let mut vm = Vm::born(store, who);
-        drop(vm.ram.freeze(&Quiesced::assume()).unwrap());
+        drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
         let bytes = Content::Byte(0x6b).bytes(0).repeat(ARENA.len() as usize);
         vm.ram.memory().write_slice(&bytes, GuestAddress(ARENA.offset())).unwrap();
         vm.holds(ARENA, Content::Byte(0x6b));
@@ -271,7 +271,7 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
         }
         thread::sleep(Duration::from_millis(2));
     }
-    let quarter = |n: u64| PageRange::with_len(ARENA.start + n * 10, 10);
+    let quarter = |n: u64| PageRange::with_len(ARENA.start() + n * 10, 10);
     // Written, written by a device, discarded, protected: each on merged frames.
     one.write(quarter(0), 2);
     let mut device = two.device(quarter(1), Access::Write, Term::Long);
@@ -282,7 +282,7 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
     one.region().discard(quarter(2)).unwrap();
     one.holds(quarter(2), Content::Zero);
     for mode in [FreezeMode::Eager, FreezeMode::Background] {
-        let (ram, report) = match two.ram.freeze_in(mode, &Quiesced::assume()) {
+        let (ram, report) = match two.ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)) {
             Err(RamError::Background(error)) => return Err(("uffd", error.to_string())),
             other => other.unwrap(),
         };

@@ -72,7 +72,7 @@ fn filled_twice(case: &Case<'_>) {
 fn moved(case: &Case<'_>) {
     let mut vm = case.subject();
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let evict = |vm: &Vm| vm.region().evict(ARENA, dir, &Quiesced::assume()).unwrap().written;
+    let evict = |vm: &Vm| vm.region().evict(ARENA, dir, &Quiesced::by(&clade_memory::NoWriters)).unwrap().written;
     let _image = case.freeze(&vm);
     vm.ram.settle().unwrap();
     // The page map tells a zero page that was only read from a copy by nothing but its number.
@@ -81,7 +81,7 @@ fn moved(case: &Case<'_>) {
     assert_eq!(evict(&vm), own, "what is moved is the VM's own: a layer's page is not");
     vm.check("after its own pages have moved");
     case.overwrite(&mut vm, ARENA, 2);
-    let held = PageRange::with_len(ARENA.start + 3, 5);
+    let held = PageRange::with_len(ARENA.start() + 3, 5);
     let mut device = vm.device(held, Access::Write, Term::Long);
     assert_eq!(evict(&vm), ARENA.len() - held.len(), "R12: all but what is pinned");
     device.write(0xd1);
@@ -94,7 +94,7 @@ fn moved(case: &Case<'_>) {
 fn forked_under_protection(case: &Case<'_>, pinned: bool) {
     let mut parent = case.subject();
     case.overwrite(&mut parent, WRITTEN, 2);
-    let held = PageRange::with_len(ARENA.start + 3, 5);
+    let held = PageRange::with_len(ARENA.start() + 3, 5);
     let mut device = pinned.then(|| parent.device(held, Access::Write, Term::Long));
     let first = case.freeze(&parent);
     // At once, while the parent's pages may be protected.
@@ -114,7 +114,7 @@ fn forked_under_protection(case: &Case<'_>, pinned: bool) {
         assert_eq!(grandchild.exclusive(), 0);
         grandchild.check("of a VM that was made under protection");
     }
-    parent.write(PageRange::new(WIDE.start, held.start), 5);
+    parent.write(PageRange::new(WIDE.start(), held.start()), 5);
 }
 
 fn beside_the_handler(case: &Case<'_>) {
@@ -123,7 +123,8 @@ fn beside_the_handler(case: &Case<'_>) {
     let image = case.freeze(&parent);
     let mut child = case.child(&image);
     // Discard, remap and clone, on both sides, while pages are filled.
-    let (a, b) = (PageRange::new(ARENA.start, ARENA.start + 9), PageRange::new(ARENA.start + 9, ARENA.start + 20));
+    let (a, b) =
+        (PageRange::new(ARENA.start(), ARENA.start() + 9), PageRange::new(ARENA.start() + 9, ARENA.start() + 20));
     for vm in [&mut parent, &mut child] {
         vm.region().discard(a).unwrap();
         vm.holds(a, Content::Zero);
@@ -134,7 +135,7 @@ fn beside_the_handler(case: &Case<'_>) {
     case.overwrite(&mut parent, ARENA, 3);
     let _third = case.freeze(&child);
     case.overwrite(&mut child, ARENA, 4);
-    parent.ram.reset(&second.ram, &Quiesced::assume(), std::time::Duration::ZERO).unwrap();
+    parent.ram.reset(&second.ram, &Quiesced::by(&clade_memory::NoWriters), std::time::Duration::ZERO).unwrap();
     parent.model.clone_from(&second.model);
     parent.check("after a reset beside the handler");
 }
@@ -168,7 +169,7 @@ fn sane(case: &Case<'_>) {
     let region = vm.region();
     let beyond = PageRange::new(PAGES - 1, PAGES + 1);
     let dir = std::path::Path::new("/tmp");
-    let quiesced = Quiesced::assume();
+    let quiesced = Quiesced::by(&clade_memory::NoWriters);
     for refused in [
         region.discard(beyond).map(|_| ()),
         region.map_reference(beyond, &RefPage::zero()),
@@ -184,7 +185,7 @@ fn sane(case: &Case<'_>) {
     drop(case.freeze(&many));
     let odd = (1..MANY).step_by(2).map(|page| PageRange::with_len(page, 1));
     odd.clone().for_each(|page| case.overwrite(&mut many, page, 2));
-    assert_eq!(many.owned(), odd.clone().map(|page| page.start).collect::<Vec<_>>(), "by the page map");
+    assert_eq!(many.owned(), odd.clone().map(PageRange::start).collect::<Vec<_>>(), "by the page map");
     assert_eq!(many.exclusive(), MANY / 2, "exact beyond what one answer of the kernel holds");
     let image = case.freeze(&many);
     // Gaps that were closed are copied too; what is the VM's own is never left out.
@@ -208,7 +209,7 @@ fn exact(case: &Case<'_>) {
         child.check("before it has written");
         assert_eq!((child.exclusive(), child.owned()), (0, vec![]), "{name}: only read");
         runs.iter().for_each(|run| case.overwrite(&mut child, *run, 2));
-        let written: Vec<u64> = runs.iter().flat_map(|run| run.start..run.end).collect();
+        let written: Vec<u64> = runs.iter().flat_map(|run| run.start()..run.end()).collect();
         assert_eq!(child.owned(), written, "{name}: by the page map");
         let stats = child.ram.stats().unwrap();
         assert_eq!(stats.exclusive, written.len() as u64, "{name}: by the statistics");
@@ -242,7 +243,7 @@ fn nothing_forgotten(case: &Case<'_>) {
     }
     case.overwrite(&mut vm, WIDE, 50);
     // Back, and forward again from there: what comes next is based on what it went back to.
-    vm.ram.reset(&images[1].ram, &Quiesced::assume(), std::time::Duration::ZERO).unwrap();
+    vm.ram.reset(&images[1].ram, &Quiesced::by(&clade_memory::NoWriters), std::time::Duration::ZERO).unwrap();
     vm.model.clone_from(&images[1].model);
     images.push(case.freeze(&vm));
     case.overwrite(&mut vm, ARENA, 51);

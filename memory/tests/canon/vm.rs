@@ -13,14 +13,14 @@ use crate::dma::Device;
 /// One whole block and a part of one.
 pub(crate) const PAGES: u64 = 512 + 60;
 /// The pages that a row is about: on both sides of the block's edge.
-pub(crate) const ARENA: PageRange = PageRange { start: 490, end: 530 };
+pub(crate) const ARENA: PageRange = PageRange::new(490, 530);
 /// Pages written at birth: more than a freeze copies and leaves where they are. The rest is untouched.
-pub(crate) const WRITTEN: PageRange = PageRange { start: 280, end: 560 };
+pub(crate) const WRITTEN: PageRange = PageRange::new(280, 560);
 /// Never written by [`crate::case::Case::subject`].
-pub(crate) const UNTOUCHED: PageRange = PageRange { start: 560, end: PAGES };
+pub(crate) const UNTOUCHED: PageRange = PageRange::new(560, PAGES);
 /// Written and untouched pages, on both sides of the block's edge.
-pub(crate) const WIDE: PageRange = PageRange { start: 440, end: PAGES };
-pub(crate) const ALL: PageRange = PageRange { start: 0, end: PAGES };
+pub(crate) const WIDE: PageRange = PageRange::new(440, PAGES);
+pub(crate) const ALL: PageRange = PageRange::new(0, PAGES);
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// What a page holds.
@@ -70,7 +70,7 @@ impl Content {
 /// What pages of `range` hold after a write with `seed`.
 pub(crate) fn seeded(range: PageRange, seed: u16) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(range.bytes());
-    (range.start..range.end).for_each(|page| bytes.extend_from_slice(&Content::Seed(seed).bytes(page)));
+    (range.start()..range.end()).for_each(|page| bytes.extend_from_slice(&Content::Seed(seed).bytes(page)));
     bytes
 }
 
@@ -115,7 +115,7 @@ impl Vm {
 
     /// Says what `range` holds from now on.
     pub(crate) fn holds(&mut self, range: PageRange, content: Content) {
-        self.model[range.start as usize..range.end as usize].fill(content);
+        self.model[range.start() as usize..range.end() as usize].fill(content);
     }
 
     pub(crate) fn pin(&self, range: PageRange, access: Access, term: Term) -> DmaPin {
@@ -149,8 +149,8 @@ impl Vm {
     /// What a device sees of `range` is what the CPU must see.
     pub(crate) fn check_device(&self, device: &mut Device, when: &str) {
         let range = device.pin().range();
-        let model = &self.model[range.start as usize..range.end as usize];
-        compare(&device.read(), range.start, model, &format!("a device of the {} {when}", self.who));
+        let model = &self.model[range.start() as usize..range.end() as usize];
+        compare(&device.read(), range.start(), model, &format!("a device of the {} {when}", self.who));
     }
 
     /// Pages that are its own, by the statistics.
@@ -169,7 +169,7 @@ impl Vm {
 
     /// The frames behind `range`, which only a privileged process may know; zeros for others.
     pub(crate) fn frames(&self, range: PageRange) -> Vec<u64> {
-        let entries = &self.page_map()[range.start as usize..range.end as usize];
+        let entries = &self.page_map()[range.start() as usize..range.end() as usize];
         entries.iter().map(|entry| entry & ((1 << 55) - 1)).collect()
     }
 

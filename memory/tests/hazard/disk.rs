@@ -33,7 +33,7 @@ fn pages(slot: usize) -> PageRange {
 
 /// The buffer itself, in guest addresses.
 pub(crate) fn buffer(slot: usize) -> Range<u64> {
-    let start = pages(slot).start * PAGE_SIZE + MARGIN;
+    let start = pages(slot).start() * PAGE_SIZE + MARGIN;
     start..start + LEN
 }
 

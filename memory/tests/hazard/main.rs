@@ -99,7 +99,7 @@ fn storm(
             thread::sleep(PACE);
             let held = guest.lock().unwrap();
             let before = disk.completed();
-            let (ram, report) = ram.freeze_in(mode, &Quiesced::assume()).unwrap();
+            let (ram, report) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let between = before.into_iter().zip(disk.issued()).collect();
             let image = Image { ram, guest: held.snapshot(), between };
             drop(held);

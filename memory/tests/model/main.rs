@@ -1,5 +1,6 @@
 //! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM. Devices are
-//! real: io_uring with registered buffers, which hold frames, not addresses.
+//! real: io_uring with registered buffers, and splices for short reads. Both hold frames, not addresses. Memory is two
+//! regions with a gap between.
 //!
 //! | variable | |
 //! |---|---|
@@ -20,6 +21,8 @@ mod deadline;
 mod dma;
 mod ops;
 mod pages;
+mod reach;
+mod regions;
 mod world;
 
 use std::cell::{Cell, RefCell};

@@ -43,8 +43,13 @@ impl Pages {
         PageRange::new(0, self.len())
     }
 
+    /// What a page holds.
+    pub(crate) fn bytes(&self, page: u64) -> &Arc<[u8; PAGE]> {
+        &self.0[page as usize].bytes
+    }
+
     fn of(&self, range: PageRange) -> &[Page] {
-        &self.0[range.start as usize..range.end as usize]
+        &self.0[range.start() as usize..range.end() as usize]
     }
 
     /// Whether all of it has memory.
@@ -55,9 +60,9 @@ impl Pages {
     /// The runs of `range` that have memory.
     pub(crate) fn there(&self, range: PageRange) -> Vec<PageRange> {
         let mut runs: Vec<PageRange> = Vec::new();
-        for page in (range.start..range.end).filter(|page| !self.0[*page as usize].absent) {
+        for page in (range.start()..range.end()).filter(|page| !self.0[*page as usize].absent) {
             match runs.last_mut() {
-                Some(last) if last.end == page => last.end += 1,
+                Some(last) if last.end() == page => *last = PageRange::new(last.start(), page + 1),
                 _ => runs.push(PageRange::with_len(page, 1)),
             }
         }
@@ -88,7 +93,7 @@ impl Pages {
     }
 
     pub(crate) fn declare(&mut self, range: PageRange, what: Option<Inherits>) {
-        self.0[range.start as usize..range.end as usize].iter_mut().for_each(|page| page.no_fork = what);
+        self.0[range.start() as usize..range.end() as usize].iter_mut().for_each(|page| page.no_fork = what);
     }
 
     /// What a child is given. What it does not inherit, its children do not inherit either.
@@ -113,7 +118,7 @@ impl Pages {
     /// The first byte of `got`, which was read from `range` on, that is wrong: its address, what it is and what it must be.
     pub(crate) fn first_wrong(&self, range: PageRange, got: &[u8]) -> Option<(u64, u8, u8)> {
         assert_eq!(got.len(), range.bytes());
-        let pages = (range.start..).zip(got.as_chunks::<PAGE>().0).zip(self.of(range));
+        let pages = (range.start()..).zip(got.as_chunks::<PAGE>().0).zip(self.of(range));
         let ((page, got), want) = pages.into_iter().find(|((_, got), want)| **got != *want.bytes)?;
         let at = got.iter().zip(want.bytes.iter()).position(|(a, b)| a != b)?;
         Some((page * PAGE_SIZE + at as u64, got[at], want.bytes[at]))

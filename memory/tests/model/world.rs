@@ -1,22 +1,24 @@
 //! All VMs, images and devices of one schedule, and their models.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use clade_memory::{
-    Access, DmaPin, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinError, Quiesced, RamError, RamImage,
-    RamLayout, RefPage, Store, Term,
+    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, Quiesced, RamError, RamImage, RefPage, Store, Term,
 };
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::dma;
 use crate::ops::Op;
 use crate::pages::{Inherits, Pages};
+use crate::reach::{Held, Pin, Reach};
+use crate::regions::{address, layout, parts};
 
 const MOST_VMS: usize = 6;
 const MOST_PINS: usize = 40;
+/// Pages that a splice holds at most: more need a pipe that only a privileged process may have.
+const MOST_HELD: u64 = 128;
 /// Operations between two looks at everything of one VM.
 const LOOK: u64 = 24;
 
@@ -27,68 +29,18 @@ struct Vm {
 }
 
 impl Vm {
-    fn region(&self) -> &std::sync::Arc<clade_memory::GuestRegion> {
-        &self.ram.regions()[0]
-    }
-
     /// The bytes of `range` and of a page on either side.
     fn look_at(&self, range: PageRange) {
-        let around = PageRange::new(range.start.saturating_sub(1), (range.end + 1).min(self.model.len()));
-        for run in self.model.there(around) {
+        let around = PageRange::new(range.start().saturating_sub(1), (range.end() + 1).min(self.model.len()));
+        let parts = parts(&self.ram, around).into_iter();
+        for run in parts.flat_map(|part| self.model.there(part.pages)) {
             let mut got = vec![0; run.bytes()];
-            self.ram.memory().read_slice(&mut got, GuestAddress(run.offset())).unwrap();
+            self.ram.memory().read_slice(&mut got, address(run.start(), self.model.len())).unwrap();
             if let Some((at, is, must)) = self.model.first_wrong(run, &got) {
                 panic!("vm {}: byte {at:#x} is {is:#x}, must be {must:#x}", self.id);
             }
         }
     }
-}
-
-/// How a device reaches memory.
-enum Reach {
-    /// By frames, looked up once.
-    Frames(dma::Device),
-    /// By address at the time of each request, as a short read may.
-    Address(DmaPin),
-}
-
-struct Pin {
-    reach: Reach,
-    access: Access,
-    vm: u64,
-    /// Pages on which it is counted.
-    counted: Vec<u64>,
-}
-
-impl Pin {
-    fn range(&self) -> PageRange {
-        match &self.reach {
-            Reach::Frames(device) => device.pin().range(),
-            Reach::Address(pin) => pin.range(),
-        }
-    }
-
-    fn read(&mut self) -> Vec<u8> {
-        match &mut self.reach {
-            Reach::Frames(device) => device.read(),
-            Reach::Address(pin) => read_by_address(pin),
-        }
-    }
-}
-
-/// What the kernel reads at a pin's address.
-fn read_by_address(pin: &DmaPin) -> Vec<u8> {
-    // SAFETY: the name is a valid C string.
-    let fd = unsafe { libc::memfd_create(c"read".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: fd was just made and belongs to nobody else.
-    let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    // SAFETY: the pinned bytes are mapped; the kernel reads them.
-    let wrote = unsafe { libc::pwrite(file.as_raw_fd(), pin.host_address().cast(), pin.len(), 0) };
-    assert_eq!(wrote, pin.len() as isize);
-    let mut got = vec![0; pin.len()];
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut got, 0).unwrap();
-    got
 }
 
 pub(crate) struct World<'s> {
@@ -108,7 +60,7 @@ pub(crate) struct World<'s> {
 
 impl<'s> World<'s> {
     pub(crate) fn new(store: &'s Store, pages: u64) -> Self {
-        let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), store).unwrap();
+        let ram = GuestRam::reserve(&layout(pages), store).unwrap();
         ram.birth().unwrap();
         Self {
             store,
@@ -142,6 +94,10 @@ impl<'s> World<'s> {
     pub(crate) fn run(&mut self, op: Op) {
         if self.carry_out(op) {
             self.done += 1;
+            for pin in &mut self.pins {
+                let alive = self.vms.iter().find(|vm| vm.id == pin.vm).map(|vm| &vm.model);
+                pin.note(alive.unwrap_or_else(|| &self.dead[&pin.vm]));
+            }
             if self.done.is_multiple_of(LOOK) {
                 self.check(self.pick((self.done / LOOK) as usize));
             }
@@ -155,11 +111,16 @@ impl<'s> World<'s> {
                 let vm = &mut self.vms[vm];
                 let bytes = at.bytes(self.pages);
                 let range = PageRange::covering(bytes.start, bytes.end - bytes.start).unwrap();
-                let data = vec![byte; (bytes.end - bytes.start) as usize];
-                let wrote = vm.ram.memory().write_slice(&data, GuestAddress(bytes.start));
-                assert_eq!(wrote.is_ok(), vm.model.is_there(range), "R19: {wrote:?}");
-                if wrote.is_ok() {
-                    vm.model.fill(bytes, byte);
+                for part in parts(&vm.ram, range) {
+                    let of = part.pages.offset()..part.pages.offset() + part.pages.bytes() as u64;
+                    let bytes = bytes.start.max(of.start)..bytes.end.min(of.end);
+                    let data = vec![byte; (bytes.end - bytes.start) as usize];
+                    let to = address(part.pages.start(), self.pages).0 + bytes.start - of.start;
+                    let wrote = vm.ram.memory().write_slice(&data, GuestAddress(to));
+                    assert_eq!(wrote.is_ok(), vm.model.is_there(part.pages), "R19: {wrote:?}");
+                    if wrote.is_ok() {
+                        vm.model.fill(bytes, byte);
+                    }
                 }
                 vm.look_at(range);
             }
@@ -207,7 +168,7 @@ impl<'s> World<'s> {
                 let able: Vec<usize> = (0..self.pins.len()).filter(|n| self.pins[*n].access == Access::Write).collect();
                 let Some(n) = able.get(pin.checked_rem(able.len()).unwrap_or(0)) else { return false };
                 let pin = &mut self.pins[*n];
-                let (id, range) = (pin.vm, pin.range());
+                let (id, range) = (pin.vm, pin.range);
                 let Reach::Frames(device) = &mut pin.reach else { return false };
                 device.write(byte);
                 let bytes = range.offset()..range.offset() + range.bytes() as u64;
@@ -224,10 +185,13 @@ impl<'s> World<'s> {
                     return false;
                 }
                 let n = pin % self.pins.len();
-                let (got, id, range) = (self.pins[n].read(), self.pins[n].vm, self.pins[n].range());
+                let id = self.pins[n].vm;
                 let alive = self.vms.iter().find(|vm| vm.id == id).map(|vm| &vm.model);
                 let model = alive.unwrap_or_else(|| &self.dead[&id]);
-                assert_eq!(model.first_wrong(range, &got), None, "R26: the device sees what the guest wrote");
+                if self.pins[n].reads_what_it_must(model) {
+                    self.pins.swap_remove(n);
+                    self.forget_the_dead();
+                }
             }
             Op::Unpin { pin } => {
                 if self.pins.is_empty() {
@@ -246,24 +210,31 @@ impl<'s> World<'s> {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
                 let pinned = self.pinned_pages(self.vms[vm].id);
                 let vm = &mut self.vms[vm];
-                let done = vm.region().discard(range).unwrap();
-                vm.model.show((range.start..range.end).filter(|page| !pinned.contains(page)), 0);
+                let mut done = (0, 0);
+                for part in parts(&vm.ram, range) {
+                    let one = part.region.discard(part.range).unwrap();
+                    done = (done.0 + one.pinned, done.1 + one.discarded);
+                }
+                vm.model.show((range.start()..range.end()).filter(|page| !pinned.contains(page)), 0);
                 let kept = pinned.iter().filter(|page| range.contains(**page)).count() as u64;
-                assert_eq!((done.pinned, done.discarded), (kept, range.len() - kept), "I7");
+                assert_eq!(done, (kept, range.len() - kept), "I7");
                 vm.look_at(range);
             }
             Op::ShowReference { vm, at, byte } => {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
-                let pinned = self.pinned_pages(self.vms[vm].id).iter().any(|page| range.contains(*page));
+                let pinned = self.pinned_pages(self.vms[vm].id);
                 let page = self.reference(byte);
                 let vm = &mut self.vms[vm];
-                match vm.region().map_reference(range, &page) {
-                    Ok(()) => {
-                        assert!(!pinned, "I10: a pinned page became a reference");
-                        vm.model.show(range.start..range.end, byte);
+                for part in parts(&vm.ram, range) {
+                    let pinned = pinned.iter().any(|page| part.pages.contains(*page));
+                    match part.region.map_reference(part.range, &page) {
+                        Ok(()) => {
+                            assert!(!pinned, "I10: a pinned page became a reference");
+                            vm.model.show(part.pages.start()..part.pages.end(), byte);
+                        }
+                        Err(RamError::Pinned { .. }) => assert!(pinned, "refused for pins that are not there"),
+                        Err(other) => panic!("{other}"),
                     }
-                    Err(RamError::Pinned { .. }) => assert!(pinned, "refused for pins that are not there"),
-                    Err(other) => panic!("{other}"),
                 }
                 vm.look_at(range);
             }
@@ -272,7 +243,9 @@ impl<'s> World<'s> {
                 let dir = Path::new(if disk { env!("CARGO_TARGET_TMPDIR") } else { "/dev/shm" });
                 self.evicted |= disk;
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
-                self.vms[vm].region().evict(range, dir, &Quiesced::assume()).unwrap();
+                for part in parts(&self.vms[vm].ram, range) {
+                    part.region.evict(part.range, dir, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
+                }
                 self.vms[vm].look_at(range);
             }
             Op::NoFork { vm, at, what } => {
@@ -282,15 +255,17 @@ impl<'s> World<'s> {
                     Inherits::Zeroed => NoFork::Zeroed,
                     Inherits::Fresh(byte) => NoFork::Fresh(self.reference(byte)),
                 });
-                self.vms[vm].region().set_no_fork(range, declared).unwrap();
+                for part in parts(&self.vms[vm].ram, range) {
+                    part.region.set_no_fork(part.range, declared.clone()).unwrap();
+                }
                 self.vms[vm].model.declare(range, what);
             }
             Op::Settle { vm } => self.vms[self.pick(vm)].ram.settle().unwrap(),
             // Contents do not change, so the model need not know.
             Op::Compact { vm } => {
                 let vm = &self.vms[self.pick(vm)];
-                vm.ram.compact(&Quiesced::assume()).unwrap();
-                vm.ram.check(&Quiesced::assume()).unwrap();
+                vm.ram.compact(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
+                vm.ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
                 vm.look_at(vm.model.all());
             }
             Op::CompactImage { image } => {
@@ -308,9 +283,11 @@ impl<'s> World<'s> {
     fn freeze(&mut self, vm: usize, background: bool) {
         let vm = &self.vms[self.pick(vm)];
         let mode = if background { FreezeMode::Background } else { FreezeMode::Eager };
-        let frozen = match vm.ram.freeze_in(mode, &Quiesced::assume()) {
+        let frozen = match vm.ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)) {
             // Private pages over a file on a disk cannot be write-protected; left to choose, the freeze is eager then.
-            Err(RamError::Background(_)) if self.evicted => vm.ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()),
+            Err(RamError::Background(_)) if self.evicted => {
+                vm.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters))
+            }
             other => other,
         };
         let (image, _) = frozen.unwrap();
@@ -323,34 +300,36 @@ impl<'s> World<'s> {
     fn pin(&mut self, vm: usize, range: PageRange, access: Access, term: Term) {
         let vm = self.pick(vm);
         let vm = &self.vms[vm];
-        let region = vm.region();
+        // A pin is of one region.
+        let part = parts(&vm.ram, range).swap_remove(0);
+        let (region, range) = (part.region, part.pages);
         let table = region.ownership();
-        let own: Vec<u64> = (range.start..range.end).filter(|page| table.get(*page).0).collect();
-        let pin = match region.pin(range, access, term) {
+        let own: Vec<u64> = part.own().collect();
+        let pin = match region.pin(part.range, access, term) {
             Ok(pin) => pin,
-            Err(PinError::Unshare { .. }) => {
-                assert!(!vm.model.is_there(range), "a pin of memory that is there is refused");
+            Err(error) => {
+                assert!(!vm.model.is_there(range), "a pin of memory that is there is refused: {error}");
                 return;
             }
-            Err(other) => panic!("{other}"),
         };
+        assert!(vm.model.is_there(range), "R19: a device was given what is absent");
         // The one case in which what is not the VM's own is neither copied nor counted.
         let short_read = access == Access::Read && term == Term::Short;
-        let counted = if short_read { own } else { (range.start..range.end).collect() };
-        assert!(short_read || vm.model.is_there(range), "R19: a device was given what is absent");
+        let counted = if short_read { own } else { (range.start()..range.end()).collect() };
         for page in &counted {
-            assert!(table.get(*page).0, "I3: pinned {page:#x} is exclusive");
+            assert!(table.get(page - part.first).0, "I3: pinned {page:#x} is exclusive");
         }
         // The kernel agrees, before any device has made it look twice.
         let pinned = table.counts(region.range()).pinned;
         assert!(vm.ram.stats().unwrap().exclusive >= pinned, "I3: pinned before it was unshared");
         let id = vm.id;
-        let reach = if short_read { Reach::Address(pin) } else { Reach::Frames(dma::Device::attach(pin)) };
-        // What is absent cannot be read either.
-        if short_read && !vm.model.is_there(range) {
-            return;
-        }
-        self.pins.push(Pin { reach, access, vm: id, counted });
+        // Most requests look their frames up when they begin.
+        let reach = match (short_read, range.len() > MOST_HELD || self.done.is_multiple_of(4)) {
+            (true, true) => Reach::Address(pin),
+            (true, false) => Reach::Held(Held::of(pin, range, &vm.model)),
+            (false, _) => Reach::Frames(dma::Device::attach(pin)),
+        };
+        self.pins.push(Pin { reach, range, access, vm: id, counted });
     }
 
     fn reset(&mut self, vm: usize, image: usize) {
@@ -358,7 +337,7 @@ impl<'s> World<'s> {
         let vm = self.pick(vm);
         let pinned = !self.pinned_pages(self.vms[vm].id).is_empty();
         let vm = &mut self.vms[vm];
-        match vm.ram.reset(image, &Quiesced::assume(), Duration::ZERO) {
+        match vm.ram.reset(image, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO) {
             Ok(_) => {
                 assert!(!pinned, "I7: a pinned page was reset away");
                 vm.model.reset(model);
@@ -374,7 +353,14 @@ impl<'s> World<'s> {
         dead.retain(|id, _| pins.iter().any(|pin| pin.vm == *id));
     }
 
+    /// Pages that are pinned, counted or not: none of them may be taken away.
     fn pinned_pages(&self, vm: u64) -> BTreeSet<u64> {
+        let pins = self.pins.iter().filter(|pin| pin.vm == vm);
+        pins.flat_map(|pin| pin.range.start()..pin.range.end()).collect()
+    }
+
+    /// Those that are counted.
+    fn counted_pages(&self, vm: u64) -> BTreeSet<u64> {
         self.pins.iter().filter(|pin| pin.vm == vm).flat_map(|pin| pin.counted.iter().copied()).collect()
     }
 
@@ -385,8 +371,10 @@ impl<'s> World<'s> {
         let stats = vm.ram.stats().unwrap();
         assert_eq!(stats.reference + stats.shared + stats.exclusive, self.pages);
         let pins = self.pins.iter().filter(|pin| pin.vm == vm.id).map(|pin| pin.counted.len() as u64).sum::<u64>();
-        assert_eq!(stats.pinned, self.pinned_pages(vm.id).len() as u64, "I6: pins are exact");
-        assert_eq!(vm.region().ownership().counts(vm.region().range()).pins, pins, "I6: pins are exact");
+        assert_eq!(stats.pinned, self.counted_pages(vm.id).len() as u64, "I6: pins are exact");
+        let regions = vm.ram.regions().iter();
+        let counts = regions.map(|region| region.ownership().counts(region.range()).pins);
+        assert_eq!(counts.sum::<u64>(), pins, "I6: pins are exact");
     }
 
     /// Everything, at the end.
@@ -394,14 +382,12 @@ impl<'s> World<'s> {
         (0..self.vms.len()).for_each(|vm| self.check(vm));
         self.store.sweep();
         for vm in &self.vms {
-            vm.ram.check(&Quiesced::assume()).unwrap();
+            vm.ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
             vm.look_at(vm.model.all());
         }
         for pin in &mut self.pins {
-            let (got, range) = (pin.read(), pin.range());
             let alive = self.vms.iter().find(|vm| vm.id == pin.vm).map(|vm| &vm.model);
-            let model = alive.unwrap_or_else(|| &self.dead[&pin.vm]);
-            assert_eq!(model.first_wrong(range, &got), None, "I3: the device sees what the guest wrote");
+            pin.reads_what_it_must(alive.unwrap_or_else(|| &self.dead[&pin.vm]));
         }
         // I4: every image still gives the bytes of its instant, whatever its source did since.
         for (image, model) in &self.images {

@@ -134,6 +134,10 @@ load_page_tables:
 .globl park
 park:
     hlt
+.globl wait_for_interrupt
+wait_for_interrupt:
+    hlt
+    ret
 
 # Exceptions. Each gets a handler of 16 bytes that makes all frames alike: vector, error code, RIP, CS, RFLAGS, RSP, SS.
 .balign 16
@@ -153,8 +157,12 @@ handlers:
     .set vector, vector + 1
 .endr
 .balign 16
+    jmp interrupt                       # vector 32
+.balign 16
 
 general_protection:
+    cmpq $wait_for_interrupt, 8(%rsp)
+    je 2f
     cmpq $park, 8(%rsp)
     je halt
     cmpq $load_page_tables, 8(%rsp)
@@ -197,6 +205,25 @@ halt:
     incq (%rsp)                         # past the HLT
     iretq
 
+2:  sti
+sleep:
+    hlt
+    cli
+    addq $8, %rsp
+    incq (%rsp)
+    iretq
+
+# The only interrupt there is, and the only place where it is let in is `sleep`.
+interrupt:
+    pushq %rax
+    cmpq $sleep, 8(%rsp)                # before the HLT: it must not sleep now
+    jne 3f
+    incq 8(%rsp)
+3:  movl ${APIC_EOI}, %eax
+    movl $0, (%rax)
+    popq %rax
+    iretq
+
 .section .boot.data, "aw", @progbits
 .balign 16
 gdt:
@@ -217,7 +244,7 @@ gdt_end:
 .balign 16
 idt:
     .set handler, {IMAGE_BASE} + (handlers - boot_start)
-    .rept 32
+    .rept 33
     .quad (handler & 0xffff) | (CODE0 << 16) | (0x8e00 << 32) | ((handler >> 16) << 48)
     .quad 0
     .set handler, handler + 16

@@ -1,7 +1,7 @@
 //! The commands that take time. All accesses to guest memory are volatile: other vCPUs, devices and the host look on.
 
 use crate::{
-    disk,
+    apic, disk,
     abi::{Command, PAGE_SIZE, PAGE_WORDS, POLL_OPS, Status, fill_word, touch_word, write_op},
     mailbox::Mailbox,
 };
@@ -24,7 +24,7 @@ impl Outcome {
         Self { status, result }
     }
 
-    fn progress(mailbox: &Mailbox, flow: ControlFlow<()>) -> Self {
+    pub fn progress(mailbox: &Mailbox, flow: ControlFlow<()>) -> Self {
         Self::new(flow, [mailbox.progress(), 0, 0, 0])
     }
 }
@@ -52,6 +52,8 @@ pub fn run(mailbox: &Mailbox, command: Command) -> Outcome {
         Command::DiskOpen { slot, area, size } => disk::open(slot, area, size),
         Command::DiskRun(run) => disk::run(mailbox, run),
         Command::DiskReset { area } => disk::reset(area),
+        Command::Relay { peer, first } => apic::relay(mailbox, peer, first),
+        Command::Restart { peer } => apic::restart(mailbox, peer),
         // The command loop's own.
         Command::Idle | Command::Announce | Command::Halt => Outcome { status: Status::Rejected, result: [0; 4] },
     }

@@ -6,6 +6,7 @@
 #[path = "../src/abi.rs"]
 #[allow(dead_code)]
 mod abi;
+mod apic;
 mod commands;
 mod disk;
 mod mailbox;
@@ -15,8 +16,8 @@ mod runtime;
 use abi::{Command, Event, State, Status};
 use commands::Outcome;
 use core::{
-    arch::{asm, global_asm},
-    hint, ptr,
+    arch::global_asm,
+    hint,
 };
 use mailbox::Mailbox;
 
@@ -39,19 +40,14 @@ global_asm!(
     FAULTED = const State::Faulted as u64,
     EVENT_FAULT = const Event::Fault as u8,
     REPORT_PORT = const abi::REPORT_PORT,
+    APIC_EOI = const apic::EOI,
     options(att_syntax)
 );
 
 // boot.S shifts by 12 to find a mailbox, and shifts the index to find a per-vCPU area.
 const _: () = assert!(abi::MAILBOX_STRIDE == 1 << 12 && abi::PER_VCPU_SIZE.is_power_of_two());
 
-/// Where the other vCPUs start in real mode: a page below 1 MiB, whose number is the start-up IPI's vector.
-const AP_START: u64 = 0x8000;
-
 unsafe extern "C" {
-    static ap_start: u8;
-    static ap_start_end: u8;
-
     /// Has ring 0 switch to the page tables at [`abi::PAGE_TABLES`].
     fn load_page_tables();
     /// Has ring 0 halt this vCPU for good.
@@ -69,7 +65,7 @@ extern "C" fn ring3(index: u64, info: *const u8, boot: u32) -> ! {
             memory_map::build_page_tables(boot, info);
             load_page_tables();
         }
-        start_others();
+        apic::start_others();
     }
     serve(mailbox)
 }
@@ -114,29 +110,5 @@ fn serve(mailbox: Mailbox) -> ! {
             }
             None => mailbox.finish(seq, Status::Rejected, [0; 4]),
         }
-    }
-}
-
-/// Starts all other vCPUs, by INIT and two start-up IPIs. Those that are not there do not mind.
-///
-/// KVM keeps both pending until the vCPU runs, so there is nothing to wait for in between.
-fn start_others() {
-    const ICR: *mut u32 = 0xfee0_0300 as *mut u32;
-    const ALL_BUT_SELF: u32 = 0b11 << 18;
-    const ASSERT: u32 = 1 << 14;
-    const INIT: u32 = 0b101 << 8;
-    const STARTUP: u32 = 0b110 << 8 | (AP_START >> 12) as u32;
-
-    // SAFETY: the page at AP_START is this program's, and the code between the symbols runs at any address.
-    unsafe {
-        let code = &raw const ap_start;
-        let length = (&raw const ap_start_end).offset_from_unsigned(code);
-        ptr::copy_nonoverlapping(code, AP_START as *mut u8, length);
-        // The processor that fetches this is another one: it must be in memory before the IPIs are sent.
-        asm!("mfence", options(nostack, preserves_flags));
-    }
-    for ipi in [INIT, STARTUP, STARTUP] {
-        // SAFETY: the local APIC is mapped one to one, and the IPIs reach only vCPUs that have not started.
-        unsafe { ICR.write_volatile(ALL_BUT_SELF | ASSERT | ipi) };
     }
 }

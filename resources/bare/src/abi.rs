@@ -18,7 +18,7 @@
 //!
 //! The first vCPU starts all others by INIT and start-up IPIs, however many there are; a vCPU's index is its initial APIC
 //! ID, which the host must set in CPUID leaf 1. A VMM without an in-kernel local APIC sees the IPIs as three 32-bit MMIO
-//! writes to 0xfee00300, and may ignore them. Interrupts stay off.
+//! writes to 0xfee00300, and may ignore them. Interrupts stay off, but while [`Command::Relay`] sleeps.
 //!
 //! # Commands
 //!
@@ -298,6 +298,13 @@ pub enum Command {
     DiskRun(DiskRun),
     /// Resets the device of `area` and waits until it says that it is. Ends a `DiskRun` on another vCPU. `result[0]` is the status after it.
     DiskReset { area: u64 },
+    /// Halts until an interrupt comes, and answers it by one to vCPU `peer`, over and over; with `first`, sends one before.
+    /// Two vCPUs that name each other go on for ever unless an interrupt is lost. `progress` counts the times it was about
+    /// to halt. A new command is seen only after an interrupt.
+    Relay { peer: u64, first: bool },
+    /// Restarts vCPU `peer` by INIT and two start-up IPIs and waits until it runs again, over and over. `progress` and
+    /// `result[0]` count restarts.
+    Restart { peer: u64 },
 }
 
 impl Command {
@@ -320,6 +327,8 @@ impl Command {
             Self::DiskOpen { slot, area, size } => (11, [slot, area, size, 0, 0, 0, 0, 0]),
             Self::DiskRun(run) => (12, run.encode()),
             Self::DiskReset { area } => (13, [area, 0, 0, 0, 0, 0, 0, 0]),
+            Self::Relay { peer, first } => (14, [peer, first as u64, 0, 0, 0, 0, 0, 0]),
+            Self::Restart { peer } => (15, [peer, 0, 0, 0, 0, 0, 0, 0]),
         }
     }
 
@@ -344,6 +353,8 @@ impl Command {
                 None => return None,
             },
             13 if a.is_multiple_of(PAGE_SIZE) => return Some(Self::DiskReset { area: a }),
+            14 if a < MAX_VCPUS => return Some(Self::Relay { peer: a, first: b != 0 }),
+            15 if a < MAX_VCPUS => return Some(Self::Restart { peer: a }),
             _ => return None,
         };
         // All that are left work on a range of `b` pages from `a`, and some of them would never poll an empty one.
@@ -475,6 +486,8 @@ mod tests {
                 seed: 7,
             }),
             Command::DiskReset { area: start },
+            Command::Relay { peer: 3, first: true },
+            Command::Restart { peer: 31 },
         ];
         for (code, command) in commands.into_iter().enumerate() {
             let (encoded, args) = command.encode();

@@ -64,15 +64,17 @@ pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: Kind) {
         return;
     }
     match runs.last_mut() {
-        Some(last) if last.range.end == range.start && last.kind == kind => last.range.end = range.end,
+        Some(last) if last.range.end() == range.start() && last.kind == kind => {
+            last.range = PageRange::new(last.range.start(), range.end());
+        }
         _ => runs.push(Run { range, kind }),
     }
 }
 
 /// The parts of ascending runs that lie in `within`.
 fn runs_within(runs: &[Run], within: PageRange) -> impl Iterator<Item = Run> {
-    let first = runs.partition_point(|run| run.range.end <= within.start);
-    let touching = runs[first..].iter().take_while(move |run| run.range.start < within.end);
+    let first = runs.partition_point(|run| run.range.end() <= within.start());
+    let touching = runs[first..].iter().take_while(move |run| run.range.start() < within.end());
     touching.map(move |run| Run { range: run.range.intersect(within), kind: run.kind })
 }
 
@@ -88,10 +90,10 @@ impl Index {
     pub fn first_missing(&self) -> Option<u64> {
         let mut at = 0;
         for run in &self.runs {
-            if run.range.start != at {
+            if run.range.start() != at {
                 return Some(at);
             }
-            at = run.range.end;
+            at = run.range.end();
         }
         (at < self.pages()).then_some(at)
     }
@@ -129,7 +131,7 @@ impl Index {
             out.extend_from_slice(&number.to_le_bytes());
         }
         for run in &self.runs {
-            out.extend_from_slice(&run.range.start.to_le_bytes());
+            out.extend_from_slice(&run.range.start().to_le_bytes());
             out.extend_from_slice(&(run.range.len() << 1 | u64::from(run.kind == Kind::Zero)).to_le_bytes());
         }
         for chunk in &self.chunks {
@@ -176,7 +178,7 @@ impl Index {
             let (least, joined) = self
                 .runs
                 .last()
-                .map_or((0, false), |last| (last.range.end, last.range.end == start && last.kind == kind));
+                .map_or((0, false), |last| (last.range.end(), last.range.end() == start && last.kind == kind));
             let end = start.checked_add(len).filter(|end| len > 0 && *end <= pages && start >= least && !joined);
             let Some(end) = end else {
                 return Err(Damage::value("a run", &format!("{len:#x} pages at {start:#x} of {pages:#x}")));
@@ -192,11 +194,11 @@ impl Index {
         self.chunks.reserve_exact(chunks as usize);
         for at in 0..chunks {
             // The next one that a run reaches into.
-            let first = self.runs.partition_point(|run| run.range.end <= next * CHUNK_PAGES);
+            let first = self.runs.partition_point(|run| run.range.end() <= next * CHUNK_PAGES);
             let Some(run) = self.runs[first..].iter().find(|run| run.kind == Kind::Data) else {
                 return Err(Damage::value("the number of chunks", &format!("{chunks}: there is data for {at}")));
             };
-            let number = next.max(run.range.start / CHUNK_PAGES);
+            let number = next.max(run.range.start() / CHUNK_PAGES);
             next = number + 1;
             let (stored, sum) = (reader.u64()?, reader.u64()?);
             let most = self.data_of(number).map(|data| data.len() << PAGE_SHIFT).sum::<u64>();
@@ -265,8 +267,8 @@ mod tests {
             assert!(matches!(refused, Err(Damage::Value { .. } | Damage::Length { .. })), "{refused:?}");
         };
         wrong(&|i| i.runs.swap(0, 1));
-        wrong(&|i| i.runs[4].range.end = 301);
-        wrong(&|i| i.runs[0].range.end = 4);
+        wrong(&|i| i.runs[4].range = PageRange::new(i.runs[4].range.start(), 301));
+        wrong(&|i| i.runs[0].range = PageRange::new(i.runs[0].range.start(), 4));
         wrong(&|i| i.runs[0].kind = Kind::Data);
         wrong(&|i| i.chunks.truncate(2));
         wrong(&|i| i.chunks[0].stored = 4096);

@@ -33,7 +33,7 @@ impl Warm {
         out.extend_from_slice(&self.id.get().to_le_bytes());
         out.extend_from_slice(&(self.runs.len() as u64).to_le_bytes());
         for run in &self.runs {
-            out.extend_from_slice(&run.start.to_le_bytes());
+            out.extend_from_slice(&run.start().to_le_bytes());
             out.extend_from_slice(&run.len().to_le_bytes());
         }
         seal(out)

@@ -75,7 +75,7 @@ impl World {
         for (number, (_, pages)) in layout().ranges().iter().enumerate() {
             let cut = PageRange::new(at, at + len).intersect(PageRange::with_len(first, *pages));
             if !cut.is_empty() {
-                out.push((number, PageRange::new(cut.start - first, cut.end - first)));
+                out.push((number, PageRange::new(cut.start() - first, cut.end() - first)));
             }
             first += pages;
         }
@@ -118,7 +118,7 @@ impl World {
             Deed::Evict(at, len) => {
                 for (region, range) in Self::parts(at, len) {
                     let swap = std::path::Path::new("/var/tmp");
-                    self.ram.regions()[region].evict(range, swap, &Quiesced::assume()).unwrap();
+                    self.ram.regions()[region].evict(range, swap, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
                 }
             }
             Deed::Freeze => drop(freeze(&self.ram)),

@@ -64,7 +64,7 @@ pub(crate) fn child(image: &RamImage, store: &Store) -> GuestRam {
 }
 
 pub(crate) fn freeze(ram: &GuestRam) -> RamImage {
-    ram.freeze(&Quiesced::assume()).unwrap().0
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap().0
 }
 
 /// Guest address of a page counted over all regions.

@@ -71,7 +71,7 @@ fn parent(store: &Store, mem: u64) -> Result<GuestRam, Failure> {
     let ram = GuestRam::reserve(&RamLayout::new(mem).map_err(Failure::run)?, store).map_err(Failure::run)?;
     ram.birth().map_err(Failure::run)?;
     dirty(&ram, 0, mem / PAGE_SIZE, 1)?;
-    ram.freeze(&Quiesced::assume()).map_err(Failure::run)?;
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
     Ok(ram)
 }
 
@@ -87,14 +87,16 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
         store.warm(SPARES).map_err(Failure::run)?;
         dirty(&ram, FIRST, pages, 2 * round)?;
         let begun = Instant::now();
-        let (image, report) = ram.freeze_in(FreezeMode::Eager, &Quiesced::assume()).map_err(Failure::run)?;
+        let (image, report) =
+            ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
         s.eager.push_us(begun.elapsed());
         check(report.copied >= pages && report.pending == 0, "an eager freeze left something out")?;
         drop(image);
 
         dirty(&ram, FIRST, pages, 2 * round + 1)?;
         let begun = Instant::now();
-        let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::assume()).map_err(Failure::run)?;
+        let (image, report) =
+            ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
         s.background.push_us(begun.elapsed());
         check(
             report.copied >= pages && report.pending == report.copied,

@@ -29,7 +29,7 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> 
         for threads in [1, 2] {
             let ours = on_threads(threads, args.samples, |n| {
                 let range = own_range(n, pages);
-                ours(region, range)
+                pins(region, range, Access::Write)
             })?;
             let table = Locked::new(region.pages());
             let baseline = on_threads(threads, args.samples, |n| Ok(locked(&table, own_range(n, pages))))?;
@@ -39,8 +39,27 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> 
             rows.push(if judged { row.target("p50 <= 50", |r| r.p50() <= 50.0) } else { row });
         }
     }
+    rows.extend(read_pins(store, &ram, args.samples)?);
     let beside = with_freezes(&ram, args.samples)?;
     rows.push(Row::new("pin_unpin_page_100_freezes_per_s", "ns", &beside));
+    Ok(rows)
+}
+
+/// Short read pins of what a child shares with its parent: what each disk write from such a page takes.
+fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, Failure> {
+    let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+    let child = GuestRam::reserve(ram.layout(), store).map_err(Failure::run)?;
+    child.adopt(&image).map_err(Failure::run)?;
+    let region = &child.regions()[0];
+    let table = Locked::new(region.pages());
+    let mut rows = Vec::new();
+    for threads in [1, 2] {
+        let ours = on_threads(threads, samples, |n| pins(region, own_range(n, 1), Access::Read))?;
+        let baseline = on_threads(threads, samples, |n| Ok(locked(&table, own_range(n, 1))))?;
+        let suffix = if threads == 1 { "" } else { "_2_threads" };
+        let row = Row::new(format!("read_pin_shared_page{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
+        rows.push(if threads == 1 { row.target("p50 <= 150", |r| r.p50() <= 150.0) } else { row });
+    }
     Ok(rows)
 }
 
@@ -50,10 +69,10 @@ fn own_range(thread: u64, pages: u64) -> PageRange {
     PageRange::with_len((1 + 2 * thread + 8 * whole) * BLOCK_PAGES, pages)
 }
 
-fn ours(region: &Arc<GuestRegion>, range: PageRange) -> Result<f64, Failure> {
+fn pins(region: &Arc<GuestRegion>, range: PageRange, access: Access) -> Result<f64, Failure> {
     let begun = Instant::now();
     for _ in 0..BATCH {
-        let pin = region.pin(black_box(range), Access::Write, Term::Short).map_err(Failure::run)?;
+        let pin = region.pin(black_box(range), access, Term::Short).map_err(Failure::run)?;
         drop(black_box(pin));
     }
     Ok(begun.elapsed().as_nanos() as f64 / f64::from(BATCH))
@@ -68,7 +87,7 @@ impl Locked {
 
     fn change(&self, range: PageRange, by: i32) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for count in &mut counts[range.start as usize..range.end as usize] {
+        for count in &mut counts[range.start() as usize..range.end() as usize] {
             *count = count.wrapping_add_signed(by);
         }
     }
@@ -108,7 +127,7 @@ fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
     thread::scope(|scope| {
         let freezer = scope.spawn(|| -> Result<(), Failure> {
             while !stop.load(Ordering::Relaxed) {
-                ram.freeze(&Quiesced::assume()).map_err(Failure::run)?;
+                ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
                 thread::sleep(FREEZE_PACE);
             }
             Ok(())
@@ -118,7 +137,7 @@ fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
         // Long enough to meet some freezes.
         let until = Instant::now() + FREEZE_PACE * 20;
         while failed.is_ok() && (Instant::now() < until || samples == 0) {
-            match ours(&ram.regions()[0], own_range(0, 1)) {
+            match pins(&ram.regions()[0], own_range(0, 1), Access::Write) {
                 Ok(value) => sample.push(value),
                 Err(error) => failed = Err(error),
             }

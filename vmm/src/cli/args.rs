@@ -29,6 +29,8 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Try hard to make something go wrong, and compare every byte.
     Stress(StressArgs),
+    /// Look at what of this host matters to vCPUs' state, and try what can be tried.
+    Check(CheckArgs),
     /// Write an embedded guest to a file.
     Guest(GuestArgs),
     /// List the running VMs.
@@ -116,6 +118,9 @@ pub(crate) struct RunArgs {
     /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
+    /// Performance counters, as the host has them. What they count is the host's, and a snapshot needs a host that has them too.
+    #[arg(long)]
+    pub(crate) pmu: bool,
     /// A disk: PATH[,ro][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]]. Repeatable;
     /// the guest finds them in this order.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
@@ -341,9 +346,12 @@ pub(crate) enum StressName {
 pub(crate) struct StressArgs {
     /// What to try.
     pub(crate) name: StressName,
-    /// For how long.
+    /// For how long. A run without unshare goes on until it has found wrong bytes.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) seconds: u64,
+    /// vCPUs, an even number. Two drive the disks; the others wake each other by interrupts, in pairs.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) cpus: u64,
     /// Forks of the parent a second, as far as there is time.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) forks_per_second: u32,
@@ -353,9 +361,29 @@ pub(crate) struct StressArgs {
     /// Where the disks' files are made; the temporary directory if not given.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
-    /// Let freezes take pinned pages like any others: bytes will be wrong, and must be found.
+    /// The control run: freezes take pinned pages like any others. Succeeds once wrong bytes are found, and fails if none
+    /// are in 10,000 forks.
     #[arg(long)]
     pub(crate) without_unshare: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What can be checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CheckName {
+    /// This host and its KVM: docs/vtx-checklist.md says what to do beside it.
+    Host,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// What to check.
+    pub(crate) name: CheckName,
+    /// Forks of each storm of interrupts.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) forks: u32,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -67,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(&args),
         Command::Bench(args) => crate::bench::main(&args),
         Command::Stress(args) => crate::stress::main(&args),
+        Command::Check(args) => crate::check::main(&args),
         Command::Guest(args) => remote::guest(&args),
         Command::Ps(args) => remote::ps(&args),
         Command::Fork(args) => remote::fork(&args),
@@ -92,4 +93,4 @@ pub fn main() -> ExitCode {
     }
 }
 
-pub(crate) use args::{BenchArgs, BenchName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
+pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};

@@ -29,6 +29,7 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     config.pit = args.pit;
     config.cpu = args.cpu_template;
     config.hide = args.cpu_hide.clone().unwrap_or_default();
+    config.pmu = args.pmu;
     config.acpi = !(bare || args.no_acpi);
     config.report_port = bare;
     config.irqchip = Irqchip::Full;

@@ -75,6 +75,8 @@ pub struct CpuidSpec<'a> {
     pub hide: &'a CpuHide,
     /// What it is to look like.
     pub template: CpuTemplate,
+    /// Whether there are performance counters.
+    pub pmu: bool,
     /// The highest basic leaf to admit to.
     pub max_leaf: Option<u32>,
     /// Whether KVM emulates the TSC deadline timer, which it does not say in its CPUID.
@@ -137,6 +139,13 @@ pub fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, Cpu
         set_amd_topology(&mut leaves, spec);
     }
     hide(&mut leaves, spec.hide);
+    if !spec.pmu {
+        hide(&mut leaves, &CpuHide::counters());
+        clear(&mut leaves, &PMU_LEAVES);
+    }
+    if spec.hide.hides("svm") {
+        clear(&mut leaves, &[SVM_LEAF]);
+    }
     let entries = leaves.0.len();
     CpuId::from_entries(&leaves.0).map_err(|_| CpuidError::TooManyEntries { entries })
 }
@@ -216,6 +225,17 @@ fn set_amd_topology(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     }
 }
 
+/// Leaves of performance counters: Intel's architectural ones, and AMD's.
+const PMU_LEAVES: [u32; 2] = [0xa, 0x8000_0022];
+/// What AMD's nested virtualization can do.
+const SVM_LEAF: u32 = 0x8000_000a;
+
+fn clear(leaves: &mut Leaves, functions: &[u32]) {
+    for function in functions {
+        leaves.all_mut(*function).for_each(|e| (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0));
+    }
+}
+
 /// The state components of leaf 0xD that a feature owns, by their XCR0 bits.
 const STATE_COMPONENTS: [(&str, u64); 5] =
     [("avx", 1 << 2), ("mpx", 0b11 << 3), ("avx512f", 0b111 << 5), ("pku", 1 << 9), ("amx_tile", 0b11 << 17)];
@@ -267,6 +287,7 @@ mod tests {
             entry(4, 0, [l1, 0, 0, 0]),
             entry(4, 3, [l3, 0, 0, 0]),
             entry(7, 0, [1, u32::MAX, u32::MAX, u32::MAX]),
+            entry(0xa, 0, [0x0730_0402, 0, 0, 0x603]),
             entry(0xb, 0, [1, 2, 0x100, 7]),
             entry(0xd, 0, [0xe7, 1000, 1000, 0]),
             entry(0xd, 1, [0xf, 1000, 0, 0]),
@@ -275,6 +296,8 @@ mod tests {
             entry(0x4000_0001, 0, [u32::MAX, 0, 0, 0]),
             entry(0x8000_0001, 0, [0, 0, !2, u32::MAX]),
             entry(0x8000_0008, 0, [0x3030, 0, 0x703f, 0]),
+            entry(0x8000_000a, 0, [1, 8, 0, 0xff]),
+            entry(0x8000_0022, 0, [1, 6, 0, 0]),
             entry(0x8000_001d, 3, [l3, 0, 0, 0]),
             entry(0x8000_001e, 0, [7, 7, 7, 0]),
         ])
@@ -287,6 +310,7 @@ mod tests {
             vcpus,
             hide,
             template: CpuTemplate::Host,
+            pmu: false,
             max_leaf: None,
             tsc_deadline: true,
             force_xsaveerptr: false,
@@ -351,6 +375,29 @@ mod tests {
         let none: CpuHide = "xsave".parse().unwrap();
         let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &none)).unwrap();
         assert!(cpuid.as_slice().iter().filter(|e| e.function == 0xd).all(|e| e.eax | e.ebx | e.ecx | e.edx == 0));
+    }
+
+    #[test]
+    fn there_are_no_performance_counters_unless_asked_for() {
+        let hide = CpuHide::none();
+        let with = |pmu| build_cpuid(&supported(b"GenuineIntel"), &CpuidSpec { pmu, ..spec(0, 1, &hide) }).unwrap();
+        let (without, with) = (with(false), with(true));
+        for leaf in PMU_LEAVES {
+            let of = |cpuid| find(cpuid, leaf, 0);
+            assert_eq!([of(&without).eax, of(&without).ebx, of(&without).edx], [0; 3], "{leaf:#x}");
+            assert_ne!(of(&with).eax, 0, "{leaf:#x}");
+        }
+        assert_eq!(find(&without, 1, 0).ecx & 1 << 15, 0, "PDCM");
+        assert_ne!(find(&with, 1, 0).ecx & 1 << 15, 0);
+        assert_eq!(find(&without, 0x8000_0001, 0).ecx & (1 << 23 | 1 << 24 | 1 << 28), 0);
+    }
+
+    #[test]
+    fn nested_virtualization_hides_with_its_leaf() {
+        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &CpuHide::nested())).unwrap();
+        assert_eq!(find(&cpuid, 1, 0).ecx & (1 << 5 | 1 << 6), 0);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & 1 << 2, 0);
+        assert_eq!(find(&cpuid, SVM_LEAF, 0).edx, 0);
     }
 
     #[test]

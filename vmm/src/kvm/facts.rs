@@ -6,11 +6,14 @@ use std::fs;
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
-use super::features::{CpuHide, Reg, features};
+use super::features::{Reg, features};
 use super::host::{Host, HostError};
 
 /// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
 pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Bits of `IA32_ARCH_CAPABILITIES` that say that something is worse, not better: RSBA and RRSBA.
+const WORSE: u64 = 1 << 2 | 1 << 19;
 
 /// Bits that say how many vCPUs there are, and nothing about the host: HTT and CMP_LEGACY.
 const TOPOLOGY: [(u32, Reg, u32); 2] = [(1, Reg::Edx, 1 << 28), (0x8000_0001, Reg::Ecx, 1 << 1)];
@@ -22,6 +25,19 @@ pub struct FeatureWord {
     subleaf: u32,
     register: Reg,
     bits: u32,
+}
+
+/// A state component in the XSAVE area, as leaf 0xD says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XsaveComponent {
+    /// Its bit in XCR0 or `IA32_XSS`.
+    pub bit: u32,
+    /// Bytes.
+    pub size: u32,
+    /// Where it is in the standard format; 0 for those of `IA32_XSS`.
+    pub offset: u32,
+    /// ECX: supervisor component, alignment, XFD.
+    pub flags: u32,
 }
 
 /// See the module's documentation.
@@ -37,6 +53,15 @@ pub struct HostFacts {
     pub tsc_khz: Option<u32>,
     /// The kernel's release.
     pub kernel: String,
+    /// Where the state components are that the guest was given.
+    #[serde(default)]
+    pub xsave: Vec<XsaveComponent>,
+    /// What the guest was told in `IA32_ARCH_CAPABILITIES`, if anything.
+    #[serde(default)]
+    pub arch_capabilities: Option<u64>,
+    /// Bits of a physical address, if CPUID says.
+    #[serde(default)]
+    pub physical_bits: Option<u8>,
 }
 
 /// A host that the state cannot go on at.
@@ -63,6 +88,34 @@ pub enum HostMismatch {
         saved: u32,
         /// Of this host.
         here: u32,
+    },
+    /// Another layout of the XSAVE area.
+    #[error("the guest's XSAVE area has component {} as {} bytes at {}, this host's has {}", saved.bit, saved.size, saved.offset, found(here.as_ref()))]
+    Xsave {
+        /// Of the state.
+        saved: XsaveComponent,
+        /// Of this host, if it has it.
+        here: Option<XsaveComponent>,
+    },
+    /// The guest was told that it need not fear what it must fear here.
+    #[error(
+        "IA32_ARCH_CAPABILITIES is {here:#x} here, and {saved:#x} where the guest ran: bits {differing:#x} would deceive it"
+    )]
+    ArchCapabilities {
+        /// Of the state.
+        saved: u64,
+        /// Of this host.
+        here: u64,
+        /// Immunities that are missing here, and behaviours that are new.
+        differing: u64,
+    },
+    /// Fewer bits of a physical address.
+    #[error("the guest was given physical addresses of {saved} bits, this host has {here}")]
+    PhysicalBits {
+        /// Of the state.
+        saved: u8,
+        /// Of this host.
+        here: u8,
     },
     /// This host cannot be asked.
     #[error("this host cannot be compared with the one the guest ran on")]
@@ -97,6 +150,16 @@ fn words(cpuid: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
     all
 }
 
+fn found(here: Option<&XsaveComponent>) -> String {
+    here.map_or_else(|| "none".to_owned(), |here| format!("{} bytes at {}", here.size, here.offset))
+}
+
+/// The components of leaf 0xD behind x87 and SSE, which are where they are everywhere.
+fn components(cpuid: &[kvm_cpuid_entry2]) -> Vec<XsaveComponent> {
+    let all = cpuid.iter().filter(|e| e.function == 0xd && e.index >= 2 && e.eax != 0);
+    all.map(|e| XsaveComponent { bit: e.index, size: e.eax, offset: e.ebx, flags: e.ecx }).collect()
+}
+
 fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
     let leaf = cpuid.iter().find(|e| e.function == 0);
     let bytes = leaf.map(|e| [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes)).unwrap_or_default();
@@ -106,7 +169,8 @@ fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
 impl HostFacts {
     /// Of a guest whose vCPUs were made with `cpuid`, on this host.
     #[must_use]
-    pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>) -> Self {
+    pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>, arch_capabilities: Option<u64>) -> Self {
+        let addresses = cpuid.iter().find(|e| e.function == 0x8000_0008);
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
             clade: env!("CARGO_PKG_VERSION").to_owned(),
@@ -114,6 +178,9 @@ impl HostFacts {
             features: words(cpuid),
             tsc_khz,
             kernel: kernel.trim().to_owned(),
+            xsave: components(cpuid),
+            arch_capabilities,
+            physical_bits: addresses.map(|e| e.eax as u8).filter(|bits| *bits > 0),
         }
     }
 
@@ -122,7 +189,7 @@ impl HostFacts {
     /// # Errors
     /// When it cannot be asked.
     pub fn here(host: &Host) -> Result<Self, HostError> {
-        Ok(Self::of(host.cpuid(0, 1, &CpuHide::none())?.as_slice(), host.tsc_khz()?))
+        Ok(Self::of(host.cpuid_at_most()?.as_slice(), host.tsc_khz()?, host.arch_capabilities()?))
     }
 
     /// Whether a guest with these facts can go on at `host`. Another version or another kernel is no hindrance.
@@ -140,6 +207,25 @@ impl HostFacts {
         let missing = self.missing(here);
         if !missing.is_empty() {
             return Err(HostMismatch::Features { missing });
+        }
+        for saved in &self.xsave {
+            let here = here.xsave.iter().find(|component| component.bit == saved.bit).copied();
+            if here != Some(*saved) {
+                return Err(HostMismatch::Xsave { saved: *saved, here });
+            }
+        }
+        if let (Some(saved), Some(here)) = (self.physical_bits, here.physical_bits)
+            && here < saved
+        {
+            return Err(HostMismatch::PhysicalBits { saved, here });
+        }
+        // A guest that was told nothing takes no precaution less.
+        if let Some(saved) = self.arch_capabilities {
+            let here = here.arch_capabilities.unwrap_or(0);
+            let differing = saved & !here & !WORSE | here & !saved & WORSE;
+            if differing != 0 {
+                return Err(HostMismatch::ArchCapabilities { saved, here, differing });
+            }
         }
         match (self.tsc_khz, here.tsc_khz) {
             (Some(saved), Some(here)) if !scales_tsc && !same_tsc(saved, here) => {
@@ -173,6 +259,7 @@ pub(super) fn same_tsc(saved: u32, here: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::features::CpuHide;
     use super::super::testutil::host;
     use super::*;
 
@@ -180,7 +267,7 @@ mod tests {
         let entry = |function, ebx, ecx, edx| kvm_cpuid_entry2 { function, ebx, ecx, edx, ..Default::default() };
         let leaves =
             [entry(0, 0x756e_6547, 0x6c65_746e, 0x4965_6e69), entry(1, 0, ecx1, 1 << 28), entry(7, ebx7, 0, 0)];
-        HostFacts::of(&leaves, Some(2_000_000))
+        HostFacts::of(&leaves, Some(2_000_000), None)
     }
 
     #[test]
@@ -211,9 +298,46 @@ mod tests {
     }
 
     #[test]
+    fn an_area_of_another_layout_is_refused_by_component() {
+        let avx = XsaveComponent { bit: 2, size: 256, offset: 576, flags: 0 };
+        let pku = XsaveComponent { bit: 9, size: 8, offset: 2688, flags: 0 };
+        let saved = HostFacts { xsave: vec![avx, pku], ..facts(1, 1) };
+        let more = XsaveComponent { bit: 5, size: 64, offset: 1088, flags: 0 };
+        let here = HostFacts { xsave: vec![avx, more, pku], ..saved.clone() };
+        assert!(saved.check_against(&here, false).is_ok(), "more is no hindrance");
+        let moved = HostFacts { xsave: vec![avx, XsaveComponent { offset: 832, ..pku }], ..saved.clone() };
+        let error = saved.check_against(&moved, false).unwrap_err().to_string();
+        let wanted = "the guest's XSAVE area has component 9 as 8 bytes at 2688, this host's has 8 bytes at 832";
+        assert_eq!(error, wanted);
+        let without = HostFacts { xsave: vec![avx], ..saved.clone() };
+        assert!(saved.check_against(&without, false).unwrap_err().to_string().ends_with("this host's has none"));
+    }
+
+    #[test]
+    fn a_host_that_is_less_immune_or_smaller_is_refused() {
+        // RDCL_NO and MDS_NO; IBRS_ALL.
+        let saved = HostFacts { arch_capabilities: Some(0x21), physical_bits: Some(46), ..facts(1, 1) };
+        let with = |caps| HostFacts { arch_capabilities: caps, ..saved.clone() };
+        assert!(saved.check_against(&with(Some(0x23)), false).is_ok(), "more immune is no hindrance");
+        for (here, differing) in [(Some(0x01), 0x20), (None, 0x21), (Some(0x25), 0x4)] {
+            let error = saved.check_against(&with(here), false).unwrap_err();
+            assert!(matches!(error, HostMismatch::ArchCapabilities { differing: d, .. } if d == differing), "{error}");
+        }
+        assert!(with(None).check_against(&saved, false).is_ok(), "a guest that was told nothing");
+        let small = HostFacts { physical_bits: Some(39), ..saved.clone() };
+        let error = saved.check_against(&small, false).unwrap_err().to_string();
+        assert_eq!(error, "the guest was given physical addresses of 46 bits, this host has 39");
+        assert!(small.check_against(&saved, false).is_ok());
+    }
+
+    #[test]
     fn a_host_fits_itself() {
         let Some(host) = host() else { return };
-        let facts = HostFacts::of(host.cpuid(1, 2, &CpuHide::none()).unwrap().as_slice(), host.tsc_khz().unwrap());
+        let facts = HostFacts::of(
+            host.cpuid(1, 2, &CpuHide::none()).unwrap().as_slice(),
+            host.tsc_khz().unwrap(),
+            host.arch_capabilities().unwrap(),
+        );
         facts.check(&host).unwrap();
         assert!(!facts.features.is_empty() && !facts.kernel.is_empty());
         let mut hidden = HostFacts::here(&host).unwrap();

@@ -42,7 +42,7 @@ const fn row(leaf: u32, subleaf: u32, reg: Reg, bits: &'static [(&'static str, u
 
 #[rustfmt::skip]
 const ROWS: &[Row] = &[
-    row(1, 0, Reg::Ecx, &[("pni", 0), ("pclmulqdq", 1), ("monitor", 3), ("ssse3", 9), ("fma", 12), ("cx16", 13),
+    row(1, 0, Reg::Ecx, &[("pni", 0), ("pclmulqdq", 1), ("monitor", 3), ("vmx", 5), ("smx", 6), ("ssse3", 9), ("fma", 12), ("cx16", 13), ("pdcm", 15),
         ("pcid", 17), ("sse4_1", 19), ("sse4_2", 20), ("x2apic", 21), ("movbe", 22), ("popcnt", 23),
         ("tsc_deadline_timer", 24), ("aes", 25), ("xsave", 26), ("osxsave", 27), ("avx", 28), ("f16c", 29),
         ("rdrand", 30), ("hypervisor", 31)]),
@@ -71,7 +71,7 @@ const ROWS: &[Row] = &[
         ("kvm_migration_control", 17), ("kvm_clocksource_stable", 24)]),
     row(0x8000_0001, 0, Reg::Ecx, &[("lahf_lm", 0), ("cmp_legacy", 1), ("svm", 2), ("cr8_legacy", 4), ("abm", 5),
         ("sse4a", 6), ("misalignsse", 7), ("3dnowprefetch", 8), ("osvw", 9), ("xop", 11), ("fma4", 16), ("tbm", 21),
-        ("topoext", 22), ("perfctr_core", 23)]),
+        ("topoext", 22), ("perfctr_core", 23), ("perfctr_nb", 24), ("perfctr_llc", 28)]),
     row(0x8000_0001, 0, Reg::Edx, &[("mmxext", 22), ("fxsr_opt", 25), ("pdpe1gb", 26), ("rdtscp", 27)]),
     row(0x8000_0007, 0, Reg::Edx, &[("constant_tsc", 8)]),
     row(0x8000_0008, 0, Reg::Ebx, &[("clzero", 0), ("xsaveerptr", 2), ("wbnoinvd", 9), ("ibpb", 12), ("ibrs", 14),
@@ -134,6 +134,16 @@ impl CpuHide {
     #[must_use]
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state that is saved.
+    pub(super) fn nested() -> Self {
+        Self(["vmx", "smx", "svm"].into())
+    }
+
+    /// Performance counters, beside those of leaf 0xA.
+    pub(super) fn counters() -> Self {
+        Self(["pdcm", "perfctr_core", "perfctr_nb", "perfctr_llc", "perfmon_v2"].into())
     }
 
     /// Everything either hides.
@@ -262,6 +272,14 @@ mod tests {
         for name in ["sse4_2", "aes", "popcnt", "fsgsbase"] {
             assert!(!hide.hides(name), "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_hidden_by_default_has_names() {
+        for always in [CpuHide::nested(), CpuHide::counters()] {
+            assert_eq!(always.to_string().parse::<CpuHide>().unwrap(), always);
+        }
+        assert!("vmx,svm".parse::<CpuHide>().unwrap().hides("vmx"));
     }
 
     #[test]

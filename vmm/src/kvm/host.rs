@@ -6,12 +6,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_xsave};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
+    KVMIO, kvm_enable_cap, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 
 use super::cpuid::{CpuidError, CpuidSpec, build_cpuid};
 use super::features::CpuHide;
-use super::msrs::{MsrError, MsrSet};
+use super::msrs::{ARCH_CAPABILITIES, MsrError, MsrSet, read_one};
 use super::quirks::{QuirkError, Quirks};
 use super::template::CpuTemplate;
 use crate::boot::MAX_CPUS;
@@ -106,11 +111,23 @@ const REQUIRED: [(Cap, &str); 14] = [
 /// How often making a VM is tried. Once more has always been enough.
 const CREATE_TRIES: usize = 100;
 
+/// What a vCPU's CPUID is chosen by.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuLook<'a> {
+    /// Features to hide, beside what no guest is given here.
+    pub hide: &'a CpuHide,
+    /// What the CPU looks like.
+    pub template: CpuTemplate,
+    /// Whether it has performance counters.
+    pub pmu: bool,
+}
+
 /// What only a vCPU can tell.
 #[derive(Debug)]
 struct Probed {
     msrs: MsrSet,
     tsc_khz: Option<u32>,
+    arch_capabilities: Option<u64>,
 }
 
 /// An opened and checked `/dev/kvm`.
@@ -120,7 +137,8 @@ pub struct Host {
     quirks: Quirks,
     supported: CpuId,
     max_vcpus: u8,
-    probed: OnceLock<Probed>,
+    /// Without performance counters, and with them.
+    probed: [OnceLock<Probed>; 2],
 }
 
 impl Host {
@@ -144,7 +162,7 @@ impl Host {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| HostError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let max_vcpus = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_CPUS);
-        Ok(Self { kvm, quirks, supported, max_vcpus, probed: OnceLock::new() })
+        Ok(Self { kvm, quirks, supported, max_vcpus, probed: Default::default() })
     }
 
     /// The device.
@@ -192,19 +210,29 @@ impl Host {
 
     /// The CPUID for `vcpu` of `vcpus`, without what `hide` and the host's quirks hide.
     pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
-        self.cpuid_of(vcpu, vcpus, hide, CpuTemplate::Host)
+        self.cpuid_of(vcpu, vcpus, &CpuLook { hide, template: CpuTemplate::Host, pmu: false })
     }
 
-    /// The same, of a CPU that looks like `template`.
-    pub fn cpuid_of(&self, vcpu: u8, vcpus: u8, hide: &CpuHide, template: CpuTemplate) -> Result<CpuId, HostError> {
+    /// The same, of a CPU that looks like `look`. Nested virtualization is hidden from all of them.
+    pub fn cpuid_of(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
+        self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
+    }
+
+    /// All that a vCPU could be given here, also what none is given by default: an older state may have it.
+    pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
+        self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
+    }
+
+    fn build(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
         if vcpus > self.max_vcpus {
             return Err(HostError::TooManyVcpus { asked: vcpus, max: self.max_vcpus });
         }
         let spec = CpuidSpec {
             vcpu,
             vcpus,
-            hide: &hide.union(&self.quirks.hide()),
-            template,
+            hide: &look.hide.union(&self.quirks.hide()),
+            template: look.template,
+            pmu: look.pmu,
             max_leaf: self.quirks.max_leaf(),
             tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
             force_xsaveerptr: self.quirks.forces_xsaveerptr(),
@@ -212,30 +240,49 @@ impl Host {
         Ok(build_cpuid(&self.supported, &spec)?)
     }
 
-    /// The MSRs that make up a vCPU's state. Found out on a scratch VM the first time, which takes some milliseconds: ask
-    /// before it matters.
+    /// The MSRs that make up the state of a vCPU without performance counters. Found out on a scratch VM the first time,
+    /// which takes some milliseconds: ask before it matters.
     pub fn msrs(&self) -> Result<&MsrSet, HostError> {
-        Ok(&self.probed()?.msrs)
+        self.msrs_of(false)
+    }
+
+    /// The same, of a vCPU with performance counters or without.
+    pub fn msrs_of(&self, pmu: bool) -> Result<&MsrSet, HostError> {
+        Ok(&self.probed(pmu)?.msrs)
     }
 
     /// The frequency of the TSC that vCPUs are born with, when KVM says. Found out together with the MSRs.
     pub fn tsc_khz(&self) -> Result<Option<u32>, HostError> {
-        Ok(self.probed()?.tsc_khz)
+        Ok(self.probed(false)?.tsc_khz)
     }
 
-    fn probed(&self) -> Result<&Probed, HostError> {
-        if let Some(probed) = self.probed.get() {
+    /// What vCPUs are told in `IA32_ARCH_CAPABILITIES`, if they have it. Found out together with the MSRs.
+    pub fn arch_capabilities(&self) -> Result<Option<u64>, HostError> {
+        Ok(self.probed(false)?.arch_capabilities)
+    }
+
+    fn probed(&self, pmu: bool) -> Result<&Probed, HostError> {
+        let slot = &self.probed[usize::from(pmu)];
+        if let Some(probed) = slot.get() {
             return Ok(probed);
         }
-        let failed = |what| move |source| HostError::Ioctl { what, source };
-        let vm = self.scratch_vm().map_err(failed("making a scratch VM"))?;
-        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&self.cpuid(0, 1, &CpuHide::none())?).map_err(failed("KVM_SET_CPUID2"))?;
+        let (_vm, vcpu) = self.scratch_vcpu(pmu)?;
         // Fails where the host's own TSC is not usable.
         let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
-        let probed = Probed { msrs: MsrSet::probe(self, &vcpu)?, tsc_khz };
+        let arch_capabilities = read_one(&vcpu, ARCH_CAPABILITIES)?;
+        let probed = Probed { msrs: MsrSet::probe(self, &vcpu)?, tsc_khz, arch_capabilities };
         // Two threads may both get here; they find the same, and the first to finish wins.
-        Ok(self.probed.get_or_init(|| probed))
+        Ok(slot.get_or_init(|| probed))
+    }
+
+    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID hides them all the same.
+    pub(crate) fn disable_pmu(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        let known = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+        if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+            return Ok(());
+        }
+        let args = [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0];
+        vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
     /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread has anything else to do for the kernel: also for an
@@ -248,6 +295,24 @@ impl Host {
             }
         }
         self.kvm.create_vm()
+    }
+
+    /// A vCPU like those of guests, in a VM of its own without memory.
+    pub(crate) fn lone_vcpu(&self) -> Result<(VmFd, VcpuFd), HostError> {
+        self.scratch_vcpu(false)
+    }
+
+    fn scratch_vcpu(&self, pmu: bool) -> Result<(VmFd, VcpuFd), HostError> {
+        let failed = |what| move |source| HostError::Ioctl { what, source };
+        let vm = self.scratch_vm().map_err(failed("making a scratch VM"))?;
+        if !pmu {
+            self.disable_pmu(&vm).map_err(failed("KVM_CAP_PMU_CAPABILITY"))?;
+        }
+        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+        set_machine_check_banks(&vcpu);
+        let look = CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu };
+        vcpu.set_cpuid2(&self.cpuid_of(0, 1, &look)?).map_err(failed("KVM_SET_CPUID2"))?;
+        Ok((vm, vcpu))
     }
 
     /// A VM without memory whose vCPUs have local APICs, for finding things out.
@@ -268,6 +333,23 @@ pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     /// Interrupt pins of the missing IOAPIC; KVM wants the number for its routing table.
     const PINS: u64 = 24;
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
+}
+
+/// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads and writes, and no
+/// error is ever put into one.
+const MACHINE_CHECK_BANKS: u64 = 4;
+
+ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+
+/// Gives `vcpu` fewer machine-check banks. All that it has are saved: [`MsrSet`] counts them.
+pub(crate) fn set_machine_check_banks(vcpu: &VcpuFd) {
+    /// `IA32_MCG_CTL` is there.
+    const CTL_P: u64 = 1 << 8;
+    // SAFETY: the call reads one u64, which it is given, and writes nothing of this process's.
+    let rc = unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &(MACHINE_CHECK_BANKS | CTL_P)) };
+    if rc != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "KVM_X86_SETUP_MCE: the guest has KVM's banks");
+    }
 }
 
 fn open_device(path: &Path) -> Result<Kvm, HostError> {
@@ -306,6 +388,36 @@ mod tests {
         let error = Host::open_at(Path::new("/")).unwrap_err();
         assert_eq!(error.to_string(), "cannot open /");
         assert!(matches!(Host::open_at(Path::new("a\0b")), Err(HostError::Open { .. })));
+    }
+
+    /// Through the one way by which vCPUs get their CPUID, on a host that offers all of it.
+    #[test]
+    fn guests_are_given_no_nested_virtualization_and_no_counters() {
+        let Some(mut host) = host() else { return };
+        let offered = [(1, 1 << 5 | 1 << 15), (0x8000_0001, 1 << 2 | 1 << 23)];
+        let mut entries = host.supported.as_slice().to_vec();
+        for (leaf, bits) in offered {
+            entries.iter_mut().filter(|e| e.function == leaf).for_each(|e| e.ecx |= bits);
+        }
+        entries.retain(|e| e.function != 0xa);
+        entries.push(kvm_bindings::kvm_cpuid_entry2 { function: 0xa, eax: 0x0730_0402, ..Default::default() });
+        host.supported = CpuId::from_entries(&entries).unwrap();
+        host.quirks = Quirks::None;
+        let leaf = |cpuid: &CpuId, leaf| *cpuid.as_slice().iter().find(|e| e.function == leaf).unwrap();
+        let given = host.cpuid(0, 1, &CpuHide::none()).unwrap();
+        let most = host.cpuid_at_most().unwrap();
+        for (function, bits) in offered {
+            assert_eq!(leaf(&given, function).ecx & bits, 0, "{function:#x}");
+            assert_eq!(leaf(&most, function).ecx & bits, bits, "{function:#x}");
+        }
+        assert_eq!((leaf(&given, 0xa).eax, leaf(&most, 0xa).eax), (0, 0x0730_0402));
+    }
+
+    #[test]
+    fn a_vcpu_has_msrs_with_counters_and_without() {
+        let Some(host) = host() else { return };
+        let [without, with] = [false, true].map(|pmu| host.msrs_of(pmu).unwrap().indices().len());
+        assert!(without > 20 && with >= without, "{without} and {with}");
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! | `host` | `/dev/kvm`, its version and capabilities, with an error for each thing that may be missing |
 //! | `features`, `cpuid` | names of CPU features, and the CPUID each vCPU is given |
 //! | `facts` | what a state written down presupposes of its host |
+//! | `host_time` | how long ago something was saved |
 //! | `quirks` | everything that adapts to a KVM which is not a hardware one |
 //! | `msrs` | which MSRs make up a vCPU's state on this host |
+//! | `pending` | what a vCPU has on its way to the guest, taken away before a reset |
 //! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
 //!
 //! Not done here: creating VMs and running vCPUs.
@@ -17,7 +19,9 @@ mod cpuid;
 mod facts;
 mod features;
 mod host;
+mod host_time;
 mod msrs;
+mod pending;
 mod quirks;
 mod template;
 #[cfg(test)]
@@ -26,12 +30,15 @@ mod vcpu_state;
 mod vm_state;
 
 pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
-pub use facts::{FeatureWord, HostFacts, HostMismatch};
+pub use facts::{FeatureWord, HostFacts, HostMismatch, XsaveComponent};
 pub use features::{CpuHide, UnknownFeature};
-pub(crate) use host::local_apics_alone;
-pub use host::{Host, HostError, KVM_PATH};
+pub use host::{CpuLook, Host, HostError, KVM_PATH};
+pub(crate) use host::{local_apics_alone, set_machine_check_banks};
+pub use host_time::{BootTime, WallClock};
+pub(crate) use msrs::MAX_MSRS;
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
+pub use pending::forget_pending;
 pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
 pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
-pub use vm_state::{Chips, Clock, VmState, VmStateError, WallClock};
+pub use vm_state::{Chips, Clock, VmState, VmStateError};

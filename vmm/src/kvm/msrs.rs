@@ -14,13 +14,30 @@ pub(super) const MSR_TSC: u32 = 0x10;
 pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// `MSR_KVM_SYSTEM_TIME_NEW`
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+/// `MSR_KVM_ASYNC_PF_EN`
+pub(super) const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+/// `IA32_ARCH_CAPABILITIES`: what this CPU need not fear.
+pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
+/// `IA32_MCG_CAP`: how many machine-check banks there are, and whether their interrupt is.
+const MCG_CAP: u32 = 0x179;
+const MCG_CMCI: u64 = 1 << 10;
+/// The banks' `MCi_CTL`, `MCi_STATUS`, `MCi_ADDR` and `MCi_MISC`, and their `MCi_CTL2`.
+const MC0_CTL: u32 = 0x400;
+const MC0_CTL2: u32 = 0x280;
 /// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME`: older numbers for what the new ones hold too.
 const DUPLICATES: [u32; 2] = [0x11, 0x12];
-/// MSRs that are state and that `KVM_GET_MSR_INDEX_LIST` does not name: the MTRRs. Of those, KVM has eight variable ones.
-const UNLISTED: [u32; 28] = [
+/// MSRs that are state and that `KVM_GET_MSR_INDEX_LIST` does not name, or not on every kernel: `DEBUGCTL` and the last
+/// branches; the MTRRs, of which KVM has eight variable ones. The machine-check banks are counted.
+const UNLISTED: [u32; 33] = [
+    0x1d9, 0x1db, 0x1dc, 0x1dd, 0x1de, //
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f,
     0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, 0x2ff,
 ];
+
+/// MSRs that one call can carry.
+pub(crate) const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
+/// MSRs that are tried in one call.
+const PIECE: usize = 128;
 
 /// Why the MSRs could not be told.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +70,8 @@ fn rank(index: u32) -> u8 {
         MSR_TSC => 0,
         // After the TSC, because KVM fills the guest's clock page from the TSC offset when this is written.
         KVM_SYSTEM_TIME => 2,
+        // After the interrupt by which it is delivered, because KVM queues an event that wakes all who wait.
+        KVM_ASYNC_PF_EN => 2,
         // Last, because a deadline is compared with the TSC, and fires at once when that is still another VM's.
         MSR_TSC_DEADLINE => 3,
         _ => 1,
@@ -78,6 +97,54 @@ pub fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrErr
     Ok(vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))? == 1)
 }
 
+/// Reads `wanted`: those that could be read, and the numbers of those that could not. KVM stops at the first that it does
+/// not read, and is asked for the rest again.
+pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry>, Vec<u32>), MsrError> {
+    let (mut found, mut refused) = (Vec::with_capacity(wanted.as_slice().len()), Vec::new());
+    let mut left = wanted;
+    loop {
+        let source = |source| MsrError::Call { what: "KVM_GET_MSRS", source };
+        let read = vcpu.get_msrs(&mut left).map_err(source)?;
+        found.extend(left.as_slice().iter().take(read));
+        let Some((bad, rest)) = left.as_slice().get(read..).and_then(<[_]>::split_first) else {
+            return Ok((found, refused));
+        };
+        refused.push(bad.index);
+        left = fam(rest)?;
+    }
+}
+
+/// Writes `all`. What is refused is returned, with its values: KVM stops there, and is given the rest again.
+pub(super) fn write_all(vcpu: &VcpuFd, all: &Msrs) -> Result<Vec<kvm_msr_entry>, MsrError> {
+    let mut refused = Vec::new();
+    let failed = |source| MsrError::Call { what: "KVM_SET_MSRS", source };
+    let mut left = all.as_slice();
+    let mut written = vcpu.set_msrs(all).map_err(failed)?;
+    while let Some((bad, rest)) = left.get(written..).and_then(<[_]>::split_first) {
+        refused.push(*bad);
+        left = rest;
+        written = if left.is_empty() { 0 } else { vcpu.set_msrs(&fam(left)?).map_err(failed)? };
+    }
+    Ok(refused)
+}
+
+/// The value of one MSR, if `vcpu` has it.
+pub(super) fn read_one(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, MsrError> {
+    let (found, _) = read_all(vcpu, fam(&entries(&[index]))?)?;
+    Ok(found.first().map(|entry| entry.data))
+}
+
+/// The MSRs of the machine-check banks that `vcpu` has.
+fn machine_check_banks(vcpu: &VcpuFd) -> Result<Vec<u32>, MsrError> {
+    let Some(cap) = read_one(vcpu, MCG_CAP)? else { return Ok(Vec::new()) };
+    let banks = (cap & 0xff) as u32;
+    let mut all: Vec<u32> = (MC0_CTL..MC0_CTL + 4 * banks).collect();
+    if cap & MCG_CMCI != 0 {
+        all.extend(MC0_CTL2..MC0_CTL2 + banks);
+    }
+    Ok(all)
+}
+
 impl MsrSet {
     /// Tries every MSR that KVM names on `vcpu`, a scratch one that has its CPUID.
     pub(super) fn probe(host: &Host, vcpu: &VcpuFd) -> Result<Self, MsrError> {
@@ -86,12 +153,22 @@ impl MsrSet {
 
         let mut indices = listed.as_slice().to_vec();
         indices.extend(UNLISTED);
+        indices.extend(machine_check_banks(vcpu)?);
         indices.retain(|index| !DUPLICATES.contains(index) && !host.quirks().skip_msrs().contains(index));
         // By rank, then by number, so that the order is the same on every run.
         indices.sort_unstable_by_key(|&index| (rank(index), index));
         indices.dedup();
 
-        let readable = Self::readable(vcpu, indices)?;
+        let (mut readable, mut refused) = (Vec::new(), Vec::new());
+        // In pieces, because KVM may name more than one call can carry.
+        for piece in indices.chunks(PIECE) {
+            let (some, others) = read_all(vcpu, fam(&entries(piece))?)?;
+            readable.extend(some);
+            refused.extend(others);
+        }
+        for index in refused {
+            tracing::debug!(msr = index, "cannot be read, left out of the state");
+        }
         let mut kept = Vec::with_capacity(readable.len());
         for entry in readable {
             let written = vcpu.set_msrs(&fam(&[entry])?).map_err(failed("KVM_SET_MSRS"))?;
@@ -102,23 +179,6 @@ impl MsrSet {
             }
         }
         Ok(Self(kept))
-    }
-
-    /// Those of `indices` that can be read, with their values. KVM stops at the first that cannot, so that one is dropped
-    /// and the rest tried again.
-    fn readable(vcpu: &VcpuFd, mut indices: Vec<u32>) -> Result<Vec<kvm_msr_entry>, MsrError> {
-        let mut found = Vec::with_capacity(indices.len());
-        while !indices.is_empty() {
-            let mut msrs = fam(&entries(&indices))?;
-            let source = |source| MsrError::Call { what: "KVM_GET_MSRS", source };
-            let read = vcpu.get_msrs(&mut msrs).map_err(source)?.min(indices.len());
-            found.extend_from_slice(&msrs.as_slice()[..read]);
-            if let Some(index) = indices.get(read) {
-                tracing::debug!(msr = index, "cannot be read, left out of the state");
-            }
-            indices.drain(..(read + 1).min(indices.len()));
-        }
-        Ok(found)
     }
 
     /// The MSRs.
@@ -141,9 +201,40 @@ mod tests {
 
     #[test]
     fn the_order_is_tsc_then_others_then_clock_then_deadline() {
-        let mut indices = [MSR_TSC_DEADLINE, 0x4b56_4d01, 0xc000_0081, 0x174, MSR_TSC];
+        let mut indices = [MSR_TSC_DEADLINE, KVM_ASYNC_PF_EN, 0x4b56_4d06, 0x4b56_4d01, 0xc000_0081, 0x174, MSR_TSC];
         indices.sort_unstable_by_key(|&index| (rank(index), index));
-        assert_eq!(indices, [MSR_TSC, 0x174, 0xc000_0081, 0x4b56_4d01, MSR_TSC_DEADLINE]);
+        let wanted = [MSR_TSC, 0x174, 0x4b56_4d06, 0xc000_0081, 0x4b56_4d01, KVM_ASYNC_PF_EN, MSR_TSC_DEADLINE];
+        assert_eq!(indices, wanted);
+    }
+
+    /// KVM stops at the one in the middle. Those behind it are read and written all the same, and it is named.
+    #[test]
+    fn one_bad_msr_hides_no_other() {
+        let Some(host) = host() else { return };
+        let vm = host.scratch_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&host.cpuid(0, 1, &CpuHide::none()).unwrap()).unwrap();
+        const BAD: [u32; 2] = [0x4000_ffff, 0x4000_fffe];
+        let (pat, def_type) = (0x277, 0x2ff);
+        let wanted = fam(&entries(&[pat, BAD[0], def_type, BAD[1]])).unwrap();
+        let (mut found, refused) = read_all(&vcpu, wanted).unwrap();
+        assert_eq!(refused, BAD);
+        assert_eq!(found.iter().map(|entry| entry.index).collect::<Vec<_>>(), [pat, def_type]);
+        found[1].data = 6;
+        let bad = BAD.map(|index| kvm_msr_entry { index, data: 7, ..Default::default() });
+        let refused = write_all(&vcpu, &fam(&[bad[0], found[0], bad[1], found[1]]).unwrap()).unwrap();
+        assert_eq!(refused, bad);
+        let (found, _) = read_all(&vcpu, fam(&entries(&[def_type])).unwrap()).unwrap();
+        assert_eq!(found[0].data, 6);
+    }
+
+    #[test]
+    fn machine_check_banks_are_part_of_the_state() {
+        let Some(host) = host() else { return };
+        let set = host.msrs().unwrap();
+        for must in [MC0_CTL, MC0_CTL + 1, MC0_CTL + 4, 0x1d9] {
+            assert!(set.indices().contains(&must), "{must:#x}");
+        }
     }
 
     #[test]

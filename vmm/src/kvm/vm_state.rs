@@ -1,13 +1,15 @@
 //! A VM's state outside its vCPUs: interrupt controllers, timer, clock.
 
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
+
+use super::host_time::{BootTime, WallClock, elapsed};
 
 /// Why a VM's state could not be taken or given.
 #[derive(Debug, thiserror::Error)]
@@ -41,35 +43,8 @@ pub enum Chips {
 pub enum Clock {
     /// From where it stood: no time has passed.
     Resume,
-    /// Ahead by the wall-clock time since it was saved: what the guest takes for the time of day is right again. What a fork and a reset want.
+    /// Ahead by the time since it was saved ([`super::host_time`]): what the guest takes for the time of day is right again. What a fork and a reset want.
     CatchUp,
-}
-
-/// A moment by the host's wall clock, in nanoseconds since 1970. Not by a clock that never jumps, because it is compared with the clock of another
-/// boot, or of another host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct WallClock(u64);
-
-impl WallClock {
-    /// This moment.
-    #[must_use]
-    pub fn now() -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self(u64::try_from(since.as_nanos()).unwrap_or(0))
-    }
-
-    /// How long ago it was. No time at all if that is not known, or the clock has been put back since.
-    #[must_use]
-    pub fn elapsed(self) -> Duration {
-        if self.0 == 0 { Duration::ZERO } else { Duration::from_nanos(Self::now().0.saturating_sub(self.0)) }
-    }
-
-    /// A moment that long before.
-    #[cfg(test)]
-    pub(super) fn earlier(self, by: Duration) -> Self {
-        Self(self.0 - by.as_nanos() as u64)
-    }
 }
 
 /// The three interrupt controllers, in KVM's form.
@@ -96,6 +71,9 @@ pub struct VmState {
     /// The host's wall clock when the guest's was read.
     #[serde(default)]
     taken: WallClock,
+    /// The same by the clock of the host's boot.
+    #[serde(default)]
+    taken_in_boot: Option<BootTime>,
 }
 
 fn failed(call: &'static str, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmStateError {
@@ -114,7 +92,7 @@ impl VmState {
     pub fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
         // First, because the pause should cost the guest's clock as little as possible.
         let clock = vm.get_clock().map_err(failed("KVM_GET_CLOCK", "the clock"))?;
-        let taken = WallClock::now();
+        let (taken, taken_in_boot) = (WallClock::now(), BootTime::now());
         let get = |(chip_id, what): (u32, &'static str)| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP", what))?;
@@ -132,7 +110,7 @@ impl VmState {
                 Some(Irqchips { pic_master: get(pic_master)?, pic_slave: get(pic_slave)?, ioapic: get(ioapic)? })
             }
         };
-        Ok(Self { irqchips, pit, clock, taken })
+        Ok(Self { irqchips, pit, clock, taken, taken_in_boot })
     }
 
     /// Which chips it is the state of.
@@ -174,7 +152,7 @@ impl VmState {
         // Not by KVM_CLOCK_REALTIME, which says the same more exactly but not on every host, and moves this clock without the TSCs.
         let ahead = match clock {
             Clock::Resume => Duration::ZERO,
-            Clock::CatchUp => self.taken.elapsed(),
+            Clock::CatchUp => elapsed(self.taken, self.taken_in_boot),
         };
         let clock = self.clock.clock.saturating_add(u64::try_from(ahead.as_nanos()).unwrap_or(u64::MAX));
         // The flags it was read with are refused here.
@@ -244,7 +222,9 @@ mod tests {
         let mut saved = VmState::save(&a, Chips::None).unwrap();
         saved.clock.clock = 3_600_000_000_000;
         let b = host.scratch_vm().unwrap();
-        saved.taken = saved.taken.earlier(Duration::from_secs(1800));
+        // The wall clock was stepped meanwhile, which the guest must not see within one boot of the host.
+        saved.taken = saved.taken.earlier(Duration::from_secs(100_000));
+        saved.taken_in_boot = saved.taken_in_boot.map(|taken| taken.earlier(Duration::from_secs(1800)));
         for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, 1_800_000_000_000)] {
             saved.restore_clock(&b, clock).unwrap();
             let now = VmState::save(&b, Chips::None).unwrap().clock_ns();

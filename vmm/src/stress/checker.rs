@@ -5,7 +5,9 @@ use std::thread;
 use std::time::Duration;
 
 use super::Tally;
-use super::rig::{Expectation, Random, all, compare_counts, compare_memory, reads, reset_and_read, stop_and_compare};
+use super::rig::{
+    Expectation, Random, all, compare_counts, compare_memory, pairs_go_on, reads, reset_and_read, stop_and_compare,
+};
 use crate::cli::Failure;
 use crate::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm};
 
@@ -58,9 +60,11 @@ impl Checker {
         let whole = if self.random.one_in(WHOLE) { Some(all(vm.ram())?) } else { None };
         vm.resume().map_err(Failure::run)?;
         self.run_on();
+        self.tally.stuck += u64::from(!pairs_go_on(&vm)?);
         while self.random.one_in(3) {
             self.put_back(&vm, expect, whole.as_deref(), read_before)?;
             self.run_on();
+            self.tally.stuck += u64::from(!pairs_go_on(&vm)?);
         }
         if depth < 3 && self.random.one_in(6) {
             let (image, _) = vm.fork().map_err(Failure::run)?;

@@ -14,11 +14,17 @@
 //! were in flight, puts them back to their fork, stops, forks, resets their disk or destroys them in the middle, and compares. What a child must have
 //! is known: the round and how far it has come are in its own memory.
 //!
-//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong, and must be found: a check that cannot fail proves nothing.
+//! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork or reset that loses one
+//! stops its pair for good, and that is counted as stuck.
+//!
+//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong. The run goes on until it has found
+//! that, and fails if it has not within [`MAX_CONTROL_FORKS`]: a check that cannot fail proves nothing.
 
 mod checker;
 mod rig;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,7 +34,7 @@ use serde::Serialize;
 
 use crate::bench::{Sample, Spread};
 use crate::cli::{Failure, StressArgs, StressName, Table, print_json};
-use crate::vm::{Context, ForkReport};
+use crate::vm::{Context, ForkImage, ForkReport};
 
 use checker::{Checker, Forked};
 use rig::{Random, Rig};
@@ -41,6 +47,8 @@ const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)
 const TURN: Duration = Duration::from_millis(500);
 /// Beats that are made up for at once, at most.
 const MADE_UP: u32 = 10;
+/// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been enough.
+const MAX_CONTROL_FORKS: u64 = 10_000;
 /// Between two looks at the parent.
 const LOOK: Duration = Duration::from_micros(500);
 
@@ -57,9 +65,16 @@ pub(crate) struct Tally {
     resets: u64,
     disk_resets: u64,
     destroyed_running: u64,
+    /// VMs of which a pair of vCPUs no longer wakes each other.
+    stuck: u64,
 }
 
 impl Tally {
+    /// Whether something is not as it must be.
+    fn is_wrong(&self) -> bool {
+        self.wrong_bytes + self.violations + self.stuck > 0
+    }
+
     fn add(&mut self, other: &Self) {
         self.bytes_checked += other.bytes_checked;
         self.wrong_bytes += other.wrong_bytes;
@@ -69,6 +84,7 @@ impl Tally {
         self.resets += other.resets;
         self.disk_resets += other.disk_resets;
         self.destroyed_running += other.destroyed_running;
+        self.stuck += other.stuck;
     }
 }
 
@@ -131,6 +147,7 @@ struct Report {
     seconds: f64,
     seed: u64,
     unshare: bool,
+    cpus: u64,
     disk: &'static str,
     forks: u64,
     forks_per_second: f64,
@@ -164,6 +181,9 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
             args.forks_per_second
         )));
     }
+    if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
+        return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
+    }
     let context = Context::open().map_err(Failure::input)?;
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
     let rig = Rig::boot(&context, args)?;
@@ -174,10 +194,18 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     } else {
         print(&report)?;
     }
-    match (report.tally.wrong_bytes, report.tally.violations) {
-        (0, 0) => Ok(()),
-        (wrong, violations) => Err(Failure::Run(anyhow::anyhow!(
-            "{wrong} bytes are not what they must be, and devices broke the rules {violations} times (seed {seed})"
+    let tally = &report.tally;
+    match (tally.is_wrong(), args.without_unshare) {
+        (false, false) | (true, true) => Ok(()),
+        (true, false) => Err(Failure::Run(anyhow::anyhow!(
+            "{} bytes are not what they must be, devices broke the rules {} times, and {} VMs were stuck (seed {seed})",
+            tally.wrong_bytes,
+            tally.violations,
+            tally.stuck
+        ))),
+        (false, true) => Err(Failure::Run(anyhow::anyhow!(
+            "nothing was wrong in {} forks without unshare: this run proves nothing (seed {seed})",
+            report.forks
         ))),
     }
 }
@@ -192,25 +220,39 @@ impl Stress<'_> {
         let (mut dropped, mut kept) = (CostSamples::default(), CostSamples::default());
         while quiet.time < measured || forking.time < measured {
             quiet.add(&self.quiet(TURN.min(measured))?);
-            forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| {})?);
+            forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| true)?);
         }
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
         let mut checker = Checker::new(context.clone(), self.args.without_unshare, self.random.fork());
         let thread = thread::Builder::new().name("checker".to_owned());
+        let found = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&found);
         let checking = thread.spawn(move || {
             for forked in waiting {
                 checker.check(&forked)?;
+                // Relaxed: what was found is read after the thread has ended.
+                tell.fetch_or(checker.tally().is_wrong(), Ordering::Relaxed);
             }
             Ok(checker.tally())
         });
         let checking = checking.map_err(Failure::run)?;
         let left = whole.saturating_sub(begun.elapsed()).max(least);
         let mut gone = false;
-        let children = self.forking(left, &mut kept, |rig, image, forked| {
+        let mut check = |rig: &Rig, image, forked| {
             let forked = Forked { image, expect: rig.expectation(), report: forked };
             // The checker has ended: the reason is its result.
             gone |= matches!(queue.try_send(forked), Err(TrySendError::Disconnected(_)));
-        })?;
+            !gone
+        };
+        let mut children = self.forking(left, &mut kept, &mut check)?;
+        while self.args.without_unshare
+            && !found.load(Ordering::Relaxed)
+            && !self.rig.found_any()
+            && self.forks < MAX_CONTROL_FORKS
+            && !checking.is_finished()
+        {
+            children.add(&self.forking(TURN, &mut kept, &mut check)?);
+        }
         drop(queue);
         let checked: Result<Tally, Failure> =
             checking.join().map_err(|_| Failure::Run(anyhow::anyhow!("the checker panicked")))?;
@@ -228,6 +270,7 @@ impl Stress<'_> {
             seconds,
             seed,
             unshare: !self.args.without_unshare,
+            cpus: self.args.cpus,
             disk: match self.rig.policy() {
                 CachePolicy::Direct => "direct",
                 CachePolicy::Host => "host cache",
@@ -254,12 +297,13 @@ impl Stress<'_> {
         Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
 
-    /// The parent while it is forked on the beat; what is made of a fork is up to `then`.
+    /// The parent while it is forked on the beat; what is made of a fork is up to `then`,
+    /// which says whether to go on.
     fn forking(
         &mut self,
         time: Duration,
         costs: &mut CostSamples,
-        mut then: impl FnMut(&Rig, std::sync::Arc<crate::vm::ForkImage>, ForkReport),
+        mut then: impl FnMut(&Rig, Arc<ForkImage>, ForkReport) -> bool,
     ) -> Result<Stretch, Failure> {
         let beat = Duration::from_secs(1) / self.args.forks_per_second;
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
@@ -277,7 +321,9 @@ impl Stress<'_> {
             self.forks += 1;
             self.in_flight += report.in_flight as u64;
             costs.push(&report);
-            then(&self.rig, image, report);
+            if !then(&self.rig, image, report) {
+                break;
+            }
         }
         Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
@@ -327,5 +373,6 @@ fn print(report: &Report) -> Result<(), Failure> {
     row("  with running children", format!("{:.1} MiB/s ({:.0} %)", t.with_children, t.ratio_with_children * 100.0));
     row("bytes checked", format!("{:.2} GiB", tally.bytes_checked as f64 / f64::from(1 << 30)));
     row("wrong bytes", tally.wrong_bytes.to_string());
+    row("stuck VMs", tally.stuck.to_string());
     table.print().map_err(Failure::run)
 }

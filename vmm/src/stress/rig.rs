@@ -22,7 +22,10 @@ use crate::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
 const MEMORY: u64 = 64 << 20;
 pub(super) const READER: u64 = 0;
 pub(super) const WRITER: u64 = 1;
-const CPUS: u64 = 2;
+/// The first vCPU that has no disk. It and those behind it are pairs.
+const FIRST_OF_PAIRS: u64 = 2;
+/// How long a pair may stand still. It needs less than a millisecond, and a busy host some seconds.
+const STUCK: Duration = Duration::from_secs(20);
 
 /// The drivers' areas.
 pub(super) const READ_AREA: u64 = WORK_BASE;
@@ -161,7 +164,7 @@ impl Rig {
             None => tempfile::tempdir(),
         };
         let files = files.map_err(Failure::input)?;
-        let mut config = VmConfig::bare(MEMORY, CPUS).map_err(Failure::run)?;
+        let mut config = VmConfig::bare(MEMORY, args.cpus).map_err(Failure::run)?;
         config.disks = vec![
             spec(files.path(), "read", READ_BYTES, READ_SEED)?,
             spec(files.path(), "write", WRITE_BYTES, WRITE_SEED)?,
@@ -170,7 +173,7 @@ impl Rig {
         let kernel = Image::Bytes(BARE_ELF.into());
         let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
         let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
-        (0..CPUS).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
+        (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
         if args.without_unshare {
             vm.ram().disable_unshare_before_protect_for_tests();
         }
@@ -187,7 +190,21 @@ impl Rig {
         let mut rig = Self { vm, expect, policy, discards: 0, found: Tally::default(), _files: files };
         rig.order(READER, Command::DiskRun(reading()))?;
         rig.begin(Phase::Write, 1)?;
+        for first in pairs(&rig.vm) {
+            // The one that waits must be able to take interrupts before the other sends the first.
+            rig.order(first + 1, Command::Relay { peer: first, first: false })?;
+            await_progress(&rig.vm, first + 1, 1)?;
+            rig.order(first, Command::Relay { peer: first + 1, first: true })?;
+        }
+        if !pairs_go_on(&rig.vm)? {
+            return Err(Failure::Run(anyhow::anyhow!("the vCPUs do not wake each other")));
+        }
         Ok(rig)
+    }
+
+    /// Whether something wrong was found in the parent.
+    pub(super) fn found_any(&self) -> bool {
+        self.found.is_wrong()
     }
 
     fn order(&self, vcpu: u64, command: Command) -> Result<u64, Failure> {
@@ -265,10 +282,43 @@ impl Rig {
     /// The end: the parent stops what it does, and is compared like a child.
     pub(super) fn finish(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         tally.add(&self.found);
+        tally.stuck += u64::from(!pairs_go_on(&self.vm)?);
         stop_and_compare(&self.vm, &self.expect, 0, tally)?;
         self.vm.pause().map_err(Failure::run)?;
         compare_memory(self.vm.ram(), &self.expect, None, tally)
     }
+}
+
+/// The first vCPU of each pair.
+fn pairs(vm: &Vm) -> impl Iterator<Item = u64> {
+    (FIRST_OF_PAIRS..u64::from(vm.config().cpus())).step_by(2)
+}
+
+fn progress(vm: &Vm, vcpu: u64) -> Result<u64, Failure> {
+    BareMailbox::new(vm.ram(), vcpu).progress().map_err(Failure::run)
+}
+
+/// Waits until `vcpu` has come as far. False if it does not.
+fn await_progress(vm: &Vm, vcpu: u64, least: u64) -> Result<bool, Failure> {
+    let deadline = Instant::now() + STUCK;
+    while progress(vm, vcpu)? < least {
+        if Instant::now() > deadline || vm.stopped().is_some() {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Ok(true)
+}
+
+/// Whether all pairs of a running VM still wake each other.
+pub(super) fn pairs_go_on(vm: &Vm) -> Result<bool, Failure> {
+    let from = pairs(vm).map(|vcpu| Ok((vcpu, progress(vm, vcpu)?))).collect::<Result<Vec<_>, Failure>>()?;
+    for (vcpu, from) in from {
+        if !await_progress(vm, vcpu, from + 2)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Operations that the reader has done.

@@ -110,6 +110,9 @@ pub struct VmConfig {
     pub cpu: CpuTemplate,
     /// CPU features to hide from the guest.
     pub hide: CpuHide,
+    /// Whether there are performance counters. Guests that were saved before there was this choice had the host's.
+    #[serde(default = "had_pmu")]
+    pub pmu: bool,
     /// Whether the guest finds ACPI tables, and in them its generation id. Without, or without an IOAPIC, there are the command line and the MP table.
     pub acpi: bool,
     /// Whether the bare guest's report port exists.
@@ -140,6 +143,10 @@ mod saved_layout {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<RamLayout, D::Error> {
         RamLayout::new(u64::deserialize(from)?).map_err(D::Error::custom)
     }
+}
+
+fn had_pmu() -> bool {
+    true
 }
 
 fn saved_cpus<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
@@ -190,6 +197,7 @@ impl VmConfig {
             pit: false,
             cpu: CpuTemplate::Host,
             hide,
+            pmu: false,
             acpi: true,
             report_port: false,
             disks: Vec::new(),

@@ -8,12 +8,14 @@
 //!
 //! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device finishes what it is at: after the
 //!    vCPUs, because they activate and reset devices. What the kernel has of their requests goes on, into pinned pages.
-//! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads.
+//! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads. No vCPU saves before
+//!    all have left the guest ([`rendezvous`](crate::vm::rendezvous)).
 //! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with
 //!    them, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both.
 //! 4. Resume the parent: all that is needed is in the image.
 //! 5. In a shell: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run. Devices go on before the
-//!    first vCPU runs but after the interrupt controllers have their state, which would forget an interrupt raised earlier.
+//!    first vCPU runs but after the interrupt controllers have their state, which would forget an interrupt raised earlier. The child is answered
+//!    for once all its vCPUs have taken their state; if one cannot, there is no child.
 //!
 //! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still readable and writable to it (I13).
 
@@ -22,7 +24,7 @@ use std::time::Duration;
 
 use clade_devices::disk::DiskImage;
 use clade_devices::virtio::Backend;
-use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, Store};
+use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, StopsWriters, Store};
 
 use crate::kvm::{VcpuState, VmState};
 use crate::vm::VmError;
@@ -130,9 +132,12 @@ impl<'a> PauseGuard<'a> {
     /// Nothing of this VM writes to its memory while the guard is held but the kernel, through pins: vCPUs are parked, and devices stand still.
     #[must_use]
     pub fn quiesced(&self) -> Quiesced<'_> {
-        Quiesced::assume()
+        Quiesced::by(self)
     }
 }
+
+// vCPUs have parked and devices stand still from when it is made until it is dropped.
+impl StopsWriters for PauseGuard<'_> {}
 
 impl Drop for PauseGuard<'_> {
     fn drop(&mut self) {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
@@ -101,7 +101,7 @@ impl Vm {
         let loaded = boot::load(shell.ram.memory(), &layout, &source)?;
         let devices = Arc::new(Devices::new(None, config, &shell, &mut ends)?);
         let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0, origin: None })?;
-        vm.start(&Start::Boot(loaded.entry));
+        vm.start(&Start::Boot(loaded.entry))?;
         Ok(vm)
     }
 
@@ -153,7 +153,7 @@ impl Vm {
             vm.shell.meeting.hold();
             vm.devices.quiesce();
         }
-        vm.start(&Start::Restore(Arc::clone(image)));
+        vm.start(&Start::Restore(Arc::clone(image)))?;
         tracing::debug!(name, shell = ?have_shell - begun, adopt = ?adopted - have_shell, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
@@ -188,11 +188,10 @@ impl Vm {
         })
     }
 
-    fn start(&self, start: &Start) {
-        let cpus = usize::from(self.config.cpus());
-        let line = Arc::new(Barrier::new(cpus));
-        let order = Order { start: start.clone(), devices: Arc::clone(&self.devices), line };
-        self.shell.meeting.start(std::iter::repeat_n(order, cpus));
+    /// Starts the vCPUs. When this returns, all have taken their state; on an error none has run.
+    fn start(&self, start: &Start) -> Result<(), VmError> {
+        let order = Order { start: start.clone(), devices: Arc::clone(&self.devices) };
+        self.shell.meeting.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
     }
 
     /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).

@@ -12,15 +12,21 @@ mod machine;
 mod rendezvous;
 mod reset;
 pub mod saved;
+mod schedule;
 mod shell;
 mod slice;
 mod snapshot;
+#[cfg(test)]
+mod start_tests;
 mod stop;
+#[cfg(test)]
+mod storm;
 mod turns;
 mod vcpu;
 mod virtio;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use clade_memory::RamError;
 use thiserror::Error;
@@ -128,6 +134,24 @@ pub enum VmError {
     /// A vCPU's state is missing.
     #[error("a vCPU has no saved state")]
     NotSaved,
+    /// A vCPU's thread panicked where others wait for it.
+    #[error("the thread of vCPU {vcpu} panicked: {message}")]
+    Panicked {
+        /// Which.
+        vcpu: usize,
+        /// What the panic said.
+        message: String,
+    },
+}
+
+/// Runs `work` for vCPU `vcpu`. A panic becomes [`VmError::Panicked`]: others wait for the result.
+pub(crate) fn caught<T>(vcpu: usize, work: impl FnOnce() -> Result<T, VmError>) -> Result<T, VmError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let message =
+            text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned());
+        Err(VmError::Panicked { vcpu, message })
+    })
 }
 
 impl VmError {

@@ -1,4 +1,4 @@
-//! Where the vCPU threads of a VM meet whoever pauses, saves or stops it.
+//! Where the vCPU threads of a VM meet whoever starts, pauses, saves, resets or stops it.
 //!
 //! ```text
 //!          order            want=Run               kick            last vCPU parked
@@ -6,14 +6,38 @@
 //!                                      │ save asked for: each saves its own vCPU, all at once,
 //!                                      │ while the pauser freezes memory
 //! ```
+//!
+//! # The order of a save
+//!
+//! 1. The wish to park is set, then each vCPU is kicked, one after the other.
+//! 2. Each vCPU leaves the guest and parks. It saves nothing yet.
+//! 3. The last vCPU parks. From here on no vCPU sends an interrupt to another.
+//! 4. Each vCPU saves itself.
+//! 5. The owner collects the states, then saves the interrupt controllers, then resumes.
+//!
+//! A vCPU that saved in step 2 would lose interrupts. A sibling still in the guest may send it an IPI, NMI, INIT or SIPI
+//! after its local APIC was read. That interrupt is in nobody's state. The sender has done its part, so nobody sends it
+//! again, and a child whose vCPU waits for it waits for ever.
+//!
+//! Loading another state in place (a reset) keeps the same order: no vCPU loads before all are parked, and none runs
+//! before all have loaded.
+//!
+//! # The order of a start
+//!
+//! 1. Each vCPU takes its state.
+//! 2. The last one to do so does what the VM as a whole needs ([`Rendezvous::begin`]).
+//! 3. All enter the guest, or none does. The owner is answered at this moment, with the first failure if there is one.
+//!
+//! Nothing here waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and that wakes every waiter.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::vm::VmError;
 use crate::vm::kick::Kicker;
+use crate::vm::schedule::Schedule;
 use crate::vm::stop::StopReason;
+use crate::vm::{VmError, caught};
 
 /// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is broken.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,8 +46,22 @@ const RUN: u8 = 0;
 const PARK: u8 = 1;
 const EXIT: u8 = 2;
 
+/// How far the start of the vCPUs is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Startup {
+    /// So many vCPUs have taken their state.
+    Preparing(usize),
+    /// All have. They may enter the guest.
+    Begun,
+    /// One could not, or the VM as a whole could not. Nobody enters the guest.
+    Failed,
+}
+
 struct Inner<O, S> {
-    /// What each idle vCPU is to start with.
+    startup: Startup,
+    /// Why the start failed, until the owner takes it.
+    failure: Option<VmError>,
+    /// What each idle vCPU is to start with, or a parked one to load.
     orders: Vec<Option<O>>,
     /// Pauses held. Running means none.
     pauses: u32,
@@ -34,6 +72,8 @@ struct Inner<O, S> {
     save_asked: u64,
     save_done: Vec<u64>,
     saved: Vec<Option<Result<S, VmError>>>,
+    /// Raised by each request to load.
+    load_asked: u64,
     /// How each parked vCPU took the state it was given last. None while it has not.
     loaded: Vec<Option<Result<(), VmError>>>,
     stop: Option<StopReason>,
@@ -46,21 +86,29 @@ pub(crate) struct Rendezvous<O, S> {
     to_vcpus: Condvar,
     to_owner: Condvar,
     kickers: Vec<Kicker>,
+    pub(crate) schedule: Schedule,
 }
 
+/// Which request to save or to load a vCPU works on. An answer to an older one is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Request(u64);
+
 /// What a parked or idle vCPU is to do next.
+#[derive(Debug)]
 pub(crate) enum Next<O> {
     Start(O),
     Run,
-    Save,
+    Save(Request),
     /// Take another state, in place.
-    Load(O),
+    Load(Request, O),
     Exit,
 }
 
 impl<O, S> Rendezvous<O, S> {
     pub(crate) fn new(vcpus: usize) -> Self {
         let inner = Inner {
+            startup: Startup::Preparing(0),
+            failure: None,
             orders: (0..vcpus).map(|_| None).collect(),
             pauses: 0,
             parked: 0,
@@ -69,6 +117,7 @@ impl<O, S> Rendezvous<O, S> {
             save_asked: 0,
             save_done: vec![0; vcpus],
             saved: (0..vcpus).map(|_| None).collect(),
+            load_asked: 0,
             loaded: (0..vcpus).map(|_| None).collect(),
             stop: None,
         };
@@ -78,6 +127,7 @@ impl<O, S> Rendezvous<O, S> {
             to_vcpus: Condvar::new(),
             to_owner: Condvar::new(),
             kickers: (0..vcpus).map(|_| Kicker::default()).collect(),
+            schedule: Schedule::default(),
         }
     }
 
@@ -101,18 +151,65 @@ impl<O, S> Rendezvous<O, S> {
         inner.idle += 1;
         self.to_owner.notify_all();
         let next = loop {
-            // The order before the wish to exit: vCPUs wait for each other at the start, and all were given their orders at once, so either
-            // all take one or none does. The wish is seen after it.
-            if let Some(order) = inner.orders[index].take() {
-                break Next::Start(order);
-            }
             if self.want.load(Ordering::SeqCst) == EXIT {
                 break Next::Exit;
+            }
+            if let Some(order) = inner.orders[index].take() {
+                break Next::Start(order);
             }
             inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner);
         };
         inner.idle -= 1;
         next
+    }
+
+    /// Says how vCPU `index` took the state it starts with, and waits until the start is decided. True when the guest may
+    /// be entered.
+    ///
+    /// The last vCPU to come runs `lead`, which does what the VM as a whole needs. Nobody enters the guest before it is
+    /// done. A failure or a panic of any of them stops the VM, is the owner's answer, and strands nobody.
+    pub(crate) fn begin(
+        &self,
+        index: usize,
+        own: Result<(), VmError>,
+        lead: impl FnOnce() -> Result<(), VmError>,
+    ) -> bool {
+        if let Err(error) = own {
+            self.fail_start(index, error);
+            return false;
+        }
+        let mut inner = self.inner();
+        let Startup::Preparing(before) = inner.startup else { return false };
+        inner.startup = Startup::Preparing(before + 1);
+        if before + 1 < self.vcpus() {
+            while matches!(inner.startup, Startup::Preparing(_)) && self.want.load(Ordering::SeqCst) != EXIT {
+                inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            }
+            return inner.startup == Startup::Begun;
+        }
+        // Not under the lock: a device that goes on may stop the VM.
+        drop(inner);
+        if let Err(error) = caught(index, lead) {
+            self.fail_start(index, error);
+            return false;
+        }
+        self.inner().startup = Startup::Begun;
+        self.to_vcpus.notify_all();
+        self.to_owner.notify_all();
+        true
+    }
+
+    fn fail_start(&self, vcpu: usize, error: VmError) {
+        let reason = match &error {
+            VmError::Panicked { .. } => StopReason::Panic { vcpu },
+            error => StopReason::Start { vcpu, error: crate::error_chain(error) },
+        };
+        let mut inner = self.inner();
+        inner.startup = Startup::Failed;
+        // The first stays.
+        inner.failure.get_or_insert(error);
+        drop(inner);
+        self.stop(reason);
     }
 
     /// Whether the vCPU may enter the guest. Called after [`Kicker::allow`].
@@ -128,17 +225,25 @@ impl<O, S> Rendezvous<O, S> {
         if !parked {
             inner.parked += 1;
             self.to_owner.notify_all();
+            if inner.parked == self.vcpus() {
+                // Those that parked before have waited for this one.
+                self.to_vcpus.notify_all();
+            }
         }
         loop {
+            // Nobody saves or loads before all are parked: see the module's documentation.
+            let all_parked = inner.parked == self.vcpus() || self.schedule.saves_early();
             match self.want.load(Ordering::SeqCst) {
                 EXIT => {
                     inner.parked -= 1;
                     return Next::Exit;
                 }
-                PARK if inner.save_done[index] != inner.save_asked => return Next::Save,
-                PARK if inner.orders[index].is_some() => {
+                PARK if all_parked && inner.save_done[index] != inner.save_asked => {
+                    return Next::Save(Request(inner.save_asked));
+                }
+                PARK if all_parked && inner.orders[index].is_some() => {
                     if let Some(order) = inner.orders[index].take() {
-                        return Next::Load(order);
+                        return Next::Load(Request(inner.load_asked), order);
                     }
                 }
                 PARK => inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner),
@@ -150,18 +255,24 @@ impl<O, S> Rendezvous<O, S> {
         }
     }
 
-    /// Hands in what a vCPU has saved.
-    pub(crate) fn hand_in(&self, index: usize, state: Result<S, VmError>) {
+    /// Hands in what a vCPU has saved for `request`. Dropped if that was given up and another was made since: the vCPU's
+    /// siblings may have run in between.
+    pub(crate) fn hand_in(&self, index: usize, request: Request, state: Result<S, VmError>) {
         let mut inner = self.inner();
-        inner.save_done[index] = inner.save_asked;
-        inner.saved[index] = Some(state);
-        self.to_owner.notify_all();
+        if request == Request(inner.save_asked) {
+            inner.save_done[index] = inner.save_asked;
+            inner.saved[index] = Some(state);
+            self.to_owner.notify_all();
+        }
     }
 
-    /// Tells how a vCPU took the state it was given.
-    pub(crate) fn has_loaded(&self, index: usize, result: Result<(), VmError>) {
-        self.inner().loaded[index] = Some(result);
-        self.to_owner.notify_all();
+    /// Tells how a vCPU took the state it was given for `request`.
+    pub(crate) fn has_loaded(&self, index: usize, request: Request, result: Result<(), VmError>) {
+        let mut inner = self.inner();
+        if request == Request(inner.load_asked) {
+            inner.loaded[index] = Some(result);
+            self.to_owner.notify_all();
+        }
     }
 
     /// A vCPU's thread ends.
@@ -172,18 +283,20 @@ impl<O, S> Rendezvous<O, S> {
 
     // --- the owner's side ---
 
-    /// Starts the vCPUs, one order each.
-    pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) {
+    /// Starts the vCPUs, one order each. Returns once all of them have taken their state and may enter the guest.
+    pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         let mut inner = self.inner();
-        if inner.stop.is_some() {
-            // Some may have left already, and the others would wait for them.
-            return;
-        }
         for (slot, order) in inner.orders.iter_mut().zip(orders) {
             *slot = Some(order);
         }
         drop(inner);
         self.to_vcpus.notify_all();
+        let mut inner = self.wait(|inner| !matches!(inner.startup, Startup::Preparing(_)))?;
+        match (inner.failure.take(), &inner.stop) {
+            (Some(error), _) => Err(error),
+            (None, Some(reason)) => Err(VmError::Stopped(reason.clone())),
+            (None, None) => Ok(()),
+        }
     }
 
     /// Takes a pause before the vCPUs are started: they will park before their first instruction.
@@ -228,7 +341,10 @@ impl<O, S> Rendezvous<O, S> {
         let first = inner.pauses == 1;
         drop(inner);
         if first {
-            self.kickers.iter().for_each(Kicker::kick);
+            for kicker in &self.kickers {
+                self.schedule.before_kick();
+                kicker.kick();
+            }
         } else {
             self.to_vcpus.notify_all();
         }
@@ -250,6 +366,7 @@ impl<O, S> Rendezvous<O, S> {
     /// Gives vCPUs that are all parked another state, each an order.
     pub(crate) fn load(&self, orders: impl IntoIterator<Item = O>) {
         let mut inner = self.inner();
+        inner.load_asked += 1;
         inner.loaded.fill_with(|| None);
         for (slot, order) in inner.orders.iter_mut().zip(orders) {
             *slot = Some(order);
@@ -308,3 +425,6 @@ impl<O, S> std::fmt::Debug for Rendezvous<O, S> {
         write!(f, "{} vCPUs: {} idle, {} parked, {} left", self.vcpus(), inner.idle, inner.parked, inner.exited)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,7 +20,7 @@
 //! A failure after 3 leaves the VM paused and good for nothing but another reset. What is the VM's alone stays: name, addresses, interfaces, sockets.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Barrier, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::kvm::Clock;
@@ -139,8 +139,7 @@ impl Vm {
         }
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
-        // Nobody waits in it: each vCPU is parked before and after.
-        let order = Order { start, devices, line: Arc::new(Barrier::new(cpus)) };
+        let order = Order { start, devices };
         self.shell.meeting.load(std::iter::repeat_n(order, cpus));
         // Beside the vCPUs: neither touches what the other does.
         let devices = self.devices.rewind(&image.devices, &image.backends);

@@ -162,7 +162,11 @@ impl ForkImage {
     pub fn host_facts(&self) -> HostFacts {
         // Every image has a first vCPU; all have the same features.
         let first = self.vcpus.first();
-        HostFacts::of(first.map_or(&[], |vcpu| vcpu.cpuid.as_slice()), first.and_then(|vcpu| vcpu.tsc_khz))
+        HostFacts::of(
+            first.map_or(&[], |vcpu| vcpu.cpuid.as_slice()),
+            first.and_then(|vcpu| vcpu.tsc_khz),
+            first.and_then(VcpuState::arch_capabilities),
+        )
     }
 
     /// Everything but memory and disks, by the names in [`SECTIONS`] and in that order.

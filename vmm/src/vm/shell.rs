@@ -11,7 +11,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
 use crate::boot::{GENERATION_GSI, KVM_TSS, virtio_slot};
-use crate::kvm::{CpuTemplate, Host, StateLayout, local_apics_alone};
+use crate::kvm::{CpuLook, CpuTemplate, Host, StateLayout, local_apics_alone, set_machine_check_banks};
 use crate::vm::VmError;
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
@@ -74,15 +74,24 @@ impl Shell {
         }
         let wiring = wire(&fd, config)?;
         let generation = config.has_generation().then(|| wire_generation(&fd)).transpose()?;
+        let layout = match config.pmu {
+            false => Arc::clone(layout),
+            true => Arc::new(StateLayout::with_pmu(host, true)?),
+        };
         let layout = match config.cpu {
-            CpuTemplate::Host => Arc::clone(layout),
+            CpuTemplate::Host => layout,
             template => Arc::new(layout.of(template)?),
         };
+        if !config.pmu {
+            host.disable_pmu(&fd).map_err(|e| VmError::kvm("take performance counters away", e))?;
+        }
         let meeting = Arc::new(Rendezvous::new(usize::from(config.cpus())));
         let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram, wiring, generation };
         for index in 0..config.cpus() {
             let vcpu = shell.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
-            let cpuid = host.cpuid_of(index, config.cpus(), &config.hide, config.cpu)?;
+            set_machine_check_banks(&vcpu);
+            let look = CpuLook { hide: &config.hide, template: config.cpu, pmu: config.pmu };
+            let cpuid = host.cpuid_of(index, config.cpus(), &look)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| VmError::kvm("set a vCPU's CPUID", e))?;
             let thread = VcpuThread {
                 index: usize::from(index),

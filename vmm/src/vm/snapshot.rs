@@ -379,7 +379,7 @@ fn overlays(image: &Path, configured: Option<&Path>, options: &RestoreOptions, s
 
 fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
     let run =
-        |(range, kind): &(PageRange, Kind)| DiskRun { granules: range.start..range.end, zero: *kind == Kind::Zero };
+        |(range, kind): &(PageRange, Kind)| DiskRun { granules: range.start()..range.end(), zero: *kind == Kind::Zero };
     let mut layers = Vec::new();
     for layer in reader.layers()? {
         let Some((file, path)) = layer.file else {

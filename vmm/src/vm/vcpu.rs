@@ -1,19 +1,21 @@
 //! A vCPU's thread: takes an order, runs the guest, answers its exits, parks when asked to.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{BOOT_MSRS, Entry};
-use crate::kvm::{Clock, CpuidState, HealError, Host, StateLayout, VcpuState, mark_paused, set_msr_bits};
-use crate::vm::VmError;
+use crate::kvm::{
+    Clock, CpuidState, HealError, Host, StateLayout, VcpuState, forget_pending, mark_paused, set_msr_bits,
+};
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
 use crate::vm::rendezvous::{Next, Rendezvous};
 use crate::vm::slice::{self, Urgent};
 use crate::vm::stop::StopReason;
+use crate::vm::{VmError, caught};
 
 /// What a vCPU starts from.
 #[derive(Clone)]
@@ -29,8 +31,6 @@ pub(crate) enum Start {
 pub(crate) struct Order {
     pub(crate) start: Start,
     pub(crate) devices: Arc<Devices>,
-    /// Where the vCPUs of one VM wait for each other before the first of them runs.
-    pub(crate) line: Arc<Barrier>,
 }
 
 pub(crate) type Meeting = Rendezvous<Order, VcpuState>;
@@ -72,9 +72,8 @@ impl VcpuThread {
             Next::Start(order) => order,
             _ => return None,
         };
-        if let Err(error) = self.prepare(&order) {
-            let error = crate::error_chain(&error);
-            return Some(StopReason::Start { vcpu: self.index, error });
+        if !self.prepare(&order) {
+            return None;
         }
         slice::ordinary();
         loop {
@@ -89,34 +88,36 @@ impl VcpuThread {
         }
     }
 
-    /// Gives the vCPU the state it starts with. All vCPUs of a VM get theirs before the first of them runs.
-    fn prepare(&mut self, order: &Order) -> Result<(), VmError> {
-        // Caught, because the others wait in line for this one.
-        let own = catch_unwind(AssertUnwindSafe(|| self.give_state(&order.start)));
-        let last = order.line.wait().is_leader();
-        let shared = match &order.start {
-            // After every vCPU's own state: an interrupt the controllers hold is delivered to the local APICs, and the clock is computed
-            // from the TSCs.
-            Start::Restore(image) if last => self.restore_vm(image),
-            _ => Ok(()),
-        };
-        if last {
-            // After the interrupt controllers have their state. What a device of the parent had raised may have been on its way to them when that
-            // was saved.
-            order.devices.reraise();
-            if let Start::Restore(_) = order.start {
-                order.devices.tell_generation();
-            }
-            order.devices.resume();
+    /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of them runs. False when
+    /// the VM does not start; it has its reason then.
+    fn prepare(&mut self, order: &Order) -> bool {
+        let own = caught(self.index, || self.give_state(&order.start));
+        if !self.meeting.begin(self.index, own, || self.lead(order)) {
+            return false;
         }
-        // Nobody runs before the leader is done.
-        order.line.wait();
-        own.unwrap_or(Err(VmError::NotSaved))?;
         if let Start::Restore(_) = order.start {
             // After its clock was restored. The instant of the fork may be long ago.
             self.tell_of_pause();
         }
-        shared
+        true
+    }
+
+    /// What the VM as a whole needs between its last vCPU's state and its first instruction.
+    fn lead(&self, order: &Order) -> Result<(), VmError> {
+        if let Start::Restore(image) = &order.start {
+            // After every vCPU's own state: an interrupt the controllers hold is delivered to the local APICs, and the
+            // clock is computed from the TSCs.
+            image.vm.restore_chips(&self.vm)?;
+            image.vm.restore_clock(&self.vm, Clock::CatchUp)?;
+        }
+        // After the interrupt controllers have their state. What a device of the parent had raised may have been on its
+        // way to them when that was saved.
+        order.devices.reraise();
+        if let Start::Restore(_) = order.start {
+            order.devices.tell_generation();
+        }
+        order.devices.resume();
+        Ok(())
     }
 
     fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
@@ -171,11 +172,6 @@ impl VcpuThread {
         self.vcpu.set_regs(&entry.regs()).map_err(|e| VmError::kvm("set a vCPU's registers", e))
     }
 
-    fn restore_vm(&self, image: &ForkImage) -> Result<(), VmError> {
-        image.vm.restore_chips(&self.vm)?;
-        Ok(image.vm.restore_clock(&self.vm, Clock::CatchUp)?)
-    }
-
     fn heal(&mut self) -> Option<StopReason> {
         let vcpu = self.index;
         match self.host.quirks().heal(&mut self.vcpu) {
@@ -194,15 +190,20 @@ impl VcpuThread {
         let mut next = self.meeting.park(self.index, false);
         loop {
             match next {
-                Next::Save => {
-                    let state = VcpuState::save(&self.vcpu, &self.layout, &self.cpuid).map_err(VmError::from);
-                    self.meeting.hand_in(self.index, state);
+                Next::Save(request) => {
+                    // Caught, because whoever pauses the VM waits for this vCPU.
+                    let save = || Ok(VcpuState::save(&self.vcpu, &self.layout, &self.cpuid)?);
+                    self.meeting.hand_in(self.index, request, caught(self.index, save));
                     next = self.meeting.park(self.index, true);
                 }
-                Next::Load(order) => {
+                Next::Load(request, order) => {
                     // Caught, because whoever resets the VM waits for this vCPU.
-                    let taken = catch_unwind(AssertUnwindSafe(|| self.give_state(&order.start)));
-                    self.meeting.has_loaded(self.index, taken.unwrap_or(Err(VmError::NotSaved)));
+                    let taken = caught(self.index, || {
+                        // What is on its way to the guest is of the time before.
+                        forget_pending(&self.vcpu)?;
+                        self.give_state(&order.start)
+                    });
+                    self.meeting.has_loaded(self.index, request, taken);
                     next = self.meeting.park(self.index, true);
                 }
                 Next::Run => {

@@ -205,13 +205,14 @@ fn demos_and_benches_that_cannot_be() {
         return;
     }
     let runtime = Runtime::new();
-    let rows: [(&[&str], &str); 11] = [
+    let rows: [(&[&str], &str); 12] = [
         (&["demo", "--mem", "4097"], "4097"),
         (&["demo", "--mem", "16M"], "16777216"),
         (&["demo", "--cpus", "33"], "33"),
         (&["demo", "--mem", "1T"], "1048576 MiB"),
         (&["bench", "fork", "--samples", "0"], "0 samples"),
         (&["stress", "dma", "--seconds", "0"], "0 seconds"),
+        (&["stress", "dma", "--cpus", "3"], "3 vCPUs"),
         (&["stress", "dma", "--dir", "/nonexistent-dir"], "/nonexistent-dir"),
         (&["bench", "fork", "--mem", "1M"], "1048576"),
         (&["bench", "freeze", "--mem", "256M"], "268435456"),

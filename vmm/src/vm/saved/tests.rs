@@ -30,6 +30,7 @@ fn vcpu(rip: u64) -> VcpuState {
         lapic: Default::default(),
         events: Default::default(),
         taken: Default::default(),
+        taken_in_boot: crate::kvm::BootTime::now(),
     };
     state.regs.rip = rip;
     state
@@ -65,7 +66,7 @@ fn image() -> (ForkImage, tempfile::TempDir) {
     let clock = json!({ "irqchips": null, "pit": null, "clock": [7, 0, 0, 0, 0, 0, 0, 0] });
     let image = ForkImage {
         config: Arc::new(config),
-        ram: ram.freeze(&Quiesced::assume()).unwrap().0,
+        ram: ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap().0,
         vcpus: vec![vcpu(0x1000), vcpu(0x2000)],
         vm: serde_json::from_value(clock).unwrap(),
         devices: DeviceState { serial, virtio },

@@ -1,5 +1,7 @@
 //! A reader that holds frames by reference, read-only, as `vmsplice` does and as a device's short read may.
 
+#![allow(dead_code, reason = "not every test needs all of it")]
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -8,6 +10,7 @@ use clade_memory::DmaPin;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
 /// Guest pages in a pipe: frames, not bytes.
+#[derive(Debug)]
 pub(crate) struct Splice {
     out: File,
     bytes: usize,
@@ -36,4 +39,11 @@ impl Splice {
         self.out.read_exact(&mut got).unwrap();
         got
     }
+}
+
+/// The first word of a page's bytes.
+pub(crate) fn page_of(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[..8]);
+    u64::from_le_bytes(word)
 }

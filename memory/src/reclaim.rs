@@ -1,0 +1,227 @@
+//! The reclaim thread: what nobody waits for. It frees layers, merges chains of them, allocates files ahead, and gives back pages that no view sees.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::sweep;
+use crate::view::Views;
+
+/// What it lets others have first: whoever sends it something is in a hurry, and has just woken this thread on its own processor. Once for all that has
+/// come by then.
+const HEAD_START: Duration = Duration::from_millis(2);
+/// Least time between two sweeps: each walks every view.
+const MIN_SWEEP_INTERVAL: Duration = Duration::from_millis(500);
+/// Tasks that wait at most. Whoever comes with one more does it on the spot, or leaves it undone if it may be.
+const MAX_QUEUED: usize = 4_096;
+
+/// Something to drop counts as done by dropping it.
+type Task = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Queue {
+    tasks: VecDeque<Task>,
+    /// A sweep is wanted.
+    sweep: bool,
+    closed: bool,
+}
+
+struct Inner {
+    queue: Mutex<Queue>,
+    more: Condvar,
+}
+
+/// A way to send tasks to the thread, for those who must not keep it going.
+#[derive(Clone)]
+pub(crate) struct TaskSender(Arc<Inner>);
+
+impl fmt::Debug for TaskSender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TaskSender({} tasks)", self.0.queue().tasks.len())
+    }
+}
+
+impl Inner {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        // Each change to it is one step.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TaskSender {
+    /// Does `task` some time later. Gives it back if the thread has ended or has too much to do.
+    pub(crate) fn spawn(&self, task: impl FnOnce() + Send + 'static) -> Result<(), Box<dyn FnOnce() + Send>> {
+        let task: Task = Box::new(task);
+        let mut queue = self.0.queue();
+        if queue.closed || queue.tasks.len() >= MAX_QUEUED {
+            return Err(task);
+        }
+        queue.tasks.push_back(task);
+        drop(queue);
+        self.0.more.notify_one();
+        Ok(())
+    }
+}
+
+/// See the module's documentation. Dropped, it finishes what it was given.
+pub(crate) struct ReclaimThread {
+    sender: TaskSender,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for ReclaimThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReclaimThread")
+    }
+}
+
+impl ReclaimThread {
+    pub(crate) fn start(views: &Arc<Views>) -> io::Result<Self> {
+        let inner = Arc::new(Inner { queue: Mutex::default(), more: Condvar::new() });
+        let (served, views) = (Arc::clone(&inner), Arc::clone(views));
+        #[cfg(test)]
+        let plan = crate::fault::plan();
+        let run = move || {
+            #[cfg(test)]
+            crate::fault::inherit(plan);
+            serve(&served, &views);
+        };
+        let thread = thread::Builder::new().name("clade-reclaim".to_owned()).spawn(run)?;
+        Ok(Self { sender: TaskSender(inner), thread: Some(thread) })
+    }
+
+    /// Whether the caller is the thread.
+    pub(crate) fn is_this(&self) -> bool {
+        self.thread.as_ref().is_some_and(|handle| handle.thread().id() == thread::current().id())
+    }
+
+    /// What may outlive this.
+    pub(crate) fn sender(&self) -> TaskSender {
+        self.sender.clone()
+    }
+
+    /// Sweeps some time later; asking twice is asking once.
+    pub(crate) fn sweep(&self) {
+        let first = !std::mem::replace(&mut self.sender.0.queue().sweep, true);
+        if first {
+            self.sender.0.more.notify_one();
+        }
+    }
+}
+
+/// Waits for something to do: tasks, if there are any, and whether a sweep is due. `None` when there will be nothing more.
+fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)> {
+    let mut queue = inner.queue();
+    loop {
+        let until_sweep = queue.sweep.then(|| {
+            let due =
+                swept.map_or(Duration::ZERO, |at| (at + MIN_SWEEP_INTERVAL).saturating_duration_since(Instant::now()));
+            if queue.closed { Duration::ZERO } else { due }
+        });
+        let sweep = until_sweep.is_some_and(|left| left.is_zero());
+        if !queue.tasks.is_empty() || sweep {
+            if sweep {
+                // Before it looks: what changes from here on asks for another.
+                queue.sweep = false;
+            }
+            return Some((std::mem::take(&mut queue.tasks), sweep));
+        }
+        if queue.closed {
+            return None;
+        }
+        queue = match until_sweep {
+            Some(left) => inner.more.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0,
+            None => inner.more.wait(queue).unwrap_or_else(PoisonError::into_inner),
+        };
+    }
+}
+
+fn serve(inner: &Inner, views: &Views) {
+    let mut swept = None;
+    while let Some((tasks, sweep)) = wait(inner, swept) {
+        if !inner.queue().closed {
+            thread::sleep(HEAD_START);
+        }
+        for task in tasks {
+            // A panic is one task's: the others still want doing.
+            if catch_unwind(AssertUnwindSafe(task)).is_err() {
+                tracing::error!("a task of the reclaim thread panicked");
+            }
+        }
+        // After every batch in which it is due, however many tasks have come meanwhile.
+        if sweep {
+            if catch_unwind(AssertUnwindSafe(|| sweep::sweep(views))).is_err() {
+                tracing::error!("a sweep panicked");
+            }
+            swept = Some(Instant::now());
+        }
+    }
+}
+
+impl Drop for ReclaimThread {
+    fn drop(&mut self) {
+        self.sender.0.queue().closed = true;
+        self.sender.0.more.notify_one();
+        let Some(thread) = self.thread.take() else { return };
+        // Its work may have held the last handle of the store: then this is the thread, and it ends by itself.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            tracing::error!("the reclaim thread ended in a panic");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    fn thread() -> ReclaimThread {
+        ReclaimThread::start(&Arc::new(Views::new(&Arc::default()))).unwrap()
+    }
+
+    #[test]
+    fn a_task_that_panics_costs_no_other() {
+        let thread = thread();
+        let (tell, told) = mpsc::channel();
+        for nth in 0..10 {
+            let tell = tell.clone();
+            let sent = thread.sender().spawn(move || {
+                assert!(nth % 2 == 0, "asked to panic");
+                tell.send(nth).unwrap();
+            });
+            assert!(sent.is_ok());
+        }
+        drop(thread);
+        drop(tell);
+        assert_eq!(told.iter().collect::<Vec<i32>>(), [0, 2, 4, 6, 8]);
+    }
+
+    #[test]
+    fn the_queue_has_an_end_and_all_that_is_in_it_is_done() {
+        let (thread, done) = (thread(), Arc::new(AtomicUsize::new(0)));
+        let (gate, opened) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        let first = thread.sender().spawn(move || {
+            tell.send(()).unwrap();
+            let _ = opened.recv();
+        });
+        assert!(first.is_ok());
+        told.recv().unwrap();
+        let mut refused = 0;
+        for _ in 0..MAX_QUEUED + 7 {
+            let done = Arc::clone(&done);
+            refused += usize::from(thread.sender().spawn(move || _ = done.fetch_add(1, Ordering::SeqCst)).is_err());
+        }
+        assert_eq!(refused, 7);
+        drop(gate);
+        let sender = thread.sender();
+        drop(thread);
+        assert_eq!(done.load(Ordering::SeqCst), MAX_QUEUED);
+        assert!(sender.spawn(|| {}).is_err(), "closed");
+    }
+}

@@ -1,0 +1,102 @@
+//! A guest's balloon takes pages one by one, for ever. It has its own share of the process's mappings and no more.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use clade_memory::{GuestRam, PAGE_SIZE, PageRange, RamLayout, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::alone::alone;
+use crate::{born, child, freeze, high};
+
+/// Every second one of them is discarded: more than the process can have mappings.
+const PAGES: u64 = 80_000;
+const BATCH: usize = 1_000;
+
+fn put(ram: &GuestRam, page: u64, word: u64) {
+    ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+}
+
+fn word(ram: &GuestRam, page: u64) -> u64 {
+    ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+}
+
+/// What each batch of discards took, and which pages were given back without a mapping.
+fn discard_every_second(ram: &GuestRam) -> (Vec<Duration>, BTreeSet<u64>) {
+    let region = &ram.regions()[0];
+    let pages: Vec<u64> = (0..PAGES).step_by(2).collect();
+    let mut unmapped = BTreeSet::new();
+    let batch = |pages: &[u64]| {
+        let begun = Instant::now();
+        for page in pages {
+            let done = region.discard(PageRange::with_len(*page, 1));
+            let done = done.unwrap_or_else(|error| panic!("the discard of page {page:#x} is refused: {error}"));
+            assert_eq!(done.pinned, 0);
+            unmapped.extend((done.unmapped > 0).then_some(*page));
+        }
+        begun.elapsed()
+    };
+    let took = pages.chunks(BATCH).map(batch).collect();
+    (took, unmapped)
+}
+
+fn others_go_on(store: &Store) {
+    let other = born(store, 1);
+    let image = freeze(&other);
+    let child = child(&image, store);
+    crate::check_all(&child, 1, "beside a balloon");
+    for page in (0..500).step_by(2) {
+        high(&child).discard(PageRange::with_len(page, 1)).expect("a discard of another VM");
+    }
+    crate::fill_all(&child, 2);
+    drop(freeze(&child));
+    crate::check_all(&child, 2, "beside a balloon");
+}
+
+fn balloon(freeze_first: bool) {
+    let store = Store::open_small().unwrap();
+    let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+    ram.birth().unwrap();
+    // Far apart: what is written is seen to stay or to go.
+    let marked = |page: &u64| page.is_multiple_of(101);
+    (0..PAGES).filter(marked).for_each(|page| put(&ram, page, page + 1));
+    if freeze_first {
+        drop(freeze(&ram));
+    }
+    let (took, unmapped) = discard_every_second(&ram);
+    let (used, limit) = (store.budget().used(), store.budget().limit());
+    assert!(used <= limit / 4, "one guest's balloon takes {used} mappings of {limit}");
+    for page in (0..PAGES).filter(marked) {
+        // Without a mapping of its own a page shows what is beneath: zeros in a file of the VM's own, else its layer.
+        let beneath = freeze_first && unmapped.contains(&page);
+        let want = if page.is_multiple_of(2) && !beneath { 0 } else { page + 1 };
+        assert_eq!(word(&ram, page), want, "page {page:#x}");
+    }
+    others_go_on(&store);
+    // The quickest of ten, because others are at work on this machine too.
+    let quickest = |took: &[Duration]| took.iter().min().copied().unwrap();
+    let (first, last) = (quickest(&took[..10]), quickest(&took[took.len() - 10..]));
+    assert!(last < first * 12, "a discard costs {last:?} a {BATCH} after {PAGES}, {first:?} before");
+}
+
+#[test]
+fn a_balloon_of_single_pages_takes_no_more_than_its_share() {
+    alone("balloon::single_pages_of_a_vm_that_was_born");
+}
+
+#[test]
+fn a_balloon_of_a_frozen_vm_takes_no_more_than_its_share() {
+    alone("balloon::single_pages_of_a_vm_that_was_frozen");
+}
+
+#[test]
+#[ignore = "takes the process's mappings; run by a test above"]
+fn single_pages_of_a_vm_that_was_born() {
+    balloon(false);
+}
+
+#[test]
+#[ignore = "takes the process's mappings; run by a test above"]
+fn single_pages_of_a_vm_that_was_frozen() {
+    balloon(true);
+}

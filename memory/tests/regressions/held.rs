@@ -1,0 +1,244 @@
+//! A device that reads pages of a layer by a short pin reads the bytes of the pin's instant, to the end, whatever
+//! becomes of the view, the layer, its file or its VM (I4).
+
+use std::time::Duration;
+
+use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, Store, Term};
+use vm_memory::Bytes;
+
+use crate::splice::Splice;
+use crate::{born, child, fill, fill_all, freeze, high, one_word, seeded, stores};
+
+/// Pages of the second region that a delta provides: so many that a freeze maps them, so few that its file is kept.
+const SHOWN: PageRange = PageRange::new(40, 440);
+/// What the device reads.
+const READ: PageRange = PageRange::new(100, 164);
+/// Freezes of others: each may use a file again.
+const FREEZES: u64 = 12;
+
+/// A read under way.
+struct Read {
+    splice: Splice,
+    pin: DmaPin,
+    seed: u64,
+}
+
+impl Read {
+    fn begin(ram: &GuestRam, pages: PageRange, seed: u64) -> Self {
+        let pin = high(ram).pin(pages, Access::Read, Term::Short).unwrap();
+        Self { splice: Splice::of(&pin), pin, seed }
+    }
+
+    fn finish(self, what: &str) {
+        let first = self.pin.range().start();
+        let got = self.splice.read();
+        for (page, got) in (first..).zip(got.as_chunks::<{ PAGE_SIZE as usize }>().0) {
+            let want = seeded(self.seed, 1, page);
+            assert_eq!(one_word(got), Some(want), "I4: {what}: the device reads page {page:#x}");
+        }
+        drop(self.pin);
+    }
+}
+
+/// A VM whose pages `SHOWN` come from a delta that nobody else shows, and an older image of it.
+fn shown(store: &Store) -> (GuestRam, RamImage) {
+    let ram = born(store, 1);
+    let first = freeze(&ram);
+    fill(&ram, 1, SHOWN, 2);
+    drop(freeze(&ram));
+    (ram, first)
+}
+
+/// Other VMs freeze as many pages again and again.
+fn strangers_freeze(store: &Store) {
+    let strangers = [7, 8].map(|seed| born(store, seed));
+    strangers.iter().for_each(|stranger| drop(freeze(stranger)));
+    for round in 0..FREEZES {
+        for stranger in &strangers {
+            fill(stranger, 1, SHOWN, 100 + round);
+            drop(freeze(stranger));
+        }
+        store.sweep();
+        // What is put away in the background is put away.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A read of pages that are shown from a delta, while `goes_on` happens and others freeze.
+fn holds(what: &str, goes_on: impl Fn(&Store, GuestRam, &RamImage) -> Option<GuestRam>) {
+    for store in stores() {
+        let (ram, first) = shown(&store);
+        let read = Read::begin(&ram, READ, 2);
+        let left = goes_on(&store, ram, &first);
+        strangers_freeze(&store);
+        read.finish(&format!("{what}, {} pages", store.backing().name()));
+        drop(left);
+    }
+}
+
+#[test]
+fn i4_a_short_read_outlives_eager_freezes() {
+    holds("frozen again", |_, ram, _| {
+        for round in 0..FREEZES {
+            fill(&ram, 1, SHOWN, 200 + round);
+            drop(freeze(&ram));
+        }
+        Some(ram)
+    });
+}
+
+#[test]
+fn i4_a_short_read_outlives_its_view_compacted() {
+    holds("compacted", |_, ram, _| {
+        ram.compact(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
+        Some(ram)
+    });
+}
+
+#[test]
+fn i4_a_short_read_outlives_a_discard() {
+    holds("discarded", |_, ram, _| {
+        // Pinned or not is the code's affair: the device reads the same.
+        high(&ram).discard(SHOWN).unwrap();
+        Some(ram)
+    });
+}
+
+#[test]
+fn i4_a_short_read_outlives_a_reset() {
+    holds("reset", |_, ram, first| {
+        let patience = Duration::from_millis(1);
+        // Refused for the pin, or done: the device reads the same.
+        let _ = ram.reset(first, &Quiesced::by(&clade_memory::NoWriters), patience);
+        Some(ram)
+    });
+}
+
+#[test]
+fn i4_a_short_read_outlives_its_vm() {
+    holds("its VM is gone", |_, ram, _| {
+        drop(ram);
+        None
+    });
+}
+
+/// By address, too: the pin keeps the memory that it lies in.
+#[test]
+fn i4_a_pin_shows_its_pages_when_its_vm_is_gone() {
+    for store in stores() {
+        let (ram, first) = shown(&store);
+        let pin = high(&ram).pin(READ, Access::Read, Term::Short).unwrap();
+        drop((ram, first));
+        strangers_freeze(&store);
+        for page in READ.start()..READ.end() {
+            let mut got = vec![0; PAGE_SIZE as usize];
+            pin.slice().read_slice(&mut got, ((page - READ.start()) * PAGE_SIZE) as usize).unwrap();
+            assert_eq!(one_word(&got), Some(seeded(2, 1, page)), "page {page:#x}");
+        }
+    }
+}
+
+/// A request may look its frames up at any time before it completes.
+#[test]
+fn i4_frames_that_are_looked_up_after_a_freeze_are_held_too() {
+    for store in stores() {
+        let (ram, _first) = shown(&store);
+        let pin = high(&ram).pin(READ, Access::Read, Term::Short).unwrap();
+        // The guest writes what the device reads, so the freeze shows it from a new delta.
+        fill(&ram, 1, SHOWN, 3);
+        drop(freeze(&ram));
+        let splice = Splice::of(&pin);
+        for round in 0..FREEZES {
+            fill(&ram, 1, SHOWN, 200 + round);
+            drop(freeze(&ram));
+        }
+        strangers_freeze(&store);
+        let got = splice.read();
+        for (page, got) in (READ.start()..).zip(got.as_chunks::<{ PAGE_SIZE as usize }>().0) {
+            let want = [2, 3].map(|seed| Some(seeded(seed, 1, page)));
+            assert!(want.contains(&one_word(got)), "I4: page {page:#x} is {:x?}", one_word(got));
+        }
+        drop(pin);
+    }
+}
+
+#[test]
+fn i4_a_short_read_outlives_a_childs_freezes() {
+    holds("a child writes as many pages and freezes", |store, ram, first| {
+        let child = child(first, store);
+        fill(&ram, 1, SHOWN, 3);
+        drop(freeze(&ram));
+        for round in 0..FREEZES {
+            fill(&child, 1, SHOWN, 300 + round);
+            drop(freeze(&child));
+        }
+        drop(child);
+        Some(ram)
+    });
+}
+
+/// The tail of a huge layer is less than a block: giving it back zeroes it in place.
+#[test]
+fn i4_a_short_read_outlives_a_sweep_of_a_layers_tail() {
+    for store in stores() {
+        let ram = born(&store, 1);
+        drop(freeze(&ram));
+        // All of the region in a delta, the tail behind a whole block.
+        fill(&ram, 1, high(&ram).range(), 2);
+        drop(freeze(&ram));
+        let tail = PageRange::new(512, high(&ram).pages());
+        let read = Read::begin(&ram, PageRange::new(540, 580), 2);
+        // Now nobody is shown the tail of that layer any more.
+        fill(&ram, 1, tail, 3);
+        drop(freeze(&ram));
+        for _ in 0..3 {
+            store.sweep();
+        }
+        read.finish(&format!("the tail was given back, {} pages", store.backing().name()));
+    }
+}
+
+/// The same of pages of which one is the VM's own: that one is counted, and the others are held all the same.
+#[test]
+fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
+    for store in stores() {
+        let ram = born(&store, 1);
+        let first = freeze(&ram);
+        fill(&ram, 1, high(&ram).range(), 2);
+        drop(freeze(&ram));
+        let (own, range) = (PageRange::new(539, 540), PageRange::new(539, 580));
+        drop(high(&ram).pin(own, Access::Write, Term::Short).unwrap());
+        assert!(high(&ram).ownership().get(own.start()).0);
+        let read = Read::begin(&ram, range, 2);
+        assert!(high(&ram).ownership().get(own.start()).1 == 1 && !high(&ram).ownership().get(own.end()).0);
+        fill(&ram, 1, PageRange::new(512, own.start()), 3);
+        fill(&ram, 1, PageRange::new(own.end(), high(&ram).pages()), 3);
+        drop(freeze(&ram));
+        for _ in 0..3 {
+            store.sweep();
+        }
+        // I7: nor does anything else take a page of it away.
+        let discarded = high(&ram).discard(range).unwrap();
+        assert_eq!((discarded.discarded, discarded.pinned), (0, range.len()));
+        assert!(ram.reset(&first, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).is_err());
+        read.finish(&format!("the tail was given back, {} pages", store.backing().name()));
+        assert_eq!(high(&ram).discard(range).unwrap().pinned, 0, "it is over");
+    }
+}
+
+/// Small layers are given back page by page, and one of which nothing is shown goes as a whole.
+#[test]
+fn i4_a_short_read_outlives_a_sweep_of_everything() {
+    for store in stores() {
+        let (ram, first) = shown(&store);
+        let read = Read::begin(&ram, READ, 2);
+        let other = child(&first, &store);
+        drop(first);
+        fill_all(&ram, 5);
+        drop(freeze(&ram));
+        store.sweep();
+        strangers_freeze(&store);
+        read.finish(&format!("swept, {} pages", store.backing().name()));
+        drop(other);
+    }
+}

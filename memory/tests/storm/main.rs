@@ -1,0 +1,167 @@
+//! Everything at once, from many threads: vCPUs that write, devices that hold frames, freezes, forks, resets,
+//! discards, evictions, compaction, sweeps, and the end of VMs and images.
+//!
+//! The oracle asks none of the code's records. It knows three things from the bytes alone (see `stamp.rs`):
+//!
+//! * what a device must read from the frames it holds, short or long,
+//! * what an image shows to its children, for ever,
+//! * what a VM shows to its guest.
+//!
+//! | variable | |
+//! |---|---|
+//! | `CLADE_STORM_SECONDS` | how long, over all kinds of pages; 10 if not given, 600 in the long test |
+//! | `CLADE_STORM_SEED` | what the threads decide from, as a failure prints it; a fresh one if not given |
+//! | `CLADE_STORM_WITHOUT` | what to leave out, to tell causes apart: `short`, `sweep`, `settle`, `discard`, `evict`,
+//!   `compact`, `reset`, `drop`, `background`, comma-separated |
+//!
+//! A seed decides what each thread does. It does not decide how they interleave.
+
+#![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
+
+#[path = "../deadline/mod.rs"]
+mod deadline;
+mod device;
+#[path = "../dma/mod.rs"]
+mod dma;
+mod fleet;
+#[path = "../require/mod.rs"]
+mod require;
+mod rng;
+mod stamp;
+mod vm;
+mod work;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clade_memory::{Backing, Store};
+
+use deadline::Deadline;
+use fleet::Fleet;
+use rng::Rng;
+use vm::Vm;
+
+const SHORT_SECONDS: u64 = 10;
+const LONG_SECONDS: u64 = 600;
+/// What a storm may take beyond its time before it counts as hanging.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// Layers are put away by a thread of the store.
+const PUT_AWAY: Duration = Duration::from_secs(120);
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")))
+}
+
+/// Why a thread ended.
+fn told(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+type Job<'f> = Box<dyn FnOnce(&'f Fleet, Rng) -> Result<(), String> + Send>;
+
+/// Runs the threads until the time is over or one of them finds something: what it found.
+fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
+    let found = Mutex::new(None);
+    let mut jobs: Vec<(&str, Job<'_>)> = vec![
+        ("reader", Box::new(device::reader)),
+        ("reader", Box::new(device::reader)),
+        ("writer", Box::new(device::writer)),
+        ("freezer", Box::new(work::freezer)),
+        ("freezer", Box::new(work::freezer)),
+        ("forker", Box::new(work::forker)),
+        ("upkeep", Box::new(work::upkeep)),
+    ];
+    for n in 0..work::VCPUS {
+        jobs.push(("vCPU", Box::new(move |fleet, rng| work::vcpu(fleet, rng, n))));
+    }
+    thread::scope(|scope| {
+        for (stream, (name, job)) in (0..).zip(jobs) {
+            let found = &found;
+            scope.spawn(move || {
+                let rng = Rng::new(seed, stream);
+                let result = catch_unwind(AssertUnwindSafe(|| job(fleet, rng)));
+                let result = result.unwrap_or_else(|panic| Err(told(&*panic)));
+                if let Err(error) = result {
+                    // The first is the cause of what others find.
+                    let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+                    found.get_or_insert(format!("{name}: {error}"));
+                    fleet.stop();
+                }
+            });
+        }
+    });
+    found.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is left at the end, once more.
+fn look_at_all(fleet: &Fleet) -> Result<(), String> {
+    fleet.vms().iter().try_for_each(|vm| vm.look_all())?;
+    fleet.store.sweep();
+    for image in fleet.images() {
+        image.look_through(&Vm::adopt(&fleet.store, &fleet.clock, &image))?;
+    }
+    fleet.vms().iter().try_for_each(|vm| vm.look_all())
+}
+
+fn storm(backing: Backing, lasts: Duration) {
+    // One at a time: each takes all processors.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let fresh = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 >> 10;
+    let seed = number("CLADE_STORM_SEED").unwrap_or_else(fresh);
+    let store = match backing {
+        Backing::Huge => Store::open(),
+        Backing::Small => Store::open_small(),
+    }
+    .unwrap();
+    let background = store.start_background();
+    if let Err(error) = &background {
+        require::skip("uffd", "freezes in the background", &error.to_string());
+    }
+    let begun = Instant::now();
+    let _deadline =
+        Deadline::new(lasts + PATIENCE, move || format!("CLADE_STORM_SEED={seed}, {} pages", backing.name()));
+    let without = std::env::var("CLADE_STORM_WITHOUT").unwrap_or_default();
+    let fleet = Fleet::new(&store, lasts, background.is_ok(), without);
+    let found = blow(&fleet, seed).or_else(|| look_at_all(&fleet).err());
+    let took = begun.elapsed().as_secs_f64();
+    println!("{} pages, seed {seed}, {took:.1} s: {:?}", backing.name(), fleet.tally);
+    if let Some(found) = found {
+        panic!("CLADE_STORM_SEED={seed}, {} pages, after {took:.1} s: {found}", backing.name());
+    }
+    assert!(fleet.tally.is_a_storm(), "nothing was tried: {:?}", fleet.tally);
+    fleet.clear();
+    let until = Instant::now() + PUT_AWAY;
+    while store.live_layers() + store.budget().used() as usize > 0 && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
+    assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
+}
+
+/// Half of the time is for each kind of pages.
+fn half(seconds: u64) -> Duration {
+    Duration::from_millis(number("CLADE_STORM_SECONDS").unwrap_or(seconds) * 500)
+}
+
+#[test]
+fn a_storm_loses_nothing_in_huge_pages() {
+    storm(Backing::Huge, half(SHORT_SECONDS));
+}
+
+#[test]
+fn a_storm_loses_nothing_in_small_pages() {
+    storm(Backing::Small, half(SHORT_SECONDS));
+}
+
+#[test]
+#[ignore = "ten minutes"]
+fn a_long_storm_loses_nothing() {
+    storm(Backing::Huge, half(LONG_SECONDS));
+    storm(Backing::Small, half(LONG_SECONDS));
+}

@@ -1,0 +1,227 @@
+//! What goes on beside the devices: vCPUs that write, freezes, forks, and all that moves pages.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade_memory::{FreezeMode, PAGE_SIZE, PageRange, Quiesced, RamError};
+use vm_memory::Bytes;
+
+use crate::fleet::Fleet;
+use crate::rng::Rng;
+use crate::stamp::{Begun, LANES};
+use crate::vm::{CHUNK, CHUNKS, Image, PAGES, Vm, address, chunk};
+
+/// Generations after which a VM is born anew.
+const DEEPEST: usize = 16;
+/// Threads that are vCPUs.
+pub(crate) const VCPUS: u64 = 2;
+
+/// A thread that is a vCPU of whichever VM. It alone writes the CPU lanes of its chunks.
+pub(crate) fn vcpu(fleet: &Fleet, mut rng: Rng, n: u64) -> Result<(), String> {
+    while fleet.goes_on() {
+        let Some(vm) = fleet.pick(&mut rng) else { break };
+        let _running = vm.cpus_run();
+        let model = vm.model();
+        // Now and then so much that a freeze shares it back; often a page here and there.
+        let (chunks, dense) = if rng.one_in(3) { (CHUNKS / VCPUS, true) } else { (1 + rng.below(12), false) };
+        let first = rng.below(CHUNKS / VCPUS);
+        for at in 0..chunks {
+            let of = chunk((first + at) % (CHUNKS / VCPUS) * VCPUS + n);
+            let _writing = vm.chunks.writing(of.start());
+            let mut written = 0;
+            for page in of.start()..of.end() {
+                if dense || rng.one_in(5) {
+                    vm.write(&model, page);
+                    written += 1;
+                }
+            }
+            fleet.tally.written(written);
+            vm.look(&model, of.start() + rng.below(CHUNK))?;
+        }
+    }
+    Ok(())
+}
+
+/// Freezes, in every mode, and images that are dropped at once, settled, kept or looked through.
+pub(crate) fn freezer(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
+    while fleet.goes_on() {
+        let Some(vm) = fleet.pick(&mut rng) else { break };
+        // Freezes of one VM in a row: files of layers are used again.
+        for _ in 0..1 + rng.below(6) {
+            freeze(fleet, &vm, &mut rng)?;
+            std::thread::sleep(Duration::from_micros(rng.below(2_000)));
+        }
+    }
+    Ok(())
+}
+
+fn freeze(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
+    let mode = match rng.below(5) {
+        0 | 1 if fleet.background && fleet.has("background") => FreezeMode::Background,
+        2 if fleet.has("background") => FreezeMode::Auto,
+        _ => FreezeMode::Eager,
+    };
+    let stopped = vm.stop_cpus();
+    let model = vm.model();
+    let lows = model.lows();
+    let (ram, report) = vm
+        .ram
+        .freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters))
+        .map_err(|error| format!("{mode:?}: {error:?}"))?;
+    let image = Image { ram, frozen: Arc::new(model.frozen(&lows)) };
+    drop(stopped);
+    fleet.tally.freeze(report.pending);
+    // The vCPUs run into protected pages now.
+    match rng.below(8) {
+        0 | 1 if fleet.has("settle") => image.ram.settle().map_err(|error| format!("an image: {error:?}"))?,
+        2 if fleet.has("settle") => vm.ram.settle().map_err(|error| format!("a VM: {error:?}"))?,
+        3 => look_through(fleet, &image)?,
+        _ => {}
+    }
+    if rng.one_in(4) {
+        fleet.keep(image, rng);
+    }
+    Ok(())
+}
+
+fn look_through(fleet: &Fleet, image: &Image) -> Result<(), String> {
+    let child = Vm::adopt(&fleet.store, &fleet.clock, image);
+    fleet.tally.look();
+    image.look_through(&child)
+}
+
+/// Children of images, some of which stay.
+pub(crate) fn forker(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
+    while fleet.goes_on() {
+        if let Some(image) = fleet.image(&mut rng) {
+            let child = Vm::adopt(&fleet.store, &fleet.clock, &image);
+            fleet.tally.fork();
+            image.look_through(&child)?;
+            fleet.tally.look();
+            if child.depth > DEEPEST {
+                fleet.add(Vm::born(&fleet.store, &fleet.clock), &mut rng);
+                fleet.drop_image(&mut rng);
+            } else if rng.one_in(3) {
+                fleet.add(child, &mut rng);
+            }
+        }
+        std::thread::sleep(Duration::from_micros(rng.below(30_000)));
+    }
+    Ok(())
+}
+
+/// All that moves pages or layers.
+pub(crate) fn upkeep(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
+    while fleet.goes_on() {
+        let Some(vm) = fleet.pick(&mut rng) else { break };
+        match rng.below(24) {
+            0..5 if fleet.has("sweep") => {
+                fleet.store.sweep();
+            }
+            5 | 6 if fleet.has("settle") => vm.ram.settle().map_err(|error| format!("a VM: {error:?}"))?,
+            7 | 8 if fleet.has("settle") => {
+                if let Some(image) = fleet.image(&mut rng) {
+                    image.ram.settle().map_err(|error| format!("an image: {error:?}"))?;
+                }
+            }
+            9..13 if fleet.has("discard") => discard(fleet, &vm, &mut rng)?,
+            13 if fleet.has("evict") => evict(&vm, &mut rng)?,
+            14 | 15 if fleet.has("compact") => {
+                let _stopped = vm.stop_cpus();
+                vm.ram
+                    .compact(&Quiesced::by(&clade_memory::NoWriters))
+                    .map_err(|error| format!("compaction: {error:?}"))?;
+            }
+            16 if fleet.has("compact") => {
+                if let Some(image) = fleet.image(&mut rng) {
+                    let compacted = image.ram.compact(&fleet.store);
+                    let (ram, _) = compacted.map_err(|error| format!("an image's compaction: {error:?}"))?;
+                    fleet.replace(&Image { ram, ..image });
+                }
+            }
+            17..20 if fleet.has("reset") => reset(fleet, &vm, &mut rng)?,
+            20 if fleet.has("drop") => fleet.drop_one(&mut rng),
+            21 if fleet.has("drop") => fleet.drop_image(&mut rng),
+            _ => {
+                vm.look_all()?;
+                fleet.tally.look();
+            }
+        }
+        fleet.tally.other();
+        drop(vm);
+        std::thread::sleep(Duration::from_micros(rng.below(6_000)));
+    }
+    Ok(())
+}
+
+/// A balloon takes pages while vCPUs and devices are at work on others.
+fn discard(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
+    let _devices = vm.devices_run();
+    let model = vm.model();
+    let first = rng.below(CHUNKS);
+    let chunks = first..(first + 1 + rng.below(3)).min(CHUNKS);
+    let _taking = vm.chunks.taking(chunks.clone());
+    for of in chunks {
+        let whole = chunk(of);
+        let pages = if rng.one_in(2) { whole } else { PageRange::with_len(whole.start() + rng.below(CHUNK), 1) };
+        let all = pages.start()..pages.end();
+        // Under the lock of its chunk no pin that the storm knows of is dropped.
+        let held: Vec<bool> = all.clone().map(|page| vm.chunks.is_held(page)).collect();
+        let begun: Vec<_> = all.clone().map(|page| LANES.map(|lane| model.zero(page, lane))).collect();
+        let (region, range) = vm.region(pages);
+        let done = region.discard(range).map_err(|error| format!("a discard: {error:?}"))?;
+        let mut kept = 0;
+        for ((page, begun), held) in all.zip(begun).zip(held) {
+            let mut got = [1; PAGE_SIZE as usize];
+            vm.ram.memory().read_slice(&mut got, address(page)).unwrap();
+            if got.iter().all(|byte| *byte == 0) && !held {
+                begun.into_iter().for_each(Begun::done);
+            } else {
+                kept += 1;
+                begun.into_iter().for_each(Begun::undone);
+                vm.look(&model, page)?;
+            }
+        }
+        if kept > done.pinned {
+            return Err(format!("a discard of {pages} left {kept} pages, {} for pins", done.pinned));
+        }
+        fleet.tally.discarded(done.discarded);
+    }
+    Ok(())
+}
+
+/// Cold pages go to a file. vCPUs stand still, devices do not.
+fn evict(vm: &Vm, rng: &mut Rng) -> Result<(), String> {
+    let _stopped = vm.stop_cpus();
+    let first = rng.below(CHUNKS);
+    for of in first..(first + 1 + rng.below(8)).min(CHUNKS) {
+        let (region, range) = vm.region(chunk(of));
+        let evicted = region.evict(range, Path::new("/dev/shm"), &Quiesced::by(&clade_memory::NoWriters));
+        evicted.map_err(|error| format!("an eviction: {error:?}"))?;
+    }
+    Ok(())
+}
+
+fn reset(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
+    let Some(image) = fleet.image(rng) else { return Ok(()) };
+    vm.chunks.set_quiet(true);
+    // For most requests to end. Some never do, and refuse the reset if they hold pages of the VM's own.
+    std::thread::sleep(Duration::from_millis(10));
+    let (_cpus, _devices) = (vm.stop_cpus(), vm.stop_devices());
+    let done = vm.ram.reset(&image.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::from_millis(5));
+    vm.chunks.set_quiet(false);
+    match done {
+        Ok(_) => {
+            if let Some(page) = (0..PAGES).find(|page| vm.chunks.is_held(*page)) {
+                return Err(format!("I7: page {page:#x} was reset away under its pin"));
+            }
+            vm.begin_life(&fleet.clock, &image.frozen);
+            fleet.tally.reset();
+            let model = vm.model();
+            (0..PAGES).step_by(7).try_for_each(|page| vm.look(&model, page))
+        }
+        Err(RamError::Pinned { .. }) => Ok(()),
+        Err(error) => Err(format!("a reset: {error:?}")),
+    }
+}

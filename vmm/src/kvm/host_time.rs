@@ -1,0 +1,131 @@
+//! How long ago something was saved, by the host's clocks.
+//!
+//! | saved | clock | why |
+//! |---|---|---|
+//! | in this boot of the host | `CLOCK_BOOTTIME` | nobody steps it, and it counts while the host is suspended |
+//! | in another boot, or on another host | the wall clock | it is the only clock the two have in common |
+//!
+//! The boot's id tells which.
+
+use std::fs;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// A moment by the host's wall clock, in nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WallClock(u64);
+
+impl WallClock {
+    /// This moment.
+    #[must_use]
+    pub fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_nanos()).unwrap_or(0))
+    }
+
+    /// A moment that long before.
+    #[cfg(test)]
+    pub(super) fn earlier(self, by: Duration) -> Self {
+        Self(self.0 - by.as_nanos() as u64)
+    }
+}
+
+/// A moment by the clock of one boot of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootTime {
+    /// The boot's id, its halves.
+    boot: (u64, u64),
+    /// `CLOCK_BOOTTIME`, in nanoseconds. May be negative: a moment before the boot's beginning.
+    nanoseconds: i64,
+}
+
+impl BootTime {
+    /// This moment. None on a host that does not say which boot it is.
+    #[must_use]
+    pub fn now() -> Option<Self> {
+        let boot = boot_id()?;
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `now` is a timespec that the call may write.
+        let rc = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
+        (rc == 0).then(|| Self { boot, nanoseconds: now.tv_sec * 1_000_000_000 + now.tv_nsec })
+    }
+
+    /// A moment that long before.
+    #[cfg(test)]
+    pub(super) fn earlier(self, by: Duration) -> Self {
+        Self { nanoseconds: self.nanoseconds - by.as_nanos() as i64, ..self }
+    }
+
+    fn until(self, now: Self) -> Option<Duration> {
+        let passed = now.nanoseconds.saturating_sub(self.nanoseconds);
+        (self.boot == now.boot).then(|| Duration::from_nanos(u64::try_from(passed).unwrap_or(0)))
+    }
+}
+
+fn boot_id() -> Option<(u64, u64)> {
+    static ID: OnceLock<Option<(u64, u64)>> = OnceLock::new();
+    *ID.get_or_init(|| parse_id(&fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?))
+}
+
+fn parse_id(text: &str) -> Option<(u64, u64)> {
+    let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
+    let (high, low) = digits.split_at_checked(16).filter(|(_, low)| low.len() == 16)?;
+    Some((u64::from_str_radix(high, 16).ok()?, u64::from_str_radix(low, 16).ok()?))
+}
+
+/// How long ago something was that happened at `wall`, which was `boot`. No time at all if that is not known, or if the
+/// wall clock decides and has been put back since.
+pub(super) fn elapsed(wall: WallClock, boot: Option<BootTime>) -> Duration {
+    elapsed_at(wall, boot, WallClock::now(), BootTime::now())
+}
+
+fn elapsed_at(wall: WallClock, boot: Option<BootTime>, wall_now: WallClock, boot_now: Option<BootTime>) -> Duration {
+    let in_boot = boot.zip(boot_now).and_then(|(then, now)| then.until(now));
+    let by_wall = || if wall.0 == 0 { 0 } else { wall_now.0.saturating_sub(wall.0) };
+    in_boot.unwrap_or_else(|| Duration::from_nanos(by_wall()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn wall(seconds: u64) -> WallClock {
+        WallClock(seconds * SECOND)
+    }
+
+    fn boot(id: u64, seconds: i64) -> Option<BootTime> {
+        Some(BootTime { boot: (id, 0), nanoseconds: seconds * SECOND as i64 })
+    }
+
+    #[test]
+    fn a_step_of_the_wall_clock_moves_nobody_within_one_boot() {
+        for stepped in [10, 1_000, 1_000_000] {
+            let passed = elapsed_at(wall(1_000), boot(1, 50), wall(stepped), boot(1, 57));
+            assert_eq!(passed, Duration::from_secs(7));
+        }
+        assert_eq!(elapsed_at(wall(1), boot(1, 50), wall(9), boot(1, 40)), Duration::ZERO, "never backwards");
+    }
+
+    #[test]
+    fn another_boot_counts_by_the_wall_clock() {
+        let passed = |then, now| elapsed_at(wall(1_000), then, wall(1_060), now);
+        assert_eq!(passed(boot(1, 50), boot(2, 5_000)), Duration::from_secs(60));
+        assert_eq!(passed(None, boot(2, 5_000)), Duration::from_secs(60), "saved before there was this");
+        assert_eq!(passed(boot(1, 50), None), Duration::from_secs(60));
+        assert_eq!(elapsed_at(WallClock(0), None, wall(1_060), None), Duration::ZERO, "not known");
+    }
+
+    #[test]
+    fn this_host_says_which_boot_it_is() {
+        assert_eq!(parse_id("0123456789abcdef-0000-00000000001\n"), None);
+        let id = parse_id("01234567-89ab-cdef-0000-000000000010\n");
+        assert_eq!(id, Some((0x0123_4567_89ab_cdef, 16)));
+        let (then, now) = (BootTime::now().unwrap(), BootTime::now().unwrap());
+        assert!(then.until(now).unwrap() < Duration::from_secs(60));
+    }
+}

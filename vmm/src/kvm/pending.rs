@@ -1,0 +1,149 @@
+//! What a vCPU has on its way to the guest, and how it is taken away before another state comes in its place.
+//!
+//! Giving a vCPU a state replaces most of what is pending, but not all of it:
+//!
+//! | left from before | why | what it would do |
+//! |---|---|---|
+//! | a start-up IPI | `KVM_SET_MP_STATE` only ever sets it | start an AP of the new state that waits for one |
+//! | an SMI, or System Management Mode | `KVM_SET_MP_STATE` comes before the events | have KVM refuse that an AP waits for INIT or SIPI |
+//! | asynchronous page faults | they are in no state | tell the guest of a page it never waited for |
+//! | a page-ready event not acknowledged | it is in no state | keep KVM from waking a halted vCPU for the next |
+//!
+//! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after all are parked and before
+//! any state is given.
+
+use kvm_bindings::{
+    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    KVM_VCPUEVENT_VALID_SMM, Msrs, kvm_msr_entry, kvm_vcpu_events,
+};
+use kvm_ioctls::VcpuFd;
+
+use super::msrs::KVM_ASYNC_PF_EN;
+use super::vcpu_state::VcpuStateError;
+
+/// `MSR_KVM_ASYNC_PF_ACK`
+const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
+
+/// Takes away all that `vcpu` has pending. The vCPU is good for nothing then but to be given a state.
+pub fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+    let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
+    // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves System Management Mode.
+    let none = kvm_vcpu_events {
+        flags: KVM_VCPUEVENT_VALID_NMI_PENDING
+            | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+            | KVM_VCPUEVENT_VALID_SHADOW
+            | KVM_VCPUEVENT_VALID_SMM,
+        ..Default::default()
+    };
+    vcpu.set_vcpu_events(&none).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+    // A start-up IPI is taken or dropped by looking: there is no other way to clear one.
+    vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+    // Off, which cancels the faults under way and drops those done. Then the acknowledgement, because an event that was
+    // delivered before waits for one. Each alone, because a guest that was not given a feature does not have its MSR.
+    for (index, data) in [(KVM_ASYNC_PF_EN, 0), (KVM_ASYNC_PF_ACK, 1)] {
+        let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
+            .map_err(|_| VcpuStateError::Buffer { what: "an MSR", bytes: size_of::<kvm_msr_entry>() })?;
+        vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, kvm_mp_state};
+
+    use super::super::host::Host;
+    use super::super::testutil::{TWO_OUTS, TestVm, host, save_all};
+    use super::super::vcpu_state::{CpuidState, StateLayout, VcpuState};
+    use super::super::vm_state::Clock;
+    use super::*;
+
+    /// A VM, and its second vCPU's state: waiting for a start-up IPI.
+    fn waiting(host: &Host) -> (TestVm, StateLayout, VcpuState) {
+        let layout = StateLayout::new(host).unwrap();
+        let vm = TestVm::new(host, 2, &TWO_OUTS);
+        vm.vcpus[1].set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_INIT_RECEIVED }).unwrap();
+        let state = save_all(&vm, host, &layout).remove(1);
+        assert_eq!(state.mp_state.mp_state, KVM_MP_STATE_INIT_RECEIVED);
+        (vm, layout, state)
+    }
+
+    fn reset(vcpu: &VcpuFd, layout: &StateLayout, state: &VcpuState) {
+        forget_pending(vcpu).unwrap();
+        state.restore(vcpu, layout, CpuidState::Set, Clock::CatchUp).unwrap();
+    }
+
+    #[test]
+    fn a_start_up_ipi_from_before_a_reset_starts_nobody() {
+        let Some(host) = host() else { return };
+        let (vm, layout, state) = waiting(&host);
+        let vcpu = &vm.vcpus[1];
+        let sipi = || vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_SIPI_RECEIVED }).unwrap();
+        sipi();
+        assert_eq!(vcpu.get_mp_state().unwrap().mp_state, KVM_MP_STATE_RUNNABLE, "it is one");
+        sipi();
+        reset(vcpu, &layout, &state);
+        assert_eq!(vcpu.get_mp_state().unwrap().mp_state, KVM_MP_STATE_INIT_RECEIVED);
+        assert_eq!(vcpu.get_sregs().unwrap().cs.selector, state.sregs.cs.selector);
+    }
+
+    #[test]
+    fn an_init_from_before_a_reset_resets_nobody() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let mut vm = TestVm::new(&host, 1, &TWO_OUTS);
+        vm.run_to_out(&host);
+        let state = save_all(&vm, &host, &layout).remove(0);
+        let vcpu = &vm.vcpus[0];
+        let mut events = state.events;
+        events.smi.latched_init = 1;
+        vcpu.set_vcpu_events(&events).unwrap();
+        reset(vcpu, &layout, &state);
+        assert_eq!(vcpu.get_vcpu_events().unwrap().smi.latched_init, 0);
+        vcpu.get_mp_state().unwrap();
+        assert_eq!(vcpu.get_regs().unwrap().rip, state.regs.rip);
+    }
+
+    #[test]
+    fn an_smi_from_before_a_reset_hinders_nobody() {
+        let Some(host) = host() else { return };
+        let (vm, layout, state) = waiting(&host);
+        let vcpu = &vm.vcpus[1];
+        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
+        let mut events = state.events;
+        events.smi.pending = 1;
+        if vcpu.set_vcpu_events(&events).is_err() || vcpu.get_vcpu_events().unwrap().smi.pending == 0 {
+            println!("skipped: this KVM has no System Management Mode");
+            return;
+        }
+        reset(vcpu, &layout, &state);
+        assert_eq!(vcpu.get_vcpu_events().unwrap().smi.pending, 0);
+        assert_eq!(vcpu.get_mp_state().unwrap().mp_state, KVM_MP_STATE_INIT_RECEIVED);
+    }
+
+    #[test]
+    fn asynchronous_page_faults_are_off_until_the_state_says_otherwise() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let vcpu = &vm.vcpus[0];
+        // A 64-byte area, delivered by interrupt.
+        const ENABLED: u64 = 0x20_0000 | 1 << 3 | 1;
+        let enabled = || {
+            let mut one =
+                Msrs::from_entries(&[kvm_msr_entry { index: KVM_ASYNC_PF_EN, ..Default::default() }]).unwrap();
+            vcpu.get_msrs(&mut one).unwrap();
+            one.as_slice()[0].data
+        };
+        let entry = kvm_msr_entry { index: KVM_ASYNC_PF_EN, data: ENABLED, ..Default::default() };
+        if vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap() != 1 {
+            println!("skipped: this KVM has no asynchronous page faults");
+            return;
+        }
+        let state = save_all(&vm, &host, &layout).remove(0);
+        forget_pending(vcpu).unwrap();
+        assert_eq!(enabled(), 0);
+        state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp).unwrap();
+        assert_eq!(enabled(), ENABLED);
+    }
+}

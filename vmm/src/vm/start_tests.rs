@@ -1,0 +1,101 @@
+//! States that KVM refuses: a child or a reset takes all of its state or none, and says so to whoever asked.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, MAGIC, mailbox_gpa, offset};
+use clade_memory::Store;
+use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::storm::{Pair, boot, boot_idle, goes_on};
+use crate::bare::BareMailbox;
+use crate::kvm::testutil::host;
+use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
+
+const PAIRS: [Pair; 1] = [Pair::Relay];
+/// Long enough for a vCPU that may start to do so.
+const SETTLE: Duration = Duration::from_millis(30);
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// `image` with an MSR that no KVM has, on vCPU `vcpu`.
+fn spoiled(image: &ForkImage, vcpu: usize) -> Arc<ForkImage> {
+    let mut image = image.clone();
+    let mut msrs = image.vcpus[vcpu].msrs.as_slice().to_vec();
+    msrs.push(kvm_msr_entry { index: 0x4000_ffff, data: 5, ..Default::default() });
+    image.vcpus[vcpu].msrs = Msrs::from_entries(&msrs).unwrap();
+    Arc::new(image)
+}
+
+#[test]
+fn i13_a_child_whose_state_is_refused_is_an_error_and_leaves_nothing() {
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let parent = boot(&context, &PAIRS);
+    let (image, _) = parent.fork().unwrap();
+    for vcpu in [0, 1] {
+        let bad = spoiled(&image, vcpu);
+        let options = ChildOptions { paused: vcpu == 1, before_start: None };
+        let error = Vm::from_image(&context, "child", &bad, options).unwrap_err();
+        assert!(matches!(error, VmError::VcpuState(_)), "{error:?}");
+        assert!(crate::error_chain(&error).contains("0x4000ffff"), "{}", crate::error_chain(&error));
+        // A vCPU's thread that was left would hold it.
+        assert_eq!(Arc::strong_count(&bad), 1);
+    }
+    goes_on(&parent, &PAIRS).unwrap();
+    let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+    goes_on(&child, &PAIRS).unwrap();
+}
+
+#[test]
+fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let vm = boot(&context, &PAIRS);
+    let (image, _) = vm.fork().unwrap();
+    let error = vm.reset(&spoiled(&image, 1)).unwrap_err();
+    assert!(matches!(error, VmError::VcpuState(_)), "{error:?}");
+    assert!(vm.is_paused());
+    assert!(matches!(vm.resume().unwrap_err(), VmError::HalfReset));
+    vm.reset(&image).unwrap();
+    vm.resume().unwrap();
+    goes_on(&vm, &PAIRS).unwrap();
+}
+
+/// vCPU 2 restarts vCPU 1 by INIT and SIPI, and is kicked long after it: the reset finds a SIPI latched. In the image vCPU 1
+/// waits for one, and nobody sends it.
+#[test]
+fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
+    const WAITS: u64 = 1;
+    const SENDS: u64 = 2;
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let parent = boot_idle(&context, 3);
+    let magic = GuestAddress(mailbox_gpa(WAITS) + offset::MAGIC);
+    let started = |vm: &Vm| vm.ram().memory().read_obj::<u64>(magic).unwrap() == MAGIC;
+    parent.pause().unwrap();
+    parent.ram().memory().write_obj(0u64, magic).unwrap();
+    let mut image = (*parent.fork().unwrap().0).clone();
+    // As INIT leaves a vCPU: in real mode, or a start-up IPI would start nothing that could be seen.
+    let (_vm, fresh) = context.host().lone_vcpu().unwrap();
+    let waits = &mut image.vcpus[WAITS as usize];
+    waits.mp_state.mp_state = KVM_MP_STATE_INIT_RECEIVED;
+    waits.sregs = kvm_sregs { apic_base: waits.sregs.apic_base, ..fresh.get_sregs().unwrap() };
+    waits.regs = fresh.get_regs().unwrap();
+    let image = Arc::new(image);
+    let vm = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+    for round in 0..10 {
+        thread::sleep(SETTLE);
+        assert!(!started(&vm), "round {round}: a start-up IPI of the time before");
+        let sender = BareMailbox::new(vm.ram(), SENDS);
+        sender.order(Command::Restart { peer: WAITS }).unwrap();
+        let begun = Instant::now();
+        while sender.progress().unwrap() < 3 {
+            assert!(begun.elapsed() < PATIENCE, "round {round}: the sender stands still");
+            thread::yield_now();
+        }
+        vm.shell.meeting.schedule.delay_kicks(Duration::from_millis(4), round);
+        vm.reset(&image).unwrap();
+    }
+}

@@ -1,0 +1,188 @@
+//! Storms of interrupts between vCPUs while the VM is forked: none may be lost.
+//!
+//! Pairs of vCPUs wake each other by IPIs and halt in between ([`Command::Relay`]), or one restarts the other by INIT and SIPI
+//! ([`Command::Restart`]). A single interrupt that is in nobody's state stops its pair for good, in
+//! the child or after a reset. Kicks are delayed by chance, so that some vCPUs are parked long before others.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_guests::BARE_ELF;
+use clade_guests::abi::Command;
+
+use crate::bare::{BareMailbox, BareVcpu};
+use crate::boot::{BootSource, Image};
+use crate::kvm::testutil::host;
+use crate::vm::{ChildOptions, Context, Vm, VmConfig};
+use clade_memory::Store;
+
+/// A pair that has not gone on for as long has lost its interrupt: it needs less than a millisecond.
+const STUCK: Duration = Duration::from_secs(8);
+/// Steps that a child must make.
+const STEPS: u64 = 3;
+/// Every so many children, the child becomes the parent: what was restored is forked again.
+const SUCCESSION: usize = 8;
+
+/// What two vCPUs do to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pair {
+    /// Each wakes the other.
+    Relay,
+    /// The first restarts the second.
+    Restart,
+}
+
+#[derive(Clone, Copy)]
+struct Storm {
+    pairs: &'static [Pair],
+    forks: usize,
+    /// The longest delay before a kick.
+    delay: Duration,
+    saves_early: bool,
+    seed: u64,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Found {
+    children: usize,
+    /// Children and resets after which a pair went on no more.
+    stuck: Vec<String>,
+}
+
+/// A bare guest whose vCPUs wait for commands.
+pub(super) fn boot_idle(context: &Context, cpus: u64) -> Vm {
+    let config = Arc::new(VmConfig::bare(32 << 20, cpus).unwrap());
+    let kernel = Image::Bytes(BARE_ELF.into());
+    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+    let vm = Vm::boot(context, "storm", &config, &source).unwrap();
+    (0..cpus).for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready().unwrap());
+    vm
+}
+
+pub(super) fn boot(context: &Context, pairs: &[Pair]) -> Vm {
+    let vm = boot_idle(context, 2 * pairs.len() as u64);
+    for (first, pair) in (0..).step_by(2).zip(pairs) {
+        let second = first + 1;
+        let begin = |vcpu, command| {
+            BareMailbox::new(vm.ram(), vcpu).order(command).unwrap();
+            let begun = Instant::now();
+            while progress(&vm, vcpu) == 0 {
+                assert!(begun.elapsed() < STUCK, "vCPU {vcpu} takes its command");
+                thread::yield_now();
+            }
+        };
+        match pair {
+            Pair::Relay => {
+                // It must be able to take interrupts before the first is sent.
+                begin(second, Command::Relay { peer: first, first: false });
+                begin(first, Command::Relay { peer: second, first: true });
+            }
+            Pair::Restart => begin(first, Command::Restart { peer: second }),
+        }
+    }
+    vm
+}
+
+fn progress(vm: &Vm, vcpu: u64) -> u64 {
+    BareMailbox::new(vm.ram(), vcpu).progress().unwrap()
+}
+
+/// Whether every pair goes on; else which does not, and where it stands.
+pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
+    let firsts: Vec<u64> = (0..).step_by(2).take(pairs.len()).collect();
+    let from: Vec<u64> = firsts.iter().map(|vcpu| progress(vm, *vcpu)).collect();
+    let begun = Instant::now();
+    for ((vcpu, from), pair) in firsts.into_iter().zip(from).zip(pairs) {
+        while progress(vm, vcpu) < from + STEPS {
+            if let Some(reason) = vm.stopped() {
+                return Err(format!("stopped: {reason}"));
+            }
+            if begun.elapsed() > STUCK {
+                return Err(format!("the {pair:?} of vCPU {vcpu} stays at {}", progress(vm, vcpu)));
+            }
+            thread::sleep(Duration::from_micros(50));
+        }
+    }
+    Ok(())
+}
+
+/// Forks, starts a child each time, and looks whether it goes on: also after a reset in the middle of its own storm.
+/// Ends at the first that is stuck. None on a host that cannot run VMs.
+fn run(storm: Storm) -> Option<Found> {
+    let context = Context::new(Arc::new(host()?), Store::open_small().unwrap()).unwrap();
+    let mut parent = boot(&context, storm.pairs);
+    let mut found = Found::default();
+    for n in 0..storm.forks {
+        let schedule = &parent.shell.meeting.schedule;
+        schedule.delay_kicks(storm.delay, storm.seed.wrapping_add(n as u64));
+        if storm.saves_early {
+            schedule.save_early();
+        }
+        let (image, _) = parent.fork().unwrap();
+        let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+        found.children += 1;
+        if let Err(stuck) = goes_on(&child, storm.pairs) {
+            found.stuck.push(format!("child {n}: {stuck}"));
+            break;
+        }
+        if n % 2 == 0 {
+            child.shell.meeting.schedule.delay_kicks(storm.delay, !storm.seed);
+            child.reset_to_origin().unwrap();
+            if let Err(stuck) = goes_on(&child, storm.pairs) {
+                found.stuck.push(format!("child {n} after a reset: {stuck}"));
+                break;
+            }
+        }
+        if n % SUCCESSION == SUCCESSION - 1 {
+            child.forget_origin();
+            parent = child;
+        }
+    }
+    goes_on(&parent, storm.pairs).expect("the parent itself");
+    Some(found)
+}
+
+use Pair::{Relay, Restart};
+
+const QUICK: Storm = Storm {
+    pairs: &[Relay, Relay, Relay, Restart],
+    forks: 40,
+    delay: Duration::from_micros(500),
+    saves_early: false,
+    seed: 1,
+};
+
+#[test]
+fn no_interrupt_between_vcpus_is_lost_by_a_fork() {
+    for storm in [QUICK, Storm { pairs: &[Relay], delay: Duration::from_micros(40), ..QUICK }] {
+        let Some(found) = run(storm) else { return };
+        assert_eq!(found, Found { children: storm.forks, stuck: Vec::new() });
+    }
+}
+
+/// The same storm finds its stuck child when vCPUs save beside siblings that run: a check that cannot fail proves nothing.
+#[test]
+fn a_save_that_does_not_wait_for_all_vcpus_is_noticed() {
+    let Some(found) = run(Storm { saves_early: true, forks: 400, ..QUICK }) else { return };
+    println!("{found:?}");
+    assert_eq!(found.stuck.len(), 1, "of {} children", found.children);
+}
+
+#[test]
+#[ignore = "some minutes"]
+fn no_interrupt_is_lost_by_many_forks() {
+    let all: [(&'static [Pair], u64); 5] = [
+        (&[Relay], 20),
+        (&[Relay], 500),
+        (&[Relay, Relay, Relay, Relay], 20),
+        (&[Relay, Relay, Relay, Relay], 500),
+        (&[Restart, Relay, Restart, Relay], 500),
+    ];
+    for (seed, (pairs, delay)) in (0..).zip(all) {
+        let storm = Storm { pairs, forks: 150, delay: Duration::from_micros(delay), seed, ..QUICK };
+        let Some(found) = run(storm) else { return };
+        assert_eq!(found, Found { children: storm.forks, stuck: Vec::new() }, "{pairs:?}, {delay} us");
+        println!("{pairs:?}, {delay} us: {} children", found.children);
+    }
+}
