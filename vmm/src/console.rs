@@ -1,14 +1,32 @@
 //! A VM's console for people: on a Unix socket, and on the terminal Clade was started from.
+//!
+//! A guest never waits for a reader. What it writes goes into a bounded buffer a reader, and what does not fit is dropped:
+//! the reader is told how much.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Weak};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use clade_devices::Console;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
-use crate::event_loop::EventLoop;
+use crate::control::Acceptor;
 use crate::vm::Vm;
+
+/// Bytes that wait for a reader. More than a console replays to who attaches.
+const MAX_WAITING: usize = 256 << 10;
+/// Connections to one console.
+const MAX_CONNECTIONS: usize = 16;
+/// How long a reader may take for the last output of a VM that has ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// Which of a VM's consoles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,65 +35,68 @@ pub(crate) enum Line {
     Virtio,
 }
 
-/// Accepts people on a VM's console socket.
-pub(crate) struct ConsoleListener {
-    listener: UnixListener,
-    vm: Weak<Vm>,
-    line: Line,
-    events: EventLoop,
-}
-
-impl ConsoleListener {
-    pub(crate) fn new(listener: UnixListener, vm: &Arc<Vm>, line: Line, events: EventLoop) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        Ok(Self { listener, vm: Arc::downgrade(vm), line, events })
-    }
-
-    fn accept(&self) -> io::Result<()> {
-        let (stream, _) = self.listener.accept()?;
-        stream.set_nonblocking(true)?;
-        let Some(vm) = self.vm.upgrade() else { return Ok(()) };
-        // A reader too slow for the socket's buffer is let go: a guest never waits for whoever looks at it.
-        let console = match self.line {
-            Line::Serial => Some(vm.console()),
-            Line::Virtio => vm.virtio_console(),
-        };
-        let Some(console) = console else { return Ok(()) };
-        console.listen(Box::new(Output(stream.try_clone()?)));
-        let client = ConsoleClient { stream, vm: self.vm.clone(), line: self.line };
-        let events = self.events.clone();
-        // From another thread: this one is the loop, and cannot wait for itself.
-        std::thread::spawn(move || events.add(Box::new(client)));
-        Ok(())
-    }
-}
-
-impl MutEventSubscriber for ConsoleListener {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        if let Err(error) = self.accept()
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
-            tracing::warn!(%error, "console connection");
+impl Line {
+    fn of(self, vm: &Vm) -> Option<&Console> {
+        match self {
+            Self::Serial => Some(vm.console()),
+            Self::Virtio => vm.virtio_console(),
         }
     }
 
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        if let Err(error) = ops.add(Events::new(&self.listener, EventSet::IN)) {
-            tracing::error!(%error, "console socket");
+    fn type_in(self, vm: &Vm, bytes: &[u8]) -> usize {
+        match self {
+            Self::Serial => vm.type_in(bytes),
+            Self::Virtio => vm.type_in_virtio(bytes),
         }
     }
 }
 
-/// The output half: closes the connection when it can no longer follow, so that the reader knows.
-struct Output(UnixStream);
+#[derive(Default)]
+struct Waiting {
+    bytes: VecDeque<u8>,
+    dropped: u64,
+    /// The console has gone, or the reader has.
+    is_closed: bool,
+}
 
-impl Write for Output {
+#[derive(Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    /// For [`OutputReader::next`].
+    changed: Notify,
+    /// For [`OutputReader::overdue`].
+    closed: Notify,
+}
+
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        self.waiting().is_closed = true;
+        self.changed.notify_one();
+        self.closed.notify_one();
+    }
+}
+
+/// The console's end of an output buffer: a listener that never blocks.
+struct OutputWriter(Arc<Shared>);
+
+impl Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let wrote = self.0.write(bytes);
-        if wrote.is_err() {
-            let _ = self.0.shutdown(std::net::Shutdown::Both);
+        let mut waiting = self.0.waiting();
+        if waiting.is_closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
         }
-        wrote
+        // After a gap nothing more is taken before the reader has been told of it: output stays in order.
+        let room = if waiting.dropped == 0 { MAX_WAITING - waiting.bytes.len() } else { 0 };
+        let (taken, over) = bytes.split_at(bytes.len().min(room));
+        waiting.bytes.extend(taken);
+        waiting.dropped += over.len() as u64;
+        drop(waiting);
+        self.0.changed.notify_one();
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -83,44 +104,142 @@ impl Write for Output {
     }
 }
 
-impl Drop for Output {
+impl Drop for OutputWriter {
     fn drop(&mut self) {
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
+        self.0.close();
     }
 }
 
-/// One person's connection.
-struct ConsoleClient {
-    stream: UnixStream,
-    vm: Weak<Vm>,
-    line: Line,
+/// The reader's end of an output buffer.
+struct OutputReader(Arc<Shared>);
+
+fn output() -> (OutputWriter, OutputReader) {
+    let shared = Arc::<Shared>::default();
+    (OutputWriter(Arc::clone(&shared)), OutputReader(shared))
 }
 
-impl MutEventSubscriber for ConsoleClient {
-    fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
+impl OutputReader {
+    /// The next output; None once the console has gone and all is read.
+    async fn next(&self) -> Option<Vec<u8>> {
+        loop {
+            {
+                let mut waiting = self.0.waiting();
+                if !waiting.bytes.is_empty() {
+                    return Some(std::mem::take(&mut waiting.bytes).into());
+                }
+                let dropped = std::mem::take(&mut waiting.dropped);
+                if dropped > 0 {
+                    return Some(format!("\r\n[clade: {dropped} bytes of output dropped]\r\n").into_bytes());
+                }
+                if waiting.is_closed {
+                    return None;
+                }
+            }
+            self.0.changed.notified().await;
+        }
+    }
+
+    /// Returns some time after the console has gone.
+    async fn overdue(&self) {
+        // Notified before it is waited for is noticed all the same.
+        self.0.closed.notified().await;
+        tokio::time::sleep(LAST_OUTPUT).await;
+    }
+}
+
+impl Drop for OutputReader {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Accepts people on a VM's console socket until the task is aborted.
+pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
+    let connections = Arc::<AtomicUsize>::default();
+    let Some(mut acceptor) = Acceptor::new(listener, "console socket") else { return };
+    loop {
+        let stream = acceptor.next().await;
+        // Relaxed: a bound, and nothing else follows from it.
+        if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            connections.fetch_sub(1, Ordering::Relaxed);
+            let refusal = format!("[clade: {MAX_CONNECTIONS} connections to this console are the limit]\r\n");
+            let _ = stream.try_write(refusal.as_bytes());
+            continue;
+        }
+        let (vm, connections) = (Weak::clone(&vm), Arc::clone(&connections));
+        tokio::spawn(async move {
+            attend(stream, vm, line).await;
+            connections.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+}
+
+/// One person's connection, to its end.
+async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
+    let (mut from_person, mut to_person) = stream.into_split();
+    let reader = {
+        let Some(vm) = vm.upgrade() else { return };
+        let Some(console) = line.of(&vm) else { return };
+        let (writer, reader) = output();
+        console.listen(Box::new(writer));
+        reader
+    };
+    let typing = async {
         let mut bytes = [0; 4096];
-        let typed = match self.stream.read(&mut bytes) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            other => other.unwrap_or(0),
-        };
-        match self.vm.upgrade() {
-            Some(vm) if typed > 0 => {
-                match self.line {
-                    Line::Serial => vm.type_in(&bytes[..typed]),
-                    Line::Virtio => vm.type_in_virtio(&bytes[..typed]),
-                };
-            }
-            _ => {
-                let _ = ops.remove(Events::empty(&self.stream));
-                let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        loop {
+            match from_person.read(&mut bytes).await {
+                Ok(0) | Err(_) => return,
+                Ok(typed) => {
+                    let Some(vm) = vm.upgrade() else { return };
+                    line.type_in(&vm, &bytes[..typed]);
+                }
             }
         }
+    };
+    let showing = async {
+        while let Some(bytes) = reader.next().await {
+            if to_person.write_all(&bytes).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = typing => {}
+        () = showing => {}
+        () = reader.overdue() => {}
+    }
+}
+
+/// A VM's console on standard output.
+pub(crate) struct StdoutConsole(Receiver<()>);
+
+impl StdoutConsole {
+    /// Shows the end of what there is, and all that follows.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub(crate) fn attach(vm: &Vm, runtime: &Handle) -> io::Result<Self> {
+        let (writer, reader) = output();
+        let (done, finished) = channel();
+        let runtime = runtime.clone();
+        let show = move || {
+            let mut stdout = io::stdout();
+            while let Some(bytes) = runtime.block_on(reader.next()) {
+                if stdout.write_all(&bytes).and_then(|()| stdout.flush()).is_err() {
+                    break;
+                }
+            }
+            // Nobody waits for it if the process ends otherwise.
+            let _ = done.send(());
+        };
+        thread::Builder::new().name("clade-stdout".into()).spawn(show)?;
+        vm.console().listen(Box::new(writer));
+        Ok(Self(finished))
     }
 
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        if let Err(error) = ops.add(Events::new(&self.stream, EventSet::IN)) {
-            tracing::error!(%error, "console connection");
-        }
+    /// Waits until all is written, which is soon after the VM is dropped; not for a reader that does not read.
+    pub(crate) fn finish(self) {
+        let _ = self.0.recv_timeout(LAST_OUTPUT);
     }
 }
 
@@ -152,45 +271,69 @@ impl EscapeFilter {
     }
 }
 
-/// Standard input, typed into a VM.
-pub(crate) struct Stdin {
-    vm: Weak<Vm>,
-    filter: EscapeFilter,
-}
-
-impl Stdin {
-    pub(crate) fn new(vm: &Arc<Vm>) -> Self {
-        Self { vm: Arc::downgrade(vm), filter: EscapeFilter::default() }
-    }
-}
-
-impl MutEventSubscriber for Stdin {
-    fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
+/// Types standard input into a VM until Ctrl-A x, which stops it.
+///
+/// # Errors
+/// When no thread can be made.
+pub(crate) fn type_stdin(vm: &Arc<Vm>) -> io::Result<()> {
+    let vm = Arc::downgrade(vm);
+    let read = move || {
+        let mut filter = EscapeFilter::default();
         let mut bytes = [0; 1024];
-        let typed = io::stdin().lock().read(&mut bytes).unwrap_or(0);
-        let Some(vm) = self.vm.upgrade() else { return };
-        let mut to_guest = Vec::new();
-        let escape = self.filter.feed(&bytes[..typed], &mut to_guest);
-        vm.type_in(&to_guest);
-        if escape == Some(Escape::Leave) {
-            vm.stop();
+        // It dies with the process: a read of a terminal cannot be broken off.
+        while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
+            let Some(vm) = vm.upgrade() else { return };
+            let mut to_guest = Vec::new();
+            let escape = filter.feed(&bytes[..typed], &mut to_guest);
+            vm.type_in(&to_guest);
+            if escape == Some(Escape::Leave) {
+                vm.stop();
+                return;
+            }
         }
-        if typed == 0 {
-            let _ = ops.remove(Events::empty(&io::stdin()));
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        // Refused for a plain file, which epoll does not take: then there is no input.
-        if let Err(error) = ops.add(Events::new_raw(io::stdin().as_raw_fd(), EventSet::IN)) {
-            tracing::debug!(%error, "standard input is not watched");
-        }
-    }
+    };
+    thread::Builder::new().name("clade-stdin".into()).spawn(read).map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_loses_output_and_is_told_how_much() {
+        let (writer, reader) = output();
+        let mut console = Console::default();
+        console.listen(Box::new(writer));
+        for _ in 0..MAX_WAITING / 1024 {
+            console.write_all(&[b'a'; 1024]).unwrap();
+        }
+        console.write_all(b"lost").unwrap();
+        let all = block_on(reader.next()).unwrap();
+        assert_eq!(all, vec![b'a'; MAX_WAITING]);
+        // Still lost: what came after a gap must not stand before the word of it.
+        console.write_all(b"too").unwrap();
+        let told = String::from_utf8(block_on(reader.next()).unwrap()).unwrap();
+        assert!(told.contains("7 bytes of output dropped"), "{told}");
+        console.write_all(b"again").unwrap();
+        assert_eq!(block_on(reader.next()).unwrap(), b"again");
+        drop(console);
+        assert_eq!(block_on(reader.next()), None);
+    }
+
+    #[test]
+    fn who_attaches_is_shown_the_last_lines() {
+        let mut console = Console::default();
+        console.write_all(b"login: ").unwrap();
+        let (writer, reader) = output();
+        console.listen(Box::new(writer));
+        assert_eq!(block_on(reader.next()).unwrap(), b"login: ");
+        drop(reader);
+        console.write_all(b"x").unwrap();
+    }
 
     fn feed(parts: &[&[u8]]) -> (Vec<u8>, Option<Escape>) {
         let mut filter = EscapeFilter::default();

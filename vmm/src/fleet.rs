@@ -1,91 +1,69 @@
 //! The VMs of this process by name, each with a control socket and a console socket.
 
-mod names;
+mod dir;
+mod ended;
+mod error;
+mod room;
 
 use std::collections::BTreeMap;
-use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
-use event_manager::SubscriberId;
-use thiserror::Error;
+use crate::console::Line;
+use crate::vm::{ChildIdentity, ChildOptions, Context, Endpoints, ForkImage, ForkReport, Vm, VmConfig, VmError};
 
-use crate::console::{ConsoleListener, Line};
-use crate::event_loop::{EventLoop, LoopError};
-use crate::vm::{ChildIdentity, ChildOptions, Context, Endpoints, ForkImage, ForkReport, SnapshotError, Vm, VmError};
+pub use dir::{
+    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, runtime_dir, socket_path, virtio_console_path,
+};
+use dir::{NameClaim, RuntimeDir};
+pub(crate) use ended::last_output;
+pub use ended::{EndedVm, ended_vms};
+pub use error::{CancelReason, FleetError, MAX_CHILDREN};
+pub use room::RoomError;
 
-use names::{Claim, make_runtime_dir};
-pub use names::{LONGEST_NAME, check_name, console_path, runtime_dir, socket_path, virtio_console_path};
+/// How long a stopped VM may take to give back its interfaces, sockets and name. Disks wait for the kernel for 2 s.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most children one request may make.
-pub const MOST_CHILDREN: usize = 10_000;
+/// Whether everything a VM had is given back. Set by the last thing a VM drops.
+#[derive(Debug, Default)]
+struct Release(Mutex<bool>, Condvar);
 
-/// What the fleet refuses.
-#[derive(Debug, Error)]
-pub enum FleetError {
-    /// Not a name.
-    #[error(
-        "{name:?} is not a name: 1 to {LONGEST_NAME} letters, digits, '-', '_' or '.', starting with a letter or digit"
-    )]
-    BadName {
-        /// What was given.
-        name: String,
-    },
-    /// Taken.
-    #[error("the name {name:?} is taken by a running VM")]
-    Taken {
-        /// Which.
-        name: String,
-    },
-    /// No such VM.
-    #[error("there is no VM {name:?}")]
-    NoSuchVm {
-        /// Which.
-        name: String,
-    },
-    /// A pattern that makes all names equal.
-    #[error("{pattern:?} names every child the same: {{n}} stands for the child's number")]
-    Pattern {
-        /// Which.
-        pattern: String,
-    },
-    /// Too many, or none.
-    #[error("{count} children: one fork makes 1 to {MOST_CHILDREN}")]
-    Count {
-        /// How many were asked for.
-        count: usize,
-    },
-    /// No VM is made any more.
-    #[error("the process is ending")]
-    Ending,
-    /// Sockets and their directory.
-    #[error("{} cannot be used", path.display())]
-    Runtime {
-        /// What.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// See [`LoopError`].
-    #[error(transparent)]
-    Loop(#[from] LoopError),
-    /// See [`VmError`].
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    /// See [`SnapshotError`].
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+impl Release {
+    /// Whether it is within `patience`.
+    fn wait(&self, patience: Duration) -> bool {
+        let released = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.1.wait_timeout_while(released, patience, |released| !*released);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// What a VM drops after everything else it has: its name, then the word that all is given back.
+#[derive(Debug)]
+struct Tail {
+    _claim: NameClaim,
+    _release: ReleaseOnDrop,
+}
+
+#[derive(Debug)]
+struct ReleaseOnDrop(Arc<Release>);
+
+impl Drop for ReleaseOnDrop {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.1.notify_all();
+    }
 }
 
 #[derive(Debug)]
 struct Member {
     vm: Arc<Vm>,
     parent: Option<String>,
-    consoles: Vec<SubscriberId>,
-    _claim: Claim,
+    release: Arc<Release>,
+    /// Its sockets are served until this is dropped.
+    _serving: Serving,
 }
 
 /// Children to be made of one instant.
@@ -108,14 +86,57 @@ pub struct Listed {
     pub parent: Option<String>,
 }
 
-type Begin = Box<dyn Fn(UnixListener, &str) + Send + Sync>;
+/// A request that may be broken off. Clones are the same request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cancel(Arc<AtomicBool>);
 
-/// How members' control sockets are served.
-pub(crate) struct Serve {
-    /// Begins to serve a member's.
-    pub(crate) begin: Begin,
+impl Cancel {
+    pub(crate) fn cancel(&self) {
+        // Relaxed: looked at between two children; nothing else follows from it.
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The sockets of a VM, bound and not yet served.
+pub(crate) struct Sockets {
+    pub(crate) control: UnixListener,
+    pub(crate) consoles: Vec<(Line, UnixListener)>,
+}
+
+/// Dropped, no connection is accepted any more. Those there are go on.
+pub(crate) struct Serving {
+    _until_dropped: Box<dyn Send + Sync>,
+}
+
+impl std::fmt::Debug for Serving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Serving")
+    }
+}
+
+impl Serving {
+    pub(crate) fn new(until_dropped: impl Send + Sync + 'static) -> Self {
+        Self { _until_dropped: Box::new(until_dropped) }
+    }
+}
+
+/// How members' sockets are served.
+pub(crate) trait Serve: Send + Sync {
+    /// Begins to serve a member's sockets.
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving;
     /// Answers what has been asked, and serves nobody any more.
-    pub(crate) finish: Box<dyn Fn() + Send + Sync>,
+    fn finish(&self);
+}
+
+/// A child that is made, holds still, and is in no list.
+struct Unlisted {
+    vm: Arc<Vm>,
+    sockets: Sockets,
+    release: Arc<Release>,
 }
 
 /// Clones are handles to the same fleet.
@@ -124,18 +145,16 @@ pub struct Fleet(Arc<Inner>);
 
 struct Inner {
     context: Context,
-    dir: PathBuf,
-    events: EventLoop,
+    dir: RuntimeDir,
     members: Mutex<BTreeMap<String, Member>>,
     /// Whether it takes nobody any more. Only read and written under the lock of the members.
     closed: AtomicBool,
-    /// Serves HTTP on a member's control socket.
-    serve: Serve,
+    serve: Box<dyn Serve>,
 }
 
 impl std::fmt::Debug for Fleet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Fleet({} VMs in {})", self.members().len(), self.0.dir.display())
+        write!(f, "Fleet({} VMs in {})", self.members().len(), self.0.dir.path().display())
     }
 }
 
@@ -150,18 +169,16 @@ impl WeakFleet {
 }
 
 impl Fleet {
-    /// An empty fleet with its sockets in `dir`; `serve` is given each VM's control socket.
+    /// An empty fleet with its sockets in `dir`, served by what `serve` makes.
     pub(crate) fn new(
         context: &Context,
         dir: &Path,
-        serve: impl FnOnce(WeakFleet) -> Serve,
+        serve: impl FnOnce(WeakFleet) -> Box<dyn Serve>,
     ) -> Result<Self, FleetError> {
-        make_runtime_dir(dir)?;
-        let events = EventLoop::start()?;
+        let dir = RuntimeDir::create(dir)?;
         Ok(Self(Arc::new_cyclic(|weak| Inner {
             context: context.clone(),
-            dir: dir.to_owned(),
-            events,
+            dir,
             members: Mutex::default(),
             closed: AtomicBool::new(false),
             serve: serve(WeakFleet(weak.clone())),
@@ -174,13 +191,7 @@ impl Fleet {
 
     /// Has what was asked answered before the process ends: who stops the last VM wants to hear that it is stopped.
     pub fn finish(&self) {
-        (self.0.serve.finish)();
-    }
-
-    /// The device loop.
-    #[must_use]
-    pub fn events(&self) -> &EventLoop {
-        &self.0.events
+        self.0.serve.finish();
     }
 
     /// Makes a VM under a name that is claimed before and given back if it fails.
@@ -190,46 +201,47 @@ impl Fleet {
     pub fn launch(
         &self,
         name: &str,
-        parent: Option<&str>,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Arc<Vm>, FleetError> {
-        self.launch_as(Claim::new(&self.0.dir, name)?, parent, make)
-    }
-
-    fn launch_as(
-        &self,
-        claim: Claim,
-        parent: Option<&str>,
-        make: impl FnOnce(&Context) -> Result<Vm, VmError>,
-    ) -> Result<Arc<Vm>, FleetError> {
-        let name = &claim.name.clone();
-        let control = claim.bind(&socket_path(&self.0.dir, name))?;
-        let console = claim.bind(&console_path(&self.0.dir, name))?;
-        let vm = Arc::new(make(&self.0.context)?);
-        let mut consoles = vec![self.serve_console(console, &vm, Line::Serial)?];
-        if vm.virtio_console().is_some() {
-            let served = claim
-                .bind(&virtio_console_path(&self.0.dir, name))
-                .and_then(|console| self.serve_console(console, &vm, Line::Virtio));
-            consoles.push(served.inspect_err(|_| consoles.iter().for_each(|id| self.0.events.remove(*id)))?);
-        }
-        let parent = parent.map(str::to_owned);
-        {
-            let mut members = self.members();
-            if self.0.closed.load(Ordering::Relaxed) {
-                consoles.iter().for_each(|id| self.0.events.remove(*id));
-                return Err(FleetError::Ending);
-            }
-            members.insert(name.to_owned(), Member { vm: Arc::clone(&vm), parent, consoles, _claim: claim });
-        }
-        (self.0.serve.begin)(control, name);
+        let made = self.make(NameClaim::new(&self.0.dir, name)?, make)?;
+        let vm = Arc::clone(&made.vm);
+        self.publish(vec![made], None)?;
         Ok(vm)
     }
 
-    fn serve_console(&self, socket: UnixListener, vm: &Arc<Vm>, line: Line) -> Result<SubscriberId, FleetError> {
-        let listener = ConsoleListener::new(socket, vm, line, self.0.events.clone())
-            .map_err(|source| FleetError::Runtime { path: console_path(&self.0.dir, vm.name()), source })?;
-        Ok(self.0.events.add(Box::new(listener))?)
+    /// Makes a VM and its sockets. Nobody is served on them yet.
+    fn make(
+        &self,
+        claim: NameClaim,
+        make: impl FnOnce(&Context) -> Result<Vm, VmError>,
+    ) -> Result<Unlisted, FleetError> {
+        let control = claim.bind("sock")?;
+        let mut consoles = vec![(Line::Serial, claim.bind("console")?)];
+        let mut vm = make(&self.0.context)?;
+        if vm.virtio_console().is_some() {
+            consoles.push((Line::Virtio, claim.bind("hvc")?));
+        }
+        ended::forget(&self.0.dir, &claim.name);
+        let release = Arc::<Release>::default();
+        // Dropped after its devices: a name is free when nothing of its VM is in use any more.
+        vm.drop_last(Tail { _claim: claim, _release: ReleaseOnDrop(Arc::clone(&release)) });
+        Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, consoles }, release })
+    }
+
+    /// Lists VMs and begins to serve their sockets: all of them or none.
+    fn publish(&self, made: Vec<Unlisted>, parent: Option<&str>) -> Result<(), FleetError> {
+        let mut members = self.members();
+        if self.0.closed.load(Ordering::Relaxed) {
+            // Not under the lock: what is made is dropped, and that takes its time.
+            drop(members);
+            return Err(FleetError::Ending);
+        }
+        for Unlisted { vm, sockets, release } in made {
+            let serving = self.0.serve.begin(sockets, &vm);
+            let parent = parent.map(str::to_owned);
+            members.insert(vm.name().to_owned(), Member { vm, parent, release, _serving: serving });
+        }
+        Ok(())
     }
 
     /// The VM called `name`.
@@ -248,13 +260,39 @@ impl Fleet {
         self.members().values().map(|m| Listed { vm: Arc::clone(&m.vm), parent: m.parent.clone() }).collect()
     }
 
-    /// Takes a VM out and gives its name back. The VM itself ends with its last handle.
+    /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns it as it was when it stopped.
+    ///
+    /// # Errors
+    /// When there is no such VM, or something of it stays in use.
+    pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
+        let listed = self.get(name)?;
+        listed.vm.stop();
+        let described = describe(&listed);
+        // The last handle is another's if not this one.
+        drop(listed);
+        let Some(member) = self.members().remove(name) else { return Ok(described) };
+        let release = Arc::clone(&member.release);
+        // Its threads are joined here, unless somebody else is just looking at it.
+        drop(member);
+        if !release.wait(RELEASE_TIMEOUT) {
+            return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
+        }
+        Ok(described)
+    }
+
+    /// Takes a VM out. It ends with its last handle. Why it ended is kept ([`EndedVm`]) if it did so by itself.
     pub fn remove(&self, name: &str) {
         let member = self.members().remove(name);
         if let Some(member) = member {
-            member.consoles.iter().for_each(|console| self.0.events.remove(*console));
+            ended::record(&self.0.dir, &member.vm, member.parent.as_deref());
             member.vm.stop();
         }
+    }
+
+    /// Takes a VM out whose end was seen by whoever started it: nothing is kept.
+    pub fn forget(&self, name: &str) {
+        let member = self.members().remove(name);
+        drop(member);
     }
 
     /// Stops all VMs, and takes no more: also those that a request is just making.
@@ -264,43 +302,41 @@ impl Fleet {
         members.values().for_each(|member| member.vm.stop());
     }
 
-    /// Takes out the VMs that have stopped.
-    pub fn reap(&self) {
-        let stopped: Vec<String> =
-            self.list().iter().filter(|l| l.vm.stopped().is_some()).map(|l| l.vm.name().to_owned()).collect();
+    /// Takes out the VMs that have stopped, but `except`.
+    pub fn reap(&self, except: Option<&str>) {
+        let gone = |listed: &&Listed| listed.vm.stopped().is_some() && Some(listed.vm.name()) != except;
+        let stopped: Vec<String> = self.list().iter().filter(gone).map(|l| l.vm.name().to_owned()).collect();
         stopped.iter().for_each(|name| self.remove(name));
     }
 
-    /// Forks a VM into children of one instant. All or none are made (I13).
+    /// Forks a VM into children of one instant. All or none are made (I13); none runs before all are made.
     ///
     /// # Errors
-    /// When a name, an interface, an address or a socket is taken or a child cannot be made; the parent runs on.
-    pub fn fork(
+    /// When there is no room for all, a name, an interface, an address or a socket is taken, a child cannot be made, or
+    /// it is cancelled. The parent runs on.
+    pub(crate) fn fork(
         &self,
         name: &str,
         wanted: &Children<'_>,
         options: ChildOptions<'_>,
+        cancel: &Cancel,
     ) -> Result<(Vec<Arc<Vm>>, ForkReport), FleetError> {
-        let count = wanted.count;
-        if !(1..=MOST_CHILDREN).contains(&count) {
-            return Err(FleetError::Count { count });
-        }
         let parent = self.get(name)?.vm;
-        let claims = self.claim_children(name, count, wanted.pattern)?;
+        let batch = Batch { fleet: self, count: wanted.count, parent: Some(&parent), cancel };
         // Before the parent is paused: what cannot be had costs it nothing.
-        let taken = claims.into_iter().map(|claim| {
-            let ends = parent.child_endpoints(&claim.name, wanted.identity)?;
-            Ok((claim, ends))
-        });
-        let taken = taken.collect::<Result<Vec<_>, FleetError>>()?;
+        let by_name = wanted.identity.names_socket();
+        let taken = batch.take(name, wanted.pattern, parent.config(), by_name, |name| {
+            parent.child_endpoints(name, wanted.identity)
+        })?;
         let (image, report) = parent.fork()?;
-        Ok((self.launch_all(taken, Some(name), &image, options)?, report))
+        Ok((batch.launch(taken, &image, options)?, report))
     }
 
-    /// Starts VMs from an image, called `name` and a number unless a pattern is given; just `name` if it is one alone. All or none are made (I13).
+    /// Starts VMs from an image, called `name` and a number unless a pattern is given; just `name` if it is one alone. All
+    /// or none are made (I13).
     ///
     /// # Errors
-    /// When a name, an interface, an address or a socket is taken or a VM cannot be made.
+    /// As [`Fleet::fork`].
     pub fn start(
         &self,
         name: &str,
@@ -308,67 +344,119 @@ impl Fleet {
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        let count = wanted.count;
-        if !(1..=MOST_CHILDREN).contains(&count) {
-            return Err(FleetError::Count { count });
-        }
-        let pattern = wanted.pattern.or((count == 1).then_some(name));
-        let taken = self.claim_children(name, count, pattern)?.into_iter().map(|claim| {
-            let ends = image.endpoints(&claim.name, wanted.identity)?;
-            Ok((claim, ends))
-        });
-        let taken = taken.collect::<Result<Vec<_>, FleetError>>()?;
-        self.launch_all(taken, None, image, options)
+        let pattern = wanted.pattern.or((wanted.count == 1).then_some(name));
+        let batch = Batch { fleet: self, count: wanted.count, parent: None, cancel: &Cancel::default() };
+        let by_name = wanted.identity.names_socket();
+        let taken =
+            batch.take(name, pattern, image.config(), by_name, |name| image.endpoints(name, wanted.identity))?;
+        batch.launch(taken, image, options)
+    }
+}
+
+/// VMs that are made together.
+struct Batch<'a> {
+    fleet: &'a Fleet,
+    count: usize,
+    parent: Option<&'a Arc<Vm>>,
+    cancel: &'a Cancel,
+}
+
+impl Batch<'_> {
+    /// Whether the making is to go on after `made` of them.
+    fn check(&self, made: usize) -> Result<(), FleetError> {
+        let reason = if self.cancel.is_cancelled() {
+            CancelReason::ClientGone
+        } else if self.parent.is_some_and(|parent| parent.stopped().is_some()) {
+            CancelReason::ParentStopped
+        } else if self.fleet.0.closed.load(Ordering::Relaxed) {
+            CancelReason::Ending
+        } else {
+            return Ok(());
+        };
+        Err(FleetError::Cancelled { made, count: self.count, reason })
     }
 
-    fn launch_all(
+    /// Takes a name and what else is its alone for each of them. `{n}` counts up from 1, past what is taken.
+    ///
+    /// `by_name`: a socket that is taken is another's with the same name, and the next number will do.
+    fn take(
         &self,
-        taken: Vec<(Claim, Endpoints)>,
-        parent: Option<&str>,
+        stem: &str,
+        pattern: Option<&str>,
+        config: &VmConfig,
+        by_name: bool,
+        mut endpoints: impl FnMut(&str) -> Result<Endpoints, VmError>,
+    ) -> Result<Vec<(NameClaim, Endpoints)>, FleetError> {
+        let count = self.count;
+        if !(1..=MAX_CHILDREN).contains(&count) {
+            return Err(FleetError::Count { count });
+        }
+        let numbered = format!("{stem}-{{n}}");
+        let pattern = pattern.unwrap_or(&numbered);
+        let is_numbered = pattern.contains("{n}");
+        if !is_numbered && count > 1 {
+            return Err(FleetError::Pattern { pattern: pattern.to_owned() });
+        }
+        room::check(count, room::Needs::of(config)).map_err(|source| FleetError::Room { count, source })?;
+        let dir = &self.fleet.0.dir;
+        if !is_numbered {
+            let claim = NameClaim::new(dir, pattern)?;
+            let ends = endpoints(pattern)?;
+            return Ok(vec![(claim, ends)]);
+        }
+        let mut taken = Vec::with_capacity(count);
+        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
+            self.check(0)?;
+            if self.fleet.members().contains_key(&name) {
+                continue;
+            }
+            let claim = match NameClaim::new(dir, &name) {
+                // Another request's, or another process's.
+                Err(FleetError::Taken { .. }) => continue,
+                other => other?,
+            };
+            let ends = match endpoints(&name) {
+                // Made up of the name: another's, in another runtime directory.
+                Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => continue,
+                other => other?,
+            };
+            taken.push((claim, ends));
+            if taken.len() == count {
+                break;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Makes them all, holding still, then lists them and lets them run.
+    fn launch(
+        &self,
+        taken: Vec<(NameClaim, Endpoints)>,
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        let mut children = Vec::with_capacity(taken.len());
+        // One alone has nobody to wait for. Of several, none may run while others are made: they would take the processors
+        // that the making needs.
+        let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
+        let mut made = Vec::with_capacity(self.count);
         for (claim, ends) in taken {
-            let child = claim.name.clone();
-            let make = |context: &Context| Vm::from_image_as(context, &child, image, ends, options);
-            match self.launch_as(claim, parent, make) {
-                Ok(vm) => children.push(vm),
-                Err(error) => {
-                    children.iter().for_each(|made: &Arc<Vm>| self.remove(made.name()));
-                    return Err(error);
+            self.check(made.len())?;
+            let name = claim.name.clone();
+            made.push(self.fleet.make(claim, |context| Vm::from_image_as(context, &name, image, ends, held))?);
+        }
+        self.check(made.len())?;
+        let children: Vec<Arc<Vm>> = made.iter().map(|child| Arc::clone(&child.vm)).collect();
+        self.fleet.publish(made, self.parent.map(|parent| parent.name()))?;
+        if held.paused && !options.paused {
+            for child in &children {
+                match child.resume() {
+                    // Listed already: somebody may have stopped it.
+                    Err(VmError::Stopped(_)) => {}
+                    other => other?,
                 }
             }
         }
         Ok(children)
-    }
-
-    /// Claims the children's names before there are any. `{n}` counts up from 1, past the names that are taken.
-    fn claim_children(&self, parent: &str, count: usize, pattern: Option<&str>) -> Result<Vec<Claim>, FleetError> {
-        let default = format!("{parent}-{{n}}");
-        let pattern = pattern.unwrap_or(&default);
-        if !pattern.contains("{n}") {
-            if count > 1 {
-                return Err(FleetError::Pattern { pattern: pattern.to_owned() });
-            }
-            return Ok(vec![Claim::new(&self.0.dir, pattern)?]);
-        }
-        let mut claims = Vec::with_capacity(count);
-        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
-            if self.members().contains_key(&name) {
-                continue;
-            }
-            match Claim::new(&self.0.dir, &name) {
-                Ok(claim) => claims.push(claim),
-                // Another request's, or another process's.
-                Err(FleetError::Taken { .. }) => {}
-                Err(error) => return Err(error),
-            }
-            if claims.len() == count {
-                break;
-            }
-        }
-        Ok(claims)
     }
 }
 
@@ -377,7 +465,15 @@ mod tests {
     use super::*;
     use crate::boot::{BootSource, Image};
     use crate::kvm::testutil::host;
-    use crate::vm::VmConfig;
+
+    struct Nobody;
+
+    impl Serve for Nobody {
+        fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>) -> Serving {
+            Serving::new((sockets.control, sockets.consoles))
+        }
+        fn finish(&self) {}
+    }
 
     #[test]
     fn a_closed_fleet_stops_its_vms_and_takes_no_more() {
@@ -385,8 +481,7 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let serve = |_| Serve { begin: Box::new(|_, _| {}), finish: Box::new(|| {}) };
-        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), serve).unwrap();
+        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), |_| Box::new(Nobody)).unwrap();
         let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
         let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
         let mut config = VmConfig::new(32 << 20, 1).unwrap();
@@ -396,14 +491,15 @@ mod tests {
             let (config, source) = (&config, &source);
             move |context: &Context| Vm::boot(context, name, config, source)
         };
-        let one = fleet.launch("one", None, boot("one")).unwrap();
+        let one = fleet.launch("one", boot("one")).unwrap();
         // Closed while another is being made.
-        let late = fleet.launch("late", None, |context| {
+        let late = fleet.launch("late", |context| {
             fleet.close();
             boot("late")(context)
         });
         assert!(matches!(late, Err(FleetError::Ending)), "{late:?}");
         assert!(one.stopped().is_some());
+        drop(one);
         fleet.remove("one");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nobody's sockets are left");
     }

@@ -19,9 +19,9 @@ pub mod cli;
 mod console;
 pub mod control;
 pub mod demo;
-pub mod event_loop;
 pub mod fleet;
 pub mod kvm;
+pub mod linux_guest;
 mod stress;
 pub mod vm;
 

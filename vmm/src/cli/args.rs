@@ -8,6 +8,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::cli::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::cli::disk::parse_disk;
+use crate::cli::units::{parse_mib, parse_size};
 use crate::kvm::{CpuHide, CpuTemplate};
 use crate::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
 
@@ -31,10 +32,12 @@ pub(crate) enum Command {
     Stress(StressArgs),
     /// Look at what of this host matters to vCPUs' state, and try what can be tried.
     Check(CheckArgs),
-    /// Write an embedded guest to a file.
+    /// A guest to run: the embedded one, or a Linux that is built once.
     Guest(GuestArgs),
     /// List the running VMs.
-    Ps(JsonArgs),
+    Ps(PsArgs),
+    /// Show the last a VM has written to its console, and why it ended.
+    Logs(ActArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Put a VM that was forked back to the instant of its fork, in place.
@@ -55,8 +58,24 @@ pub(crate) enum Command {
     Restore(RestoreArgs),
 }
 
+/// What a list shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ListFormat {
+    /// Name, state, parent, memory, age.
+    #[default]
+    Short,
+    /// Everything.
+    Wide,
+}
+
 #[derive(Debug, Args)]
-pub(crate) struct JsonArgs {
+pub(crate) struct PsArgs {
+    /// Also those that ended by themselves, with the reason.
+    #[arg(long, short)]
+    pub(crate) all: bool,
+    /// Which columns.
+    #[arg(long, short, value_name = "FORMAT", default_value = "short")]
+    pub(crate) output: ListFormat,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -75,8 +94,8 @@ pub(crate) struct ConsoleArgs {
 pub(crate) struct BalloonArgs {
     /// The VM's name.
     pub(crate) name: String,
-    /// MiB the guest is to give up, in all. It does so when it can.
-    #[arg(long, value_name = "MIB")]
+    /// Memory the guest is to give up, in all, as in 64M. It does so when it can.
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     pub(crate) target: Option<u64>,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -103,6 +122,9 @@ pub(crate) struct RunArgs {
     /// The kernel's command line; where its disks are is added. If not given: console=ttyS0 reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
+    /// More for the kernel's command line, behind what it is otherwise. Repeatable.
+    #[arg(long, value_name = "TEXT", conflicts_with = "cmdline")]
+    pub(crate) append: Vec<String>,
     /// Guest memory: bytes, or with K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub(crate) mem: u64,
@@ -183,8 +205,12 @@ pub(crate) struct ForkArgs {
     /// Children.
     #[arg(long, default_value_t = 1)]
     pub(crate) count: usize,
-    /// The children's names; {n} stands for a number. NAME-{n} if not given.
-    #[arg(long = "name", value_name = "PATTERN")]
+    // clap takes {n} in a help text for a line break, unless something stands in it.
+    #[arg(
+        long = "name",
+        value_name = "PATTERN",
+        help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
+    )]
     pub(crate) pattern: Option<String>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
@@ -248,8 +274,11 @@ pub(crate) struct RestoreArgs {
     /// VMs.
     #[arg(long, default_value_t = 1)]
     pub(crate) count: usize,
-    /// Their names; {n} stands for a number. The directory's name, and a number if there are several, if not given.
-    #[arg(long = "name", value_name = "PATTERN")]
+    #[arg(
+        long = "name",
+        value_name = "PATTERN",
+        help = "Their names; {\u{1b}[0mn} stands for a number. The directory's name, and a number if there are several, if not given"
+    )]
     pub(crate) pattern: Option<String>,
     /// Read all of the memory now, into huge pages, and compare its checksums.
     #[arg(long, conflicts_with = "warm")]
@@ -267,13 +296,24 @@ pub(crate) struct RestoreArgs {
     pub(crate) detached: bool,
 }
 
+/// A guest to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GuestName {
+    Bare,
+    Linux,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
-    /// Which guest: `bare`.
-    pub(crate) guest: String,
-    /// The file to write; `-` is standard output. Its own name if not given.
+    /// `bare` is embedded, and written to a file. `linux` is built from Debian's packages if it is not there yet; what
+    /// `clade run` needs to boot it is printed: clade run $(clade guest linux).
+    pub(crate) guest: GuestName,
+    /// The file that `bare` is written to; `-` is standard output. Its own name if not given.
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
+    /// Print the paths of `linux` as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -389,21 +429,6 @@ pub(crate) struct CheckArgs {
     pub(crate) json: bool,
 }
 
-/// Bytes, from a number with an optional K, M, G or T (powers of 1024).
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let upper = text.trim().to_ascii_uppercase();
-    let plain = upper.strip_suffix("IB").or_else(|| upper.strip_suffix('B')).unwrap_or(&upper);
-    let (digits, shift) = match plain.as_bytes().last() {
-        Some(b'K') => (&plain[..plain.len() - 1], 10),
-        Some(b'M') => (&plain[..plain.len() - 1], 20),
-        Some(b'G') => (&plain[..plain.len() - 1], 30),
-        Some(b'T') => (&plain[..plain.len() - 1], 40),
-        _ => (plain, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 2G"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 64 bits of bytes"))
-}
-
 fn parse_hide(text: &str) -> Result<CpuHide, String> {
     text.parse().map_err(|error: crate::kvm::UnknownFeature| crate::error_chain(&error))
 }
@@ -416,17 +441,5 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2g"), Ok(2 << 30));
-        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
-        for bad in ["", "M", "-1", "1.5G", "0x10", "12Q"] {
-            assert!(parse_size(bad).unwrap_err().contains(bad), "{bad}");
-        }
-        assert!(parse_size("99999999999T").unwrap_err().contains("99999999999T"));
     }
 }

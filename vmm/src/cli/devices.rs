@@ -7,7 +7,7 @@ use clade_devices::virtio::net::{MOST_PAIRS, Mac};
 use clade_devices::virtio::vsock::{FIRST_GUEST_CID, VsockOptions};
 use thiserror::Error;
 
-use crate::cli::args::parse_size;
+use crate::cli::units::parse_size;
 use crate::vm::{NetChoice, NetSpec, VsockChoice};
 
 const NET: &str = "tap=, mac=, queues=, rx-bytes=, rx-bytes-burst=, rx-packets=, rx-packets-burst=, tx-bytes=, tx-bytes-burst=, tx-packets=, tx-packets-burst=";

@@ -9,7 +9,7 @@ use clade_devices::virtio::limiter::Rate;
 use clade_io::CachePolicy;
 use thiserror::Error;
 
-use crate::cli::args::parse_size;
+use crate::cli::units::parse_size;
 use crate::vm::DiskSpec;
 
 /// A `--disk` that says nothing one can do.
@@ -20,7 +20,7 @@ pub(crate) enum DiskArgError {
     NoPath { text: String },
     /// An option nobody knows.
     #[error(
-        "{option:?} is no option of a disk: ro, id=, cache=host|direct, overlays=, queues=, bytes=, bytes-burst=, ops=, ops-burst=, latency-ms="
+        "{option:?} is no option of a disk: ro, id=, cache=host|direct, overlays=, queues=, bytes=, bytes-burst=, ops=, ops-burst= and for tests latency-ms="
     )]
     Unknown { option: String },
     /// A value that is none.

@@ -4,13 +4,17 @@ mod args;
 mod devices;
 mod disk;
 mod ending;
+mod guest;
 mod limits;
+mod logging;
 mod output;
+mod ps;
 mod remote;
 mod restore;
 mod run;
 mod snapshot;
 mod terminal;
+mod units;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -59,27 +63,11 @@ pub fn main() -> ExitCode {
         // Help and version are no failures; clap knows which is which.
         Err(error) => error.exit(),
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CLADE_LOG").unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     limits::raise();
-    let outcome = match cli.command {
-        Command::Demo(args) => crate::demo::main(&args),
-        Command::Run(args) => run::main(&args),
-        Command::Bench(args) => crate::bench::main(&args),
-        Command::Stress(args) => crate::stress::main(&args),
-        Command::Check(args) => crate::check::main(&args),
-        Command::Guest(args) => remote::guest(&args),
-        Command::Ps(args) => remote::ps(&args),
-        Command::Fork(args) => remote::fork(&args),
-        Command::Reset(args) => remote::reset(&args),
-        Command::Balloon(args) => remote::balloon(&args),
-        Command::Console(args) => remote::console(&args),
-        Command::Pause(args) => remote::act(&args, "/pause"),
-        Command::Resume(args) => remote::act(&args, "/resume"),
-        Command::Stop(args) => remote::act(&args, "/stop"),
-        Command::Snapshot(args) => snapshot::main(args),
-        Command::Restore(args) => restore::main(&args),
-    };
+    if !matches!(cli.command, Command::Run(_) | Command::Restore(_)) {
+        limits::end_at_closed_pipes();
+    }
+    let outcome = logging::init().and_then(|()| run(cli.command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -90,6 +78,28 @@ pub fn main() -> ExitCode {
                 Failure::Signal(number) => 128 + number as u8,
             })
         }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Demo(args) => crate::demo::main(&args),
+        Command::Run(args) => run::main(&args),
+        Command::Bench(args) => crate::bench::main(&args),
+        Command::Stress(args) => crate::stress::main(&args),
+        Command::Check(args) => crate::check::main(&args),
+        Command::Guest(args) => guest::main(&args),
+        Command::Ps(args) => ps::main(&args),
+        Command::Fork(args) => remote::fork(&args),
+        Command::Reset(args) => remote::reset(&args),
+        Command::Balloon(args) => remote::balloon(&args),
+        Command::Console(args) => remote::console(&args),
+        Command::Pause(args) => remote::act(&args, "/pause"),
+        Command::Resume(args) => remote::act(&args, "/resume"),
+        Command::Stop(args) => remote::act(&args, "/stop"),
+        Command::Logs(args) => remote::logs(&args),
+        Command::Snapshot(args) => snapshot::main(args),
+        Command::Restore(args) => restore::main(&args),
     }
 }
 

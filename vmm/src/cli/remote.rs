@@ -1,78 +1,39 @@
 //! Commands that ask a running VM, or need none.
 
-use std::fs;
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
 use hyper::Method;
 
-use crate::cli::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs, GuestArgs, JsonArgs};
+use crate::cli::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
 use crate::cli::terminal::RawMode;
+use crate::cli::units::show_age;
 use crate::cli::{Failure, Outcome, Table, print_json};
 use crate::console::{Escape, EscapeFilter};
 use crate::control::{
-    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, ResetAnswer, VmInfo, VmState,
+    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, VmInfo, VmState,
 };
-use crate::fleet::{check_name, console_path, runtime_dir, virtio_console_path};
+use crate::fleet::{check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
 
 pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
     runtime.block_on(question).map_err(|error| match error {
-        ClientError::NoSuchVm { .. } | ClientError::Name(_) | ClientError::Refused { status: 400..500, .. } => {
-            Failure::input(error)
-        }
+        ClientError::NoSuchVm { .. }
+        | ClientError::Dead { .. }
+        | ClientError::Forbidden { .. }
+        | ClientError::Name(_)
+        | ClientError::Refused { status: 400..500, .. } => Failure::input(error),
         _ => Failure::run(error),
     })
 }
 
-fn state_name(state: VmState) -> &'static str {
+pub(super) fn state_name(state: VmState) -> &'static str {
     match state {
         VmState::Running => "running",
         VmState::Paused => "paused",
         VmState::Stopped => "stopped",
     }
-}
-
-pub(crate) fn ps(args: &JsonArgs) -> Outcome {
-    let all = ask(Client::default().list())?;
-    if args.json {
-        return print_json(&all).map_err(Failure::run);
-    }
-    let mut header = vec!["name", "state", "pid", "gen", "parent", "vCPUs", "MiB", "own KiB", "shared MiB", "age s"];
-    // Columns that nobody has anything in are left out.
-    let (nets, vsocks) = (all.iter().any(|vm| !vm.nets.is_empty()), all.iter().any(|vm| vm.vsock.is_some()));
-    header.extend(nets.then_some("interfaces"));
-    header.extend(vsocks.then_some("CID"));
-    let mut table = Table::new(header);
-    for vm in &all {
-        let memory = |figure: fn(&crate::control::MemoryInfo) -> u64| {
-            vm.memory.as_ref().map_or_else(|| "?".into(), |m| figure(m).to_string())
-        };
-        let mut row = vec![
-            vm.name.clone(),
-            state_name(vm.state).into(),
-            vm.pid.to_string(),
-            vm.generation.to_string(),
-            vm.parent.clone().unwrap_or_else(|| "-".into()),
-            vm.cpus.to_string(),
-            memory(|m| m.mib),
-            memory(|m| m.private_kib),
-            memory(|m| m.shared_pages / 256),
-            format!("{:.1}", vm.age_s),
-        ];
-        if nets {
-            let all: Vec<String> = vm.nets.iter().map(|net| format!("{} {}", net.tap, net.mac)).collect();
-            row.push(if all.is_empty() { "-".into() } else { all.join(" ") });
-        }
-        if vsocks {
-            row.push(vm.vsock.as_ref().map_or_else(|| "-".into(), |vsock| vsock.cid.to_string()));
-        }
-        table.row(row);
-    }
-    table.print().map_err(Failure::run)
 }
 
 pub(crate) fn fork(args: &ForkArgs) -> Outcome {
@@ -158,8 +119,8 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     check_name(&args.name).map_err(Failure::input)?;
     let path = if args.is_virtio { virtio_console_path } else { console_path };
     let path = path(&runtime_dir(), &args.name);
-    let gone = |_| ClientError::NoSuchVm { name: args.name.clone(), path: path.clone() };
-    let mut from_guest = UnixStream::connect(&path).map_err(gone).map_err(Failure::input)?;
+    let gone = |source| Failure::input(ClientError::unreachable(&args.name, path.clone(), source));
+    let mut from_guest = UnixStream::connect(&path).map_err(gone)?;
     let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;
     eprintln!("[console of {}; Ctrl-A x leaves]", args.name);
     let raw = RawMode::enter().map_err(Failure::run)?;
@@ -186,17 +147,21 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     Ok(())
 }
 
-pub(crate) fn guest(args: &GuestArgs) -> Outcome {
-    let image: &[u8] = match args.guest.as_str() {
-        "bare" => clade_guests::BARE_ELF,
-        other => return Err(Failure::Input(anyhow!("there is no embedded guest {other:?}; there is: bare"))),
+/// Shows what a VM, running or ended, has written last.
+pub(crate) fn logs(args: &ActArgs) -> Outcome {
+    let dir = runtime_dir();
+    let running = ask(Client::default().request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
+    let refused = match running {
+        Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
+        Ok(answer) => return io::stdout().write_all(answer.console.as_bytes()).map_err(Failure::run),
+        Err(refused) => refused,
     };
-    let path = args.output.clone().unwrap_or_else(|| PathBuf::from(format!("{}.elf", args.guest)));
-    if path == Path::new("-") {
-        return io::stdout().write_all(image).map_err(Failure::run);
+    let ended = ended_vms(&dir).map_err(Failure::input)?.into_iter().find(|ended| ended.name == args.name);
+    let Some(ended) = ended else { return Err(refused) };
+    if args.json {
+        return print_json(&ended).map_err(Failure::run);
     }
-    fs::write(&path, image)
-        .map_err(|error| Failure::Input(anyhow!("{} cannot be written: {error}", path.display())))?;
-    eprintln!("{} bytes written to {}", image.len(), path.display());
+    io::stdout().write_all(ended.console.as_bytes()).and_then(|()| io::stdout().flush()).map_err(Failure::run)?;
+    eprintln!("{} ended after {}: {}", ended.name, show_age(ended.age_s), ended.reason);
     Ok(())
 }

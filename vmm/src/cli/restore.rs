@@ -52,16 +52,19 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     let vms = fleet.start(&stem(&dir), &wanted, &image, child).map_err(failure)?;
     drop(image);
     let took = begun.elapsed().as_secs_f64() * 1e3;
-    let [vm] = vms.as_slice() else {
-        for vm in &vms {
-            println!("{}", vm.name());
+    let vm = match <[_; 1]>::try_from(vms) {
+        Ok([vm]) => vm,
+        Err(vms) => {
+            for vm in &vms {
+                println!("{}", vm.name());
+            }
+            eprintln!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
+            drop(vms);
+            wait_for_all(&fleet, &ending);
+            fleet.finish();
+            return ending.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
         }
-        eprintln!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
-        drop(vms);
-        wait_for_all(&fleet, &ending);
-        fleet.finish();
-        return ending.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
     };
     eprintln!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
-    foreground(&fleet, vm, args.detached, &ending)
+    foreground(&fleet, vm, args.detached, &ending, runtime.handle())
 }

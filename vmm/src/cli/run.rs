@@ -1,6 +1,5 @@
 //! `clade run`: boots a kernel with its console on this terminal.
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,12 +7,14 @@ use std::time::Duration;
 use clade_devices::disk::Disk;
 use clade_devices::virtio::limiter::Limits;
 
+use tokio::runtime::Handle;
+
 use crate::boot::{BootError, BootSource, Image};
 use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::cli::ending::Ending;
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome};
-use crate::console::Stdin;
+use crate::console::{StdoutConsole, type_stdin};
 use crate::control::serve_fleet;
 use crate::fleet::{Fleet, FleetError, runtime_dir};
 use crate::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
@@ -49,7 +50,10 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
     let initrd = args.initrd.clone().map(Image::File);
     let context = Context::open().map_err(Failure::input)?;
-    let default_cmdline = || context.host().quirks().extend_cmdline(DEFAULT_CMDLINE);
+    let default_cmdline = || {
+        let cmdline = context.host().quirks().extend_cmdline(DEFAULT_CMDLINE);
+        args.append.iter().fold(cmdline, |cmdline, more| format!("{cmdline} {more}"))
+    };
     let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
     let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
     let runtime =
@@ -59,28 +63,29 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
     let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
-    let vm = fleet.launch(&name, None, boot).map_err(|error| refused(args, error))?;
+    let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
 
-    foreground(&fleet, &vm, args.detached, &ending)
+    foreground(&fleet, vm, args.detached, &ending, runtime.handle())
 }
 
 /// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
-pub(super) fn foreground(fleet: &Fleet, vm: &Arc<Vm>, detached: bool, ending: &Ending) -> Outcome {
+pub(super) fn foreground(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending, runtime: &Handle) -> Outcome {
     let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
-    vm.console().listen(Box::new(io::stdout()));
+    let stdout = StdoutConsole::attach(&vm, runtime).map_err(Failure::run)?;
     if !detached {
-        fleet.events().add(Box::new(Stdin::new(vm))).map_err(Failure::run)?;
+        type_stdin(&vm).map_err(Failure::run)?;
     }
-    let ended = attend(fleet, vm, ending);
+    let name = vm.name().to_owned();
+    let ended = attend(fleet, vm, detached, ending);
     fleet.finish();
+    stdout.finish();
     drop(raw);
-    let _ = io::stdout().flush();
     if let Some(number) = ending.signal() {
         return Err(Failure::Signal(number));
     }
     match ended {
         StopReason::Asked | StopReason::Reset => Ok(()),
-        reason => Err(Failure::Run(anyhow::anyhow!("{}: {reason}", vm.name()))),
+        reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
     }
 }
 
@@ -97,19 +102,28 @@ fn refused(args: &RunArgs, error: FleetError) -> Failure {
 }
 
 /// Waits for the VM, and then for the children that live in this process. A signal ends them all.
-fn attend(fleet: &Fleet, vm: &Vm, ending: &Ending) -> StopReason {
+///
+/// The VM is dropped when it has stopped: what it had is free, also while its children run on.
+fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopReason {
     let reason = loop {
-        fleet_turn(fleet, vm.name());
+        fleet.reap(Some(vm.name()));
         close_at_end(fleet, ending);
         if let Some(reason) = vm.wait(TURN) {
             break reason;
         }
     };
-    fleet.remove(vm.name());
+    let name = vm.name().to_owned();
     let disks = vm.take_disks();
+    if detached {
+        fleet.remove(&name);
+    } else {
+        // Its console was on this terminal, and its end is said here.
+        fleet.forget(&name);
+    }
+    drop(vm);
     let children = fleet.list().len();
     if children > 0 && ending.signal().is_none() {
-        eprintln!("\r\nclade: {} has ended; {children} of its children run on in this process\r", vm.name());
+        eprintln!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
     wait_for_all(fleet, ending);
     // After all of them: a disk that somebody else has in its map is not written to.
@@ -121,7 +135,7 @@ fn attend(fleet: &Fleet, vm: &Vm, ending: &Ending) -> StopReason {
 pub(super) fn wait_for_all(fleet: &Fleet, ending: &Ending) {
     loop {
         close_at_end(fleet, ending);
-        fleet.reap();
+        fleet.reap(None);
         if fleet.list().is_empty() {
             return;
         }
@@ -151,15 +165,6 @@ fn put_away(disks: Vec<Disk>) {
                 let error = crate::error_chain(&failed.1);
                 eprintln!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
             }
-        }
-    }
-}
-
-/// Takes out children that have stopped; the VM this process was started for is looked after by itself.
-fn fleet_turn(fleet: &Fleet, own: &str) {
-    for listed in fleet.list() {
-        if listed.vm.name() != own && listed.vm.stopped().is_some() {
-            fleet.remove(listed.vm.name());
         }
     }
 }

@@ -344,3 +344,10 @@ pub struct ResetAnswer {
     /// The whole, from asking the vCPUs to stop until they were let go.
     pub total_us: f64,
 }
+
+/// The last a VM has written to its console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogsAnswer {
+    /// At most 32 KiB, as text.
+    pub console: String,
+}

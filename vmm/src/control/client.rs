@@ -26,6 +26,22 @@ pub enum ClientError {
         /// Where its socket would be.
         path: PathBuf,
     },
+    /// There is a socket, and nobody behind it.
+    #[error("the process of {name:?} has died: nobody answers at {}", path.display())]
+    Dead {
+        /// The name.
+        name: String,
+        /// What it left behind.
+        path: PathBuf,
+    },
+    /// Another user's.
+    #[error("the VM {name:?} is another user's: {} may not be opened", path.display())]
+    Forbidden {
+        /// The name.
+        name: String,
+        /// Its socket.
+        path: PathBuf,
+    },
     /// Not a name.
     #[error(transparent)]
     Name(#[from] crate::fleet::FleetError),
@@ -63,6 +79,29 @@ pub enum ClientError {
     },
 }
 
+impl ClientError {
+    /// What it means that the socket of `name` at `path` cannot be connected to.
+    #[must_use]
+    pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
+        let name = name.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::NoSuchVm { name, path },
+            io::ErrorKind::ConnectionRefused => Self::Dead { name, path },
+            io::ErrorKind::PermissionDenied => Self::Forbidden { name, path },
+            _ => Self::Socket { name, source },
+        }
+    }
+}
+
+/// The VMs that answer.
+#[derive(Clone, Debug, Default)]
+pub struct ListedVms {
+    /// Those of this user.
+    pub vms: Vec<VmInfo>,
+    /// How many sockets are another user's.
+    pub forbidden: usize,
+}
+
 /// Talks to VMs by name.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -95,12 +134,8 @@ impl Client {
     ) -> Result<T, ClientError> {
         check_name(name)?;
         let path = socket_path(&self.dir, name);
-        let stream = UnixStream::connect(&path).await.map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                ClientError::NoSuchVm { name: name.to_owned(), path }
-            }
-            _ => ClientError::Socket { name: name.to_owned(), source },
-        })?;
+        let stream = UnixStream::connect(&path).await;
+        let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
         let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
@@ -130,10 +165,10 @@ impl Client {
     ///
     /// # Errors
     /// When the directory of sockets cannot be read.
-    pub async fn list(&self) -> Result<Vec<VmInfo>, ClientError> {
+    pub async fn list(&self) -> Result<ListedVms, ClientError> {
         let failed = |source| ClientError::Directory { path: self.dir.clone(), source };
         let entries = match std::fs::read_dir(&self.dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(ListedVms::default()),
             other => other.map_err(failed)?,
         };
         let mut names = Vec::new();
@@ -142,10 +177,11 @@ impl Client {
             names.extend(file.to_str().and_then(|f| f.strip_suffix(".sock")).map(str::to_owned));
         }
         names.sort_unstable();
-        let mut all = Vec::new();
+        let mut all = ListedVms::default();
         for name in names {
             match self.request::<VmInfo>(Method::GET, &name, "", None::<&()>).await {
-                Ok(info) => all.push(info),
+                Ok(info) => all.vms.push(info),
+                Err(ClientError::Forbidden { .. }) => all.forbidden += 1,
                 // Gone in between, or left by a process that died.
                 Err(error) => tracing::debug!(%error, name, "does not answer"),
             }

@@ -12,18 +12,23 @@
 //! | `GET /v1/vms/{name}/snapshot` | | `SnapshotProgress` |
 //! | `DELETE /v1/vms/{name}/snapshot` | | `SnapshotProgress`; the one that is being made ends with an error |
 //! | `POST /v1/vms/{name}/warm` | | `WarmAnswer`: what it touched is written into its snapshot |
-//! | `POST /v1/vms/{name}/pause`, `resume`, `stop` | | `VmInfo` |
+//! | `GET /v1/vms/{name}/logs` | | `LogsAnswer` |
+//! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
+//! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
 //!
-//! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 409 for a VM in the wrong state or a name
-//! taken, 500 for the rest.
+//! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 408 for a body that does not
+//! come, 409 for a VM in the wrong state or a name taken, 413 for a body above 64 KiB, 507 for no room on the host, 500 for
+//! the rest.
 
 mod api;
 mod client;
+mod listen;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, MemoryInfo, NetInfo, ResetAnswer,
-    SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo,
+    ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
 };
-pub use client::{Client, ClientError};
-pub use server::serve_fleet;
+pub use client::{Client, ClientError, ListedVms};
+pub(crate) use listen::Acceptor;
+pub use listen::serve_fleet;

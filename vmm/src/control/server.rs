@@ -1,9 +1,6 @@
-//! Serving the control sockets.
+//! What the control sockets answer.
 
-use std::io;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
@@ -14,27 +11,23 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use clade_snapshot::Compression;
 use serde_json::json;
-use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
 
 use crate::control::api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, VmInfo, WarmAnswer,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, LogsAnswer, ResetAnswer, SnapshotAnswer,
+    SnapshotProgress, SnapshotRequest, VmInfo, WarmAnswer,
 };
-use crate::fleet::{Children, Fleet, FleetError, Serve, WeakFleet};
-use crate::vm::{ChildOptions, Context, SnapshotError, SnapshotOptions, Vm, VmError};
+use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
+use crate::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 
 /// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
 const ANSWER: Duration = Duration::from_secs(2);
-/// How long those who have asked something may take to read the answer when the process ends.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// An error as the API gives it.
-struct ApiError {
-    status: StatusCode,
-    text: String,
+pub(super) struct ApiError {
+    pub(super) status: StatusCode,
+    pub(super) text: String,
 }
 
 impl IntoResponse for ApiError {
@@ -46,19 +39,27 @@ impl IntoResponse for ApiError {
 impl From<FleetError> for ApiError {
     fn from(error: FleetError) -> Self {
         let status = match &error {
-            FleetError::BadName { .. } | FleetError::Pattern { .. } | FleetError::Count { .. } => {
-                StatusCode::BAD_REQUEST
-            }
+            FleetError::BadName { .. }
+            | FleetError::Pattern { .. }
+            | FleetError::Count { .. }
+            | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
             FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
             FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
             FleetError::Taken { .. }
             | FleetError::Ending
+            | FleetError::Cancelled { .. }
             | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
                 StatusCode::CONFLICT
             }
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
             FleetError::Snapshot(error) => snapshot_status(error),
-            FleetError::Runtime { .. } | FleetError::Loop(_) | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            FleetError::Runtime { .. }
+            | FleetError::Unreleased { .. }
+            | FleetError::LinkedDir { .. }
+            | FleetError::ForeignDir { .. }
+            | FleetError::OpenDir { .. }
+            | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self { status, text: crate::error_chain(&error) }
     }
@@ -98,10 +99,14 @@ async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let gone = |text: &str| ApiError { status: StatusCode::INTERNAL_SERVER_ERROR, text: text.to_owned() };
-    let fleet = fleet.upgrade().ok_or_else(|| gone("the process is ending"))?;
-    let done = tokio::task::spawn_blocking(move || work(&fleet)).await;
-    Ok(done.map_err(|_| gone("the request panicked; no VM was changed half-way"))??)
+    let failed = |status, text: &str| ApiError { status, text: text.to_owned() };
+    let gone = || failed(StatusCode::INTERNAL_SERVER_ERROR, "the process is ending");
+    let fleet = fleet.upgrade().ok_or_else(gone)?;
+    // It panics when no thread can be made. That is this request's end, not the connection's.
+    let begun = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(move || work(&fleet))));
+    let begun = begun.map_err(|_| failed(StatusCode::SERVICE_UNAVAILABLE, "no thread can be made for the request"))?;
+    let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");
+    Ok(begun.await.map_err(panicked)??)
 }
 
 async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
@@ -116,7 +121,6 @@ async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) ->
 enum Verb {
     Pause,
     Resume,
-    Stop,
 }
 
 async fn act(fleet: WeakFleet, name: String, verb: Verb) -> Answer<VmInfo> {
@@ -125,11 +129,27 @@ async fn act(fleet: WeakFleet, name: String, verb: Verb) -> Answer<VmInfo> {
         match verb {
             Verb::Pause => listed.vm.pause()?,
             Verb::Resume => listed.vm.resume()?,
-            Verb::Stop => listed.vm.stop(),
         }
         Ok(VmInfo::from(&listed))
     });
     Ok(Json(info.await?))
+}
+
+async fn stop(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    Ok(Json(with_fleet(fleet, move |fleet| fleet.stop(&name, |listed| VmInfo::from(listed))).await?))
+}
+
+async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
+    Ok(Json(with_fleet(fleet, move |fleet| Ok(LogsAnswer { console: last_output(&fleet.get(&name)?.vm) })).await?))
+}
+
+/// Cancels a request when its handler is dropped, which is when the connection is closed.
+struct CancelOnDrop(Cancel);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
 }
 
 async fn fork(
@@ -138,12 +158,14 @@ async fn fork(
     request: Result<Json<ForkRequest>, JsonRejection>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
+    let cancel = Cancel::default();
+    let _cancel_on_drop = CancelOnDrop(cancel.clone());
     let made = with_fleet(fleet, move |fleet| {
         let begun = Instant::now();
         let options = ChildOptions { paused: request.paused, before_start: None };
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let (children, report) = fleet.fork(&name, &wanted, options)?;
+        let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
         let us = |d: std::time::Duration| d.as_secs_f64() * 1e6;
         Ok(ForkAnswer {
             children: children.iter().map(|vm| vm.name().to_owned()).collect(),
@@ -258,7 +280,7 @@ async fn set_balloon(
     Ok(Json(set.await?))
 }
 
-fn router(fleet: WeakFleet) -> Router {
+pub(super) fn router(fleet: WeakFleet) -> Router {
     let verb =
         |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
     Router::new()
@@ -271,60 +293,12 @@ fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}/warm", post(warm))
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
-        .route("/v1/vms/{name}/stop", verb(Verb::Stop))
+        .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/logs", get(logs))
         .fallback(async || ApiError { status: StatusCode::NOT_FOUND, text: "there is no such path".into() })
         .method_not_allowed_fallback(async || ApiError {
             status: StatusCode::METHOD_NOT_ALLOWED,
             text: "the path is not for that method".into(),
         })
         .with_state(fleet)
-}
-
-/// A fleet whose control sockets are served on `runtime`.
-///
-/// # Errors
-/// When the sockets' directory or the device loop cannot be made.
-pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fleet, FleetError> {
-    let runtime = runtime.clone();
-    let servers: Arc<Mutex<Vec<JoinHandle<()>>>> = Arc::default();
-    let (ending, ended) = tokio::sync::watch::channel(false);
-    Fleet::new(context, dir, |weak| {
-        let router = router(weak);
-        let (handle, started) = (runtime.clone(), Arc::clone(&servers));
-        let begin = move |socket: UnixListener, name: &str| {
-            let (router, name, mut ended) = (router.clone(), name.to_owned(), ended.clone());
-            let server = handle.spawn(async move {
-                let served = async {
-                    socket.set_nonblocking(true)?;
-                    let socket = tokio::net::UnixListener::from_std(socket)?;
-                    let end = async move {
-                        // An error is the sender gone, which is the end too.
-                        let _ = ended.wait_for(|ended| *ended).await;
-                    };
-                    axum::serve(socket, router).with_graceful_shutdown(end).await
-                };
-                let served: io::Result<()> = served.await;
-                if let Err(error) = served {
-                    tracing::error!(%error, name, "control socket");
-                }
-            });
-            let mut started = started.lock().unwrap_or_else(PoisonError::into_inner);
-            started.retain(|server| !server.is_finished());
-            started.push(server);
-        };
-        let finish = move || {
-            // Nobody to be told is as good.
-            let _ = ending.send(true);
-            let servers = std::mem::take(&mut *servers.lock().unwrap_or_else(PoisonError::into_inner));
-            runtime.block_on(async {
-                let all = async {
-                    for server in servers {
-                        let _ = server.await;
-                    }
-                };
-                let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
-            });
-        };
-        Serve { begin: Box::new(begin), finish: Box::new(finish) }
-    })
 }

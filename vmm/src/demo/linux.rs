@@ -1,8 +1,6 @@
 //! The Linux guest's part: boot it once, fork its shell, type a different command into each child.
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +9,7 @@ use serde::Serialize;
 use crate::boot::{BootSource, Image};
 use crate::cli::{DEFAULT_CMDLINE, DemoArgs, Failure, Table};
 use crate::demo::progress;
+use crate::linux_guest::LinuxGuest;
 use crate::vm::{ChildOptions, Context, Vm, VmConfig};
 
 /// A boot takes under a second with hardware virtualization, and half a minute without.
@@ -62,46 +61,21 @@ impl LinuxReport {
     }
 }
 
-/// The files of the Linux guest: `$CLADE_LINUX_GUEST`, or where its build script puts them.
-fn guest_dir(args: &DemoArgs) -> Result<Option<PathBuf>, Failure> {
-    if args.no_linux {
-        return Ok(None);
-    }
-    if let Some(dir) = std::env::var_os("CLADE_LINUX_GUEST").filter(|d| !d.is_empty()) {
-        return Ok(Some(dir.into()));
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/linux/build.sh");
-    if !script.exists() {
-        let missing = || {
-            anyhow::anyhow!(
-                "the Linux guest's build script is not here; set CLADE_LINUX_GUEST to a directory with vmlinux and initramfs.cpio"
-            )
-        };
-        return if args.linux { Err(Failure::Input(missing())) } else { Ok(None) };
-    }
-    let mut command = Command::new(&script);
-    if !args.linux {
-        command.arg("--path").stderr(Stdio::null());
-    }
-    let output =
-        command.stdin(Stdio::null()).stderr(if args.linux { Stdio::inherit() } else { Stdio::null() }).output();
-    let output = output.map_err(Failure::run)?;
-    match (output.status.success(), args.linux) {
-        (true, _) => {
-            let text = String::from_utf8_lossy(&output.stdout);
-            Ok(text.lines().last().map(PathBuf::from))
-        }
-        (false, true) => Err(Failure::Run(anyhow::anyhow!("the Linux guest could not be built ({})", output.status))),
-        (false, false) => Ok(None),
+/// The Linux guest, if it is there or may be built.
+fn guest(args: &DemoArgs) -> Result<Option<LinuxGuest>, Failure> {
+    match (args.no_linux, args.linux) {
+        (true, _) => Ok(None),
+        (_, true) => LinuxGuest::build().map(Some).map_err(Failure::run),
+        _ => LinuxGuest::find().map_err(Failure::input),
     }
 }
 
 pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
-    let Some(dir) = guest_dir(args)? else { return Ok(None) };
+    let Some(guest) = guest(args)? else { return Ok(None) };
     let config = Arc::new(VmConfig::new(MEMORY, 1).map_err(Failure::run)?);
     let source = BootSource {
-        kernel: Image::File(dir.join("vmlinux")),
-        initrd: Some(Image::File(dir.join("initramfs.cpio"))),
+        kernel: Image::File(guest.kernel),
+        initrd: Some(Image::File(guest.initrd)),
         cmdline: context.host().quirks().extend_cmdline(DEFAULT_CMDLINE),
         cpus: config.cpus(),
         rsdp: None,

@@ -72,6 +72,18 @@ pub struct Vm {
     /// One fork, reset, pause or resume at a time.
     pub(crate) operations: Turns,
     pub(crate) saving: Saving,
+    /// Last: see [`Vm::drop_last`].
+    tail: Tail,
+}
+
+/// What is dropped after everything else of a VM.
+#[derive(Default)]
+struct Tail(Vec<Box<dyn Send + Sync>>);
+
+impl fmt::Debug for Tail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tail({})", self.0.len())
+    }
 }
 
 impl Vm {
@@ -185,7 +197,13 @@ impl Vm {
             origin: Mutex::new(origin),
             operations: Turns::default(),
             saving: Saving::default(),
+            tail: Tail::default(),
         })
+    }
+
+    /// Keeps `what` until the VM is dropped, and drops it after everything else of the VM: threads, devices, interfaces, memory.
+    pub fn drop_last(&mut self, what: impl Send + Sync + 'static) {
+        self.tail.0.push(Box::new(what));
     }
 
     /// Starts the vCPUs. When this returns, all have taken their state; on an error none has run.

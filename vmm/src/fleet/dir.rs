@@ -1,0 +1,367 @@
+//! The runtime directory: names of VMs, their locks, their sockets, and what is kept of those that ended.
+//!
+//! Everything below it goes through one descriptor, opened without following a link and checked once. A directory that
+//! is swapped under a running process changes nothing.
+
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, openat, statat, unlinkat};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+
+use super::FleetError;
+
+/// Longest name of a VM.
+pub const LONGEST_NAME: usize = 48;
+/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its closing zero.
+pub const LONGEST_SOCKET_PATH: usize = 107;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+/// Most bytes of a small file that are read.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/tmp/clade-UID`.
+#[must_use]
+pub fn runtime_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os("CLADE_RUNTIME_DIR").filter(|d| !d.is_empty()) {
+        return dir.into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
+        Some(dir) => Path::new(&dir).join("clade"),
+        None => PathBuf::from(format!("/tmp/clade-{}", rustix::process::getuid().as_raw())),
+    }
+}
+
+/// Checks a name.
+///
+/// # Errors
+/// [`FleetError::BadName`].
+pub fn check_name(name: &str) -> Result<(), FleetError> {
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    let rest = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if first && rest && name.len() <= LONGEST_NAME {
+        Ok(())
+    } else {
+        Err(FleetError::BadName { name: name.to_owned() })
+    }
+}
+
+/// Path of a VM's control socket.
+#[must_use]
+pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.sock"))
+}
+
+/// Path of a VM's console.
+#[must_use]
+pub fn console_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.console"))
+}
+
+/// Path of a VM's virtio console, if it has one.
+#[must_use]
+pub fn virtio_console_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.hvc"))
+}
+
+/// The directory, open. Clones share the descriptor.
+#[derive(Clone, Debug)]
+pub(crate) struct RuntimeDir {
+    path: PathBuf,
+    fd: Arc<OwnedFd>,
+}
+
+impl RuntimeDir {
+    /// Opens the directory, and makes it (mode 0700) if it is not there.
+    ///
+    /// # Errors
+    /// When it is a link, another user's, or may be written by others.
+    pub(crate) fn create(path: &Path) -> Result<Self, FleetError> {
+        let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+        let dir = Self::open(path)?;
+        let found = rustix::fs::fstat(&dir.fd).map_err(|error| failed(error.into()))?;
+        if found.st_uid != rustix::process::geteuid().as_raw() {
+            return Err(FleetError::ForeignDir { path: path.to_owned(), owner: found.st_uid });
+        }
+        let mode = found.st_mode & 0o7777;
+        if mode & 0o022 != 0 {
+            return Err(FleetError::OpenDir { path: path.to_owned(), mode });
+        }
+        Ok(dir)
+    }
+
+    /// Opens a directory that is there.
+    pub(crate) fn open(path: &Path) -> Result<Self, FleetError> {
+        let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
+            // Either may come of a link, depending on which flag the kernel looks at first.
+            let link = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
+            if link { FleetError::LinkedDir { path: path.to_owned() } } else { failed(error.into()) }
+        })?;
+        Ok(Self { path: path.to_owned(), fd: Arc::new(fd) })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of the files in it.
+    pub(crate) fn entries(&self) -> io::Result<Vec<OsString>> {
+        use std::os::unix::ffi::OsStringExt;
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.fd)? {
+            names.push(OsString::from_vec(entry?.file_name().to_bytes().to_vec()));
+        }
+        Ok(names)
+    }
+
+    fn remove(&self, file: &str) -> io::Result<()> {
+        match unlinkat(&self.fd, file, AtFlags::empty()) {
+            Err(error) if error != rustix::io::Errno::NOENT => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A regular file of at most 1 MiB. None if it is not there.
+    pub(crate) fn read(&self, file: &str) -> io::Result<Option<Vec<u8>>> {
+        // Without NONBLOCK a FIFO would be waited for.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = match openat(&self.fd, file, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            other => File::from(other?),
+        };
+        let found = opened.metadata()?;
+        if !found.is_file() || found.len() > MAX_FILE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no small file"));
+        }
+        let mut bytes = Vec::new();
+        opened.take(MAX_FILE).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// Writes a file of this user's alone (mode 0600), whole or not at all.
+    pub(crate) fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
+        let aside = format!(".{file}.new");
+        self.remove(&aside)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut opened = File::from(openat(&self.fd, &*aside, flags, Mode::RUSR | Mode::WUSR)?);
+        let written = opened.write_all(bytes);
+        let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.fd, &*aside, &self.fd, file)?));
+        renamed.inspect_err(|_| drop(self.remove(&aside)))
+    }
+
+    /// When a file was last written, in seconds. None if it is not there, or no file.
+    pub(crate) fn written_at(&self, file: &str) -> Option<i64> {
+        let found = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        (FileType::from_raw_mode(found.st_mode) == FileType::RegularFile).then_some(found.st_mtime)
+    }
+
+    pub(crate) fn forget(&self, file: &str) {
+        if let Err(error) = self.remove(file) {
+            tracing::debug!(%error, file, "a file of the runtime directory stays");
+        }
+    }
+}
+
+/// A name held on this host. The lock goes with the process, so a crashed owner's name is free again.
+#[derive(Debug)]
+pub(crate) struct NameClaim {
+    dir: RuntimeDir,
+    pub(crate) name: String,
+    _lock: File,
+}
+
+impl NameClaim {
+    pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
+        check_name(name)?;
+        // The longest of its sockets.
+        let longest = console_path(&dir.path, name);
+        let length = longest.as_os_str().len();
+        if length > LONGEST_SOCKET_PATH {
+            return Err(FleetError::LongPath { path: longest, length });
+        }
+        let file = format!("{name}.lock");
+        let failed = |source| FleetError::Runtime { path: dir.path.join(&file), source };
+        let lock = loop {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let lock = openat(&dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+            let lock = File::from(lock);
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    // For who asks which process it is.
+                    return Err(FleetError::Taken { name: name.to_owned() });
+                }
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+            // An owner that left after the file was opened has removed it: what is locked then is no longer the name's.
+            let locked = lock.metadata().map_err(failed)?;
+            match statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
+                Err(error) if error != rustix::io::Errno::NOENT => return Err(failed(error.into())),
+                _ => {}
+            }
+        };
+        // Whose it is, for a person who looks. A lock that cannot be written to holds all the same.
+        let _ = lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0);
+        Ok(Self { dir: dir.clone(), name: name.to_owned(), _lock: lock })
+    }
+
+    /// A socket of the name's, for this user alone (mode 0600). `ending` is what follows the name and a dot.
+    pub(crate) fn bind(&self, ending: &str) -> Result<UnixListener, FleetError> {
+        let file = format!("{}.{ending}", self.name);
+        let bound = || -> io::Result<UnixListener> {
+            // The lock is ours, so a socket that is there is a dead owner's.
+            self.dir.remove(&file)?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // The file is made with the mode of the socket it is bound to: there is no moment at which others may connect.
+            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            let path = format!("/proc/self/fd/{}/{file}", self.dir.fd.as_raw_fd());
+            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            listen(&socket, BACKLOG)?;
+            Ok(UnixListener::from(socket))
+        };
+        bound().map_err(|source| FleetError::Runtime { path: self.dir.path.join(&file), source })
+    }
+}
+
+impl Drop for NameClaim {
+    fn drop(&mut self) {
+        // The lock file last: while it is locked nobody else binds these.
+        for ending in ["sock", "console", "hvc", "lock"] {
+            self.dir.forget(&format!("{}.{ending}", self.name));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn temporary() -> (tempfile::TempDir, RuntimeDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::create(dir.path()).unwrap();
+        (dir, runtime)
+    }
+
+    #[test]
+    fn names_cannot_leave_the_directory() {
+        for bad in ["", "../x", "a/b", ".hidden", "-x", "a b", "ä", &"x".repeat(49)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        for good in ["a", "web-1", "A.b_c", &"x".repeat(48)] {
+            assert!(check_name(good).is_ok(), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_free_again_after() {
+        let (path, dir) = temporary();
+        let claim = NameClaim::new(&dir, "a").unwrap();
+        claim.bind("sock").unwrap();
+        assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+        drop(claim);
+        assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0, "nothing is left behind");
+        NameClaim::new(&dir, "a").unwrap();
+    }
+
+    #[test]
+    fn a_dead_owners_sockets_are_replaced() {
+        let (path, dir) = temporary();
+        drop(UnixListener::bind(socket_path(path.path(), "a")).unwrap());
+        assert!(socket_path(path.path(), "a").exists());
+        let claim = NameClaim::new(&dir, "a").unwrap();
+        let listener = claim.bind("sock").unwrap();
+        std::os::unix::net::UnixStream::connect(socket_path(path.path(), "a")).unwrap();
+        drop(listener);
+    }
+
+    #[test]
+    fn what_is_made_is_this_users_alone_whatever_the_umask() {
+        let (path, dir) = temporary();
+        let claim = NameClaim::new(&dir, "a").unwrap();
+        let _sockets = [claim.bind("sock").unwrap(), claim.bind("console").unwrap()];
+        dir.write("a.ended", b"x").unwrap();
+        for file in ["a.sock", "a.console", "a.lock", "a.ended"] {
+            let mode = fs::symlink_metadata(path.path().join(file)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{file}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_a_link_or_open_to_others_is_refused() {
+        let outer = tempfile::tempdir().unwrap();
+        let (real, link) = (outer.path().join("real"), outer.path().join("link"));
+        fs::create_dir(&real).unwrap();
+        symlink(&real, &link).unwrap();
+        let refused = RuntimeDir::create(&link).unwrap_err();
+        assert!(matches!(&refused, FleetError::LinkedDir { path } if *path == link), "{refused:?}");
+        for mode in [0o777, 0o770, 0o702] {
+            fs::set_permissions(&real, fs::Permissions::from_mode(mode)).unwrap();
+            let refused = RuntimeDir::create(&real).unwrap_err();
+            assert!(matches!(refused, FleetError::OpenDir { mode: found, .. } if found == mode), "{refused:?}");
+        }
+        fs::set_permissions(&real, fs::Permissions::from_mode(0o755)).unwrap();
+        RuntimeDir::create(&real).unwrap();
+        fs::write(outer.path().join("file"), "").unwrap();
+        assert!(RuntimeDir::create(&outer.path().join("file")).is_err());
+    }
+
+    #[test]
+    fn links_and_fifos_in_the_directory_are_not_followed_or_waited_for() {
+        let (path, dir) = temporary();
+        let outside = tempfile::tempdir().unwrap();
+        let victim = outside.path().join("victim");
+        symlink(&victim, path.path().join("a.lock")).unwrap();
+        assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Runtime { .. })));
+        assert!(!victim.exists(), "nothing is made where the link points");
+        fs::write(&victim, "kept").unwrap();
+        for file in ["b.sock", "b.ended"] {
+            symlink(&victim, path.path().join(file)).unwrap();
+        }
+        let claim = NameClaim::new(&dir, "b").unwrap();
+        claim.bind("sock").unwrap();
+        assert!(dir.read("b.ended").is_err());
+        dir.write("b.ended", b"new").unwrap();
+        assert_eq!(dir.read("b.ended").unwrap().unwrap(), b"new");
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "kept");
+        rustix::fs::mkfifoat(&dir.fd, "c.lock", Mode::RWXU).unwrap();
+        rustix::fs::mkfifoat(&dir.fd, "c.ended", Mode::RWXU).unwrap();
+        assert!(NameClaim::new(&dir, "c").is_err() && dir.read("c.ended").is_err());
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_named_with_its_limit() {
+        let outer = tempfile::tempdir().unwrap();
+        let long = outer.path().join("d".repeat(100));
+        let dir = RuntimeDir::create(&long).unwrap();
+        let refused = NameClaim::new(&dir, "a").unwrap_err().to_string();
+        let length = console_path(&long, "a").as_os_str().len().to_string();
+        assert!(refused.contains(&length) && refused.contains("107"), "{refused}");
+    }
+
+    #[test]
+    fn a_directory_that_is_swapped_changes_nothing() {
+        let outer = tempfile::tempdir().unwrap();
+        let (path, moved) = (outer.path().join("run"), outer.path().join("moved"));
+        let dir = RuntimeDir::create(&path).unwrap();
+        let claim = NameClaim::new(&dir, "a").unwrap();
+        fs::rename(&path, &moved).unwrap();
+        symlink("/", &path).unwrap();
+        claim.bind("sock").unwrap();
+        assert!(moved.join("a.sock").exists());
+        drop(claim);
+        assert_eq!(fs::read_dir(&moved).unwrap().count(), 0);
+    }
+}
