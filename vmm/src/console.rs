@@ -210,30 +210,34 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     }
 }
 
-/// A VM's console on standard output.
-pub(crate) struct StdoutConsole(Receiver<()>);
+/// A console on standard output, or on whatever else may block.
+pub(crate) struct OutputThread(Receiver<()>);
 
-impl StdoutConsole {
-    /// Shows the end of what there is, and all that follows.
+impl OutputThread {
+    /// Writes the end of what there is, and all that follows, to `sink`.
     ///
     /// # Errors
     /// When no thread can be made.
-    pub(crate) fn attach(vm: &Vm, runtime: &Handle) -> io::Result<Self> {
+    pub(crate) fn attach(
+        console: &Console,
+        runtime: &Handle,
+        mut sink: impl Write + Send + 'static,
+    ) -> io::Result<Self> {
         let (writer, reader) = output();
         let (done, finished) = channel();
         let runtime = runtime.clone();
         let show = move || {
-            let mut stdout = io::stdout();
             while let Some(bytes) = runtime.block_on(reader.next()) {
-                if stdout.write_all(&bytes).and_then(|()| stdout.flush()).is_err() {
+                // Flushed each time: a prompt has no line end.
+                if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
                     break;
                 }
             }
             // Nobody waits for it if the process ends otherwise.
             let _ = done.send(());
         };
-        thread::Builder::new().name("clade-stdout".into()).spawn(show)?;
-        vm.console().listen(Box::new(writer));
+        thread::Builder::new().name("clade-output".into()).spawn(show)?;
+        console.listen(Box::new(writer));
         Ok(Self(finished))
     }
 
@@ -322,6 +326,47 @@ mod tests {
         assert_eq!(block_on(reader.next()).unwrap(), b"again");
         drop(console);
         assert_eq!(block_on(reader.next()), None);
+    }
+
+    #[test]
+    fn a_sink_that_nobody_reads_holds_nobody_up() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (unread, sink) = io::pipe().unwrap();
+        let mut console = Console::default();
+        let thread = OutputThread::attach(&console, runtime.handle(), sink).unwrap();
+        // Many times what the pipe and the buffer take. It would block for ever.
+        for _ in 0..1024 {
+            console.write_all(&[b'x'; 4096]).unwrap();
+        }
+        drop(console);
+        thread.finish();
+        drop(unread);
+    }
+
+    #[test]
+    fn what_is_replayed_is_flushed() {
+        #[derive(Clone, Default)]
+        struct Buffered(Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
+        impl Write for Buffered {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().0.extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                let mut both = self.0.lock().unwrap();
+                let written = std::mem::take(&mut both.0);
+                both.1.extend(written);
+                Ok(())
+            }
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let sink = Buffered::default();
+        let mut console = Console::default();
+        console.write_all(b"clade# ").unwrap();
+        let thread = OutputThread::attach(&console, runtime.handle(), sink.clone()).unwrap();
+        drop(console);
+        thread.finish();
+        assert_eq!(sink.0.lock().unwrap().1, b"clade# ");
     }
 
     #[test]

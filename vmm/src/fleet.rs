@@ -475,6 +475,62 @@ mod tests {
         fn finish(&self) {}
     }
 
+    fn bare_config() -> Arc<VmConfig> {
+        let mut config = VmConfig::new(32 << 20, 1).unwrap();
+        (config.report_port, config.acpi) = (true, false);
+        Arc::new(config)
+    }
+
+    fn bare_source() -> BootSource {
+        let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
+        BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None }
+    }
+
+    /// Notes of each VM that is listed whether it ran then.
+    struct Notes(Arc<Mutex<Vec<bool>>>);
+
+    impl Serve for Notes {
+        fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
+            self.0.lock().unwrap().push(!vm.is_paused());
+            Serving::new((sockets.control, sockets.consoles))
+        }
+        fn finish(&self) {}
+    }
+
+    #[test]
+    fn of_several_children_none_runs_before_all_are_made() {
+        if host().is_none() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let notes = Arc::<Mutex<Vec<bool>>>::default();
+        let serve = Notes(Arc::clone(&notes));
+        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), |_| Box::new(serve)).unwrap();
+        let (config, source) = (bare_config(), bare_source());
+        fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
+        let identity = ChildIdentity::default();
+        let fork = |count, paused, cancel: &Cancel| {
+            let wanted = Children { count, pattern: None, identity: &identity };
+            fleet.fork("one", &wanted, ChildOptions { paused, before_start: None }, cancel)
+        };
+        let (children, _) = fork(3, false, &Cancel::default()).unwrap();
+        // The first is the parent's own.
+        assert_eq!(*notes.lock().unwrap(), [true, false, false, false]);
+        assert!(children.iter().all(|child| !child.is_paused()), "they run once all are listed");
+        let (kept, _) = fork(2, true, &Cancel::default()).unwrap();
+        assert!(kept.iter().all(|child| child.is_paused()));
+
+        let gone = Cancel::default();
+        gone.cancel();
+        let before = std::fs::read_dir(dir.path()).unwrap().count();
+        let refused = fork(2, false, &gone).unwrap_err();
+        assert!(
+            matches!(refused, FleetError::Cancelled { made: 0, count: 2, reason: CancelReason::ClientGone }),
+            "{refused:?}"
+        );
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), before, "no name is left taken");
+    }
+
     #[test]
     fn a_closed_fleet_stops_its_vms_and_takes_no_more() {
         if host().is_none() {
@@ -482,11 +538,7 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), |_| Box::new(Nobody)).unwrap();
-        let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
-        let mut config = VmConfig::new(32 << 20, 1).unwrap();
-        (config.report_port, config.acpi) = (true, false);
-        let config = Arc::new(config);
+        let (config, source) = (bare_config(), bare_source());
         let boot = |name: &'static str| {
             let (config, source) = (&config, &source);
             move |context: &Context| Vm::boot(context, name, config, source)

@@ -296,18 +296,12 @@ pub(crate) struct RestoreArgs {
     pub(crate) detached: bool,
 }
 
-/// A guest to be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum GuestName {
-    Bare,
-    Linux,
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
     /// `bare` is embedded, and written to a file. `linux` is built from Debian's packages if it is not there yet; what
     /// `clade run` needs to boot it is printed: clade run $(clade guest linux).
-    pub(crate) guest: GuestName,
+    #[arg(value_name = "bare|linux")]
+    pub(crate) guest: String,
     /// The file that `bare` is written to; `-` is standard output. Its own name if not given.
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,

@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
-use crate::cli::args::{GuestArgs, GuestName};
+use crate::cli::args::GuestArgs;
 use crate::cli::{Failure, Outcome, print_json};
 use crate::linux_guest::{LinuxGuest, LinuxGuestError};
 
 pub(super) fn main(args: &GuestArgs) -> Outcome {
-    match args.guest {
-        GuestName::Bare => bare(args),
-        GuestName::Linux => linux(args),
+    match args.guest.as_str() {
+        "bare" => bare(args),
+        "linux" => linux(args),
+        other => Err(Failure::Input(anyhow!("there is no guest {other:?}; there are: bare, linux"))),
     }
 }
 

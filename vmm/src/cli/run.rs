@@ -1,5 +1,6 @@
 //! `clade run`: boots a kernel with its console on this terminal.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::cli::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::cli::ending::Ending;
 use crate::cli::terminal::RawMode;
 use crate::cli::{Failure, Outcome};
-use crate::console::{StdoutConsole, type_stdin};
+use crate::console::{OutputThread, type_stdin};
 use crate::control::serve_fleet;
 use crate::fleet::{Fleet, FleetError, runtime_dir};
 use crate::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
@@ -71,7 +72,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
 /// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
 pub(super) fn foreground(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending, runtime: &Handle) -> Outcome {
     let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
-    let stdout = StdoutConsole::attach(&vm, runtime).map_err(Failure::run)?;
+    let stdout = OutputThread::attach(vm.console(), runtime, io::stdout()).map_err(Failure::run)?;
     if !detached {
         type_stdin(&vm).map_err(Failure::run)?;
     }

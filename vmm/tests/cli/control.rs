@@ -103,7 +103,7 @@ fn requests_that_cannot_be_right() {
         (400, "POST", fork, r#"{"counts":1}"#),
         (400, "POST", fork, r#"{"count":2,"name":"same"}"#),
         (400, "POST", fork, r#"{"name":"../up"}"#),
-        (400, "POST", fork, &huge),
+        (413, "POST", fork, &huge),
         (409, "POST", fork, r#"{"name":"api"}"#),
         (404, "POST", "/v1/vms/nobody/fork", "{}"),
         (409, "POST", "/v1/vms/api/reset", ""),
@@ -255,7 +255,7 @@ fn children_have_sockets_and_addresses_of_their_own() {
     let wish = format!("cid={},socket={given}", cid + 50);
     let forked = runtime.clade(&["fork", "eve", "--vsock", &wish, "--paused", "--json"]).json();
     assert_eq!(identity(&forked, 0), (cid + 50, expected[2].clone()));
-    let listed = runtime.clade(&["ps"]).stdout;
+    let listed = runtime.clade(&["ps", "-o", "wide"]).stdout;
     assert!(listed.contains("CID") && listed.contains(&(cid + 50).to_string()), "{listed}");
 
     // What is taken is named, and nothing is made or ended.
@@ -273,10 +273,10 @@ fn children_have_sockets_and_addresses_of_their_own() {
     assert_eq!(runtime.clade(&["resume", "eve", "--json"]).json()["state"], "running", "the parent runs on");
 
     // Nobody drives the balloon: it is as it was asked, and no guest answers.
-    let balloon = runtime.clade(&["balloon", "eve", "--target", "8", "--json"]).json();
+    let balloon = runtime.clade(&["balloon", "eve", "--target", "8M", "--json"]).json();
     assert_eq!((&balloon["target_mib"], &balloon["actual_mib"]), (&json!(8.0), &json!(0.0)), "{balloon}");
     assert_eq!((&balloon["answered"], &balloon["guest"]), (&json!(false), &Value::Null), "{balloon}");
-    runtime.clade(&["balloon", "eve", "--target", "32"]).expect_refusal("32 MiB");
+    runtime.clade(&["balloon", "eve", "--target", "32M"]).expect_refusal("32 MiB");
     assert_eq!(runtime.http("eve", "POST", "/v1/vms/eve/balloon", r#"{"target":1}"#).0, 400);
     for name in ["eve", "eve-1", "eve-2", "eve-3"] {
         assert_eq!(runtime.clade(&["stop", name]).code, Some(0));

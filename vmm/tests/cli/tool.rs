@@ -159,6 +159,16 @@ impl Runtime {
         self.processes.push(process);
     }
 
+    /// The oldest process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.processes[0].id()
+    }
+
+    /// Descriptors that a process has.
+    pub(crate) fn open_files(&self, pid: u32) -> usize {
+        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    }
+
     /// Sends the oldest process a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.processes[0]), signal).unwrap();

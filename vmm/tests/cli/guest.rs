@@ -1,0 +1,62 @@
+//! A guest that ends when it is spoken to, as an ELF with a PVH entry.
+//!
+//! It writes `ready`, waits for a byte on its serial line, writes `bye`, and resets the machine.
+
+use std::path::Path;
+
+const LOAD: u32 = 0x10_0000;
+const COM1: u16 = 0x3f8;
+/// Where the code begins in the file: after the header, two program headers and the note.
+const HEADERS: u64 = 64 + 2 * 56;
+const NOTE: usize = 20;
+/// `XEN_ELFNOTE_PHYS32_ENTRY`.
+const PVH_ENTRY: u32 = 18;
+
+/// 32-bit code that writes `text` to the serial line.
+fn write(code: &mut Vec<u8>, text: &str) {
+    // mov edx, COM1
+    code.push(0xba);
+    code.extend(u32::from(COM1).to_le_bytes());
+    for byte in text.bytes() {
+        // mov al, byte; out dx, al
+        code.extend([0xb0, byte, 0xee]);
+    }
+}
+
+fn code() -> Vec<u8> {
+    let mut code = Vec::new();
+    write(&mut code, "ready\n");
+    // mov edx, COM1 + 5; again: in al, dx; test al, 1; jz again
+    code.push(0xba);
+    code.extend(u32::from(COM1 + 5).to_le_bytes());
+    code.extend([0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    write(&mut code, "bye\n");
+    // mov al, 0xfe; out 0x64, al; jmp $
+    code.extend([0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]);
+    code
+}
+
+/// Writes the guest to `path`.
+pub(crate) fn write_guest(path: &Path) {
+    let code = code();
+    let at = HEADERS + NOTE as u64;
+    let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // ET_EXEC for x86-64, its entry, program headers behind the header, no sections.
+    elf.extend([2u16, 62].map(u16::to_le_bytes).concat());
+    elf.extend(1u32.to_le_bytes());
+    elf.extend([u64::from(LOAD), 64, 0].map(u64::to_le_bytes).concat());
+    elf.extend(0u32.to_le_bytes());
+    elf.extend([64u16, 56, 2, 0, 0, 0].map(u16::to_le_bytes).concat());
+    let mut segment = |kind: u32, offset: u64, address: u64, size: u64| {
+        elf.extend([kind, 7].map(u32::to_le_bytes).concat());
+        elf.extend([offset, address, address, size, size, 4].map(u64::to_le_bytes).concat());
+    };
+    segment(1, at, LOAD.into(), code.len() as u64);
+    segment(4, HEADERS, 0, NOTE as u64);
+    elf.extend([4u32, 4, PVH_ENTRY].map(u32::to_le_bytes).concat());
+    elf.extend(b"Xen\0");
+    elf.extend(LOAD.to_le_bytes());
+    assert_eq!(elf.len() as u64, at);
+    elf.extend(code);
+    std::fs::write(path, elf).unwrap();
+}

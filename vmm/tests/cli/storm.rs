@@ -1,0 +1,229 @@
+//! Everything the API does, from eight threads at once, and what is left after it: nothing.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::tool::{Runtime, kvm, taps, wait_until};
+
+const THREADS: u64 = 8;
+/// VMs at a time: what two processors and the default limits bear.
+const MOST_VMS: usize = 24;
+
+/// xorshift64*: the storm is repeated by its seed, as far as threads let it.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+}
+
+/// What a process and the host have that a VM takes.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    threads: usize,
+    mappings: usize,
+    files: BTreeSet<String>,
+    interfaces: BTreeSet<String>,
+}
+
+impl Held {
+    fn now(runtime: &Runtime, stem: &str) -> Self {
+        let pid = runtime.pid();
+        let names = |dir: &Path| {
+            let all = fs::read_dir(dir).unwrap().filter_map(Result::ok);
+            all.map(|e| e.file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
+        };
+        Self {
+            descriptors: runtime.open_files(pid),
+            threads: fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(),
+            mappings: fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines().count(),
+            files: names(runtime.dir()),
+            interfaces: names(Path::new("/sys/class/net")).into_iter().filter(|name| name.starts_with(stem)).collect(),
+        }
+    }
+
+    /// Whether nothing is held that was not `before`. Allocators keep some mappings.
+    fn is_back_to(&self, before: &Self) -> bool {
+        self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+            && self.mappings <= before.mappings + 64
+            && (&self.files, &self.interfaces) == (&before.files, &before.interfaces)
+    }
+}
+
+/// Resident KiB of a process.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// What was asked, and how often the answer was yes.
+#[derive(Debug, Default)]
+struct Tally {
+    asked: AtomicU64,
+    done: AtomicU64,
+    forks: AtomicU64,
+    snapshots: AtomicU64,
+}
+
+struct Storm<'a> {
+    runtime: &'a Runtime,
+    snapshots: &'a Path,
+    tally: &'a Tally,
+}
+
+impl Storm<'_> {
+    fn ask(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let (status, answer) = self.runtime.http("web", method, path, body);
+        self.tally.asked.fetch_add(1, Ordering::Relaxed);
+        self.tally.done.fetch_add(u64::from(status == 200), Ordering::Relaxed);
+        // Gone in between, in the wrong state, no balloon, no room: all of that is an answer. A failure is not.
+        assert!([200, 404, 409, 507].contains(&status), "{method} {path} {body}: {status} {answer}");
+        (status, answer)
+    }
+
+    /// One of the children, by chance.
+    fn child(&self, random: &mut Random) -> Option<String> {
+        let (_, all) = self.ask("GET", "/v1/vms", "");
+        let names: Vec<&str> = all.as_array()?.iter().filter_map(|vm| vm["name"].as_str()).collect();
+        let children: Vec<&str> = names.into_iter().filter(|name| *name != "web").collect();
+        let at = random.below(children.len().max(1) as u64) as usize;
+        children.get(at).map(|name| (*name).to_owned())
+    }
+
+    fn fork(&self, random: &mut Random) {
+        let (_, all) = self.ask("GET", "/v1/vms", "");
+        if all.as_array().is_some_and(|all| all.len() > MOST_VMS) {
+            return;
+        }
+        let parent = match random.below(3) {
+            0 => self.child(random).unwrap_or_else(|| "web".into()),
+            _ => "web".into(),
+        };
+        let body = format!(r#"{{"count":{},"paused":{}}}"#, 1 + random.below(3), random.below(4) > 0);
+        let (status, _) = self.ask("POST", &format!("/v1/vms/{parent}/fork"), &body);
+        self.tally.forks.fetch_add(u64::from(status == 200), Ordering::Relaxed);
+    }
+
+    fn snapshot(&self, random: &mut Random, thread: u64) {
+        let Some(child) = self.child(random) else { return };
+        let dir = self.snapshots.join(thread.to_string());
+        let body = format!(r#"{{"dir":{:?}}}"#, dir.display().to_string());
+        let (status, _) = self.ask("POST", &format!("/v1/vms/{child}/snapshot"), &body);
+        self.tally.snapshots.fetch_add(u64::from(status == 200), Ordering::Relaxed);
+        // Made again each time: replacing is another matter.
+        let _ = fs::remove_dir_all(&dir);
+    }
+
+    fn console(&self, random: &mut Random) {
+        let Some(child) = self.child(random) else { return };
+        let ending = if random.below(2) == 0 { "console" } else { "hvc" };
+        let Ok(mut stream) = UnixStream::connect(self.runtime.dir().join(format!("{child}.{ending}"))) else { return };
+        stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        let _ = stream.write_all(b"typed\r");
+        let _ = stream.read(&mut [0; 256]);
+    }
+
+    fn turn(&self, random: &mut Random, thread: u64) {
+        let verb = match random.below(12) {
+            0..3 => return self.fork(random),
+            3 => return self.snapshot(random, thread),
+            4 => return self.console(random),
+            5 => "pause",
+            6 => "resume",
+            7 => "reset",
+            8 => return drop(self.ask("GET", "/v1/vms/web/balloon", "")),
+            _ => "stop",
+        };
+        let Some(child) = self.child(random) else { return };
+        self.ask("POST", &format!("/v1/vms/{child}/{verb}"), "");
+        if verb == "stop" {
+            // Whoever has it now is another.
+            self.ask("GET", &format!("/v1/vms/{child}/logs"), "");
+        }
+    }
+}
+
+fn storm(seconds: u64) {
+    if !kvm() || !taps() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let snapshots = tempfile::tempdir().unwrap();
+    let stem = format!("cw{}x", std::process::id());
+    let cid = 0x6800_0000 + std::process::id();
+    let vsock = format!("cid={cid},socket={}", runtime.dir().join("web.vsock").display());
+    let devices = ["--net", &format!("tap={stem}0"), "--vsock", &vsock, "--virtio-console"];
+    runtime.start_with("web", &devices);
+    let tally = Tally::default();
+    let run = |seconds: Duration, round: u64| {
+        let end = Instant::now() + seconds;
+        thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let storm = Storm { runtime: &runtime, snapshots: snapshots.path(), tally: &tally };
+                scope.spawn(move || {
+                    let mut random = Random(0x9e37_79b9 + thread + round * 1000);
+                    while Instant::now() < end {
+                        storm.turn(&mut random, thread);
+                    }
+                });
+            }
+        });
+        for name in runtime.names() {
+            if name != "web" {
+                assert_eq!(runtime.clade(&["stop", &name]).code, Some(0), "{name}");
+            }
+        }
+    };
+    // What is made once stays, and is no leak.
+    run(Duration::from_secs(2), 0);
+    // Threads for blocking work go after ten idle seconds.
+    let settled = |before: &Held| {
+        wait_until("what was taken to be given back", || {
+            let held = Held::now(&runtime, &stem);
+            held.is_back_to(before) || {
+                println!("{held:?}\nbefore: {before:?}");
+                false
+            }
+        });
+    };
+    thread::sleep(Duration::from_secs(12));
+    let before = Held::now(&runtime, &stem);
+    let memory = resident(runtime.pid());
+    run(Duration::from_secs(seconds), 1);
+    settled(&before);
+    let grown = resident(runtime.pid()).saturating_sub(memory);
+    println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
+    assert!(grown < 64 << 10, "{grown} KiB more than before");
+    assert!(tally.done.load(Ordering::Relaxed) > 50 && tally.forks.load(Ordering::Relaxed) > 5, "{tally:?}");
+    assert_eq!(fs::read_dir(snapshots.path()).unwrap().count(), 0, "nothing of a snapshot is left");
+    assert_eq!(runtime.clade(&["stop", "web"]).code, Some(0));
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_api_under_eight_threads() {
+    storm(5);
+}
+
+/// `CLADE_STORM_SECONDS` says for how long; a minute if it does not.
+#[test]
+#[ignore = "a minute or more"]
+fn the_api_under_eight_threads_for_long() {
+    storm(std::env::var("CLADE_STORM_SECONDS").map_or(60, |text| text.parse().unwrap()));
+}

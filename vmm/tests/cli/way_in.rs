@@ -1,0 +1,393 @@
+//! The way in under misuse: what is stopped is released, descriptors come back, limits hold, and a client that goes cancels.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::guest::write_guest;
+use crate::tool::{Runtime, kvm, taps, wait_until};
+
+fn interface_exists(name: &str) -> bool {
+    std::path::Path::new("/sys/class/net").join(name).exists()
+}
+
+/// CIDs that no other test has, here or in another process.
+fn cid(number: u32) -> u32 {
+    0x5000_0000 + std::process::id() * 32 + number
+}
+
+#[test]
+fn stop_answers_when_all_is_released() {
+    if !kvm() || !taps() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let stem = format!("cs{}x", std::process::id());
+    let vsock = format!("cid={},socket={}", cid(0), runtime.dir().join("web.vsock").display());
+    runtime.start_with("web", &["--net", &format!("tap={stem}0"), "--vsock", &vsock, "--virtio-console"]);
+    let (own, child) = (format!("{stem}0"), format!("{stem}1"));
+    for _ in 0..20 {
+        // Running, so that its threads have to be fetched out of the guest.
+        let forked = runtime.clade(&["fork", "web", "--json"]).json();
+        assert_eq!(forked["children"], json!(["web-1"]), "the name is free again each time");
+        assert_eq!(forked["identities"][0]["nets"][0]["tap"], json!(child));
+        assert!(runtime.dir().join("web-1.vsock").exists() && interface_exists(&child));
+        runtime.clade(&["stop", "web-1", "--json"]).json();
+        // Looked at once: nothing is waited for here.
+        assert!(!interface_exists(&child), "the interface is there after the answer");
+        let left: Vec<String> = names_in(&runtime).into_iter().filter(|file| file.starts_with("web-1")).collect();
+        assert_eq!(left, [""; 0]);
+    }
+    // A parent that is stopped gives back what is its own, though children of it run on.
+    runtime.clade(&["fork", "web", "--paused", "--json"]).json();
+    runtime.clade(&["stop", "web", "--json"]).json();
+    assert!(!interface_exists(&own) && interface_exists(&child));
+    assert!(!runtime.dir().join("web.vsock").exists() && runtime.dir().join("web-1.vsock").exists());
+    runtime.start_with("web", &["--net", &format!("tap={own}"), "--vsock", &vsock]);
+    for name in ["web", "web-1"] {
+        runtime.clade(&["stop", name, "--json"]).json();
+    }
+    assert_eq!((runtime.ended(), runtime.ended()), (Some(0), Some(0)));
+}
+
+fn names_in(runtime: &Runtime) -> BTreeSet<String> {
+    fs::read_dir(runtime.dir()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn descriptors_and_threads_come_back() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start_with("web", &["--virtio-console"]);
+    let pid = runtime.pid();
+    let console = runtime.dir().join("web.console");
+    let turn = || {
+        let mut open: Vec<UnixStream> = (0..12).map(|_| UnixStream::connect(&console).unwrap()).collect();
+        open.iter_mut().for_each(|stream| stream.write_all(b"x").unwrap());
+        drop(open);
+        runtime.clade(&["fork", "web", "--count", "3", "--json"]).json();
+        for n in 1..=3 {
+            runtime.clade(&["stop", &format!("web-{n}"), "--json"]).json();
+        }
+        let idle: Vec<UnixStream> = (0..12).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
+        assert_eq!(runtime.names(), ["web"]);
+        drop(idle);
+    };
+    // What is made once stays: the first layers, threads for blocking work.
+    turn();
+    let before = runtime.open_files(pid);
+    for _ in 0..6 {
+        turn();
+    }
+    wait_until("descriptors to come back", || runtime.open_files(pid) <= before);
+    wait_until("threads to come back", || fs::read_dir(format!("/proc/{pid}/task")).unwrap().count() <= 12);
+}
+
+#[test]
+fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    let before = (names_in(&runtime), runtime.open_files(runtime.pid()));
+    let begun = Instant::now();
+    let refused = runtime.clade(&["fork", "web", "--count", "10000"]);
+    let took = begun.elapsed();
+    // Unless the host is large enough for ten thousand VMs.
+    if refused.code == Some(0) {
+        return println!("skipped: this host has room for 10,000 children");
+    }
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("10000 children do not fit"), "{refused:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(names_in(&runtime), before.0);
+    // What it says one needs is what one takes.
+    let needed: u64 = refused.stderr.split("about ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    if refused.stderr.contains("descriptors") {
+        runtime.clade(&["fork", "web", "--count", "8", "--paused", "--json"]).json();
+        let each = (runtime.open_files(runtime.pid()) - before.1) as u64 / 8;
+        let told = needed / 10_000;
+        assert!((each..=each + each / 2 + 2).contains(&told), "{told} are looked for, {each} are taken");
+    }
+    assert_eq!(runtime.clade(&["pause", "web", "--json"]).json()["state"], "paused");
+}
+
+/// Sends a fork of 400 children and does not wait for the answer.
+fn begin_large_fork(runtime: &Runtime) -> UnixStream {
+    let mut stream = UnixStream::connect(runtime.socket("web")).unwrap();
+    let body = r#"{"count":400}"#;
+    let head = format!(
+        "POST /v1/vms/web/fork HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    // Under way once the names are taken.
+    wait_until("the fork to begin", || names_in(runtime).len() > 500);
+    stream
+}
+
+#[test]
+fn a_client_that_has_gone_cancels_its_fork() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    let before = (names_in(&runtime), runtime.open_files(runtime.pid()));
+    drop(begin_large_fork(&runtime));
+    wait_until("the names to be free", || names_in(&runtime) == before.0);
+    assert_eq!(runtime.names(), ["web"], "no child was left");
+    wait_until("descriptors to come back", || runtime.open_files(runtime.pid()) <= before.1 + 4);
+    assert_eq!(runtime.clade(&["fork", "web", "--paused", "--json"]).json()["children"], json!(["web-1"]));
+}
+
+#[test]
+fn stopping_the_parent_cancels_its_fork() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    let mut asked = begin_large_fork(&runtime);
+    assert_eq!(runtime.clade(&["stop", "web", "--json"]).json()["state"], "stopped");
+    let mut answer = String::new();
+    asked.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    // The connection stays open behind the answer.
+    let mut bytes = [0; 4096];
+    while !answer.contains("the parent has stopped") {
+        let got = asked.read(&mut bytes).unwrap();
+        assert!(got > 0, "{answer}");
+        answer.push_str(&String::from_utf8_lossy(&bytes[..got]));
+    }
+    assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
+    drop(asked);
+    assert_eq!(runtime.ended(), Some(0), "no child is left to wait for");
+    assert_eq!(names_in(&runtime), BTreeSet::new());
+}
+
+#[test]
+fn without_descriptors_it_waits_and_does_not_spin() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let script = "ulimit -n 80; exec \"$0\" run --detached --kernel bare --mem 32M --name web";
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", script, crate::tool::CLADE]).env("CLADE_RUNTIME_DIR", runtime.dir());
+    shell.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    runtime.adopt(shell.spawn().unwrap());
+    wait_until("the VM", || runtime.socket("web").exists() && runtime.clade(&["pause", "web"]).code == Some(0));
+    // More than it has descriptors for, on both sockets.
+    let connect = |path| (0..100).map(|_| UnixStream::connect(&path).unwrap()).collect::<Vec<_>>();
+    let open = [connect(runtime.dir().join("web.console")), connect(runtime.socket("web"))];
+    thread::sleep(Duration::from_millis(1500));
+    let pid = runtime.pid();
+    let ticks = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let before = ticks();
+    thread::sleep(Duration::from_secs(1));
+    let spent = ticks() - before;
+    assert!(spent < 50, "{spent} of 100 ticks of a second");
+    drop(open);
+    wait_until("an answer", || runtime.clade(&["ps", "--json"]).code == Some(0) && runtime.names() == ["web"]);
+    runtime.clade(&["stop", "web", "--json"]).json();
+    let said = runtime.heard();
+    assert!(said.lines().count() <= 8, "{said}");
+    assert!(said.contains("connections cannot be accepted"), "{said}");
+    assert_eq!(runtime.ended(), Some(0));
+}
+
+#[test]
+fn idle_and_slow_connections_are_cut_and_others_are_served() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    // As many as there may be, none of which says anything.
+    let mut idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
+    assert_eq!(runtime.names(), ["web"], "who comes after them is served all the same");
+    for stream in &mut idle {
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        // Cut, with or without a word.
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+    }
+    // A body that does not come.
+    let mut slow = UnixStream::connect(runtime.socket("web")).unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    slow.write_all(b"POST /v1/vms/web/fork HTTP/1.1\r\nhost: c\r\ncontent-length: 9\r\nconnection: close\r\n\r\n{")
+        .unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+}
+
+#[test]
+fn an_error_to_a_request_with_a_body_arrives() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    let body = format!(r#"{{"count":1,"name":"{}"}}"#, "x".repeat(60_000));
+    for _ in 0..30 {
+        let (status, answer) = runtime.http("web", "POST", "/v1/vms/nobody/fork", &body);
+        assert_eq!(status, 404, "{answer}");
+        assert_eq!(runtime.http("web", "POST", "/v1/nothing", &body).0, 404);
+        assert_eq!(runtime.http("web", "DELETE", "/v1/vms/web", &body).0, 405);
+    }
+}
+
+#[test]
+fn a_runtime_directory_that_others_could_change_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    let outer = tempfile::tempdir().unwrap();
+    let (real, link) = (outer.path().join("real"), outer.path().join("link"));
+    fs::create_dir(&real).unwrap();
+    symlink(&real, &link).unwrap();
+    let run = |dir: &std::path::Path| {
+        let mut command = runtime.command(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", "web"]);
+        crate::tool::Answer::from(command.env("CLADE_RUNTIME_DIR", dir).output().unwrap())
+    };
+    run(&link).expect_refusal("is a link");
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o777)).unwrap();
+    run(&real).expect_refusal("0777");
+    let long = outer.path().join("l".repeat(100));
+    run(&long).expect_refusal("107");
+    assert_eq!(fs::read_dir(&real).unwrap().count(), 0);
+}
+
+#[test]
+fn a_child_that_ends_by_itself_leaves_its_reason_and_its_last_lines() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("guest");
+    write_guest(&kernel);
+    let args = ["run", "--detached", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "bell"];
+    runtime.spawn(&args);
+    let logs = |runtime: &Runtime, name: &str| runtime.clade(&["logs", name]);
+    wait_until("the guest", || logs(&runtime, "bell").stdout.contains("ready"));
+    runtime.clade(&["fork", "bell", "--count", "2", "--json"]).json();
+    let mut console = UnixStream::connect(runtime.dir().join("bell-1.console")).unwrap();
+    console.write_all(b"x").unwrap();
+    wait_until("its end", || !runtime.socket("bell-1").exists());
+    assert_eq!(runtime.names(), ["bell", "bell-2"]);
+    let gone = logs(&runtime, "bell-1");
+    assert_eq!((gone.code, gone.stdout.trim_end()), (Some(0), "bye"), "{gone:?}");
+    assert!(gone.stderr.contains("bell-1 ended after") && gone.stderr.contains("reset itself"), "{gone:?}");
+    let all = runtime.clade(&["ps", "-a"]).stdout;
+    assert!(all.lines().any(|line| line.starts_with("bell-1 ") && line.contains("reset itself")), "{all}");
+    let all = runtime.clade(&["ps", "--all", "--json"]).json();
+    assert_eq!((&all["ended"][0]["name"], &all["ended"][0]["parent"]), (&json!("bell-1"), &json!("bell")));
+    assert!(!runtime.clade(&["ps"]).stdout.contains("bell-1"));
+    // Stopped by somebody: no news.
+    runtime.clade(&["stop", "bell-2", "--json"]).json();
+    assert!(!runtime.clade(&["ps", "-a"]).stdout.contains("bell-2"));
+    logs(&runtime, "bell-2").expect_refusal("bell-2");
+    // The next of the name takes the place of what was kept.
+    let again = runtime.clade(&["fork", "bell", "--json"]).json();
+    assert_eq!(again["children"], json!(["bell-1"]));
+    assert!(!runtime.clade(&["ps", "-a"]).stdout.contains("reset itself"));
+    // The last of its process, which ends with it.
+    runtime.clade(&["stop", "bell-1", "--json"]).json();
+    UnixStream::connect(runtime.dir().join("bell.console")).unwrap().write_all(b"x").unwrap();
+    assert_eq!(runtime.ended(), Some(0));
+    let gone = logs(&runtime, "bell");
+    assert!(gone.stdout.contains("ready") && gone.stdout.contains("bye"), "{gone:?}");
+}
+
+#[test]
+fn a_dead_process_and_one_that_never_was_are_told_apart() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("dead");
+    runtime.crash();
+    runtime.clade(&["pause", "dead"]).expect_refusal("has died");
+    runtime.clade(&["console", "dead"]).expect_refusal("has died");
+    runtime.clade(&["pause", "never"]).expect_refusal("there is no VM \"never\"");
+}
+
+#[test]
+fn output_that_nobody_reads_is_no_complaint() {
+    let runtime = Runtime::new();
+    let script = "\"$0\" ps --json | true; \"$0\" --help | true; \"$0\" run --help | head -1 >/dev/null";
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", script, crate::tool::CLADE]).env("CLADE_RUNTIME_DIR", runtime.dir());
+    let output = shell.output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn the_log_is_for_files_too() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    let with_log = |value: &str, args: &[&str]| -> crate::tool::Answer {
+        runtime.command(args).env("CLADE_LOG", value).output().unwrap().into()
+    };
+    with_log("nonsense", &["ps"]).expect_refusal("nonsense");
+    let answer = with_log("debug", &["check", "host", "--forks", "1"]);
+    let lines: Vec<&str> = answer.stderr.lines().filter(|line| line.contains("DEBUG")).collect();
+    assert!(!lines.is_empty(), "{answer:?}");
+    for line in lines {
+        assert!(line.starts_with("20") && line.contains('T') && line.contains("Z "), "no time: {line}");
+        assert!(!line.contains('\u{1b}'), "colours: {line}");
+    }
+}
+
+#[test]
+fn help_shows_the_patterns_it_speaks_of() {
+    let runtime = Runtime::new();
+    for command in ["fork", "restore"] {
+        let help = runtime.clade(&[command, "--help"]).stdout;
+        assert!(help.contains("{n} stands for a number"), "{help}");
+        assert!(!help.contains('\u{1b}'), "{help}");
+    }
+}
+
+#[test]
+fn what_is_appended_comes_behind_the_default_command_line() {
+    let runtime = Runtime::new();
+    let answer = runtime.clade(&["run", "--kernel", "bare", "--append", "quiet", "--cmdline", "x"]);
+    assert!(answer.code == Some(2) && answer.stderr.contains("--cmdline"), "{answer:?}");
+}
+
+#[test]
+fn names_are_listed_by_their_numbers() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["fork", "web", "--count", "11", "--paused", "--json"]).json();
+    let expected: Vec<String> = std::iter::once("web".into()).chain((1..=11).map(|n| format!("web-{n}"))).collect();
+    assert_eq!(runtime.names(), expected);
+    let table = runtime.clade(&["ps"]).stdout;
+    let names: Vec<&str> = table.lines().skip(1).map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(names, expected);
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let all: Value = runtime.clade(&["ps", "--json"]).json();
+    assert_eq!(all[11]["name"], "web-11");
+}
