@@ -52,14 +52,11 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         println!("{child}");
     }
     eprintln!(
-        "{} of {}: paused for {:.0} us (memory {:.0} us), {:.1} ms in all, {} pages shared and {} copied",
-        if answer.children.len() == 1 { "a child".into() } else { format!("{} children", answer.children.len()) },
+        "{} in {:.1} ms; {} was paused for {:.0} us",
+        if answer.children.len() == 1 { "1 child".into() } else { format!("{} children", answer.children.len()) },
+        answer.total_us / 1000.0,
         args.name,
         answer.pause_us,
-        answer.freeze_us,
-        answer.total_us / 1000.0,
-        answer.remapped_pages,
-        answer.copied_pages,
     );
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! What the control sockets answer.
 
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,18 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
     use clade_snapshot::Error;
     match error {
         SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
+        // A place where there can be none.
+        SnapshotError::Files(Error::File { source, .. })
+            if matches!(
+                source.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            StatusCode::BAD_REQUEST
+        }
         SnapshotError::Files(
             Error::NotASnapshot { .. }
             | Error::Parent { .. }

@@ -47,6 +47,15 @@ struct Answer {
     answer: String,
 }
 
+/// What of an answer fits a table of 80 columns.
+fn shortened(answer: &str) -> String {
+    const WIDTH: usize = 32;
+    match answer.char_indices().nth(WIDTH) {
+        None => answer.to_owned(),
+        Some((at, _)) => format!("{}...", &answer[..at]),
+    }
+}
+
 impl LinuxReport {
     pub(crate) fn print(&self) -> io::Result<()> {
         println!(
@@ -55,7 +64,7 @@ impl LinuxReport {
         );
         let mut table = Table::new(["typed into", "command", "answer"]);
         for (n, answer) in (1..).zip(&self.answers) {
-            table.row([format!("child {n}"), answer.command.into(), answer.answer.clone()]);
+            table.row([format!("child {n}"), answer.command.into(), shortened(&answer.answer)]);
         }
         table.print()
     }

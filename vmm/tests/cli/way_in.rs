@@ -329,6 +329,20 @@ fn a_dead_process_and_one_that_never_was_are_told_apart() {
 }
 
 #[test]
+fn a_place_where_no_snapshot_can_be_is_bad_input() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["snapshot", "web", "/nonexistent/deep/web"]).expect_refusal("/nonexistent/deep/web");
+    let file = runtime.dir().join("file");
+    fs::write(&file, "").unwrap();
+    let inside = file.join("web").display().to_string();
+    runtime.clade(&["snapshot", "web", &inside]).expect_refusal(&inside);
+}
+
+#[test]
 fn output_that_nobody_reads_is_no_complaint() {
     let runtime = Runtime::new();
     let script = "\"$0\" ps --json | true; \"$0\" --help | true; \"$0\" run --help | head -1 >/dev/null";

@@ -9,6 +9,13 @@ use kvm_ioctls::VcpuFd;
 use super::Quirks;
 
 const BREAKPOINT_VECTOR: u8 = 3;
+/// #NM and #MF.
+const DEVICE_NOT_AVAILABLE_VECTOR: u8 = 7;
+const FLOATING_POINT_VECTOR: u8 = 16;
+/// CR0.MP and CR0.TS: FWAIT faults when both are set.
+const CR0_MP_TS: u64 = 1 << 1 | 1 << 3;
+/// The six x87 exceptions, in the status word and, as masks, in the control word.
+const X87_EXCEPTIONS: u16 = 0x3f;
 const MAX_INSN: usize = 15;
 
 /// Arithmetic flags: CF, PF, AF, ZF, SF, OF.
@@ -20,6 +27,8 @@ const ZF: u64 = 1 << 6;
 enum Remedy {
     /// Linux executes it in its alternatives' self test, and for tracing and live patching.
     Int3,
+    /// FWAIT, which Debian's kernels execute when they set up the FPU.
+    Fwait,
     /// POPCNT between registers, from Linux's hweight.
     Popcnt { wide: bool, to: u8, from: u8, len: u8 },
     /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the instruction at boot.
@@ -31,6 +40,9 @@ impl Remedy {
     fn decode(insn: &[u8]) -> Option<Self> {
         if insn.first() == Some(&0xcc) {
             return Some(Self::Int3);
+        }
+        if insn.first() == Some(&0x9b) {
+            return Some(Self::Fwait);
         }
         let (repeat, rest) = match insn {
             [0xf3, rest @ ..] => (true, rest),
@@ -81,7 +93,7 @@ fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
 fn apply(remedy: Remedy, regs: &mut kvm_regs) {
     let len = match remedy {
         // A trap: the handler is told the address after the instruction.
-        Remedy::Int3 => 1,
+        Remedy::Int3 | Remedy::Fwait => 1,
         Remedy::Popcnt { wide, to, from, len } => {
             let value = *register(regs, from);
             let value = if wide { value } else { value & u64::from(u32::MAX) };
@@ -98,6 +110,17 @@ fn apply(remedy: Remedy, regs: &mut kvm_regs) {
     regs.rip = regs.rip.wrapping_add(len.into());
 }
 
+/// The exception that FWAIT raises with this CR0, x87 status word and control word.
+fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
+    if cr0 & CR0_MP_TS == CR0_MP_TS {
+        Some(DEVICE_NOT_AVAILABLE_VECTOR)
+    } else if status & !control & X87_EXCEPTIONS != 0 {
+        Some(FLOATING_POINT_VECTOR)
+    } else {
+        None
+    }
+}
+
 impl Quirks {
     /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok(())` means: run
     /// the vCPU again.
@@ -107,15 +130,27 @@ impl Quirks {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let remedy = if self == Self::None { None } else { Remedy::decode(failure.insn()) };
         let Some(remedy) = remedy else { return Err(HealError::NoRemedy { failure, rip: regs.rip }) };
-        apply(remedy, &mut regs);
+        let fault = match remedy {
+            Remedy::Fwait => {
+                let (cr0, fpu) = (vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?.cr0, vcpu.get_fpu());
+                let fpu = fpu.map_err(call("KVM_GET_FPU"))?;
+                fwait_fault(cr0, fpu.fsw, fpu.fcw)
+            }
+            _ => None,
+        };
+        // A fault leaves the instruction to be executed again.
+        if fault.is_none() {
+            apply(remedy, &mut regs);
+        }
         // This also drops the #UD that KVM queued when it gave up.
         vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
-        if remedy == Remedy::Int3 {
+        let exception = if remedy == Remedy::Int3 { Some(BREAKPOINT_VECTOR) } else { fault };
+        if let Some(vector) = exception {
             // After the registers, because setting them drops pending exceptions.
             let mut events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
             events.exception.injected = 1;
             events.exception.pending = 0;
-            events.exception.nr = BREAKPOINT_VECTOR;
+            events.exception.nr = vector;
             events.exception.has_error_code = 0;
             vcpu.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
         }
@@ -242,6 +277,25 @@ mod tests {
         let mut regs = kvm_regs { rax: 5, rflags: 0x203, ..Default::default() };
         apply(Remedy::Random { to: 0, len: 3 }, &mut regs);
         assert_eq!((regs.rax, regs.rip, regs.rflags), (0, 3, 0x202));
+    }
+
+    #[test]
+    fn fwait_raises_what_waits() {
+        assert_eq!(Remedy::decode(&[0x9b, 0xdd]), Some(Remedy::Fwait));
+        assert_eq!(fwait_fault(0x8005_0033, 0, 0x37f), None);
+        assert_eq!(fwait_fault(0x8005_0033, 0x3f, 0x37f), None, "all masked");
+        assert_eq!(fwait_fault(0x8005_0033, 4, 0x37b), Some(FLOATING_POINT_VECTOR), "a division by zero");
+        assert_eq!(fwait_fault(0x8005_003b, 0, 0x37f), Some(DEVICE_NOT_AVAILABLE_VECTOR));
+        assert_eq!(fwait_fault(0x8005_0039, 0, 0x37f), None, "without MP it does not look at TS");
+    }
+
+    /// FWAIT works in the guest: by the CPU, or by the remedy.
+    #[test]
+    fn fwait_runs() {
+        let Some(host) = host() else { return };
+        // fwait; mov al, 7; mov dx, 0x3f8; out dx, al; hlt
+        let code = [0x9b, 0xb0, 7, 0x66, 0xba, 0xf8, 0x03, 0xee, 0xf4];
+        assert_eq!(TestVm::new(&host, 1, &code).run_to_out(&host), 7);
     }
 
     /// POPCNT works in the guest: by the CPU, or by the remedy.
