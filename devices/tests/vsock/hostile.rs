@@ -9,6 +9,7 @@ use std::time::Duration;
 use clade_devices::virtio::VirtioMmio;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
+use crate::driver::Driver;
 use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, TX, guest};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -117,7 +118,7 @@ fn a_length_is_not_believed_before_the_room_is_looked_at() {
     let header = guest.header(DATA, 77, 5, u32::MAX, 1 << 16);
     guest.driver.fill(OUT, &header);
     guest.driver.post(TX, &[(OUT, HEADER as u32, false), (0x1000, 4096, false)]);
-    guest.driver.wait_until("asks for a reset", |driver| driver.needs_reset());
+    guest.driver.wait_until("asks for a reset", Driver::needs_reset);
 }
 
 #[test]
