@@ -54,7 +54,13 @@ pub enum Turn {
 #[derive(Debug)]
 pub struct Hurry<'a>(&'a AtomicBool);
 
-impl Hurry<'_> {
+impl<'a> Hurry<'a> {
+    /// Of whoever sets `flag`.
+    #[cfg(test)]
+    pub(crate) fn of(flag: &'a AtomicBool) -> Self {
+        Self(flag)
+    }
+
     /// True when a turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
     #[must_use]
     pub fn up(&self) -> bool {
