@@ -137,3 +137,17 @@ fn a_host_that_has_ended_its_stream_still_receives() {
     let end = guest.other();
     assert_eq!((end.op, end.flags), (SHUTDOWN, NO_RECEIVE | NO_SEND), "and then it is gone");
 }
+
+#[test]
+fn a_buffer_that_was_taken_for_nothing_is_still_the_guests() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut guest, mut host) = connected(dir.path());
+    guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
+    host.write_all(b"wait for it").unwrap();
+    // Each time the device looks for something to send it has none, because the guest has no room: more often than the guest has buffers.
+    for _ in 0..40 {
+        guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
+    }
+    guest.send(CREDIT_UPDATE, PORT, 5, &[], 1 << 16);
+    assert_eq!(guest.other().data, b"wait for it");
+}

@@ -111,6 +111,15 @@ impl Block {
         }
     }
 
+    /// Runs `with` on its worker's service, if it is active.
+    #[cfg(test)]
+    pub(super) fn with_service<T>(&mut self, with: impl FnOnce(&mut BlockService) -> T) -> Option<T> {
+        match &self.place {
+            Place::Working(worker) => Some(worker.with(with)),
+            Place::Here(_) | Place::Lost => None,
+        }
+    }
+
     /// Takes its disk away, with the device stopped for good. None if its requests do not end.
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();

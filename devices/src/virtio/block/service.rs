@@ -128,6 +128,12 @@ impl BlockService {
         self.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::save)).collect()
     }
 
+    /// Chains of a queue that were popped and not given back.
+    #[cfg(test)]
+    pub(super) fn chains_out(&self, queue: usize) -> u16 {
+        self.queues[queue].as_ref().map_or(0, Virtqueue::out)
+    }
+
     /// Stops for good: what the kernel can give up is given up. Returns whether nothing is in flight any more.
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;

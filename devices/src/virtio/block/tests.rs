@@ -14,12 +14,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::issue::{BATCH_BYTES, MAX_BYTES};
 use super::service::{BATCH, BlockService};
-use super::{InFlight, SEG_MAX};
+use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
 use crate::disk::{Disk, DiskConfig, DiskImage};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
 use crate::virtio::limiter::{Limiter, Limits, Rate};
-use crate::virtio::{Activation, Hurry, Interrupt, QueueState, Service, Turn, Virtqueue, Wake};
+use crate::virtio::{Activation, Hurry, Interrupt, QueueState, Service, Turn, VirtioDevice, Virtqueue, Wake};
 
 const RAM: u64 = 32 << 20;
 const QUEUE: u16 = 256;
@@ -501,4 +501,20 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     for n in 0..3usize {
         assert!(rig.bytes(DATA + n as u64 * (2 << 20), 2 << 20) == pattern(n * (2 << 20), 2 << 20));
     }
+}
+
+/// A driver that gives out more than the queue has descriptors, counting what its parent had in flight.
+#[test]
+fn what_is_in_flight_counts_against_the_queue_of_a_child_and_of_one_that_is_put_back() {
+    let (_dir, path) = file();
+    let mut rig = Rig::new(&path, &Options::default());
+    let moment = Moment { in_flight: vec![InFlight { queue: 0, head: 0 }; 3], ..rig.fork() };
+    let state = BlockState { in_flight: moment.in_flight.clone() };
+    let (with, _interrupt) = activation(&rig.ram, MODERN, &moment.queues);
+    let mut block = Block::restore(&state, moment.disk.open().unwrap(), &BlockOptions::default());
+    block.activate(Activation { held: true, ..with }).unwrap();
+    assert_eq!(block.with_service(|service| service.chains_out(0)), Some(3));
+    let (with, _interrupt) = activation(&rig.ram, MODERN, &moment.queues);
+    assert!(rig.service.rewind(&state, &moment.disk, with));
+    assert_eq!(rig.service.chains_out(0), 3);
 }
