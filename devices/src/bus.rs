@@ -7,9 +7,9 @@ use thiserror::Error;
 
 /// A device at a range of ports.
 pub trait PioDevice: Send + fmt::Debug {
-    /// The guest reads `data.len()` bytes at `offset` from the device's base.
+    /// One IN of `data.len()` bytes, at `offset` from the device's base.
     fn read(&mut self, offset: u16, data: &mut [u8]);
-    /// The guest writes `data` at `offset` from the device's base.
+    /// One OUT of `data`, at `offset` from the device's base.
     fn write(&mut self, offset: u16, data: &[u8]);
 }
 
@@ -57,18 +57,23 @@ impl PioBus {
         (offset < slot.ports).then_some((slot, offset))
     }
 
-    /// A guest's IN.
-    pub fn read(&self, port: u16, data: &mut [u8]) {
+    /// A guest's INs from one port, each `width` bytes wide: one, or as many as a string instruction
+    /// (`rep ins`) makes. KVM exits once for all of them, and the device is asked once for each.
+    pub fn read(&self, port: u16, width: usize, data: &mut [u8]) {
         match self.find(port) {
-            Some((slot, offset)) => slot.device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
+            Some((slot, offset)) => {
+                let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+                data.chunks_mut(width.max(1)).for_each(|data| device.read(offset, data));
+            }
             None => data.fill(0xff),
         }
     }
 
-    /// A guest's OUT.
-    pub fn write(&self, port: u16, data: &[u8]) {
+    /// A guest's OUTs to one port, as [`PioBus::read`] has its INs.
+    pub fn write(&self, port: u16, width: usize, data: &[u8]) {
         if let Some((slot, offset)) = self.find(port) {
-            slot.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+            let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+            data.chunks(width.max(1)).for_each(|data| device.write(offset, data));
         }
     }
 }
@@ -96,12 +101,37 @@ mod tests {
         assert!(bus.add(0x3ff, 1, device.clone()).is_err());
         bus.add(0x400, 1, Arc::new(Mutex::new(Last::default()))).unwrap();
         let mut byte = [0];
-        bus.read(0x3fb, &mut byte);
+        bus.read(0x3fb, 1, &mut byte);
         assert_eq!(byte, [3]);
-        bus.read(0x401, &mut byte);
+        bus.read(0x401, 1, &mut byte);
         assert_eq!(byte, [0xff]);
-        bus.write(0x3f9, &[1, 2]);
-        bus.write(0x100, &[9]);
+        bus.write(0x3f9, 2, &[1, 2]);
+        bus.write(0x100, 1, &[9]);
         assert_eq!(device.lock().unwrap().0, vec![(1, vec![1, 2])]);
+    }
+
+    #[test]
+    fn a_string_instruction_is_as_many_accesses_as_it_makes() {
+        #[derive(Debug, Default)]
+        struct Counter(u8);
+        impl PioDevice for Counter {
+            fn read(&mut self, _offset: u16, data: &mut [u8]) {
+                self.0 += 1;
+                data.fill(self.0);
+            }
+            fn write(&mut self, _offset: u16, data: &[u8]) {
+                self.0 += data.len() as u8;
+            }
+        }
+        let (mut bus, last) = (PioBus::default(), Arc::new(Mutex::new(Last::default())));
+        bus.add(0, 1, Arc::new(Mutex::new(Counter::default()))).unwrap();
+        bus.add(8, 1, last.clone()).unwrap();
+        let mut bytes = [0; 4];
+        bus.read(0, 1, &mut bytes);
+        assert_eq!(bytes, [1, 2, 3, 4]);
+        bus.read(0, 2, &mut bytes);
+        assert_eq!(bytes, [5, 5, 6, 6]);
+        bus.write(8, 2, &[1, 2, 3, 4]);
+        assert_eq!(last.lock().unwrap().0, vec![(0, vec![1, 2]), (0, vec![3, 4])]);
     }
 }

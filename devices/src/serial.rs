@@ -151,12 +151,12 @@ impl SerialConsole {
     }
 }
 
+/// Registers are a byte wide. The bus makes a wider access to byte-wide registers that many accesses to
+/// one register after another.
 impl PioDevice for SerialConsole {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
-        data.fill(0);
-        // Registers are a byte wide; wider accesses read the first.
-        if let Some(first) = data.first_mut() {
-            *first = self.uart.read(offset as u8);
+        for (register, byte) in (offset..).zip(data) {
+            *byte = if register < SERIAL_PORTS { self.uart.read(register as u8) } else { 0xff };
         }
         if offset == 0 && !self.pending.is_empty() {
             self.refill();
@@ -164,9 +164,8 @@ impl PioDevice for SerialConsole {
     }
 
     fn write(&mut self, offset: u16, data: &[u8]) {
-        // `rep outsb` arrives as several bytes for one port.
-        for byte in data {
-            if let Err(error) = self.uart.write(offset as u8, *byte) {
+        for (register, byte) in (offset..SERIAL_PORTS).zip(data) {
+            if let Err(error) = self.uart.write(register as u8, *byte) {
                 tracing::debug!(?error, "serial write");
             }
         }
@@ -175,7 +174,10 @@ impl PioDevice for SerialConsole {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+    use crate::bus::PioBus;
 
     fn read(serial: &mut SerialConsole, offset: u16) -> u8 {
         let mut byte = [0];
@@ -187,7 +189,7 @@ mod tests {
     fn output_reaches_the_console_and_long_input_the_guest() {
         let console = Console::default();
         let mut serial = SerialConsole::new(Irq::new().unwrap(), console.clone());
-        serial.write(0, b"hello");
+        b"hello".iter().for_each(|byte| serial.write(0, &[*byte]));
         assert_eq!(console.since(0), b"hello");
 
         let typed: Vec<u8> = (0..500u32).map(|i| i as u8).collect();
@@ -197,6 +199,32 @@ mod tests {
             got.push(read(&mut serial, 0));
         }
         assert_eq!(got, typed, "more than the FIFO holds arrives whole and in order");
+    }
+
+    #[test]
+    fn a_string_instruction_moves_as_many_bytes_as_it_says() {
+        let console = Console::default();
+        let mut serial = SerialConsole::new(Irq::new().unwrap(), console.clone());
+        let typed: Vec<u8> = (0..200).collect();
+        assert_eq!(serial.type_in(&typed), 200);
+        let mut bus = PioBus::default();
+        bus.add(COM1_BASE, SERIAL_PORTS, Arc::new(Mutex::new(serial))).unwrap();
+        let mut got = [0; 200];
+        bus.read(COM1_BASE, 1, &mut got);
+        assert_eq!(got, *typed, "rep insb, more than the FIFO holds at once");
+        bus.write(COM1_BASE, 1, b"rep outsb");
+        assert_eq!(console.since(0), b"rep outsb");
+        // inw of the data register is the data and the interrupt enable register.
+        bus.write(COM1_BASE + 1, 1, &[5]);
+        let mut word = [0xaa; 2];
+        bus.read(COM1_BASE, 2, &mut word);
+        assert_eq!(word, [0, 5]);
+        bus.write(COM1_BASE, 2, &[b'!', 1]);
+        bus.read(COM1_BASE + 1, 1, &mut word[..1]);
+        assert_eq!((console.since(0).last(), word[0]), (Some(&b'!'), 1));
+        let mut beyond = [0; 2];
+        bus.read(COM1_BASE + 7, 2, &mut beyond);
+        assert_eq!(beyond[1], 0xff);
     }
 
     #[test]

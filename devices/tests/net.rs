@@ -14,7 +14,9 @@ use clade_devices::virtio::net::{Mac, Net, NetOptions};
 use clade_devices::virtio::plain::Plain;
 use clade_devices::virtio::regs;
 use clade_io::Tap;
+use clade_memory::{Access, PageRange, Term};
 use driver::{Driver, ram, store};
+use vm_memory::GuestAddress;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -186,6 +188,48 @@ fn packets_go_both_ways_whole() {
         .with_device(|device| device.as_any().downcast_mut::<Plain<Net>>().unwrap().with(|net| net.stats()).unwrap());
     assert_eq!((stats.sent, stats.dropped), (1, 1));
     assert!(stats.received >= 4);
+}
+
+/// Pages with as many pins as can be counted: nobody can pin them until one of those ends.
+#[test]
+fn memory_that_cannot_be_pinned_now_is_pinned_later() {
+    let Some((tap, wire)) = tap(1) else { return };
+    let mut vm = Driver::take(net(tap, 1), &ram(&store()));
+    let pin = |at: u64| {
+        let (region, page) = vm.ram.locate(GuestAddress(at)).unwrap();
+        region.pin(PageRange::new(page, page + 1), Access::Write, Term::Short)
+    };
+    let saturated = |at: u64| {
+        let last = pin(at).unwrap();
+        // Forgotten: a pin that is never given back.
+        while let Ok(pin) = pin(at) {
+            std::mem::forget(pin);
+        }
+        last
+    };
+    let (sent, received_into) = (saturated(OUT), saturated(IN));
+    let retries = |vm: &Driver| {
+        vm.device.with_device(|device| {
+            device.as_any().downcast_mut::<Plain<Net>>().unwrap().with(|net| net.stats().pin_retries).unwrap()
+        })
+    };
+    let out = frame(900, 3);
+    vm.fill(OUT, &[0; HEADER]);
+    vm.fill(OUT + HEADER as u64, &out);
+    vm.post(TX, &[(OUT, HEADER as u32 + 900, false)]);
+    vm.wait_until("tries again", |vm| retries(vm) >= 3);
+    assert!(!vm.needs_reset() && vm.used(TX).is_none());
+    drop(sent);
+    vm.wait(TX);
+    assert_eq!(wire.receive(), out);
+    // The same for what it receives into.
+    let before = retries(&vm);
+    (0..8).for_each(|_| offer(&mut vm, 512));
+    wire.send(&frame(60, 5));
+    vm.wait_until("tries again", |vm| retries(vm) >= before + 3);
+    assert!(!vm.needs_reset() && vm.used(RX).is_none());
+    drop(received_into);
+    assert_eq!(received(&mut vm), frame(60, 5));
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Stats {
     pub bounced: u64,
     /// Given to the kernel again: short transfers, EINTR, EAGAIN.
     pub continued: u64,
+    /// Syncs that succeeded.
+    pub synced: u64,
 }
 
 /// Runs operations. See the module's documentation.
@@ -251,6 +253,7 @@ impl<T> Engine<T> {
                     self.backlog.push_back(at);
                 }
                 Step::Over(result) => {
+                    self.stats.synced += u64::from(op.is_sync() && result.is_ok());
                     self.free.push(at);
                     let (token, buffers) = op.into_parts();
                     each(Completion { token, result, buffers });

@@ -312,6 +312,11 @@ impl<T> Op<T> {
 }
 
 impl<T> Op<T> {
+    /// Whether it makes a file durable.
+    pub(crate) fn is_sync(&self) -> bool {
+        matches!(self.request, Request::Sync { .. })
+    }
+
     /// The operation's end: what it was for, and the memory. The file knows that it is over.
     pub(crate) fn into_parts(self) -> (T, Vec<Fragment>) {
         if self.request.changes() {

@@ -104,16 +104,14 @@ pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error>
     Ok(())
 }
 
-/// Removes a directory of snapshot files. What is not ours stays, and the directory with it.
-fn remove(files: &Files, dir: &Path) -> Result<(), Error> {
-    let paths = match files.list(dir) {
-        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for path in paths.iter().filter(|path| is_ours(&name_of(path))) {
-        files.remove_file(path)?;
+/// Removes a directory of snapshot files, which is open. What is not ours stays, and the directory with it.
+fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
+    for name in files.names_in(dir, path)? {
+        if name.to_str().is_some_and(is_ours) {
+            files.remove_in(dir, path, &name)?;
+        }
     }
-    files.remove_dir(dir)
+    files.remove_dir(path)
 }
 
 /// Removes what crashes left in `parent`. What cannot be removed is left for the next time.
@@ -125,11 +123,20 @@ fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
     // One of them may be an old snapshot whose successor's rename is not on the disk yet.
     files.sync_dir(parent)?;
     for path in stale {
-        let swept =
-            files.open(&path).and_then(|dir| if files.try_lock(&dir, &path)? { remove(files, &path) } else { Ok(()) });
-        if let Err(error) = swept {
+        if let Err(error) = sweep_one(files, &path) {
             tracing::debug!(path = %path.display(), %error, "not swept");
         }
+    }
+    Ok(())
+}
+
+/// Removes a directory that a crash has left. Whoever can write beside a snapshot can also put
+/// something there by such a name: a link is not followed, and another user's directory is not ours.
+fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
+    let dir = files.open_real_dir(path)?;
+    let owner = dir.metadata().map_err(|source| Error::file("looked at", path, source))?.uid();
+    if owner == rustix::process::geteuid().as_raw() && files.try_lock(&dir, path)? {
+        remove(files, &dir, path)?;
     }
     Ok(())
 }
@@ -169,7 +176,7 @@ impl<'f> Aside<'f> {
     }
 
     fn lock(files: &Files, path: &Path) -> Result<Option<File>, Error> {
-        let dir = match files.open(path) {
+        let dir = match files.open_real_dir(path) {
             Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         };
@@ -208,8 +215,10 @@ impl<'f> Aside<'f> {
 
 impl Drop for Aside<'_> {
     fn drop(&mut self) {
+        // Opened again: it may be what was there before.
+        let removed = || remove(self.files, &self.files.open_real_dir(&self.path)?, &self.path);
         if self.garbage
-            && let Err(error) = remove(self.files, &self.path)
+            && let Err(error) = removed()
         {
             // The next save's sweep gets it.
             tracing::debug!(path = %self.path.display(), %error, "not removed");

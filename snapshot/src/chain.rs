@@ -18,6 +18,10 @@ use crate::space::Kind;
 pub const MOST_DEEP: usize = 64;
 /// Longest manifest.
 const MOST_MANIFEST: u64 = 16 << 20;
+/// Longest state file. What the manifest says of it is not believed beyond that.
+const MAX_STATE: u64 = 256 << 20;
+/// Longest record of what is touched first: 16 bytes a run.
+const MAX_WARM: u64 = 256 << 20;
 
 /// Which layer of the chain a page is in: 0 is the newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +146,7 @@ fn fits(path: &Path, child: &Manifest, parent: &Manifest) -> Result<(), Error> {
 fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
     let path = member.dir.join(STATE);
     let entry = &member.manifest.state;
-    let bytes = files.read(&path, entry.bytes)?;
+    let bytes = files.read(&path, entry.bytes.min(MAX_STATE))?;
     let checked = || {
         if bytes.len() as u64 != entry.bytes {
             let found = bytes.len() as u64;
@@ -251,7 +255,7 @@ impl Snapshot {
 
 pub(crate) fn read_warm(files: &Files, dir: &Path, id: SnapshotId) -> Result<Option<Vec<PageRange>>, Error> {
     let path = dir.join(WARM);
-    let bytes = match files.read(&path, 1 << 30) {
+    let bytes = match files.read(&path, MAX_WARM) {
         Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other?,
     };

@@ -31,6 +31,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Something else has a file's name.
+    #[error("{} is {found}, not a file of a snapshot", path.display())]
+    NotAFile {
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// A file is not what was written there.
     #[error("{} is damaged, or not of this format", path.display())]
     Damaged {

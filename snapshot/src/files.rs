@@ -1,15 +1,23 @@
 //! Every operation on files, in one place: named in errors, repeated when interrupted, and made to fail by tests.
 
-use std::fs::{self, File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, fcntl_getfl, fcntl_setfl, flock, fsync, renameat_with};
+use rustix::fs::{
+    AtFlags, CWD, Dir, DirEntry, FlockOperation, OFlags, RenameFlags, fcntl_getfl, fcntl_setfl, flock, fsync,
+    renameat_with, unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::error::Error;
+
+/// Bytes of a file that are read at once.
+const PIECE: usize = 4 << 20;
 
 /// What is about to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,9 +83,33 @@ impl Files {
         made.map_err(|source| Error::file("made", path, source))
     }
 
-    /// Opens a file, or a directory, for reading.
+    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and a
+    /// pipe would be waited for.
     pub(crate) fn open(&self, path: &Path) -> Result<File, Error> {
-        self.run(Op::Open, path, |_| File::open(path)).map_err(|source| Error::file("opened", path, source))
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = self.open_as(path, flags)?;
+        let kind = file.metadata().map_err(|source| Error::file("looked at", path, source))?.file_type();
+        if kind.is_file() { Ok(file) } else { Err(Error::NotAFile { path: path.to_owned(), found: name_of(kind) }) }
+    }
+
+    /// Opens a directory, wherever its path leads.
+    pub(crate) fn open_dir(&self, path: &Path) -> Result<File, Error> {
+        self.open_as(path, OFlags::DIRECTORY)
+    }
+
+    /// Opens a directory that the path names itself, and no link to one.
+    pub(crate) fn open_real_dir(&self, path: &Path) -> Result<File, Error> {
+        self.open_as(path, OFlags::DIRECTORY | OFlags::NOFOLLOW)
+    }
+
+    fn open_as(&self, path: &Path, flags: OFlags) -> Result<File, Error> {
+        let open = |_| OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
+        match self.run(Op::Open, path, open) {
+            Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+                Err(Error::NotAFile { path: path.to_owned(), found: "a symbolic link" })
+            }
+            other => other.map_err(|source| Error::file("opened", path, source)),
+        }
     }
 
     /// Locks a file, or a directory, that is open; false if somebody else has it.
@@ -149,7 +181,7 @@ impl Files {
 
     /// Has a directory's entries on the disk.
     pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), Error> {
-        let dir = self.open(path)?;
+        let dir = self.open_dir(path)?;
         let synced = self.run(Op::SyncDir, path, |_| Ok(fsync(dir.as_fd())?));
         synced.map_err(|source| Error::file("synced", path, source))
     }
@@ -185,9 +217,29 @@ impl Files {
         gone(self.run(Op::Remove, path, |_| fs::remove_file(path)), path)
     }
 
+    /// Removes `name` from the directory `dir`, which is at `path`; gone already is as good. A link is removed, and not what it leads to.
+    pub(crate) fn remove_in(&self, dir: &File, path: &Path, name: &OsStr) -> Result<(), Error> {
+        let path = path.join(name);
+        gone(self.run(Op::Remove, &path, |_| Ok(unlinkat(dir, name, AtFlags::empty())?)), &path)
+    }
+
     /// Removes an empty directory; gone already is as good.
     pub(crate) fn remove_dir(&self, path: &Path) -> Result<(), Error> {
         gone(self.run(Op::Remove, path, |_| fs::remove_dir(path)), path)
+    }
+
+    /// The names in a directory that is open, and at `path`; sorted.
+    pub(crate) fn names_in(&self, dir: &File, path: &Path) -> Result<Vec<OsString>, Error> {
+        let names = self.run(Op::List, path, |_| {
+            let entries = Dir::read_from(dir)?;
+            let name =
+                |entry: rustix::io::Result<DirEntry>| Ok(OsString::from_vec(entry?.file_name().to_bytes().to_vec()));
+            entries.map(name).collect::<io::Result<Vec<OsString>>>()
+        });
+        let mut names = names.map_err(|source| Error::file("listed", path, source))?;
+        names.retain(|name| name != "." && name != "..");
+        names.sort_unstable();
+        Ok(names)
     }
 
     /// The names in a directory, sorted.
@@ -226,8 +278,15 @@ impl Files {
             let damage = crate::format::Damage::Length { what: "the file".to_owned(), wanted: most, found: bytes };
             return Err(Error::damaged(path, damage));
         }
-        let mut out = vec![0; bytes as usize];
-        self.read_exact_at(&file, path, &mut out, 0)?;
+        // As it is read, so that a length alone costs no memory, and none that there is not.
+        let mut out = Vec::new();
+        while (out.len() as u64) < bytes {
+            let (from, some) = (out.len(), PIECE.min((bytes as usize) - out.len()));
+            let no_memory = |_| Error::file("read", path, io::ErrorKind::OutOfMemory.into());
+            out.try_reserve(some).map_err(no_memory)?;
+            out.resize(from + some, 0);
+            self.read_exact_at(&file, path, &mut out[from..], from as u64)?;
+        }
         Ok(out)
     }
 
@@ -236,6 +295,17 @@ impl Files {
         let file = self.create(path, false)?;
         self.write_all_at(&file, path, bytes, 0)?;
         self.sync(&file, path)
+    }
+}
+
+/// What is no file.
+fn name_of(kind: FileType) -> &'static str {
+    match kind {
+        kind if kind.is_dir() => "a directory",
+        kind if kind.is_fifo() => "a pipe",
+        kind if kind.is_socket() => "a socket",
+        kind if kind.is_char_device() || kind.is_block_device() => "a device",
+        _ => "no file",
     }
 }
 

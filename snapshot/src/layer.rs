@@ -10,6 +10,9 @@ use crate::files::{Files, len};
 use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
 use crate::space::Kind;
 
+/// Longest index: of some 16 TiB of data in one piece, or 64 million runs.
+const MAX_INDEX: u64 = 1 << 30;
+
 /// A layer whose files are open: its index has been checked, its data file has the right length.
 #[derive(Debug)]
 pub(crate) struct LayerFile {
@@ -22,7 +25,7 @@ impl LayerFile {
     /// Opens the layer of that name in a snapshot's directory.
     pub(crate) fn open(files: &Files, dir: &Path, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
         let path = dir.join(format!("{name}.index"));
-        let bytes = files.read(&path, entry.index_bytes)?;
+        let bytes = files.read(&path, entry.index_bytes.min(MAX_INDEX))?;
         let index = Self::checked(&bytes, entry).map_err(|damage| Error::damaged(path, damage))?;
         let path = dir.join(format!("{name}.data"));
         let file = files.open(&path)?;

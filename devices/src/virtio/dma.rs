@@ -4,6 +4,7 @@
 //! (I3). What the VMM's processor writes in one call, such as a status byte or the used ring, does not: it goes through this VM's private
 //! mapping, which breaks COW by itself, and workers stand still during a fork.
 
+use std::io;
 use std::sync::Arc;
 
 use clade_io::Fragment;
@@ -36,6 +37,22 @@ pub enum DmaError {
         #[source]
         source: GuestMemoryError,
     },
+}
+
+impl DmaError {
+    /// Whether it may be otherwise soon: there was no memory for the VM's own copy of a page, or a page has as many pins as can be counted.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Pin(PinError::Saturated { .. }) => true,
+            Self::Pin(PinError::Unshare { source, .. }) => {
+                let kind = source.kind();
+                let no_memory = matches!(kind, io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull);
+                no_memory || source.raw_os_error() == Some(libc::EAGAIN)
+            }
+            Self::Pin(_) | Self::Outside { .. } | Self::Access { .. } => false,
+        }
+    }
 }
 
 /// Pins `segments` for one request, and returns them as fragments that own the pins.
@@ -120,4 +137,21 @@ pub fn write(ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<(), DmaEr
 #[must_use]
 pub fn len_of(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_memory_passes_and_what_the_driver_does_wrong_stays() {
+        let range = PageRange::covering(0, 1).into_iter().next();
+        let Some(range) = range else { panic!("a page") };
+        let unshare = |errno| DmaError::Pin(PinError::Unshare { range, source: io::Error::from_raw_os_error(errno) });
+        assert!([libc::ENOMEM, libc::EAGAIN, libc::ENOSPC].into_iter().all(|errno| unshare(errno).is_transient()));
+        assert!(DmaError::Pin(PinError::Saturated { range }).is_transient());
+        assert!(!unshare(libc::EHWPOISON).is_transient());
+        assert!(!DmaError::Pin(PinError::NoPages).is_transient());
+        assert!(!DmaError::Outside { address: 0, len: 1 }.is_transient());
+    }
 }

@@ -218,6 +218,12 @@ impl Virtqueue {
         &self.event
     }
 
+    /// Chains that were popped and not given back.
+    #[cfg(test)]
+    pub(super) fn out(&self) -> u16 {
+        self.out
+    }
+
     /// Takes note of notifications that have arrived. Look into the queue after it, or one that comes in between is lost.
     pub fn acknowledge(&self) {
         // Nothing there is no failure: somebody was faster.
@@ -333,5 +339,68 @@ impl Virtqueue {
     #[must_use]
     pub fn enable_notifications(&mut self) -> bool {
         self.queue.enable_notification(self.ram.memory()).unwrap_or(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+    use clade_memory::{RamLayout, Store};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    const SIZE: u16 = 4;
+    const AVAILABLE: u64 = 0x2000;
+
+    /// A queue of four descriptors, each a chain of its own, of which `offered` were made available.
+    fn queue(offered: u16) -> Virtqueue {
+        let ram = GuestRam::reserve(&RamLayout::new(2 << 20).unwrap(), &Store::open_small().unwrap()).unwrap();
+        ram.birth().unwrap();
+        let state = QueueState {
+            ready: true,
+            descriptors: 0x1000,
+            available: AVAILABLE,
+            used: 0x3000,
+            ..QueueState::new(SIZE)
+        };
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        for n in 0..u64::from(SIZE) {
+            ram.memory().write_obj(0x8000 + n * 0x100, GuestAddress(0x1000 + 16 * n)).unwrap();
+            ram.memory().write_obj(0x100u32, GuestAddress(0x1000 + 16 * n + 8)).unwrap();
+            ram.memory().write_obj(n as u16, GuestAddress(AVAILABLE + 4 + 2 * n)).unwrap();
+        }
+        ram.memory().write_obj(offered, GuestAddress(AVAILABLE + 2)).unwrap();
+        Virtqueue::new(0, &state, 0, &ram, &event).unwrap()
+    }
+
+    #[test]
+    fn a_chain_that_was_put_back_is_popped_again_and_counts_once() {
+        let mut queue = queue(SIZE);
+        for round in 0..3 * SIZE {
+            assert_eq!(queue.pop(), Ok(Some(0)), "round {round}");
+            queue.put_back();
+        }
+        for head in 0..SIZE {
+            assert_eq!(queue.pop(), Ok(Some(head)));
+        }
+        assert_eq!(queue.pop(), Ok(None));
+        queue.put_back();
+        assert_eq!((queue.save().next_available, queue.pop()), (SIZE - 1, Ok(Some(SIZE - 1))));
+    }
+
+    #[test]
+    fn chains_that_were_out_when_the_state_was_saved_count_against_the_queue() {
+        let mut queue = queue(SIZE);
+        (0..3).for_each(|_| queue.count_out());
+        assert_eq!(queue.pop(), Ok(Some(0)));
+        assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }), "four are out");
+        // One of those that were out comes back, and makes room for another.
+        let mut queue = self::queue(SIZE);
+        (0..SIZE).for_each(|_| queue.count_out());
+        queue.give_back(2, 0).unwrap();
+        assert_eq!(queue.pop(), Ok(Some(0)));
+        assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }));
     }
 }

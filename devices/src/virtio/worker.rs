@@ -54,7 +54,13 @@ pub enum Turn {
 #[derive(Debug)]
 pub struct Hurry<'a>(&'a AtomicBool);
 
-impl Hurry<'_> {
+impl<'a> Hurry<'a> {
+    /// Of whoever sets `flag`.
+    #[cfg(test)]
+    pub(crate) fn of(flag: &'a AtomicBool) -> Self {
+        Self(flag)
+    }
+
     /// True when a turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
     #[must_use]
     pub fn up(&self) -> bool {
@@ -79,6 +85,9 @@ pub trait Service: Send + fmt::Debug + 'static {
 
 struct Shared<S> {
     service: Mutex<S>,
+    /// How often the worker has come to the gate, and how often it has gone through.
+    #[cfg(test)]
+    gate_steps: std::sync::atomic::AtomicU64,
     gate: Mutex<Gate>,
     opened: Condvar,
     hurry: AtomicBool,
@@ -123,6 +132,8 @@ impl<S: Service> Worker<S> {
         };
         let shared = Arc::new(Shared {
             service: Mutex::new(service),
+            #[cfg(test)]
+            gate_steps: std::sync::atomic::AtomicU64::new(0),
             gate: Mutex::new(Gate { shut: held, ..Gate::default() }),
             opened: Condvar::new(),
             hurry: AtomicBool::new(false),
@@ -250,11 +261,15 @@ impl<S: Service> Shared<S> {
         loop {
             let mut at = 0;
             while at < wakes.len() {
+                #[cfg(test)]
+                self.gate_steps.fetch_add(1, Ordering::SeqCst);
                 match self.pass() {
                     None => return,
                     Some(true) => wakes[at] = Wake::Start,
                     Some(false) => {}
                 }
+                #[cfg(test)]
+                self.gate_steps.fetch_add(1, Ordering::SeqCst);
                 let mut service = self.service();
                 // With the service locked: see Worker::quiesce.
                 if self.gate().shut {
@@ -367,6 +382,33 @@ mod tests {
         assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start), "what came meanwhile is looked at");
         event.write(1).unwrap();
         assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
+    }
+
+    /// The gate is shut after the worker has gone through it, and before it has the service.
+    #[test]
+    fn no_turn_begins_behind_a_gate_that_was_shut_meanwhile() {
+        let (worker, event, heard) = worker(false);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        let deadline = Instant::now() + SOON;
+        let wait_for = |steps: u64| {
+            while worker.shared.gate_steps.load(Ordering::SeqCst) < steps {
+                assert!(heard.try_recv().is_err(), "a turn began while it was to stand still");
+                assert!(Instant::now() < deadline, "it does not come to its step {steps}");
+                thread::yield_now();
+            }
+        };
+        let service = worker.shared.service();
+        // It has come to the gate for its first turn and gone through, and now for its second.
+        event.write(1).unwrap();
+        wait_for(4);
+        // It waits for the service, or is about to. What `quiesce` does: the gate, then the service; after that it returns.
+        worker.shared.gate().shut = true;
+        drop(service);
+        // It looks at the gate again instead.
+        wait_for(5);
+        assert!(heard.try_recv().is_err(), "a turn began while it was to stand still");
+        worker.resume();
+        assert!(heard.recv_timeout(SOON).is_ok());
     }
 
     #[test]

@@ -58,6 +58,9 @@ pub struct Index {
     pub chunks: Vec<Chunk>,
 }
 
+/// Entries of a table that there is memory for before they are read.
+const FIRST_ENTRIES: usize = 1 << 16;
+
 /// Appends a run, joined to the last one where that is the same.
 pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: Kind) {
     if range.is_empty() {
@@ -170,7 +173,8 @@ impl Index {
 
     fn read_runs(&mut self, reader: &mut Reader<'_>, runs: u64) -> Result<(), Damage> {
         let pages = self.pages();
-        self.runs.reserve_exact(runs as usize);
+        // What it holds is looked at before there is memory for as many.
+        self.runs.reserve((runs as usize).min(FIRST_ENTRIES));
         for _ in 0..runs {
             let (start, packed) = (reader.u64()?, reader.u64()?);
             let len = packed >> 1;
@@ -191,7 +195,7 @@ impl Index {
     fn read_chunks(&mut self, reader: &mut Reader<'_>, chunks: u64) -> Result<(), Damage> {
         let mut next = 0;
         let mut offset = 0;
-        self.chunks.reserve_exact(chunks as usize);
+        self.chunks.reserve((chunks as usize).min(FIRST_ENTRIES));
         for at in 0..chunks {
             // The next one that a run reaches into.
             let first = self.runs.partition_point(|run| run.range.end() <= next * CHUNK_PAGES);

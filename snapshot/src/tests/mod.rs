@@ -6,6 +6,7 @@ mod damage;
 pub(crate) mod faults;
 mod fixture;
 mod history;
+mod hostile;
 mod kill;
 pub(crate) mod support;
 mod walk;

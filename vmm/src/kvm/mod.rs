@@ -8,6 +8,7 @@
 //! | `host_time` | how long ago something was saved |
 //! | `quirks` | everything that adapts to a KVM which is not a hardware one |
 //! | `msrs` | which MSRs make up a vCPU's state on this host |
+//! | `pio` | how wide the accesses of a port exit are |
 //! | `pending` | what a vCPU has on its way to the guest, taken away before a reset |
 //! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
 //!
@@ -22,6 +23,7 @@ mod host;
 mod host_time;
 mod msrs;
 mod pending;
+mod pio;
 mod quirks;
 mod template;
 #[cfg(test)]
@@ -38,6 +40,7 @@ pub use host_time::{BootTime, WallClock};
 pub(crate) use msrs::MAX_MSRS;
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use pending::forget_pending;
+pub(crate) use pio::pio_width;
 pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
 pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};

@@ -13,7 +13,7 @@ use crate::boot::{BootSource, Entry, RamLayout, load};
 const REQUIRE_ENV: &str = "CLADE_REQUIRE";
 const RAM: usize = 4 << 20;
 /// Where a test's code is loaded and started.
-pub(super) const CODE: u64 = 0x10_0000;
+pub(crate) const CODE: u64 = 0x10_0000;
 
 /// `mov rbx, 0x12345678; mov dx, 0x3f8; mov al, 'A'; out dx, al; mov al, bl; out dx, al; hlt`
 pub(super) const TWO_OUTS: [u8; 18] =
@@ -115,7 +115,7 @@ fn complete_io(vcpu: &mut VcpuFd) {
 }
 
 /// An ELF file with `code` at [`CODE`], entered at its first byte.
-fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     let mut out = vec![0; 120];
     out[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
     out[16..20].copy_from_slice(&[2, 0, 62, 0]);

@@ -203,13 +203,13 @@ impl Devices {
         device.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
-    pub(crate) fn pio_read(&self, port: u16, data: &mut [u8]) {
-        self.bus.read(port, data);
+    pub(crate) fn pio_read(&self, port: u16, width: usize, data: &mut [u8]) {
+        self.bus.read(port, width, data);
     }
 
     /// Returns whether the guest has asked for a reset by it.
-    pub(crate) fn pio_write(&self, port: u16, data: &[u8]) -> bool {
-        self.bus.write(port, data);
+    pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> bool {
+        self.bus.write(port, width, data);
         // Relaxed: set by this very call, if at all.
         self.reset.load(Ordering::Relaxed)
     }

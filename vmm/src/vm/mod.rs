@@ -13,6 +13,8 @@ mod rendezvous;
 mod reset;
 pub mod saved;
 mod schedule;
+#[cfg(test)]
+mod serial_tests;
 mod shell;
 mod slice;
 mod snapshot;

@@ -8,7 +8,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{BOOT_MSRS, Entry};
 use crate::kvm::{
-    Clock, CpuidState, HealError, Host, StateLayout, VcpuState, forget_pending, mark_paused, set_msr_bits,
+    Clock, CpuidState, HealError, Host, StateLayout, VcpuState, forget_pending, mark_paused, pio_width, set_msr_bits,
 };
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
@@ -226,11 +226,20 @@ impl VcpuThread {
         loop {
             match self.vcpu.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    if devices.pio_write(port, data) {
+                    let data: *const [u8] = data;
+                    let width = pio_width(&mut self.vcpu);
+                    // SAFETY: as below, and the guest does not write it meanwhile.
+                    if devices.pio_write(port, width, unsafe { &*data }) {
                         return Some(StopReason::Reset);
                     }
                 }
-                Ok(VcpuExit::IoIn(port, data)) => devices.pio_read(port, data),
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    let data: *mut [u8] = data;
+                    let width = pio_width(&mut self.vcpu);
+                    // SAFETY: the bytes are behind the kvm_run structure, in the vCPU's mapping, and nobody else refers to them. Both
+                    // outlive this exit: the vCPU is this thread's, and KVM_RUN is called again only after it.
+                    devices.pio_read(port, width, unsafe { &mut *data });
+                }
                 Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => devices.mmio_write(address, data),
                 Ok(VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}

@@ -13,6 +13,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::SEG_MAX;
 use super::request::MOST_RANGE_SECTORS;
 use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
@@ -24,8 +25,6 @@ use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, 
 pub const QUEUE_SIZE: u16 = 256;
 /// Most queues of a block device.
 pub const MOST_QUEUES: u16 = 16;
-/// Most buffers of data in a request: a chain with header and status fits in half of a queue.
-const SEG_MAX: u32 = 126;
 /// Bytes of the configuration space up to what the features offered need.
 const CONFIG_LEN: usize = 60;
 /// How long a reset waits for the kernel. Then the driver waits, looking at the status.
@@ -112,6 +111,15 @@ impl Block {
         }
     }
 
+    /// Runs `with` on its worker's service, if it is active.
+    #[cfg(test)]
+    pub(super) fn with_service<T>(&mut self, with: impl FnOnce(&mut BlockService) -> T) -> Option<T> {
+        match &self.place {
+            Place::Working(worker) => Some(worker.with(with)),
+            Place::Here(_) | Place::Lost => None,
+        }
+    }
+
     /// Takes its disk away, with the device stopped for good. None if its requests do not end.
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();
@@ -166,7 +174,7 @@ impl VirtioDevice for Block {
         data[..there.len()].copy_from_slice(there);
     }
 
-    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+    fn activate(&mut self, mut with: Activation) -> Result<(), ActivateError> {
         if with.queues.iter().all(Option::is_none) {
             return Err(ActivateError::NoQueue { index: 0 });
         }
@@ -174,16 +182,16 @@ impl VirtioDevice for Block {
             return Err(ActivateError::NotReady);
         };
         let again = std::mem::take(&mut self.again);
-        let mut queues = with.queues;
         for chain in &again {
-            if let Some(Some(queue)) = queues.get_mut(usize::from(chain.queue)) {
+            if let Some(Some(queue)) = with.queues.get_mut(usize::from(chain.queue)) {
                 queue.count_out();
             }
         }
         let mut sources: Vec<(RawFd, u32)> = vec![(disk.event().as_raw_fd(), DISK)];
-        sources.extend(queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
-        let service = BlockService::new(*disk, with.ram, queues, with.interrupt, self.limiter, again);
-        match Worker::spawn("clade-blk", service, &sources, with.held) {
+        sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
+        let held = with.held;
+        let service = BlockService::new(*disk, with, self.limiter, again);
+        match Worker::spawn("clade-blk", service, &sources, held) {
             Ok(worker) => {
                 self.place = Place::Working(worker);
                 Ok(())

@@ -5,12 +5,20 @@
 //! | features, configuration space, its life | `device.rs` |
 //! | what a driver asks | `request.rs` |
 //! | doing it, and doing it again after a fork | `service.rs` |
+//! | giving it to the disk, in pieces | `issue.rs`, `transfer.rs` |
 //! | what is saved | `state.rs` |
 
 mod device;
+mod issue;
 mod request;
 mod service;
 mod state;
+#[cfg(test)]
+mod tests;
+mod transfer;
 
 pub use device::{Block, BlockOptions, MOST_QUEUES, QUEUE_SIZE};
 pub use state::{BlockState, InFlight};
+
+/// Most buffers of data in a request: a chain with header and status fits in half of a queue.
+const SEG_MAX: u32 = 126;

@@ -66,9 +66,18 @@ impl Request {
         dma::len_of(&self.data)
     }
 
-    /// What the limits count.
+    /// What the limits count: also what is made zeros or discarded, which costs the host as a write may.
     pub(super) fn cost(&self) -> u64 {
-        if matches!(self.kind, Kind::Read { .. } | Kind::Write { .. }) { self.len() } else { 0 }
+        match self.kind {
+            Kind::Read { .. } | Kind::Write { .. } => self.len(),
+            Kind::Discard { len, .. } | Kind::Zero { len, .. } => len,
+            Kind::Flush | Kind::Id | Kind::Impossible | Kind::Unknown => 0,
+        }
+    }
+
+    /// Whether it changes the disk.
+    pub(super) fn changes(&self) -> bool {
+        matches!(self.kind, Kind::Write { .. } | Kind::Discard { .. } | Kind::Zero { .. })
     }
 
     /// The request in `chain`.

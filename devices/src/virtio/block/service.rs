@@ -1,48 +1,39 @@
 //! The block device's work.
 //!
 //! ```text
-//!   ring ──pop──► limiter ──► disk (pins, kernel) ──reap──► status byte ──► used ring ──► interrupt
-//!           └──────── in flight: saved at a fork ─────────┘
+//!   ring ──pop──► limiter ──► pieces ──► disk (pins, kernel) ──reap──► status byte ──► used ring ──► interrupt
+//!           └───────────── in flight: saved at a fork ─────────────┘
 //! ```
+//!
+//! A request is given to the disk in pieces, so that a turn is short whatever a driver asks for. It is
+//! given back when its last piece is done. A fork between two pieces hands the whole request on: the
+//! child does all of it again, those pieces too that its disk has already.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_memory::{Access, GuestRam};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
-use vm_memory::GuestAddress;
+use clade_memory::GuestRam;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SEG_MAX;
 
+use super::SEG_MAX;
+use super::issue::{Pending, Running};
 use super::request::{Kind, Request};
 use super::state::{BlockState, InFlight};
-use crate::disk::{Disk, DiskDone, DiskError, DiskImage, DiskOp};
+use crate::disk::{Disk, DiskDone, DiskImage};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::plain::same_queues;
 use crate::virtio::{Activation, Hurry, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, dma};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
-/// Requests begun before the kernel is given them, and before others get a look in: what a turn does is what a pause waits for.
-const BATCH: usize = 8;
-/// The same for their bytes, since the kernel copies what is in its cache at once.
-const BATCH_BYTES: u64 = 256 << 10;
+/// Requests popped, and pieces of requests given to the kernel, before others get a look in: what a turn does is what a pause waits for.
+pub(super) const BATCH: usize = 8;
 /// Bytes of an id.
 const ID_LEN: usize = 20;
 
 /// How soon the kernel is asked again when it had no memory.
 const RETRY: Duration = Duration::from_millis(1);
-/// Whose pins they are.
-const OWNER: &str = "virtio-blk";
-
-/// A request that was popped and not given back.
-#[derive(Debug)]
-struct Pending {
-    queue: u16,
-    head: u16,
-    status: GuestAddress,
-    /// Bytes the device has written if it goes well, without the status.
-    written: u32,
-}
 
 /// A request that waits for the limiter. Popped, so it counts as in flight.
 #[derive(Debug)]
@@ -56,41 +47,45 @@ struct Delayed {
 pub(super) struct BlockService {
     // First: what is in flight ends while memory and queues are still there.
     pub(super) disk: Disk,
-    ram: GuestRam,
+    pub(super) ram: GuestRam,
     queues: Vec<Option<Virtqueue>>,
     interrupt: Arc<Interrupt>,
     limiter: Limiter,
-    id: Vec<u8>,
+    pub(super) id: Vec<u8>,
+    pub(super) features: u64,
     /// By token: the order in which they were popped.
-    pending: BTreeMap<u64, Pending>,
+    pub(super) pending: BTreeMap<u64, Pending>,
+    /// Requests that the disk has not been given all of, in turn.
+    pub(super) issuing: VecDeque<u64>,
+    /// Pieces that the disk has, by token.
+    pub(super) running: HashMap<u64, Running>,
+    /// Their bytes.
+    pub(super) running_bytes: u64,
+    /// Of requests and of pieces.
     next_token: u64,
     /// Chains to be done again, because they were in flight when the state was saved.
-    again: VecDeque<InFlight>,
+    pub(super) again: VecDeque<InFlight>,
     /// Those of them that have begun. Nothing new is popped before they are done: until then the disk may show what somebody else, who has
     /// the same request in flight, is writing there.
-    redone: HashSet<u64>,
+    pub(super) redone: HashSet<u64>,
     delayed: Option<Delayed>,
     /// When to give the kernel again what it had no memory for.
     retry: Option<Instant>,
     /// Queues to look into.
     ready: Vec<bool>,
+    /// The queue that is looked into first.
+    first: usize,
     /// Queues with something given back since the driver was last told.
     used: Vec<bool>,
     /// Nothing is given back: what ends now is done again.
-    halting: bool,
+    pub(super) halting: bool,
     /// The driver has broken the rules, or the device is broken: nothing is popped or given back any more.
-    broken: bool,
+    pub(super) broken: bool,
 }
 
 impl BlockService {
-    pub(super) fn new(
-        disk: Disk,
-        ram: GuestRam,
-        queues: Vec<Option<Virtqueue>>,
-        interrupt: Arc<Interrupt>,
-        limiter: Limiter,
-        again: VecDeque<InFlight>,
-    ) -> Self {
+    pub(super) fn new(disk: Disk, with: Activation, limiter: Limiter, again: VecDeque<InFlight>) -> Self {
+        let Activation { ram, queues, features, interrupt, held: _ } = with;
         let config = disk.config();
         let name = config.path.file_name().map(|name| name.to_string_lossy().into_owned());
         let mut id = config.id.clone().or(name).unwrap_or_default().into_bytes();
@@ -103,13 +98,18 @@ impl BlockService {
             interrupt,
             limiter,
             id,
+            features,
             pending: BTreeMap::new(),
+            issuing: VecDeque::new(),
+            running: HashMap::new(),
+            running_bytes: 0,
             next_token: 0,
             again,
             redone: HashSet::new(),
             delayed: None,
             retry: None,
             ready: vec![false; count],
+            first: 0,
             used: vec![false; count],
             halting: false,
             broken: false,
@@ -128,10 +128,17 @@ impl BlockService {
         self.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::save)).collect()
     }
 
+    /// Chains of a queue that were popped and not given back.
+    #[cfg(test)]
+    pub(super) fn chains_out(&self, queue: usize) -> u16 {
+        self.queues[queue].as_ref().map_or(0, Virtqueue::out)
+    }
+
     /// Stops for good: what the kernel can give up is given up. Returns whether nothing is in flight any more.
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;
         self.again.clear();
+        self.issuing.clear();
         self.delayed = None;
         self.disk.cancel();
         self.reap();
@@ -154,7 +161,10 @@ impl BlockService {
             }
         }
         self.halting = false;
-        // What is still there goes on, and is given back when it is done.
+        // What is still there goes on. Parts of it may have been given up, so it is done again when it ends.
+        for pending in self.pending.values_mut().filter(|pending| pending.running > 0) {
+            (pending.redo, pending.rest) = (true, None);
+        }
         let stays = |chain: &InFlight| self.pending.values().any(|p| (p.queue, p.head) == (chain.queue, chain.head));
         list.retain(|chain| !stays(chain));
         self.again = list.into();
@@ -172,7 +182,7 @@ impl BlockService {
         if !self.disk.rewind(image) {
             return false;
         }
-        self.queues = with.queues;
+        (self.queues, self.features) = (with.queues, with.features);
         self.again = state.in_flight.iter().copied().collect();
         for chain in &self.again {
             if let Some(Some(queue)) = self.queues.get_mut(usize::from(chain.queue)) {
@@ -180,6 +190,9 @@ impl BlockService {
             }
         }
         self.pending.clear();
+        self.issuing.clear();
+        self.running.clear();
+        self.running_bytes = 0;
         self.redone.clear();
         (self.delayed, self.retry) = (None, None);
         self.ready.fill(true);
@@ -196,83 +209,34 @@ impl BlockService {
         }
     }
 
-    /// Begins with chain `head` of `queue`. Returns how many bytes it moves.
-    fn chain(&mut self, queue: u16, head: u16, limited: bool) -> Result<u64, QueueError> {
+    pub(super) fn chose(&self, feature: u32) -> bool {
+        self.features & (1 << feature) != 0
+    }
+
+    pub(super) fn token(&mut self) -> u64 {
+        self.next_token += 1;
+        self.next_token
+    }
+
+    /// Begins with chain `head` of `queue`. Returns the request's token, if it is not done already and need not wait for the limiter.
+    fn chain(&mut self, queue: u16, head: u16, limited: bool) -> Result<Option<u64>, QueueError> {
         let Some(Some(ring)) = self.queues.get(usize::from(queue)) else {
             return Err(QueueError::Rings { index: queue });
         };
         let chain = ring.chain(head)?;
-        let request = Request::parse(&self.ram, &chain)?;
-        let cost = request.cost();
-        if limited && let Err(until) = self.limiter.take(cost) {
-            self.delayed = Some(Delayed { queue, request, until });
-            return Ok(0);
+        let mut request = Request::parse(&self.ram, &chain)?;
+        if self.chose(VIRTIO_BLK_F_SEG_MAX) && request.data.len() > SEG_MAX as usize {
+            request.kind = Kind::Impossible;
         }
-        self.begin(queue, &request);
-        Ok(cost)
-    }
-
-    fn begin(&mut self, queue: u16, request: &Request) {
-        let token = self.next_token;
-        self.next_token += 1;
-        let written = if matches!(request.kind, Kind::Read { .. }) { request.len() as u32 } else { 0 };
-        let mut pending = Pending { queue, head: request.head, status: request.status, written };
-        let given = match self.operation(request, &mut pending) {
-            Ok(Some(operation)) => {
-                // Before the disk, which may be done with it at once.
-                self.pending.insert(token, pending);
-                if let Err(error) = self.disk.submit(operation, token) {
-                    self.finish(token, Err(&error));
-                }
-                return;
-            }
-            Ok(None) => VIRTIO_BLK_S_OK,
-            Err(status) => status,
-        };
-        self.give_back(&pending, given);
-    }
-
-    /// What the disk is to do for `request`, with its memory pinned; nothing, if it is done already; or its status.
-    fn operation(&self, request: &Request, pending: &mut Pending) -> Result<Option<DiskOp>, u32> {
-        let pin = |access| {
-            dma::pin(&self.ram, OWNER, &request.data, access).map_err(|error| {
-                tracing::warn!(%error, "memory of a request");
-                VIRTIO_BLK_S_IOERR
-            })
-        };
-        Ok(Some(match request.kind {
-            // The device writes to memory, so the pages must be this VM's own before the kernel has their address (I3).
-            Kind::Read { offset } => DiskOp::Read { offset, buffers: pin(Access::Write)? },
-            Kind::Write { offset } => DiskOp::Write { offset, buffers: pin(Access::Read)? },
-            Kind::Flush => DiskOp::Flush,
-            Kind::Discard { offset, len } => DiskOp::Discard { offset, len },
-            Kind::Zero { offset, len, unmap } => DiskOp::Zero { offset, len, unmap },
-            Kind::Id => {
-                let copied = dma::copy_out(&self.ram, &request.data, &self.id);
-                pending.written = copied.map_err(|_| VIRTIO_BLK_S_IOERR)? as u32;
-                return Ok(None);
-            }
-            Kind::Impossible => return Err(VIRTIO_BLK_S_IOERR),
-            Kind::Unknown => return Err(VIRTIO_BLK_S_UNSUPP),
-        }))
-    }
-
-    fn finish(&mut self, token: u64, result: Result<(), &DiskError>) {
-        let Some(mut pending) = self.pending.remove(&token) else { return };
-        self.redone.remove(&token);
-        let status = match result {
-            Ok(()) => VIRTIO_BLK_S_OK,
-            Err(error) => {
-                tracing::debug!(%error, "a request to a disk failed");
-                pending.written = 0;
-                VIRTIO_BLK_S_IOERR
-            }
-        };
-        self.give_back(&pending, status);
+        if limited && let Err(until) = self.limiter.take(request.cost()) {
+            self.delayed = Some(Delayed { queue, request, until });
+            return Ok(None);
+        }
+        Ok(self.begin(queue, request))
     }
 
     /// Tells the driver how a request ended: the status before the used ring, whose index is stored last and with release.
-    fn give_back(&mut self, pending: &Pending, status: u32) {
+    pub(super) fn give_back(&mut self, pending: &Pending, status: u32) {
         if self.broken || self.halting {
             return;
         }
@@ -305,71 +269,91 @@ impl BlockService {
 
     /// Gives the kernel what was begun.
     fn kick(&mut self) {
-        if let Err(error) = self.disk.kick() {
-            self.fail(&error);
+        loop {
+            if let Err(error) = self.disk.kick() {
+                self.fail(&error);
+            }
+            let done = self.disk.take_done();
+            if done.is_empty() {
+                break;
+            }
+            // What is over may have begun something: see `ended`.
+            self.finish_all(done);
         }
         self.retry = self.disk.is_stalled().then(|| Instant::now() + RETRY);
-        let done = self.disk.take_done();
-        self.finish_all(done);
+    }
+
+    /// Whether another request may be begun: those that were go to the disk first.
+    fn has_room(&self) -> bool {
+        !self.broken && self.issuing.len() < BATCH
+    }
+
+    /// Whether something is to be done again now.
+    fn may_redo(&self) -> bool {
+        !self.again.is_empty() && self.has_room()
     }
 
     /// Does again what was in flight when the state was saved, up to a batch.
     fn redo(&mut self) {
         for _ in 0..BATCH {
-            let Some(InFlight { queue, head }) = self.again.pop_front() else { return };
-            let token = self.next_token;
-            // The limits were kept when it was first popped.
-            if let Err(error) = self.chain(queue, head, false) {
-                return self.fail(&error);
+            if !self.may_redo() {
+                return;
             }
-            if self.pending.contains_key(&token) {
-                self.redone.insert(token);
+            let Some(InFlight { queue, head }) = self.again.pop_front() else { return };
+            // The limits were kept when it was first popped.
+            match self.chain(queue, head, false) {
+                Ok(token) => self.redone.extend(token),
+                Err(error) => self.fail(&error),
             }
         }
     }
 
     /// Whether new requests may be popped.
     fn may_pop(&self) -> bool {
-        !self.broken && self.again.is_empty() && self.redone.is_empty() && self.delayed.is_none()
+        self.has_room() && self.again.is_empty() && self.redone.is_empty() && self.delayed.is_none()
     }
 
-    /// Pops and begins requests, up to a batch. Returns whether there may be more to do.
-    fn pop(&mut self, hurry: &Hurry<'_>) -> bool {
-        let (mut begun, mut bytes) = (0, 0);
-        for index in 0..self.queues.len() {
-            while self.ready[index] {
-                if begun == BATCH || bytes >= BATCH_BYTES || hurry.up() {
-                    return true;
-                }
-                let Some(queue) = &mut self.queues[index] else {
-                    self.ready[index] = false;
-                    break;
-                };
-                let popped = queue.pop().and_then(|head| match head {
-                    Some(head) => self.chain(index as u16, head, true).map(Some),
-                    None => Ok(None),
-                });
-                match popped {
-                    Ok(Some(cost)) => (begun, bytes) = (begun + 1, bytes + cost),
-                    // Asked for notifications before the last look, or one that comes in between is lost.
-                    Ok(None) => {
-                        self.ready[index] = self.queues[index].as_mut().is_some_and(Virtqueue::enable_notifications);
-                    }
-                    Err(error) => self.fail(&error),
-                }
-                if self.broken || self.delayed.is_some() {
-                    return false;
-                }
+    /// Pops and begins requests, one of each queue after another, up to a batch.
+    fn pop(&mut self, hurry: &Hurry<'_>) {
+        for _ in 0..BATCH {
+            if !self.may_pop() || hurry.up() {
+                return;
             }
+            let count = self.queues.len();
+            let Some(index) = (0..count).map(|n| (self.first + n) % count).find(|n| self.ready[*n]) else { return };
+            // A queue that always has something does not keep the others waiting.
+            self.first = (index + 1) % count;
+            self.pop_from(index);
         }
-        false
+    }
+
+    /// Pops and begins the next request of queue `index`.
+    fn pop_from(&mut self, index: usize) {
+        let Some(queue) = &mut self.queues[index] else {
+            self.ready[index] = false;
+            return;
+        };
+        let popped = queue.pop().and_then(|head| match head {
+            Some(head) => self.chain(index as u16, head, true).map(|_| true),
+            None => Ok(false),
+        });
+        match popped {
+            Ok(true) => {}
+            // Asked for notifications before the last look, or one that comes in between is lost.
+            Ok(false) => {
+                self.ready[index] = self.queues[index].as_mut().is_some_and(Virtqueue::enable_notifications);
+            }
+            Err(error) => self.fail(&error),
+        }
     }
 
     /// Lets the request that waits for the limiter go, if it may.
     fn release(&mut self) {
         let Some(delayed) = self.delayed.take_if(|delayed| Instant::now() >= delayed.until) else { return };
         match self.limiter.take(delayed.request.cost()) {
-            Ok(()) => self.begin(delayed.queue, &delayed.request),
+            Ok(()) => {
+                self.begin(delayed.queue, delayed.request);
+            }
             Err(until) => self.delayed = Some(Delayed { until, ..delayed }),
         }
     }
@@ -402,18 +386,17 @@ impl Service for BlockService {
             }
         }
         self.reap();
-        let mut more = false;
         if !self.broken {
             self.redo();
             self.release();
-            if self.may_pop() {
-                more = self.pop(hurry);
-            }
+            self.pop(hurry);
+            self.issue(hurry);
             self.kick();
         }
         self.tell();
         // What waits behind those done again is looked at when the last of them is done: at the disk's event, or now if that was just now.
-        let more = more || !self.again.is_empty() || (self.may_pop() && self.ready.contains(&true));
+        // So is what waits for the disk to be done with other pieces.
+        let more = self.may_issue() || self.may_redo() || (self.may_pop() && self.ready.contains(&true));
         if more && !self.broken { Turn::Again } else { Turn::Done }
     }
 

@@ -21,6 +21,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::control::{self, Command};
 use super::mac::Mac;
 use super::state::NetState;
+use crate::virtio::dma::DmaError;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
 use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
@@ -42,6 +43,9 @@ const MOST_DOWN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(20);
 /// How soon an interface that took no packet is tried again.
 const RETRY: Duration = Duration::from_millis(1);
+/// How soon memory that could not be pinned is tried again, and how often that is said.
+const PIN_RETRY: Duration = Duration::from_millis(10);
+const PIN_WARN: Duration = Duration::from_secs(60);
 /// Of the configuration space: address, status, pairs.
 const STATUS: u64 = 6;
 const UP: u16 = 1;
@@ -72,6 +76,8 @@ pub struct NetStats {
     pub sent_bytes: u64,
     /// Packets that the interface or the driver would not have.
     pub dropped: u64,
+    /// Times that memory could not be pinned, and was tried again.
+    pub pin_retries: u64,
 }
 
 /// A chain the driver has posted for receiving, and its memory.
@@ -116,6 +122,8 @@ pub struct Net {
     down_since: Option<Instant>,
     /// It is to go down first.
     renew: bool,
+    /// When it was said last that memory cannot be pinned.
+    warned: Option<Instant>,
     stats: NetStats,
 }
 
@@ -151,6 +159,7 @@ impl Net {
             until: None,
             down_since: None,
             renew,
+            warned: None,
             stats: NetStats::default(),
         })
     }
@@ -243,12 +252,20 @@ impl Net {
                 io.give_back(queue, chain.head, 0)?;
                 continue;
             }
+            // Before the limit: what was taken out of that is not given back.
+            let memory = match dma::pin(&io.ram, OWNER, &chain.readable, Access::Read) {
+                Err(error) if error.is_transient() => {
+                    io.put_back(queue);
+                    self.pin_later(&error);
+                    return Ok(false);
+                }
+                pinned => pinned?,
+            };
             if let Err(until) = self.send.take((len - VNET_HEADER) as u64) {
                 io.put_back(queue);
                 self.wait_until(until);
                 return Ok(false);
             }
-            let memory = dma::pin(&io.ram, OWNER, &chain.readable, Access::Read)?;
             match self.tap.send(pair, &memory) {
                 Ok(Some(_)) => {
                     self.stats.sent += 1;
@@ -274,14 +291,30 @@ impl Net {
         self.until = Some(self.until.map_or(until, |earlier| earlier.min(until)));
     }
 
+    /// There is no memory for a pin now. The chains stay in the queue, and are looked at again soon.
+    fn pin_later(&mut self, error: &DmaError) {
+        self.stats.pin_retries += 1;
+        let now = Instant::now();
+        if self.warned.is_none_or(|warned| now - warned >= PIN_WARN) {
+            self.warned = Some(now);
+            tracing::warn!(%error, interface = self.tap.name(), "packets wait for memory");
+        }
+        self.wait_until(now + PIN_RETRY);
+    }
+
     /// Takes posted chains until a packet of any size fits, or as many as it may be spread over.
     fn gather(io: &mut Io, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, Trouble> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
         while posted.is_empty() || (merges && room(posted) < MOST_PACKET) {
             let Some(chain) = io.pop(queue)? else { break };
-            let memory = dma::pin(&io.ram, OWNER, &chain.writable, Access::Write)?;
-            posted.push_back(Posted { head: chain.head, memory });
+            match dma::pin(&io.ram, OWNER, &chain.writable, Access::Write) {
+                Ok(memory) => posted.push_back(Posted { head: chain.head, memory }),
+                Err(error) => {
+                    io.put_back(queue);
+                    return Err(error.into());
+                }
+            }
         }
         Ok(room(posted) >= LEAST_PACKET)
     }
@@ -294,7 +327,13 @@ impl Net {
         for _ in posted {
             io.put_back(queue);
         }
-        more
+        match more {
+            Err(Trouble::Dma(error)) if error.is_transient() => {
+                self.pin_later(&error);
+                Ok(false)
+            }
+            more => more,
+        }
     }
 
     fn receive_into(

@@ -1,8 +1,12 @@
 //! One connection: a Unix socket on one side, credit on the other.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, send};
 
 use super::packet::{SHUT_RECEIVE, SHUT_SEND};
 
@@ -10,6 +14,10 @@ use super::packet::{SHUT_RECEIVE, SHUT_SEND};
 pub(super) const ROOM: u32 = 256 << 10;
 /// Longest first line a host may send.
 const LINE: usize = 32;
+/// Longest first line a host is answered with: `OK `, a port and the end of the line.
+const MAX_ANSWER: usize = 14;
+/// Reads of what nobody wants any more, before a socket is closed.
+const MAX_DISCARDS: usize = 64;
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +59,12 @@ pub(super) struct Connection {
     peer_forwarded: u32,
     /// Directions the guest has shut.
     shut: u32,
-    /// The socket is at its end.
+    /// The socket is at its end: the host sends no more.
     pub(super) ended: bool,
+    /// The guest was told that the host receives no more.
+    pub(super) told_hung_up: bool,
+    /// The host takes no more. What the guest still sends is dropped, what the host sent is still read.
+    sink_gone: bool,
     /// The socket may have something to read.
     pub(super) readable: bool,
 }
@@ -72,6 +84,8 @@ impl Connection {
             peer_forwarded: 0,
             shut: 0,
             ended: false,
+            told_hung_up: false,
+            sink_gone: false,
             readable: false,
         })
     }
@@ -139,35 +153,69 @@ impl Connection {
         }
     }
 
-    /// Takes bytes from the guest. False when it sends more than it was told there is room for.
-    pub(super) fn take(&mut self, bytes: &[u8]) -> bool {
-        if self.shut & SHUT_SEND != 0 || self.out.len() + bytes.len() > ROOM as usize {
-            return false;
-        }
+    /// Whether the guest may send `len` bytes: it was told of the room there is. Asked before memory
+    /// is had for them.
+    pub(super) fn has_room_for(&self, len: u32) -> bool {
+        // The answer to the host's first line is not the guest's.
+        let most = ROOM as usize + MAX_ANSWER;
+        self.shut & SHUT_SEND == 0 && len <= ROOM && self.out.len() + len as usize <= most
+    }
+
+    /// Takes bytes from the guest, for which there is room.
+    pub(super) fn take(&mut self, bytes: &[u8]) {
         self.out.extend(bytes);
-        true
     }
 
     /// Gives the socket what it takes. Returns whether something is left.
-    pub(super) fn flush(&mut self) -> io::Result<bool> {
-        while !self.out.is_empty() {
+    ///
+    /// A host that takes no more is no error: it may have sent something before, which the guest is
+    /// still to get.
+    pub(super) fn flush(&mut self) -> bool {
+        while !self.out.is_empty() && !self.sink_gone {
             let (first, _) = self.out.as_slices();
-            match self.socket.write(first) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            match send(&self.socket, first, SendFlags::NOSIGNAL) {
                 Ok(wrote) => {
                     self.out.drain(..wrote);
                     self.forwarded = self.forwarded.wrapping_add(wrote as u32);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(rustix::io::Errno::AGAIN) => return true,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "a host takes no more from a guest");
+                    self.sink_gone = true;
+                }
             }
         }
+        self.forwarded = self.forwarded.wrapping_add(self.out.len() as u32);
+        self.out.clear();
         if self.shut & SHUT_SEND != 0 {
             // The host reads the end; it may already be gone.
-            let _ = self.socket.shutdown(std::net::Shutdown::Write);
+            let _ = self.socket.shutdown(Shutdown::Write);
         }
-        Ok(false)
+        false
+    }
+
+    /// Whether the host has closed its end, and not only ended its stream.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let mut socket = [PollFd::new(&self.socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let found = poll(&mut socket, Some(&now)).is_ok();
+        self.sink_gone || (found && socket[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
+    }
+
+    /// Closes the socket. The host reads what it was sent, and then the end.
+    pub(super) fn close(mut self) {
+        // Both ways first, so that nothing comes after what is discarded.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        // A Unix socket that is closed with something unread is an error to the other end, not an end.
+        let mut bytes = vec![0; ROOM as usize / 4];
+        for _ in 0..MAX_DISCARDS {
+            match self.socket.read(&mut bytes) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
     }
 
     /// Whether the guest should be told of the room it has: before it thinks that it has none.
@@ -184,5 +232,10 @@ impl Connection {
     pub(super) fn shut_down(&mut self, directions: u32) -> bool {
         self.shut |= directions & (SHUT_RECEIVE | SHUT_SEND);
         self.shut == SHUT_RECEIVE | SHUT_SEND
+    }
+
+    /// Whether it is of use to wait for input: it is neither known to be there nor over.
+    pub(super) fn wants_input(&self) -> bool {
+        !self.readable && !self.ended
     }
 }

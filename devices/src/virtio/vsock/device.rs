@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -12,28 +13,26 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{Connection, Greeting, ROOM, Stage};
-use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
+use super::FIRST_GUEST_CID;
+use super::connection::Connection;
+use super::host::Pending;
+use super::packet::Header;
 use super::state::VsockState;
-use super::{FIRST_GUEST_CID, HOST_CID};
 use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, QueueError, Turn, Wake, dma};
+use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
 
-const RX: usize = 0;
-const TX: usize = 1;
+pub(super) const RX: usize = 0;
+pub(super) const TX: usize = 1;
 const EVENTS: usize = 2;
-/// Connections at a time; one more is refused.
-const MOST: usize = 1024;
-/// Packets that wait for the guest to post buffers; a guest that posts none while it asks for more is not answered.
-const MOST_REPLIES: usize = 4096;
-/// Bytes in a packet to the guest at most.
-const MOST_DATA: usize = 16 << 10;
+/// Packets that wait for the guest to post buffers. While there are as many, nothing is taken from
+/// the guest: one that posts no buffers is not answered, and sends nothing.
+const MAX_REPLIES: usize = 4096;
 /// Packets in a turn, each way.
-const BATCH: usize = 16;
+pub(super) const BATCH: usize = 16;
 /// Host ports of connections that the host began: above those that anybody listens at.
-const FIRST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_PORT: u32 = 1 << 30;
 /// Marks the listener among events.
-const LISTENER: u64 = u64::MAX;
+pub(super) const LISTENER: u64 = u64::MAX;
 
 /// A socket device that cannot be made.
 #[derive(Debug, Error)]
@@ -65,29 +64,49 @@ pub struct VsockOptions {
 }
 
 /// Ports of both ends, the host's first.
-type Key = (u32, u32);
+pub(super) type Key = (u32, u32);
+
+/// What has happened to the sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VsockStats {
+    /// Connections of the host that could not be accepted for want of descriptors or memory.
+    pub accept_failures: u64,
+    /// Connections of the guest that were tried again, because a host's backlog was full.
+    pub connect_retries: u64,
+}
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Vsock {
     queue_sizes: [u16; 3],
     config: Config,
-    cid: u64,
-    socket: PathBuf,
-    listener: UnixListener,
-    epoll: Epoll,
-    connections: BTreeMap<Key, Connection>,
+    pub(super) cid: u64,
+    pub(super) socket: PathBuf,
+    pub(super) listener: UnixListener,
+    pub(super) epoll: Epoll,
+    pub(super) connections: BTreeMap<Key, Connection>,
     /// Of sockets, by descriptor.
-    keys: HashMap<RawFd, Key>,
+    pub(super) keys: HashMap<RawFd, Key>,
     /// Hosts that have connected and not said where to.
-    greeting: HashMap<RawFd, Connection>,
-    next_port: u32,
+    pub(super) greeting: HashMap<RawFd, Connection>,
+    /// Connections of the guest to hosts whose backlog is full.
+    pub(super) pending: BTreeMap<Key, Pending>,
+    /// Connections that the guest has closed, with bytes that their host has not taken yet.
+    pub(super) draining: HashMap<RawFd, Connection>,
+    /// When pending connections are tried again.
+    pub(super) retry_at: Option<Instant>,
+    /// When the listener is listened to again, after it could not accept.
+    pub(super) accept_at: Option<Instant>,
+    /// When it was said last that connections cannot be accepted.
+    pub(super) warned: Option<Instant>,
+    pub(super) next_port: u32,
     /// Packets without data for the guest.
-    replies: VecDeque<Header>,
+    pub(super) replies: VecDeque<Header>,
     /// Connections with something to read, in turn.
-    ready: VecDeque<Key>,
+    pub(super) ready: VecDeque<Key>,
     /// The guest is to be told that its connections are gone.
     reset: bool,
+    pub(super) stats: VsockStats,
 }
 
 impl Vsock {
@@ -118,10 +137,16 @@ impl Vsock {
             connections: BTreeMap::new(),
             keys: HashMap::new(),
             greeting: HashMap::new(),
+            pending: BTreeMap::new(),
+            draining: HashMap::new(),
+            retry_at: None,
+            accept_at: None,
+            warned: None,
             next_port: FIRST_PORT,
             replies: VecDeque::new(),
             ready: VecDeque::new(),
             reset,
+            stats: VsockStats::default(),
         })
     }
 
@@ -131,304 +156,16 @@ impl Vsock {
         &self.socket
     }
 
-    /// Connections there are.
+    /// Connections there are, with those that are being made and those that are being ended.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.connections.len()
+        self.connections.len() + self.greeting.len() + self.pending.len() + self.draining.len()
     }
 
-    /// Waits for `socket` to become readable, and writable if something is to be written, once.
-    fn arm(&self, socket: &UnixStream, how: ControlOperation, write: bool) -> io::Result<()> {
-        let mut events = EventSet::IN | EventSet::ONE_SHOT;
-        if write {
-            events |= EventSet::OUT;
-        }
-        let fd = socket.as_raw_fd();
-        self.epoll.ctl(how, fd, EpollEvent::new(events, fd as u64))
-    }
-
-    fn header(&self, key: Key, op: Op) -> Header {
-        let (buffer, forwarded) = (ROOM, self.connections.get(&key).map_or(0, |connection| connection.forwarded));
-        let (from_port, to_port) = key;
-        let (from_cid, to_cid) = (HOST_CID, self.cid);
-        Header { from_cid, to_cid, from_port, to_port, len: 0, op, flags: 0, buffer, forwarded, stream: true }
-    }
-
-    fn reply(&mut self, header: Header) {
-        if self.replies.len() < MOST_REPLIES {
-            self.replies.push_back(header);
-        }
-    }
-
-    /// Lets go of a connection, and tells the guest if it knows of it.
-    fn close(&mut self, key: Key, tell: bool) {
-        if tell {
-            let header = self.header(key, Op::Reset);
-            self.reply(header);
-        }
-        if let Some(connection) = self.connections.remove(&key) {
-            self.keys.remove(&connection.socket().as_raw_fd());
-            // Closing the socket takes it out of epoll as well.
-        }
-    }
-
-    fn accept(&mut self) {
-        while let Ok((socket, _)) = self.listener.accept() {
-            if self.connections.len() + self.greeting.len() >= MOST {
-                // The host reads the end.
-                continue;
-            }
-            let fd = socket.as_raw_fd();
-            let armed = self.arm(&socket, ControlOperation::Add, false);
-            if let (Ok(()), Ok(connection)) = (armed, Connection::new(socket, Stage::Greeting)) {
-                self.greeting.insert(fd, connection);
-            }
-        }
-    }
-
-    fn greet(&mut self, fd: RawFd) {
-        let Some(mut connection) = self.greeting.remove(&fd) else { return };
-        match connection.greeting() {
-            Greeting::Partial => {
-                if self.arm(connection.socket(), ControlOperation::Modify, false).is_ok() {
-                    self.greeting.insert(fd, connection);
-                }
-            }
-            Greeting::Port(port) => {
-                let host_port = self.free_port(port);
-                let key = (host_port, port);
-                connection.stage = Stage::Asked;
-                self.connections.insert(key, connection);
-                self.keys.insert(fd, key);
-                let header = self.header(key, Op::Request);
-                self.reply(header);
-            }
-            // The host reads the end.
-            Greeting::Bad => {}
-        }
-    }
-
-    fn free_port(&mut self, guest: u32) -> u32 {
-        loop {
-            let port = self.next_port;
-            self.next_port = if port >= u32::MAX - 1 { FIRST_PORT } else { port + 1 };
-            if !self.connections.contains_key(&(port, guest)) {
-                return port;
-            }
-        }
-    }
-
-    /// Looks at what has happened to the sockets.
-    fn look(&mut self) -> io::Result<()> {
-        let mut events = [EpollEvent::default(); 64];
-        let count = match self.epoll.wait(0, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error),
-        };
-        for event in &events[..count] {
-            if event.data() == LISTENER {
-                self.accept();
-                continue;
-            }
-            let fd = event.data() as RawFd;
-            if let Some(key) = self.keys.get(&fd).copied() {
-                self.woken(key);
-            } else {
-                self.greet(fd);
-            }
-        }
-        Ok(())
-    }
-
-    /// A socket can be read or written, or is at its end.
-    fn woken(&mut self, key: Key) {
-        let Some(connection) = self.connections.get_mut(&key) else { return };
-        if !connection.readable {
-            connection.readable = true;
-            self.ready.push_back(key);
-        }
-        self.flush(key);
-    }
-
-    /// Gives a socket what it takes, and waits for it if something is left.
-    fn flush(&mut self, key: Key) {
-        let Some(connection) = self.connections.get_mut(&key) else { return };
-        match connection.flush() {
-            Ok(false) => {}
-            // Readable or not: it is looked at again when it can be written.
-            Ok(true) => {
-                let Some(connection) = self.connections.get(&key) else { return };
-                if self.arm(connection.socket(), ControlOperation::Modify, true).is_err() {
-                    return self.close(key, true);
-                }
-            }
-            Err(_) => return self.close(key, true),
-        }
-        if self.connections.get(&key).is_some_and(Connection::owes_credit) {
-            let header = self.header(key, Op::CreditUpdate);
-            self.reply(header);
-            self.connections.get_mut(&key).into_iter().for_each(Connection::told);
-        }
-    }
-
-    /// A packet of the guest's.
-    fn transmit(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
-        let mut bytes = [0; HEADER];
-        let rest = dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
-        let Some(header) = Header::parse(&bytes) else { return Ok(()) };
-        if u64::from(header.len) > dma::len_of(&rest) {
-            let (head, what) = (chain.head, "is shorter than its packet says");
-            return Err(QueueError::Content { head, what }.into());
-        }
-        let key = (header.to_port, header.from_port);
-        if header.from_cid != self.cid || header.to_cid != HOST_CID || !header.stream {
-            if header.op != Op::Reset {
-                let reset = Header { from_cid: header.to_cid, ..self.header(key, Op::Reset) };
-                self.reply(reset);
-            }
-            return Ok(());
-        }
-        if let Some(connection) = self.connections.get_mut(&key) {
-            connection.credit(header.buffer, header.forwarded);
-            // Room where there was none.
-            if connection.readable && !self.ready.contains(&key) {
-                self.ready.push_back(key);
-            }
-        }
-        match (header.op, self.connections.get_mut(&key).map(|connection| connection.stage)) {
-            (Op::Request, None) => self.connect(key, &header),
-            (Op::Response, Some(Stage::Asked)) => {
-                self.connections.get_mut(&key).into_iter().for_each(|connection| connection.accepted(key.0));
-                self.flush(key);
-                self.listen_to(key);
-            }
-            (Op::Data, Some(Stage::Open)) => {
-                let mut data = vec![0; header.len as usize];
-                dma::copy_in(&io.ram, &rest, &mut data)?;
-                if self.connections.get_mut(&key).is_some_and(|connection| connection.take(&data)) {
-                    self.flush(key);
-                } else {
-                    self.close(key, true);
-                }
-            }
-            (Op::Shutdown, Some(_)) => {
-                let both = self.connections.get_mut(&key).is_some_and(|connection| connection.shut_down(header.flags));
-                self.flush(key);
-                if both {
-                    self.close(key, true);
-                }
-            }
-            (Op::CreditRequest, Some(_)) => {
-                let update = self.header(key, Op::CreditUpdate);
-                self.reply(update);
-                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
-            }
-            (Op::CreditUpdate, Some(_)) | (Op::Reset, None) => {}
-            (Op::Reset, Some(_)) => self.close(key, false),
-            // Of no connection, or not in this order.
-            _ => self.close(key, true),
-        }
-        Ok(())
-    }
-
-    /// The guest connects: to whoever listens at the socket's path with the port behind it.
-    fn connect(&mut self, key: Key, header: &Header) {
-        let mut path = self.socket.clone().into_os_string();
-        path.push(format!("_{}", key.0));
-        let room = self.connections.len() < MOST;
-        let connected = if room { UnixStream::connect(path) } else { Err(io::ErrorKind::QuotaExceeded.into()) };
-        let opened = connected.and_then(|socket| {
-            self.arm(&socket, ControlOperation::Add, false)?;
-            Connection::new(socket, Stage::Open)
-        });
-        match opened {
-            Ok(mut connection) => {
-                connection.credit(header.buffer, header.forwarded);
-                self.keys.insert(connection.socket().as_raw_fd(), key);
-                self.connections.insert(key, connection);
-                let response = self.header(key, Op::Response);
-                self.reply(response);
-            }
-            Err(error) => {
-                tracing::debug!(%error, port = key.0, "nobody listens for the guest");
-                self.close(key, true);
-            }
-        }
-    }
-
-    /// Waits for something to read.
-    fn listen_to(&mut self, key: Key) {
-        let armed = self.connections.get(&key).map(|c| self.arm(c.socket(), ControlOperation::Modify, false));
-        if let Some(Err(_)) = armed {
-            self.close(key, true);
-        }
-    }
-
-    /// Fills the guest's buffers: replies first, then data of one connection after another. Returns whether there may be more to send.
-    fn receive(&mut self, io: &mut Io, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
-        for _ in 0..BATCH {
-            if self.replies.is_empty() && self.ready.is_empty() {
-                return Ok(false);
-            }
-            let Some(chain) = io.pop(RX)? else { return Ok(false) };
-            let written = match self.replies.pop_front() {
-                Some(header) => Self::put(io, &chain, &header, &[])?,
-                None => self.send(io, &chain)?,
-            };
-            match written {
-                Some(written) => io.give_back(RX, chain.head, written)?,
-                None => io.put_back(RX),
-            }
-            if hurry.up() {
-                break;
-            }
-        }
-        Ok(!self.replies.is_empty() || !self.ready.is_empty())
-    }
-
-    fn put(io: &Io, chain: &Chain, header: &Header, data: &[u8]) -> Result<Option<u32>, Trouble> {
-        let room = dma::len_of(&chain.writable);
-        if room < (HEADER + data.len()) as u64 {
-            let (head, what) = (chain.head, "has no room for a packet");
-            return Err(QueueError::Content { head, what }.into());
-        }
-        let bytes = [header.bytes().as_slice(), data].concat();
-        Ok(Some(dma::copy_out(&io.ram, &chain.writable, &bytes)? as u32))
-    }
-
-    /// Data of the next connection that has some. None when there was none after all.
-    fn send(&mut self, io: &Io, chain: &Chain) -> Result<Option<u32>, Trouble> {
-        let Some(key) = self.ready.pop_front() else { return Ok(None) };
-        let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
-        let may = connection.may_send() as usize;
-        if connection.stage != Stage::Open || may == 0 {
-            // Looked at again when the guest has room.
-            return Ok(None);
-        }
-        let room = (dma::len_of(&chain.writable) as usize).saturating_sub(HEADER);
-        let mut data = vec![0; room.min(may).min(MOST_DATA)];
-        match connection.read(&mut data) {
-            Ok(Some(0)) => {
-                connection.readable = false;
-                let header = Header { flags: SHUT_RECEIVE | SHUT_SEND, ..self.header(key, Op::Shutdown) };
-                Self::put(io, chain, &header, &[])
-            }
-            Ok(Some(len)) => {
-                self.ready.push_back(key);
-                let header = Header { len: len as u32, ..self.header(key, Op::Data) };
-                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
-                Self::put(io, chain, &header, &data[..len])
-            }
-            Ok(None) => {
-                self.listen_to(key);
-                Ok(None)
-            }
-            Err(_) => {
-                self.close(key, true);
-                Ok(None)
-            }
-        }
+    /// What has happened to the sockets.
+    #[must_use]
+    pub fn stats(&self) -> VsockStats {
+        self.stats
     }
 
     /// Tells the guest that its connections are gone.
@@ -470,9 +207,12 @@ impl Handler for Vsock {
         self.connections.clear();
         self.keys.clear();
         self.greeting.clear();
+        self.pending.clear();
         self.replies.clear();
         self.ready.clear();
+        self.retry_at = None;
         self.reset = false;
+        // Connections that the guest had closed before stay: what it sent is the host's.
     }
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
@@ -486,9 +226,14 @@ impl Handler for Vsock {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
+        self.retry(Instant::now());
         self.tell_reset(io)?;
         let mut more = false;
         for n in 0..BATCH {
+            if self.replies.len() >= MAX_REPLIES {
+                // Looked at again when the guest has posted buffers.
+                break;
+            }
             let Some(chain) = io.pop(TX)? else { break };
             self.transmit(io, &chain)?;
             io.give_back(TX, chain.head, 0)?;
@@ -500,6 +245,10 @@ impl Handler for Vsock {
         }
         more |= self.receive(io, hurry)?;
         Ok(if more { Turn::Again } else { Turn::Done })
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        [self.retry_at, self.accept_at].into_iter().flatten().min()
     }
 
     fn save(&self) -> (DeviceState, Backend) {

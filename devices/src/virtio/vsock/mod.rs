@@ -12,10 +12,12 @@
 
 mod connection;
 mod device;
+mod guest;
+mod host;
 mod packet;
 mod state;
 
-pub use device::{Vsock, VsockError, VsockOptions};
+pub use device::{Vsock, VsockError, VsockOptions, VsockStats};
 pub use state::VsockState;
 
 /// The host's address.

@@ -2,140 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod closing;
+#[path = "../driver/mod.rs"]
 mod driver;
+mod guest;
+mod hostile;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::time::Duration;
 
-use clade_devices::virtio::VirtioDevice;
-use clade_devices::virtio::plain::Plain;
 use clade_devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
 use driver::{Driver, ram, store};
-
-const RX: usize = 0;
-const TX: usize = 1;
-const EVENTS: usize = 2;
-const CID: u64 = 42;
-const IN: u64 = 0x20_0000;
-const OUT: u64 = 0x30_0000;
-/// Of a header.
-const HEADER: usize = 44;
-const REQUEST: u16 = 1;
-const RESPONSE: u16 = 2;
-const RESET: u16 = 3;
-const SHUTDOWN: u16 = 4;
-const DATA: u16 = 5;
-const CREDIT_UPDATE: u16 = 6;
-const CREDIT_REQUEST: u16 = 7;
-
-/// A guest's end of the device: keeps receive buffers posted, takes packets.
-struct Guest {
-    driver: Driver,
-    slots: u64,
-    taken: u32,
-}
-
-#[derive(Debug, PartialEq)]
-struct Packet {
-    op: u16,
-    host: u32,
-    guest: u32,
-    room: u32,
-    forwarded: u32,
-    data: Vec<u8>,
-}
-
-fn device(dir: &Path, name: &str, cid: u64, reset: bool) -> Box<dyn VirtioDevice> {
-    let options = VsockOptions { cid, socket: dir.join(name) };
-    Box::new(Plain::new(Vsock::new(&options, reset).unwrap()))
-}
-
-impl Guest {
-    fn new(driver: Driver) -> Self {
-        let mut guest = Self { driver, slots: 0, taken: 0 };
-        (0..8).for_each(|_| guest.offer());
-        guest
-    }
-
-    fn offer(&mut self) {
-        let at = IN + (self.slots % 16) * 0x2000;
-        self.slots += 1;
-        self.driver.post(RX, &[(at, 0x1000, true)]);
-    }
-
-    fn send(&mut self, op: u16, host: u32, guest: u32, data: &[u8], room: u32) {
-        let mut header = Vec::new();
-        header.extend(CID.to_le_bytes());
-        header.extend(2u64.to_le_bytes());
-        header.extend(guest.to_le_bytes());
-        header.extend(host.to_le_bytes());
-        header.extend((data.len() as u32).to_le_bytes());
-        header.extend(1u16.to_le_bytes());
-        header.extend(op.to_le_bytes());
-        header.extend((if op == SHUTDOWN { 3u32 } else { 0 }).to_le_bytes());
-        header.extend(room.to_le_bytes());
-        header.extend(self.taken.to_le_bytes());
-        self.driver.fill(OUT, &header);
-        self.driver.fill(OUT + 0x1000, data);
-        if data.is_empty() {
-            self.driver.post(TX, &[(OUT, HEADER as u32, false)]);
-        } else {
-            self.driver.post(TX, &[(OUT, HEADER as u32, false), (OUT + 0x1000, data.len() as u32, false)]);
-        }
-        self.driver.wait(TX);
-    }
-
-    /// The next packet that is no news of credit.
-    fn other(&mut self) -> Packet {
-        loop {
-            let packet = self.packet();
-            if packet.op != CREDIT_UPDATE {
-                return packet;
-            }
-        }
-    }
-
-    fn packet(&mut self) -> Packet {
-        let (head, len) = self.driver.wait(RX);
-        // Buffers are posted one descriptor each, in turn.
-        let at = IN + (u64::from(head) % 16) * 0x2000;
-        let bytes = self.driver.look(at, len as usize);
-        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        assert_eq!(u64::from_le_bytes(bytes[8..16].try_into().unwrap()), CID);
-        assert_eq!(bytes.len(), HEADER + u32_at(24) as usize);
-        self.offer();
-        Packet {
-            op: u16::from_le_bytes(bytes[30..32].try_into().unwrap()),
-            host: u32_at(16),
-            guest: u32_at(20),
-            room: u32_at(36),
-            forwarded: u32_at(40),
-            data: bytes[HEADER..].to_vec(),
-        }
-    }
-}
-
-fn guest(dir: &Path) -> Guest {
-    Guest::new(Driver::take(device(dir, "vm.sock", CID, false), &ram(&store())))
-}
-
-fn connect(dir: &Path, name: &str, port: u32) -> UnixStream {
-    let mut host = UnixStream::connect(dir.join(name)).unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    host.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
-    host
-}
-
-fn line(host: &mut UnixStream) -> String {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    while host.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {
-        line.push(byte[0]);
-    }
-    String::from_utf8(line).unwrap()
-}
+use guest::{
+    CID, CREDIT_REQUEST, CREDIT_UPDATE, DATA, EVENTS, Guest, HEADER, IN, REQUEST, RESET, RESPONSE, RX, SHUTDOWN,
+    connect, device, guest, line,
+};
 
 #[test]
 fn the_host_connects_and_both_talk() {

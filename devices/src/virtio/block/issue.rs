@@ -1,0 +1,195 @@
+//! A request's way: begun, given to the disk in pieces, and over when the last piece is.
+
+use clade_memory::Access;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
+use vm_memory::GuestAddress;
+
+use super::request::{Kind, Request};
+use super::service::{BATCH, BlockService};
+use super::state::InFlight;
+use super::transfer::{Piece, Transfer};
+use crate::disk::{DiskError, DiskOp};
+use crate::virtio::{Hurry, dma};
+
+/// Bytes of the pieces in a turn: their pages are pinned, and the kernel copies what is in its cache at once.
+pub(super) const BATCH_BYTES: u64 = 256 << 10;
+/// Pieces that the disk has at a time, and their bytes. They are pinned, and a fork copies what is pinned.
+const MAX_PIECES: usize = 256;
+pub(super) const MAX_BYTES: u64 = 8 << 20;
+/// Whose pins they are.
+const OWNER: &str = "virtio-blk";
+
+/// A request that was popped and not given back.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) queue: u16,
+    pub(super) head: u16,
+    pub(super) status: GuestAddress,
+    /// Bytes the device has written if it goes well, without the status.
+    pub(super) written: u32,
+    /// What the disk has not been given yet.
+    pub(super) rest: Option<Transfer>,
+    /// Pieces that the disk has.
+    pub(super) running: usize,
+    pub(super) failed: bool,
+    /// It is to be durable before it is given back: the driver does not know how to flush.
+    pub(super) sync: bool,
+    /// Pieces of it may have been cancelled: all of it is done again when the last one has ended.
+    pub(super) redo: bool,
+}
+
+/// A piece that the disk has.
+#[derive(Debug)]
+pub(super) struct Running {
+    /// Of which request.
+    pub(super) request: u64,
+    pub(super) bytes: u64,
+}
+
+impl BlockService {
+    /// Begins with a request. Returns its token, if it is not done already.
+    pub(super) fn begin(&mut self, queue: u16, request: Request) -> Option<u64> {
+        let token = self.token();
+        let len = request.len();
+        let written = if matches!(request.kind, Kind::Read { .. }) { len as u32 } else { 0 };
+        let sync = request.changes() && !self.chose(VIRTIO_BLK_F_FLUSH);
+        let Request { head, kind, data, status } = request;
+        let mut pending =
+            Pending { queue, head, status, written, rest: None, running: 0, failed: false, sync, redo: false };
+        let status = match kind {
+            Kind::Read { offset } | Kind::Write { offset } => {
+                // All of it or nothing: no piece of a request that goes beyond the disk is done.
+                if offset.checked_add(len).is_some_and(|end| end <= self.disk.size()) {
+                    pending.rest = Some(Transfer::new(matches!(kind, Kind::Write { .. }), offset, data));
+                    self.pending.insert(token, pending);
+                    self.issuing.push_back(token);
+                    return Some(token);
+                }
+                VIRTIO_BLK_S_IOERR
+            }
+            Kind::Flush => return self.begin_whole(token, pending, DiskOp::Flush),
+            Kind::Discard { offset, len } => return self.begin_whole(token, pending, DiskOp::Discard { offset, len }),
+            Kind::Zero { offset, len, unmap } => {
+                return self.begin_whole(token, pending, DiskOp::Zero { offset, len, unmap });
+            }
+            Kind::Id => match dma::copy_out(&self.ram, &data, &self.id) {
+                Ok(copied) => {
+                    pending.written = copied as u32;
+                    VIRTIO_BLK_S_OK
+                }
+                Err(_) => VIRTIO_BLK_S_IOERR,
+            },
+            Kind::Impossible => VIRTIO_BLK_S_IOERR,
+            Kind::Unknown => VIRTIO_BLK_S_UNSUPP,
+        };
+        if status != VIRTIO_BLK_S_OK {
+            pending.written = 0;
+        }
+        self.give_back(&pending, status);
+        None
+    }
+
+    /// Begins with a request that has no memory, and is one piece.
+    fn begin_whole(&mut self, token: u64, pending: Pending, operation: DiskOp) -> Option<u64> {
+        self.pending.insert(token, pending);
+        self.give_disk(token, operation, 0);
+        self.pending.contains_key(&token).then_some(token)
+    }
+
+    /// Gives the disk a piece of `request`.
+    fn give_disk(&mut self, request: u64, operation: DiskOp, bytes: u64) {
+        let token = self.token();
+        // Before the disk, which may be done with it at once.
+        self.running.insert(token, Running { request, bytes });
+        self.running_bytes += bytes;
+        self.pending.get_mut(&request).into_iter().for_each(|pending| pending.running += 1);
+        if let Err(error) = self.disk.submit(operation, token) {
+            self.finish(token, Err(&error));
+        }
+    }
+
+    /// Whether the disk may be given another piece.
+    pub(super) fn may_issue(&self) -> bool {
+        !self.issuing.is_empty() && self.running.len() < MAX_PIECES && self.running_bytes < MAX_BYTES
+    }
+
+    /// Gives the disk pieces of requests, one request after another, up to a batch.
+    pub(super) fn issue(&mut self, hurry: &Hurry<'_>) {
+        let mut left = BATCH_BYTES;
+        for _ in 0..BATCH {
+            if left == 0 || self.broken || !self.may_issue() || hurry.up() {
+                return;
+            }
+            let Some(request) = self.issuing.pop_front() else { return };
+            left -= self.issue_one(request, left);
+        }
+    }
+
+    /// Gives the disk the next piece of `request`, of `most` bytes at most. Returns its bytes.
+    fn issue_one(&mut self, request: u64, most: u64) -> u64 {
+        let Some(pending) = self.pending.get_mut(&request) else { return 0 };
+        let Some(rest) = &mut pending.rest else { return 0 };
+        let write = rest.is_write();
+        let Piece { offset, data, len } = rest.next(most);
+        if rest.is_over() {
+            pending.rest = None;
+        } else {
+            // Behind the others: a long request does not keep short ones waiting.
+            self.issuing.push_back(request);
+        }
+        // The device writes to memory at a read, so the pages must be this VM's own before the kernel has their address (I3).
+        let access = if write { Access::Read } else { Access::Write };
+        match dma::pin(&self.ram, OWNER, &data, access) {
+            Ok(buffers) if write => self.give_disk(request, DiskOp::Write { offset, buffers }, len),
+            Ok(buffers) => self.give_disk(request, DiskOp::Read { offset, buffers }, len),
+            Err(error) => {
+                tracing::warn!(%error, "memory of a request");
+                self.fail_request(request);
+                self.ended(request);
+            }
+        }
+        len
+    }
+
+    /// Nothing more of `request` is begun, and it has failed.
+    fn fail_request(&mut self, request: u64) {
+        if let Some(pending) = self.pending.get_mut(&request) {
+            (pending.failed, pending.rest) = (true, None);
+        }
+    }
+
+    /// The disk is done with a piece.
+    pub(super) fn finish(&mut self, token: u64, result: Result<(), &DiskError>) {
+        let Some(Running { request, bytes }) = self.running.remove(&token) else { return };
+        self.running_bytes -= bytes;
+        if let Err(error) = result {
+            tracing::debug!(%error, "a request to a disk failed");
+            self.fail_request(request);
+        }
+        self.pending.get_mut(&request).into_iter().for_each(|pending| pending.running -= 1);
+        self.ended(request);
+    }
+
+    /// Gives `request` back if it is over.
+    fn ended(&mut self, request: u64) {
+        let Some(pending) = self.pending.get_mut(&request) else { return };
+        if pending.running > 0 || (pending.rest.is_some() && !self.halting) {
+            return;
+        }
+        let goes_on = !self.halting && !self.broken;
+        if goes_on && pending.sync && !pending.failed && !pending.redo {
+            pending.sync = false;
+            return self.give_disk(request, DiskOp::Flush, 0);
+        }
+        let Some(mut pending) = self.pending.remove(&request) else { return };
+        self.redone.remove(&request);
+        if pending.redo && goes_on {
+            return self.again.push_back(InFlight { queue: pending.queue, head: pending.head });
+        }
+        if pending.failed {
+            pending.written = 0;
+        }
+        let status = if pending.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK };
+        self.give_back(&pending, status);
+    }
+}

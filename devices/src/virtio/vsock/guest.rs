@@ -1,0 +1,171 @@
+//! The guest's side of the socket device: the packets in its queues.
+//!
+//! A guest writes what it likes. A length is compared with what the descriptors hold and with the room
+//! the guest was told of, before memory is had for it.
+
+use super::HOST_CID;
+use super::connection::{Connection, ROOM, Stage};
+use super::device::{BATCH, Key, RX, Vsock};
+use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
+use crate::virtio::plain::{Io, Trouble};
+use crate::virtio::{Chain, Hurry, QueueError, dma};
+
+/// Bytes in a packet to the guest at most.
+const MAX_DATA: usize = 16 << 10;
+
+impl Vsock {
+    pub(super) fn header(&self, key: Key, op: Op) -> Header {
+        let (buffer, forwarded) = (ROOM, self.connections.get(&key).map_or(0, |connection| connection.forwarded));
+        let (from_port, to_port) = key;
+        let (from_cid, to_cid) = (HOST_CID, self.cid);
+        Header { from_cid, to_cid, from_port, to_port, len: 0, op, flags: 0, buffer, forwarded, stream: true }
+    }
+
+    /// Puts a packet behind those that wait for buffers. There are few: see [`Vsock`]'s turn.
+    pub(super) fn reply(&mut self, header: Header) {
+        self.replies.push_back(header);
+    }
+
+    /// A packet of the guest's.
+    pub(super) fn transmit(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
+        let mut bytes = [0; HEADER];
+        let rest = dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
+        let Some(header) = Header::parse(&bytes) else { return Ok(()) };
+        if u64::from(header.len) > dma::len_of(&rest) {
+            let (head, what) = (chain.head, "is shorter than its packet says");
+            return Err(QueueError::Content { head, what }.into());
+        }
+        let key = (header.to_port, header.from_port);
+        if header.from_cid != self.cid || header.to_cid != HOST_CID || !header.stream {
+            if header.op != Op::Reset {
+                let reset = Header { from_cid: header.to_cid, ..self.header(key, Op::Reset) };
+                self.reply(reset);
+            }
+            return Ok(());
+        }
+        if let Some(connection) = self.connections.get_mut(&key) {
+            connection.credit(header.buffer, header.forwarded);
+            // Room where there was none.
+            if connection.readable && !self.ready.contains(&key) {
+                self.ready.push_back(key);
+            }
+        }
+        if let Some(pending) = self.pending.get_mut(&key) {
+            match header.op {
+                Op::CreditUpdate => (pending.room, pending.forwarded) = (header.buffer, header.forwarded),
+                // It no longer wants to, or was not told that it may.
+                op => self.close(key, op != Op::Reset),
+            }
+            return Ok(());
+        }
+        match (header.op, self.connections.get_mut(&key).map(|connection| connection.stage)) {
+            (Op::Request, None) => self.connect(key, &header),
+            (Op::Response, Some(Stage::Asked)) => {
+                self.connections.get_mut(&key).into_iter().for_each(|connection| connection.accepted(key.0));
+                self.flush(key);
+                self.listen_to(key);
+            }
+            (Op::Data, Some(Stage::Open)) => {
+                let room = |connection: &Connection| connection.has_room_for(header.len);
+                if !self.connections.get(&key).is_some_and(room) {
+                    // More than it was told there is room for.
+                    self.close(key, true);
+                    return Ok(());
+                }
+                let mut data = vec![0; header.len as usize];
+                dma::copy_in(&io.ram, &rest, &mut data)?;
+                self.connections.get_mut(&key).into_iter().for_each(|connection| connection.take(&data));
+                self.flush(key);
+            }
+            (Op::Shutdown, Some(_)) => {
+                let both = self.connections.get_mut(&key).is_some_and(|connection| connection.shut_down(header.flags));
+                if both {
+                    self.finish(key, true);
+                } else {
+                    self.flush(key);
+                }
+            }
+            (Op::CreditRequest, Some(_)) => {
+                let update = self.header(key, Op::CreditUpdate);
+                self.reply(update);
+                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+            }
+            (Op::CreditUpdate, Some(_)) | (Op::Reset, None) => {}
+            (Op::Reset, Some(_)) => self.finish(key, false),
+            // Of no connection, or not in this order.
+            _ => self.close(key, true),
+        }
+        Ok(())
+    }
+
+    /// Fills the guest's buffers: replies first, then data of one connection after another. Returns whether there may be more to send.
+    pub(super) fn receive(&mut self, io: &mut Io, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+        for _ in 0..BATCH {
+            if self.replies.is_empty() && self.ready.is_empty() {
+                return Ok(false);
+            }
+            let Some(chain) = io.pop(RX)? else { return Ok(false) };
+            let written = match self.replies.pop_front() {
+                Some(header) => Self::put(io, &chain, &header, &[])?,
+                None => self.send(io, &chain)?,
+            };
+            match written {
+                Some(written) => io.give_back(RX, chain.head, written)?,
+                None => io.put_back(RX),
+            }
+            if hurry.up() {
+                break;
+            }
+        }
+        Ok(!self.replies.is_empty() || !self.ready.is_empty())
+    }
+
+    fn put(io: &Io, chain: &Chain, header: &Header, data: &[u8]) -> Result<Option<u32>, Trouble> {
+        let room = dma::len_of(&chain.writable);
+        if room < (HEADER + data.len()) as u64 {
+            let (head, what) = (chain.head, "has no room for a packet");
+            return Err(QueueError::Content { head, what }.into());
+        }
+        let bytes = [header.bytes().as_slice(), data].concat();
+        Ok(Some(dma::copy_out(&io.ram, &chain.writable, &bytes)? as u32))
+    }
+
+    /// Data of the next connection that has some. None when there was none after all.
+    fn send(&mut self, io: &Io, chain: &Chain) -> Result<Option<u32>, Trouble> {
+        let Some(key) = self.ready.pop_front() else { return Ok(None) };
+        let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
+        let may = connection.may_send() as usize;
+        if connection.stage != Stage::Open || may == 0 {
+            // Looked at again when the guest has room.
+            return Ok(None);
+        }
+        let room = (dma::len_of(&chain.writable) as usize).saturating_sub(HEADER);
+        let mut data = vec![0; room.min(may).min(MAX_DATA)];
+        match connection.read(&mut data) {
+            Ok(Some(0)) => {
+                connection.readable = false;
+                // A host that has only ended its stream still receives.
+                connection.told_hung_up = connection.has_hung_up();
+                let flags = SHUT_SEND | if connection.told_hung_up { SHUT_RECEIVE } else { 0 };
+                let header = Header { flags, ..self.header(key, Op::Shutdown) };
+                let written = Self::put(io, chain, &header, &[])?;
+                self.listen_to(key);
+                Ok(written)
+            }
+            Ok(Some(len)) => {
+                self.ready.push_back(key);
+                let header = Header { len: len as u32, ..self.header(key, Op::Data) };
+                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+                Self::put(io, chain, &header, &data[..len])
+            }
+            Ok(None) => {
+                self.listen_to(key);
+                Ok(None)
+            }
+            Err(_) => {
+                self.close(key, true);
+                Ok(None)
+            }
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The host's side of the socket device: the Unix sockets, and what happens to them.
+//!
+//! Nothing here waits. Whoever pauses or forks the VM waits for the end of a turn, so a host that is
+//! slow, or full, or gone, must not keep one.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
+
+use super::connection::{Connection, Greeting, Stage};
+use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
+use super::packet::{Header, Op, SHUT_RECEIVE, SHUT_SEND};
+
+/// Connections at a time, of all kinds; one more is refused.
+pub(super) const MAX_CONNECTIONS: usize = 1024;
+/// Connections accepted in a turn.
+const MAX_ACCEPTS: usize = 64;
+/// How soon a host whose backlog is full is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+/// How often, before the guest is told that nobody is there: two seconds' worth.
+const MAX_RETRIES: u32 = 200;
+/// Connections tried again in a turn.
+const MAX_RETRIED: usize = 64;
+/// How soon the listener is looked at again when there was no descriptor for a connection.
+const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
+/// How often that is said.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A connection of the guest to a host whose backlog is full.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pending {
+    retries: u32,
+    /// What the guest says of its room.
+    pub(super) room: u32,
+    pub(super) forwarded: u32,
+}
+
+/// How an attempt to connect ended.
+enum Attempt {
+    Connected(UnixStream),
+    /// The backlog is full.
+    Full,
+}
+
+/// Connects to `path`, without waiting.
+fn attempt(path: &std::ffi::OsStr) -> io::Result<Attempt> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) => Ok(Attempt::Connected(UnixStream::from(socket))),
+        Err(rustix::io::Errno::AGAIN) => Ok(Attempt::Full),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Vsock {
+    /// Waits for `socket`, once: to be readable or writable, as asked, or hung up.
+    fn arm(&self, socket: &UnixStream, how: ControlOperation, read: bool, write: bool) -> io::Result<()> {
+        let mut events = EventSet::ONE_SHOT;
+        events.set(EventSet::IN, read);
+        events.set(EventSet::OUT, write);
+        let fd = socket.as_raw_fd();
+        self.epoll.ctl(how, fd, EpollEvent::new(events, fd as u64))
+    }
+
+    /// The same again, for one that is watched.
+    fn rearm(&self, connection: &Connection, write: bool) -> io::Result<()> {
+        self.arm(connection.socket(), ControlOperation::Modify, connection.wants_input(), write)
+    }
+
+    /// Lets go of a connection, and tells the guest if it knows of it.
+    pub(super) fn close(&mut self, key: Key, tell: bool) {
+        if tell {
+            let header = self.header(key, Op::Reset);
+            self.reply(header);
+        }
+        self.pending.remove(&key);
+        if let Some(connection) = self.connections.remove(&key) {
+            self.keys.remove(&connection.socket().as_raw_fd());
+            // Closing the socket takes it out of epoll as well.
+            connection.close();
+            self.accept_soon();
+        }
+    }
+
+    /// The guest has closed a connection: its host still gets what was sent before.
+    pub(super) fn finish(&mut self, key: Key, tell: bool) {
+        if let Some(mut connection) = self.connections.remove(&key) {
+            let fd = connection.socket().as_raw_fd();
+            self.keys.remove(&fd);
+            connection.shut_down(SHUT_RECEIVE | SHUT_SEND);
+            self.drain(fd, connection);
+        }
+        self.close(key, tell);
+    }
+
+    /// Gives a host what it takes of a connection that the guest has closed.
+    fn drain(&mut self, fd: RawFd, mut connection: Connection) {
+        // What it still sends is nobody's, and is not waited for.
+        connection.ended = true;
+        if connection.flush() && self.rearm(&connection, true).is_ok() {
+            self.draining.insert(fd, connection);
+            return;
+        }
+        connection.close();
+        self.accept_soon();
+    }
+
+    /// A descriptor has become free.
+    fn accept_soon(&mut self) {
+        self.accept_at = self.accept_at.map(|_| Instant::now());
+    }
+
+    fn watch_listener(&self, events: EventSet) {
+        let event = EpollEvent::new(events, LISTENER);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), event) {
+            tracing::warn!(%error, socket = %self.socket.display(), "a socket cannot be waited for");
+        }
+    }
+
+    fn accept(&mut self) {
+        for _ in 0..MAX_ACCEPTS {
+            let socket = match self.listener.accept() {
+                Ok((socket, _)) => socket,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Whoever connected has gone again, or a signal came.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
+                Err(error) => return self.accept_later(&error),
+            };
+            if self.connections() >= MAX_CONNECTIONS {
+                // The host reads the end.
+                continue;
+            }
+            let fd = socket.as_raw_fd();
+            let armed = self.arm(&socket, ControlOperation::Add, true, false);
+            if let (Ok(()), Ok(connection)) = (armed, Connection::new(socket, Stage::Greeting)) {
+                self.greeting.insert(fd, connection);
+            }
+        }
+    }
+
+    /// There is no descriptor or memory for a connection. It stays in the listener's backlog, so the
+    /// listener is not waited for until there may be one.
+    fn accept_later(&mut self, error: &io::Error) {
+        self.stats.accept_failures += 1;
+        let now = Instant::now();
+        if self.warned.is_none_or(|warned| now - warned >= WARN_INTERVAL) {
+            self.warned = Some(now);
+            tracing::warn!(%error, socket = %self.socket.display(), "connections are not accepted for now");
+        }
+        self.watch_listener(EventSet::empty());
+        self.accept_at = Some(now + ACCEPT_INTERVAL);
+    }
+
+    fn greet(&mut self, fd: RawFd) {
+        let Some(mut connection) = self.greeting.remove(&fd) else { return };
+        match connection.greeting() {
+            Greeting::Partial => {
+                if self.rearm(&connection, false).is_ok() {
+                    self.greeting.insert(fd, connection);
+                }
+            }
+            Greeting::Port(port) => {
+                let key = (self.free_port(port), port);
+                connection.stage = Stage::Asked;
+                self.connections.insert(key, connection);
+                self.keys.insert(fd, key);
+                let header = self.header(key, Op::Request);
+                self.reply(header);
+            }
+            // The host reads the end.
+            Greeting::Bad => self.accept_soon(),
+        }
+    }
+
+    fn free_port(&mut self, guest: u32) -> u32 {
+        loop {
+            let port = self.next_port;
+            self.next_port = if port >= u32::MAX - 1 { FIRST_PORT } else { port + 1 };
+            let key = (port, guest);
+            if !self.connections.contains_key(&key) && !self.pending.contains_key(&key) {
+                return port;
+            }
+        }
+    }
+
+    /// Looks at what has happened to the sockets.
+    pub(super) fn look(&mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 64];
+        let count = match self.epoll.wait(0, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &events[..count] {
+            if event.data() == LISTENER {
+                self.accept();
+                continue;
+            }
+            let fd = event.data() as RawFd;
+            if let Some(key) = self.keys.get(&fd).copied() {
+                self.woken(key);
+            } else if let Some(connection) = self.draining.remove(&fd) {
+                self.drain(fd, connection);
+            } else {
+                self.greet(fd);
+            }
+        }
+        Ok(())
+    }
+
+    /// A socket can be read or written, or is at its end.
+    fn woken(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        if connection.ended {
+            if !connection.told_hung_up && connection.has_hung_up() {
+                connection.told_hung_up = true;
+                let header = Header { flags: SHUT_RECEIVE | SHUT_SEND, ..self.header(key, Op::Shutdown) };
+                self.reply(header);
+            }
+        } else if !connection.readable {
+            connection.readable = true;
+            self.ready.push_back(key);
+        }
+        self.flush(key);
+    }
+
+    /// Gives a socket what it takes, and waits for it if something is left.
+    pub(super) fn flush(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        if connection.flush() {
+            let Some(connection) = self.connections.get(&key) else { return };
+            if self.rearm(connection, true).is_err() {
+                return self.close(key, true);
+            }
+        }
+        if self.connections.get(&key).is_some_and(Connection::owes_credit) {
+            let header = self.header(key, Op::CreditUpdate);
+            self.reply(header);
+            self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+        }
+    }
+
+    /// Waits for a socket, after what it had was read.
+    pub(super) fn listen_to(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let write = connection.flush();
+        let Some(connection) = self.connections.get(&key) else { return };
+        if self.rearm(connection, write).is_err() {
+            self.close(key, true);
+        }
+    }
+
+    /// The guest connects: to whoever listens at the socket's path with the port behind it.
+    pub(super) fn connect(&mut self, key: Key, header: &Header) {
+        let pending = Pending { retries: 0, room: header.buffer, forwarded: header.forwarded };
+        if self.connections() >= MAX_CONNECTIONS {
+            tracing::debug!(port = key.0, "a guest has as many connections as it may have");
+            return self.close(key, true);
+        }
+        self.try_connect(key, pending);
+    }
+
+    fn try_connect(&mut self, key: Key, pending: Pending) {
+        let mut path = self.socket.clone().into_os_string();
+        path.push(format!("_{}", key.0));
+        let opened = attempt(&path).and_then(|attempt| match attempt {
+            Attempt::Connected(socket) => {
+                self.arm(&socket, ControlOperation::Add, true, false)?;
+                Connection::new(socket, Stage::Open).map(Some)
+            }
+            Attempt::Full if pending.retries < MAX_RETRIES => Ok(None),
+            Attempt::Full => Err(io::ErrorKind::TimedOut.into()),
+        });
+        match opened {
+            Ok(Some(mut connection)) => {
+                connection.credit(pending.room, pending.forwarded);
+                self.keys.insert(connection.socket().as_raw_fd(), key);
+                self.connections.insert(key, connection);
+                let response = self.header(key, Op::Response);
+                self.reply(response);
+            }
+            Ok(None) => {
+                self.stats.connect_retries += 1;
+                self.pending.insert(key, Pending { retries: pending.retries + 1, ..pending });
+                self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_INTERVAL);
+            }
+            Err(error) => {
+                tracing::debug!(%error, port = key.0, "nobody listens for the guest");
+                self.close(key, true);
+            }
+        }
+    }
+
+    /// Tries again what is due: connections to hosts whose backlog was full, and the listener.
+    pub(super) fn retry(&mut self, now: Instant) {
+        if self.accept_at.is_some_and(|at| now >= at) {
+            self.accept_at = None;
+            self.watch_listener(EventSet::IN);
+            self.accept();
+        }
+        if self.retry_at.is_some_and(|at| now >= at) {
+            self.retry_at = None;
+            // Those that were tried least often first: with more than a turn's, each gets its own.
+            let mut due: Vec<(u32, Key)> = self.pending.iter().map(|(key, pending)| (pending.retries, *key)).collect();
+            due.sort_unstable();
+            for (_, key) in due.into_iter().take(MAX_RETRIED) {
+                if let Some(pending) = self.pending.remove(&key) {
+                    self.try_connect(key, pending);
+                }
+            }
+            if !self.pending.is_empty() {
+                self.retry_at.get_or_insert(now + RETRY_INTERVAL);
+            }
+        }
+    }
+}

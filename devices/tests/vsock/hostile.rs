@@ -1,0 +1,145 @@
+//! Guests and hosts that mean no good.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use clade_devices::virtio::VirtioMmio;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+
+use crate::driver::Driver;
+use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, TX, guest};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn socket() -> OwnedFd {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None).unwrap()
+}
+
+/// A host that listens at `path`, whose backlog is full; and those who fill it.
+fn full(path: &Path) -> (UnixListener, Vec<OwnedFd>) {
+    let address = SocketAddrUnix::new(path).unwrap();
+    let listener = socket();
+    bind(&listener, &address).unwrap();
+    listen(&listener, 0).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        let client = socket();
+        match connect(&client, &address) {
+            Ok(()) => waiting.push(client),
+            Err(error) => {
+                assert_eq!(error, rustix::io::Errno::AGAIN);
+                return (UnixListener::from(listener), waiting);
+            }
+        }
+    }
+}
+
+/// Stops the device for a moment, and has `rescue` help it if that does not come to an end.
+fn pauses(device: &VirtioMmio, rescue: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        let (paused, heard) = channel();
+        scope.spawn(move || {
+            device.quiesce();
+            device.resume();
+            paused.send(()).unwrap();
+        });
+        let ended = heard.recv_timeout(SOON);
+        if ended.is_err() {
+            rescue();
+        }
+        assert!(ended.is_ok(), "a pause waits for a host");
+    });
+}
+
+#[test]
+fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let (listener, waiting) = full(&dir.path().join("vm.sock_77"));
+    let mut guest = guest(dir.path());
+    // Not by `send`, which waits for the buffer to come back.
+    guest.request(77, 5);
+    let accept = || {
+        listener.set_nonblocking(true).unwrap();
+        while listener.accept().is_ok() {}
+    };
+    pauses(&guest.driver.device, accept);
+    guest.driver.wait(TX);
+    assert!(guest.driver.used(crate::guest::RX).is_none(), "it is neither connected nor refused");
+    // Once there is room, it is connected.
+    drop(waiting);
+    accept();
+    assert_eq!(guest.packet().op, RESPONSE);
+    // Where there never is, it is told so; and whoever changes his mind is forgotten.
+    let (_listener, _waiting) = full(&dir.path().join("vm.sock_78"));
+    guest.send(REQUEST, 78, 5, &[], 1 << 16);
+    guest.send(RESET, 78, 5, &[], 1 << 16);
+    guest.send(REQUEST, 78, 6, &[], 1 << 16);
+    let answer = guest.packet();
+    assert_eq!((answer.op, answer.guest), (RESET, 6));
+}
+
+/// Highest resident memory since `reset_peak`, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+fn reset_peak() -> u64 {
+    // 5: the peak is what it is now.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    peak()
+}
+
+#[test]
+fn a_length_is_not_believed_before_the_room_is_looked_at() {
+    /// Of one buffer, which a packet has twelve times.
+    const BUFFER: u32 = 31 << 20;
+    const LENGTH: u32 = 12 * BUFFER;
+    let dir = tempfile::tempdir().unwrap();
+    let _listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();
+    let mut guest = guest(dir.path());
+    guest.send(REQUEST, 77, 5, &[], 1 << 16);
+    assert_eq!(guest.packet().op, RESPONSE);
+    let before = reset_peak();
+    let header = guest.header(DATA, 77, 5, LENGTH, 1 << 16);
+    guest.driver.fill(OUT, &header);
+    let mut buffers = vec![(OUT, HEADER as u32, false)];
+    buffers.extend([(0x1000, BUFFER, false); 12]);
+    guest.driver.post(TX, &buffers);
+    guest.driver.wait(TX);
+    assert_eq!(guest.packet().op, RESET);
+    let grown = peak().saturating_sub(before);
+    assert!(grown < u64::from(LENGTH) / 2, "{grown} bytes for a packet that there is no room for");
+    // One that is longer than its buffers breaks the rules of the queue.
+    let header = guest.header(DATA, 77, 5, u32::MAX, 1 << 16);
+    guest.driver.fill(OUT, &header);
+    guest.driver.post(TX, &[(OUT, HEADER as u32, false), (0x1000, 4096, false)]);
+    guest.driver.wait_until("asks for a reset", Driver::needs_reset);
+}
+
+#[test]
+fn the_room_is_exact() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();
+    let mut guest = guest(dir.path());
+    let mut hosts: Vec<UnixStream> = Vec::new();
+    for port in [5, 6] {
+        guest.send(REQUEST, 77, port, &[], 1 << 16);
+        let answer = guest.other();
+        assert_eq!((answer.op, answer.guest), (RESPONSE, port));
+        hosts.push(listener.accept().unwrap().0);
+        let len = answer.room + u32::from(port == 6);
+        let header = guest.header(DATA, 77, port, len, 1 << 16);
+        guest.driver.fill(OUT, &header);
+        guest.driver.post(TX, &[(OUT, HEADER as u32, false), (0x40_0000, len, false)]);
+        guest.driver.wait(TX);
+        if port == 6 {
+            let answer = guest.other();
+            assert_eq!((answer.op, answer.guest), (RESET, port), "a byte more than there is room for");
+        }
+    }
+}

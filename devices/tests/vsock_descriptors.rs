@@ -1,0 +1,82 @@
+//! A socket device at the limit of descriptors. One test, because the limit is the whole process's.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+#[path = "driver/mod.rs"]
+mod driver;
+#[allow(dead_code, reason = "not every test uses all of it")]
+#[path = "vsock/guest.rs"]
+mod guest;
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::vsock::{Vsock, VsockStats};
+use driver::Driver;
+use guest::{REQUEST, RESET, RESPONSE, connect, guest, line};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, socket};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Connections that a device has at most.
+const MAX_CONNECTIONS: u32 = 1024;
+/// How soon the device tries again to accept.
+const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
+
+fn limit(current: u64) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(current), maximum }).unwrap();
+}
+
+fn stats(driver: &Driver) -> VsockStats {
+    driver.device.with_device(|device| {
+        let device: &mut Plain<Vsock> = device.as_any().downcast_mut().unwrap();
+        device.with(|vsock| vsock.stats()).unwrap()
+    })
+}
+
+#[test]
+fn descriptors_and_connections_are_limited_and_neither_keeps_the_device_busy() {
+    let dir = tempfile::tempdir().unwrap();
+    limit(4096);
+    let mut guest = guest(dir.path());
+    // A host connects when there is no descriptor for it. It waits in the backlog.
+    let client = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let begun = Instant::now();
+    // Below what is in use: nobody here gets another one.
+    limit(3);
+    rustix::net::connect(&client, &SocketAddrUnix::new(dir.path().join("vm.sock")).unwrap()).unwrap();
+    guest.driver.wait_until("tries again", |driver| stats(driver).accept_failures >= 4);
+    let failures = stats(&guest.driver).accept_failures;
+    let intervals = begun.elapsed().as_millis() / ACCEPT_INTERVAL.as_millis();
+    limit(4096);
+    assert!(u128::from(failures) <= intervals + 1, "{failures} attempts in {intervals} intervals");
+    // Once there is one, it is accepted without another notification.
+    let host = UnixStream::from(client);
+    rustix::io::write(&host, b"CONNECT 9\n").unwrap();
+    let asked = guest.packet();
+    assert_eq!((asked.op, asked.guest), (REQUEST, 9));
+    drop(host);
+
+    // Connections of the guest to a host that does not even accept them: bounded all the same.
+    let _listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();
+    let mut open = 0;
+    let refused = loop {
+        guest.send(REQUEST, 77, 1000 + open, &[], 1 << 16);
+        let answer = guest.packet();
+        if answer.op != RESPONSE {
+            break answer;
+        }
+        open += 1;
+        assert!(open <= MAX_CONNECTIONS);
+    };
+    assert_eq!((refused.op, refused.guest), (RESET, 1000 + open));
+    assert_eq!(open, MAX_CONNECTIONS - 1, "with the host's that has gone and was not answered");
+    // Whoever is refused is told so, and one that ends makes room for another.
+    let mut host = UnixStream::connect(dir.path().join("vm.sock")).unwrap();
+    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(line(&mut host), "", "the host reads the end");
+    guest.send(RESET, 77, 1000, &[], 1 << 16);
+    let _host = connect(dir.path(), "vm.sock", 10);
+    assert_eq!(guest.packet().op, REQUEST);
+}

@@ -1,0 +1,194 @@
+//! Directories that somebody else has made: whatever is in them, opening ends, costs no more than they hold, and nothing outside is touched.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use clade_memory::{PageRange, Store};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+use super::support::*;
+use crate::format::{Index, Manifest, Run, checksum};
+use crate::space::Kind;
+use crate::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const HUGE: u64 = 8 << 40;
+
+/// A small snapshot with a disk and a record of what was touched.
+fn small(dir: &Path, name: &str) -> PathBuf {
+    let store = Store::open_small().unwrap();
+    let ram = born(&layout(), &store);
+    put(&ram, 2, 2);
+    let mut disk = ModelDisk::new(40 * 4096);
+    disk.write(9 * 4096, &[1; 100]);
+    let at = dir.join(name);
+    let disks = [DiskToSave { name: "root", space: &disk }];
+    Saving { disks: &disks, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
+    record_warm(&at, &[PageRange::new(2, 4)]).unwrap();
+    at
+}
+
+/// Opens it and reads all that can be read, which must come to an end.
+fn read(at: &Path) -> Result<(), Error> {
+    let (at, (told, heard)) = (at.to_owned(), channel());
+    std::thread::spawn(move || {
+        let read = || Snapshot::open(&at)?.warm().map(drop);
+        let _ = told.send(read());
+    });
+    heard.recv_timeout(PATIENCE).expect("it does not come to an end")
+}
+
+#[test]
+fn what_is_no_file_is_refused_by_name_and_not_waited_for() {
+    let dir = scratch();
+    let at = small(dir.path(), "it");
+    let elsewhere = dir.path().join("elsewhere");
+    for name in names(&at) {
+        let path = at.join(&name);
+        let refused = |what: &str| {
+            let error = read(&at).expect_err(what);
+            let told = error.to_string();
+            assert!(told.contains(&name) && told.contains(what), "{name}: {told}");
+            if fs::remove_file(&path).is_err() {
+                fs::remove_dir(&path).unwrap();
+            }
+        };
+        fs::rename(&path, &elsewhere).unwrap();
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        refused("a pipe");
+        // One that would be right, but is not in the directory.
+        symlink(&elsewhere, &path).unwrap();
+        refused("a symbolic link");
+        symlink("/dev/zero", &path).unwrap();
+        refused("a symbolic link");
+        fs::create_dir(&path).unwrap();
+        refused("a directory");
+        let _socket = UnixListener::bind(&path).unwrap();
+        refused("could not be opened");
+        fs::rename(&elsewhere, &path).unwrap();
+    }
+    read(&at).unwrap();
+    verify(&at).unwrap();
+}
+
+/// Changes the manifest, and seals it again.
+fn forge(at: &Path, change: impl FnOnce(&mut Manifest)) {
+    let path = at.join("manifest.json");
+    let mut manifest = Manifest::decode(&fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest);
+    fs::write(&path, manifest.encode()).unwrap();
+}
+
+fn lengthen(path: &Path) {
+    OpenOptions::new().write(true).open(path).unwrap().set_len(HUGE).unwrap();
+}
+
+#[test]
+fn a_length_is_not_believed_though_the_file_has_it() {
+    let dir = scratch();
+    for name in ["state", "memory.index", "disk-0.index", "warm", "manifest.json"] {
+        let at = small(dir.path(), name);
+        forge(&at, |manifest| match name {
+            "state" => manifest.state.bytes = HUGE,
+            "memory.index" => manifest.memory.layer.index_bytes = HUGE,
+            "disk-0.index" => manifest.disks[0].layer.index_bytes = HUGE,
+            _ => {}
+        });
+        // All of it a hole: the directory has next to nothing.
+        lengthen(&at.join(name));
+        let refused = read(&at).unwrap_err();
+        assert!(matches!(refused, Error::Damaged { .. }), "{name}: {refused:?}");
+        assert!(fs::metadata(at.join(name)).unwrap().blocks() < 1 << 10);
+    }
+}
+
+/// Memory of 8 TiB, all of it zeros, or all of it data that is a hole. The files are as the format has them.
+fn vast(dir: &Path, kind: Kind) -> PathBuf {
+    let at = small(dir, if kind == Kind::Zero { "zeros" } else { "data" });
+    let pages = HUGE >> 12;
+    let index = Index {
+        packed: false,
+        bytes: HUGE,
+        data_bytes: HUGE,
+        runs: vec![Run { range: PageRange::new(0, pages), kind }],
+        chunks: Vec::new(),
+    };
+    let bytes = index.encode();
+    fs::write(at.join("memory.index"), &bytes).unwrap();
+    lengthen(&at.join("memory.data"));
+    forge(&at, |manifest| {
+        manifest.memory.regions.truncate(1);
+        manifest.memory.regions[0].pages = pages;
+        let layer = &mut manifest.memory.layer;
+        (layer.bytes, layer.data_bytes) = (HUGE, HUGE);
+        (layer.data_pages, layer.zero_pages) = if kind == Kind::Zero { (0, pages) } else { (pages, 0) };
+        layer.index_bytes = bytes.len() as u64;
+        layer.index_checksum = checksum(&bytes[..bytes.len() - 8]);
+    });
+    at
+}
+
+#[test]
+fn memory_of_any_size_costs_nothing_before_it_is_there() {
+    let dir = scratch();
+    let store = Store::open_small().unwrap();
+    // No chunk says what the data is.
+    assert!(matches!(Snapshot::open(&vast(dir.path(), Kind::Data)), Err(Error::Damaged { .. })));
+    let opened = Snapshot::open(&vast(dir.path(), Kind::Zero));
+    match opened {
+        Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error:?}"),
+        Ok(snapshot) => {
+            for load in [Load::Lazy, Load::Preload, Load::Warm(vec![PageRange::new(0, HUGE >> 12)])] {
+                if let Ok(image) = snapshot.restore_ram(&store, &load) {
+                    // Whether the host has the room or not, it says so.
+                    let made = clade_memory::GuestRam::reserve(image.layout(), &store);
+                    drop(made.and_then(|ram| ram.adopt(&image).map(drop)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sweep_touches_nothing_behind_links_nor_of_others() {
+    let _alone = alone();
+    let dir = scratch();
+    let victim = small(dir.path(), "victim");
+    let all = names(&victim);
+    let stage = dir.path().join("stage");
+    fs::create_dir(&stage).unwrap();
+    let leftover = |n: u8| stage.join(format!(".it.clade-000000000000000{n}"));
+    // A link that is called like a leftover.
+    symlink(&victim, leftover(0)).unwrap();
+    // A leftover with links in it.
+    fs::create_dir(leftover(1)).unwrap();
+    for name in ["manifest.json", "memory.data"] {
+        symlink(victim.join(name), leftover(1).join(name)).unwrap();
+    }
+    // One of another user, where there can be one.
+    copy_dir(&victim, &leftover(2));
+    let others = chown(leftover(2), Some(12345), Some(12345)).is_ok();
+    // One that is as it should be, and one that is no directory.
+    copy_dir(&victim, &leftover(3));
+    fs::write(leftover(4), "a file").unwrap();
+    small(&stage, "it");
+    assert_eq!(names(&victim), all, "a save has removed what a link led to");
+    verify(&victim).unwrap();
+    assert!(leftover(0).symlink_metadata().is_ok() && leftover(4).exists());
+    assert!(!leftover(1).exists() && !leftover(3).exists(), "it sweeps");
+    if others {
+        assert_eq!(names(&leftover(2)), all, "another user's directory");
+    } else {
+        println!("skipped: another user's directory, which only root can make");
+    }
+    // A snapshot that is replaced is removed, and not what its names lead to.
+    fs::rename(stage.join("it/memory.data"), dir.path().join("kept")).unwrap();
+    symlink(dir.path().join("kept"), stage.join("it/memory.data")).unwrap();
+    small(&stage, "it");
+    assert!(dir.path().join("kept").exists());
+    read(&stage.join("it")).unwrap();
+}
