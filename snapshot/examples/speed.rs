@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for compression in [Compression::None, Compression::None, Compression::Zstd] {
         let disk = direct(&Path::new(&dir).join("speed.direct"), mib)?;
         let start = Instant::now();
-        let save = Save { memory: &image, disks: &[], sections: &[], base: None, compression };
+        let save = Save { memory: &image, disks: &[], sections: &[], base: None, compression, replace: false };
         let saved = save.to(&at, &Watch::none())?;
         let rate = mib as f64 / start.elapsed().as_secs_f64();
         println!(

@@ -20,6 +20,8 @@ pub(crate) const STATE: &str = "state";
 pub(crate) const WARM: &str = "warm";
 /// What a warm file is called until it is in place.
 pub(crate) const WARM_ASIDE: &str = ".warm-";
+/// What a note of a dependent snapshot is called, before 16 digits.
+pub(crate) const NEEDED_BY: &str = ".needed-by-";
 const MARK: &str = ".clade-";
 
 /// A random number that no other snapshot has.
@@ -49,6 +51,7 @@ fn is_ours(name: &str) -> bool {
     };
     [MANIFEST, STATE, WARM].contains(&name)
         || name.strip_prefix(WARM_ASIDE).is_some_and(is_hex)
+        || name.strip_prefix(NEEDED_BY).is_some_and(is_hex)
         || name.strip_suffix(".data").or_else(|| name.strip_suffix(".index")).is_some_and(layer)
 }
 

@@ -9,6 +9,7 @@ use clade_memory::PAGE_SHIFT;
 
 use crate::aside::{Aside, MANIFEST, STATE, WARM, expect_replaceable, layer_name, place};
 use crate::chain::{Place, Snapshot, read_manifest, read_warm};
+use crate::dependents;
 use crate::disk::Merged;
 use crate::error::Error;
 use crate::files::Files;
@@ -63,6 +64,8 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
         if found != manifest.id {
             return Err(Error::WrongId { path: dir.to_owned(), wanted: manifest.id, found });
         }
+        // It keeps its identity, and so what depends on it.
+        dependents::carry(files, dir, aside.path())?;
         aside.publish()?;
     }
     let layers = || std::iter::once(&manifest.memory.layer).chain(manifest.disks.iter().map(|disk| &disk.layer));

@@ -56,6 +56,14 @@ pub enum Error {
         /// What a snapshot has not, or lacks.
         found: String,
     },
+    /// Another snapshot depends on the one that is to be replaced.
+    #[error("{} is what {} depends on; --replace replaces it all the same, and that one is lost", path.display(), by.display())]
+    Needed {
+        /// The directory.
+        path: PathBuf,
+        /// The snapshot that depends on it.
+        by: PathBuf,
+    },
     /// A parent cannot be used.
     #[error("{} depends on {}, which cannot be used", path.display(), parent.display())]
     Parent {

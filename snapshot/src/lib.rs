@@ -18,6 +18,7 @@
 mod aside;
 mod chain;
 mod compact;
+mod dependents;
 mod disk;
 mod error;
 mod files;

@@ -9,6 +9,7 @@ use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
 use crate::aside::{Aside, MANIFEST, STATE, expect_replaceable, layer_name, place, random};
 use crate::chain::{MOST_DEEP, Snapshot, read_manifest};
+use crate::dependents;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{
@@ -113,6 +114,8 @@ pub struct Save<'a> {
     pub base: Option<Base<'a>>,
     /// Smaller files that cannot be mapped.
     pub compression: Compression,
+    /// Replace a snapshot that is there although others depend on it.
+    pub replace: bool,
 }
 
 /// What was saved.
@@ -143,6 +146,9 @@ impl Save<'_> {
         let memory = RamSpace::new(self.memory, self.base.map(|base| base.image))?;
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
+        if !self.replace {
+            dependents::expect_none(files, &place)?;
+        }
         let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
         let full = self.base.is_none();
         let mut spaces = vec![("memory", &memory as &dyn Space)];
@@ -159,6 +165,7 @@ impl Save<'_> {
         let mut meter = Meter::new(watch, &mut done, total);
         meter.add(0)?;
 
+        let target = place.clone();
         let aside = Aside::create(files, place)?;
         let mut layers = Vec::with_capacity(spaces.len());
         for (at, ((_, space), runs)) in spaces.into_iter().zip(&runs).enumerate() {
@@ -182,6 +189,8 @@ impl Save<'_> {
         if let Some(base) = &self.base {
             // It may have been replaced meanwhile.
             expect_id(files, base)?;
+            // Before it is published: a dependent that is not noted could lose its base.
+            dependents::note(files, &crate::aside::place(base.dir)?, &target)?;
         }
         aside.publish()?;
         Ok(Saved { id, data_pages, zero_pages, data_bytes })

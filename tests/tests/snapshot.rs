@@ -24,8 +24,9 @@ use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_t
 const PATIENCE: Duration = Duration::from_secs(240);
 const MIB: u64 = 48;
 const PAGES: u64 = 4096;
-const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None };
-const INCREMENTAL: SnapshotOptions = SnapshotOptions { incremental: true, compression: Compression::None };
+const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: false };
+const INCREMENTAL: SnapshotOptions =
+    SnapshotOptions { incremental: true, compression: Compression::None, replace: false };
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None };
 
@@ -64,7 +65,7 @@ fn a_vm_goes_on_from_the_instant_it_was_saved_at() {
     ];
     for (name, compression, way) in ways {
         let at = dir.path().join(name);
-        let report = save(&guest, &at, SnapshotOptions { incremental: false, compression });
+        let report = save(&guest, &at, SnapshotOptions { incremental: false, compression, replace: false });
         assert!(report.saved.data_pages >= 600, "{report:?}");
         // What is written afterwards is in nobody's past.
         guest.fill(Writer::Guest, 10, 20, 2);
@@ -174,7 +175,11 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
         verify(&at(name)).unwrap();
     }
     // Compressed, it is unpacked into a file of its own.
-    save(&parent.guest, &at("small"), SnapshotOptions { incremental: false, compression: Compression::Zstd });
+    save(
+        &parent.guest,
+        &at("small"),
+        SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false },
+    );
     let vm = DiskGuest { guest: restored(&context, &at("small"), &LAZY) };
     vm.expect(run(What::Verify, sectors, 10), "unpacked");
 }

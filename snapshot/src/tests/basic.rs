@@ -144,7 +144,14 @@ fn progress_is_told_and_a_save_can_be_cancelled() {
     let ram = born(&layout, &store);
     (0..10_000).for_each(|page| put(&ram, page, 3));
     let image = freeze(&ram);
-    let save = Save { memory: &image, disks: &[], sections: SECTIONS, base: None, compression: Compression::None };
+    let save = Save {
+        memory: &image,
+        disks: &[],
+        sections: SECTIONS,
+        base: None,
+        compression: Compression::None,
+        replace: true,
+    };
     let told = RefCell::new(Vec::new());
     let never = AtomicBool::new(false);
     save.to(&at, &Watch { progress: &|done, total| told.borrow_mut().push((done, total)), cancel: &never }).unwrap();
@@ -191,7 +198,7 @@ fn names_given_twice_and_spaces_with_gaps_are_refused() {
     let refused = Saving { disks: &twice, ..Saving::default() }.save(&image, &at);
     assert!(matches!(refused, Err(Error::Twice { name }) if name == "a"));
     let sections: &[(&str, &[u8])] = &[("x", b""), ("x", b"")];
-    let save = Save { memory: &image, disks: &[], sections, base: None, compression: Compression::None };
+    let save = Save { memory: &image, disks: &[], sections, base: None, compression: Compression::None, replace: true };
     assert!(matches!(save.to(&at, &Watch::none()), Err(Error::Twice { name }) if name == "x"));
     disk.all = false;
     disk.write(4096, b"only the second page");

@@ -214,7 +214,8 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     };
     let over_c = replace("c");
     let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1 });
-    let save = Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None };
+    let save =
+        Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None, replace: true };
     let refused = save.to(&at("d"), &Watch { progress: &over_c, cancel: &never }).unwrap_err();
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[2].0), "{refused:?}");
     let over_b = replace("b");
@@ -222,4 +223,54 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[1].0), "{refused:?}");
     assert_eq!(names(dir.path()), ["a", "b", "c"]);
     verify(&at("b")).unwrap();
+}
+
+#[test]
+fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let store = Store::open().unwrap();
+    let ram = born(&layout(), &store);
+    put(&ram, 1, 1);
+    let first = freeze(&ram);
+    let keeping = || Saving { replace: false, ..Saving::default() };
+    let base = keeping().save(&first, &at("base")).unwrap();
+    put(&ram, 3, 7);
+    let second = freeze(&ram);
+    fn on<'a>(dir: &'a Path, id: SnapshotId, image: &'a RamImage) -> Saving<'a> {
+        Saving { base: Some((dir, id, image)), replace: false, ..Saving::default() }
+    }
+    on(&at("base"), base.id, &first).save(&second, &at("top")).unwrap();
+    let needed = |outcome: Result<_, Error>| match outcome.map(|saved: crate::Saved| saved.id) {
+        Err(Error::Needed { path, by }) => (path, by),
+        other => panic!("{other:?}"),
+    };
+    let refused = || needed(keeping().save(&second, &at("base")));
+    let canonical = dir.path().canonicalize().unwrap();
+    assert_eq!(refused(), (canonical.join("base"), canonical.join("top")));
+    crate::verify(&at("top")).unwrap();
+    // Compacting keeps its identity, and its dependents.
+    crate::compact(&at("base"), &Watch::none()).unwrap();
+    assert_eq!(refused().1, canonical.join("top"));
+    // Saved again on top: one note stays one.
+    on(&at("base"), base.id, &first).save(&second, &at("top")).unwrap();
+    let notes = || {
+        std::fs::read_dir(at("base"))
+            .unwrap()
+            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(crate::aside::NEEDED_BY))
+            .count()
+    };
+    assert_eq!(notes(), 1);
+    // Compacted, the dependent needs it no more, and what is noted of it is not believed.
+    crate::compact(&at("top"), &Watch::none()).unwrap();
+    let again = keeping().save(&second, &at("base")).unwrap();
+    assert_eq!(notes(), 0);
+    // Told to, it is replaced, and the dependent says what it lacks.
+    on(&at("base"), again.id, &second).save(&second, &at("top")).unwrap();
+    Saving::default().save(&second, &at("base")).unwrap();
+    assert!(matches!(crate::verify(&at("top")), Err(Error::Parent { .. })));
+    // A note of nothing, or of a link to nothing, holds nobody up.
+    std::fs::write(at("base").join(".needed-by-0123456789abcdef"), "/nonexistent").unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", at("base").join(".needed-by-1123456789abcdef")).unwrap();
+    keeping().save(&second, &at("base")).unwrap();
 }

@@ -104,18 +104,26 @@ pub(crate) struct Saving<'a> {
     pub(crate) disks: &'a [DiskToSave<'a>],
     pub(crate) base: Option<(&'a Path, SnapshotId, &'a RamImage)>,
     pub(crate) compression: Compression,
+    pub(crate) replace: bool,
 }
 
 impl Default for Saving<'_> {
     fn default() -> Self {
-        Self { files: Files::default(), disks: &[], base: None, compression: Compression::None }
+        Self { files: Files::default(), disks: &[], base: None, compression: Compression::None, replace: true }
     }
 }
 
 impl Saving<'_> {
     pub(crate) fn save(&self, image: &RamImage, dir: &Path) -> Result<Saved, Error> {
         let base = self.base.map(|(dir, id, image)| Base { dir, id, image });
-        let save = Save { memory: image, disks: self.disks, sections: SECTIONS, base, compression: self.compression };
+        let save = Save {
+            memory: image,
+            disks: self.disks,
+            sections: SECTIONS,
+            base,
+            compression: self.compression,
+            replace: self.replace,
+        };
         save.with(&self.files, dir, &Watch::none())
     }
 }

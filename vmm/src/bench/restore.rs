@@ -30,7 +30,7 @@ const CHANGED: u64 = 1_000;
 /// What is written at once.
 const BLOCK: usize = 1 << 20;
 const ALIGN: usize = 4096;
-const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None };
+const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: true };
 
 /// A guest that has written all its RAM, and a directory on the disk.
 struct Bench {

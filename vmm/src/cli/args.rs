@@ -254,7 +254,7 @@ pub(crate) struct SaveArgs {
     /// The VM's name.
     #[arg(value_name = "VM")]
     pub(crate) name: String,
-    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete.
+    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete, unless others depend on it.
     pub(crate) dir: PathBuf,
     /// Save only what changed since the VM was last saved, or restored. The snapshot depends on that one.
     #[arg(long)]
@@ -262,6 +262,9 @@ pub(crate) struct SaveArgs {
     /// Compress (zstd). What is restored from it is decompressed first instead of being mapped.
     #[arg(long)]
     pub(crate) zstd: bool,
+    /// Replace a snapshot although others depend on it. They cannot be restored then.
+    #[arg(long)]
+    pub(crate) replace: bool,
     /// Print JSON instead of a line.
     #[arg(long)]
     pub(crate) json: bool,

@@ -48,7 +48,7 @@ fn failure(error: Error) -> Failure {
 
 fn save(args: &SaveArgs) -> Outcome {
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
-    let request = SnapshotRequest { dir, incremental: args.incremental, zstd: args.zstd };
+    let request = SnapshotRequest { dir, incremental: args.incremental, zstd: args.zstd, replace: args.replace };
     let bar = bar(args.json);
     let client = Client::default();
     let watched = async {

@@ -272,6 +272,9 @@ pub struct SnapshotRequest {
     /// Whether its files are compressed (zstd), and so cannot be mapped.
     #[serde(default)]
     pub zstd: bool,
+    /// Whether a snapshot that is there is replaced although others depend on it.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 /// A snapshot that was made.

@@ -90,6 +90,7 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
             | Error::Cycle { .. }
             | Error::TooDeep { .. }
             | Error::Shape { .. }
+            | Error::Needed { .. }
             | Error::OwnChain { .. },
         )
         | SnapshotError::NoBase { .. }
@@ -198,14 +199,14 @@ async fn snapshot(
     UrlPath(name): UrlPath<String>,
     request: Result<Json<SnapshotRequest>, JsonRejection>,
 ) -> Answer<SnapshotAnswer> {
-    let Json(SnapshotRequest { dir, incremental, zstd }) = request?;
+    let Json(SnapshotRequest { dir, incremental, zstd, replace }) = request?;
     if !dir.is_absolute() {
         let text = format!("{} is not an absolute path", dir.display());
         return Err(ApiError { status: StatusCode::BAD_REQUEST, text });
     }
     let made = with_fleet(fleet, move |fleet| {
         let compression = if zstd { Compression::Zstd } else { Compression::None };
-        let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression })?;
+        let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression, replace })?;
         let us = |d: Duration| d.as_secs_f64() * 1e6;
         Ok(SnapshotAnswer {
             dir: report.place.dir,

@@ -91,7 +91,9 @@ const PVM_HIDE: &[&str] = &[
 const PVM_MAX_LEAF: u32 = 6;
 
 /// What Linux should be told on kvm-pvm: to use none of what leaf 1 still announces.
-const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,sse4_2,pclmulqdq,aes";
+///
+/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an emulation failure.
+const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes";
 
 /// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names them: `IA32_XSS` (0xda0)
 /// can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG` (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES`

@@ -138,6 +138,8 @@ pub struct SnapshotOptions {
     pub incremental: bool,
     /// Smaller files that cannot be mapped.
     pub compression: Compression,
+    /// Replace a snapshot that is there although others depend on it.
+    pub replace: bool,
 }
 
 /// A snapshot that was made.
@@ -217,7 +219,7 @@ impl Vm {
                 },
                 cancel: &self.saving.cancel,
             };
-            let saved = save(&image, dir, base, options.compression, &watch)?;
+            let saved = save(&image, dir, base, options, &watch)?;
             Ok((image, report, saved))
         });
         self.saving.running.store(false, Ordering::Relaxed);
@@ -260,7 +262,7 @@ fn save(
     image: &ForkImage,
     dir: &Path,
     base: Option<&LastSave>,
-    compression: Compression,
+    options: SnapshotOptions,
     watch: &Watch<'_>,
 ) -> Result<Saved, SnapshotError> {
     let deadline = Instant::now() + SETTLE;
@@ -287,7 +289,8 @@ fn save(
     let sections = image.sections()?;
     let sections: Vec<(&str, &[u8])> = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
     let base = base.map(|base| Base { dir: &base.place.dir, id: base.place.id, image: base.image.ram() });
-    let save = Save { memory: image.ram(), disks: &disks, sections: &sections, base, compression };
+    let SnapshotOptions { compression, replace, .. } = options;
+    let save = Save { memory: image.ram(), disks: &disks, sections: &sections, base, compression, replace };
     Ok(save.to(dir, watch)?)
 }
 
