@@ -48,11 +48,13 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Forgets what it says of the host: names of interfaces, the socket's place, and how addresses are counted. A snapshot is not believed in
-    /// that, because whoever wrote it would choose names and places of this host. Children have their sockets in `sockets`.
+    /// Forgets what it says of the host: names of interfaces, the socket's place, and how addresses
+    /// are counted. A snapshot is not believed in
+    /// that, because whoever wrote it would choose names and places of this host. Children have
+    /// their sockets in `sockets`.
     pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
         self.nets.iter_mut().for_each(|net| net.tap.clear());
-        for vsock in &mut self.vsock {
+        if let Some(vsock) = &mut self.vsock {
             vsock.socket = sockets.map_or_else(PathBuf::new, |dir| dir.join("saved.vsock"));
             vsock.cid = HOST_CID;
         }
@@ -326,7 +328,8 @@ impl Endpoints {
     }
 }
 
-/// The pattern of a child's interface: its parent's, or the parent's name with another number. Of a restored VM, whose parent had its name on another
+/// The pattern of a child's interface: its parent's, or the parent's name with another number. Of a
+/// restored VM, whose parent had its name on another
 /// host or is not to be believed, our own.
 fn pattern(configured: &str, own: &str) -> String {
     if own.is_empty() {
@@ -441,7 +444,8 @@ mod tests {
         drop(Endpoints::boot(&config).unwrap());
     }
 
-    /// What a snapshot may say: a socket and interfaces of the host's choice, and an address behind which there is none.
+    /// What a snapshot may say: a socket and interfaces of the host's choice, and an address behind
+    /// which there is none.
     #[test]
     fn what_a_snapshot_says_of_the_host_is_not_believed() {
         let (victim, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

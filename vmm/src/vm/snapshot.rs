@@ -296,9 +296,11 @@ fn save(
 pub struct RestoreOptions {
     /// How memory comes from the disk.
     pub load: RestoreLoad,
-    /// Where disks have their overlays; if not given, beside the snapshot, or else in the temporary directory.
+    /// Where disks have their overlays; if not given, beside the snapshot, or else in the temporary
+    /// directory.
     pub overlays: Option<PathBuf>,
-    /// Where VMs have the sockets of their socket devices, as `NAME.vsock`; if not given, each must be chosen ([`crate::vm::VsockChoice`]).
+    /// Where VMs have the sockets of their socket devices, as `NAME.vsock`; if not given, each must
+    /// be chosen ([`crate::vm::VsockChoice`]).
     pub sockets: Option<PathBuf>,
 }
 
@@ -369,7 +371,8 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     Ok(backends)
 }
 
-/// Where a restored disk has its overlays: where the user says, or beside the snapshot. Where the VM that was saved had them is not believed.
+/// Where a restored disk has its overlays: where the user says, or beside the snapshot. Where the
+/// VM that was saved had them is not believed.
 fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
     if let Some(dir) = &options.overlays {
         return dir.clone();
