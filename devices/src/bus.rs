@@ -57,7 +57,8 @@ impl PioBus {
         (offset < slot.ports).then_some((slot, offset))
     }
 
-    /// A guest's INs from one port, each `width` bytes wide: one, or as many as a string instruction
+    /// A guest's INs from one port, each `width` bytes wide: one, or as many as a string
+    /// instruction
     /// (`rep ins`) makes. KVM exits once for all of them, and the device is asked once for each.
     pub fn read(&self, port: u16, width: usize, data: &mut [u8]) {
         match self.find(port) {

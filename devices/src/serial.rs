@@ -151,7 +151,8 @@ impl SerialConsole {
     }
 }
 
-/// Registers are a byte wide. The bus makes a wider access to byte-wide registers that many accesses to
+/// Registers are a byte wide. The bus makes a wider access to byte-wide registers that many
+/// accesses to
 /// one register after another.
 impl PioDevice for SerialConsole {
     fn read(&mut self, offset: u16, data: &mut [u8]) {

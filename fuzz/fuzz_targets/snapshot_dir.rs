@@ -1,5 +1,7 @@
-//! Any directory in a snapshot's place, made from one that was right: files missing, cut short, lengthened by holes, changed with their checksums set
-//! right again, or replaced by links, pipes and directories. Opening, reading, verifying, restoring and saving over it come to an end, and touch nothing
+//! Any directory in a snapshot's place, made from one that was right: files missing, cut short,
+//! lengthened by holes, changed with their checksums set
+//! right again, or replaced by links, pipes and directories. Opening, reading, verifying, restoring
+//! and saving over it come to an end, and touch nothing
 //! outside.
 #![no_main]
 

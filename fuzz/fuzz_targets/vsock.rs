@@ -1,5 +1,7 @@
-//! Any guest and any hosts at a socket device, over real sockets: connections both ways, packets of any header over any buffers, hosts that
-//! read, write, end and close as they like, full backlogs, forks of the turn. Nothing panics, no turn waits for a host, memory and connections
+//! Any guest and any hosts at a socket device, over real sockets: connections both ways, packets of
+//! any header over any buffers, hosts that
+//! read, write, end and close as they like, full backlogs, forks of the turn. Nothing panics, no
+//! turn waits for a host, memory and connections
 //! stay bounded, and a host reads nothing that the guest did not send it.
 #![no_main]
 
@@ -24,7 +26,8 @@ const SIZE: u16 = 16;
 const RX: u64 = 0;
 const TX: u64 = 1;
 const HEADER: usize = 44;
-/// Ports that hosts listen at: one takes connections, one has a full backlog. Nobody is at the others.
+/// Ports that hosts listen at: one takes connections, one has a full backlog. Nobody is at the
+/// others.
 const OPEN_PORT: u32 = 70;
 const FULL_PORT: u32 = 71;
 const RX_AT: u64 = 0x4_0000;
@@ -167,7 +170,8 @@ impl Vm {
         self.put(regs::QUEUE_NOTIFY, queue as u32);
     }
 
-    /// Sends one packet, and waits until the device has looked at it: a turn has been had when it stands still.
+    /// Sends one packet, and waits until the device has looked at it: a turn has been had when it
+    /// stands still.
     fn send(&mut self, header: &[u8], buffers: &[(u64, u32)]) {
         self.poke(TX_AT, header);
         let mut all = vec![(TX_AT, header.len().max(1) as u32)];
@@ -215,7 +219,8 @@ impl Vm {
                 let header = header(op, host, guest, len, 1 << 16, 3);
                 let most = (RAM - TX_AT - 0x1000) as u32;
                 let buffers: Vec<_> = buffers.iter().map(|len| (TX_AT + 0x1000, len % most + 1)).collect();
-                // Data of other bytes is not to reach a host: only the marked part is long enough to be all of it.
+                // Data of other bytes is not to reach a host: only the marked part is long enough
+                // to be all of it.
                 let inside = len <= 0x7_0000 && buffers.iter().all(|(_, len)| *len <= 0x7_0000);
                 if inside || len > 256 << 10 {
                     self.send(&header, &buffers);

@@ -107,7 +107,8 @@ pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error>
     Ok(())
 }
 
-/// Removes a directory of snapshot files, which is open. What is not ours stays, and the directory with it.
+/// Removes a directory of snapshot files, which is open. What is not ours stays, and the directory
+/// with it.
 fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
     for name in files.names_in(dir, path)? {
         if name.to_str().is_some_and(is_ours) {
@@ -134,7 +135,8 @@ fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
 }
 
 /// Removes a directory that a crash has left. Whoever can write beside a snapshot can also put
-/// something there by such a name: a link is not followed, and another user's directory is not ours.
+/// something there by such a name: a link is not followed, and another user's directory is not
+/// ours.
 fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
     let dir = files.open_real_dir(path)?;
     let owner = dir.metadata().map_err(|source| Error::file("looked at", path, source))?.uid();

@@ -83,7 +83,8 @@ impl Files {
         made.map_err(|source| Error::file("made", path, source))
     }
 
-    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and a
+    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and
+    /// a
     /// pipe would be waited for.
     pub(crate) fn open(&self, path: &Path) -> Result<File, Error> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -217,7 +218,8 @@ impl Files {
         gone(self.run(Op::Remove, path, |_| fs::remove_file(path)), path)
     }
 
-    /// Removes `name` from the directory `dir`, which is at `path`; gone already is as good. A link is removed, and not what it leads to.
+    /// Removes `name` from the directory `dir`, which is at `path`; gone already is as good. A link
+    /// is removed, and not what it leads to.
     pub(crate) fn remove_in(&self, dir: &File, path: &Path, name: &OsStr) -> Result<(), Error> {
         let path = path.join(name);
         gone(self.run(Op::Remove, &path, |_| Ok(unlinkat(dir, name, AtFlags::empty())?)), &path)

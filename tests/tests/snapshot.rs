@@ -28,7 +28,7 @@ const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression:
 const INCREMENTAL: SnapshotOptions =
     SnapshotOptions { incremental: true, compression: Compression::None, replace: false };
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
-const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None };
+const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None };
 
 fn turn() -> Option<(Turn, Context)> {
     let turn = Turn::take(PATIENCE)?;
@@ -37,7 +37,7 @@ fn turn() -> Option<(Turn, Context)> {
 }
 
 fn load(load: RestoreLoad) -> RestoreOptions {
-    RestoreOptions { load, overlays: None }
+    RestoreOptions { load, overlays: None, sockets: None }
 }
 
 fn restored(context: &Context, dir: &Path, options: &RestoreOptions) -> Guest {
@@ -244,7 +244,9 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
     config.vsock = Some(VsockOptions { cid: 40_000, socket: dir.path().join("vm.vsock") });
     let guest = Guest::boot_as(&context, config);
     save(&guest, &at, FULL);
-    let image = ForkImage::restore(&context, &at, &LAZY).unwrap();
+    let sockets = tempfile::tempdir().unwrap();
+    let options = RestoreOptions { sockets: Some(sockets.path().to_owned()), ..LAZY };
+    let image = ForkImage::restore(&context, &at, &options).unwrap();
     // Beside the one that was saved, which still has its own.
     let vms: Vec<Vm> = ["a", "b", "c"].map(|name| Vm::from_image(&context, name, &image, PAUSED).unwrap()).into();
     let all: Vec<&Vm> = vms.iter().chain([guest.vm()]).collect();
@@ -256,6 +258,11 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
     different("interfaces", |vm| vm.identity().nets[0].tap.clone());
     different("CIDs", |vm| vm.identity().vsock.as_ref().unwrap().cid.to_string());
     different("sockets", |vm| vm.identity().vsock.as_ref().unwrap().socket.display().to_string());
+    // Where the saved one had its socket and what its interface was called is not believed.
+    assert!(vms[0].identity().vsock.as_ref().unwrap().socket.starts_with(sockets.path()));
+    assert!(!vms[0].identity().nets[0].tap.starts_with("cladet"));
+    let nowhere = ForkImage::restore(&context, &at, &LAZY).unwrap();
+    assert!(Vm::from_image(&context, "d", &nowhere, PAUSED).is_err(), "nobody has chosen its socket");
     let before = vms[0].identity().nets[0].mac;
     vms[0].reset_to_origin().unwrap();
     assert_eq!(vms[0].identity().nets[0].mac, before, "a reset keeps its own");

@@ -40,7 +40,8 @@ pub enum DmaError {
 }
 
 impl DmaError {
-    /// Whether it may be otherwise soon: there was no memory for the VM's own copy of a page, or a page has as many pins as can be counted.
+    /// Whether it may be otherwise soon: there was no memory for the VM's own copy of a page, or a
+    /// page has as many pins as can be counted.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {

@@ -354,7 +354,8 @@ mod tests {
     const SIZE: u16 = 4;
     const AVAILABLE: u64 = 0x2000;
 
-    /// A queue of four descriptors, each a chain of its own, of which `offered` were made available.
+    /// A queue of four descriptors, each a chain of its own, of which `offered` were made
+    /// available.
     fn queue(offered: u16) -> Virtqueue {
         let ram = GuestRam::reserve(&RamLayout::new(2 << 20).unwrap(), &Store::open_small().unwrap()).unwrap();
         ram.birth().unwrap();

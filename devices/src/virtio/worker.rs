@@ -401,7 +401,8 @@ mod tests {
         // It has come to the gate for its first turn and gone through, and now for its second.
         event.write(1).unwrap();
         wait_for(4);
-        // It waits for the service, or is about to. What `quiesce` does: the gate, then the service; after that it returns.
+        // It waits for the service, or is about to. What `quiesce` does: the gate, then the
+        // service; after that it returns.
         worker.shared.gate().shut = true;
         drop(service);
         // It looks at the gate again instead.

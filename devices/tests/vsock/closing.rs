@@ -144,7 +144,8 @@ fn a_buffer_that_was_taken_for_nothing_is_still_the_guests() {
     let (mut guest, mut host) = connected(dir.path());
     guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
     host.write_all(b"wait for it").unwrap();
-    // Each time the device looks for something to send it has none, because the guest has no room: more often than the guest has buffers.
+    // Each time the device looks for something to send it has none, because the guest has no room:
+    // more often than the guest has buffers.
     for _ in 0..40 {
         guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
     }

@@ -1,4 +1,5 @@
-//! Directories that somebody else has made: whatever is in them, opening ends, costs no more than they hold, and nothing outside is touched.
+//! Directories that somebody else has made: whatever is in them, opening ends, costs no more than
+//! they hold, and nothing outside is touched.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{MetadataExt, chown, symlink};
@@ -106,7 +107,8 @@ fn a_length_is_not_believed_though_the_file_has_it() {
     }
 }
 
-/// Memory of 8 TiB, all of it zeros, or all of it data that is a hole. The files are as the format has them.
+/// Memory of 8 TiB, all of it zeros, or all of it data that is a hole. The files are as the format
+/// has them.
 fn vast(dir: &Path, kind: Kind) -> PathBuf {
     let at = small(dir, if kind == Kind::Zero { "zeros" } else { "data" });
     let pages = HUGE >> 12;

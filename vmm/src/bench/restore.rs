@@ -116,7 +116,7 @@ impl Bench {
 
     /// From the directory to the first instruction; and, with another VM, to the first answer.
     fn one(&self, context: &Context, load: RestoreLoad, into: &mut Restored) -> Result<(), Failure> {
-        let options = RestoreOptions { load, overlays: None };
+        let options = RestoreOptions { load, overlays: None, sockets: None };
         let open = || ForkImage::restore(context, &self.at("vm"), &options).map_err(Failure::run);
         let begun = Instant::now();
         into.first.push_us(announced(context, &open()?, begun)?);

@@ -289,7 +289,7 @@ pub(crate) struct RestoreArgs {
     /// Read ahead what was recorded to be touched first (clade snapshot warm).
     #[arg(long)]
     pub(crate) warm: bool,
-    /// Where disks have their overlays. If not given: where the VM that was saved had them, if there is such a place.
+    /// Where disks have their overlays. If not given: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
     #[command(flatten)]

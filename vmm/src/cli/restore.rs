@@ -37,7 +37,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         (_, true) => RestoreLoad::Warm,
         _ => RestoreLoad::Lazy,
     };
-    let options = RestoreOptions { load, overlays: args.overlays.clone() };
+    let options = RestoreOptions { load, overlays: args.overlays.clone(), sockets: Some(runtime_dir()) };
     // By a name that says which directory it is, not which it is a link to.
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
     let image = ForkImage::restore(&context, &dir, &options).map_err(|error| failure(error.into()))?;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::Mac;
-use clade_devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
+use clade_devices::virtio::vsock::{HOST_CID, Vsock, VsockError, VsockOptions};
 use clade_io::{Tap, TapError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -45,6 +45,20 @@ pub struct Identity {
     pub nets: Vec<NetIdentity>,
     /// The socket device's address and socket.
     pub vsock: Option<VsockOptions>,
+}
+
+impl Identity {
+    /// Forgets what it says of the host: names of interfaces, the socket's place, and how addresses
+    /// are counted. A snapshot is not believed in
+    /// that, because whoever wrote it would choose names and places of this host. Children have
+    /// their sockets in `sockets`.
+    pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
+        self.nets.iter_mut().for_each(|net| net.tap.clear());
+        if let Some(vsock) = &mut self.vsock {
+            vsock.socket = sockets.map_or_else(PathBuf::new, |dir| dir.join("saved.vsock"));
+            vsock.cid = HOST_CID;
+        }
+    }
 }
 
 /// What is chosen for a child's network device. The rest is made up: another interface of the parent's pattern, a random address.
@@ -126,6 +140,12 @@ pub enum IdentityError {
     NoVsock {
         /// What was chosen.
         choice: VsockChoice,
+    },
+    /// There is no parent beside whose socket it could be.
+    #[error("no socket is chosen for the socket device of {name}, which is restored: choose one (--vsock socket=PATH)")]
+    NoSocket {
+        /// The VM.
+        name: String,
     },
     /// No address.
     #[error("no random bytes for an address")]
@@ -281,6 +301,9 @@ impl Endpoints {
                 let socket = match &choice.socket {
                     // A path is bytes, but a pattern is text.
                     Some(path) => path.to_str().map_or_else(|| path.clone(), |path| path.replace(NAME, name).into()),
+                    None if own.socket.as_os_str().is_empty() => {
+                        return Err(IdentityError::NoSocket { name: name.to_owned() });
+                    }
                     None => own.socket.with_file_name(format!("{name}.vsock")),
                 };
                 ends.add_vsock(VsockOptions { cid, socket }, claim, true)?;
@@ -320,8 +343,13 @@ impl Endpoints {
     }
 }
 
-/// The pattern of a child's interface: its parent's, or the parent's name with another number.
+/// The pattern of a child's interface: its parent's, or the parent's name with another number. Of a
+/// restored VM, whose parent had its name on another
+/// host or is not to be believed, our own.
 fn pattern(configured: &str, own: &str) -> String {
+    if own.is_empty() {
+        return "clade%d".to_owned();
+    }
     if configured.contains("%d") {
         return configured.to_owned();
     }
@@ -376,6 +404,8 @@ mod tests {
             ("web%d", "web7", "web%d"),
             ("web0", "web0", "web%d"),
             ("tap", "tap", "tap%d"),
+            ("eth%d", "", "clade%d"),
+            ("eth0", "", "clade%d"),
             ("123", "123", "clade%d"),
             ("abcdefghijklmno", "abcdefghijklmno", "abcdefghijk%d"),
         ];
@@ -427,6 +457,31 @@ mod tests {
         assert_eq!(left(), 0);
         // And the address is free again.
         drop(Endpoints::boot(&config).unwrap());
+    }
+
+    /// What a snapshot may say: a socket and interfaces of the host's choice, and an address behind
+    /// which there is none.
+    #[test]
+    fn what_a_snapshot_says_of_the_host_is_not_believed() {
+        let (victim, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let config = config(&victim.path().join("vm.vsock"), u64::MAX);
+        let mut saved = Identity {
+            nets: vec![NetIdentity { tap: "eth0".to_owned(), mac: Mac([2, 0, 0, 0, 0, 1]) }],
+            vsock: config.vsock.clone(),
+        };
+        saved.forget_host(None);
+        assert_eq!(saved.nets[0].tap, "");
+        let none = ChildIdentity::default();
+        let refused = Endpoints::child(&config, &saved, "vm", &none).unwrap_err();
+        assert!(matches!(&refused, IdentityError::NoSocket { name } if name == "vm"), "{refused}");
+        let choice = VsockChoice { cid: None, socket: Some(ours.path().join("chosen")) };
+        let chosen = ChildIdentity { vsock: Some(choice), ..ChildIdentity::default() };
+        let made = Endpoints::child(&config, &saved, "vm", &chosen).unwrap();
+        assert_eq!(made.identity().vsock.as_ref().unwrap().socket, ours.path().join("chosen"));
+        saved.forget_host(Some(ours.path()));
+        let made = Endpoints::child(&config, &saved, "vm", &none).unwrap();
+        assert_eq!(made.identity().vsock.as_ref().unwrap().socket, ours.path().join("vm.vsock"));
+        assert_eq!(fs::read_dir(victim.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -299,8 +299,12 @@ fn save(
 pub struct RestoreOptions {
     /// How memory comes from the disk.
     pub load: RestoreLoad,
-    /// Where disks have their overlays; if not given, where the VM that was saved had them, if there is such a place.
+    /// Where disks have their overlays; if not given, beside the snapshot, or else in the temporary
+    /// directory.
     pub overlays: Option<PathBuf>,
+    /// Where VMs have the sockets of their socket devices, as `NAME.vsock`; if not given, each must
+    /// be chosen ([`crate::vm::VsockChoice`]).
+    pub sockets: Option<PathBuf>,
 }
 
 /// How memory comes from the disk.
@@ -338,6 +342,7 @@ impl ForkImage {
         };
         let ram = snapshot.restore_ram(context.store(), &load)?;
         let mut image = Self::from_sections(sections, ram, backends)?;
+        Arc::make_mut(&mut image.identity).forget_host(options.sockets.as_deref());
         let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
         image.place = Some(SavedAt { dir, id: snapshot.id() });
         Ok(Arc::new(image))
@@ -360,7 +365,7 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     let mut backends = Vec::new();
     for (spec, reader) in config.disks.iter().zip(&readers) {
         let mut disk = spec.disk.clone();
-        disk.overlays = Some(overlays(&disk.path, disk.overlays.as_deref(), options, snapshot.dir()));
+        disk.overlays = Some(overlays(options, snapshot.dir()));
         let layers = disk_layers(reader, &disk)?;
         backends.push(Backend::Disk(DiskImage::from_layers(&disk, reader.bytes(), &layers)?));
     }
@@ -369,15 +374,14 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     Ok(backends)
 }
 
-/// Where a restored disk has its overlays: the host may be another than that of the VM that was saved.
-fn overlays(image: &Path, configured: Option<&Path>, options: &RestoreOptions, snapshot: &Path) -> PathBuf {
+/// Where a restored disk has its overlays: where the user says, or beside the snapshot. Where the
+/// VM that was saved had them is not believed.
+fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
     if let Some(dir) = &options.overlays {
         return dir.clone();
     }
-    let candidates = [configured, image.parent(), snapshot.parent()];
     let usable = |dir: &&Path| dir.is_dir() && rustix::fs::access(*dir, rustix::fs::Access::WRITE_OK).is_ok();
-    let found = candidates.into_iter().flatten().find(usable);
-    found.map_or_else(std::env::temp_dir, Path::to_owned)
+    snapshot.parent().filter(usable).map_or_else(std::env::temp_dir, Path::to_owned)
 }
 
 fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {

@@ -236,8 +236,10 @@ impl VcpuThread {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     let data: *mut [u8] = data;
                     let width = pio_width(&mut self.vcpu);
-                    // SAFETY: the bytes are behind the kvm_run structure, in the vCPU's mapping, and nobody else refers to them. Both
-                    // outlive this exit: the vCPU is this thread's, and KVM_RUN is called again only after it.
+                    // SAFETY: the bytes are behind the kvm_run structure, in the vCPU's mapping,
+                    // and nobody else refers to them. Both
+                    // outlive this exit: the vCPU is this thread's, and KVM_RUN is called again
+                    // only after it.
                     devices.pio_read(port, width, unsafe { &mut *data });
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),

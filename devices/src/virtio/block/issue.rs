@@ -11,9 +11,11 @@ use super::transfer::{Piece, Transfer};
 use crate::disk::{DiskError, DiskOp};
 use crate::virtio::{Hurry, dma};
 
-/// Bytes of the pieces in a turn: their pages are pinned, and the kernel copies what is in its cache at once.
+/// Bytes of the pieces in a turn: their pages are pinned, and the kernel copies what is in its
+/// cache at once.
 pub(super) const BATCH_BYTES: u64 = 256 << 10;
-/// Pieces that the disk has at a time, and their bytes. They are pinned, and a fork copies what is pinned.
+/// Pieces that the disk has at a time, and their bytes. They are pinned, and a fork copies what is
+/// pinned.
 const MAX_PIECES: usize = 256;
 pub(super) const MAX_BYTES: u64 = 8 << 20;
 /// Whose pins they are.
@@ -137,7 +139,8 @@ impl BlockService {
             // Behind the others: a long request does not keep short ones waiting.
             self.issuing.push_back(request);
         }
-        // The device writes to memory at a read, so the pages must be this VM's own before the kernel has their address (I3).
+        // The device writes to memory at a read, so the pages must be this VM's own before the
+        // kernel has their address (I3).
         let access = if write { Access::Read } else { Access::Write };
         match dma::pin(&self.ram, OWNER, &data, access) {
             Ok(buffers) if write => self.give_disk(request, DiskOp::Write { offset, buffers }, len),

@@ -66,7 +66,8 @@ impl Request {
         dma::len_of(&self.data)
     }
 
-    /// What the limits count: also what is made zeros or discarded, which costs the host as a write may.
+    /// What the limits count: also what is made zeros or discarded, which costs the host as a write
+    /// may.
     pub(super) fn cost(&self) -> u64 {
         match self.kind {
             Kind::Read { .. } | Kind::Write { .. } => self.len(),

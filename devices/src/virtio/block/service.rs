@@ -1,12 +1,15 @@
 //! The block device's work.
 //!
 //! ```text
-//!   ring ──pop──► limiter ──► pieces ──► disk (pins, kernel) ──reap──► status byte ──► used ring ──► interrupt
+//!   ring ──pop──► limiter ──► pieces ──► disk (pins, kernel) ──reap──► status byte ──► used ring
+//! ──► interrupt
 //!           └───────────── in flight: saved at a fork ─────────────┘
 //! ```
 //!
-//! A request is given to the disk in pieces, so that a turn is short whatever a driver asks for. It is
-//! given back when its last piece is done. A fork between two pieces hands the whole request on: the
+//! A request is given to the disk in pieces, so that a turn is short whatever a driver asks for. It
+//! is
+//! given back when its last piece is done. A fork between two pieces hands the whole request on:
+//! the
 //! child does all of it again, those pieces too that its disk has already.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -27,7 +30,8 @@ use crate::virtio::{Activation, Hurry, Interrupt, QueueError, QueueState, Servic
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
-/// Requests popped, and pieces of requests given to the kernel, before others get a look in: what a turn does is what a pause waits for.
+/// Requests popped, and pieces of requests given to the kernel, before others get a look in: what a
+/// turn does is what a pause waits for.
 pub(super) const BATCH: usize = 8;
 /// Bytes of an id.
 const ID_LEN: usize = 20;
@@ -161,7 +165,8 @@ impl BlockService {
             }
         }
         self.halting = false;
-        // What is still there goes on. Parts of it may have been given up, so it is done again when it ends.
+        // What is still there goes on. Parts of it may have been given up, so it is done again when
+        // it ends.
         for pending in self.pending.values_mut().filter(|pending| pending.running > 0) {
             (pending.redo, pending.rest) = (true, None);
         }
@@ -218,7 +223,8 @@ impl BlockService {
         self.next_token
     }
 
-    /// Begins with chain `head` of `queue`. Returns the request's token, if it is not done already and need not wait for the limiter.
+    /// Begins with chain `head` of `queue`. Returns the request's token, if it is not done already
+    /// and need not wait for the limiter.
     fn chain(&mut self, queue: u16, head: u16, limited: bool) -> Result<Option<u64>, QueueError> {
         let Some(Some(ring)) = self.queues.get(usize::from(queue)) else {
             return Err(QueueError::Rings { index: queue });

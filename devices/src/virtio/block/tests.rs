@@ -464,7 +464,8 @@ fn without_flush_a_change_is_durable_when_it_is_done() {
     }
 }
 
-/// Three writes of parts of granules after a fork: the first moves granule 0, the second needs 0 and 1, the third needs 1 alone.
+/// Three writes of parts of granules after a fork: the first moves granule 0, the second needs 0
+/// and 1, the third needs 1 alone.
 #[test]
 fn who_waits_for_granules_goes_before_who_came_later() {
     let (_dir, path) = file();
@@ -503,7 +504,8 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     }
 }
 
-/// A driver that gives out more than the queue has descriptors, counting what its parent had in flight.
+/// A driver that gives out more than the queue has descriptors, counting what its parent had in
+/// flight.
 #[test]
 fn what_is_in_flight_counts_against_the_queue_of_a_child_and_of_one_that_is_put_back() {
     let (_dir, path) = file();

@@ -38,7 +38,8 @@ impl Transfer {
         self.data.is_empty()
     }
 
-    /// Cuts off the next piece: `most` bytes at most, in whole sectors. It ends with a granule where it
+    /// Cuts off the next piece: `most` bytes at most, in whole sectors. It ends with a granule
+    /// where it
     /// can, because a write of a part of one may have to read the rest.
     pub(super) fn next(&mut self, most: u64) -> Piece {
         let end = (self.offset + most) / GRANULE * GRANULE;
@@ -70,7 +71,8 @@ mod tests {
     use crate::disk::SECTOR;
 
     proptest! {
-        /// Memory that is cut anywhere: the pieces are all of it, once and in order, none longer than asked for.
+        /// Memory that is cut anywhere: the pieces are all of it, once and in order, none longer
+        /// than asked for.
         #[test]
         fn pieces_are_the_whole_in_order(
             start in 0u64..64,

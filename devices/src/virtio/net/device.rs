@@ -15,11 +15,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::Bytes;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::{self, Command};
 use super::mac::Mac;
+use super::posted::{Posted, write_at};
 use super::state::NetState;
 use crate::virtio::dma::DmaError;
 use crate::virtio::limiter::{Limiter, Limits};
@@ -78,29 +78,6 @@ pub struct NetStats {
     pub dropped: u64,
     /// Times that memory could not be pinned, and was tried again.
     pub pin_retries: u64,
-}
-
-/// A chain the driver has posted for receiving, and its memory.
-#[derive(Debug)]
-struct Posted {
-    head: u16,
-    memory: Vec<Fragment>,
-}
-
-/// Writes two bytes into `memory`, from its byte `at` on. What is beyond the end is not written.
-fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
-    let mut skip = at;
-    let mut bytes = bytes.as_slice();
-    for part in memory {
-        if skip < part.len() && !bytes.is_empty() {
-            let fits = bytes.len().min(part.len() - skip);
-            // Within the fragment, so it cannot fail.
-            let _ = part.slice().write_slice(&bytes[..fits], skip);
-            bytes = &bytes[fits..];
-            skip += fits;
-        }
-        skip = skip.saturating_sub(part.len());
-    }
 }
 
 /// See the module's documentation.
@@ -291,7 +268,8 @@ impl Net {
         self.until = Some(self.until.map_or(until, |earlier| earlier.min(until)));
     }
 
-    /// There is no memory for a pin now. The chains stay in the queue, and are looked at again soon.
+    /// There is no memory for a pin now. The chains stay in the queue, and are looked at again
+    /// soon.
     fn pin_later(&mut self, error: &DmaError) {
         self.stats.pin_retries += 1;
         let now = Instant::now();

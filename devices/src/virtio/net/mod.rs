@@ -10,6 +10,7 @@
 mod control;
 mod device;
 mod mac;
+mod posted;
 mod state;
 
 pub use device::{MOST_PAIRS, Net, NetOptions, NetStats};

@@ -63,7 +63,8 @@ pub(super) struct Connection {
     pub(super) ended: bool,
     /// The guest was told that the host receives no more.
     pub(super) told_hung_up: bool,
-    /// The host takes no more. What the guest still sends is dropped, what the host sent is still read.
+    /// The host takes no more. What the guest still sends is dropped, what the host sent is still
+    /// read.
     sink_gone: bool,
     /// The socket may have something to read.
     pub(super) readable: bool,
@@ -153,7 +154,8 @@ impl Connection {
         }
     }
 
-    /// Whether the guest may send `len` bytes: it was told of the room there is. Asked before memory
+    /// Whether the guest may send `len` bytes: it was told of the room there is. Asked before
+    /// memory
     /// is had for them.
     pub(super) fn has_room_for(&self, len: u32) -> bool {
         // The answer to the host's first line is not the guest's.
@@ -207,7 +209,8 @@ impl Connection {
     pub(super) fn close(mut self) {
         // Both ways first, so that nothing comes after what is discarded.
         let _ = self.socket.shutdown(Shutdown::Both);
-        // A Unix socket that is closed with something unread is an error to the other end, not an end.
+        // A Unix socket that is closed with something unread is an error to the other end, not an
+        // end.
         let mut bytes = vec![0; ROOM as usize / 4];
         for _ in 0..MAX_DISCARDS {
             match self.socket.read(&mut bytes) {

@@ -1,6 +1,7 @@
 //! The guest's side of the socket device: the packets in its queues.
 //!
-//! A guest writes what it likes. A length is compared with what the descriptors hold and with the room
+//! A guest writes what it likes. A length is compared with what the descriptors hold and with the
+//! room
 //! the guest was told of, before memory is had for it.
 
 use super::HOST_CID;
@@ -98,7 +99,8 @@ impl Vsock {
         Ok(())
     }
 
-    /// Fills the guest's buffers: replies first, then data of one connection after another. Returns whether there may be more to send.
+    /// Fills the guest's buffers: replies first, then data of one connection after another. Returns
+    /// whether there may be more to send.
     pub(super) fn receive(&mut self, io: &mut Io, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
         for _ in 0..BATCH {
             if self.replies.is_empty() && self.ready.is_empty() {

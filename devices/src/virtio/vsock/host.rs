@@ -1,6 +1,7 @@
 //! The host's side of the socket device: the Unix sockets, and what happens to them.
 //!
-//! Nothing here waits. Whoever pauses or forks the VM waits for the end of a turn, so a host that is
+//! Nothing here waits. Whoever pauses or forks the VM waits for the end of a turn, so a host that
+//! is
 //! slow, or full, or gone, must not keep one.
 
 use std::io;
@@ -143,7 +144,8 @@ impl Vsock {
         }
     }
 
-    /// There is no descriptor or memory for a connection. It stays in the listener's backlog, so the
+    /// There is no descriptor or memory for a connection. It stays in the listener's backlog, so
+    /// the
     /// listener is not waited for until there may be one.
     fn accept_later(&mut self, error: &io::Error) {
         self.stats.accept_failures += 1;

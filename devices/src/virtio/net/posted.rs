@@ -1,0 +1,27 @@
+//! What a driver has posted for receiving.
+
+use clade_io::Fragment;
+use vm_memory::Bytes;
+
+/// A chain the driver has posted for receiving, and its memory.
+#[derive(Debug)]
+pub(super) struct Posted {
+    pub(super) head: u16,
+    pub(super) memory: Vec<Fragment>,
+}
+
+/// Writes two bytes into `memory`, from its byte `at` on. What is beyond the end is not written.
+pub(super) fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
+    let mut skip = at;
+    let mut bytes = bytes.as_slice();
+    for part in memory {
+        if skip < part.len() && !bytes.is_empty() {
+            let fits = bytes.len().min(part.len() - skip);
+            // Within the fragment, so it cannot fail.
+            let _ = part.slice().write_slice(&bytes[..fits], skip);
+            bytes = &bytes[fits..];
+            skip += fits;
+        }
+        skip = skip.saturating_sub(part.len());
+    }
+}
