@@ -4,6 +4,7 @@ mod args;
 mod devices;
 mod disk;
 mod ending;
+mod journal;
 mod limits;
 mod output;
 mod remote;
@@ -79,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => remote::act(&args, "/stop"),
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
+        Command::Disk(command) => journal::main(&command),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
