@@ -90,7 +90,7 @@ pub enum CommitError {
         kept: Option<PathBuf>,
         /// What has changed.
         #[source]
-        source: JournalError,
+        source: Box<JournalError>,
     },
     /// A copy failed. The base holds a part of what was written since the fork.
     #[error("the base holds only part of what was written since the fork; the rest {}", fate(kept.as_deref()))]
@@ -265,7 +265,9 @@ impl Disk {
             match journal.check_image() {
                 Ok(()) => {}
                 Err(ImageError::File(source)) => return Err(partial(kept)(source)),
-                Err(ImageError::Changed(source)) => return Err(CommitError::Changed { path: path(), kept, source }),
+                Err(ImageError::Changed(source)) => {
+                    return Err(CommitError::Changed { path: path(), kept, source: source.into() });
+                }
             }
         } else {
             self.sync_overlays(&base)?;

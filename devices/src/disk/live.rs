@@ -154,6 +154,8 @@ impl Disk {
             None => {}
         }
         let own = base.is_writable().then(|| Arc::clone(&base));
+        // A process that has ended may have left writes in the page cache. They are shown, so the first flush is about them too.
+        base.set_unsynced();
         let journal = own.as_ref().and_then(|base| Journal::new(base, size, &overlays));
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
         Ok(Self { journal, ..Self::assemble(setup, map, own, false)? })

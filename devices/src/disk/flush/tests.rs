@@ -113,6 +113,17 @@ fn other(bench: &Bench) -> PathBuf {
     path
 }
 
+/// What a process that has ended wrote is in the page cache, and is shown.
+#[test]
+fn the_first_flush_is_about_what_others_have_left_too() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    let (_, steps) = traced(None, || flush(&mut disk));
+    assert_eq!(steps, ["engine: sync disk.img"]);
+    let (_, steps) = traced(None, || flush(&mut disk));
+    assert!(steps.is_empty(), "{steps:?}");
+}
+
 /// One that was cancelled has promised nothing: the next one syncs what it did not.
 #[test]
 fn a_flush_that_was_cancelled_is_done_by_the_next() {

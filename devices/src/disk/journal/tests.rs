@@ -115,8 +115,9 @@ fn a_commit_that_did_not_come_to_its_end_is_finished_by_the_next_to_open_the_ima
         drop(disk.fork());
         write(&mut disk, 0, &[2; 5 * 4096]);
         assert!(disk.keep());
-        let (committed, done) = traced(Some(steps), || disk.commit().map_err(|refused| *refused));
-        if let Err((mut disk, refused)) = committed {
+        let (committed, done) = traced(Some(steps), || disk.commit());
+        if let Err(failed) = committed {
+            let (mut disk, refused) = *failed;
             let well = matches!(
                 &refused,
                 CommitError::Partial { kept: Some(kept), .. } if *kept == bench.journal
