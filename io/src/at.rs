@@ -48,8 +48,24 @@ impl IoFile {
 
     /// A named file that somebody has open for reading and writing. It is not locked.
     #[must_use]
-    pub fn read_write(cached: File, path: &Path) -> Self {
-        Self::new(path, Arc::new(Handles::new(cached, true, CachePolicy::Host, path)), true, true, false)
+    pub fn read_write(cached: File, path: &Path, policy: CachePolicy) -> Self {
+        Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, true, false)
+    }
+
+    /// Locks it against other processes, as [`IoFile::open`] does.
+    ///
+    /// # Errors
+    /// When it is locked.
+    pub fn try_lock(&self) -> std::io::Result<()> {
+        Ok(self.handles.cached.try_lock()?)
+    }
+
+    /// Another handle of the same open file.
+    ///
+    /// # Errors
+    /// When there can be none.
+    pub fn try_clone(&self) -> std::io::Result<File> {
+        self.handles.cached.try_clone()
     }
 
     /// Gives a file without a name the name `name` in `dir`; `path` is what that is called in errors. Until its last handle is closed it is used as before

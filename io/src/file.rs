@@ -202,6 +202,15 @@ impl IoFile {
         Ok((stat.stx_ino, if known { born } else { 0 }))
     }
 
+    /// How many names it has.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn link_count(&self) -> Result<u64, FileError> {
+        let stat = rustix::fs::fstat(&self.handles.cached).map_err(|error| self.failed("looked at", error.into()))?;
+        Ok(stat.st_nlink)
+    }
+
     /// Its path; for an unnamed file, its directory.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -100,7 +100,7 @@ impl Directory {
         step(|| format!("create {name}")).map_err(failed(&self.path().join(name), "created"))?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = openat(self.at(), name, flags, Mode::RUSR | Mode::WUSR).map_err(self.failed(name, "created"))?;
-        Ok(Arc::new(IoFile::read_write(File::from(opened), &self.path().join(name))))
+        Ok(Arc::new(IoFile::read_write(File::from(opened), &self.path().join(name), CachePolicy::Host)))
     }
 
     /// The regular file `name`.
@@ -113,9 +113,28 @@ impl Directory {
         if !opened.metadata().map_err(failed(&path, "looked at"))?.is_file() {
             return Err(failed(&path, "opened as a file")(io::ErrorKind::InvalidInput.into()));
         }
-        let file =
-            if write { IoFile::read_write(opened, &path) } else { IoFile::read_only(opened, &path, CachePolicy::Host) };
+        let file = if write {
+            IoFile::read_write(opened, &path, CachePolicy::Host)
+        } else {
+            IoFile::read_only(opened, &path, CachePolicy::Host)
+        };
         Ok(Arc::new(file))
+    }
+
+    /// A file without a name of `len` bytes, that is to be called `path` once it has one.
+    pub(super) fn new_image(&self, len: u64, path: &Path, policy: CachePolicy) -> Result<IoFile, FileError> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let opened = openat(self.at(), ".", flags, Mode::RUSR | Mode::WUSR);
+        let opened = File::from(opened.map_err(self.failed("", "given an unnamed file"))?);
+        opened.set_len(len).map_err(failed(self.path(), "given a file of a size"))?;
+        Ok(IoFile::read_write(opened, path, policy))
+    }
+
+    /// The number of what is called `name`, and of its file system.
+    pub(super) fn identity_of(&self, name: &str) -> Result<(u64, u64), FileError> {
+        let stat = rustix::fs::statat(self.at(), name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = stat.map_err(self.failed(name, "looked at"))?;
+        Ok((stat.st_ino, stat.st_dev))
     }
 
     /// See [`IoFile::reused_in`].

@@ -16,7 +16,8 @@ use super::DiskError;
 use super::job::{Job, Stage};
 use super::journal::{Journal, Standing};
 use super::live::Disk;
-use super::map::GRANULE;
+use super::map::{BlockMap, GRANULE, Source};
+use super::shadow::Shadow;
 
 /// Flushes in a row that have found the disk alone, before it is folded: a guest that is forked again and again need not be.
 const FOLD_AFTER: u32 = 2;
@@ -72,12 +73,15 @@ impl Disk {
         let dirty = base.as_ref().is_some_and(|base| base.take_unsynced());
         // To be given back if the flush fails.
         job.target = base.clone().filter(|_| dirty);
-        let alone = self.forked && self.journal.is_some() && self.is_alone();
+        let begun = self.begin_shadow(dirty)?;
+        let alone = self.forked && self.shadow.is_none() && self.journal.is_some() && self.is_alone();
         self.fold.alone = if alone { self.fold.alone + 1 } else { 0 };
         let folds = self.fold.active || self.fold.alone >= FOLD_AFTER && self.may_fold();
-        let mut requests = Vec::new();
+        let shadowed = begun.is_some();
+        let mut requests = begun.unwrap_or_default();
         // Of a disk that has no journal, what is in an overlay is gone with the process, synced or not.
-        let begun = match self.journal.as_mut().filter(|_| self.forked) {
+        let begun = match self.journal.as_mut().filter(|_| self.forked && !shadowed) {
+            _ if shadowed => true,
             Some(journal) => match journal.begin(&self.map, Standing { dirty, writing: folds }) {
                 Ok(first) => {
                     requests.extend(first);
@@ -101,8 +105,27 @@ impl Disk {
         if job.left == 0 { self.flush_on(at, job) } else { Ok(()) }
     }
 
-    /// The next step of the flush that the journal is busy with.
+    /// Begins a flush into a new image, where the file system has reflinks. None if a journal does instead.
+    fn begin_shadow(&mut self, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
+        let Some(shadow) = self.shadow.as_mut().filter(|_| self.forked) else { return Ok(None) };
+        match shadow.begin(&self.map, dirty) {
+            Ok(first) => Ok(Some(first)),
+            Err(error) if shadow.is_image() || shadow.is_broken() => Err(error.into()),
+            Err(error) => {
+                let (path, error) = (self.config().path.display(), &error as &dyn std::error::Error);
+                tracing::warn!(%path, error, "no new image: a flush after a fork needs a journal");
+                self.shadow = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The next step of the flush that the journal is busy with, or the new image.
     pub(super) fn flush_on(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
+        if let Some(shadow) = self.shadow.as_mut().filter(|shadow| self.flushing == Some(at) && shadow.is_writing()) {
+            let next = shadow.next()?;
+            return next.map_or(Ok(()), |request| self.give(at, job, request));
+        }
         let Some(journal) = self.journal.as_mut().filter(|_| self.flushing == Some(at)) else { return Ok(()) };
         let next = journal.next()?;
         next.map_or(Ok(()), |request| self.give(at, job, request))
@@ -125,6 +148,7 @@ impl Disk {
         // Nothing is left to give up when it went well. What was cancelled is not lost.
         let lost = matches!(&job.error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
         self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
+        self.shadow.iter_mut().for_each(|shadow| shadow.give_up(lost));
         // Other flushes have waited for it.
         self.released = true;
         if job.error.is_none() {
@@ -134,6 +158,9 @@ impl Disk {
 
     /// Begins to fold, or is done with it; or has overlays merged that take too much.
     fn after_flush(&mut self) {
+        if self.shadow.as_ref().is_some_and(Shadow::is_image) {
+            return self.take_over();
+        }
         let Some(journal) = self.journal.as_ref().filter(|_| self.forked) else { return };
         let (kept, writing) = (journal.kept_in().is_some(), journal.says_writing());
         if self.fold.active {
@@ -156,6 +183,25 @@ impl Disk {
             self.queue_moves(|source| wasteful.iter().any(|file| source.is(file)));
             self.moves.urgent = true;
         }
+    }
+}
+
+impl Disk {
+    /// The new image becomes the base, if no clone needs the old one and nothing is on its way into an overlay.
+    fn take_over(&mut self) {
+        let changing = self.jobs.iter().flatten().any(Job::changes);
+        if changing || !self.moves.is_idle() || !self.is_alone() {
+            return;
+        }
+        let (Some(shadow), Some(setup)) = (&mut self.shadow, Arc::get_mut(&mut self.setup)) else { return };
+        let known = shadow.image().map(IoFile::identity);
+        let Some(Ok(identity)) = known else { return };
+        let Some(file) = shadow.take_over() else { return };
+        self.map = BlockMap::new(setup.size.div_ceil(GRANULE), Source::File(Arc::clone(&file)));
+        self.journal.iter_mut().for_each(|journal| journal.rebase(&file, identity));
+        self.own = Some(Arc::clone(&file));
+        setup.base = Some(file);
+        (self.forked, self.fold) = (false, Fold::default());
     }
 }
 

@@ -11,8 +11,10 @@ use thiserror::Error;
 
 use super::directory::{Directory, sync};
 use super::journal::{ImageError, Journal, JournalError, left_in, write_back};
-use super::live::{Disk, DiskOp, Setup};
+use super::live::{Disk, Setup};
 use super::map::{BlockMap, GRANULE, Source};
+use super::op::DiskOp;
+use super::shadow::Shadow;
 use super::{DiskConfig, DiskError};
 
 /// Bytes copied at once by commit and export.
@@ -79,6 +81,21 @@ pub enum CommitError {
     #[error("a write to {} since the fork was lost: the system failed to make it durable", path.display())]
     Lost {
         /// The base, or where its overlays are.
+        path: PathBuf,
+    },
+    /// The last flush failed. The image is as it was at the one before.
+    #[error("{} is as it was at the last flush: what was written since could not be made durable", path.display())]
+    Unflushed {
+        /// The base.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: Box<DiskError>,
+    },
+    /// Another file has the base's name: the one this disk was forked from has put a new image there.
+    #[error("{} is another file by now; what was written since the fork {}", path.display(), fate(None))]
+    Replaced {
+        /// The base.
         path: PathBuf,
     },
     /// The base is not what it was when the disk was last flushed.
@@ -247,6 +264,15 @@ impl Disk {
         if self.is_lost() {
             return Err(CommitError::Lost { path: path() });
         }
+        if self.is_forked()
+            && self.shadow.is_some()
+            && let Some(report) = self.commit_to_shadow(&base)?
+        {
+            return Ok(report);
+        }
+        if base.link_count().is_ok_and(|links| links == 0) {
+            return Err(CommitError::Replaced { path: path() });
+        }
         // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
         let others = Arc::strong_count(self.setup()) - 1;
         let journaled = self.is_forked() && self.keep();
@@ -279,6 +305,28 @@ impl Disk {
         let report = write_back(&mut self.map, &base, size, log.as_mut()).map_err(partial(kept))?;
         self.journal.iter_mut().try_for_each(Journal::remove).map_err(CommitError::Journal)?;
         Ok(CommitReport { copied: report.copied, zeroed: report.zeroed, journaled })
+    }
+
+    /// A flush, after which the new image has everything. None if there is none after all.
+    fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
+        let mut report = CommitReport { journaled: true, ..CommitReport::default() };
+        for (range, source) in self.map.pieces(0..self.size().div_ceil(GRANULE)) {
+            let bytes = (range.end * GRANULE).min(self.size()) - range.start * GRANULE;
+            match source {
+                Source::Zero => report.zeroed += bytes,
+                Source::File(file) if Arc::ptr_eq(file, base) => {}
+                Source::File(_) => report.copied += bytes,
+            }
+        }
+        let flushed = self.flush_now();
+        let current = !self.is_forked() || self.shadow.as_ref().is_some_and(Shadow::is_image);
+        match flushed {
+            Ok(()) => Ok(current.then_some(report)),
+            Err(source) if current => {
+                Err(CommitError::Unflushed { path: base.path().to_owned(), source: Box::new(source) })
+            }
+            Err(_) => Ok(None),
+        }
     }
 
     fn is_lost(&self) -> bool {

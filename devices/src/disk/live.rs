@@ -5,7 +5,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, Fragment, IoFile, Stats, total_len};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, IoFile, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::compact::Moves;
@@ -16,6 +16,8 @@ use super::job::{Job, Work};
 use super::journal::{Journal, Left};
 use super::locks::{Hold, RangeLocks, overlap};
 use super::map::{BlockMap, GRANULE, Source};
+use super::op::{DiskDone, DiskHealth, DiskOp};
+use super::shadow::{self, Shadow};
 use super::{DiskConfig, DiskError, SECTOR};
 
 /// What all disks of one ancestor share. Each disk and each image holds it once.
@@ -30,62 +32,6 @@ pub(super) struct Setup {
     /// Overlays that nobody has any more. What is in one is read only where the map says so, and it says so only of what was written since the file
     /// was taken from here: in whole granules.
     pub(super) shelf: Arc<FileShelf>,
-}
-
-/// A request to a disk. Offsets and lengths are in bytes, and multiples of a sector.
-#[derive(Debug)]
-pub enum DiskOp {
-    /// Fill the buffers from `offset` on.
-    Read {
-        /// First byte.
-        offset: u64,
-        /// To where.
-        buffers: Vec<Fragment>,
-    },
-    /// Write the buffers from `offset` on.
-    Write {
-        /// First byte.
-        offset: u64,
-        /// From where.
-        buffers: Vec<Fragment>,
-    },
-    /// The range reads as zeros from now on.
-    Zero {
-        /// First byte.
-        offset: u64,
-        /// How many.
-        len: u64,
-        /// Whether its room may be given back.
-        unmap: bool,
-    },
-    /// Nobody needs the range any more. What is no whole granule may stay.
-    Discard {
-        /// First byte.
-        offset: u64,
-        /// How many.
-        len: u64,
-    },
-    /// Makes all writes that are done durable: in the image, or in the journal beside it once the disk has been forked. What a child writes, or a disk made
-    /// of a snapshot's files, does not outlive the process, and nothing is done for it.
-    Flush,
-}
-
-/// A request that is over.
-#[derive(Debug)]
-pub struct DiskDone {
-    /// What it was submitted with.
-    pub token: u64,
-    /// How it ended.
-    pub result: Result<(), DiskError>,
-}
-
-/// What has gone wrong with a disk on the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DiskHealth {
-    /// Requests that failed because the image's or the overlays' file system has no room.
-    pub no_room: u64,
-    /// Whether the system has failed to make something durable: all flushes fail from then on.
-    pub lost: bool,
 }
 
 /// Jobs of a request that are not done, and the first error among them.
@@ -114,6 +60,8 @@ pub struct Disk {
     pub(super) health: DiskHealth,
     /// Of the disk that was opened from the base, where there can be one.
     pub(super) journal: Option<Journal>,
+    /// Of the same disk, where the file system has reflinks.
+    pub(super) shadow: Option<Shadow>,
     /// The flush that is on its way. Others wait: they promise what it may not have done yet.
     pub(super) flushing: Option<usize>,
     pub(super) jobs: Vec<Option<Job>>,
@@ -143,6 +91,10 @@ impl Disk {
         if size == 0 {
             return Err(DiskError::TooSmall { path: config.path.clone(), bytes: base.size()? });
         }
+        if base.link_count()? == 0 {
+            return Err(DiskError::Replaced { path: config.path.clone() });
+        }
+        shadow::sweep(&base);
         let overlays = open_overlays(config, base.is_block_device(), size)?;
         let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
         match Left::find(&base, size)? {
@@ -157,8 +109,9 @@ impl Disk {
         // A process that has ended may have left writes in the page cache. They are shown, so the first flush is about them too.
         base.set_unsynced();
         let journal = own.as_ref().and_then(|base| Journal::new(base, size, &overlays));
+        let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
-        Ok(Self { journal, ..Self::assemble(setup, map, own, false)? })
+        Ok(Self { journal, shadow, ..Self::assemble(setup, map, own, false)? })
     }
 
     pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
@@ -179,6 +132,7 @@ impl Disk {
             fold: Fold::default(),
             health: DiskHealth::default(),
             journal: None,
+            shadow: None,
             flushing: None,
             jobs: Vec::new(),
             free: Vec::new(),
@@ -227,6 +181,8 @@ impl Disk {
         // Of another disk: what this one has made durable stays its image's.
         self.journal = self.journal.take().filter(|_| base(&self.setup) == base(&image.setup));
         self.journal.iter_mut().for_each(Journal::replaced);
+        self.shadow = self.shadow.take().filter(|_| base(&self.setup) == base(&image.setup));
+        self.shadow.iter_mut().for_each(Shadow::replaced);
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
         // Nobody has it in a map any more: its room is given back.
@@ -284,7 +240,9 @@ impl Disk {
     /// What has gone wrong with it on the host.
     #[must_use]
     pub fn health(&self) -> DiskHealth {
-        DiskHealth { lost: self.lost || self.journal.as_ref().is_some_and(Journal::is_broken), ..self.health }
+        let journal = self.journal.as_ref().is_some_and(Journal::is_broken);
+        let shadow = self.shadow.as_ref().is_some_and(Shadow::is_broken);
+        DiskHealth { lost: self.lost || journal || shadow, ..self.health }
     }
 
     /// Extents of the map, and files that provide something.
@@ -475,6 +433,8 @@ impl Disk {
             _ => {}
         }
         if job.changes() {
+            // In place as well: a new image has none of the overlays.
+            self.shadow.iter_mut().for_each(|shadow| shadow.moved(job.granules()));
             // A flush may wait until nothing is on its way into the image.
             self.released |= job.target.as_ref().is_some_and(|target| target.is_named());
             self.note(job.error.as_ref().filter(|_| !matches!(job.work, Work::Move(_))));

@@ -17,6 +17,7 @@
 //! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
 //! | what of a forked disk survives the process | `journal/` |
+//! | the same where the file system has reflinks | `shadow.rs` |
 //! | flushes, and overlays that go back into the image | `flush.rs` |
 //! | keeping overlays few | `compact.rs` |
 //! | what a snapshot writes, and a disk made of it again | `layers.rs` |
@@ -31,6 +32,8 @@ mod layers;
 mod live;
 mod locks;
 mod map;
+mod op;
+mod shadow;
 mod steps;
 mod steps_trace;
 #[cfg(test)]
@@ -47,8 +50,9 @@ use thiserror::Error;
 pub use image::{CommitError, CommitReport, DiskImage};
 pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport};
 pub use layers::{DiskLayer, DiskRun};
-pub use live::{Disk, DiskDone, DiskHealth, DiskOp};
+pub use live::Disk;
 pub use map::GRANULE;
+pub use op::{DiskDone, DiskHealth, DiskOp};
 
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
@@ -122,6 +126,12 @@ pub enum DiskError {
         id: JournalId,
         /// Where it is, if it is in the same directory.
         found: Option<PathBuf>,
+    },
+    /// The image got another file's name while it was opened.
+    #[error("{} was replaced while it was opened: try again", path.display())]
+    Replaced {
+        /// The image.
+        path: PathBuf,
     },
     /// No overlay can be made.
     #[error("{} cannot have overlays in {}: name another directory with overlays=", disk.display(), dir.display())]

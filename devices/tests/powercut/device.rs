@@ -14,10 +14,27 @@ use fuser::{
 
 use crate::Random;
 
-pub(crate) const BYTES: usize = 24 << 20;
 const NAME: &str = "disk";
 const FILE: INodeNo = INodeNo(2);
 const TTL: Duration = Duration::from_secs(3600);
+
+/// A file system to try.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    bytes: usize,
+    mkfs: &'static [&'static str],
+}
+
+pub(crate) const EXT4: Kind = Kind {
+    name: "ext4",
+    bytes: 24 << 20,
+    mkfs: &["-q", "-b", "4096", "-I", "256", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
+};
+/// With reflinks, as is the next.
+pub(crate) const BTRFS: Kind = Kind { name: "btrfs", bytes: 48 << 20, mkfs: &["-q", "-M"] };
+/// Smaller than is supported.
+pub(crate) const XFS: Kind = Kind { name: "xfs", bytes: 48 << 20, mkfs: &["-q", "--unsupported"] };
 
 /// What the device was asked for.
 #[derive(Clone, Debug)]
@@ -40,12 +57,12 @@ impl State {
 }
 
 /// The file system with one file in it.
-struct OneFile(Arc<Mutex<State>>);
+struct OneFile(Arc<Mutex<State>>, usize);
 
-fn attributes(file: bool) -> FileAttr {
+fn attributes(file: bool, bytes: usize) -> FileAttr {
     FileAttr {
         ino: if file { FILE } else { INodeNo::ROOT },
-        size: if file { BYTES as u64 } else { 0 },
+        size: if file { bytes as u64 } else { 0 },
         blocks: 0,
         atime: UNIX_EPOCH,
         mtime: UNIX_EPOCH,
@@ -65,14 +82,14 @@ fn attributes(file: bool) -> FileAttr {
 impl Filesystem for OneFile {
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if name == NAME {
-            reply.entry(&TTL, &attributes(true), Generation(0));
+            reply.entry(&TTL, &attributes(true, self.1), Generation(0));
         } else {
             reply.error(Errno::ENOENT);
         }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &attributes(ino == FILE));
+        reply.attr(&TTL, &attributes(ino == FILE, self.1));
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -92,8 +109,8 @@ impl Filesystem for OneFile {
         reply: ReplyData,
     ) {
         let state = self.0.lock().unwrap();
-        let start = (offset as usize).min(BYTES);
-        reply.data(&state.bytes[start..(start + size as usize).min(BYTES)]);
+        let start = (offset as usize).min(self.1);
+        reply.data(&state.bytes[start..(start + size as usize).min(self.1)]);
     }
 
     fn write(
@@ -129,6 +146,7 @@ impl Filesystem for OneFile {
 
 /// See the module's documentation.
 pub(crate) struct Recorder {
+    kind: Kind,
     state: Arc<Mutex<State>>,
     dir: tempfile::TempDir,
     _session: BackgroundSession,
@@ -141,25 +159,24 @@ fn run(program: &str, args: &[&OsStr]) -> Result<(), String> {
 }
 
 impl Recorder {
-    pub(crate) fn new() -> Result<Self, String> {
+    pub(crate) fn new(kind: Kind) -> Result<Self, String> {
         let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
         let [at, _] = [dir.path().join("device"), dir.path().join("mnt")].map(|path| {
             std::fs::create_dir(&path).unwrap();
             path
         });
-        let state = Arc::new(Mutex::new(State { bytes: vec![0; BYTES], log: Vec::new() }));
-        let session = fuser::spawn_mount(OneFile(Arc::clone(&state)), at, &Config::default());
+        let state = Arc::new(Mutex::new(State { bytes: vec![0; kind.bytes], log: Vec::new() }));
+        let session = fuser::spawn_mount(OneFile(Arc::clone(&state), kind.bytes), at, &Config::default());
         let session = session.map_err(|error| format!("FUSE: {error}"))?;
-        Ok(Self { state, dir, _session: session })
+        Ok(Self { kind, state, dir, _session: session })
     }
 
-    /// An empty ext4.
+    /// An empty file system.
     pub(crate) fn format(&self) -> Result<Vec<u8>, String> {
-        let path = self.dir.path().join("ext4");
-        std::fs::write(&path, vec![0; BYTES]).map_err(|error| error.to_string())?;
-        let args = ["-q", "-b", "4096", "-I", "256", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"];
-        let args: Vec<&OsStr> = args.iter().map(OsStr::new).chain([path.as_os_str()]).collect();
-        run("mkfs.ext4", &args)?;
+        let path = self.dir.path().join("empty");
+        std::fs::write(&path, vec![0; self.kind.bytes]).map_err(|error| error.to_string())?;
+        let args: Vec<&OsStr> = self.kind.mkfs.iter().map(OsStr::new).chain([path.as_os_str()]).collect();
+        run(&format!("mkfs.{}", self.kind.name), &args)?;
         std::fs::read(&path).map_err(|error| error.to_string())
     }
 
@@ -167,7 +184,7 @@ impl Recorder {
     pub(crate) fn mount(&self, bytes: Vec<u8>) -> Result<Mounted<'_>, String> {
         *self.state.lock().unwrap() = State { bytes, log: Vec::new() };
         let (disk, at) = (self.dir.path().join("device").join(NAME), self.dir.path().join("mnt"));
-        let options = ["-t", "ext4", "-o", "loop,noatime"].map(OsStr::new);
+        let options = ["-t", self.kind.name, "-o", "loop,noatime"].map(OsStr::new);
         let args: Vec<&OsStr> = options.into_iter().chain([disk.as_os_str(), at.as_os_str()]).collect();
         run("mount", &args)?;
         Ok(Mounted { recorder: self, at, unmounted: false })

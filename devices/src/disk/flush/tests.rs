@@ -216,6 +216,27 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert!(bench.image()[..8192] == [[4; 4096], [5; 4096]].concat());
 }
 
+/// What was written to the image while overlays went back is durable before the journal says that it is there.
+#[test]
+fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    drop(disk.fork());
+    write(&mut disk, 0, &[2; 4096]);
+    flush(&mut disk);
+    flush(&mut disk);
+    assert!(disk.fold.active);
+    settle(&mut disk);
+    write(&mut disk, 8192, &[3; 4096]);
+    drop(disk.fork());
+    write(&mut disk, 4096, &[4; 4096]);
+    let (_, steps) = traced(None, || flush(&mut disk));
+    assert_eq!(steps.iter().position(|step| step == "engine: sync disk.img"), Some(1), "after a name: {steps:?}");
+    drop(disk);
+    drop(bench.open());
+    assert!(bench.image()[..12288] == [[2; 4096], [4; 4096], [3; 4096]].concat());
+}
+
 /// The process ends in the middle; or a fork comes, whose child sees its instant.
 #[test]
 fn folding_can_end_or_be_forked_anywhere() {

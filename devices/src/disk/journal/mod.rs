@@ -33,6 +33,7 @@ mod admin;
 mod files;
 mod format;
 mod left;
+mod space;
 mod tie;
 
 use std::collections::BTreeSet;
@@ -47,7 +48,7 @@ use clade_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
 use super::directory::{Directory, write};
 use super::map::{BlockMap, GRANULE, Source, push_run};
 pub use admin::{DiskJournal, JournalState};
-use files::{JOURNAL, Location, NEXT, allocated, forget, overlay, remove_files};
+use files::{JOURNAL, Location, NEXT, forget, overlay, remove_files};
 use format::{Entry, Header, Place, Seen};
 pub use format::{JournalError, JournalId};
 use left::Log;
@@ -57,13 +58,6 @@ use tie::Mark;
 
 /// Moved ranges that are remembered; if there are more, the next journal is a whole one.
 const MOST_MOVED: usize = 1 << 16;
-/// A journal that is longer, and as many times as long as a whole one, is replaced.
-const LONG: (u64, u64) = (1 << 20, 4);
-/// Overlays that nobody but the journal may have, before it is replaced.
-const STALE: usize = 16;
-/// What of the journal's overlays may be of no use: bytes, and a part of the disk's size.
-const GARBAGE: (u64, u64) = (1 << 20, 8);
-
 /// What is being made durable.
 #[derive(Debug)]
 struct Writing {
@@ -266,49 +260,11 @@ impl Journal {
         self.whole = true;
     }
 
-    /// Bytes of overlays that may be of no use.
-    fn garbage_limit(&self) -> u64 {
-        GARBAGE.0 + self.header.size / GARBAGE.1
-    }
-
-    /// Whether what is moved should rather be said as a whole.
-    fn is_long(&self, map: &BlockMap) -> bool {
-        let (long, times) = LONG;
-        if self.end > long && self.end > times * (format::ENTRY * map.len()) as u64 {
-            return true;
-        }
-        let stale: Vec<_> = self.overlays.iter().filter(|named| named.is_stale()).collect();
-        stale.len() > STALE
-            || !stale.is_empty() && stale.iter().map(|named| allocated(&named.file)).sum::<u64>() > self.garbage_limit()
-    }
-
-    /// Overlays to move granules away from, when too much of what they take is of no use to `map`. `own` is still written.
-    pub(super) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
-        let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
-        if self.overlays.len() < 2 {
-            return Vec::new();
-        }
-        let used = map.sizes();
-        let live = |file: &Arc<IoFile>| {
-            used.iter().find(|(known, _)| Arc::ptr_eq(known, file)).map_or(0, |(_, granules)| granules * GRANULE)
-        };
-        let others = self.overlays.iter().filter(|named| !is_own(&named.file) && !named.is_stale());
-        let mut waste: Vec<_> =
-            others.map(|named| (allocated(&named.file).saturating_sub(live(&named.file)), &named.file)).collect();
-        let mut total: u64 = waste.iter().map(|(bytes, _)| bytes).sum();
-        waste.sort_unstable_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
-        let mut chosen = Vec::new();
-        if total <= self.garbage_limit() {
-            return chosen;
-        }
-        for (bytes, file) in waste {
-            if total <= self.garbage_limit() / 2 {
-                break;
-            }
-            total -= bytes;
-            chosen.push(Arc::clone(file));
-        }
-        chosen
+    /// Another file is the image now. There is no journal of the one before.
+    pub(super) fn rebase(&mut self, base: &Arc<IoFile>, (inode, born): (u64, u64)) {
+        self.base = Arc::clone(base);
+        (self.header.inode, self.header.born) = (inode, born);
+        self.replaced();
     }
 
     /// Begins to make durable what `map` shows and the image does not. What is to be given to the kernel first; nothing, if there is

@@ -3,6 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use super::space::STALE;
 use super::*;
 use crate::disk::compact::Moves;
 use crate::disk::steps_trace::testing::traced;
