@@ -67,7 +67,7 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     };
     assert!(all > 15, "{all}");
     for first in 0..all {
-        for second in [0, 1, 2, 3, 5, 8, all] {
+        for second in [0, 1, 4, 8] {
             let bench = left_behind();
             let open = || Disk::open(&DiskConfig::new(&bench.path)).map(drop);
             let (ended, steps) = traced(Some(first), open);
