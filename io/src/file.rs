@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom, StatxFlags, linkat, seek, statx};
+use rustix::fs::{AtFlags, SeekFrom, StatxFlags, seek, statx};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -97,7 +97,7 @@ pub(crate) struct Handles {
 
 impl Handles {
     /// `path` is what it is called in warnings.
-    fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
+    pub(crate) fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
         let direct = direct_handle(&cached, write, policy, path);
         let align = direct.as_ref().map_or(ALIGN, alignment);
         Self { cached, direct, align }
@@ -108,14 +108,14 @@ impl Handles {
 #[derive(Debug)]
 pub struct IoFile {
     path: PathBuf,
-    handles: Arc<Handles>,
+    pub(crate) handles: Arc<Handles>,
     /// Where its handles go after it.
-    shelf: Option<Arc<FileShelf>>,
+    pub(crate) shelf: Option<Arc<FileShelf>>,
     writable: bool,
     /// Whether it has a name, and outlives the process.
     named: bool,
     /// Whether it was given one later.
-    linked: AtomicBool,
+    pub(crate) linked: AtomicBool,
     block_device: bool,
     /// Whether writes to it have ended since it was last made durable.
     unsynced: AtomicBool,
@@ -160,27 +160,9 @@ impl IoFile {
     /// # Errors
     /// When the directory's file system has no such files, or no room.
     pub fn unnamed(dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
-        let failed = |what| move |source: io::Error| FileError { path: dir.to_owned(), what, source };
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|e| failed("given an unnamed file")(e.into()))?;
-        let cached = File::from(fd);
-        cached.set_len(len).map_err(failed("given a file of the disk's size"))?;
-        Ok(Self::new(dir, Arc::new(Handles::new(cached, true, policy, dir)), true, false, false))
-    }
-
-    /// As [`IoFile::unnamed`], but a file that `shelf` has kept if there is one, **with anything in it**: for whoever reads nothing that it
-    /// has not written. It goes back there in the end. All files of one shelf must be asked for with the same arguments.
-    ///
-    /// # Errors
-    /// As [`IoFile::unnamed`].
-    pub fn reused(shelf: &Arc<FileShelf>, dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
-        let mut file = match shelf.take() {
-            Some(handles) => Self::new(dir, handles, true, false, false),
-            None => Self::unnamed(dir, len, policy)?,
-        };
-        file.shelf = Some(Arc::clone(shelf));
-        Ok(file)
+        let opened = File::open(dir);
+        let opened = opened.map_err(|source| FileError { path: dir.to_owned(), what: "opened", source })?;
+        Self::unnamed_in(opened.as_fd(), dir, len, policy)
     }
 
     /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.
@@ -189,38 +171,10 @@ impl IoFile {
         Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
     }
 
-    fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
+    pub(crate) fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
         let (linked, unsynced, path) = (AtomicBool::new(false), AtomicBool::new(false), path.to_owned());
         Self { path, handles, shelf: None, writable, named, linked, block_device, unsynced, writes, no_writes }
-    }
-
-    /// A new file at `path`, in place of what was there, for its owner only. It is not locked.
-    ///
-    /// # Errors
-    /// When it cannot be created.
-    pub fn create(path: &Path) -> Result<Self, FileError> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_CLOEXEC);
-        let failed = |source| FileError { path: path.to_owned(), what: "created", source };
-        let handles = Handles::new(options.open(path).map_err(failed)?, true, CachePolicy::Host, path);
-        Ok(Self::new(path, Arc::new(handles), true, true, false))
-    }
-
-    /// Gives a file without a name one. It is for as long as it has a user what it was before ([`IoFile::is_named`]), but is there after the process, and
-    /// is never used again for something else.
-    ///
-    /// # Errors
-    /// When the directory is not on its file system, the name is taken, or the system cannot do it.
-    pub fn link(&self, path: &Path) -> Result<(), FileError> {
-        // Before: a failure may come after it has been done.
-        self.linked.store(true, Ordering::Release);
-        let same = format!("/proc/self/fd/{}", self.cached_fd());
-        linkat(CWD, same, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(|error| FileError {
-            path: path.to_owned(),
-            what: "linked",
-            source: error.into(),
-        })
     }
 
     /// Whether writes to it have ended since this was last asked: what was written before the answer is to be made durable by whoever asks, or
@@ -246,6 +200,15 @@ impl IoFile {
         let born = (stat.stx_btime.tv_sec as u64).wrapping_mul(1_000_000_000) + u64::from(stat.stx_btime.tv_nsec);
         let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         Ok((stat.stx_ino, if known { born } else { 0 }))
+    }
+
+    /// How many names it has.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn link_count(&self) -> Result<u64, FileError> {
+        let stat = rustix::fs::fstat(&self.handles.cached).map_err(|error| self.failed("looked at", error.into()))?;
+        Ok(stat.st_nlink)
     }
 
     /// Its path; for an unnamed file, its directory.
@@ -438,7 +401,8 @@ mod tests {
     fn a_file_is_used_again_when_nobody_has_it() {
         let dir = tempfile::tempdir().unwrap();
         let shelf = Arc::new(FileShelf::default());
-        let file = || IoFile::reused(&shelf, dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
+        let opened = File::open(dir.path()).unwrap();
+        let file = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
         let inode = |file: &IoFile| rustix::fs::fstat(file).unwrap().st_ino;
         let (first, second) = (file(), file());
         first.write_now(b"before", 5000).unwrap();
@@ -463,19 +427,25 @@ mod tests {
     fn a_file_that_was_given_a_name_is_there_afterwards_and_not_used_again() {
         let dir = tempfile::tempdir().unwrap();
         let shelf = Arc::new(FileShelf::default());
-        let file = IoFile::reused(&shelf, dir.path(), 8192, CachePolicy::Host).unwrap();
+        let opened = File::open(dir.path()).unwrap();
+        let make = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 8192, CachePolicy::Host).unwrap();
+        let file = make();
         assert!(!file.take_unsynced());
         file.write_now(b"kept", 4096).unwrap();
         assert!(file.take_unsynced() && !file.take_unsynced());
         let path = dir.path().join("name");
-        file.link(&path).unwrap();
-        assert_eq!(file.link(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
+        file.link_in(opened.as_fd(), "name", &path).unwrap();
+        assert_eq!(
+            file.link_in(opened.as_fd(), "name", &path).unwrap_err().source.kind(),
+            io::ErrorKind::AlreadyExists
+        );
         let inode = file.identity().unwrap();
         drop(file);
         assert_eq!(&std::fs::read(&path).unwrap()[4096..4100], b"kept");
-        let other = IoFile::reused(&shelf, dir.path(), 8192, CachePolicy::Host).unwrap();
+        let other = make();
         assert_ne!(other.identity().unwrap(), inode);
-        let error = other.link(Path::new("/proc/name")).unwrap_err();
+        let proc = File::open("/proc").unwrap();
+        let error = other.link_in(proc.as_fd(), "name", Path::new("/proc/name")).unwrap_err();
         assert!(error.to_string().starts_with("/proc/name"), "{error}");
     }
 

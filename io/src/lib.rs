@@ -9,11 +9,13 @@
 //! |---|---|
 //! | memory of an operation | `buffer.rs` |
 //! | files, and whether the page cache is used | `file.rs` |
+//! | files by their directory's descriptor | `at.rs` |
 //! | files that are used again | `shelf.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //!
 //! What it does not do: it knows nothing of guests, disks and their formats, and it starts no threads.
 
+mod at;
 mod buffer;
 mod engine;
 mod file;

@@ -47,6 +47,8 @@ impl FileShelf {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
     use crate::{CachePolicy, IoFile};
 
@@ -54,7 +56,8 @@ mod tests {
     fn few_are_kept_and_no_large_ones() {
         let dir = tempfile::tempdir().unwrap();
         let shelf = Arc::new(FileShelf::default());
-        let file = || IoFile::reused(&shelf, dir.path(), 64 << 20, CachePolicy::Host).unwrap();
+        let opened = std::fs::File::open(dir.path()).unwrap();
+        let file = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 64 << 20, CachePolicy::Host).unwrap();
         let kept = || shelf.with(|kept| kept.len());
         let files: Vec<_> = (0..MOST + 3).map(|_| file()).collect();
         assert_eq!(kept(), 0);

@@ -20,7 +20,7 @@ use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 use super::DiskError;
 use super::job::{Job, Stage, Work};
 use super::live::Disk;
-use super::map::{GRANULE, Source, push_run};
+use super::map::{GRANULE, Source};
 
 /// Overlays that a map may name.
 const MOST: usize = 64;
@@ -42,6 +42,8 @@ pub(super) struct Moves {
     pub(super) running: usize,
     /// Overlays made since the last look.
     made: u32,
+    /// Whether a flush waits for them.
+    pub(super) urgent: bool,
     /// See [`MOST`] and [`LOOK`].
     most: usize,
     look: u32,
@@ -49,14 +51,20 @@ pub(super) struct Moves {
 
 impl Default for Moves {
     fn default() -> Self {
-        Self { queue: VecDeque::new(), running: 0, made: 0, most: MOST, look: LOOK }
+        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, most: MOST, look: LOOK }
     }
 }
 
 impl Moves {
     /// What is not under way stays where it is.
     pub(super) fn forget(&mut self) {
+        self.urgent = false;
         self.queue.clear();
+    }
+
+    /// Whether nothing is to be moved.
+    pub(super) fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.running == 0
     }
 
     #[cfg(test)]
@@ -86,19 +94,27 @@ impl Disk {
         }
         overlays.sort_unstable_by_key(|(_, granules)| *granules);
         overlays.truncate(overlays.len() - self.moves.most / 2);
-        let chosen = |source: &Source| overlays.iter().any(|(file, _)| source.is(file));
+        self.moves.urgent = false;
+        self.queue_moves(|source| overlays.iter().any(|(file, _)| source.is(file)));
+        tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
+    }
+
+    /// Has the granules of chosen sources moved.
+    pub(super) fn queue_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
         for (range, _) in self.map.pieces(0..self.size().div_ceil(GRANULE)).filter(|(_, source)| chosen(source)) {
             let starts = (range.start..range.end).step_by(RUN as usize);
             self.moves.queue.extend(starts.map(|start| start..range.end.min(start + RUN)));
         }
-        tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
     }
 
     /// Begins what is to be moved, a little at a time.
     pub(super) fn begin_moves(&mut self) {
-        // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
-        let held = self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes());
-        while !held && self.moves.running < AT_ONCE {
+        if self.fold.active && self.fold.rescan && self.moves.is_idle() {
+            self.fold.rescan = false;
+            let base = self.base().cloned();
+            self.queue_moves(|source| !base.as_ref().is_some_and(|base| source.is(base)));
+        }
+        while !self.moves_are_held() && self.moves.running < AT_ONCE {
             let Some(range) = self.moves.queue.pop_front() else { return };
             let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(self.size()));
             self.moves.running += 1;
@@ -107,15 +123,37 @@ impl Disk {
         }
     }
 
+    fn moves_are_held(&self) -> bool {
+        // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
+        self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes())
+    }
+
+    /// Whether a flush waits for what is being moved.
+    pub(super) fn merges_first(&self) -> bool {
+        self.moves.urgent && (self.moves.running > 0 || !self.moves.queue.is_empty() && !self.moves_are_held())
+    }
+
     /// Reads what of the job's granules can still be moved: all of one run of them. The rest is moved later.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         // Planned again after a fork, it may have nothing to do any more.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
         let (own, all) = (self.own.clone(), job.granules());
         let mut runs: Vec<Range<u64>> = Vec::new();
-        let may = |source: &Source| matches!(source, Source::File(file) if movable(file, own.as_ref()));
-        for (range, _) in self.map.pieces(all).filter(|(_, source)| may(source)) {
-            push_run(&mut runs, range);
+        let folds = self.fold.active;
+        let may = |source: &Source| match source {
+            Source::File(file) => movable(file, own.as_ref()),
+            Source::Zero => false,
+        };
+        for (range, source) in self.map.pieces(all) {
+            if folds && matches!(source, Source::Zero) {
+                // Alone: no bytes are moved.
+                runs.push(range);
+            } else if may(source) {
+                match runs.last_mut() {
+                    Some(last) if last.end == range.start && may(&self.map.at(last.start)) => last.end = range.end,
+                    _ => runs.push(range),
+                }
+            }
         }
         let mut runs = runs.into_iter();
         // Without an own file: forked meanwhile, and not written since.
@@ -123,7 +161,11 @@ impl Disk {
         self.moves.queue.extend(runs);
         job.offset = run.start * GRANULE;
         job.len = (run.end * GRANULE).min(self.size()) - job.offset;
-        (job.moves, job.target) = (true, Some(own));
+        (job.moves, job.target) = (true, Some(Arc::clone(&own)));
+        if matches!(self.map.at(run.start), Source::Zero) {
+            let (offset, len) = (job.offset, job.len);
+            return self.give(at, job, Request::Punch { file: own, offset, len });
+        }
         let buffer = Arc::new(AlignedBuf::new(job.len as usize));
         let mut reads = Vec::new();
         for (range, source) in self.map.pieces(run) {

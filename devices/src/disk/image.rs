@@ -1,19 +1,20 @@
 //! A disk at one instant: what a fork takes with it, and what becomes of overlays at the end.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clade_io::{FileError, IoFile};
-use rustix::fs::{FallocateFlags, fallocate};
 use thiserror::Error;
 
-use super::journal::{Journal, left_in};
-use super::live::{Disk, DiskOp, Setup};
+use super::directory::{Directory, sync};
+use super::journal::{ImageError, Journal, JournalError, left_in, write_back};
+use super::live::{Disk, Setup};
 use super::map::{BlockMap, GRANULE, Source};
+use super::op::DiskOp;
+use super::shadow::Shadow;
 use super::{DiskConfig, DiskError};
 
 /// Bytes copied at once by commit and export.
@@ -76,6 +77,38 @@ pub enum CommitError {
         "the image has everything that was written since the fork, but the journal beside it is still there: remove it before the image is opened"
     )]
     Journal(#[source] FileError),
+    /// Something of what was written since the fork is gone: a copy would not be the disk.
+    #[error("a write to {} since the fork was lost: the system failed to make it durable", path.display())]
+    Lost {
+        /// The base, or where its overlays are.
+        path: PathBuf,
+    },
+    /// The last flush failed. The image is as it was at the one before.
+    #[error("{} is as it was at the last flush: what was written since could not be made durable", path.display())]
+    Unflushed {
+        /// The base.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: Box<DiskError>,
+    },
+    /// Another file has the base's name: the one this disk was forked from has put a new image there.
+    #[error("{} is another file by now; what was written since the fork {}", path.display(), fate(None))]
+    Replaced {
+        /// The base.
+        path: PathBuf,
+    },
+    /// The base is not what it was when the disk was last flushed.
+    #[error("{} is not as it was; what was written since the fork {}", path.display(), fate(kept.as_deref()))]
+    Changed {
+        /// The base.
+        path: PathBuf,
+        /// The journal that has it all, if there is one.
+        kept: Option<PathBuf>,
+        /// What has changed.
+        #[source]
+        source: Box<JournalError>,
+    },
     /// A copy failed. The base holds a part of what was written since the fork.
     #[error("the base holds only part of what was written since the fork; the rest {}", fate(kept.as_deref()))]
     Partial {
@@ -135,16 +168,23 @@ impl DiskImage {
         self.unsettled.iter().all(|file| file.settle(patience))
     }
 
-    /// Writes the whole disk into a new file at `path`, sparse where it is zeros, and makes it durable.
+    /// Writes the whole disk into a new file at `path`, sparse where it is zeros, and makes it durable. Who may use it is what it is for the image; a
+    /// disk that has none is its owner's alone.
     ///
     /// # Errors
     /// When the file exists, or it or a source cannot be used; nothing is left at `path` then.
     pub fn export(&self, path: &Path) -> Result<u64, FileError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
-        let to = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed("created"))?;
-        let copied = to
-            .set_len(self.setup.size)
-            .map_err(failed("given the disk's size"))
+        let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed("created"))?;
+        // A block device's mode says nothing about files.
+        let image = self.setup.base.as_ref().filter(|base| !base.is_block_device());
+        let stat = image.map(|base| rustix::fs::fstat(&**base)).transpose();
+        let mode =
+            stat.map_err(|error| failed("given the image's mode")(error.into()))?.map(|stat| stat.st_mode & 0o777);
+        let copied = mode
+            .map_or(Ok(()), |mode| to.set_permissions(Permissions::from_mode(mode)))
+            .map_err(failed("given the image's mode"))
+            .and_then(|()| to.set_len(self.setup.size).map_err(failed("given the disk's size")))
             .and_then(|()| {
                 copy_data(&self.map, self.setup.size, |at, bytes| to.write_all_at(bytes, at).map_err(failed("written")))
             })
@@ -221,21 +261,89 @@ impl Disk {
         if !base.is_writable() {
             return Err(CommitError::ReadOnly { path: path() });
         }
+        if self.is_lost() {
+            return Err(CommitError::Lost { path: path() });
+        }
+        if self.is_forked()
+            && self.shadow.is_some()
+            && let Some(report) = self.commit_to_shadow(&base)?
+        {
+            return Ok(report);
+        }
+        if base.link_count().is_ok_and(|links| links == 0) {
+            return Err(CommitError::Replaced { path: path() });
+        }
         // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
         let others = Arc::strong_count(self.setup()) - 1;
         let journaled = self.is_forked() && self.keep();
-        let kept =
-            self.journal.as_ref().filter(|_| journaled).and_then(|journal| journal.kept_in()).map(Path::to_owned);
+        if self.is_lost() {
+            return Err(CommitError::Lost { path: path() });
+        }
+        let kept = self.journal.as_ref().filter(|_| journaled).and_then(Journal::kept_in);
         if others > 0 && self.is_forked() {
             return Err(CommitError::Shared { path: path(), others, kept });
         }
         if let (None, Some(dir)) = (&self.journal, left_in(&base)) {
             return Err(CommitError::Left { path: path(), dir });
         }
-        let report = put_in(self.map(), &base, self.size());
-        let report = report.map_err(|source| CommitError::Partial { kept, source })?;
+        let partial = |kept| move |source| CommitError::Partial { kept, source };
+        if let Some(journal) = self.journal.as_mut().filter(|_| journaled) {
+            match journal.check_image() {
+                Ok(()) => {}
+                Err(ImageError::File(source)) => return Err(partial(kept)(source)),
+                Err(ImageError::Changed(source)) => {
+                    return Err(CommitError::Changed { path: path(), kept, source: source.into() });
+                }
+            }
+        } else {
+            self.sync_overlays(&base)?;
+        }
+        let mut log = self.journal.as_ref().filter(|_| journaled).and_then(Journal::log);
+        // It is written to past this disk's back: what it would be given next is a whole one.
+        self.journal.iter_mut().for_each(Journal::replaced);
+        let size = self.size();
+        let report = write_back(&mut self.map, &base, size, log.as_mut()).map_err(partial(kept))?;
         self.journal.iter_mut().try_for_each(Journal::remove).map_err(CommitError::Journal)?;
-        Ok(CommitReport { journaled, ..report })
+        Ok(CommitReport { copied: report.copied, zeroed: report.zeroed, journaled })
+    }
+
+    /// A flush, after which the new image has everything. None if there is none after all.
+    fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
+        let mut report = CommitReport { journaled: true, ..CommitReport::default() };
+        for (range, source) in self.map.pieces(0..self.size().div_ceil(GRANULE)) {
+            let bytes = (range.end * GRANULE).min(self.size()) - range.start * GRANULE;
+            match source {
+                Source::Zero => report.zeroed += bytes,
+                Source::File(file) if Arc::ptr_eq(file, base) => {}
+                Source::File(_) => report.copied += bytes,
+            }
+        }
+        let flushed = self.flush_now();
+        let current = !self.is_forked() || self.shadow.as_ref().is_some_and(Shadow::is_image);
+        match flushed {
+            Ok(()) => Ok(current.then_some(report)),
+            Err(source) if current => {
+                Err(CommitError::Unflushed { path: base.path().to_owned(), source: Box::new(source) })
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        self.health().lost
+    }
+
+    /// Finds out whether what overlays show is what was written to them. The system says once that something of a file is lost.
+    fn sync_overlays(&mut self, base: &Arc<IoFile>) -> Result<(), CommitError> {
+        let files = self.map.sizes().into_iter().map(|(file, _)| file);
+        for file in files.filter(|file| !Arc::ptr_eq(file, base) && file.is_writable()) {
+            if let Err(error) = sync(&file) {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a write to an overlay was lost");
+                self.lost = true;
+                return Err(CommitError::Lost { path: error.path });
+            }
+        }
+        Ok(())
     }
 
     /// Has everything in the journal. Returns whether that is so: without one, or with no room for it, the image itself is all there is.
@@ -263,42 +371,8 @@ impl Disk {
     }
 }
 
-/// Writes what `map` has elsewhere into `base`, and makes it durable.
-pub(super) fn put_in(map: &BlockMap, base: &Arc<IoFile>, size: u64) -> Result<CommitReport, FileError> {
-    let mut report = CommitReport::default();
-    for (range, source) in map.pieces(0..size.div_ceil(GRANULE)) {
-        let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(size));
-        match source {
-            Source::File(file) if Arc::ptr_eq(file, base) => {}
-            Source::File(file) => {
-                for_chunks(start, end, |at, len| {
-                    let mut bytes = vec![0; len];
-                    file.read_now(&mut bytes, at)?;
-                    base.write_now(&bytes, at)
-                })?;
-                report.copied += end - start;
-            }
-            Source::Zero => {
-                zero(base, start, end)?;
-                report.zeroed += end - start;
-            }
-        }
-    }
-    base.sync_now()?;
-    Ok(report)
-}
-
-/// Makes a range of a file zeros: as a hole, or by writing them where there are no holes.
-fn zero(file: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
-    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    if fallocate(file, hole, start, end - start).is_ok() {
-        return Ok(());
-    }
-    for_chunks(start, end, |at, len| file.write_now(&vec![0; len], at))
-}
-
 /// The directory overlays of `config` are made in.
-pub(super) fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
+fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     match (&config.overlays, config.path.parent()) {
         (Some(dir), _) => dir.clone(),
         // What stands beside a block device is memory.
@@ -309,13 +383,15 @@ pub(super) fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     }
 }
 
-/// Checks that overlays can be made in `dir`, so that a guest's first write after a fork is not the first to know.
-pub(super) fn check_overlays(dir: &Path) -> Result<(), FileError> {
-    let metadata = File::open(dir).and_then(|dir| dir.metadata());
-    let failed = |source| FileError { path: dir.to_owned(), what: "used for overlays", source };
-    match metadata {
-        Ok(metadata) if metadata.is_dir() => Ok(()),
-        Ok(_) => Err(failed(io::ErrorKind::NotADirectory.into())),
-        Err(source) => Err(failed(source)),
-    }
+/// Opens the directory that overlays are made in. Of a disk that is written one is tried, so that a guest's first write after a fork is not the first to
+/// know that there can be none.
+pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) -> Result<Directory, DiskError> {
+    let path = overlay_dir(config, block_device);
+    let opened = Directory::open(&path).and_then(|dir| {
+        if !config.read_only {
+            dir.try_unnamed(size)?;
+        }
+        Ok(dir)
+    });
+    opened.map_err(|source| DiskError::Overlays { disk: config.path.clone(), dir: path, source })
 }

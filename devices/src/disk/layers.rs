@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use clade_io::IoFile;
 
-use super::image::{check_overlays, overlay_dir};
+use super::image::open_overlays;
 use super::live::Setup;
 use super::map::{BlockMap, GRANULE, Source};
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
@@ -150,10 +150,7 @@ impl DiskImage {
         if size == 0 || !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
             return Err(DiskError::Size { size });
         }
-        let overlays = overlay_dir(config, false);
-        if !config.read_only {
-            check_overlays(&overlays)?;
-        }
+        let overlays = open_overlays(config, false, size)?;
         let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::Zero);
         for layer in layers {
             layer.check(config, size)?;

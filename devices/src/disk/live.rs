@@ -3,18 +3,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, Fragment, IoFile, Stats, total_len};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, IoFile, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::compact::Moves;
-use super::image::{DiskImage, check_overlays, overlay_dir, put_in};
+use super::directory::Directory;
+use super::flush::Fold;
+use super::image::{DiskImage, open_overlays};
 use super::job::{Job, Work};
 use super::journal::{Journal, Left};
 use super::locks::{Hold, RangeLocks, overlap};
 use super::map::{BlockMap, GRANULE, Source};
+use super::op::{DiskDone, DiskHealth, DiskOp};
+use super::shadow::{self, Shadow};
 use super::{DiskConfig, DiskError, SECTOR};
 
 /// What all disks of one ancestor share. Each disk and each image holds it once.
@@ -24,57 +27,11 @@ pub(super) struct Setup {
     /// The file it was opened from. None if it is made of a snapshot's files, of which none is ever written.
     pub(super) base: Option<Arc<IoFile>>,
     pub(super) size: u64,
-    pub(super) overlays: PathBuf,
+    /// Where overlays are made.
+    pub(super) overlays: Directory,
     /// Overlays that nobody has any more. What is in one is read only where the map says so, and it says so only of what was written since the file
     /// was taken from here: in whole granules.
     pub(super) shelf: Arc<FileShelf>,
-}
-
-/// A request to a disk. Offsets and lengths are in bytes, and multiples of a sector.
-#[derive(Debug)]
-pub enum DiskOp {
-    /// Fill the buffers from `offset` on.
-    Read {
-        /// First byte.
-        offset: u64,
-        /// To where.
-        buffers: Vec<Fragment>,
-    },
-    /// Write the buffers from `offset` on.
-    Write {
-        /// First byte.
-        offset: u64,
-        /// From where.
-        buffers: Vec<Fragment>,
-    },
-    /// The range reads as zeros from now on.
-    Zero {
-        /// First byte.
-        offset: u64,
-        /// How many.
-        len: u64,
-        /// Whether its room may be given back.
-        unmap: bool,
-    },
-    /// Nobody needs the range any more. What is no whole granule may stay.
-    Discard {
-        /// First byte.
-        offset: u64,
-        /// How many.
-        len: u64,
-    },
-    /// Makes all writes that are done durable: in the image, or in the journal beside it once the disk has been forked. What a child writes, or a disk made
-    /// of a snapshot's files, does not outlive the process, and nothing is done for it.
-    Flush,
-}
-
-/// A request that is over.
-#[derive(Debug)]
-pub struct DiskDone {
-    /// What it was submitted with.
-    pub token: u64,
-    /// How it ended.
-    pub result: Result<(), DiskError>,
 }
 
 /// Jobs of a request that are not done, and the first error among them.
@@ -97,10 +54,14 @@ pub struct Disk {
     pub(super) forked: bool,
     /// Files of its map that were still being written, by another VM, when it was made.
     pub(super) unsettled: Vec<Arc<IoFile>>,
-    /// Whether the base was written and not synced since.
-    pub(super) unsynced: bool,
+    /// Whether the system has failed to make the base durable: it says so once, and no later flush may say otherwise.
+    pub(super) lost: bool,
+    pub(super) fold: Fold,
+    pub(super) health: DiskHealth,
     /// Of the disk that was opened from the base, where there can be one.
     pub(super) journal: Option<Journal>,
+    /// Of the same disk, where the file system has reflinks.
+    pub(super) shadow: Option<Shadow>,
     /// The flush that is on its way. Others wait: they promise what it may not have done yet.
     pub(super) flushing: Option<usize>,
     pub(super) jobs: Vec<Option<Job>>,
@@ -130,25 +91,27 @@ impl Disk {
         if size == 0 {
             return Err(DiskError::TooSmall { path: config.path.clone(), bytes: base.size()? });
         }
-        let overlays = overlay_dir(config, base.is_block_device());
-        if !config.read_only {
-            check_overlays(&overlays)?;
+        if base.link_count()? == 0 {
+            return Err(DiskError::Replaced { path: config.path.clone() });
         }
-        let left = Left::find(&base, size)?;
+        shadow::sweep(&base);
+        let overlays = open_overlays(config, base.is_block_device(), size)?;
         let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
-        match left {
+        match Left::find(&base, size)? {
             Some(left) if config.read_only => map = left.map,
             Some(left) => {
-                let report = put_in(&left.map, &base, size)?;
-                left.remove()?;
+                let report = left.write_back(&base, size)?;
                 tracing::warn!(path = %config.path.display(), ?report, "given what a VM that did not end in order had made durable");
             }
             None => {}
         }
         let own = base.is_writable().then(|| Arc::clone(&base));
+        // A process that has ended may have left writes in the page cache. They are shown, so the first flush is about them too.
+        base.set_unsynced();
         let journal = own.as_ref().and_then(|base| Journal::new(base, size, &overlays));
+        let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
-        Ok(Self { journal, ..Self::assemble(setup, map, own, false)? })
+        Ok(Self { journal, shadow, ..Self::assemble(setup, map, own, false)? })
     }
 
     pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
@@ -165,8 +128,11 @@ impl Disk {
             own,
             forked,
             unsettled: Vec::new(),
-            unsynced: false,
+            lost: false,
+            fold: Fold::default(),
+            health: DiskHealth::default(),
             journal: None,
+            shadow: None,
             flushing: None,
             jobs: Vec::new(),
             free: Vec::new(),
@@ -189,6 +155,10 @@ impl Disk {
     pub fn fork(&mut self) -> DiskImage {
         self.own = None;
         self.forked = true;
+        if self.fold.active {
+            self.moves.forget();
+        }
+        self.fold = Fold::default();
         // Its map may still have them, whether or not its device has done those writes again.
         self.unsettled.retain(|file| file.has_writes());
         let mut unsettled = self.unsettled.clone();
@@ -211,11 +181,14 @@ impl Disk {
         // Of another disk: what this one has made durable stays its image's.
         self.journal = self.journal.take().filter(|_| base(&self.setup) == base(&image.setup));
         self.journal.iter_mut().for_each(Journal::replaced);
+        self.shadow = self.shadow.take().filter(|_| base(&self.setup) == base(&image.setup));
+        self.shadow.iter_mut().for_each(Shadow::replaced);
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
         // Nobody has it in a map any more: its room is given back.
         self.own = None;
         self.forked = true;
+        self.fold = Fold::default();
         self.unsettled.clone_from(&image.unsettled);
         self.moves.forget();
         self.done.clear();
@@ -264,6 +237,14 @@ impl Disk {
         self.engine.as_ref().map(Engine::stats).unwrap_or_default()
     }
 
+    /// What has gone wrong with it on the host.
+    #[must_use]
+    pub fn health(&self) -> DiskHealth {
+        let journal = self.journal.as_ref().is_some_and(Journal::is_broken);
+        let shadow = self.shadow.as_ref().is_some_and(Shadow::is_broken);
+        DiskHealth { lost: self.lost || journal || shadow, ..self.health }
+    }
+
     /// Extents of the map, and files that provide something.
     #[must_use]
     pub fn extents_and_files(&self) -> (usize, usize) {
@@ -281,10 +262,6 @@ impl Disk {
     /// Whether `file` is the one it was opened from.
     pub(super) fn is_base(&self, file: &Arc<IoFile>) -> bool {
         self.base().is_some_and(|base| Arc::ptr_eq(base, file))
-    }
-
-    pub(super) fn map(&self) -> &BlockMap {
-        &self.map
     }
 
     /// Takes a request. It begins at the next [`Disk::kick`], and `token`, which must not be another request's in flight, comes back in a
@@ -326,7 +303,7 @@ impl Disk {
     /// Begins a job, or leaves it waiting for its granules. Returns whether it waits.
     fn begin(&mut self, at: usize) -> bool {
         let Some(mut job) = self.jobs[at].take() else { return false };
-        if matches!(job.work, Work::Flush) && self.flushing.is_some() {
+        if matches!(job.work, Work::Flush) && self.flush_waits() {
             self.jobs[at] = Some(job);
             self.wait_for_turn(at);
             return true;
@@ -408,6 +385,8 @@ impl Disk {
         for completion in reaped.drain(..) {
             self.completed(completion);
         }
+        // A flush may have waited for what is not moved any more.
+        self.released = true;
         self.begin_waiting();
         self.reaped = reaped;
     }
@@ -446,21 +425,19 @@ impl Disk {
                     self.insert(job.granules(), Source::File(target));
                 }
             }
-            (Work::Zero { .. }, None) if job.moves => self.insert(job.whole_granules(self.size()), Source::Zero),
-            // Not durable: the next flush tries again.
-            (Work::Flush, Some(_)) => self.unsynced = true,
+            (Work::Zero { .. }, None) if job.moves => {
+                let source = job.target.clone().map_or(Source::Zero, Source::File);
+                self.insert(job.whole_granules(self.size()), source);
+            }
+            (Work::Flush, _) => self.flush_ends(at, &mut job),
             _ => {}
         }
-        if self.flushing == Some(at) {
-            self.flushing = None;
-            // Nothing is left to give up when it went well. What was cancelled is not lost.
-            let lost = matches!(&job.error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
-            self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
-            // Other flushes have waited for it.
-            self.released = true;
-        }
-        if job.changes() && job.target.as_ref().is_some_and(|target| target.is_named()) {
-            self.unsynced = true;
+        if job.changes() {
+            // In place as well: a new image has none of the overlays.
+            self.shadow.iter_mut().for_each(|shadow| shadow.moved(job.granules()));
+            // A flush may wait until nothing is on its way into the image.
+            self.released |= job.target.as_ref().is_some_and(|target| target.is_named());
+            self.note(job.error.as_ref().filter(|_| !matches!(job.work, Work::Move(_))));
         }
         self.free.push(at);
         if let Work::Move(_) = job.work {
@@ -486,8 +463,19 @@ impl Disk {
         }
     }
 
+    /// Counts a write that found no room, and says so the first time.
+    fn note(&mut self, error: Option<&DiskError>) {
+        let Some(error) = error.filter(|error| error.is_full()) else { return };
+        self.health.no_room += 1;
+        if self.health.no_room == 1 {
+            let (path, error) = (self.config().path.display(), error as &dyn std::error::Error);
+            tracing::warn!(%path, error, "no room for what the guest writes: its writes fail until there is");
+        }
+    }
+
     fn insert(&mut self, granules: Range<u64>, source: Source) {
         self.journal.iter_mut().for_each(|journal| journal.moved(granules.clone()));
+        self.fold.rescan |= !self.base().is_some_and(|base| source.is(base));
         self.map.insert(granules, source);
     }
 

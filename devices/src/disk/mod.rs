@@ -17,10 +17,14 @@
 //! | their steps | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
 //! | what of a forked disk survives the process | `journal/` |
+//! | the same where the file system has reflinks | `shadow.rs` |
+//! | flushes, and overlays that go back into the image | `flush.rs` |
 //! | keeping overlays few | `compact.rs` |
 //! | what a snapshot writes, and a disk made of it again | `layers.rs` |
 
 mod compact;
+mod directory;
+mod flush;
 mod image;
 mod job;
 mod journal;
@@ -28,7 +32,10 @@ mod layers;
 mod live;
 mod locks;
 mod map;
+mod op;
+mod shadow;
 mod steps;
+mod steps_trace;
 #[cfg(test)]
 mod testutil;
 
@@ -41,10 +48,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::{CommitError, CommitReport, DiskImage};
-pub use journal::JournalError;
+pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport};
 pub use layers::{DiskLayer, DiskRun};
-pub use live::{Disk, DiskDone, DiskOp};
+pub use live::Disk;
 pub use map::GRANULE;
+pub use op::{DiskDone, DiskHealth, DiskOp};
 
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
@@ -93,13 +101,54 @@ pub enum DiskError {
         bytes: u64,
     },
     /// The journal that was left beside an image cannot be used. The image is as it was.
-    #[error("{} cannot be put into its image; without it the image is as it was when it was first forked", path.display())]
+    #[error(
+        "{} is not put into its image: see `clade disk show`, then `clade disk apply` or `clade disk discard`",
+        path.display()
+    )]
     Journal {
         /// The journal.
         path: PathBuf,
         /// Why not.
         #[source]
         source: JournalError,
+    },
+    /// The image says that it has a journal, which is not beside it.
+    #[error(
+        "{} has a journal of id {id}, which is not at {}{}: put it there, or give it up with `clade disk discard`",
+        image.display(), journal.display(), found.as_ref().map_or_else(String::new, |at| format!(" but at {}", at.display()))
+    )]
+    JournalMissing {
+        /// The image.
+        image: PathBuf,
+        /// Where the journal should be.
+        journal: PathBuf,
+        /// Its id.
+        id: JournalId,
+        /// Where it is, if it is in the same directory.
+        found: Option<PathBuf>,
+    },
+    /// The image got another file's name while it was opened.
+    #[error("{} was replaced while it was opened: try again", path.display())]
+    Replaced {
+        /// The image.
+        path: PathBuf,
+    },
+    /// No overlay can be made.
+    #[error("{} cannot have overlays in {}: name another directory with overlays=", disk.display(), dir.display())]
+    Overlays {
+        /// The disk.
+        disk: PathBuf,
+        /// Where they were to be.
+        dir: PathBuf,
+        /// Why not.
+        #[source]
+        source: FileError,
+    },
+    /// An earlier flush of the image failed.
+    #[error("a write to {} was lost in an earlier flush: no later one makes it durable", path.display())]
+    Lost {
+        /// The image.
+        path: PathBuf,
     },
     /// Not on the disk.
     #[error("{len} bytes at {offset:#x} are not on a disk of {size:#x} bytes")]
@@ -166,4 +215,17 @@ pub enum DiskError {
     /// No eventfd.
     #[error("no eventfd for a disk")]
     Event(#[source] io::Error),
+}
+
+impl DiskError {
+    /// Whether a file system, or a quota, has no room.
+    fn is_full(&self) -> bool {
+        use rustix::io::Errno;
+        let errno = match self {
+            Self::Transfer(failure) => failure.errno(),
+            Self::File(error) => error.source.raw_os_error(),
+            _ => None,
+        };
+        errno.is_some_and(|errno| [Errno::NOSPC, Errno::DQUOT].iter().any(|full| full.raw_os_error() == errno))
+    }
 }

@@ -1,6 +1,5 @@
 //! The steps of a disk's jobs: what is given to the engine, and what comes after it.
 
-use std::mem;
 use std::sync::Arc;
 
 use clade_io::{AlignedBuf, Engine, Fragment, IoFile, Request, window};
@@ -9,11 +8,16 @@ use super::DiskError;
 use super::job::{Edge, Edges, Job, Stage, Work};
 use super::live::Disk;
 use super::map::{GRANULE, Source};
+use super::steps_trace;
 
 /// Operations in the kernel at a time.
 const DEPTH: u32 = 128;
 /// Zeros that are written where a file takes no holes.
 const ZEROS: usize = 64 << 10;
+/// Extents of a map beyond which small zeros and discards do not make more: some 10 MiB.
+pub(super) const MAX_EXTENTS: usize = 1 << 16;
+/// Granules from which on zeros are an extent all the same: a disk has only so many as large.
+const SMALL_ZEROS: u64 = 256;
 
 impl Disk {
     pub(super) fn plan(&mut self, at: usize, mut job: Job) {
@@ -48,7 +52,7 @@ impl Disk {
             self.engine = Some(engine);
         }
         if let Some(engine) = &mut self.engine {
-            engine.submit(request, at);
+            engine.submit(steps_trace::request(request), at);
             job.left += 1;
         }
         Ok(())
@@ -78,7 +82,7 @@ impl Disk {
             return Ok(Arc::clone(own));
         }
         let setup = &self.setup;
-        let file = IoFile::reused(&setup.shelf, &setup.overlays, setup.size, setup.config.cache)?;
+        let file = setup.overlays.unnamed(&setup.shelf, setup.size, setup.config.cache)?;
         let own = Arc::clone(self.own.insert(Arc::new(file)));
         self.overlay_made();
         Ok(own)
@@ -133,10 +137,10 @@ impl Disk {
     fn plan_zero(&mut self, at: usize, job: &mut Job, punch: bool, advisory: bool) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
         let (offset, len) = (job.offset, job.len);
-        if let Some(base) = self.own.clone().filter(|own| self.is_base(own)) {
+        let base = self.own.clone().filter(|own| self.is_base(own));
+        if let Some(file) = base.clone().filter(|base| self.map.is_all(job.granules(), base)) {
             // In place: the base is what lasts, and its file system knows how.
-            job.target = Some(Arc::clone(&base));
-            let file = base;
+            job.target = Some(Arc::clone(&file));
             let request =
                 if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
             return self.give(at, job, request);
@@ -144,16 +148,27 @@ impl Disk {
         let whole = job.whole_granules(self.size());
         if !advisory {
             for (start, end) in odd_ends(offset, job.end(), &whole) {
-                let zeros = self.zero_fragments(end - start);
-                self.add_later(Job::new(job.token, start, end - start, Work::Write(zeros)));
+                self.write_zeros_later(job.token, start, end);
             }
         }
         (job.offset, job.len) = (whole.start * GRANULE, 0);
         if whole.is_empty() {
             return Ok(());
         }
-        job.len = (whole.end * GRANULE).min(self.size()) - job.offset;
-        job.moves = true;
+        let end = (whole.end * GRANULE).min(self.size());
+        let crowded = self.is_crowded(&whole);
+        if crowded && !advisory {
+            self.write_zeros_later(job.token, job.offset, end);
+            return Ok(());
+        }
+        job.len = end - job.offset;
+        if let Some(file) = base {
+            // What is elsewhere is zeros in the base from now on.
+            (job.moves, job.target) = (true, Some(Arc::clone(&file)));
+            let (offset, len) = (job.offset, job.len);
+            return self.give(at, job, Request::Punch { file, offset, len });
+        }
+        job.moves = !crowded;
         let Some(own) = self.own.clone() else { return Ok(()) };
         // Room in the own file is given back. In files that others have too it is not ours to give.
         let own_pieces = self.map.pieces(whole).filter(|(_, source)| source.is(&own));
@@ -164,6 +179,18 @@ impl Disk {
             })
             .collect();
         punches.into_iter().try_for_each(|request| self.give(at, job, request))
+    }
+
+    /// Whether the map has as many extents as it may, and zeros in `granules` would be more. Such a discard is left undone but for what is in the own
+    /// file, and such zeros are written: a guest can then not make the host remember each granule of a disk by itself.
+    fn is_crowded(&self, granules: &std::ops::Range<u64>) -> bool {
+        let small = granules.end - granules.start < SMALL_ZEROS;
+        small && self.map.len() >= MAX_EXTENTS && self.map.pieces(granules.clone()).take(3).count() < 3
+    }
+
+    fn write_zeros_later(&mut self, token: u64, start: u64, end: u64) {
+        let zeros = self.zero_fragments(end - start);
+        self.add_later(Job::new(token, start, end - start, Work::Write(zeros)));
     }
 
     /// Adds a job that must not begin before the one that adds it holds or has given back its granules.
@@ -184,39 +211,6 @@ impl Disk {
             left -= take;
         }
         all
-    }
-
-    fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        job.stage = Stage::Transfer;
-        let mut requests = Vec::new();
-        if mem::take(&mut self.unsynced)
-            && let Some(file) = self.setup.base.clone()
-        {
-            job.target = Some(Arc::clone(&file));
-            requests.push(Request::Sync { file, all: false });
-        }
-        // Of a disk that has no journal, what is in an overlay is gone with the process, synced or not.
-        if let Some(journal) = self.journal.as_mut().filter(|_| self.forked) {
-            match journal.begin(&self.map) {
-                Ok(first) => requests.extend(first),
-                Err(error) if journal.is_impossible(&error) => {
-                    tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
-                    journal.remove()?;
-                    self.journal = None;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.flushing = Some(at);
-        requests.into_iter().try_for_each(|request| self.give(at, job, request))?;
-        if job.left == 0 { self.flush_on(at, job) } else { Ok(()) }
-    }
-
-    /// The next step of the flush that the journal is busy with.
-    fn flush_on(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        let Some(journal) = self.journal.as_mut().filter(|_| self.flushing == Some(at)) else { return Ok(()) };
-        let next = journal.next()?;
-        next.map_or(Ok(()), |request| self.give(at, job, request))
     }
 
     /// What comes after the engine has done all it was given of a job.
@@ -253,6 +247,8 @@ impl Disk {
         }
         // For a move the map says zero, whatever the file still holds; and a discard is a hint.
         job.error = None;
+        // Of the base the map says what it holds.
+        job.moves &= job.target.is_none();
         if !job.moves && !advisory {
             let zeros = self.zero_fragments(job.len);
             self.add_later(Job::new(job.token, job.offset, job.len, Work::Write(zeros)));

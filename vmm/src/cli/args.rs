@@ -56,6 +56,28 @@ pub(crate) enum Command {
     Snapshot(SnapshotArgs),
     /// Start VMs from a snapshot.
     Restore(RestoreArgs),
+    /// Look at the journal that a VM has left beside a disk's image, put it in, or throw it away.
+    #[command(subcommand)]
+    Disk(DiskCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Say what the journal beside an image holds, and whether it can be used. Nothing is changed.
+    Show(DiskImageArgs),
+    /// Write the journal into its image although the image has changed since, or is another.
+    Apply(DiskImageArgs),
+    /// Throw the journal away: the image stays as it is.
+    Discard(DiskImageArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiskImageArgs {
+    /// The image.
+    pub(crate) image: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// What a list shows.

@@ -5,6 +5,7 @@ mod devices;
 mod disk;
 mod ending;
 mod guest;
+mod journal;
 mod limits;
 mod logging;
 mod output;
@@ -100,6 +101,7 @@ fn run(command: Command) -> Outcome {
         Command::Logs(args) => remote::logs(&args),
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
+        Command::Disk(command) => journal::main(&command),
     }
 }
 

@@ -178,9 +178,12 @@ impl Vm {
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
         // Its pages may still be on their way, or on a disk: if one can never come, the VM stops with the reason, and never reads zeros.
-        let meeting = Arc::clone(&shell.meeting);
+        // Weak: memory is held by devices, which vCPUs' orders hold. A VM would hold itself.
+        let meeting = Arc::downgrade(&shell.meeting);
         shell.ram.on_failure(move |error| {
-            meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
+            if let Some(meeting) = meeting.upgrade() {
+                meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
+            }
         });
         Ok(Self {
             name: name.to_owned(),

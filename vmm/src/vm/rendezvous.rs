@@ -285,17 +285,24 @@ impl<O, S> Rendezvous<O, S> {
 
     /// Starts the vCPUs, one order each. Returns once all of them have taken their state and may enter the guest.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
-        let mut inner = self.inner();
-        for (slot, order) in inner.orders.iter_mut().zip(orders) {
-            *slot = Some(order);
-        }
-        drop(inner);
+        self.give(orders);
         self.to_vcpus.notify_all();
         let mut inner = self.wait(|inner| !matches!(inner.startup, Startup::Preparing(_)))?;
         match (inner.failure.take(), &inner.stop) {
             (Some(error), _) => Err(error),
             (None, Some(reason)) => Err(VmError::Stopped(reason.clone())),
             (None, None) => Ok(()),
+        }
+    }
+
+    /// Puts an order before each vCPU. One that nobody takes any more is dropped, not kept: it has the VM's devices.
+    fn give(&self, orders: impl IntoIterator<Item = O>) {
+        let orders: Vec<O> = orders.into_iter().collect();
+        let mut inner = self.inner();
+        if inner.stop.is_none() {
+            for (slot, order) in inner.orders.iter_mut().zip(orders) {
+                *slot = Some(order);
+            }
         }
     }
 
@@ -368,10 +375,8 @@ impl<O, S> Rendezvous<O, S> {
         let mut inner = self.inner();
         inner.load_asked += 1;
         inner.loaded.fill_with(|| None);
-        for (slot, order) in inner.orders.iter_mut().zip(orders) {
-            *slot = Some(order);
-        }
         drop(inner);
+        self.give(orders);
         self.to_vcpus.notify_all();
     }
 
@@ -397,7 +402,10 @@ impl<O, S> Rendezvous<O, S> {
         let mut inner = self.inner();
         inner.stop.get_or_insert(reason);
         self.want.store(EXIT, Ordering::SeqCst);
+        let untaken: Vec<Option<O>> = inner.orders.iter_mut().map(Option::take).collect();
         drop(inner);
+        // Not under the lock: with the last of them go the devices.
+        drop(untaken);
         self.to_vcpus.notify_all();
         self.to_owner.notify_all();
         self.kickers.iter().for_each(Kicker::kick);

@@ -5,6 +5,7 @@
 mod bad_input;
 mod check;
 mod control;
+mod disk;
 mod ending;
 mod guest;
 mod snapshot;

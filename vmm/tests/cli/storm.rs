@@ -197,10 +197,6 @@ fn storm(seconds: u64) {
             let held = Held::now(&runtime, &stem);
             held.is_back_to(before) || {
                 println!("{held:?}\nbefore: {before:?}");
-                for entry in fs::read_dir(format!("/proc/{}/fd", runtime.pid())).unwrap() {
-                    println!("{:?}", fs::read_link(entry.unwrap().path()));
-                }
-                println!("{}", fs::read_to_string(format!("/proc/{}/maps", runtime.pid())).unwrap());
                 false
             }
         });

@@ -1,84 +1,172 @@
-//! The journal's bytes: a header, and records that each say where some granules are. All numbers are little-endian.
+//! The journal's bytes: a header, and records that each say where some granules are. All numbers are little-endian, 8 bytes each.
 //!
-//! | | |
+//! | part | fields |
 //! |---|---|
-//! | header | magic `CLADEJ01`, the disk's size, the image's inode, when that was made (ns since 1970; 0 where the file system does not say), checksum: 8 bytes each |
-//! | record | its number, how many entries: 8 bytes each; the entries; checksum of all that, 8 bytes |
-//! | entry | first granule, the granule after its last, the overlay's number or all ones for zeros: 8 bytes each |
+//! | header | magic `CLADEJ02`; the disk's size; the image's id (16 bytes, 0 if it has none); the image's inode; when that was made (ns since 1970, 0 if unknown); checksum |
+//! | record | its number; its state; the image's length, mtime and ctime (ns); how many entries; the entries; checksum of all that |
+//! | entry | first granule; the granule after its last; the overlay's number, all ones for zeros, one less for the image itself |
 //!
-//! Checksums are XXH3-64. The first record comes with the header and is always whole, because a journal is given its name when both are durable. A record after it may
-//! be torn, or be what a longer one that failed has left: records count from 0, and the journal ends before the first that is not whole or not the next.
+//! Checksums are XXH3-64. The first record comes with the header and is always whole, because a journal is given its name when both
+//! are durable. A record after it may be torn, or be what a longer one that failed has left. Records count from 0. The journal ends
+//! before the first that is not whole or not the next.
+//!
+//! A record's state is 0 if the image must be as the record says: as long, and changed at the same times. It is 1 from the moment
+//! the monitor itself begins to write into the image.
 
+use std::fmt;
 use std::ops::Range;
 
-const MAGIC: &[u8; 8] = b"CLADEJ01";
-const HEADER: usize = 40;
-/// Bytes of an entry; as many as a record has besides.
+const MAGIC: &[u8; 8] = b"CLADEJ02";
+pub(super) const HEADER: usize = 56;
+/// Bytes of an entry.
 pub(super) const ENTRY: usize = 24;
+/// Bytes of a record before its entries.
+const RECORD: usize = 48;
 /// In place of an overlay's number.
 const ZEROS: u64 = u64::MAX;
+const IMAGE: u64 = u64::MAX - 1;
+/// A record's state.
+const WRITING: u64 = 1;
+
+/// Where granules are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In the image, again.
+    Image,
+    /// Nowhere: they are zeros.
+    Zeros,
+    /// In the overlay of that number.
+    Overlay(u64),
+}
 
 /// Where some granules are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) granules: Range<u64>,
-    /// The overlay's number. None if they are zeros.
-    pub(super) overlay: Option<u64>,
+    pub(super) place: Place,
+}
+
+/// What an image and its journal both say, so that neither is taken for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalId(pub(super) u128);
+
+impl fmt::Display for JournalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
 }
 
 /// Which image a journal belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Image {
+pub(super) struct Header {
     pub(super) size: u64,
+    /// None where the file system has no extended attributes.
+    pub(super) id: Option<JournalId>,
     pub(super) inode: u64,
     /// An inode's number is soon another file's.
     pub(super) born: u64,
+}
+
+/// An image's length, and when it was changed (ns since 1970).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Stamp {
+    pub(super) len: u64,
+    pub(super) mtime: u64,
+    pub(super) ctime: u64,
+}
+
+/// What a record says of the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Seen {
+    pub(super) stamp: Stamp,
+    /// Whether the monitor writes into it: it is then not as the stamp says.
+    pub(super) writing: bool,
+}
+
+/// All that a journal says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Contents {
+    pub(super) header: Header,
+    /// In their order: later ones count.
+    pub(super) entries: Vec<Entry>,
+    /// What the last record says.
+    pub(super) seen: Seen,
+    pub(super) records: u64,
+    /// Where the next record goes.
+    pub(super) end: u64,
 }
 
 fn put(bytes: &mut Vec<u8>, word: u64) {
     bytes.extend_from_slice(&word.to_le_bytes());
 }
 
-fn seal(bytes: &mut Vec<u8>, from: usize) {
-    let sum = twox_hash::XxHash3_64::oneshot(&bytes[from..]);
+fn seal(bytes: &mut Vec<u8>) {
+    let sum = twox_hash::XxHash3_64::oneshot(bytes);
     put(bytes, sum);
 }
 
-pub(super) fn header(image: Image) -> Vec<u8> {
+pub(super) fn header(header: Header) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
-    put(&mut bytes, image.size);
-    put(&mut bytes, image.inode);
-    put(&mut bytes, image.born);
-    seal(&mut bytes, 0);
+    put(&mut bytes, header.size);
+    bytes.extend_from_slice(&header.id.map_or(0, |id| id.0).to_le_bytes());
+    put(&mut bytes, header.inode);
+    put(&mut bytes, header.born);
+    seal(&mut bytes);
     bytes
 }
 
-pub(super) fn record(number: u64, entries: &[Entry]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity((1 + entries.len()) * ENTRY);
+pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(RECORD + entries.len() * ENTRY + 8);
     put(&mut bytes, number);
+    put(&mut bytes, if seen.writing { WRITING } else { 0 });
+    put(&mut bytes, seen.stamp.len);
+    put(&mut bytes, seen.stamp.mtime);
+    put(&mut bytes, seen.stamp.ctime);
     put(&mut bytes, entries.len() as u64);
     for entry in entries {
         put(&mut bytes, entry.granules.start);
         put(&mut bytes, entry.granules.end);
-        put(&mut bytes, entry.overlay.unwrap_or(ZEROS));
+        let place = match entry.place {
+            Place::Image => IMAGE,
+            Place::Zeros => ZEROS,
+            Place::Overlay(number) => number,
+        };
+        put(&mut bytes, place);
     }
-    seal(&mut bytes, 0);
+    seal(&mut bytes);
     bytes
 }
 
 /// Bytes that are no journal, or not this disk's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JournalError {
     /// No whole header, or no whole first record.
     #[error("it is damaged: its beginning is not what was written")]
     Damaged,
-    /// The image has been replaced or resized.
-    #[error("it belongs to another image: of {size} bytes, inode {inode}, or one that had that number before")]
+    /// The image has another id, another size, or is another file.
+    #[error(
+        "it belongs to another image, of {size} bytes and {}; this one has {found_size} bytes and {}",
+        id_text(*id), id_text(*found)
+    )]
     Other {
         /// That image's size.
         size: u64,
-        /// That image's inode.
-        inode: u64,
+        /// That image's id.
+        id: Option<JournalId>,
+        /// This image's size.
+        found_size: u64,
+        /// This image's id.
+        found: Option<JournalId>,
+    },
+    /// Something else has written to the image, or has moved or copied it.
+    #[error("the image was changed by something else since the last flush: its {what} was {was} and is {now}")]
+    Changed {
+        /// What of it has changed: its length, mtime or ctime.
+        what: &'static str,
+        /// What the journal says (bytes, or ns since 1970).
+        was: u64,
+        /// What the image says.
+        now: u64,
     },
     /// The directory it is in is another user's, or others may write in it.
     #[error("its directory is not this user's alone")]
@@ -95,6 +183,10 @@ pub enum JournalError {
     },
 }
 
+fn id_text(id: Option<JournalId>) -> String {
+    id.map_or_else(|| "no id".to_owned(), |id| format!("id {id}"))
+}
+
 struct Reader<'b>(&'b [u8]);
 
 impl Reader<'_> {
@@ -105,11 +197,13 @@ impl Reader<'_> {
     }
 }
 
-/// What follows a whole record, and its entries.
-fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Vec<Entry>)> {
+/// What follows a whole record, what it says of the image, and its entries.
+fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
     let mut reader = Reader(bytes);
-    let (found, count) = (reader.word()?, usize::try_from(reader.word()?).ok()?);
-    let sealed = count.checked_mul(ENTRY)?.checked_add(16)?;
+    let (found, state) = (reader.word()?, reader.word()?);
+    let stamp = Stamp { len: reader.word()?, mtime: reader.word()?, ctime: reader.word()? };
+    let count = usize::try_from(reader.word()?).ok()?;
+    let sealed = count.checked_mul(ENTRY)?.checked_add(RECORD)?;
     // Before anything is allocated for as many.
     let (body, mut rest) = bytes.split_at_checked(sealed).map(|(body, rest)| (body, Reader(rest)))?;
     if found != number || rest.word()? != twox_hash::XxHash3_64::oneshot(body) {
@@ -118,35 +212,47 @@ fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Vec<Entry>)> {
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
         let granules = reader.word()?..reader.word()?;
-        let overlay = Some(reader.word()?).filter(|overlay| *overlay != ZEROS);
-        entries.push(Entry { granules, overlay });
+        let place = match reader.word()? {
+            ZEROS => Place::Zeros,
+            IMAGE => Place::Image,
+            number => Place::Overlay(number),
+        };
+        entries.push(Entry { granules, place });
     }
-    Some((rest.0, entries))
+    Some((rest.0, Seen { stamp, writing: state == WRITING }, entries))
 }
 
-/// All entries of a journal of `image`, in their order, on a disk of so many granules.
-pub(super) fn entries(bytes: &[u8], image: Image, granules: u64) -> Result<Vec<Entry>, JournalError> {
-    let (head, mut rest) = bytes.split_at_checked(HEADER).ok_or(JournalError::Damaged)?;
+/// The header alone.
+pub(super) fn read_header(bytes: &[u8]) -> Result<Header, JournalError> {
+    let head = bytes.get(..HEADER).ok_or(JournalError::Damaged)?;
     let mut reader = Reader(&head[MAGIC.len()..]);
-    let [size, inode, born, sum] = [(); 4].map(|()| reader.word().unwrap_or_default());
+    let [size, low, high, inode, born, sum] = [(); 6].map(|()| reader.word().unwrap_or_default());
     if !head.starts_with(MAGIC) || sum != twox_hash::XxHash3_64::oneshot(&head[..HEADER - 8]) {
         return Err(JournalError::Damaged);
     }
-    let of = Image { size, inode, born };
-    if of != image {
-        return Err(JournalError::Other { size: of.size, inode: of.inode });
-    }
-    let (mut all, mut number) = (Vec::new(), 0);
-    while let Some((after, entries)) = next_record(rest, number) {
+    let id = u128::from(high) << 64 | u128::from(low);
+    Ok(Header { size, id: (id != 0).then_some(JournalId(id)), inode, born })
+}
+
+/// All of a journal. Whose it is, is for the caller to compare.
+pub(super) fn read(bytes: &[u8]) -> Result<Contents, JournalError> {
+    let header = read_header(bytes)?;
+    let granules = header.size.div_ceil(super::GRANULE);
+    let mut rest = &bytes[HEADER..];
+    let mut contents = Contents { header, entries: Vec::new(), seen: Seen::default(), records: 0, end: 0 };
+    while let Some((after, seen, entries)) = next_record(rest, contents.records) {
         for Range { start, end } in entries.iter().map(|entry| entry.granules.clone()) {
             if start >= end || end > granules {
                 return Err(JournalError::OffDisk { start, end, granules });
             }
         }
-        all.extend(entries);
-        (rest, number) = (after, number + 1);
+        contents.entries.extend(entries);
+        contents.seen = seen;
+        contents.records += 1;
+        rest = after;
     }
-    if number == 0 { Err(JournalError::Damaged) } else { Ok(all) }
+    contents.end = (bytes.len() - rest.len()) as u64;
+    if contents.records == 0 { Err(JournalError::Damaged) } else { Ok(contents) }
 }
 
 #[cfg(test)]
@@ -154,21 +260,33 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const IMAGE: Image = Image { size: 100 * 4096, inode: 7, born: 99 };
+    const HEAD: Header = Header { size: 100 * 4096, id: Some(JournalId(7)), inode: 7, born: 99 };
 
     fn some_entries() -> impl Strategy<Value = Vec<Entry>> {
-        let entry = (0..99u64, 1..40u64, proptest::option::of(0..9u64));
-        let entry = entry.prop_map(|(start, len, overlay)| Entry { granules: start..(start + len).min(100), overlay });
+        let place = prop_oneof![Just(Place::Image), Just(Place::Zeros), (0..9u64).prop_map(Place::Overlay)];
+        let entry = (0..99u64, 1..40u64, place);
+        let entry = entry.prop_map(|(start, len, place)| Entry { granules: start..(start + len).min(100), place });
         proptest::collection::vec(entry, 0..5)
     }
 
+    fn seen(number: usize) -> Seen {
+        let number = number as u64;
+        Seen { stamp: Stamp { len: number, mtime: number + 1, ctime: number + 2 }, writing: number % 2 == 1 }
+    }
+
     fn journal(records: &[Vec<Entry>]) -> (Vec<u8>, Vec<usize>) {
-        let (mut bytes, mut ends) = (header(IMAGE), Vec::new());
+        let (mut bytes, mut ends) = (header(HEAD), Vec::new());
         for (number, entries) in records.iter().enumerate() {
-            bytes.extend(record(number as u64, entries));
+            bytes.extend(record(number as u64, seen(number), entries));
             ends.push(bytes.len());
         }
         (bytes, ends)
+    }
+
+    fn contents(records: &[Vec<Entry>], end: usize) -> Contents {
+        let last = records.len() - 1;
+        let records = records.len() as u64;
+        Contents { header: HEAD, entries: Vec::new(), seen: seen(last), records, end: end as u64 }
     }
 
     proptest! {
@@ -181,45 +299,44 @@ mod tests {
             cut in any::<bool>(),
         ) {
             let (mut bytes, ends) = journal(&records);
-            prop_assert_eq!(entries(&bytes, IMAGE, 100), Ok(records.concat()));
+            let want = |whole: usize| {
+                let read = contents(&records[..whole], ends[whole - 1]);
+                Contents { entries: records[..whole].concat(), ..read }
+            };
+            prop_assert_eq!(read(&bytes), Ok(want(records.len())));
             let at = at.index(bytes.len());
             if cut { bytes.truncate(at) } else { bytes[at] ^= 1 << bit }
             let whole = ends.iter().take_while(|end| **end <= at).count();
-            let want = if whole == 0 { Err(JournalError::Damaged) } else { Ok(records[..whole].concat()) };
-            prop_assert_eq!(entries(&bytes, IMAGE, 100), want);
+            let want = if whole == 0 { Err(JournalError::Damaged) } else { Ok(want(whole)) };
+            prop_assert_eq!(read(&bytes), want);
         }
 
         #[test]
         fn any_bytes_are_read_or_refused(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), framed in any::<bool>()) {
             if framed {
-                let tail = std::mem::replace(&mut bytes, header(IMAGE));
+                let tail = std::mem::replace(&mut bytes, header(HEAD));
                 bytes.extend(tail);
             }
-            prop_assert_eq!(entries(&bytes, IMAGE, 100), Err(JournalError::Damaged));
+            prop_assert_eq!(read(&bytes), Err(JournalError::Damaged));
         }
     }
 
     #[test]
-    fn another_image_and_granules_off_the_disk_are_refused_by_value() {
-        let (bytes, _) = journal(&[vec![]]);
-        for other in [Image { size: 8192, ..IMAGE }, Image { inode: 8, ..IMAGE }, Image { born: 98, ..IMAGE }] {
-            let refused = entries(&bytes, other, 100);
-            assert_eq!(refused, Err(JournalError::Other { size: IMAGE.size, inode: IMAGE.inode }));
-        }
+    fn granules_off_the_disk_are_refused_by_value() {
         for (start, end) in [(0, 101), (5, 5), (6, 5), (u64::MAX, u64::MAX), (0, u64::MAX)] {
-            let (bytes, _) = journal(&[vec![], vec![Entry { granules: start..end, overlay: None }]]);
-            assert_eq!(entries(&bytes, IMAGE, 100), Err(JournalError::OffDisk { start, end, granules: 100 }));
+            let (bytes, _) = journal(&[vec![], vec![Entry { granules: start..end, place: Place::Zeros }]]);
+            assert_eq!(read(&bytes), Err(JournalError::OffDisk { start, end, granules: 100 }));
         }
     }
 
     #[test]
     fn what_a_longer_record_has_left_is_no_record() {
-        let entry = |overlay| Entry { granules: 1..2, overlay: Some(overlay) };
+        let entry = |overlay| Entry { granules: 1..2, place: Place::Overlay(overlay) };
         let (mut bytes, ends) = journal(&[vec![entry(0)], vec![entry(1), entry(2)]]);
         // The second failed; the next is shorter, and then lies what is left of it: here even a record that is whole.
         bytes.truncate(ends[0]);
-        bytes.extend(record(1, &[entry(3)]));
-        bytes.extend(record(1, &[entry(4)]));
-        assert_eq!(entries(&bytes, IMAGE, 100), Ok(vec![entry(0), entry(3)]));
+        bytes.extend(record(1, seen(1), &[entry(3)]));
+        bytes.extend(record(1, seen(1), &[entry(4)]));
+        assert_eq!(read(&bytes).unwrap().entries, vec![entry(0), entry(3)]);
     }
 }

@@ -165,3 +165,18 @@ fn a_vm_stopped_while_it_starts_strands_nobody() {
     assert!(!one.join().unwrap());
     assert!(matches!(meeting.start([1, 2]), Err(VmError::Stopped(StopReason::Asked))));
 }
+
+/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never give them back.
+#[test]
+fn an_order_that_nobody_takes_any_more_is_dropped() {
+    let (before, after) = (Arc::new(()), Arc::new(()));
+    let meeting = Rendezvous::<Arc<()>, ()>::new(2);
+    // One that was given in time, and never taken; and one that comes too late.
+    meeting.load([Arc::clone(&before), Arc::clone(&before)]);
+    assert_eq!(Arc::strong_count(&before), 3);
+    meeting.stop(StopReason::Asked);
+    meeting.load([Arc::clone(&after), Arc::clone(&after)]);
+    assert_eq!((Arc::strong_count(&before), Arc::strong_count(&after)), (1, 1));
+    assert!(meeting.start([Arc::clone(&after), Arc::clone(&after)]).is_err());
+    assert_eq!(Arc::strong_count(&after), 1);
+}

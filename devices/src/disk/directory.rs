@@ -1,0 +1,212 @@
+//! A directory by its descriptor: what is done in it is done there, whatever becomes of its name.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use clade_io::{CachePolicy, FileError, FileShelf, IoFile};
+use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::process::geteuid;
+
+use super::steps_trace::step;
+
+/// See the module's documentation.
+#[derive(Clone, Debug)]
+pub(super) struct Directory {
+    file: Arc<IoFile>,
+}
+
+impl Directory {
+    /// # Errors
+    /// When there is none.
+    pub(super) fn open(path: &Path) -> Result<Self, FileError> {
+        let shown = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(shown, flags, Mode::empty());
+        let opened = opened.map_err(|error| failed(shown, "opened")(error.into()))?;
+        Ok(Self::of(File::from(opened), shown))
+    }
+
+    fn of(file: File, path: &Path) -> Self {
+        Self { file: Arc::new(IoFile::read_only(file, path, CachePolicy::Host)) }
+    }
+
+    /// What it was called when it was opened.
+    pub(super) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// What is to be synced for the names in it to be durable.
+    pub(super) fn file(&self) -> &Arc<IoFile> {
+        &self.file
+    }
+
+    fn at(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn failed(&self, name: &str, what: &'static str) -> impl FnOnce(rustix::io::Errno) -> FileError {
+        let path = self.path().join(name);
+        move |error| FileError { path, what, source: error.into() }
+    }
+
+    /// The number of the file system it is on.
+    pub(super) fn device(&self) -> Result<u64, FileError> {
+        let stat = rustix::fs::fstat(&*self.file).map_err(self.failed("", "looked at"))?;
+        Ok(stat.st_dev)
+    }
+
+    /// Refuses a directory in which nothing can be made.
+    pub(super) fn check_writable(&self) -> Result<(), FileError> {
+        use rustix::fs::{Access, accessat};
+        let flags = AtFlags::EACCESS;
+        accessat(self.at(), ".", Access::WRITE_OK | Access::EXEC_OK, flags).map_err(self.failed("", "written to"))
+    }
+
+    /// The directory `name` in it, which nobody else may have made or may write in. `NotOurs` is a PermissionDenied.
+    pub(super) fn open_ours(&self, name: &str) -> Result<Self, FileError> {
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let path = self.path().join(name);
+        let opened = openat(self.at(), name, flags, Mode::empty()).map_err(self.failed(name, "opened"))?;
+        let opened = File::from(opened);
+        let metadata = opened.metadata().map_err(failed(&path, "looked at"))?;
+        if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
+            return Err(failed(&path, "trusted")(io::ErrorKind::PermissionDenied.into()));
+        }
+        Ok(Self::of(opened, &path))
+    }
+
+    /// Makes the directory `name` for its owner only, if it is not there.
+    pub(super) fn make(&self, name: &str) -> Result<(), FileError> {
+        step(|| format!("mkdir {name}")).map_err(failed(&self.path().join(name), "made"))?;
+        match mkdirat(self.at(), name, Mode::RWXU) {
+            Err(rustix::io::Errno::EXIST) | Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(name, "made")(error)),
+        }
+    }
+
+    /// Locks it against other processes, and against other descriptors of this one.
+    pub(super) fn lock(&self, exclusive: bool) -> Result<(), FileError> {
+        use rustix::fs::{FlockOperation as Op, flock};
+        let how = if exclusive { Op::NonBlockingLockExclusive } else { Op::NonBlockingLockShared };
+        flock(&*self.file, how).map_err(self.failed("", "locked"))
+    }
+
+    /// An empty file `name`, in place of what was there, for its owner only.
+    pub(super) fn create(&self, name: &str) -> Result<Arc<IoFile>, FileError> {
+        step(|| format!("create {name}")).map_err(failed(&self.path().join(name), "created"))?;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = openat(self.at(), name, flags, Mode::RUSR | Mode::WUSR).map_err(self.failed(name, "created"))?;
+        Ok(Arc::new(IoFile::read_write(File::from(opened), &self.path().join(name), CachePolicy::Host)))
+    }
+
+    /// The regular file `name`.
+    pub(super) fn open_file(&self, name: &str, write: bool) -> Result<Arc<IoFile>, FileError> {
+        let path = self.path().join(name);
+        let way = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let flags = way | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = openat(self.at(), name, flags, Mode::empty()).map_err(self.failed(name, "opened"))?;
+        let opened = File::from(opened);
+        if !opened.metadata().map_err(failed(&path, "looked at"))?.is_file() {
+            return Err(failed(&path, "opened as a file")(io::ErrorKind::InvalidInput.into()));
+        }
+        let file = if write {
+            IoFile::read_write(opened, &path, CachePolicy::Host)
+        } else {
+            IoFile::read_only(opened, &path, CachePolicy::Host)
+        };
+        Ok(Arc::new(file))
+    }
+
+    /// A file without a name of `len` bytes, that is to be called `path` once it has one.
+    pub(super) fn new_image(&self, len: u64, path: &Path, policy: CachePolicy) -> Result<IoFile, FileError> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let opened = openat(self.at(), ".", flags, Mode::RUSR | Mode::WUSR);
+        let opened = File::from(opened.map_err(self.failed("", "given an unnamed file"))?);
+        opened.set_len(len).map_err(failed(self.path(), "given a file of a size"))?;
+        Ok(IoFile::read_write(opened, path, policy))
+    }
+
+    /// The number of what is called `name`, and of its file system.
+    pub(super) fn identity_of(&self, name: &str) -> Result<(u64, u64), FileError> {
+        let stat = rustix::fs::statat(self.at(), name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = stat.map_err(self.failed(name, "looked at"))?;
+        Ok((stat.st_ino, stat.st_dev))
+    }
+
+    /// See [`IoFile::reused_in`].
+    pub(super) fn unnamed(&self, shelf: &Arc<FileShelf>, len: u64, policy: CachePolicy) -> Result<IoFile, FileError> {
+        IoFile::reused_in(shelf, self.at(), self.path(), len, policy)
+    }
+
+    /// Tries to make a file without a name: whether it can be is not known before.
+    pub(super) fn try_unnamed(&self, len: u64) -> Result<(), FileError> {
+        IoFile::unnamed_in(self.at(), self.path(), len, CachePolicy::Host).map(drop)
+    }
+
+    pub(super) fn link(&self, file: &IoFile, name: &str) -> Result<(), FileError> {
+        let path = self.path().join(name);
+        step(|| format!("link {name}")).map_err(failed(&path, "linked"))?;
+        file.link_in(self.at(), name, &path)
+    }
+
+    /// In place of what was there.
+    pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), FileError> {
+        step(|| format!("rename {from} {to}")).map_err(failed(&self.path().join(to), "replaced"))?;
+        renameat(self.at(), from, self.at(), to).map_err(self.failed(to, "replaced"))
+    }
+
+    /// Removes a file. One that is not there is removed.
+    pub(super) fn unlink(&self, name: &str) -> Result<(), FileError> {
+        self.remove(name, AtFlags::empty())
+    }
+
+    /// Removes an empty directory.
+    pub(super) fn rmdir(&self, name: &str) -> Result<(), FileError> {
+        self.remove(name, AtFlags::REMOVEDIR)
+    }
+
+    fn remove(&self, name: &str, flags: AtFlags) -> Result<(), FileError> {
+        step(|| format!("remove {name}")).map_err(failed(&self.path().join(name), "removed"))?;
+        match unlinkat(self.at(), name, flags) {
+            Err(rustix::io::Errno::NOENT) | Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(name, "removed")(error)),
+        }
+    }
+
+    /// Makes the names in it durable.
+    pub(super) fn sync(&self) -> Result<(), FileError> {
+        sync(&self.file)
+    }
+
+    /// The names in it that are text.
+    pub(super) fn names(&self) -> Result<Vec<String>, FileError> {
+        let entries = rustix::fs::Dir::read_from(&*self.file).map_err(self.failed("", "listed"))?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned));
+        Ok(names.filter(|name| name != "." && name != "..").collect())
+    }
+}
+
+pub(super) fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> FileError {
+    let path = path.to_owned();
+    move |source| FileError { path, what, source }
+}
+
+/// Makes a file durable, with all that is known about it.
+pub(super) fn sync(file: &IoFile) -> Result<(), FileError> {
+    step(|| format!("sync {}", name(file))).map_err(failed(file.path(), "made durable"))?;
+    file.sync_now()
+}
+
+/// Writes to a file.
+pub(super) fn write(file: &IoFile, bytes: &[u8], offset: u64) -> Result<(), FileError> {
+    step(|| format!("write {} {offset}+{}", name(file), bytes.len())).map_err(failed(file.path(), "written"))?;
+    file.write_now(bytes, offset)
+}
+
+pub(super) fn name(file: &IoFile) -> String {
+    file.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,165 @@
+//! What there is to be done by hand about an image and its journal.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_io::{CachePolicy, FileError, IoFile};
+
+use super::files::{Location, allocated, retire, unmark};
+use super::format::{JournalError, JournalId};
+use super::left::{Beside, Checks, Left, Report, look};
+use super::tie;
+use crate::disk::map::{GRANULE, Source};
+use crate::disk::{DiskError, SECTOR};
+
+/// An image's journal, as it was left.
+#[derive(Debug)]
+pub struct DiskJournal {
+    /// The image.
+    pub image: PathBuf,
+    /// Where its journal is, or would be.
+    pub journal: PathBuf,
+    /// The id that the image says its journal has.
+    pub id: Option<JournalId>,
+    /// Whether it can be used.
+    pub state: JournalState,
+    /// Bytes of the disk that are in overlays.
+    pub data: u64,
+    /// Bytes of the disk that the journal says are zeros.
+    pub zeros: u64,
+    /// Overlays that are used.
+    pub overlays: usize,
+    /// Bytes that the overlays take.
+    pub room: u64,
+}
+
+/// Whether a journal can be used.
+#[derive(Debug)]
+pub enum JournalState {
+    /// There is none.
+    None,
+    /// It goes into the image when that is opened next.
+    Good,
+    /// Putting it in has begun, and goes on when the image is opened next.
+    Applying,
+    /// The image says that it has one, which is not here.
+    Missing,
+    /// The image is not opened while it is there.
+    Refused(DiskError),
+}
+
+impl DiskJournal {
+    /// Looks at the journal of the image at `path`, and changes nothing.
+    ///
+    /// # Errors
+    /// When the image cannot be read, or is in use by a VM that writes to it.
+    pub fn show(path: &Path) -> Result<Self, DiskError> {
+        let (base, size, location) = open(path, false)?;
+        let id = tie::read_mark(&base)?.id();
+        let mut shown = Self {
+            image: path.to_owned(),
+            journal: location.path(),
+            id,
+            state: JournalState::None,
+            data: 0,
+            zeros: 0,
+            overlays: 0,
+            room: 0,
+        };
+        match look(&location, false) {
+            Ok(Beside::Journal(dir, file, bytes)) => {
+                let read = |checks| {
+                    let parts = (location.clone(), dir.clone(), Arc::clone(&file));
+                    Left::read(parts.0, parts.1, parts.2, &bytes, (&base, size), checks)
+                };
+                match read(Checks::Size) {
+                    Ok(left) => shown.count(&left, &base),
+                    Err(error) => {
+                        shown.state = JournalState::Refused(error);
+                        return Ok(shown);
+                    }
+                }
+                shown.state = match read(Checks::All) {
+                    Ok(left) if left.contents.seen.writing => JournalState::Applying,
+                    Ok(_) => JournalState::Good,
+                    Err(error) => JournalState::Refused(error),
+                };
+            }
+            Ok(Beside::Nothing | Beside::Names(_)) => match Left::find(&base, size) {
+                Err(DiskError::JournalMissing { .. }) => shown.state = JournalState::Missing,
+                found => drop(found?),
+            },
+            Err(error @ DiskError::Journal { source: JournalError::NotOurs, .. }) => {
+                shown.state = JournalState::Refused(error);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(shown)
+    }
+
+    fn count(&mut self, left: &Left, base: &Arc<IoFile>) {
+        for (granules, source) in left.map.pieces(0..u64::MAX) {
+            let bytes = (granules.end - granules.start) * GRANULE;
+            match source {
+                Source::Zero => self.zeros += bytes,
+                Source::File(file) if Arc::ptr_eq(file, base) => {}
+                Source::File(_) => self.data += bytes,
+            }
+        }
+        let overlays = left.map.sizes();
+        let overlays = overlays.iter().filter(|(file, _)| !Arc::ptr_eq(file, base));
+        for (file, _) in overlays {
+            self.overlays += 1;
+            self.room += allocated(file);
+        }
+    }
+
+    /// Writes what the journal beside `path` has into the image, whatever else has been written there, and takes the journal away.
+    ///
+    /// # Errors
+    /// When there is none, it is damaged, its disk has another size, or a step fails.
+    pub fn apply(path: &Path) -> Result<Report, DiskError> {
+        let (base, size, location) = open(path, true)?;
+        match look(&location, true)? {
+            Beside::Journal(dir, file, bytes) => {
+                let left = Left::read(location, dir, file, &bytes, (&base, size), Checks::Size)?;
+                Ok(left.write_back(&base, size)?)
+            }
+            Beside::Nothing | Beside::Names(_) => {
+                let source = std::io::ErrorKind::NotFound.into();
+                Err(FileError { path: location.path(), what: "found", source }.into())
+            }
+        }
+    }
+
+    /// Throws the journal beside `path` away, and has the image say that it has none. Returns whether there was one.
+    ///
+    /// # Errors
+    /// When the image or the journal is in use, or a step fails.
+    pub fn discard(path: &Path) -> Result<bool, DiskError> {
+        let (base, _, location) = open(path, true)?;
+        let marked = tie::read_mark(&base)?.id().is_some();
+        match look(&location, true)? {
+            Beside::Nothing => {
+                unmark(&base)?;
+                Ok(marked)
+            }
+            Beside::Names(dir) => {
+                retire(&location, &dir, &base)?;
+                Ok(marked)
+            }
+            Beside::Journal(dir, file, _) => {
+                drop(file);
+                retire(&location, &dir, &base)?;
+                Ok(true)
+            }
+        }
+    }
+}
+
+fn open(path: &Path, write: bool) -> Result<(Arc<IoFile>, u64, Location), DiskError> {
+    let base = Arc::new(IoFile::open(path, write, CachePolicy::Host)?);
+    let size = base.size()? / SECTOR * SECTOR;
+    let location = Location::of(path)?;
+    Ok((base, size, location))
+}

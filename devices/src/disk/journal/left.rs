@@ -1,0 +1,310 @@
+//! A journal that was left behind: the disk it shows, and putting it into the image.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use clade_io::{FileError, IoFile};
+
+use super::files::{JOURNAL, Location, NEXT, header_in, header_of, overlay, remove_files, retire, unmark};
+use super::format::{self, Contents, Entry, JournalError, Place, Seen};
+use super::tie::{self, Mark};
+use crate::disk::DiskError;
+use crate::disk::directory::{Directory, sync, write};
+use crate::disk::map::{BlockMap, GRANULE, Source, push_run};
+
+/// What is compared before a journal is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Checks {
+    /// That the journal is the image's, and that nothing else has changed the image.
+    All,
+    /// That the journal's disk has the image's size. For who was told to use it.
+    Size,
+}
+
+/// A disk whose journal was left behind: by a process that did not end in order, or with somebody else still using the image.
+#[derive(Debug)]
+pub(in crate::disk) struct Left {
+    location: Location,
+    /// Locked.
+    dir: Directory,
+    pub(super) contents: Contents,
+    /// What the disk shows.
+    pub(in crate::disk) map: BlockMap,
+    file: Arc<IoFile>,
+}
+
+/// What was found beside an image.
+#[derive(Debug)]
+pub(super) enum Beside {
+    /// No directory.
+    Nothing,
+    /// A directory, locked, whose journal does not count.
+    Names(Directory),
+    /// A directory, locked, and the bytes of the journal in it.
+    Journal(Directory, Arc<IoFile>, Vec<u8>),
+}
+
+/// Looks for a journal's directory, and locks it.
+pub(super) fn look(location: &Location, write: bool) -> Result<Beside, DiskError> {
+    let dir = match location.beside.open_ours(&location.name) {
+        Ok(dir) => dir,
+        Err(error) => match error.source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => return Ok(Beside::Nothing),
+            io::ErrorKind::PermissionDenied => {
+                return Err(DiskError::Journal { path: location.path(), source: JournalError::NotOurs });
+            }
+            _ => return Err(error.into()),
+        },
+    };
+    dir.lock(write)?;
+    let file = match dir.open_file(JOURNAL, write) {
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(Beside::Names(dir)),
+        opened => opened?,
+    };
+    let mut bytes = vec![0; file.size()? as usize];
+    file.read_now(&mut bytes, 0)?;
+    Ok(Beside::Journal(dir, file, bytes))
+}
+
+/// Refuses an image that has a journal which is not here.
+fn missing(location: &Location, image: &IoFile, id: format::JournalId) -> DiskError {
+    let (image, journal) = (image.path().to_owned(), location.path());
+    DiskError::JournalMissing { image, journal, id, found: location.look_for(id) }
+}
+
+impl Left {
+    /// Looks for the journal of the image that `base` is. What does not count is removed, if the image may be written.
+    ///
+    /// # Errors
+    /// When there is one that cannot be read, is not this image's, or lacks a file; when the image has changed since; and when it has a journal that is not
+    /// here.
+    pub(in crate::disk) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
+        if base.is_block_device() {
+            return Ok(None);
+        }
+        // Without a name it has nothing beside it.
+        let Ok(location) = Location::of(base.path()) else { return Ok(None) };
+        let mark = tie::read_mark(base)?;
+        let (dir, file, bytes) = match look(&location, base.is_writable())? {
+            Beside::Nothing => return mark.id().map_or(Ok(None), |id| Err(missing(&location, base, id))),
+            Beside::Names(dir) => {
+                if let Mark::Id(id) = mark {
+                    // It was not finished, or has been put in: it says so by the name it has.
+                    let same = header_in(&dir, NEXT)?.is_some_and(|header| header.id == Some(id));
+                    if !same {
+                        return Err(missing(&location, base, id));
+                    }
+                }
+                if base.is_writable() {
+                    unmark(base)?;
+                    remove_files(&location, &dir);
+                }
+                return Ok(None);
+            }
+            Beside::Journal(dir, file, bytes) => (dir, file, bytes),
+        };
+        Self::read(location, dir, file, &bytes, (base, size), Checks::All).map(Some)
+    }
+
+    /// Reads a journal.
+    pub(super) fn read(
+        location: Location,
+        dir: Directory,
+        file: Arc<IoFile>,
+        bytes: &[u8],
+        (base, size): (&Arc<IoFile>, u64),
+        checks: Checks,
+    ) -> Result<Self, DiskError> {
+        let refused = |source| DiskError::Journal { path: location.path().join(JOURNAL), source };
+        let contents = format::read(bytes).map_err(refused)?;
+        let image = header_of(base, size)?;
+        match checks {
+            Checks::All => {
+                tie::belongs(&contents.header, &image).map_err(refused)?;
+                tie::unchanged(contents.seen, tie::stamp(base)?).map_err(refused)?;
+            }
+            Checks::Size if contents.header.size != size => {
+                tie::belongs(&contents.header, &image).map_err(refused)?;
+            }
+            Checks::Size => {}
+        }
+        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(base)));
+        let mut files: Vec<(u64, Arc<IoFile>)> = Vec::new();
+        for Entry { granules, place } in &contents.entries {
+            let source = match *place {
+                Place::Image => Source::File(Arc::clone(base)),
+                Place::Zeros => Source::Zero,
+                Place::Overlay(number) => {
+                    let known = files.iter().find(|(known, _)| *known == number).map(|(_, file)| Arc::clone(file));
+                    let file = match known {
+                        Some(file) => file,
+                        None => {
+                            let file = dir.open_file(&overlay(number), base.is_writable())?;
+                            files.push((number, Arc::clone(&file)));
+                            file
+                        }
+                    };
+                    Source::File(file)
+                }
+            };
+            map.insert(granules.clone(), source);
+        }
+        Ok(Self { location, dir, contents, map, file })
+    }
+
+    /// Writes what the journal has into the image, and takes it away.
+    ///
+    /// # Errors
+    /// When a step fails. Whoever opens the image next goes on from there.
+    pub(in crate::disk) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<Report, FileError> {
+        let mut log =
+            Log { file: self.file, end: self.contents.end, records: self.contents.records, seen: self.contents.seen };
+        let report = write_back(&mut self.map, base, size, Some(&mut log))?;
+        retire(&self.location, &self.dir, base)?;
+        Ok(report)
+    }
+}
+
+/// Where records are added while granules go into the image.
+#[derive(Debug)]
+pub(in crate::disk) struct Log {
+    pub(super) file: Arc<IoFile>,
+    pub(super) end: u64,
+    pub(super) records: u64,
+    pub(super) seen: Seen,
+}
+
+impl Log {
+    /// Adds a record, durably.
+    fn add(&mut self, entries: &[Entry]) -> Result<(), FileError> {
+        let bytes = format::record(self.records, self.seen, entries);
+        write(&self.file, &bytes, self.end)?;
+        sync(&self.file)?;
+        self.end += bytes.len() as u64;
+        self.records += 1;
+        Ok(())
+    }
+}
+
+/// What was written into an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Bytes copied.
+    pub copied: u64,
+    /// Bytes that were made zeros.
+    pub zeroed: u64,
+}
+
+/// Bytes copied at once.
+const CHUNK: u64 = 1 << 20;
+/// Bytes that are in an overlay and in the image at the same time.
+#[cfg(not(test))]
+const BATCH: u64 = 16 << 20;
+#[cfg(test)]
+const BATCH: u64 = 16 << 10;
+
+/// Writes what `map` has elsewhere into `base`, and makes it durable. With a journal, piece by piece: once a piece is durable in the image, the journal
+/// says so, and its room in the overlay is given back. Without one the overlays stay as they are, because the image is not whole before the end.
+///
+/// # Errors
+/// When a step fails. `map` says what is in the image.
+pub(in crate::disk) fn write_back(
+    map: &mut BlockMap,
+    base: &Arc<IoFile>,
+    size: u64,
+    mut log: Option<&mut Log>,
+) -> Result<Report, FileError> {
+    let (mut report, mut batch) = (Report::default(), Batch::default());
+    let before = map.clone();
+    if let Some(log) = &mut log {
+        log.seen.writing = true;
+        log.add(&[])?;
+    }
+    for (range, source) in before.pieces(0..size.div_ceil(GRANULE)) {
+        if source.is(base) {
+            continue;
+        }
+        for start in (range.start..range.end).step_by((CHUNK.min(BATCH) / GRANULE) as usize) {
+            let piece = start..range.end.min(start + CHUNK.min(BATCH) / GRANULE);
+            let (from, to) = (piece.start * GRANULE, (piece.end * GRANULE).min(size));
+            match source {
+                Source::File(file) => {
+                    let mut bytes = vec![0; (to - from) as usize];
+                    file.read_now(&mut bytes, from)?;
+                    write(base, &bytes, from)?;
+                    report.copied += to - from;
+                }
+                Source::Zero => {
+                    zero(base, from, to)?;
+                    report.zeroed += to - from;
+                }
+            }
+            batch.add(piece, source);
+            if let Some(log) = &mut log
+                && batch.bytes >= BATCH
+            {
+                batch.finish(map, base, log)?;
+            }
+        }
+    }
+    match &mut log {
+        Some(log) => batch.finish(map, base, log)?,
+        None => {
+            sync(base)?;
+            map.insert(0..size.div_ceil(GRANULE), Source::File(Arc::clone(base)));
+        }
+    }
+    Ok(report)
+}
+
+/// Granules that are in the image, and not known to be durable there.
+#[derive(Default)]
+struct Batch {
+    runs: Vec<Range<u64>>,
+    overlays: Vec<(Arc<IoFile>, Range<u64>)>,
+    bytes: u64,
+}
+
+impl Batch {
+    fn add(&mut self, piece: Range<u64>, source: &Source) {
+        if let Source::File(file) = source {
+            self.bytes += (piece.end - piece.start) * GRANULE;
+            self.overlays.push((Arc::clone(file), piece.clone()));
+        }
+        push_run(&mut self.runs, piece);
+    }
+
+    fn finish(&mut self, map: &mut BlockMap, base: &Arc<IoFile>, log: &mut Log) -> Result<(), FileError> {
+        sync(base)?;
+        let runs = std::mem::take(&mut self.runs);
+        let entry = |granules: &Range<u64>| Entry { granules: granules.clone(), place: Place::Image };
+        let entries: Vec<Entry> = runs.iter().map(entry).collect();
+        if !entries.is_empty() {
+            log.add(&entries)?;
+        }
+        runs.into_iter().for_each(|run| map.insert(run, Source::File(Arc::clone(base))));
+        // Not before: until then the journal has them here.
+        for (file, piece) in self.overlays.drain(..).filter(|(file, _)| file.is_writable()) {
+            punch(&file, piece.start * GRANULE, (piece.end - piece.start) * GRANULE);
+        }
+        self.bytes = 0;
+        Ok(())
+    }
+}
+
+/// Gives a range's room back, where the file system can.
+fn punch(file: &IoFile, offset: u64, len: u64) {
+    use rustix::fs::FallocateFlags as Flags;
+    let _ = rustix::fs::fallocate(file, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, offset, len);
+}
+
+/// Makes a range of a file zeros: as a hole, or by writing them where there are no holes.
+fn zero(file: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
+    use rustix::fs::FallocateFlags as Flags;
+    file.set_unsynced();
+    if rustix::fs::fallocate(file, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, start, end - start).is_ok() {
+        return Ok(());
+    }
+    write(file, &vec![0; (end - start) as usize], start)
+}

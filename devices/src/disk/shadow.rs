@@ -1,0 +1,296 @@
+//! Flushes after a fork where the file system has reflinks (XFS, Btrfs): a new image, that shares its blocks, instead of a journal.
+//!
+//! The image that was forked is everybody's to read. So the first flush after a fork makes a copy of it (FICLONE: no data is copied), gives it what
+//! the map has elsewhere (`copy_file_range`, which shares blocks too), syncs it, and has it take the image's name. That is one step: by its name the
+//! image is always whole, and has all that was flushed. Clones keep the old one, which has no name any more.
+//!
+//! Nobody has the new image in a map. So later flushes write into it what has changed since, and sync it, whether or not there was a fork meanwhile:
+//! like any disk that is being written, it shows sectors as they were at the last flush or later.
+//!
+//! When no clone needs the old image, the new one takes its place in the map too, and the disk is as if it had never been forked.
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::ops::Range;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+use std::path::Path;
+use std::sync::Arc;
+
+use clade_io::{CachePolicy, FileError, IoFile, Request};
+use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone};
+
+use super::directory::{Directory, failed};
+use super::map::{BlockMap, GRANULE, Source, push_run};
+
+/// What a new image is called until it is the image.
+const SUFFIX: &str = ".clade-new";
+/// Ranges that are remembered; if there are more, the next flush makes a new image.
+const MOST_MOVED: usize = 1 << 16;
+/// The largest value of an extended attribute, and the largest list of their names.
+const XATTR_BYTES: usize = 64 << 10;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Data,
+    Cloned,
+    Named,
+}
+
+#[derive(Debug)]
+struct Writing {
+    moved: Vec<Range<u64>>,
+    synced: Vec<Arc<IoFile>>,
+    map: BlockMap,
+    step: Step,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Shadow {
+    beside: Directory,
+    name: String,
+    base: Arc<IoFile>,
+    size: u64,
+    policy: CachePolicy,
+    /// The new image, once it is the image.
+    file: Option<Arc<IoFile>>,
+    /// Until it is.
+    next: Option<Arc<IoFile>>,
+    moved: Vec<Range<u64>>,
+    /// Whether the next flush makes a new one.
+    whole: bool,
+    broken: bool,
+    writing: Option<Writing>,
+}
+
+/// The directory of an image, and its name there.
+fn place(path: &Path) -> Result<(Directory, String), FileError> {
+    let real = std::fs::canonicalize(path).map_err(failed(path, "found"))?;
+    let name = real.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    let name = name.ok_or_else(|| failed(path, "named")(io::ErrorKind::InvalidFilename.into()))?;
+    Ok((Directory::open(real.parent().unwrap_or(Path::new("/")))?, name))
+}
+
+/// Removes what a process that ended in the middle has left.
+pub(super) fn sweep(base: &IoFile) {
+    if base.is_block_device() || !base.is_writable() {
+        return;
+    }
+    if let Ok((beside, name)) = place(base.path()) {
+        let new = format!("{name}{SUFFIX}");
+        if beside.identity_of(&new).is_ok() {
+            let _ = beside.unlink(&new).inspect_err(|error| tracing::warn!(%error, "not removed"));
+        }
+    }
+}
+
+impl Shadow {
+    /// For the image that `base` is. None where the file system has no reflinks, the image has another name that would stay the old one, or overlays are
+    /// elsewhere.
+    pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Directory, policy: CachePolicy) -> Option<Self> {
+        let ready = || -> Result<Self, FileError> {
+            let (beside, name) = place(base.path())?;
+            let no = |what| failed(base.path(), what)(io::ErrorKind::Unsupported.into());
+            let stat = rustix::fs::fstat(&**base).map_err(|error| failed(base.path(), "looked at")(error.into()))?;
+            if base.is_block_device() || stat.st_nlink != 1 {
+                return Err(no("replaced"));
+            }
+            if beside.device()? != overlays.device()? {
+                return Err(no("given overlays from elsewhere"));
+            }
+            let new = |len| beside.new_image(len, base.path(), CachePolicy::Host);
+            let (from, to) = (new(GRANULE)?, new(0)?);
+            ioctl_ficlone(&to, &from).map_err(|error| failed(base.path(), "cloned")(error.into()))?;
+            let (file, next, writing) = (None, None, None);
+            let (base, moved) = (Arc::clone(base), Vec::new());
+            Ok(Self { beside, name, base, size, policy, file, next, moved, whole: true, broken: false, writing })
+        };
+        ready()
+            .inspect_err(|error| {
+                let error = error as &dyn std::error::Error;
+                tracing::debug!(path = %base.path().display(), error, "no reflinks: a flush after a fork needs a journal");
+            })
+            .ok()
+    }
+
+    /// Whether it has taken the image's name.
+    pub(super) fn is_image(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// The new image, once it is the image.
+    pub(super) fn image(&self) -> Option<&IoFile> {
+        self.file.as_deref()
+    }
+
+    /// Whether it is about to be written.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// `granules` have changed.
+    pub(super) fn moved(&mut self, granules: Range<u64>) {
+        if self.whole || granules.is_empty() {
+            return;
+        }
+        push_run(&mut self.moved, granules);
+        if self.moved.len() > MOST_MOVED {
+            self.replaced();
+        }
+    }
+
+    /// The map is another.
+    pub(super) fn replaced(&mut self) {
+        self.moved.clear();
+        self.whole = true;
+    }
+
+    /// Begins to make durable what `map` shows. What is to be given to the kernel first.
+    ///
+    /// # Errors
+    /// When there can be no new image. Before the first one a journal does instead.
+    pub(super) fn begin(&mut self, map: &BlockMap, dirty: bool) -> Result<Vec<Request>, FileError> {
+        if self.broken {
+            return Err(failed(self.base.path(), "flushed since a write was lost")(rustix::io::Errno::IO.into()));
+        }
+        let base = dirty.then(|| Request::Sync { file: Arc::clone(&self.base), all: false });
+        let mut requests: Vec<Request> = base.into_iter().collect();
+        if self.file.is_none() && map.is_all(0..self.size.div_ceil(GRANULE), &self.base) {
+            return Ok(requests);
+        }
+        if self.whole {
+            self.next = Some(Arc::new(self.make()?));
+        }
+        let overlays = map.sizes().into_iter().map(|(file, _)| file).filter(|file| !Arc::ptr_eq(file, &self.base));
+        let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).collect();
+        requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
+        let all = 0..self.size.div_ceil(GRANULE);
+        let moved = if self.whole { vec![all] } else { mem::take(&mut self.moved) };
+        self.moved.clear();
+        self.whole = false;
+        self.writing = Some(Writing { moved, synced, map: map.clone(), step: Step::Data });
+        Ok(requests)
+    }
+
+    /// A file without a name that shares the base's blocks, and may be used by whom that may be.
+    fn make(&self) -> Result<IoFile, FileError> {
+        let current = self.file.as_ref().unwrap_or(&self.base);
+        let (inode, device) = self.beside.identity_of(&self.name)?;
+        let stat = rustix::fs::fstat(&**current).map_err(|error| failed(current.path(), "looked at")(error.into()))?;
+        // Something else has the name: that is not ours to replace.
+        if (inode, device) != (stat.st_ino, stat.st_dev) || stat.st_nlink != 1 {
+            return Err(failed(current.path(), "found by its name")(io::ErrorKind::NotFound.into()));
+        }
+        let file = self.beside.new_image(0, self.base.path(), self.policy)?;
+        ioctl_ficlone(&file, &*self.base).map_err(|error| failed(self.base.path(), "cloned")(error.into()))?;
+        self.copy_attributes(&file)?;
+        file.try_lock().map_err(failed(self.base.path(), "locked"))?;
+        Ok(file)
+    }
+
+    fn copy_attributes(&self, to: &IoFile) -> Result<(), FileError> {
+        let wrong = || failed(self.base.path(), "copied with who may use it");
+        let owned = |file: &IoFile| file.try_clone().map_err(wrong());
+        let (from, to): (File, File) = (owned(&self.base)?, owned(to)?);
+        let metadata = from.metadata().map_err(wrong())?;
+        fchown(&to, Some(metadata.uid()), Some(metadata.gid())).map_err(wrong())?;
+        to.set_permissions(std::fs::Permissions::from_mode(metadata.mode() & 0o7777)).map_err(wrong())?;
+        let mut names = vec![0; XATTR_BYTES];
+        // A file system without them has none.
+        let len = flistxattr(&from, &mut names[..]).unwrap_or(0);
+        let mut value = vec![0; XATTR_BYTES];
+        for name in names[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+            let found = fgetxattr(&from, name, &mut value[..]);
+            let set = found.and_then(|len| fsetxattr(&to, name, &value[..len], XattrFlags::empty()));
+            set.map_err(|error| wrong()(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
+    ///
+    /// # Errors
+    /// When a step fails. To be told with [`Shadow::give_up`].
+    pub(super) fn next(&mut self) -> Result<Option<Request>, FileError> {
+        let Some(writing) = &mut self.writing else { return Ok(None) };
+        let Some(to) = self.next.as_ref().or(self.file.as_ref()) else { return Ok(None) };
+        match writing.step {
+            Step::Data => {
+                for range in &writing.moved {
+                    for (granules, source) in writing.map.pieces(range.clone()) {
+                        if self.next.is_some() && source.is(&self.base) {
+                            continue;
+                        }
+                        let (start, end) = (granules.start * GRANULE, (granules.end * GRANULE).min(self.size));
+                        copy(source, to, start, end)?;
+                    }
+                }
+                writing.step = Step::Cloned;
+                Ok(Some(Request::Sync { file: Arc::clone(to), all: true }))
+            }
+            Step::Cloned if self.next.is_some() => {
+                writing.step = Step::Named;
+                let new = format!("{}{SUFFIX}", self.name);
+                if self.beside.identity_of(&new).is_ok() {
+                    self.beside.unlink(&new)?;
+                }
+                self.beside.link(to, &new)?;
+                self.beside.rename(&new, &self.name)?;
+                // It may be the image from here on.
+                self.file = self.next.take();
+                Ok(Some(Request::Sync { file: Arc::clone(self.beside.file()), all: true }))
+            }
+            Step::Cloned | Step::Named => {
+                self.writing = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The flush failed: the next one does it all again, unless something was `lost`.
+    pub(super) fn give_up(&mut self, lost: bool) {
+        let Some(mut writing) = self.writing.take() else { return };
+        self.broken |= lost;
+        writing.synced.iter().for_each(|file| file.set_unsynced());
+        // What has its name may not have it durably: another is made.
+        if self.next.take().is_some() || writing.step == Step::Named {
+            self.replaced();
+        } else if !self.whole {
+            writing.moved.append(&mut self.moved);
+            self.moved = writing.moved;
+        }
+    }
+
+    /// The new image takes the old one's place in the map too. Returns it.
+    pub(super) fn take_over(&mut self) -> Option<Arc<IoFile>> {
+        let file = self.file.take()?;
+        self.base = Arc::clone(&file);
+        self.replaced();
+        Some(file)
+    }
+}
+
+/// Gives `to` a range of what a source has.
+fn copy(source: &Source, to: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
+    let wrong = |error: rustix::io::Errno| failed(to.path(), "given what was written")(error.into());
+    let Source::File(from) = source else {
+        use rustix::fs::FallocateFlags as Flags;
+        if rustix::fs::fallocate(to, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, start, end - start).is_ok() {
+            return Ok(());
+        }
+        return to.write_now(&vec![0; (end - start) as usize], start);
+    };
+    let (mut from_at, mut to_at) = (start, start);
+    while to_at < end {
+        let left = (end - to_at) as usize;
+        if copy_file_range(&**from, Some(&mut from_at), to, Some(&mut to_at), left).map_err(wrong)? == 0 {
+            return Err(wrong(rustix::io::Errno::IO));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! Where tests look at the order of what is done to files, and end it after any step.
+
+#[cfg(not(test))]
+pub(super) use real::{request, step};
+#[cfg(test)]
+pub(super) use testing::{request, step};
+
+#[cfg(not(test))]
+mod real {
+    /// To be called before each change of a file or a directory that is not given to the engine.
+    pub(in crate::disk) fn step(_what: impl FnOnce() -> String) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// To be called with each request that is given to the engine.
+    pub(in crate::disk) fn request(request: clade_io::Request) -> clade_io::Request {
+        request
+    }
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use std::cell::RefCell;
+    use std::fs::File;
+    use std::io;
+    use std::sync::Arc;
+
+    use clade_io::{CachePolicy, IoFile, Request};
+
+    #[derive(Default)]
+    struct Trace {
+        done: Vec<String>,
+        /// Steps that are still done. All after them fail, as if the process had ended.
+        left: Option<usize>,
+        /// Syncs of files with this name fail.
+        unsyncable: Option<String>,
+    }
+
+    thread_local! {
+        static TRACE: RefCell<Trace> = RefCell::default();
+    }
+
+    pub(in crate::disk) fn step(what: impl FnOnce() -> String) -> io::Result<()> {
+        TRACE.with_borrow_mut(|trace| {
+            match &mut trace.left {
+                Some(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                Some(left) => *left -= 1,
+                None => {}
+            }
+            trace.done.push(what());
+            Ok(())
+        })
+    }
+
+    /// Does `work`, of which only the first `steps` steps succeed. Returns what was done as well.
+    pub(in crate::disk) fn traced<T>(steps: Option<usize>, work: impl FnOnce() -> T) -> (T, Vec<String>) {
+        TRACE.with_borrow_mut(|trace| (trace.done, trace.left) = (Vec::new(), steps));
+        let result = work();
+        (result, TRACE.with_borrow_mut(|trace| (std::mem::take(&mut trace.done), trace.left = None).0))
+    }
+
+    /// From now on syncs of files of this name fail, or those of none.
+    pub(in crate::disk) fn fail_syncs_of(name: Option<&str>) {
+        TRACE.with_borrow_mut(|trace| trace.unsyncable = name.map(str::to_owned));
+    }
+
+    /// Takes note of a sync, or makes it one that fails.
+    pub(in crate::disk) fn request(request: Request) -> Request {
+        let Request::Sync { file, all } = request else { return request };
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        TRACE.with_borrow_mut(|trace| {
+            let fails = trace.unsyncable.as_deref() == Some(name.as_str());
+            trace.done.push(format!("engine: sync {name}"));
+            if !fails {
+                return Request::Sync { file, all };
+            }
+            // What cannot be synced: EINVAL.
+            let null = IoFile::read_only(File::open("/dev/null").unwrap(), file.path(), CachePolicy::Host);
+            Request::Sync { file: Arc::new(null), all }
+        })
+    }
+}

@@ -1,0 +1,86 @@
+//! Files by the descriptor of their directory: it stays the same one when it is renamed.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+
+use crate::file::{CachePolicy, FileError, Handles, IoFile};
+use crate::shelf::FileShelf;
+
+impl IoFile {
+    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle. `path` is what the directory is called.
+    ///
+    /// # Errors
+    /// When the directory's file system has no such files, or no room.
+    pub fn unnamed_in(dir: BorrowedFd<'_>, path: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
+        let failed = |what| move |source: std::io::Error| FileError { path: path.to_owned(), what, source };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = openat(dir, ".", flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| failed("given an unnamed file")(error.into()))?;
+        let cached = File::from(fd);
+        cached.set_len(len).map_err(failed("given a file of the disk's size"))?;
+        Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
+    }
+
+    /// As [`IoFile::unnamed_in`], but a file that `shelf` has kept if there is one, **with anything in it**: for whoever reads nothing that it
+    /// has not written. It goes back there in the end. All files of one shelf must be asked for with the same arguments.
+    ///
+    /// # Errors
+    /// As [`IoFile::unnamed_in`].
+    pub fn reused_in(
+        shelf: &Arc<FileShelf>,
+        dir: BorrowedFd<'_>,
+        path: &Path,
+        len: u64,
+        policy: CachePolicy,
+    ) -> Result<Self, FileError> {
+        let mut file = match shelf.take() {
+            Some(handles) => Self::new(path, handles, true, false, false),
+            None => Self::unnamed_in(dir, path, len, policy)?,
+        };
+        file.shelf = Some(Arc::clone(shelf));
+        Ok(file)
+    }
+
+    /// A named file that somebody has open for reading and writing. It is not locked.
+    #[must_use]
+    pub fn read_write(cached: File, path: &Path, policy: CachePolicy) -> Self {
+        Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, true, false)
+    }
+
+    /// Locks it against other processes, as [`IoFile::open`] does.
+    ///
+    /// # Errors
+    /// When it is locked.
+    pub fn try_lock(&self) -> std::io::Result<()> {
+        Ok(self.handles.cached.try_lock()?)
+    }
+
+    /// Another handle of the same open file.
+    ///
+    /// # Errors
+    /// When there can be none.
+    pub fn try_clone(&self) -> std::io::Result<File> {
+        self.handles.cached.try_clone()
+    }
+
+    /// Gives a file without a name the name `name` in `dir`; `path` is what that is called in errors. Until its last handle is closed it is used as before
+    /// ([`IoFile::is_named`]). It is there after the process, and is never used again for something else.
+    ///
+    /// # Errors
+    /// When the directory is not on its file system, the name is taken, or the system cannot do it.
+    pub fn link_in(&self, dir: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), FileError> {
+        // Before: a failure may come after it has been done.
+        self.linked.store(true, Ordering::Release);
+        let same = format!("/proc/self/fd/{}", self.handles.cached.as_raw_fd());
+        linkat(CWD, same, dir, name, AtFlags::SYMLINK_FOLLOW).map_err(|error| FileError {
+            path: path.to_owned(),
+            what: "linked",
+            source: error.into(),
+        })
+    }
+}

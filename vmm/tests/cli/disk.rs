@@ -1,0 +1,95 @@
+//! `clade disk`: what is left beside an image is shown, put in, or thrown away.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use clade_devices::disk::{Disk, DiskConfig, DiskOp};
+use clade_io::{AlignedBuf, Fragment};
+
+use crate::tool::{Answer, Runtime, kvm, wait_until};
+
+fn end(disk: &mut Disk) {
+    disk.kick().unwrap();
+    while disk.in_flight() > 0 {
+        disk.wait(Duration::from_secs(10)).unwrap();
+        disk.reap().unwrap().into_iter().for_each(|done| done.result.unwrap());
+    }
+}
+
+/// An image of ones, and a journal with its second granule in twos.
+fn left(dir: &Path) -> String {
+    let path = dir.join("disk.img");
+    fs::write(&path, vec![1; 1 << 20]).unwrap();
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    drop(disk.fork());
+    let bytes = std::sync::Arc::new(AlignedBuf::new(4096));
+    let buffer = Fragment::owned(&bytes, 0, 4096).unwrap();
+    buffer.slice().copy_from(&[2u8; 4096]);
+    disk.submit(DiskOp::Write { offset: 4096, buffers: vec![buffer] }, 1).unwrap();
+    end(&mut disk);
+    disk.submit(DiskOp::Flush, 2).unwrap();
+    end(&mut disk);
+    drop(disk);
+    // Another test's process may have inherited the descriptors, and so the locks, until it runs its program.
+    let inode = |path: &Path| format!(":{} ", fs::metadata(path).unwrap().ino());
+    let files = [inode(&path), inode(&dir.join("disk.img.clade-journal"))];
+    wait_until("nobody has locks", || {
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        files.iter().all(|file| !locks.contains(file.as_str()))
+    });
+    path.to_str().unwrap().to_owned()
+}
+
+fn disk(what: &str, image: &str) -> Answer {
+    Runtime::new().clade(&["disk", what, image])
+}
+
+fn run(args: &[&str]) -> Answer {
+    Runtime::new().clade(args)
+}
+
+#[test]
+fn a_journal_is_shown_and_put_in_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = left(dir.path());
+    let shown = run(&["disk", "show", "--json", &image]).json();
+    assert_eq!((shown["state"].as_str(), shown["data_bytes"].as_u64()), (Some("good"), Some(4096)), "{shown}");
+    assert_eq!(shown["journal"].as_str(), Some(format!("{image}.clade-journal").as_str()), "{shown}");
+    // Something else has written to the image.
+    let mut bytes = fs::read(&image).unwrap();
+    bytes[9000] = 7;
+    fs::write(&image, &bytes).unwrap();
+    let answer = disk("show", &image);
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    for named in ["4096 bytes in 1 overlays", "it is not used", "mtime", "clade disk apply", "clade disk discard"] {
+        assert!(answer.stdout.contains(named), "{named}: {answer:?}");
+    }
+    if kvm() {
+        run(&["run", "--kernel", "bare", "--mem", "32M", "--disk", &image]).expect_refusal("clade disk show");
+    }
+    let answer = disk("apply", &image);
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    bytes[4096..8192].fill(2);
+    let found = fs::read(&image).unwrap();
+    let wrong: Vec<_> = (0..bytes.len()).filter(|at| found[*at] != bytes[*at]).map(|at| (at, found[at])).collect();
+    assert!(wrong.is_empty(), "{} bytes: {:?}", wrong.len(), &wrong[..wrong.len().min(4)]);
+    disk("apply", &image).expect_refusal("clade-journal");
+    assert!(disk("show", &image).stdout.contains("no journal"));
+}
+
+#[test]
+fn a_journal_is_thrown_away_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = left(dir.path());
+    let renamed = format!("{image}.renamed");
+    fs::rename(&image, &renamed).unwrap();
+    let answer = disk("show", &renamed);
+    assert!(answer.stdout.contains("is not at") && answer.stdout.contains("clade disk discard"), "{answer:?}");
+    let done = run(&["disk", "discard", "--json", &renamed]).json();
+    assert_eq!(done["discarded"].as_bool(), Some(true), "{done}");
+    assert!(disk("show", &renamed).stdout.contains("no journal"));
+    assert!(fs::read(&renamed).unwrap() == vec![1; 1 << 20]);
+    disk("show", "/no/such/image").expect_refusal("/no/such/image");
+}
