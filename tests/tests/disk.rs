@@ -210,6 +210,36 @@ fn a_read_only_disk_refuses_writes_and_the_end_of_a_disk_is_its_end() {
 }
 
 #[test]
+fn ephemeral_disks_of_one_image_are_written_apart_and_leave_it_as_it_is() {
+    let Some((_turn, context)) = turn() else { return };
+    let file = DiskFile::new(BYTES, 1);
+    let mut spec = file.spec();
+    spec.disk.ephemeral = true;
+    let guests = [2, 3].map(|seed| (DiskGuest::boot(&context, spec.clone(), 1), seed));
+    for (guest, seed) in &guests {
+        guest.expect(whole(What::Verify, 1), "the image");
+        guest.expect(whole(What::Write, *seed), "its own");
+    }
+    let (parent, seed) = &guests[0];
+    let (image, _) = parent.guest.fork();
+    let child = DiskGuest::child(&context, &image);
+    child.expect(whole(What::Verify, *seed), "what its parent wrote");
+    for (guest, seed) in &guests {
+        guest.expect(whole(What::Verify, *seed), "its own, and nobody else's");
+    }
+    drop((image, child));
+    let vm = parent.vm();
+    vm.stop();
+    assert!(vm.wait(PATIENCE).is_some());
+    let commits: Vec<_> = vm.take_disks().into_iter().map(|disk| disk.commit().map_err(|failed| failed.1)).collect();
+    assert!(matches!(commits.as_slice(), [Err(CommitError::ReadOnly { .. })]), "{commits:?}");
+    drop(guests);
+    assert!(file.bytes() == words(1, 0, BYTES));
+    let beside = std::fs::read_dir(file.path().parent().unwrap()).unwrap().count();
+    assert_eq!(beside, 1, "neither overlay nor journal");
+}
+
+#[test]
 fn zeros_and_discards_read_as_zeros_before_and_after_a_fork() {
     let Some((_turn, context)) = turn() else { return };
     let file = DiskFile::new(BYTES, 1);

@@ -86,7 +86,7 @@ impl Disk {
     /// # Errors
     /// When the file cannot be used as one, or what was left beside it cannot: nothing of that is lost then.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
-        let base = Arc::new(IoFile::open(&config.path, !config.read_only, config.cache)?);
+        let base = Arc::new(IoFile::open(&config.path, !(config.read_only || config.ephemeral), config.cache)?);
         let size = base.size()? / SECTOR * SECTOR;
         if size == 0 {
             return Err(DiskError::TooSmall { path: config.path.clone(), bytes: base.size()? });
@@ -98,7 +98,7 @@ impl Disk {
         let overlays = open_overlays(config, base.is_block_device(), size)?;
         let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
         match Left::find(&base, size)? {
-            Some(left) if config.read_only => map = left.map,
+            Some(left) if config.read_only || config.ephemeral => map = left.map,
             Some(left) => {
                 let report = left.write_back(&base, size)?;
                 tracing::warn!(path = %config.path.display(), ?report, "given what a VM that did not end in order had made durable");

@@ -64,6 +64,9 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// Whether what the guest writes goes with its VM. The image is only read, and several VMs may have it.
+    #[serde(default)]
+    pub ephemeral: bool,
     /// What the guest is told when it asks for the disk's id; the path's last component if not given. Cut to 20 bytes.
     pub id: Option<String>,
     /// Whether transfers go through the host's page cache.
@@ -79,7 +82,15 @@ impl DiskConfig {
     #[must_use]
     pub fn new(path: &Path) -> Self {
         let path = path.to_owned();
-        Self { path, read_only: false, id: None, cache: CachePolicy::Host, overlays: None, latency: None }
+        Self {
+            path,
+            read_only: false,
+            ephemeral: false,
+            id: None,
+            cache: CachePolicy::Host,
+            overlays: None,
+            latency: None,
+        }
     }
 }
 

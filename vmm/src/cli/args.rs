@@ -165,8 +165,8 @@ pub(crate) struct RunArgs {
     /// Performance counters, as the host has them. What they count is the host's, and a snapshot needs a host that has them too.
     #[arg(long)]
     pub(crate) pmu: bool,
-    /// A disk: PATH[,ro][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]]. Repeatable;
-    /// the guest finds them in this order.
+    /// A disk: PATH[,ro|,ephemeral][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]]. Repeatable;
+    /// the guest finds them in this order. What is written to an ephemeral one goes with the VM; several VMs may have its image.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
     /// A network device: tap=NAME[,mac=ADDRESS][,queues=N][,rx-bytes=RATE[,rx-bytes-burst=N]][,rx-packets=..][,tx-bytes=..][,tx-packets=..]. The TAP

@@ -20,7 +20,7 @@ pub(crate) enum DiskArgError {
     NoPath { text: String },
     /// An option nobody knows.
     #[error(
-        "{option:?} is no option of a disk: ro, id=, cache=host|direct, overlays=, queues=, bytes=, bytes-burst=, ops=, ops-burst= and for tests latency-ms="
+        "{option:?} is no option of a disk: ro, ephemeral, id=, cache=host|direct, overlays=, queues=, bytes=, bytes-burst=, ops=, ops-burst= and for tests latency-ms="
     )]
     Unknown { option: String },
     /// A value that is none.
@@ -45,6 +45,7 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, DiskArgError> {
         let amount = || parse_size(value).ok().filter(|n| *n > 0).ok_or_else(|| bad("a number above 0, as in 100M"));
         match key {
             "ro" if value.is_empty() => disk.read_only = true,
+            "ephemeral" if value.is_empty() => disk.ephemeral = true,
             "id" if !value.is_empty() && value.len() <= 20 => disk.id = Some(value.to_owned()),
             "id" => return Err(bad("1 to 20 bytes")),
             "cache" => {
@@ -102,6 +103,8 @@ mod tests {
         assert_eq!((bytes.per_second, bytes.burst), (100 << 20, Some(1 << 30)));
         assert_eq!(device.limits.operations, Some(Rate::per_second(500)));
         assert_eq!(parse_disk("x").unwrap().disk, DiskConfig::new(Path::new("x")));
+        let kept = parse_disk("x,ephemeral").unwrap().disk;
+        assert!(kept.ephemeral && !kept.read_only);
     }
 
     #[test]

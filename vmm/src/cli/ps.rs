@@ -65,6 +65,16 @@ fn memory(vm: &VmInfo) -> String {
     vm.memory.as_ref().map_or_else(|| "?".into(), show)
 }
 
+/// What it does, and what is wrong with its disks.
+fn state(vm: &VmInfo) -> String {
+    let trouble = match (vm.disks.iter().any(|disk| disk.lost), vm.disks.iter().any(|disk| disk.no_room > 0)) {
+        (true, _) => ", write lost",
+        (_, true) => ", disk full",
+        _ => "",
+    };
+    format!("{}{trouble}", state_name(vm.state))
+}
+
 fn or_none(text: String) -> String {
     if text.is_empty() { NONE.into() } else { text }
 }
@@ -87,7 +97,7 @@ impl Row<'_> {
         let parent = |parent: &Option<String>| parent.clone().unwrap_or_else(|| NONE.into());
         match self {
             Self::Running(vm) => {
-                vec![vm.name.clone(), state_name(vm.state).into(), parent(&vm.parent), memory(vm), show_age(vm.age_s)]
+                vec![vm.name.clone(), state(vm), parent(&vm.parent), memory(vm), show_age(vm.age_s)]
             }
             Self::Ended(vm) => {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
@@ -197,6 +207,10 @@ mod tests {
         assert_eq!(lines[0], "NAME    STATE    PARENT  MEMORY     AGE");
         assert_eq!(lines[1], "web-2   running  web     1.2M/512M  2h1m");
         assert!(lines[2].starts_with("web-10  running"));
+        let mut full = vm("web");
+        full.disks =
+            vec![serde_json::from_value(serde_json::json!({"path": "/d", "no_room": 3, "lost": false})).unwrap()];
+        assert!(table(&[full], &[], false, ListFormat::Short).contains("running, disk full"));
         let longest = table(&[vm(&"x".repeat(40))], &[], false, ListFormat::Short);
         assert!(longest.lines().all(|line| line.len() <= 80), "{longest}");
         let wide = table(&[vm("web-2")], &[], false, ListFormat::Wide);

@@ -15,8 +15,14 @@ use crate::vm::{ChildIdentity, ChildOptions, Context, ForkImage, RestoreLoad, Re
 fn failure(error: FleetError) -> Failure {
     use clade_snapshot::Error;
     match error {
-        FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_) | VmError::Ram(_))
-        | FleetError::Snapshot(SnapshotError::Vm(_) | SnapshotError::Files(Error::Memory(_))) => Failure::run(error),
+        FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_) | VmError::Ram(_)) => {
+            Failure::run(error)
+        }
+        FleetError::Snapshot(ref cause)
+            if matches!(**cause, SnapshotError::Vm(_) | SnapshotError::Files(Error::Memory(_))) =>
+        {
+            Failure::run(error)
+        }
         _ => Failure::input(error),
     }
 }

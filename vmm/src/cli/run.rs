@@ -153,7 +153,7 @@ fn close_at_end(fleet: &Fleet, ending: &Ending) {
 /// Writes what disks have in overlays back to their files, if that can be, and says what became of it.
 fn put_away(disks: Vec<Disk>) {
     for disk in disks {
-        if !disk.is_forked() || disk.config().read_only {
+        if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {
             continue;
         }
         let path = disk.config().path.display().to_string();

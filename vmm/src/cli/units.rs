@@ -29,7 +29,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let scale = 10u128.pow(fraction.len() as u32);
     let parts = u128::from(whole) * scale + fraction.parse::<u128>().unwrap_or(0);
     let scaled = parts << shift;
-    if scaled % scale != 0 {
+    if !scaled.is_multiple_of(scale) {
         return Err(format!("{text:?} is not a whole number of bytes"));
     }
     u64::try_from(scaled / scale).map_err(|_| too_large())
@@ -41,7 +41,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
 /// As [`parse_size`], and for what is no multiple of 1 MiB.
 pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
-    if bytes % (1 << 20) != 0 {
+    if !bytes.is_multiple_of(1 << 20) {
         return Err(format!("{text:?} is not a number of whole MiB, such as 64M"));
     }
     Ok(bytes >> 20)

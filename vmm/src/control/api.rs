@@ -63,6 +63,17 @@ pub struct VsockInfo {
     pub socket: PathBuf,
 }
 
+/// A disk, and what has gone wrong with it on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Its image.
+    pub path: PathBuf,
+    /// Writes that failed because there was no room for them on the host.
+    pub no_room: u64,
+    /// Whether a write was lost: nothing more is made durable.
+    pub lost: bool,
+}
+
 /// A VM as it is listed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmInfo {
@@ -88,9 +99,22 @@ pub struct VmInfo {
     /// Its network devices.
     #[serde(default)]
     pub nets: Vec<NetInfo>,
+    /// Its disks.
+    #[serde(default)]
+    pub disks: Vec<DiskInfo>,
     /// Its socket device.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vsock: Option<VsockInfo>,
+}
+
+fn disks(vm: &Vm) -> Vec<DiskInfo> {
+    let info = |at| {
+        vm.with_disk(at, |disk| {
+            let health = disk.health();
+            DiskInfo { path: disk.config().path.clone(), no_room: health.no_room, lost: health.lost }
+        })
+    };
+    (0..vm.config().disks.len()).filter_map(info).collect()
 }
 
 fn nets(vm: &Vm) -> Vec<NetInfo> {
@@ -134,6 +158,7 @@ impl From<&Listed> for VmInfo {
             age_s: vm.age().as_secs_f64(),
             memory,
             nets: nets(vm),
+            disks: disks(vm),
             vsock: vsock(vm.identity()),
         }
     }

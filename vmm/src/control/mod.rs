@@ -26,8 +26,8 @@ mod listen;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo,
-    ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
+    BalloonInfo, BalloonRequest, DiskInfo, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo,
+    NetInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub(crate) use listen::Acceptor;

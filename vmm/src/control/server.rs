@@ -53,7 +53,7 @@ impl From<FleetError> for ApiError {
                 StatusCode::CONFLICT
             }
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
-            FleetError::Snapshot(error) => snapshot_status(error),
+            FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
             FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
             FleetError::Runtime { .. }
             | FleetError::Unreleased { .. }

@@ -135,5 +135,11 @@ pub enum FleetError {
     Vm(#[from] VmError),
     /// See [`SnapshotError`].
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Snapshot(Box<SnapshotError>),
+}
+
+impl From<SnapshotError> for FleetError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(Box::new(error))
+    }
 }
