@@ -95,7 +95,7 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
         )
         | SnapshotError::NoBase { .. }
         | SnapshotError::Busy { .. }
-        | SnapshotError::Vm(VmError::Stopped(_)) => StatusCode::CONFLICT,
+        | SnapshotError::Vm(VmError::Stopped(_) | VmError::HalfReset) => StatusCode::CONFLICT,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
