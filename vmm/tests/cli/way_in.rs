@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -326,6 +327,38 @@ fn a_dead_process_and_one_that_never_was_are_told_apart() {
     runtime.clade(&["pause", "dead"]).expect_refusal("has died");
     runtime.clade(&["console", "dead"]).expect_refusal("has died");
     runtime.clade(&["pause", "never"]).expect_refusal("there is no VM \"never\"");
+}
+
+#[test]
+fn another_users_vms_are_not_listed_as_none() {
+    const NOBODY: u32 = 65534;
+    if !kvm() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return println!("skipped: without root no process is another user's");
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    fs::set_permissions(runtime.dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    // The binary may lie where that user cannot go.
+    let outer = tempfile::tempdir().unwrap();
+    fs::set_permissions(outer.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let copy = outer.path().join("clade");
+    fs::copy(crate::tool::CLADE, &copy).unwrap();
+    let as_nobody = |args: &[&str]| -> crate::tool::Answer {
+        let mut command = std::process::Command::new(&copy);
+        command.args(args).env("CLADE_RUNTIME_DIR", runtime.dir()).uid(NOBODY).gid(NOBODY).current_dir("/");
+        command.output().unwrap().into()
+    };
+    let listed = as_nobody(&["ps"]);
+    assert_eq!(listed.code, Some(0), "{listed:?}");
+    assert!(listed.stderr.contains("1 VMs in") && listed.stderr.contains("another user's"), "{listed:?}");
+    as_nobody(&["pause", "web"]).expect_refusal("another user's");
+    as_nobody(&["console", "web"]).expect_refusal("another user's");
+    fs::set_permissions(runtime.dir(), fs::Permissions::from_mode(0o700)).unwrap();
+    let closed = as_nobody(&["ps"]);
+    assert!(closed.code == Some(1) && closed.stderr.contains("cannot be read"), "{closed:?}");
 }
 
 #[test]

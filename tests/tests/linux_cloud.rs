@@ -1,0 +1,55 @@
+//! A distribution's stock kernel: Debian's for clouds, fetched by its package's name, to our userland.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use clade::vm::VmConfig;
+use clade_memory::Backing;
+use clade_tests::{Linux, Turn};
+
+const PACKAGE: &str = "linux-image-cloud-amd64";
+/// Seconds with hardware virtualization. Where guest kernels are interpreted, what this one does to trace itself alone takes
+/// a quarter of an hour.
+const BOOT: Duration = Duration::from_secs(3600);
+const ANSWER: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(900);
+/// What it can do without: several processors, wiping of pages it hands out, workarounds, its tracing's files.
+const EXTRA: &str =
+    "nr_cpus=1 init_on_alloc=0 mitigations=off nowatchdog initcall_blacklist=tracer_init_tracefs,trace_eval_init";
+
+fn run(program: &str, args: &[&str], dir: &Path) -> String {
+    let output = Command::new(program).args(args).current_dir(dir).output().unwrap();
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The kernel of the package that `PACKAGE` depends on, unpacked in `dir`.
+fn fetch(dir: &Path) -> PathBuf {
+    let depends = run("apt-cache", &["depends", PACKAGE], dir);
+    let image = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-")).unwrap();
+    run("apt-get", &["download", "-qq", &format!("linux-image-{image}")], dir);
+    let package = std::fs::read_dir(dir).unwrap().next().unwrap().unwrap().path();
+    run("dpkg-deb", &["-x", package.to_str().unwrap(), "."], dir);
+    dir.join("boot").join(format!("vmlinuz-{image}"))
+}
+
+#[test]
+#[ignore = "up to an hour where guest kernels are interpreted"]
+fn debians_cloud_kernel_boots_to_userland() {
+    let Some(linux) = Linux::find() else { return };
+    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let context = turn.context(Backing::Huge);
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = fetch(dir.path());
+    let config = VmConfig::new(256 << 20, 1).unwrap();
+    let begun = Instant::now();
+    let vm = linux.boot_as(&context, kernel.to_str().unwrap(), EXTRA, config);
+    let seen = Linux::expect(&vm, 0, "clade-guest ready", BOOT);
+    println!("{} in {:.0} s", kernel.display(), begun.elapsed().as_secs_f64());
+    assert!(seen.contains("cloud-amd64"), "{seen}");
+    let release = Linux::ask(&vm, "read -r a b c d </proc/version; echo $c", ANSWER);
+    assert!(release.ends_with("cloud-amd64"), "{release}");
+}
