@@ -95,7 +95,7 @@ impl World {
     fn save(&self, at: &Path, compression: Compression) -> Result<(), clade_snapshot::Error> {
         let disks = [DiskToSave { name: "root", space: &Disk }];
         let sections: &[(&str, &[u8])] = &[("config", b"{}"), ("vcpus", &[1, 2, 3])];
-        let save = Save { memory: &self.image, disks: &disks, sections, base: None, compression };
+        let save = Save { memory: &self.image, disks: &disks, sections, base: None, compression, replace: false };
         save.to(at, &Watch::none()).map(drop)
     }
 }

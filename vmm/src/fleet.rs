@@ -265,24 +265,34 @@ impl Fleet {
     /// # Errors
     /// When there is no such VM, or something of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
-        let listed = self.get(name)?;
+        let (listed, release) = {
+            let members = self.members();
+            let member = members.get(name).ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })?;
+            let listed = Listed { vm: Arc::clone(&member.vm), parent: member.parent.clone() };
+            (listed, Arc::clone(&member.release))
+        };
         listed.vm.stop();
         let described = describe(&listed);
         // The last handle is another's if not this one.
         drop(listed);
-        let Some(member) = self.members().remove(name) else { return Ok(described) };
-        let release = Arc::clone(&member.release);
-        // Its threads are joined here, unless somebody else is just looking at it.
-        drop(member);
+        // Its threads are joined here, unless somebody else has taken it out or is just looking at it.
+        drop(self.take(name, &release));
         if !release.wait(RELEASE_TIMEOUT) {
             return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
         }
         Ok(described)
     }
 
+    /// Takes out the VM that `release` is of, if it is there: another may have its name by now.
+    fn take(&self, name: &str, release: &Arc<Release>) -> Option<Member> {
+        let mut members = self.members();
+        let is_it = members.get(name).is_some_and(|member| Arc::ptr_eq(&member.release, release));
+        if is_it { members.remove(name) } else { None }
+    }
+
     /// Takes a VM out. It ends with its last handle. Why it ended is kept ([`EndedVm`]) if it did so by itself.
-    pub fn remove(&self, name: &str) {
-        let member = self.members().remove(name);
+    pub fn remove(&self, vm: &Arc<Vm>) {
+        let member = self.take_vm(vm);
         if let Some(member) = member {
             ended::record(&self.0.dir, &member.vm, member.parent.as_deref());
             member.vm.stop();
@@ -290,9 +300,14 @@ impl Fleet {
     }
 
     /// Takes a VM out whose end was seen by whoever started it: nothing is kept.
-    pub fn forget(&self, name: &str) {
-        let member = self.members().remove(name);
-        drop(member);
+    pub fn forget(&self, vm: &Arc<Vm>) {
+        drop(self.take_vm(vm));
+    }
+
+    fn take_vm(&self, vm: &Arc<Vm>) -> Option<Member> {
+        let mut members = self.members();
+        let is_it = members.get(vm.name()).is_some_and(|member| Arc::ptr_eq(&member.vm, vm));
+        if is_it { members.remove(vm.name()) } else { None }
     }
 
     /// Stops all VMs, and takes no more: also those that a request is just making.
@@ -304,9 +319,8 @@ impl Fleet {
 
     /// Takes out the VMs that have stopped, but `except`.
     pub fn reap(&self, except: Option<&str>) {
-        let gone = |listed: &&Listed| listed.vm.stopped().is_some() && Some(listed.vm.name()) != except;
-        let stopped: Vec<String> = self.list().iter().filter(gone).map(|l| l.vm.name().to_owned()).collect();
-        stopped.iter().for_each(|name| self.remove(name));
+        let gone = |listed: &Listed| listed.vm.stopped().is_some() && Some(listed.vm.name()) != except;
+        self.list().into_iter().filter(gone).for_each(|listed| self.remove(&listed.vm));
     }
 
     /// Forks a VM into children of one instant. All or none are made (I13); none runs before all are made.
@@ -551,8 +565,8 @@ mod tests {
         });
         assert!(matches!(late, Err(FleetError::Ending)), "{late:?}");
         assert!(one.stopped().is_some());
+        fleet.remove(&one);
         drop(one);
-        fleet.remove("one");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nobody's sockets are left");
     }
 }

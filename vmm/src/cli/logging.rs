@@ -44,6 +44,8 @@ fn filter(text: &str) -> Result<EnvFilter, Failure> {
 pub(super) fn init() -> Result<(), Failure> {
     let text = std::env::var_os(VARIABLE).unwrap_or_default();
     let log = tracing_subscriber::fmt().with_env_filter(filter(&text.to_string_lossy())?).with_writer(io::stderr);
+    // It would say so on standard error, and panic where that is closed.
+    let log = log.log_internal_errors(false);
     if io::stderr().is_terminal() {
         log.without_time().init();
     } else {

@@ -18,6 +18,7 @@ mod terminal;
 mod units;
 
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -65,14 +66,16 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     limits::raise();
-    if !matches!(cli.command, Command::Run(_) | Command::Restore(_)) {
+    // One runs VMs, or has the terminal in raw mode and gives it back.
+    if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_)) {
         limits::end_at_closed_pipes();
     }
     let outcome = logging::init().and_then(|()| run(cli.command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("clade: {failure}");
+            // Nobody may hear it.
+            let _ = writeln!(std::io::stderr(), "clade: {failure}");
             ExitCode::from(match failure {
                 Failure::Run(_) => 1,
                 Failure::Input(_) => 2,

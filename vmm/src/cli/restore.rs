@@ -1,11 +1,12 @@
 //! `clade restore`: VMs that go on from a snapshot.
 
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Instant;
 
 use crate::cli::args::RestoreArgs;
 use crate::cli::ending::Ending;
-use crate::cli::run::{foreground, wait_for_all};
+use crate::cli::run::{foreground, say, wait_for_all};
 use crate::cli::{Failure, Outcome};
 use crate::control::serve_fleet;
 use crate::fleet::{Children, FleetError, runtime_dir};
@@ -62,15 +63,15 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         Ok([vm]) => vm,
         Err(vms) => {
             for vm in &vms {
-                println!("{}", vm.name());
+                drop(writeln!(io::stdout(), "{}", vm.name()));
             }
-            eprintln!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
+            say!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
             drop(vms);
             wait_for_all(&fleet, &ending);
             fleet.finish();
             return ending.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
         }
     };
-    eprintln!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
+    say!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
     foreground(&fleet, vm, args.detached, &ending, runtime.handle())
 }

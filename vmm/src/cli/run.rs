@@ -1,6 +1,6 @@
 //! `clade run`: boots a kernel with its console on this terminal.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,14 @@ use crate::console::{OutputThread, type_stdin};
 use crate::control::serve_fleet;
 use crate::fleet::{Fleet, FleetError, runtime_dir};
 use crate::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
+
+/// Says something on standard error. Nobody may hear it: a VM does not end because its terminal or log has gone.
+macro_rules! say {
+    ($($text:tt)*) => {
+        drop(writeln!(io::stderr(), $($text)*))
+    };
+}
+pub(super) use say;
 
 /// How often the end of the process's VMs is looked for.
 const TURN: Duration = Duration::from_millis(200);
@@ -116,15 +124,15 @@ fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopRe
     let name = vm.name().to_owned();
     let disks = vm.take_disks();
     if detached {
-        fleet.remove(&name);
+        fleet.remove(&vm);
     } else {
         // Its console was on this terminal, and its end is said here.
-        fleet.forget(&name);
+        fleet.forget(&vm);
     }
     drop(vm);
     let children = fleet.list().len();
     if children > 0 && ending.signal().is_none() {
-        eprintln!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
+        say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
     wait_for_all(fleet, ending);
     // After all of them: a disk that somebody else has in its map is not written to.
@@ -160,11 +168,11 @@ fn put_away(disks: Vec<Disk>) {
         match disk.commit() {
             Ok(report) => {
                 let bytes = report.copied + report.zeroed;
-                eprintln!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
+                say!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
             }
             Err(failed) => {
                 let error = crate::error_chain(&failed.1);
-                eprintln!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
+                say!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
             }
         }
     }
