@@ -20,6 +20,7 @@ use clade_guests::abi::disk::What;
 use clade_memory::Backing;
 use clade_snapshot::{Compression, Error, compact, verify};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_taps, expect_nothing_held};
+use vm_memory::{Bytes, GuestAddress};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const MIB: u64 = 48;
@@ -363,4 +364,51 @@ fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
     drop((many, image));
     expect_nothing_held(context.store(), "after twenty restored VMs");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporaries");
+}
+
+/// Stopping a VM is not held up by a snapshot of it that would take long, and no half of one is left.
+#[test]
+fn stopping_a_vm_ends_its_snapshot() {
+    let Some((_turn, context)) = turn() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Guest::boot(&context, 384, 1);
+    let (image, _) = guest.vm().fork().unwrap();
+    // What no compressor makes smaller, so that it takes its time.
+    let fill = |ram: &clade_memory::GuestRam| {
+        let mut word = 88_172_645_463_325_252_u64;
+        let mut noise = vec![0; 1 << 20];
+        for mib in 64..320_u64 {
+            for eight in noise.chunks_exact_mut(8) {
+                word ^= word << 13;
+                word ^= word >> 7;
+                word ^= word << 17;
+                eight.copy_from_slice(&word.to_ne_bytes());
+            }
+            ram.memory().write_slice(&noise, GuestAddress(mib << 20)).unwrap();
+        }
+    };
+    let options = ChildOptions { paused: true, before_start: Some(&fill) };
+    let zstd = SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false };
+    // On a busy machine a snapshot may be done before its VM is stopped: then that is to be done again.
+    let cancelled = (0..20).any(|n| {
+        let vm = Vm::from_image(&context, &format!("noise-{n}"), &image, options).unwrap();
+        let at = dir.path().join(format!("saved-{n}"));
+        let saved = std::thread::scope(|scope| {
+            let saves = scope.spawn(|| vm.snapshot(&at, zstd));
+            while !saves.is_finished() && vm.snapshot_progress().is_none_or(|(done, _)| done == 0) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            vm.stop();
+            saves.join().unwrap()
+        });
+        match saved {
+            Ok(_) => false,
+            Err(SnapshotError::Files(Error::Cancelled)) => {
+                assert!(!at.exists());
+                true
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+    });
+    assert!(cancelled, "none of twenty snapshots ended with its VM");
 }

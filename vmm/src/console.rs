@@ -174,14 +174,30 @@ pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
     }
 }
 
+/// Drops a VM on a thread of its own if this is its last handle: its end waits for threads and for the kernel, and all
+/// connections share one thread.
+fn let_go(vm: Arc<Vm>) {
+    if let Some(vm) = Arc::into_inner(vm) {
+        drop_elsewhere(vm);
+    }
+}
+
+fn drop_elsewhere(what: impl Send + 'static) {
+    // Where no thread can be made it is dropped here, with the closure.
+    let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
+}
+
 /// One person's connection, to its end.
 async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let (mut from_person, mut to_person) = stream.into_split();
     let reader = {
         let Some(vm) = vm.upgrade() else { return };
-        let Some(console) = line.of(&vm) else { return };
         let (writer, reader) = output();
-        console.listen(Box::new(writer));
+        let listens = line.of(&vm).map(|console| console.listen(Box::new(writer))).is_some();
+        let_go(vm);
+        if !listens {
+            return;
+        }
         reader
     };
     let typing = async {
@@ -192,6 +208,7 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
                 Ok(typed) => {
                     let Some(vm) = vm.upgrade() else { return };
                     line.type_in(&vm, &bytes[..typed]);
+                    let_go(vm);
                 }
             }
         }
@@ -378,6 +395,19 @@ mod tests {
         assert_eq!(block_on(reader.next()).unwrap(), b"login: ");
         drop(reader);
         console.write_all(b"x").unwrap();
+    }
+
+    #[test]
+    fn what_takes_its_time_to_end_does_so_on_another_thread() {
+        struct Slow(std::sync::mpsc::Sender<thread::ThreadId>);
+        impl Drop for Slow {
+            fn drop(&mut self) {
+                self.0.send(thread::current().id()).unwrap();
+            }
+        }
+        let (sender, dropped) = channel();
+        drop_elsewhere(Slow(sender));
+        assert_ne!(dropped.recv().unwrap(), thread::current().id());
     }
 
     fn feed(parts: &[&[u8]]) -> (Vec<u8>, Option<Escape>) {

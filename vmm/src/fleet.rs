@@ -1,19 +1,24 @@
 //! The VMs of this process by name, each with a control socket and a console socket.
 
+mod batch;
 mod dir;
 mod ended;
 mod error;
+mod release;
 mod room;
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::console::Line;
-use crate::vm::{ChildIdentity, ChildOptions, Context, Endpoints, ForkImage, ForkReport, Vm, VmConfig, VmError};
+use crate::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, Vm, VmError};
+
+pub use batch::Cancel;
+use batch::{Batch, Parent};
 
 pub use dir::{
     LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, runtime_dir, socket_path, virtio_console_path,
@@ -22,40 +27,11 @@ use dir::{NameClaim, RuntimeDir};
 pub(crate) use ended::last_output;
 pub use ended::{EndedVm, ended_vms};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
+use release::{InUse, Release, Tail};
 pub use room::RoomError;
 
 /// How long a stopped VM may take to give back its interfaces, sockets and name. Disks wait for the kernel for 2 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Whether everything a VM had is given back. Set by the last thing a VM drops.
-#[derive(Debug, Default)]
-struct Release(Mutex<bool>, Condvar);
-
-impl Release {
-    /// Whether it is within `patience`.
-    fn wait(&self, patience: Duration) -> bool {
-        let released = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.1.wait_timeout_while(released, patience, |released| !*released);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-}
-
-/// What a VM drops after everything else it has: its name, then the word that all is given back.
-#[derive(Debug)]
-struct Tail {
-    _claim: NameClaim,
-    _release: ReleaseOnDrop,
-}
-
-#[derive(Debug)]
-struct ReleaseOnDrop(Arc<Release>);
-
-impl Drop for ReleaseOnDrop {
-    fn drop(&mut self) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.0.1.notify_all();
-    }
-}
 
 #[derive(Debug)]
 struct Member {
@@ -84,21 +60,6 @@ pub struct Listed {
     pub vm: Arc<Vm>,
     /// Whose child it is.
     pub parent: Option<String>,
-}
-
-/// A request that may be broken off. Clones are the same request.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    pub(crate) fn cancel(&self) {
-        // Relaxed: looked at between two children; nothing else follows from it.
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// The sockets of a VM, bound and not yet served.
@@ -149,6 +110,7 @@ struct Inner {
     members: Mutex<BTreeMap<String, Member>>,
     /// Whether it takes nobody any more. Only read and written under the lock of the members.
     closed: AtomicBool,
+    in_use: Arc<InUse>,
     serve: Box<dyn Serve>,
 }
 
@@ -181,6 +143,7 @@ impl Fleet {
             dir,
             members: Mutex::default(),
             closed: AtomicBool::new(false),
+            in_use: Arc::default(),
             serve: serve(WeakFleet(weak.clone())),
         })))
     }
@@ -224,7 +187,7 @@ impl Fleet {
         ended::forget(&self.0.dir, &claim.name);
         let release = Arc::<Release>::default();
         // Dropped after its devices: a name is free when nothing of its VM is in use any more.
-        vm.drop_last(Tail { _claim: claim, _release: ReleaseOnDrop(Arc::clone(&release)) });
+        vm.drop_last(Tail::new(claim, &release, self.0.in_use.enter()));
         Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, consoles }, release })
     }
 
@@ -310,6 +273,28 @@ impl Fleet {
         if is_it { members.remove(vm.name()) } else { None }
     }
 
+    /// Takes VMs out that nobody is to have had. They are gone when this returns, unless somebody is just looking at one.
+    fn withdraw(&self, vms: Vec<Arc<Vm>>) {
+        vms.iter().for_each(|vm| vm.stop());
+        for vm in vms {
+            self.forget(&vm);
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.closed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until nothing is in use by a VM any more, listed or not, nor by a request that makes some, for at most
+    /// `patience`. Returns whether it is so: then no VM can come any more.
+    pub fn wait_until_unused(&self, patience: Duration) -> bool {
+        self.0.in_use.wait_for_none(patience)
+    }
+
+    fn batch<'a>(&'a self, count: usize, parent: Option<Parent>, cancel: &'a Cancel) -> Batch<'a> {
+        Batch { fleet: self, count, parent, cancel, _in_use: self.0.in_use.enter() }
+    }
+
     /// Stops all VMs, and takes no more: also those that a request is just making.
     pub fn close(&self) {
         let members = self.members();
@@ -336,13 +321,15 @@ impl Fleet {
         cancel: &Cancel,
     ) -> Result<(Vec<Arc<Vm>>, ForkReport), FleetError> {
         let parent = self.get(name)?.vm;
-        let batch = Batch { fleet: self, count: wanted.count, parent: Some(&parent), cancel };
+        let batch = self.batch(wanted.count, Some(Parent::new(&parent)), cancel);
         // Before the parent is paused: what cannot be had costs it nothing.
         let by_name = wanted.identity.names_socket();
         let taken = batch.take(name, wanted.pattern, parent.config(), by_name, |name| {
             parent.child_endpoints(name, wanted.identity)
         })?;
         let (image, report) = parent.fork()?;
+        // Whoever stops it does not wait for its children.
+        drop(parent);
         Ok((batch.launch(taken, &image, options)?, report))
     }
 
@@ -350,16 +337,17 @@ impl Fleet {
     /// or none are made (I13).
     ///
     /// # Errors
-    /// As [`Fleet::fork`].
+    /// As for a fork.
     pub fn start(
         &self,
         name: &str,
         wanted: &Children<'_>,
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
+        cancel: &Cancel,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
         let pattern = wanted.pattern.or((wanted.count == 1).then_some(name));
-        let batch = Batch { fleet: self, count: wanted.count, parent: None, cancel: &Cancel::default() };
+        let batch = self.batch(wanted.count, None, cancel);
         let by_name = wanted.identity.names_socket();
         let taken =
             batch.take(name, pattern, image.config(), by_name, |name| image.endpoints(name, wanted.identity))?;
@@ -367,206 +355,5 @@ impl Fleet {
     }
 }
 
-/// VMs that are made together.
-struct Batch<'a> {
-    fleet: &'a Fleet,
-    count: usize,
-    parent: Option<&'a Arc<Vm>>,
-    cancel: &'a Cancel,
-}
-
-impl Batch<'_> {
-    /// Whether the making is to go on after `made` of them.
-    fn check(&self, made: usize) -> Result<(), FleetError> {
-        let reason = if self.cancel.is_cancelled() {
-            CancelReason::ClientGone
-        } else if self.parent.is_some_and(|parent| parent.stopped().is_some()) {
-            CancelReason::ParentStopped
-        } else if self.fleet.0.closed.load(Ordering::Relaxed) {
-            CancelReason::Ending
-        } else {
-            return Ok(());
-        };
-        Err(FleetError::Cancelled { made, count: self.count, reason })
-    }
-
-    /// Takes a name and what else is its alone for each of them. `{n}` counts up from 1, past what is taken.
-    ///
-    /// `by_name`: a socket that is taken is another's with the same name, and the next number will do.
-    fn take(
-        &self,
-        stem: &str,
-        pattern: Option<&str>,
-        config: &VmConfig,
-        by_name: bool,
-        mut endpoints: impl FnMut(&str) -> Result<Endpoints, VmError>,
-    ) -> Result<Vec<(NameClaim, Endpoints)>, FleetError> {
-        let count = self.count;
-        if !(1..=MAX_CHILDREN).contains(&count) {
-            return Err(FleetError::Count { count });
-        }
-        let numbered = format!("{stem}-{{n}}");
-        let pattern = pattern.unwrap_or(&numbered);
-        let is_numbered = pattern.contains("{n}");
-        if !is_numbered && count > 1 {
-            return Err(FleetError::Pattern { pattern: pattern.to_owned() });
-        }
-        room::check(count, room::Needs::of(config)).map_err(|source| FleetError::Room { count, source })?;
-        let dir = &self.fleet.0.dir;
-        if !is_numbered {
-            let claim = NameClaim::new(dir, pattern)?;
-            let ends = endpoints(pattern)?;
-            return Ok(vec![(claim, ends)]);
-        }
-        let mut taken = Vec::with_capacity(count);
-        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
-            self.check(0)?;
-            if self.fleet.members().contains_key(&name) {
-                continue;
-            }
-            let claim = match NameClaim::new(dir, &name) {
-                // Another request's, or another process's.
-                Err(FleetError::Taken { .. }) => continue,
-                other => other?,
-            };
-            let ends = match endpoints(&name) {
-                // Made up of the name: another's, in another runtime directory.
-                Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => continue,
-                other => other?,
-            };
-            taken.push((claim, ends));
-            if taken.len() == count {
-                break;
-            }
-        }
-        Ok(taken)
-    }
-
-    /// Makes them all, holding still, then lists them and lets them run.
-    fn launch(
-        &self,
-        taken: Vec<(NameClaim, Endpoints)>,
-        image: &Arc<ForkImage>,
-        options: ChildOptions<'_>,
-    ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        // One alone has nobody to wait for. Of several, none may run while others are made: they would take the processors
-        // that the making needs.
-        let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
-        let mut made = Vec::with_capacity(self.count);
-        for (claim, ends) in taken {
-            self.check(made.len())?;
-            let name = claim.name.clone();
-            made.push(self.fleet.make(claim, |context| Vm::from_image_as(context, &name, image, ends, held))?);
-        }
-        self.check(made.len())?;
-        let children: Vec<Arc<Vm>> = made.iter().map(|child| Arc::clone(&child.vm)).collect();
-        self.fleet.publish(made, self.parent.map(|parent| parent.name()))?;
-        if held.paused && !options.paused {
-            for child in &children {
-                match child.resume() {
-                    // Listed already: somebody may have stopped it.
-                    Err(VmError::Stopped(_)) => {}
-                    other => other?,
-                }
-            }
-        }
-        Ok(children)
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::boot::{BootSource, Image};
-    use crate::kvm::testutil::host;
-
-    struct Nobody;
-
-    impl Serve for Nobody {
-        fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>) -> Serving {
-            Serving::new((sockets.control, sockets.consoles))
-        }
-        fn finish(&self) {}
-    }
-
-    fn bare_config() -> Arc<VmConfig> {
-        let mut config = VmConfig::new(32 << 20, 1).unwrap();
-        (config.report_port, config.acpi) = (true, false);
-        Arc::new(config)
-    }
-
-    fn bare_source() -> BootSource {
-        let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
-        BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None }
-    }
-
-    /// Notes of each VM that is listed whether it ran then.
-    struct Notes(Arc<Mutex<Vec<bool>>>);
-
-    impl Serve for Notes {
-        fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
-            self.0.lock().unwrap().push(!vm.is_paused());
-            Serving::new((sockets.control, sockets.consoles))
-        }
-        fn finish(&self) {}
-    }
-
-    #[test]
-    fn of_several_children_none_runs_before_all_are_made() {
-        if host().is_none() {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let notes = Arc::<Mutex<Vec<bool>>>::default();
-        let serve = Notes(Arc::clone(&notes));
-        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), |_| Box::new(serve)).unwrap();
-        let (config, source) = (bare_config(), bare_source());
-        fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
-        let identity = ChildIdentity::default();
-        let fork = |count, paused, cancel: &Cancel| {
-            let wanted = Children { count, pattern: None, identity: &identity };
-            fleet.fork("one", &wanted, ChildOptions { paused, before_start: None }, cancel)
-        };
-        let (children, _) = fork(3, false, &Cancel::default()).unwrap();
-        // The first is the parent's own.
-        assert_eq!(*notes.lock().unwrap(), [true, false, false, false]);
-        assert!(children.iter().all(|child| !child.is_paused()), "they run once all are listed");
-        let (kept, _) = fork(2, true, &Cancel::default()).unwrap();
-        assert!(kept.iter().all(|child| child.is_paused()));
-
-        let gone = Cancel::default();
-        gone.cancel();
-        let before = std::fs::read_dir(dir.path()).unwrap().count();
-        let refused = fork(2, false, &gone).unwrap_err();
-        assert!(
-            matches!(refused, FleetError::Cancelled { made: 0, count: 2, reason: CancelReason::ClientGone }),
-            "{refused:?}"
-        );
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), before, "no name is left taken");
-    }
-
-    #[test]
-    fn a_closed_fleet_stops_its_vms_and_takes_no_more() {
-        if host().is_none() {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), |_| Box::new(Nobody)).unwrap();
-        let (config, source) = (bare_config(), bare_source());
-        let boot = |name: &'static str| {
-            let (config, source) = (&config, &source);
-            move |context: &Context| Vm::boot(context, name, config, source)
-        };
-        let one = fleet.launch("one", boot("one")).unwrap();
-        // Closed while another is being made.
-        let late = fleet.launch("late", |context| {
-            fleet.close();
-            boot("late")(context)
-        });
-        assert!(matches!(late, Err(FleetError::Ending)), "{late:?}");
-        assert!(one.stopped().is_some());
-        fleet.remove(&one);
-        drop(one);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nobody's sockets are left");
-    }
-}
+mod tests;

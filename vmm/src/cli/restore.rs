@@ -2,11 +2,14 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
+
+use tokio::runtime::Handle;
 
 use crate::cli::args::RestoreArgs;
 use crate::cli::ending::Ending;
-use crate::cli::run::{foreground, say, wait_for_all};
+use crate::cli::run::{foreground, say, wait_for_all, with_runtime};
 use crate::cli::{Failure, Outcome};
 use crate::control::serve_fleet;
 use crate::fleet::{Children, FleetError, runtime_dir};
@@ -48,16 +51,29 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     // By a name that says which directory it is, not which it is a link to.
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
     let image = ForkImage::restore(&context, &dir, &options).map_err(|error| failure(error.into()))?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    with_runtime(|runtime| start(args, &context, &dir, image, begun, runtime))
+}
+
+fn start(
+    args: &RestoreArgs,
+    context: &Context,
+    dir: &Path,
+    image: Arc<ForkImage>,
+    begun: Instant,
+    runtime: &Handle,
+) -> Outcome {
     // Before there is anything to leave behind.
-    let ending = Ending::listen(runtime.handle()).map_err(Failure::run)?;
-    let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
+    let ending = Ending::listen(runtime).map_err(Failure::run)?;
+    let fleet = serve_fleet(context, &runtime_dir(), runtime).map_err(Failure::input)?;
     let identity = ChildIdentity { nets: args.child.net.clone(), vsock: args.child.vsock.clone() };
     let wanted = Children { count: args.count, pattern: args.pattern.as_deref(), identity: &identity };
     let child = ChildOptions { paused: args.child.paused, before_start: None };
-    let vms = fleet.start(&stem(&dir), &wanted, &image, child).map_err(failure)?;
+    let vms = fleet.start(&stem(dir), &wanted, &image, child, ending.making());
     drop(image);
+    let vms = match vms {
+        Ok(vms) => vms,
+        Err(error) => return Err(ending.signal().map_or_else(|| failure(error), Failure::Signal)),
+    };
     let took = begun.elapsed().as_secs_f64() * 1e3;
     let vm = match <[_; 1]>::try_from(vms) {
         Ok([vm]) => vm,
@@ -73,5 +89,5 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         }
     };
     say!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
-    foreground(&fleet, vm, args.detached, &ending, runtime.handle())
+    foreground(&fleet, vm, args.detached, &ending, runtime)
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
 use clade_devices::virtio::limiter::Limits;
@@ -30,6 +30,18 @@ pub(super) use say;
 
 /// How often the end of the process's VMs is looked for.
 const TURN: Duration = Duration::from_millis(200);
+/// How long what is going on may take to end after a signal.
+const LAST_WORK: Duration = Duration::from_secs(10);
+
+/// Does `work` with what serves the sockets of the process's VMs.
+pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    let outcome = work(runtime.handle());
+    // Waits for no request: those that matter have ended.
+    runtime.shutdown_background();
+    outcome
+}
 
 fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     let mut config = VmConfig::new(args.mem, args.cpus).map_err(Failure::input)?;
@@ -65,16 +77,15 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     };
     let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
     let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
-    // Before there is anything to leave behind.
-    let ending = Ending::listen(runtime.handle()).map_err(Failure::run)?;
-    let fleet = serve_fleet(&context, &runtime_dir(), runtime.handle()).map_err(Failure::input)?;
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
-    let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
-    let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
-
-    foreground(&fleet, vm, args.detached, &ending, runtime.handle())
+    with_runtime(|runtime| {
+        // Before there is anything to leave behind.
+        let ending = Ending::listen(runtime).map_err(Failure::run)?;
+        let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
+        let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
+        let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
+        foreground(&fleet, vm, args.detached, &ending, runtime)
+    })
 }
 
 /// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
@@ -140,15 +151,19 @@ fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopRe
     reason
 }
 
-/// Waits until no VM is left.
+/// Waits until no VM is left, nor a request that works with one: what they had is free.
 pub(super) fn wait_for_all(fleet: &Fleet, ending: &Ending) {
+    let mut until = None;
     loop {
         close_at_end(fleet, ending);
         fleet.reap(None);
-        if fleet.list().is_empty() {
+        if fleet.wait_until_unused(TURN) {
             return;
         }
-        std::thread::sleep(TURN);
+        if ending.signal().is_some() && *until.get_or_insert(Instant::now() + LAST_WORK) < Instant::now() {
+            say!("\r\nclade: a request has not ended {} s after the signal, and is cut off\r", LAST_WORK.as_secs());
+            return;
+        }
     }
 }
 

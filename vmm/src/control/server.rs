@@ -2,6 +2,8 @@
 
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
@@ -12,6 +14,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use clade_snapshot::Compression;
 use serde_json::json;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, LogsAnswer, ResetAnswer, SnapshotAnswer,
@@ -24,6 +28,8 @@ use crate::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 const ANSWER: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(10);
+/// How long a request waits for a thread where no more can be made.
+const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// An error as the API gives it.
 pub(super) struct ApiError {
@@ -113,14 +119,41 @@ async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let failed = |status, text: &str| ApiError { status, text: text.to_owned() };
     let gone = || failed(StatusCode::INTERNAL_SERVER_ERROR, "the process is ending");
     let fleet = fleet.upgrade().ok_or_else(gone)?;
-    // It panics when no thread can be made. That is this request's end, not the connection's.
-    let begun = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(move || work(&fleet))));
-    let begun = begun.map_err(|_| failed(StatusCode::SERVICE_UNAVAILABLE, "no thread can be made for the request"))?;
+    Ok(on_a_thread(THREAD_PATIENCE, move || work(&fleet)).await??)
+}
+
+fn failed(status: StatusCode, text: &str) -> ApiError {
+    ApiError { status, text: text.to_owned() }
+}
+
+/// Runs blocking work on a thread, if one is free within `patience`; else not at all.
+async fn on_a_thread<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let no_thread = || failed(StatusCode::SERVICE_UNAVAILABLE, "there is no thread for the request");
+    // Whoever sets it first decides whether the work is done.
+    let taken = Arc::new(AtomicBool::new(false));
+    let (begin, begun) = oneshot::channel();
+    let takes = Arc::clone(&taken);
+    let run = move || {
+        // Relaxed: what follows goes through the channel and the task.
+        if takes.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        // Who asked may have gone.
+        let _ = begin.send(());
+        Some(work())
+    };
+    // It panics when no thread can be made and there is none. That is this request's end, not the connection's.
+    let task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
+    if timeout(patience, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
+        return Err(no_thread());
+    }
     let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");
-    Ok(begun.await.map_err(panicked)??)
+    task.await.map_err(panicked)?.ok_or_else(no_thread)
 }
 
 async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
@@ -162,7 +195,7 @@ struct CancelOnDrop(Cancel);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        self.0.cancel();
+        self.0.client_gone();
     }
 }
 
@@ -315,4 +348,37 @@ pub(super) fn router(fleet: WeakFleet) -> Router {
             text: "the path is not for that method".into(),
         })
         .with_state(fleet)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_request_without_a_thread_is_refused_and_not_done_later() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let (end, ended) = mpsc::channel::<()>();
+        runtime.block_on(async {
+            let long = tokio::task::spawn_blocking(move || ended.recv().is_err());
+            let done = Arc::new(AtomicBool::new(false));
+            let does = Arc::clone(&done);
+            let refused = on_a_thread(Duration::from_millis(10), move || does.store(true, Ordering::Relaxed)).await;
+            assert_eq!(refused.map_err(|error| error.status), Err(StatusCode::SERVICE_UNAVAILABLE));
+            drop(end);
+            assert!(long.await.unwrap());
+            // The one thread takes what waits in order.
+            assert_eq!(on_a_thread(THREAD_PATIENCE, || 7).await.map_err(|error| error.text), Ok(7));
+            assert!(!done.load(Ordering::Relaxed), "who asked was told that it is not done");
+        });
+    }
+
+    #[test]
+    fn a_request_that_panics_is_one_answer() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let panicked = runtime.block_on(on_a_thread(THREAD_PATIENCE, || -> u8 { panic!("on purpose") }));
+        assert_eq!(panicked.map_err(|error| error.status), Err(StatusCode::INTERNAL_SERVER_ERROR));
+    }
 }

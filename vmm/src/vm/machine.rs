@@ -296,9 +296,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Stops the VM for good.
+    /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
         self.shell.meeting.stop(StopReason::Asked);
+        // After it has stopped: a snapshot that begins now finds it so, one that has begun is cancelled.
+        self.cancel_snapshot();
     }
 
     /// Why it stopped, if it has.

@@ -29,6 +29,8 @@ use crate::vm::{Context, Vm, VmError};
 
 /// How long writes that were in flight at the instant may take to end before there is no snapshot.
 const SETTLE: Duration = Duration::from_secs(30);
+/// How often it is looked meanwhile whether the snapshot is cancelled.
+const SETTLE_TURN: Duration = Duration::from_millis(100);
 
 /// Why there is no snapshot, or no VM of one.
 #[derive(Debug, Error)]
@@ -266,9 +268,17 @@ fn save(
     watch: &Watch<'_>,
 ) -> Result<Saved, SnapshotError> {
     let deadline = Instant::now() + SETTLE;
-    let settled = |disk: &DiskImage| {
+    let settled = |disk: &DiskImage| loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        if disk.settle(left) { Ok(()) } else { Err(SnapshotError::Unsettled { path: disk.config().path.clone() }) }
+        if disk.settle(left.min(SETTLE_TURN)) {
+            return Ok(());
+        }
+        if watch.cancel.load(Ordering::Relaxed) {
+            return Err(clade_snapshot::Error::Cancelled.into());
+        }
+        if left.is_zero() {
+            return Err(SnapshotError::Unsettled { path: disk.config().path.clone() });
+        }
     };
     let mut spaces = Vec::new();
     let older: Vec<Option<&DiskImage>> = match base {

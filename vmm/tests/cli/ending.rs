@@ -130,3 +130,26 @@ fn a_signal_that_was_ignored_stays_so() {
     assert_eq!(runtime.ended(), Some(143));
     assert_eq!(entries(runtime.dir()), [""; 0]);
 }
+
+#[test]
+fn a_signal_breaks_off_the_making_of_vms() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["snapshot", "web", saved, "--json"]).json();
+    runtime.clade(&["stop", "web"]);
+    assert_eq!(runtime.ended(), Some(0));
+    runtime.spawn_heard(&["restore", saved, "--count", "500", "--name", "w-{n}", "--detached"]);
+    // All names are taken before the first VM is made.
+    wait_until("the names", || entries(runtime.dir()).len() >= 500);
+    runtime.signal(Signal::TERM);
+    let heard = runtime.heard();
+    assert_eq!(runtime.ended(), Some(143), "{heard}");
+    assert!(!heard.contains("VMs restored"), "it made all of them first: {heard}");
+    assert_eq!(entries(runtime.dir()), [""; 0]);
+}

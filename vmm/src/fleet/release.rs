@@ -1,0 +1,78 @@
+//! When a VM, and the fleet, has given back everything.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::dir::NameClaim;
+
+/// Whether everything a VM had is given back. Set by the last thing a VM drops.
+#[derive(Debug, Default)]
+pub(super) struct Release(Mutex<bool>, Condvar);
+
+impl Release {
+    /// Whether it is within `patience`.
+    pub(super) fn wait(&self, patience: Duration) -> bool {
+        let released = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.1.wait_timeout_while(released, patience, |released| !*released);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// What uses the fleet's devices and disks: VMs until the last of them is dropped, listed or not, and requests that make
+/// VMs.
+#[derive(Debug, Default)]
+pub(super) struct InUse(Mutex<usize>, Condvar);
+
+impl InUse {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more, until it is dropped.
+    pub(super) fn enter(self: &Arc<Self>) -> Use {
+        *self.count() += 1;
+        Use(Arc::clone(self))
+    }
+
+    /// Whether there is none within `patience`.
+    pub(super) fn wait_for_none(&self, patience: Duration) -> bool {
+        let waited = self.1.wait_timeout_while(self.count(), patience, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 == 0
+    }
+}
+
+/// One of [`InUse`].
+#[derive(Debug)]
+pub(super) struct Use(Arc<InUse>);
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.1.notify_all();
+    }
+}
+
+/// What a VM drops after everything else it has, in this order: its name, the word that all is given back, its place in the
+/// fleet.
+#[derive(Debug)]
+pub(super) struct Tail {
+    _claim: NameClaim,
+    _release: ReleaseOnDrop,
+    _in_use: Use,
+}
+
+impl Tail {
+    pub(super) fn new(claim: NameClaim, release: &Arc<Release>, in_use: Use) -> Self {
+        Self { _claim: claim, _release: ReleaseOnDrop(Arc::clone(release)), _in_use: in_use }
+    }
+}
+
+#[derive(Debug)]
+struct ReleaseOnDrop(Arc<Release>);
+
+impl Drop for ReleaseOnDrop {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.1.notify_all();
+    }
+}
