@@ -192,3 +192,30 @@ fn put_away(disks: Vec<Disk>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::tests::{Nobody, fleet_of_one};
+    use crate::kvm::testutil::host;
+
+    #[test]
+    fn the_end_waits_for_a_vm_that_is_in_no_list_any_more() {
+        if host().is_none() {
+            return;
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let ending = Ending::listen(runtime.handle()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let fleet = fleet_of_one(dir.path(), Nobody);
+        let one = fleet.get("one").unwrap().vm;
+        fleet.remove(&one);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| wait_for_all(&fleet, &ending));
+            std::thread::sleep(3 * TURN);
+            assert!(!waits.is_finished(), "its disks are in use");
+            drop(one);
+        });
+        assert!(fleet.wait_until_unused(Duration::ZERO));
+    }
+}

@@ -1,9 +1,9 @@
 use super::*;
-use crate::vm::VmConfig;
 use crate::boot::{BootSource, Image};
 use crate::kvm::testutil::host;
+use crate::vm::VmConfig;
 
-struct Nobody;
+pub(crate) struct Nobody;
 
 impl Serve for Nobody {
     fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>) -> Serving {
@@ -94,7 +94,7 @@ fn a_closed_fleet_stops_its_vms_and_takes_no_more() {
 }
 
 /// A fleet with a bare guest `one` that runs.
-fn fleet_of_one(dir: &Path, serve: impl Serve + 'static) -> Fleet {
+pub(crate) fn fleet_of_one(dir: &Path, serve: impl Serve + 'static) -> Fleet {
     let fleet = Fleet::new(&Context::open().unwrap(), dir, |_| Box::new(serve)).unwrap();
     let (config, source) = (bare_config(), bare_source());
     fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
@@ -252,4 +252,28 @@ fn vms_that_are_started_when_the_process_is_to_end_are_not() {
         "{refused:?}"
     );
     assert_eq!((made.get(), names(&fleet)), (1, vec!["one".to_owned()]));
+}
+
+#[test]
+fn stop_waits_for_who_is_just_looking_at_the_vm() {
+    if host().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let fleet = fleet_of_one(dir.path(), Nobody);
+    let held = fleet.get("one").unwrap();
+    let (begin, begun) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let stops = scope.spawn(|| {
+            begin.send(()).unwrap();
+            fleet.stop("one", |listed| Arc::downgrade(&listed.vm))
+        });
+        begun.recv().unwrap();
+        held.vm.wait(RELEASE_TIMEOUT).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!stops.is_finished(), "its name is not free");
+        drop(held);
+        assert!(stops.join().unwrap().unwrap().upgrade().is_none());
+    });
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

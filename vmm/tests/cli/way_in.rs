@@ -250,6 +250,15 @@ fn an_error_to_a_request_with_a_body_arrives() {
         assert_eq!(runtime.http("web", "POST", "/v1/nothing", &body).0, 404);
         assert_eq!(runtime.http("web", "DELETE", "/v1/vms/web", &body).0, 405);
     }
+    // One that is too long is taken to its end all the same: who writes it is not cut off.
+    let long = vec![b' '; 4 << 20];
+    let mut stream = UnixStream::connect(runtime.socket("web")).unwrap();
+    let head = format!("POST /v1/vms/web/fork HTTP/1.1\r\nhost: clade\r\ncontent-length: {}\r\n\r\n", long.len());
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&long).unwrap();
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 413");
 }
 
 #[test]
