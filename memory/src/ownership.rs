@@ -10,9 +10,8 @@
 //!
 //! Lock order: a region's state lock, then the table's.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-
 use crate::sabotage::{Break, broken};
+use crate::sync::{Mutex, MutexGuard, OnceLock, lock};
 use crate::units::{BLOCK_PAGES, PageRange, push_run};
 use crate::word::{Ownership, PinMiss, ShareMiss, Word};
 
@@ -68,7 +67,7 @@ impl OwnershipTable {
 
     /// The right to change bits. Held by freeze, unshare, adopt and reset; never while waiting for anything.
     pub fn lock(&self) -> TableGuard<'_> {
-        TableGuard { table: self, _held: self.lock.lock().unwrap_or_else(PoisonError::into_inner) }
+        TableGuard { table: self, _held: lock(&self.lock) }
     }
 
     fn whole(&self, block: usize) -> PageRange {
@@ -353,6 +352,9 @@ impl TableGuard<'_> {
         runs
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests;
 
 #[cfg(all(test, not(loom)))]
 mod tests {

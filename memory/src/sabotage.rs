@@ -43,7 +43,7 @@ pub(crate) fn broken(_how: Break) -> bool {
 pub(crate) use tests::broken;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::cell::Cell;
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -62,6 +62,14 @@ mod tests {
 
     pub(crate) fn broken(how: Break) -> bool {
         BROKEN.get() == Some(how)
+    }
+
+    /// What becomes of `work` when something is done wrong on purpose: its panic.
+    pub(crate) fn with_break(how: Break, work: impl FnOnce()) -> std::thread::Result<()> {
+        BROKEN.set(Some(how));
+        let noticed = catch_unwind(AssertUnwindSafe(work));
+        BROKEN.set(None);
+        noticed
     }
 
     const PAGES: u64 = 3 * BLOCK_PAGES;
@@ -261,9 +269,7 @@ mod tests {
     fn every_break_of_an_invariant_is_noticed() {
         for (invariant, how, scenario) in TABLE {
             scenario();
-            BROKEN.set(Some(how));
-            let noticed = catch_unwind(AssertUnwindSafe(scenario));
-            BROKEN.set(None);
+            let noticed = with_break(how, scenario);
             plan().disarm();
             let Err(told) = noticed else { panic!("{invariant}: {how:?} goes unnoticed") };
             let told = told.downcast_ref::<String>().cloned().unwrap_or_else(|| "a panic".to_owned());
