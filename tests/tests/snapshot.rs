@@ -12,7 +12,7 @@ use std::time::Duration;
 use clade::kvm::{CpuTemplate, HostMismatch};
 use clade::vm::{
     ChildOptions, Context, ForkImage, GenerationId, NetSpec, RestoreLoad, RestoreOptions, SnapshotError,
-    SnapshotOptions, StopReason, Vm, VmConfig,
+    SnapshotOptions, StopReason, Vm, VmConfig, VmError,
 };
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_guests::abi::Command;
@@ -403,7 +403,7 @@ fn stopping_a_vm_ends_its_snapshot() {
         });
         match saved {
             Ok(_) => false,
-            Err(SnapshotError::Files(Error::Cancelled)) => {
+            Err(SnapshotError::Vm(VmError::Stopped(StopReason::Asked))) => {
                 assert!(!at.exists());
                 true
             }

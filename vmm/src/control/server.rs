@@ -97,7 +97,8 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
             | Error::TooDeep { .. }
             | Error::Shape { .. }
             | Error::Needed { .. }
-            | Error::OwnChain { .. },
+            | Error::OwnChain { .. }
+            | Error::Cancelled,
         )
         | SnapshotError::NoBase { .. }
         | SnapshotError::Busy { .. }

@@ -225,7 +225,11 @@ impl Vm {
             Ok((image, report, saved))
         });
         self.saving.running.store(false, Ordering::Relaxed);
-        let (image, report, saved) = saved?;
+        let (image, report, saved) = saved.map_err(|error| match (error, self.stopped()) {
+            // By whoever has stopped it: that is what is to be told.
+            (SnapshotError::Files(clade_snapshot::Error::Cancelled), Some(reason)) => VmError::Stopped(reason).into(),
+            (error, _) => error,
+        })?;
         // A relative path means another directory to whoever has another.
         let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
         let place = SavedAt { dir, id: saved.id };
