@@ -134,6 +134,24 @@ fn nothing_depends_on_a_base_that_is_being_replaced() {
 }
 
 #[test]
+fn a_lock_on_what_was_replaced_meanwhile_counts_for_nothing() {
+    let _alone = alone();
+    let scene = Scene::new();
+    // The base is replaced between its opening and its locking.
+    let (target, image) = (scene.at("two"), scene.third.clone());
+    let once = std::sync::Once::new();
+    let plan = Plan::hooked(move |op, path| {
+        if op == Op::Lock && path == target {
+            once.call_once(|| assert!(Saving::default().save(&image, &target).is_ok()));
+        }
+        Ok(())
+    });
+    let refused = scene.depend(&Files { plan: Some(Arc::new(plan)) });
+    assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == scene.two.0), "{refused:?}");
+    assert_eq!(names(scene.dir.path()), ["one", "two"]);
+}
+
+#[test]
 fn a_note_is_not_lost_to_a_merge() {
     let _alone = alone();
     let scene = Scene::new();
@@ -180,11 +198,15 @@ fn notes_of_what_is_gone_make_room() {
         let name = format!("{NEEDED_BY}{number:016x}");
         fs::write(scene.at("two").join(name), text.to_str().unwrap()).unwrap();
     };
+    scene.depend(&Files::default()).unwrap();
+    fs::rename(scene.at("three"), scene.at("kept")).unwrap();
+    note(5000, &scene.at("kept"));
     for number in 0..crate::dependents::MANY as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.depend(&Files::default()).unwrap();
-    assert_eq!(scene.notes().len(), 1, "{:?}", scene.notes());
+    assert_eq!(scene.notes().len(), 2, "one that holds, and the new one: {:?}", scene.notes());
+    fs::remove_dir_all(scene.at("kept")).unwrap();
     // And they hold nobody up, however many they are.
     let refused = scene.replace(&Files::default());
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
