@@ -153,7 +153,7 @@ pub(crate) struct Aside<'f> {
     place: PathBuf,
     path: PathBuf,
     /// Held while it is being written: who can lock it may remove it.
-    _lock: File,
+    lock: Option<File>,
     /// To be removed: it is not published, or it is what was there before.
     garbage: bool,
 }
@@ -169,7 +169,7 @@ impl<'f> Aside<'f> {
             files.make_dir(&path)?;
             let made = Self::lock(files, &path);
             match made {
-                Ok(Some(lock)) => return Ok(Self { files, place, path, _lock: lock, garbage: true }),
+                Ok(Some(lock)) => return Ok(Self { files, place, path, lock: Some(lock), garbage: true }),
                 // Somebody swept it before it was locked.
                 Ok(None) => {}
                 Err(error) => {
@@ -199,22 +199,26 @@ impl<'f> Aside<'f> {
         &self.path
     }
 
-    /// Puts it in its place. All files in it have been synced. On an error it may be there all the same, whole, but not known to be on the disk.
-    pub(crate) fn publish(mut self) -> Result<(), Error> {
+    /// Puts it in its place: for what is there, which the caller has locked, or where nothing is.
+    /// All files in it have been synced. False if it is not so any more. On an error it may be there
+    /// all the same, whole, but not known to be on the disk.
+    pub(crate) fn publish(&mut self, over: bool) -> Result<bool, Error> {
         self.files.sync_dir(&self.path)?;
-        let old = loop {
-            if self.files.exchange(&self.path, &self.place)? {
-                break true;
-            }
-            if self.files.rename_new(&self.path, &self.place)? {
-                break false;
-            }
+        let put = if over {
+            self.files.exchange(&self.path, &self.place)?
+        } else {
+            self.files.rename_new(&self.path, &self.place)?
         };
+        if !put {
+            return Ok(false);
+        }
         // What is aside now is the old one, and it must stay until the rename is on the disk.
         self.garbage = false;
         self.files.sync_dir(self.place.parent().unwrap_or(&self.place))?;
-        self.garbage = old;
-        Ok(())
+        self.garbage = over;
+        // Whoever wants to depend on it need not wait until the old one is removed.
+        self.lock = None;
+        Ok(true)
     }
 }
 

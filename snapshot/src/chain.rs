@@ -1,12 +1,13 @@
 //! Opening: a snapshot and all it depends on, checked before anything is used.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use clade_memory::{IntervalMap, PAGE_SIZE, PageRange, Piece, RamLayout};
+use clade_memory::{IntervalMap, PAGE_SHIFT, PAGE_SIZE, PageRange, Piece, RamLayout};
 
 use crate::aside::{MANIFEST, STATE, WARM, layer_name};
+use crate::dir::Dir;
 use crate::disk::DiskReader;
 use crate::error::Error;
 use crate::files::Files;
@@ -19,8 +20,8 @@ pub const MOST_DEEP: usize = 64;
 /// Longest manifest.
 const MOST_MANIFEST: u64 = 16 << 20;
 /// Longest state file. What the manifest says of it is not believed beyond that.
-const MAX_STATE: u64 = 256 << 20;
-/// Longest record of what is touched first: 16 bytes a run.
+pub(crate) const MAX_STATE: u64 = 256 << 20;
+/// Longest record of what is touched first, of however large a memory.
 const MAX_WARM: u64 = 256 << 20;
 
 /// Which layer of the chain a page is in: 0 is the newest.
@@ -72,7 +73,7 @@ impl ChainSpace {
 /// One directory of a chain.
 #[derive(Debug)]
 pub(crate) struct Member {
-    pub(crate) dir: PathBuf,
+    pub(crate) dir: Dir,
     pub(crate) manifest: Manifest,
 }
 
@@ -94,37 +95,40 @@ pub(crate) struct Opened {
 #[derive(Clone, Debug)]
 pub struct Snapshot(pub(crate) Arc<Opened>);
 
-pub(crate) fn read_manifest(files: &Files, dir: &Path) -> Result<Manifest, Error> {
-    let path = dir.join(MANIFEST);
-    let bytes = files.read(&path, MOST_MANIFEST)?;
-    Manifest::decode(&bytes).map_err(|damage| Error::damaged(path, damage))
+pub(crate) fn read_manifest(files: &Files, dir: &Dir) -> Result<Manifest, Error> {
+    let bytes = files.read_in(dir, MANIFEST, MOST_MANIFEST)?;
+    Manifest::decode(&bytes).map_err(|damage| Error::damaged(dir.path().join(MANIFEST), damage))
 }
 
 /// The manifests of a chain, newest first.
 pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error> {
-    let manifest = read_manifest(files, dir)?;
+    let newest = files.dir(dir)?;
+    let manifest = read_manifest(files, &newest)?;
     let mut seen = HashSet::from([manifest.id]);
-    let mut members = vec![Member { dir: dir.to_owned(), manifest }];
+    let mut members = vec![Member { dir: newest, manifest }];
     while let Some(Member { dir: child, manifest }) = members.last()
         && let Some(parent) = &manifest.parent
     {
-        let at = child.join(&parent.path);
-        let inside = |source| Error::Parent { path: child.clone(), parent: at.clone(), source: Box::new(source) };
+        let at = child.path().join(&parent.path);
+        let inside =
+            |source| Error::Parent { path: child.path().to_owned(), parent: at.clone(), source: Box::new(source) };
         if !seen.insert(parent.id) {
             return Err(Error::Cycle { path: at, id: parent.id });
         }
         if members.len() >= MOST_DEEP {
             return Err(Error::TooDeep { path: dir.to_owned(), most: MOST_DEEP });
         }
-        let found = read_manifest(files, &at).map_err(inside)?;
+        // From the child's own directory, whatever its path leads to by now.
+        let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;
+        let found = read_manifest(files, &opened).map_err(inside)?;
         if found.id != parent.id {
             let wrong = Error::WrongId { path: at.clone(), wanted: parent.id, found: found.id };
             return Err(inside(wrong));
         }
-        fits(child, manifest, &found)?;
-        // Of many relative paths one after another none would be short enough in the end.
-        let dir = at.canonicalize().unwrap_or(at);
-        members.push(Member { dir, manifest: found });
+        fits(child.path(), manifest, &found)?;
+        // It is called by its own path: many relative ones behind each other say little.
+        let called = at.canonicalize().unwrap_or(at);
+        members.push(Member { dir: opened.called(called), manifest: found });
     }
     Ok(members)
 }
@@ -144,9 +148,8 @@ fn fits(path: &Path, child: &Manifest, parent: &Manifest) -> Result<(), Error> {
 }
 
 fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
-    let path = member.dir.join(STATE);
     let entry = &member.manifest.state;
-    let bytes = files.read(&path, entry.bytes.min(MAX_STATE))?;
+    let bytes = files.read_in(&member.dir, STATE, entry.bytes.min(MAX_STATE))?;
     let checked = || {
         if bytes.len() as u64 != entry.bytes {
             let found = bytes.len() as u64;
@@ -159,7 +162,7 @@ fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
         }
         Ok(sections)
     };
-    checked().map_err(|damage| Error::damaged(path, damage))
+    checked().map_err(|damage| Error::damaged(member.dir.path().join(STATE), damage))
 }
 
 impl Snapshot {
@@ -198,7 +201,7 @@ impl Snapshot {
     /// Where it was opened.
     #[must_use]
     pub fn dir(&self) -> &Path {
-        &self.0.members[0].dir
+        self.0.members[0].dir.path()
     }
 
     /// What it says of itself.
@@ -215,7 +218,7 @@ impl Snapshot {
 
     /// Where they are, itself first.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
-        self.0.members.iter().map(|member| member.dir.as_path())
+        self.0.members.iter().map(|member| member.dir.path())
     }
 
     /// The section of that name.
@@ -249,17 +252,22 @@ impl Snapshot {
     /// # Errors
     /// When the file is there and damaged, which harms nothing else.
     pub fn warm(&self) -> Result<Option<Vec<PageRange>>, Error> {
-        read_warm(&self.0.files, self.dir(), self.id())
+        read_warm(&self.0.files, &self.0.members[0])
     }
 }
 
-pub(crate) fn read_warm(files: &Files, dir: &Path, id: SnapshotId) -> Result<Option<Vec<PageRange>>, Error> {
-    let path = dir.join(WARM);
-    let bytes = match files.read(&path, MAX_WARM) {
+pub(crate) fn read_warm(files: &Files, member: &Member) -> Result<Option<Vec<PageRange>>, Error> {
+    let pages = member.manifest.memory.layer.bytes >> PAGE_SHIFT;
+    let bytes = match files.read_in(&member.dir, WARM, Warm::most_bytes(pages).min(MAX_WARM)) {
         Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
-    let warm = Warm::decode(&bytes).map_err(|damage| Error::damaged(path, damage))?;
+    let damaged = |damage| Error::damaged(member.dir.path().join(WARM), damage);
+    let warm = Warm::decode(&bytes).map_err(damaged)?;
     // Another snapshot's: it was put in this one's place while the run was recorded.
-    Ok((warm.id == id).then_some(warm.runs))
+    if warm.id != member.manifest.id {
+        return Ok(None);
+    }
+    warm.check(pages).map_err(damaged)?;
+    Ok(Some(warm.runs))
 }

@@ -14,6 +14,7 @@ use crate::disk::Merged;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::Warm;
+use crate::lock::{How, lock};
 use crate::save::{Meter, Saved, Watch};
 use crate::space::checked_runs;
 use crate::write::write_layer;
@@ -31,6 +32,11 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
     let spaces: Vec<_> = std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks).collect();
     let mut manifest = snapshot.manifest().clone();
     if manifest.parent.is_some() {
+        // While they are there: they go when somebody saves there meanwhile.
+        let newest = &snapshot.0.members[0];
+        let state = files.read_in(&newest.dir, STATE, manifest.state.bytes)?;
+        // A hint, lost if it is damaged.
+        let warm = read_warm(files, newest).ok().flatten();
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
         let data = |space: &&crate::chain::ChainSpace| {
@@ -40,7 +46,8 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
         let (mut done, total) = (0, spaces.iter().map(data).sum());
         let mut meter = Meter::new(watch, &mut done, total);
         meter.add(0)?;
-        let aside = Aside::create(files, place)?;
+        let target = place.clone();
+        let mut aside = Aside::create(files, place)?;
         manifest.parent = None;
         for (at, space) in spaces.into_iter().enumerate() {
             let disk = at.checked_sub(1);
@@ -51,28 +58,33 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
             let how = (runs.as_slice(), entry.compression);
             *entry = write_layer(files, aside.path(), &name, &merged, how, &mut meter)?;
         }
-        let state = files.read(&dir.join(STATE), manifest.state.bytes)?;
         files.write(&aside.path().join(STATE), &state)?;
-        // A hint, lost if it is damaged.
-        if let Ok(Some(runs)) = read_warm(files, dir, manifest.id) {
+        if let Some(runs) = warm {
             files.write(&aside.path().join(WARM), &Warm { id: manifest.id, runs }.encode())?;
         }
         files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
         meter.check()?;
+        // Who would depend on it waits, or has noted that.
+        let mut locked = lock(files, &[(&target, How::Exclusive)], &mut || meter.check())?;
+        let gone = || Error::file("found", &target, std::io::ErrorKind::NotFound.into());
+        let there = locked.pop().flatten().ok_or_else(gone)?;
         // Somebody may have saved there meanwhile.
-        let found = read_manifest(files, dir)?.id;
+        let found = read_manifest(files, &there)?.id;
         if found != manifest.id {
             return Err(Error::WrongId { path: dir.to_owned(), wanted: manifest.id, found });
         }
         // It keeps its identity, and so what depends on it.
-        dependents::carry(files, dir, aside.path())?;
-        aside.publish()?;
+        dependents::carry(files, &there, aside.path(), manifest.id)?;
+        if !aside.publish(true)? {
+            return Err(gone());
+        }
     }
     let layers = || std::iter::once(&manifest.memory.layer).chain(manifest.disks.iter().map(|disk| &disk.layer));
     Ok(Saved {
         id: manifest.id,
         data_pages: layers().map(|layer| layer.data_pages).sum(),
         zero_pages: layers().map(|layer| layer.zero_pages).sum(),
+        base_untold: false,
         data_bytes: layers().map(|layer| layer.data_bytes).sum(),
     })
 }

@@ -64,6 +64,14 @@ pub enum Error {
         /// The snapshot that depends on it.
         by: PathBuf,
     },
+    /// Another save or merge has the directory just now.
+    #[error("{} has been locked by another for {seconds} s", path.display())]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// A parent cannot be used.
     #[error("{} depends on {}, which cannot be used", path.display(), parent.display())]
     Parent {

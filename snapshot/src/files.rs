@@ -16,9 +16,6 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 
-/// Bytes of a file that are read at once.
-const PIECE: usize = 4 << 20;
-
 /// What is about to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
@@ -68,7 +65,7 @@ impl Files {
     }
 
     /// Does `call` until it is not interrupted.
-    fn run<T>(&self, op: Op, path: &Path, mut call: impl FnMut(Verdict) -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn run<T>(&self, op: Op, path: &Path, mut call: impl FnMut(Verdict) -> io::Result<T>) -> io::Result<T> {
         loop {
             match self.point(op, path).and_then(&mut call) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -81,16 +78,6 @@ impl Files {
     pub(crate) fn make_dir(&self, path: &Path) -> Result<(), Error> {
         let made = self.run(Op::MakeDir, path, |_| fs::DirBuilder::new().mode(0o700).create(path));
         made.map_err(|source| Error::file("made", path, source))
-    }
-
-    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and
-    /// a
-    /// pipe would be waited for.
-    pub(crate) fn open(&self, path: &Path) -> Result<File, Error> {
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = self.open_as(path, flags)?;
-        let kind = file.metadata().map_err(|source| Error::file("looked at", path, source))?.file_type();
-        if kind.is_file() { Ok(file) } else { Err(Error::NotAFile { path: path.to_owned(), found: name_of(kind) }) }
     }
 
     /// Opens a directory, wherever its path leads.
@@ -207,17 +194,6 @@ impl Files {
         renamed.map_err(|source| Error::file("put in place", to, source))
     }
 
-    /// Renames a file over whatever file is there.
-    pub(crate) fn replace(&self, from: &Path, to: &Path) -> Result<(), Error> {
-        let renamed = self.run(Op::Rename, to, |_| fs::rename(from, to));
-        renamed.map_err(|source| Error::file("put in place", to, source))
-    }
-
-    /// Removes a file; gone already is as good.
-    pub(crate) fn remove_file(&self, path: &Path) -> Result<(), Error> {
-        gone(self.run(Op::Remove, path, |_| fs::remove_file(path)), path)
-    }
-
     /// Removes `name` from the directory `dir`, which is at `path`; gone already is as good. A link
     /// is removed, and not what it leads to.
     pub(crate) fn remove_in(&self, dir: &File, path: &Path, name: &OsStr) -> Result<(), Error> {
@@ -272,26 +248,6 @@ impl Files {
         Ok(())
     }
 
-    /// All of a file, of at most `most` bytes.
-    pub(crate) fn read(&self, path: &Path, most: u64) -> Result<Vec<u8>, Error> {
-        let file = self.open(path)?;
-        let bytes = len(&file, path)?;
-        if bytes > most {
-            let damage = crate::format::Damage::Length { what: "the file".to_owned(), wanted: most, found: bytes };
-            return Err(Error::damaged(path, damage));
-        }
-        // As it is read, so that a length alone costs no memory, and none that there is not.
-        let mut out = Vec::new();
-        while (out.len() as u64) < bytes {
-            let (from, some) = (out.len(), PIECE.min((bytes as usize) - out.len()));
-            let no_memory = |_| Error::file("read", path, io::ErrorKind::OutOfMemory.into());
-            out.try_reserve(some).map_err(no_memory)?;
-            out.resize(from + some, 0);
-            self.read_exact_at(&file, path, &mut out[from..], from as u64)?;
-        }
-        Ok(out)
-    }
-
     /// A new file with these bytes, on the disk.
     pub(crate) fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let file = self.create(path, false)?;
@@ -301,7 +257,7 @@ impl Files {
 }
 
 /// What is no file.
-fn name_of(kind: FileType) -> &'static str {
+pub(crate) fn name_of(kind: FileType) -> &'static str {
     match kind {
         kind if kind.is_dir() => "a directory",
         kind if kind.is_fifo() => "a pipe",

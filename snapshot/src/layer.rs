@@ -1,10 +1,11 @@
 //! Reading a layer's files.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
+use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::{Files, len};
 use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
@@ -23,12 +24,12 @@ pub(crate) struct LayerFile {
 
 impl LayerFile {
     /// Opens the layer of that name in a snapshot's directory.
-    pub(crate) fn open(files: &Files, dir: &Path, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
-        let path = dir.join(format!("{name}.index"));
-        let bytes = files.read(&path, entry.index_bytes.min(MAX_INDEX))?;
-        let index = Self::checked(&bytes, entry).map_err(|damage| Error::damaged(path, damage))?;
-        let path = dir.join(format!("{name}.data"));
-        let file = files.open(&path)?;
+    pub(crate) fn open(files: &Files, dir: &Dir, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
+        let (index, data) = (format!("{name}.index"), format!("{name}.data"));
+        let bytes = files.read_in(dir, &index, entry.index_bytes.min(MAX_INDEX))?;
+        let index = Self::checked(&bytes, entry).map_err(|damage| Error::damaged(dir.path().join(index), damage))?;
+        let file = files.open_in(dir, &data)?;
+        let path = dir.path().join(data);
         let found = len(&file, &path)?;
         if found != index.data_bytes {
             let damage = Damage::Length { what: "the data".to_owned(), wanted: index.data_bytes, found };

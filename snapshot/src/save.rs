@@ -1,7 +1,6 @@
 //! Saving: a snapshot is written aside and put in its place as a whole, or not at all.
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +8,8 @@ use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
 use crate::aside::{Aside, MANIFEST, STATE, expect_replaceable, layer_name, place, random};
 use crate::chain::{MOST_DEEP, Snapshot, read_manifest};
-use crate::dependents;
+use crate::dependents::{self, Noted};
+use crate::dir::{Dir, identity};
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{
@@ -17,6 +17,7 @@ use crate::format::{
     encode_sections, valid_name,
 };
 use crate::layer::sealed_sum;
+use crate::lock::{How, lock};
 use crate::ram::RamSpace;
 use crate::space::{Kind, Space, checked_runs};
 use crate::write::write_layer;
@@ -129,6 +130,9 @@ pub struct Saved {
     pub zero_pages: u64,
     /// Bytes of their files.
     pub data_bytes: u64,
+    /// The base is not to be written to, so that there is no note in it that this one needs it:
+    /// whoever can write there may replace it unawares.
+    pub base_untold: bool,
 }
 
 impl Save<'_> {
@@ -146,8 +150,9 @@ impl Save<'_> {
         let memory = RamSpace::new(self.memory, self.base.map(|base| base.image))?;
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
-        if !self.replace {
-            dependents::expect_none(files, &place)?;
+        if !self.replace && place.exists() {
+            // It is looked at again when nobody can come between. This spares the writing.
+            dependents::expect_none(files, &files.whole_dir(&place)?)?;
         }
         let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
         let full = self.base.is_none();
@@ -166,7 +171,7 @@ impl Save<'_> {
         meter.add(0)?;
 
         let target = place.clone();
-        let aside = Aside::create(files, place)?;
+        let mut aside = Aside::create(files, place)?;
         let mut layers = Vec::with_capacity(spaces.len());
         for (at, ((_, space), runs)) in spaces.into_iter().zip(&runs).enumerate() {
             let how = (runs.as_slice(), self.compression);
@@ -186,14 +191,58 @@ impl Save<'_> {
         let manifest = Manifest::new(id, parent, memory, disks.collect(), entry);
         files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
         meter.check()?;
-        if let Some(base) = &self.base {
-            // It may have been replaced meanwhile.
-            expect_id(files, base)?;
-            // Before it is published: a dependent that is not noted could lose its base.
-            dependents::note(files, &crate::aside::place(base.dir)?, &target)?;
+        let base_untold = self.publish(files, &mut aside, &target, &mut meter)? == Some(Noted::ReadOnly);
+        if base_untold && let Some(base) = &self.base {
+            let (base, dependent) = (base.dir.display(), target.display());
+            tracing::warn!(%base, %dependent, "the base cannot be written to, and is not told of its dependent");
         }
-        aside.publish()?;
-        Ok(Saved { id, data_pages, zero_pages, data_bytes })
+        Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold })
+    }
+
+    /// Makes sure of the base, tells it, and puts the snapshot in its place, all while nobody can
+    /// put something else in place of either.
+    fn publish(
+        &self,
+        files: &Files,
+        aside: &mut Aside<'_>,
+        target: &Path,
+        meter: &mut Meter<'_>,
+    ) -> Result<Option<Noted>, Error> {
+        let base = self.base.as_ref().map(|base| Ok::<_, Error>((base, place(base.dir)?))).transpose()?;
+        let mut how = How::Shared;
+        loop {
+            let mut wanted = vec![(target, How::Exclusive)];
+            wanted.extend(base.as_ref().map(|(_, place)| (place.as_path(), how)));
+            let mut locked = lock(files, &wanted, &mut || meter.check())?.into_iter();
+            let there = locked.next().flatten();
+            if !self.replace
+                && let Some(there) = &there
+            {
+                dependents::expect_none(files, there)?;
+            }
+            let (mut noted, mut base_lock) = (None, None);
+            if let Some((base, path)) = &base {
+                let gone = || Error::file("found", path, std::io::ErrorKind::NotFound.into());
+                let dir = locked.next().flatten().ok_or_else(gone)?;
+                // It may have been replaced meanwhile.
+                expect_id(files, base, &dir)?;
+                if how == How::Shared && dependents::is_full(files, &dir)? {
+                    how = How::Exclusive;
+                    continue;
+                }
+                if how == How::Exclusive {
+                    dependents::prune(files, &dir)?;
+                }
+                noted = Some(dependents::note(files, &dir, target)?);
+                base_lock = Some(dir);
+            }
+            // Both stay locked until it is in place.
+            let put = aside.publish(there.is_some())?;
+            drop((there, base_lock));
+            if put {
+                return Ok(noted);
+            }
+        }
     }
 
     fn check_names(&self) -> Result<(), Error> {
@@ -215,11 +264,12 @@ impl Save<'_> {
 
     /// The base as the manifest names it, after looking at all of its chain.
     fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<Parent, Error> {
-        expect_id(files, base)?;
         let chain = Snapshot::with(files, base.dir)?;
-        let identity = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
-        let target = identity(place);
-        if target.is_some() && chain.dirs().any(|dir| identity(dir) == target) {
+        if chain.id() != base.id {
+            return Err(Error::WrongId { path: base.dir.to_owned(), wanted: base.id, found: chain.id() });
+        }
+        let target = place.metadata().ok().map(|meta| identity(&meta));
+        if target.is_some() && chain.0.members.iter().any(|member| member.dir.identity() == target) {
             return Err(Error::OwnChain { path: place.to_owned() });
         }
         if chain.depth() >= MOST_DEEP {
@@ -244,8 +294,8 @@ impl Save<'_> {
     }
 }
 
-fn expect_id(files: &Files, base: &Base<'_>) -> Result<(), Error> {
-    let found = read_manifest(files, base.dir)?.id;
+fn expect_id(files: &Files, base: &Base<'_>, dir: &Dir) -> Result<(), Error> {
+    let found = read_manifest(files, dir)?.id;
     if found == base.id { Ok(()) } else { Err(Error::WrongId { path: base.dir.to_owned(), wanted: base.id, found }) }
 }
 

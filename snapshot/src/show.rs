@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::aside::{STATE, WARM, layer_name};
-use crate::chain::{read_chain, read_manifest};
+use crate::chain::{MAX_STATE, read_chain, read_manifest};
+use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Compression, LayerEntry, Manifest, Sections, SnapshotId, Version};
@@ -72,15 +73,20 @@ pub struct Summary {
 /// When its own manifest cannot be read.
 pub fn show(dir: &Path) -> Result<Summary, Error> {
     let files = Files::default();
-    let manifest = read_manifest(&files, dir)?;
+    let own = files.dir(dir)?;
+    let manifest = read_manifest(&files, &own)?;
     let (parents, broken) = match read_chain(&files, dir) {
         Ok(members) => {
-            let link = |member: &crate::chain::Member| Link { id: member.manifest.id, path: member.dir.clone() };
+            let link =
+                |member: &crate::chain::Member| Link { id: member.manifest.id, path: member.dir.path().to_owned() };
             (members[1..].iter().map(link).collect(), None)
         }
         Err(error) => (Vec::new(), Some(in_full(&error))),
     };
-    let state = files.read(&dir.join(STATE), manifest.state.bytes).ok().and_then(|bytes| Sections::decode(&bytes).ok());
+    let state = files
+        .read_in(&own, STATE, manifest.state.bytes.min(MAX_STATE))
+        .ok()
+        .and_then(|bytes| Sections::decode(&bytes).ok());
     let sections =
         state.map(|sections| sections.iter().map(|(name, bytes)| (name.to_owned(), bytes.len() as u64)).collect());
     Ok(Summary {
@@ -92,23 +98,23 @@ pub fn show(dir: &Path) -> Result<Summary, Error> {
         parents,
         broken,
         memory: manifest.memory.regions.iter().map(|region| (region.guest_address, region.pages)).collect(),
-        layers: layers(dir, &manifest),
+        layers: layers(&files, &own, &manifest),
         sections: sections.unwrap_or_default(),
-        warm: dir.join(WARM).exists(),
+        warm: files.open_in(&own, WARM).is_ok(),
         ignored: manifest.unknown.into_keys().collect(),
     })
 }
 
-fn layers(dir: &Path, manifest: &Manifest) -> Vec<LayerSummary> {
+fn layers(files: &Files, dir: &Dir, manifest: &Manifest) -> Vec<LayerSummary> {
     let summary = |name: &str, disk: Option<usize>, entry: &LayerEntry| {
-        let file = dir.join(format!("{}.data", layer_name(disk)));
+        let file = files.open_in(dir, &format!("{}.data", layer_name(disk)));
         LayerSummary {
             name: name.to_owned(),
             bytes: entry.bytes,
             data_pages: entry.data_pages,
             zero_pages: entry.zero_pages,
             compression: entry.compression,
-            disk_bytes: file.metadata().map_or(0, |meta| meta.blocks() * 512),
+            disk_bytes: file.ok().and_then(|file| file.metadata().ok()).map_or(0, |meta| meta.blocks() * 512),
         }
     };
     let disks = manifest.disks.iter().enumerate().map(|(at, disk)| summary(&disk.name, Some(at), &disk.layer));

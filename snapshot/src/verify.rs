@@ -35,7 +35,7 @@ pub fn verify(dir: &Path) -> Result<Verified, Error> {
 pub(crate) fn verify_with(files: &Files, dir: &Path) -> Result<Verified, Error> {
     let snapshot = Snapshot::with(files, dir)?;
     for member in &snapshot.0.members {
-        read_warm(files, &member.dir, member.manifest.id)?;
+        read_warm(files, member)?;
     }
     let mut verified = Verified { snapshots: snapshot.depth() as u64, ..Verified::default() };
     for space in std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks) {

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use clade_memory::PageRange;
+use clade_memory::{PAGE_SHIFT, PageRange};
 
-use crate::aside::{WARM, WARM_ASIDE, random};
+use crate::aside::{WARM, WARM_ASIDE, place, random};
 use crate::chain::read_manifest;
 use crate::error::Error;
 use crate::files::Files;
@@ -20,20 +20,19 @@ pub fn record_warm(dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
 }
 
 pub(crate) fn record_with(files: &Files, dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
-    let id = read_manifest(files, dir)?.id;
-    let runs = runs.iter().copied().filter(|run| !run.is_empty()).collect();
-    // What crashes have left over. One that is being written now may go too: its writer then fails, and nothing is lost but time.
-    for path in files.list(dir)? {
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(WARM_ASIDE)) {
-            files.remove_file(&path)?;
-        }
+    let dir = files.whole_dir(&place(dir)?)?;
+    let manifest = read_manifest(files, &dir)?;
+    let warm = Warm::of(manifest.id, runs, manifest.memory.layer.bytes >> PAGE_SHIFT);
+    // What crashes have left over. One that is being written now may go too: its writer then fails,
+    // and nothing is lost but time.
+    for name in files.names_like(&dir, WARM_ASIDE)? {
+        files.unlink(&dir, &name)?;
     }
-    let aside = dir.join(format!("{WARM_ASIDE}{:016x}", random()? as u64));
-    let written =
-        files.write(&aside, &Warm { id, runs }.encode()).and_then(|()| files.replace(&aside, &dir.join(WARM)));
+    let aside = format!("{WARM_ASIDE}{:016x}", random()? as u64);
+    let written = files.write_in(&dir, &aside, &warm.encode()).and_then(|()| files.replace_in(&dir, &aside, WARM));
     if written.is_err() {
-        let _ = files.remove_file(&aside);
+        let _ = files.unlink(&dir, &aside);
     }
     written?;
-    files.sync_dir(dir)
+    files.sync_open_dir(&dir)
 }

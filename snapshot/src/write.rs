@@ -354,7 +354,7 @@ mod tests {
             let (watch, mut done) = (Watch::none(), 0);
             let mut meter = Meter::new(&watch, &mut done, 0);
             let entry = write_layer(&files, dir.path(), "it", &Pattern, (&runs, compression), &mut meter).unwrap();
-            let layer = LayerFile::open(&files, dir.path(), "it", &entry).unwrap();
+            let layer = LayerFile::open(&files, &files.dir(dir.path()).unwrap(), "it", &entry).unwrap();
             let mut found = vec![None; PAGES as usize];
             for run in layer.index.runs.iter().filter(|run| run.kind == Kind::Zero) {
                 run.range.blocks().for_each(|(_, part)| {

@@ -294,3 +294,6 @@ fn copy(source: &Source, to: &IoFile, start: u64, end: u64) -> Result<(), FileEr
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,13 +6,28 @@
 //! u64 checksum of all that
 //! ```
 
-use clade_memory::PageRange;
+use clade_memory::{IntervalMap, PageRange, Piece};
 
 use super::{Damage, SnapshotId, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADEWRM";
 /// No memory is larger, so that no sum overflows.
 const MOST_PAGES: u64 = 1 << 48;
+/// Bytes before and behind the runs.
+const HEAD: u64 = 8 + 4 + 4 + 16 + 8 + 8;
+
+/// A page that has been named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen;
+
+impl Piece for Seen {
+    fn advance(&self, _pages: u64) -> Self {
+        Self
+    }
+    fn continues(&self, _pages: u64, _next: &Self) -> bool {
+        true
+    }
+}
 
 /// A hint, and nothing but that: it may be missing, of another snapshot or damaged, and all that is lost is time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +39,49 @@ pub struct Warm {
 }
 
 impl Warm {
+    /// What a run touched of a memory of `pages`: each page is named once, where it came first.
+    #[must_use]
+    pub fn of(id: SnapshotId, touched: &[PageRange], pages: u64) -> Self {
+        let (all, mut seen) = (PageRange::new(0, pages), IntervalMap::new());
+        let mut runs = Vec::new();
+        for run in touched.iter().map(|run| run.intersect(all)).filter(|run| !run.is_empty()) {
+            let mut done = run.start();
+            for (known, Seen) in seen.within(run) {
+                runs.push(PageRange::new(done, known.start()));
+                done = known.end();
+            }
+            runs.push(PageRange::new(done, run.end()));
+            seen.insert(run, Seen);
+        }
+        runs.retain(|run| !run.is_empty());
+        Self { id, runs }
+    }
+
+    /// Longest file that names each of `pages` at most once.
+    pub(crate) fn most_bytes(pages: u64) -> u64 {
+        pages.saturating_mul(16).saturating_add(HEAD)
+    }
+
+    /// Whether it names pages of a memory of `pages`, each at most once.
+    ///
+    /// # Errors
+    /// With the first run that does not.
+    pub fn check(&self, pages: u64) -> Result<(), Damage> {
+        let wrong = |run: &PageRange, why: &str| {
+            let value = format!("{:#x} pages at {:#x}, {why}", run.len(), run.start());
+            Err(Damage::value("a run", &value))
+        };
+        if let Some(run) = self.runs.iter().find(|run| run.end() > pages) {
+            return wrong(run, &format!("of {pages:#x}"));
+        }
+        let mut sorted = self.runs.clone();
+        sorted.sort_unstable_by_key(|run| run.start());
+        match sorted.windows(2).find(|two| two[1].start() < two[0].end()) {
+            Some(two) => wrong(&two[1], "of which some are named twice"),
+            None => Ok(()),
+        }
+    }
+
     /// As bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -47,7 +105,12 @@ impl Warm {
         let mut reader = unseal(bytes, MAGIC, "warm")?;
         let _reserved = reader.u32()?;
         let (id, count) = (SnapshotId::new(reader.u128()?), reader.u64()?);
-        let mut runs = Vec::new();
+        if count.checked_mul(16) != Some(reader.0.len() as u64) {
+            let wanted = count.saturating_mul(16);
+            return Err(Damage::Length { what: "its runs".to_owned(), wanted, found: reader.0.len() as u64 });
+        }
+        // As many as there are bytes for.
+        let mut runs = Vec::with_capacity(count as usize);
         for _ in 0..count {
             let (start, len) = (reader.u64()?, reader.u64()?);
             if start > MOST_PAGES || len > MOST_PAGES || len == 0 {

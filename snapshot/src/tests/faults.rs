@@ -24,9 +24,19 @@ pub(crate) enum Fault {
     Lie,
 }
 
+/// What is done before an operation; its error is the operation's.
+struct Hook(Box<dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
+}
+
 /// Numbers operations, and lets one go wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
+    hook: Option<Hook>,
     fault: Option<(u64, Fault)>,
     count: AtomicU64,
     trace: Mutex<Vec<(Op, PathBuf)>>,
@@ -38,6 +48,11 @@ impl Plan {
         Self { fault: Some((at, fault)), ..Self::default() }
     }
 
+    /// Before each operation `hook` is called.
+    pub(crate) fn hooked(hook: impl Fn(Op, &Path) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self { hook: Some(Hook(Box::new(hook))), ..Self::default() }
+    }
+
     /// What was done, in order.
     pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
         self.trace.lock().unwrap().clone()
@@ -47,6 +62,9 @@ impl Plan {
     pub(crate) fn decide(&self, op: Op, path: &Path) -> io::Result<Verdict> {
         let number = self.count.fetch_add(1, Ordering::SeqCst);
         self.trace.lock().unwrap().push((op, path.to_owned()));
+        if let Some(Hook(hook)) = &self.hook {
+            hook(op, path)?;
+        }
         match self.fault {
             Some((at, Fault::Errno(errno))) if at == number => Err(errno.into()),
             Some((at, Fault::Dead)) if number >= at => Err(Errno::IO.into()),

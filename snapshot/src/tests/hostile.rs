@@ -194,3 +194,46 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     assert!(dir.path().join("kept").exists());
     read(&stage.join("it")).unwrap();
 }
+
+#[test]
+fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
+    let dir = scratch();
+    let at = small(dir.path(), "it");
+    let id = Snapshot::open(&at).unwrap().id();
+    let pages = pages(&layout());
+    let with = |runs: &[PageRange]| {
+        fs::write(at.join("warm"), format::Warm { id, runs: runs.to_vec() }.encode()).unwrap();
+        Snapshot::open(&at).unwrap().warm()
+    };
+    let damaged = |runs: &[PageRange]| {
+        let found = with(runs);
+        assert!(matches!(&found, Err(Error::Damaged { path, .. }) if path.ends_with("warm")), "{found:?}");
+        assert!(verify(&at).is_err());
+    };
+    let whole = PageRange::new(0, pages);
+    assert_eq!(with(&[whole]).unwrap(), Some(vec![whole]));
+    damaged(&[PageRange::new(0, pages + 1)]);
+    damaged(&[PageRange::new(1 << 47, (1 << 47) + 1)]);
+    damaged(&[PageRange::new(5, 9), PageRange::new(0, 2), PageRange::new(8, 9)]);
+    damaged(&vec![whole; 50]);
+    // More runs than there are pages are not even read.
+    let plan = std::sync::Arc::new(super::faults::Plan::default());
+    let files = crate::files::Files { plan: Some(plan.clone()) };
+    let many = format::Warm { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
+    fs::write(at.join("warm"), many.encode()).unwrap();
+    let snapshot = Snapshot::with(&files, &at).unwrap();
+    let steps = plan.trace().len();
+    assert!(matches!(snapshot.warm(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
+    assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::Op::Read));
+    // A count that is not that of the runs, in a file that is sealed.
+    let mut bytes = format::Warm { id, runs: vec![whole] }.encode();
+    bytes.truncate(bytes.len() - 8);
+    bytes[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(at.join("warm"), format::seal(bytes)).unwrap();
+    assert!(matches!(snapshot.warm(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
+    // What is recorded is made so.
+    record_warm(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
+    let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
+    assert_eq!(snapshot.warm().unwrap().as_deref(), Some(&wanted[..]));
+    verify(&at).unwrap();
+}

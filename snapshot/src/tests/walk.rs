@@ -123,6 +123,13 @@ fn what_is_published_has_been_synced_and_what_is_removed_is_known_to_be_replaced
         let aside = steps.iter().rposition(|(op, _)| *op == Op::MakeDir).map(|at| &steps[at].1).unwrap();
         let synced = |dir: &Path| steps.iter().rposition(|(op, at)| *op == Op::SyncDir && at == dir).unwrap();
         assert!(synced(aside) < first, "{deed:?}: the directory is synced before it is published");
+        if deed == Deed::Incremental {
+            let note = steps.iter().position(|(op, at)| {
+                *op == Op::Create && at.file_name().unwrap().to_string_lossy().starts_with(crate::aside::NEEDED_BY)
+            });
+            let base = synced(&stage.path().canonicalize().unwrap().join("one"));
+            assert!(note.unwrap() < base && base < first, "the note is on the disk before its dependent is");
+        }
         let parent = synced(&stage.path().canonicalize().unwrap());
         assert!(parent > last, "{deed:?}: its parent is synced after");
         let removed = steps.iter().position(|(op, at)| *op == Op::Remove && at.starts_with(aside));

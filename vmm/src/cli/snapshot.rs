@@ -70,6 +70,9 @@ fn save(args: &SaveArgs) -> Outcome {
     let answer = ask(watched);
     bar.finish_and_clear();
     let answer = answer?;
+    if answer.base_untold {
+        eprintln!("warning: the base cannot be written to, and has no note that {} needs it", answer.dir.display());
+    }
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }

@@ -319,6 +319,9 @@ pub struct SnapshotAnswer {
     pub zero_pages: u64,
     /// Bytes of the files.
     pub data_bytes: u64,
+    /// The base cannot be written to, and has no note of this one.
+    #[serde(default)]
+    pub base_untold: bool,
 }
 
 /// How far the snapshot is that is being made of a VM.

@@ -97,6 +97,7 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
             | Error::TooDeep { .. }
             | Error::Shape { .. }
             | Error::Needed { .. }
+            | Error::Locked { .. }
             | Error::OwnChain { .. }
             | Error::Cancelled,
         )
@@ -250,6 +251,7 @@ async fn snapshot(
             data_pages: report.saved.data_pages,
             zero_pages: report.saved.zero_pages,
             data_bytes: report.saved.data_bytes,
+            base_untold: report.saved.base_untold,
         })
     });
     Ok(Json(made.await?))

@@ -448,3 +448,6 @@ fn overlays_without_room_are_counted() {
     assert!(failed >= 4, "{failed}");
     assert_eq!(disk.health(), DiskHealth { no_room: failed, lost: false });
 }
+
+mod replaced;
+mod waits;

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::space::STALE;
+use clade_io::Request;
+
 use super::*;
 use crate::disk::compact::Moves;
 use crate::disk::steps_trace::testing::traced;

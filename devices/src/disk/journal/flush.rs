@@ -1,0 +1,283 @@
+//! The steps of a flush: what is given to the kernel, in which order, and what a failure leaves.
+//!
+//! The order is that of [`super`]'s documentation.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+
+use clade_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
+
+use super::files::{JOURNAL, NEXT, forget, overlay, remove_files};
+use super::format::{self, Entry, Place, Seen};
+use super::{Journal, Named, Standing, tie};
+use crate::disk::directory::{Directory, write};
+use crate::disk::map::{BlockMap, Source};
+
+/// What is being made durable.
+#[derive(Debug)]
+pub(super) struct Writing {
+    /// To be remembered again if it fails.
+    moved: Vec<Range<u64>>,
+    whole: bool,
+    /// Whether the journal is taken away.
+    retires: bool,
+    synced: Vec<Arc<IoFile>>,
+    /// Overlays that the record names, if it is whole: the others' names go.
+    named: BTreeSet<u64>,
+    entries: Vec<Entry>,
+    /// Whether the image was written since its stamp was taken.
+    restamp: bool,
+    /// What the record says of the image, once that is known.
+    seen: Seen,
+    /// Bytes of the record.
+    len: u64,
+    step: Step,
+}
+
+/// What the kernel was given last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Data,
+    Marked,
+    Record,
+    Sealed,
+    Named,
+    Retired,
+    Unmarked,
+}
+
+impl Journal {
+    /// Begins to make durable what `map` shows and the image does not. What is to be given to the kernel first; nothing, if there is
+    /// nothing to be done.
+    ///
+    /// # Errors
+    /// When a name cannot be given. The next flush tries again.
+    pub(in crate::disk) fn begin(&mut self, map: &BlockMap, standing: Standing) -> Result<Vec<Request>, FileError> {
+        if self.broken {
+            let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
+            return Err(FileError { path, what: "added to since a write to an overlay was lost", source });
+        }
+        let synced = Arc::clone(&self.base);
+        let base = || Request::Sync { file: Arc::clone(&synced), all: true };
+        let elsewhere = !map.is_all(0..self.granules, &self.base);
+        if !elsewhere && !self.named {
+            return Ok(standing.dirty.then(base).into_iter().collect());
+        }
+        if !elsewhere {
+            self.begin_retiring();
+            return Ok(vec![base()]);
+        }
+        let mut requests: Vec<Request> = standing.dirty.then(base).into_iter().collect();
+        let whole = self.whole || self.is_long(map);
+        let all = 0..self.granules;
+        let ranges = if whole { std::slice::from_ref(&all) } else { &self.moved };
+        let pieces = ranges.iter().flat_map(|range| map.pieces(range.clone()));
+        let pieces = pieces.filter(|(_, source)| !whole || !source.is(&self.base));
+        let pieces: Vec<_> = pieces.map(|(granules, source)| (granules, source.clone())).collect();
+        let dir = self.make_directory()?;
+        let mut entries = Vec::with_capacity(pieces.len());
+        for (granules, source) in pieces {
+            let place = match source {
+                Source::Zero => Place::Zeros,
+                Source::File(file) if Arc::ptr_eq(&file, &self.base) => Place::Image,
+                Source::File(file) => Place::Overlay(self.number(&dir, &file)?),
+            };
+            entries.push(Entry { granules, place });
+        }
+        let directories = [(self.unnamed.0, &self.location.beside), (self.unnamed.1, &dir)];
+        let directories = directories.into_iter().filter(|(wanted, _)| *wanted);
+        requests.extend(directories.map(|(_, dir)| Request::Sync { file: Arc::clone(dir.file()), all: true }));
+        if whole {
+            let next = dir.create(NEXT)?;
+            write(&next, &format::header(self.header), 0)?;
+            if !self.marked {
+                requests.push(Request::Sync { file: Arc::clone(&next), all: false });
+                // Its name as well: the image must not say that it has what is not there.
+                requests.push(Request::Sync { file: Arc::clone(dir.file()), all: true });
+            }
+            self.next = Some(next);
+        }
+        let overlays = self.overlays.iter().map(|named| &named.file);
+        let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).cloned().collect();
+        requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
+        let number = |entry: &Entry| if let Place::Overlay(number) = entry.place { Some(number) } else { None };
+        let named = entries.iter().filter_map(number).collect();
+        let seen = Seen { writing: standing.writing, ..self.seen.unwrap_or_default() };
+        // While the image is written its times are not kept.
+        let was_writing = self.says_writing() && !standing.writing;
+        let restamp = standing.dirty || was_writing || self.seen.is_none() || !self.marked;
+        let moved = mem::take(&mut self.moved);
+        self.whole = false;
+        let (retires, len, step) = (false, 0, Step::Data);
+        self.writing = Some(Writing { moved, whole, retires, synced, named, entries, restamp, seen, len, step });
+        Ok(requests)
+    }
+
+    /// The image has everything: the journal goes.
+    fn begin_retiring(&mut self) {
+        let (moved, entries, synced) = (mem::take(&mut self.moved), Vec::new(), Vec::new());
+        let (named, seen) = (BTreeSet::new(), self.seen.unwrap_or_default());
+        self.writing = Some(Writing {
+            moved,
+            whole: true,
+            retires: true,
+            synced,
+            named,
+            entries,
+            restamp: false,
+            seen,
+            len: 0,
+            step: Step::Data,
+        });
+    }
+
+    /// The number of an overlay's name; the next one that nobody has, if it has none yet.
+    fn number(&mut self, dir: &Directory, file: &Arc<IoFile>) -> Result<u64, FileError> {
+        if let Some(named) = self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)) {
+            return Ok(named.number);
+        }
+        loop {
+            let number = self.next_overlay;
+            self.next_overlay += 1;
+            match dir.link(file, &overlay(number)) {
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => continue,
+                linked => linked?,
+            }
+            self.unnamed.1 = true;
+            self.overlays.push(Named { file: Arc::clone(file), number });
+            return Ok(number);
+        }
+    }
+
+    /// The journal's directory, made if it is not there.
+    fn make_directory(&mut self) -> Result<Directory, FileError> {
+        if let Some(dir) = &self.dir {
+            return Ok(dir.clone());
+        }
+        self.location.beside.make(&self.location.name)?;
+        self.unnamed.0 = true;
+        let dir = self.location.beside.open_ours(&self.location.name)?;
+        // Kept for as long as the journal is: an image that takes this one's name under a running VM does not take its journal.
+        dir.lock(true)?;
+        Ok(self.dir.insert(dir).clone())
+    }
+
+    /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
+    ///
+    /// # Errors
+    /// When the journal cannot be replaced. To be told with [`Journal::give_up`].
+    pub(in crate::disk) fn next(&mut self) -> Result<Option<Request>, FileError> {
+        let (Some(writing), Some(dir)) = (&mut self.writing, &self.dir) else { return Ok(None) };
+        let sync = |file: &Arc<IoFile>, all| Ok(Some(Request::Sync { file: Arc::clone(file), all }));
+        let to = if writing.whole { &self.next } else { &self.file };
+        match writing.step {
+            Step::Data if writing.retires => {
+                writing.step = Step::Retired;
+                // It may be called so already: this may be done for the second time.
+                if let Err(error) = dir.rename(JOURNAL, NEXT)
+                    && error.source.kind() != io::ErrorKind::NotFound
+                {
+                    return Err(error);
+                }
+                sync(dir.file(), true)
+            }
+            Step::Data if !self.marked => {
+                self.unnamed = (false, false);
+                writing.step = Step::Marked;
+                if let Some(id) = self.header.id {
+                    tie::set_mark(&self.base, id)?;
+                }
+                sync(&self.base, true)
+            }
+            Step::Data | Step::Marked => {
+                self.unnamed = (false, false);
+                self.marked = true;
+                self.write_record()
+            }
+            Step::Record => {
+                writing.step = Step::Sealed;
+                to.as_ref().map_or(Ok(None), |to| sync(to, false))
+            }
+            Step::Sealed if writing.whole => {
+                writing.step = Step::Named;
+                // Before: it may be there although it failed.
+                self.named = true;
+                dir.rename(NEXT, JOURNAL)?;
+                sync(dir.file(), true)
+            }
+            Step::Sealed | Step::Named => {
+                self.written();
+                Ok(None)
+            }
+            Step::Retired => {
+                writing.step = Step::Unmarked;
+                tie::clear_mark(&self.base)?;
+                sync(&self.base, true)
+            }
+            Step::Unmarked => {
+                remove_files(&self.location, dir);
+                self.forget_all();
+                Ok(None)
+            }
+        }
+    }
+
+    /// The record, now that all it is about is durable. Nothing if it would say what the last one says.
+    fn write_record(&mut self) -> Result<Option<Request>, FileError> {
+        let Some(writing) = &mut self.writing else { return Ok(None) };
+        if writing.restamp {
+            writing.seen.stamp = tie::stamp(&self.base)?;
+        }
+        if !writing.whole && writing.entries.is_empty() && self.seen == Some(writing.seen) {
+            self.written();
+            return Ok(None);
+        }
+        let (to, offset, number) =
+            if writing.whole { (&self.next, format::HEADER as u64, 0) } else { (&self.file, self.end, self.records) };
+        let bytes = format::record(number, writing.seen, &writing.entries);
+        writing.len = bytes.len() as u64;
+        writing.step = Step::Record;
+        let buffer = Arc::new(AlignedBuf::new(bytes.len()));
+        let fragment = Fragment::owned(&buffer, 0, bytes.len()).ok();
+        fragment.iter().for_each(|fragment| fragment.slice().copy_from(&bytes));
+        let buffers = fragment.into_iter().collect();
+        Ok(to.clone().map(|file| Request::Write { file, offset, buffers }))
+    }
+
+    fn written(&mut self) {
+        let (Some(writing), Some(dir)) = (self.writing.take(), &self.dir) else { return };
+        if writing.whole {
+            (self.file, self.end, self.records) = (self.next.take(), format::HEADER as u64, 0);
+            // They were named by the journal that is gone. A file can be given a name only once, so whoever may be written again keeps it.
+            let keeps = |named: &Named| writing.named.contains(&named.number) || !named.is_stale();
+            let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
+            self.overlays = keep;
+            gone.iter().for_each(|named| forget(dir, named.number));
+        }
+        self.seen = Some(writing.seen);
+        self.end += writing.len;
+        self.records += u64::from(writing.len > 0);
+    }
+
+    /// The flush failed: nothing of it counts, and the next one does it all again, unless something was `lost`.
+    pub(in crate::disk) fn give_up(&mut self, lost: bool) {
+        let Some(mut writing) = self.writing.take() else { return };
+        self.broken |= lost && writing.step == Step::Data;
+        writing.synced.iter().for_each(|file| file.set_unsynced());
+        if writing.retires && writing.step != Step::Data {
+            // It may or may not be called one still, and the image may or may not say so: all of it is made anew.
+            self.marked = self.header.id.is_none();
+            self.seen = None;
+        }
+        // With the names as well: that of a whole journal may or may not have been taken.
+        self.whole |= writing.whole;
+        writing.moved.append(&mut self.moved);
+        self.moved = writing.moved;
+        if self.whole {
+            self.moved.clear();
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The order of steps, which needs no file system with reflinks: a copy in place of the clone.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::*;
+
+const SIZE: u64 = 4 * GRANULE;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    shadow: Shadow,
+    overlay: Arc<IoFile>,
+}
+
+fn open(path: &Path) -> Arc<IoFile> {
+    let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+    Arc::new(IoFile::read_write(file, path, CachePolicy::Host))
+}
+
+impl Bench {
+    /// An image of ones, of whose second granule an overlay has twos, and a new image that is a
+    /// copy of it.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        fs::write(&path, vec![1; SIZE as usize]).unwrap();
+        let overlay = open(&dir.path().join("overlay"));
+        overlay.write_now(&[2; GRANULE as usize], GRANULE).unwrap();
+        let base = open(&path);
+        let (beside, name) = place(&path).unwrap();
+        let new = beside.new_image(SIZE, &path, CachePolicy::Host).unwrap();
+        new.write_now(&[1; SIZE as usize], 0).unwrap();
+        let shadow = Shadow {
+            beside,
+            name,
+            base,
+            size: SIZE,
+            policy: CachePolicy::Host,
+            file: None,
+            next: Some(Arc::new(new)),
+            moved: Vec::new(),
+            whole: false,
+            broken: false,
+            writing: None,
+        };
+        Self { dir, shadow, overlay }
+    }
+
+    fn begin(&mut self, moved: Range<u64>) {
+        let mut map = BlockMap::new(SIZE / GRANULE, Source::File(Arc::clone(&self.shadow.base)));
+        map.insert(1..2, Source::File(Arc::clone(&self.overlay)));
+        let (moved, synced) = (vec![moved], vec![Arc::clone(&self.overlay)]);
+        self.shadow.writing = Some(Writing { moved, synced, map, step: Step::Data });
+    }
+
+    fn inode(&self) -> u64 {
+        fs::metadata(self.dir.path().join("disk.img")).unwrap().ino()
+    }
+
+    /// What is to be synced next.
+    fn next(&mut self) -> Option<(Arc<IoFile>, bool)> {
+        match self.shadow.next().unwrap() {
+            Some(Request::Sync { file, all }) => Some((file, all)),
+            None => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn second_granule(&self) -> u8 {
+        fs::read(self.dir.path().join("disk.img")).unwrap()[GRANULE as usize]
+    }
+}
+
+#[test]
+fn a_new_image_is_on_the_disk_before_it_has_the_name_and_the_name_after() {
+    let mut bench = Bench::new();
+    let (old, new) = (bench.inode(), bench.shadow.next.clone().unwrap());
+    bench.begin(0..SIZE / GRANULE);
+    let (file, all) = bench.next().unwrap();
+    assert!(Arc::ptr_eq(&file, &new) && all, "all of the new image, not {file:?}");
+    assert_eq!((bench.inode(), bench.second_granule()), (old, 1), "it has no name before that");
+    let (file, all) = bench.next().unwrap();
+    assert!(Arc::ptr_eq(&file, bench.shadow.beside.file()) && all, "then the directory, not {file:?}");
+    assert!(bench.inode() != old && bench.second_granule() == 2);
+    assert!(bench.shadow.is_writing(), "it is not over before that is done");
+    assert!(bench.next().is_none() && !bench.shadow.is_writing());
+    // What has changed since is written into it, and synced before the flush is over.
+    bench.overlay.write_now(&[3; GRANULE as usize], GRANULE).unwrap();
+    let named = bench.inode();
+    bench.begin(1..2);
+    let (file, all) = bench.next().unwrap();
+    assert!(Arc::ptr_eq(&file, &new) && all);
+    assert!(bench.shadow.is_writing(), "it is not over before that is done");
+    assert!(bench.next().is_none() && !bench.shadow.is_writing());
+    assert_eq!((bench.inode(), bench.second_granule()), (named, 3));
+}
+
+#[test]
+fn a_new_image_that_cannot_be_synced_gets_no_name() {
+    let mut bench = Bench::new();
+    let old = bench.inode();
+    bench.begin(0..SIZE / GRANULE);
+    assert!(bench.next().is_some());
+    bench.shadow.give_up(true);
+    assert_eq!((bench.inode(), bench.second_granule()), (old, 1));
+    assert!(bench.shadow.next.is_none() && bench.shadow.whole && bench.shadow.is_broken());
+    let map = BlockMap::new(SIZE / GRANULE, Source::File(Arc::clone(&bench.overlay)));
+    assert!(bench.shadow.begin(&map, true).is_err(), "the system says it once");
+}

@@ -1,0 +1,151 @@
+//! A snapshot's directory, open: it stays the same one when its path comes to lead elsewhere.
+//!
+//! Everything in it is opened, made and removed by this descriptor. So what is read belongs to the
+//! manifest that was checked, also while somebody exchanges directories.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{CWD, Mode, OFlags, fsync, openat, renameat};
+use rustix::io::Errno;
+
+use crate::error::Error;
+use crate::files::{Files, Op, len, name_of};
+
+/// Bytes of a file that are read at once.
+const PIECE: usize = 4 << 20;
+
+/// An open directory, and what it was called when it was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct Dir {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl Dir {
+    /// What it is called in errors. Nothing is opened by it.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The same, called otherwise.
+    pub(crate) fn called(self, path: PathBuf) -> Self {
+        Self { path, ..self }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Which directory it is.
+    pub(crate) fn identity(&self) -> Option<(u64, u64)> {
+        self.file.metadata().ok().map(|meta| identity(&meta))
+    }
+}
+
+/// Which file it is.
+pub(crate) fn identity(meta: &Metadata) -> (u64, u64) {
+    (meta.dev(), meta.ino())
+}
+
+impl Files {
+    /// A directory whose files are to be read, wherever its path leads.
+    pub(crate) fn dir(&self, path: &Path) -> Result<Dir, Error> {
+        self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
+    }
+
+    /// As [`Self::dir`], by its path from `from`.
+    pub(crate) fn dir_from(&self, from: &Dir, relative: &Path) -> Result<Dir, Error> {
+        self.dir_by(from.file(), relative, from.path.join(relative), OFlags::PATH)
+    }
+
+    /// A directory that can be listed, locked and synced, and that the path names itself.
+    pub(crate) fn whole_dir(&self, path: &Path) -> Result<Dir, Error> {
+        self.dir_by(CWD, path, path.to_owned(), OFlags::RDONLY | OFlags::NOFOLLOW)
+    }
+
+    fn dir_by(&self, from: impl AsFd, name: &Path, path: PathBuf, flags: OFlags) -> Result<Dir, Error> {
+        let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = self.run(Op::Open, &path, |_| Ok(openat(from.as_fd(), name, flags, Mode::empty())?));
+        match opened {
+            Ok(fd) => Ok(Dir { file: Arc::new(fd.into()), path }),
+            Err(source) => Err(Error::file("opened", path, source)),
+        }
+    }
+
+    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and
+    /// a pipe would be waited for.
+    pub(crate) fn open_in(&self, dir: &Dir, name: &str) -> Result<File, Error> {
+        let path = dir.path.join(name);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = match self.run(Op::Open, &path, |_| Ok(openat(dir.file(), name, flags, Mode::empty())?)) {
+            Ok(fd) => File::from(fd),
+            Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+                return Err(Error::NotAFile { path, found: "a symbolic link" });
+            }
+            Err(source) => return Err(Error::file("opened", path, source)),
+        };
+        let kind = file.metadata().map_err(|source| Error::file("looked at", &path, source))?.file_type();
+        if kind.is_file() { Ok(file) } else { Err(Error::NotAFile { path, found: name_of(kind) }) }
+    }
+
+    /// All of a file, of at most `most` bytes.
+    pub(crate) fn read_in(&self, dir: &Dir, name: &str, most: u64) -> Result<Vec<u8>, Error> {
+        let path = dir.path.join(name);
+        let file = self.open_in(dir, name)?;
+        let bytes = len(&file, &path)?;
+        if bytes > most {
+            let damage = crate::format::Damage::Length { what: "the file".to_owned(), wanted: most, found: bytes };
+            return Err(Error::damaged(path, damage));
+        }
+        // As it is read, so that a length alone costs no memory, and none that there is not.
+        let mut out = Vec::new();
+        while (out.len() as u64) < bytes {
+            let (from, some) = (out.len(), PIECE.min((bytes as usize) - out.len()));
+            let no_memory = |_| Error::file("read", &path, io::ErrorKind::OutOfMemory.into());
+            out.try_reserve(some).map_err(no_memory)?;
+            out.resize(from + some, 0);
+            self.read_exact_at(&file, &path, &mut out[from..], from as u64)?;
+        }
+        Ok(out)
+    }
+
+    /// A new file with these bytes, on the disk. The directory is not synced.
+    pub(crate) fn write_in(&self, dir: &Dir, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = dir.path.join(name);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = self.run(Op::Create, &path, |_| Ok(openat(dir.file(), name, flags, Mode::RUSR | Mode::WUSR)?));
+        let file = File::from(made.map_err(|source| Error::file("created", &path, source))?);
+        self.write_all_at(&file, &path, bytes, 0)?;
+        self.sync(&file, &path)
+    }
+
+    /// Renames a file over whatever file is there.
+    pub(crate) fn replace_in(&self, dir: &Dir, from: &str, to: &str) -> Result<(), Error> {
+        let path = dir.path.join(to);
+        let renamed = self.run(Op::Rename, &path, |_| Ok(renameat(dir.file(), from, dir.file(), to)?));
+        renamed.map_err(|source| Error::file("put in place", path, source))
+    }
+
+    /// The names in a directory ([`Self::whole_dir`]) that are text and begin with `prefix`, sorted.
+    pub(crate) fn names_like(&self, dir: &Dir, prefix: &str) -> Result<Vec<String>, Error> {
+        let text = |name: OsString| name.into_string().ok().filter(|name| name.starts_with(prefix));
+        Ok(self.names_in(dir.file(), &dir.path)?.into_iter().filter_map(text).collect())
+    }
+
+    /// Removes a file; gone already is as good.
+    pub(crate) fn unlink(&self, dir: &Dir, name: &str) -> Result<(), Error> {
+        self.remove_in(dir.file(), &dir.path, OsStr::new(name))
+    }
+
+    /// Has the entries of a directory ([`Self::whole_dir`]) on the disk.
+    pub(crate) fn sync_open_dir(&self, dir: &Dir) -> Result<(), Error> {
+        let synced = self.run(Op::SyncDir, &dir.path, |_| Ok(fsync(dir.file())?));
+        synced.map_err(|source| Error::file("synced", &dir.path, source))
+    }
+}

@@ -1,0 +1,284 @@
+//! Notes of dependents: no moment at which a base can go unnoticed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use clade_memory::{RamImage, Store};
+use rustix::io::Errno;
+
+use super::faults::Plan;
+use super::support::*;
+use crate::aside::NEEDED_BY;
+use crate::compact::compact_with;
+use crate::files::{Files, Op};
+use crate::{Error, Saved, Watch};
+
+/// `one`, `two` on top of it, and what is to be `three` on top of that.
+struct Scene {
+    dir: tempfile::TempDir,
+    two: (crate::SnapshotId, RamImage),
+    third: RamImage,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let store = Store::open_small().unwrap();
+        let dir = scratch();
+        let ram = born(&layout(), &store);
+        put(&ram, 1, 1);
+        let first = freeze(&ram);
+        let one = Saving::default().save(&first, &dir.path().join("one")).unwrap().id;
+        put(&ram, 2, 2);
+        let second = freeze(&ram);
+        let base = dir.path().join("one");
+        let onto = Saving { base: Some((&base, one, &first)), ..Saving::default() };
+        let two = onto.save(&second, &dir.path().join("two")).unwrap().id;
+        put(&ram, 3, 3);
+        Self { two: (two, second), third: freeze(&ram), dir }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().canonicalize().unwrap().join(name)
+    }
+
+    /// Saves `three` on top of `two`.
+    fn depend(&self, files: &Files) -> Result<Saved, Error> {
+        let base = self.at("two");
+        let (files, base) = (files.clone(), Some((base.as_path(), self.two.0, &self.two.1)));
+        Saving { files, base, replace: false, ..Saving::default() }.save(&self.third, &self.at("three"))
+    }
+
+    /// Saves over `two`, unless something depends on it.
+    fn replace(&self, files: &Files) -> Result<Saved, Error> {
+        Saving { files: files.clone(), replace: false, ..Saving::default() }.save(&self.third, &self.at("two"))
+    }
+
+    fn merge(&self, files: &Files) -> Result<Saved, Error> {
+        compact_with(files, &self.at("two"), &Watch::none())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        names(&self.at("two")).into_iter().filter(|name| name.starts_with(NEEDED_BY)).collect()
+    }
+}
+
+/// Stops before `target` is put in place: says so, and goes on when it is told to.
+fn held(target: PathBuf) -> (Files, Receiver<()>, Sender<()>) {
+    let ((reached, here), (go, told)) = (channel(), channel());
+    let told = Mutex::new(told);
+    let plan = Plan::hooked(move |op, path| {
+        if op == Op::Rename && path == target {
+            let _ = reached.send(());
+            let _ = told.lock().unwrap().recv();
+        }
+        Ok(())
+    });
+    (Files { plan: Some(Arc::new(plan)) }, here, go)
+}
+
+fn is_locked(outcome: Result<Saved, Error>, wanted: &Path) {
+    match outcome {
+        Err(Error::Locked { path, seconds }) => assert_eq!((path.as_path(), seconds), (wanted, 1)),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Runs `first` up to its last step, then `meanwhile`, then the rest of `first`.
+fn within<T: Send>(
+    scene: &Scene,
+    target: &str,
+    first: impl FnOnce(&Scene, &Files) -> T + Send,
+    meanwhile: impl FnOnce(),
+) -> T {
+    let (files, here, go) = held(scene.at(target));
+    std::thread::scope(|scope| {
+        let running = scope.spawn(move || first(scene, &files));
+        here.recv().unwrap();
+        // Dropped also when it panics, so that the other goes on.
+        let go = go;
+        meanwhile();
+        drop(go);
+        running.join().unwrap()
+    })
+}
+
+#[test]
+fn a_base_stays_while_its_dependent_is_put_in_place() {
+    let _alone = alone();
+    let scene = Scene::new();
+    let saved = within(&scene, "three", Scene::depend, || {
+        is_locked(scene.replace(&Files::default()), &scene.at("two"));
+        is_locked(scene.merge(&Files::default()), &scene.at("two"));
+    });
+    saved.unwrap();
+    let refused = scene.replace(&Files::default());
+    assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
+    scene.merge(&Files::default()).unwrap();
+    assert_eq!(scene.notes().len(), 1, "merging keeps the note");
+    crate::verify(&scene.at("three")).unwrap();
+}
+
+#[test]
+fn nothing_depends_on_a_base_that_is_being_replaced() {
+    let _alone = alone();
+    let scene = Scene::new();
+    let replaced = within(&scene, "two", Scene::replace, || {
+        is_locked(scene.depend(&Files::default()), &scene.at("two"));
+    });
+    replaced.unwrap();
+    let refused = scene.depend(&Files::default());
+    assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == scene.two.0), "{refused:?}");
+    assert_eq!(names(scene.dir.path()), ["one", "two"]);
+}
+
+#[test]
+fn a_lock_on_what_was_replaced_meanwhile_counts_for_nothing() {
+    let _alone = alone();
+    let scene = Scene::new();
+    // The base is replaced between its opening and its locking.
+    let (target, image) = (scene.at("two"), scene.third.clone());
+    let once = std::sync::Once::new();
+    let plan = Plan::hooked(move |op, path| {
+        if op == Op::Lock && path == target {
+            once.call_once(|| assert!(Saving::default().save(&image, &target).is_ok()));
+        }
+        Ok(())
+    });
+    let refused = scene.depend(&Files { plan: Some(Arc::new(plan)) });
+    assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == scene.two.0), "{refused:?}");
+    assert_eq!(names(scene.dir.path()), ["one", "two"]);
+}
+
+#[test]
+fn a_note_is_not_lost_to_a_merge() {
+    let _alone = alone();
+    let scene = Scene::new();
+    let merged = within(&scene, "two", Scene::merge, || {
+        is_locked(scene.depend(&Files::default()), &scene.at("two"));
+    });
+    merged.unwrap();
+    scene.depend(&Files::default()).unwrap();
+    assert!(matches!(scene.replace(&Files::default()), Err(Error::Needed { .. })));
+    crate::verify(&scene.at("three")).unwrap();
+}
+
+#[test]
+fn what_appears_meanwhile_is_not_replaced_unseen() {
+    let _alone = alone();
+    let scene = Scene::new();
+    // Nothing is at `three` when it is locked, and a snapshot with a dependent when it is put there.
+    let (from, by) = (scene.at("two"), scene.at("four"));
+    let target = scene.at("three");
+    let put = std::sync::Once::new();
+    let plan = Plan::hooked(move |op, path| {
+        if op == Op::Rename && path == target {
+            put.call_once(|| {
+                copy_dir(&from, &target);
+                copy_dir(&from, &by);
+                let mut manifest =
+                    crate::format::Manifest::decode(&fs::read(by.join("manifest.json")).unwrap()).unwrap();
+                manifest.parent = Some(crate::format::Parent { id: manifest.id, path: "../three".to_owned() });
+                manifest.id = crate::SnapshotId::new(4);
+                fs::write(by.join("manifest.json"), manifest.encode()).unwrap();
+                fs::write(target.join(format!("{NEEDED_BY}0123456789abcdef")), by.to_str().unwrap()).unwrap();
+            });
+        }
+        Ok(())
+    });
+    let refused = scene.depend(&Files { plan: Some(Arc::new(plan)) });
+    assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("four")), "{refused:?}");
+}
+
+#[test]
+fn notes_of_what_is_gone_make_room() {
+    let scene = Scene::new();
+    let note = |number: u64, text: &Path| {
+        let name = format!("{NEEDED_BY}{number:016x}");
+        fs::write(scene.at("two").join(name), text.to_str().unwrap()).unwrap();
+    };
+    scene.depend(&Files::default()).unwrap();
+    fs::rename(scene.at("three"), scene.at("kept")).unwrap();
+    note(5000, &scene.at("kept"));
+    for number in 0..crate::dependents::MANY as u64 {
+        note(number, &scene.at(&format!("gone-{number}")));
+    }
+    scene.depend(&Files::default()).unwrap();
+    assert_eq!(scene.notes().len(), 2, "one that holds, and the new one: {:?}", scene.notes());
+    fs::remove_dir_all(scene.at("kept")).unwrap();
+    // And they hold nobody up, however many they are.
+    let refused = scene.replace(&Files::default());
+    assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
+    fs::remove_dir_all(scene.at("three")).unwrap();
+    for number in 0..2 * crate::dependents::MANY as u64 {
+        note(number, &scene.at(&format!("gone-{number}")));
+    }
+    scene.merge(&Files::default()).unwrap();
+    assert_eq!(scene.notes().len(), 0, "a merge leaves them behind");
+    for number in 0..2 * crate::dependents::MANY as u64 {
+        note(number, &scene.at(&format!("gone-{number}")));
+    }
+    scene.replace(&Files::default()).unwrap();
+}
+
+#[test]
+fn a_dependent_that_cannot_be_looked_at_counts() {
+    let scene = Scene::new();
+    scene.depend(&Files::default()).unwrap();
+    let manifest = scene.at("three").join("manifest.json");
+    let plan = Plan::hooked(
+        move |op, path| {
+            if op == Op::Open && path == manifest { Err(Errno::ACCESS.into()) } else { Ok(()) }
+        },
+    );
+    let refused = scene.replace(&Files { plan: Some(Arc::new(plan)) });
+    assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
+}
+
+#[test]
+fn a_base_that_is_read_only_is_depended_on_untold() {
+    let scene = Scene::new();
+    let failing = |errno: Errno| {
+        let plan = Plan::hooked(move |op, path| {
+            let note = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NEEDED_BY));
+            if op == Op::Create && note { Err(errno.into()) } else { Ok(()) }
+        });
+        Files { plan: Some(Arc::new(plan)) }
+    };
+    for errno in [Errno::ROFS, Errno::ACCESS, Errno::PERM] {
+        assert!(scene.depend(&failing(errno)).unwrap().base_untold, "{errno:?}");
+        assert_eq!(scene.notes().len(), 0);
+        crate::verify(&scene.at("three")).unwrap();
+        fs::remove_dir_all(scene.at("three")).unwrap();
+    }
+    let full = scene.depend(&failing(Errno::NOSPC));
+    assert!(matches!(&full, Err(Error::Full { path, .. }) if path.starts_with(scene.at("two"))), "{full:?}");
+    assert_eq!(names(scene.dir.path()), ["one", "two"]);
+    assert!(!scene.depend(&Files::default()).unwrap().base_untold);
+}
+
+#[test]
+fn locks_taken_crosswise_do_not_wait_for_each_other() {
+    use crate::lock::{How, lock};
+    let _alone = alone();
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let (one, two) = (at("one"), at("two"));
+    [&one, &two].into_iter().for_each(|path| fs::create_dir(path).unwrap());
+    let both = |first: &Path, second: &Path| {
+        let wanted = [(first, How::Exclusive), (second, How::Shared)];
+        let locked = lock(&Files::default(), &wanted, &mut || Ok(())).unwrap();
+        assert!(locked.iter().all(Option::is_some));
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..200).for_each(|_| both(&one, &two)));
+        scope.spawn(|| (0..200).for_each(|_| both(&two, &one)));
+    });
+    let missing = lock(&Files::default(), &[(&at("none"), How::Shared)], &mut || Ok(())).unwrap();
+    assert!(missing[0].is_none());
+    let held = lock(&Files::default(), &[(&one, How::Shared)], &mut || Ok(())).unwrap();
+    let cancelled = lock(&Files::default(), &[(&one, How::Exclusive)], &mut || Err(Error::Cancelled));
+    assert!(matches!(cancelled, Err(Error::Cancelled)), "waiting can be cancelled");
+    drop(held);
+}
