@@ -15,6 +15,11 @@ test-all: linux-guest
 loom:
     RUSTFLAGS="--cfg loom" cargo test -p clade-memory --lib --release --target-dir target/loom loom
 
+# The specification: needs java
+spec:
+    spec/check
+    spec/check --broken
+
 lint:
     cargo clippy --workspace --all-targets -- -D warnings
     cargo fmt --all --check
