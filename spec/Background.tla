@@ -68,8 +68,8 @@ Init ==
     /\ delta = [p \in Pages |-> Hole]
     /\ filled = [p \in Pages |-> FALSE]
     /\ prot = [p \in Pages |-> FALSE]
-    \* A copy that the kernel made has no bit yet, one that was pinned has.
-    /\ ex \in [Pages -> BOOLEAN] /\ \A p \in Pages : ex[p] => kind[p] = "own"
+    \* (A copy that the kernel made has no bit yet. The freeze takes it all the same, and asks the kernel.)
+    /\ ex = [p \in Pages |-> kind[p] = "own"]
     /\ phase = "plan" /\ stage = "copy" /\ remapped = {}
     /\ map = [p \in Pages |-> "beneath"] /\ pub = map
     /\ before = FALSE /\ lock = "freeze" /\ cpu = 0 /\ faults = {}

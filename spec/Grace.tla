@@ -70,10 +70,11 @@ SharedPage:
 Again:
         ok := ok /\ (sequence = before \/ Off("the_sequence_is_looked_at_again"));
         wrong := ok /\ settled;
-        if Off("a_range_is_noted_first") then slots[self] := ok; end if;
         \* The host takes the frame when it likes.
 Take:
         if ok then mine[self] := shown; end if;
+NoteLate:
+        if Off("a_range_is_noted_first") then slots[self] := ok; end if;
         \* Grace::close, leave.
 Close:
         mine[self] := None;
@@ -141,7 +142,7 @@ Even:
     end while;
 end process;
 end algorithm; *)
-\* BEGIN TRANSLATION - the hash of the PCal code: PCal-db71d3e9e27277fed784989d5c6cb1f6
+\* BEGIN TRANSLATION - the hash of the PCal code: PCal-5e6b3378966ee0cc5a6ffa975952a871
 VARIABLES sequence, current, active, slots, waiting, closing, fresh, mutex, 
           bit, settled, shown, freed, mine, pc, stack, side, before, ok, 
           rounds, last, wrong, changes, read, kind, after
@@ -280,26 +281,33 @@ SharedPage(self) == /\ pc[self] = "SharedPage"
 Again(self) == /\ pc[self] = "Again"
                /\ ok' = [ok EXCEPT ![self] = ok[self] /\ (sequence = before[self] \/ Off("the_sequence_is_looked_at_again"))]
                /\ wrong' = [wrong EXCEPT ![self] = ok'[self] /\ settled]
-               /\ IF Off("a_range_is_noted_first")
-                     THEN /\ slots' = [slots EXCEPT ![self] = ok'[self]]
-                     ELSE /\ TRUE
-                          /\ slots' = slots
                /\ pc' = [pc EXCEPT ![self] = "Take"]
-               /\ UNCHANGED << sequence, current, active, waiting, closing, 
-                               fresh, mutex, bit, settled, shown, freed, mine, 
-                               stack, side, before, rounds, last, changes, 
-                               read, kind, after >>
+               /\ UNCHANGED << sequence, current, active, slots, waiting, 
+                               closing, fresh, mutex, bit, settled, shown, 
+                               freed, mine, stack, side, before, rounds, last, 
+                               changes, read, kind, after >>
 
 Take(self) == /\ pc[self] = "Take"
               /\ IF ok[self]
                     THEN /\ mine' = [mine EXCEPT ![self] = shown]
                     ELSE /\ TRUE
                          /\ mine' = mine
-              /\ pc' = [pc EXCEPT ![self] = "Close"]
+              /\ pc' = [pc EXCEPT ![self] = "NoteLate"]
               /\ UNCHANGED << sequence, current, active, slots, waiting, 
                               closing, fresh, mutex, bit, settled, shown, 
                               freed, stack, side, before, ok, rounds, last, 
                               wrong, changes, read, kind, after >>
+
+NoteLate(self) == /\ pc[self] = "NoteLate"
+                  /\ IF Off("a_range_is_noted_first")
+                        THEN /\ slots' = [slots EXCEPT ![self] = ok[self]]
+                        ELSE /\ TRUE
+                             /\ slots' = slots
+                  /\ pc' = [pc EXCEPT ![self] = "Close"]
+                  /\ UNCHANGED << sequence, current, active, waiting, closing, 
+                                  fresh, mutex, bit, settled, shown, freed, 
+                                  mine, stack, side, before, ok, rounds, last, 
+                                  wrong, changes, read, kind, after >>
 
 Close(self) == /\ pc[self] = "Close"
                /\ mine' = [mine EXCEPT ![self] = None]
@@ -343,8 +351,8 @@ Lock(self) == /\ pc[self] = "Lock"
 
 reader(self) == Idle(self) \/ Count(self) \/ Note(self) \/ Before(self)
                    \/ SharedPage(self) \/ Again(self) \/ Take(self)
-                   \/ Close(self) \/ Leave(self) \/ CareFor(self)
-                   \/ Lock(self)
+                   \/ NoteLate(self) \/ Close(self) \/ Leave(self)
+                   \/ CareFor(self) \/ Lock(self)
 
 Begin == /\ pc["changer"] = "Begin"
          /\ IF changes < Changes
@@ -455,7 +463,7 @@ Spec == Init /\ [][Next]_vars
 
 Termination == <>(\A self \in ProcSet: pc[self] = "Done")
 
-\* END TRANSLATION - the hash of the generated TLA code (remove to silence divergence warnings): TLA-7a2da6c1cbfcebd84b17b4fca3c79a42
+\* END TRANSLATION - the hash of the generated TLA code (remove to silence divergence warnings): TLA-9ff46b2af7bed48ea5faa23564e71cda
 
 -----------------------------------------------------------------------------
 \* No frame is freed under a device that reads it.

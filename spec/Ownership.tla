@@ -13,7 +13,11 @@
 (***************************************************************************)
 EXTENDS Naturals, FiniteSets, TLC, Rules
 
-CONSTANTS Pages, Devices, Rounds, Changes, MaxPins, MaxFrames
+CONSTANTS Pages, Devices,
+    Rounds,     \* pins of each device
+    Changes,    \* freezes and resets
+    MaxPins,
+    MaxFrames   \* at least Changes: a page is copied once between two freezes
 
 \* A record of the table: bit, count, "ask the pages" (or, in a page's, "ask the block, under the lock").
 Word(ex, pins) == [ex |-> ex, pins |-> pins, split |-> FALSE]
@@ -870,7 +874,4 @@ Fair == /\ WF_vars(changer)
 FairSpec == Spec /\ Fair
 \* A pin that has asked is given or refused.
 PinGets == \A d \in Devices : pc[d] = "TryBlock" ~> pc[d] \in {"Hold", "Idle", "Unpin"}
-
-\* Copies are numbered, and there are so many.
-Bounded == \A p \in Pages : fr[p] < MaxFrames
 =============================================================================
