@@ -393,7 +393,7 @@ I4 == [][\A p \in Pages : delta[p] # Hole /\ (phase = "pending" \/ NamesDelta(p)
 
 \* A freeze that was refused or has failed takes nothing from the parent.
 I13 == /\ phase = "refused" => \A p \in Pages : (HasCopy(p) /\ kind[p] = "own" /\ wrote = 0 => ex[p]) /\ ~prot[p]
-       /\ phase = "failed" => remapped = {} /\ \A p \in Pages : ~prot[p]
+       /\ phase = "failed" => remapped = {} /\ \A p \in Pages : ~prot[p] /\ (alive /\ ~before => map[p] # "delta")
 
 \* What is shown of a layer is in the map, or in the view before, which is registered.
 I14 == \A p \in Pages : alive /\ ~Freezing =>

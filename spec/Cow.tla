@@ -525,7 +525,7 @@ InSight == {f \in Files : \E p \in Pages : <<f, p>> \in Registered}
 SweepWhole ==
     /\ Has("sweep") /\ sweep.pc = 0
     /\ sweep' = [pc |-> 1, seen |-> {},
-                 whole |-> {f \in InSight : ~file[f].flag}
+                 whole |-> {f \in InSight : ~file[f].flag \/ Off("a_birth_file_is_asked_before_the_views")}
                            \ IF On("a_sweep_heeds_handles") /\ On("handles_are_asked_before_the_views")
                              THEN Handled ELSE {}]
     /\ Count
@@ -540,7 +540,8 @@ SweepLook ==
 \* dead_runs, and PUNCH_HOLE.
 SweepPunch ==
     /\ sweep.pc = 2
-    /\ LET asked == IF Off("a_sweep_heeds_handles") THEN sweep.whole ELSE sweep.whole \ Handled
+    /\ LET left == {f \in sweep.whole : On("a_birth_file_is_asked_before_the_views") \/ ~file[f].flag}
+           asked == IF Off("a_sweep_heeds_handles") THEN left ELSE left \ Handled
            swept == {f \in asked : \E p \in Pages : <<f, p>> \in sweep.seen}
        IN /\ file' = [f \in Files |-> IF f \notin swept THEN file[f]
                 ELSE [file[f] EXCEPT !.data = [p \in Pages |-> IF <<f, p>> \in sweep.seen THEN @[p] ELSE Zero]]]
