@@ -44,6 +44,8 @@ pub(super) struct Moves {
     made: u32,
     /// Whether a flush waits for them.
     pub(super) urgent: bool,
+    /// Whether none may begin: the disk is being committed.
+    pub(super) stopped: bool,
     /// See [`MOST`] and [`LOOK`].
     most: usize,
     look: u32,
@@ -51,7 +53,7 @@ pub(super) struct Moves {
 
 impl Default for Moves {
     fn default() -> Self {
-        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, most: MOST, look: LOOK }
+        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, stopped: false, most: MOST, look: LOOK }
     }
 }
 
@@ -125,7 +127,7 @@ impl Disk {
 
     fn moves_are_held(&self) -> bool {
         // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
-        self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes())
+        self.moves.stopped || self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes())
     }
 
     /// Whether a flush waits for what is being moved.

@@ -244,9 +244,14 @@ impl Disk {
     /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
     pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
         self.settle_moves();
+        // Its own flush must not begin to move granules either: their room is given back below.
+        self.moves.stopped = true;
         match self.try_commit() {
             Ok(report) => Ok(report),
-            Err(error) => Err(Box::new((self, error))),
+            Err(error) => {
+                self.moves.stopped = false;
+                Err(Box::new((self, error)))
+            }
         }
     }
 

@@ -25,7 +25,9 @@ pub(crate) enum Fault {
 }
 
 /// What is done before an operation; its error is the operation's.
-struct Hook(Box<dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync>);
+struct Hook(Box<Before>);
+
+type Before = dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync;
 
 impl std::fmt::Debug for Hook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
