@@ -394,21 +394,17 @@ fn stopping_a_vm_ends_its_snapshot() {
         let vm = Vm::from_image(&context, &format!("noise-{n}"), &image, options).unwrap();
         let at = dir.path().join(format!("saved-{n}"));
         let saved = std::thread::scope(|scope| {
-            let saves = scope.spawn(|| vm.snapshot(&at, zstd));
+            let saves = scope.spawn(|| vm.snapshot(&at, zstd).map_err(Box::new));
             while !saves.is_finished() && vm.snapshot_progress().is_none_or(|(done, _)| done == 0) {
                 std::thread::sleep(Duration::from_millis(1));
             }
             vm.stop();
             saves.join().unwrap()
         });
-        match saved {
-            Ok(_) => false,
-            Err(SnapshotError::Vm(VmError::Stopped(StopReason::Asked))) => {
-                assert!(!at.exists());
-                true
-            }
-            Err(other) => panic!("{other:?}"),
-        }
+        let Err(error) = saved else { return false };
+        assert!(matches!(*error, SnapshotError::Vm(VmError::Stopped(StopReason::Asked))), "{error:?}");
+        assert!(!at.exists());
+        true
     });
     assert!(cancelled, "none of twenty snapshots ended with its VM");
 }
