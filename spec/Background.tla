@@ -15,7 +15,9 @@ EXTENDS Naturals, FiniteSets, TLC, Rules
 CONSTANTS Pages, Kids, MaxWrites,
           Fails,    \* whether a step may fail
           Sweeps,   \* whether there is a sweep
-          Dies      \* whether the frozen VM may go
+          Dies,     \* whether the frozen VM may go
+          Pins,     \* whether there is a device
+          Takes     \* whether the guest discards pages
 
 VARIABLES
     kind,       \* "own" or "gap"
@@ -75,7 +77,7 @@ Init ==
     /\ before = FALSE /\ lock = "freeze" /\ cpu = 0 /\ faults = {}
     /\ kid = [k \in Kids |-> NoKid]
     /\ image = FALSE
-    /\ dev \in {NoDev} \cup {[p |-> p, g |-> 1] : p \in {q \in Pages : ex[q]}}
+    /\ dev \in {NoDev} \cup {[p |-> p, g |-> 1] : p \in {q \in Pages : ex[q] /\ Pins}}
     /\ want = [p \in Pages |-> Sees(p)]
     /\ frozen = [p \in Pages |-> Sees(p)]
     /\ alive = TRUE /\ wrote = 0
@@ -86,6 +88,7 @@ Init ==
 \* plan: Shared::give_up takes the bits. What is pinned then keeps its bit, and is not looked at again.
 Plan ==
     /\ phase = "plan" /\ phase' = "pinned"
+    /\ On("a_freeze_waits_for_no_pin") \/ dev = NoDev
     /\ ex' = [p \in Pages |-> ex[p] /\ Pinned(p)]
     /\ UNCHANGED <<kind, frame, bytes, beneath, delta, filled, prot, stage, remapped, map, pub, before, lock, cpu,
                    faults, kid, image, dev, want, frozen, alive, wrote>>
@@ -293,13 +296,13 @@ DeviceWrite ==
 
 \* Word::try_pin, without a lock, at any moment.
 PinFast(p) ==
-    /\ alive /\ dev.p = 0 /\ ex[p]
+    /\ Pins /\ alive /\ dev.p = 0 /\ ex[p]
     /\ dev' = [p |-> p, g |-> frame[p].g]
     /\ UNCHANGED <<parent, work, cpu, faults, kid, image>>
 
 \* pin_locked: settle first, under the state lock, then break COW and count.
 PinSettle(p) ==
-    /\ alive /\ dev.p = 0 /\ lock = "" /\ ~ex[p] /\ ~Freezing
+    /\ Pins /\ alive /\ dev.p = 0 /\ lock = "" /\ ~ex[p] /\ ~Freezing
     /\ lock' = "pin" /\ dev' = [p |-> p, g |-> 0]
     /\ LetGo(p)
     /\ UNCHANGED <<kind, beneath, frame, bytes, ex, map, pub, before, alive, want, frozen, wrote, phase, stage, remapped,
@@ -334,9 +337,9 @@ Publish ==
 
 \* discard, after drain has finished the copy and absorbed it.
 Discard(p) ==
-    /\ alive /\ lock = "" /\ ~Freezing /\ ~Pinned(p) /\ frame[p].in # "none"
+    /\ Takes /\ alive /\ lock = "" /\ ~Freezing /\ ~Pinned(p) /\ frame[p].in # "none"
     /\ On("drained_before_pages_go") => phase \in {"done", "failed", "refused"} /\ ~before
-    /\ frame' = [frame EXCEPT ![p].in = "none"]
+    /\ frame' = [frame EXCEPT ![p] = [in |-> "none", g |-> 0]]
     /\ want' = [want EXCEPT ![p] = 0]
     /\ ex' = [ex EXCEPT ![p] = FALSE]
     /\ map' = [map EXCEPT ![p] = "none"] /\ pub' = map'
