@@ -185,41 +185,47 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
 
 #[test]
 fn a_shared_count_is_exact_in_parent_and_children() {
-    const COUNT: u64 = 1_000_000;
-    let address = WORK_BASE + 8;
     for cpus in [2, 4] {
         let Some((_turn, context)) = turn() else { return };
-        let parent = Guest::boot(&context, MIB, cpus);
-        parent.vm().resume().unwrap();
-        let order = |vcpu| {
-            let command = Command::SharedCount { address, count: COUNT };
-            BareVcpu::new(parent.vm(), vcpu).mailbox().order(command).unwrap()
-        };
-        let seqs: Vec<u64> = (0..cpus).map(order).collect();
-        let read = |vm: &Vm| vm.ram().memory().read_obj::<u64>(GuestAddress(address)).unwrap();
-        let mut children = Vec::new();
-        let mut counts = Vec::new();
-        for _ in 0..8 {
-            let (image, _) = parent.vm().fork().unwrap();
-            let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
-            counts.push(read(&child));
-            children.push(child);
-        }
-        let finish = |vm: &Vm| {
-            for (vcpu, seq) in (0..).zip(&seqs) {
-                BareVcpu::new(vm, vcpu).await_done(*seq).unwrap();
-            }
-            vm.pause().unwrap();
-            assert_eq!(read(vm), cpus * COUNT);
-        };
-        finish(parent.vm());
-        assert!(counts.windows(2).all(|two| two[0] <= two[1]), "{counts:?}");
-        assert!(counts.iter().any(|count| (1..cpus * COUNT).contains(count)), "forked while counting: {counts:?}");
-        for child in &children {
-            child.resume().unwrap();
-            finish(child);
-        }
+        // On a busy machine all forks may come before the count or after it: then that is to be done again.
+        assert!((0..10).any(|_| is_exact_when_forked_while_counting(&context, cpus)), "forked while counting");
     }
+}
+
+/// Whether a fork came in the midst of the count. It is exact in any case.
+fn is_exact_when_forked_while_counting(context: &Context, cpus: u64) -> bool {
+    const COUNT: u64 = 1_000_000;
+    let address = WORK_BASE + 8;
+    let parent = Guest::boot(context, MIB, cpus);
+    parent.vm().resume().unwrap();
+    let order = |vcpu| {
+        let command = Command::SharedCount { address, count: COUNT };
+        BareVcpu::new(parent.vm(), vcpu).mailbox().order(command).unwrap()
+    };
+    let seqs: Vec<u64> = (0..cpus).map(order).collect();
+    let read = |vm: &Vm| vm.ram().memory().read_obj::<u64>(GuestAddress(address)).unwrap();
+    let mut children = Vec::new();
+    let mut counts = Vec::new();
+    for _ in 0..8 {
+        let (image, _) = parent.vm().fork().unwrap();
+        let child = Vm::from_image(context, "child", &image, PAUSED).unwrap();
+        counts.push(read(&child));
+        children.push(child);
+    }
+    let finish = |vm: &Vm| {
+        for (vcpu, seq) in (0..).zip(&seqs) {
+            BareVcpu::new(vm, vcpu).await_done(*seq).unwrap();
+        }
+        vm.pause().unwrap();
+        assert_eq!(read(vm), cpus * COUNT);
+    };
+    finish(parent.vm());
+    assert!(counts.windows(2).all(|two| two[0] <= two[1]), "{counts:?}");
+    for child in &children {
+        child.resume().unwrap();
+        finish(child);
+    }
+    counts.iter().any(|count| (1..cpus * COUNT).contains(count))
 }
 
 // --- nothing is left behind ---

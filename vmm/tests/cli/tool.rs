@@ -99,8 +99,10 @@ impl Runtime {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(CLADE);
-        command.args(args).env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
+        // A shell that runs the tests in its background has them ignore SIGINT, and what they start.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=HUP,INT,TERM", CLADE]).args(args);
+        command.env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null());
         command
     }
