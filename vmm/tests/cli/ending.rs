@@ -36,6 +36,16 @@ fn family(runtime: &mut Runtime, dir: &Path, number: u32) {
     );
 }
 
+/// A bare VM's snapshot in `dir`.
+fn saved_and_stopped(runtime: &mut Runtime, dir: &Path) -> String {
+    let saved = dir.join("saved").display().to_string();
+    runtime.start("web");
+    runtime.clade(&["snapshot", "web", &saved, "--json"]).json();
+    runtime.clade(&["stop", "web"]);
+    assert_eq!(runtime.ended(), Some(0));
+    saved
+}
+
 #[test]
 fn a_signal_ends_all_vms_and_leaves_nothing_behind() {
     if !kvm() {
@@ -79,13 +89,8 @@ fn a_signal_ends_vms_that_were_restored_together() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let saved = dir.path().join("saved");
-    let saved = saved.to_str().unwrap();
     let mut runtime = Runtime::new();
-    runtime.start("web");
-    runtime.clade(&["snapshot", "web", saved, "--json"]).json();
-    runtime.clade(&["stop", "web"]);
-    assert_eq!(runtime.ended(), Some(0));
+    let saved = &saved_and_stopped(&mut runtime, dir.path());
     runtime.spawn(&["restore", saved, "--count", "3", "--name", "w-{n}", "--paused", "--detached"]);
     wait_until("all three", || runtime.names() == ["w-1", "w-2", "w-3"]);
     runtime.signal(Signal::TERM);
@@ -137,13 +142,8 @@ fn a_signal_breaks_off_the_making_of_vms() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let saved = dir.path().join("saved");
-    let saved = saved.to_str().unwrap();
     let mut runtime = Runtime::new();
-    runtime.start("web");
-    runtime.clade(&["snapshot", "web", saved, "--json"]).json();
-    runtime.clade(&["stop", "web"]);
-    assert_eq!(runtime.ended(), Some(0));
+    let saved = &saved_and_stopped(&mut runtime, dir.path());
     runtime.spawn_heard(&["restore", saved, "--count", "500", "--name", "w-{n}", "--detached"]);
     // All names are taken before the first VM is made.
     wait_until("the names", || entries(runtime.dir()).len() >= 500);

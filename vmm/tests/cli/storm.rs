@@ -204,9 +204,15 @@ fn storm(seconds: u64) {
     thread::sleep(Duration::from_secs(12));
     let before = Held::now(&runtime, &stem);
     let memory = resident(runtime.pid());
+    if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
+        fs::copy(format!("/proc/{}/smaps", runtime.pid()), format!("{to}.before")).unwrap();
+    }
     run(Duration::from_secs(seconds), 1);
     settled(&before);
     let grown = resident(runtime.pid()).saturating_sub(memory);
+    if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
+        fs::copy(format!("/proc/{}/smaps", runtime.pid()), format!("{to}.after")).unwrap();
+    }
     println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
     assert!(grown < 64 << 10, "{grown} KiB more than before");
     assert!(tally.done.load(Ordering::Relaxed) > 50 && tally.forks.load(Ordering::Relaxed) > 5, "{tally:?}");
