@@ -65,6 +65,7 @@ pub fn main() -> ExitCode {
         // Help and version are no failures; clap knows which is which.
         Err(error) => error.exit(),
     };
+    limits::give_back_large_buffers();
     limits::raise();
     // One runs VMs, or has the terminal in raw mode and gives it back.
     if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_)) {
