@@ -41,7 +41,7 @@ pub(crate) use msrs::MAX_MSRS;
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use pending::forget_pending;
 pub(crate) use pio::pio_width;
-pub use quirks::{EmulationFailure, HealError, QUIRKS_ENV, QuirkError, Quirks};
+pub use quirks::{EmulationFailure, HealError, Healed, QUIRKS_ENV, QuirkError, Quirks};
 pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
 pub use vm_state::{Chips, Clock, VmState, VmStateError};

@@ -51,7 +51,9 @@ mod tests {
                     written.extend_from_slice(data);
                     assert_eq!(pio_width(vcpu), 1);
                 }
-                VcpuExit::InternalError => host.quirks().heal(vcpu).unwrap(),
+                VcpuExit::InternalError => {
+                    host.quirks().heal(vcpu).unwrap();
+                }
                 exit => panic!("unexpected exit {exit:?}"),
             }
         }

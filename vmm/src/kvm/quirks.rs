@@ -15,15 +15,18 @@
 //!
 //! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC is its parent's.
 //!
-//! Nothing outside this file and its child asks which KVM it runs on.
+//! A system call of a stock kernel arrives as a page fault, and is made one again (`syscall.rs`).
+//!
+//! Nothing outside this file and its children asks which KVM it runs on.
 
 mod heal;
+mod syscall;
 
 use std::path::Path;
 
 use super::features::CpuHide;
 
-pub use heal::{EmulationFailure, HealError};
+pub use heal::{EmulationFailure, HealError, Healed};
 
 /// Overrides detection: `pvm` or `none`.
 pub const QUIRKS_ENV: &str = "CLADE_QUIRKS";

@@ -92,13 +92,19 @@ impl TestVm {
         Self { vcpus, vm, entry, mem }
     }
 
+    pub(super) fn memory(&self) -> &GuestMemoryMmap<()> {
+        &self.mem
+    }
+
     /// Runs the boot vCPU until it writes a byte to a port, with the write completed.
     pub(super) fn run_to_out(&mut self, host: &Host) -> u8 {
         let vcpu = &mut self.vcpus[0];
         let byte = loop {
             match vcpu.run().unwrap() {
                 VcpuExit::IoOut(_, data) => break data[0],
-                VcpuExit::InternalError => host.quirks().heal(vcpu).unwrap(),
+                VcpuExit::InternalError => {
+                    host.quirks().heal(vcpu).unwrap();
+                }
                 exit => panic!("unexpected exit {exit:?}"),
             }
         };

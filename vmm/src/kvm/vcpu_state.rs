@@ -194,6 +194,9 @@ pub struct VcpuState {
     /// The same by the clock of the host's boot.
     #[serde(default)]
     pub taken_in_boot: Option<BootTime>,
+    /// Where its page faults are watched, if they are: not KVM's, but the vCPU thread's, which does it.
+    #[serde(default)]
+    pub page_fault_entry: Option<u64>,
 }
 
 impl VcpuState {
@@ -214,6 +217,7 @@ impl VcpuState {
             events: kvm_vcpu_events::default(),
             taken: WallClock::default(),
             taken_in_boot: None,
+            page_fault_entry: None,
         };
         state.save_into(vcpu, layout)?;
         Ok(state)

@@ -78,6 +78,9 @@ pub enum VmError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// A stock kernel's page faults cannot be watched.
+    #[error("the guest's page faults cannot be watched")]
+    PageFaults(#[source] crate::kvm::HealError),
     /// No thread for a vCPU.
     #[error("no thread for a vCPU")]
     Thread(#[source] io::Error),

@@ -101,6 +101,8 @@ impl Shell {
                 vm: Arc::clone(&shell.fd),
                 vcpu,
                 cpuid,
+                memory: shell.ram.memory().clone(),
+                page_fault_entry: None,
             };
             let spawned = thread::Builder::new()
                 .name(format!("clade-vcpu{index}"))

@@ -3,12 +3,15 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use clade_memory::GuestMemory;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::{BOOT_MSRS, Entry};
 use crate::kvm::{
-    Clock, CpuidState, HealError, Host, StateLayout, VcpuState, forget_pending, mark_paused, pio_width, set_msr_bits,
+    Clock, CpuidState, HealError, Healed, Host, Quirks, StateLayout, VcpuState, forget_pending, mark_paused, pio_width,
+    set_msr_bits,
 };
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
@@ -45,6 +48,9 @@ pub(crate) struct VcpuThread {
     pub(crate) vcpu: VcpuFd,
     /// What `vcpu` was made with.
     pub(crate) cpuid: CpuId,
+    pub(crate) memory: GuestMemory,
+    /// Where the guest's page faults are watched; see `quirks`.
+    pub(crate) page_fault_entry: Option<u64>,
 }
 
 impl VcpuThread {
@@ -135,7 +141,8 @@ impl VcpuThread {
                     self.cpuid = state.cpuid.clone();
                 }
                 let cpuid = if other { CpuidState::Unset } else { CpuidState::Set };
-                Ok(state.restore(&self.vcpu, &self.layout, cpuid, Clock::CatchUp)?)
+                state.restore(&self.vcpu, &self.layout, cpuid, Clock::CatchUp)?;
+                self.watch_page_faults(state.page_fault_entry).map_err(VmError::PageFaults)
             }
         }
     }
@@ -172,9 +179,35 @@ impl VcpuThread {
         self.vcpu.set_regs(&entry.regs()).map_err(|e| VmError::kvm("set a vCPU's registers", e))
     }
 
+    fn read_memory(&self) -> impl Fn(u64, &mut [u8]) -> bool + use<> {
+        let memory = self.memory.clone();
+        move |address, bytes| memory.read_slice(bytes, GuestAddress(address)).is_ok()
+    }
+
+    /// Has page faults of the guest be looked at from now on, or not any more.
+    fn watch_page_faults(&mut self, entry: Option<u64>) -> Result<(), HealError> {
+        // Most guests never are.
+        if self.page_fault_entry != entry {
+            Quirks::watch_page_faults(&self.vcpu, entry)?;
+            self.page_fault_entry = entry;
+        }
+        Ok(())
+    }
+
     fn heal(&mut self) -> Option<StopReason> {
+        let healed = self.host.quirks().heal(&mut self.vcpu).and_then(|healed| {
+            if healed == Healed::Breakpoint && self.page_fault_entry.is_none() {
+                let entry = self.host.quirks().find_page_faults(&self.vcpu, &self.read_memory())?;
+                self.watch_page_faults(entry)?;
+            }
+            Ok(())
+        });
+        self.expect_healed(healed)
+    }
+
+    fn expect_healed(&self, healed: Result<(), HealError>) -> Option<StopReason> {
         let vcpu = self.index;
-        match self.host.quirks().heal(&mut self.vcpu) {
+        match healed {
             Ok(()) => None,
             Err(HealError::NoRemedy { failure, rip }) => {
                 Some(StopReason::Emulation { vcpu, rip, bytes: failure.to_string() })
@@ -192,7 +225,11 @@ impl VcpuThread {
             match next {
                 Next::Save(request) => {
                     // Caught, because whoever pauses the VM waits for this vCPU.
-                    let save = || Ok(VcpuState::save(&self.vcpu, &self.layout, &self.cpuid)?);
+                    let save = || {
+                        let mut state = VcpuState::save(&self.vcpu, &self.layout, &self.cpuid)?;
+                        state.page_fault_entry = self.page_fault_entry;
+                        Ok(state)
+                    };
                     self.meeting.hand_in(self.index, request, caught(self.index, save));
                     next = self.meeting.park(self.index, true);
                 }
@@ -249,6 +286,12 @@ impl VcpuThread {
                 Ok(VcpuExit::FailEntry(reason, _)) => return Some(StopReason::FailEntry { vcpu, reason }),
                 Ok(VcpuExit::InternalError) => {
                     if let Some(reason) = self.heal() {
+                        return Some(reason);
+                    }
+                }
+                Ok(VcpuExit::Debug(_)) if self.page_fault_entry.is_some() => {
+                    let done = Quirks::at_page_fault(&self.vcpu, &self.read_memory());
+                    if let Some(reason) = self.expect_healed(done) {
                         return Some(reason);
                     }
                 }

@@ -22,6 +22,15 @@ const MAX_INSN: usize = 15;
 const ARITHMETIC_FLAGS: u64 = 0x8d5;
 const ZF: u64 = 1 << 6;
 
+/// What was done in KVM's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Healed {
+    /// An instruction.
+    Instruction,
+    /// INT3, which stock kernels execute when they test themselves at boot.
+    Breakpoint,
+}
+
 /// An instruction there is a remedy for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Remedy {
@@ -122,9 +131,9 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 }
 
 impl Quirks {
-    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok(())` means: run
-    /// the vCPU again.
-    pub fn heal(self, vcpu: &mut VcpuFd) -> Result<(), HealError> {
+    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the
+    /// vCPU again.
+    pub fn heal(self, vcpu: &mut VcpuFd) -> Result<Healed, HealError> {
         let failure = EmulationFailure::of(vcpu).ok_or(HealError::NotEmulation)?;
         let call = |what| move |source| HealError::Ioctl { what, source };
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
@@ -154,7 +163,7 @@ impl Quirks {
             events.exception.has_error_code = 0;
             vcpu.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
         }
-        Ok(())
+        Ok(if remedy == Remedy::Int3 { Healed::Breakpoint } else { Healed::Instruction })
     }
 }
 
@@ -171,6 +180,20 @@ pub enum HealError {
         failure: EmulationFailure,
         /// Its address.
         rip: u64,
+    },
+    /// Nothing is mapped where something must be.
+    #[error("the guest has nothing at {linear:#x}, where a page fault is looked at")]
+    Unmapped {
+        /// The guest's linear address.
+        linear: u64,
+    },
+    /// The guest's handler of page faults begins otherwise than when it was found.
+    #[error("the guest's handler of page faults at {rip:#x} begins with {insn:02x?}")]
+    Handler {
+        /// Where it is.
+        rip: u64,
+        /// How it begins.
+        insn: [u8; 4],
     },
     /// A call failed on the way.
     #[error("{what} failed")]

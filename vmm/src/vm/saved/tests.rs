@@ -31,6 +31,7 @@ fn vcpu(rip: u64) -> VcpuState {
         events: Default::default(),
         taken: Default::default(),
         taken_in_boot: crate::kvm::BootTime::now(),
+        page_fault_entry: Some(0xffff_ffff_81c0_0c20),
     };
     state.regs.rip = rip;
     state
