@@ -223,13 +223,16 @@ impl GuestRegion {
         let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let promise = store.budget().promise(1)?;
         let failure = Arc::default();
+        let table = OwnershipTable::new(pages);
+        #[cfg(feature = "trace")]
+        table.trace.space(at.addr(0) as u64);
         let watched = Watched::new(at.addr(0) as usize, at.addr(pages) as usize, &failure);
         Ok(Self {
             base,
             store: store.clone(),
             watched,
             at,
-            table: OwnershipTable::new(pages),
+            table,
             failure,
             pins: PinList::default(),
             grace: Grace::default(),
