@@ -111,7 +111,6 @@ impl Store {
     fn with(huge: Option<HugeTmpfs>, warning: Option<String>) -> Result<Self, StoreError> {
         let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
         let live_layers = Arc::default();
-        trace!(Schedule);
         Ok(Self(Arc::new(Inner {
             huge,
             warning,

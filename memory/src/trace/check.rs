@@ -479,7 +479,7 @@ impl Checker {
                 }
                 for offset in 0..range.len() {
                     let page = range.start + offset;
-                    Self::taken(region, thread, page, locked)?;
+                    Self::taken(region, thread, page, locked, matches!(event, Event::Nothing { .. }))?;
                     let place = &mut region.under[page as usize];
                     match event {
                         Event::Private { file, page: first, .. } => {
@@ -513,7 +513,7 @@ impl Checker {
     }
 
     /// `Take`, `StepRemap`: something else is mapped in a page's place.
-    fn taken(region: &mut Region, thread: u64, page: u64, locked: bool) -> Result<(), Why> {
+    fn taken(region: &mut Region, thread: u64, page: u64, locked: bool, emptied: bool) -> Result<(), Why> {
         if region.pins(page) > 0 {
             return Err(why(page, "Take: I3, I7: a pinned page is taken away"));
         }
@@ -528,8 +528,8 @@ impl Checker {
             let (block, place) = Region::place(page);
             return region.step(thread, block, Step::Take(place));
         }
-        // The background thread, which has only its filling's lock.
-        if !was_protected && region.under[page as usize] != Under::Nothing {
+        // Without it: the background thread, which has its filling's, or a region that is emptied, which nobody has.
+        if !was_protected && !emptied {
             return Err(why(page, "StepRemap: a page is mapped over a delta that was not protected"));
         }
         region.set_own(page, false);

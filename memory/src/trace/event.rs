@@ -23,7 +23,7 @@ pub(crate) enum WordStep {
 /// One linearization point. `at` is the address of a reservation, `table` the number of an ownership table.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    /// A store is opened: what follows with it is a schedule of its own.
+    /// A VM is born: a schedule begins.
     Schedule,
     Table { table: u64, pages: u64 },
     TableGone { table: u64 },
