@@ -1,39 +1,23 @@
 //! The validator: replays a trace, and refuses the first step that the specification does not have.
 //!
-//! Records take the steps of spec/Ownership.tla ([`super::records`]). What is mapped, shown, protected and
-//! given back takes those of Cow.tla and Background.tla, as far as a trace shows them ([`super::frames`]).
+//! Records take the steps of spec/Ownership.tla ([`super::records`]). What is mapped, shown,
+//! protected and
+//! given back takes those of Cow.tla and Background.tla, as far as a trace shows them
+//! ([`super::frames`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
 
 use super::event::{Event, WordStep};
 use super::frames::{Files, Under};
-use super::records::{Block, Doing, Lock, Record, Step};
+use super::records::{Block, Step};
+use super::region::{Region, Why, why};
 use crate::units::{BLOCK_PAGES, PageRange};
-use crate::word::MAX_PINS;
 
 /// Events that are kept to be shown beside one that is refused.
 const KEPT: usize = 1 << 14;
 /// Of those, the last that are about the page.
 const SHOWN: usize = 12;
-
-/// A region, with its table and what is mapped in it.
-#[derive(Debug)]
-pub(super) struct Region {
-    pub(super) at: u64,
-    pages: u64,
-    pub(super) blocks: Vec<Block>,
-    /// What is mapped where.
-    pub(super) under: Vec<Under>,
-    pub(super) protected: Vec<bool>,
-    /// The thread that has the table's lock.
-    lock: Option<u64>,
-    /// The block that is being split or merged.
-    busy: Option<usize>,
-    /// The bits there were when a freeze began, and how many have begun.
-    had: Vec<bool>,
-    pub(super) freezes: u64,
-}
 
 /// A pin.
 #[derive(Debug)]
@@ -64,89 +48,6 @@ impl fmt::Display for Refused {
             writeln!(f, "  page:  {page:#x}: {}", self.state)?;
         }
         self.before.iter().try_for_each(|line| writeln!(f, "  before: {line}"))
-    }
-}
-
-/// Why, and of which page of the region.
-pub(super) type Why = (Option<u64>, String);
-
-fn why(page: u64, text: impl Into<String>) -> Why {
-    (Some(page), text.into())
-}
-
-impl Region {
-    fn new(pages: u64) -> Self {
-        let blocks = PageRange::new(0, pages).blocks().map(|(_, whole)| Block::new(whole.len() as usize, false, false));
-        Self {
-            at: 0,
-            pages,
-            blocks: blocks.collect(),
-            under: vec![Under::Nothing; pages as usize],
-            protected: vec![false; pages as usize],
-            lock: None,
-            busy: None,
-            had: Vec::new(),
-            freezes: 0,
-        }
-    }
-
-    fn place(page: u64) -> (usize, usize) {
-        ((page / BLOCK_PAGES) as usize, (page % BLOCK_PAGES) as usize)
-    }
-
-    fn record(&self, page: u64) -> Record {
-        let (block, page) = Self::place(page);
-        self.blocks[block].says(page)
-    }
-
-    fn is_exclusive(&self, page: u64) -> bool {
-        matches!(self.record(page), Record::Says { exclusive: true, .. })
-    }
-
-    fn pins(&self, page: u64) -> u32 {
-        if let Record::Says { pins, .. } = self.record(page) { pins } else { 0 }
-    }
-
-    pub(super) fn is_own(&self, page: u64) -> bool {
-        let (block, page) = Self::place(page);
-        self.blocks[block].own[page]
-    }
-
-    fn set_own(&mut self, page: u64, own: bool) {
-        let (block, page) = Self::place(page);
-        self.blocks[block].own[page] = own;
-    }
-
-    /// A step on a block, by `thread`.
-    fn step(&mut self, thread: u64, block: usize, step: Step) -> Result<(), Why> {
-        let held = self.lock == Some(thread);
-        let of = &mut self.blocks[block];
-        of.lock = Lock::Free;
-        let locked = if held { of.step(Step::Lock(Lock::Either), MAX_PINS) } else { Ok(()) };
-        let done = locked.and_then(|()| of.step(step, MAX_PINS));
-        self.busy = (of.doing != Doing::Quiet).then_some(block);
-        done.map_err(|rule| {
-            let page = match step {
-                Step::PinPage(page, _) | Step::UnpinPage(page, _) | Step::SetPage(page) | Step::OpenPage(page) => page,
-                Step::SharePage(page) | Step::ClosePage(page) | Step::ReopenPage(page) => page,
-                Step::Own(page) | Step::Take(page) => page,
-                _ => 0,
-            };
-            why(block as u64 * BLOCK_PAGES + page as u64, format!("{step:?}: {rule}"))
-        })
-    }
-
-    /// What is seen of a page.
-    fn describe(&self, page: u64) -> String {
-        if page >= self.pages {
-            return "beyond the region".into();
-        }
-        let (block, _) = Self::place(page);
-        let of = &self.blocks[block];
-        let own = if self.is_own(page) { "the VM's own" } else { "not known to be its own" };
-        let protected = if self.protected[page as usize] { ", protected" } else { "" };
-        let (record, block) = (self.record(page), of.record);
-        format!("record {record} (block {block}, {:?}), {own}, over {:?}{protected}", of.doing, self.under[page as usize])
     }
 }
 
@@ -237,10 +138,9 @@ impl Checker {
             Event::SpaceGone { at } => _ = self.spaces.remove(at),
             Event::Word { .. } => self.word(thread, event)?,
             Event::Lock { table } => {
-                if let Some(region) = self.regions.get_mut(table) {
-                    if region.lock.replace(thread).is_some() {
-                        return Err((None, "a table is locked twice".into()));
-                    }
+                let before = self.regions.get_mut(table).and_then(|region| region.lock.replace(thread));
+                if before.is_some() {
+                    return Err((None, "a table is locked twice".into()));
                 }
             }
             Event::Unlock { table } => {
@@ -268,6 +168,11 @@ impl Checker {
                 if let Some(region) = self.regions.get_mut(table) {
                     region.freezes += 1;
                     region.had = (0..region.pages).map(|page| region.is_exclusive(page)).collect();
+                }
+            }
+            Event::ResetBegun { table } => {
+                if let Some(device) = self.devices.values().find(|device| device.section && device.table == *table) {
+                    return Err(why(device.range.start, "ResetTake: I7: a reset goes on while a device reads"));
                 }
             }
             Event::FreezeFailed { table } => self.freeze_failed(*table)?,
@@ -319,12 +224,13 @@ impl Checker {
             return Err(why(at, "a device counts in a table that it has not asked"));
         }
         if let Some(asked) = self.devices.get(&device).filter(|_| *step == WordStep::Pin) {
-            let counts = page.map_or_else(
-                || PageRange::with_len(at, of.pages.len() as u64),
-                |_| PageRange::with_len(at, 1),
-            );
+            let counts =
+                page.map_or_else(|| PageRange::with_len(at, of.pages.len() as u64), |_| PageRange::with_len(at, 1));
             if !asked.range.covers(counts) {
-                return Err(why(at, format!("PinBlock: I6: a device counts {counts}, and has asked for {}", asked.range)));
+                return Err(why(
+                    at,
+                    format!("PinBlock: I6: a device counts {counts}, and has asked for {}", asked.range),
+                ));
             }
         }
         let device = Self::run_of(of, device, *step, *page, at);
@@ -352,7 +258,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A device of the specification pins one run. A short read of which only parts are the VM's own counts several: each
+    /// A device of the specification pins one run. A short read of which only parts are the VM's
+    /// own counts several: each
     /// run is a device's there, numbered by its pin and the page it began with.
     fn run_of(of: &Block, device: u64, step: WordStep, page: Option<usize>, at: u64) -> u64 {
         let fresh = (device << 32) | at;
@@ -367,7 +274,9 @@ impl Checker {
 
     /// The pages of a block that a device has counted.
     fn counted(of: &Block, device: u64) -> impl Iterator<Item = usize> {
-        of.counted.range(device << 32..=(device << 32) | u64::from(u32::MAX)).flat_map(|(_, pages)| pages.iter().copied())
+        of.counted
+            .range(device << 32..=(device << 32) | u64::from(u32::MAX))
+            .flat_map(|(_, pages)| pages.iter().copied())
     }
 
     /// `Hold`: what a device has been given.
@@ -391,7 +300,10 @@ impl Checker {
                 Self::counted(&region.blocks[block], device).map(|page| first + page as u64).collect();
             let wants: BTreeSet<u64> = wanted.range(piece.start..piece.end).copied().collect();
             if let Some(page) = has.symmetric_difference(&wants).next() {
-                return Err(why(*page, "Hold: I6: a device has what it has not counted, or has counted what it has not"));
+                return Err(why(
+                    *page,
+                    "Hold: I6: a device has what it has not counted, or has counted what it has not",
+                ));
             }
             if let Some(page) = wants.iter().find(|page| region.protected[**page as usize]) {
                 return Err(why(*page, "PinSettle: I3: a device is given a page that is write-protected"));
@@ -493,7 +405,8 @@ impl Checker {
                             region.set_own(page, true);
                         }
                         _ => {
-                            // Dropped in place, over the file it was born in: the page is still its own.
+                            // Dropped in place, over the file it was born in: the page is still its
+                            // own.
                         }
                     }
                 }
@@ -528,7 +441,8 @@ impl Checker {
             let (block, place) = Region::place(page);
             return region.step(thread, block, Step::Take(place));
         }
-        // Without it: the background thread, which has its filling's, or a region that is emptied, which nobody has.
+        // Without it: the background thread, which has its filling's, or a region that is emptied,
+        // which nobody has.
         if !was_protected && !emptied {
             return Err(why(page, "StepRemap: a page is mapped over a delta that was not protected"));
         }

@@ -1,10 +1,11 @@
-//! Files, layers and views: who is shown what, and what may be given back. The rules of Cow.tla that a trace
+//! Files, layers and views: who is shown what, and what may be given back. The rules of Cow.tla
+//! that a trace
 //! shows, by the names of its actions.
 
 use std::collections::{HashMap, HashSet};
 
-use super::check::{Region, Why};
 use super::event::FileId;
+use super::region::{Region, Why};
 use crate::layer::LayerId;
 use crate::units::PageRange;
 
@@ -93,7 +94,8 @@ impl Files {
         Ok(())
     }
 
-    /// A view that names a page of `range` of the file, if there is one. `all`: even what only says that it is a VM's own.
+    /// A view that names a page of `range` of the file, if there is one. `all`: even what only says
+    /// that it is a VM's own.
     fn naming(&self, file: FileId, range: PageRange, all: bool) -> Option<u64> {
         let layers = &self.files.get(&file)?.layers;
         layers.iter().find_map(|layer| {
@@ -120,7 +122,8 @@ impl Files {
         for region in regions.values() {
             // A birth file is mapped at its own offsets.
             let within = range.intersect(PageRange::new(0, region.under.len() as u64));
-            if let Some(page) = (within.start..within.end).find(|p| region.under[*p as usize] == Under::Born(file, *p)) {
+            if let Some(page) = (within.start..within.end).find(|p| region.under[*p as usize] == Under::Born(file, *p))
+            {
                 return Err((Some(page), "FreezeCommit: I1, I4: a page is shown that a VM writes in place".into()));
             }
         }
@@ -135,20 +138,16 @@ impl Files {
         }
     }
 
-    pub(super) fn view(
-        &mut self,
-        view: u64,
-        born: bool,
-        map: &Map,
-        regions: &HashMap<u64, Region>,
-    ) -> Result<(), Why> {
+    pub(super) fn view(&mut self, view: u64, born: bool, map: &Map, regions: &HashMap<u64, Region>) -> Result<(), Why> {
         self.view_gone(view);
         for (pages, layer, at) in map {
             let Some(file) = self.layers.get(layer).copied() else { continue };
             let range = PageRange::with_len(*at, pages.len());
             let given = self.files.get(&file).map(|file| &file.given).filter(|given| !given.is_empty());
             if let Some(page) = given.and_then(|given| (range.start..range.end).find(|page| given.contains(page))) {
-                return Err(no_page(format!("SweepPunch: I4: a view names page {page:#x} of layer {layer}, given back")));
+                return Err(no_page(format!(
+                    "SweepPunch: I4: a view names page {page:#x} of layer {layer}, given back"
+                )));
             }
             if !born {
                 self.nobody_writes(file, range, regions)?;
@@ -223,7 +222,8 @@ impl Files {
         Ok(())
     }
 
-    /// `FreezeCommit`, `ChildSees`: the image has the bytes of the freeze's instant of every page that is still the
+    /// `FreezeCommit`, `ChildSees`: the image has the bytes of the freeze's instant of every page
+    /// that is still the
     /// VM's own. I11: and none of what is not inherited.
     pub(super) fn image(&self, table: u64, region: &Region, map: &Map, declared: &[PageRange]) -> Result<(), Why> {
         let mut pieces = map.iter().peekable();

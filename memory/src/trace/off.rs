@@ -1,4 +1,5 @@
-//! What stands in for traces in a build without them: types without size and functions that do nothing.
+//! What stands in for traces in a build without them: types without size and functions that do
+//! nothing.
 
 use std::collections::HashMap;
 
@@ -43,6 +44,8 @@ impl Table {
     pub(crate) fn freeze_begun(&self) {}
     #[inline(always)]
     pub(crate) fn freeze_failed(&self) {}
+    #[inline(always)]
+    pub(crate) fn reset_begun(&self) {}
     #[inline(always)]
     pub(crate) fn image(&self, _map: &LayerMap, _declared: &[PageRange]) {}
 }
