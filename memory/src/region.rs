@@ -474,6 +474,7 @@ impl Drop for GuestRegion {
     fn drop(&mut self) {
         // A freeze of its own is finished without it: the filling keeps the memory, and has long copied what was pinned of the birth file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.table.trace.left();
         state.leave_birth();
         for layer in state.waits.drain(..) {
             if let Some(filling) = layer.filling() {

@@ -170,6 +170,15 @@ impl Checker {
                     region.had = (0..region.pages).map(|page| region.is_exclusive(page)).collect();
                 }
             }
+            Event::Left { table } => {
+                // `Death`. No device is left: a pin keeps the region.
+                if let Some(device) = self.devices.values().find(|device| device.table == *table) {
+                    return Err(why(device.range.start, "Death: I3: a region goes under a pin"));
+                }
+                if let Some(region) = self.regions.get_mut(table) {
+                    region.under.fill(Under::Nothing);
+                }
+            }
             Event::ResetBegun { table } => {
                 if let Some(device) = self.devices.values().find(|device| device.section && device.table == *table) {
                     return Err(why(device.range.start, "ResetTake: I7: a reset goes on while a device reads"));

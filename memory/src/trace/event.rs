@@ -172,6 +172,10 @@ pub(crate) enum Event {
         range: PageRange,
         swept: bool,
     },
+    /// The VM goes: what it had of the file it was born in is nobody's.
+    Left {
+        table: u64,
+    },
     /// A reset goes on: nothing is read without a count.
     ResetBegun {
         table: u64,
@@ -204,6 +208,7 @@ impl Event {
             Self::FreezeBegun { table }
             | Self::FreezeFailed { table }
             | Self::ResetBegun { table }
+            | Self::Left { table }
             | Self::Image { table, .. } => (*table, None),
             Self::Pin { table, range, .. } => (*table, Some(*range)),
             Self::Shared { at, range, .. }

@@ -230,6 +230,10 @@ impl Table {
         emit(|| Event::FreezeFailed { table: self.0 });
     }
 
+    pub(crate) fn left(&self) {
+        emit(|| Event::Left { table: self.0 });
+    }
+
     pub(crate) fn reset_begun(&self) {
         emit(|| Event::ResetBegun { table: self.0 });
     }

@@ -45,6 +45,8 @@ impl Table {
     #[inline(always)]
     pub(crate) fn freeze_failed(&self) {}
     #[inline(always)]
+    pub(crate) fn left(&self) {}
+    #[inline(always)]
     pub(crate) fn reset_begun(&self) {}
     #[inline(always)]
     pub(crate) fn image(&self, _map: &LayerMap, _declared: &[PageRange]) {}
