@@ -20,6 +20,13 @@ spec:
     spec/check
     spec/check --broken
 
+# Traces of the code, replayed against the specification
+trace:
+    spec/check --graph
+    cargo test -p clade-memory --features trace --lib trace::
+    CLADE_TRACE=1 cargo test -p clade-memory --features trace --test model --test storm
+    CLADE_TRACE=1 cargo test -p clade-memory --features trace --test hazard i3_
+
 lint:
     cargo clippy --workspace --all-targets -- -D warnings
     cargo fmt --all --check

@@ -132,6 +132,7 @@ impl GuestRegion {
         // be there yet.
         region.drain(&mut state)?;
         let table = region.table.lock();
+        region.table.trace.freeze_begun();
         let plan = region.plan(&state, &table)?;
         // While nothing writes and every page this VM owns is known.
         region.take_over_some(&mut state, [&plan.born, &plan.owned]);
@@ -145,12 +146,14 @@ impl GuestRegion {
             }
             let mappings = state.mappings.len() as u64;
             let _ = state.promise.resize(mappings);
+            region.table.trace.freeze_failed();
         }
         let (mut map, report) = done?;
         region.compact_later(&mut state);
         region.store.sweep_later();
         // The map of whoever is started from this, which is not in all the parent's own (R19).
         nofork::hide(&state.no_fork, &mut map);
+        region.table.trace.image(&map, &nofork::runs(&state.no_fork));
         let map = Arc::new(View::new(region.store.views(), map));
         frozen.push_front((RegionImage { map, no_fork: state.no_fork.clone() }, report));
         Ok(())

@@ -73,17 +73,19 @@ impl Layer {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
         let (birth, given) = (AtomicBool::new(false), Mutex::default());
+        trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
         let (filling, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
         Self { id, file, pages, home, live, birth, given, filling, handles_made, handles_gone }
     }
 
     /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with [`Self::handles_made`].
     pub(crate) fn add_handle(&self) {
-        self.handles_made.fetch_add(1, Ordering::SeqCst);
+        crate::trace::handle(self.id, || self.handles_made.fetch_add(1, Ordering::SeqCst));
     }
 
     /// Release: what was read through the handle was read before, and what was made of it is registered.
     pub(crate) fn remove_handle(&self) {
+        trace!(HandleGone { layer: self.id.0 });
         self.handles_gone.fetch_add(1, Ordering::Release);
     }
 
@@ -136,6 +138,7 @@ impl Layer {
     pub(crate) fn fill_with(&self, filling: Arc<Filling>) {
         let first = self.filling.set(filling).is_ok();
         debug_assert!(first, "a layer is filled once");
+        trace!(Hollow { layer: self.id.0 });
     }
 
     /// What fills it, if that was left to the background.
@@ -178,6 +181,7 @@ impl Drop for Layer {
         if let Some(filling) = self.filling.get() {
             filling.abandon();
         }
+        trace!(LayerGone { layer: self.id.0 });
         // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
         self.live.fetch_sub(1, Ordering::Release);
     }

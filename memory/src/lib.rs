@@ -23,6 +23,14 @@
 #[cfg(test)]
 extern crate self as clade_memory;
 
+/// Logs one linearization point. Nothing at all without the `trace` feature.
+macro_rules! trace {
+    ($($event:tt)*) => {
+        #[cfg(feature = "trace")]
+        crate::trace::emit(|| crate::trace::event::Event::$($event)*);
+    };
+}
+
 mod adopt;
 mod background;
 mod budget;
@@ -57,6 +65,11 @@ mod store;
 mod sweep;
 mod sync;
 mod sys;
+#[cfg(feature = "trace")]
+mod trace;
+#[cfg(not(feature = "trace"))]
+#[path = "trace/off.rs"]
+mod trace;
 mod units;
 mod view;
 mod word;

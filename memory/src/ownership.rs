@@ -12,6 +12,7 @@
 
 use crate::sabotage::{Break, broken};
 use crate::sync::{Mutex, MutexGuard, OnceLock, lock};
+use crate::trace::{self, WordStep};
 use crate::units::{BLOCK_PAGES, PageRange, push_run};
 use crate::word::{Ownership, PinMiss, ShareMiss, Word};
 
@@ -30,6 +31,7 @@ pub struct OwnershipTable {
     blocks: Box<[Block]>,
     pages: u64,
     lock: Mutex<()>,
+    pub(crate) trace: trace::Table,
 }
 
 /// Pages of a table by what they are.
@@ -49,7 +51,7 @@ impl OwnershipTable {
     pub fn new(pages: u64) -> Self {
         let block = || Block { word: Word::new(Ownership::new(false, 0)), pages: OnceLock::new() };
         let blocks = (0..pages.div_ceil(BLOCK_PAGES)).map(|_| block()).collect();
-        Self { blocks, pages, lock: Mutex::new(()) }
+        Self { blocks, pages, lock: Mutex::new(()), trace: trace::Table::new(pages) }
     }
 
     /// Pages described.
@@ -67,7 +69,8 @@ impl OwnershipTable {
 
     /// The right to change bits. Held by freeze, unshare, adopt and reset; never while waiting for anything.
     pub fn lock(&self) -> TableGuard<'_> {
-        TableGuard { table: self, _held: lock(&self.lock) }
+        let held = lock(&self.lock);
+        TableGuard { table: self, _trace: trace::Locked::new(&self.trace), _held: held }
     }
 
     fn whole(&self, block: usize) -> PageRange {
@@ -110,7 +113,7 @@ impl OwnershipTable {
     fn try_pin_piece(&self, block: usize, piece: PageRange) -> Result<(), (PinMiss, u64)> {
         let record = &self.blocks[block];
         if piece == self.whole(block) || broken(Break::CountBlock) {
-            match record.word.try_pin() {
+            match self.trace.on(block, None, WordStep::Pin, &record.word, Word::try_pin) {
                 Ok(()) => return Ok(()),
                 Err(PinMiss::Split) => {}
                 Err(miss) => return Err((miss, piece.start)),
@@ -124,7 +127,8 @@ impl OwnershipTable {
             }
         }
         for (page, word) in (piece.start..).zip(self.page_words(block, piece)) {
-            word.try_pin().map_err(|miss| (miss, page))?;
+            let done = self.trace.on(block, Some(page), WordStep::Pin, word, Word::try_pin);
+            done.map_err(|miss| (miss, page))?;
         }
         Ok(())
     }
@@ -148,14 +152,15 @@ impl OwnershipTable {
     /// When a page was not pinned or is no longer exclusive (R27): memory would already be wrong.
     pub(crate) fn unpin(&self, range: PageRange) {
         for (block, piece) in range.blocks() {
-            if piece == self.whole(block) && self.blocks[block].word.unpin().is_ok() {
+            let unpin = |page, word: &Word| self.trace.on(block, page, WordStep::Unpin, word, Word::unpin);
+            if piece == self.whole(block) && unpin(None, &self.blocks[block].word).is_ok() {
                 continue;
             }
             // Acquire of the split bit, so that the page records are visible.
             assert!(self.blocks[block].word.load().is_split(), "I6: part of an unsplit block unpinned: {piece}");
-            for word in self.page_words(block, piece) {
+            for (page, word) in (piece.start..).zip(self.page_words(block, piece)) {
                 // Refused while the block is being split and this page's record is not open yet: wait for that to be over.
-                while word.unpin().is_err() {
+                while unpin(Some(page), word).is_err() {
                     drop(self.lock());
                 }
             }
@@ -204,6 +209,8 @@ impl OwnershipTable {
 #[derive(Debug)]
 pub struct TableGuard<'a> {
     table: &'a OwnershipTable,
+    /// Before the lock is let go.
+    _trace: trace::Locked,
     _held: MutexGuard<'a, ()>,
 }
 
@@ -220,9 +227,11 @@ impl TableGuard<'_> {
             }
             // The pages' records are closed until the block's is split, and opened with what it said at that moment: whoever looks in
             // between waits for the lock. A pin or unpin of the whole block that comes first makes this go round again.
-            if record.word.try_split(was) {
+            let trace = &self.table.trace;
+            if trace.on(block, None, WordStep::Split, &record.word, |word| word.try_split(was)) {
                 let was = if broken(Break::SplitBare) { Ownership::new(was.is_exclusive(), 0) } else { was };
-                pages.iter().for_each(|word| word.reopen(was));
+                let open = |(page, word)| trace.on(block, Some(page), WordStep::Open, word, |word| word.reopen(was));
+                (0..).zip(pages).for_each(open);
                 return;
             }
         }
@@ -242,14 +251,17 @@ impl TableGuard<'_> {
         }
         // Closed one by one: a pin that comes in between is either counted before its page is closed, and ends the merge, or takes
         // the locked path and waits for this one.
-        let like_the_first = |word: &Word| {
+        let trace = &self.table.trace;
+        let like_the_first = |page: usize, word: &Word| {
             let was = word.load();
-            was.unused() == first && word.try_close(was)
+            let close = |word: &Word| was.unused() == first && word.try_close(was);
+            trace.on(block, Some(page as u64), WordStep::Close, word, close)
         };
-        let open = words.iter().position(|word| !like_the_first(word));
+        let open = words.iter().enumerate().position(|(page, word)| !like_the_first(page, word));
+        let reopen = |page, step, word| trace.on(block, page, step, word, |word: &Word| word.reopen(first));
         match open {
-            None => record.word.reopen(first),
-            Some(at) => words[..at].iter().for_each(|word| word.reopen(first)),
+            None => reopen(None, WordStep::Merge, &record.word),
+            Some(at) => (0..).zip(&words[..at]).for_each(|(n, word)| reopen(Some(n), WordStep::Reopen, word)),
         }
         open.is_none()
     }
@@ -264,12 +276,14 @@ impl TableGuard<'_> {
                     continue;
                 }
                 if piece == self.table.whole(block) {
-                    record.word.set_exclusive();
+                    self.table.trace.on(block, None, WordStep::Set, &record.word, Word::set_exclusive);
                     continue;
                 }
                 self.split(block);
             }
-            self.table.page_words(block, piece).iter().for_each(Word::set_exclusive);
+            for (page, word) in (piece.start..).zip(self.table.page_words(block, piece)) {
+                self.table.trace.on(block, Some(page), WordStep::Set, word, Word::set_exclusive);
+            }
         }
     }
 
@@ -284,7 +298,7 @@ impl TableGuard<'_> {
         for (block, piece) in range.blocks() {
             let record = &self.table.blocks[block];
             if piece == self.table.whole(block) {
-                match record.word.try_share() {
+                match self.table.trace.on(block, None, WordStep::Share, &record.word, Word::try_share) {
                     Ok(()) | Err(ShareMiss::NotExclusive) => continue,
                     Err(ShareMiss::Pinned) => {
                         push_run(&mut pinned, piece);
@@ -299,7 +313,8 @@ impl TableGuard<'_> {
                 self.split(block);
             }
             for (page, word) in (piece.start..).zip(self.table.page_words(block, piece)) {
-                if word.try_share() == Err(ShareMiss::Pinned) {
+                let shared = self.table.trace.on(block, Some(page), WordStep::Share, word, Word::try_share);
+                if shared == Err(ShareMiss::Pinned) {
                     push_run(&mut pinned, PageRange::with_len(page, 1));
                 }
             }

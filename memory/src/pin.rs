@@ -11,6 +11,7 @@ use vm_memory::VolatileSlice;
 use crate::grace::Section;
 use crate::region::GuestRegion;
 use crate::sabotage::{Break, broken};
+use crate::trace;
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 use crate::view::View;
 use crate::word::{MAX_PINS, PinMiss};
@@ -133,6 +134,8 @@ impl PinList {
 /// the views its region shows while it lasts, and with them the layers, files and frames ([`crate::grace`]); no reset, discard or eviction takes
 /// a page of its range away.
 pub struct DmaPin {
+    /// Before the region may go.
+    trace: trace::Device,
     region: Arc<GuestRegion>,
     range: PageRange,
     /// The pages counted, where they are not all of `range`.
@@ -187,6 +190,7 @@ impl fmt::Debug for DmaPin {
 
 impl Drop for DmaPin {
     fn drop(&mut self) {
+        self.trace.close();
         match &self.part {
             None => self.region.table.unpin(self.range),
             Some(runs) => runs.iter().for_each(|run| self.region.table.unpin(*run)),
@@ -231,6 +235,7 @@ impl GuestRegion {
         if !self.is_live() {
             return Err(PinError::Empty { base: self.base.0 });
         }
+        let trace = trace::Device::pin(&self.table.trace, range, access, term);
         let (part, section) = match self.table.try_pin(range) {
             Ok(()) => (None, None),
             Err(PinMiss::Saturated) => return Err(PinError::Saturated { range }),
@@ -247,7 +252,8 @@ impl GuestRegion {
         };
         let listed = || self.pins.add(PinInfo { owner, range, access, held: Duration::ZERO });
         let ticket = (term == Term::Long).then(listed);
-        Ok(DmaPin { region: Arc::clone(self), range, part, section, ticket })
+        trace.held(part.as_deref(), section.is_some());
+        Ok(DmaPin { trace, region: Arc::clone(self), range, part, section, ticket })
     }
 
     /// The long-term pins and their owners, the longest held first.

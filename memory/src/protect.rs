@@ -70,13 +70,19 @@ impl ProtectGate {
 
     /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the caller releases all.
     pub(crate) fn protect(&self, shared: &Shared<'_>) -> io::Result<()> {
-        shared.runs.iter().try_for_each(|run| self.uffd.protect(&self.at, *run))
+        for run in &shared.runs {
+            trace!(Protected { at: self.at.addr(0) as u64, range: *run });
+            self.uffd.protect(&self.at, *run)?;
+        }
+        Ok(())
     }
 
     /// Lifts the protection of `range` and lets those who wait to write there go on. Always safe for the region; the caller has
     /// copied what somebody else still needs.
     pub(crate) fn release(&self, range: PageRange) -> io::Result<()> {
-        self.uffd.unprotect(&self.at, range)
+        self.uffd.unprotect(&self.at, range)?;
+        trace!(Released { at: self.at.addr(0) as u64, range });
+        Ok(())
     }
 
     /// Lets those who wait to write in `range` try again, after something else was mapped there.
@@ -86,7 +92,10 @@ impl ProtectGate {
 
     /// Lifts all protection by forgetting the region. The last resort when [`Self::release`] fails.
     pub(crate) fn forget(&self) -> io::Result<()> {
-        self.uffd.unregister(&self.at, PageRange::new(0, self.at.pages()))
+        let all = PageRange::new(0, self.at.pages());
+        self.uffd.unregister(&self.at, all)?;
+        trace!(Released { at: self.at.addr(0) as u64, range: all });
+        Ok(())
     }
 }
 

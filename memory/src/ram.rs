@@ -250,6 +250,7 @@ impl GuestRam {
     /// # Errors
     /// When memory is there already or cannot be had.
     pub fn birth(&self) -> Result<(), RamError> {
+        trace!(Schedule);
         self.populate(|at| self.regions[at].birth())
     }
 

@@ -241,6 +241,7 @@ impl GuestRegion {
             if let Err(error) = fallocate(birth.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
                 tracing::debug!(%error, %run, "memory was not given back");
             }
+            trace!(Punch { file: crate::trace::file(birth.as_fd()), range: *run, swept: false });
         }
     }
 }

@@ -223,13 +223,16 @@ impl GuestRegion {
         let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let promise = store.budget().promise(1)?;
         let failure = Arc::default();
+        let table = OwnershipTable::new(pages);
+        #[cfg(feature = "trace")]
+        table.trace.space(at.addr(0) as u64);
         let watched = Watched::new(at.addr(0) as usize, at.addr(pages) as usize, &failure);
         Ok(Self {
             base,
             store: store.clone(),
             watched,
             at,
-            table: OwnershipTable::new(pages),
+            table,
             failure,
             pins: PinList::default(),
             grace: Grace::default(),
@@ -471,6 +474,7 @@ impl Drop for GuestRegion {
     fn drop(&mut self) {
         // A freeze of its own is finished without it: the filling keeps the memory, and has long copied what was pinned of the birth file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.table.trace.left();
         state.leave_birth();
         for layer in state.waits.drain(..) {
             if let Some(filling) = layer.filling() {

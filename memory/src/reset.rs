@@ -151,6 +151,7 @@ impl GuestRegion {
         let table = region.table.lock();
         let born = state.born_runs();
         let owned = region.owned_private(region.range(), &born)?;
+        region.table.trace.reset_begun();
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
         let mut pinned = Vec::new();
         for run in born.iter().chain(&owned) {

@@ -265,6 +265,12 @@ pub(crate) mod tests {
         ("I13", Break::ForgetUndo, refused_freeze),
     ];
 
+    /// What shows a break.
+    #[cfg(feature = "trace")]
+    pub(crate) fn scenario_of(how: Break) -> fn() {
+        TABLE.iter().find(|(_, of, _)| *of == how).expect("each break has its scenario").2
+    }
+
     #[test]
     fn every_break_of_an_invariant_is_noticed() {
         for (invariant, how, scenario) in TABLE {

@@ -23,6 +23,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use crate::layer::{Home, Layer, LayerId, LayerMap};
 use crate::reclaim::ReclaimThread;
 use crate::store::{Backing, Store};
+use crate::trace;
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::Views;
 
@@ -75,7 +76,9 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     between();
     // A handle is made of a view, and a view of a handle. While the views are read, a page may pass from one to the other
     // and be seen in neither. So there must have been no handle from the first look to the last.
-    seen.retain(|id, (layer, _)| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made)));
+    trace::swept(&mut seen, |seen| {
+        seen.retain(|id, (layer, _)| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made)));
+    });
     let mut swept = Swept::default();
     for (layer, runs) in seen.into_values() {
         // Held while pages go: what a layer has given is what its file lacks.
@@ -86,6 +89,7 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
             let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             match fallocate(layer.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
                 Ok(()) => {
+                    trace!(Punch { file: crate::trace::file(layer.as_fd()), range: run, swept: true });
                     pages += run.len();
                     given.push(run);
                 }

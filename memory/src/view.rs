@@ -90,19 +90,25 @@ pub(crate) struct View {
 
 impl View {
     pub(crate) fn new(all: &Arc<Views>, map: Arc<LayerMap>) -> Self {
+        Self::register(all, map, false)
+    }
+
+    /// `born`: of pages that are a VM's own, in the file it was born in.
+    fn register(all: &Arc<Views>, map: Arc<LayerMap>, born: bool) -> Self {
         let mut registry = registered();
         registry.next += 1;
         let id = registry.next;
         registry.maps.insert(id, Arc::clone(&map));
+        crate::trace::view(id, &map, born);
         drop(registry);
         #[cfg(test)]
         crate::sweep::worst::moment(all);
         Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
     }
 
-    /// Another view of the same store, registered.
+    /// Another view of the same store, registered: of what stays a VM's own of the file it was born in.
     pub(crate) fn beside(&self, map: Arc<LayerMap>) -> Self {
-        Self::new(&self.all, map)
+        Self::register(&self.all, map, true)
     }
 
     /// The map as it is now: a copy costs nothing until one of the two is changed.
@@ -129,6 +135,8 @@ impl View {
         // One step: whoever copies the registry finds both.
         registry.maps.insert(id, Arc::clone(&before));
         registry.maps.insert(self.id, Arc::clone(&self.map));
+        crate::trace::view(id, &before, false);
+        crate::trace::view(self.id, &self.map, false);
         drop(registry);
         self.all.changed.store(true, Ordering::Relaxed);
         #[cfg(test)]
@@ -153,7 +161,10 @@ impl DerefMut for View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        let gone = registered().maps.remove(&self.id);
+        let mut registry = registered();
+        let gone = registry.maps.remove(&self.id);
+        trace!(ViewGone { view: self.id });
+        drop(registry);
         self.all.changed.store(true, Ordering::Relaxed);
         // Outside the lock: it may hold the last handles of layers.
         drop(gone);

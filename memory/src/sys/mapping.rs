@@ -72,12 +72,16 @@ impl Reservation {
 
     /// Maps `range` shared and writable over `file` from `file_page` on.
     pub(crate) fn map_shared(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
-        self.map(range, MapFlags::SHARED, file, file_page)
+        self.map(range, MapFlags::SHARED, file, file_page)?;
+        trace!(Shared { at: self.at(), range, file: crate::trace::file(file), page: file_page });
+        Ok(())
     }
 
     /// Maps `range` private (the kernel copies on write) over `file` from `file_page` on.
     pub(crate) fn map_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
-        self.map(range, MapFlags::PRIVATE | MapFlags::NORESERVE, file, file_page)
+        self.map(range, MapFlags::PRIVATE | MapFlags::NORESERVE, file, file_page)?;
+        trace!(Private { at: self.at(), range, file: crate::trace::file(file), page: file_page });
+        Ok(())
     }
 
     fn map(&self, range: PageRange, kind: MapFlags, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
@@ -100,6 +104,7 @@ impl Reservation {
         // SAFETY: as in `map`.
         unsafe { mmap_anonymous(at, range.bytes(), RAM_PROT, flags) }?;
         self.do_not_fork(range);
+        trace!(Zero { at: self.at(), range });
         Ok(())
     }
 
@@ -121,6 +126,7 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
         unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
+        trace!(Nothing { at: self.at(), range });
         Ok(())
     }
 
@@ -139,6 +145,7 @@ impl Reservation {
         unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
         // Its addresses were given up by the move, and may be another's by now.
         std::mem::forget(aside);
+        trace!(Replaced { at: self.at(), range });
         Ok(())
     }
 
@@ -151,9 +158,12 @@ impl Reservation {
             // SAFETY: populating faults pages in; contents do not change.
             match unsafe { madvise(at, range.bytes(), Advice::LinuxPopulateWrite) } {
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                other => return other.map_err(Into::into),
+                Err(error) => return Err(error.into()),
+                Ok(()) => break,
             }
         }
+        trace!(Owned { at: self.at(), range });
+        Ok(())
     }
 
     /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together into one of 2 MiB (Linux 6.1). Whoever maps
@@ -175,6 +185,7 @@ impl Reservation {
         let at = self.addr(range.start).cast();
         // SAFETY: only the contents of guest memory change, which Rust never holds a reference to.
         unsafe { madvise(at, range.bytes(), Advice::LinuxDontNeed) }?;
+        trace!(Dropped { at: self.at(), range });
         Ok(())
     }
 
@@ -185,6 +196,7 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: replaces this reservation's own mappings; it stays reserved.
         unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) }?;
+        trace!(Nothing { at: self.at(), range: PageRange::new(0, self.pages) });
         Ok(())
     }
 
@@ -229,6 +241,7 @@ impl Reservation {
                 }
             }
         }
+        trace!(Written { at: self.at(), runs: runs.to_vec(), file: crate::trace::file(&file), page: file_page });
         Ok(())
     }
 
@@ -254,12 +267,20 @@ impl Reservation {
                 },
             }
         }
+        trace!(Owned { at: self.at(), range });
         Ok(())
+    }
+
+    /// What a trace calls it.
+    #[cfg(feature = "trace")]
+    fn at(&self) -> u64 {
+        self.addr(0) as u64
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        trace!(SpaceGone { at: self.at() });
         let len = PageRange::new(0, self.pages).bytes();
         // SAFETY: the mapping is this type's own, and whoever was given an address holds the region that owns it.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), len) } {

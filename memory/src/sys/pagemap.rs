@@ -58,7 +58,9 @@ impl Pagemap {
     /// The pages of `range` that are present or swapped and neither a file's nor the zero page: this VM's own copies. The kernel is
     /// the truth here; it has seen writes by vCPUs, by devices and by this process alike.
     pub(crate) fn owned_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
-        self.runs_without(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range)
+        let runs = self.runs_without(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range)?;
+        trace!(Kernel { at: at.addr(0) as u64, range, runs: runs.clone() });
+        Ok(runs)
     }
 
     /// The pages of `range` that somebody has read or written through this mapping and that are not the zero page.
