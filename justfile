@@ -15,6 +15,10 @@ test-all: linux-guest
 loom:
     RUSTFLAGS="--cfg loom" cargo test -p clade-memory --lib --release --target-dir target/loom loom
 
+# Schedules of the real code under shuttle: `just schedules 100000`
+schedules count="5000":
+    RUSTFLAGS="--cfg shuttle" CLADE_SCHEDULES={{count}} cargo test -p clade-memory --lib --release --target-dir target/shuttle shuttle -- --nocapture
+
 # The specification: needs java
 spec:
     spec/check

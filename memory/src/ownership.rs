@@ -356,7 +356,7 @@ impl TableGuard<'_> {
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
