@@ -74,7 +74,8 @@ impl Filling {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return Ok(()) };
         let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
-        pinned.iter().copied().filter(|_| !broken(Break::CopyPinnedLater)).try_for_each(fill)?;
+        let pinned: &[PageRange] = if broken(Break::CopyPinnedLater) { &[] } else { pinned };
+        pinned.iter().copied().try_for_each(fill)?;
         // Marked first: should protecting fail half-way, all of it is released.
         for run in private.runs() {
             let mut marked = 0;
