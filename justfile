@@ -15,6 +15,18 @@ test-all: linux-guest
 loom:
     RUSTFLAGS="--cfg loom" cargo test -p clade-memory --lib --release --target-dir target/loom loom
 
+# Mutations of the protocol's modules, one shard: `just mutants 0/8`
+mutants shard="0/8":
+    CLADE_MODEL_OPS=2000 cargo mutants --package clade-memory --shard {{shard}} --sharding round-robin
+
+# Mutations of the lines that changed since `base`
+mutants-diff base="":
+    .ci/mutants {{base}}
+
+# Schedules of the real code under shuttle: `just schedules 100000`
+schedules count="5000":
+    RUSTFLAGS="--cfg shuttle" CLADE_SCHEDULES={{count}} cargo test -p clade-memory --lib --release --target-dir target/shuttle shuttle -- --nocapture
+
 # The specification: needs java
 spec:
     spec/check

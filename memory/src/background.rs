@@ -52,13 +52,14 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use thiserror::Error;
 
+use crate::sync::whole::{Mutex, MutexGuard};
 use crate::sys::{Fault, OpenError, Uffd};
 use crate::units::PAGE_SIZE;
 
@@ -243,6 +244,23 @@ impl Shared {
         }
     }
 
+    /// A round of the thread's, for a task that stands in for it: `fault`, or a slice of the oldest job. False when there is nothing to do.
+    #[cfg(all(test, shuttle))]
+    pub(crate) fn serve_one(&self, fault: Option<Fault>) -> bool {
+        if let Some(fault) = fault {
+            self.answer(fault);
+            return true;
+        }
+        self.tell_now();
+        let job = self.index().jobs.front().cloned();
+        let Some(job) = job else { return false };
+        if job.step() {
+            let done = self.index().jobs.pop_front();
+            drop(done);
+        }
+        true
+    }
+
     fn wait(&self, most: Option<Duration>) -> io::Result<()> {
         let most = most.map(|most| Timespec { tv_sec: 0, tv_nsec: i64::from(most.subsec_nanos()) });
         let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.bell, PollFlags::IN)];
@@ -318,6 +336,10 @@ impl Engine {
             #[cfg(test)]
             hooks: tests::Hooks::default(),
         });
+        if cfg!(shuttle) {
+            // A task of the test's does what the thread would: `serve_one`.
+            return Ok(Self { shared, thread: None });
+        }
         let served = Arc::clone(&shared);
         #[cfg(test)]
         let plan = crate::fault::plan();

@@ -153,6 +153,7 @@ mod armed {
     }
 
     pub(crate) fn point(call: Call) -> io::Result<()> {
+        crate::sync::step();
         let fails = PLAN.with(|plan| plan.borrow().fails(call));
         let errno = match call {
             Call::File => libc::EMFILE,

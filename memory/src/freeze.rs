@@ -51,7 +51,7 @@ use copies::{SMALL_GAP, close_gaps, parts, worth_sharing};
 
 /// Private pages that stay the parent's own after a freeze has copied them, at most. Below it, copying them again at the next freeze
 /// is cheaper than remapping and breaking COW again.
-const KEEP_PAGES: u64 = 256;
+const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
 /// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
 const MOST_USED: u64 = 2_048;
 

@@ -27,7 +27,7 @@ use crate::sync::{AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{PageRange, join_runs};
 
 /// Ranges that sections note without a lock, of one region at a time. With more, a pin takes the state lock.
-const SLOTS: usize = if cfg!(loom) { 1 } else { 64 };
+const SLOTS: usize = if cfg!(any(loom, shuttle)) { 1 } else { 64 };
 /// Bits of a slot for a range's length in pages; the others are its start.
 const LEN_BITS: u32 = 24;
 
@@ -234,7 +234,7 @@ impl<T> Grace<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 

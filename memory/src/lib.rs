@@ -60,6 +60,8 @@ mod reference;
 mod region;
 mod reset;
 mod sabotage;
+#[cfg(all(test, shuttle))]
+mod schedules;
 mod stats;
 mod store;
 mod sweep;

@@ -371,12 +371,37 @@ impl TableGuard<'_> {
 #[cfg(all(test, loom))]
 mod loom_tests;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     const PAGES: u64 = 3 * BLOCK_PAGES + 100;
+
+    /// What a short read without a lock asks (I4): blocks that are whole, and blocks that are split.
+    #[test]
+    fn i4_no_page_of_a_range_is_exclusive_or_one_is() {
+        let table = OwnershipTable::new(PAGES);
+        let (all, page) = (PageRange::new(0, PAGES), BLOCK_PAGES + 7);
+        assert!(table.none_exclusive(all));
+        table.lock().set_exclusive(PageRange::with_len(page, 1));
+        assert!(!table.none_exclusive(all) && !table.none_exclusive(PageRange::with_len(page, 1)));
+        assert!(table.none_exclusive(PageRange::new(0, page)), "split, and none of these is exclusive");
+        assert!(table.none_exclusive(PageRange::new(page + 1, PAGES)));
+        table.lock().set_exclusive(PageRange::with_len(0, BLOCK_PAGES));
+        assert!(!table.none_exclusive(PageRange::with_len(3, 1)), "of a block that is whole");
+    }
+
+    #[test]
+    fn a_table_says_how_large_it_is() {
+        let table = OwnershipTable::new(PAGES);
+        assert_eq!(table.pages(), PAGES);
+        let whole = 4 * size_of::<Block>() as u64;
+        assert_eq!(table.footprint(), whole);
+        table.lock().split_partial(PageRange::new(3, 4));
+        table.lock().split_partial(PageRange::new(BLOCK_PAGES + 3, BLOCK_PAGES + 4));
+        assert_eq!(table.footprint(), whole + 2 * BLOCK_PAGES * size_of::<Word>() as u64);
+    }
 
     #[test]
     fn i12_split_gives_every_page_the_blocks_bit_and_pins() {

@@ -20,7 +20,7 @@ const MIN_SWEEP_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_QUEUED: usize = 4_096;
 
 /// Something to drop counts as done by dropping it.
-type Task = Box<dyn FnOnce() + Send>;
+pub(crate) type Task = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
@@ -82,6 +82,10 @@ impl fmt::Debug for ReclaimThread {
 impl ReclaimThread {
     pub(crate) fn start(views: &Arc<Views>) -> io::Result<Self> {
         let inner = Arc::new(Inner { queue: Mutex::default(), more: Condvar::new() });
+        if cfg!(shuttle) {
+            // A task of the test's does what the thread would: `take_queued`.
+            return Ok(Self { sender: TaskSender(inner), thread: None });
+        }
         let (served, views) = (Arc::clone(&inner), Arc::clone(views));
         #[cfg(test)]
         let plan = crate::fault::plan();
@@ -97,6 +101,12 @@ impl ReclaimThread {
     /// Whether the caller is the thread.
     pub(crate) fn is_this(&self) -> bool {
         self.thread.as_ref().is_some_and(|handle| handle.thread().id() == thread::current().id())
+    }
+
+    /// The thread's work, for a task that stands in for it.
+    #[cfg(all(test, shuttle))]
+    pub(crate) fn take_queued(&self) -> VecDeque<Task> {
+        std::mem::take(&mut self.sender.0.queue().tasks)
     }
 
     /// What may outlive this.

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use vm_memory::guest_memory::Result as GuestMemoryResult;
 use vm_memory::{
@@ -22,6 +22,7 @@ use crate::nofork::NoForkMap;
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::pin::PinList;
 use crate::store::{Backing, Store};
+use crate::sync::whole::{self, Mutex, MutexGuard};
 use crate::sys::{Reservation, Watched};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 use crate::view::View;
@@ -207,7 +208,7 @@ pub struct GuestRegion {
     /// The short read pins that are not counted, and the views they may read.
     pub(crate) grace: Grace<View>,
     /// Whether memory it adopted may still be missing: then a pin has it brought first, under the state lock. Set before the region is live.
-    unfinished: AtomicBool,
+    unfinished: whole::AtomicBool,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
@@ -236,7 +237,7 @@ impl GuestRegion {
             failure,
             pins: PinList::default(),
             grace: Grace::default(),
-            unfinished: AtomicBool::new(false),
+            unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
             heedless: AtomicBool::new(false),

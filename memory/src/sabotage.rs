@@ -30,6 +30,14 @@ pub(crate) enum Break {
     SplitBare,
     /// I13: a refused freeze does not give back what it took.
     ForgetUndo,
+    /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those below.
+    CountUnchecked,
+    /// I3: a freeze in the background leaves pinned pages to be copied later.
+    CopyPinnedLater,
+    /// D4: a protected page is released before it is copied.
+    ReleaseUncopied,
+    /// D4: a run is mapped over its copy though it may have been written since.
+    ShareWritten,
 }
 
 /// Whether to do it wrong.

@@ -14,6 +14,7 @@ use crate::budget::MappingBudget;
 use crate::layer::{Home, Layer, LayerId};
 use crate::pool::{LayerFilePool, MAX_PAGES};
 use crate::reclaim::ReclaimThread;
+use crate::sync::whole;
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
 use crate::view::Views;
@@ -75,7 +76,7 @@ struct Inner {
     made_ahead: AtomicU64,
     views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
-    engine: Mutex<Option<Engine>>,
+    engine: whole::Mutex<Option<Engine>>,
     /// Started when there is first something to do. After the engine: what that lets go of may come here.
     reclaim: Mutex<Option<ReclaimThread>>,
 }
@@ -121,7 +122,7 @@ impl Store {
             spares: Mutex::default(),
             pool: Arc::default(),
             made_ahead: AtomicU64::new(0),
-            engine: Mutex::default(),
+            engine: whole::Mutex::default(),
             reclaim: Mutex::default(),
         })))
     }

@@ -1,33 +1,57 @@
-//! The atomics and the lock of the ownership protocol, swapped for loom's when it is being modelled.
+//! The atomics and the locks of the ownership protocol, swapped for loom's when it is being modelled, and for shuttle's when its schedules are.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 #[cfg(loom)]
 pub(crate) use loom::sync::{Mutex, MutexGuard};
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::{Mutex, MutexGuard};
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::OnceLock;
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::{Mutex, MutexGuard};
+
+/// What whole regions lock and look at: beyond loom, not beyond shuttle.
+pub(crate) mod whole {
+    #[cfg(shuttle)]
+    pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic::AtomicBool};
+    #[cfg(not(shuttle))]
+    pub(crate) use std::sync::{Mutex, MutexGuard, atomic::AtomicBool};
+}
+
+/// A place between two system calls where another thread may come in.
+#[cfg(test)]
+pub(crate) fn step() {
+    #[cfg(shuttle)]
+    shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+}
 
 /// Locks; a panic under the lock leaves what it guards as it was after the last completed step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// What `std`'s promises of filling and reading, with a flag that loom sees. It is filled under a lock.
 #[cfg(loom)]
+use loom::sync::atomic::AtomicBool as Flag;
+#[cfg(shuttle)]
+use shuttle::sync::atomic::AtomicBool as Flag;
+
+/// What `std`'s promises of filling and reading, with a flag that the model sees. It is filled under a lock.
+#[cfg(any(loom, shuttle))]
 #[derive(Debug)]
 pub(crate) struct OnceLock<T> {
-    is_full: loom::sync::atomic::AtomicBool,
+    is_full: Flag,
     value: std::sync::OnceLock<T>,
 }
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 impl<T> OnceLock<T> {
     pub(crate) fn new() -> Self {
-        Self { is_full: loom::sync::atomic::AtomicBool::new(false), value: std::sync::OnceLock::new() }
+        Self { is_full: Flag::new(false), value: std::sync::OnceLock::new() }
     }
 
     pub(crate) fn get(&self) -> Option<&T> {

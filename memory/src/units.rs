@@ -9,8 +9,14 @@ use std::fmt;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
-/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner.
-pub const BLOCK_PAGES: u64 = if cfg!(loom) { 2 } else { 512 };
+/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner. Few where schedules are tried.
+pub const BLOCK_PAGES: u64 = if cfg!(loom) {
+    2
+} else if cfg!(shuttle) {
+    4
+} else {
+    512
+};
 /// Bytes in a block.
 pub const BLOCK_SIZE: u64 = BLOCK_PAGES * PAGE_SIZE;
 

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::background::work::{FILLED, PROTECTED, Part, Reader, WINDOW, Work, deny, few, runs_without};
@@ -11,6 +11,8 @@ use crate::background::{BackgroundError, Failure, FillError, Shared, Target};
 use crate::budget::Promise;
 use crate::protect;
 use crate::reclaim::TaskSender;
+use crate::sabotage::{Break, broken};
+use crate::sync::whole::{AtomicBool, Mutex, MutexGuard};
 use crate::sys::{Reservation, Watch};
 use crate::units::PageRange;
 use crate::view::View;
@@ -72,6 +74,7 @@ impl Filling {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return Ok(()) };
         let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
+        let pinned: &[PageRange] = if broken(Break::CopyPinnedLater) { &[] } else { pinned };
         pinned.iter().copied().try_for_each(fill)?;
         // Marked first: should protecting fail half-way, all of it is released.
         for run in private.runs() {

@@ -14,23 +14,24 @@ use crate::fault::{Call, point};
 use crate::layer::Source;
 use crate::protect::ProtectGate;
 use crate::reclaim::TaskSender;
+use crate::sabotage::{Break, broken};
 use crate::sys::{Reservation, Watch};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::view::View;
 
 /// Pages copied before the thread looks for faults again: what a fault waits for at most, beside its own copy.
-const SLICE: u64 = 64;
+const SLICE: u64 = if cfg!(shuttle) { 3 } else { 64 };
 /// Pages copied around a fault, aligned: a writer that goes on to the next page does not fault again.
-pub(super) const WINDOW: u64 = 32;
+pub(super) const WINDOW: u64 = if cfg!(shuttle) { 2 } else { 32 };
 /// Mappings made, or runs released, before the thread looks for faults again.
-const RUNS: usize = 32;
+const RUNS: usize = if cfg!(shuttle) { 1 } else { 32 };
 /// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying them again.
-const LEAST_REMAPPED: u64 = 8;
+const LEAST_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
 /// How often a block is put together before it stays in small pages: a page of it may be in use for a moment.
-const COLLAPSE_TRIES: u32 = 5;
+const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
 const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
 /// Pages that stay the parent's own in any case, as in an eager freeze.
-const KEEP_PAGES: u64 = 256;
+const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
 
 /// The delta has it.
 pub(super) const FILLED: u8 = 1;
@@ -300,7 +301,7 @@ impl Work {
         self.for_parts(range, |work, part, cut| {
             let file = part.to_file(cut);
             // Gaps come from beneath, whatever the VM writes there.
-            if matches!(part.origin, Origin::Parent) {
+            if matches!(part.origin, Origin::Parent) && !broken(Break::ReleaseUncopied) {
                 work.fill(shared, file)?;
             }
             work.release(part, file).map_err(FillError::Release)
@@ -451,7 +452,8 @@ impl Work {
     /// Maps a copied run over the delta, unless somebody has been let write to it since.
     fn share_back(&mut self, run: PageRange, at: u64) -> io::Result<()> {
         let file = PageRange::with_len(at, run.len());
-        if self.pages[at as usize..file.end as usize].iter().any(|flags| *flags != FILLED | PROTECTED) {
+        let kept = self.pages[at as usize..file.end as usize].iter().all(|flags| *flags == FILLED | PROTECTED);
+        if !kept && !broken(Break::ShareWritten) {
             return Ok(());
         }
         // All of it is copied and protected, so no write is lost: a writer waits, and finds the new mapping when it is woken.

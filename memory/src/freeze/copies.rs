@@ -9,7 +9,7 @@ use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
 /// Runs are joined over gaps up to this long (in pages) even when there are few: copying four shared pages costs less
 /// than one more mapping in the parent and in every child.
-pub(super) const SMALL_GAP: u64 = 4;
+pub(super) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
 /// Above this many runs, longer gaps are closed too.
 const MANY_RUNS: usize = 64;
 
