@@ -49,6 +49,7 @@ fn right() -> &'static [Vec<u8>; 6] {
             events: Default::default(),
             taken: Default::default(),
             taken_in_boot: None,
+            page_fault_entry: None,
         };
         let queue = cbor!({ "max_size" => 128, "size" => 128, "ready" => false, "descriptors" => 0, "available" => 0,
             "used" => 0, "next_available" => 0, "next_used" => 0, "event_idx" => false });

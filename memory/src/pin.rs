@@ -325,3 +325,28 @@ impl GuestRegion {
         Ok((None, None))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{GuestRam, PAGE_SIZE, RamLayout, Store};
+
+    #[test]
+    fn only_long_pins_are_listed_with_their_owners() {
+        let store = Store::open_small().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
+        ram.birth().unwrap();
+        let region = &ram.regions()[0];
+        let short = region.pin_as("block", PageRange::with_len(4, 2), Access::Write, Term::Short).unwrap();
+        assert_eq!(region.long_pins(), []);
+        let long = region.pin_as("net", PageRange::with_len(8, 3), Access::Read, Term::Long).unwrap();
+        let listed = region.long_pins();
+        let expected =
+            PinInfo { held: listed[0].held, owner: "net", range: PageRange::with_len(8, 3), access: Access::Read };
+        assert_eq!(listed, [expected]);
+        drop(short);
+        assert_eq!(region.long_pins().len(), 1, "a short pin's end is not the long one's");
+        drop(long);
+        assert_eq!(region.long_pins(), []);
+    }
+}
