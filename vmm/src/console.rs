@@ -216,7 +216,8 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let showing = async {
         while let Some(bytes) = reader.next().await {
             if to_person.write_all(&bytes).await.is_err() {
-                return;
+                // Who reads no more may have typed before leaving: `typing` ends at the end of that.
+                return std::future::pending().await;
             }
         }
     };

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -319,7 +320,12 @@ fn a_child_that_ends_by_itself_leaves_its_reason_and_its_last_lines() {
     assert!(!runtime.clade(&["ps", "-a"]).stdout.contains("reset itself"));
     // The last of its process, which ends with it.
     runtime.clade(&["stop", "bell-1", "--json"]).json();
-    UnixStream::connect(runtime.dir().join("bell.console")).unwrap().write_all(b"x").unwrap();
+    let mut console = UnixStream::connect(runtime.dir().join("bell.console")).unwrap();
+    // Whoever types need not read. It is given the time to find out that nobody does.
+    console.shutdown(Shutdown::Read).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    console.write_all(b"x").unwrap();
+    drop(console);
     assert_eq!(runtime.ended(), Some(0));
     let gone = logs(&runtime, "bell");
     assert!(gone.stdout.contains("ready") && gone.stdout.contains("bye"), "{gone:?}");
