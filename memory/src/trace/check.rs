@@ -8,10 +8,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
 
-use super::event::{Event, WordStep};
+use super::event::Event;
 use super::frames::{Files, Under};
 use super::records::{Block, Step};
 use super::region::{Region, Why, why};
+use super::step::WordStep;
 use crate::units::{BLOCK_PAGES, PageRange};
 
 /// Events that are kept to be shown beside one that is refused.

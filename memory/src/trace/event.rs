@@ -1,24 +1,11 @@
 //! What a trace consists of.
 
 use crate::trace::records::Record;
+use crate::trace::step::WordStep;
 use crate::units::PageRange;
 
 /// A page of a file: the file's device and number, and the page.
 pub(crate) type FileId = (u64, u64);
-
-/// What was done to one record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WordStep {
-    Pin,
-    Unpin,
-    Set,
-    Split,
-    Open,
-    Share,
-    Close,
-    Merge,
-    Reopen,
-}
 
 /// One linearization point. `at` is the address of a reservation, `table` the number of an
 /// ownership table.

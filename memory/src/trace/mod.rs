@@ -36,6 +36,7 @@ pub(crate) mod event;
 mod frames;
 pub(crate) mod records;
 mod region;
+mod step;
 #[cfg(test)]
 mod tests;
 
@@ -50,9 +51,9 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::layer::{LayerId, LayerMap};
 use crate::trace::check::Checker;
-pub(crate) use crate::trace::event::WordStep;
 use crate::trace::event::{Event, FileId};
 use crate::trace::records::Record;
+pub(crate) use crate::trace::step::WordStep;
 use crate::units::PageRange;
 use crate::word::{Ownership, Word};
 use crate::{Access, Term};

@@ -1,6 +1,8 @@
 //! What stands in for traces in a build without them: types without size and functions that do
 //! nothing.
 
+mod step;
+
 use std::collections::HashMap;
 
 use crate::layer::{LayerId, LayerMap};
@@ -8,18 +10,7 @@ use crate::units::PageRange;
 use crate::word::Word;
 use crate::{Access, Term};
 
-#[derive(Clone, Copy)]
-pub(crate) enum WordStep {
-    Pin,
-    Unpin,
-    Set,
-    Split,
-    Open,
-    Share,
-    Close,
-    Merge,
-    Reopen,
-}
+pub(crate) use step::WordStep;
 
 #[derive(Debug)]
 pub(crate) struct Table;
