@@ -153,7 +153,7 @@ impl GuestRegion {
         region.store.sweep_later();
         // The map of whoever is started from this, which is not in all the parent's own (R19).
         nofork::hide(&state.no_fork, &mut map);
-        region.table.trace.image(&map, &nofork::runs(&state.no_fork));
+        region.table.trace.image(&map, &state.no_fork);
         let map = Arc::new(View::new(region.store.views(), map));
         frozen.push_front((RegionImage { map, no_fork: state.no_fork.clone() }, report));
         Ok(())

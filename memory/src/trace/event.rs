@@ -4,7 +4,7 @@ use crate::trace::records::Record;
 use crate::trace::step::WordStep;
 use crate::units::PageRange;
 
-/// A page of a file: the file's device and number, and the page.
+/// A file: its device's number and its inode's.
 pub(crate) type FileId = (u64, u64);
 
 /// One linearization point. `at` is the address of a reservation, `table` the number of an

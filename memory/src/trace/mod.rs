@@ -50,6 +50,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::layer::{LayerId, LayerMap};
+use crate::nofork::{self, NoForkMap};
 use crate::trace::check::Checker;
 use crate::trace::event::{Event, FileId};
 use crate::trace::records::Record;
@@ -239,8 +240,8 @@ impl Table {
         emit(|| Event::ResetBegun { table: self.0 });
     }
 
-    pub(crate) fn image(&self, map: &LayerMap, declared: &[PageRange]) {
-        emit(|| Event::Image { table: self.0, map: pieces(map), declared: declared.to_vec() });
+    pub(crate) fn image(&self, map: &LayerMap, declared: &NoForkMap) {
+        emit(|| Event::Image { table: self.0, map: pieces(map), declared: nofork::runs(declared) });
     }
 }
 

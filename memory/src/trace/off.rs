@@ -6,6 +6,7 @@ mod step;
 use std::collections::HashMap;
 
 use crate::layer::{LayerId, LayerMap};
+use crate::nofork::NoForkMap;
 use crate::units::PageRange;
 use crate::word::Word;
 use crate::{Access, Term};
@@ -40,7 +41,7 @@ impl Table {
     #[inline(always)]
     pub(crate) fn reset_begun(&self) {}
     #[inline(always)]
-    pub(crate) fn image(&self, _map: &LayerMap, _declared: &[PageRange]) {}
+    pub(crate) fn image(&self, _map: &LayerMap, _declared: &NoForkMap) {}
 }
 
 #[derive(Debug)]

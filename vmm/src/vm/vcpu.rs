@@ -179,9 +179,8 @@ impl VcpuThread {
         self.vcpu.set_regs(&entry.regs()).map_err(|e| VmError::kvm("set a vCPU's registers", e))
     }
 
-    fn read_memory(&self) -> impl Fn(u64, &mut [u8]) -> bool + use<> {
-        let memory = self.memory.clone();
-        move |address, bytes| memory.read_slice(bytes, GuestAddress(address)).is_ok()
+    fn read_memory(&self) -> impl Fn(u64, &mut [u8]) -> bool {
+        |address, bytes| self.memory.read_slice(bytes, GuestAddress(address)).is_ok()
     }
 
     /// Has page faults of the guest be looked at from now on, or not any more.

@@ -71,6 +71,13 @@ fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+/// Copies a process's smaps to where `CLADE_STORM_SMAPS` says, if it does: where memory went.
+fn keep_smaps(pid: u32, when: &str) {
+    if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
+        fs::copy(format!("/proc/{pid}/smaps"), format!("{to}.{when}")).unwrap();
+    }
+}
+
 /// What was asked, and how often the answer was yes.
 #[derive(Debug, Default)]
 struct Tally {
@@ -204,15 +211,11 @@ fn storm(seconds: u64) {
     thread::sleep(Duration::from_secs(12));
     let before = Held::now(&runtime, &stem);
     let memory = resident(runtime.pid());
-    if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
-        fs::copy(format!("/proc/{}/smaps", runtime.pid()), format!("{to}.before")).unwrap();
-    }
+    keep_smaps(runtime.pid(), "before");
     run(Duration::from_secs(seconds), 1);
     settled(&before);
     let grown = resident(runtime.pid()).saturating_sub(memory);
-    if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
-        fs::copy(format!("/proc/{}/smaps", runtime.pid()), format!("{to}.after")).unwrap();
-    }
+    keep_smaps(runtime.pid(), "after");
     println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
     assert!(grown < 16 << 10, "{grown} KiB more than before");
     assert!(tally.done.load(Ordering::Relaxed) > 50 && tally.forks.load(Ordering::Relaxed) > 5, "{tally:?}");
