@@ -328,8 +328,12 @@ impl GuestRegion {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
-    use crate::{GuestRam, PAGE_SIZE, RamLayout, Store};
+    use crate::{GuestRam, NoWriters, PAGE_SIZE, Quiesced, RamLayout, Store};
 
     #[test]
     fn only_long_pins_are_listed_with_their_owners() {
@@ -339,6 +343,7 @@ mod tests {
         let region = &ram.regions()[0];
         let short = region.pin_as("block", PageRange::with_len(4, 2), Access::Write, Term::Short).unwrap();
         assert_eq!(region.long_pins(), []);
+        assert!(!short.is_empty());
         let long = region.pin_as("net", PageRange::with_len(8, 3), Access::Read, Term::Long).unwrap();
         let listed = region.long_pins();
         let expected =
@@ -346,7 +351,56 @@ mod tests {
         assert_eq!(listed, [expected]);
         drop(short);
         assert_eq!(region.long_pins().len(), 1, "a short pin's end is not the long one's");
+        let second = region.pin_as("vhost", PageRange::with_len(20, 1), Access::Write, Term::Long).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        let listed = region.long_pins();
+        assert_eq!(listed.iter().map(|pin| pin.owner).collect::<Vec<_>>(), ["net", "vhost"]);
+        assert!(listed[0].held >= listed[1].held && listed[1].held >= Duration::from_millis(2), "{listed:?}");
         drop(long);
+        assert_eq!(region.long_pins()[0].owner, "vhost");
+        drop(second);
         assert_eq!(region.long_pins(), []);
+    }
+
+    /// A short read that ends may be the last to hold a large layer: a device's thread does not free it.
+    #[test]
+    fn what_a_short_read_held_last_is_freed_by_the_reclaim_thread() {
+        // More than a freeze leaves with its VM: the child is shown all of its copy.
+        const BYTES: u64 = 600 * PAGE_SIZE;
+        let store = Store::open_small().unwrap();
+        let stopped = || Quiesced::by(&NoWriters);
+        let parent = GuestRam::reserve(&RamLayout::new(BYTES).unwrap(), &store).unwrap();
+        parent.birth().unwrap();
+        parent.memory().write_slice(&[1; BYTES as usize], GuestAddress(0)).unwrap();
+        let (image, _) = parent.freeze(&stopped()).unwrap();
+        let child = GuestRam::reserve(image.layout(), &store).unwrap();
+        child.adopt(&image).unwrap();
+        drop((parent, image));
+        let region = &child.regions()[0];
+        let layer = Arc::downgrade(&region.state().map.get(5).unwrap().layer);
+        let pin = region.pin(PageRange::with_len(5, 2), Access::Read, Term::Short).unwrap();
+        // All of it anew: only the view that the pin holds still names the layer.
+        child.memory().write_slice(&[2; BYTES as usize], GuestAddress(0)).unwrap();
+        child.freeze(&stopped()).unwrap();
+        let (busy, is_busy) = mpsc::channel();
+        let (free, is_free) = mpsc::channel::<()>();
+        let sender = store.reclaim(crate::reclaim::ReclaimThread::sender).unwrap();
+        let task = sender.spawn(move || {
+            busy.send(()).unwrap();
+            let _ = is_free.recv();
+        });
+        assert!(task.is_ok());
+        // What was sent to it before has been done by now.
+        is_busy.recv().unwrap();
+        assert!(layer.strong_count() > 0, "I4: a device reads it");
+        drop(pin);
+        let kept = layer.strong_count();
+        drop(free);
+        assert!(kept > 0, "freed on the device's thread");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while layer.strong_count() > 0 {
+            assert!(Instant::now() < deadline, "nobody frees it");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }

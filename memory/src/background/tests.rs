@@ -1,6 +1,7 @@
 //! What needs the thread to stand still, or to fail, at a known place. The rest is in `tests/background.rs`.
 
 mod over;
+mod short;
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
