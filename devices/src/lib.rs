@@ -21,5 +21,5 @@ pub use console::Console;
 pub use i8042::{I8042, I8042_BASE, I8042_PORTS};
 pub use irq::Irq;
 pub use mmio::{MmioBus, MmioBusError, MmioDevice};
-pub use report::{REPORT_PORTS, Report, ReportPort};
+pub use report::{REPORT_PORT, REPORT_PORTS, Report, ReportPort};
 pub use serial::{COM1_BASE, COM1_GSI, SERIAL_PORTS, SerialConsole, SerialState};

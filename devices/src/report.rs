@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use crate::bus::PioDevice;
 
+/// Where it is.
+pub const REPORT_PORT: u16 = 0xf4;
 /// Ports it has: one 32-bit port.
 pub const REPORT_PORTS: u16 = 4;
 

@@ -1,7 +1,7 @@
 //! Any bytes as a kernel: refused or loaded, never a panic, and nothing outside RAM.
 #![no_main]
 
-use clade::boot::{BootSource, Image, RamLayout, load};
+use clade_vmm::boot::{BootSource, Image, RamLayout, load};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 

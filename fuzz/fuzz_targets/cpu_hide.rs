@@ -1,7 +1,7 @@
 //! Any text as a list of CPU features: refused by name, or what it prints parses to the same.
 #![no_main]
 
-use clade::kvm::CpuHide;
+use clade_vmm::kvm::CpuHide;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

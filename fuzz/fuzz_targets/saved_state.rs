@@ -4,9 +4,9 @@
 use std::sync::OnceLock;
 
 use ciborium::{Value, cbor};
-use clade::kvm::VcpuState;
-use clade::vm::saved::{SECTIONS, host_facts};
-use clade::vm::{ForkImage, VmConfig};
+use clade_vmm::kvm::VcpuState;
+use clade_vmm::vm::saved::{SECTIONS, host_facts};
+use clade_vmm::vm::{ForkImage, VmConfig};
 use clade_devices::virtio::Backend;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
@@ -69,7 +69,7 @@ fn right() -> &'static [Vec<u8>; 6] {
     })
 }
 
-fn read(sections: &[Vec<u8>]) -> Result<ForkImage, clade::vm::SavedError> {
+fn read(sections: &[Vec<u8>]) -> Result<ForkImage, clade_vmm::vm::SavedError> {
     let named = SECTIONS.into_iter().zip(sections.iter().map(Vec::as_slice));
     ForkImage::from_sections(named, ram().clone(), vec![Backend::None])
 }

@@ -1,7 +1,7 @@
 //! Any bytes as a compressed kernel: refused or unpacked, within the limit.
 #![no_main]
 
-use clade::boot::unpack;
+use clade_vmm::boot::unpack;
 use libfuzzer_sys::fuzz_target;
 
 const LIMIT: usize = 1 << 20;

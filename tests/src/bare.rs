@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use clade::bare::BareVcpu;
-use clade::boot::{BootSource, Image};
-use clade::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm, VmConfig};
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, model};
+use clade_harness::BareVcpu;
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm, VmConfig};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::oracle;

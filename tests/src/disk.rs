@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade::bare::{BareMailbox, BareVcpu};
-use clade::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{DiskRun, Order, What, pattern};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_harness::{BareMailbox, BareVcpu};
+use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
 
 use crate::Guest;
 

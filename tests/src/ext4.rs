@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use clade::vm::ForkImage;
+use clade_vmm::vm::ForkImage;
 
 /// How long writes to a disk may take to end.
 const SETTLE: Duration = Duration::from_secs(60);

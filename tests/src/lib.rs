@@ -11,6 +11,7 @@ mod saved;
 mod tap;
 
 pub use bare::{Guest, Writer};
+pub use clade_harness::{required, skip};
 pub use counters::{Holdings, expect_nothing_held};
 pub use disk::{DiskFile, DiskGuest, words};
 pub use ext4::{checked, ext4};
@@ -24,25 +25,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use clade::kvm::Host;
-use clade::vm::Context;
 use clade_memory::{Backing, Store};
-
-/// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`, `direct`, `tap`.
-const REQUIRE_ENV: &str = "CLADE_REQUIRE";
-
-/// Says why a test is skipped.
-///
-/// # Panics
-/// When the tier it belongs to is required.
-pub fn skip(tier: &str, reason: &str) {
-    assert!(!required(tier), "{tier} is required: {reason}");
-    println!("skipped: {reason}");
-}
-
-fn required(tier: &str) -> bool {
-    std::env::var(REQUIRE_ENV).is_ok_and(|tiers| tiers.split(',').any(|t| t.trim() == tier))
-}
+use clade_vmm::kvm::Host;
+use clade_vmm::vm::Context;
 
 /// The right to run VMs: one test of a binary at a time, because bare guests spin while they wait and because what a process
 /// holds can only be counted when nobody else changes it. The test is ended if it takes too long.
@@ -66,7 +51,7 @@ impl Turn {
         match Host::open() {
             Ok(host) => Some(Self { host: Arc::new(host), _deadline: Deadline::new(patience), _alone: alone }),
             Err(error) => {
-                skip("kvm", &clade::error_chain(&error));
+                skip("kvm", &clade_vmm::error_chain(&error));
                 None
             }
         }

@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade::boot::{BootSource, Image};
-use clade::vm::{Context, DiskSpec, Vm, VmConfig};
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
 
 use crate::{required, skip};
 

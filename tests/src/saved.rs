@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use clade::kvm::VcpuState;
-use clade::vm::ForkImage;
+use clade_vmm::kvm::VcpuState;
+use clade_vmm::vm::ForkImage;
 
 const VCPUS: &str = "vcpus";
 

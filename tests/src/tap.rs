@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use clade::vm::IdentityError;
 use clade_io::{Tap, TapError};
+use clade_vmm::vm::IdentityError;
 
 use crate::skip;
 
@@ -76,7 +76,7 @@ pub fn can_have_taps() -> bool {
     match Tap::open("cladep%d", 1) {
         Ok(_) => true,
         Err(error @ TapError::Refused { .. }) => {
-            skip("tap", &clade::error_chain(&IdentityError::from(error)));
+            skip("tap", &clade_vmm::error_chain(&IdentityError::from(error)));
             false
         }
         Err(error) => panic!("{error}"),

@@ -5,13 +5,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade::bare::BareVcpu;
-use clade::vm::{Context, DiskSpec};
 use clade_devices::disk::CommitError;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::{DiskRun, Order, What};
+use clade_harness::BareVcpu;
 use clade_memory::Backing;
 use clade_tests::{DiskFile, DiskGuest, Turn, words};
+use clade_vmm::vm::{Context, DiskSpec};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;

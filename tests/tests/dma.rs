@@ -9,10 +9,10 @@ mod dma;
 
 use std::time::Duration;
 
-use clade::vm::Context;
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE, model};
 use clade_memory::{Access, Backing, PageRange, Term};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held};
+use clade_vmm::vm::Context;
 
 use dma::Device;
 

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade::bare::{BareMailbox, BareVcpu};
-use clade::boot::{BootSource, Image};
-use clade::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
+use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::{Access, Backing, GuestRam, PageRange, RamError, RamLayout, Term};
 use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
 use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 32;
@@ -283,7 +283,7 @@ fn children_refused_for_descriptors_leave_nothing_behind() {
             Ok(child) => Guest::from(child).expect(0, 2048, Some(1), "a child that was made after all"),
             Err(error) => {
                 refused += 1;
-                let text = clade::error_chain(&error);
+                let text = clade_vmm::error_chain(&error);
                 assert!(text.contains("os error 24") || text.contains("Too many open files"), "{extra}: {text}");
             }
         }

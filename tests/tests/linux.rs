@@ -6,10 +6,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clade::kvm::Quirks;
-use clade::vm::{ChildOptions, Context, ForkImage, StopReason, Vm};
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Turn};
+use clade_vmm::kvm::Quirks;
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(180);

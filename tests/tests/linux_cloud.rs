@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use clade::vm::{ChildOptions, Vm, VmConfig};
 use clade_memory::Backing;
 use clade_tests::{Linux, Turn};
+use clade_vmm::vm::{ChildOptions, Vm, VmConfig};
 
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// Seconds with hardware virtualization, a quarter of an hour where guest kernels are interpreted.

@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade::boot::virtio_slot;
-use clade::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Subnet, Turn, can_have_taps, checked, ext4, skip};
+use clade_vmm::boot::virtio_slot;
+use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
 use tempfile::TempDir;
 
 const BOOT: Duration = Duration::from_secs(300);

@@ -6,11 +6,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
 use clade_devices::disk::{Disk, DiskConfig};
 use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Turn, checked, ext4, skip};
+use clade_vmm::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(180);

@@ -5,13 +5,13 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use clade::kvm::Quirks;
-use clade::vm::{ChildOptions, Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::Limits;
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Turn, ext4, skip};
+use clade_vmm::kvm::Quirks;
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(180);
@@ -98,7 +98,7 @@ fn linux_is_saved_once_and_restored_as_fifty_others() {
     }
     let context = turn.context(Backing::Huge);
     let mut config = Linux::config(1);
-    let spec = clade::vm::DiskSpec { disk: DiskConfig::new(&disk), device: BlockOptions::default() };
+    let spec = clade_vmm::vm::DiskSpec { disk: DiskConfig::new(&disk), device: BlockOptions::default() };
     (config.disks, config.rng) = (vec![spec], Some(Limits::default()));
     let parent = linux.boot_as(&context, "vmlinux", "", config);
     let _ = Linux::expect(&parent, 0, PROMPT, BOOT);

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade::vm::{Context, ForkImage};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Access, Backing, PageRange, Term};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held, smaps_anonymous_kib};
+use clade_vmm::vm::{Context, ForkImage};
 
 /// 32 MiB of work pages: sixteen blocks of 2 MiB.
 const MIB: u64 = 48;

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade::bare::{BareMailbox, BareVcpu};
-use clade::vm::{Context, ForkImage, VmError};
 use clade_guests::abi::disk::What;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::{Access, Backing, PageRange, RamError, Term};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own, with_vcpus};
+use clade_vmm::vm::{Context, ForkImage, VmError};
 use kvm_bindings::Xsave;
 
 const MIB: u64 = 32;

@@ -7,13 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade::vm::{ForkImage, saved};
 use clade_devices::disk::{DiskImage, DiskLayer, GRANULE};
 use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_io::{CachePolicy, IoFile};
 use clade_memory::Backing;
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, with_vcpus};
+use clade_vmm::vm::{ForkImage, saved};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const BYTES: u64 = 4 << 20;

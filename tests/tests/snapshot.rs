@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade::kvm::{CpuTemplate, HostMismatch};
-use clade::vm::{
-    ChildOptions, Context, ForkImage, GenerationId, NetSpec, RestoreLoad, RestoreOptions, SnapshotError,
-    SnapshotOptions, StopReason, Vm, VmConfig, VmError,
-};
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::What;
 use clade_memory::Backing;
 use clade_snapshot::{Compression, Error, compact, verify};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_taps, expect_nothing_held};
+use clade_vmm::kvm::{CpuTemplate, HostMismatch};
+use clade_vmm::vm::{
+    ChildOptions, Context, ForkImage, GenerationId, NetSpec, RestoreLoad, RestoreOptions, SnapshotError,
+    SnapshotOptions, StopReason, Vm, VmConfig, VmError,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -46,7 +46,7 @@ fn restored(context: &Context, dir: &Path, options: &RestoreOptions) -> Guest {
 }
 
 /// Saves a guest while it runs.
-fn save(guest: &Guest, dir: &Path, options: SnapshotOptions) -> clade::vm::SnapshotReport {
+fn save(guest: &Guest, dir: &Path, options: SnapshotOptions) -> clade_vmm::vm::SnapshotReport {
     guest.vm().resume().unwrap();
     let report = guest.vm().snapshot(dir, options).unwrap();
     guest.vm().pause().unwrap();
@@ -211,7 +211,7 @@ fn restored_vms_have_another_generation_and_the_same_cpu() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().join("vm");
     let mut config = VmConfig::bare(MIB << 20, 2).unwrap();
-    (config.irqchip, config.acpi) = (clade::vm::Irqchip::Full, true);
+    (config.irqchip, config.acpi) = (clade_vmm::vm::Irqchip::Full, true);
     // Every x86-64 host has it.
     config.cpu = CpuTemplate::V1;
     let guest = Guest::boot_as(&context, config);
@@ -296,7 +296,7 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 4;
         fs::write(bad.join(file), bytes).unwrap();
-        let error = clade::error_chain(&refused(&bad));
+        let error = clade_vmm::error_chain(&refused(&bad));
         assert!(error.contains(file), "{error}");
     }
     let bad = copy("flipped-data");
@@ -307,13 +307,13 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
     data.write_all_at(&[byte[0] ^ 1], page).unwrap();
     drop(data);
     let error = ForkImage::restore(&context, &bad, &load(RestoreLoad::Preload)).unwrap_err();
-    assert!(clade::error_chain(&error).contains("memory.data"), "{}", clade::error_chain(&error));
+    assert!(clade_vmm::error_chain(&error).contains("memory.data"), "{}", clade_vmm::error_chain(&error));
     verify(&bad).unwrap_err();
     let bad = copy("short");
     let data = fs::File::options().write(true).open(bad.join("memory.data")).unwrap();
     data.set_len(4096).unwrap();
     drop(data);
-    assert!(clade::error_chain(&refused(&bad)).contains("memory.data"));
+    assert!(clade_vmm::error_chain(&refused(&bad)).contains("memory.data"));
     // A directory with something else in it is not replaced.
     let other: PathBuf = at("precious");
     fs::create_dir(&other).unwrap();
@@ -334,11 +334,11 @@ fn a_host_that_lacks_what_the_guest_was_given_is_told_what() {
     let guest = Guest::boot(&context, MIB, 1);
     save(&guest, &dir.path().join("vm"), FULL);
     let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm")).unwrap();
-    let facts = clade::vm::saved::host_facts(snapshot.sections().iter()).unwrap();
+    let facts = clade_vmm::vm::saved::host_facts(snapshot.sections().iter()).unwrap();
     facts.check(context.host()).unwrap();
     let mut json = serde_json::to_value(&facts).unwrap();
     json["vendor"] = "ElbrusOfMCST".into();
-    let other: clade::kvm::HostFacts = serde_json::from_value(json).unwrap();
+    let other: clade_vmm::kvm::HostFacts = serde_json::from_value(json).unwrap();
     let error = other.check(context.host()).unwrap_err();
     assert!(matches!(error, HostMismatch::Vendor { .. }), "{error}");
 }
@@ -353,9 +353,9 @@ fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
     guest.vm().stop();
     let error = guest.vm().snapshot(&at, FULL).unwrap_err();
     assert!(
-        matches!(error, SnapshotError::Vm(clade::vm::VmError::Stopped(StopReason::Asked))),
+        matches!(error, SnapshotError::Vm(clade_vmm::vm::VmError::Stopped(StopReason::Asked))),
         "{}",
-        clade::error_chain(&error)
+        clade_vmm::error_chain(&error)
     );
     verify(&at).unwrap();
     drop(guest);

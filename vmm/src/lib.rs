@@ -1,28 +1,15 @@
-//! Clade: a small KVM virtual machine monitor that forks running microVMs.
+//! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset while they run.
 //!
 //! | to learn about | read |
 //! |---|---|
 //! | running, forking, pausing a VM | [`vm`] |
 //! | loading a guest | [`boot`] |
 //! | KVM: host checks, CPUID, saved state, quirks | [`kvm`] |
-//! | VMs by name, with their sockets | [`fleet`], [`control`] |
-//! | the bare guest's commands | [`bare`] |
-//! | the command line | [`cli`] |
 //!
 //! Guest memory itself, and everything about sharing it, is in `clade-memory`.
 
-pub mod bare;
-pub mod bench;
 pub mod boot;
-mod check;
-pub mod cli;
-mod console;
-pub mod control;
-pub mod demo;
-pub mod fleet;
 pub mod kvm;
-pub mod linux_guest;
-mod stress;
 pub mod vm;
 
 /// An error and its causes in one line.

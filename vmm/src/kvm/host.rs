@@ -298,7 +298,10 @@ impl Host {
     }
 
     /// A vCPU like those of guests, in a VM of its own without memory.
-    pub(crate) fn lone_vcpu(&self) -> Result<(VmFd, VcpuFd), HostError> {
+    ///
+    /// # Errors
+    /// When KVM refuses the VM, the vCPU or its CPUID.
+    pub fn lone_vcpu(&self) -> Result<(VmFd, VcpuFd), HostError> {
         self.scratch_vcpu(false)
     }
 

@@ -37,7 +37,7 @@ pub use features::{CpuHide, UnknownFeature};
 pub use host::{CpuLook, Host, HostError, KVM_PATH};
 pub(crate) use host::{local_apics_alone, set_machine_check_banks};
 pub use host_time::{BootTime, WallClock};
-pub(crate) use msrs::MAX_MSRS;
+pub use msrs::MAX_MSRS;
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use pending::forget_pending;
 pub(crate) use pio::pio_width;

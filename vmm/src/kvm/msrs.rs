@@ -35,7 +35,7 @@ const UNLISTED: [u32; 33] = [
 ];
 
 /// MSRs that one call can carry.
-pub(crate) const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
+pub const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
 /// MSRs that are tried in one call.
 const PIECE: usize = 128;
 

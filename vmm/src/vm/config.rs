@@ -260,7 +260,7 @@ impl VmConfig {
     }
 
     /// Queues of each virtio device, in the order of their places.
-    pub(crate) fn virtio_queues(&self) -> impl Iterator<Item = usize> {
+    pub fn virtio_queues(&self) -> impl Iterator<Item = usize> {
         self.places().map(Place::queues)
     }
 

@@ -11,10 +11,9 @@ use clade_devices::virtio::block::Block;
 use clade_devices::virtio::plain::{Handler, Plain};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
-    BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORTS,
-    Report, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
+    BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORT,
+    REPORT_PORTS, Report, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
 };
-use clade_guests::abi::REPORT_PORT;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;

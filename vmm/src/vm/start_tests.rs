@@ -10,9 +10,9 @@ use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::storm::{Pair, boot, boot_idle, goes_on};
-use crate::bare::BareMailbox;
 use crate::kvm::testutil::host;
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
+use clade_harness::BareMailbox;
 
 const PAIRS: [Pair; 1] = [Pair::Relay];
 /// Long enough for a vCPU that may start to do so.

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use clade_guests::BARE_ELF;
 use clade_guests::abi::Command;
 
-use crate::bare::{BareMailbox, BareVcpu};
 use crate::boot::{BootSource, Image};
 use crate::kvm::testutil::host;
 use crate::vm::{ChildOptions, Context, Vm, VmConfig};
+use clade_harness::BareMailbox;
 use clade_memory::Store;
 
 /// A pair that has not gone on for as long has lost its interrupt: it needs less than a millisecond.
@@ -56,7 +56,13 @@ pub(super) fn boot_idle(context: &Context, cpus: u64) -> Vm {
     let kernel = Image::Bytes(BARE_ELF.into());
     let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
     let vm = Vm::boot(context, "storm", &config, &source).unwrap();
-    (0..cpus).for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready().unwrap());
+    let begun = Instant::now();
+    for vcpu in 0..cpus {
+        while !BareMailbox::new(vm.ram(), vcpu).is_ready().unwrap() {
+            assert!(begun.elapsed() < STUCK, "vCPU {vcpu} boots");
+            thread::yield_now();
+        }
+    }
     vm
 }
 

@@ -1,0 +1,198 @@
+//! `clade bench disk`: a guest's disk I/O beside the host's own on the same file.
+//!
+//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations given to an io_uring by this process; both past the page
+//! cache, in turn, in rounds. What is between the two is an exit and an eventfd for each notification, the device's worker, the pins, and the
+//! guest's driver, which polls.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_guests::BARE_ELF;
+use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
+use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
+
+use clade_memory::{Access, GuestRam, RamLayout, Store, Term};
+
+use crate::bench::{Row, Sample};
+use crate::commands::{BenchArgs, Failure};
+use clade_harness::BareVcpu;
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
+
+/// The disk's file.
+const FILE: u64 = 256 << 20;
+/// Requests at a time.
+const DEPTH: u64 = 32;
+/// Room for them, at 1 MiB each, and for the guest itself.
+const MEMORY: u64 = 128 << 20;
+const BUFFER: u64 = WORK_BASE + AREA_PAGES * PAGE_SIZE;
+/// Samples that one round stands for: a round takes about a second.
+const SAMPLES_A_ROUND: usize = 5;
+
+/// One row: what is done, in blocks of how many sectors, and how often.
+struct Kind {
+    name: &'static str,
+    what: What,
+    order: Order,
+    block: u64,
+    count: u64,
+}
+
+const KINDS: [Kind; 4] = [
+    Kind { name: "rand_read_4k", what: What::Read, order: Order::Random, block: 8, count: 8192 },
+    Kind { name: "rand_write_4k", what: What::WriteRaw, order: Order::Random, block: 8, count: 8192 },
+    Kind { name: "seq_read_1m", what: What::Read, order: Order::Sequential, block: 2048, count: 128 },
+    Kind { name: "seq_write_1m", what: What::WriteRaw, order: Order::Sequential, block: 2048, count: 128 },
+];
+
+impl Kind {
+    fn run(&self, seed: u64) -> DiskRun {
+        DiskRun {
+            area: WORK_BASE,
+            buffer: BUFFER,
+            stride: 0,
+            what: self.what,
+            order: self.order,
+            depth: DEPTH,
+            sector: 0,
+            sectors: FILE / disk::SECTOR,
+            block: self.block,
+            count: self.count,
+            seed,
+        }
+    }
+
+    fn mib(&self) -> f64 {
+        (self.count * self.block * disk::SECTOR) as f64 / f64::from(1 << 20)
+    }
+}
+
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let files = tempfile::tempdir().map_err(Failure::run)?;
+    let path = files.path().join("disk");
+    let mut bytes = vec![0; FILE as usize];
+    disk::pattern(&mut bytes, 1, 0);
+    std::fs::write(&path, bytes).map_err(Failure::run)?;
+    let mut samples: Vec<(Sample, Sample)> = KINDS.iter().map(|_| Default::default()).collect();
+    for round in 0..args.samples.div_ceil(SAMPLES_A_ROUND) as u64 {
+        // One after the other: a disk's file is locked for as long as it is a VM's.
+        let mut host = Host::open(context.store(), &path)?;
+        for (kind, (_, baseline)) in KINDS.iter().zip(&mut samples) {
+            baseline.push(host.run(&kind.run(round), kind)?);
+        }
+        drop(host);
+        let guest = Guest::boot(context, &path)?;
+        for (kind, (ours, _)) in KINDS.iter().zip(&mut samples) {
+            ours.push(guest.run(kind.run(round), kind)?);
+        }
+    }
+    let row = |(kind, (ours, baseline)): (&Kind, &(Sample, Sample))| {
+        Row::new(kind.name, "MiB/s", ours)
+            .against("io_uring on the host", baseline)
+            .target("at least 80 % of the host's", |row| row.ratio() >= 0.8)
+    };
+    Ok(KINDS.iter().zip(&samples).map(row).collect())
+}
+
+/// This process, doing the same to the same file.
+struct Host {
+    engine: Engine<usize>,
+    file: Arc<IoFile>,
+    buffers: Vec<Fragment>,
+}
+
+impl Host {
+    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any. (In 4 KiB pages large transfers take three times as long,
+    /// which would flatter ours.)
+    fn open(store: &Store, path: &Path) -> Result<Self, Failure> {
+        let file = Arc::new(IoFile::open(path, true, CachePolicy::Direct).map_err(Failure::run)?);
+        if file.policy() != CachePolicy::Direct {
+            tracing::warn!("the file system has no O_DIRECT: what is measured is the page cache, on both sides");
+        }
+        let event = Engine::<usize>::eventfd().map_err(Failure::run)?;
+        let engine = Engine::new(DEPTH as u32, event).map_err(Failure::run)?;
+        let most = KINDS.iter().map(|kind| kind.block * disk::SECTOR).max().unwrap_or(0) as usize;
+        let memory = GuestRam::reserve(&RamLayout::new(DEPTH * most as u64).map_err(Failure::run)?, store);
+        let memory = memory.map_err(Failure::run)?;
+        memory.birth().map_err(Failure::run)?;
+        let whole = &memory.regions()[0];
+        let pin = whole.pin(whole.range(), Access::Write, Term::Long).map_err(Failure::run)?;
+        pin.slice().copy_from(&vec![1u8; pin.len()]);
+        let pin = Arc::new(pin);
+        let buffer = |slot| Fragment::pinned(&pin, slot * most, most).map_err(Failure::run);
+        let buffers = (0..DEPTH as usize).map(buffer).collect::<Result<_, _>>()?;
+        Ok(Self { engine, file, buffers })
+    }
+
+    fn request(&self, run: &DiskRun, i: u64, slot: usize) -> Request {
+        let (file, offset) = (Arc::clone(&self.file), run.sector_of(i) * disk::SECTOR);
+        let buffers = vec![self.buffers[slot].part(0, run.block_bytes() as usize)];
+        match run.what {
+            What::WriteRaw => Request::Write { file, offset, buffers },
+            _ => Request::Read { file, offset, buffers },
+        }
+    }
+
+    /// MiB a second.
+    fn run(&mut self, run: &DiskRun, kind: &Kind) -> Result<f64, Failure> {
+        let begun = Instant::now();
+        let mut next = 0;
+        for slot in 0..DEPTH as usize {
+            self.engine.submit(self.request(run, next, slot), slot);
+            next += 1;
+        }
+        let mut left = run.count;
+        while left > 0 {
+            self.engine.flush().map_err(Failure::run)?;
+            self.engine.wait(Duration::from_secs(10)).map_err(Failure::run)?;
+            let mut done = Vec::new();
+            self.engine.reap(|completion| done.push(completion)).map_err(Failure::run)?;
+            for completion in done {
+                completion.result.map_err(Failure::run)?;
+                left -= 1;
+                if next < run.count {
+                    self.engine.submit(self.request(run, next, completion.token), completion.token);
+                    next += 1;
+                }
+            }
+        }
+        Ok(kind.mib() / begun.elapsed().as_secs_f64())
+    }
+}
+
+/// A bare guest with the file as its disk.
+struct Guest(Vm);
+
+impl Guest {
+    fn boot(context: &Context, path: &Path) -> Result<Self, Failure> {
+        let mut config = VmConfig::bare(MEMORY, 1).map_err(Failure::run)?;
+        let disk = DiskConfig { cache: CachePolicy::Direct, ..DiskConfig::new(path) };
+        config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
+        let kernel = Image::Bytes(BARE_ELF.into());
+        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+        let vm = Vm::boot(context, "bench", &Arc::new(config), &source).map_err(Failure::run)?;
+        BareVcpu::new(&vm, 0).await_ready().map_err(Failure::run)?;
+        let [sectors, ..] = BareVcpu::new(&vm, 0)
+            .run(Command::DiskOpen { slot: 0, area: WORK_BASE, size: 256 })
+            .map_err(Failure::run)?;
+        if sectors != FILE / disk::SECTOR {
+            return Err(Failure::Run(anyhow::anyhow!("the guest sees a disk of {sectors} sectors")));
+        }
+        Ok(Self(vm))
+    }
+
+    /// MiB a second.
+    fn run(&self, run: DiskRun, kind: &Kind) -> Result<f64, Failure> {
+        let begun = Instant::now();
+        let [done, errors, ..] = BareVcpu::new(&self.0, 0).run(Command::DiskRun(run)).map_err(Failure::run)?;
+        let time = begun.elapsed();
+        if (done, errors) != (run.count, 0) {
+            return Err(Failure::Run(anyhow::anyhow!("{}: {done} operations, {errors} of them failed", kind.name)));
+        }
+        Ok(kind.mib() / time.as_secs_f64())
+    }
+}

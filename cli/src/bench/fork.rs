@@ -1,0 +1,153 @@
+//! `clade bench fork`.
+//!
+//! Per size: a bare guest whose RAM is all written keeps writing a hot set of 64 pages and is forked again and again. Baselines, in the same
+//! run and on the same contents: copying all RAM (what a fork without copy-on-write costs), and restoring as other VMMs do: a VM
+//! made on the path, its memory a private mapping of a file in 4 KiB pages.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_memory::{Backing, Store};
+
+use crate::bench::{Row, Sample, announced, label, low_pages, written};
+use crate::commands::{BenchArgs, Failure};
+use clade_harness::BareVcpu;
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
+
+/// Pages the parent goes on writing.
+const HOT_PAGES: u64 = 64;
+/// Memory a child reads to see what shared reads cost.
+const READ_BYTES: u64 = 256 << 20;
+/// Between forks, so that the parent has written its hot set again.
+const PACE: Duration = Duration::from_millis(2);
+
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    // The baseline's VMs share nothing with ours but the host.
+    let plain =
+        Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?).map_err(Failure::run)?;
+    let mut rows = Vec::new();
+    let mut smallest: Option<(u64, f64)> = None;
+    for &mem in &args.mem {
+        let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
+        config.check_host_memory().map_err(Failure::input)?;
+        if mem < 2 * WORK_BASE {
+            return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
+        }
+        let size = OneSize { context, plain: &plain, config, mem, samples: args.samples };
+        rows.extend(size.measure(&mut smallest)?);
+    }
+    Ok(rows)
+}
+
+struct OneSize<'a> {
+    context: &'a Context,
+    plain: &'a Context,
+    config: Arc<VmConfig>,
+    mem: u64,
+    samples: usize,
+}
+
+#[derive(Default)]
+struct Samples {
+    first_pause: Sample,
+    pause: Sample,
+    full_copy: Sample,
+    first_instruction: Sample,
+    plain_first_instruction: Sample,
+    read: Sample,
+    plain_read: Sample,
+}
+
+impl OneSize<'_> {
+    fn measure(&self, smallest: &mut Option<(u64, f64)>) -> Result<Vec<Row>, Failure> {
+        let mut s = Samples::default();
+        // A first freeze happens once in a VM's life: a few parents are enough to see it.
+        for _ in 0..self.samples.clamp(1, 5) {
+            let parent = self.parent()?;
+            s.first_pause.push_us(parent.fork().map_err(Failure::run)?.1.times.pause);
+        }
+        let parent = self.parent()?;
+        let (image, _) = parent.fork().map_err(Failure::run)?;
+        let flat = self.copy(&image, &mut s.full_copy)?;
+        for _ in 0..self.samples {
+            self.context.warm(&self.config, 1).map_err(Failure::run)?;
+            std::thread::sleep(PACE);
+            let begun = Instant::now();
+            let (image, report) = parent.fork().map_err(Failure::run)?;
+            s.pause.push_us(report.times.pause);
+            s.first_instruction.push_us(announced(self.context, &image, begun)?);
+            // In turn, so that both meet the same noise; made cold, as on the path of a restore.
+            s.plain_first_instruction.push_us(announced(self.plain, &flat, Instant::now())?);
+        }
+        drop(parent);
+        for _ in 0..self.samples.clamp(1, 5) {
+            s.read.push_us(self.read(self.context, &image)?);
+            s.plain_read.push_us(self.read(self.plain, &flat)?);
+        }
+        self.context.cool();
+        Ok(self.rows(&s, smallest))
+    }
+
+    fn rows(&self, s: &Samples, smallest: &mut Option<(u64, f64)>) -> Vec<Row> {
+        let label = label(self.mem);
+        let copy = "copy all RAM";
+        let restore = "cold VM, 4 KiB private file";
+        let pause = Row::new(format!("pause_{label}"), "us", &s.pause).against(copy, &s.full_copy);
+        let (base_mem, base) = *smallest.get_or_insert((self.mem, pause.p50()));
+        let pause = if base_mem == self.mem {
+            pause.target("p50 <= 500, p99 <= 2000", |r| r.p50() <= 500.0 && r.p99() <= 2_000.0)
+        } else {
+            pause.target(format!("p50 <= 3 x {}'s", super::label(base_mem)), |r| r.p50() <= 3.0 * base)
+        };
+        vec![
+            pause,
+            Row::new(format!("first_fork_pause_{label}"), "us", &s.first_pause).against(copy, &s.full_copy),
+            Row::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
+                .against(restore, &s.plain_first_instruction)
+                .target("p50 <= 500", |r| r.p50() <= 500.0),
+            Row::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
+                .against(restore, &s.plain_read)
+                .target("ratio <= 0.05", |r| r.ratio() <= 0.05),
+        ]
+    }
+
+    /// A guest that has written all its RAM and goes on writing its hot set.
+    fn parent(&self) -> Result<Vm, Failure> {
+        let vm = written(self.context, &self.config)?;
+        BareVcpu::new(&vm, 0)
+            .mailbox()
+            .order(Command::Count { start: WORK_BASE, pages: HOT_PAGES, stride: 0 })
+            .map_err(Failure::run)?;
+        Ok(vm)
+    }
+
+    /// The same memory in one file of 4 KiB pages, as a snapshot on tmpfs would be; timed, because it is also the cost of copying.
+    fn copy(&self, image: &Arc<ForkImage>, full_copy: &mut Sample) -> Result<Arc<ForkImage>, Failure> {
+        let mut flat = None;
+        for _ in 0..self.samples.clamp(1, 3) {
+            drop(flat.take());
+            let begun = Instant::now();
+            flat = Some(image.flatten(self.plain.store(), Backing::Small).map_err(Failure::run)?);
+            full_copy.push_us(begun.elapsed());
+        }
+        flat.ok_or_else(|| Failure::Run(anyhow::anyhow!("no sample was taken")))
+    }
+
+    fn read_bytes(&self) -> u64 {
+        READ_BYTES.min(low_pages(self.mem) * PAGE_SIZE) & !(PAGE_SIZE - 1)
+    }
+
+    /// A fresh child reads a word of every page.
+    fn read(&self, context: &Context, image: &Arc<ForkImage>) -> Result<Duration, Failure> {
+        let child = Vm::from_image(context, "reader", image, ChildOptions::default()).map_err(Failure::run)?;
+        let vcpu = BareVcpu::new(&child, 0);
+        vcpu.run(Command::Idle).map_err(Failure::run)?;
+        // From the end of the range, away from what the parent's hot set has broken up.
+        let pages = self.read_bytes() / PAGE_SIZE;
+        let start = WORK_BASE + (low_pages(self.mem) - pages) * PAGE_SIZE;
+        let begun = Instant::now();
+        vcpu.run(Command::Read { start, pages, passes: 1, words: 1 }).map_err(Failure::run)?;
+        Ok(begun.elapsed())
+    }
+}

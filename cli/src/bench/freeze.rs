@@ -1,0 +1,119 @@
+//! `clade bench freeze`: how long a VM's memory stands still at a freeze, by the pages written since the last one.
+//!
+//! Ours leaves the copying to the background, the baseline copies before it returns; both in turn on one memory, which a thread
+//! writes in the guest's place. What does not flatter stands beside: the time until the background has copied everything, during which the
+//! parent's write to a page not copied yet waits for it, and a child's read likewise.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_memory::{FreezeMode, GAP_START, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::bench::{Row, Sample};
+use crate::commands::{BenchArgs, Failure};
+
+/// Pages written between two freezes, and what the row is called after.
+const DIRTY: [(&str, u64); 4] = [("0", 0), ("1k", 1 << 10), ("16k", 16 << 10), ("64k", 64 << 10)];
+/// Where the written pages begin: inside a block, so that the first and the last block are broken up.
+const FIRST: u64 = 64;
+/// Like a template's, the memory has warm spare layers for an eager freeze to copy into.
+const SPARES: usize = 2;
+/// How often it is looked whether the background is done: far below what copying 1,024 pages takes.
+const LOOK: Duration = Duration::from_micros(20);
+/// Longer than any copy; a background that never ends is a failure, not a figure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    store.start_background().map_err(Failure::input)?;
+    let mut rows = Vec::new();
+    for &mem in &args.mem {
+        let least = (DIRTY[DIRTY.len() - 1].1 + FIRST) * PAGE_SIZE;
+        if mem < least || mem > GAP_START {
+            return Err(Failure::Input(anyhow::anyhow!(
+                "{mem} bytes are no size for this benchmark: between {least} and {GAP_START}"
+            )));
+        }
+        let suffix = if args.mem.len() == 1 { String::new() } else { format!("_{}M", mem >> 20) };
+        for (name, pages) in DIRTY {
+            rows.extend(measure(store, mem, pages, args.samples)?.rows(&format!("{name}{suffix}"), pages));
+        }
+    }
+    Ok(rows)
+}
+
+#[derive(Default)]
+struct Samples {
+    background: Sample,
+    eager: Sample,
+    complete: Sample,
+}
+
+impl Samples {
+    fn rows(&self, name: &str, pages: u64) -> Vec<Row> {
+        let pause =
+            Row::new(format!("pause_dirty_{name}"), "us", &self.background).against("copied at once", &self.eager);
+        // 64 MiB are what the design sets a limit for.
+        let pause =
+            if pages * PAGE_SIZE == 64 << 20 { pause.target("p99 <= 5000", |r| r.p99() <= 5_000.0) } else { pause };
+        let mut rows = vec![pause];
+        // With nothing to copy nothing is left to the background.
+        if pages > 0 {
+            let complete = Row::new(format!("complete_dirty_{name}"), "us", &self.complete);
+            rows.push(complete.against("copied at once", &self.eager));
+        }
+        rows
+    }
+}
+
+/// Every page written, and frozen once: what is private from here on was written since.
+fn parent(store: &Store, mem: u64) -> Result<GuestRam, Failure> {
+    let ram = GuestRam::reserve(&RamLayout::new(mem).map_err(Failure::run)?, store).map_err(Failure::run)?;
+    ram.birth().map_err(Failure::run)?;
+    dirty(&ram, 0, mem / PAGE_SIZE, 1)?;
+    ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+    Ok(ram)
+}
+
+fn dirty(ram: &GuestRam, first: u64, pages: u64, word: u64) -> Result<(), Failure> {
+    let write = |page| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).map_err(Failure::run);
+    (first..first + pages).try_for_each(write)
+}
+
+fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Samples, Failure> {
+    let ram = parent(store, mem)?;
+    let mut s = Samples::default();
+    for round in 0..samples as u64 {
+        store.warm(SPARES).map_err(Failure::run)?;
+        dirty(&ram, FIRST, pages, 2 * round)?;
+        let begun = Instant::now();
+        let (image, report) =
+            ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+        s.eager.push_us(begun.elapsed());
+        check(report.copied >= pages && report.pending == 0, "an eager freeze left something out")?;
+        drop(image);
+
+        dirty(&ram, FIRST, pages, 2 * round + 1)?;
+        let begun = Instant::now();
+        let (image, report) =
+            ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+        s.background.push_us(begun.elapsed());
+        check(
+            report.copied >= pages && report.pending == report.copied,
+            "a background freeze copied something itself",
+        )?;
+        while image.is_pending() {
+            check(begun.elapsed() < PATIENCE, "the background does not end")?;
+            thread::sleep(LOOK);
+        }
+        s.complete.push_us(begun.elapsed());
+        // Outside both pauses: what the background did is taken note of, and its garbage is gone before the next freeze.
+        ram.settle().map_err(Failure::run)?;
+    }
+    store.cool();
+    Ok(s)
+}
+
+fn check(right: bool, what: &'static str) -> Result<(), Failure> {
+    if right { Ok(()) } else { Err(Failure::Run(anyhow::anyhow!(what))) }
+}

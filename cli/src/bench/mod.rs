@@ -1,0 +1,196 @@
+//! `clade bench`: ours, the baseline and the ratio from one run.
+
+mod disk;
+mod fork;
+mod freeze;
+mod pin;
+mod reset;
+mod restore;
+mod sample;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_guests::BARE_ELF;
+use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
+use clade_memory::{GAP_START, GuestRam};
+use serde::Serialize;
+
+use crate::commands::{BenchArgs, BenchName, Failure, Table, print_json};
+use clade_harness::{BareMailbox, BareVcpu};
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::kvm::Quirks;
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
+
+pub(crate) use sample::{Sample, Spread};
+
+/// A measured figure beside its baseline.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    name: String,
+    unit: &'static str,
+    ours: Spread,
+    baseline: Option<Baseline>,
+    /// ours / baseline, by p50.
+    ratio: Option<f64>,
+    target: Option<String>,
+    met: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Baseline {
+    name: &'static str,
+    #[serde(flatten)]
+    spread: Spread,
+}
+
+impl Row {
+    pub(crate) fn new(name: impl Into<String>, unit: &'static str, ours: &Sample) -> Self {
+        Self { name: name.into(), unit, ours: ours.spread(), baseline: None, ratio: None, target: None, met: None }
+    }
+
+    pub(crate) fn against(mut self, name: &'static str, baseline: &Sample) -> Self {
+        let spread = baseline.spread();
+        self.ratio = Some(self.ours.p50 / spread.p50);
+        self.baseline = Some(Baseline { name, spread });
+        self
+    }
+
+    pub(crate) fn target(mut self, text: impl Into<String>, met: impl FnOnce(&Self) -> bool) -> Self {
+        self.met = Some(met(&self));
+        self.target = Some(text.into());
+        self
+    }
+
+    pub(crate) fn p50(&self) -> f64 {
+        self.ours.p50
+    }
+
+    pub(crate) fn p99(&self) -> f64 {
+        self.ours.p99
+    }
+
+    pub(crate) fn ratio(&self) -> f64 {
+        self.ratio.unwrap_or(f64::NAN)
+    }
+}
+
+/// The machine a run was made on.
+#[derive(Debug, Serialize)]
+pub(crate) struct HostInfo {
+    cpus: usize,
+    memory_mib: u64,
+    kernel: String,
+    cpu: String,
+    kvm: &'static str,
+    layer_backing: &'static str,
+}
+
+impl HostInfo {
+    pub(crate) fn of(context: &Context) -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let field = |text: &str, key: &str| {
+            text.lines().find(|l| l.starts_with(key)).and_then(|l| l.split(':').nth(1)).unwrap_or("").trim().to_owned()
+        };
+        let memory: u64 = field(&read("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or(0);
+        Self {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_mib: memory / 1024,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            cpu: field(&read("/proc/cpuinfo"), "model name"),
+            kvm: match context.host().quirks() {
+                Quirks::None => "kvm",
+                Quirks::Pvm => "kvm-pvm",
+            },
+            layer_backing: context.store().backing().name(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    host: HostInfo,
+    rows: Vec<Row>,
+}
+
+pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
+    if args.samples == 0 {
+        return Err(Failure::Input(anyhow::anyhow!("0 samples measure nothing")));
+    }
+    let context = Context::open().map_err(Failure::input)?;
+    let rows = match args.name {
+        BenchName::Disk => disk::run(&context, args)?,
+        BenchName::Fork => fork::run(&context, args)?,
+        BenchName::Freeze => freeze::run(context.store(), args)?,
+        BenchName::Reset => reset::run(&context, args)?,
+        BenchName::Pin => pin::run(context.store(), args)?,
+        BenchName::Restore => restore::restore(&context, args)?,
+        BenchName::Save => restore::save(&context, args)?,
+    };
+    let report = Report { host: HostInfo::of(&context), rows };
+    if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
+}
+
+/// A size as it stands in a row's name.
+fn label(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 30) { format!("{}G", bytes >> 30) } else { format!("{}M", bytes >> 20) }
+}
+
+/// A bare guest's pages below the gap, where one range holds them all.
+fn low_pages(mem: u64) -> u64 {
+    (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
+}
+
+/// A bare guest with one vCPU that has written all its RAM above what it lies in itself.
+fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
+    let kernel = Image::Bytes(BARE_ELF.into());
+    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+    let vm = Vm::boot(context, "bench", config, &source).map_err(Failure::run)?;
+    let vcpu = BareVcpu::new(&vm, 0);
+    vcpu.await_ready().map_err(Failure::run)?;
+    for (base, pages) in config.layout().ranges() {
+        let start = base.0.max(WORK_BASE);
+        let pages = pages - (start - base.0) / PAGE_SIZE;
+        vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
+    }
+    Ok(vm)
+}
+
+/// From `begun` to a child's report, which is among its first instructions.
+fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Result<Duration, Failure> {
+    let tell = |ram: &GuestRam| {
+        if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {
+            tracing::error!(%error, "no order for the child");
+        }
+    };
+    let options = ChildOptions { before_start: Some(&tell), ..ChildOptions::default() };
+    let child = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
+    let at = BareVcpu::new(&child, 0).await_event(Event::Announce).map_err(Failure::run)?;
+    Ok(at - begun)
+}
+
+fn print(report: &Report) -> Result<(), Failure> {
+    let h = &report.host;
+    println!(
+        "{} x {}, {} MiB, Linux {}, {}, layers in {} pages",
+        h.cpus, h.cpu, h.memory_mib, h.kernel, h.kvm, h.layer_backing
+    );
+    let mut table = Table::new(["", "unit", "p50", "p99", "baseline", "p50", "p99", "ratio", "target", "met"]);
+    let number = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.0}") };
+    let or_dash = |x: Option<String>| x.unwrap_or_else(|| "-".into());
+    for row in &report.rows {
+        table.row([
+            row.name.clone(),
+            row.unit.into(),
+            number(row.ours.p50),
+            number(row.ours.p99),
+            or_dash(row.baseline.as_ref().map(|b| b.name.into())),
+            or_dash(row.baseline.as_ref().map(|b| number(b.spread.p50))),
+            or_dash(row.baseline.as_ref().map(|b| number(b.spread.p99))),
+            or_dash(row.ratio.map(|r| format!("{r:.4}"))),
+            or_dash(row.target.clone()),
+            or_dash(row.met.map(|met| if met { "yes" } else { "NO" }.into())),
+        ]);
+    }
+    table.print().map_err(Failure::run)
+}

@@ -1,0 +1,149 @@
+//! `clade bench pin`: what a promise to a device costs.
+//!
+//! Pins and unpins of exclusive memory, by one thread and by two, and with the memory being frozen a hundred times a second beside. The
+//! baseline is the obvious way: a count a page in a table behind a mutex.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_memory::{Access, BLOCK_PAGES, GuestRam, GuestRegion, PageRange, Quiesced, RamLayout, Store, Term};
+
+use crate::bench::{Row, Sample};
+use crate::commands::{BenchArgs, Failure};
+
+const BYTES: u64 = 64 << 20;
+/// Pins in one measurement: their mean is a sample.
+const BATCH: u32 = 2_000;
+const FREEZE_PACE: Duration = Duration::from_millis(10);
+
+pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let ram = GuestRam::reserve(&RamLayout::new(BYTES).map_err(Failure::run)?, store).map_err(Failure::run)?;
+    ram.birth().map_err(Failure::run)?;
+    let region = &ram.regions()[0];
+    let sizes = [("page", 1), ("64K", 16), ("2M", BLOCK_PAGES)];
+    let mut rows = Vec::new();
+    for (name, pages) in sizes {
+        for threads in [1, 2] {
+            let ours = on_threads(threads, args.samples, |n| {
+                let range = own_range(n, pages);
+                pins(region, range, Access::Write)
+            })?;
+            let table = Locked::new(region.pages());
+            let baseline = on_threads(threads, args.samples, |n| Ok(locked(&table, own_range(n, pages))))?;
+            let suffix = if threads == 1 { String::new() } else { format!("_{threads}_threads") };
+            let row = Row::new(format!("pin_unpin_{name}{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
+            let judged = pages == 1 && threads == 1;
+            rows.push(if judged { row.target("p50 <= 50", |r| r.p50() <= 50.0) } else { row });
+        }
+    }
+    rows.extend(read_pins(store, &ram, args.samples)?);
+    let beside = with_freezes(&ram, args.samples)?;
+    rows.push(Row::new("pin_unpin_page_100_freezes_per_s", "ns", &beside));
+    Ok(rows)
+}
+
+/// Short read pins of what a child shares with its parent: what each disk write from such a page takes.
+fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, Failure> {
+    let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+    let child = GuestRam::reserve(ram.layout(), store).map_err(Failure::run)?;
+    child.adopt(&image).map_err(Failure::run)?;
+    let region = &child.regions()[0];
+    let table = Locked::new(region.pages());
+    let mut rows = Vec::new();
+    for threads in [1, 2] {
+        let ours = on_threads(threads, samples, |n| pins(region, own_range(n, 1), Access::Read))?;
+        let baseline = on_threads(threads, samples, |n| Ok(locked(&table, own_range(n, 1))))?;
+        let suffix = if threads == 1 { "" } else { "_2_threads" };
+        let row = Row::new(format!("read_pin_shared_page{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
+        rows.push(if threads == 1 { row.target("p50 <= 150", |r| r.p50() <= 150.0) } else { row });
+    }
+    Ok(rows)
+}
+
+/// Each thread has blocks of its own, as devices have their own buffers; and whole blocks are not those that smaller pins have split.
+fn own_range(thread: u64, pages: u64) -> PageRange {
+    let whole = u64::from(pages == BLOCK_PAGES);
+    PageRange::with_len((1 + 2 * thread + 8 * whole) * BLOCK_PAGES, pages)
+}
+
+fn pins(region: &Arc<GuestRegion>, range: PageRange, access: Access) -> Result<f64, Failure> {
+    let begun = Instant::now();
+    for _ in 0..BATCH {
+        let pin = region.pin(black_box(range), access, Term::Short).map_err(Failure::run)?;
+        drop(black_box(pin));
+    }
+    Ok(begun.elapsed().as_nanos() as f64 / f64::from(BATCH))
+}
+
+struct Locked(Mutex<Vec<u32>>);
+
+impl Locked {
+    fn new(pages: u64) -> Self {
+        Self(Mutex::new(vec![0; pages as usize]))
+    }
+
+    fn change(&self, range: PageRange, by: i32) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for count in &mut counts[range.start() as usize..range.end() as usize] {
+            *count = count.wrapping_add_signed(by);
+        }
+    }
+}
+
+fn locked(table: &Locked, range: PageRange) -> f64 {
+    let begun = Instant::now();
+    for _ in 0..BATCH {
+        table.change(black_box(range), 1);
+        table.change(black_box(range), -1);
+    }
+    begun.elapsed().as_nanos() as f64 / f64::from(BATCH)
+}
+
+fn on_threads(
+    threads: u64,
+    samples: usize,
+    measure: impl Fn(u64) -> Result<f64, Failure> + Sync,
+) -> Result<Sample, Failure> {
+    let run = |n| (0..samples).map(|_| measure(n)).collect::<Result<Vec<f64>, Failure>>();
+    let run = &run;
+    let all = thread::scope(|scope| {
+        let started: Vec<_> = (0..threads).map(|n| scope.spawn(move || run(n))).collect();
+        let join = |t: thread::ScopedJoinHandle<'_, _>| {
+            t.join().map_err(|_| Failure::Run(anyhow::anyhow!("a thread panicked")))?
+        };
+        started.into_iter().map(join).collect::<Result<Vec<Vec<f64>>, Failure>>()
+    })?;
+    let mut sample = Sample::default();
+    all.into_iter().flatten().for_each(|value| sample.push(value));
+    Ok(sample)
+}
+
+/// Every freeze takes the page away again, so that some pins must make it the VM's own: the p99 shows what that costs.
+fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let freezer = scope.spawn(|| -> Result<(), Failure> {
+            while !stop.load(Ordering::Relaxed) {
+                ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
+                thread::sleep(FREEZE_PACE);
+            }
+            Ok(())
+        });
+        let mut sample = Sample::default();
+        let mut failed = Ok(());
+        // Long enough to meet some freezes.
+        let until = Instant::now() + FREEZE_PACE * 20;
+        while failed.is_ok() && (Instant::now() < until || samples == 0) {
+            match pins(&ram.regions()[0], own_range(0, 1), Access::Write) {
+                Ok(value) => sample.push(value),
+                Err(error) => failed = Err(error),
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        freezer.join().map_err(|_| Failure::Run(anyhow::anyhow!("the freezer panicked")))??;
+        failed.map(|()| sample)
+    })
+}

@@ -1,0 +1,162 @@
+//! `clade bench reset`: from asking for a reset of a running VM until its first instruction after it, by the pages written since the image.
+//!
+//! A bare guest counts in as many pages, one after another, and is reset while it does. In the image it has just been told to announce itself, so its first
+//! instructions are a report. Baselines, in turn with ours and on the same image: ending the VM and starting another, in a warm shell and in none. What
+//! does not flatter stands beside: pages as far apart as memory allows instead of one after another.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, WORK_BASE};
+use clade_memory::GAP_START;
+
+use crate::bench::{Row, Sample, written};
+use crate::commands::{BenchArgs, Failure};
+use clade_harness::{BareMailbox, BareVcpu};
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig};
+
+/// Pages written before a reset.
+const DIRTY: [u64; 4] = [10, 100, 1_000, 10_000];
+/// What the design sets a limit for, and the limit in microseconds.
+const TARGET: (u64, f64) = (100, 300.0);
+/// Pages between two that are written, where they are far apart: eight to a block, each alone.
+const MOST_STEP: u64 = 64;
+/// A guest that does not get on is a failure, not a figure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for &mem in &args.mem {
+        let least = WORK_BASE + 2 * DIRTY[DIRTY.len() - 1] * PAGE_SIZE;
+        if mem < least || mem > GAP_START {
+            return Err(Failure::Input(anyhow::anyhow!(
+                "{mem} bytes are no size for this benchmark: between {least} and {GAP_START}"
+            )));
+        }
+        let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
+        config.check_host_memory().map_err(Failure::input)?;
+        let suffix = if args.mem.len() == 1 { String::new() } else { format!("_{}M", mem >> 20) };
+        let image = image(context, &config)?;
+        let mut subject = Subject { context, image, vm: None };
+        for pages in DIRTY {
+            rows.extend(subject.measure(pages, args.samples)?.rows(&format!("{pages}{suffix}"), pages));
+        }
+        context.cool();
+    }
+    Ok(rows)
+}
+
+#[derive(Default)]
+struct Samples {
+    reset: Sample,
+    scattered: Sample,
+    warm: Sample,
+    cold: Sample,
+    park: Sample,
+    memory: Sample,
+    load: Sample,
+}
+
+impl Samples {
+    fn rows(&self, name: &str, pages: u64) -> Vec<Row> {
+        let (warm, cold) = ("ended, started in a warm shell", "ended, started in none");
+        let reset = Row::new(format!("reset_{name}"), "us", &self.reset).against(warm, &self.warm);
+        let (target, limit) = TARGET;
+        let reset = if pages == target { reset.target(format!("p50 <= {limit}"), |r| r.p50() <= limit) } else { reset };
+        vec![
+            reset,
+            Row::new(format!("reset_{name}_cold"), "us", &self.reset).against(cold, &self.cold),
+            Row::new(format!("reset_{name}_scattered"), "us", &self.scattered).against(warm, &self.warm),
+            // Where it goes: what is left of the whole is the way back into the guest.
+            Row::new(format!("park_{name}"), "us", &self.park),
+            Row::new(format!("memory_{name}"), "us", &self.memory),
+            Row::new(format!("state_{name}"), "us", &self.load),
+        ]
+    }
+
+    fn note(&mut self, report: &ResetReport) {
+        self.park.push_us(report.park);
+        self.memory.push_us(report.drop);
+        self.load.push_us(report.load);
+    }
+}
+
+/// A guest that has written all its RAM, as it is about to announce itself.
+fn image(context: &Context, config: &Arc<VmConfig>) -> Result<Arc<ForkImage>, Failure> {
+    let parent = written(context, config)?;
+    parent.pause().map_err(Failure::run)?;
+    BareMailbox::new(parent.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
+    Ok(parent.fork().map_err(Failure::run)?.0)
+}
+
+struct Subject<'a> {
+    context: &'a Context,
+    image: Arc<ForkImage>,
+    vm: Option<Vm>,
+}
+
+impl Subject<'_> {
+    fn measure(&mut self, pages: u64, samples: usize) -> Result<Samples, Failure> {
+        let mut s = Samples::default();
+        let room = (self.image.config().layout().bytes() - WORK_BASE) / PAGE_SIZE;
+        let step = (room / pages).min(MOST_STEP);
+        self.restart()?;
+        for _ in 0..samples {
+            // In turn, so that all meet the same noise.
+            let (time, report) = self.reset(pages, 1)?;
+            s.reset.push_us(time);
+            s.note(&report);
+            s.scattered.push_us(self.reset(pages, step)?.0);
+            self.dirty(pages, 1)?;
+            self.context.warm(self.image.config(), 1).map_err(Failure::run)?;
+            s.warm.push_us(self.restart()?);
+            self.dirty(pages, 1)?;
+            self.context.cool();
+            s.cold.push_us(self.restart()?);
+        }
+        Ok(s)
+    }
+
+    fn vm(&self) -> Result<&Vm, Failure> {
+        self.vm.as_ref().ok_or_else(|| Failure::Run(anyhow::anyhow!("there is no VM")))
+    }
+
+    /// Has the running guest write a word in `pages` pages, every `step`-th. It goes on doing so.
+    fn dirty(&self, pages: u64, step: u64) -> Result<(), Failure> {
+        let vm = self.vm()?;
+        let mailbox = BareMailbox::new(vm.ram(), 0);
+        let count = Command::Count { start: WORK_BASE, pages: pages * step, stride: step * PAGE_WORDS };
+        let seq = mailbox.order(count).map_err(Failure::run)?;
+        let deadline = Instant::now() + PATIENCE;
+        while mailbox.taken().map_err(Failure::run)? < seq || mailbox.progress().map_err(Failure::run)? < pages {
+            if Instant::now() > deadline || vm.stopped().is_some() {
+                return Err(Failure::Run(anyhow::anyhow!("the guest does not write {pages} pages")));
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+
+    fn reset(&self, pages: u64, step: u64) -> Result<(Duration, ResetReport), Failure> {
+        self.dirty(pages, step)?;
+        let vm = self.vm()?;
+        let begun = Instant::now();
+        let report = vm.reset_to_origin().map_err(Failure::run)?;
+        let at = BareVcpu::new(vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
+        if report.memory.dropped < pages {
+            let dropped = report.memory.dropped;
+            return Err(Failure::Run(anyhow::anyhow!("{dropped} pages were dropped of {pages} that were written")));
+        }
+        Ok((at - begun, report))
+    }
+
+    /// Ends the VM if there is one, and starts another.
+    fn restart(&mut self) -> Result<Duration, Failure> {
+        let begun = Instant::now();
+        drop(self.vm.take());
+        let vm = Vm::from_image(self.context, "bench", &self.image, ChildOptions::default()).map_err(Failure::run)?;
+        let vm = self.vm.insert(vm);
+        let at = BareVcpu::new(vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
+        Ok(at - begun)
+    }
+}

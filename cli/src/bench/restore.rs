@@ -1,0 +1,214 @@
+//! `clade bench restore` and `clade bench save`: VMs on disk.
+//!
+//! The guest's RAM is all written, so that nothing is left out for being zeros. Restoring is measured from opening the directory to the first
+//! instruction, and to the answer to a first command that reads a word of 256 pages; beside it, in the same run and in turn, what it costs to read all
+//! of the memory in first. Saving is measured beside this process writing as many bytes past the page cache, as `dd oflag=direct conv=fsync` does, and the
+//! VM's pause beside that of a fork. That it is cold on the disk is the case that does not flatter: then every touched page is read one by one.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_snapshot::Compression;
+use rustix::fs::{Advice, fadvise};
+
+use crate::bench::{Row, Sample, announced, label, written};
+use crate::commands::{BenchArgs, Failure};
+use clade_harness::BareVcpu;
+use clade_vmm::vm::{
+    ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotOptions, SnapshotReport, Vm, VmConfig,
+};
+
+/// Pages that the first command reads.
+const ANSWER_PAGES: u64 = 256;
+/// Pages written between two incremental snapshots.
+const CHANGED: u64 = 1_000;
+/// What is written at once.
+const BLOCK: usize = 1 << 20;
+const ALIGN: usize = 4096;
+const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: true };
+
+/// A guest that has written all its RAM, and a directory on the disk.
+struct Bench {
+    vm: Vm,
+    dir: tempfile::TempDir,
+    config: Arc<VmConfig>,
+    samples: usize,
+    label: String,
+}
+
+impl Bench {
+    fn new(context: &Context, mem: u64, args: &BenchArgs) -> Result<Self, Failure> {
+        let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
+        config.check_host_memory().map_err(Failure::input)?;
+        if mem < 2 * WORK_BASE {
+            return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
+        }
+        let vm = written(context, &config)?;
+        // Not the temporary directory, which may be memory.
+        let dir = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).map_err(Failure::run)?;
+        // Sizes are told apart only if there are several.
+        let label = if args.mem.len() == 1 { String::new() } else { format!("_{}", label(mem)) };
+        // A sample takes a second or so of the disk's time.
+        Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label })
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn save(&self, name: &str, incremental: bool) -> Result<SnapshotReport, Failure> {
+        let options = SnapshotOptions { incremental, ..FULL };
+        self.vm.snapshot(&self.at(name), options).map_err(Failure::run)
+    }
+}
+
+/// `clade bench restore`.
+pub(crate) fn restore(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for &mem in &args.mem {
+        let bench = Bench::new(context, mem, args)?;
+        bench.save("vm", false)?;
+        bench.vm.stop();
+        rows.extend(bench.restore_rows(context)?);
+    }
+    Ok(rows)
+}
+
+#[derive(Default)]
+struct Restored {
+    first: Sample,
+    answer: Sample,
+    private: Sample,
+}
+
+impl Bench {
+    fn restore_rows(&self, context: &Context) -> Result<Vec<Row>, Failure> {
+        let at = self.at("vm");
+        let (mut lazy, mut preload, mut cold, mut clone) =
+            (Restored::default(), Restored::default(), Restored::default(), Sample::default());
+        for _ in 0..self.samples {
+            self.one(context, RestoreLoad::Lazy, &mut lazy)?;
+            self.one(context, RestoreLoad::Preload, &mut preload)?;
+            forget(&at)?;
+            self.one(context, RestoreLoad::Lazy, &mut cold)?;
+            // Whoever keeps the snapshot open starts the next VM from it.
+            let image = ForkImage::restore(context, &at, &RestoreOptions::default()).map_err(Failure::run)?;
+            context.warm(&self.config, 1).map_err(Failure::run)?;
+            clone.push_us(announced(context, &image, Instant::now())?);
+        }
+        context.cool();
+        let read = "read all of it first";
+        let l = &self.label;
+        Ok(vec![
+            Row::new(format!("restore_first_instruction{l}"), "us", &lazy.first).against(read, &preload.first),
+            Row::new(format!("restore_first_answer{l}"), "us", &lazy.answer).against(read, &preload.answer),
+            Row::new(format!("restore_private_after_answer{l}"), "KiB", &lazy.private).against(read, &preload.private),
+            Row::new(format!("restore_first_answer_cold{l}"), "us", &cold.answer)
+                .against("in the page cache", &lazy.answer),
+            Row::new(format!("restore_next_first_instruction{l}"), "us", &clone).against("from opening", &lazy.first),
+        ])
+    }
+
+    /// From the directory to the first instruction; and, with another VM, to the first answer.
+    fn one(&self, context: &Context, load: RestoreLoad, into: &mut Restored) -> Result<(), Failure> {
+        let options = RestoreOptions { load, overlays: None, sockets: None };
+        let open = || ForkImage::restore(context, &self.at("vm"), &options).map_err(Failure::run);
+        let begun = Instant::now();
+        into.first.push_us(announced(context, &open()?, begun)?);
+        let begun = Instant::now();
+        let vm = Vm::from_image(context, "restored", &open()?, ChildOptions::default()).map_err(Failure::run)?;
+        let vcpu = BareVcpu::new(&vm, 0);
+        let read = Command::Read { start: WORK_BASE, pages: ANSWER_PAGES, passes: 1, words: 1 };
+        let [sum, ..] = vcpu.run(read).map_err(Failure::run)?;
+        into.answer.push_us(begun.elapsed());
+        if sum == 0 {
+            return Err(Failure::Run(anyhow::anyhow!("the restored guest reads zeros")));
+        }
+        into.private.push(vm.memory_stats().map_err(Failure::run)?.private_kib as f64);
+        Ok(())
+    }
+}
+
+/// Drops a snapshot's files from the page cache.
+fn forget(dir: &Path) -> Result<(), Failure> {
+    for entry in std::fs::read_dir(dir).map_err(Failure::run)? {
+        let file = File::open(entry.map_err(Failure::run)?.path()).map_err(Failure::run)?;
+        fadvise(&file, 0, None, Advice::DontNeed).map_err(Failure::run)?;
+    }
+    Ok(())
+}
+
+/// `clade bench save`.
+pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for &mem in &args.mem {
+        rows.extend(Bench::new(context, mem, args)?.save_rows()?);
+    }
+    Ok(rows)
+}
+
+impl Bench {
+    fn save_rows(&self) -> Result<Vec<Row>, Failure> {
+        let (mut full, mut plain, mut rate, mut plain_rate) =
+            (Sample::default(), Sample::default(), Sample::default(), Sample::default());
+        let (mut more, mut save_pause, mut fork_pause) = (Sample::default(), Sample::default(), Sample::default());
+        let vcpu = BareVcpu::new(&self.vm, 0);
+        for round in 0..self.samples as u64 {
+            let report = self.save("full", false)?;
+            let mib = report.saved.data_pages as f64 / 256.0;
+            full.push_us(report.took);
+            rate.push(mib / report.took.as_secs_f64());
+            let took = write_direct(&self.at("plain"), report.saved.data_pages * PAGE_SIZE)?;
+            plain.push_us(took);
+            plain_rate.push(mib / took.as_secs_f64());
+
+            let fill = Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 2 + round };
+            vcpu.run(fill).map_err(Failure::run)?;
+            // Both take a layer that is warm: which of the two comes first must make no difference.
+            self.vm.context().warm(&self.config, 1).map_err(Failure::run)?;
+            fork_pause.push_us(self.vm.fork().map_err(Failure::run)?.1.times.pause);
+            vcpu.run(Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 3 + round }).map_err(Failure::run)?;
+            self.vm.context().warm(&self.config, 1).map_err(Failure::run)?;
+            let report = self.save("more", true)?;
+            more.push_us(report.took);
+            save_pause.push_us(report.times.pause);
+        }
+        let l = &self.label;
+        let direct = "write past the page cache";
+        Ok(vec![
+            // Higher is better here.
+            Row::new(format!("save_full{l}"), "MiB/s", &rate).against(direct, &plain_rate),
+            Row::new(format!("save_full_time{l}"), "us", &full).against(direct, &plain),
+            Row::new(format!("save_incremental{l}"), "us", &more).against("save_full", &full),
+            Row::new(format!("save_pause{l}"), "us", &save_pause)
+                .against("a fork's", &fork_pause)
+                .target("ratio <= 1.25", |r| r.ratio() <= 1.25),
+        ])
+    }
+}
+
+/// Writes as many bytes as dd would, and makes them durable.
+fn write_direct(path: &Path, bytes: u64) -> Result<Duration, Failure> {
+    let mut room = vec![0xa5; BLOCK + ALIGN];
+    let skip = room.as_ptr().align_offset(ALIGN);
+    let block = &mut room[skip..skip + BLOCK];
+    let begun = Instant::now();
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    // Where there is no O_DIRECT the page cache is used, as the sync then says.
+    let direct = options.clone().custom_flags(libc::O_DIRECT).open(path);
+    let mut file = direct.or_else(|_| options.open(path)).map_err(Failure::run)?;
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(BLOCK as u64) as usize;
+        file.write_all(&block[..part]).map_err(Failure::run)?;
+        left -= part as u64;
+    }
+    file.sync_all().map_err(Failure::run)?;
+    Ok(begun.elapsed())
+}

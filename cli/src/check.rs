@@ -1,0 +1,78 @@
+//! `clade check host`: what of this host matters to the state of vCPUs, and a short run of what can be tried without a guest
+//! kernel. docs/vtx-checklist.md says what to look at behind each line.
+
+mod facts;
+mod forks;
+
+use serde::Serialize;
+
+use crate::commands::{CheckArgs, CheckName, Failure, Table, print_json};
+use clade_vmm::kvm::Host;
+
+/// How a check ended.
+#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+enum Outcome {
+    Passed {
+        /// What was seen.
+        seen: String,
+    },
+    Failed {
+        why: String,
+    },
+    Skipped {
+        why: String,
+    },
+}
+
+/// A line of the report, and of docs/vtx-checklist.md.
+#[derive(Clone, Debug, Serialize)]
+struct Check {
+    /// As the checklist's heading has it.
+    name: &'static str,
+    /// What this host has to do with it.
+    facts: Vec<(&'static str, String)>,
+    #[serde(flatten)]
+    outcome: Outcome,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    kernel: String,
+    /// The vendor's module: what answers /dev/kvm.
+    module: &'static str,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn main(args: &CheckArgs) -> Result<(), Failure> {
+    let CheckName::Host = args.name;
+    let host = Host::open().map_err(Failure::input)?;
+    let checks = facts::checks(&host)?;
+    let checks = checks.into_iter().chain(forks::checks(args.forks)?).collect();
+    let report = Report { kernel: facts::kernel(), module: facts::module(), checks };
+    if args.json {
+        print_json(&report).map_err(Failure::run)?;
+    } else {
+        print(&report)?;
+    }
+    let failed: Vec<_> =
+        report.checks.iter().filter(|c| matches!(c.outcome, Outcome::Failed { .. })).map(|c| c.name).collect();
+    if failed.is_empty() { Ok(()) } else { Err(Failure::Run(anyhow::anyhow!("{} failed", failed.join(", ")))) }
+}
+
+fn print(report: &Report) -> Result<(), Failure> {
+    println!("kernel {}, {}", report.kernel, report.module);
+    let mut table = Table::new(["check", "outcome"]);
+    for check in &report.checks {
+        let outcome = match &check.outcome {
+            Outcome::Passed { seen } => format!("passed: {seen}"),
+            Outcome::Failed { why } => format!("FAILED: {why}"),
+            Outcome::Skipped { why } => format!("skipped: {why}"),
+        };
+        table.row([check.name.to_owned(), outcome]);
+        for (name, value) in &check.facts {
+            table.row([format!("  {name}"), value.clone()]);
+        }
+    }
+    table.print().map_err(Failure::run)
+}

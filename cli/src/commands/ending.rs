@@ -1,0 +1,59 @@
+//! Signals that end a process with VMs: they end in order, and nothing is left behind.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use rustix::process::Signal;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+
+use clade_daemon::fleet::Cancel;
+
+/// Signals to end by, where whoever started the process did not have them ignored (`nohup`, a shell's background).
+const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
+
+/// Whether it is to end, and by which signal.
+#[derive(Clone, Debug)]
+pub(super) struct Ending(Arc<AtomicI32>, Cancel);
+
+impl Ending {
+    /// Listens from now on. The first signal is for the process to look at; another ends it at once.
+    pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
+        let ignored = ignored()?;
+        let (first, making) = (Arc::new(AtomicI32::new(0)), Cancel::default());
+        let _entered = runtime.enter();
+        for number in SIGNALS.map(Signal::as_raw).into_iter().filter(|number| ignored >> (number - 1) & 1 == 0) {
+            let mut arrivals = signal(SignalKind::from_raw(number))?;
+            let (first, making) = (Arc::clone(&first), making.clone());
+            runtime.spawn(async move {
+                while arrivals.recv().await.is_some() {
+                    // Alone in its word: what follows from it is done under locks.
+                    if first.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+                        std::process::exit(128 + number);
+                    }
+                    making.ending();
+                }
+            });
+        }
+        Ok(Self(first, making))
+    }
+
+    /// Is cancelled by the signal: for VMs that are being made.
+    pub(super) fn making(&self) -> &Cancel {
+        &self.1
+    }
+
+    /// The signal, once there has been one.
+    pub(super) fn signal(&self) -> Option<i32> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|number| *number != 0)
+    }
+}
+
+/// The signals that the process ignores, a bit each.
+fn ignored() -> io::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/self/status has no SigIgn"))
+}

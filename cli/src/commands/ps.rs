@@ -1,0 +1,219 @@
+//! `clade ps`: the VMs of this user.
+
+use std::cmp::Ordering;
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::commands::args::{ListFormat, PsArgs};
+use crate::commands::remote::{ask, state_name};
+use crate::commands::units::{show_age, show_size};
+use crate::commands::{Failure, Outcome, print_json};
+use clade_daemon::control::{Client, ListedVms, VmInfo};
+use clade_daemon::fleet::{EndedVm, ended_vms, runtime_dir};
+
+const NONE: &str = "-";
+
+/// Names with their numbers as numbers: `web-2` before `web-10`.
+pub(super) fn by_name(left: &str, right: &str) -> Ordering {
+    let (mut left, mut right) = (left.as_bytes(), right.as_bytes());
+    let digits = |text: &[u8]| text.iter().take_while(|b| b.is_ascii_digit()).count();
+    loop {
+        let (in_left, in_right) = (digits(left), digits(right));
+        if in_left > 0 && in_right > 0 {
+            let significant = |text: &[u8], length: usize| {
+                let zeros = text[..length].iter().take_while(|b| **b == b'0').count();
+                text[zeros..length].to_vec()
+            };
+            let (a, b) = (significant(left, in_left), significant(right, in_right));
+            // The longer number is the larger; equal ones are told apart by their zeros.
+            let order = a.len().cmp(&b.len()).then_with(|| a.cmp(&b)).then(in_left.cmp(&in_right));
+            if order != Ordering::Equal {
+                return order;
+            }
+            (left, right) = (&left[in_left..], &right[in_right..]);
+            continue;
+        }
+        match (left.split_first(), right.split_first()) {
+            (None, None) => return Ordering::Equal,
+            (None, _) => return Ordering::Less,
+            (_, None) => return Ordering::Greater,
+            (Some((a, more_left)), Some((b, more_right))) if a == b => (left, right) = (more_left, more_right),
+            (Some((a, _)), Some((b, _))) => return a.cmp(b),
+        }
+    }
+}
+
+/// Columns with two spaces between, as wide as what is in them: the same on a terminal and in a pipe.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// A VM's own memory of all it has.
+fn memory(vm: &VmInfo) -> String {
+    let show = |memory: &clade_daemon::control::MemoryInfo| {
+        format!("{}/{}", show_size(memory.private_kib << 10), show_size(memory.mib << 20))
+    };
+    vm.memory.as_ref().map_or_else(|| "?".into(), show)
+}
+
+/// What it does, and what is wrong with its disks.
+fn state(vm: &VmInfo) -> String {
+    let trouble = match (vm.disks.iter().any(|disk| disk.lost), vm.disks.iter().any(|disk| disk.no_room > 0)) {
+        (true, _) => ", write lost",
+        (_, true) => ", disk full",
+        _ => "",
+    };
+    format!("{}{trouble}", state_name(vm.state))
+}
+
+fn or_none(text: String) -> String {
+    if text.is_empty() { NONE.into() } else { text }
+}
+
+/// One line of the list.
+enum Row<'a> {
+    Running(&'a VmInfo),
+    Ended(&'a EndedVm),
+}
+
+impl Row<'_> {
+    fn name(&self) -> &str {
+        match self {
+            Self::Running(vm) => &vm.name,
+            Self::Ended(vm) => &vm.name,
+        }
+    }
+
+    fn short(&self) -> Vec<String> {
+        let parent = |parent: &Option<String>| parent.clone().unwrap_or_else(|| NONE.into());
+        match self {
+            Self::Running(vm) => {
+                vec![vm.name.clone(), state(vm), parent(&vm.parent), memory(vm), show_age(vm.age_s)]
+            }
+            Self::Ended(vm) => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+                let ago = format!("{} ago", show_age(since.saturating_sub(vm.ended_at) as f64));
+                vec![vm.name.clone(), "ended".into(), parent(&vm.parent), NONE.into(), ago]
+            }
+        }
+    }
+
+    fn wide(&self) -> Vec<String> {
+        let mut row = self.short();
+        row.extend(match self {
+            Self::Running(vm) => {
+                let nets = vm.nets.iter().map(|net| format!("{}/{}", net.tap, net.mac)).collect::<Vec<_>>();
+                let shared = vm.memory.as_ref().map_or_else(|| "?".into(), |m| show_size(m.shared_pages << 12));
+                [
+                    vm.pid.to_string(),
+                    vm.generation.to_string(),
+                    vm.cpus.to_string(),
+                    shared,
+                    or_none(nets.join(",")),
+                    vm.vsock.as_ref().map_or_else(|| NONE.into(), |vsock| vsock.cid.to_string()),
+                ]
+            }
+            Self::Ended(vm) => {
+                [vm.pid.to_string(), vm.generation.to_string(), NONE.into(), NONE.into(), NONE.into(), NONE.into()]
+            }
+        });
+        row
+    }
+}
+
+/// The list, without what stands on standard error.
+fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
+    let mut rows: Vec<Row<'_>> = running.iter().map(Row::Running).chain(ended.iter().map(Row::Ended)).collect();
+    rows.sort_by(|a, b| by_name(a.name(), b.name()));
+    let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "MEMORY", "AGE"].map(String::from).into();
+    if format == ListFormat::Wide {
+        header.extend(["PID", "GEN", "CPUS", "SHARED", "INTERFACES", "CID"].map(String::from));
+    }
+    // Last, because it is as long as it is.
+    header.extend(all.then(|| "REASON".to_owned()));
+    let cells = |row: &Row<'_>| {
+        let mut cells = if format == ListFormat::Wide { row.wide() } else { row.short() };
+        if all {
+            cells.push(match row {
+                Row::Running(vm) => vm.stopped.as_ref().map_or_else(|| NONE.into(), ToString::to_string),
+                Row::Ended(vm) => vm.reason.clone(),
+            });
+        }
+        cells
+    };
+    let lines: Vec<Vec<String>> = std::iter::once(header).chain(rows.iter().map(cells)).collect();
+    columns(&lines)
+}
+
+/// What `ps --all --json` prints.
+#[derive(Serialize)]
+struct Everything<'a> {
+    vms: &'a [VmInfo],
+    ended: &'a [EndedVm],
+}
+
+pub(super) fn main(args: &PsArgs) -> Outcome {
+    let ListedVms { mut vms, forbidden } = ask(Client::default().list())?;
+    vms.sort_by(|a, b| by_name(&a.name, &b.name));
+    let dir = runtime_dir();
+    let ended = if args.all { ended_vms(&dir).map_err(Failure::input)? } else { Vec::new() };
+    match (args.json, args.all) {
+        (true, false) => print_json(&vms),
+        (true, true) => print_json(&Everything { vms: &vms, ended: &ended }),
+        _ => io::stdout().write_all(table(&vms, &ended, args.all, args.output).as_bytes()),
+    }
+    .map_err(Failure::run)?;
+    if forbidden > 0 {
+        eprintln!("clade: {forbidden} VMs in {} are another user's", dir.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_names_are_numbers() {
+        let mut names = ["web-10", "web-2", "web", "web-2-1", "a10b2", "a10b10", "web-02", "A", "9", "10", "web-"];
+        names.sort_by(|a, b| by_name(a, b));
+        assert_eq!(names, ["9", "10", "A", "a10b2", "a10b10", "web", "web-", "web-2", "web-2-1", "web-02", "web-10"]);
+        let long = "1".repeat(48);
+        assert_eq!(by_name(&long, &long), Ordering::Equal);
+    }
+
+    #[test]
+    fn a_list_has_no_borders_and_fits_eighty_columns() {
+        let vm = |name: &str| -> VmInfo {
+            serde_json::from_value(serde_json::json!({
+                "name": name, "pid": 12345, "state": "running", "parent": "web", "generation": 1, "cpus": 2,
+                "age_s": 7261.0,
+                "memory": {"mib": 512, "reference_pages": 1, "shared_pages": 512, "exclusive_pages": 3,
+                           "pinned_pages": 0, "private_kib": 1234},
+            }))
+            .unwrap()
+        };
+        let text = table(&[vm("web-10"), vm("web-2")], &[], false, ListFormat::Short);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "NAME    STATE    PARENT  MEMORY     AGE");
+        assert_eq!(lines[1], "web-2   running  web     1.2M/512M  2h1m");
+        assert!(lines[2].starts_with("web-10  running"));
+        let mut full = vm("web");
+        full.disks =
+            vec![serde_json::from_value(serde_json::json!({"path": "/d", "no_room": 3, "lost": false})).unwrap()];
+        assert!(table(&[full], &[], false, ListFormat::Short).contains("running, disk full"));
+        let longest = table(&[vm(&"x".repeat(40))], &[], false, ListFormat::Short);
+        assert!(longest.lines().all(|line| line.len() <= 80), "{longest}");
+        let wide = table(&[vm("web-2")], &[], false, ListFormat::Wide);
+        assert!(wide.contains("12345") && wide.contains("2.0M") || wide.contains(" 2M "), "{wide}");
+    }
+}

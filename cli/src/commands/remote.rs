@@ -1,0 +1,163 @@
+//! Commands that ask a running VM, or need none.
+
+use std::future::Future;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use hyper::Method;
+
+use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
+use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
+use crate::commands::units::show_age;
+use crate::commands::{Failure, Outcome, Table, print_json};
+use clade_daemon::control::{
+    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, VmInfo, VmState,
+};
+use clade_daemon::fleet::{check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
+
+pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
+    runtime.block_on(question).map_err(|error| match error {
+        ClientError::NoSuchVm { .. }
+        | ClientError::Dead { .. }
+        | ClientError::Forbidden { .. }
+        | ClientError::Name(_)
+        | ClientError::Refused { status: 400..500, .. } => Failure::input(error),
+        _ => Failure::run(error),
+    })
+}
+
+pub(super) fn state_name(state: VmState) -> &'static str {
+    match state {
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Stopped => "stopped",
+    }
+}
+
+pub(crate) fn fork(args: &ForkArgs) -> Outcome {
+    let request = ForkRequest {
+        count: args.count,
+        name: args.pattern.clone(),
+        paused: args.child.paused,
+        nets: args.child.net.clone(),
+        vsock: args.child.vsock.clone(),
+    };
+    let answer: ForkAnswer = ask(Client::default().request(Method::POST, &args.name, "/fork", Some(&request)))?;
+    if args.json {
+        return print_json(&answer).map_err(Failure::run);
+    }
+    for child in &answer.children {
+        println!("{child}");
+    }
+    eprintln!(
+        "{} in {:.1} ms; {} was paused for {:.0} us",
+        if answer.children.len() == 1 { "1 child".into() } else { format!("{} children", answer.children.len()) },
+        answer.total_us / 1000.0,
+        args.name,
+        answer.pause_us,
+    );
+    Ok(())
+}
+
+pub(crate) fn reset(args: &ActArgs) -> Outcome {
+    let answer: ResetAnswer = ask(Client::default().request(Method::POST, &args.name, "/reset", None::<&()>))?;
+    if args.json {
+        return print_json(&answer).map_err(Failure::run);
+    }
+    println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+    eprintln!(
+        "reset in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
+        answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
+    );
+    Ok(())
+}
+
+pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {
+    let client = Client::default();
+    let info: BalloonInfo = match args.target.map(|target_mib| BalloonRequest { target_mib }) {
+        Some(request) => ask(client.request(Method::POST, &args.name, "/balloon", Some(&request)))?,
+        None => ask(client.request(Method::GET, &args.name, "/balloon", None::<&()>))?,
+    };
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    let mut table = Table::new(["balloon", ""]);
+    let mib = |mib: f64| format!("{mib:.1} MiB");
+    table.row(["asked for".into(), mib(info.target_mib)]);
+    table.row(["given up".into(), mib(info.actual_mib)]);
+    table.row(["pages discarded so far".into(), info.discarded_pages.to_string()]);
+    table.row(["pages kept, pinned".into(), info.pinned_pages.to_string()]);
+    if let Some(guest) = info.guest {
+        let kib = |kib: u64| format!("{:.1} MiB", kib as f64 / 1024.0);
+        table.row(["guest: total".into(), kib(guest.total_kib)]);
+        table.row(["guest: free".into(), kib(guest.free_kib)]);
+        table.row(["guest: available".into(), kib(guest.available_kib)]);
+        table.row(["guest: disk caches".into(), kib(guest.caches_kib)]);
+    }
+    table.print().map_err(Failure::run)?;
+    if !info.answered {
+        eprintln!("{} has not answered: what it says of its memory is old, or nothing", args.name);
+    }
+    Ok(())
+}
+
+pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
+    let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, action, None::<&()>))?;
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    println!("{} is {}", info.name, state_name(info.state));
+    Ok(())
+}
+
+pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
+    check_name(&args.name).map_err(Failure::input)?;
+    let path = if args.is_virtio { virtio_console_path } else { console_path };
+    let path = path(&runtime_dir(), &args.name);
+    let gone = |source| Failure::input(ClientError::unreachable(&args.name, path.clone(), source));
+    let mut from_guest = UnixStream::connect(&path).map_err(gone)?;
+    let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;
+    eprintln!("[console of {}; Ctrl-A x leaves]", args.name);
+    let raw = RawMode::enter().map_err(Failure::run)?;
+    // Reads the keyboard until the person leaves or the VM ends; it dies with the process.
+    std::thread::spawn(move || {
+        let mut filter = EscapeFilter::default();
+        let mut bytes = [0; 1024];
+        while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
+            let mut keys = Vec::new();
+            let escape = filter.feed(&bytes[..typed], &mut keys);
+            if to_guest.write_all(&keys).is_err() || escape == Some(Escape::Leave) {
+                let _ = to_guest.shutdown(std::net::Shutdown::Both);
+                return;
+            }
+        }
+    });
+    let mut bytes = [0; 4096];
+    let mut stdout = io::stdout();
+    while let Ok(got @ 1..) = from_guest.read(&mut bytes) {
+        stdout.write_all(&bytes[..got]).and_then(|()| stdout.flush()).map_err(Failure::run)?;
+    }
+    drop(raw);
+    eprintln!("\n[left]");
+    Ok(())
+}
+
+/// Shows what a VM, running or ended, has written last.
+pub(crate) fn logs(args: &ActArgs) -> Outcome {
+    let dir = runtime_dir();
+    let running = ask(Client::default().request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
+    let refused = match running {
+        Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
+        Ok(answer) => return io::stdout().write_all(answer.console.as_bytes()).map_err(Failure::run),
+        Err(refused) => refused,
+    };
+    let ended = ended_vms(&dir).map_err(Failure::input)?.into_iter().find(|ended| ended.name == args.name);
+    let Some(ended) = ended else { return Err(refused) };
+    if args.json {
+        return print_json(&ended).map_err(Failure::run);
+    }
+    io::stdout().write_all(ended.console.as_bytes()).and_then(|()| io::stdout().flush()).map_err(Failure::run)?;
+    eprintln!("{} ended after {}: {}", ended.name, show_age(ended.age_s), ended.reason);
+    Ok(())
+}

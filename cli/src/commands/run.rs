@@ -1,0 +1,224 @@
+//! `clade run`: boots a kernel with its console on this terminal.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_devices::disk::Disk;
+use clade_devices::virtio::limiter::Limits;
+
+use tokio::runtime::Handle;
+
+use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::commands::ending::Ending;
+use crate::commands::terminal::{RawMode, type_stdin};
+use crate::commands::{Failure, Outcome};
+use clade_daemon::console::OutputThread;
+use clade_daemon::control::serve_fleet;
+use clade_daemon::fleet::{Fleet, FleetError, runtime_dir};
+use clade_vmm::boot::{BootError, BootSource, Image};
+use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
+
+/// Says something on standard error. Nobody may hear it: a VM does not end because its terminal or log has gone.
+macro_rules! say {
+    ($($text:tt)*) => {
+        drop(writeln!(io::stderr(), $($text)*))
+    };
+}
+pub(super) use say;
+
+/// How often the end of the process's VMs is looked for.
+const TURN: Duration = Duration::from_millis(200);
+/// How long what is going on may take to end after a signal.
+const LAST_WORK: Duration = Duration::from_secs(10);
+
+/// Does `work` with what serves the sockets of the process's VMs.
+pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    let outcome = work(runtime.handle());
+    // Waits for no request: those that matter have ended.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
+    let mut config = VmConfig::new(args.mem, args.cpus).map_err(Failure::input)?;
+    if !args.overcommit {
+        config.check_host_memory().map_err(Failure::input)?;
+    }
+    config.pit = args.pit;
+    config.cpu = args.cpu_template;
+    config.hide = args.cpu_hide.clone().unwrap_or_default();
+    config.pmu = args.pmu;
+    config.acpi = !(bare || args.no_acpi);
+    config.report_port = bare;
+    config.irqchip = Irqchip::Full;
+    config.disks.clone_from(&args.disk);
+    config.nets.clone_from(&args.net);
+    config.vsock.clone_from(&args.vsock);
+    config.rng = (args.rng || !(bare || args.no_rng)).then(Limits::default);
+    config.balloon = args.balloon;
+    config.virtio_console = args.virtio_console;
+    config.check_devices().map_err(Failure::input)?;
+    Ok(config)
+}
+
+pub(crate) fn main(args: &RunArgs) -> Outcome {
+    let bare = args.kernel == Path::new("bare");
+    let config = Arc::new(config(args, bare)?);
+    let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
+    let initrd = args.initrd.clone().map(Image::File);
+    let context = Context::open().map_err(Failure::input)?;
+    let default_cmdline = || {
+        let cmdline = context.host().quirks().extend_cmdline(DEFAULT_CMDLINE);
+        args.append.iter().fold(cmdline, |cmdline, more| format!("{cmdline} {more}"))
+    };
+    let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
+    let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
+    let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
+    with_runtime(|runtime| {
+        // Before there is anything to leave behind.
+        let ending = Ending::listen(runtime).map_err(Failure::run)?;
+        let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
+        let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
+        let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
+        foreground(&fleet, vm, args.detached, &ending, runtime)
+    })
+}
+
+/// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
+pub(super) fn foreground(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending, runtime: &Handle) -> Outcome {
+    let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
+    let stdout = OutputThread::attach(vm.console(), runtime, io::stdout()).map_err(Failure::run)?;
+    if !detached {
+        type_stdin(&vm).map_err(Failure::run)?;
+    }
+    let name = vm.name().to_owned();
+    let ended = attend(fleet, vm, detached, ending);
+    fleet.finish();
+    stdout.finish();
+    drop(raw);
+    if let Some(number) = ending.signal() {
+        return Err(Failure::Signal(number));
+    }
+    match ended {
+        StopReason::Asked | StopReason::Reset => Ok(()),
+        reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+    }
+}
+
+/// Says which file a refusal is about, where the error only knows its contents.
+fn refused(args: &RunArgs, error: FleetError) -> Failure {
+    use BootError::{BzImage, Elf, NotAKernel, Unpack};
+    match error {
+        FleetError::Vm(VmError::VcpuState(_) | VmError::Call { .. } | VmError::Thread(_)) => Failure::run(error),
+        FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))) => {
+            Failure::input(anyhow::Error::new(error).context(args.kernel.display().to_string()))
+        }
+        _ => Failure::input(error),
+    }
+}
+
+/// Waits for the VM, and then for the children that live in this process. A signal ends them all.
+///
+/// The VM is dropped when it has stopped: what it had is free, also while its children run on.
+fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopReason {
+    let reason = loop {
+        fleet.reap(Some(vm.name()));
+        close_at_end(fleet, ending);
+        if let Some(reason) = vm.wait(TURN) {
+            break reason;
+        }
+    };
+    let name = vm.name().to_owned();
+    let disks = vm.take_disks();
+    if detached {
+        fleet.remove(&vm);
+    } else {
+        // Its console was on this terminal, and its end is said here.
+        fleet.forget(&vm);
+    }
+    drop(vm);
+    let children = fleet.list().len();
+    if children > 0 && ending.signal().is_none() {
+        say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
+    }
+    wait_for_all(fleet, ending);
+    // After all of them: a disk that somebody else has in its map is not written to.
+    put_away(disks);
+    reason
+}
+
+/// Waits until no VM is left, nor a request that works with one: what they had is free.
+pub(super) fn wait_for_all(fleet: &Fleet, ending: &Ending) {
+    let mut until = None;
+    loop {
+        close_at_end(fleet, ending);
+        fleet.reap(None);
+        if fleet.wait_until_unused(TURN) {
+            return;
+        }
+        if ending.signal().is_some() && *until.get_or_insert(Instant::now() + LAST_WORK) < Instant::now() {
+            say!("\r\nclade: a request has not ended {} s after the signal, and is cut off\r", LAST_WORK.as_secs());
+            return;
+        }
+    }
+}
+
+fn close_at_end(fleet: &Fleet, ending: &Ending) {
+    if ending.signal().is_some() {
+        fleet.close();
+    }
+}
+
+/// Writes what disks have in overlays back to their files, if that can be, and says what became of it.
+fn put_away(disks: Vec<Disk>) {
+    for disk in disks {
+        if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {
+            continue;
+        }
+        let path = disk.config().path.display().to_string();
+        match disk.commit() {
+            Ok(report) => {
+                let bytes = report.copied + report.zeroed;
+                say!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
+            }
+            Err(failed) => {
+                let error = clade_vmm::error_chain(&failed.1);
+                say!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clade_harness::host;
+
+    #[test]
+    fn the_end_waits_for_a_vm_that_is_in_no_list_any_more() {
+        if host().is_none() {
+            return;
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let ending = Ending::listen(runtime.handle()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let context = Context::open().unwrap();
+        let fleet = serve_fleet(&context, dir.path(), runtime.handle()).unwrap();
+        let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
+        let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
+        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+        let one = fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
+        fleet.remove(&one);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| wait_for_all(&fleet, &ending));
+            std::thread::sleep(3 * TURN);
+            assert!(!waits.is_finished(), "its disks are in use");
+            drop(one);
+        });
+        assert!(fleet.wait_until_unused(Duration::ZERO));
+    }
+}

@@ -1,0 +1,110 @@
+//! The terminal: in raw mode, given back however the command ends; and what is typed there.
+
+use std::io::{self, IsTerminal, Read};
+use std::sync::Arc;
+use std::thread;
+
+use clade_vmm::vm::Vm;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+
+/// Standard input in raw mode until dropped.
+pub(crate) struct RawMode(Termios);
+
+impl RawMode {
+    /// `None` when standard input is not a terminal.
+    pub(crate) fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let before = tcgetattr(&stdin)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        // Output stays cooked, so that what Clade itself prints starts at the left.
+        raw.output_modes = before.output_modes;
+        tcsetattr(&stdin, OptionalActions::Now, &raw)?;
+        Ok(Some(Self(before)))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
+    }
+}
+
+/// What a person at a terminal asked for with Ctrl-A.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Escape {
+    Leave,
+}
+
+/// Separates what is for the guest from Ctrl-A commands: `x` leaves, a second Ctrl-A types one.
+#[derive(Debug, Default)]
+pub(crate) struct EscapeFilter {
+    pending: bool,
+}
+
+impl EscapeFilter {
+    pub(crate) fn feed(&mut self, typed: &[u8], to_guest: &mut Vec<u8>) -> Option<Escape> {
+        const CTRL_A: u8 = 1;
+        for byte in typed {
+            match (std::mem::take(&mut self.pending), *byte) {
+                (false, CTRL_A) => self.pending = true,
+                (true, b'x' | b'X') => return Some(Escape::Leave),
+                (true, CTRL_A) | (false, _) => to_guest.push(*byte),
+                // Not a command: both reach the guest.
+                (true, other) => to_guest.extend([CTRL_A, other]),
+            }
+        }
+        None
+    }
+}
+
+/// Types standard input into a VM until Ctrl-A x, which stops it.
+///
+/// # Errors
+/// When no thread can be made.
+pub(crate) fn type_stdin(vm: &Arc<Vm>) -> io::Result<()> {
+    let vm = Arc::downgrade(vm);
+    let read = move || {
+        let mut filter = EscapeFilter::default();
+        let mut bytes = [0; 1024];
+        // It dies with the process: a read of a terminal cannot be broken off.
+        while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
+            let Some(vm) = vm.upgrade() else { return };
+            let mut to_guest = Vec::new();
+            let escape = filter.feed(&bytes[..typed], &mut to_guest);
+            vm.type_in(&to_guest);
+            if escape == Some(Escape::Leave) {
+                vm.stop();
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("clade-stdin".into()).spawn(read).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(parts: &[&[u8]]) -> (Vec<u8>, Option<Escape>) {
+        let mut filter = EscapeFilter::default();
+        let mut out = Vec::new();
+        for part in parts {
+            if let Some(escape) = filter.feed(part, &mut out) {
+                return (out, Some(escape));
+            }
+        }
+        (out, None)
+    }
+
+    #[test]
+    fn ctrl_a_commands_are_not_typed() {
+        assert_eq!(feed(&[b"ls\n"]), (b"ls\n".to_vec(), None));
+        assert_eq!(feed(&[b"a\x01", b"xb"]), (b"a".to_vec(), Some(Escape::Leave)));
+        assert_eq!(feed(&[b"\x01\x01x"]), (b"\x01x".to_vec(), None));
+        assert_eq!(feed(&[b"\x01q"]), (b"\x01q".to_vec(), None));
+    }
+}

@@ -1,0 +1,161 @@
+//! The Linux guest's part: boot it once, fork its shell, type a different command into each child.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::commands::{DEFAULT_CMDLINE, DemoArgs, Failure, Table};
+use crate::demo::progress;
+use crate::linux_guest::LinuxGuest;
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
+
+/// A boot takes under a second with hardware virtualization, and half a minute without.
+const BOOT: Duration = Duration::from_secs(180);
+const ANSWER: Duration = Duration::from_secs(60);
+const MEMORY: u64 = 128 << 20;
+
+/// What is typed into the children; every answer must differ.
+const COMMANDS: [&str; 10] = [
+    "echo $((6 * 7))",
+    "uname -r",
+    "echo I am the third child",
+    "cat /proc/sys/kernel/ostype",
+    "ls -d /proc/self",
+    "echo $$ is my shell",
+    "cat /proc/cmdline",
+    "basename /a/b/eight",
+    "expr 3 '*' 3",
+    "pwd",
+];
+
+#[derive(Debug, Serialize)]
+pub(crate) struct LinuxReport {
+    boot_s: f64,
+    children: usize,
+    answers: Vec<Answer>,
+    pause_us: f64,
+    /// Answers that were missing, or equal to another's.
+    pub(crate) wrong_answers: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    command: &'static str,
+    answer: String,
+}
+
+/// What of an answer fits a table of 80 columns.
+fn shortened(answer: &str) -> String {
+    const WIDTH: usize = 32;
+    match answer.char_indices().nth(WIDTH) {
+        None => answer.to_owned(),
+        Some((at, _)) => format!("{}...", &answer[..at]),
+    }
+}
+
+impl LinuxReport {
+    pub(crate) fn print(&self) -> io::Result<()> {
+        println!(
+            "\nLinux: booted in {:.1} s, its shell forked {} times in one pause of {:.0} us",
+            self.boot_s, self.children, self.pause_us
+        );
+        let mut table = Table::new(["typed into", "command", "answer"]);
+        for (n, answer) in (1..).zip(&self.answers) {
+            table.row([format!("child {n}"), answer.command.into(), shortened(&answer.answer)]);
+        }
+        table.print()
+    }
+}
+
+/// The Linux guest, if it is there or may be built.
+fn guest(args: &DemoArgs) -> Result<Option<LinuxGuest>, Failure> {
+    match (args.no_linux, args.linux) {
+        (true, _) => Ok(None),
+        (_, true) => LinuxGuest::build().map(Some).map_err(Failure::run),
+        _ => LinuxGuest::find().map_err(Failure::input),
+    }
+}
+
+pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
+    let Some(guest) = guest(args)? else { return Ok(None) };
+    let config = Arc::new(VmConfig::new(MEMORY, 1).map_err(Failure::run)?);
+    let source = BootSource {
+        kernel: Image::File(guest.kernel),
+        initrd: Some(Image::File(guest.initrd)),
+        cmdline: context.host().quirks().extend_cmdline(DEFAULT_CMDLINE),
+        cpus: config.cpus(),
+        rsdp: None,
+    };
+    let spin = progress::spinner(args, "booting Linux");
+    let begun = Instant::now();
+    let parent = Vm::boot(context, "linux", &config, &source).map_err(Failure::run)?;
+    expect(&parent, 0, "clade# ", BOOT)?;
+    let boot_s = begun.elapsed().as_secs_f64();
+    spin.finish_and_clear();
+
+    context.warm(&config, COMMANDS.len()).map_err(Failure::run)?;
+    let (image, report) = parent.fork().map_err(Failure::run)?;
+    // The parent has nothing more to do, and the processors are few.
+    parent.pause().map_err(Failure::run)?;
+    let held = ChildOptions { paused: true, before_start: None };
+    let child = |n| Vm::from_image(context, &format!("linux-{n}"), &image, held);
+    let children: Vec<Vm> = (1..=COMMANDS.len()).map(child).collect::<Result<_, _>>().map_err(Failure::run)?;
+    let bar = progress::bar(args, "ten shells, ten commands", children.len());
+    let mut answers = Vec::new();
+    // As many at a time as there are processors: where guest kernels are interpreted, a kernel with less than one of them does little but
+    // serve its timer.
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    for (children, commands) in children.chunks(at_once).zip(COMMANDS.chunks(at_once)) {
+        for (child, command) in children.iter().zip(commands) {
+            child.type_in(format!("{command}\n").as_bytes());
+            child.resume().map_err(Failure::run)?;
+        }
+        for (child, command) in children.iter().zip(commands) {
+            let text = expect(child, 0, "[done ", ANSWER)?;
+            answers.push(Answer { command, answer: answer_in(&text, command) });
+            child.pause().map_err(Failure::run)?;
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let wrong = |n: usize| answers[n].answer.is_empty() || answers[..n].iter().any(|a| a.answer == answers[n].answer);
+    let wrong_answers = (0..answers.len()).filter(|n| wrong(*n)).count() as u64;
+    Ok(Some(LinuxReport {
+        boot_s,
+        children: children.len(),
+        pause_us: report.times.pause.as_secs_f64() * 1e6,
+        answers,
+        wrong_answers,
+    }))
+}
+
+fn expect(vm: &Vm, from: u64, text: &str, patience: Duration) -> Result<String, Failure> {
+    let (seen, found) = vm.console().wait_for(from, text, patience);
+    if found {
+        return Ok(seen);
+    }
+    let tail: String = seen.lines().rev().take(5).collect::<Vec<_>>().join(" | ");
+    let stopped = vm.stopped().map(|s| format!(" ({s})")).unwrap_or_default();
+    Err(Failure::Run(anyhow::anyhow!("{} did not print {text:?}{stopped}; its last lines: {tail}", vm.name())))
+}
+
+/// The lines between the echoed command and the end mark.
+fn answer_in(console: &str, command: &str) -> String {
+    let before_mark = console.split("[done ").next().unwrap_or("");
+    let lines = before_mark.lines().map(str::trim).filter(|l| !l.is_empty() && !l.ends_with(command));
+    lines.collect::<Vec<_>>().join(" / ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_what_stands_between_echo_and_mark() {
+        assert_eq!(answer_in("echo 42\r\n42\r\n[done 0]\r\nclade# ", "echo 42"), "42");
+        assert_eq!(answer_in("clade# ls\r\na\r\nb\r\n[done 0]", "ls"), "a / b");
+    }
+}

@@ -1,0 +1,86 @@
+//! `clade demo`: boots a guest, forks it while it runs, and checks every byte.
+
+mod bare;
+mod linux;
+mod progress;
+
+use serde::Serialize;
+
+use crate::bench::Spread;
+use crate::commands::{DemoArgs, Failure, Table, print_json};
+use clade_vmm::vm::Context;
+
+/// What the demo saw.
+#[derive(Debug, Serialize)]
+struct Report {
+    forks: usize,
+    generations: usize,
+    wrong_bytes: u64,
+    bytes_checked: u64,
+    parent_pause_us: Spread,
+    first_fork_pause_us: f64,
+    first_instruction_us: Spread,
+    private_kib_per_child: f64,
+    private_kib_per_child_after_work: f64,
+    layer_backing: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    linux: Option<linux::LinuxReport>,
+}
+
+pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
+    let context = Context::open().map_err(Failure::input)?;
+    let bare = bare::run(&context, args)?;
+    let linux = linux::run(&context, args)?;
+    let report = Report {
+        forks: bare.forks,
+        generations: bare.generations,
+        wrong_bytes: bare.wrong_bytes + linux.as_ref().map_or(0, |l| l.wrong_answers),
+        bytes_checked: bare.bytes_checked,
+        parent_pause_us: bare.pause.spread(),
+        first_fork_pause_us: bare.first_pause_us,
+        first_instruction_us: bare.first_instruction.spread(),
+        private_kib_per_child: bare.private_kib,
+        private_kib_per_child_after_work: bare.private_kib_after,
+        layer_backing: context.store().backing().name(),
+        linux,
+    };
+    if args.json {
+        print_json(&report).map_err(Failure::run)?;
+    } else {
+        print(args, &report)?;
+    }
+    match report.wrong_bytes {
+        0 => Ok(()),
+        wrong => Err(Failure::Run(anyhow::anyhow!("{wrong} bytes are not what they must be"))),
+    }
+}
+
+fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
+    println!();
+    let mut table = Table::new(["a running microVM, forked", ""]);
+    let spread = |s: &Spread| format!("{:.0} us  (p99 {:.0})", s.p50, s.p99);
+    let mut row = |name: &str, value: String| table.row([name.into(), value]);
+    row("guest", format!("{} MiB, {} vCPUs", args.mem >> 20, args.cpus));
+    row("forks while it ran", report.forks.to_string());
+    row("generations nested", report.generations.to_string());
+    row("parent paused for", spread(&report.parent_pause_us));
+    row("  the first time", format!("{:.0} us", report.first_fork_pause_us));
+    row("fork to child's first instruction", spread(&report.first_instruction_us));
+    row("a child's private memory", format!("{:.0} KiB", report.private_kib_per_child));
+    row("  after it has worked", format!("{:.0} KiB", report.private_kib_per_child_after_work));
+    row("shared memory lives in", format!("{} pages", report.layer_backing));
+    row("bytes checked", format!("{:.1} GiB", report.bytes_checked as f64 / f64::from(1 << 30)));
+    row("wrong bytes", report.wrong_bytes.to_string());
+    table.print().map_err(Failure::run)?;
+    match &report.linux {
+        Some(linux) => linux.print().map_err(Failure::run),
+        None => {
+            if !args.no_linux {
+                println!(
+                    "\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell."
+                );
+            }
+            Ok(())
+        }
+    }
+}

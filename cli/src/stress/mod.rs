@@ -1,0 +1,378 @@
+//! `clade stress dma`: devices do DMA into a guest, and out of it, while its CPUs write beside, and the guest is forked, again and again, and
+//! every byte of every VM and disk is compared with what it must be.
+//!
+//! ```text
+//!            vCPU 0                       vCPU 1
+//!   reads disk 0 at random,       writes disk 1 from front to back with the
+//!   depth 32, compares every      round's words, then reads and compares it
+//!   word it gets
+//!        └──── both, while requests are in flight, count up a word in the
+//!              page that each request's 30 KiB end in ────┘
+//! ```
+//!
+//! The host forks, on the beat; writes and discards pages nobody else uses; and on another thread lets children run on with the requests that
+//! were in flight, puts them back to their fork, stops, forks, resets their disk or destroys them in the middle, and compares. What a child must have
+//! is known: the round and how far it has come are in its own memory.
+//!
+//! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork or reset that loses one
+//! stops its pair for good, and that is counted as stuck.
+//!
+//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong. The run goes on until it has found
+//! that, and fails if it has not within [`MAX_CONTROL_FORKS`]: a check that cannot fail proves nothing.
+
+mod checker;
+mod rig;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{TrySendError, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_io::CachePolicy;
+use serde::Serialize;
+
+use crate::bench::{Sample, Spread};
+use crate::commands::{Failure, StressArgs, StressName, Table, print_json};
+use clade_vmm::vm::{Context, ForkImage, ForkReport};
+
+use checker::{Checker, Forked};
+use rig::{Random, Rig};
+
+/// Forks that wait to be looked at. When as many do, the next is only made.
+const WAITING: usize = 4;
+/// How long throughput is measured, each way, at least and at most.
+const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+/// With forks and without are measured in turn, so long at a time: what else the host does meets both.
+const TURN: Duration = Duration::from_millis(500);
+/// Beats that are made up for at once, at most.
+const MADE_UP: u32 = 10;
+/// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been enough.
+const MAX_CONTROL_FORKS: u64 = 10_000;
+/// Between two looks at the parent.
+const LOOK: Duration = Duration::from_micros(500);
+
+/// What was found and counted.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct Tally {
+    bytes_checked: u64,
+    wrong_bytes: u64,
+    /// Times a device gave back what it did not have, or not what it said.
+    violations: u64,
+    children: u64,
+    nested: u64,
+    /// VMs put back to their fork, in place.
+    resets: u64,
+    disk_resets: u64,
+    destroyed_running: u64,
+    /// VMs of which a pair of vCPUs no longer wakes each other.
+    stuck: u64,
+}
+
+impl Tally {
+    /// Whether something is not as it must be.
+    fn is_wrong(&self) -> bool {
+        self.wrong_bytes + self.violations + self.stuck > 0
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.bytes_checked += other.bytes_checked;
+        self.wrong_bytes += other.wrong_bytes;
+        self.violations += other.violations;
+        self.children += other.children;
+        self.nested += other.nested;
+        self.resets += other.resets;
+        self.disk_resets += other.disk_resets;
+        self.destroyed_running += other.destroyed_running;
+        self.stuck += other.stuck;
+    }
+}
+
+/// MiB a second that vCPU 0 reads from its disk.
+#[derive(Debug, Default, Serialize)]
+struct Throughput {
+    without_forks: f64,
+    /// While it is forked, and the forks are dropped.
+    with_forks: f64,
+    /// While it is forked and its children run and are compared on the same processors.
+    with_children: f64,
+    ratio: f64,
+    ratio_with_children: f64,
+}
+
+/// What a fork costs the parent.
+#[derive(Debug, Serialize)]
+struct Costs {
+    /// Its whole pause.
+    pause_us: Spread,
+    /// Of that, until its vCPUs and devices stand still.
+    park_us: Spread,
+    /// And then for freezing its memory.
+    freeze_us: Spread,
+    pages_copied: Spread,
+    pages_remapped: Spread,
+}
+
+#[derive(Debug, Default)]
+struct CostSamples {
+    pause: Sample,
+    park: Sample,
+    freeze: Sample,
+    copied: Sample,
+    remapped: Sample,
+}
+
+impl CostSamples {
+    fn push(&mut self, fork: &ForkReport) {
+        self.pause.push_us(fork.times.pause);
+        self.park.push_us(fork.times.park);
+        self.freeze.push_us(fork.times.freeze);
+        self.copied.push(fork.freeze.copied as f64);
+        self.remapped.push(fork.freeze.remapped as f64);
+    }
+
+    fn spread(&self) -> Costs {
+        Costs {
+            pause_us: self.pause.spread(),
+            park_us: self.park.spread(),
+            freeze_us: self.freeze.spread(),
+            pages_copied: self.copied.spread(),
+            pages_remapped: self.remapped.spread(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    seconds: f64,
+    seed: u64,
+    unshare: bool,
+    cpus: u64,
+    disk: &'static str,
+    forks: u64,
+    forks_per_second: f64,
+    in_flight_at_fork: u64,
+    discards: u64,
+    rounds_written: u64,
+    #[serde(flatten)]
+    tally: Tally,
+    /// Of the forks that were dropped.
+    fork: Costs,
+    /// While children ran on the same processors.
+    fork_with_children: Costs,
+    throughput_mib_s: Throughput,
+}
+
+/// What happens to the parent.
+struct Stress<'a> {
+    rig: Rig,
+    args: &'a StressArgs,
+    random: Random,
+    forks: u64,
+    in_flight: u64,
+}
+
+pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
+    let StressName::Dma = args.name;
+    if args.seconds == 0 || args.forks_per_second == 0 {
+        return Err(Failure::Input(anyhow::anyhow!(
+            "{} seconds and {} forks a second are no stress",
+            args.seconds,
+            args.forks_per_second
+        )));
+    }
+    if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
+        return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
+    }
+    let context = Context::open().map_err(Failure::input)?;
+    let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
+    let rig = Rig::boot(&context, args)?;
+    let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0 };
+    let report = stress.run(&context, seed)?;
+    if args.json {
+        print_json(&report).map_err(Failure::run)?;
+    } else {
+        print(&report)?;
+    }
+    let tally = &report.tally;
+    match (tally.is_wrong(), args.without_unshare) {
+        (false, false) | (true, true) => Ok(()),
+        (true, false) => Err(Failure::Run(anyhow::anyhow!(
+            "{} bytes are not what they must be, devices broke the rules {} times, and {} VMs were stuck (seed {seed})",
+            tally.wrong_bytes,
+            tally.violations,
+            tally.stuck
+        ))),
+        (false, true) => Err(Failure::Run(anyhow::anyhow!(
+            "nothing was wrong in {} forks without unshare: this run proves nothing (seed {seed})",
+            report.forks
+        ))),
+    }
+}
+
+impl Stress<'_> {
+    fn run(&mut self, context: &Context, seed: u64) -> Result<Report, Failure> {
+        let whole = Duration::from_secs(self.args.seconds);
+        let [least, most] = MEASURED;
+        let measured = (whole / 8).clamp(least, most);
+        let begun = Instant::now();
+        let (mut quiet, mut forking) = (Stretch::default(), Stretch::default());
+        let (mut dropped, mut kept) = (CostSamples::default(), CostSamples::default());
+        while quiet.time < measured || forking.time < measured {
+            quiet.add(&self.quiet(TURN.min(measured))?);
+            forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| true)?);
+        }
+        let (queue, waiting) = sync_channel::<Forked>(WAITING);
+        let mut checker = Checker::new(context.clone(), self.args.without_unshare, self.random.fork());
+        let thread = thread::Builder::new().name("checker".to_owned());
+        let found = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&found);
+        let checking = thread.spawn(move || {
+            for forked in waiting {
+                checker.check(&forked)?;
+                // Relaxed: what was found is read after the thread has ended.
+                tell.fetch_or(checker.tally().is_wrong(), Ordering::Relaxed);
+            }
+            Ok(checker.tally())
+        });
+        let checking = checking.map_err(Failure::run)?;
+        let left = whole.saturating_sub(begun.elapsed()).max(least);
+        let mut gone = false;
+        let mut check = |rig: &Rig, image, forked| {
+            let forked = Forked { image, expect: rig.expectation(), report: forked };
+            // The checker has ended: the reason is its result.
+            gone |= matches!(queue.try_send(forked), Err(TrySendError::Disconnected(_)));
+            !gone
+        };
+        let mut children = self.forking(left, &mut kept, &mut check)?;
+        while self.args.without_unshare
+            && !found.load(Ordering::Relaxed)
+            && !self.rig.found_any()
+            && self.forks < MAX_CONTROL_FORKS
+            && !checking.is_finished()
+        {
+            children.add(&self.forking(TURN, &mut kept, &mut check)?);
+        }
+        drop(queue);
+        let checked: Result<Tally, Failure> =
+            checking.join().map_err(|_| Failure::Run(anyhow::anyhow!("the checker panicked")))?;
+        let mut tally = checked?;
+        self.rig.finish(&mut tally)?;
+        let throughput = Throughput {
+            without_forks: quiet.mib_s(),
+            with_forks: forking.mib_s(),
+            with_children: children.mib_s(),
+            ratio: forking.mib_s() / quiet.mib_s(),
+            ratio_with_children: children.mib_s() / quiet.mib_s(),
+        };
+        let seconds = begun.elapsed().as_secs_f64();
+        Ok(Report {
+            seconds,
+            seed,
+            unshare: !self.args.without_unshare,
+            cpus: self.args.cpus,
+            disk: match self.rig.policy() {
+                CachePolicy::Direct => "direct",
+                CachePolicy::Host => "host cache",
+            },
+            forks: self.forks,
+            forks_per_second: self.forks as f64 / (forking.time + children.time).as_secs_f64(),
+            in_flight_at_fork: self.in_flight,
+            discards: self.rig.discards(),
+            rounds_written: self.rig.rounds(),
+            tally,
+            fork: dropped.spread(),
+            fork_with_children: kept.spread(),
+            throughput_mib_s: throughput,
+        })
+    }
+
+    /// The parent without forks.
+    fn quiet(&mut self, time: Duration) -> Result<Stretch, Failure> {
+        let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
+        while begun.elapsed() < time {
+            self.rig.step(&mut self.random)?;
+            thread::sleep(LOOK);
+        }
+        Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
+    }
+
+    /// The parent while it is forked on the beat; what is made of a fork is up to `then`,
+    /// which says whether to go on.
+    fn forking(
+        &mut self,
+        time: Duration,
+        costs: &mut CostSamples,
+        mut then: impl FnMut(&Rig, Arc<ForkImage>, ForkReport) -> bool,
+    ) -> Result<Stretch, Failure> {
+        let beat = Duration::from_secs(1) / self.args.forks_per_second;
+        let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
+        let mut next = begun;
+        while begun.elapsed() < time {
+            self.rig.step(&mut self.random)?;
+            let now = Instant::now();
+            if now < next {
+                thread::sleep((next - now).min(LOOK));
+                continue;
+            }
+            // Beats that were missed are made up for, but not all those of a host that stood still.
+            next = (next + beat).max(now.checked_sub(beat * MADE_UP).unwrap_or(now));
+            let (image, report) = self.rig.fork()?;
+            self.forks += 1;
+            self.in_flight += report.in_flight as u64;
+            costs.push(&report);
+            if !then(&self.rig, image, report) {
+                break;
+            }
+        }
+        Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
+    }
+}
+
+/// What was read, and in what time.
+#[derive(Debug, Default)]
+struct Stretch {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Stretch {
+    fn add(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.time += other.time;
+    }
+
+    fn mib_s(&self) -> f64 {
+        self.bytes as f64 / f64::from(1 << 20) / self.time.as_secs_f64()
+    }
+}
+
+fn print(report: &Report) -> Result<(), Failure> {
+    let mut table = Table::new(["DMA under forks", ""]);
+    let mut row = |name: &str, value: String| table.row([name.into(), value]);
+    let (t, tally) = (&report.throughput_mib_s, &report.tally);
+    row("time", format!("{:.0} s, seed {}", report.seconds, report.seed));
+    row("pinned pages are spared by freezes", if report.unshare { "yes" } else { "NO" }.into());
+    row("disk", report.disk.into());
+    row("forks", format!("{} ({:.0} a second)", report.forks, report.forks_per_second));
+    row("requests in flight at a fork", format!("{:.1}", report.in_flight_at_fork as f64 / report.forks.max(1) as f64));
+    let us = |spread: &Spread| format!("{:.0} us  (p99 {:.0})", spread.p50, spread.p99);
+    row("parent paused for", us(&report.fork.pause_us));
+    row("  until all stands still", us(&report.fork.park_us));
+    row("  then for freezing memory", us(&report.fork.freeze_us));
+    let pages = |spread: &Spread| format!("{:.0}", spread.p50);
+    let (copied, remapped) = (pages(&report.fork.pages_copied), pages(&report.fork.pages_remapped));
+    row("pages copied, remapped", format!("{copied}, {remapped}"));
+    row("parent paused for, with running children", us(&report.fork_with_children.pause_us));
+    row("children compared", format!("{}, {} of them nested", tally.children, tally.nested));
+    row("put back to their fork in place", tally.resets.to_string());
+    row("disk resets, destroyed running", format!("{}, {}", tally.disk_resets, tally.destroyed_running));
+    row("pages discarded, rounds written", format!("{}, {}", report.discards, report.rounds_written));
+    row("disk reads without forks", format!("{:.1} MiB/s", t.without_forks));
+    row("  with forks", format!("{:.1} MiB/s ({:.0} %)", t.with_forks, t.ratio * 100.0));
+    row("  with running children", format!("{:.1} MiB/s ({:.0} %)", t.with_children, t.ratio_with_children * 100.0));
+    row("bytes checked", format!("{:.2} GiB", tally.bytes_checked as f64 / f64::from(1 << 30)));
+    row("wrong bytes", tally.wrong_bytes.to_string());
+    row("stuck VMs", tally.stuck.to_string());
+    table.print().map_err(Failure::run)
+}

@@ -1,0 +1,447 @@
+//! The VM under stress: what its vCPUs and devices do, and what must be true of it at any instant.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_guests::BARE_ELF;
+use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
+use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};
+use clade_io::CachePolicy;
+use clade_memory::{GuestRam, PageRange};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::Tally;
+use crate::commands::{Failure, StressArgs};
+use clade_harness::{BareMailbox, BareVcpu};
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
+
+/// Guest memory.
+const MEMORY: u64 = 64 << 20;
+pub(super) const READER: u64 = 0;
+pub(super) const WRITER: u64 = 1;
+/// The first vCPU that has no disk. It and those behind it are pairs.
+const FIRST_OF_PAIRS: u64 = 2;
+/// How long a pair may stand still. It needs less than a millisecond, and a busy host some seconds.
+const STUCK: Duration = Duration::from_secs(20);
+
+/// The drivers' areas.
+pub(super) const READ_AREA: u64 = WORK_BASE;
+const WRITE_AREA: u64 = WORK_BASE + 0x8000;
+/// Memory that devices and CPUs share: the reader's, then the writer's.
+const SHARED: u64 = WORK_BASE + 0x1_0000;
+const DEPTH: u64 = 32;
+/// Memory of one request: the device's bytes, and behind them, in the same page, a word that the CPU counts up.
+const STRIDE: u64 = 32 << 10;
+/// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes before all of it has landed.
+const BLOCK: u64 = 60;
+/// Pages only the host writes and discards.
+const SCRATCH: u64 = WORK_BASE + (4 << 20);
+const SCRATCH_PAGES: u64 = 512;
+/// Pages nobody writes after boot.
+const STILL: u64 = WORK_BASE + (8 << 20);
+const STILL_PAGES: u64 = 2048;
+const STILL_SEED: u64 = 0x57111;
+
+const READ_BYTES: u64 = 32 << 20;
+const READ_SEED: u64 = 0x4ead;
+const WRITE_BLOCKS: u64 = 64;
+const WRITE_BYTES: u64 = WRITE_BLOCKS * BLOCK * disk::SECTOR;
+/// Of the writer's disk before its first round; round `n` writes words of this and `n`.
+const WRITE_SEED: u64 = 0x3117e;
+
+/// A source of choices: splitmix64, so that a seed tells all.
+#[derive(Clone, Debug)]
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        fill_word(self.0, 8)
+    }
+
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    /// True one time in `n`.
+    pub(super) fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub(super) fn fork(&mut self) -> Self {
+        Self(self.next())
+    }
+}
+
+/// Nanoseconds of the clock: for a seed that nobody gave.
+pub(super) fn clock() -> u32 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
+}
+
+/// What the writer does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Writes round's words, over those of the round before.
+    Write,
+    /// Reads them back.
+    Verify,
+}
+
+/// What must be true of a VM, or of a child forked at this instant.
+#[derive(Clone, Debug)]
+pub(super) struct Expectation {
+    pub(super) phase: Phase,
+    pub(super) round: u64,
+    /// The number of the writer's command.
+    pub(super) seq: u64,
+    /// The first word of every scratch page; the others are zeros.
+    scratch: Vec<u64>,
+}
+
+/// The parent, its disks' files and what it has been told.
+#[derive(Debug)]
+pub(super) struct Rig {
+    vm: Vm,
+    expect: Expectation,
+    policy: CachePolicy,
+    discards: u64,
+    found: Tally,
+    _files: tempfile::TempDir,
+}
+
+fn spec(dir: &std::path::Path, name: &str, bytes: u64, seed: u64) -> Result<DiskSpec, Failure> {
+    let path = dir.join(name);
+    let mut all = vec![0; bytes as usize];
+    disk::pattern(&mut all, seed, 0);
+    std::fs::write(&path, all).map_err(Failure::run)?;
+    let disk = DiskConfig { cache: CachePolicy::Direct, ..DiskConfig::new(&path) };
+    Ok(DiskSpec { disk, device: BlockOptions::default() })
+}
+
+/// The reader's command.
+fn reading() -> DiskRun {
+    DiskRun {
+        area: READ_AREA,
+        buffer: SHARED,
+        stride: STRIDE,
+        what: What::Verify,
+        order: Order::Random,
+        depth: DEPTH,
+        sector: 0,
+        sectors: READ_BYTES / disk::SECTOR,
+        block: BLOCK,
+        count: 0,
+        seed: READ_SEED,
+    }
+}
+
+/// A part of the writer's disk, in order: `blocks` from `first` on, with the words of a round.
+pub(super) fn writing(what: What, round: u64, first: u64, blocks: u64) -> DiskRun {
+    DiskRun {
+        area: WRITE_AREA,
+        buffer: SHARED + DEPTH * STRIDE,
+        what,
+        order: Order::Sequential,
+        sector: first * BLOCK,
+        sectors: blocks * BLOCK,
+        count: blocks,
+        seed: WRITE_SEED + round,
+        ..reading()
+    }
+}
+
+impl Rig {
+    pub(super) fn boot(context: &Context, args: &StressArgs) -> Result<Self, Failure> {
+        let files = match &args.dir {
+            Some(dir) => tempfile::tempdir_in(dir),
+            None => tempfile::tempdir(),
+        };
+        let files = files.map_err(Failure::input)?;
+        let mut config = VmConfig::bare(MEMORY, args.cpus).map_err(Failure::run)?;
+        config.disks = vec![
+            spec(files.path(), "read", READ_BYTES, READ_SEED)?,
+            spec(files.path(), "write", WRITE_BYTES, WRITE_SEED)?,
+        ];
+        let config = Arc::new(config);
+        let kernel = Image::Bytes(BARE_ELF.into());
+        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+        let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
+        (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
+        if args.without_unshare {
+            vm.ram().disable_unshare_before_protect_for_tests();
+        }
+        let run = |vcpu, command| BareVcpu::new(&vm, vcpu).run(command).map_err(Failure::run);
+        run(WRITER, Command::Fill { start: STILL, pages: STILL_PAGES, seed: STILL_SEED })?;
+        for (vcpu, area, bytes) in [(READER, READ_AREA, READ_BYTES), (WRITER, WRITE_AREA, WRITE_BYTES)] {
+            let [sectors, ..] = run(vcpu, Command::DiskOpen { slot: vcpu, area, size: 256 })?;
+            if sectors != bytes / disk::SECTOR {
+                return Err(Failure::Run(anyhow::anyhow!("the guest sees a disk of {sectors} sectors")));
+            }
+        }
+        let policy = vm.with_disk(0, |disk| disk.policy()).unwrap_or_default();
+        let expect = Expectation { phase: Phase::Verify, round: 0, seq: 0, scratch: vec![0; SCRATCH_PAGES as usize] };
+        let mut rig = Self { vm, expect, policy, discards: 0, found: Tally::default(), _files: files };
+        rig.order(READER, Command::DiskRun(reading()))?;
+        rig.begin(Phase::Write, 1)?;
+        for first in pairs(&rig.vm) {
+            // The one that waits must be able to take interrupts before the other sends the first.
+            rig.order(first + 1, Command::Relay { peer: first, first: false })?;
+            await_progress(&rig.vm, first + 1, 1)?;
+            rig.order(first, Command::Relay { peer: first + 1, first: true })?;
+        }
+        if !pairs_go_on(&rig.vm)? {
+            return Err(Failure::Run(anyhow::anyhow!("the vCPUs do not wake each other")));
+        }
+        Ok(rig)
+    }
+
+    /// Whether something wrong was found in the parent.
+    pub(super) fn found_any(&self) -> bool {
+        self.found.is_wrong()
+    }
+
+    fn order(&self, vcpu: u64, command: Command) -> Result<u64, Failure> {
+        BareMailbox::new(self.vm.ram(), vcpu).order(command).map_err(Failure::run)
+    }
+
+    fn begin(&mut self, phase: Phase, round: u64) -> Result<(), Failure> {
+        let what = if phase == Phase::Write { What::Write } else { What::Verify };
+        let seq = self.order(WRITER, Command::DiskRun(writing(what, round, 0, WRITE_BLOCKS)))?;
+        (self.expect.phase, self.expect.round, self.expect.seq) = (phase, round, seq);
+        Ok(())
+    }
+
+    pub(super) fn policy(&self) -> CachePolicy {
+        self.policy
+    }
+
+    pub(super) fn discards(&self) -> u64 {
+        self.discards
+    }
+
+    pub(super) fn rounds(&self) -> u64 {
+        self.expect.round
+    }
+
+    /// Bytes the reader has got and compared.
+    pub(super) fn read_bytes(&self) -> Result<u64, Failure> {
+        Ok(reads(self.vm.ram())? * BLOCK * disk::SECTOR)
+    }
+
+    /// What must be true at this instant. (Only this thread changes it.)
+    pub(super) fn expectation(&self) -> Expectation {
+        self.expect.clone()
+    }
+
+    pub(super) fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), Failure> {
+        self.vm.fork().map_err(Failure::run)
+    }
+
+    /// The writer's next round, if this one is over, and something done to scratch pages.
+    pub(super) fn step(&mut self, random: &mut Random) -> Result<(), Failure> {
+        if let Some(reason) = self.vm.stopped() {
+            return Err(Failure::Run(anyhow::anyhow!("the parent stopped: {reason}")));
+        }
+        let writer = BareMailbox::new(self.vm.ram(), WRITER);
+        if writer.ended().map_err(Failure::run)? >= self.expect.seq {
+            note(&writer.results().map_err(Failure::run)?, &mut self.found);
+            match self.expect.phase {
+                Phase::Write => self.begin(Phase::Verify, self.expect.round)?,
+                Phase::Verify => {
+                    self.found.bytes_checked += WRITE_BYTES;
+                    self.begin(Phase::Write, self.expect.round + 1)?;
+                }
+            }
+        }
+        let first = random.below(SCRATCH_PAGES);
+        let pages = (1 + random.below(8)).min(SCRATCH_PAGES - first);
+        if random.one_in(8) {
+            let gpa = GuestAddress(SCRATCH + first * PAGE_SIZE);
+            let Some((region, page)) = self.vm.ram().locate(gpa) else { return Ok(()) };
+            let done = region.discard(PageRange::with_len(page, pages)).map_err(Failure::run)?;
+            self.discards += done.discarded;
+            self.expect.scratch[first as usize..(first + pages) as usize].fill(0);
+        } else {
+            for page in first..first + pages {
+                let word = random.next();
+                let at = GuestAddress(SCRATCH + page * PAGE_SIZE);
+                self.vm.ram().memory().write_obj(word, at).map_err(Failure::run)?;
+                self.expect.scratch[page as usize] = word;
+            }
+        }
+        Ok(())
+    }
+
+    /// The end: the parent stops what it does, and is compared like a child.
+    pub(super) fn finish(&mut self, tally: &mut Tally) -> Result<(), Failure> {
+        tally.add(&self.found);
+        tally.stuck += u64::from(!pairs_go_on(&self.vm)?);
+        stop_and_compare(&self.vm, &self.expect, 0, tally)?;
+        self.vm.pause().map_err(Failure::run)?;
+        compare_memory(self.vm.ram(), &self.expect, None, tally)
+    }
+}
+
+/// The first vCPU of each pair.
+fn pairs(vm: &Vm) -> impl Iterator<Item = u64> {
+    (FIRST_OF_PAIRS..u64::from(vm.config().cpus())).step_by(2)
+}
+
+fn progress(vm: &Vm, vcpu: u64) -> Result<u64, Failure> {
+    BareMailbox::new(vm.ram(), vcpu).progress().map_err(Failure::run)
+}
+
+/// Waits until `vcpu` has come as far. False if it does not.
+fn await_progress(vm: &Vm, vcpu: u64, least: u64) -> Result<bool, Failure> {
+    let deadline = Instant::now() + STUCK;
+    while progress(vm, vcpu)? < least {
+        if Instant::now() > deadline || vm.stopped().is_some() {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Ok(true)
+}
+
+/// Whether all pairs of a running VM still wake each other.
+pub(super) fn pairs_go_on(vm: &Vm) -> Result<bool, Failure> {
+    let from = pairs(vm).map(|vcpu| Ok((vcpu, progress(vm, vcpu)?))).collect::<Result<Vec<_>, Failure>>()?;
+    for (vcpu, from) in from {
+        if !await_progress(vm, vcpu, from + 2)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Operations that the reader has done.
+pub(super) fn reads(ram: &GuestRam) -> Result<u64, Failure> {
+    BareMailbox::new(ram, READER).progress().map_err(Failure::run)
+}
+
+/// All of a paused guest's memory.
+pub(super) fn all(ram: &GuestRam) -> Result<Vec<u8>, Failure> {
+    let mut bytes = vec![0; MEMORY as usize];
+    let slice = ram.memory().get_slice(GuestAddress(0), bytes.len()).map_err(Failure::run)?;
+    slice.copy_to(&mut bytes);
+    Ok(bytes)
+}
+
+/// Takes note of what a disk run says of itself.
+fn note(results: &[u64; 4], tally: &mut Tally) {
+    let [_, errors, wrong, _] = results;
+    tally.violations += errors + u64::from(wrong & VIOLATION != 0);
+    tally.wrong_bytes += (wrong & !VIOLATION) * 8;
+}
+
+/// Waits until the vCPU has taken its command `seq`, so that the next one does not take its place.
+fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mailbox = BareMailbox::new(vm.ram(), vcpu);
+    while mailbox.taken().map_err(Failure::run)? < seq {
+        if Instant::now() > deadline || vm.stopped().is_some() {
+            return Err(Failure::Run(anyhow::anyhow!("vCPU {vcpu} of {} does not take its command", vm.name())));
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Ok(())
+}
+
+/// Stops the disk runs of a running VM, lets what is in flight end, and has the guest compare all of the writer's disk.
+/// Of what the reader has compared, only what came after `read_before` operations is counted: a child's run began in its parent. (Words found
+/// wrong before the fork are found in both.)
+pub(super) fn stop_and_compare(
+    vm: &Vm,
+    expect: &Expectation,
+    read_before: u64,
+    tally: &mut Tally,
+) -> Result<(), Failure> {
+    await_taken(vm, WRITER, expect.seq)?;
+    let idle = |vcpu| BareVcpu::new(vm, vcpu).run(Command::Idle).map_err(Failure::run);
+    let read = idle(READER)?;
+    note(&read, tally);
+    tally.bytes_checked += read[0].saturating_sub(read_before) * BLOCK * disk::SECTOR;
+    let written = idle(WRITER)?;
+    note(&written, tally);
+    let done = if expect.phase == Phase::Write { written[0].min(WRITE_BLOCKS) } else { WRITE_BLOCKS };
+    // Started in order, and all that were started have ended: as many blocks are this round's, the rest the last one's.
+    for (round, first, blocks) in [(expect.round, 0, done), (expect.round - 1, done, WRITE_BLOCKS - done)] {
+        if blocks > 0 {
+            let run = Command::DiskRun(writing(What::Verify, round, first, blocks));
+            note(&BareVcpu::new(vm, WRITER).run(run).map_err(Failure::run)?, tally);
+            tally.bytes_checked += blocks * BLOCK * disk::SECTOR;
+        }
+    }
+    // Nothing is counted up any more, and every word is exactly what the count says.
+    compare_counts(vm.ram(), 0, tally)
+}
+
+/// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant, up to `ahead` times more.
+pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
+    let word = |at: u64| ram.memory().read_obj::<u64>(GuestAddress(at)).map_err(Failure::run);
+    for run in [reading(), writing(What::Write, 1, 0, WRITE_BLOCKS)] {
+        let count = word(run.area + disk::STATE + disk::state::TOUCHED * 8)?;
+        for slot in 0..DEPTH {
+            let got = word(run.neighbour_of(slot).unwrap_or(run.buffer))?;
+            if !(disk::touched(count, slot, DEPTH)..=disk::touched(count + ahead, slot, DEPTH)).contains(&got) {
+                tally.wrong_bytes += 8;
+            }
+        }
+        tally.bytes_checked += DEPTH * 8;
+    }
+    Ok(())
+}
+
+/// What only the host writes, and what nobody does: of the latter a part chosen by `some`, or all.
+pub(super) fn compare_memory(
+    ram: &GuestRam,
+    expect: &Expectation,
+    some: Option<&mut Random>,
+    tally: &mut Tally,
+) -> Result<(), Failure> {
+    let mut page = vec![0u64; PAGE_WORDS as usize];
+    let look = |gpa: u64, page: &mut [u64]| -> Result<(), Failure> {
+        let slice = ram.memory().get_slice(GuestAddress(gpa), PAGE_SIZE as usize).map_err(Failure::run)?;
+        slice.copy_to(page);
+        Ok(())
+    };
+    let (mut wrong, mut pages) = (0, 0);
+    for (n, word) in (0..).zip(&expect.scratch) {
+        look(SCRATCH + n * PAGE_SIZE, &mut page)?;
+        wrong += u64::from(page[0] != *word) + page[1..].iter().filter(|word| **word != 0).count() as u64;
+        pages += 1;
+    }
+    let (first, count) = some.map_or((0, STILL_PAGES), |random| (random.below(STILL_PAGES - 64), 64));
+    for n in first..first + count {
+        let gpa = STILL + n * PAGE_SIZE;
+        look(gpa, &mut page)?;
+        wrong += (gpa..).step_by(8).zip(&page).filter(|(at, word)| fill_word(STILL_SEED, *at) != **word).count() as u64;
+        pages += 1;
+    }
+    tally.wrong_bytes += wrong * 8;
+    tally.bytes_checked += pages * PAGE_SIZE;
+    Ok(())
+}
+
+/// In a running VM: resets the reader's disk in the middle of what it does, takes it again, and reads some of it.
+pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> {
+    let run = |vcpu, command| BareVcpu::new(vm, vcpu).run(command).map_err(Failure::run);
+    let [status, ..] = run(WRITER, Command::DiskReset { area: READ_AREA })?;
+    tally.violations += u64::from(status != 0);
+    run(READER, Command::Idle)?;
+    run(READER, Command::DiskOpen { slot: READER, area: READ_AREA, size: 256 })?;
+    let again = DiskRun { count: 256, ..reading() };
+    note(&run(READER, Command::DiskRun(again))?, tally);
+    tally.bytes_checked += 256 * BLOCK * disk::SECTOR;
+    tally.disk_resets += 1;
+    Ok(())
+}
+
+const _: () = assert!(STILL + STILL_PAGES * PAGE_SIZE <= MEMORY, "the guest has room for all of it");

@@ -1,0 +1,358 @@
+//! A VM's console for people: on a Unix socket, and on a stream such as standard output.
+//!
+//! A guest never waits for a reader. What it writes goes into a bounded buffer a reader, and what does not fit is dropped:
+//! the reader is told how much.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+use clade_devices::Console;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+use crate::control::Acceptor;
+use clade_vmm::vm::Vm;
+
+/// Bytes that wait for a reader. More than a console replays to who attaches.
+const MAX_WAITING: usize = 256 << 10;
+/// Connections to one console.
+const MAX_CONNECTIONS: usize = 16;
+/// How long a reader may take for the last output of a VM that has ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+
+/// Which of a VM's consoles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    Serial,
+    Virtio,
+}
+
+impl Line {
+    fn of(self, vm: &Vm) -> Option<&Console> {
+        match self {
+            Self::Serial => Some(vm.console()),
+            Self::Virtio => vm.virtio_console(),
+        }
+    }
+
+    fn type_in(self, vm: &Vm, bytes: &[u8]) -> usize {
+        match self {
+            Self::Serial => vm.type_in(bytes),
+            Self::Virtio => vm.type_in_virtio(bytes),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: VecDeque<u8>,
+    dropped: u64,
+    /// The console has gone, or the reader has.
+    is_closed: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    /// For [`OutputReader::next`].
+    changed: Notify,
+    /// For [`OutputReader::overdue`].
+    closed: Notify,
+}
+
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        self.waiting().is_closed = true;
+        self.changed.notify_one();
+        self.closed.notify_one();
+    }
+}
+
+/// The console's end of an output buffer: a listener that never blocks.
+struct OutputWriter(Arc<Shared>);
+
+impl Write for OutputWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut waiting = self.0.waiting();
+        if waiting.is_closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        // After a gap nothing more is taken before the reader has been told of it: output stays in order.
+        let room = if waiting.dropped == 0 { MAX_WAITING - waiting.bytes.len() } else { 0 };
+        let (taken, over) = bytes.split_at(bytes.len().min(room));
+        waiting.bytes.extend(taken);
+        waiting.dropped += over.len() as u64;
+        drop(waiting);
+        self.0.changed.notify_one();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for OutputWriter {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// The reader's end of an output buffer.
+struct OutputReader(Arc<Shared>);
+
+fn output() -> (OutputWriter, OutputReader) {
+    let shared = Arc::<Shared>::default();
+    (OutputWriter(Arc::clone(&shared)), OutputReader(shared))
+}
+
+impl OutputReader {
+    /// The next output; None once the console has gone and all is read.
+    async fn next(&self) -> Option<Vec<u8>> {
+        loop {
+            {
+                let mut waiting = self.0.waiting();
+                if !waiting.bytes.is_empty() {
+                    return Some(std::mem::take(&mut waiting.bytes).into());
+                }
+                let dropped = std::mem::take(&mut waiting.dropped);
+                if dropped > 0 {
+                    return Some(format!("\r\n[clade: {dropped} bytes of output dropped]\r\n").into_bytes());
+                }
+                if waiting.is_closed {
+                    return None;
+                }
+            }
+            self.0.changed.notified().await;
+        }
+    }
+
+    /// Returns some time after the console has gone.
+    async fn overdue(&self) {
+        // Notified before it is waited for is noticed all the same.
+        self.0.closed.notified().await;
+        tokio::time::sleep(LAST_OUTPUT).await;
+    }
+}
+
+impl Drop for OutputReader {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Accepts people on a VM's console socket until the task is aborted.
+pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
+    let connections = Arc::<AtomicUsize>::default();
+    let Some(mut acceptor) = Acceptor::new(listener, "console socket") else { return };
+    loop {
+        let stream = acceptor.next().await;
+        // Relaxed: a bound, and nothing else follows from it.
+        if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            connections.fetch_sub(1, Ordering::Relaxed);
+            let refusal = format!("[clade: {MAX_CONNECTIONS} connections to this console are the limit]\r\n");
+            let _ = stream.try_write(refusal.as_bytes());
+            continue;
+        }
+        let (vm, connections) = (Weak::clone(&vm), Arc::clone(&connections));
+        tokio::spawn(async move {
+            attend(stream, vm, line).await;
+            connections.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+}
+
+/// Drops a VM on a thread of its own if this is its last handle: its end waits for threads and for the kernel, and all
+/// connections share one thread.
+fn let_go(vm: Arc<Vm>) {
+    if let Some(vm) = Arc::into_inner(vm) {
+        drop_elsewhere(vm);
+    }
+}
+
+fn drop_elsewhere(what: impl Send + 'static) {
+    // Where no thread can be made it is dropped here, with the closure.
+    let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
+}
+
+/// One person's connection, to its end.
+async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
+    let (mut from_person, mut to_person) = stream.into_split();
+    let reader = {
+        let Some(vm) = vm.upgrade() else { return };
+        let (writer, reader) = output();
+        let listens = line.of(&vm).map(|console| console.listen(Box::new(writer))).is_some();
+        let_go(vm);
+        if !listens {
+            return;
+        }
+        reader
+    };
+    let typing = async {
+        let mut bytes = [0; 4096];
+        loop {
+            match from_person.read(&mut bytes).await {
+                Ok(0) | Err(_) => return,
+                Ok(typed) => {
+                    let Some(vm) = vm.upgrade() else { return };
+                    line.type_in(&vm, &bytes[..typed]);
+                    let_go(vm);
+                }
+            }
+        }
+    };
+    let showing = async {
+        while let Some(bytes) = reader.next().await {
+            if to_person.write_all(&bytes).await.is_err() {
+                // Who reads no more may have typed before leaving: `typing` ends at the end of that.
+                return std::future::pending().await;
+            }
+        }
+    };
+    tokio::select! {
+        () = typing => {}
+        () = showing => {}
+        () = reader.overdue() => {}
+    }
+}
+
+/// A console on standard output, or on whatever else may block.
+#[derive(Debug)]
+pub struct OutputThread(Receiver<()>);
+
+impl OutputThread {
+    /// Writes the end of what there is, and all that follows, to `sink`.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn attach(console: &Console, runtime: &Handle, mut sink: impl Write + Send + 'static) -> io::Result<Self> {
+        let (writer, reader) = output();
+        let (done, finished) = channel();
+        let runtime = runtime.clone();
+        let show = move || {
+            while let Some(bytes) = runtime.block_on(reader.next()) {
+                // Flushed each time: a prompt has no line end.
+                if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
+                    break;
+                }
+            }
+            // Nobody waits for it if the process ends otherwise.
+            let _ = done.send(());
+        };
+        thread::Builder::new().name("clade-output".into()).spawn(show)?;
+        console.listen(Box::new(writer));
+        Ok(Self(finished))
+    }
+
+    /// Waits until all is written, which is soon after the VM is dropped; not for a reader that does not read.
+    pub fn finish(self) {
+        let _ = self.0.recv_timeout(LAST_OUTPUT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_loses_output_and_is_told_how_much() {
+        let (writer, reader) = output();
+        let mut console = Console::default();
+        console.listen(Box::new(writer));
+        for _ in 0..MAX_WAITING / 1024 {
+            console.write_all(&[b'a'; 1024]).unwrap();
+        }
+        console.write_all(b"lost").unwrap();
+        let all = block_on(reader.next()).unwrap();
+        assert_eq!(all, vec![b'a'; MAX_WAITING]);
+        // Still lost: what came after a gap must not stand before the word of it.
+        console.write_all(b"too").unwrap();
+        let told = String::from_utf8(block_on(reader.next()).unwrap()).unwrap();
+        assert!(told.contains("7 bytes of output dropped"), "{told}");
+        console.write_all(b"again").unwrap();
+        assert_eq!(block_on(reader.next()).unwrap(), b"again");
+        drop(console);
+        assert_eq!(block_on(reader.next()), None);
+    }
+
+    #[test]
+    fn a_sink_that_nobody_reads_holds_nobody_up() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (unread, sink) = io::pipe().unwrap();
+        let mut console = Console::default();
+        let thread = OutputThread::attach(&console, runtime.handle(), sink).unwrap();
+        // Many times what the pipe and the buffer take. It would block for ever.
+        for _ in 0..1024 {
+            console.write_all(&[b'x'; 4096]).unwrap();
+        }
+        drop(console);
+        thread.finish();
+        drop(unread);
+    }
+
+    #[test]
+    fn what_is_replayed_is_flushed() {
+        #[derive(Clone, Default)]
+        struct Buffered(Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
+        impl Write for Buffered {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().0.extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                let mut both = self.0.lock().unwrap();
+                let written = std::mem::take(&mut both.0);
+                both.1.extend(written);
+                Ok(())
+            }
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let sink = Buffered::default();
+        let mut console = Console::default();
+        console.write_all(b"clade# ").unwrap();
+        let thread = OutputThread::attach(&console, runtime.handle(), sink.clone()).unwrap();
+        drop(console);
+        thread.finish();
+        assert_eq!(sink.0.lock().unwrap().1, b"clade# ");
+    }
+
+    #[test]
+    fn who_attaches_is_shown_the_last_lines() {
+        let mut console = Console::default();
+        console.write_all(b"login: ").unwrap();
+        let (writer, reader) = output();
+        console.listen(Box::new(writer));
+        assert_eq!(block_on(reader.next()).unwrap(), b"login: ");
+        drop(reader);
+        console.write_all(b"x").unwrap();
+    }
+
+    #[test]
+    fn what_takes_its_time_to_end_does_so_on_another_thread() {
+        struct Slow(std::sync::mpsc::Sender<thread::ThreadId>);
+        impl Drop for Slow {
+            fn drop(&mut self) {
+                self.0.send(thread::current().id()).unwrap();
+            }
+        }
+        let (sender, dropped) = channel();
+        drop_elsewhere(Slow(sender));
+        assert_ne!(dropped.recv().unwrap(), thread::current().id());
+    }
+}

@@ -1,0 +1,384 @@
+//! What goes over the control socket.
+
+use serde::{Deserialize, Serialize};
+
+use std::path::PathBuf;
+
+use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
+use clade_devices::virtio::net::Mac;
+
+use crate::fleet::Listed;
+use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VsockChoice};
+
+/// What a VM is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Its vCPUs run.
+    Running,
+    /// Its owner has paused it.
+    Paused,
+    /// It has ended.
+    Stopped,
+}
+
+/// A VM's pages by kind; see `clade_memory::RamStats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryInfo {
+    /// Guest memory in MiB.
+    pub mib: u64,
+    /// Pages that are zeros in no layer.
+    pub reference_pages: u64,
+    /// Pages provided by a layer.
+    pub shared_pages: u64,
+    /// Pages the VM owns outright.
+    pub exclusive_pages: u64,
+    /// Of them, pinned for DMA.
+    pub pinned_pages: u64,
+    /// Memory that goes when the VM goes.
+    pub private_kib: u64,
+}
+
+/// A network device, and what has gone through it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetInfo {
+    /// The interface on the host.
+    pub tap: String,
+    /// The guest's address.
+    pub mac: Mac,
+    /// Bytes received by the guest.
+    pub received_bytes: u64,
+    /// Bytes sent by the guest.
+    pub sent_bytes: u64,
+    /// Packets that the interface or the driver would not have.
+    pub dropped: u64,
+}
+
+/// A socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockInfo {
+    /// The guest's address.
+    pub cid: u64,
+    /// Where the host connects.
+    pub socket: PathBuf,
+}
+
+/// A disk, and what has gone wrong with it on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Its image.
+    pub path: PathBuf,
+    /// Writes that failed because there was no room for them on the host.
+    pub no_room: u64,
+    /// Whether a write was lost: nothing more is made durable.
+    pub lost: bool,
+}
+
+/// A VM as it is listed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it is doing.
+    pub state: VmState,
+    /// Why it stopped.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stopped: Option<StopReason>,
+    /// Whose child it is.
+    pub parent: Option<String>,
+    /// Forks between it and the VM that was booted.
+    pub generation: u32,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Seconds since it was made.
+    pub age_s: f64,
+    /// Its memory, if the kernel could be asked.
+    pub memory: Option<MemoryInfo>,
+    /// Its network devices.
+    #[serde(default)]
+    pub nets: Vec<NetInfo>,
+    /// Its disks.
+    #[serde(default)]
+    pub disks: Vec<DiskInfo>,
+    /// Its socket device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vsock: Option<VsockInfo>,
+}
+
+fn disks(vm: &Vm) -> Vec<DiskInfo> {
+    let info = |at| {
+        vm.with_disk(at, |disk| {
+            let health = disk.health();
+            DiskInfo { path: disk.config().path.clone(), no_room: health.no_room, lost: health.lost }
+        })
+    };
+    (0..vm.config().disks.len()).filter_map(info).collect()
+}
+
+fn nets(vm: &Vm) -> Vec<NetInfo> {
+    let info = |(at, own): (usize, &clade_vmm::vm::NetIdentity)| {
+        let stats = vm.net_stats(at).unwrap_or_default();
+        let (received_bytes, sent_bytes, dropped) = (stats.received_bytes, stats.sent_bytes, stats.dropped);
+        NetInfo { tap: own.tap.clone(), mac: own.mac, received_bytes, sent_bytes, dropped }
+    };
+    vm.identity().nets.iter().enumerate().map(info).collect()
+}
+
+fn vsock(identity: &Identity) -> Option<VsockInfo> {
+    identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
+}
+
+impl From<&Listed> for VmInfo {
+    fn from(listed: &Listed) -> Self {
+        let vm = &listed.vm;
+        let stopped = vm.stopped();
+        let state = match (&stopped, vm.is_paused()) {
+            (Some(_), _) => VmState::Stopped,
+            (None, true) => VmState::Paused,
+            (None, false) => VmState::Running,
+        };
+        let memory = vm.memory_stats().ok().map(|stats| MemoryInfo {
+            mib: vm.config().layout().bytes() >> 20,
+            reference_pages: stats.reference,
+            shared_pages: stats.shared,
+            exclusive_pages: stats.exclusive,
+            pinned_pages: stats.pinned,
+            private_kib: stats.private_kib,
+        });
+        Self {
+            name: vm.name().to_owned(),
+            pid: std::process::id(),
+            state,
+            stopped,
+            parent: listed.parent.clone(),
+            generation: vm.generation(),
+            cpus: vm.config().cpus(),
+            age_s: vm.age().as_secs_f64(),
+            memory,
+            nets: nets(vm),
+            disks: disks(vm),
+            vsock: vsock(vm.identity()),
+        }
+    }
+}
+
+/// A fork to be made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkRequest {
+    /// Children, 1 if not given.
+    #[serde(default = "one")]
+    pub count: usize,
+    /// Their names, `{n}` standing for a number; the parent's name and a number if not given.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Whether they wait for a resume.
+    #[serde(default)]
+    pub paused: bool,
+    /// What is chosen for their network devices, in order.
+    #[serde(default)]
+    pub nets: Vec<NetChoice>,
+    /// What is chosen for their socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockChoice>,
+}
+
+impl ForkRequest {
+    /// What is chosen for the children's devices.
+    #[must_use]
+    pub fn identity(&self) -> ChildIdentity {
+        ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+    }
+}
+
+/// What a balloon is to be.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// MiB the guest is to give up, in all.
+    pub target_mib: u64,
+}
+
+/// A balloon, and what the guest says of its memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// MiB the guest is asked to give up.
+    pub target_mib: f64,
+    /// MiB it says it has given up.
+    pub actual_mib: f64,
+    /// Pages discarded so far: given up when asked, or free and reported.
+    pub discarded_pages: u64,
+    /// Pages that stayed because a device had them pinned.
+    pub pinned_pages: u64,
+    /// Whether the guest has answered just now; what it says is of an earlier time otherwise.
+    pub answered: bool,
+    /// What the guest says; absent if it never has.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub guest: Option<GuestMemory>,
+}
+
+/// What a guest says of its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// All of it.
+    pub total_kib: u64,
+    /// Used for nothing.
+    pub free_kib: u64,
+    /// To be had without swapping.
+    pub available_kib: u64,
+    /// Disk caches.
+    pub caches_kib: u64,
+    /// Faults that needed a disk.
+    pub major_faults: u64,
+    /// Other faults.
+    pub minor_faults: u64,
+}
+
+impl BalloonInfo {
+    /// From what the device knows.
+    #[must_use]
+    pub fn new(stats: &BalloonStats, answered: bool) -> Self {
+        let mib = |pages: u32| f64::from(pages) / 256.0;
+        let said = |stat| stats.guest.iter().find(|(tag, _)| *tag == stat).map_or(0, |(_, value)| *value);
+        let guest = (!stats.guest.is_empty()).then(|| GuestMemory {
+            total_kib: said(BalloonStat::Total) >> 10,
+            free_kib: said(BalloonStat::Free) >> 10,
+            available_kib: said(BalloonStat::Available) >> 10,
+            caches_kib: said(BalloonStat::Caches) >> 10,
+            major_faults: said(BalloonStat::MajorFaults),
+            minor_faults: said(BalloonStat::MinorFaults),
+        });
+        Self {
+            target_mib: mib(stats.target),
+            actual_mib: mib(stats.actual),
+            discarded_pages: stats.discarded,
+            pinned_pages: stats.pinned,
+            answered,
+            guest,
+        }
+    }
+}
+
+fn one() -> usize {
+    1
+}
+
+/// A fork that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ForkAnswer {
+    /// The children's names.
+    pub children: Vec<String>,
+    /// What is theirs alone, in the same order; empty if they have no such devices.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub identities: Vec<IdentityInfo>,
+    /// How long the parent was paused, in microseconds.
+    pub pause_us: f64,
+    /// Of that, freezing memory.
+    pub freeze_us: f64,
+    /// The whole request, until the last child was started.
+    pub total_us: f64,
+    /// Pages that became shared without being copied.
+    pub remapped_pages: u64,
+    /// Pages copied.
+    pub copied_pages: u64,
+}
+
+/// A snapshot to be made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Its directory; absolute, because this process may have another working directory than who asks.
+    pub dir: PathBuf,
+    /// Only what changed since the VM was last saved, or restored.
+    #[serde(default)]
+    pub incremental: bool,
+    /// Whether its files are compressed (zstd), and so cannot be mapped.
+    #[serde(default)]
+    pub zstd: bool,
+    /// Whether a snapshot that is there is replaced although others depend on it.
+    #[serde(default)]
+    pub replace: bool,
+}
+
+/// A snapshot that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotAnswer {
+    /// Where it is.
+    pub dir: PathBuf,
+    /// Which it is.
+    pub id: String,
+    /// How long the VM was paused, in microseconds.
+    pub pause_us: f64,
+    /// The whole request, until all was on the disk.
+    pub total_us: f64,
+    /// Pages of memory and disks that were written.
+    pub data_pages: u64,
+    /// Pages that are zeros.
+    pub zero_pages: u64,
+    /// Bytes of the files.
+    pub data_bytes: u64,
+    /// The base cannot be written to, and has no note of this one.
+    #[serde(default)]
+    pub base_untold: bool,
+}
+
+/// How far the snapshot is that is being made of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotProgress {
+    /// Whether one is.
+    pub running: bool,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes to do, at most.
+    pub total: u64,
+}
+
+/// A record of what a VM touches first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmAnswer {
+    /// Pages in it.
+    pub pages: u64,
+}
+
+/// What is a child's alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityInfo {
+    /// Its network devices.
+    pub nets: Vec<NetInfo>,
+    /// Its socket device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vsock: Option<VsockInfo>,
+}
+
+impl IdentityInfo {
+    /// A VM's; none if it has nothing of the kind.
+    #[must_use]
+    pub fn of(vm: &Vm) -> Option<Self> {
+        let (nets, vsock) = (nets(vm), vsock(vm.identity()));
+        (!nets.is_empty() || vsock.is_some()).then_some(Self { nets, vsock })
+    }
+}
+
+/// A reset that was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetAnswer {
+    /// The VM, as it is after it.
+    pub vm: VmInfo,
+    /// Pages that had been written since, and were dropped.
+    pub dropped_pages: u64,
+    /// Pages mapped anew.
+    pub remapped_pages: u64,
+    /// Of the whole, putting memory back, in microseconds.
+    pub memory_us: f64,
+    /// The whole, from asking the vCPUs to stop until they were let go.
+    pub total_us: f64,
+}
+
+/// The last a VM has written to its console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogsAnswer {
+    /// At most 32 KiB, as text.
+    pub console: String,
+}

@@ -1,0 +1,204 @@
+//! Listening on the control sockets: limits, time-outs, and an end that answers what was asked.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Response};
+use http_body_util::BodyExt;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::console;
+use crate::control::server::{ApiError, router};
+use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
+use clade_vmm::vm::{Context, Vm};
+
+/// Connections to control sockets of the process. More wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 256;
+/// How long a request's head may take, and how long a connection may be idle.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request's body may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most bytes of a request's body.
+const MAX_BODY: usize = 64 << 10;
+/// Most bytes of one that is too long which are read away, so that its sender stays to read the answer.
+const MAX_DISCARDED: usize = 16 << 20;
+/// How long to wait after a connection could not be accepted. Descriptors do not come back sooner for trying.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
+/// How long those who have asked something may take to read the answer when the process ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Accepts connections of this user and of root.
+pub(crate) struct Acceptor {
+    listener: tokio::net::UnixListener,
+    what: &'static str,
+    is_failing: bool,
+}
+
+impl Acceptor {
+    /// Takes over a socket that listens; None, with an error in the log, where the runtime does not take it.
+    pub(crate) fn new(listener: UnixListener, what: &'static str) -> Option<Self> {
+        let listener = listener.set_nonblocking(true).and_then(|()| tokio::net::UnixListener::from_std(listener));
+        match listener {
+            Ok(listener) => Some(Self { listener, what, is_failing: false }),
+            Err(error) => {
+                tracing::error!(%error, what, "no connections are accepted");
+                None
+            }
+        }
+    }
+
+    /// The next connection. Where none can be accepted (no descriptors), it waits; the first failure of a row is a warning.
+    pub(crate) async fn next(&mut self) -> UnixStream {
+        let own = rustix::process::geteuid().as_raw();
+        let what = self.what;
+        loop {
+            let (stream, _) = match self.listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    if !std::mem::replace(&mut self.is_failing, true) {
+                        tracing::warn!(%error, what, "connections cannot be accepted");
+                    }
+                    sleep(ACCEPT_BACKOFF).await;
+                    continue;
+                }
+            };
+            self.is_failing = false;
+            // The socket's mode says the same; this holds also where the directory was made by other means.
+            match stream.peer_cred() {
+                Ok(peer) if peer.uid() == own || peer.uid() == 0 => return stream,
+                Ok(peer) => tracing::warn!(uid = peer.uid(), what, "a connection of another user is refused"),
+                Err(error) => tracing::warn!(%error, what, "a connection of an unknown user is refused"),
+            }
+        }
+    }
+}
+
+/// Reads a request's body before the request is looked at.
+///
+/// A server that answers and closes with unread bytes resets the connection, and the answer is lost.
+async fn read_body(request: Request, next: Next) -> Response {
+    let (head, mut body) = request.into_parts();
+    let read = async {
+        let (mut bytes, mut discarded) = (Vec::new(), 0);
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame?.into_data() else { continue };
+            if discarded == 0 && bytes.len() + data.len() <= MAX_BODY {
+                bytes.extend_from_slice(&data);
+                continue;
+            }
+            discarded += data.len();
+            if discarded > MAX_DISCARDED {
+                break;
+            }
+        }
+        Ok::<_, axum::Error>((bytes, discarded))
+    };
+    let refused = |status, text: String| ApiError { status, text }.into_response();
+    match timeout(BODY_TIMEOUT, read).await {
+        Ok(Ok((bytes, 0))) => next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await,
+        Ok(Ok(_)) => refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a body of more than {MAX_BODY} bytes")),
+        Ok(Err(error)) => refused(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}")),
+        Err(_) => {
+            refused(StatusCode::REQUEST_TIMEOUT, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()))
+        }
+    }
+}
+
+/// Serves the sockets of a fleet on a runtime.
+struct Listener {
+    runtime: Handle,
+    router: Router,
+    connections: Arc<Semaphore>,
+    ending: watch::Sender<bool>,
+}
+
+/// Ends a task with the thing that has it.
+struct Abort(AbortHandle);
+
+impl Drop for Abort {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// One connection, until its client is done or the process ends. An answer that is due is given.
+async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
+    let service = TowerToHyperService::new(router);
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        // An error is the sender gone, which is the end too.
+        () = async { drop(ending.wait_for(|ending| *ending).await) } => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = served {
+        // A client that went away, or was too slow.
+        tracing::debug!(%error, "control connection");
+    }
+}
+
+impl Serve for Listener {
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
+        let mut tasks = Vec::new();
+        for (line, socket) in sockets.consoles {
+            let served = self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line));
+            tasks.push(Abort(served.abort_handle()));
+        }
+        let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
+        let control = self.runtime.spawn(async move {
+            let Some(mut acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
+            loop {
+                let stream = acceptor.next().await;
+                // Waited for before another connection is accepted. The semaphore is never closed.
+                let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
+                let (router, ending) = (router.clone(), ending.subscribe());
+                tokio::spawn(async move {
+                    answer(stream, router, ending).await;
+                    drop(permit);
+                });
+            }
+        });
+        tasks.push(Abort(control.abort_handle()));
+        Serving::new(tasks)
+    }
+
+    fn finish(&self) {
+        // Nobody to be told is as good.
+        let _ = self.ending.send(true);
+        let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
+        // Those that are not done by then are cut off.
+        let _ = self.runtime.block_on(async { timeout(LAST_ANSWERS, all).await.map(drop) });
+    }
+}
+
+/// A fleet whose control sockets are served on `runtime`.
+///
+/// # Errors
+/// When the sockets' directory cannot be made or used.
+pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fleet, FleetError> {
+    Fleet::new(context, dir, |fleet| {
+        Box::new(Listener {
+            runtime: runtime.clone(),
+            router: router(fleet).layer(from_fn(read_body)),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            ending: watch::Sender::new(false),
+        })
+    })
+}

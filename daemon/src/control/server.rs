@@ -1,0 +1,387 @@
+//! What the control sockets answer.
+
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use clade_snapshot::Compression;
+use serde_json::json;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::control::api::{
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, LogsAnswer, ResetAnswer, SnapshotAnswer,
+    SnapshotProgress, SnapshotRequest, VmInfo, WarmAnswer,
+};
+use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
+use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
+
+/// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long a request waits for a thread where no more can be made.
+const THREAD_PATIENCE: Duration = Duration::from_secs(5);
+
+/// An error as the API gives it.
+pub(super) struct ApiError {
+    pub(super) status: StatusCode,
+    pub(super) text: String,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.status, Json(json!({ "error": self.text }))).into_response()
+    }
+}
+
+impl From<FleetError> for ApiError {
+    fn from(error: FleetError) -> Self {
+        let status = match &error {
+            FleetError::BadName { .. }
+            | FleetError::Pattern { .. }
+            | FleetError::Count { .. }
+            | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
+            FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
+            FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
+            FleetError::Taken { .. }
+            | FleetError::Ending
+            | FleetError::Cancelled { .. }
+            | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
+                StatusCode::CONFLICT
+            }
+            FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
+            FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
+            FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            FleetError::Runtime { .. }
+            | FleetError::Unreleased { .. }
+            | FleetError::LinkedDir { .. }
+            | FleetError::ForeignDir { .. }
+            | FleetError::OpenDir { .. }
+            | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self { status, text: clade_vmm::error_chain(&error) }
+    }
+}
+
+/// Whose mistake it is that there is no snapshot.
+fn snapshot_status(error: &SnapshotError) -> StatusCode {
+    use clade_snapshot::Error;
+    match error {
+        SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
+        // A place where there can be none.
+        SnapshotError::Files(Error::File { source, .. })
+            if matches!(
+                source.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            StatusCode::BAD_REQUEST
+        }
+        SnapshotError::Files(
+            Error::NotASnapshot { .. }
+            | Error::Parent { .. }
+            | Error::WrongId { .. }
+            | Error::Cycle { .. }
+            | Error::TooDeep { .. }
+            | Error::Shape { .. }
+            | Error::Needed { .. }
+            | Error::Locked { .. }
+            | Error::OwnChain { .. }
+            | Error::Cancelled,
+        )
+        | SnapshotError::NoBase { .. }
+        | SnapshotError::Busy { .. }
+        | SnapshotError::Vm(VmError::Stopped(_) | VmError::HalfReset) => StatusCode::CONFLICT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, text: rejection.body_text() }
+    }
+}
+
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
+async fn with_fleet<T: Send + 'static>(
+    fleet: WeakFleet,
+    work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let gone = || failed(StatusCode::INTERNAL_SERVER_ERROR, "the process is ending");
+    let fleet = fleet.upgrade().ok_or_else(gone)?;
+    Ok(on_a_thread(THREAD_PATIENCE, move || work(&fleet)).await??)
+}
+
+fn failed(status: StatusCode, text: &str) -> ApiError {
+    ApiError { status, text: text.to_owned() }
+}
+
+/// Runs blocking work on a thread, if one is free within `patience`; else not at all.
+async fn on_a_thread<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let no_thread = || failed(StatusCode::SERVICE_UNAVAILABLE, "there is no thread for the request");
+    // Whoever sets it first decides whether the work is done.
+    let taken = Arc::new(AtomicBool::new(false));
+    let (begin, begun) = oneshot::channel();
+    let takes = Arc::clone(&taken);
+    let run = move || {
+        // Relaxed: what follows goes through the channel and the task.
+        if takes.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        // Who asked may have gone.
+        let _ = begin.send(());
+        Some(work())
+    };
+    // It panics when no thread can be made and there is none. That is this request's end, not the connection's.
+    let task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
+    if timeout(patience, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
+        return Err(no_thread());
+    }
+    let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");
+    task.await.map_err(panicked)?.ok_or_else(no_thread)
+}
+
+async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
+    Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.list().iter().map(VmInfo::from).collect())).await?))
+}
+
+async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    Ok(Json(with_fleet(fleet, move |fleet| Ok(VmInfo::from(&fleet.get(&name)?))).await?))
+}
+
+#[derive(Clone, Copy)]
+enum Verb {
+    Pause,
+    Resume,
+}
+
+async fn act(fleet: WeakFleet, name: String, verb: Verb) -> Answer<VmInfo> {
+    let info = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        match verb {
+            Verb::Pause => listed.vm.pause()?,
+            Verb::Resume => listed.vm.resume()?,
+        }
+        Ok(VmInfo::from(&listed))
+    });
+    Ok(Json(info.await?))
+}
+
+async fn stop(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    Ok(Json(with_fleet(fleet, move |fleet| fleet.stop(&name, |listed| VmInfo::from(listed))).await?))
+}
+
+async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
+    Ok(Json(with_fleet(fleet, move |fleet| Ok(LogsAnswer { console: last_output(&fleet.get(&name)?.vm) })).await?))
+}
+
+/// Cancels a request when its handler is dropped, which is when the connection is closed.
+struct CancelOnDrop(Cancel);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.client_gone();
+    }
+}
+
+async fn fork(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<ForkRequest>, JsonRejection>,
+) -> Answer<ForkAnswer> {
+    let Json(request) = request?;
+    let cancel = Cancel::default();
+    let _cancel_on_drop = CancelOnDrop(cancel.clone());
+    let made = with_fleet(fleet, move |fleet| {
+        let begun = Instant::now();
+        let options = ChildOptions { paused: request.paused, before_start: None };
+        let identity = request.identity();
+        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
+        let us = |d: std::time::Duration| d.as_secs_f64() * 1e6;
+        Ok(ForkAnswer {
+            children: children.iter().map(|vm| vm.name().to_owned()).collect(),
+            identities: children.iter().filter_map(|vm| IdentityInfo::of(vm)).collect(),
+            pause_us: us(report.times.pause),
+            freeze_us: us(report.times.freeze),
+            total_us: us(begun.elapsed()),
+            remapped_pages: report.freeze.remapped,
+            copied_pages: report.freeze.copied,
+        })
+    });
+    Ok(Json(made.await?))
+}
+
+async fn snapshot(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<SnapshotRequest>, JsonRejection>,
+) -> Answer<SnapshotAnswer> {
+    let Json(SnapshotRequest { dir, incremental, zstd, replace }) = request?;
+    if !dir.is_absolute() {
+        let text = format!("{} is not an absolute path", dir.display());
+        return Err(ApiError { status: StatusCode::BAD_REQUEST, text });
+    }
+    let made = with_fleet(fleet, move |fleet| {
+        let compression = if zstd { Compression::Zstd } else { Compression::None };
+        let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression, replace })?;
+        let us = |d: Duration| d.as_secs_f64() * 1e6;
+        Ok(SnapshotAnswer {
+            dir: report.place.dir,
+            id: report.place.id.to_string(),
+            pause_us: us(report.times.pause),
+            total_us: us(report.took),
+            data_pages: report.saved.data_pages,
+            zero_pages: report.saved.zero_pages,
+            data_bytes: report.saved.data_bytes,
+            base_untold: report.saved.base_untold,
+        })
+    });
+    Ok(Json(made.await?))
+}
+
+async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
+    let made = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        let report = listed.vm.reset_to_origin()?;
+        let us = |d: Duration| d.as_secs_f64() * 1e6;
+        Ok(ResetAnswer {
+            vm: VmInfo::from(&listed),
+            dropped_pages: report.memory.dropped,
+            remapped_pages: report.memory.remapped,
+            memory_us: us(report.drop),
+            total_us: us(report.total),
+        })
+    });
+    Ok(Json(made.await?))
+}
+
+fn progress(vm: &Vm) -> SnapshotProgress {
+    let progress = vm.snapshot_progress();
+    let (done, total) = progress.unwrap_or_default();
+    SnapshotProgress { running: progress.is_some(), done, total }
+}
+
+async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
+    Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
+}
+
+async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
+    let cancelled = with_fleet(fleet, move |fleet| {
+        let vm = fleet.get(&name)?.vm;
+        vm.cancel_snapshot();
+        Ok(progress(&vm))
+    });
+    Ok(Json(cancelled.await?))
+}
+
+async fn warm(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WarmAnswer> {
+    let recorded = with_fleet(fleet, move |fleet| Ok(WarmAnswer { pages: fleet.get(&name)?.vm.record_warm()? }));
+    Ok(Json(recorded.await?))
+}
+
+/// Asks the guest, and takes what it said before if it does not answer in time.
+fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
+    let before = vm.balloon_stats()?.answers;
+    vm.ask_balloon()?;
+    let deadline = Instant::now() + ANSWER;
+    loop {
+        let stats = vm.balloon_stats()?;
+        let answered = stats.answers != before;
+        if answered || Instant::now() > deadline {
+            return Ok(BalloonInfo::new(&stats, answered));
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
+    Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
+}
+
+async fn set_balloon(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<BalloonRequest>, JsonRejection>,
+) -> Answer<BalloonInfo> {
+    let Json(request) = request?;
+    let set = with_fleet(fleet, move |fleet| {
+        let vm = fleet.get(&name)?.vm;
+        vm.set_balloon(request.target_mib)?;
+        ask_balloon(&vm)
+    });
+    Ok(Json(set.await?))
+}
+
+pub(super) fn router(fleet: WeakFleet) -> Router {
+    let verb =
+        |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
+    Router::new()
+        .route("/v1/vms", get(list))
+        .route("/v1/vms/{name}", get(show))
+        .route("/v1/vms/{name}/fork", post(fork))
+        .route("/v1/vms/{name}/reset", post(reset))
+        .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
+        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
+        .route("/v1/vms/{name}/warm", post(warm))
+        .route("/v1/vms/{name}/pause", verb(Verb::Pause))
+        .route("/v1/vms/{name}/resume", verb(Verb::Resume))
+        .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/logs", get(logs))
+        .fallback(async || ApiError { status: StatusCode::NOT_FOUND, text: "there is no such path".into() })
+        .method_not_allowed_fallback(async || ApiError {
+            status: StatusCode::METHOD_NOT_ALLOWED,
+            text: "the path is not for that method".into(),
+        })
+        .with_state(fleet)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_request_without_a_thread_is_refused_and_not_done_later() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let (end, ended) = mpsc::channel::<()>();
+        runtime.block_on(async {
+            let long = tokio::task::spawn_blocking(move || ended.recv().is_err());
+            let done = Arc::new(AtomicBool::new(false));
+            let does = Arc::clone(&done);
+            let refused = on_a_thread(Duration::from_millis(10), move || does.store(true, Ordering::Relaxed)).await;
+            assert_eq!(refused.map_err(|error| error.status), Err(StatusCode::SERVICE_UNAVAILABLE));
+            drop(end);
+            assert!(long.await.unwrap());
+            // The one thread takes what waits in order.
+            assert_eq!(on_a_thread(THREAD_PATIENCE, || 7).await.map_err(|error| error.text), Ok(7));
+            assert!(!done.load(Ordering::Relaxed), "who asked was told that it is not done");
+        });
+    }
+
+    #[test]
+    fn a_request_that_panics_is_one_answer() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let panicked = runtime.block_on(on_a_thread(THREAD_PATIENCE, || -> u8 { panic!("on purpose") }));
+        assert_eq!(panicked.map_err(|error| error.status), Err(StatusCode::INTERNAL_SERVER_ERROR));
+    }
+}

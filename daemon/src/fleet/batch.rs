@@ -1,0 +1,178 @@
+//! VMs that are made together: all of them or none.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
+
+use super::dir::NameClaim;
+use super::error::{CancelReason, FleetError, MAX_CHILDREN};
+use super::{Fleet, release, room};
+use clade_vmm::vm::{ChildOptions, Endpoints, ForkImage, Vm, VmConfig, VmError};
+
+/// A request that may be broken off. Clones are the same request.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicU8>);
+
+const CLIENT_GONE: u8 = 1;
+const ENDING: u8 = 2;
+
+impl Cancel {
+    /// Who asked has gone.
+    pub(crate) fn client_gone(&self) {
+        self.set(CLIENT_GONE);
+    }
+
+    /// The process is to end.
+    pub fn ending(&self) {
+        self.set(ENDING);
+    }
+
+    fn set(&self, reason: u8) {
+        // Relaxed: looked at between two children; nothing else follows from it.
+        self.0.store(reason, Ordering::Relaxed);
+    }
+
+    fn reason(&self) -> Option<CancelReason> {
+        match self.0.load(Ordering::Relaxed) {
+            CLIENT_GONE => Some(CancelReason::ClientGone),
+            ENDING => Some(CancelReason::Ending),
+            _ => None,
+        }
+    }
+}
+
+/// Who VMs are forked from. It may go meanwhile: a request that makes its children does not hold it.
+pub(super) struct Parent {
+    name: String,
+    vm: Weak<Vm>,
+}
+
+impl Parent {
+    pub(super) fn new(vm: &Arc<Vm>) -> Self {
+        Self { name: vm.name().to_owned(), vm: Arc::downgrade(vm) }
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.vm.upgrade().is_none_or(|vm| vm.stopped().is_some())
+    }
+}
+
+/// VMs that are made together.
+pub(super) struct Batch<'a> {
+    pub(super) fleet: &'a Fleet,
+    pub(super) count: usize,
+    pub(super) parent: Option<Parent>,
+    pub(super) cancel: &'a Cancel,
+    /// The disks of their image are in use before the first of them is there.
+    pub(super) _in_use: release::Use,
+}
+
+impl Batch<'_> {
+    /// Whether the making is to go on after `made` of them.
+    fn check(&self, made: usize) -> Result<(), FleetError> {
+        let reason = if let Some(reason) = self.cancel.reason() {
+            reason
+        } else if self.parent.as_ref().is_some_and(Parent::has_stopped) {
+            CancelReason::ParentStopped
+        } else if self.fleet.is_closed() {
+            CancelReason::Ending
+        } else {
+            return Ok(());
+        };
+        Err(FleetError::Cancelled { made, count: self.count, reason })
+    }
+
+    /// Takes a name and what else is its alone for each of them. `{n}` counts up from 1, past what is taken.
+    ///
+    /// `by_name`: a socket that is taken is another's with the same name, and the next number will do.
+    pub(super) fn take(
+        &self,
+        stem: &str,
+        pattern: Option<&str>,
+        config: &VmConfig,
+        by_name: bool,
+        mut endpoints: impl FnMut(&str) -> Result<Endpoints, VmError>,
+    ) -> Result<Vec<(NameClaim, Endpoints)>, FleetError> {
+        let count = self.count;
+        if !(1..=MAX_CHILDREN).contains(&count) {
+            return Err(FleetError::Count { count });
+        }
+        let numbered = format!("{stem}-{{n}}");
+        let pattern = pattern.unwrap_or(&numbered);
+        let is_numbered = pattern.contains("{n}");
+        if !is_numbered && count > 1 {
+            return Err(FleetError::Pattern { pattern: pattern.to_owned() });
+        }
+        room::check(count, room::Needs::of(config)).map_err(|source| FleetError::Room { count, source })?;
+        let dir = &self.fleet.0.dir;
+        if !is_numbered {
+            let claim = NameClaim::new(dir, pattern)?;
+            let ends = endpoints(pattern)?;
+            return Ok(vec![(claim, ends)]);
+        }
+        let mut taken = Vec::with_capacity(count);
+        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
+            self.check(0)?;
+            if self.fleet.members().contains_key(&name) {
+                continue;
+            }
+            let claim = match NameClaim::new(dir, &name) {
+                // Another request's, or another process's.
+                Err(FleetError::Taken { .. }) => continue,
+                other => other?,
+            };
+            let ends = match endpoints(&name) {
+                // Made up of the name: another's, in another runtime directory.
+                Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => continue,
+                other => other?,
+            };
+            taken.push((claim, ends));
+            if taken.len() == count {
+                break;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Makes them all, holding still, then lists them and lets them run.
+    pub(super) fn launch(
+        &self,
+        taken: Vec<(NameClaim, Endpoints)>,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Vec<Arc<Vm>>, FleetError> {
+        // One alone has nobody to wait for. Of several, none may run while others are made: they would take the processors
+        // that the making needs.
+        let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
+        let mut made = Vec::with_capacity(self.count);
+        for (claim, ends) in taken {
+            self.check(made.len())?;
+            let name = claim.name.clone();
+            made.push(self.fleet.make(claim, |context| Vm::from_image_as(context, &name, image, ends, held))?);
+        }
+        self.check(made.len())?;
+        let children: Vec<Arc<Vm>> = made.iter().map(|child| Arc::clone(&child.vm)).collect();
+        self.fleet.publish(made, self.parent.as_ref().map(|parent| parent.name.as_str()))?;
+        if held.paused && !options.paused {
+            // None of them is anybody's before who asked is told of it.
+            if let Err(error) = self.run(&children) {
+                self.fleet.withdraw(children);
+                return Err(error);
+            }
+        }
+        Ok(children)
+    }
+
+    /// Lets the children run that are listed.
+    fn run(&self, children: &[Arc<Vm>]) -> Result<(), FleetError> {
+        for child in children {
+            self.check(children.len())?;
+            match child.resume() {
+                // Somebody else has stopped it: it is listed.
+                Err(VmError::Stopped(_)) => {}
+                other => other?,
+            }
+        }
+        // Not gone while they were let go.
+        self.check(children.len())
+    }
+}

@@ -1,0 +1,151 @@
+//! What is kept of a VM that ended by itself: why, and the last it wrote to its console.
+//!
+//! One file a name in the runtime directory, `NAME.ended`, until a VM of that name is made again. The newest
+//! [`MAX_RECORDS`] are kept.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::FleetError;
+use super::dir::{RuntimeDir, check_name};
+use clade_vmm::vm::{StopReason, Vm};
+
+/// Records kept.
+const MAX_RECORDS: usize = 100;
+/// Bytes of console output kept in each.
+const MAX_OUTPUT: u64 = 32 << 10;
+const ENDING: &str = ".ended";
+
+/// A VM that ended by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndedVm {
+    /// Its name.
+    pub name: String,
+    /// Why it ended.
+    pub stopped: StopReason,
+    /// The same in words.
+    pub reason: String,
+    /// Whose child it was.
+    pub parent: Option<String>,
+    /// Forks between it and the VM that was booted.
+    pub generation: u32,
+    /// Seconds it lived.
+    pub age_s: f64,
+    /// When it ended, in seconds since 1970.
+    pub ended_at: u64,
+    /// Its process.
+    pub pid: u32,
+    /// The last it wrote to its console.
+    pub console: String,
+}
+
+/// The last of what a VM has written to its console.
+pub(crate) fn last_output(vm: &Vm) -> String {
+    let console = vm.console();
+    String::from_utf8_lossy(&console.since(console.position().saturating_sub(MAX_OUTPUT))).into_owned()
+}
+
+/// Records the end of `vm`, if it ended by itself.
+pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
+    let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Asked) else { return };
+    let ended = EndedVm {
+        name: vm.name().to_owned(),
+        reason: stopped.to_string(),
+        stopped,
+        parent: parent.map(str::to_owned),
+        generation: vm.generation(),
+        age_s: vm.age().as_secs_f64(),
+        ended_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        pid: std::process::id(),
+        console: last_output(vm),
+    };
+    let written = serde_json::to_vec(&ended)
+        .map_err(std::io::Error::other)
+        .and_then(|bytes| dir.write(&format!("{}{ENDING}", ended.name), &bytes));
+    if let Err(error) = written.and_then(|()| prune(dir)) {
+        tracing::warn!(%error, name = ended.name, "the end of a VM is not on record");
+    }
+}
+
+fn prune(dir: &RuntimeDir) -> std::io::Result<()> {
+    let mut records: Vec<(i64, String)> =
+        names(dir)?.into_iter().filter_map(|file| Some((dir.written_at(&file)?, file))).collect();
+    records.sort_unstable();
+    let over = records.len().saturating_sub(MAX_RECORDS);
+    records[..over].iter().for_each(|(_, file)| dir.forget(file));
+    Ok(())
+}
+
+fn names(dir: &RuntimeDir) -> std::io::Result<Vec<String>> {
+    let is_record = |file: &String| file.strip_suffix(ENDING).is_some_and(|name| check_name(name).is_ok());
+    Ok(dir.entries()?.into_iter().filter_map(|file| file.into_string().ok()).filter(is_record).collect())
+}
+
+/// Forgets an earlier VM of the name.
+pub(super) fn forget(dir: &RuntimeDir, name: &str) {
+    dir.forget(&format!("{name}{ENDING}"));
+}
+
+/// The VMs on record in the runtime directory at `path`, by name. None are if it is not there.
+///
+/// # Errors
+/// When the directory cannot be read. A record that cannot be read is left out, with a warning.
+pub fn ended_vms(path: &Path) -> Result<Vec<EndedVm>, FleetError> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let dir = RuntimeDir::open(path)?;
+    let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+    let read = |file: String| {
+        let bytes = dir.read(&file).and_then(|bytes| match bytes {
+            Some(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            None => Ok(None),
+        });
+        bytes.unwrap_or_else(|error| {
+            tracing::warn!(%error, file, "a record that cannot be read");
+            None
+        })
+    };
+    Ok(names(&dir).map_err(failed)?.into_iter().filter_map(read).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_records_are_kept_and_damaged_ones_are_left_out() {
+        let path = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(path.path()).unwrap();
+        let ended = EndedVm {
+            name: "x".into(),
+            stopped: StopReason::Reset,
+            reason: String::new(),
+            parent: None,
+            generation: 1,
+            age_s: 1.5,
+            ended_at: 7,
+            pid: 1,
+            console: "last words".into(),
+        };
+        for n in 0..MAX_RECORDS + 3 {
+            let file = format!("vm-{n}{ENDING}");
+            dir.write(&file, &serde_json::to_vec(&ended).unwrap()).unwrap();
+            // A second apart, as the sort has it.
+            let at = rustix::fs::Timespec { tv_sec: n as i64 + 1, tv_nsec: 0 };
+            let times = rustix::fs::Timestamps { last_access: at, last_modification: at };
+            let fd = std::fs::File::open(path.path().join(&file)).unwrap();
+            rustix::fs::futimens(&fd, &times).unwrap();
+        }
+        prune(&dir).unwrap();
+        let left = ended_vms(path.path()).unwrap();
+        assert_eq!(left.len(), MAX_RECORDS);
+        assert!(!path.path().join("vm-2.ended").exists() && path.path().join("vm-3.ended").exists());
+        assert_eq!(left[0], ended);
+        dir.write("vm-3.ended", b"{").unwrap();
+        assert_eq!(ended_vms(path.path()).unwrap().len(), MAX_RECORDS - 1);
+        assert_eq!(ended_vms(&path.path().join("none")).unwrap(), []);
+    }
+}

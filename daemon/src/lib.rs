@@ -1,0 +1,11 @@
+//! VMs by name, and the way in from outside: control sockets (HTTP) and console sockets.
+//!
+//! | to learn about | read |
+//! |---|---|
+//! | the VMs of a process | [`fleet`] |
+//! | the HTTP API and its client | [`control`] |
+//! | consoles on sockets | [`console`] |
+
+pub mod console;
+pub mod control;
+pub mod fleet;

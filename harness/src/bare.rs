@@ -1,0 +1,253 @@
+//! Talking to the bare guest: commands through its mailboxes, answers through its reports.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{self, Command, mailbox_gpa};
+use clade_memory::GuestRam;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use clade_vmm::vm::Vm;
+
+/// What went wrong while talking to the bare guest.
+#[derive(Debug, Error)]
+pub enum BareError {
+    /// No answer.
+    #[error("vCPU {vcpu} of {vm} did not report {wanted} within {seconds} s{}", stopped.as_ref().map(|s| format!(" ({s})")).unwrap_or_default())]
+    Silent {
+        /// Which VM.
+        vm: String,
+        /// Which vCPU.
+        vcpu: u64,
+        /// What was waited for.
+        wanted: &'static str,
+        /// How long.
+        seconds: u64,
+        /// Why the VM stopped, if it did.
+        stopped: Option<clade_vmm::vm::StopReason>,
+    },
+    /// The guest faulted.
+    #[error("vCPU {vcpu} of {vm} faulted: vector {vector}, error {code:#x}, at {rip:#x}, address {address:#x}")]
+    Fault {
+        /// Which VM.
+        vm: String,
+        /// Which vCPU.
+        vcpu: u64,
+        /// Exception vector.
+        vector: u64,
+        /// Its error code.
+        code: u64,
+        /// Where.
+        rip: u64,
+        /// CR2.
+        address: u64,
+    },
+    /// The mailbox could not be reached.
+    #[error("the mailbox of vCPU {vcpu} cannot be reached")]
+    Mailbox {
+        /// Which vCPU.
+        vcpu: u64,
+        /// Why.
+        #[source]
+        source: GuestMemoryError,
+    },
+}
+
+/// How long the guest may take to answer.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// The mailbox of one vCPU, in a guest's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct BareMailbox<'a> {
+    ram: &'a GuestRam,
+    vcpu: u64,
+}
+
+impl<'a> BareMailbox<'a> {
+    /// The mailbox of `vcpu` in `ram`.
+    #[must_use]
+    pub fn new(ram: &'a GuestRam, vcpu: u64) -> Self {
+        Self { ram, vcpu }
+    }
+
+    fn word(self, offset: u64) -> GuestAddress {
+        GuestAddress(mailbox_gpa(self.vcpu) + offset)
+    }
+
+    fn get(self, offset: u64) -> Result<u64, BareError> {
+        // Acquire: what the guest stored before this word is there too (x86 keeps stores in order).
+        let word = self.ram.memory().load(self.word(offset), Ordering::Acquire);
+        word.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
+    }
+
+    fn put(self, offset: u64, value: u64) -> Result<(), BareError> {
+        // Release: the guest sees the command before its number.
+        let stored = self.ram.memory().store(value, self.word(offset), Ordering::Release);
+        stored.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
+    }
+
+    /// Gives the vCPU a command, in place of what it is doing. Returns the command's number.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn order(self, command: Command) -> Result<u64, BareError> {
+        let (code, args) = command.encode();
+        self.put(abi::offset::COMMAND, code)?;
+        for (at, arg) in (0..).step_by(8).zip(args) {
+            self.put(abi::offset::ARGS + at, arg)?;
+        }
+        let seq = self.get(abi::offset::CMD_SEQ)? + 1;
+        self.put(abi::offset::CMD_SEQ, seq)?;
+        Ok(seq)
+    }
+
+    /// How far the running command is.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn progress(self) -> Result<u64, BareError> {
+        self.get(abi::offset::PROGRESS)
+    }
+
+    /// The number of the last command that has ended.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn ended(self) -> Result<u64, BareError> {
+        self.get(abi::offset::DONE_SEQ)
+    }
+
+    /// The number of the last command that the vCPU has taken.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn taken(self) -> Result<u64, BareError> {
+        self.get(abi::offset::ACK_SEQ)
+    }
+
+    /// Whether the vCPU is in its command loop.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn is_ready(self) -> Result<bool, BareError> {
+        let booted = self.get(abi::offset::MAGIC)? == abi::MAGIC;
+        Ok(booted && self.get(abi::offset::STATE)? != abi::State::Booting as u64)
+    }
+
+    /// What the last command found.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn results(self) -> Result<[u64; 4], BareError> {
+        let at = |n: u64| self.get(abi::offset::RESULT + 8 * n);
+        Ok([at(0)?, at(1)?, at(2)?, at(3)?])
+    }
+}
+
+/// One vCPU of a running bare guest.
+#[derive(Clone, Copy, Debug)]
+pub struct BareVcpu<'a> {
+    vm: &'a Vm,
+    mailbox: BareMailbox<'a>,
+}
+
+impl<'a> BareVcpu<'a> {
+    /// vCPU `vcpu` of `vm`.
+    #[must_use]
+    pub fn new(vm: &'a Vm, vcpu: u64) -> Self {
+        Self { vm, mailbox: BareMailbox::new(vm.ram(), vcpu) }
+    }
+
+    /// Its mailbox.
+    #[must_use]
+    pub fn mailbox(&self) -> BareMailbox<'a> {
+        self.mailbox
+    }
+
+    /// Gives the vCPU a command and waits until it has ended. Returns its results.
+    ///
+    /// # Errors
+    /// When the guest faults or does not answer.
+    pub fn run(&self, command: Command) -> Result<[u64; 4], BareError> {
+        let seq = self.mailbox.order(command)?;
+        self.await_done(seq)?;
+        self.mailbox.results()
+    }
+
+    /// Waits until the command with number `seq` has ended.
+    ///
+    /// # Errors
+    /// When the guest faults or does not answer.
+    pub fn await_done(&self, seq: u64) -> Result<(), BareError> {
+        let deadline = Instant::now() + ANSWER;
+        while self.mailbox.get(abi::offset::DONE_SEQ)? < seq {
+            self.check_fault()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.vm.stopped().is_some() {
+                return Err(self.silent("the end of its command"));
+            }
+            // A report ends the wait early; the mailbox is what is believed, since reports of other vCPUs come here too.
+            let _ = self.vm.reports().next(left.min(Duration::from_micros(500)));
+        }
+        Ok(())
+    }
+
+    /// Waits for the vCPU to enter its command loop.
+    ///
+    /// # Errors
+    /// When the guest faults or does not get there.
+    pub fn await_ready(&self) -> Result<(), BareError> {
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            if self.mailbox.is_ready()? {
+                return self.check_fault();
+            }
+            if Instant::now() > deadline || self.vm.stopped().is_some() {
+                return Err(self.silent("that it is ready"));
+            }
+            let _ = self.vm.reports().next(Duration::from_millis(1));
+        }
+    }
+
+    fn silent(&self, wanted: &'static str) -> BareError {
+        let (vm, stopped) = (self.vm.name().to_owned(), self.vm.stopped());
+        BareError::Silent { vm, vcpu: self.mailbox.vcpu, wanted, seconds: ANSWER.as_secs(), stopped }
+    }
+
+    fn check_fault(&self) -> Result<(), BareError> {
+        if self.mailbox.get(abi::offset::STATE)? != abi::State::Faulted as u64 {
+            return Ok(());
+        }
+        Err(BareError::Fault {
+            vm: self.vm.name().to_owned(),
+            vcpu: self.mailbox.vcpu,
+            vector: self.mailbox.get(abi::offset::FAULT_VECTOR)?,
+            code: self.mailbox.get(abi::offset::FAULT_ERROR)?,
+            rip: self.mailbox.get(abi::offset::FAULT_RIP)?,
+            address: self.mailbox.get(abi::offset::FAULT_CR2)?,
+        })
+    }
+
+    /// Waits for a report of `event` from this vCPU, and says when it came.
+    ///
+    /// # Errors
+    /// When the guest faults or does not report it.
+    pub fn await_event(&self, event: abi::Event) -> Result<Instant, BareError> {
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.vm.reports().next(left.min(Duration::from_millis(100))) {
+                Some(report) => {
+                    let told = abi::Report::decode(report.word);
+                    if told.is_some_and(|told| told.event == event && u64::from(told.vcpu) == self.mailbox.vcpu) {
+                        return Ok(report.at);
+                    }
+                }
+                None if left.is_zero() || self.vm.stopped().is_some() => return Err(self.silent("an event")),
+                None => {}
+            }
+            self.check_fault()?;
+        }
+    }
+}

@@ -1,7 +1,0 @@
-//! The `clade` command.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    clade::cli::main()
-}
