@@ -256,6 +256,36 @@ mod tests {
     }
 
     #[test]
+    fn what_was_reset_of_two_regions_is_added_up() {
+        let mut report = ResetReport { dropped: 3, remapped: 5 };
+        report += ResetReport { dropped: 4, remapped: 6 };
+        assert_eq!(report, ResetReport { dropped: 7, remapped: 11 });
+    }
+
+    #[test]
+    fn only_what_shows_something_else_is_mapped_anew() {
+        let store = Store::open_small().unwrap();
+        let layer = Arc::new(store.layer(100, crate::Backing::Small).unwrap());
+        let private = |at| Mapping::Private(crate::layer::Source { layer: Arc::clone(&layer), at });
+        assert!(shows(&Mapping::Zero, &Mapping::Zero) && shows(&private(7), &private(7)));
+        assert!(shows(&Mapping::Absent, &Mapping::Zero) && shows(&Mapping::Absent, &private(7)), "R19");
+        assert!(!shows(&Mapping::Zero, &private(7)) && !shows(&private(7), &Mapping::Zero));
+        assert!(!shows(&private(8), &private(7)));
+        let mut mappings = Mappings::default();
+        mappings.insert(PageRange::new(0, 20), private(50));
+        mappings.insert(PageRange::new(30, 40), private(80));
+        mappings.insert(PageRange::new(20, 30), Mapping::Zero);
+        let differ = |range, want: &Mapping| -> Vec<PageRange> {
+            differing(&mappings, range, want).into_iter().map(|(run, _)| run).collect()
+        };
+        assert_eq!(differ(PageRange::new(10, 40), &private(60)), [PageRange::new(20, 30)]);
+        assert_eq!(differ(PageRange::new(10, 30), &Mapping::Zero), [PageRange::new(10, 20)]);
+        let anew = differing(&mappings, PageRange::new(10, 40), &private(61));
+        assert_eq!(anew.len(), 1, "runs are joined");
+        assert!(anew[0].0 == PageRange::new(10, 40) && shows(&anew[0].1, &private(61)));
+    }
+
+    #[test]
     fn near_runs_are_dropped_together_and_far_ones_are_not() {
         let run = PageRange::new;
         assert_eq!(joined(&[]), []);

@@ -206,3 +206,38 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
         expect(&child, &format!("made in step {step}, handles before: {before}"), |_| 1);
     }
 }
+
+#[test]
+fn of_memory_in_blocks_whole_blocks_are_given_back() {
+    let store = Store::open().unwrap();
+    let (file, pages) = (crate::sys::small_file(1).unwrap(), 3 * BLOCK_PAGES + 40);
+    let layer = store.adopt_file(file, pages, Home::Memory(Backing::Huge));
+    let dead = |seen: &[PageRange], given: &[PageRange]| dead_runs(&layer, seen.to_vec(), given);
+    let run = PageRange::new;
+    assert_eq!(dead(&[run(1030, 1100), run(0, 10)], &[]), [run(512, 1024), run(1536, pages)]);
+    assert_eq!(dead(&[run(0, 10), run(1020, pages)], &[]), [], "only a part of one");
+    assert_eq!(dead(&[run(0, 512)], &[run(512, 1024)]), [run(1024, pages)]);
+    assert_eq!(dead(&[run(0, 10), run(20, pages)], &[]), [], "less than a block");
+    assert_eq!(dead(&[run(0, pages - 1)], &[]), [], "the end of a block");
+}
+
+/// What is discarded after a freeze is in no view: it goes after the next freeze by itself, once, and is counted.
+#[test]
+fn what_nobody_sees_goes_by_itself_and_is_counted() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store);
+    ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+    let layer = Arc::clone(&ram.regions()[0].state().map.get(0).unwrap().layer);
+    let blocks = || std::os::unix::fs::MetadataExt::blocks(&layer.file().metadata().unwrap());
+    assert_eq!((store.given_back(), store.sweep()), (0, Swept::default()));
+    let before = blocks();
+    ram.regions()[0].discard(PageRange::new(100, 200)).unwrap();
+    ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while store.given_back() < 100 {
+        assert!(std::time::Instant::now() < deadline, "{} pages are back", store.given_back());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(before - blocks(), 100 * PAGE_SIZE / 512, "the kernel has them");
+    assert_eq!((store.sweep(), store.given_back()), (Swept::default(), 100), "no page goes twice");
+}
