@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
+use clade_memory::{Access, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RamLayout, Store};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -15,7 +15,7 @@ const RUNS: u64 = 64;
 fn born(store: &Store) -> GuestRam {
     let layout = RamLayout::new(BYTES).expect("a layout");
     let ram = GuestRam::reserve(&layout, store).expect("addresses");
-    ram.birth().expect("memory");
+    ram.populate().expect("memory");
     dirty(&ram, PAGES);
     ram
 }
@@ -43,7 +43,7 @@ fn pin(c: &mut Criterion) {
         let range = PageRange::with_len(512, pages);
         group.throughput(Throughput::Bytes(pages * PAGE_SIZE));
         group.bench_function(BenchmarkId::from_parameter(name), |b| {
-            b.iter(|| drop(region.pin(black_box(range), Access::Write, Term::Short).expect("a pin")));
+            b.iter(|| drop(region.pin(black_box(range), Access::Write, PinLifetime::Transient).expect("a pin")));
         });
     }
     group.finish();

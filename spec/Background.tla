@@ -5,7 +5,7 @@
 (* fail at any step. With children that read what is not there yet, pins   *)
 (* of pages that are protected, a sweep, and the parent's death.           *)
 (*                                                                         *)
-(* Grain: what a Filling does under its lock is one step, except where the *)
+(* Grain: what a BackgroundCopy does under its lock is one step, except where the *)
 (* parent, a child or a device may look in between. One VM, one freeze of  *)
 (* it. A page is the VM's own copy, or a gap: copied into the delta with   *)
 (* its neighbours, though it is shown from the layer beneath.              *)
@@ -93,7 +93,7 @@ Plan ==
     /\ UNCHANGED <<kind, frame, bytes, beneath, delta, filled, prot, stage, remapped, map, pub, before, lock, cpu,
                    faults, kid, image, dev, want, frozen, alive, wrote>>
 
-\* Filling::protect, first half: pinned pages are copied before anything is protected (fill_region).
+\* BackgroundCopy::protect, first half: pinned pages are copied before anything is protected (fill_region).
 FillPinned ==
     LET now == {p \in Own : ex[p] /\ On("pinned_pages_are_copied_first")}
     IN /\ phase = "pinned" /\ phase' = "protect"
@@ -212,7 +212,7 @@ Failed ==
     /\ GiveUp
     /\ UNCHANGED <<parent, delta, filled, stage, remapped, faults, image, dev>>
 
-\* let_go: copy, then release, then wake. Only what is protected.
+\* copy_and_unprotect: copy, then release, then wake. Only what is protected.
 LetGo(p) ==
     IF phase = "pending" /\ prot[p] /\ On("a_pin_settles_first")
     THEN /\ delta' = IF filled[p] \/ Off("copied_before_released") THEN delta ELSE Filled(delta, p)
@@ -244,7 +244,7 @@ ServeReader(k) ==
 -----------------------------------------------------------------------------
 (* Children.                                                               *)
 
-\* adopt, and Filling::attach under its lock: watched before it is live. A copy that has failed is refused.
+\* adopt, and BackgroundCopy::attach under its lock: watched before it is live. A copy that has failed is refused.
 Adopt(k) ==
     /\ image /\ kid[k].st = "none"
     /\ phase # "failed" \/ Off("a_failed_copy_is_refused")
@@ -257,7 +257,7 @@ KidRead(k, p) ==
     /\ kid' = [kid EXCEPT ![k].st = "wait", ![k].p = p]
     /\ UNCHANGED <<parent, work, cpu, faults, image, dev>>
 
-\* GuestRegion::drop, Filling::detach
+\* GuestRegion::drop, BackgroundCopy::detach
 KidGoes(k) ==
     /\ kid[k].st \in {"live", "error"}
     /\ kid' = [kid EXCEPT ![k] = [NoKid EXCEPT !.st = "gone"]]

@@ -18,7 +18,7 @@ pub const SERIAL_PORTS: u16 = 8;
 /// Its interrupt line.
 pub const COM1_GSI: u32 = 4;
 /// Most input that waits for the guest. What is typed beyond it is dropped, as a UART does.
-const MOST_PENDING: usize = 64 << 10;
+const MAX_PENDING: usize = 64 << 10;
 
 /// A saved UART.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,7 +129,7 @@ impl SerialConsole {
 
     /// Types `bytes`. Returns how many were taken.
     pub fn type_in(&mut self, bytes: &[u8]) -> usize {
-        let room = MOST_PENDING - self.pending.len();
+        let room = MAX_PENDING - self.pending.len();
         let taken = &bytes[..bytes.len().min(room)];
         self.pending.extend(taken);
         self.refill();
@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn input_beyond_all_bounds_is_dropped() {
         let mut serial = SerialConsole::new(Irq::new().unwrap(), Console::default());
-        let taken = serial.type_in(&vec![b'x'; 10 * MOST_PENDING]);
-        assert!((MOST_PENDING..2 * MOST_PENDING).contains(&taken));
+        let taken = serial.type_in(&vec![b'x'; 10 * MAX_PENDING]);
+        assert!((MAX_PENDING..2 * MAX_PENDING).contains(&taken));
     }
 }

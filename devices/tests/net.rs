@@ -14,7 +14,7 @@ use clade_devices::virtio::net::{Mac, Net, NetOptions};
 use clade_devices::virtio::plain::Plain;
 use clade_devices::virtio::regs;
 use clade_io::Tap;
-use clade_memory::{Access, PageRange, Term};
+use clade_memory::{Access, PageRange, PinLifetime};
 use driver::{Driver, ram, store};
 use vm_memory::GuestAddress;
 
@@ -197,7 +197,7 @@ fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     let mut vm = Driver::take(net(tap, 1), &ram(&store()));
     let pin = |at: u64| {
         let (region, page) = vm.ram.locate(GuestAddress(at)).unwrap();
-        region.pin(PageRange::new(page, page + 1), Access::Write, Term::Short)
+        region.pin(PageRange::new(page, page + 1), Access::Write, PinLifetime::Transient)
     };
     let saturated = |at: u64| {
         let last = pin(at).unwrap();

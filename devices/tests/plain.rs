@@ -13,7 +13,7 @@ use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::plain::Plain;
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::{DeviceState, VirtioDevice, regs};
-use clade_memory::{Access, PageRange, Term};
+use clade_memory::{Access, PageRange, PinLifetime};
 
 use driver::{Driver, ram, store};
 
@@ -193,7 +193,7 @@ fn an_inflated_balloon_gives_memory_back_and_never_a_pinned_page() {
     let mut vm = Driver::take(balloon(&BalloonState::default()), &ram(&store));
     (0x1000..0x1100).for_each(|page| vm.fill(page << 12, &[7; 4096]));
     let region = vm.ram.regions()[0].clone();
-    let pin = region.pin(PageRange::new(0x1010, 0x1012), Access::Write, Term::Long).unwrap();
+    let pin = region.pin(PageRange::new(0x1010, 0x1012), Access::Write, PinLifetime::LongTerm).unwrap();
     // Descending, as Linux sends them, and some numbers that are no RAM.
     vm.fill(BUFFER, &numbers((0x1000..0x1100).rev().chain([0xc_0000, u32::MAX])));
     vm.post(0, &[(BUFFER, 258 * 4, false)]);

@@ -18,7 +18,7 @@ fn ram() -> &'static RamImage {
     RAM.get_or_init(|| {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(MEMORY).expect("a layout"), &store).expect("memory");
-        ram.birth().expect("memory");
+        ram.populate().expect("memory");
         ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image").0
     })
 }

@@ -72,7 +72,7 @@ fn world() -> &'static World {
     WORLD.get_or_init(|| {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(RAM).expect("a layout"), &store).expect("memory");
-        ram.birth().expect("memory");
+        ram.populate().expect("memory");
         for page in [3u64, 4, 90] {
             ram.memory().write_slice(&[page as u8; 4096], GuestAddress(page * 4096)).expect("memory");
         }

@@ -72,7 +72,7 @@ fn world() -> &'static World {
     WORLD.get_or_init(|| {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(RAM).expect("a layout"), &store).expect("memory");
-        ram.birth().expect("memory");
+        ram.populate().expect("memory");
         let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image");
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("disk"), vec![1; 1 << 20]).expect("a disk");

@@ -16,7 +16,7 @@ fn ram() -> &'static GuestRam {
     RAM.get_or_init(|| {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(1 << 20).expect("a layout"), &store).expect("memory");
-        ram.birth().expect("memory");
+        ram.populate().expect("memory");
         ram
     })
 }

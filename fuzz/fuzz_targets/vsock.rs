@@ -71,7 +71,7 @@ fn world() -> &'static World {
     WORLD.get_or_init(|| {
         let store = Store::open_small().expect("a store");
         let ram = GuestRam::reserve(&RamLayout::new(RAM).expect("a layout"), &store).expect("memory");
-        ram.birth().expect("memory");
+        ram.populate().expect("memory");
         ram.memory().write_slice(&vec![MARK; 0x8_0000], GuestAddress(TX_AT + 0x1000)).expect("memory");
         let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("an image");
         let dir = tempfile::tempdir().expect("a directory");

@@ -12,11 +12,11 @@ use crate::buffer::{AlignedBuf, Fragment, for_window, total_len};
 use crate::file::IoFile;
 
 /// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
-const MOST_PIECES: usize = 1024;
+const MAX_PIECES: usize = 1024;
 /// Bytes copied through a bounce buffer at once, so that a guest cannot make the host allocate what it likes.
-const MOST_BOUNCED: usize = 1 << 20;
+const MAX_BOUNCED: usize = 1 << 20;
 /// Times an operation is given to the kernel again after EINTR or EAGAIN.
-const MOST_RETRIES: u32 = 64;
+const MAX_RETRIES: u32 = 64;
 
 /// What is to be done. It owns what the kernel needs for it.
 #[derive(Debug)]
@@ -234,7 +234,7 @@ impl<T> Op<T> {
         let mut fits = true;
         for_window(buffers, self.done, left, |part| {
             fits &= part.address().addr().is_multiple_of(align) && part.len.is_multiple_of(align);
-            if self.pieces.len() < MOST_PIECES {
+            if self.pieces.len() < MAX_PIECES {
                 self.pieces.push(libc::iovec { iov_base: part.address().cast(), iov_len: part.len });
             }
         });
@@ -246,7 +246,7 @@ impl<T> Op<T> {
             Way::Bounced
         };
         if self.way == Way::Bounced {
-            let len = left.min(MOST_BOUNCED);
+            let len = left.min(MAX_BOUNCED);
             let bounce = AlignedBuf::new(len);
             if matches!(self.request, Request::Write { .. }) {
                 let mut to = 0;
@@ -293,7 +293,7 @@ impl<T> Op<T> {
     fn failed(&mut self, errno: i32) -> Step {
         self.bounce = None;
         match errno {
-            libc::EINTR | libc::EAGAIN if self.retries < MOST_RETRIES => {
+            libc::EINTR | libc::EAGAIN if self.retries < MAX_RETRIES => {
                 self.retries += 1;
                 Step::Again
             }

@@ -10,17 +10,17 @@ use thiserror::Error;
 use crate::buffer::Fragment;
 
 /// Longest name of an interface.
-const MOST_NAME: usize = libc::IFNAMSIZ - 1;
+const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 /// Bytes of the header before each packet: `struct virtio_net_hdr_v1`.
 pub const VNET_HEADER: usize = 12;
 /// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
-const MOST_PIECES: usize = 1024;
+const MAX_PIECES: usize = 1024;
 
 /// A TAP interface that cannot be had.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// No such name.
-    #[error("\"{name}\" is no name for an interface: 1 to {MOST_NAME} characters, no slash, space or colon")]
+    #[error("\"{name}\" is no name for an interface: 1 to {MAX_NAME} characters, no slash, space or colon")]
     Name {
         /// The name.
         name: String,
@@ -81,7 +81,7 @@ impl Tap {
     /// When there can be no such interface: the name, no permission (CAP_NET_ADMIN), in use, another number of queues.
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
         let bad = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
-        if name.is_empty() || name.len() > MOST_NAME || name.contains(bad) || !name.is_ascii() {
+        if name.is_empty() || name.len() > MAX_NAME || name.contains(bad) || !name.is_ascii() {
             return Err(TapError::Name { name: name.to_owned() });
         }
         let mut tap = Self { name: name.to_owned(), queues: Vec::new(), attached: vec![true; queues] };
@@ -98,7 +98,7 @@ impl Tap {
             ioctl(&file, libc::TUNSETIFF, &mut request).map_err(refused("it cannot be attached to"))?;
             let mut size = VNET_HEADER as libc::c_int;
             ioctl(&file, libc::TUNSETVNETHDRSZ, &mut size).map_err(refused("no packet headers of virtio's"))?;
-            let len = request.name.iter().position(|byte| *byte == 0).unwrap_or(MOST_NAME);
+            let len = request.name.iter().position(|byte| *byte == 0).unwrap_or(MAX_NAME);
             tap.name = String::from_utf8_lossy(&request.name[..len]).into_owned();
             tap.queues.push(file);
         }
@@ -191,7 +191,7 @@ impl Tap {
         call: impl Fn(RawFd, *const libc::iovec, libc::c_int) -> isize,
     ) -> io::Result<Option<usize>> {
         let file = self.queues.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
-        if buffers.len() > MOST_PIECES {
+        if buffers.len() > MAX_PIECES {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let piece = |part: &Fragment| libc::iovec { iov_base: part.address().cast(), iov_len: part.len() };

@@ -7,20 +7,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Failure, Fragment, IoFile, Request};
-use clade_memory::{Access, DmaPin, GuestRam, PageRange, RamLayout, Store, Term};
+use clade_memory::{Access, DmaPin, GuestRam, PageRange, PinLifetime, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
 const SIZE: usize = 1 << 20;
 
 fn ram() -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(4 << 20).unwrap(), &Store::open_small().unwrap()).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     ram
 }
 
 fn pin(ram: &GuestRam, first: u64, pages: u64) -> Arc<DmaPin> {
     let range = PageRange::with_len(first, pages);
-    Arc::new(ram.regions()[0].pin_as("test", range, Access::Write, Term::Short).unwrap())
+    Arc::new(ram.regions()[0].pin_as("test", range, Access::Write, PinLifetime::Transient).unwrap())
 }
 
 fn bytes() -> Vec<u8> {

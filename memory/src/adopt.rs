@@ -18,7 +18,7 @@ use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};
 
 /// Most memory to copy into a child for want of mappings. Beyond it the fork is refused.
-const MOST_COPIED: u64 = (64 << 20) / PAGE_SIZE;
+const MAX_COPIED: u64 = (64 << 20) / PAGE_SIZE;
 
 /// How a child is laid out: mappings that cover the region, then copies on top of them.
 #[derive(Debug, Default)]
@@ -110,10 +110,10 @@ impl GuestRegion {
         let share = self.store.budget().fair_share();
         let mut short = 0;
         let mut layout = Layout::plan(map, self.range(), short);
-        while layout.mappings.len() as u64 > share && layout.copied() < MOST_COPIED && short < self.pages() {
+        while layout.mappings.len() as u64 > share && layout.copied() < MAX_COPIED && short < self.pages() {
             short = (short * 2).max(1);
             let coarser = Layout::plan(map, self.range(), short);
-            if coarser.copied() > MOST_COPIED {
+            if coarser.copied() > MAX_COPIED {
                 break;
             }
             layout = coarser;
@@ -122,7 +122,7 @@ impl GuestRegion {
         for (range, mapping) in &layout.mappings {
             match mapping {
                 Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
-                Mapping::Private(source) | Mapping::Born(source) => {
+                Mapping::Private(source) | Mapping::SharedBase(source) => {
                     self.at.map_private(*range, source.layer.as_fd(), source.at)
                 }
             }
@@ -135,7 +135,7 @@ impl GuestRegion {
         }
         let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
         for (range, from) in &layout.copies {
-            from.layer.need(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
+            from.layer.wait_filled(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
             self.at
                 .read_in(*range, from.layer.as_fd(), from.at)
                 .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
@@ -155,9 +155,9 @@ impl GuestRegion {
     }
 
     fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
-        // Not only while it is pending: it may have failed since it was looked at, and only the filling's lock tells.
-        let Some(filling) = source.layer.filling() else { return Ok(()) };
-        let missing = filling.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
+        // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock tells.
+        let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
+        let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
             AttachError::Failed(error) => RamError::Lost(error),
             AttachError::Watch(source) => BackgroundError::Watch(source).into(),
         })?;
@@ -178,8 +178,8 @@ impl GuestRegion {
         debug_assert!(pinned.is_empty(), "a region that was never live is pinned");
         state.no_fork = NoForkMap::new();
         for layer in state.waits.drain(..) {
-            if let Some(filling) = layer.filling() {
-                filling.detach(&self.at);
+            if let Some(bg_copy) = layer.bg_copy() {
+                bg_copy.detach(&self.at);
             }
         }
         if let Err(error) = self.at.protect_none() {
@@ -187,7 +187,7 @@ impl GuestRegion {
         }
         state.map.set(Arc::default());
         state.mappings = crate::mappings::Mappings::default();
-        state.leave_birth();
+        state.abandon_base();
         state.compaction = None;
         let _ = state.promise.resize(1);
     }

@@ -26,7 +26,7 @@
 //! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s `settle`), under the region's lock: from then
 //!    on it is released and not shared back, so the frame the device learns of is the page's for good.
 //! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict, compaction) first finishes
-//!    the copy (`drain`).
+//!    the copy (`finish_background`).
 //! 8. What has been copied and is **still protected** when all is copied is mapped over the delta, so that parent and children share it and
 //!    the next freeze need not copy it again. No write is lost: until the mapping is replaced it cannot be written, and the replacement is one step
 //!    for every CPU.
@@ -34,15 +34,15 @@
 //! If the copy fails, the parent is whole (it was only ever protected), and of the children the missing pages become errors
 //! to access, never zeros; [`crate::GuestRam::on_failure`] tells.
 //!
-//! Lock order: a region's state, the ownership table, a [`Filling`], the [`Shared`] index. The thread takes the last two only, and no
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index. The thread takes the last two only, and no
 //! holder of the last two touches guest memory except through the kernel, reading: so whoever waits for the thread may hold
 //! the first two.
 //!
-//! The parent may go at any time: a filling keeps the parent's memory until it is done. One thread a store serves all of it; it ends
-//! with the store, after the last filling.
+//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One thread a store serves all of it; it ends
+//! with the store, after the last background copy.
 
+mod bg_copy;
 mod failure;
-mod filling;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -63,9 +63,9 @@ use crate::sync::whole::{Mutex, MutexGuard};
 use crate::sys::{Fault, OpenError, Uffd};
 use crate::units::PAGE_SIZE;
 
+pub(crate) use bg_copy::{AttachError, BackgroundCopy, Delta};
 pub(crate) use failure::Failure;
 pub use failure::FillError;
-pub(crate) use filling::{AttachError, Delta, Filling};
 pub(crate) use work::{Origin, Part};
 
 /// Why nothing can be frozen in the background.
@@ -103,16 +103,16 @@ impl From<OpenError> for BackgroundError {
 #[derive(Clone)]
 enum Target {
     /// The frozen VM's, from its first page.
-    Writer(Arc<Filling>),
+    Writer(Arc<BackgroundCopy>),
     /// A child's; the file's page at the range's start.
-    Reader(Arc<Filling>, u64),
+    Reader(Arc<BackgroundCopy>, u64),
 }
 
 #[derive(Default)]
 struct Index {
     /// By first address: the end, and whose it is.
     targets: BTreeMap<u64, (u64, Target)>,
-    jobs: VecDeque<Arc<Filling>>,
+    jobs: VecDeque<Arc<BackgroundCopy>>,
     /// VMs whose memory was lost, to be told by the thread, which holds no lock.
     lost_memory: Vec<Arc<Failure>>,
     stopping: bool,
@@ -122,7 +122,7 @@ struct Index {
     ended: bool,
 }
 
-/// What the thread and the fillings share. It outlives the thread for as long as a filling does.
+/// What the thread and the background copies share. It outlives the thread for as long as a background copy does.
 pub(crate) struct Shared {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
@@ -150,18 +150,18 @@ impl Shared {
 
     fn add_target(&self, start: u64, end: u64, target: Target) {
         let replaced = self.index().targets.insert(start, (end, target));
-        debug_assert!(replaced.is_none(), "an address has one filling at a time");
+        debug_assert!(replaced.is_none(), "an address has one bg_copy at a time");
     }
 
     fn remove_target(&self, start: u64) {
-        // Dropped after the lock is: it may be the last handle of a filling.
+        // Dropped after the lock is: it may be the last handle of a background copy.
         let gone = self.index().targets.remove(&start);
         drop(gone);
     }
 
-    /// Hands a filling to the thread.
-    pub(crate) fn start(&self, filling: &Arc<Filling>) {
-        self.index().jobs.push_back(Arc::clone(filling));
+    /// Hands a background copy to the thread.
+    pub(crate) fn start(&self, bg_copy: &Arc<BackgroundCopy>) {
+        self.index().jobs.push_back(Arc::clone(bg_copy));
         self.ring();
     }
 
@@ -202,9 +202,9 @@ impl Shared {
             near.filter(|(_, (end, _))| fault.address < *end).map(|(start, (_, target))| (*start, target.clone()))
         };
         match found {
-            Some((start, Target::Writer(filling))) => filling.serve_writer((fault.address - start) / PAGE_SIZE),
-            Some((start, Target::Reader(filling, at))) => {
-                filling.serve_reader(at + (fault.address - start) / PAGE_SIZE);
+            Some((start, Target::Writer(bg_copy))) => bg_copy.serve_writer((fault.address - start) / PAGE_SIZE),
+            Some((start, Target::Reader(bg_copy, at))) => {
+                bg_copy.serve_reader(at + (fault.address - start) / PAGE_SIZE);
             }
             // Finished since: try again.
             None => {}
@@ -298,7 +298,7 @@ impl Shared {
 
     fn fail_all(&self, error: &Arc<FillError>) {
         tracing::error!(%error, "background freezes failed");
-        // Looked at once: what is begun after this has nothing to do with it. A filling that was not handed over yet is in the targets only.
+        // Looked at once: what is begun after this has nothing to do with it. A background copy that was not handed over yet is in the targets only.
         let (jobs, targets) = {
             let mut index = self.index();
             let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();
@@ -306,8 +306,8 @@ impl Shared {
         };
         jobs.iter().for_each(|job| job.fail(error));
         for target in targets {
-            let (Target::Writer(filling) | Target::Reader(filling, _)) = target;
-            filling.fail(error);
+            let (Target::Writer(bg_copy) | Target::Reader(bg_copy, _)) = target;
+            bg_copy.fail(error);
         }
     }
 }
@@ -353,7 +353,7 @@ impl Engine {
         Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
     }
 
-    /// What fillings are made with; an error once the userfaultfd has been lost.
+    /// What background copies are made with; an error once the userfaultfd has been lost.
     pub(crate) fn shared(&self) -> Result<Arc<Shared>, BackgroundError> {
         if self.shared.index().lost {
             return Err(BackgroundError::Watch(io::Error::other("the userfaultfd was lost")));
@@ -363,7 +363,7 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Waits until every filling is done: layers outlive their store.
+    /// Waits until every background copy is done: layers outlive their store.
     fn drop(&mut self) {
         self.shared.index().stopping = true;
         self.shared.ring();

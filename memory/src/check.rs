@@ -67,7 +67,7 @@ impl GuestRegion {
     fn check(&self) -> Result<(), CheckError> {
         let mut state = self.checked(self.range())?;
         // Until what the background did is taken note of, the view before keeps what is still mapped.
-        self.drain(&mut state)?;
+        self.finish_background(&mut state)?;
         let table = self.table.lock();
         let own = self.own(&state)?;
         let others = crate::units::subtract_runs(&[self.range()], &own);
@@ -81,7 +81,7 @@ impl GuestRegion {
             }
             for (range, mapping) in state.mappings.within(*run) {
                 let shown = match &mapping {
-                    Mapping::Private(source) | Mapping::Born(source) => Some(source),
+                    Mapping::Private(source) | Mapping::SharedBase(source) => Some(source),
                     Mapping::Zero => None,
                     // Shows nothing, whatever an image it was reset to has there.
                     Mapping::Absent => continue,

@@ -1,4 +1,4 @@
-//! Compaction: a view that has become a patchwork of many layers is sewn together.
+//! Compaction: a view that has become a patchwork of many layers is last_compacted together.
 //!
 //! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times, or the thousandth generation of forks,
 //! would be made of a thousand layers in as many pieces, and each piece is a mapping in every VM started from it. Layers do not
@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::RamError;
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::freeze::{Packed, RegionImage};
 use crate::interval::{IntervalMap, Piece};
 use crate::layer::{LayerMap, Source};
@@ -28,22 +28,22 @@ use crate::store::Store;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
 
-/// More pieces than this, or more layers than [`DEEP`], and a view is worth sewing together. Below, a child is mapped in less than a millisecond.
-const MANY: usize = 192;
-/// See [`MANY`].
-const DEEP: usize = 24;
-/// As many pieces as short ones are to become, if it can be had for copying [`DEAR`] times their pages.
-const FEW: usize = 48;
-/// See [`FEW`].
-const DEAR: u64 = 4;
+/// More pieces than this, or more layers than [`COMPACT_AT_LAYERS`], and a view is worth sewing together. Below, a child is mapped in less than a millisecond.
+const COMPACT_AT_PIECES: usize = 192;
+/// See [`COMPACT_AT_PIECES`].
+const COMPACT_AT_LAYERS: usize = 24;
+/// As many pieces as short ones are to become, if it can be had for copying [`MAX_COPY_RATIO`] times their pages.
+const TARGET_PIECES: usize = 48;
+/// See [`TARGET_PIECES`].
+const MAX_COPY_RATIO: u64 = 4;
 /// As many pieces as short ones may stay, whatever it costs to have fewer: half of what a VM may have mapped.
-const TOO_MANY: usize = 512;
+const MAX_SHORT_PIECES: usize = 512;
 /// Pages that may be copied in any case.
-const CHEAP: u64 = 2_048;
+const MIN_COPY_BUDGET: u64 = 2_048;
 /// Longer pieces stay where they are.
-const SHORT: u64 = BLOCK_PAGES;
+const MAX_MERGED_PAGES: u64 = BLOCK_PAGES;
 /// Mappings a freeze makes on behalf of a compaction: what it adds to the pause is bounded. The others wait for the next.
-const AT_A_FREEZE: usize = 24;
+const MAX_REMAPS_AT_FREEZE: usize = 24;
 
 /// What a compaction did. Pieces and layers are counted over all regions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,23 +80,23 @@ pub(crate) fn layers<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> usize 
 }
 
 /// The runs to copy together, ascending: every short piece, and what lies between them where that is cheap. `barred` is left out.
-fn patches(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
+fn runs_to_merge(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
     let (mut short, mut barred) = (Vec::new(), barred.to_vec());
     for (range, source) in map.iter() {
         if source.layer.id().is_reference() {
             barred.push(range);
-        } else if range.len() < SHORT {
+        } else if range.len() < MAX_MERGED_PAGES {
             short.push(range);
         }
     }
     barred.sort_unstable();
     let short = subtract_runs(&short, &barred);
-    let most = (DEAR * pages_in(&short)).max(CHEAP);
+    let most = (MAX_COPY_RATIO * pages_in(&short)).max(MIN_COPY_BUDGET);
     let mut patches = join_runs(&short, 0);
     let mut gap = 4;
-    while patches.len() > FEW {
+    while patches.len() > TARGET_PIECES {
         let wider = subtract_runs(&join_runs(&short, gap), &barred);
-        let dear = pages_in(&wider) > most && patches.len() <= TOO_MANY;
+        let dear = pages_in(&wider) > most && patches.len() <= MAX_SHORT_PIECES;
         if dear || gap > map_end(map) {
             break;
         }
@@ -111,9 +111,10 @@ fn map_end(map: &LayerMap) -> u64 {
 }
 
 /// Whether `map` is worth sewing together, so far as its size tells: it has grown well beyond what the last time left.
-fn is_patchwork(map: &LayerMap, sewn: (usize, usize)) -> bool {
-    let (pieces, deep) = sewn;
-    map.len() > MANY.max(pieces + pieces / 2) || (map.len() > deep + DEEP && layers([map]) > deep + DEEP)
+fn is_patchwork(map: &LayerMap, last_compacted: (usize, usize)) -> bool {
+    let (pieces, deep) = last_compacted;
+    map.len() > COMPACT_AT_PIECES.max(pieces + pieces / 2)
+        || (map.len() > deep + COMPACT_AT_LAYERS && layers([map]) > deep + COMPACT_AT_LAYERS)
 }
 
 /// A copy of parts of a map in one layer.
@@ -139,7 +140,7 @@ impl Merged {
         for (run, at) in packed.iter() {
             // What no layer provides is zeros, in the new file as well.
             for (range, source) in of.within(run) {
-                source.layer.need(PageRange::with_len(source.at, range.len())).map_err(RamError::Lost)?;
+                source.layer.wait_filled(PageRange::with_len(source.at, range.len())).map_err(RamError::Lost)?;
                 let copied = copy(
                     source.layer.file(),
                     source.at,
@@ -189,7 +190,7 @@ impl Merged {
 fn copy(from: &File, at: u64, into: &File, to: u64, pages: u64, buffer: &mut [u8]) -> io::Result<()> {
     let (mut done, whole) = (0, pages * PAGE_SIZE);
     while done < whole {
-        point(Call::Copy)?;
+        failpoint(Call::Copy)?;
         let part = &mut buffer[..(whole - done).min(256 * PAGE_SIZE) as usize];
         from.read_exact_at(part, at * PAGE_SIZE + done)?;
         into.write_all_at(part, to * PAGE_SIZE + done)?;
@@ -206,7 +207,7 @@ impl RamImage {
     pub fn compact(&self, store: &Store) -> Result<(Self, CompactReport), RamError> {
         let mut report = CompactReport::default();
         let sew = |region: &RegionImage| {
-            let merged = Merged::make(store, region.map.map(), &patches(&region.map, &[]))?;
+            let merged = Merged::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
             let mut map = Arc::clone(region.map.map());
             if let Some(merged) = &merged {
                 merged.substitute(Arc::make_mut(&mut map));
@@ -223,7 +224,7 @@ impl GuestRam {
     /// Sews this VM's own view together, now. Freezes have it done in the background.
     ///
     /// # Errors
-    /// When there is no memory for the copies, or a mapping fails: then some pieces are sewn together and others are not, with the same
+    /// When there is no memory for the copies, or a mapping fails: then some pieces are last_compacted together and others are not, with the same
     /// contents.
     pub fn compact(&self, _quiesced: &Quiesced<'_>) -> Result<CompactReport, RamError> {
         let mut report = CompactReport::default();
@@ -279,9 +280,9 @@ fn is_gain(mappings: &Mappings, pieces: &[PageRange]) -> bool {
 impl GuestRegion {
     fn compact(&self, report: &mut CompactReport) -> Result<(), RamError> {
         let mut state = self.checked(self.range())?;
-        self.drain(&mut state)?;
+        self.finish_background(&mut state)?;
         let of = Arc::clone(state.map.map());
-        let merged = Merged::make(&self.store, &of, &patches(&of, &nofork::runs(&state.no_fork)))?;
+        let merged = Merged::make(&self.store, &of, &runs_to_merge(&of, &nofork::runs(&state.no_fork)))?;
         let pages = merged.as_ref().map_or(0, Merged::pages);
         if let Some(merged) = merged {
             // No bit changes hands, but none may meanwhile: a page is mapped anew only if it is not the VM's own.
@@ -293,16 +294,16 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// After a freeze: has the view sewn together in the background, if it has become a patchwork.
+    /// After a freeze: has the view last_compacted together in the background, if it has become a patchwork.
     pub(crate) fn compact_later(&self, state: &mut State) {
-        if state.compaction.is_some() || state.freezing.is_some() || !is_patchwork(&state.map, state.sewn) {
+        if state.compaction.is_some() || state.freezing.is_some() || !is_patchwork(&state.map, state.last_compacted) {
             return;
         }
         let compaction = Arc::new(Compaction::default());
         let (store, of) = (self.store.clone(), View::new(self.store.views(), Arc::clone(state.map.map())));
         let (barred, result) = (nofork::runs(&state.no_fork), Arc::clone(&compaction));
         let work = move || {
-            let merged = Merged::make(&store, of.map(), &patches(&of, &barred));
+            let merged = Merged::make(&store, of.map(), &runs_to_merge(&of, &barred));
             result.set(merged.unwrap_or_else(|error| {
                 tracing::warn!(%error, "layers are not merged");
                 None
@@ -313,13 +314,13 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been sewn together, if anything has. `own` are the pages this VM owns, but
+    /// In a freeze, with the table locked: takes over some of what has been last_compacted together, if anything has. `own` are the pages this VM owns, but
     /// for no-fork ones; nothing else writes.
     pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
         let mut own = own.concat();
         own.sort_unstable();
-        match merged.map(|merged| self.take_over(state, merged, &own, AT_A_FREEZE)) {
+        match merged.map(|merged| self.take_over(state, merged, &own, MAX_REMAPS_AT_FREEZE)) {
             Some(Ok(Some(rest))) => {
                 if let Some(compaction) = &state.compaction {
                     compaction.set(Some(rest));
@@ -330,7 +331,7 @@ impl GuestRegion {
             Some(Ok(None)) | None => {}
         }
         state.compaction = None;
-        state.sewn = (state.map.len(), layers([&*state.map]));
+        state.last_compacted = (state.map.len(), layers([&*state.map]));
     }
 
     /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most `most` patches; returns the rest.
@@ -394,7 +395,7 @@ mod tests {
     fn a_declaration_that_came_in_between_is_left_alone() {
         let store = Store::open().unwrap();
         let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
         let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
         freeze();
@@ -406,7 +407,7 @@ mod tests {
         let region = &ram.regions()[0];
         let mut state = region.state();
         let of = Arc::clone(state.map.map());
-        let merged = Merged::make(&store, &of, &patches(&of, &[])).unwrap().unwrap();
+        let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
         state.no_fork.insert(PageRange::new(10, 20), NoFork::Zeroed);
         let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
         region.take_over(&mut state, merged, &own, usize::MAX).unwrap();
@@ -431,7 +432,7 @@ mod tests {
         const PAGES: u64 = 2048;
         let store = Store::open_small().unwrap();
         let parent = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        parent.birth().unwrap();
+        parent.populate().unwrap();
         let put = |page: u64, word: u64| parent.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
         let freeze = || parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
         (0..PAGES).for_each(|page| put(page, page + 1));
@@ -448,7 +449,7 @@ mod tests {
         let region = &ram.regions()[0];
         let mut state = region.state();
         let of = Arc::clone(state.map.map());
-        let merged = Merged::make(&store, &of, &patches(&of, &[])).unwrap().unwrap();
+        let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
         assert!(merged.placed.len() > 1, "two parts: {:?}", merged.placed);
         let layer = merged.placed[0].1.layer.id();
         let rest = region.take_over(&mut state, merged, &[], 1).unwrap().expect("the first part alone");

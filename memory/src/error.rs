@@ -107,7 +107,7 @@ pub enum RamError {
     },
     /// A reset failed half-way: the memory is neither what it was nor what it was to be. Another reset mends it.
     #[error("the region at {base:#x} was left half reset: it must be reset again before anything else")]
-    Torn {
+    Inconsistent {
         /// Its guest physical address.
         base: u64,
     },

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 
 use crate::error::RamError;
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::layer::{Home, Source};
 use crate::nofork;
 use crate::ownership::TableGuard;
@@ -24,9 +24,9 @@ use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 /// A nameless file in `dir`, gone with its last user.
 fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    point(Call::File)?;
+    failpoint(Call::File)?;
     let fd = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
-    point(Call::Size)?;
+    failpoint(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())
 }
@@ -50,16 +50,16 @@ impl GuestRegion {
     pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<Evicted, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
-        self.drain(&mut state)?;
+        self.finish_background(&mut state)?;
         let table = self.table.lock();
         // R19: what children do not inherit stays where it is. In a layer's file its bytes would be a mapping away from them. I7: so does what a device
         // reads.
         let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);
-        let born = subtract_runs(&state.mappings.born_within(range), &kept);
-        let mut own = subtract_runs(&self.owned_private(range, &state.mappings.born_within(range))?, &kept);
-        own.extend_from_slice(&born);
+        let base = subtract_runs(&state.mappings.base_within(range), &kept);
+        let mut own = subtract_runs(&self.owned_private(range, &state.mappings.base_within(range))?, &kept);
+        own.extend_from_slice(&base);
         own.sort_unstable();
         // Before the map shows what is about to be written there: that is not mapped yet.
         let mut stays = [own.as_slice(), &kept].concat();
@@ -74,7 +74,7 @@ impl GuestRegion {
             let mappings = state.mappings.len() as u64;
             let _ = state.promise.resize(mappings);
             done?;
-            self.free_born(&state, &subtract_runs(&born, &pinned));
+            self.free_base(&state, &subtract_runs(&base, &pinned));
             state.retire_base_if_shared();
         }
         Ok(Evicted { written, dropped })
@@ -113,7 +113,7 @@ impl GuestRegion {
         let written = swap_file(dir, pages).and_then(|file| {
             self.at.write_out(out, file.as_fd(), 0)?;
             // Only a file that is on the disk can be dropped from memory.
-            point(Call::Copy)?;
+            failpoint(Call::Copy)?;
             file.sync_data()?;
             Ok(file)
         });
@@ -143,7 +143,7 @@ impl GuestRegion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, GuestRam, PAGE_SIZE, RamLayout, Store, Term};
+    use crate::{Access, GuestRam, PAGE_SIZE, PinLifetime, RamLayout, Store};
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
@@ -152,14 +152,14 @@ mod tests {
         let store = Store::open().unwrap();
         for frozen in [false, true] {
             let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
-            ram.birth().unwrap();
+            ram.populate().unwrap();
             if frozen {
                 ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             }
             let word = |page: u64| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
             (0..1024).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
             let region = &ram.regions()[0];
-            let pin = region.pin(PageRange::new(10, 12), Access::Write, Term::Long).unwrap();
+            let pin = region.pin(PageRange::new(10, 12), Access::Write, PinLifetime::LongTerm).unwrap();
             let quiesced = Quiesced::by(&crate::NoWriters);
             assert_eq!(
                 region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(),
@@ -182,14 +182,14 @@ mod tests {
         let store = Store::open().unwrap();
         for frozen in [false, true] {
             let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
-            ram.birth().unwrap();
+            ram.populate().unwrap();
             if frozen {
                 ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             }
             (0..64).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
             let region = &ram.regions()[0];
             // The VM's own, and a short read of them: of private pages it counts nothing.
-            let pin = region.pin(PageRange::new(10, 12), Access::Read, Term::Short).unwrap();
+            let pin = region.pin(PageRange::new(10, 12), Access::Read, PinLifetime::Transient).unwrap();
             assert_eq!(region.ownership().get(10).1, u32::from(!frozen));
             region.set_no_fork(PageRange::new(20, 30), Some(crate::NoFork::Zeroed)).unwrap();
             let evicted =
@@ -217,7 +217,7 @@ mod tests {
     fn i13_a_disk_that_cannot_be_written_changes_nothing() {
         let store = Store::open().unwrap();
         let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         ram.memory().write_obj(5u64, GuestAddress(0)).unwrap();
         let gone = Path::new("/proc/no-such-directory");
         let refused = ram.regions()[0].evict(PageRange::new(0, 64), gone, &Quiesced::by(&crate::NoWriters));

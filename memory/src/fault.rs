@@ -30,7 +30,7 @@ pub(crate) enum Call {
 /// To be asked before each call: an error to be taken for the call's own.
 #[cfg(not(test))]
 #[inline(always)]
-pub(crate) fn point(_call: Call) -> io::Result<()> {
+pub(crate) fn failpoint(_call: Call) -> io::Result<()> {
     Ok(())
 }
 
@@ -38,7 +38,7 @@ pub(crate) fn point(_call: Call) -> io::Result<()> {
 mod tests;
 
 #[cfg(test)]
-pub(crate) use armed::{inherit, plan, point};
+pub(crate) use armed::{failpoint, inherit, plan};
 
 #[cfg(test)]
 mod armed {
@@ -152,7 +152,7 @@ mod armed {
         PLAN.with(|mine| *mine.borrow_mut() = plan);
     }
 
-    pub(crate) fn point(call: Call) -> io::Result<()> {
+    pub(crate) fn failpoint(call: Call) -> io::Result<()> {
         crate::sync::step();
         let fails = PLAN.with(|plan| plan.borrow().fails(call));
         let errno = match call {

@@ -1,8 +1,8 @@
 //! Freeze: what a VM exclusively owns becomes a layer that others may share.
 //!
 //! ```text
-//!   born pages (shared mapping over the birth file)      private pages (the kernel's copies)
-//!     │ not pinned: remap private; the birth file          │ copy into a delta layer
+//!   base pages (shared mapping over the base file)      private pages (the kernel's copies)
+//!     │ not pinned: remap private; the base file          │ copy into a delta layer
 //!     │             is the layer. Nothing is copied.       │ many: remap over the delta, so that they are shared
 //!     │ pinned:     copy into the delta; stays mapped      │ few, or pinned: stay as they are, still this VM's own
 //!     │             shared and in place (I3)               │             (the layer has its own bytes)
@@ -12,7 +12,7 @@
 //!
 //! 1. Bits are given up first, atomically against lockless pins ([`crate::word`]); whoever pins later waits on the table's lock.
 //! 2. Everything that needs a copy is copied while every page still is where it was. Failing here changes nothing.
-//! 3. Born pages are remapped. Contents do not change, so even a failure half-way leaves the VM whole: what was remapped is read from the
+//! 3. Base pages are remapped. Contents do not change, so even a failure half-way leaves the VM whole: what was remapped is read from the
 //!    same file, what was not stays owned.
 //! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time. Which are is decided before
 //!    2, so that those that stay get a layer to themselves: all of it is superseded at the next freeze, and its memory goes. In one layer with the
@@ -31,9 +31,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::background::{Delta, Filling};
+use crate::background::{BackgroundCopy, Delta};
 use crate::error::RamError;
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::layer::{Layer, LayerMap, Source};
 use crate::mappings::Mapping;
 use crate::nofork::{self, NoForkMap};
@@ -47,15 +47,15 @@ use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
 
 pub(crate) use copies::{Packed, Placed};
-use copies::{SMALL_GAP, close_gaps, parts, worth_sharing};
+use copies::{SMALL_GAP, close_gaps, parts, runs_to_remap};
 
 /// Private pages that stay the parent's own after a freeze has copied them, at most. Below it, copying them again at the next freeze
 /// is cheaper than remapping and breaking COW again.
 const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
 /// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
-const MOST_USED: u64 = 2_048;
+const MAX_RECENTLY_PINNED: u64 = 2_048;
 
-/// No-fork pages that a freeze moves out of the birth file, at most: reading them takes a millisecond.
+/// No-fork pages that a freeze moves out of the base file, at most: reading them takes a millisecond.
 const MAX_WITHDRAWN: u64 = 1_024;
 
 /// From this many private pages on, [`FreezeMode::Auto`] leaves copying to the background.
@@ -105,14 +105,14 @@ impl std::ops::AddAssign for FreezeReport {
 
 /// What there is to freeze, decided under both locks.
 struct Plan<'t> {
-    born: Vec<PageRange>,
+    base: Vec<PageRange>,
     /// Private pages this VM owns.
     owned: Vec<PageRange>,
     /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that protecting takes few calls.
     private: Shared<'t>,
-    /// Born and private.
+    /// Base and private.
     pinned: Vec<PageRange>,
-    /// What goes into the delta: `owned` with small gaps closed, and the pinned born pages.
+    /// What goes into the delta: `owned` with small gaps closed, and the pinned base pages.
     copy: Vec<PageRange>,
 }
 
@@ -130,18 +130,18 @@ impl GuestRegion {
         let mut state = region.checked(region.range())?;
         // Before anything is looked at: what is still being copied from here would be shared twice, and what this VM was given may not
         // be there yet.
-        region.drain(&mut state)?;
+        region.finish_background(&mut state)?;
         let table = region.table.lock();
         region.table.trace.freeze_begun();
         let plan = region.plan(&state, &table)?;
         // While nothing writes and every page this VM owns is known.
-        region.take_over_some(&mut state, [&plan.born, &plan.owned]);
+        region.take_over_some(&mut state, [&plan.base, &plan.owned]);
         let prepared = region.prepare_freeze(&mut state, &plan, mode);
         let done = prepared.and_then(|prepared| Self::freeze_all(rest, mode, frozen).map(|()| prepared));
         let done = done.and_then(|prepared| region.commit_freeze(&mut state, &table, &plan, prepared));
         if done.is_err() {
-            // I13: whatever is still born or private is still this VM's own.
-            for run in state.born_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo)) {
+            // I13: whatever is still base or private is still this VM's own.
+            for run in state.base_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo)) {
                 table.set_exclusive(*run);
             }
             let mappings = state.mappings.len() as u64;
@@ -162,8 +162,8 @@ impl GuestRegion {
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
         // R19: what children do not inherit is not looked at. It stays as it is, and its bytes reach no layer.
         let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
-        let mapped_shared = state.born_runs();
-        let born = subtract_runs(&mapped_shared, &kept);
+        let mapped_shared = state.base_runs();
+        let base = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
         // What is absent though it is not declared any more has nothing to be copied, and is no gap between what has (R19).
@@ -177,46 +177,46 @@ impl GuestRegion {
             together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
-        let heedless = self.heedless.load(Ordering::Relaxed);
+        let ignores_pins = self.ignores_pins.load(Ordering::Relaxed);
         // Pages that devices had since the last freeze they will have again: copied now and left where they are, like those they have. Otherwise each
         // would be mapped anew, and copied once more at its next pin. Their bits stay, so that such a pin needs no lock.
-        let mut left = if heedless { 0 } else { MOST_USED };
-        let mut take_used = |runs: &[PageRange]| {
+        let mut left = if ignores_pins { 0 } else { MAX_RECENTLY_PINNED };
+        let mut take_recently_pinned = |runs: &[PageRange]| {
             let mut used = Vec::new();
             for run in runs {
-                let taken = table.take_used(*run, left);
+                let taken = table.take_recently_pinned(*run, left);
                 left -= pages_in(&taken);
                 used.extend(taken);
             }
             used
         };
-        let (used_born, used_private) = (take_used(&born), take_used(&together));
+        let (used_base, used_private) = (take_recently_pinned(&base), take_recently_pinned(&together));
         // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
-        for run in subtract_runs(&born, &used_born) {
+        for run in subtract_runs(&base, &used_base) {
             pinned.extend(table.share(run));
         }
-        if heedless {
+        if ignores_pins {
             pinned.clear();
         }
-        pinned.extend(used_born);
+        pinned.extend(used_base);
         if !broken(Break::ForgetPinned) {
             copy.extend(pinned.iter().copied());
         }
         let private = Shared::give_up(table, &subtract_runs(&together, &used_private));
-        if !heedless {
+        if !ignores_pins {
             pinned.extend(private.pinned());
             pinned.extend(used_private);
         }
         pinned.sort_unstable();
         copy.sort_unstable();
-        Ok(Plan { born, owned, private, pinned, copy })
+        Ok(Plan { base, owned, private, pinned, copy })
     }
 
     /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns dropped, nothing has changed.
     fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
         let delta = self.delta(state, plan, mode)?;
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
-        let to_remap = subtract_runs(&plan.born, kept);
+        let to_remap = subtract_runs(&plan.base, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
         let most = state.mappings.len() as u64 + 2 * to_remap.len() as u64;
         let promised = state.promise.count().max(most);
@@ -233,16 +233,16 @@ impl GuestRegion {
         prepared: Prepared,
     ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
         let Prepared { mut delta, to_remap } = prepared;
-        let birth = state.birth.clone();
-        for (run, birth) in to_remap.iter().zip(birth.iter().cycle()) {
+        let base_file = state.base_file.clone();
+        for (run, base_file) in to_remap.iter().zip(base_file.iter().cycle()) {
             if !broken(Break::WriteLayer) {
-                self.remap(state, *run, &Source { layer: Arc::clone(birth), at: run.start })?;
+                self.remap(state, *run, &Source { layer: Arc::clone(base_file), at: run.start })?;
             }
-            // From here on these pages of the birth file are a layer's (I4).
-            state.map.insert(*run, Source { layer: Arc::clone(birth), at: run.start });
+            // From here on these pages of the base file are a layer's (I4).
+            state.map.insert(*run, Source { layer: Arc::clone(base_file), at: run.start });
         }
         self.withdraw_no_fork(state, table);
-        state.register_born();
+        state.register_base();
         let before = View::new(self.store.views(), Arc::clone(state.map.map()));
         for (run, source) in delta.all() {
             state.map.insert(*run, source.clone());
@@ -251,13 +251,13 @@ impl GuestRegion {
         let report = FreezeReport {
             remapped: pages_in(&to_remap),
             copied: pages_in(&plan.copy),
-            pending: delta.filling.as_ref().map_or(0, |filling| filling.missing()),
+            pending: delta.bg_copy.as_ref().map_or(0, |bg_copy| bg_copy.missing()),
             pinned: plan.pinned.iter().map(|run| self.table.counts(*run).pinned).sum(),
         };
-        if let (Some(filling), Some((_, source))) = (delta.filling.take(), delta.staying.first()) {
+        if let (Some(bg_copy), Some((_, source))) = (delta.bg_copy.take(), delta.staying.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
-            filling.start();
+            bg_copy.start();
             return Ok((Arc::clone(state.map.map()), report));
         }
         let image = Arc::clone(state.map.map());
@@ -278,33 +278,33 @@ impl GuestRegion {
         Ok((image, report))
     }
 
-    /// R19: pages that children do not inherit leave the file the VM was born in, which is one that children map from now on: they become private pages with
+    /// R19: pages that children do not inherit leave the VM's base file, which is one that children map from now on: they become private pages with
     /// the same bytes, and the file has holes in their place. What is pinned stays where it is (I3), and so does what is too much for a pause.
     fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
-        let Some(birth) = state.birth.clone() else { return };
+        let Some(base_file) = state.base_file.clone() else { return };
         let declared = nofork::runs(&state.no_fork);
-        let born: Vec<PageRange> = declared.iter().flat_map(|run| state.mappings.born_within(*run)).collect();
+        let base: Vec<PageRange> = declared.iter().flat_map(|run| state.mappings.base_within(*run)).collect();
         let (mut moved, mut left) = (Vec::new(), MAX_WITHDRAWN);
-        for run in born {
+        for run in base {
             let pinned = table.share(run);
             for piece in subtract_runs(&[run], &pinned) {
                 let needed = state.mappings.len() as u64 + 2;
                 let room = state.promise.count() >= needed || state.promise.resize(needed).is_ok();
                 if room && piece.len() <= left {
-                    match self.at.replace_private(piece, birth.as_fd(), piece.start) {
+                    match self.at.replace_private(piece, base_file.as_fd(), piece.start) {
                         Ok(()) => {
                             left -= piece.len();
                             state.mappings.insert(piece, Mapping::Zero);
                             moved.push(piece);
                         }
-                        Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the birth file"),
+                        Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the base_file file"),
                     }
                 }
                 // Here or there, they are this VM's own.
                 table.set_exclusive(piece);
             }
         }
-        self.free_born(state, &moved);
+        self.free_base(state, &moved);
     }
 
     /// All of the region, as it is read now, in a layer of its own.
@@ -333,18 +333,18 @@ impl GuestRegion {
         if wanted {
             let packed = Packed::of(&plan.copy);
             match self.defer(state, plan, &packed) {
-                Ok((layer, filling)) => {
-                    return Ok(Copies { staying: packed.placed(&layer), filling: Some(filling), ..Copies::default() });
+                Ok((layer, bg_copy)) => {
+                    return Ok(Copies { staying: packed.placed(&layer), bg_copy: Some(bg_copy), ..Copies::default() });
                 }
                 Err(error) if mode == FreezeMode::Background => return Err(error),
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
         // Heedless to the end: what is kept would be spared after all.
-        let keep = if self.heedless.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
-        let shared = worth_sharing(&plan.copy, &plan.pinned, keep);
+        let keep = if self.ignores_pins.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
+        let shared = runs_to_remap(&plan.copy, &plan.pinned, keep);
         let staying = self.copied(&subtract_runs(&plan.copy, &shared))?;
-        Ok(Copies { shared: self.copied(&shared)?, staying, filling: None })
+        Ok(Copies { shared: self.copied(&shared)?, staying, bg_copy: None })
     }
 
     /// Copies `runs` into a layer of their own.
@@ -366,10 +366,10 @@ impl GuestRegion {
         state: &mut State,
         plan: &Plan<'_>,
         packed: &Packed,
-    ) -> Result<(Arc<Layer>, Arc<Filling>), RamError> {
+    ) -> Result<(Arc<Layer>, Arc<BackgroundCopy>), RamError> {
         let shared = self.store.background()?;
-        let layer = Arc::new(self.store.hollow_layer(packed.pages, packed.grain)?);
-        let file = point(Call::Copy)
+        let layer = Arc::new(self.store.unpopulated_layer(packed.pages, packed.grain)?);
+        let file = failpoint(Call::Copy)
             .and_then(|()| layer.file().try_clone())
             .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
@@ -389,10 +389,10 @@ impl GuestRegion {
             allowance,
             later,
         };
-        let filling = Filling::new(&shared, &self.at, delta)?;
-        layer.fill_with(Arc::clone(&filling));
-        filling.protect(&plan.private, &plan.pinned)?;
-        Ok((layer, filling))
+        let bg_copy = BackgroundCopy::new(&shared, &self.at, delta)?;
+        layer.fill_with(Arc::clone(&bg_copy));
+        bg_copy.protect(&plan.private, &plan.pinned)?;
+        Ok((layer, bg_copy))
     }
 
     /// Remaps copied private pages over their layer, longest runs first. Never an error: a page left out is only copied again next time.
@@ -431,7 +431,7 @@ impl GuestRegion {
 /// A freeze of one region that can still be given up.
 struct Prepared {
     delta: Copies,
-    /// Born runs that become a layer's by being mapped privately.
+    /// Base runs that become a layer's by being mapped privately.
     to_remap: Vec<PageRange>,
 }
 
@@ -442,7 +442,7 @@ struct Copies {
     shared: Placed,
     /// Pages that stay its own and in place, and whatever is left to the background.
     staying: Placed,
-    filling: Option<Arc<Filling>>,
+    bg_copy: Option<Arc<BackgroundCopy>>,
 }
 
 impl Copies {

@@ -60,7 +60,7 @@ impl LayerHandle {
     pub fn read_pages(&self, at: u64, bytes: &mut [u8]) -> Result<(), RamError> {
         let pages = (bytes.len() as u64).div_ceil(PAGE_SIZE);
         let range = PageRange::with_len(at, pages);
-        self.0.need(range).map_err(RamError::Lost)?;
+        self.0.wait_filled(range).map_err(RamError::Lost)?;
         self.0.file().read_exact_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
     }
 
@@ -70,7 +70,7 @@ impl LayerHandle {
     /// # Errors
     /// When the file cannot be asked, or pages will never come.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
-        self.0.need(range).map_err(RamError::Lost)?;
+        self.0.wait_filled(range).map_err(RamError::Lost)?;
         if self.0.home() == Home::File {
             // What is read of it must be there: had somebody cut it short, what is gone would look like a hole.
             return Ok(vec![range]);

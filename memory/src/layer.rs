@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::background::{FillError, Filling};
+use crate::background::{BackgroundCopy, FillError};
 use crate::interval::{IntervalMap, Piece};
 use crate::store::Backing;
 use crate::units::PageRange;
@@ -48,8 +48,8 @@ pub(crate) enum Home {
 
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
 ///
-/// A layer made from a birth file may still have pages that were pinned when it was frozen: those belong to the VM that was
-/// born in it, are in nobody's [`LayerMap`], and are not part of the layer.
+/// A layer made from a base file may still have pages that were pinned when it was frozen: those belong to the VM that was
+/// populated in it, are in nobody's [`LayerMap`], and are not part of the layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
     id: LayerId,
@@ -58,11 +58,11 @@ pub(crate) struct Layer {
     home: Home,
     live: Arc<AtomicUsize>,
     /// Whether a VM still owns pages of it, mapped shared, which are in no map.
-    birth: AtomicBool,
+    base_file: AtomicBool,
     /// What has been given back of it, ascending (see [`crate::sweep`]).
     given: Mutex<Vec<PageRange>>,
     /// What fills it, or did, if it was published before it was complete.
-    filling: OnceLock<Arc<Filling>>,
+    bg_copy: OnceLock<Arc<BackgroundCopy>>,
     /// Handles that others were given (see [`crate::handle`]), and those of them that have gone. Both only grow.
     handles_made: AtomicU64,
     handles_gone: AtomicU64,
@@ -72,10 +72,10 @@ impl Layer {
     pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge; nothing is ordered by it.
         live.fetch_add(1, Ordering::Relaxed);
-        let (birth, given) = (AtomicBool::new(false), Mutex::default());
+        let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
-        let (filling, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
-        Self { id, file, pages, home, live, birth, given, filling, handles_made, handles_gone }
+        let (bg_copy, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
+        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone }
     }
 
     /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with [`Self::handles_made`].
@@ -108,16 +108,16 @@ impl Layer {
         self.home
     }
 
-    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_birth`]; the map that shows the pages the VM gave up
+    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_base`]; the map that shows the pages the VM gave up
     /// is published before.
-    pub(crate) fn set_birth(&self, birth: bool) {
-        self.birth.store(birth, Ordering::Release);
+    pub(crate) fn set_base(&self, base_file: bool) {
+        self.base_file.store(base_file, Ordering::Release);
         #[cfg(test)]
         crate::sweep::worst::moment(&crate::view::Views::new(&self.live));
     }
 
-    pub(crate) fn is_birth(&self) -> bool {
-        self.birth.load(Ordering::Acquire)
+    pub(crate) fn is_base(&self) -> bool {
+        self.base_file.load(Ordering::Acquire)
     }
 
     /// What has been given back of it.
@@ -135,31 +135,31 @@ impl Layer {
     }
 
     /// Says what fills it: once, before anyone else has it.
-    pub(crate) fn fill_with(&self, filling: Arc<Filling>) {
-        let first = self.filling.set(filling).is_ok();
+    pub(crate) fn fill_with(&self, bg_copy: Arc<BackgroundCopy>) {
+        let first = self.bg_copy.set(bg_copy).is_ok();
         debug_assert!(first, "a layer is filled once");
         trace!(Hollow { layer: self.id.0 });
     }
 
     /// What fills it, if that was left to the background.
-    pub(crate) fn filling(&self) -> Option<&Arc<Filling>> {
-        self.filling.get()
+    pub(crate) fn bg_copy(&self) -> Option<&Arc<BackgroundCopy>> {
+        self.bg_copy.get()
     }
 
     /// What fills it, as long as pages may be missing.
-    pub(crate) fn pending(&self) -> Option<&Arc<Filling>> {
-        self.filling().filter(|filling| !filling.is_over())
+    pub(crate) fn pending(&self) -> Option<&Arc<BackgroundCopy>> {
+        self.bg_copy().filter(|bg_copy| !bg_copy.is_over())
     }
 
     /// Why it will never be complete.
     pub(crate) fn failure(&self) -> Option<Arc<FillError>> {
-        self.filling()?.failure()
+        self.bg_copy()?.failure()
     }
 
     /// Waits until the pages of its file within `range` are there: to be called before the file is read otherwise than through a
     /// mapping that was adopted.
-    pub(crate) fn need(&self, range: PageRange) -> Result<(), Arc<FillError>> {
-        self.filling().map_or(Ok(()), |filling| filling.need(range))
+    pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
+        self.bg_copy().map_or(Ok(()), |bg_copy| bg_copy.wait_filled(range))
     }
 
     /// Pages of address space in its file (holes included).
@@ -178,8 +178,8 @@ impl Layer {
 
 impl Drop for Layer {
     fn drop(&mut self) {
-        if let Some(filling) = self.filling.get() {
-            filling.abandon();
+        if let Some(bg_copy) = self.bg_copy.get() {
+            bg_copy.abandon();
         }
         trace!(LayerGone { layer: self.id.0 });
         // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.

@@ -7,8 +7,8 @@ use crate::units::{PageRange, pages_in, push_run};
 /// What is mapped into a piece of the reservation at present.
 #[derive(Clone, Debug)]
 pub(crate) enum Mapping {
-    /// Shared and writable over the birth file: every page is this VM's own.
-    Born(Source),
+    /// Shared and writable over the base file: every page is this VM's own.
+    SharedBase(Source),
     /// Private over a layer: the kernel copies on write.
     Private(Source),
     /// Private zeros.
@@ -20,7 +20,7 @@ pub(crate) enum Mapping {
 impl Piece for Mapping {
     fn advance(&self, pages: u64) -> Self {
         match self {
-            Self::Born(source) => Self::Born(source.advance(pages)),
+            Self::SharedBase(source) => Self::SharedBase(source.advance(pages)),
             Self::Private(source) => Self::Private(source.advance(pages)),
             Self::Zero => Self::Zero,
             Self::Absent => Self::Absent,
@@ -37,15 +37,15 @@ impl Piece for Mapping {
 pub(crate) struct Mappings {
     pieces: IntervalMap<Mapping>,
     /// Pages mapped shared, counted, so that nobody walks all pieces to learn that there are none.
-    born: u64,
+    base: u64,
 }
 
 impl Mappings {
     /// Notes that `mapping` is in place of what was in `range`.
     pub(crate) fn insert(&mut self, range: PageRange, mapping: Mapping) {
-        self.born -= pages_in(&self.born_within(range));
-        if matches!(mapping, Mapping::Born(_)) {
-            self.born += range.len();
+        self.base -= pages_in(&self.base_within(range));
+        if matches!(mapping, Mapping::SharedBase(_)) {
+            self.base += range.len();
         }
         self.pieces.insert(range, mapping);
     }
@@ -86,31 +86,33 @@ impl Mappings {
         self.pieces.iter()
     }
 
-    /// Pages mapped shared over the birth file.
-    pub(crate) fn born_pages(&self) -> u64 {
-        self.born
+    /// Pages mapped shared over the base file.
+    pub(crate) fn base_pages(&self) -> u64 {
+        self.base
     }
 
-    /// The runs mapped shared over the birth file.
-    pub(crate) fn born_runs(&self) -> Vec<PageRange> {
-        if self.born == 0 {
+    /// The runs mapped shared over the base file.
+    pub(crate) fn base_runs(&self) -> Vec<PageRange> {
+        if self.base == 0 {
             return Vec::new();
         }
-        born(self.pieces.iter())
+        base(self.pieces.iter())
     }
 
     /// Those of `range`.
-    pub(crate) fn born_within(&self, range: PageRange) -> Vec<PageRange> {
-        if self.born == 0 {
+    pub(crate) fn base_within(&self, range: PageRange) -> Vec<PageRange> {
+        if self.base == 0 {
             return Vec::new();
         }
-        born(self.pieces.within(range).iter().map(|(range, mapping)| (*range, mapping)))
+        base(self.pieces.within(range).iter().map(|(range, mapping)| (*range, mapping)))
     }
 }
 
-fn born<'a>(pieces: impl Iterator<Item = (PageRange, &'a Mapping)>) -> Vec<PageRange> {
+fn base<'a>(pieces: impl Iterator<Item = (PageRange, &'a Mapping)>) -> Vec<PageRange> {
     let mut runs = Vec::new();
-    pieces.filter(|(_, mapping)| matches!(mapping, Mapping::Born(_))).for_each(|(range, _)| push_run(&mut runs, range));
+    pieces
+        .filter(|(_, mapping)| matches!(mapping, Mapping::SharedBase(_)))
+        .for_each(|(range, _)| push_run(&mut runs, range));
     runs
 }
 

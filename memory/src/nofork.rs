@@ -1,6 +1,6 @@
 //! No-fork regions: memory that a child does not inherit (R19), such as rings shared with a device or secrets.
 //!
-//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out of the birth file (up to 4 MiB; what is
+//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out of the base file (up to 4 MiB; what is
 //! pinned stays). So their bytes are in no file a child
 //! maps. The parent keeps them as they are. A child gets them absent, as zeros, or fresh from a reference page, and inherits the
 //! declaration, so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting its
@@ -95,7 +95,7 @@ impl GuestRegion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Pattern, Quiesced, RamImage, RamLayout, Store, Term};
+    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Pattern, PinLifetime, Quiesced, RamImage, RamLayout, Store};
     use vm_memory::{Bytes, GuestAddress};
 
     const PAGES: u64 = 4 * 512;
@@ -117,7 +117,7 @@ mod tests {
 
     fn declared(store: &Store) -> GuestRam {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         (0..PAGES).for_each(|p| put(&ram, p, SECRET));
         let mut fresh: Pattern = [0; PAGE_SIZE as usize];
         fresh[..8].copy_from_slice(&77u64.to_le_bytes());
@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(seen, [SECRET, 0, 0, SECRET, SECRET, 77, 77, SECRET, SECRET, SECRET]);
         let absent = ram.memory().read_obj::<u64>(GuestAddress(1000 * PAGE_SIZE));
         assert!(absent.is_err(), "R19: absent, not zeros");
-        let pin = ram.regions()[0].pin(PageRange::with_len(1000, 1), Access::Write, Term::Short);
+        let pin = ram.regions()[0].pin(PageRange::with_len(1000, 1), Access::Write, PinLifetime::Transient);
         assert!(pin.is_err(), "and no device gets it");
     }
 
@@ -163,7 +163,7 @@ mod tests {
         // The second freeze harvests private pages, the third goes through the background: three ways for a page to get into a layer.
         for mode in [FreezeMode::Eager, FreezeMode::Eager, FreezeMode::Background] {
             let (image, _) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
-            image.settle().unwrap();
+            image.finish_background().unwrap();
             let hidden = [100..110, 500..530, 1000..1001];
             for (range, source) in image.regions()[0].map.iter() {
                 let shown = hidden.iter().any(|h| h.clone().any(|p| range.contains(p)));
@@ -186,12 +186,12 @@ mod tests {
         let around = PageRange::new(998, 1003);
         region.discard(around).unwrap();
         assert_eq!((word(&child, 999), word(&child, 1002)), (0, 0));
-        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, Term::Long);
+        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, PinLifetime::LongTerm);
         assert!(pin.is_err(), "a balloon does not bring back what was not inherited");
         let page = store.reference_page(&[7; PAGE_SIZE as usize]).unwrap();
         region.map_reference(around, &page).unwrap();
         assert_eq!((word(&child, 999), word(&child, 1001)), (0x0707_0707_0707_0707, 0x0707_0707_0707_0707));
-        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, Term::Long);
+        let pin = region.pin(PageRange::with_len(1000, 1), Access::Write, PinLifetime::LongTerm);
         assert!(pin.is_err(), "nor does a pattern");
     }
 
@@ -209,7 +209,7 @@ mod tests {
                 written().for_each(|page| put(&parent, page, page));
                 let (image, report) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
                 assert_eq!(report.copied, 599);
-                parent.settle().unwrap();
+                parent.finish_background().unwrap();
                 parent.check(&Quiesced::by(&crate::NoWriters)).unwrap();
                 let absent = parent.memory().read_obj::<u64>(GuestAddress(1000 * PAGE_SIZE));
                 assert!(absent.is_err(), "{mode:?}: absent still");
@@ -228,7 +228,7 @@ mod tests {
         let store = Store::open().unwrap();
         let parent = declared(&store);
         let region = &parent.regions()[0];
-        let ring = region.pin(PageRange::new(100, 110), Access::Write, Term::Long).unwrap();
+        let ring = region.pin(PageRange::new(100, 110), Access::Write, PinLifetime::LongTerm).unwrap();
         let (image, report) = parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(report.pinned, 0, "a pinned no-fork page is not copied either");
         ring.slice().write_obj(5u64, 0).unwrap();

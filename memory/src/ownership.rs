@@ -266,7 +266,7 @@ impl TableGuard<'_> {
         open.is_none()
     }
 
-    /// Sets the bit of every page of `range` (I2: birth, break-COW, copy on fork).
+    /// Sets the bit of every page of `range` (I2: populate, break-COW, copy on fork).
     pub(crate) fn set_exclusive(&self, range: PageRange) {
         for (block, piece) in range.blocks() {
             let record = &self.table.blocks[block];
@@ -326,7 +326,7 @@ impl TableGuard<'_> {
     }
 
     /// The pages of `range` that devices had since this was last asked, at most `most`; from now on they have not. Exclusive pages only.
-    pub(crate) fn take_used(&self, range: PageRange, most: u64) -> Vec<PageRange> {
+    pub(crate) fn take_recently_pinned(&self, range: PageRange, most: u64) -> Vec<PageRange> {
         let (mut runs, mut count) = (Vec::new(), 0);
         let mut take = |run: PageRange, word: &Word| {
             if word.forget_used() && count + run.len() <= most {

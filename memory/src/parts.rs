@@ -2,7 +2,7 @@
 //!
 //! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their descriptors
 //! ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there ([`Store::file_layer`], never written) or that it
-//! fills itself ([`LayerDraft`], which nobody sees before it is complete, I4), and an image of these ([`RamImage::from_parts`]).
+//! fills itself ([`LayerBuilder`], which nobody sees before it is complete, I4), and an image of these ([`RamImage::from_parts`]).
 
 use std::fs::File;
 use std::io;
@@ -21,9 +21,9 @@ use crate::view::View;
 
 /// A layer that is being filled by its maker.
 #[derive(Debug)]
-pub struct LayerDraft(Layer);
+pub struct LayerBuilder(Layer);
 
-impl LayerDraft {
+impl LayerBuilder {
     /// Writes whole pages at the given page of the layer.
     ///
     /// # Errors
@@ -64,8 +64,8 @@ impl Store {
     ///
     /// # Errors
     /// When there is no memory file to be had.
-    pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerDraft, StoreError> {
-        self.layer(pages, grain).map(LayerDraft)
+    pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerBuilder, StoreError> {
+        self.layer(pages, grain).map(LayerBuilder)
     }
 }
 
@@ -216,7 +216,7 @@ mod tests {
     fn what_changed_is_what_was_written_or_dropped() {
         let store = Store::open().unwrap();
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         put(&ram, 0x5000, 5);
         let (first, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let (same, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();

@@ -71,11 +71,11 @@ pub enum Access {
 
 /// For how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Term {
+pub enum PinLifetime {
     /// For one request: the device reads what is there when it starts.
-    Short,
+    Transient,
     /// Until further notice, across requests: the guest's later writes must be seen (I9). Listed with its owner while it lasts.
-    Long,
+    LongTerm,
 }
 
 /// A long-term pin, as it is listed.
@@ -211,7 +211,7 @@ impl GuestRegion {
     ///
     /// # Errors
     /// [`PinError`]; then nothing stays pinned.
-    pub fn pin(self: &Arc<Self>, range: PageRange, access: Access, term: Term) -> Result<DmaPin, PinError> {
+    pub fn pin(self: &Arc<Self>, range: PageRange, access: Access, term: PinLifetime) -> Result<DmaPin, PinError> {
         self.pin_as("unnamed", range, access, term)
     }
 
@@ -224,7 +224,7 @@ impl GuestRegion {
         owner: &'static str,
         range: PageRange,
         access: Access,
-        term: Term,
+        term: PinLifetime,
     ) -> Result<DmaPin, PinError> {
         if range.is_empty() {
             return Err(PinError::NoPages);
@@ -251,7 +251,7 @@ impl GuestRegion {
             }
         };
         let listed = || self.pins.add(PinInfo { owner, range, access, held: Duration::ZERO });
-        let ticket = (term == Term::Long).then(listed);
+        let ticket = (term == PinLifetime::LongTerm).then(listed);
         trace.held(part.as_deref(), section.is_some());
         Ok(DmaPin { trace, region: Arc::clone(self), range, part, section, ticket })
     }
@@ -263,9 +263,9 @@ impl GuestRegion {
     }
 
     /// A short read of pages that are all a layer's: no lock, no count, but a section that keeps what the region shows (I4).
-    fn try_open(&self, range: PageRange, access: Access, term: Term) -> Option<Section> {
+    fn try_open(&self, range: PageRange, access: Access, term: PinLifetime) -> Option<Section> {
         // What is still being copied into the layer is brought by the locked path, which says why if it cannot be had.
-        if access != Access::Read || term != Term::Short || self.is_unfinished() {
+        if access != Access::Read || term != PinLifetime::Transient || self.is_unfinished() {
             return None;
         }
         match self.grace.try_open(range, || self.table.none_exclusive(range)) {
@@ -289,15 +289,15 @@ impl GuestRegion {
     }
 
     #[cold]
-    fn pin_locked(&self, range: PageRange, access: Access, term: Term) -> Result<Held, PinError> {
+    fn pin_locked(&self, range: PageRange, access: Access, term: PinLifetime) -> Result<Held, PinError> {
         // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the kernel's page tables in step.
         let state = self.state_for_pin();
         // Before the table is locked, which is never held while waiting: a page that is still being copied is copied now and
         // released, because a device heeds no protection (D4); one that was adopted unfinished is made to be there.
-        self.settle(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
+        self.copy_range_now(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
         let table = self.table.lock();
         let shared = table.not_exclusive(range);
-        let brief = term == Term::Short || broken(Break::ReadInPlace);
+        let brief = term == PinLifetime::Transient || broken(Break::ReadInPlace);
         if access == Access::Read && brief && !shared.is_empty() {
             let own = subtract_runs(&[range], &shared);
             for (at, run) in own.iter().enumerate() {
@@ -339,19 +339,19 @@ mod tests {
     fn only_long_pins_are_listed_with_their_owners() {
         let store = Store::open_small().unwrap();
         let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let region = &ram.regions()[0];
-        let short = region.pin_as("block", PageRange::with_len(4, 2), Access::Write, Term::Short).unwrap();
+        let short = region.pin_as("block", PageRange::with_len(4, 2), Access::Write, PinLifetime::Transient).unwrap();
         assert_eq!(region.long_pins(), []);
         assert!(!short.is_empty());
-        let long = region.pin_as("net", PageRange::with_len(8, 3), Access::Read, Term::Long).unwrap();
+        let long = region.pin_as("net", PageRange::with_len(8, 3), Access::Read, PinLifetime::LongTerm).unwrap();
         let listed = region.long_pins();
         let expected =
             PinInfo { held: listed[0].held, owner: "net", range: PageRange::with_len(8, 3), access: Access::Read };
         assert_eq!(listed, [expected]);
         drop(short);
         assert_eq!(region.long_pins().len(), 1, "a short pin's end is not the long one's");
-        let second = region.pin_as("vhost", PageRange::with_len(20, 1), Access::Write, Term::Long).unwrap();
+        let second = region.pin_as("vhost", PageRange::with_len(20, 1), Access::Write, PinLifetime::LongTerm).unwrap();
         std::thread::sleep(Duration::from_millis(2));
         let listed = region.long_pins();
         assert_eq!(listed.iter().map(|pin| pin.owner).collect::<Vec<_>>(), ["net", "vhost"]);
@@ -370,7 +370,7 @@ mod tests {
         let store = Store::open_small().unwrap();
         let stopped = || Quiesced::by(&NoWriters);
         let parent = GuestRam::reserve(&RamLayout::new(BYTES).unwrap(), &store).unwrap();
-        parent.birth().unwrap();
+        parent.populate().unwrap();
         parent.memory().write_slice(&[1; BYTES as usize], GuestAddress(0)).unwrap();
         let (image, _) = parent.freeze(&stopped()).unwrap();
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
@@ -378,7 +378,7 @@ mod tests {
         drop((parent, image));
         let region = &child.regions()[0];
         let layer = Arc::downgrade(&region.state().map.get(5).unwrap().layer);
-        let pin = region.pin(PageRange::with_len(5, 2), Access::Read, Term::Short).unwrap();
+        let pin = region.pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
         // All of it anew: only the view that the pin holds still names the layer.
         child.memory().write_slice(&[2; BYTES as usize], GuestAddress(0)).unwrap();
         child.freeze(&stopped()).unwrap();

@@ -52,7 +52,7 @@ pub(crate) struct LayerFilePool(Mutex<Inner>);
 
 /// A file that is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Order {
+pub(crate) struct Wanted {
     grain: Backing,
     pages: u64,
 }
@@ -78,7 +78,7 @@ impl LayerFilePool {
     }
 
     /// Notes that a freeze has wanted a file of `pages` at `now`. What is to be made for the next, if another is likely.
-    pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Order> {
+    pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Wanted> {
         let pages = pages.next_multiple_of(ROUNDED_TO);
         self.with(|inner| {
             let soon = inner.asked.replace(now).is_some_and(|asked| now.saturating_duration_since(asked) < MAX_APART);
@@ -87,7 +87,7 @@ impl LayerFilePool {
                 return None;
             }
             inner.ordered += 1;
-            Some(Order { grain, pages })
+            Some(Wanted { grain, pages })
         })
     }
 
@@ -97,7 +97,7 @@ impl LayerFilePool {
     }
 
     /// Makes what was ordered with `make`, and allocates its memory. On a thread that nobody waits for.
-    pub(crate) fn fill(&self, order: Order, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
+    pub(crate) fn fill(&self, order: Wanted, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
         let made = make(order.pages, order.grain).and_then(|file| {
             fallocate(file.as_fd(), FallocateFlags::empty(), 0, order.pages << PAGE_SHIFT)?;
             Ok(file)
@@ -125,7 +125,9 @@ impl LayerFilePool {
 mod tests {
     use super::*;
     use crate::dma::splice::{Splice, page_of};
-    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term};
+    use crate::{
+        Access, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RamLayout, Store,
+    };
     use std::os::unix::fs::MetadataExt;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -174,7 +176,7 @@ mod tests {
         const PAGES: u64 = 1024;
         let store = Store::open_small().unwrap();
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let freeze = || -> RamImage { ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0 };
         let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
         freeze();
@@ -183,7 +185,7 @@ mod tests {
             // More pages than stay in place: they are shown from the delta.
             (0..600).for_each(|page| put(page, round << 32 | page));
             drop(freeze());
-            let pin = ram.regions()[0].pin(PageRange::new(3, 4), Access::Read, Term::Short).unwrap();
+            let pin = ram.regions()[0].pin(PageRange::new(3, 4), Access::Read, PinLifetime::Transient).unwrap();
             held.push((round, Splice::of(&pin)));
             // The device has the frame, which outlives the pin as far as the kernel is concerned.
             drop(pin);

@@ -23,7 +23,7 @@ pub const GAP_START: u64 = 0xc000_0000;
 /// Where memory goes on behind the gap: 4 GiB.
 pub const GAP_END: u64 = 0x1_0000_0000;
 /// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47 addresses for itself).
-const MOST_BYTES: u64 = 1 << 45;
+const MAX_BYTES: u64 = 1 << 45;
 
 /// How often a reset that waits for devices looks again.
 const PIN_POLL: Duration = Duration::from_micros(200);
@@ -46,8 +46,8 @@ impl RamLayout {
         if !bytes.is_multiple_of(PAGE_SIZE) {
             return Err(RamError::NotPageSized { bytes });
         }
-        if bytes > MOST_BYTES {
-            return Err(RamError::TooLarge { bytes, most: MOST_BYTES });
+        if bytes > MAX_BYTES {
+            return Err(RamError::TooLarge { bytes, most: MAX_BYTES });
         }
         let low = bytes.min(GAP_START);
         let mut ranges = vec![(GuestAddress(0), low >> PAGE_SHIFT)];
@@ -78,8 +78,8 @@ impl RamLayout {
         if total == 0 {
             return Err(RamError::NoMemory);
         }
-        if free > 2 * MOST_BYTES || total > MOST_BYTES {
-            return Err(RamError::TooLarge { bytes: total, most: MOST_BYTES });
+        if free > 2 * MAX_BYTES || total > MAX_BYTES {
+            return Err(RamError::TooLarge { bytes: total, most: MAX_BYTES });
         }
         Ok(Self { ranges: ranges.to_vec() })
     }
@@ -144,29 +144,29 @@ impl RamImage {
         Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
     }
 
-    pub(crate) fn fillings(&self) -> impl Iterator<Item = &Arc<crate::background::Filling>> {
-        self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.filling())
+    pub(crate) fn bg_copies(&self) -> impl Iterator<Item = &Arc<crate::background::BackgroundCopy>> {
+        self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.bg_copy())
     }
 
     /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all the same.
     #[must_use]
     pub fn is_pending(&self) -> bool {
-        self.fillings().any(|filling| !filling.is_over())
+        self.bg_copies().any(|bg_copy| !bg_copy.is_over())
     }
 
     /// Why it will never be complete, if a copy in the background failed. It cannot be adopted then.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
-        self.fillings().find_map(|filling| filling.failure())
+        self.bg_copies().find_map(|bg_copy| bg_copy.failure())
     }
 
     /// Waits until it is complete, copying what is missing on this thread.
     ///
     /// # Errors
     /// When it will never be complete.
-    pub fn settle(&self) -> Result<(), RamError> {
-        for filling in self.fillings() {
-            filling.finish().map_err(RamError::Lost)?;
+    pub fn finish_background(&self) -> Result<(), RamError> {
+        for bg_copy in self.bg_copies() {
+            bg_copy.finish().map_err(RamError::Lost)?;
         }
         Ok(())
     }
@@ -213,7 +213,7 @@ pub type GuestMemory = GuestRegionCollection<GuestRegion>;
 /// let store = Store::open()?;
 /// let layout = RamLayout::new(16 << 20)?;
 /// let parent = GuestRam::reserve(&layout, &store)?;
-/// parent.birth()?;
+/// parent.populate()?;
 /// parent.memory().write_obj(7u32, GuestAddress(0x1000))?;
 ///
 /// let (image, _) = parent.freeze(&Quiesced::by(&NoWriters))?;
@@ -249,13 +249,13 @@ impl GuestRam {
     ///
     /// # Errors
     /// When memory is there already or cannot be had.
-    pub fn birth(&self) -> Result<(), RamError> {
+    pub fn populate(&self) -> Result<(), RamError> {
         trace!(Schedule);
-        self.populate(|at| self.regions[at].birth())
+        self.fill_regions(|at| self.regions[at].populate())
     }
 
     /// Gives every region memory, and makes them live when all have it; on failure none has any (I13).
-    fn populate(&self, mut one: impl FnMut(usize) -> Result<(), RamError>) -> Result<(), RamError> {
+    fn fill_regions(&self, mut one: impl FnMut(usize) -> Result<(), RamError>) -> Result<(), RamError> {
         for at in 0..self.regions.len() {
             if let Err(error) = one(at) {
                 self.regions[..at].iter().for_each(|done| done.empty());
@@ -274,7 +274,7 @@ impl GuestRam {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
-        self.populate(|at| self.regions[at].adopt(&image.regions[at]))
+        self.fill_regions(|at| self.regions[at].adopt(&image.regions[at]))
     }
 
     /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied (I3). This VM goes on with the
@@ -319,7 +319,7 @@ impl GuestRam {
         SAID.call_once(|| {
             tracing::warn!("pinned pages are no longer spared by freezes: memory will be wrong, as was asked for");
         });
-        self.regions.iter().for_each(|region| region.heedless.store(true, Ordering::Relaxed));
+        self.regions.iter().for_each(|region| region.ignores_pins.store(true, Ordering::Relaxed));
     }
 
     /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for
@@ -327,7 +327,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails half-way the contents are neither
-    /// ([`GuestRam::is_torn`]), and the VM must not run.
+    /// ([`GuestRam::is_inconsistent`]), and the VM must not run.
     pub fn reset(
         &self,
         image: &RamImage,
@@ -338,7 +338,7 @@ impl GuestRam {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
         // What the image still misses must be there before it is mapped.
-        image.settle()?;
+        image.finish_background()?;
         let deadline = Instant::now() + patience;
         // All regions are looked at before the first is touched; a pin that comes later refuses its own region's reset.
         while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
@@ -351,9 +351,9 @@ impl GuestRam {
         match GuestRegion::reset_all(&self.regions, image.regions(), &mut report) {
             Ok(()) => Ok(report),
             Err(ResetError::Refused(error)) => Err(error),
-            Err(ResetError::Torn(error)) => {
+            Err(ResetError::Inconsistent(error)) => {
                 // What is back already is of another instant than what is not.
-                self.regions.iter().for_each(|region| region.tear());
+                self.regions.iter().for_each(|region| region.mark_inconsistent());
                 Err(error)
             }
         }
@@ -361,8 +361,8 @@ impl GuestRam {
 
     /// Whether a reset has failed half-way: the contents are of no one instant, and only another reset is of use.
     #[must_use]
-    pub fn is_torn(&self) -> bool {
-        self.regions.iter().any(|region| region.is_torn())
+    pub fn is_inconsistent(&self) -> bool {
+        self.regions.iter().any(|region| region.is_inconsistent())
     }
 
     /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that
@@ -391,8 +391,8 @@ impl GuestRam {
     ///
     /// # Errors
     /// When memory it was given is lost.
-    pub fn settle(&self) -> Result<(), RamError> {
-        self.regions.iter().try_for_each(|region| region.drain(&mut region.state()))
+    pub fn finish_background(&self) -> Result<(), RamError> {
+        self.regions.iter().try_for_each(|region| region.finish_background(&mut region.state()))
     }
 
     /// Counts by kind of page.
@@ -402,7 +402,7 @@ impl GuestRam {
     pub fn stats(&self) -> Result<RamStats, RamError> {
         let mut stats = RamStats::default();
         for region in &self.regions {
-            region.absorb(&mut region.state(), false);
+            region.reap_background(&mut region.state(), false);
             stats += region.stats()?;
         }
         Ok(stats)

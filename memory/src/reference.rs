@@ -14,7 +14,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::error::RamError;
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::layer::{Layer, Source};
 use crate::mappings::Mapping;
 use crate::ownership::TableGuard;
@@ -85,7 +85,7 @@ impl Store {
         }
         let layer = self.reference_layer(BLOCK_PAGES, Backing::Huge)?;
         let block = pattern.repeat(BLOCK_PAGES as usize);
-        let wrote = point(Call::Copy).and_then(|()| layer.file().write_all_at(&block, 0));
+        let wrote = failpoint(Call::Copy).and_then(|()| layer.file().write_all_at(&block, 0));
         wrote.map_err(|source| StoreError::File { pages: BLOCK_PAGES, source })?;
         Ok(RefPage(Kind::Pattern(Arc::new(layer))))
     }
@@ -99,7 +99,7 @@ pub struct Discarded {
     /// Were pinned, and stay as they are (I7).
     pub pinned: u64,
     /// Of the discarded, given back without a mapping, because the VM has used up its share of mappings. Their memory is free; they show zeros if they
-    /// were the VM's since its birth, else what their layer has, until they are written.
+    /// were the VM's since it was populated, else what their layer has, until they are written.
     pub unmapped: u64,
 }
 
@@ -112,7 +112,7 @@ impl GuestRegion {
     pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
-        self.drain(&mut state)?;
+        self.finish_background(&mut state)?;
         let table = self.table.lock();
         // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
         let pinned = self.share_unless_pinned(&table, range);
@@ -136,7 +136,7 @@ impl GuestRegion {
     pub fn discard(&self, range: PageRange) -> Result<Discarded, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
-        self.drain(&mut state)?;
+        self.finish_background(&mut state)?;
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
         let mut pinned = self.share_unless_pinned(&table, range);
@@ -171,13 +171,13 @@ impl GuestRegion {
 
     /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes but that the VM's own copies go.
     fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<(), RamError> {
-        let born = state.mappings.born_within(range);
-        for run in &subtract_runs(&[range], &born) {
+        let base = state.mappings.base_within(range);
+        for run in &subtract_runs(&[range], &base) {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
         // In place: holes in a file of this VM's own are zeros, and the pages stay its own.
-        self.free_born(state, &born);
-        born.iter().for_each(|run| table.set_exclusive(*run));
+        self.free_base(state, &base);
+        base.iter().for_each(|run| table.set_exclusive(*run));
         Ok(())
     }
 
@@ -216,7 +216,7 @@ impl GuestRegion {
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
         let before = state.promise.count();
         state.promise.resize(before.max((state.mappings.len() + 2 * sources.len().max(1)) as u64))?;
-        let born = state.mappings.born_within(range);
+        let base = state.mappings.base_within(range);
         if sources.is_empty() {
             self.at.map_zero(range).map_err(|source| RamError::Map { range, source })?;
             state.mappings.insert(range, Mapping::Zero);
@@ -228,20 +228,20 @@ impl GuestRegion {
             state.mappings.insert(piece, Mapping::Private(source.clone()));
             state.map.insert(piece, source);
         }
-        self.free_born(state, &born);
+        self.free_base(state, &base);
         state.retire_base_if_shared();
         Ok(())
     }
 
-    /// Gives back the birth file's memory behind pages that were this VM's alone and are mapped nowhere now.
-    pub(crate) fn free_born(&self, state: &State, runs: &[PageRange]) {
-        let Some(birth) = &state.birth else { return };
+    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped nowhere now.
+    pub(crate) fn free_base(&self, state: &State, runs: &[PageRange]) {
+        let Some(base_file) = &state.base_file else { return };
         for run in runs.iter().filter(|run| !run.is_empty()) {
             let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = fallocate(birth.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
+            if let Err(error) = fallocate(base_file.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
                 tracing::debug!(%error, %run, "memory was not given back");
             }
-            trace!(Punch { file: crate::trace::file(birth.as_fd()), range: *run, swept: false });
+            trace!(Punch { file: crate::trace::file(base_file.as_fd()), range: *run, swept: false });
         }
     }
 }
@@ -249,14 +249,14 @@ impl GuestRegion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, GuestRam, Quiesced, RamLayout, Term};
+    use crate::{Access, GuestRam, PinLifetime, Quiesced, RamLayout};
     use vm_memory::{Bytes, GuestAddress};
 
     const PAGES: u64 = 3 * BLOCK_PAGES;
 
-    fn born(store: &Store) -> GuestRam {
+    fn base(store: &Store) -> GuestRam {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         ram
     }
 
@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn r22_a_pattern_is_shown_until_it_is_written() {
         let store = Store::open().unwrap();
-        let ram = born(&store);
+        let ram = base(&store);
         let region = &ram.regions()[0];
         let page = store.reference_page(&pattern(0xabcd)).unwrap();
         region.map_reference(PageRange::new(100, 1200), &page).unwrap();
@@ -301,13 +301,13 @@ mod tests {
     #[test]
     fn i10_a_write_pin_of_a_reference_page_copies_first() {
         let store = Store::open().unwrap();
-        let ram = born(&store);
+        let ram = base(&store);
         let region = &ram.regions()[0];
         let page = store.reference_page(&pattern(1)).unwrap();
         region.map_reference(PageRange::new(0, 10), &page).unwrap();
         region.map_reference(PageRange::new(10, 20), &RefPage::zero()).unwrap();
         for at in [3, 13] {
-            let pin = region.pin(PageRange::with_len(at, 1), Access::Write, Term::Long).unwrap();
+            let pin = region.pin(PageRange::with_len(at, 1), Access::Write, PinLifetime::LongTerm).unwrap();
             pin.slice().write_obj(9u64, 8).unwrap();
             assert_eq!(
                 (word(&ram, at), word(&ram, at + 1)),
@@ -321,13 +321,13 @@ mod tests {
     fn i7_discard_leaves_pinned_pages() {
         let store = Store::open().unwrap();
         for freeze_first in [false, true] {
-            let ram = born(&store);
+            let ram = base(&store);
             let region = &ram.regions()[0];
             (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
             if freeze_first {
                 ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             }
-            let pin = region.pin(PageRange::new(5, 7), Access::Write, Term::Long).unwrap();
+            let pin = region.pin(PageRange::new(5, 7), Access::Write, PinLifetime::LongTerm).unwrap();
             let done = region.discard(PageRange::new(0, 600)).unwrap();
             assert_eq!(done, Discarded { discarded: 598, pinned: 2, unmapped: 0 });
             let seen: Vec<u64> = [0, 4, 5, 6, 7, 599, 600].iter().map(|p| word(&ram, *p)).collect();
@@ -345,7 +345,7 @@ mod tests {
     #[test]
     fn discarding_gives_the_memory_back() {
         let store = Store::open().unwrap();
-        let ram = born(&store);
+        let ram = base(&store);
         (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
         assert_eq!(ram.stats().unwrap().private_kib, PAGES * 4);
         ram.regions()[0].discard(PageRange::new(0, 2 * BLOCK_PAGES)).unwrap();

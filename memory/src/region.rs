@@ -36,10 +36,10 @@ pub(crate) struct State {
     pub(crate) map: View,
     /// What is mapped where. Its length is what the region costs the mapping budget.
     pub(crate) mappings: Mappings,
-    /// The file this VM was born in, while some of its pages are still mapped shared.
-    pub(crate) birth: Option<Arc<Layer>>,
+    /// The base file of this VM, while some of its pages are still mapped shared.
+    pub(crate) base_file: Option<Arc<Layer>>,
     /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back, and the rest may be.
-    born: Option<View>,
+    base: Option<View>,
     pub(crate) promise: Promise,
     /// What children do not inherit.
     pub(crate) no_fork: NoForkMap,
@@ -47,12 +47,12 @@ pub(crate) struct State {
     pub(crate) freezing: Option<Freezing>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
-    /// The view being sewn together in the background, or what came of it.
+    /// The view being last_compacted together in the background, or what came of it.
     pub(crate) compaction: Option<Arc<Compaction>>,
     /// Pieces and layers of the map when it last was.
-    pub(crate) sewn: (usize, usize),
+    pub(crate) last_compacted: (usize, usize),
     /// A reset has failed half-way: only another one may follow.
-    pub(crate) torn: bool,
+    pub(crate) inconsistent: bool,
     /// Views that were replaced under this lock.
     replaced: Vec<View>,
 }
@@ -89,31 +89,31 @@ impl State {
         }
     }
 
-    /// To be called when pages have been taken from the birth file: it is none any more once all have.
+    /// To be called when pages have been taken from the base file: it is none any more once all have.
     pub(crate) fn retire_base_if_shared(&mut self) {
-        if self.mappings.born_pages() == 0
-            && let Some(birth) = self.birth.take()
+        if self.mappings.base_pages() == 0
+            && let Some(base_file) = self.base_file.take()
         {
             // Before it may be swept: what it shows as a layer.
             self.publish();
-            birth.set_birth(false);
-            self.born = None;
+            base_file.set_base(false);
+            self.base = None;
         }
     }
 
-    /// After a freeze: the file this VM was born in is a layer but for the pages that are still its own. These are registered like a view's, and from
+    /// After a freeze: this VM's base file is a layer but for the pages that are still its own. These are registered like a view's, and from
     /// then on what nobody sees of the file can be given back, though one page of it be kept for ever.
-    pub(crate) fn register_born(&mut self) {
+    pub(crate) fn register_base(&mut self) {
         self.retire_base_if_shared();
-        let Some(birth) = self.birth.clone() else { return };
+        let Some(base_file) = self.base_file.clone() else { return };
         let mut map = LayerMap::new();
-        for run in self.mappings.born_runs() {
-            map.insert(run, Source { layer: Arc::clone(&birth), at: run.start });
+        for run in self.mappings.base_runs() {
+            map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
         }
-        // In this order: what has become a layer's is shown by the view before it is no longer registered as born.
+        // In this order: what has become a layer's is shown by the view before it is no longer registered as the base's.
         self.publish();
-        self.born = Some(self.map.beside(Arc::new(map)));
-        birth.set_birth(false);
+        self.base = Some(self.map.beside(Arc::new(map)));
+        base_file.set_base(false);
     }
 
     /// Keeps `view` registered until what is shown now is, and until no device reads it.
@@ -126,18 +126,18 @@ impl State {
         self.replaced.extend(self.map.publish());
     }
 
-    /// The VM goes, or its memory does: what it still owned of the file it was born in is nobody's. No device has any of it, for a pin keeps the
+    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device has any of it, for a pin keeps the
     /// region.
-    pub(crate) fn leave_birth(&mut self) {
-        if let Some(birth) = self.birth.take() {
-            birth.set_birth(false);
+    pub(crate) fn abandon_base(&mut self) {
+        if let Some(base_file) = self.base_file.take() {
+            base_file.set_base(false);
         }
-        self.born = None;
+        self.base = None;
     }
 
-    /// The runs mapped shared over the birth file.
-    pub(crate) fn born_runs(&self) -> Vec<PageRange> {
-        self.mappings.born_runs()
+    /// The runs mapped shared over the base file.
+    pub(crate) fn base_runs(&self) -> Vec<PageRange> {
+        self.mappings.base_runs()
     }
 }
 
@@ -214,7 +214,7 @@ pub struct GuestRegion {
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
     /// See [`crate::GuestRam::disable_unshare_before_protect_for_tests`]. Relaxed: looked at by freezes only, under the state lock.
-    pub(crate) heedless: AtomicBool,
+    pub(crate) ignores_pins: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -240,26 +240,26 @@ impl GuestRegion {
             unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
-            heedless: AtomicBool::new(false),
+            ignores_pins: AtomicBool::new(false),
             state: Mutex::new(State {
                 map: View::new(store.views(), Arc::default()),
                 mappings: Mappings::default(),
-                birth: None,
-                born: None,
+                base_file: None,
+                base: None,
                 promise,
                 no_fork: NoForkMap::new(),
                 freezing: None,
                 waits: Vec::new(),
                 compaction: None,
-                sewn: (0, 0),
-                torn: false,
+                last_compacted: (0, 0),
+                inconsistent: false,
                 replaced: Vec::new(),
             }),
         })
     }
 
-    /// Gives the region a birth file: fresh zeros, every page this VM's own (I2).
-    pub(crate) fn birth(&self) -> Result<(), RamError> {
+    /// Gives the region a base file: fresh zeros, every page this VM's own (I2).
+    pub(crate) fn populate(&self) -> Result<(), RamError> {
         let mut state = self.state();
         Self::expect_empty(self.base, &state)?;
         let file = Arc::new(self.store.layer(self.pages(), Backing::Huge)?);
@@ -267,9 +267,9 @@ impl GuestRegion {
             .map_shared(self.range(), std::os::fd::AsFd::as_fd(&*file), 0)
             .map_err(|source| RamError::Map { range: self.range(), source })?;
         self.table.lock().set_exclusive(self.range());
-        state.mappings.insert(self.range(), Mapping::Born(Source { layer: Arc::clone(&file), at: 0 }));
-        file.set_birth(true);
-        state.birth = Some(file);
+        state.mappings.insert(self.range(), Mapping::SharedBase(Source { layer: Arc::clone(&file), at: 0 }));
+        file.set_base(true);
+        state.base_file = Some(file);
         Ok(())
     }
 
@@ -282,7 +282,7 @@ impl GuestRegion {
         if let Some(error) = self.lost() {
             return Err(RamError::Lost(error));
         }
-        if state.torn { Err(RamError::Torn { base: self.base.0 }) } else { Ok(state) }
+        if state.inconsistent { Err(RamError::Inconsistent { base: self.base.0 }) } else { Ok(state) }
     }
 
     /// The state, torn or not.
@@ -294,18 +294,18 @@ impl GuestRegion {
     /// Sets the bits again that were given up in `range` for something that then failed: of what is still this VM's own, as the
     /// kernel says. Where the kernel cannot be asked, a page stays without its bit, which costs a copy at most (R4).
     pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
-        let born = state.mappings.born_within(range);
-        match self.owned_private(range, &born) {
+        let base = state.mappings.base_within(range);
+        match self.owned_private(range, &base) {
             Ok(owned) => owned.iter().for_each(|run| table.set_exclusive(*run)),
             Err(error) => tracing::debug!(%error, "pages stay without their bit"),
         }
-        born.iter().for_each(|run| table.set_exclusive(*run));
+        base.iter().for_each(|run| table.set_exclusive(*run));
     }
 
-    /// The private pages of `range` that this VM owns, as the kernel says; `born` are the runs mapped shared.
-    pub(crate) fn owned_private(&self, range: PageRange, born: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
+    /// The private pages of `range` that this VM owns, as the kernel says; `base` are the runs mapped shared.
+    pub(crate) fn owned_private(&self, range: PageRange, base: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut owned = Vec::new();
-        for private in subtract_runs(&[range], born) {
+        for private in subtract_runs(&[range], base) {
             owned.extend(self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?);
         }
         Ok(owned)
@@ -313,9 +313,9 @@ impl GuestRegion {
 
     /// What this VM owns, mapped shared or private.
     pub(crate) fn own(&self, state: &State) -> Result<Vec<PageRange>, RamError> {
-        let born = state.born_runs();
-        let mut own = self.owned_private(self.range(), &born)?;
-        own.extend(born);
+        let base = state.base_runs();
+        let mut own = self.owned_private(self.range(), &base)?;
+        own.extend(base);
         own.sort_unstable();
         Ok(own)
     }
@@ -365,11 +365,11 @@ impl GuestRegion {
     ///
     /// # Errors
     /// When memory it adopted is lost.
-    pub(crate) fn drain(&self, state: &mut State) -> Result<(), RamError> {
-        self.absorb(state, true);
+    pub(crate) fn finish_background(&self, state: &mut State) -> Result<(), RamError> {
+        self.reap_background(state, true);
         while let Some(layer) = state.waits.last() {
-            if let Some(filling) = layer.filling() {
-                filling.finish().map_err(RamError::Lost)?;
+            if let Some(bg_copy) = layer.bg_copy() {
+                bg_copy.finish().map_err(RamError::Lost)?;
             }
             state.waits.pop();
         }
@@ -378,12 +378,12 @@ impl GuestRegion {
     }
 
     /// Takes note of what a freeze in the background has done to the mappings; waits for it if told to.
-    pub(crate) fn absorb(&self, state: &mut State, wait: bool) {
+    pub(crate) fn reap_background(&self, state: &mut State, wait: bool) {
         let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
             return;
         };
         let Freezing { layer, before, gaps } = freezing;
-        let beneath = match layer.filling().map_or(Ok(Vec::new()), |filling| filling.finish()) {
+        let beneath = match layer.bg_copy().map_or(Ok(Vec::new()), |bg_copy| bg_copy.finish()) {
             Ok(shared_back) => {
                 for (run, at) in shared_back {
                     state.mappings.insert(run, Mapping::Private(Source { layer: Arc::clone(&layer), at }));
@@ -411,12 +411,12 @@ impl GuestRegion {
     ///
     /// # Errors
     /// When adopted pages among them are lost.
-    pub(crate) fn settle(&self, state: &State, range: PageRange) -> Result<(), Arc<FillError>> {
-        if let Some(filling) = state.freezing.as_ref().and_then(|freezing| freezing.layer.pending()) {
-            filling.let_go(range);
+    pub(crate) fn copy_range_now(&self, state: &State, range: PageRange) -> Result<(), Arc<FillError>> {
+        if let Some(bg_copy) = state.freezing.as_ref().and_then(|freezing| freezing.layer.pending()) {
+            bg_copy.copy_and_unprotect(range);
         }
-        let waits = state.waits.iter().filter_map(|layer| layer.filling());
-        waits.into_iter().try_for_each(|filling| filling.need_for(&self.at, range))
+        let waits = state.waits.iter().filter_map(|layer| layer.bg_copy());
+        waits.into_iter().try_for_each(|bg_copy| bg_copy.wait_filled_for(&self.at, range))
     }
 
     /// Why some of its memory is lost, told or not told yet.
@@ -473,13 +473,13 @@ impl GuestRegion {
 
 impl Drop for GuestRegion {
     fn drop(&mut self) {
-        // A freeze of its own is finished without it: the filling keeps the memory, and has long copied what was pinned of the birth file.
+        // A freeze of its own is finished without it: the background copy keeps the memory, and has long copied what was pinned of the base file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.table.trace.left();
-        state.leave_birth();
+        state.abandon_base();
         for layer in state.waits.drain(..) {
-            if let Some(filling) = layer.filling() {
-                filling.detach(&self.at);
+            if let Some(bg_copy) = layer.bg_copy() {
+                bg_copy.detach(&self.at);
             }
         }
     }

@@ -16,9 +16,9 @@ use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtra
 
 /// Shared pages between two of the VM's own that are dropped along: showing them again costs the guest one fault at most, since the kernel maps the
 /// neighbours of a page with it, and that costs no more than the system call it saves (4 us with KVM's part in it).
-const MOST_GAP: u64 = 16;
+const MAX_GAP: u64 = 16;
 /// Runs of one block that are dropped one by one. With more, all that is between them goes too.
-const MOST_RUNS: usize = 8;
+const MAX_RUNS: usize = 8;
 
 /// What a reset did. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(crate) enum ResetError {
     /// Nothing has changed.
     Refused(RamError),
     /// Some of it has.
-    Torn(RamError),
+    Inconsistent(RamError),
 }
 
 impl From<RamError> for ResetError {
@@ -92,14 +92,14 @@ fn joined(runs: &[PageRange]) -> Vec<PageRange> {
     let mut out: Vec<PageRange> = Vec::new();
     for run in runs {
         match out.last_mut() {
-            Some(last) if run.start - last.end <= MOST_GAP => last.end = run.end,
+            Some(last) if run.start - last.end <= MAX_GAP => last.end = run.end,
             _ => out.push(*run),
         }
     }
     let block = |run: &PageRange| run.start / BLOCK_PAGES;
     let crowds = out.chunk_by(|a, b| block(a) == block(b));
     let each = crowds.flat_map(|runs| match runs {
-        [first, .., last] if runs.len() > MOST_RUNS => vec![PageRange::new(first.start, last.end)],
+        [first, .., last] if runs.len() > MAX_RUNS => vec![PageRange::new(first.start, last.end)],
         few => few.to_vec(),
     });
     each.collect()
@@ -117,13 +117,13 @@ impl GuestRegion {
     }
 
     /// Whether a reset has failed half-way.
-    pub(crate) fn is_torn(&self) -> bool {
-        self.state().torn
+    pub(crate) fn is_inconsistent(&self) -> bool {
+        self.state().inconsistent
     }
 
     /// Notes that a reset has failed half-way: of the VM, if not of this region.
-    pub(crate) fn tear(&self) {
-        self.state().torn = true;
+    pub(crate) fn mark_inconsistent(&self) {
+        self.state().inconsistent = true;
     }
 
     /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be refused is asked of all of them before the first is
@@ -142,23 +142,23 @@ impl GuestRegion {
             return Err(RamError::Lost(error).into());
         }
         // What is still being copied from here is finished first: the copy reads the pages that go.
-        region.drain(&mut state)?;
+        region.finish_background(&mut state)?;
         // I7: nothing more is read without a count until the lock is let go.
         let read = region.grace.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
         }
         let table = region.table.lock();
-        let born = state.born_runs();
-        let owned = region.owned_private(region.range(), &born)?;
+        let base = state.base_runs();
+        let owned = region.owned_private(region.range(), &base)?;
         region.table.trace.reset_begun();
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
         let mut pinned = Vec::new();
-        for run in born.iter().chain(&owned) {
+        for run in base.iter().chain(&owned) {
             pinned.extend(table.share(*run));
         }
         if let Some(first) = pinned.first().copied() {
-            born.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
+            base.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
             return Err(RamError::Pinned { pages: pages_in(&pinned), first }.into());
         }
         // Before anything is touched. A refusal here or in another region leaves all as it was.
@@ -170,9 +170,9 @@ impl GuestRegion {
             let _ = state.promise.resize(mappings);
         })?;
         // Until all of it is done: should that end in a panic, the VM does not run on.
-        state.torn = true;
-        *report += region.put_back(&mut state, map, &born, &owned, &todo).map_err(ResetError::Torn)?;
-        state.torn = false;
+        state.inconsistent = true;
+        *report += region.put_back(&mut state, map, &base, &owned, &todo).map_err(ResetError::Inconsistent)?;
+        state.inconsistent = false;
         Ok(())
     }
 
@@ -192,7 +192,7 @@ impl GuestRegion {
         &self,
         state: &mut State,
         map: &Arc<LayerMap>,
-        born: &[PageRange],
+        base: &[PageRange],
         owned: &[PageRange],
         todo: &[(PageRange, Mapping)],
     ) -> Result<ResetReport, RamError> {
@@ -205,7 +205,7 @@ impl GuestRegion {
         for (range, want) in todo {
             match want {
                 Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
-                Mapping::Private(source) | Mapping::Born(source) => {
+                Mapping::Private(source) | Mapping::SharedBase(source) => {
                     self.at.map_private(*range, source.layer.as_fd(), source.at)
                 }
             }
@@ -215,14 +215,14 @@ impl GuestRegion {
         state.map.set(Arc::clone(map));
         state.retire_base_if_shared();
         let _ = state.promise.resize(state.mappings.len() as u64);
-        Ok(ResetReport { dropped: pages_in(born) + pages_in(owned), remapped: pages_in(&anew) })
+        Ok(ResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store, Term};
+    use crate::{Access, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
     use std::time::Duration;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -230,7 +230,7 @@ mod tests {
 
     fn frozen(store: &Store) -> (GuestRam, crate::RamImage) {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         (0..PAGES).for_each(|p| put(&ram, p, p + 1));
         let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         (ram, image)
@@ -334,7 +334,7 @@ mod tests {
         let (ram, image) = frozen(&store);
         put(&ram, 5, 55);
         put(&ram, 6, 66);
-        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, Term::Long).unwrap();
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, PinLifetime::LongTerm).unwrap();
         let refused = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
         // A pin that comes after the first look is met by the region itself.
@@ -352,7 +352,7 @@ mod tests {
         let store = Store::open().unwrap();
         let (ram, image) = frozen(&store);
         put(&ram, 700, 7);
-        let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, Term::Short).unwrap();
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
         assert_eq!(ram.regions()[0].ownership().get(5), (false, 0), "not counted");
         // A read that comes after the first look is met by the region itself.
         let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
@@ -371,7 +371,7 @@ mod tests {
     fn a_reset_waits_for_a_device_that_is_nearly_done() {
         let store = Store::open().unwrap();
         let (ram, image) = frozen(&store);
-        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, Term::Short).unwrap();
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, PinLifetime::Transient).unwrap();
         let device = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(20));
             pin.slice().write_obj(1u64, 0).unwrap();

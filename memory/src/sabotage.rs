@@ -12,7 +12,7 @@ pub(crate) enum Break {
     RemapPinned,
     /// I3: a freeze leaves pinned pages out of the layer.
     ForgetPinned,
-    /// I4: the birth file stays writable after it has become a layer.
+    /// I4: the base file stays writable after it has become a layer.
     WriteLayer,
     /// I5: a freeze believes the table where the kernel knows better.
     BelieveTable,
@@ -60,7 +60,7 @@ pub(crate) mod tests {
 
     use super::Break;
     use crate::fault::plan;
-    use crate::pin::{Access, DmaPin, Term};
+    use crate::pin::{Access, DmaPin, PinLifetime};
     use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
     use crate::{FreezeMode, GuestRam, NoFork, Quiesced, RamImage, RamLayout, Store};
 
@@ -88,10 +88,10 @@ pub(crate) mod tests {
     }
 
     impl Rig {
-        fn born() -> Self {
+        fn base() -> Self {
             let store = Store::open().unwrap();
             let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-            ram.birth().unwrap();
+            ram.populate().unwrap();
             let rig = Self { store, ram };
             (0..PAGES).for_each(|page| rig.put(page, page + 1));
             rig
@@ -126,10 +126,10 @@ pub(crate) mod tests {
 
     /// A device's write through a pin reaches the guest, and nobody else.
     fn device_writes(first: u64, pages: u64) {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let image = rig.freeze();
         let region = &rig.ram.regions()[0];
-        let pin = region.pin(PageRange::with_len(first, pages), Access::Write, Term::Short).unwrap();
+        let pin = region.pin(PageRange::with_len(first, pages), Access::Write, PinLifetime::Transient).unwrap();
         // Before anything is written: a write by the CPU would break COW, and hide that the pin did not.
         rig.check();
         pin.slice().write_obj(77u64, 0).unwrap();
@@ -142,9 +142,9 @@ pub(crate) mod tests {
     /// A pin is held across a freeze: device and guest go on seeing each other, the child sees the moment of the freeze.
     fn pin_across_a_freeze() {
         use crate::dma::Device;
-        let rig = Rig::born();
+        let rig = Rig::base();
         let range = PageRange::new(700, 710);
-        let mut device = Device::attach(rig.ram.regions()[0].pin(range, Access::Write, Term::Long).unwrap());
+        let mut device = Device::attach(rig.ram.regions()[0].pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
         let image = rig.freeze();
         rig.put(705, 4);
         let seen = device.read();
@@ -161,7 +161,7 @@ pub(crate) mod tests {
     }
 
     fn freeze_twice() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let first = rig.freeze();
         rig.check();
         (0..PAGES).step_by(3).for_each(|page| rig.put(page, 5));
@@ -176,10 +176,10 @@ pub(crate) mod tests {
     }
 
     fn pins_are_exact() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let region = &rig.ram.regions()[0];
         let pins = [(3, 4), (0, 1024), (500, 600)]
-            .map(|(a, b)| region.pin(PageRange::new(a, b), Access::Write, Term::Short).unwrap());
+            .map(|(a, b)| region.pin(PageRange::new(a, b), Access::Write, PinLifetime::Transient).unwrap());
         let pinned = |page: u64| u32::from(page == 3) + u32::from(page < 1024) + u32::from((500..600).contains(&page));
         let wrong = (0..PAGES).find(|page| region.ownership().get(*page) != (true, pinned(*page)));
         if let Some(page) = wrong {
@@ -192,9 +192,9 @@ pub(crate) mod tests {
     }
 
     fn discard_under_a_pin() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let region = &rig.ram.regions()[0];
-        let pin = region.pin(PageRange::new(8, 10), Access::Write, Term::Long).unwrap();
+        let pin = region.pin(PageRange::new(8, 10), Access::Write, PinLifetime::LongTerm).unwrap();
         region.discard(PageRange::new(0, 100)).unwrap();
         rig.check();
         assert_eq!((rig.get(7), rig.get(8), rig.get(9), rig.get(10)), (0, 9, 10, 0));
@@ -213,9 +213,9 @@ pub(crate) mod tests {
     }
 
     fn long_read() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let image = rig.freeze();
-        let pin = rig.ram.regions()[0].pin(PageRange::with_len(30, 1), Access::Read, Term::Long).unwrap();
+        let pin = rig.ram.regions()[0].pin(PageRange::with_len(30, 1), Access::Read, PinLifetime::LongTerm).unwrap();
         let device = splice(&pin);
         rig.put(30, 6);
         let mut seen = [0; 8];
@@ -225,19 +225,19 @@ pub(crate) mod tests {
     }
 
     fn reference_pages() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         rig.freeze();
         let page = rig.store.reference_page(&[3; PAGE_SIZE as usize]).unwrap();
         let region = &rig.ram.regions()[0];
         region.map_reference(PageRange::new(40, 80), &page).unwrap();
         rig.check();
-        let pin = region.pin(PageRange::with_len(41, 1), Access::Write, Term::Short).unwrap();
+        let pin = region.pin(PageRange::with_len(41, 1), Access::Write, PinLifetime::Transient).unwrap();
         pin.slice().write_obj(1u64, 0).unwrap();
         assert_eq!((rig.get(41), rig.get(42)), (1, u64::from_ne_bytes([3; 8])));
     }
 
     fn no_fork() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         rig.ram.regions()[0].set_no_fork(PageRange::new(20, 24), Some(NoFork::Zeroed)).unwrap();
         let first = rig.child(&rig.freeze());
         assert_eq!((word(&first, 19), word(&first, 20), word(&first, 24)), (20, 0, 25));
@@ -245,9 +245,9 @@ pub(crate) mod tests {
     }
 
     fn refused_freeze() {
-        let rig = Rig::born();
+        let rig = Rig::base();
         let region = &rig.ram.regions()[0];
-        let pin = region.pin(PageRange::new(1, 2), Access::Write, Term::Long).unwrap();
+        let pin = region.pin(PageRange::new(1, 2), Access::Write, PinLifetime::LongTerm).unwrap();
         plan().arm(0, false);
         let refused = rig.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters));
         assert!(plan().disarm().is_some() && refused.is_err());

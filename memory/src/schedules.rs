@@ -20,7 +20,7 @@ use shuttle::{Config, FailurePersistence, Runner};
 
 use crate::dma::{Device, splice::Splice};
 use crate::fault::{Call, plan};
-use crate::pin::{Access, Term};
+use crate::pin::{Access, PinLifetime};
 use crate::sabotage::Break;
 use crate::sabotage::tests::with_break;
 use crate::units::PageRange;
@@ -28,7 +28,7 @@ use crate::{FreezeMode, GuestRam, NoWriters, Quiesced, RamImage};
 use world::{At, Instant, PAGES, REGIONS, World, bytes, words};
 
 /// A break that so many schedules do not notice is one that they cannot.
-const MOST_UNNOTICED: usize = 5_000;
+const MAX_UNNOTICED: usize = 5_000;
 
 fn below(end: u64) -> u64 {
     thread_rng().gen_range(0..end)
@@ -66,10 +66,10 @@ fn device(world: &World) {
         let region = &world.parent.regions()[at];
         let page = |page: u64| At { region: at, page };
         let (access, term) = match below(5) {
-            0 | 1 => (Access::Write, Term::Long),
-            2 => (Access::Write, Term::Short),
-            3 => (Access::Read, Term::Long),
-            _ => (Access::Read, Term::Short),
+            0 | 1 => (Access::Write, PinLifetime::LongTerm),
+            2 => (Access::Write, PinLifetime::Transient),
+            3 => (Access::Read, PinLifetime::LongTerm),
+            _ => (Access::Read, PinLifetime::Transient),
         };
         let before = world.mark();
         let pin = match twice(|| region.pin(range, access, term)) {
@@ -80,11 +80,11 @@ fn device(world: &World) {
             }
         };
         // Else registering the frames would wait for ever.
-        if !World::is_open(region, range, access == Access::Write || term == Term::Long) {
+        if !World::is_open(region, range, access == Access::Write || term == PinLifetime::LongTerm) {
             world.wrong(format!("{range} is pinned and protected, or not there"));
             return;
         }
-        if (access, term) == (Access::Read, Term::Short) {
+        if (access, term) == (Access::Read, PinLifetime::Transient) {
             let splice = Splice::of(&pin);
             thread::yield_now();
             let seen = words(&splice.read());
@@ -99,7 +99,7 @@ fn device(world: &World) {
         }
         let mut device = Device::attach(pin);
         // Some are held across a freeze.
-        let steps = if term == Term::Long { 100 * below(3) } else { 0 };
+        let steps = if term == PinLifetime::LongTerm { 100 * below(3) } else { 0 };
         for _ in 0..2 {
             (0..=steps).for_each(|_| thread::yield_now());
             if access == Access::Write && below(3) > 0 {
@@ -143,9 +143,9 @@ fn child(world: &World, image: &RamImage, instant: &Instant) -> Option<GuestRam>
     {
         let (at, range) = (below(REGIONS as u64) as usize, any_range());
         let region = &child.regions()[at];
-        let term = if below(2) == 0 { Term::Short } else { Term::Long };
+        let term = if below(2) == 0 { PinLifetime::Transient } else { PinLifetime::LongTerm };
         let pin = twice(|| region.pin(range, Access::Read, term)).unwrap();
-        if !World::is_open(region, range, term == Term::Long) {
+        if !World::is_open(region, range, term == PinLifetime::LongTerm) {
             world.wrong(format!("{range} of a child is pinned and not there"));
             return None;
         }
@@ -199,7 +199,7 @@ fn story() -> Option<String> {
     plan().disarm();
     let world = Arc::new(World::new());
     for at in At::all() {
-        world.born(at);
+        world.base(at);
     }
     // Pages of a layer, private pages over it, and pages that were never shared.
     let mut kept = None;
@@ -271,7 +271,7 @@ fn until_noticed(how: Break) -> (usize, String) {
     RAN.store(0, Ordering::Relaxed);
     let mut config = config();
     config.failure_persistence = FailurePersistence::None;
-    let scheduler = RandomScheduler::new_from_seed(1, MOST_UNNOTICED);
+    let scheduler = RandomScheduler::new_from_seed(1, MAX_UNNOTICED);
     let noticed = with_break(how, || {
         Runner::new(scheduler, config).run(|| {
             RAN.fetch_add(1, Ordering::Relaxed);

@@ -21,7 +21,7 @@ pub struct RamStats {
     pub exclusive: u64,
     /// Of the exclusive, pinned for DMA.
     pub pinned: u64,
-    /// Memory that goes when this VM goes: its own copies, and what is allocated of the file it was born in while
+    /// Memory that goes when this VM goes: its own copies, and what is allocated of its base file while
     /// that is not a layer.
     pub private_kib: u64,
     /// Mappings it costs.
@@ -49,22 +49,22 @@ impl GuestRegion {
         if !self.is_live() {
             return Ok(stats);
         }
-        let born = state.born_runs();
-        let private = subtract_runs(&[self.range()], &born);
-        let owned = self.owned_private(self.range(), &born)?;
+        let base = state.base_runs();
+        let private = subtract_runs(&[self.range()], &base);
+        let owned = self.owned_private(self.range(), &base)?;
         let in_layers = |run: &PageRange| {
             let shared = state.map.within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
             shared.map(|(piece, _)| piece.len()).sum::<u64>()
         };
         let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(in_layers).sum();
-        stats.exclusive = pages_in(&born) + pages_in(&owned);
+        stats.exclusive = pages_in(&base) + pages_in(&owned);
         stats.shared = elsewhere;
         stats.reference = self.pages() - stats.exclusive - stats.shared;
         stats.pinned = self.table.counts(self.range()).pinned;
         stats.mappings = state.mappings.len() as u64;
         let mut own_pages = pages_in(&owned);
         for (range, mapping) in state.mappings.iter() {
-            if let Mapping::Born(source) = mapping {
+            if let Mapping::SharedBase(source) = mapping {
                 let file = PageRange::with_len(source.at, range.len());
                 own_pages += pages_in(&allocated(source.layer.as_fd(), file).map_err(RamError::Harvest)?);
             }

@@ -127,7 +127,7 @@ impl Store {
         })))
     }
 
-    /// Page size of birth files and large layers.
+    /// Page size of base files and large layers.
     #[must_use]
     pub fn backing(&self) -> Backing {
         if self.0.huge.is_some() { Backing::Huge } else { Backing::Small }
@@ -253,7 +253,7 @@ impl Store {
 
     /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled while it is read, a page that is there is
     /// taken for filled.
-    pub(crate) fn hollow_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
+    pub(crate) fn unpopulated_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = match (&self.0.huge, grain) {
             (Some(fs), Backing::Huge) => fs.file(pages),
             _ => small_file(pages),

@@ -4,8 +4,8 @@
 //! that others, or other pages, keep alive. A page is seen if it is in some view ([`crate::view`]); nothing else reads a layer's page:
 //! a mapping shows what the view says, or a page of the VM's own on top of it.
 //!
-//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a birth file that were pinned when
-//! the rest of it became a layer. They are in no view, and a birth file is not swept for as long as its VM has such pages.
+//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a base file that were pinned when
+//! the rest of it became a layer. They are in no view, and a base file is not swept for as long as its VM has such pages.
 
 #[cfg(test)]
 mod tests;
@@ -140,7 +140,7 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
 /// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives by its handle; in a layer that is being filled a hole
 /// is a page that is still to come; a snapshot is not ours to punch holes in, whoever sees it here.
 fn is_whole(layer: &Layer) -> bool {
-    layer.home() != Home::File && !layer.id().is_reference() && !layer.is_birth() && layer.pending().is_none()
+    layer.home() != Home::File && !layer.id().is_reference() && !layer.is_base() && layer.pending().is_none()
 }
 
 /// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes in blocks, because a block that lost a

@@ -10,7 +10,7 @@
 //!
 //! The state lock is held while a VM's view is changed, and the change is published before it is let go. Between the two the
 //! registry has what the VM showed before, and what it will show besides is either in another view (an image's, which the caller holds), in a
-//! layer that is in no view yet, or in a birth file, which is not swept while it is one.
+//! layer that is in no view yet, or in a base file, which is not swept while it is one.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -93,20 +93,20 @@ impl View {
         Self::register(all, map, false)
     }
 
-    /// `born`: of pages that are a VM's own, in the file it was born in.
-    fn register(all: &Arc<Views>, map: Arc<LayerMap>, born: bool) -> Self {
+    /// `base`: of pages that are a VM's own, in its base file.
+    fn register(all: &Arc<Views>, map: Arc<LayerMap>, base: bool) -> Self {
         let mut registry = registered();
         registry.next += 1;
         let id = registry.next;
         registry.maps.insert(id, Arc::clone(&map));
-        crate::trace::view(id, &map, born);
+        crate::trace::view(id, &map, base);
         drop(registry);
         #[cfg(test)]
         crate::sweep::worst::moment(all);
         Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
     }
 
-    /// Another view of the same store, registered: of what stays a VM's own of the file it was born in.
+    /// Another view of the same store, registered: of what stays a VM's own of its base file.
     pub(crate) fn beside(&self, map: Arc<LayerMap>) -> Self {
         Self::register(&self.all, map, true)
     }

@@ -23,7 +23,7 @@ use crate::sync::{AtomicU32, Ordering};
 
 const EXCLUSIVE: u32 = 1;
 const SPLIT: u32 = 1 << 1;
-const USED: u32 = 1 << 2;
+const RECENTLY_PINNED: u32 = 1 << 2;
 const PIN_SHIFT: u32 = 8;
 const PIN: u32 = 1 << PIN_SHIFT;
 /// Most pins one page can have at a time. One more is refused: a count never wraps (I6).
@@ -46,11 +46,11 @@ impl Ownership {
     }
     /// Whether a device had it since the last freeze.
     pub(crate) const fn is_used(self) -> bool {
-        self.0 & USED != 0
+        self.0 & RECENTLY_PINNED != 0
     }
     /// But for that.
     pub(crate) const fn unused(self) -> Self {
-        Self(self.0 & !USED)
+        Self(self.0 & !RECENTLY_PINNED)
     }
     pub(crate) const fn is_split(self) -> bool {
         self.0 & SPLIT != 0
@@ -132,7 +132,12 @@ impl Word {
                 self.0.fetch_add(PIN, Ordering::Acquire);
                 return Ok(());
             }
-            match self.0.compare_exchange_weak(seen, (seen + PIN) | USED, Ordering::Acquire, Ordering::Relaxed) {
+            match self.0.compare_exchange_weak(
+                seen,
+                (seen + PIN) | RECENTLY_PINNED,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return Ok(()),
                 Err(actual) => seen = actual,
             }
@@ -188,10 +193,10 @@ impl Word {
     pub(crate) fn forget_used(&self) -> bool {
         // A closed or split record's bits are nobody's.
         let seen = Ownership(self.0.load(Ordering::Relaxed));
-        !seen.is_split() && seen.is_used() && Ownership(self.0.fetch_and(!USED, Ordering::Relaxed)).is_used()
+        !seen.is_split() && seen.is_used() && Ownership(self.0.fetch_and(!RECENTLY_PINNED, Ordering::Relaxed)).is_used()
     }
 
-    /// Sets the bit (I2: birth, break-COW, copy on fork). Caller holds the table's lock.
+    /// Sets the bit (I2: populate, break-COW, copy on fork). Caller holds the table's lock.
     ///
     /// Release: pairs with [`Word::try_pin`]'s Acquire.
     pub(crate) fn set_exclusive(&self) {

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_memory::{
-    Access, Backing, FreezeMode, FreezeReport, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store,
-    Term,
+    Access, Backing, FreezeMode, FreezeReport, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage,
+    RamLayout, Store,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -20,7 +20,7 @@ const BYTES: u64 = PAGES * PAGE_SIZE;
 
 fn parent(store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(BYTES).expect("guest memory"), store).expect("guest memory");
-    ram.birth().expect("guest memory");
+    ram.populate().expect("guest memory");
     ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).expect("guest memory");
     ram
 }
@@ -88,7 +88,7 @@ fn rounds(store: &Store, rounds: u64, scatter: bool) {
                 assert_eq!(read(&second, page), want, "page {page:#x}");
             }
         });
-        image.settle().expect("a complete copy");
+        image.finish_background().expect("a complete copy");
         let late = child(store, &image);
         for n in 0..PAGES {
             assert_eq!(read(&late, n), round, "I4: page {n:#x}");
@@ -118,7 +118,7 @@ fn devices(store: &Store) {
         }
         // One pin from before the freeze, held across it.
         let region = &ram.regions()[0];
-        let held = region.pin(PageRange::with_len(100, PINNED), Access::Write, Term::Long).expect("a pin");
+        let held = region.pin(PageRange::with_len(100, PINNED), Access::Write, PinLifetime::LongTerm).expect("a pin");
         let mut held = dma::Device::attach(held);
         let (image, _) = freeze(&ram, FreezeMode::Background);
         let copy = child(store, &image);
@@ -126,7 +126,7 @@ fn devices(store: &Store) {
         held.write(0xd0);
         let mut at = 200;
         while at + PINNED < PAGES {
-            let pin = region.pin(PageRange::with_len(at, PINNED), Access::Write, Term::Long).expect("a pin");
+            let pin = region.pin(PageRange::with_len(at, PINNED), Access::Write, PinLifetime::LongTerm).expect("a pin");
             let mut device = dma::Device::attach(pin);
             device.write(0xd1);
             write(&ram, at + 1, u64::from_ne_bytes([0xd2; 8]));
@@ -138,7 +138,7 @@ fn devices(store: &Store) {
         for n in 0..PAGES {
             assert_eq!(read(&copy, n), u64::from_ne_bytes([round; 8]), "page {n:#x}");
         }
-        ram.settle().expect("a complete copy");
+        ram.finish_background().expect("a complete copy");
         let mut at = 200;
         while at + PINNED < PAGES {
             for n in at..at + PINNED {
@@ -271,7 +271,7 @@ fn figures() {
         for mode in [FreezeMode::Eager, FreezeMode::Background] {
             let pages = dirty * stride + 64;
             let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
-            ram.birth().unwrap();
+            ram.populate().unwrap();
             ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let (mut pauses, mut fills, mut writes, mut again, mut reads) = (vec![], vec![], vec![], vec![], vec![]);
             for round in 0..7 {
@@ -345,12 +345,12 @@ fn small_pages_are_put_together_when_all_are_there() {
     }
     let pages = 4 * 512;
     let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
     (0..pages).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
     let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     assert!(report.pending > 0);
-    image.settle().unwrap();
+    image.finish_background().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let child = GuestRam::reserve(image.layout(), &store).unwrap();

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clade_memory::{
-    Access, Evicted, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store, Term,
+    Access, Evicted, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RamLayout, Store,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -28,7 +28,7 @@ fn word(ram: &GuestRam, page: u64) -> u64 {
 
 fn born(store: &Store, pages: u64) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     (0..pages).for_each(|page| put(&ram, page, page + 1));
     ram
 }
@@ -100,7 +100,7 @@ fn a_page_copied_with_its_neighbours_is_still_shown_from_where_it_was() {
             [10, 12].iter().for_each(|page| put(&ram, *page, 7));
             let (image, report) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             assert_eq!(report.copied, 3);
-            image.settle().unwrap();
+            image.finish_background().unwrap();
             drop(image);
             store.sweep();
             ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
@@ -117,7 +117,7 @@ fn i7_nothing_is_given_back_under_a_pin() {
         let region = &ram.regions()[0];
         // A whole block of the birth file, and a part of another: pinned while the rest becomes a layer.
         let pins = [PageRange::new(512, 1024), PageRange::new(1030, 1040)]
-            .map(|range| region.pin(range, Access::Write, Term::Long).unwrap());
+            .map(|range| region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
         let image = freeze(&ram);
         (0..1536).for_each(|page| put(&ram, page, 5000 + page));
         let later = freeze(&ram);
@@ -252,7 +252,7 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     assert_eq!(region.evict(all, dir, &quiesced).unwrap(), Evicted { written: 256, dropped: 0 });
     (0..256).for_each(|page| assert_eq!(word(&ram, page), page + 1));
     put(&ram, 9, 99);
-    let pin = region.pin(PageRange::new(20, 24), Access::Write, Term::Long).unwrap();
+    let pin = region.pin(PageRange::new(20, 24), Access::Write, PinLifetime::LongTerm).unwrap();
     // Page 9 is the VM's own again and goes to disk; the four that are pinned stay; the others only leave memory.
     let evicted = region.evict(all, dir, &quiesced).unwrap();
     assert_eq!(evicted, Evicted { written: 1, dropped: 251 });
@@ -271,7 +271,7 @@ fn d5_more_scattered_pages_than_mappings() {
     let store = Store::open().unwrap();
     let layout = RamLayout::new(1 << 30).unwrap();
     let ram = GuestRam::reserve(&layout, &store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     freeze(&ram);
     let pages: Vec<u64> = (0..262_144).step_by(8).collect();
     for (gap, patient) in [(2u64, false), (8, true)] {
@@ -330,7 +330,7 @@ fn stores_look_at_each_others_views() {
 fn what_a_dead_vm_owned_of_its_birth_file_is_given_back() {
     let store = Store::open_small().unwrap();
     let parent = born(&store, 64);
-    let pin = parent.regions()[0].pin(PageRange::new(5, 9), Access::Write, Term::Long).unwrap();
+    let pin = parent.regions()[0].pin(PageRange::new(5, 9), Access::Write, PinLifetime::LongTerm).unwrap();
     let image = freeze(&parent);
     store.sweep();
     assert_eq!(store.given_back(), 0, "while it lives it owns them");

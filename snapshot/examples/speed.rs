@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let store = Store::open()?;
     let layout = RamLayout::new(mib << 20)?;
     let ram = GuestRam::reserve(&layout, &store)?;
-    ram.birth()?;
+    ram.populate()?;
     let mut state = 1u64;
     let mut bytes = vec![0; 1 << 20];
     for at in 0..mib {

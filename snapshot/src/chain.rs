@@ -16,9 +16,9 @@ use crate::layer::{LayerFile, sealed_sum};
 use crate::space::Kind;
 
 /// Longest chain: one full snapshot and what was saved on top of it. Each adds files to hold open, and pieces to map.
-pub const MOST_DEEP: usize = 64;
+pub const MAX_DEEP: usize = 64;
 /// Longest manifest.
-const MOST_MANIFEST: u64 = 16 << 20;
+const MAX_MANIFEST: u64 = 16 << 20;
 /// Longest state file. What the manifest says of it is not believed beyond that.
 pub(crate) const MAX_STATE: u64 = 256 << 20;
 /// Longest record of what is touched first, of however large a memory.
@@ -96,7 +96,7 @@ pub(crate) struct Opened {
 pub struct Snapshot(pub(crate) Arc<Opened>);
 
 pub(crate) fn read_manifest(files: &Files, dir: &Dir) -> Result<Manifest, Error> {
-    let bytes = files.read_in(dir, MANIFEST, MOST_MANIFEST)?;
+    let bytes = files.read_in(dir, MANIFEST, MAX_MANIFEST)?;
     Manifest::decode(&bytes).map_err(|damage| Error::damaged(dir.path().join(MANIFEST), damage))
 }
 
@@ -115,8 +115,8 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
         if !seen.insert(parent.id) {
             return Err(Error::Cycle { path: at, id: parent.id });
         }
-        if members.len() >= MOST_DEEP {
-            return Err(Error::TooDeep { path: dir.to_owned(), most: MOST_DEEP });
+        if members.len() >= MAX_DEEP {
+            return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEEP });
         }
         // From the child's own directory, whatever its path leads to by now.
         let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;

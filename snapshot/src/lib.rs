@@ -38,7 +38,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{MOST_DEEP, Snapshot};
+pub use chain::{MAX_DEEP, Snapshot};
 pub use compact::compact;
 pub use disk::{DiskLayerFile, DiskReader};
 pub use error::Error;

@@ -18,7 +18,7 @@ pub(crate) struct RamSpace {
 impl RamSpace {
     /// All of `image`, or what may have changed since `base`. Waits until the image is complete.
     pub(crate) fn new(image: &RamImage, base: Option<&RamImage>) -> Result<Self, RamError> {
-        image.settle()?;
+        image.finish_background()?;
         let layout = image.layout();
         let wanted = match base {
             Some(base) => linear(layout, &image.changed_since(base)?),

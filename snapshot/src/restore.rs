@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use clade_memory::{
-    BLOCK_PAGES, Backing, ImageMap, LayerDraft, LayerHandle, LayerSource, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange,
+    BLOCK_PAGES, Backing, ImageMap, LayerBuilder, LayerHandle, LayerSource, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange,
     RamError, RamImage, RamLayout, Store,
 };
 use rustix::fs::{Advice, fadvise};
@@ -25,7 +25,7 @@ const MANY: usize = 256;
 /// Zeros between two pieces of one file are mapped with them up to this many pages at first.
 const GAP: u64 = 16;
 /// Longest piece that is copied for want of mappings.
-const MOST_SHORT: u64 = 512;
+const MAX_SHORT: u64 = 512;
 
 /// How memory comes from the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ struct Region {
     /// Pages of the space.
     all: PageRange,
     pieces: Pieces,
-    draft: Option<LayerDraft>,
+    draft: Option<LayerBuilder>,
 }
 
 impl Region {
@@ -98,7 +98,7 @@ impl Snapshot {
         }
         let mut maps = Vec::with_capacity(regions.len());
         for (region, declared) in regions.into_iter().zip(self.no_fork(store)?) {
-            let draft = region.draft.map(LayerDraft::publish);
+            let draft = region.draft.map(LayerBuilder::publish);
             let mut map = ImageMap::new();
             for (range, owner) in region.pieces {
                 let local = PageRange::new(range.start() - region.all.start(), range.end() - region.all.start());
@@ -194,7 +194,7 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
             gap *= 4;
             pieces = plan(space, all, gap, short, &mapped);
         }
-        while pieces.len() > MANY && short < MOST_SHORT {
+        while pieces.len() > MANY && short < MAX_SHORT {
             short = (short * 2).max(1);
             pieces = plan(space, all, gap, short, &mapped);
         }

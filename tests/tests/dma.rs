@@ -10,7 +10,7 @@ mod dma;
 use std::time::Duration;
 
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE, model};
-use clade_memory::{Access, Backing, PageRange, Term};
+use clade_memory::{Access, Backing, PageRange, PinLifetime};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held};
 use clade_vmm::vm::Context;
 
@@ -46,7 +46,7 @@ fn guest(context: &Context) -> Guest {
 
 fn device(guest: &Guest, access: Access) -> Device {
     let range = PageRange::with_len(WORK_BASE / PAGE_SIZE + FIRST, HELD);
-    Device::attach(guest.vm().ram().regions()[0].pin_as("test", range, access, Term::Long).unwrap())
+    Device::attach(guest.vm().ram().regions()[0].pin_as("test", range, access, PinLifetime::LongTerm).unwrap())
 }
 
 /// The guest writes and the device sees it; the device writes and the guest sees it.

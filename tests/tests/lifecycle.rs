@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
 use clade_harness::{BareMailbox, BareVcpu};
-use clade_memory::{Access, Backing, GuestRam, PageRange, RamError, RamLayout, Term};
+use clade_memory::{Access, Backing, GuestRam, PageRange, PinLifetime, RamError, RamLayout};
 use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
@@ -396,7 +396,7 @@ fn a_first_fork_refused_for_mappings_changes_nothing() {
     parent.fill(Writer::Guest, 0, 2048, 1);
     // A pinned page cuts the region into three mappings.
     let region = &parent.vm().ram().regions()[0];
-    let pin = region.pin(PageRange::new(5000, 5001), Access::Write, Term::Short).unwrap();
+    let pin = region.pin(PageRange::new(5000, 5001), Access::Write, PinLifetime::Transient).unwrap();
     let layout = RamLayout::new(PAGE_SIZE).unwrap();
     let hogs: Vec<GuestRam> = std::iter::from_fn(|| GuestRam::reserve(&layout, context.store()).ok()).collect();
     parent.vm().resume().unwrap();
@@ -431,7 +431,7 @@ fn an_image_of_another_shape_is_refused() {
     assert!(matches!(error, RamError::Shape { .. }), "{error:?}");
     assert!(error.to_string().contains(&(MIB << 20).to_string()), "{error}");
     assert!(ram.memory().read_obj::<u8>(GuestAddress(0)).is_err(), "it is empty still");
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     drop(ram);
     before.expect_same(context.store(), "a refused image");
 }

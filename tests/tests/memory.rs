@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
-use clade_memory::{Access, Backing, PageRange, Term};
+use clade_memory::{Access, Backing, PageRange, PinLifetime};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held, smaps_anonymous_kib};
 use clade_vmm::vm::{Context, ForkImage};
 
@@ -270,10 +270,12 @@ fn canon_22_mixed_ownership_in_a_block() {
                 let parent = case.parent();
                 let region = &parent.vm().ram().regions()[0];
                 let (born, private) = (WORK_BASE / PAGE_SIZE + 7, WORK_BASE / PAGE_SIZE + BLOCK + 9);
-                let pin_born = region.pin(PageRange::new(born, born + 2), Access::Write, Term::Short).unwrap();
+                let pin_born =
+                    region.pin(PageRange::new(born, born + 2), Access::Write, PinLifetime::Transient).unwrap();
                 let (first, _) = parent.fork();
                 // Not owned any more: the pin copies.
-                let pin_private = region.pin(PageRange::new(private, private + 2), Access::Write, Term::Long).unwrap();
+                let pin_private =
+                    region.pin(PageRange::new(private, private + 2), Access::Write, PinLifetime::LongTerm).unwrap();
                 let (second, _) = parent.fork();
                 for pin in [&pin_born, &pin_private] {
                     pin.slice().copy_from(&vec![0xd7u8; pin.len()]);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::disk::What;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
-use clade_memory::{Access, Backing, PageRange, RamError, Term};
+use clade_memory::{Access, Backing, PageRange, PinLifetime, RamError};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own, with_vcpus};
 use clade_vmm::vm::{Context, ForkImage, VmError};
 use kvm_bindings::Xsave;
@@ -214,7 +214,7 @@ fn i7_a_long_pin_refuses_the_reset_and_everything_goes_on() {
     let region = &child.vm().ram().regions()[0];
     // Somebody else's engine, in a page that the driver does not use.
     let page = region.pages() - 1;
-    let pin = region.pin(PageRange::with_len(page, 1), Access::Write, Term::Long).unwrap();
+    let pin = region.pin(PageRange::with_len(page, 1), Access::Write, PinLifetime::LongTerm).unwrap();
     for _ in 0..3 {
         thread::sleep(Duration::from_millis(20));
         let refused = child.vm().reset_to_origin();
@@ -268,13 +268,13 @@ fn i13_a_reset_that_fails_half_way_leaves_it_paused_until_another_mends_it() {
         let failed = child.vm().reset(&bad);
         assert!(matches!(failed, Err(VmError::VcpuState(_))), "{failed:?}");
         assert!(child.vm().is_paused());
-        assert!(matches!(child.vm().resume(), Err(VmError::HalfReset)));
+        assert!(matches!(child.vm().resume(), Err(VmError::Inconsistent)));
         // Its registers are those of a guest that counts, but it stands still.
         let progress = || BareMailbox::new(child.vm().ram(), 0).progress().unwrap();
         let before = progress();
         thread::sleep(Duration::from_millis(30));
         assert_eq!(progress(), before, "it stands still");
-        assert!(matches!(child.vm().fork().map(drop), Err(VmError::HalfReset)));
+        assert!(matches!(child.vm().fork().map(drop), Err(VmError::Inconsistent)));
         child.vm().reset_to_origin().unwrap();
         assert!(child.vm().is_paused());
         child.expect(0, 2048, Some(1), "mended");

@@ -15,7 +15,7 @@ use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
 
-use clade_memory::{Access, GuestRam, RamLayout, Store, Term};
+use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
@@ -118,9 +118,9 @@ impl Host {
         let most = KINDS.iter().map(|kind| kind.block * disk::SECTOR).max().unwrap_or(0) as usize;
         let memory = GuestRam::reserve(&RamLayout::new(DEPTH * most as u64).map_err(Failure::run)?, store);
         let memory = memory.map_err(Failure::run)?;
-        memory.birth().map_err(Failure::run)?;
+        memory.populate().map_err(Failure::run)?;
         let whole = &memory.regions()[0];
-        let pin = whole.pin(whole.range(), Access::Write, Term::Long).map_err(Failure::run)?;
+        let pin = whole.pin(whole.range(), Access::Write, PinLifetime::LongTerm).map_err(Failure::run)?;
         pin.slice().copy_from(&vec![1u8; pin.len()]);
         let pin = Arc::new(pin);
         let buffer = |slot| Fragment::pinned(&pin, slot * most, most).map_err(Failure::run);

@@ -69,7 +69,7 @@ impl Samples {
 /// Every page written, and frozen once: what is private from here on was written since.
 fn parent(store: &Store, mem: u64) -> Result<GuestRam, Failure> {
     let ram = GuestRam::reserve(&RamLayout::new(mem).map_err(Failure::run)?, store).map_err(Failure::run)?;
-    ram.birth().map_err(Failure::run)?;
+    ram.populate().map_err(Failure::run)?;
     dirty(&ram, 0, mem / PAGE_SIZE, 1)?;
     ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
     Ok(ram)
@@ -108,7 +108,7 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
         }
         s.complete.push_us(begun.elapsed());
         // Outside both pauses: what the background did is taken note of, and its garbage is gone before the next freeze.
-        ram.settle().map_err(Failure::run)?;
+        ram.finish_background().map_err(Failure::run)?;
     }
     store.cool();
     Ok(s)

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_memory::{Access, BLOCK_PAGES, GuestRam, GuestRegion, PageRange, Quiesced, RamLayout, Store, Term};
+use clade_memory::{Access, BLOCK_PAGES, GuestRam, GuestRegion, PageRange, PinLifetime, Quiesced, RamLayout, Store};
 
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
@@ -21,7 +21,7 @@ const FREEZE_PACE: Duration = Duration::from_millis(10);
 
 pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let ram = GuestRam::reserve(&RamLayout::new(BYTES).map_err(Failure::run)?, store).map_err(Failure::run)?;
-    ram.birth().map_err(Failure::run)?;
+    ram.populate().map_err(Failure::run)?;
     let region = &ram.regions()[0];
     let sizes = [("page", 1), ("64K", 16), ("2M", BLOCK_PAGES)];
     let mut rows = Vec::new();
@@ -72,7 +72,7 @@ fn own_range(thread: u64, pages: u64) -> PageRange {
 fn pins(region: &Arc<GuestRegion>, range: PageRange, access: Access) -> Result<f64, Failure> {
     let begun = Instant::now();
     for _ in 0..BATCH {
-        let pin = region.pin(black_box(range), access, Term::Short).map_err(Failure::run)?;
+        let pin = region.pin(black_box(range), access, PinLifetime::Transient).map_err(Failure::run)?;
         drop(black_box(pin));
     }
     Ok(begun.elapsed().as_nanos() as f64 / f64::from(BATCH))

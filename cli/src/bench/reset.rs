@@ -20,7 +20,7 @@ const DIRTY: [u64; 4] = [10, 100, 1_000, 10_000];
 /// What the design sets a limit for, and the limit in microseconds.
 const TARGET: (u64, f64) = (100, 300.0);
 /// Pages between two that are written, where they are far apart: eight to a block, each alone.
-const MOST_STEP: u64 = 64;
+const MAX_STEP: u64 = 64;
 /// A guest that does not get on is a failure, not a figure.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -99,7 +99,7 @@ impl Subject<'_> {
     fn measure(&mut self, pages: u64, samples: usize) -> Result<Samples, Failure> {
         let mut s = Samples::default();
         let room = (self.image.config().layout().bytes() - WORK_BASE) / PAGE_SIZE;
-        let step = (room / pages).min(MOST_STEP);
+        let step = (room / pages).min(MAX_STEP);
         self.restart()?;
         for _ in 0..samples {
             // In turn, so that all meet the same noise.

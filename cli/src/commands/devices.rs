@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clade_devices::virtio::limiter::{Limits, Rate};
-use clade_devices::virtio::net::{MOST_PAIRS, Mac};
+use clade_devices::virtio::net::{MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::{FIRST_GUEST_CID, VsockOptions};
 use thiserror::Error;
 
@@ -113,7 +113,7 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
             "tap" => net.tap = pair.text("the name of an interface, or a pattern like web%d")?,
             "mac" => net.mac = Some(pair.mac()?),
             "queues" => {
-                let queues = pair.value.parse().ok().filter(|queues| (1..=MOST_PAIRS).contains(queues));
+                let queues = pair.value.parse().ok().filter(|queues| (1..=MAX_PAIRS).contains(queues));
                 net.queues = queues.ok_or_else(|| pair.bad("1 to 8"))?;
             }
             key => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clade_devices::disk::DiskConfig;
-use clade_devices::virtio::block::{BlockOptions, MOST_QUEUES};
+use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Rate;
 use clade_io::CachePolicy;
 use thiserror::Error;
@@ -58,7 +58,7 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, DiskArgError> {
             "overlays" if !value.is_empty() => disk.overlays = Some(PathBuf::from(value)),
             "overlays" => return Err(bad("a directory")),
             "queues" => {
-                let queues = value.parse().ok().filter(|n| (1..=MOST_QUEUES).contains(n));
+                let queues = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
                 device.queues = queues.ok_or_else(|| bad("1 to 16"))?;
             }
             "bytes" => device.limits.bytes = Some(Rate::per_second(amount()?)),

@@ -15,7 +15,7 @@ use crate::tool::{Runtime, kvm, taps, wait_until};
 
 const THREADS: u64 = 8;
 /// VMs at a time: what two processors and the default limits bear.
-const MOST_VMS: usize = 24;
+const MAX_VMS: usize = 24;
 
 /// xorshift64*: the storm is repeated by its seed, as far as threads let it.
 struct Random(u64);
@@ -114,7 +114,7 @@ impl Storm<'_> {
 
     fn fork(&self, random: &mut Random) {
         let (_, all) = self.ask("GET", "/v1/vms", "");
-        if all.as_array().is_some_and(|all| all.len() > MOST_VMS) {
+        if all.as_array().is_some_and(|all| all.len() > MAX_VMS) {
             return;
         }
         let parent = match random.below(3) {

@@ -55,9 +55,9 @@ impl From<FleetError> for ApiError {
             FleetError::Taken { .. }
             | FleetError::Ending
             | FleetError::Cancelled { .. }
-            | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::HalfReset) => {
-                StatusCode::CONFLICT
-            }
+            | FleetError::Vm(
+                VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent,
+            ) => StatusCode::CONFLICT,
             FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
             FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
             FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
@@ -103,7 +103,7 @@ fn snapshot_status(error: &SnapshotError) -> StatusCode {
         )
         | SnapshotError::NoBase { .. }
         | SnapshotError::Busy { .. }
-        | SnapshotError::Vm(VmError::Stopped(_) | VmError::HalfReset) => StatusCode::CONFLICT,
+        | SnapshotError::Vm(VmError::Stopped(_) | VmError::Inconsistent) => StatusCode::CONFLICT,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

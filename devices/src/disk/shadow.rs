@@ -26,7 +26,7 @@ use super::map::{BlockMap, GRANULE, Source, push_run};
 /// What a new image is called until it is the image.
 const SUFFIX: &str = ".clade-new";
 /// Ranges that are remembered; if there are more, the next flush makes a new image.
-const MOST_MOVED: usize = 1 << 16;
+const MAX_MOVED: usize = 1 << 16;
 /// The largest value of an extended attribute, and the largest list of their names.
 const XATTR_BYTES: usize = 64 << 10;
 
@@ -139,7 +139,7 @@ impl Shadow {
             return;
         }
         push_run(&mut self.moved, granules);
-        if self.moved.len() > MOST_MOVED {
+        if self.moved.len() > MAX_MOVED {
             self.replaced();
         }
     }

@@ -11,7 +11,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::queue::QueueError;
 
 /// Most bytes in one chain, as the specification has it.
-const MOST_BYTES: u64 = 1 << 32;
+const MAX_BYTES: u64 = 1 << 32;
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;
 
@@ -68,7 +68,7 @@ impl<'a> Walk<'a> {
         self.left = self.left.checked_sub(1).ok_or(QueueError::Endless { head, size })?;
         let segment = self.segment(descriptor)?;
         self.bytes += u64::from(segment.len);
-        if self.bytes > MOST_BYTES {
+        if self.bytes > MAX_BYTES {
             return Err(QueueError::TooLong { head });
         }
         if has(descriptor, VRING_DESC_F_WRITE) {

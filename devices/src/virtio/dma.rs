@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use clade_io::Fragment;
-use clade_memory::{Access, GuestRam, PageRange, PinError, Term};
+use clade_memory::{Access, GuestRam, PageRange, PinError, PinLifetime};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion};
 
@@ -75,7 +75,7 @@ fn pin_one(ram: &GuestRam, owner: &'static str, segment: &Segment, access: Acces
     let (region, page) = ram.locate(segment.address).ok_or_else(outside)?;
     let offset = address - region.start_addr().0;
     let range = PageRange::covering(offset, len).ok_or_else(outside)?;
-    let pin = Arc::new(region.pin_as(owner, range, access, Term::Short)?);
+    let pin = Arc::new(region.pin_as(owner, range, access, PinLifetime::Transient)?);
     let start = (offset - page * clade_memory::PAGE_SIZE) as usize;
     Fragment::pinned(&pin, start, len as usize).map_err(|_| outside())
 }

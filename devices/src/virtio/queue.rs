@@ -358,7 +358,7 @@ mod tests {
     /// available.
     fn queue(offered: u16) -> Virtqueue {
         let ram = GuestRam::reserve(&RamLayout::new(2 << 20).unwrap(), &Store::open_small().unwrap()).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let state = QueueState {
             ready: true,
             descriptors: 0x1000,

@@ -46,7 +46,7 @@ pub(crate) fn store() -> Store {
 
 pub(crate) fn ram(store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(32 << 20).unwrap(), store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     ram
 }
 

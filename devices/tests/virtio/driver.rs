@@ -79,7 +79,7 @@ pub(crate) fn ram() -> GuestRam {
 impl Machine {
     pub(crate) fn new(config: &DiskConfig, options: BlockOptions) -> Self {
         let ram = ram();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let queues = usize::from(options.queues);
         let wiring = Wiring::new(queues).unwrap();
         let block = Block::new(Disk::open(config).unwrap(), &options);

@@ -357,7 +357,7 @@ fn a_table_has_at_most_4_gib_and_stays_in_one_piece_of_ram() {
     // RAM has a hole below 4 GiB.
     let hole = 3 << 30;
     let ram = GuestRam::reserve(&RamLayout::new(hole + (1 << 30)).unwrap(), &Store::open_small().unwrap()).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     let queue = queue(&ram, SIZE);
     let buffers = |last: u32| {
         let mut all = vec![descriptor(0, PART, NEXT, 0); 32];
@@ -440,7 +440,7 @@ fn naive(ram: &GuestRam, head: u16) -> Option<[Vec<(u64, u32)>; 2]> {
 #[test]
 fn any_table_is_what_the_naive_reading_says() {
     let ram = ram();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     let queue = queue(&ram, SMALL);
     let (good, in_tables) = (Cell::new(0), Cell::new(0));
     let ring = prop::collection::vec(any_descriptor(), usize::from(SMALL));

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::background::{FillError, Shared};
 use crate::fault::Call;
-use crate::pin::{Access, Term};
+use crate::pin::{Access, PinLifetime};
 use crate::sys::small_file;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::{FreezeMode, FreezeReport, GuestRam, Quiesced, RamError, RamImage, RamLayout, Store};
@@ -89,7 +89,7 @@ impl Rig {
     fn new(store: Store, dirty: &[PageRange]) -> Self {
         let engine = store.background().unwrap();
         let parent = GuestRam::reserve(&RamLayout::new(BYTES).unwrap(), &store).unwrap();
-        parent.birth().unwrap();
+        parent.populate().unwrap();
         for page in 0..PAGES {
             write(&parent, page, 0xee);
         }
@@ -180,7 +180,7 @@ fn a_childs_read_waits_for_its_page_and_brings_no_zeros_with_it() {
         write(&child, 700, 0x77);
         assert_eq!(read(&sibling, 700), mark(700));
         rig.let_run();
-        image.settle().unwrap();
+        image.finish_background().unwrap();
         assert_eq!(read(&child, 700), 0x77);
         expect_image(&rig, &image, &MANY);
     }
@@ -194,15 +194,15 @@ fn a_parents_write_waits_until_its_page_is_copied() {
         let before = report.pending;
         write(&rig.parent, 600, 0x66);
         assert_eq!(read(&rig.parent, 600), 0x66);
-        let filling = image.fillings().next().unwrap();
-        assert!(filling.missing() < before && filling.missing() > 0, "copied around the fault, and no more");
+        let bg_copy = image.bg_copies().next().unwrap();
+        assert!(bg_copy.missing() < before && bg_copy.missing() > 0, "copied around the fault, and no more");
         expect_image(&rig, &image, &MANY);
         for page in 0..PAGES {
             write(&rig.parent, page, 0x67);
         }
         expect_image(&rig, &image, &MANY);
         rig.let_run();
-        rig.parent.settle().unwrap();
+        rig.parent.finish_background().unwrap();
         expect_image(&rig, &image, &MANY);
         assert!((0..PAGES).all(|page| read(&rig.parent, page) == 0x67));
     }
@@ -222,9 +222,9 @@ fn gaps_that_were_closed_come_from_beneath() {
                 write(&rig.parent, page, 0x68);
             }
             rig.let_run();
-            image.settle().unwrap();
+            image.finish_background().unwrap();
             expect_image(&rig, &image, &dirty);
-            rig.parent.settle().unwrap();
+            rig.parent.finish_background().unwrap();
             assert!((0..PAGES).all(|page| read(&rig.parent, page) == 0x68), "no write is lost");
         }
     }
@@ -235,19 +235,19 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
     for store in stores() {
         let rig = Rig::new(store, &MANY);
         let region = &rig.parent.regions()[0];
-        let early = region.pin(PageRange::new(50, 60), Access::Write, Term::Long).unwrap();
+        let early = region.pin(PageRange::new(50, 60), Access::Write, PinLifetime::LongTerm).unwrap();
         let (image, report) = rig.freeze_held();
         assert_eq!(report.pinned, 10);
         assert_eq!(report.pending, report.copied - 10, "I3: pinned pages are copied before it returns");
-        let pin = region.pin(PageRange::new(590, 610), Access::Write, Term::Long).unwrap();
-        // As a device would: through the frames, heedless of protection (here the early pin's and the pin's own addresses, by the kernel).
+        let pin = region.pin(PageRange::new(590, 610), Access::Write, PinLifetime::LongTerm).unwrap();
+        // As a device would: through the frames, ignores_pins of protection (here the early pin's and the pin's own addresses, by the kernel).
         for pin in [&early, &pin] {
             pin.slice().write_slice(&vec![0x99; pin.len()], 0).unwrap();
         }
         rig.let_run();
-        image.settle().unwrap();
+        image.finish_background().unwrap();
         expect_image(&rig, &image, &MANY);
-        rig.parent.settle().unwrap();
+        rig.parent.finish_background().unwrap();
         let frame = |page| region.store.pagemap().owned_runs(&region.at, PageRange::with_len(page, 1)).unwrap();
         assert_eq!(frame(600).len(), 1, "I3: a pinned page is not shared back");
         assert_eq!(read(&rig.parent, 600), 0x99);
@@ -261,11 +261,11 @@ fn a_pin_in_a_child_waits_for_its_pages() {
         let rig = Rig::new(store, &MANY);
         let (image, _) = rig.freeze_held();
         let child = rig.child(&image);
-        let pin = child.regions()[0].pin(PageRange::new(190, 210), Access::Write, Term::Short).unwrap();
+        let pin = child.regions()[0].pin(PageRange::new(190, 210), Access::Write, PinLifetime::Transient).unwrap();
         assert_eq!(read(&child, 195), mark(195));
         pin.slice().write_slice(&vec![0x99; pin.len()], 0).unwrap();
         rig.let_run();
-        image.settle().unwrap();
+        image.finish_background().unwrap();
         assert_eq!(read(&child, 195), 0x99);
         expect_image(&rig, &image, &MANY);
     }
@@ -278,7 +278,7 @@ fn copied_runs_are_shared_back_and_written_pages_are_not() {
         let (image, report) = rig.freeze_held();
         write(&rig.parent, 600, 0x66);
         rig.let_run();
-        rig.parent.settle().unwrap();
+        rig.parent.finish_background().unwrap();
         assert!(!image.is_pending());
         let stats = rig.parent.stats().unwrap();
         assert!(stats.exclusive < report.copied / 2, "{stats:?}");
@@ -351,7 +351,7 @@ fn a_parent_that_goes_leaves_its_children_whole() {
         assert_eq!(read(&early, 700), mark(700), "while the thread is held");
         rig.let_run();
         expect_image(&rig, &image, &MANY);
-        image.settle().unwrap();
+        image.finish_background().unwrap();
         expect_image(&rig, &image, &MANY);
         assert_eq!(read(&early, 701), mark(701));
     }
@@ -364,7 +364,7 @@ fn the_store_finishes_before_it_goes() {
         let (image, _) = rig.freeze_held();
         let budget = rig.store.clone();
         drop(rig);
-        assert_eq!(budget.budget().used(), 1, "the filling's own mapping");
+        assert_eq!(budget.budget().used(), 1, "the bg_copy's own mapping");
         drop(budget);
         assert!(!image.is_pending());
         let elsewhere = Store::open_small().unwrap();
@@ -404,7 +404,7 @@ fn a_child_that_copies_short_runs_waits_for_them() {
     let engine = store.background().unwrap();
     let pages = 2500 * 20;
     let parent = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
-    parent.birth().unwrap();
+    parent.populate().unwrap();
     parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
     for n in 0..2500 {
         write(&parent, n * 20, mark(n));
@@ -445,7 +445,7 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     told.recv_timeout(Duration::from_secs(5)).expect("the callback");
     assert!(is_lost(touch(child, 1050)), "canon 32: an error, never zeros");
     assert!(touch(child, 1300).is_ok(), "what was never in the delta is still there");
-    assert!(child.regions()[0].pin(PageRange::new(1050, 1051), Access::Write, Term::Short).is_err());
+    assert!(child.regions()[0].pin(PageRange::new(1050, 1051), Access::Write, PinLifetime::Transient).is_err());
     assert!(matches!(child.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Lost(_))));
     // Discarded, a lost page does not come back as zeros either.
     let at = (child.regions()[0].host_address() + 1050 * PAGE_SIZE) as *mut libc::c_void;
@@ -455,7 +455,7 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     // The next freeze goes as if the failed one had never been.
     let (again, _) = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
     expect_image(rig, &again, &MANY);
-    again.settle().unwrap();
+    again.finish_background().unwrap();
     expect_image(rig, &again, &MANY);
 }
 
@@ -546,13 +546,13 @@ fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
             }
             {
                 let state = rig.parent.regions()[0].state();
-                let filling = state.freezing.as_ref().unwrap().layer.filling().unwrap();
-                (0..steps).take_while(|_| !filling.step()).for_each(drop);
+                let bg_copy = state.freezing.as_ref().unwrap().layer.bg_copy().unwrap();
+                (0..steps).take_while(|_| !bg_copy.step()).for_each(drop);
             }
             hooks.hold_answers.store(false, Ordering::Release);
             writer.join().unwrap();
             rig.let_run();
-            rig.parent.settle().unwrap();
+            rig.parent.finish_background().unwrap();
             assert!(image.failure().is_none(), "after {steps} steps: {:?}", image.failure());
             expect_image(&rig, &image, &MANY);
             // Everything is where the records say: what the VM owns and what later images have.
@@ -585,7 +585,7 @@ fn i14_a_release_that_fails_after_a_remap_loses_nothing() {
         let child = rig.child(&image);
         write(&rig.parent, 600, 0x66);
         crate::fault::plan().fail_call(Call::Release, nth);
-        rig.parent.settle().unwrap();
+        rig.parent.finish_background().unwrap();
         let fired = crate::fault::plan().disarm().is_some();
         let want = |page| if page == 600 { 0x66 } else { all(&MANY, page) };
         for round in 0..2u8 {
@@ -618,12 +618,13 @@ fn a_callback_may_ask_the_vm() {
         let (tell, told) = mpsc::channel();
         let (own, parent) = (child.clone(), rig.parent.clone());
         child.on_failure(move |_| {
-            let asked = (own.stats().is_ok(), own.settle().is_err(), parent.stats().is_ok(), own.is_torn());
+            let asked =
+                (own.stats().is_ok(), own.finish_background().is_err(), parent.stats().is_ok(), own.is_inconsistent());
             tell.send(asked).unwrap();
         });
         rig.engine.hooks.left.store(0, Ordering::Release);
         // Noticed by a thread that holds the child's lock.
-        let noticed = thread::spawn(move || child.settle().is_err());
+        let noticed = thread::spawn(move || child.finish_background().is_err());
         let asked = told.recv_timeout(Duration::from_secs(20)).expect("told, and not in a deadlock");
         assert!(noticed.join().unwrap());
         rig.engine.hooks.left.store(u64::MAX, Ordering::Release);

@@ -1,4 +1,4 @@
-//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its filling's lock.
+//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its background copy's lock.
 
 use std::fs::File;
 use std::io;
@@ -7,10 +7,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::background::filling::Delta;
+use crate::background::bg_copy::Delta;
 use crate::background::{BackgroundError, Failure, FillError, Shared};
 use crate::budget::Promise;
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::layer::Source;
 use crate::protect::ProtectGate;
 use crate::reclaim::TaskSender;
@@ -26,7 +26,7 @@ pub(super) const WINDOW: u64 = if cfg!(shuttle) { 2 } else { 32 };
 /// Mappings made, or runs released, before the thread looks for faults again.
 const RUNS: usize = if cfg!(shuttle) { 1 } else { 32 };
 /// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying them again.
-const LEAST_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
+const MIN_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
 /// How often a block is put together before it stays in small pages: a page of it may be in use for a moment.
 const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
 const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
@@ -128,12 +128,12 @@ pub(super) struct Work {
 }
 
 /// Most mappings a lost layer may cost a child that is going to be stopped.
-const MOST_DENIED: usize = 64;
+const MAX_INACCESSIBLE_RUNS: usize = 64;
 
 /// The runs, or one around all of them where they are too many.
-pub(super) fn few(runs: Vec<PageRange>) -> Vec<PageRange> {
+pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
     match runs.as_slice() {
-        [first, .., last] if runs.len() > MOST_DENIED => vec![PageRange::new(first.start, last.end)],
+        [first, .., last] if runs.len() > MAX_INACCESSIBLE_RUNS => vec![PageRange::new(first.start, last.end)],
         _ => runs,
     }
 }
@@ -142,7 +142,7 @@ pub(super) fn few(runs: Vec<PageRange>) -> Vec<PageRange> {
 ///
 /// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which would take the whole process, and this with an
 /// error from KVM_RUN, which takes the VM.
-pub(super) fn deny(shared: &Shared, reader: &Reader, file: PageRange) {
+pub(super) fn make_inaccessible(shared: &Shared, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
     if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
         // Never zeros: it stays watched.
@@ -272,7 +272,7 @@ impl Work {
             Origin::Layer(source) => {
                 self.bounce.resize(file.bytes(), 0);
                 let at = source.at + (file.start - part.at);
-                point(Call::Copy)?;
+                failpoint(Call::Copy)?;
                 source.layer.file().read_exact_at(&mut self.bounce, at * PAGE_SIZE)?;
             }
         }
@@ -297,7 +297,7 @@ impl Work {
     }
 
     /// Copies the protected pages of `range` of the region, then releases them: in this order.
-    pub(super) fn let_go(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
+    pub(super) fn copy_and_unprotect(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
         self.for_parts(range, |work, part, cut| {
             let file = part.to_file(cut);
             // Gaps come from beneath, whatever the VM writes there.
@@ -311,7 +311,7 @@ impl Work {
     /// Releases what is protected of `file` pages of `part`.
     fn release(&mut self, part: &Part, file: PageRange) -> io::Result<()> {
         for run in runs_with(&self.pages, file, PROTECTED) {
-            point(Call::Release)?;
+            failpoint(Call::Release)?;
             self.gate.release(part.to_region(run))?;
             self.mark(run, |flags| flags & !PROTECTED);
         }
@@ -400,7 +400,7 @@ impl Work {
             if cut.is_empty() {
                 break;
             }
-            if part.range.len() < LEAST_REMAPPED && self.is_alone(next) {
+            if part.range.len() < MIN_REMAPPED && self.is_alone(next) {
                 let part = part.clone();
                 self.release(&part, cut).map_err(FillError::Release)?;
             }
@@ -434,7 +434,7 @@ impl Work {
             }
         }
         let mut left: u64 = runs.iter().map(|(run, _)| run.len()).sum();
-        runs.retain(|(run, _)| run.len() >= LEAST_REMAPPED);
+        runs.retain(|(run, _)| run.len() >= MIN_REMAPPED);
         runs.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
         // Each adds itself and splits what it lies in.
         runs.truncate((self.allowance / 2) as usize);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fault::{Call, plan};
-use crate::pin::{Access, DmaPin, Term};
+use crate::pin::{Access, DmaPin, PinLifetime};
 use crate::units::{PAGE_SIZE, PageRange};
 use crate::{Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamError, RamImage, RamLayout, Store};
 
@@ -66,12 +66,12 @@ fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
 }
 
 impl Rig {
-    /// A VM that was frozen before, if `frozen`, and has pages of every kind: born or shared, its own, pinned, reference, no-fork.
+    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its own, pinned, reference, no-fork.
     fn new(small: bool, frozen: bool) -> Self {
         let store = if small { Store::open_small() } else { Store::open() }.unwrap();
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
         let empty = GuestRam::reserve(&layout(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         (0..ALL).for_each(|page| put(&ram, page, page + 1));
         let region = ram.regions()[0].clone();
         region.set_no_fork(PageRange::new(900, 910), Some(NoFork::Zeroed)).unwrap();
@@ -87,8 +87,8 @@ impl Rig {
             (1000..1020).step_by(2).for_each(|page| put(&ram, page, 1000 + page));
             (1110..1150).chain(1200..1204).for_each(|page| put(&ram, page, 1000 + page));
         }
-        let pins =
-            [(110, 114), (800, 803)].map(|(a, b)| region.pin(PageRange::new(a, b), Access::Write, Term::Long).unwrap());
+        let pins = [(110, 114), (800, 803)]
+            .map(|(a, b)| region.pin(PageRange::new(a, b), Access::Write, PinLifetime::LongTerm).unwrap());
         let want = contents(&ram);
         Self { store, ram, want, image, pins: pins.into(), empty }
     }
@@ -210,10 +210,10 @@ fn check(
             }
         }
         Effect::Resets => {
-            if rig.ram.is_torn() {
+            if rig.ram.is_inconsistent() {
                 assert!(done.is_err());
                 let refused = rig.ram.freeze(&Quiesced::by(&crate::NoWriters));
-                assert!(matches!(refused, Err(RamError::Torn { .. })), "{what}: frozen half reset");
+                assert!(matches!(refused, Err(RamError::Inconsistent { .. })), "{what}: frozen half reset");
             } else if done.is_err() {
                 assert_eq!(contents(&rig.ram), rig.want, "{what} ({call:?}): refused, and changed all the same");
             }
@@ -226,7 +226,7 @@ fn check(
         want[900..910].fill(0);
         assert_eq!(rig.child(image), want, "{what}: a failure was passed over, and the image is wrong");
     }
-    if !rig.ram.is_torn() {
+    if !rig.ram.is_inconsistent() {
         rig.check_table(what);
     }
     // Asked again, it succeeds.
@@ -238,7 +238,7 @@ fn check(
 fn freeze(rig: &Rig, mode: FreezeMode) -> Result<Option<RamImage>, RamError> {
     let (image, _) = rig.ram.freeze_in(mode, &Quiesced::by(&crate::NoWriters))?;
     // A failure after it has returned undoes the freeze, which nobody is hurt by who has not started a child of it.
-    Ok(image.settle().is_ok().then_some(image))
+    Ok(image.finish_background().is_ok().then_some(image))
 }
 
 #[test]
@@ -278,9 +278,9 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
         adopted.map(|()| None)
     });
     walk("birth", true, Effect::None, |rig| {
-        let born = GuestRam::reserve(&layout(), &rig.store)?;
-        born.birth()?;
-        assert_eq!(contents(&born), vec![0; ALL as usize]);
+        let base = GuestRam::reserve(&layout(), &rig.store)?;
+        base.populate()?;
+        assert_eq!(contents(&base), vec![0; ALL as usize]);
         Ok(None)
     });
 }
@@ -300,11 +300,11 @@ fn i13_a_reset_that_fails_half_way_says_so_and_is_mended_by_another() {
         (0..30).for_each(|page| put(&vm, page * 31, 5));
         let before = contents(&vm);
         let reset = vm.reset(image, &Quiesced::by(&crate::NoWriters), Duration::ZERO);
-        let torn = vm.regions()[0].state().torn;
+        let torn = vm.regions()[0].state().inconsistent;
         match &reset {
             Ok(_) => assert_eq!(&contents(&vm), seen),
             Err(_) if torn => {
-                assert!(matches!(vm.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Torn { .. })));
+                assert!(matches!(vm.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Inconsistent { .. })));
                 plan().heal();
                 vm.reset(image, &Quiesced::by(&crate::NoWriters), Duration::ZERO)?;
                 assert_eq!(&contents(&vm), seen);
@@ -367,7 +367,7 @@ fn i13_a_pin_that_is_refused_leaves_no_pin() {
     walk("pin", true, Effect::None, |rig| {
         let region = &rig.ram.regions()[0];
         let before = region.ownership().counts(region.range()).pins;
-        let pinned = region.pin(PageRange::new(90, 700), Access::Read, Term::Long);
+        let pinned = region.pin(PageRange::new(90, 700), Access::Read, PinLifetime::LongTerm);
         if pinned.is_err() {
             assert_eq!(region.ownership().counts(region.range()).pins, before);
         }

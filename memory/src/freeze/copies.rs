@@ -16,9 +16,9 @@ const MANY_RUNS: usize = 64;
 /// Where each run of a region is in a delta.
 pub(crate) type Placed = Vec<(PageRange, Source)>;
 
-/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of born pages only those are copied), and the
+/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of base pages only those are copied), and the
 /// longest, until no more than `keep` pages are left.
-pub(super) fn worth_sharing(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
+pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
     let mut runs = subtract_runs(copy, pinned);
     let mut left = pages_in(&runs);
     runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.len()));
@@ -138,11 +138,11 @@ mod tests {
     fn the_longest_runs_are_shared_and_never_pinned_ones() {
         let r = PageRange::new;
         let copy = [r(0, 10), r(20, 21), r(30, 60), r(100, 105)];
-        assert_eq!(worth_sharing(&copy, &[], 100), vec![]);
-        assert_eq!(worth_sharing(&copy, &[], 20), vec![r(30, 60)]);
-        assert_eq!(worth_sharing(&copy, &[], 15), vec![r(0, 10), r(30, 60)]);
-        assert_eq!(worth_sharing(&copy, &[], 0), copy);
-        assert_eq!(worth_sharing(&copy, &[r(0, 10), r(40, 50)], 16), vec![r(30, 40)]);
+        assert_eq!(runs_to_remap(&copy, &[], 100), vec![]);
+        assert_eq!(runs_to_remap(&copy, &[], 20), vec![r(30, 60)]);
+        assert_eq!(runs_to_remap(&copy, &[], 15), vec![r(0, 10), r(30, 60)]);
+        assert_eq!(runs_to_remap(&copy, &[], 0), copy);
+        assert_eq!(runs_to_remap(&copy, &[r(0, 10), r(40, 50)], 16), vec![r(30, 40)]);
     }
 
     #[test]

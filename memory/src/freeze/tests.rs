@@ -1,7 +1,7 @@
 //! What a freeze has promised to it before it touches anything (D5).
 
 use super::*;
-use crate::{Access, DmaPin, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store, Term};
+use crate::{Access, DmaPin, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 600;
@@ -10,9 +10,9 @@ const PINNED: u64 = 20;
 
 fn with_pins(store: &Store) -> (GuestRam, Vec<DmaPin>) {
     let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     (0..PAGES).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
-    let pin = |at| ram.regions()[0].pin(PageRange::with_len(at, 1), Access::Write, Term::Long).unwrap();
+    let pin = |at| ram.regions()[0].pin(PageRange::with_len(at, 1), Access::Write, PinLifetime::LongTerm).unwrap();
     let pins = (0..PINNED).map(|nth| pin(10 + nth * 20)).collect();
     (ram, pins)
 }

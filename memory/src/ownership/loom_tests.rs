@@ -19,7 +19,7 @@ struct Region {
 }
 
 impl Region {
-    fn born() -> Arc<Self> {
+    fn base() -> Arc<Self> {
         let region = Self { table: OwnershipTable::new(2), frames: Mutex::new([0; 2]) };
         region.table.lock().set_exclusive(BLOCK);
         Arc::new(region)
@@ -83,7 +83,7 @@ fn race(prepare: fn(&Region), one: fn(&Region), other: fn(&Region)) {
     // Three switches that are not forced are enough for every race of two; all of them take hours.
     model.preemption_bound = Some(3);
     model.check(move || {
-        let region = Region::born();
+        let region = Region::base();
         prepare(&region);
         let second = {
             let region = Arc::clone(&region);
@@ -165,7 +165,7 @@ fn loom_two_devices_and_a_freeze() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(2);
     model.check(|| {
-        let region = Region::born();
+        let region = Region::base();
         let other = |work: fn(&Region)| {
             let region = Arc::clone(&region);
             thread::spawn(move || work(&region))

@@ -17,7 +17,7 @@ pub(super) const PAGES: u64 = 2 * BLOCK_PAGES + 3;
 pub(super) const REGIONS: usize = 2;
 
 /// How often an access is tried before nobody will ever serve it.
-const MOST_TRIES: u32 = 200;
+const MAX_TRIES: u32 = 200;
 
 /// A page of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +108,7 @@ impl World {
         let engine = store.background().unwrap();
         let ranges = [0, 1 << 32].map(|base| (vm_memory::GuestAddress(base), PAGES));
         let parent = GuestRam::reserve(&RamLayout::of_ranges(&ranges).unwrap(), &store).unwrap();
-        parent.birth().unwrap();
+        parent.populate().unwrap();
         let record = Record { words: vec![Vec::new(); REGIONS * PAGES as usize], ..Record::default() };
         Self {
             store,
@@ -146,8 +146,8 @@ impl World {
         self.record().words[at.index()].push(word);
     }
 
-    /// Gives a page of the file that the VM was born in its first word: a hole until then, that nobody watches.
-    pub(super) fn born(&self, at: At) {
+    /// Gives a page of the VM's base file its first word: a hole until then, that nobody watches.
+    pub(super) fn base(&self, at: At) {
         let word = self.fresh();
         let region = &self.parent.regions()[at.region];
         let to = address(region, at.page) as *mut u64;
@@ -212,7 +212,7 @@ impl World {
     /// The parent's guest, on its vCPU: reads a page, or writes it.
     pub(super) fn guest(&self, at: At, write: bool) {
         let region = &self.parent.regions()[at.region];
-        for _ in 0..MOST_TRIES {
+        for _ in 0..MAX_TRIES {
             {
                 let _cpu = self.cpu.lock().unwrap();
                 let word = write.then(|| self.fresh());
@@ -236,7 +236,7 @@ impl World {
     /// A child's guest.
     pub(super) fn child(&self, ram: &GuestRam, at: At, write: Option<u64>) -> u64 {
         let region = &ram.regions()[at.region];
-        for _ in 0..MOST_TRIES {
+        for _ in 0..MAX_TRIES {
             if let Some(was) = self.try_access(region, at.page, write) {
                 return was;
             }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::sweep::worst::Restless;
-use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Quiesced, RamImage, RamLayout, Term};
+use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamImage, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 64;
@@ -14,19 +14,19 @@ fn check(ram: &GuestRam, what: &str) {
     }
 }
 
-/// The last pages of a birth file become a layer's, or their VM goes, in the middle of a sweep.
+/// The last pages of a base file become a layer's, or their VM goes, in the middle of a sweep.
 #[test]
 fn what_is_shown_while_a_sweep_looks_round_is_kept() {
     for (dies, step) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
         let store = Store::open_small().unwrap();
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         (0..PAGES).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
         let freeze = |ram: &GuestRam| ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
-        let pin = ram.regions()[0].pin(PageRange::new(5, 9), Access::Write, Term::Long).unwrap();
+        let pin = ram.regions()[0].pin(PageRange::new(5, 9), Access::Write, PinLifetime::LongTerm).unwrap();
         let first = freeze(&ram);
         drop(pin);
-        assert!(!ram.regions()[0].state().born_runs().is_empty(), "what was pinned is the VM's still");
+        assert!(!ram.regions()[0].state().base_runs().is_empty(), "what was pinned is the VM's still");
         let (mut ram, mut second, mut at) = (Some(ram), None, 0);
         sweep_in_steps(store.views(), || {
             if at == step {
@@ -57,7 +57,7 @@ fn address(region: u64, page: u64) -> GuestAddress {
 fn named(store: &Store) -> GuestRam {
     let layout = RamLayout::of_ranges(&[(GuestAddress(0), SMALL), (GuestAddress(HIGH), SMALL)]).unwrap();
     let ram = GuestRam::reserve(&layout, store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     (0..SMALL).for_each(|page| name(&ram, page, 1));
     ram
 }
@@ -105,13 +105,13 @@ fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     drop(freeze(&ram, FreezeMode::Eager));
     (0..SMALL).filter(|page| is_dirty(*page)).for_each(|page| name(&ram, page, 2));
     let image = freeze(&ram, FreezeMode::Background);
-    image.settle().unwrap();
+    image.finish_background().unwrap();
     // Views that were let go of have gone.
     store.wait_reclaimed(RECLAIM_TIMEOUT);
     for region in ram.regions() {
         let mut state = region.state();
         assert!(state.freezing.as_ref().is_some_and(|freezing| !freezing.gaps.is_empty()), "not looked at yet");
-        region.absorb(&mut state, true);
+        region.reap_background(&mut state, true);
         sweep(store.views());
         drop(state);
     }
@@ -129,23 +129,25 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     let store = Store::open_small().unwrap();
     let ram = named(&store);
     let restless = Restless::begin();
-    let pin = |region: &Arc<crate::GuestRegion>| region.pin(PageRange::new(5, 9), Access::Write, Term::Long).unwrap();
+    let pin = |region: &Arc<crate::GuestRegion>| {
+        region.pin(PageRange::new(5, 9), Access::Write, PinLifetime::LongTerm).unwrap()
+    };
     let pins: Vec<_> = ram.regions().iter().map(pin).collect();
     let first = freeze(&ram, FreezeMode::Eager);
     expect(&ram, "with pins", |_| 1);
     expect(&child(&first, &store), "a child of what was pinned", |_| 1);
     drop(pins);
-    // Pages that devices had stay in place once more; then the last of the birth file becomes a layer's.
+    // Pages that devices had stay in place once more; then the last of the base file becomes a layer's.
     for round in 0..2 {
         let image = freeze(&ram, FreezeMode::Eager);
         expect(&ram, "without pins", |_| 1);
         expect(&child(&image, &store), &format!("a child of freeze {round}"), |_| 1);
     }
-    assert!(ram.regions().iter().all(|region| region.state().born_runs().is_empty()), "nothing is born any more");
+    assert!(ram.regions().iter().all(|region| region.state().base_runs().is_empty()), "nothing is base any more");
     for mode in [FreezeMode::Eager, FreezeMode::Background] {
         (0..SMALL).filter(|page| is_dirty(*page)).for_each(|page| name(&ram, page, 2));
         let image = freeze(&ram, mode);
-        ram.settle().unwrap();
+        ram.finish_background().unwrap();
         expect(&ram, &format!("{mode:?}, gaps closed"), gapped);
         expect(&child(&image, &store), &format!("a child of {mode:?}, gaps closed"), gapped);
         ram.reset(&first, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
@@ -154,7 +156,7 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     assert!(restless.sweeps() > 20, "{} sweeps", restless.sweeps());
 }
 
-/// A VM that was never frozen is put back to another's image: its birth file goes with the mappings.
+/// A VM that was never frozen is put back to another's image: its base file goes with the mappings.
 #[test]
 fn a_reset_leaves_no_birth_file_behind() {
     let store = Store::open_small().unwrap();
@@ -165,7 +167,7 @@ fn a_reset_leaves_no_birth_file_behind() {
     ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
     expect(&ram, "put back", |_| 1);
     store.wait_reclaimed(RECLAIM_TIMEOUT);
-    assert_eq!(store.live_layers(), before - 2, "its two birth files are kept by nobody");
+    assert_eq!(store.live_layers(), before - 2, "its two base_file files are kept by nobody");
 }
 
 /// During a sweep an image is made of handles, and the handles are dropped.

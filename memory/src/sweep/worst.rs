@@ -1,4 +1,4 @@
-//! Sweeps at the worst moments, for tests: after every change of the registry of views or of a birth file's state,
+//! Sweeps at the worst moments, for tests: after every change of the registry of views or of a base file's state,
 //! on the thread that makes it.
 
 use std::cell::Cell;

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange};
 
 /// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so that huge pages fit.
@@ -20,7 +20,7 @@ pub(crate) struct Reservation {
 
 // SAFETY: the reservation is an address and a length; every access through it is volatile or by the kernel.
 unsafe impl Send for Reservation {}
-// SAFETY: as above; remapping is serialized by the region's lock, or by its filling's for pages that are protected.
+// SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for pages that are protected.
 unsafe impl Sync for Reservation {}
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
@@ -28,7 +28,7 @@ const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 impl Reservation {
     /// Reserves `pages` pages.
     pub(crate) fn new(pages: u64) -> io::Result<Self> {
-        point(Call::Map)?;
+        failpoint(Call::Map)?;
         let len = PageRange::new(0, pages).bytes();
         let slack = BLOCK_SIZE as usize;
         let padded = len.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -86,7 +86,7 @@ impl Reservation {
 
     fn map(&self, range: PageRange, kind: MapFlags, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Map)?;
+        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         // SAFETY: range lies within this reservation (checked), which this type owns; replacing its mapping leaves
         // it mapped, so volatile accesses through it stay valid. No Rust reference into it exists.
@@ -98,7 +98,7 @@ impl Reservation {
     /// Maps `range` to fresh zeros of this VM's own.
     pub(crate) fn map_zero(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Map)?;
+        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: as in `map`.
@@ -121,7 +121,7 @@ impl Reservation {
     /// Takes the memory of `range` away: an access is an error.
     pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Map)?;
+        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
@@ -138,7 +138,7 @@ impl Reservation {
         aside.map_zero(all)?;
         aside.read_in(all, file, file_page)?;
         self.check(range)?;
-        point(Call::Map)?;
+        failpoint(Call::Map)?;
         let (from, into) = (aside.addr(0).cast(), self.addr(range.start).cast());
         // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within this reservation, which stays mapped. No Rust reference
         // into either exists.
@@ -152,7 +152,7 @@ impl Reservation {
     /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first write.
     pub(crate) fn populate_write(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Advise)?;
+        failpoint(Call::Advise)?;
         let at = self.addr(range.start).cast();
         loop {
             // SAFETY: populating faults pages in; contents do not change.
@@ -181,7 +181,7 @@ impl Reservation {
     /// Drops this VM's own copies in a private mapping: the next access sees the file again.
     pub(crate) fn drop_private(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Advise)?;
+        failpoint(Call::Advise)?;
         let at = self.addr(range.start).cast();
         // SAFETY: only the contents of guest memory change, which Rust never holds a reference to.
         unsafe { madvise(at, range.bytes(), Advice::LinuxDontNeed) }?;
@@ -203,10 +203,10 @@ impl Reservation {
     /// Appends the bytes of `runs`, one after another, to `file` at `file_page`. The kernel reads guest memory itself, so a vCPU or
     /// device that is still writing makes a torn copy, never undefined behaviour.
     pub(crate) fn write_out(&self, runs: &[PageRange], file: impl AsFd, file_page: u64) -> io::Result<()> {
-        const MOST_IOVECS: usize = 1024;
+        const MAX_IOVECS: usize = 1024;
         let fd = file.as_fd().as_raw_fd();
         let mut at = file_page << PAGE_SHIFT;
-        for batch in runs.chunks(MOST_IOVECS) {
+        for batch in runs.chunks(MAX_IOVECS) {
             let mut todo = Vec::with_capacity(batch.len());
             for run in batch {
                 self.check(*run)?;
@@ -214,7 +214,7 @@ impl Reservation {
             }
             let mut todo = todo.as_mut_slice();
             while !todo.is_empty() {
-                point(Call::Copy)?;
+                failpoint(Call::Copy)?;
                 // SAFETY: every iovec lies within this reservation (checked above, and only ever cut shorter below);
                 // the kernel reads it, Rust never does.
                 let wrote = unsafe { libc::pwritev(fd, todo.as_ptr(), todo.len() as libc::c_int, at as i64) };
@@ -248,7 +248,7 @@ impl Reservation {
     /// Reads `range` from `file` at `file_page` into this VM's own pages.
     pub(crate) fn read_in(&self, range: PageRange, file: impl AsFd, file_page: u64) -> io::Result<()> {
         self.check(range)?;
-        point(Call::Copy)?;
+        failpoint(Call::Copy)?;
         let fd = file.as_fd().as_raw_fd();
         let mut done = 0usize;
         while done < range.bytes() {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::sys::Reservation;
 use crate::units::{PAGE_SHIFT, PageRange, push_run};
 
@@ -90,7 +90,7 @@ impl Pagemap {
                 return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 ..ScanArg::default()
             };
-            point(Call::Scan)?;
+            failpoint(Call::Scan)?;
             // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long; both outlive the call.
             let n = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             if n < 0 {

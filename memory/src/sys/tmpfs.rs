@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
 /// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.
@@ -33,10 +33,10 @@ impl HugeTmpfs {
 
     /// A nameless file of `pages` pages, all holes.
     pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
-        point(Call::File)?;
+        failpoint(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let fd = openat(&*self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
-        point(Call::Size)?;
+        failpoint(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
         Ok(fd.into())
     }
@@ -44,9 +44,9 @@ impl HugeTmpfs {
 
 /// A file of `pages` pages in 4 KiB pages, all holes.
 pub(crate) fn small_file(pages: u64) -> io::Result<File> {
-    point(Call::File)?;
+    failpoint(Call::File)?;
     let fd = memfd_create("clade-layer", MemfdFlags::CLOEXEC)?;
-    point(Call::Size)?;
+    failpoint(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())
 }

@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use crate::fault::{Call, point};
+use crate::fault::{Call, failpoint};
 use crate::sys::Reservation;
 use crate::units::{PAGE_SIZE, PageRange};
 
@@ -170,7 +170,7 @@ impl Uffd {
             Watch::Missing => REGISTER_MISSING,
             Watch::Protected => REGISTER_WP,
         };
-        point(Call::Watch)?;
+        failpoint(Call::Watch)?;
         self.ioctl(UFFDIO_REGISTER, &mut Register { range: Range::of(at, range), mode, ioctls: 0 })
     }
 
@@ -193,7 +193,7 @@ impl Uffd {
 
     /// Write-protects the pages of `range`. For [`crate::protect`] alone, which knows what may be.
     pub(crate) fn protect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        point(Call::Protect)?;
+        failpoint(Call::Protect)?;
         self.write_protect(at, range, WRITEPROTECT_WP)
     }
 
@@ -221,7 +221,7 @@ impl Uffd {
         let mut done = 0;
         while done < whole.len {
             let (dst, src) = (whole.start + done, from as u64 + done);
-            point(Call::Fill)?;
+            failpoint(Call::Fill)?;
             let mut copy = Copy { dst, src, len: whole.len - done, mode: 0, copy: 0 };
             let result = self.ioctl(UFFDIO_COPY, &mut copy);
             done += u64::try_from(copy.copy).unwrap_or(0);

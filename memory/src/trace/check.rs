@@ -451,7 +451,7 @@ impl Checker {
             let (block, place) = Region::place(page);
             return region.step(thread, block, Step::Take(place));
         }
-        // Without it: the background thread, which has its filling's, or a region that is emptied,
+        // Without it: the background thread, which has its background copy's, or a region that is emptied,
         // which nobody has.
         if !was_protected && !emptied {
             return Err(why(page, "StepRemap: a page is mapped over a delta that was not protected"));

@@ -17,7 +17,7 @@
 //!
 //! System calls are not made under the log's lock. A mapping is logged after the call, by the
 //! thread that
-//! holds what orders it: the region's state lock, or the lock of the filling. Whatever depends on
+//! holds what orders it: the region's state lock, or the lock of the background copy. Whatever depends on
 //! it comes
 //! after that lock is let go, or through a record, so it is logged later. What is *given away* (a
 //! pin, a
@@ -57,7 +57,7 @@ use crate::trace::records::Record;
 pub(crate) use crate::trace::step::WordStep;
 use crate::units::PageRange;
 use crate::word::{Ownership, Word};
-use crate::{Access, Term};
+use crate::{Access, PinLifetime};
 
 /// Events handed over at a time.
 const CHUNK: usize = 4096;
@@ -273,10 +273,10 @@ impl Drop for Locked {
 pub(crate) struct Device(u64);
 
 impl Device {
-    pub(crate) fn pin(table: &Table, range: PageRange, access: Access, term: Term) -> Self {
+    pub(crate) fn pin(table: &Table, range: PageRange, access: Access, term: PinLifetime) -> Self {
         let device = number();
         DEVICE.set(device);
-        let (write, long) = (access == Access::Write, term == Term::Long);
+        let (write, long) = (access == Access::Write, term == PinLifetime::LongTerm);
         emit(|| Event::Pin { device, table: table.0, range, write, long });
         Self(device)
     }

@@ -9,7 +9,7 @@ use crate::layer::{LayerId, LayerMap};
 use crate::nofork::NoForkMap;
 use crate::units::PageRange;
 use crate::word::Word;
-use crate::{Access, Term};
+use crate::{Access, PinLifetime};
 
 pub(crate) use step::WordStep;
 
@@ -59,7 +59,7 @@ pub(crate) struct Device;
 
 impl Device {
     #[inline(always)]
-    pub(crate) fn pin(_table: &Table, _range: PageRange, _access: Access, _term: Term) -> Self {
+    pub(crate) fn pin(_table: &Table, _range: PageRange, _access: Access, _term: PinLifetime) -> Self {
         Self
     }
     #[inline(always)]

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, FreezeReport, ImageMap, LayerSource, PageRange, Quiesced, RamError, RamImage, RefPage, Store,
-    Term,
+    Access, FreezeMode, FreezeReport, ImageMap, LayerSource, PageRange, PinLifetime, Quiesced, RamError, RamImage,
+    RefPage, Store,
 };
 
 use crate::vm::{ALL, ARENA, Content, Image, Vm, WIDE, WRITTEN, seeded};
@@ -26,7 +26,7 @@ pub(crate) enum State {
     /// Half of them a pattern's, half zeros.
     Reference,
     /// A layer's that the background has still to fill.
-    Filling,
+    BackgroundCopy,
     /// In a file on a disk.
     Evicted,
     /// In a snapshot's file, mapped and not yet touched.
@@ -43,7 +43,7 @@ impl State {
         Self::Shared,
         Self::Exclusive,
         Self::Reference,
-        Self::Filling,
+        Self::BackgroundCopy,
         Self::Evicted,
         Self::Restored,
         Self::Mixed,
@@ -52,7 +52,7 @@ impl State {
 
     /// What rows 22 and 23 are for.
     pub(crate) fn is_another_rows(self) -> bool {
-        matches!(self, Self::Mixed | Self::OneLeft | Self::Filling | Self::Evicted | Self::Restored)
+        matches!(self, Self::Mixed | Self::OneLeft | Self::BackgroundCopy | Self::Evicted | Self::Restored)
     }
 }
 
@@ -156,7 +156,7 @@ impl<'a> Case<'a> {
                 self.show(&mut vm, PageRange::new(ARENA.start(), middle), PATTERN);
                 self.show(&mut vm, PageRange::new(middle, ARENA.end()), 0);
             }
-            State::Filling => {
+            State::BackgroundCopy => {
                 self.share(&mut vm);
                 vm.write(WRITTEN, AGAIN);
                 let image = self.freeze_in(FreezeMode::Background, &vm);
@@ -248,13 +248,13 @@ impl<'a> Case<'a> {
         match self.axis.actor {
             Actor::Cpu => vm.write(range, seed),
             Actor::DeviceRead => {
-                let mut device = vm.device(range, Access::Read, Term::Long);
+                let mut device = vm.device(range, Access::Read, PinLifetime::LongTerm);
                 vm.check_device(&mut device, "before the CPU writes (R26)");
                 vm.write(range, seed);
                 vm.check_device(&mut device, "after the CPU has written (R26)");
             }
             Actor::DeviceWrite => {
-                let mut device = vm.device(range, Access::Write, Term::Short);
+                let mut device = vm.device(range, Access::Write, PinLifetime::Transient);
                 device.put(0, &seeded(range, seed));
                 vm.holds(range, Content::Seed(seed));
             }
@@ -317,11 +317,11 @@ impl<'a> Case<'a> {
                 Err(error) => panic!("{error}"),
             };
             if wanted {
-                image.settle().unwrap();
+                image.finish_background().unwrap();
             }
             drop(image);
             if wanted {
-                vm.ram.settle().unwrap();
+                vm.ram.finish_background().unwrap();
             }
         }
     }

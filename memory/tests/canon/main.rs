@@ -54,7 +54,7 @@ fn table() -> Vec<Row> {
         number: 23,
         name: "swapped",
         guards: "pages that are not there yet: read as zeros, or filled again over what was written",
-        run: Run::Again(&[State::Filling, State::Evicted, State::Restored]),
+        run: Run::Again(&[State::BackgroundCopy, State::Evicted, State::Restored]),
     });
     rows.extend(rows_track::rows());
     rows.extend(rows_special::rows());

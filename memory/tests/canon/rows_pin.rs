@@ -1,6 +1,6 @@
 //! Rows of pins: 3-14, 20, 21, 24.
 
-use clade_memory::{Access, FreezeMode, NoFork, PageRange, PinError, Quiesced, Term};
+use clade_memory::{Access, FreezeMode, NoFork, PageRange, PinError, PinLifetime, Quiesced};
 
 use crate::case::{Actor, Axis, Case, Order, State};
 use crate::dma::Device;
@@ -85,10 +85,10 @@ fn coherent(vm: &mut Vm, device: &mut Device, writes: bool, seed: u16) {
 fn unmapped_in_child(case: &Case<'_>, protect: bool) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);
-    let mut device = child.device(HELD, Access::Read, Term::Long);
+    let mut device = child.device(HELD, Access::Read, PinLifetime::LongTerm);
     // A short read of pages that are not the child's own holds their frames read-only, as CVE-2020-29374 did.
     let elsewhere = PageRange::new(300, 310);
-    let short = child.pin(elsewhere, Access::Read, Term::Short);
+    let short = child.pin(elsewhere, Access::Read, PinLifetime::Transient);
     let splice = Splice::of(&short);
     let old = child.bytes(elsewhere);
     if protect {
@@ -115,12 +115,12 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
 fn pinned_parent(case: &Case<'_>, before: bool) {
     let mut parent = case.subject();
     let access = if case.axis.actor == Actor::DeviceWrite { Access::Write } else { Access::Read };
-    let early = before.then(|| parent.device(HELD, access, Term::Long));
+    let early = before.then(|| parent.device(HELD, access, PinLifetime::LongTerm));
     let (_image, mut child) = match &early {
         Some(_) => case.clone_under_pins(&mut parent, HELD),
         None => case.clone_of(&mut parent),
     };
-    let mut device = early.unwrap_or_else(|| parent.device(HELD, access, Term::Long));
+    let mut device = early.unwrap_or_else(|| parent.device(HELD, access, PinLifetime::LongTerm));
     let gone = parent.region().discard(ALL).unwrap();
     assert_eq!((gone.discarded, gone.pinned), (PAGES - HELD.len(), HELD.len()), "I7");
     for zero in [PageRange::new(0, HELD.start()), PageRange::new(HELD.end(), PAGES)] {
@@ -139,7 +139,7 @@ fn access_of(actor: Actor) -> Access {
 fn pinned_and_protected(case: &Case<'_>) {
     let mut vm = case.subject();
     let access = access_of(case.axis.actor);
-    let mut device = vm.device(HELD, access, Term::Long);
+    let mut device = vm.device(HELD, access, PinLifetime::LongTerm);
     coherent(&mut vm, &mut device, access == Access::Write, 2);
     let image = case.freeze(&vm);
     if case.axis.mode == FreezeMode::Background {
@@ -156,7 +156,7 @@ fn pinned_and_protected(case: &Case<'_>) {
 fn pinned_and_cloned(case: &Case<'_>) {
     let mut parent = case.subject();
     let access = access_of(case.axis.actor);
-    let mut device = parent.device(HELD, access, Term::Long);
+    let mut device = parent.device(HELD, access, PinLifetime::LongTerm);
     let (_image, mut child) = case.clone_under_pins(&mut parent, HELD);
     coherent(&mut parent, &mut device, access == Access::Write, 2);
     child.check("after a device of its parent was at work");
@@ -173,7 +173,7 @@ fn read_pin(case: &Case<'_>, alone: bool, protect: bool) {
     let sharers = case.clone_of(&mut parent);
     let (kept, gone): (Option<(Image, Vm)>, _) = if alone { (None, Some(sharers)) } else { (Some(sharers), None) };
     drop(gone);
-    let pin = parent.pin(HELD, Access::Read, Term::Long);
+    let pin = parent.pin(HELD, Access::Read, PinLifetime::LongTerm);
     // Before any device makes the kernel look: registering would unshare by itself.
     let owned = parent.owned();
     for page in HELD.start()..HELD.end() {
@@ -192,7 +192,7 @@ fn read_pin(case: &Case<'_>, alone: bool, protect: bool) {
     parent.write(ARENA, 2);
     parent.check_device(&mut device, "after the CPU has written (R26)");
     if case.axis.actor == Actor::DeviceWrite {
-        let mut writer = parent.device(HELD, Access::Write, Term::Short);
+        let mut writer = parent.device(HELD, Access::Write, PinLifetime::Transient);
         writer.write(0xd7);
         parent.holds(HELD, Content::Byte(0xd7));
         parent.check_device(&mut device, "after another device has written");
@@ -209,7 +209,7 @@ fn no_copy(case: &Case<'_>, protect: bool) {
     let mut vm = case.subject();
     let before = vm.ram.stats().unwrap();
     let access = access_of(case.axis.actor);
-    let mut device = vm.device(HELD, access, Term::Long);
+    let mut device = vm.device(HELD, access, PinLifetime::LongTerm);
     let with_pin = vm.ram.stats().unwrap();
     assert_eq!(
         (with_pin.exclusive, with_pin.private_kib, with_pin.mappings),
@@ -234,7 +234,7 @@ fn pin_untouched(case: &Case<'_>, cloned: bool) {
         (image, child)
     });
     let access = access_of(case.axis.actor);
-    let mut device = vm.device(UNTOUCHED, access, Term::Long);
+    let mut device = vm.device(UNTOUCHED, access, PinLifetime::LongTerm);
     assert_eq!(device.read(), vec![0; UNTOUCHED.bytes()]);
     coherent(&mut vm, &mut device, access == Access::Write, 2);
     let (_image, _child) = case.clone_under_pins(&mut vm, UNTOUCHED);
@@ -245,7 +245,11 @@ fn pin_untouched(case: &Case<'_>, cloned: bool) {
 fn all_kinds(case: &Case<'_>) {
     let mut vm = case.subject();
     let (image, child) = case.clone_of(&mut vm);
-    for (access, term) in [(Access::Read, Term::Long), (Access::Write, Term::Short), (Access::Write, Term::Long)] {
+    for (access, term) in [
+        (Access::Read, PinLifetime::LongTerm),
+        (Access::Write, PinLifetime::Transient),
+        (Access::Write, PinLifetime::LongTerm),
+    ] {
         for range in [PageRange::with_len(ARENA.start(), 4), PageRange::new(0, 512), UNTOUCHED] {
             let mut device = vm.device(range, access, term);
             coherent(&mut vm, &mut device, access == Access::Write, 2);
@@ -255,7 +259,7 @@ fn all_kinds(case: &Case<'_>) {
     // A short read of what is not the VM's own is of what was there when it began; nothing is copied for it.
     let mut reader = case.child(&image);
     let before = reader.bytes(ARENA);
-    let pin = reader.pin(ARENA, Access::Read, Term::Short);
+    let pin = reader.pin(ARENA, Access::Read, PinLifetime::Transient);
     let splice = Splice::of(&pin);
     assert_eq!(reader.exclusive(), 0, "a short read has copied");
     reader.write(ARENA, 5);
@@ -269,7 +273,7 @@ fn all_kinds(case: &Case<'_>) {
 fn refused(case: &Case<'_>, vm: &Vm) {
     let region = vm.region();
     let empty = Vm::reserve(case.store, "reserved");
-    for (access, term) in [(Access::Read, Term::Short), (Access::Write, Term::Long)] {
+    for (access, term) in [(Access::Read, PinLifetime::Transient), (Access::Write, PinLifetime::LongTerm)] {
         let pin = |range| region.pin(range, access, term);
         assert!(matches!(pin(PageRange::new(PAGES - 1, PAGES + 1)), Err(PinError::OutOfRange { pages: PAGES, .. })));
         assert!(matches!(pin(PageRange::new(3, 3)), Err(PinError::NoPages)));
@@ -280,13 +284,17 @@ fn refused(case: &Case<'_>, vm: &Vm) {
     let (image, _) = vm.ram.freeze_in(case.axis.mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     let child = Vm::reserve(case.store, "child without an arena");
     child.ram.adopt(&image).unwrap();
-    for (access, term) in [(Access::Write, Term::Long), (Access::Read, Term::Long), (Access::Read, Term::Short)] {
+    for (access, term) in [
+        (Access::Write, PinLifetime::LongTerm),
+        (Access::Read, PinLifetime::LongTerm),
+        (Access::Read, PinLifetime::Transient),
+    ] {
         for range in [HELD, PageRange::with_len(ARENA.start() - 1, 2), PageRange::with_len(ARENA.end() - 1, 9)] {
             let absent = child.region().pin(range, access, term);
             assert!(matches!(absent, Err(PinError::Absent { range: named }) if named == range), "{absent:?}");
         }
     }
-    let wraps = child.region().pin(PageRange::with_len(3, u64::MAX - 2), Access::Read, Term::Short);
+    let wraps = child.region().pin(PageRange::with_len(3, u64::MAX - 2), Access::Read, PinLifetime::Transient);
     assert!(matches!(wraps, Err(PinError::OutOfRange { .. })), "{wraps:?}");
     assert_eq!(child.region().ownership().counts(child.all()).pins, 0, "nothing stays pinned");
     child.kill();

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_memory::{
-    Access, BackgroundError, Backing, FreezeMode, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamError, RamLayout, Store,
-    StoreError, Term,
+    Access, BackgroundError, Backing, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError,
+    RamLayout, Store, StoreError,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -105,7 +105,7 @@ fn without_a_kernel_feature() {
     }
     // Everything else goes on: a freeze that may choose is eager, and one that must not is refused with nothing changed.
     let mut vm = Vm::with_pages(&store, "VM", 2048);
-    vm.ram.birth().unwrap();
+    vm.ram.populate().unwrap();
     drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
     vm.write(PageRange::new(0, 2000), 2);
     if without == "userfaultfd" {
@@ -142,7 +142,7 @@ fn write_rounds(writer: &Writer, ram: &GuestRam, device: bool, standing: &RwLock
         writer.begun.store(round, Ordering::Release);
         if device {
             // A pin for each request: most of them meet pages that a freeze has just taken.
-            let pin = region.pin(writer.pages, Access::Write, Term::Short).unwrap();
+            let pin = region.pin(writer.pages, Access::Write, PinLifetime::Transient).unwrap();
             Device::attach(pin).put(0, &pages(round));
         } else {
             let _running = standing.read().unwrap();
@@ -167,7 +167,7 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
     let background = store.start_background().is_ok();
     let pages = 512 + 200;
     let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     let writer = |n| Writer {
         pages: PageRange::with_len(470 + n * 11, PAGES_EACH),
         begun: AtomicU64::new(0),
@@ -274,7 +274,7 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
     let quarter = |n: u64| PageRange::with_len(ARENA.start() + n * 10, 10);
     // Written, written by a device, discarded, protected: each on merged frames.
     one.write(quarter(0), 2);
-    let mut device = two.device(quarter(1), Access::Write, Term::Long);
+    let mut device = two.device(quarter(1), Access::Write, PinLifetime::LongTerm);
     device.write(0xd1);
     two.holds(quarter(1), Content::Byte(0xd1));
     two.check_device(&mut device, "on merged pages");

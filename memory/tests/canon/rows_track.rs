@@ -2,7 +2,9 @@
 
 use std::thread;
 
-use clade_memory::{Access, BLOCK_PAGES, FreezeMode, NoFork, PAGE_SIZE, PageRange, Quiesced, RamError, RefPage, Term};
+use clade_memory::{
+    Access, BLOCK_PAGES, FreezeMode, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RefPage,
+};
 
 use crate::case::{Actor, Axis, Case, Order, State};
 use crate::runner::{Row, Run, Skip};
@@ -60,13 +62,13 @@ fn filled_twice(case: &Case<'_>) {
         scope.spawn(|| one.check("while it is filled"));
         scope.spawn(|| two.check("while it is filled"));
         case.overwrite(&mut parent, ARENA, 3);
-        let device = parent.pin(WRITTEN, Access::Write, Term::Short);
-        let again = parent.pin(WRITTEN, Access::Read, Term::Long);
-        image.ram.settle().unwrap();
+        let device = parent.pin(WRITTEN, Access::Write, PinLifetime::Transient);
+        let again = parent.pin(WRITTEN, Access::Read, PinLifetime::LongTerm);
+        image.ram.finish_background().unwrap();
         drop((device, again));
     });
-    image.ram.settle().unwrap();
-    parent.ram.settle().unwrap();
+    image.ram.finish_background().unwrap();
+    parent.ram.finish_background().unwrap();
 }
 
 fn moved(case: &Case<'_>) {
@@ -74,7 +76,7 @@ fn moved(case: &Case<'_>) {
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
     let evict = |vm: &Vm| vm.region().evict(ARENA, dir, &Quiesced::by(&clade_memory::NoWriters)).unwrap().written;
     let _image = case.freeze(&vm);
-    vm.ram.settle().unwrap();
+    vm.ram.finish_background().unwrap();
     // The page map tells a zero page that was only read from a copy by nothing but its number.
     let copied = |page: &u64| ARENA.contains(*page) && vm.model[*page as usize] != Content::Zero;
     let own = vm.owned().into_iter().filter(copied).count() as u64;
@@ -82,7 +84,7 @@ fn moved(case: &Case<'_>) {
     vm.check("after its own pages have moved");
     case.overwrite(&mut vm, ARENA, 2);
     let held = PageRange::with_len(ARENA.start() + 3, 5);
-    let mut device = vm.device(held, Access::Write, Term::Long);
+    let mut device = vm.device(held, Access::Write, PinLifetime::LongTerm);
     assert_eq!(evict(&vm), ARENA.len() - held.len(), "R12: all but what is pinned");
     device.write(0xd1);
     vm.holds(held, Content::Byte(0xd1));
@@ -95,7 +97,7 @@ fn forked_under_protection(case: &Case<'_>, pinned: bool) {
     let mut parent = case.subject();
     case.overwrite(&mut parent, WRITTEN, 2);
     let held = PageRange::with_len(ARENA.start() + 3, 5);
-    let mut device = pinned.then(|| parent.device(held, Access::Write, Term::Long));
+    let mut device = pinned.then(|| parent.device(held, Access::Write, PinLifetime::LongTerm));
     let first = case.freeze(&parent);
     // At once, while the parent's pages may be protected.
     let second = case.freeze(&parent);
@@ -147,7 +149,7 @@ fn used_again(case: &Case<'_>) {
     let image = case.freeze(&vm);
     // It goes while its pages are protected, and its address is free when the copy is complete; somebody else's memory comes to it.
     drop(vm);
-    image.ram.settle().unwrap();
+    image.ram.finish_background().unwrap();
     let mut others: Vec<Vm> = Vec::new();
     while others.len() < 8 && others.iter().all(|vm| vm.region().host_address() != at) {
         others.push(Vm::born(case.store, "VM at a used address"));
@@ -181,7 +183,7 @@ fn sane(case: &Case<'_>) {
     assert!(region.no_fork().is_empty());
 
     let mut many = Vm::with_pages(case.store, "VM of many runs", MANY);
-    many.ram.birth().unwrap();
+    many.ram.populate().unwrap();
     drop(case.freeze(&many));
     let odd = (1..MANY).step_by(2).map(|page| PageRange::with_len(page, 1));
     odd.clone().for_each(|page| case.overwrite(&mut many, page, 2));
@@ -237,7 +239,7 @@ fn nothing_forgotten(case: &Case<'_>) {
         }
         case.overwrite(&mut vm, PageRange::with_len(305 + u64::from(round), 2), 30 + round);
         if round == 3 {
-            vm.ram.settle().unwrap();
+            vm.ram.finish_background().unwrap();
         }
         images.push(case.freeze(&vm));
     }
@@ -255,7 +257,11 @@ fn marked_dirty(case: &Case<'_>) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);
     for vm in [&mut parent, &mut child] {
-        for (access, term) in [(Access::Write, Term::Short), (Access::Read, Term::Long), (Access::Write, Term::Long)] {
+        for (access, term) in [
+            (Access::Write, PinLifetime::Transient),
+            (Access::Read, PinLifetime::LongTerm),
+            (Access::Write, PinLifetime::LongTerm),
+        ] {
             let device = vm.device(ARENA, access, term);
             vm.check("with a device that does nothing");
             drop(device);

@@ -136,7 +136,7 @@ impl<'t> Walk<'t> {
                 continue;
             }
             if let Err(why) = &self.background
-                && (axis.mode == FreezeMode::Background || axis.state == State::Filling)
+                && (axis.mode == FreezeMode::Background || axis.state == State::BackgroundCopy)
             {
                 let why = why.clone();
                 require::skip("uffd", &format!("{axis:?}"), &why);

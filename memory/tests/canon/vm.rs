@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
-use clade_memory::{Access, DmaPin, FreezeReport, GuestRam, PAGE_SIZE, PageRange, RamImage, RamLayout, Store, Term};
+use clade_memory::{
+    Access, DmaPin, FreezeReport, GuestRam, PAGE_SIZE, PageRange, PinLifetime, RamImage, RamLayout, Store,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::dma::Device;
@@ -95,7 +97,7 @@ impl Vm {
 
     pub(crate) fn born(store: &Store, who: &'static str) -> Self {
         let vm = Self::reserve(store, who);
-        vm.ram.birth().unwrap();
+        vm.ram.populate().unwrap();
         vm
     }
 
@@ -118,12 +120,12 @@ impl Vm {
         self.model[range.start() as usize..range.end() as usize].fill(content);
     }
 
-    pub(crate) fn pin(&self, range: PageRange, access: Access, term: Term) -> DmaPin {
+    pub(crate) fn pin(&self, range: PageRange, access: Access, term: PinLifetime) -> DmaPin {
         self.region().pin(range, access, term).unwrap()
     }
 
     /// A device that holds a pin of `range`.
-    pub(crate) fn device(&self, range: PageRange, access: Access, term: Term) -> Device {
+    pub(crate) fn device(&self, range: PageRange, access: Access, term: PinLifetime) -> Device {
         Device::attach(self.pin(range, access, term))
     }
 

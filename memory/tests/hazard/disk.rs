@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, Term};
+use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, PinLifetime};
 use io_uring::{IoUring, opcode, types};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
@@ -146,7 +146,7 @@ impl Disk {
     }
 
     fn pin(&self, how: How, ram: &GuestRam, slot: usize, ring: &IoUring, at: usize) -> DmaPin {
-        let term = if how == How::Plain { Term::Short } else { Term::Long };
+        let term = if how == How::Plain { PinLifetime::Transient } else { PinLifetime::LongTerm };
         let pin = ram.regions()[0].pin_as("disk", pages(slot), Access::Write, term).expect("a pin");
         if how == How::Registered {
             register(ring, at, libc::iovec { iov_base: pin.host_address().cast(), iov_len: pin.len() });

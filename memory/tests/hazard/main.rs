@@ -127,7 +127,7 @@ fn storm(
 
 fn born(store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(&RamLayout::new(guest::BYTES).unwrap(), store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     ram
 }
 

@@ -1,6 +1,6 @@
 //! The operations, and how schedules of them are made.
 
-use clade_memory::{Access, PAGE_SIZE, PageRange, Term};
+use clade_memory::{Access, PAGE_SIZE, PageRange, PinLifetime};
 use proptest::prelude::*;
 
 use crate::pages::Inherits;
@@ -60,7 +60,7 @@ pub(crate) enum Op {
         vm: usize,
         at: At,
         access: Access,
-        term: Term,
+        term: PinLifetime,
     },
     /// A device writes through a pin, whatever happened since it was taken.
     DmaWrite {
@@ -133,7 +133,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(At { start: 0, len: u64::MAX }),
     ];
     let access = prop_oneof![2 => Just(Access::Write), 1 => Just(Access::Read)];
-    let term = prop_oneof![Just(Term::Short), Just(Term::Long)];
+    let term = prop_oneof![Just(PinLifetime::Transient), Just(PinLifetime::LongTerm)];
     let inherits = prop_oneof![
         2 => Just(Inherits::Absent),
         2 => Just(Inherits::Zeroed),

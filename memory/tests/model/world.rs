@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, Quiesced, RamError, RamImage, RefPage, Store, Term,
+    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamImage, RefPage,
+    Store,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -15,10 +16,10 @@ use crate::pages::{Inherits, Pages};
 use crate::reach::{Held, Pin, Reach};
 use crate::regions::{address, layout, parts};
 
-const MOST_VMS: usize = 6;
-const MOST_PINS: usize = 40;
+const MAX_VMS: usize = 6;
+const MAX_PINS: usize = 40;
 /// Pages that a splice holds at most: more need a pipe that only a privileged process may have.
-const MOST_HELD: u64 = 128;
+const MAX_HELD: u64 = 128;
 /// Operations between two looks at everything of one VM.
 const LOOK: u64 = 24;
 
@@ -61,7 +62,7 @@ pub(crate) struct World<'s> {
 impl<'s> World<'s> {
     pub(crate) fn new(store: &'s Store, pages: u64) -> Self {
         let ram = GuestRam::reserve(&layout(pages), store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         Self {
             store,
             pages,
@@ -131,7 +132,7 @@ impl<'s> World<'s> {
             }
             Op::Freeze { vm, background } => self.freeze(vm, background),
             Op::Clone { image } => {
-                if self.images.is_empty() || self.vms.len() >= MOST_VMS {
+                if self.images.is_empty() || self.vms.len() >= MAX_VMS {
                     return false;
                 }
                 let (image, model) = &self.images[image % self.images.len()];
@@ -159,7 +160,7 @@ impl<'s> World<'s> {
                 self.images.swap_remove(image % self.images.len());
             }
             Op::Pin { vm, at, access, term } => {
-                if self.pins.len() >= MOST_PINS {
+                if self.pins.len() >= MAX_PINS {
                     return false;
                 }
                 self.pin(vm, at.pages(self.pages), access, term);
@@ -260,7 +261,7 @@ impl<'s> World<'s> {
                 }
                 self.vms[vm].model.declare(range, what);
             }
-            Op::Settle { vm } => self.vms[self.pick(vm)].ram.settle().unwrap(),
+            Op::Settle { vm } => self.vms[self.pick(vm)].ram.finish_background().unwrap(),
             // Contents do not change, so the model need not know.
             Op::Compact { vm } => {
                 let vm = &self.vms[self.pick(vm)];
@@ -292,12 +293,12 @@ impl<'s> World<'s> {
         };
         let (image, _) = frozen.unwrap();
         self.images.push((image, vm.model.image()));
-        if self.images.len() > MOST_VMS {
+        if self.images.len() > MAX_VMS {
             self.images.remove(0);
         }
     }
 
-    fn pin(&mut self, vm: usize, range: PageRange, access: Access, term: Term) {
+    fn pin(&mut self, vm: usize, range: PageRange, access: Access, term: PinLifetime) {
         let vm = self.pick(vm);
         let vm = &self.vms[vm];
         // A pin is of one region.
@@ -314,7 +315,7 @@ impl<'s> World<'s> {
         };
         assert!(vm.model.is_there(range), "R19: a device was given what is absent");
         // The one case in which what is not the VM's own is neither copied nor counted.
-        let short_read = access == Access::Read && term == Term::Short;
+        let short_read = access == Access::Read && term == PinLifetime::Transient;
         let counted = if short_read { own } else { (range.start()..range.end()).collect() };
         for page in &counted {
             assert!(table.get(page - part.first).0, "I3: pinned {page:#x} is exclusive");
@@ -324,7 +325,7 @@ impl<'s> World<'s> {
         assert!(vm.ram.stats().unwrap().exclusive >= pinned, "I3: pinned before it was unshared");
         let id = vm.id;
         // Most requests look their frames up when they begin.
-        let reach = match (short_read, range.len() > MOST_HELD || self.done.is_multiple_of(4)) {
+        let reach = match (short_read, range.len() > MAX_HELD || self.done.is_multiple_of(4)) {
             (true, true) => Reach::Address(pin),
             (true, false) => Reach::Held(Held::of(pin, range, &vm.model)),
             (false, _) => Reach::Frames(dma::Device::attach(pin)),

@@ -56,7 +56,7 @@ fn others_go_on(store: &Store) {
 fn balloon(freeze_first: bool) {
     let store = Store::open_small().unwrap();
     let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     // Far apart: what is written is seen to stay or to go.
     let marked = |page: &u64| page.is_multiple_of(101);
     (0..PAGES).filter(marked).for_each(|page| put(&ram, page, page + 1));

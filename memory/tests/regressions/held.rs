@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, Store, Term};
+use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, Store};
 use vm_memory::Bytes;
 
 use crate::splice::Splice;
@@ -25,7 +25,7 @@ struct Read {
 
 impl Read {
     fn begin(ram: &GuestRam, pages: PageRange, seed: u64) -> Self {
-        let pin = high(ram).pin(pages, Access::Read, Term::Short).unwrap();
+        let pin = high(ram).pin(pages, Access::Read, PinLifetime::Transient).unwrap();
         Self { splice: Splice::of(&pin), pin, seed }
     }
 
@@ -127,7 +127,7 @@ fn i4_a_short_read_outlives_its_vm() {
 fn i4_a_pin_shows_its_pages_when_its_vm_is_gone() {
     for store in stores() {
         let (ram, first) = shown(&store);
-        let pin = high(&ram).pin(READ, Access::Read, Term::Short).unwrap();
+        let pin = high(&ram).pin(READ, Access::Read, PinLifetime::Transient).unwrap();
         drop((ram, first));
         strangers_freeze(&store);
         for page in READ.start()..READ.end() {
@@ -143,7 +143,7 @@ fn i4_a_pin_shows_its_pages_when_its_vm_is_gone() {
 fn i4_frames_that_are_looked_up_after_a_freeze_are_held_too() {
     for store in stores() {
         let (ram, _first) = shown(&store);
-        let pin = high(&ram).pin(READ, Access::Read, Term::Short).unwrap();
+        let pin = high(&ram).pin(READ, Access::Read, PinLifetime::Transient).unwrap();
         // The guest writes what the device reads, so the freeze shows it from a new delta.
         fill(&ram, 1, SHOWN, 3);
         drop(freeze(&ram));
@@ -207,7 +207,7 @@ fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
         fill(&ram, 1, high(&ram).range(), 2);
         drop(freeze(&ram));
         let (own, range) = (PageRange::new(539, 540), PageRange::new(539, 580));
-        drop(high(&ram).pin(own, Access::Write, Term::Short).unwrap());
+        drop(high(&ram).pin(own, Access::Write, PinLifetime::Transient).unwrap());
         assert!(high(&ram).ownership().get(own.start()).0);
         let read = Read::begin(&ram, range, 2);
         assert!(high(&ram).ownership().get(own.start()).1 == 1 && !high(&ram).ownership().get(own.end()).0);

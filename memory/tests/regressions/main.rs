@@ -82,7 +82,7 @@ fn reserve(store: &Store) -> GuestRam {
 
 fn born(store: &Store, seed: u64) -> GuestRam {
     let ram = reserve(store);
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     fill_all(&ram, seed);
     ram
 }

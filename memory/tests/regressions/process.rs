@@ -54,7 +54,7 @@ fn r19_a_forked_process_inherits_no_guest_memory() {
         let (image, _) = ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
         expect_not_inherited(&ram, "while it is copied");
         expect_not_inherited(&child(&image, &store), "a child");
-        ram.settle().unwrap();
+        ram.finish_background().unwrap();
         expect_not_inherited(&ram, "with its copy mapped");
         high(&ram).discard(PageRange::new(100, 200)).unwrap();
         expect_not_inherited(&ram, "discarded");

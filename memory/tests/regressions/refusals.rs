@@ -9,17 +9,18 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use clade_memory::{
-    Access, GuestRam, ImageMap, LayerSource, NoFork, PAGE_SIZE, PageRange, Quiesced, RamImage, RefPage, Store, Term,
+    Access, GuestRam, ImageMap, LayerSource, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RefPage,
+    Store,
 };
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{HIGH, address, born, child, fill_all, freeze, high, layout, stores};
 
-const WAYS: [(Access, Term); 4] = [
-    (Access::Read, Term::Short),
-    (Access::Read, Term::Long),
-    (Access::Write, Term::Short),
-    (Access::Write, Term::Long),
+const WAYS: [(Access, PinLifetime); 4] = [
+    (Access::Read, PinLifetime::Transient),
+    (Access::Read, PinLifetime::LongTerm),
+    (Access::Write, PinLifetime::Transient),
+    (Access::Write, PinLifetime::LongTerm),
 ];
 
 #[test]

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, Quiesced, RamError, RamLayout, Store, TableCounts, Term,
+    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamLayout, Store,
+    TableCounts,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vm_memory::GuestAddress;
@@ -53,7 +54,7 @@ fn leave(store: &Store, left: u64) -> Vec<GuestRam> {
 /// The VM can be pinned, frozen and forked.
 fn goes_on(ram: &GuestRam, store: &Store, seed: u64) {
     for region in ram.regions() {
-        drop(region.pin(PageRange::new(3, 9), Access::Write, Term::Long).unwrap());
+        drop(region.pin(PageRange::new(3, 9), Access::Write, PinLifetime::LongTerm).unwrap());
     }
     check_all(ram, seed, "goes on");
     check_all(&child(&freeze(ram), store), seed, "a later child");
@@ -72,14 +73,14 @@ fn birth() {
         let ram = reserve(&store);
         let before = counts(&ram);
         let used = store.budget().used();
-        let refused = with_files(1, || ram.birth());
+        let refused = with_files(1, || ram.populate());
         assert!(matches!(refused, Err(RamError::Store(_))), "{refused:?}");
         assert_eq!(counts(&ram), before, "no page is the VM's own");
         assert_eq!(store.budget().used(), used);
-        let pin = ram.regions()[0].pin(PageRange::new(0, 1), Access::Write, Term::Short);
+        let pin = ram.regions()[0].pin(PageRange::new(0, 1), Access::Write, PinLifetime::Transient);
         assert!(pin.is_err(), "there is no memory to be pinned");
         drop(pin);
-        ram.birth().expect("born after all");
+        ram.populate().expect("born after all");
         crate::fill_all(&ram, 1);
         goes_on(&ram, &store, 1);
     }
@@ -108,7 +109,7 @@ fn freezes() {
         // So many that a freeze shares them.
         (0..2).for_each(|region| fill(&ram, region, PageRange::new(10, 590), 1));
         high(&ram).set_no_fork(PageRange::new(595, 599), Some(NoFork::Zeroed)).unwrap();
-        ram.settle().unwrap();
+        ram.finish_background().unwrap();
         store.cool();
         let before = books(&ram);
         assert_eq!(before.1, 2 * 580, "both regions have pages to be frozen");
@@ -148,7 +149,7 @@ fn i13_a_first_freeze_that_fails_in_the_second_region_has_not_been() {
 fn first_freezes() {
     for store in stores() {
         let ram = born(&store, 1);
-        let pin = high(&ram).pin(PageRange::new(100, 140), Access::Write, Term::Long).unwrap();
+        let pin = high(&ram).pin(PageRange::new(100, 140), Access::Write, PinLifetime::LongTerm).unwrap();
         let before = books(&ram);
         let refused = with_files(0, || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters)));
         assert!(matches!(refused, Err(RamError::Store(_))), "{refused:?}");
@@ -194,11 +195,11 @@ fn adoption() {
     assert_eq!(store.budget().used(), used, "I13: no mapping stays promised");
     drop(hogs);
     for region in fresh.regions() {
-        assert!(region.pin(PageRange::new(0, 1), Access::Read, Term::Short).is_err(), "there is no memory");
+        assert!(region.pin(PageRange::new(0, 1), Access::Read, PinLifetime::Transient).is_err(), "there is no memory");
     }
     fresh.adopt(&image).expect("adopted after all");
     for (region, of) in fresh.regions().iter().enumerate() {
-        drop(of.pin(PageRange::new(3, 9), Access::Write, Term::Long).unwrap());
+        drop(of.pin(PageRange::new(3, 9), Access::Write, PinLifetime::LongTerm).unwrap());
         for page in 0..of.pages() {
             let gone = (100..200).contains(&page) || (400..600).contains(&page);
             let want = if gone { 0 } else { crate::seeded(1, region, page) };
@@ -222,7 +223,7 @@ fn to_be_reset(store: &Store) -> (GuestRam, clade_memory::RamImage) {
         fill(&ram, 1, PageRange::new(start, start + 150), 2);
     }
     drop(freeze(&ram));
-    ram.settle().unwrap();
+    ram.finish_background().unwrap();
     (ram, first)
 }
 
@@ -246,7 +247,7 @@ fn resets() {
     let (ram, first) = to_be_reset(&store);
     let quiesced = Quiesced::by(&clade_memory::NoWriters);
     // A pin of the second region.
-    let pin = high(&ram).pin(PageRange::new(100, 101), Access::Write, Term::Long).unwrap();
+    let pin = high(&ram).pin(PageRange::new(100, 101), Access::Write, PinLifetime::LongTerm).unwrap();
     let pinned = counts(&ram);
     let refused = ram.reset(&first, &quiesced, Duration::ZERO);
     assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })), "{refused:?}");
@@ -265,7 +266,7 @@ fn resets() {
         }
         refusals += 1;
         assert!(matches!(done, Err(RamError::Budget(_))), "{left} mappings are left: {done:?}");
-        assert!(!ram.is_torn(), "I13: {left} mappings are left: a reset that is refused leaves nothing torn");
+        assert!(!ram.is_inconsistent(), "I13: {left} mappings are left: a reset that is refused leaves nothing torn");
         assert_eq!(store.budget().used(), used, "{left} mappings are left");
         check_both(&ram);
         assert_eq!(counts(&ram), before, "{left} mappings are left");

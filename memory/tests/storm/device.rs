@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use clade_memory::{Access, PAGE_SIZE, PageRange, Term};
+use clade_memory::{Access, PAGE_SIZE, PageRange, PinLifetime};
 use vm_memory::Bytes;
 
 use crate::dma;
@@ -14,19 +14,19 @@ use crate::stamp::{LANE, LANES, Lane, Model};
 use crate::vm::{Chunks, Vm, address, pages_of};
 
 /// Frames held by one reader, each with a pipe.
-const MOST_READS: usize = 96;
-const MOST_WRITES: usize = 24;
+const MAX_READS: usize = 96;
+const MAX_WRITES: usize = 24;
 /// Most pages of a request.
-const MOST_PAGES: u64 = 24;
+const MAX_PAGES: u64 = 24;
 /// A request lives for this long at most, so that many freezes fall into it.
-const MOST_LIFE_MICROS: u64 = 600_000;
+const MAX_LIFE_MICROS: u64 = 600_000;
 
-fn term(rng: &mut Rng) -> Term {
-    if rng.one_in(3) { Term::Long } else { Term::Short }
+fn term(rng: &mut Rng) -> PinLifetime {
+    if rng.one_in(3) { PinLifetime::LongTerm } else { PinLifetime::Transient }
 }
 
 fn life(rng: &mut Rng) -> Duration {
-    let most = MOST_LIFE_MICROS >> rng.below(8);
+    let most = MAX_LIFE_MICROS >> rng.below(8);
     Duration::from_micros(rng.below(most))
 }
 
@@ -35,7 +35,7 @@ struct Read {
     splice: Splice,
     pin: clade_memory::DmaPin,
     first: u64,
-    term: Term,
+    term: PinLifetime,
     until: Instant,
     /// It goes on when devices are asked to finish, if it can.
     stubborn: bool,
@@ -58,15 +58,15 @@ impl Read {
 
     fn begin(fleet: &Fleet, rng: &mut Rng) -> Option<Self> {
         let vm = fleet.pick(rng).filter(|vm| !vm.chunks.is_quiet())?;
-        let pages = fleet.run_of_pages(rng, MOST_PAGES);
-        let term = if fleet.has("short") { term(rng) } else { Term::Long };
+        let pages = fleet.run_of_pages(rng, MAX_PAGES);
+        let term = if fleet.has("short") { term(rng) } else { PinLifetime::LongTerm };
         let _devices = vm.devices_run();
         let model = vm.model();
         let freezes = fleet.tally.freezes();
         let lows = (pages.start()..pages.end()).map(|page| LANES.map(|lane| model.low(page, lane))).collect();
         let (region, range) = vm.region(pages);
         let pin = region.pin(range, Access::Read, term).unwrap();
-        if term == Term::Long {
+        if term == PinLifetime::LongTerm {
             vm.chunks.hold(pages);
         }
         // Its frames are these, whatever is mapped there later.
@@ -77,7 +77,7 @@ impl Read {
             first: pages.start(),
             term,
             until: Instant::now() + life(rng),
-            stubborn: term == Term::Short && rng.one_in(8),
+            stubborn: term == PinLifetime::Transient && rng.one_in(8),
             freezes,
             lows,
             model,
@@ -88,7 +88,7 @@ impl Read {
 
     fn finish(mut self, tally: &Tally) -> Result<(), String> {
         let pages = self.pages();
-        if self.term == Term::Long {
+        if self.term == PinLifetime::LongTerm {
             // I9: it sees what the guest has written since.
             let now = |page| LANES.map(|lane| self.model.low(page, lane));
             self.lows = (pages.start()..pages.end()).map(now).collect();
@@ -111,7 +111,7 @@ impl Read {
             }
         }
         tally.read(self.term, crossed);
-        if self.term == Term::Long {
+        if self.term == PinLifetime::LongTerm {
             self.chunks.let_go(pages);
         }
         drop(self.pin);
@@ -127,7 +127,7 @@ pub(crate) fn reader(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
         while let Some(at) = reads.iter().position(|read| read.is_over(now)) {
             reads.swap_remove(at).finish(&fleet.tally)?;
         }
-        if reads.len() < MOST_READS {
+        if reads.len() < MAX_READS {
             reads.extend(Read::begin(fleet, &mut rng));
         }
         std::thread::sleep(Duration::from_micros(rng.below(3_000)));
@@ -152,7 +152,7 @@ impl Write {
 
     fn begin(fleet: &Fleet, rng: &mut Rng) -> Option<Self> {
         let vm = fleet.pick(rng).filter(|vm| !vm.chunks.is_quiet())?;
-        let pages = fleet.run_of_pages(rng, MOST_PAGES);
+        let pages = fleet.run_of_pages(rng, MAX_PAGES);
         let _devices = vm.devices_run();
         let model = vm.model();
         let (region, range) = vm.region(pages);
@@ -216,7 +216,7 @@ pub(crate) fn writer(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
         while let Some(at) = writes.iter().position(|write| write.is_over(now)) {
             writes.swap_remove(at).finish();
         }
-        if writes.len() < MOST_WRITES && rng.one_in(3) {
+        if writes.len() < MAX_WRITES && rng.one_in(3) {
             writes.extend(Write::begin(fleet, &mut rng));
         }
         for _ in 0..writes.len().min(4) {

@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use clade_memory::{PageRange, Store, Term};
+use clade_memory::{PageRange, PinLifetime, Store};
 
 use crate::rng::Rng;
 use crate::stamp::Clock;
 use crate::vm::{CHUNK, CHUNKS, Image, Vm, chunk};
 
-const MOST_VMS: usize = 5;
-const MOST_IMAGES: usize = 6;
+const MAX_VMS: usize = 5;
+const MAX_IMAGES: usize = 6;
 
 /// What was done, so that finding nothing means something.
 #[derive(Debug, Default)]
@@ -44,8 +44,8 @@ impl Tally {
         count(&self.pending, u64::from(pending > 0));
     }
 
-    pub(crate) fn read(&self, term: Term, crossed: u64) {
-        count(if term == Term::Short { &self.short } else { &self.long }, 1);
+    pub(crate) fn read(&self, term: PinLifetime, crossed: u64) {
+        count(if term == PinLifetime::Transient { &self.short } else { &self.long }, 1);
         count(&self.crossed, u64::from(crossed >= 3));
     }
 
@@ -148,7 +148,7 @@ impl Fleet {
         let mut vms = lock(&self.vms);
         vms.push(Arc::new(vm));
         let gone =
-            (vms.len() > MOST_VMS).then(|| vms.len() as u64 - 1).map(|old| vms.swap_remove(rng.below(old) as usize));
+            (vms.len() > MAX_VMS).then(|| vms.len() as u64 - 1).map(|old| vms.swap_remove(rng.below(old) as usize));
         drop(vms);
         // Its devices may go on.
         drop(gone);
@@ -175,7 +175,7 @@ impl Fleet {
     pub(crate) fn keep(&self, image: Image, rng: &mut Rng) {
         let mut images = lock(&self.images);
         images.push(image);
-        let gone = (images.len() > MOST_IMAGES).then(|| images.swap_remove(rng.below(MOST_IMAGES as u64) as usize));
+        let gone = (images.len() > MAX_IMAGES).then(|| images.swap_remove(rng.below(MAX_IMAGES as u64) as usize));
         drop(images);
         drop(gone);
     }

@@ -131,7 +131,7 @@ impl Vm {
 
     pub(crate) fn born(store: &Store, clock: &Arc<Clock>) -> Self {
         let ram = GuestRam::reserve(&layout(), store).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         Self::of(ram, 0, Model::born(clock, PAGES))
     }
 

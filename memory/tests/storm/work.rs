@@ -74,8 +74,10 @@ fn freeze(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     fleet.tally.freeze(report.pending);
     // The vCPUs run into protected pages now.
     match rng.below(8) {
-        0 | 1 if fleet.has("settle") => image.ram.settle().map_err(|error| format!("an image: {error:?}"))?,
-        2 if fleet.has("settle") => vm.ram.settle().map_err(|error| format!("a VM: {error:?}"))?,
+        0 | 1 if fleet.has("settle") => {
+            image.ram.finish_background().map_err(|error| format!("an image: {error:?}"))?
+        }
+        2 if fleet.has("settle") => vm.ram.finish_background().map_err(|error| format!("a VM: {error:?}"))?,
         3 => look_through(fleet, &image)?,
         _ => {}
     }
@@ -119,10 +121,10 @@ pub(crate) fn upkeep(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
             0..5 if fleet.has("sweep") => {
                 fleet.store.sweep();
             }
-            5 | 6 if fleet.has("settle") => vm.ram.settle().map_err(|error| format!("a VM: {error:?}"))?,
+            5 | 6 if fleet.has("settle") => vm.ram.finish_background().map_err(|error| format!("a VM: {error:?}"))?,
             7 | 8 if fleet.has("settle") => {
                 if let Some(image) = fleet.image(&mut rng) {
-                    image.ram.settle().map_err(|error| format!("an image: {error:?}"))?;
+                    image.ram.finish_background().map_err(|error| format!("an image: {error:?}"))?;
                 }
             }
             9..13 if fleet.has("discard") => discard(fleet, &vm, &mut rng)?,

@@ -19,7 +19,7 @@ pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
 const MAGIC: &[u8; 8] = b"CLADEIDX";
 const PACKED: u32 = 1;
 /// Longest space there can be: so that no offset overflows.
-const MOST_BYTES: u64 = 1 << 60;
+const MAX_BYTES: u64 = 1 << 60;
 
 /// Pages, and what they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +155,7 @@ impl Index {
             return Err(Damage::value("flags", &format!("{flags:#x}")));
         }
         let mut index = Self { packed: flags & PACKED != 0, bytes: reader.u64()?, ..Self::default() };
-        if index.bytes > MOST_BYTES {
+        if index.bytes > MAX_BYTES {
             return Err(Damage::value("the length of the space", &index.bytes));
         }
         index.data_bytes = reader.u64()?;

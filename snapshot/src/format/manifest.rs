@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
-use super::state::MOST_NAME;
+use super::state::MAX_NAME;
 use super::{Compression, Damage, SnapshotId, VERSION, checksum};
 
 /// What the manifest says it is.
@@ -17,7 +17,7 @@ const FORMAT: &str = "clade-snapshot";
 const TAIL: &str = "\"\n}\n";
 const KEY: &str = ",\n  \"checksum\": \"";
 /// Most disks of a VM.
-const MOST_DISKS: usize = 256;
+const MAX_DISKS: usize = 256;
 
 /// A format's version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -264,7 +264,7 @@ impl Manifest {
                 free = end;
             }
         }
-        if self.disks.len() > MOST_DISKS {
+        if self.disks.len() > MAX_DISKS {
             return Err(Damage::value("the number of disks", &self.disks.len()));
         }
         let mut names = HashSet::new();
@@ -295,7 +295,7 @@ impl Manifest {
 
 /// Whether a section or a disk may be called that.
 pub(crate) fn valid_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= MOST_NAME
+    !name.is_empty() && name.len() <= MAX_NAME
 }
 
 /// Checksums as text: not every reader of JSON has 64-bit numbers.

@@ -12,7 +12,7 @@ use super::{Damage, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADESTA";
 /// Longest name of a section, and of a disk.
-pub(crate) const MOST_NAME: usize = 255;
+pub(crate) const MAX_NAME: usize = 255;
 
 /// What was given to be saved, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,7 +72,7 @@ impl Sections {
         let mut names = HashSet::new();
         for at in 0..count {
             let (name, len, wanted) = (reader.u64()?, reader.u64()?, reader.u64()?);
-            if name > MOST_NAME as u64 {
+            if name > MAX_NAME as u64 {
                 return Err(Damage::value("the length of a section's name", &name));
             }
             let (name, body) = (reader.bytes(name)?, reader.bytes(len)?);

@@ -12,7 +12,7 @@ use super::{Damage, SnapshotId, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADEWRM";
 /// No memory is larger, so that no sum overflows.
-const MOST_PAGES: u64 = 1 << 48;
+const MAX_PAGES: u64 = 1 << 48;
 /// Bytes before and behind the runs.
 const HEAD: u64 = 8 + 4 + 4 + 16 + 8 + 8;
 
@@ -113,7 +113,7 @@ impl Warm {
         let mut runs = Vec::with_capacity(count as usize);
         for _ in 0..count {
             let (start, len) = (reader.u64()?, reader.u64()?);
-            if start > MOST_PAGES || len > MOST_PAGES || len == 0 {
+            if start > MAX_PAGES || len > MAX_PAGES || len == 0 {
                 return Err(Damage::value("a run", &format!("{len:#x} pages at {start:#x}")));
             }
             runs.push(PageRange::with_len(start, len));

@@ -222,7 +222,7 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
     // More than a freeze copies while the VM stands still, where it has the choice.
     (0..8192).filter(|page| page % 4 == 0).for_each(|page| put(&ram, page, 4));
     let image = freeze(&ram);
-    image.settle().unwrap();
+    image.finish_background().unwrap();
     let (of_image, on_disk) = (child(&image, &store), child(&restored, &store));
     for page in [0, 1, 4, 5, 8188, 8191] {
         let look = |ram: &GuestRam| ram.memory().read_obj::<u8>(gpa(&layout, page)).unwrap();

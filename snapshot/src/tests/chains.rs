@@ -112,12 +112,12 @@ fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
     }
     let begun = Instant::now();
     let refused = Snapshot::open(&at(999)).unwrap_err();
-    assert!(matches!(&refused, Error::TooDeep { path, most: MOST_DEEP } if *path == at(999)), "{refused:?}");
+    assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEEP } if *path == at(999)), "{refused:?}");
     assert!(begun.elapsed().as_secs() < 2);
-    assert_eq!(Snapshot::open(&at(MOST_DEEP - 1)).unwrap().depth(), MOST_DEEP);
-    assert!(matches!(Snapshot::open(&at(MOST_DEEP)), Err(Error::TooDeep { .. })));
-    let deepest = at(MOST_DEEP - 1);
-    let base = Some((deepest.as_path(), SnapshotId::new(MOST_DEEP as u128 - 1), &made[1].1));
+    assert_eq!(Snapshot::open(&at(MAX_DEEP - 1)).unwrap().depth(), MAX_DEEP);
+    assert!(matches!(Snapshot::open(&at(MAX_DEEP)), Err(Error::TooDeep { .. })));
+    let deepest = at(MAX_DEEP - 1);
+    let base = Some((deepest.as_path(), SnapshotId::new(MAX_DEEP as u128 - 1), &made[1].1));
     let refused = Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap_err();
     assert!(matches!(refused, Error::TooDeep { .. }), "{refused:?}");
     // Merged, it can be saved on top of.

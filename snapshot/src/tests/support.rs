@@ -53,7 +53,7 @@ pub(crate) fn layout() -> RamLayout {
 
 pub(crate) fn born(layout: &RamLayout, store: &Store) -> GuestRam {
     let ram = GuestRam::reserve(layout, store).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     ram
 }
 

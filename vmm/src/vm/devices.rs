@@ -25,7 +25,7 @@ use crate::vm::shell::Shell;
 use crate::vm::virtio::{self, Hvc};
 
 /// Most reports kept for a reader that does not come. A guest can write the port for ever; the oldest go first.
-const MOST_REPORTS: usize = 4_096;
+const MAX_REPORTS: usize = 4_096;
 
 /// What the bare guest has reported and nobody has read yet.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +34,7 @@ pub struct Reports(Arc<(Mutex<VecDeque<Report>>, Condvar)>);
 impl Reports {
     fn push(&self, report: Report) {
         let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.len() == MOST_REPORTS {
+        if queue.len() == MAX_REPORTS {
             queue.pop_front();
         }
         queue.push_back(report);

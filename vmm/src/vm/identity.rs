@@ -23,7 +23,7 @@ use crate::vm::config::{NetSpec, VmConfig};
 /// Stands for a child's name in the path of its socket.
 const NAME: &str = "{name}";
 /// Longest name of an interface that is made up here, before its number: 15 bytes in all, and room for 9,999.
-const MOST_STEM: usize = 11;
+const MAX_STEM: usize = 11;
 /// Addresses that are tried before it is said that none is free.
 const TRIES: u64 = 1 << 16;
 /// How long another process may take to look whether a socket is a dead one's.
@@ -355,7 +355,7 @@ fn pattern(configured: &str, own: &str) -> String {
     }
     let stem = own.trim_end_matches(|c: char| c.is_ascii_digit());
     // Names of interfaces that exist are ASCII.
-    let stem = stem.get(..MOST_STEM).unwrap_or(stem);
+    let stem = stem.get(..MAX_STEM).unwrap_or(stem);
     format!("{}%d", if stem.is_empty() { "clade" } else { stem })
 }
 

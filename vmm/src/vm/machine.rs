@@ -66,7 +66,7 @@ pub struct Vm {
     /// Whether its owner has paused it (guards pause it beside that).
     pub(crate) held: AtomicBool,
     /// Whether a reset has failed half-way: memory, vCPUs and devices are of no one instant.
-    pub(crate) torn: AtomicBool,
+    pub(crate) inconsistent: AtomicBool,
     /// What it was started from.
     pub(crate) origin: Mutex<Option<Arc<ForkImage>>>,
     /// One fork, reset, pause or resume at a time.
@@ -95,7 +95,7 @@ impl Vm {
         config.check_devices()?;
         let mut ends = Endpoints::boot(config)?;
         let shell = context.shell(config)?;
-        shell.ram.birth()?;
+        shell.ram.populate()?;
         let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
         // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
@@ -196,7 +196,7 @@ impl Vm {
             _claims: ends.claims,
             born: Instant::now(),
             held: AtomicBool::new(false),
-            torn: AtomicBool::new(false),
+            inconsistent: AtomicBool::new(false),
             origin: Mutex::new(origin),
             operations: Turns::default(),
             saving: Saving::default(),

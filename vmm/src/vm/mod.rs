@@ -135,7 +135,7 @@ pub enum VmError {
     },
     /// It is of no instant.
     #[error("a reset of the VM failed half-way; only another one mends it")]
-    HalfReset,
+    Inconsistent,
     /// A vCPU's state is missing.
     #[error("a vCPU has no saved state")]
     NotSaved,

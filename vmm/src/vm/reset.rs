@@ -82,7 +82,7 @@ impl Vm {
     ///
     /// # Errors
     /// When it has stopped, the image is of another shape, or somebody keeps pages pinned: then it goes on as it was. When it fails
-    /// half-way ([`VmError::HalfReset`] says every call after that): it is paused, and another reset mends it.
+    /// half-way ([`VmError::Inconsistent`] says every call after that): it is paused, and another reset mends it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
         let _urgent = Urgent::new();
@@ -101,14 +101,14 @@ impl Vm {
         let dropped = Instant::now();
         let done = match memory {
             // Nothing has changed: the guard lets everything go on.
-            Err(error) if !self.ram().is_torn() => return Err(error.into()),
+            Err(error) if !self.ram().is_inconsistent() => return Err(error.into()),
             Err(error) => Err(error.into()),
             Ok(memory) => self.load(image).map(|()| memory),
         };
         let memory = match done {
             Ok(memory) => memory,
             Err(error) => {
-                self.torn.store(true, Ordering::Release);
+                self.inconsistent.store(true, Ordering::Release);
                 if !self.held.swap(true, Ordering::AcqRel) {
                     // The guard's pause becomes the owner's.
                     std::mem::forget(guard);
@@ -116,7 +116,7 @@ impl Vm {
                 return Err(error);
             }
         };
-        self.torn.store(false, Ordering::Release);
+        self.inconsistent.store(false, Ordering::Release);
         let loaded = Instant::now();
         drop(guard);
         let report = ResetReport {
@@ -156,6 +156,6 @@ impl Vm {
     /// Refuses what only a whole VM can do.
     pub(crate) fn expect_whole(&self) -> Result<(), VmError> {
         // Acquire: pairs with the store of the reset that failed.
-        if self.torn.load(Ordering::Acquire) { Err(VmError::HalfReset) } else { Ok(()) }
+        if self.inconsistent.load(Ordering::Acquire) { Err(VmError::Inconsistent) } else { Ok(()) }
     }
 }

@@ -23,8 +23,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use clade_devices::virtio::block::MOST_QUEUES;
-use clade_devices::virtio::net::MOST_PAIRS;
+use clade_devices::virtio::block::MAX_QUEUES;
+use clade_devices::virtio::net::MAX_PAIRS;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, TransportState};
 use clade_memory::RamImage;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -261,8 +261,8 @@ fn expect(section: &'static str, what: &str, found: u64, wanted: u64) -> Result<
 fn check_config(config: &VmConfig, ram: &RamImage) -> Result<(), SavedError> {
     expect(CONFIG, "bytes of memory", config.layout().bytes(), ram.layout().bytes())?;
     config.check_devices().map_err(|source| SavedError::Config { section: CONFIG, source })?;
-    let disks = config.disks.iter().map(|disk| ("queues of disk", disk.device.queues, MOST_QUEUES));
-    let nets = config.nets.iter().map(|net| ("queue pairs of network device", net.queues, MOST_PAIRS));
+    let disks = config.disks.iter().map(|disk| ("queues of disk", disk.device.queues, MAX_QUEUES));
+    let nets = config.nets.iter().map(|net| ("queue pairs of network device", net.queues, MAX_PAIRS));
     for (at, (what, queues, most)) in disks.enumerate().chain(nets.enumerate()) {
         let (found, most) = (u64::from(queues), u64::from(most));
         expect(CONFIG, &format!("{what} {at}"), found, found.clamp(1, most))?;

@@ -57,7 +57,7 @@ fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
     let error = vm.reset(&spoiled(&image, 1)).unwrap_err();
     assert!(matches!(error, VmError::VcpuState(_)), "{error:?}");
     assert!(vm.is_paused());
-    assert!(matches!(vm.resume().unwrap_err(), VmError::HalfReset));
+    assert!(matches!(vm.resume().unwrap_err(), VmError::Inconsistent));
     vm.reset(&image).unwrap();
     vm.resume().unwrap();
     goes_on(&vm, &PAIRS).unwrap();

@@ -57,7 +57,7 @@ pub(super) use left::{Left, write_back};
 use tie::Mark;
 
 /// Moved ranges that are remembered; if there are more, the next journal is a whole one.
-const MOST_MOVED: usize = 1 << 16;
+const MAX_MOVED: usize = 1 << 16;
 
 /// An overlay with a name.
 #[derive(Debug)]
@@ -217,7 +217,7 @@ impl Journal {
             return;
         }
         push_run(&mut self.moved, granules);
-        if self.moved.len() > MOST_MOVED {
+        if self.moved.len() > MAX_MOVED {
             self.replaced();
         }
     }

@@ -25,7 +25,7 @@ const REPORTING: usize = 3;
 /// Chains in a turn: a chain is up to some hundred pages to discard.
 const BATCH: usize = 4;
 /// Page numbers in a chain at most; Linux sends 256.
-const MOST_PAGES: usize = 4096;
+const MAX_PAGES: usize = 4096;
 /// Of `struct virtio_balloon_config`.
 const NUM_PAGES: u64 = 0;
 const ACTUAL: u64 = 4;
@@ -163,7 +163,7 @@ impl Balloon {
 
     fn inflate(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
         let len = dma::len_of(&chain.readable) as usize;
-        if !len.is_multiple_of(4) || len / 4 > MOST_PAGES {
+        if !len.is_multiple_of(4) || len / 4 > MAX_PAGES {
             let (head, what) = (chain.head, "is no list of page numbers");
             return Err(QueueError::Content { head, what }.into());
         }

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::SEG_MAX;
-use super::request::MOST_RANGE_SECTORS;
+use super::request::MAX_RANGE_SECTORS;
 use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
 use crate::disk::{Disk, GRANULE, SECTOR};
@@ -24,7 +24,7 @@ use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, 
 /// Descriptors of each queue.
 pub const QUEUE_SIZE: u16 = 256;
 /// Most queues of a block device.
-pub const MOST_QUEUES: u16 = 16;
+pub const MAX_QUEUES: u16 = 16;
 /// Bytes of the configuration space up to what the features offered need.
 const CONFIG_LEN: usize = 60;
 /// How long a reset waits for the kernel. Then the driver waits, looking at the status.
@@ -33,7 +33,7 @@ const RESET_PATIENCE: Duration = Duration::from_secs(2);
 /// What is chosen for a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockOptions {
-    /// Queues: 1 to [`MOST_QUEUES`].
+    /// Queues: 1 to [`MAX_QUEUES`].
     pub queues: u16,
     /// What it may do a second.
     pub limits: Limits,
@@ -73,7 +73,7 @@ impl Block {
     #[must_use]
     pub fn new(disk: Disk, options: &BlockOptions) -> Self {
         let read_only = disk.config().read_only;
-        let queues = options.queues.clamp(1, MOST_QUEUES);
+        let queues = options.queues.clamp(1, MAX_QUEUES);
         let mut features = bits(&[
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
@@ -146,10 +146,10 @@ fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
     put(24, &[granule_sectors.trailing_zeros() as u8]);
     put(26, &(granule_sectors as u16).to_le_bytes());
     put(34, &queues.to_le_bytes());
-    put(36, &MOST_RANGE_SECTORS.to_le_bytes());
+    put(36, &MAX_RANGE_SECTORS.to_le_bytes());
     put(40, &1u32.to_le_bytes());
     put(44, &granule_sectors.to_le_bytes());
-    put(48, &MOST_RANGE_SECTORS.to_le_bytes());
+    put(48, &MAX_RANGE_SECTORS.to_le_bytes());
     put(52, &1u32.to_le_bytes());
     put(56, &[1]);
     config

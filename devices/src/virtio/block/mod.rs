@@ -17,7 +17,7 @@ mod state;
 mod tests;
 mod transfer;
 
-pub use device::{Block, BlockOptions, MOST_QUEUES, QUEUE_SIZE};
+pub use device::{Block, BlockOptions, MAX_QUEUES, QUEUE_SIZE};
 pub use state::{BlockState, InFlight};
 
 /// Most buffers of data in a request: a chain with header and status fits in half of a queue.

@@ -22,7 +22,7 @@ const RANGE: usize = 16;
 /// In such a range: the room may be given back.
 const UNMAP: u32 = 1;
 /// Most sectors of such a range: what one request may take.
-pub(super) const MOST_RANGE_SECTORS: u32 = 1 << 16;
+pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 16;
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,8 +144,8 @@ fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> Kind {
         return Kind::Impossible;
     };
     match (sectors, discard) {
-        (1..=MOST_RANGE_SECTORS, true) => Kind::Discard { offset, len },
-        (1..=MOST_RANGE_SECTORS, false) => Kind::Zero { offset, len, unmap: flags & UNMAP != 0 },
+        (1..=MAX_RANGE_SECTORS, true) => Kind::Discard { offset, len },
+        (1..=MAX_RANGE_SECTORS, false) => Kind::Zero { offset, len, unmap: flags & UNMAP != 0 },
         _ => Kind::Impossible,
     }
 }

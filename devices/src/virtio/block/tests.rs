@@ -106,7 +106,7 @@ fn activation(ram: &GuestRam, features: u64, states: &[Option<QueueState>]) -> (
 impl Rig {
     fn new(path: &std::path::Path, options: &Options) -> Self {
         let ram = GuestRam::reserve(&RamLayout::new(RAM).unwrap(), &Store::open_small().unwrap()).unwrap();
-        ram.birth().unwrap();
+        ram.populate().unwrap();
         let state = |index| QueueState {
             ready: true,
             descriptors: rings(index),

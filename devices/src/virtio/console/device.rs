@@ -17,9 +17,9 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma}
 const RX: usize = 0;
 const TX: usize = 1;
 /// Typed bytes kept for a driver that does not read.
-const MOST_TYPED: usize = 64 << 10;
+const MAX_TYPED: usize = 64 << 10;
 /// Bytes taken from one chain of output at most: the rest of it is given back unread, which a driver sees as a console that loses output.
-const MOST_OUT: usize = 64 << 10;
+const MAX_OUT: usize = 64 << 10;
 /// Chains in a turn.
 const BATCH: usize = 16;
 
@@ -35,7 +35,7 @@ impl Typist {
     /// Types; returns how many bytes there was room for.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         let mut typed = self.typed();
-        let room = MOST_TYPED.saturating_sub(typed.len()).min(bytes.len());
+        let room = MAX_TYPED.saturating_sub(typed.len()).min(bytes.len());
         typed.extend(&bytes[..room]);
         drop(typed);
         // Full is as good as rung.
@@ -124,7 +124,7 @@ impl Handler for ConsoleDevice {
         self.receive(io)?;
         for _ in 0..BATCH {
             let Some(chain) = io.pop(TX)? else { return Ok(Turn::Done) };
-            let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(MOST_OUT)];
+            let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(MAX_OUT)];
             dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
             // A console of this process takes everything.
             let _ = self.output.write_all(&bytes);

@@ -27,18 +27,18 @@ use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
 use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
 
 /// Most pairs of queues.
-pub const MOST_PAIRS: u16 = 8;
+pub const MAX_PAIRS: u16 = 8;
 const QUEUE_SIZE: u16 = 256;
 /// The largest packet there is, with its header: 64 KiB and an Ethernet header.
-const MOST_PACKET: usize = VNET_HEADER + 14 + 65_536;
+const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
 /// An Ethernet header.
-const LEAST_PACKET: usize = VNET_HEADER + 14;
+const MIN_PACKET: usize = VNET_HEADER + 14;
 /// Packets in a turn, each way and pair of queues.
 const BATCH: usize = 32;
 /// How long a child's link stays down at least.
 const DOWN: Duration = Duration::from_millis(250);
 /// How long it stays down for a driver that has not looked. One that looks only when it is up again has not seen that it was down.
-const MOST_DOWN: Duration = Duration::from_secs(30);
+const MAX_DOWN: Duration = Duration::from_secs(30);
 /// How often it is looked whether the driver has.
 const LOOK: Duration = Duration::from_millis(20);
 /// How soon an interface that took no packet is tried again.
@@ -120,7 +120,7 @@ impl Net {
             let fd = tap.descriptor(pair).ok_or(io::ErrorKind::NotFound)?;
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64))?;
         }
-        let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MOST_PAIRS));
+        let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MAX_PAIRS));
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * usize::from(most)];
         queue_sizes.push(64);
         Ok(Self {
@@ -216,7 +216,7 @@ impl Net {
 
     fn may_come_up(&self, down_since: Instant) -> bool {
         let down = down_since.elapsed();
-        down >= MOST_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
+        down >= MAX_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
     }
 
     fn send_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
@@ -224,7 +224,7 @@ impl Net {
         for _ in 0..BATCH {
             let Some(chain) = io.pop(queue)? else { return Ok(false) };
             let len = dma::len_of(&chain.readable) as usize;
-            if !(LEAST_PACKET..=MOST_PACKET).contains(&len) {
+            if !(MIN_PACKET..=MAX_PACKET).contains(&len) {
                 self.stats.dropped += 1;
                 io.give_back(queue, chain.head, 0)?;
                 continue;
@@ -284,7 +284,7 @@ impl Net {
     fn gather(io: &mut Io, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, Trouble> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
-        while posted.is_empty() || (merges && room(posted) < MOST_PACKET) {
+        while posted.is_empty() || (merges && room(posted) < MAX_PACKET) {
             let Some(chain) = io.pop(queue)? else { break };
             match dma::pin(&io.ram, OWNER, &chain.writable, Access::Write) {
                 Ok(memory) => posted.push_back(Posted { head: chain.head, memory }),
@@ -294,7 +294,7 @@ impl Net {
                 }
             }
         }
-        Ok(room(posted) >= LEAST_PACKET)
+        Ok(room(posted) >= MIN_PACKET)
     }
 
     fn receive_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
@@ -396,7 +396,7 @@ impl Net {
     }
 
     fn look(&mut self) {
-        let mut events = [EpollEvent::default(); MOST_PAIRS as usize];
+        let mut events = [EpollEvent::default(); MAX_PAIRS as usize];
         let count = self.epoll.wait(0, &mut events).unwrap_or(0);
         for event in &events[..count] {
             if let Some(readable) = self.readable.get_mut(event.data() as usize) {
@@ -468,7 +468,7 @@ impl Handler for Net {
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Net(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
-        self.pairs = state.pairs.clamp(1, (self.tap.queues() as u16).clamp(1, MOST_PAIRS));
+        self.pairs = state.pairs.clamp(1, (self.tap.queues() as u16).clamp(1, MAX_PAIRS));
         // The driver may have set another one since.
         self.config.write(0, &self.mac.0);
         // As a child is told, whose address may not be the one it knows.

@@ -13,6 +13,6 @@ mod mac;
 mod posted;
 mod state;
 
-pub use device::{MOST_PAIRS, Net, NetOptions, NetStats};
+pub use device::{MAX_PAIRS, Net, NetOptions, NetStats};
 pub use mac::{Mac, MacError};
 pub use state::NetState;

@@ -29,9 +29,9 @@ fn nothing_is_watched_once_all_pages_are_there() {
         let child = rig.child(&image);
         assert!(!watched(&child).is_empty(), "a hole is waited for");
         rig.let_run();
-        image.settle().unwrap();
+        image.finish_background().unwrap();
         assert_eq!(watched(&child), Vec::<String>::new(), "every fault of it would go round by the thread for ever");
-        // Each of them keeps its filling, and another VM may come to be at the same address.
+        // Each of them keeps its background copy, and another VM may come to be at the same address.
         assert_eq!(rig.engine.index().targets.len(), 0, "targets of a copy that is over");
         expect_image(&rig, &image, &MANY);
     }
@@ -59,12 +59,12 @@ fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
         let rig = Rig::new(store, &MANY);
         let (image, _) = rig.freeze_held();
         rig.engine.hooks.left.store(0, Ordering::Release);
-        let filling = Arc::clone(image.fillings().next().unwrap());
-        assert!(filling.finish().is_err());
+        let bg_copy = Arc::clone(image.bg_copies().next().unwrap());
+        assert!(bg_copy.finish().is_err());
         rig.engine.hooks.left.store(u64::MAX, Ordering::Release);
         let late = GuestRam::reserve(image.layout(), &rig.store).unwrap();
         let region = &late.regions()[0];
-        let attached = filling.attach(&region.at, MANY[0], 0, &region.failure);
+        let attached = bg_copy.attach(&region.at, MANY[0], 0, &region.failure);
         assert!(matches!(attached, Err(AttachError::Failed(_))), "it would read the holes as zeros");
         rig.let_run();
     }

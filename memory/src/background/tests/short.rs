@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::PinError;
-use crate::background::Filling;
-use crate::background::work::few;
+use crate::background::BackgroundCopy;
+use crate::background::work::coalesce_if_many;
 use crate::units::pages_in;
 
 /// Forty runs of seven pages: each too short for a mapping.
@@ -21,9 +21,9 @@ fn owned(ram: &GuestRam, range: PageRange) -> u64 {
 fn a_short_run_can_be_written_as_soon_as_it_is_copied() {
     let rig = Rig::new(Store::open_small().unwrap(), &short_runs());
     let (image, _) = rig.freeze_held();
-    let filling: Arc<Filling> = Arc::clone(image.fillings().next().unwrap());
+    let bg_copy: Arc<BackgroundCopy> = Arc::clone(image.bg_copies().next().unwrap());
     // The first 64 pages: nine runs of seven, and one page of the tenth.
-    assert!(!filling.step());
+    assert!(!bg_copy.step());
     let faults = rig.engine.hooks.faults_read.load(Ordering::Acquire);
     for run in 0..9 {
         write(&rig.parent, 20 * run, 0x77);
@@ -43,7 +43,7 @@ fn short_runs_that_go_on_in_one_another_are_shared_back_as_one() {
     let rig = Rig::new(Store::open_small().unwrap(), &runs);
     let (image, _) = rig.freeze_held();
     rig.let_run();
-    rig.parent.settle().unwrap();
+    rig.parent.finish_background().unwrap();
     // Of 330 pages no more than 256 stay the parent's, that is seven runs of eleven do not.
     assert_eq!(owned(&rig.parent, PageRange::new(0, 900)), (30 - 7) * 8, "released before it could be mapped");
     expect_image(&rig, &image, &runs);
@@ -52,11 +52,11 @@ fn short_runs_that_go_on_in_one_another_are_shared_back_as_one() {
 #[test]
 fn lost_runs_are_few_or_one() {
     let runs = |count: u64| -> Vec<_> { (0..count).map(|n| PageRange::with_len(10 * n, 3)).collect() };
-    assert_eq!(few(runs(64)), runs(64));
-    assert_eq!(few(runs(65)), [PageRange::new(0, 643)]);
-    assert_eq!(few(runs(66)), [PageRange::new(0, 653)]);
-    assert_eq!(few(runs(1)), runs(1));
-    assert_eq!(few(Vec::new()), []);
+    assert_eq!(coalesce_if_many(runs(64)), runs(64));
+    assert_eq!(coalesce_if_many(runs(65)), [PageRange::new(0, 643)]);
+    assert_eq!(coalesce_if_many(runs(66)), [PageRange::new(0, 653)]);
+    assert_eq!(coalesce_if_many(runs(1)), runs(1));
+    assert_eq!(coalesce_if_many(Vec::new()), []);
 }
 
 #[test]
@@ -67,9 +67,9 @@ fn a_short_read_of_lost_pages_is_refused_and_says_why() {
         let child = rig.child(&image);
         let region = &child.regions()[0];
         // One that is there is read without a word (I4).
-        drop(region.pin(PageRange::with_len(1300, 1), Access::Read, Term::Short).unwrap());
+        drop(region.pin(PageRange::with_len(1300, 1), Access::Read, PinLifetime::Transient).unwrap());
         rig.engine.hooks.left.store(0, Ordering::Release);
-        let refused = region.pin(PageRange::with_len(1050, 1), Access::Read, Term::Short);
+        let refused = region.pin(PageRange::with_len(1050, 1), Access::Read, PinLifetime::Transient);
         rig.engine.hooks.left.store(u64::MAX, Ordering::Release);
         assert!(matches!(refused, Err(PinError::Unshare { .. })), "a device would wait for it, and be told EFAULT");
         rig.let_run();
@@ -85,7 +85,7 @@ fn a_short_read_of_a_layers_pages_takes_no_lock() {
     let (done, waited) = mpsc::channel();
     let device = Arc::clone(&region);
     let reader = thread::spawn(move || {
-        let pin = device.pin(PageRange::with_len(500, 600), Access::Read, Term::Short);
+        let pin = device.pin(PageRange::with_len(500, 600), Access::Read, PinLifetime::Transient);
         done.send(pin.is_ok()).unwrap();
     });
     let pinned = waited.recv_timeout(Duration::from_secs(10));

@@ -51,7 +51,7 @@ fn image() -> (ForkImage, tempfile::TempDir) {
     config.rng = Some(Limits { bytes: Some(Rate::per_second(77)), operations: None });
     (config.balloon, config.virtio_console) = (true, true);
     let ram = GuestRam::reserve(config.layout(), &Store::open_small().unwrap()).unwrap();
-    ram.birth().unwrap();
+    ram.populate().unwrap();
     let all: [Box<dyn VirtioDevice>; 4] = [
         Box::new(Block::new(Disk::open(&disk).unwrap(), &device)),
         Box::new(Plain::new(Rng::new(&Limits::default()))),

@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use crate::background::work::{FILLED, PROTECTED, Part, Reader, WINDOW, Work, deny, few, runs_without};
+use crate::background::work::{
+    FILLED, PROTECTED, Part, Reader, WINDOW, Work, coalesce_if_many, make_inaccessible, runs_without,
+};
 use crate::background::{BackgroundError, Failure, FillError, Shared, Target};
 use crate::budget::Promise;
 use crate::protect;
@@ -30,14 +32,14 @@ enum Phase {
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(crate) struct Filling {
+pub(crate) struct BackgroundCopy {
     shared: Arc<Shared>,
     phase: Mutex<Phase>,
     /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of those who ask without the lock.
     over: AtomicBool,
 }
 
-/// What a filling is made of.
+/// What a background copy is made of.
 #[derive(Debug)]
 pub(crate) struct Delta {
     pub(crate) file: File,
@@ -52,20 +54,20 @@ pub(crate) struct Delta {
     pub(crate) later: Option<TaskSender>,
 }
 
-impl Filling {
+impl BackgroundCopy {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
     pub(crate) fn new(shared: &Arc<Shared>, at: &Arc<Reservation>, delta: Delta) -> Result<Arc<Self>, BackgroundError> {
         let work = Work::new(shared, at, delta)?;
         let phase = Mutex::new(Phase::Pending(Box::new(work)));
-        let filling = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
-        // Before anything is protected: a fault always finds its filling.
+        let bg_copy = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
+        // Before anything is protected: a fault always finds its background copy.
         let (start, end) = (at.addr(0) as u64, at.addr(at.pages()) as u64);
-        shared.add_target(start, end, Target::Writer(Arc::clone(&filling)));
-        Ok(filling)
+        shared.add_target(start, end, Target::Writer(Arc::clone(&bg_copy)));
+        Ok(bg_copy)
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
-        // A panic while it was held is answered by failing the filling.
+        // A panic while it was held is answered by failing the background copy.
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,7 +87,7 @@ impl Filling {
                 Ok(())
             })
             .map_err(|e| BackgroundError::Watch(io::Error::other(e)))?;
-            assert_eq!(marked, run.len(), "what is protected is in the delta, whose filling releases it");
+            assert_eq!(marked, run.len(), "what is protected is in the delta, whose bg_copy releases it");
         }
         work.gate.protect(private).map_err(BackgroundError::Watch)
     }
@@ -205,8 +207,8 @@ impl Filling {
         self.shared.remove_target(work.gate.at().addr(0) as u64);
         for reader in &readers {
             self.shared.remove_target(reader.address());
-            for run in few(runs_without(&work.pages, reader.file, FILLED)) {
-                deny(&self.shared, reader, run);
+            for run in coalesce_if_many(runs_without(&work.pages, reader.file, FILLED)) {
+                make_inaccessible(&self.shared, reader, run);
             }
         }
         let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
@@ -236,9 +238,9 @@ impl Filling {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-        // Only what this filling says is protected: the fault may be older than that. Since it was read the page may have been released, or mapped over
+        // Only what this background copy says is protected: the fault may be older than that. Since it was read the page may have been released, or mapped over
         // the delta, where there is nothing to be released any more. Whoever waits is woken in any case, and tries again.
-        if let Err(error) = work.let_go(&self.shared, window) {
+        if let Err(error) = work.copy_and_unprotect(&self.shared, window) {
             self.give_up(phase, &Arc::new(error));
         }
     }
@@ -255,16 +257,16 @@ impl Filling {
 
     /// Copies and releases the pages of the frozen region within `range`, for a device that is about to write them behind every protection.
     /// An error is the layer's, not the region's: its pages are released all the same.
-    pub(crate) fn let_go(&self, range: PageRange) {
+    pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
-        if let Err(error) = work.let_go(&self.shared, range) {
+        if let Err(error) = work.copy_and_unprotect(&self.shared, range) {
             self.give_up(phase, &Arc::new(error));
         }
     }
 
     /// Waits until the pages of the file within `range` are there.
-    pub(crate) fn need(&self, range: PageRange) -> Result<(), Arc<FillError>> {
+    pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         if self.is_over() {
             return self.failure().map_or(Ok(()), Err);
         }
@@ -278,8 +280,8 @@ impl Filling {
         self.failure().map_or(Ok(()), Err)
     }
 
-    /// As [`Self::need`], for the part of a child's `range` that is mapped over the file.
-    pub(crate) fn need_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
+    /// As [`Self::wait_filled`], for the part of a child's `range` that is mapped over the file.
+    pub(crate) fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
         let wanted: Vec<PageRange> = match &*self.phase() {
             Phase::Done(_) => return Ok(()),
             Phase::Failed(error) => return Err(Arc::clone(error)),
@@ -288,7 +290,7 @@ impl Filling {
                 mine.filter_map(|reader| reader.file_of(range)).collect()
             }
         };
-        wanted.into_iter().try_for_each(|file| self.need(file))
+        wanted.into_iter().try_for_each(|file| self.wait_filled(file))
     }
 
     /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page `from`. It must not be
