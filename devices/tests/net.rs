@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Mac, Net, NetOptions};
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::regs;
 use clade_io::Tap;
 use clade_memory::{Access, PageRange, PinLifetime};
@@ -115,8 +115,8 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
     frame
 }
 
-fn net(tap: Tap, last: u8) -> Box<Plain<Net>> {
-    Box::new(Plain::new(Net::new(tap, &options(last), None, false).unwrap()))
+fn net(tap: Tap, last: u8) -> Box<SyncDevice<Net>> {
+    Box::new(SyncDevice::new(Net::new(tap, &options(last), None, false).unwrap()))
 }
 
 /// The frame in chains that the device has given back, from the first of which its header tells how many they are.
@@ -183,9 +183,9 @@ fn packets_go_both_ways_whole() {
     vm.post(TX, &[(OUT, 5, false)]);
     vm.wait(TX);
     assert!(!vm.needs_reset());
-    let stats = vm
-        .device
-        .with_device(|device| device.as_any().downcast_mut::<Plain<Net>>().unwrap().with(|net| net.stats()).unwrap());
+    let stats = vm.device.with_device(|device| {
+        device.as_any().downcast_mut::<SyncDevice<Net>>().unwrap().with(|net| net.stats()).unwrap()
+    });
     assert_eq!((stats.sent, stats.dropped), (1, 1));
     assert!(stats.received >= 4);
 }
@@ -210,7 +210,7 @@ fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     let (sent, received_into) = (saturated(OUT), saturated(IN));
     let retries = |vm: &Driver| {
         vm.device.with_device(|device| {
-            device.as_any().downcast_mut::<Plain<Net>>().unwrap().with(|net| net.stats().pin_retries).unwrap()
+            device.as_any().downcast_mut::<SyncDevice<Net>>().unwrap().with(|net| net.stats().pin_retries).unwrap()
         })
     };
     let out = frame(900, 3);
@@ -243,7 +243,7 @@ fn a_child_keeps_its_buffers_and_is_made_to_renew() {
     let begun = Instant::now();
     let mut child = parent.fork(&store, |state, _| {
         let DeviceState::Net(state) = &state.device else { panic!("{state:?}") };
-        Box::new(Plain::new(Net::new(childs, &options(2), Some(state), true).unwrap()))
+        Box::new(SyncDevice::new(Net::new(childs, &options(2), Some(state), true).unwrap()))
     });
     let status = |vm: &Driver| {
         let mut status = [0; 2];

@@ -10,7 +10,7 @@ use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStat, BalloonState};
 use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::limiter::{Limits, Rate};
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::{DeviceState, VirtioDevice, regs};
 use clade_memory::{Access, PageRange, PinLifetime};
@@ -20,7 +20,7 @@ use driver::{Driver, ram, store};
 const BUFFER: u64 = 0x20_0000;
 
 fn rng() -> Box<dyn VirtioDevice> {
-    Box::new(Plain::new(Rng::new(&Limits::default())))
+    Box::new(SyncDevice::new(Rng::new(&Limits::default())))
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn random_bytes_differ_in_parent_and_child() {
 fn a_limited_source_of_entropy_waits_and_goes_on() {
     let rate = Rate { per_second: 2_000, burst: Some(200), once: 0 };
     let limits = Limits { bytes: Some(rate), operations: None };
-    let mut vm = Driver::take(Box::new(Plain::new(Rng::new(&limits))), &ram(&store()));
+    let mut vm = Driver::take(Box::new(SyncDevice::new(Rng::new(&limits))), &ram(&store()));
     let begun = std::time::Instant::now();
     for _ in 0..6 {
         vm.post(0, &[(BUFFER, 200, true)]);
@@ -58,7 +58,7 @@ fn console() -> (Box<dyn VirtioDevice>, Console, Typist) {
     let output = Console::default();
     let device = ConsoleDevice::new(output.clone()).unwrap();
     let typist = device.typist();
-    (Box::new(Plain::new(device)), output, typist)
+    (Box::new(SyncDevice::new(device)), output, typist)
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn a_balloon_that_is_put_back_has_the_target_it_had() {
     let mut vm = Driver::take(balloon(&BalloonState::default()), &ram(&store()));
     let target = |vm: &Driver, pages| {
         vm.device.with_device(|device| {
-            let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+            let balloon = device.as_any().downcast_mut::<SyncDevice<Balloon>>().unwrap();
             balloon.with(|balloon| balloon.set_target(pages)).unwrap();
             balloon.config_changed();
         });
@@ -172,8 +172,8 @@ fn a_balloon_that_is_put_back_has_the_target_it_had() {
     assert_eq!(vm.look(0x1000 << 12, 4096), [7; 4096], "a page that was given up since is there");
 }
 
-fn balloon(state: &BalloonState) -> Box<Plain<Balloon>> {
-    Box::new(Plain::new(Balloon::new(state).unwrap()))
+fn balloon(state: &BalloonState) -> Box<SyncDevice<Balloon>> {
+    Box::new(SyncDevice::new(Balloon::new(state).unwrap()))
 }
 
 fn numbers(pages: impl Iterator<Item = u32>) -> Vec<u8> {
@@ -182,7 +182,7 @@ fn numbers(pages: impl Iterator<Item = u32>) -> Vec<u8> {
 
 fn of(vm: &Driver) -> clade_devices::virtio::balloon::BalloonStats {
     vm.device.with_device(|device| {
-        let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+        let balloon = device.as_any().downcast_mut::<SyncDevice<Balloon>>().unwrap();
         balloon.with(|balloon| balloon.stats()).unwrap()
     })
 }
@@ -228,7 +228,7 @@ fn a_guest_is_asked_for_its_statistics_and_a_child_answers_too() {
     assert_eq!(of(&parent).guest, [(BalloonStat::Free, 1000), (BalloonStat::Total, 5000)]);
     assert!(parent.used(2).is_none(), "the chain is kept until the guest is asked again");
     parent.device.with_device(|device| {
-        let balloon = device.as_any().downcast_mut::<Plain<Balloon>>().unwrap();
+        let balloon = device.as_any().downcast_mut::<SyncDevice<Balloon>>().unwrap();
         balloon.with(|balloon| balloon.set_target(300));
         balloon.config_changed();
     });
@@ -241,7 +241,7 @@ fn a_guest_is_asked_for_its_statistics_and_a_child_answers_too() {
     for vm in [&mut parent, &mut child] {
         assert_eq!((of(vm).target, of(vm).actual), (300, 250));
         vm.device.with_device(|device| {
-            device.as_any().downcast_mut::<Plain<Balloon>>().unwrap().with(Balloon::ask);
+            device.as_any().downcast_mut::<SyncDevice<Balloon>>().unwrap().with(Balloon::ask);
         });
         vm.wait(2);
         assert!(vm.used(2).is_none(), "once");

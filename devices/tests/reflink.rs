@@ -14,9 +14,9 @@ use std::time::Duration;
 use clade_devices::disk::{CommitError, Disk, DiskConfig, DiskOp};
 use clade_io::{AlignedBuf, Fragment};
 
-const GRANULE: u64 = 4096;
-/// Not whole granules.
-const SIZE: u64 = 200 * GRANULE - 512;
+const CLUSTER: u64 = 4096;
+/// Not whole clusters.
+const SIZE: u64 = 200 * CLUSTER - 512;
 const SOON: Duration = Duration::from_secs(10);
 
 /// A file system on a loop device, unmounted at the end.
@@ -145,7 +145,7 @@ fn a_flush_after_a_fork_is_in_the_image_itself(mounted: &Mounted) {
     model[700..5700].fill(2);
     write(&mut disk, SIZE - 512, 512, 3);
     model[SIZE as usize - 512..].fill(3);
-    zero(&mut disk, 50 * GRANULE, 3 * GRANULE);
+    zero(&mut disk, 50 * CLUSTER, 3 * CLUSTER);
     model[50 * 4096..53 * 4096].fill(0);
     flush(&mut disk);
     assert_eq!(names(&room), ["disk.img"], "no journal, and nothing else");

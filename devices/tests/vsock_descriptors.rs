@@ -11,7 +11,7 @@ mod guest;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockStats};
 use driver::Driver;
 use guest::{REQUEST, RESET, RESPONSE, connect, guest, line};
@@ -30,7 +30,7 @@ fn limit(current: u64) {
 
 fn stats(driver: &Driver) -> VsockStats {
     driver.device.with_device(|device| {
-        let device: &mut Plain<Vsock> = device.as_any().downcast_mut().unwrap();
+        let device: &mut SyncDevice<Vsock> = device.as_any().downcast_mut().unwrap();
         device.with(|vsock| vsock.stats()).unwrap()
     })
 }

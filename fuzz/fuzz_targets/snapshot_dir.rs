@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
 use clade_snapshot::format::checksum;
-use clade_snapshot::{Compression, DiskToSave, Kind, Load, Save, Snapshot, Space, Watch, record_warm, verify};
+use clade_snapshot::{Compression, DiskToSave, Kind, Load, Save, Snapshot, Space, SaveProgress, record_warm, verify};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use vm_memory::{Bytes, GuestAddress};
@@ -96,7 +96,7 @@ impl World {
         let disks = [DiskToSave { name: "root", space: &Disk }];
         let sections: &[(&str, &[u8])] = &[("config", b"{}"), ("vcpus", &[1, 2, 3])];
         let save = Save { memory: &self.image, disks: &disks, sections, base: None, compression, replace: false };
-        save.to(at, &Watch::none()).map(drop)
+        save.to(at, &SaveProgress::none()).map(drop)
     }
 }
 

@@ -10,7 +10,7 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::console::ConsoleDevice;
 use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::vsock::{Vsock, VsockOptions};
 use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
@@ -84,18 +84,18 @@ fn world() -> &'static World {
 fn device(kind: u8, name: &str, saved: Option<(&TransportState, &Backend)>) -> Box<dyn VirtioDevice> {
     let world = world();
     match kind % 5 {
-        0 => Box::new(Plain::new(Rng::new(&Limits::default()))),
+        0 => Box::new(SyncDevice::new(Rng::new(&Limits::default()))),
         1 => {
             let state = match saved.map(|(state, _)| &state.device) {
                 Some(DeviceState::Balloon(state)) => *state,
                 _ => BalloonState::default(),
             };
-            Box::new(Plain::new(Balloon::new(&state).expect("a balloon")))
+            Box::new(SyncDevice::new(Balloon::new(&state).expect("a balloon")))
         }
-        2 => Box::new(Plain::new(ConsoleDevice::new(Console::default()).expect("a console"))),
+        2 => Box::new(SyncDevice::new(ConsoleDevice::new(Console::default()).expect("a console"))),
         3 => {
             let options = VsockOptions { cid: 3, socket: world.dir.path().join(name) };
-            Box::new(Plain::new(Vsock::new(&options, saved.is_some()).expect("a socket")))
+            Box::new(SyncDevice::new(Vsock::new(&options, saved.is_some()).expect("a socket")))
         }
         _ => match saved {
             Some((TransportState { device: DeviceState::Block(state), .. }, Backend::Disk(image))) => {

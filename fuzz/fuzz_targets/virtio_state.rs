@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
@@ -27,7 +27,7 @@ fuzz_target!(|bytes: &[u8]| {
         DeviceState::Balloon(state) => *state,
         _ => BalloonState::default(),
     };
-    let device = Box::new(Plain::new(Balloon::new(&own).expect("a balloon")));
+    let device = Box::new(SyncDevice::new(Balloon::new(&own).expect("a balloon")));
     let wiring = Wiring::new(4).expect("wires");
     let Ok(device) = VirtioMmio::restore(device, ram(), wiring, &state) else { return };
     device.resume();

@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clade_devices::MmioDevice;
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockOptions};
 use clade_devices::virtio::{VirtioMmio, Wiring, regs};
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
@@ -115,7 +115,7 @@ impl Vm {
         let ram = GuestRam::reserve(image.layout(), store).expect("memory");
         ram.adopt(image).expect("memory");
         let options = VsockOptions { cid: CID, socket: dir.path().join("vm.sock") };
-        let device = Plain::new(Vsock::new(&options, false).expect("a socket"));
+        let device = SyncDevice::new(Vsock::new(&options, false).expect("a socket"));
         let device = VirtioMmio::new(Box::new(device), &ram, Wiring::new(3).expect("wires"), false);
         let mut vm = Self { ram, device, available: [0; 3], hosts: Vec::new() };
         vm.set_up();
@@ -306,7 +306,7 @@ fuzz_target!(|steps: Vec<Step>| {
     }
     vm.pause();
     let connections = vm.device.with_device(|device| {
-        let device: &mut Plain<Vsock> = device.as_any().downcast_mut().expect("a socket device");
+        let device: &mut SyncDevice<Vsock> = device.as_any().downcast_mut().expect("a socket device");
         device.with(|vsock| vsock.connections())
     });
     assert!(connections.is_none_or(|count| count <= 1024));

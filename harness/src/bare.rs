@@ -55,7 +55,7 @@ pub enum BareError {
 }
 
 /// How long the guest may take to answer.
-const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The mailbox of one vCPU, in a guest's memory.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +180,7 @@ impl<'a> BareVcpu<'a> {
     /// # Errors
     /// When the guest faults or does not answer.
     pub fn await_done(&self, seq: u64) -> Result<(), BareError> {
-        let deadline = Instant::now() + ANSWER;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
         while self.mailbox.get(abi::offset::DONE_SEQ)? < seq {
             self.check_fault()?;
             let left = deadline.saturating_duration_since(Instant::now());
@@ -198,7 +198,7 @@ impl<'a> BareVcpu<'a> {
     /// # Errors
     /// When the guest faults or does not get there.
     pub fn await_ready(&self) -> Result<(), BareError> {
-        let deadline = Instant::now() + ANSWER;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
             if self.mailbox.is_ready()? {
                 return self.check_fault();
@@ -212,7 +212,7 @@ impl<'a> BareVcpu<'a> {
 
     fn silent(&self, wanted: &'static str) -> BareError {
         let (vm, stopped) = (self.vm.name().to_owned(), self.vm.stopped());
-        BareError::Silent { vm, vcpu: self.mailbox.vcpu, wanted, seconds: ANSWER.as_secs(), stopped }
+        BareError::Silent { vm, vcpu: self.mailbox.vcpu, wanted, seconds: ANSWER_TIMEOUT.as_secs(), stopped }
     }
 
     fn check_fault(&self) -> Result<(), BareError> {
@@ -234,7 +234,7 @@ impl<'a> BareVcpu<'a> {
     /// # Errors
     /// When the guest faults or does not report it.
     pub fn await_event(&self, event: abi::Event) -> Result<Instant, BareError> {
-        let deadline = Instant::now() + ANSWER;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.vm.reports().next(left.min(Duration::from_millis(100))) {

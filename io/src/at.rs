@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 
 use crate::file::{CachePolicy, FileError, Handles, IoFile};
-use crate::shelf::FileShelf;
+use crate::overlay_pool::OverlayPool;
 
 impl IoFile {
     /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle. `path` is what the directory is called.
@@ -26,23 +26,23 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
     }
 
-    /// As [`IoFile::unnamed_in`], but a file that `shelf` has kept if there is one, **with anything in it**: for whoever reads nothing that it
-    /// has not written. It goes back there in the end. All files of one shelf must be asked for with the same arguments.
+    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything in it**: for whoever reads nothing that it
+    /// has not written. It goes back there in the end. All files of one pool must be asked for with the same arguments.
     ///
     /// # Errors
     /// As [`IoFile::unnamed_in`].
     pub fn reused_in(
-        shelf: &Arc<FileShelf>,
+        pool: &Arc<OverlayPool>,
         dir: BorrowedFd<'_>,
         path: &Path,
         len: u64,
         policy: CachePolicy,
     ) -> Result<Self, FileError> {
-        let mut file = match shelf.take() {
+        let mut file = match pool.take() {
             Some(handles) => Self::new(path, handles, true, false, false),
             None => Self::unnamed_in(dir, path, len, policy)?,
         };
-        file.shelf = Some(Arc::clone(shelf));
+        file.pool = Some(Arc::clone(pool));
         Ok(file)
     }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::ALIGN;
-use crate::shelf::FileShelf;
+use crate::overlay_pool::OverlayPool;
 
 /// Whether transfers go through the host's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -110,7 +110,7 @@ pub struct IoFile {
     path: PathBuf,
     pub(crate) handles: Arc<Handles>,
     /// Where its handles go after it.
-    pub(crate) shelf: Option<Arc<FileShelf>>,
+    pub(crate) pool: Option<Arc<OverlayPool>>,
     writable: bool,
     /// Whether it has a name, and outlives the process.
     named: bool,
@@ -174,7 +174,7 @@ impl IoFile {
     pub(crate) fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
         let (linked, unsynced, path) = (AtomicBool::new(false), AtomicBool::new(false), path.to_owned());
-        Self { path, handles, shelf: None, writable, named, linked, block_device, unsynced, writes, no_writes }
+        Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes }
     }
 
     /// Whether writes to it have ended since this was last asked: what was written before the answer is to be made durable by whoever asks, or
@@ -358,8 +358,8 @@ impl IoFile {
 impl Drop for IoFile {
     fn drop(&mut self) {
         // Nobody reads it any more, and what was to be written to it has been: operations hold the file.
-        if let Some(shelf) = self.shelf.take().filter(|_| !*self.linked.get_mut()) {
-            shelf.put(Arc::clone(&self.handles));
+        if let Some(pool) = self.pool.take().filter(|_| !*self.linked.get_mut()) {
+            pool.put(Arc::clone(&self.handles));
         }
     }
 }
@@ -400,9 +400,9 @@ mod tests {
     #[test]
     fn a_file_is_used_again_when_nobody_has_it() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Arc::new(FileShelf::default());
+        let pool = Arc::new(OverlayPool::default());
         let opened = File::open(dir.path()).unwrap();
-        let file = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
+        let file = || IoFile::reused_in(&pool, opened.as_fd(), dir.path(), 1 << 20, CachePolicy::Direct).unwrap();
         let inode = |file: &IoFile| rustix::fs::fstat(file).unwrap().st_ino;
         let (first, second) = (file(), file());
         first.write_now(b"before", 5000).unwrap();
@@ -426,9 +426,9 @@ mod tests {
     #[test]
     fn a_file_that_was_given_a_name_is_there_afterwards_and_not_used_again() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Arc::new(FileShelf::default());
+        let pool = Arc::new(OverlayPool::default());
         let opened = File::open(dir.path()).unwrap();
-        let make = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 8192, CachePolicy::Host).unwrap();
+        let make = || IoFile::reused_in(&pool, opened.as_fd(), dir.path(), 8192, CachePolicy::Host).unwrap();
         let file = make();
         assert!(!file.take_unsynced());
         file.write_now(b"kept", 4096).unwrap();

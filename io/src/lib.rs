@@ -10,7 +10,7 @@
 //! | memory of an operation | `buffer.rs` |
 //! | files, and whether the page cache is used | `file.rs` |
 //! | files by their directory's descriptor | `at.rs` |
-//! | files that are used again | `shelf.rs` |
+//! | files that are used again | `pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //!
 //! What it does not do: it knows nothing of guests, disks and their formats, and it starts no threads.
@@ -20,12 +20,12 @@ mod buffer;
 mod engine;
 mod file;
 mod op;
-mod shelf;
+mod overlay_pool;
 mod tap;
 
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
 pub use op::{Failure, Request};
-pub use shelf::FileShelf;
+pub use overlay_pool::OverlayPool;
 pub use tap::{Offload, Tap, TapError, VNET_HEADER};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
-use clade_snapshot::{Compression, Load, Save, Snapshot, Watch, verify};
+use clade_snapshot::{Compression, Load, Save, SaveProgress, Snapshot, verify};
 use rustix::fs::OFlags;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -53,7 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let disk = direct(&Path::new(&dir).join("speed.direct"), mib)?;
         let start = Instant::now();
         let save = Save { memory: &image, disks: &[], sections: &[], base: None, compression, replace: false };
-        let saved = save.to(&at, &Watch::none())?;
+        let saved = save.to(&at, &SaveProgress::none())?;
         let rate = mib as f64 / start.elapsed().as_secs_f64();
         println!(
             "save {compression:?}: {rate:.0} MiB/s into {} MiB; direct writes {disk:.0} MiB/s; ratio {:.2}",

@@ -148,7 +148,7 @@ fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
 
 /// A directory being written. Dropped before it is published, it is removed.
 #[derive(Debug)]
-pub(crate) struct Aside<'f> {
+pub(crate) struct StagingDir<'f> {
     files: &'f Files,
     place: PathBuf,
     path: PathBuf,
@@ -158,7 +158,7 @@ pub(crate) struct Aside<'f> {
     garbage: bool,
 }
 
-impl<'f> Aside<'f> {
+impl<'f> StagingDir<'f> {
     /// Beside `place` (as [`place`] gives it), after sweeping.
     pub(crate) fn create(files: &'f Files, place: PathBuf) -> Result<Self, Error> {
         let parent = place.parent().ok_or_else(|| Error::Path { path: place.clone() })?;
@@ -222,7 +222,7 @@ impl<'f> Aside<'f> {
     }
 }
 
-impl Drop for Aside<'_> {
+impl Drop for StagingDir<'_> {
     fn drop(&mut self) {
         // Opened again: it may be what was there before.
         let removed = || remove(self.files, &self.files.open_real_dir(&self.path)?, &self.path);

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use clade_memory::PAGE_SHIFT;
 
-use crate::aside::{Aside, MANIFEST, STATE, WARM, expect_replaceable, layer_name, place};
+use crate::aside::{MANIFEST, STATE, StagingDir, WARM, expect_replaceable, layer_name, place};
 use crate::chain::{Place, Snapshot, read_manifest, read_warm};
 use crate::dependents;
 use crate::disk::Merged;
@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::Warm;
 use crate::lock::{How, lock};
-use crate::save::{Meter, Saved, Watch};
+use crate::save::{Meter, SaveProgress, Saved};
 use crate::space::checked_runs;
 use crate::write::write_layer;
 
@@ -23,11 +23,11 @@ use crate::write::write_layer;
 ///
 /// # Errors
 /// Then `dir` is as it was; see [`crate::Save::to`].
-pub fn compact(dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+pub fn compact(dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
     compact_with(&Files::default(), dir, watch)
 }
 
-pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
     let snapshot = Snapshot::with(files, dir)?;
     let spaces: Vec<_> = std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks).collect();
     let mut manifest = snapshot.manifest().clone();
@@ -47,7 +47,7 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &Watch<'_>) -> Resu
         let mut meter = Meter::new(watch, &mut done, total);
         meter.add(0)?;
         let target = place.clone();
-        let mut aside = Aside::create(files, place)?;
+        let mut aside = StagingDir::create(files, place)?;
         manifest.parent = None;
         for (at, space) in spaces.into_iter().enumerate() {
             let disk = at.checked_sub(1);

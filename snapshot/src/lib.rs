@@ -44,7 +44,7 @@ pub use disk::{DiskLayerFile, DiskReader};
 pub use error::Error;
 pub use format::{Compression, Damage, SnapshotId};
 pub use restore::Load;
-pub use save::{Base, DiskToSave, Save, Saved, Watch};
+pub use save::{Base, DiskToSave, Save, SaveProgress, Saved};
 pub use show::{LayerSummary, Link, Summary, show};
 pub use space::{Kind, Space, linear};
 pub use verify::{Verified, verify};

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::files::{Files, Op};
 
 /// How long another's lock is waited for.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// How often it is tried.
 const AGAIN: Duration = Duration::from_millis(5);
 
@@ -48,8 +48,8 @@ pub(crate) fn lock(
             Err(path) => path,
         };
         go_on()?;
-        if begun.elapsed() >= PATIENCE {
-            return Err(Error::Locked { path: contended.to_owned(), seconds: PATIENCE.as_secs() });
+        if begun.elapsed() >= TIMEOUT {
+            return Err(Error::Locked { path: contended.to_owned(), seconds: TIMEOUT.as_secs() });
         }
         std::thread::sleep(AGAIN);
     }

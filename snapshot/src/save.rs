@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
-use crate::aside::{Aside, MANIFEST, STATE, expect_replaceable, layer_name, place, random};
+use crate::aside::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
 use crate::chain::{MAX_DEEP, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
@@ -24,20 +24,20 @@ use crate::write::write_layer;
 
 /// How a save is watched, and stopped.
 #[derive(Clone, Copy)]
-pub struct Watch<'a> {
+pub struct SaveProgress<'a> {
     /// Told bytes done and bytes to do at most (what turns out to be zeros is done without being written), on the thread that saves.
     pub progress: &'a dyn Fn(u64, u64),
     /// Set by anyone, at any time.
     pub cancel: &'a AtomicBool,
 }
 
-impl std::fmt::Debug for Watch<'_> {
+impl std::fmt::Debug for SaveProgress<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watch").field("cancel", &self.cancel).finish_non_exhaustive()
+        f.debug_struct("SaveProgress").field("cancel", &self.cancel).finish_non_exhaustive()
     }
 }
 
-impl Watch<'static> {
+impl SaveProgress<'static> {
     /// Nobody looks.
     #[must_use]
     pub fn none() -> Self {
@@ -46,15 +46,15 @@ impl Watch<'static> {
     }
 }
 
-/// Counts for a [`Watch`].
+/// Counts for a [`SaveProgress`].
 pub(crate) struct Meter<'a> {
-    watch: &'a Watch<'a>,
+    watch: &'a SaveProgress<'a>,
     done: &'a mut u64,
     total: u64,
 }
 
 impl<'a> Meter<'a> {
-    pub(crate) fn new(watch: &'a Watch<'a>, done: &'a mut u64, total: u64) -> Self {
+    pub(crate) fn new(watch: &'a SaveProgress<'a>, done: &'a mut u64, total: u64) -> Self {
         Self { watch, done, total }
     }
 
@@ -141,11 +141,11 @@ impl Save<'_> {
     /// # Errors
     /// Then what was in `dir` is there as it was. Only if the last sync failed may the new one be there instead, whole, but not known to
     /// outlive a power cut: it is to be saved again.
-    pub fn to(&self, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+    pub fn to(&self, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
         self.with(&Files::default(), dir, watch)
     }
 
-    pub(crate) fn with(&self, files: &Files, dir: &Path, watch: &Watch<'_>) -> Result<Saved, Error> {
+    pub(crate) fn with(&self, files: &Files, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
         self.check_names()?;
         let memory = RamSpace::new(self.memory, self.base.map(|base| base.image))?;
         let place = place(dir)?;
@@ -171,7 +171,7 @@ impl Save<'_> {
         meter.add(0)?;
 
         let target = place.clone();
-        let mut aside = Aside::create(files, place)?;
+        let mut aside = StagingDir::create(files, place)?;
         let mut layers = Vec::with_capacity(spaces.len());
         for (at, ((_, space), runs)) in spaces.into_iter().zip(&runs).enumerate() {
             let how = (runs.as_slice(), self.compression);
@@ -204,7 +204,7 @@ impl Save<'_> {
     fn publish(
         &self,
         files: &Files,
-        aside: &mut Aside<'_>,
+        aside: &mut StagingDir<'_>,
         target: &Path,
         meter: &mut Meter<'_>,
     ) -> Result<Option<Noted>, Error> {

@@ -302,7 +302,7 @@ mod tests {
     use super::*;
     use crate::format::Index;
     use crate::layer::LayerFile;
-    use crate::save::Watch;
+    use crate::save::SaveProgress;
     use std::io;
 
     /// Many windows in which short zeros that are known, long ones, and pages that turn out to be zeros stand between data and gaps.
@@ -351,7 +351,7 @@ mod tests {
         for compression in [Compression::None, Compression::Zstd] {
             let dir = tempfile::tempdir().unwrap();
             let runs = crate::space::checked_runs("it", &Pattern, false).unwrap();
-            let (watch, mut done) = (Watch::none(), 0);
+            let (watch, mut done) = (SaveProgress::none(), 0);
             let mut meter = Meter::new(&watch, &mut done, 0);
             let entry = write_layer(&files, dir.path(), "it", &Pattern, (&runs, compression), &mut meter).unwrap();
             let layer = LayerFile::open(&files, &files.dir(dir.path()).unwrap(), "it", &entry).unwrap();

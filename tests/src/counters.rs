@@ -24,7 +24,7 @@ pub struct Holdings {
 }
 
 /// Large layers are put away by a thread of the store, which takes a moment.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Checks that nobody holds a layer of the store, or a mapping of its budget.
 ///
@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// When somebody does.
 pub fn expect_nothing_held(store: &Store, what: &str) {
     let held = || (store.live_layers(), store.budget().used());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while held() != (0, 0) && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(1));
     }
@@ -69,7 +69,7 @@ impl Holdings {
         const SLACK: usize = 24;
         let exact = |h: Self| Self { mappings: 0, ..h };
         let mut now = Self::count(store);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while exact(now) != exact(self) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
             now = Self::count(store);

@@ -16,7 +16,7 @@ use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
 use crate::Guest;
 
 /// How long a guest may take to get on.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// Where the driver's area is.
 const AREA: u64 = WORK_BASE;
 /// Where the data is.
@@ -185,7 +185,7 @@ impl DiskGuest {
     /// # Panics
     /// When it does not get on.
     pub fn await_progress(&self, done: u64) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while BareVcpu::new(self.vm(), 0).mailbox().progress().expect("the guest's progress") < done {
             assert!(Instant::now() < deadline, "the run does not get on");
             thread::yield_now();
@@ -200,7 +200,7 @@ impl DiskGuest {
     #[must_use]
     pub fn fork_in_flight(&self, done: u64) -> Arc<ForkImage> {
         self.await_progress(done);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let (image, report) = self.vm().fork().expect("a running VM is forked");
             if report.in_flight > 0 {

@@ -13,7 +13,7 @@ use clade_memory::Backing;
 use clade_tests::{DiskFile, DiskGuest, Turn, words};
 use clade_vmm::vm::{Context, DiskSpec};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 const BYTES: u64 = 4 * MIB;
 const SECTORS: u64 = BYTES / 512;
@@ -21,7 +21,7 @@ const SECTORS: u64 = BYTES / 512;
 const LATE: Duration = Duration::from_millis(20);
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(PATIENCE)?;
+    let turn = Turn::take(TIMEOUT)?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -45,7 +45,7 @@ fn late(file: &DiskFile) -> DiskSpec {
 fn exported(guest: &DiskGuest, file: &DiskFile, name: &str) -> Vec<u8> {
     let (image, _) = guest.vm().fork().unwrap();
     let disk = image.disks().next().unwrap();
-    assert!(disk.settle(PATIENCE));
+    assert!(disk.settle(TIMEOUT));
     disk.export(&file.beside(name)).unwrap();
     std::fs::read(file.beside(name)).unwrap()
 }
@@ -136,7 +136,7 @@ fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
 }
 
 #[test]
-fn writes_of_parts_of_granules_survive_forks() {
+fn writes_of_parts_of_clusters_survive_forks() {
     let Some((_turn, context)) = turn() else { return };
     let file = DiskFile::new(BYTES, 1);
     let mut model = file.bytes();
@@ -230,7 +230,7 @@ fn ephemeral_disks_of_one_image_are_written_apart_and_leave_it_as_it_is() {
     drop((image, child));
     let vm = parent.vm();
     vm.stop();
-    assert!(vm.wait(PATIENCE).is_some());
+    assert!(vm.wait(TIMEOUT).is_some());
     let commits: Vec<_> = vm.take_disks().into_iter().map(|disk| disk.commit().map_err(|failed| failed.1)).collect();
     assert!(matches!(commits.as_slice(), [Err(CommitError::ReadOnly { .. })]), "{commits:?}");
     drop(guests);

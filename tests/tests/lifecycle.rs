@@ -17,11 +17,11 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, 
 use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 32;
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(PATIENCE)?;
+    let turn = Turn::take(TIMEOUT)?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -571,11 +571,11 @@ fn a_stopped_vm_refuses_by_name() {
     let (image, _) = vm.fork().unwrap();
     vm.stop();
     vm.stop();
-    assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Asked));
-    assert!(matches!(vm.fork(), Err(VmError::Stopped(StopReason::Asked))));
-    assert!(matches!(vm.pause(), Err(VmError::Stopped(StopReason::Asked))));
+    assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Requested));
+    assert!(matches!(vm.fork(), Err(VmError::Stopped(StopReason::Requested))));
+    assert!(matches!(vm.pause(), Err(VmError::Stopped(StopReason::Requested))));
     assert!(!vm.is_paused());
-    assert!(matches!(vm.resume(), Err(VmError::Stopped(StopReason::Asked))));
+    assert!(matches!(vm.resume(), Err(VmError::Stopped(StopReason::Requested))));
     assert!(vm.pause_guard().is_err());
     expect_running(&Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap(), 2);
 }
@@ -600,9 +600,9 @@ fn a_vm_is_stopped_while_it_is_forked() {
             thread::sleep(Duration::from_micros(n * 67));
             vm.stop();
             let error = forker.join().unwrap();
-            assert!(matches!(error, VmError::Stopped(StopReason::Asked)), "{error:?}");
+            assert!(matches!(error, VmError::Stopped(StopReason::Requested)), "{error:?}");
         });
-        assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Asked));
+        assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Requested));
     }
 }
 
@@ -641,7 +641,7 @@ fn a_child_is_dropped_at_once() {
         let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
         if n % 2 == 0 {
             child.stop();
-            assert_eq!(child.wait(Duration::from_secs(20)), Some(StopReason::Asked));
+            assert_eq!(child.wait(Duration::from_secs(20)), Some(StopReason::Requested));
         }
     }
 }

@@ -12,8 +12,8 @@ use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER: Duration = Duration::from_secs(180);
-const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(900);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 
 /// A shell at its prompt.
@@ -75,14 +75,14 @@ fn until_prompt_or_panic(vm: &Vm) -> String {
 /// Asks a paused VM's shell, and pauses it again.
 fn ask(vm: &Vm, line: &str) -> String {
     vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER);
+    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
     vm.pause().unwrap();
     answer
 }
 
 #[test]
 fn linux_boots_to_a_shell_that_answers() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     assert!(booted.console.contains("Linux version 6.1"), "{}", booted.console);
     assert!(booted.console.contains("clade-guest ready"), "{}", booted.console);
@@ -95,7 +95,7 @@ fn linux_boots_to_a_shell_that_answers() {
 
 #[test]
 fn linux_children_are_told_apart() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     assert_eq!(ask(&one, "who=the-first; echo $who"), "the-first");
@@ -116,13 +116,13 @@ fn linux_children_are_told_apart() {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_a_line() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let parent = booted.child("typing");
     parent.resume().unwrap();
     let from = parent.console().position();
     parent.type_in(b"echo half-");
-    let _ = Linux::expect(&parent, from, "half-", ANSWER);
+    let _ = Linux::expect(&parent, from, "half-", ANSWER_TIMEOUT);
     let (image, _) = parent.fork().unwrap();
     parent.pause().unwrap();
     let child = Vm::from_image(&booted.context, "finishing", &image, PAUSED).unwrap();
@@ -130,7 +130,7 @@ fn linux_is_forked_in_the_middle_of_a_line() {
         vm.resume().unwrap();
         let from = vm.console().position();
         vm.type_in(rest.as_bytes());
-        let text = Linux::expect(vm, from, "[done 0]", ANSWER);
+        let text = Linux::expect(vm, from, "[done 0]", ANSWER_TIMEOUT);
         vm.pause().unwrap();
         assert!(text.contains(whole), "{text}");
     }
@@ -138,7 +138,7 @@ fn linux_is_forked_in_the_middle_of_a_line() {
 
 #[test]
 fn linux_time_goes_on_in_a_child() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let child = booted.child("clock");
     let uptime = |vm: &Vm| ask(vm, "read -r up idle </proc/uptime; echo $up").parse::<f64>().unwrap();
@@ -151,19 +151,24 @@ fn linux_time_goes_on_in_a_child() {
 
 #[test]
 fn linux_reboots_through_the_keyboard_controller() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let child = booted.child("rebooting");
     child.resume().unwrap();
     child.type_in(b"reboot -f\n");
-    assert_eq!(child.wait(ANSWER), Some(StopReason::Reset), "{}", String::from_utf8_lossy(&child.console().since(0)));
+    assert_eq!(
+        child.wait(ANSWER_TIMEOUT),
+        Some(StopReason::Reset),
+        "{}",
+        String::from_utf8_lossy(&child.console().since(0))
+    );
     let other = booted.child("other");
     assert_eq!(ask(&other, "echo alive"), "alive", "it was the other's reset");
 }
 
 #[test]
 fn linux_with_two_vcpus_is_forked() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::boot(&turn, 2) else { return };
     let child = booted.child("two-vcpus");
     assert_eq!(ask(&child, "nproc"), "2");
@@ -180,7 +185,7 @@ fn linux_with_two_vcpus_is_forked() {
 
 #[test]
 fn a_bzimage_is_unpacked_and_started() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(linux) = Linux::find() else { return };
     let context = turn.context(Backing::Huge);
     let vm = linux.boot(&context, "bzImage", 1, "earlyprintk=serial");

@@ -13,8 +13,8 @@ use clade_vmm::vm::{ChildOptions, Vm, VmConfig};
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// Seconds with hardware virtualization, a quarter of an hour where guest kernels are interpreted.
 const BOOT: Duration = Duration::from_secs(3600);
-const ANSWER: Duration = Duration::from_secs(300);
-const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(900);
 /// What it can do without: several processors, wiping of pages it hands out, workarounds, its tracing's files, and tests of
 /// its ciphers: the one of Diffie-Hellman takes hours where it is interpreted.
 const EXTRA: &str = "nr_cpus=1 init_on_alloc=0 mitigations=off nowatchdog cryptomgr.notests \
@@ -40,7 +40,7 @@ fn fetch(dir: &Path) -> PathBuf {
 #[ignore = "a quarter of an hour where guest kernels are interpreted"]
 fn debians_cloud_kernel_boots() {
     let Some(linux) = Linux::find() else { return };
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let context = turn.context(Backing::Huge);
     let dir = tempfile::tempdir().unwrap();
     let kernel = fetch(dir.path());
@@ -53,7 +53,7 @@ fn debians_cloud_kernel_boots() {
     let (image, _) = vm.fork().unwrap();
     let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
     for vm in [&child, &vm] {
-        let release = Linux::ask(vm, "read -r a b c d </proc/version; echo $c", ANSWER);
+        let release = Linux::ask(vm, "read -r a b c d </proc/version; echo $c", ANSWER_TIMEOUT);
         assert!(release.ends_with("cloud-amd64"), "{release}");
     }
 }

@@ -23,8 +23,8 @@ use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
 use tempfile::TempDir;
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER: Duration = Duration::from_secs(180);
-const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(900);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 /// What goes over the network.
 const BYTES: usize = 1 << 20;
@@ -83,39 +83,39 @@ impl Booted {
 /// Asks a paused VM's shell, and pauses it again. The last line: the kernel has something to say before it at times.
 fn ask(vm: &Vm, line: &str) -> String {
     vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER);
+    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
     vm.pause().unwrap();
     answer.lines().last().unwrap_or_default().to_owned()
 }
 
 /// Waits for the end of a line that was typed into a running VM, and for the prompt behind it; returns what came.
 fn finish(vm: &Vm, from: u64) -> String {
-    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"), ANSWER);
+    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"), ANSWER_TIMEOUT);
     assert!(text.contains("[done 0]"), "{text}");
     text
 }
 
 /// Waits, with the VM running, until `done` says what it has seen.
 fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     vm.resume().unwrap();
     loop {
         if let Some(seen) = done() {
             vm.pause().unwrap();
             return seen;
         }
-        assert!(Instant::now() < deadline, "{}: {what}: not within {ANSWER:?}", vm.name());
+        assert!(Instant::now() < deadline, "{}: {what}: not within {ANSWER_TIMEOUT:?}", vm.name());
         thread::sleep(Duration::from_millis(50));
     }
 }
 
 /// Calls `once` until it does not say that it would block.
 fn patiently<T>(what: &str, mut once: impl FnMut() -> std::io::Result<T>) -> T {
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     loop {
         match once() {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                assert!(Instant::now() < deadline, "{what}: not within {ANSWER:?}");
+                assert!(Instant::now() < deadline, "{what}: not within {ANSWER_TIMEOUT:?}");
                 thread::sleep(Duration::from_millis(10));
             }
             other => return other.unwrap_or_else(|error| panic!("{what}: {error}")),
@@ -134,7 +134,7 @@ fn serve<T: Send + 'static>(
     let served = thread::spawn(move || {
         let (stream, _) = patiently("the guest connects", || listener.accept());
         stream.set_nonblocking(false).unwrap();
-        stream.set_read_timeout(Some(ANSWER)).unwrap();
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
         with(stream)
     });
     (port, served)
@@ -158,7 +158,7 @@ fn connect(vm: &Vm) -> Subnet {
     let (host, guest) = (subnet.host(), subnet.guest());
     assert_eq!(ask(vm, &format!("ip addr add {guest}/24 dev eth0 && ip link set eth0 up && echo up")), "up");
     wait_for(vm, "the guest reaches the host", || {
-        let answer = Linux::ask(vm, &format!("ping -c 1 -W 5 {host} >/dev/null && echo reached"), ANSWER);
+        let answer = Linux::ask(vm, &format!("ping -c 1 -W 5 {host} >/dev/null && echo reached"), ANSWER_TIMEOUT);
         answer.contains("reached").then_some(())
     });
     subnet
@@ -179,7 +179,7 @@ fn private_kib(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_chooses_indirect_tables_where_it_can() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("features");
     // A character a bit, and the devices in their order. Its balloon driver declines: to report free memory it must not need any.
@@ -193,7 +193,7 @@ fn linux_chooses_indirect_tables_where_it_can() {
 
 #[test]
 fn linux_siblings_draw_random_bytes_of_their_own() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
@@ -214,21 +214,21 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
 
 #[test]
 fn linux_is_heard_and_typed_at_on_its_virtio_console() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("hvc");
     let hvc = vm.virtio_console().unwrap();
     assert_eq!(ask(&vm, "echo to-the-host >/dev/hvc0; echo said"), "said");
-    let (seen, found) = hvc.wait_for(0, "to-the-host", ANSWER);
+    let (seen, found) = hvc.wait_for(0, "to-the-host", ANSWER_TIMEOUT);
     assert!(found, "{seen}");
     assert_eq!(vm.type_in_virtio(b"from-the-host\n"), 14);
     assert_eq!(ask(&vm, "read -r line </dev/hvc0; echo got-$line >/dev/hvc0; echo read $line"), "read from-the-host");
-    assert!(hvc.wait_for(0, "got-from-the-host", ANSWER).1);
+    assert!(hvc.wait_for(0, "got-from-the-host", ANSWER_TIMEOUT).1);
     // A child's begins empty, and goes on.
     let (image, _) = vm.fork().unwrap();
     let child = Vm::from_image(&booted.context, "hvc-child", &image, PAUSED).unwrap();
     assert_eq!(ask(&child, "echo of-the-child >/dev/hvc0; echo said"), "said");
-    let (seen, found) = child.virtio_console().unwrap().wait_for(0, "of-the-child", ANSWER);
+    let (seen, found) = child.virtio_console().unwrap().wait_for(0, "of-the-child", ANSWER_TIMEOUT);
     assert!(found && !seen.contains("from-the-host"), "{seen}");
     assert!(!hvc.wait_for(0, "of-the-child", Duration::ZERO).1);
 }
@@ -236,7 +236,7 @@ fn linux_is_heard_and_typed_at_on_its_virtio_console() {
 #[test]
 fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     const MIB: u64 = 96;
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("balloon");
     let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=24 2>/dev/null; rm /tmp/fill; echo used";
@@ -293,7 +293,7 @@ fn talk(vm: &Vm, word: &str) {
     vm.type_in(format!("echo from-{word} | vsock connect 2 5000\n").as_bytes());
     let (mut stream, _) = patiently("the guest connects", || listener.accept());
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(ANSWER)).unwrap();
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
     let wanted = format!("from-{word}\n");
     let mut got = vec![0; wanted.len()];
     stream.read_exact(&mut got).unwrap();
@@ -306,9 +306,9 @@ fn talk(vm: &Vm, word: &str) {
 
     let from = vm.console().position();
     vm.type_in(format!("echo served-{word} | vsock listen 6000\n").as_bytes());
-    let _ = Linux::expect(vm, from, "listening", ANSWER);
+    let _ = Linux::expect(vm, from, "listening", ANSWER_TIMEOUT);
     let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.set_read_timeout(Some(ANSWER)).unwrap();
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
     stream.write_all(b"CONNECT 6000\n").unwrap();
     let mut said = Vec::new();
     while said.iter().filter(|byte| **byte == b'\n').count() < 2 {
@@ -327,14 +327,14 @@ fn talk(vm: &Vm, word: &str) {
 
 #[test]
 fn linux_talks_through_sockets_both_ways() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("sockets");
     assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.path().join("sockets.vsock"));
     talk(&vm, "one");
     // Nobody listens: refused, and nothing else.
     vm.resume().unwrap();
-    let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null", ANSWER);
+    let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null", ANSWER_TIMEOUT);
     vm.pause().unwrap();
     assert!(text.contains("failed 104"), "{text}");
     talk(&vm, "two");
@@ -342,7 +342,7 @@ fn linux_talks_through_sockets_both_ways() {
 
 #[test]
 fn linux_is_put_back_with_everything_it_has() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("reset");
     assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && echo mounted"), "mounted");
@@ -366,7 +366,7 @@ fn linux_is_put_back_with_everything_it_has() {
 
 #[test]
 fn linux_moves_bytes_through_its_network() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
@@ -413,7 +413,7 @@ impl Slow {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_everything() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
@@ -443,7 +443,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
         "nc {host} {port} </tmp/data & net=$!; dd if=/tmp/data of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo file-$?\n"
     );
     parent.type_in(line.as_bytes());
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     let image = loop {
         let received = slow.received.load(Ordering::SeqCst);
         assert!(Instant::now() < deadline, "never in the middle of both: {received} bytes sent");
@@ -481,7 +481,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
     let text = finish(&child, 0);
     assert!(text.contains("file-0"), "{text}");
     // ENOTCONN is what Linux gives to who reads from a socket that its device has reset.
-    let _ = Linux::expect(&child, 0, "failed 107", ANSWER);
+    let _ = Linux::expect(&child, 0, "failed 107", ANSWER_TIMEOUT);
     child.pause().unwrap();
     assert_eq!(ask(&child, "kill $net; cmp /tmp/data /tmp/d/big && echo same"), "same");
     talk(&child, "child");
@@ -509,7 +509,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
 }
 
 fn wait_for_carrier(vm: &Vm, wanted: u64) -> u64 {
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     loop {
         let now = ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse().unwrap();
         if now >= wanted || Instant::now() > deadline {

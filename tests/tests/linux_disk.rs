@@ -13,13 +13,13 @@ use clade_tests::{Linux, PROMPT, Turn, checked, ext4, skip};
 use clade_vmm::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER: Duration = Duration::from_secs(180);
-const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(900);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 
 fn ask(vm: &Vm, line: &str) -> String {
     vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER);
+    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
     vm.pause().unwrap();
     // The kernel has something to say about mounts, before it.
     answer.lines().last().unwrap_or_default().to_owned()
@@ -27,7 +27,7 @@ fn ask(vm: &Vm, line: &str) -> String {
 
 #[test]
 fn linux_on_ext4_is_forked_while_it_writes() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(linux) = Linux::find() else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("root.img");
@@ -55,12 +55,12 @@ fn linux_on_ext4_is_forked_while_it_writes() {
     let done = format!("[done 0]\r\n{PROMPT}");
     let (image, in_flight) = forked_in_flight(&parent);
     println!("{in_flight} requests in flight at the fork");
-    let _ = Linux::expect(&parent, from, &done, ANSWER);
+    let _ = Linux::expect(&parent, from, &done, ANSWER_TIMEOUT);
     parent.pause().unwrap();
 
     let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
     child.resume().unwrap();
-    let _ = Linux::expect(&child, 0, &done, ANSWER);
+    let _ = Linux::expect(&child, 0, &done, ANSWER_TIMEOUT);
     child.pause().unwrap();
     for (vm, mark) in [(&parent, "parent"), (&child, "child")] {
         assert_eq!(ask(vm, "cat /tmp/d/file"), "before");

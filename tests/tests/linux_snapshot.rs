@@ -14,8 +14,8 @@ use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER: Duration = Duration::from_secs(180);
-const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(900);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 const CLONES: usize = 50;
 /// How wrong a clock may be, beside what is not known of when it was read.
@@ -25,7 +25,7 @@ const AGE: Duration = Duration::from_secs(3);
 
 fn ask_all(vm: &Vm, line: &str) -> String {
     vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER);
+    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
     vm.pause().unwrap();
     answer
 }
@@ -88,7 +88,7 @@ const IDENTITY: &str = "read -r uuid </proc/sys/kernel/random/uuid; read -r file
 
 #[test]
 fn linux_is_saved_once_and_restored_as_fifty_others() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(linux) = Linux::find() else { return };
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let disk = dir.path().join("root.img");

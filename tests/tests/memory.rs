@@ -15,7 +15,7 @@ use clade_vmm::vm::{Context, ForkImage};
 const MIB: u64 = 48;
 const PAGES: u64 = (MIB << 20) / PAGE_SIZE - WORK_BASE / PAGE_SIZE;
 const BLOCK: u64 = 512;
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 struct Case<'a> {
     context: &'a Context,
@@ -55,7 +55,7 @@ struct Row {
 }
 
 fn run(rows: &[Row]) {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     for backing in [Backing::Huge, Backing::Small] {
         let context = turn.context(backing);
         for writer in [Writer::Guest, Writer::Host] {

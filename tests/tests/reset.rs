@@ -15,14 +15,14 @@ use clade_vmm::vm::{Context, ForkImage, VmError};
 use kvm_bindings::Xsave;
 
 const MIB: u64 = 32;
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const DISK_BYTES: u64 = 4 << 20;
 const SECTORS: u64 = DISK_BYTES / 512;
 /// Long enough for a fork or a reset to find requests in flight whenever it comes.
 const LATE: Duration = Duration::from_millis(20);
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(PATIENCE)?;
+    let turn = Turn::take(TIMEOUT)?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -44,7 +44,7 @@ fn counting(guest: &Guest, vcpu: u64, first: u64, pages: u64) {
     let mailbox = BareMailbox::new(guest.vm().ram(), vcpu);
     let seq = mailbox.order(count(first, pages)).unwrap();
     guest.vm().resume().unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while mailbox.taken().unwrap() < seq {
         assert!(Instant::now() < deadline, "vCPU {vcpu} does not begin to count");
         thread::yield_now();
@@ -138,7 +138,7 @@ fn all_vcpus_are_put_back() {
         child.vm().reset_to_origin().unwrap();
         // They count on: more than at the instant, each in its own pages.
         let progress = |vcpu| BareMailbox::new(child.vm().ram(), vcpu).progress().unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let before = [progress(0), progress(1)];
         while (0..2).any(|vcpu| progress(vcpu) == before[vcpu as usize]) {
             assert!(Instant::now() < deadline, "a vCPU does not count on, round {round}");

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{DiskImage, DiskLayer, GRANULE};
+use clade_devices::disk::{CLUSTER, DiskImage, DiskLayer};
 use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_io::{CachePolicy, IoFile};
@@ -15,7 +15,7 @@ use clade_memory::Backing;
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, with_vcpus};
 use clade_vmm::vm::{ForkImage, saved};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const BYTES: u64 = 4 << 20;
 const SECTORS: u64 = BYTES / 512;
 
@@ -30,13 +30,13 @@ fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
 /// The disk of `image`, written into a file at `path` and made of it again.
 fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
     let disk = image.disks().next().unwrap();
-    assert!(disk.settle(PATIENCE));
+    assert!(disk.settle(TIMEOUT));
     let runs = disk.runs().unwrap();
     let to = File::create_new(path).unwrap();
     for run in runs.iter().filter(|run| !run.zero) {
-        let mut bytes = vec![0; ((run.granules.end - run.granules.start) * GRANULE) as usize];
-        disk.read_at(run.granules.start * GRANULE, &mut bytes).unwrap();
-        to.write_all_at(&bytes, run.granules.start * GRANULE).unwrap();
+        let mut bytes = vec![0; ((run.clusters.end - run.clusters.start) * CLUSTER) as usize];
+        disk.read_at(run.clusters.start * CLUSTER, &mut bytes).unwrap();
+        to.write_all_at(&bytes, run.clusters.start * CLUSTER).unwrap();
     }
     drop(to);
     let file = Arc::new(IoFile::open(path, false, CachePolicy::Host).unwrap());
@@ -48,7 +48,7 @@ fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
 fn a_guest_keeps_the_cpuid_it_was_booted_with() {
     const NAME: u32 = 0x8000_0002;
     const ELBR: u32 = u32::from_le_bytes(*b"Elbr");
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let context = turn.context(Backing::Huge);
     let guest = Guest::boot(&context, 48, 2);
     guest.fill(Writer::Guest, 0, 64, 1);
@@ -69,7 +69,7 @@ fn a_guest_keeps_the_cpuid_it_was_booted_with() {
 
 #[test]
 fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
-    let Some(turn) = Turn::take(PATIENCE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let context = turn.context(Backing::Huge);
     let file = DiskFile::new(BYTES, 1);
     let mut spec = file.spec();

@@ -22,7 +22,7 @@ use clade_vmm::vm::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 const MIB: u64 = 48;
 const PAGES: u64 = 4096;
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: false };
@@ -32,7 +32,7 @@ const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start:
 const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None };
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(PATIENCE)?;
+    let turn = Turn::take(TIMEOUT)?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -131,7 +131,7 @@ fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
     assert!(matches!(error, SnapshotError::Files(Error::OwnChain { .. })), "{error}");
     vm.vm().pause().unwrap();
     vm.expect(0, 100, Some(1), "and runs on");
-    compact(&at("third"), &clade_snapshot::Watch::none()).unwrap();
+    compact(&at("third"), &clade_snapshot::SaveProgress::none()).unwrap();
     fs::remove_dir_all(at("full")).unwrap();
     fs::remove_dir_all(at("second")).unwrap();
     check("third", RestoreLoad::Lazy);
@@ -353,7 +353,7 @@ fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
     guest.vm().stop();
     let error = guest.vm().snapshot(&at, FULL).unwrap_err();
     assert!(
-        matches!(error, SnapshotError::Vm(clade_vmm::vm::VmError::Stopped(StopReason::Asked))),
+        matches!(error, SnapshotError::Vm(clade_vmm::vm::VmError::Stopped(StopReason::Requested))),
         "{}",
         clade_vmm::error_chain(&error)
     );
@@ -402,7 +402,7 @@ fn stopping_a_vm_ends_its_snapshot() {
             saves.join().unwrap()
         });
         let Err(error) = saved else { return false };
-        assert!(matches!(*error, SnapshotError::Vm(VmError::Stopped(StopReason::Asked))), "{error:?}");
+        assert!(matches!(*error, SnapshotError::Vm(VmError::Stopped(StopReason::Requested))), "{error:?}");
         assert!(!at.exists());
         true
     });

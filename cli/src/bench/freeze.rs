@@ -20,9 +20,9 @@ const FIRST: u64 = 64;
 /// Like a template's, the memory has warm spare layers for an eager freeze to copy into.
 const SPARES: usize = 2;
 /// How often it is looked whether the background is done: far below what copying 1,024 pages takes.
-const LOOK: Duration = Duration::from_micros(20);
+const POLL_INTERVAL: Duration = Duration::from_micros(20);
 /// Longer than any copy; a background that never ends is a failure, not a figure.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     store.start_background().map_err(Failure::input)?;
@@ -103,8 +103,8 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
             "a background freeze copied something itself",
         )?;
         while image.is_pending() {
-            check(begun.elapsed() < PATIENCE, "the background does not end")?;
-            thread::sleep(LOOK);
+            check(begun.elapsed() < TIMEOUT, "the background does not end")?;
+            thread::sleep(POLL_INTERVAL);
         }
         s.complete.push_us(begun.elapsed());
         // Outside both pauses: what the background did is taken note of, and its garbage is gone before the next freeze.

@@ -22,7 +22,7 @@ const TARGET: (u64, f64) = (100, 300.0);
 /// Pages between two that are written, where they are far apart: eight to a block, each alone.
 const MAX_STEP: u64 = 64;
 /// A guest that does not get on is a failure, not a figure.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
@@ -127,7 +127,7 @@ impl Subject<'_> {
         let mailbox = BareMailbox::new(vm.ram(), 0);
         let count = Command::Count { start: WORK_BASE, pages: pages * step, stride: step * PAGE_WORDS };
         let seq = mailbox.order(count).map_err(Failure::run)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while mailbox.taken().map_err(Failure::run)? < seq || mailbox.progress().map_err(Failure::run)? < pages {
             if Instant::now() > deadline || vm.stopped().is_some() {
                 return Err(Failure::Run(anyhow::anyhow!("the guest does not write {pages} pages")));

@@ -104,7 +104,7 @@ pub(super) fn foreground(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &En
         return Err(Failure::Signal(number));
     }
     match ended {
-        StopReason::Asked | StopReason::Reset => Ok(()),
+        StopReason::Requested | StopReason::Reset => Ok(()),
         reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use clade_snapshot::{Error, Summary, Watch, compact, show, verify};
+use clade_snapshot::{Error, SaveProgress, Summary, compact, show, verify};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -15,7 +15,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, WarmAnswer};
 
 /// How often it is looked how far a snapshot is.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 pub(crate) fn main(args: SnapshotArgs) -> Outcome {
     match (args.command, args.save) {
@@ -57,7 +57,7 @@ fn save(args: &SaveArgs) -> Outcome {
         loop {
             tokio::select! {
                 answer = &mut saved => return answer,
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
             // Only to be shown: if it cannot be asked, the answer will say why.
             let progress = client.request::<SnapshotProgress>(Method::GET, &args.name, "/snapshot", None::<&()>).await;
@@ -163,7 +163,7 @@ fn compact_dir(args: &SnapshotDirArgs) -> Outcome {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let compacted = compact(&args.dir, &Watch { progress: &progress, cancel: &NEVER });
+    let compacted = compact(&args.dir, &SaveProgress { progress: &progress, cancel: &NEVER });
     bar.finish_and_clear();
     let compacted = compacted.map_err(failure)?;
     if args.json {

@@ -14,7 +14,7 @@ use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 
 /// A boot takes under a second with hardware virtualization, and half a minute without.
 const BOOT: Duration = Duration::from_secs(180);
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 128 << 20;
 
 /// What is typed into the children; every answer must differ.
@@ -114,7 +114,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxRepo
             child.resume().map_err(Failure::run)?;
         }
         for (child, command) in children.iter().zip(commands) {
-            let text = expect(child, 0, "[done ", ANSWER)?;
+            let text = expect(child, 0, "[done ", ANSWER_TIMEOUT)?;
             answers.push(Answer { command, answer: answer_in(&text, command) });
             child.pause().map_err(Failure::run)?;
             bar.inc(1);

@@ -50,7 +50,7 @@ const MADE_UP: u32 = 10;
 /// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
 /// Between two looks at the parent.
-const LOOK: Duration = Duration::from_micros(500);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 /// What was found and counted.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -292,7 +292,7 @@ impl Stress<'_> {
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
         while begun.elapsed() < time {
             self.rig.step(&mut self.random)?;
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
@@ -312,7 +312,7 @@ impl Stress<'_> {
             self.rig.step(&mut self.random)?;
             let now = Instant::now();
             if now < next {
-                thread::sleep((next - now).min(LOOK));
+                thread::sleep((next - now).min(POLL_INTERVAL));
                 continue;
             }
             // Beats that were missed are made up for, but not all those of a host that stood still.

@@ -18,7 +18,7 @@ fn end(disk: &mut Disk) {
     }
 }
 
-/// An image of ones, and a journal with its second granule in twos.
+/// An image of ones, and a journal with its second cluster in twos.
 fn left(dir: &Path) -> String {
     let path = dir.join("disk.img");
     fs::write(&path, vec![1; 1 << 20]).unwrap();

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 /// The binary under test.
 pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn required(tier: &str) -> bool {
     std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|t| t == tier))
@@ -42,9 +42,9 @@ pub(crate) fn taps() -> bool {
 
 /// Checks `done` until it says yes.
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        assert!(Instant::now() < deadline, "{what}: not within {TIMEOUT:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -197,7 +197,7 @@ impl Runtime {
     /// One HTTP request to the socket of `name`: the status and the body.
     pub(crate) fn http(&self, name: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
         let mut stream = UnixStream::connect(self.socket(name)).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\nconnection: close\r\n\
              content-length: {}\r\n\r\n{body}",

@@ -25,9 +25,9 @@ use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 
 /// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
-const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a request waits for a thread where no more can be made.
 const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -301,14 +301,14 @@ async fn warm(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) ->
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     let before = vm.balloon_stats()?.answers;
     vm.ask_balloon()?;
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     loop {
         let stats = vm.balloon_stats()?;
         let answered = stats.answers != before;
         if answered || Instant::now() > deadline {
             return Ok(BalloonInfo::new(&stats, answered));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 

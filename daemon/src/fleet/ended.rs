@@ -49,7 +49,7 @@ pub(crate) fn last_output(vm: &Vm) -> String {
 
 /// Records the end of `vm`, if it ended by itself.
 pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
-    let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Asked) else { return };
+    let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Requested) else { return };
     let ended = EndedVm {
         name: vm.name().to_owned(),
         reason: stopped.to_string(),

@@ -1,10 +1,10 @@
 //! Keeping the files of a disk few.
 //!
-//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one granule of it is nowhere else. A disk that is
+//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one cluster of it is nowhere else. A disk that is
 //! forked a thousand times, and writes a little in between, would have a thousand overlays: two descriptors each, and the process has so many.
 //!
-//! So when the map names too many, granules of the smallest are *moved* into the own file until half as many are left: read, written, and then in the
-//! map, like a guest's write of the same bytes, alone with its granules, and while the guest goes on. As in a log-structured merge, what has been
+//! So when the map names too many, clusters of the smallest are *moved* into the own file until half as many are left: read, written, and then in the
+//! map, like a guest's write of the same bytes, alone with its clusters, and while the guest goes on. As in a log-structured merge, what has been
 //! moved is in a larger file, and is moved again only when there are many of that size.
 //!
 //! Images keep the files they have. Nothing is moved while a parent's writes are still on their way into a file of this disk, and nothing is moved
@@ -20,23 +20,23 @@ use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 use super::DiskError;
 use super::job::{Job, Stage, Work};
 use super::live::Disk;
-use super::map::{GRANULE, Source};
+use super::map::{CLUSTER, Source};
 
 /// Overlays that a map may name.
 const MOST: usize = 64;
 /// Overlays made between two looks at how many there are: looking takes as long as the map is.
 const LOOK: u32 = 16;
-/// Granules moved at once.
+/// Clusters moved at once.
 const RUN: u64 = 64;
-/// Moves in flight.
+/// Relocation in flight.
 const AT_ONCE: usize = 2;
 /// How long the end of moves is waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is to be moved, and how much of it is under way.
 #[derive(Debug)]
-pub(super) struct Moves {
-    /// Granules. Where each is is looked up when its turn comes.
+pub(super) struct Relocation {
+    /// Clusters. Where each is is looked up when its turn comes.
     queue: VecDeque<Range<u64>>,
     /// In flight.
     pub(super) running: usize,
@@ -51,13 +51,13 @@ pub(super) struct Moves {
     look: u32,
 }
 
-impl Default for Moves {
+impl Default for Relocation {
     fn default() -> Self {
         Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, stopped: false, most: MOST, look: LOOK }
     }
 }
 
-impl Moves {
+impl Relocation {
     /// What is not under way stays where it is.
     pub(super) fn forget(&mut self) {
         self.urgent = false;
@@ -75,7 +75,7 @@ impl Moves {
     }
 }
 
-/// Whether granules of `file` may be moved away: an overlay that has become read-only.
+/// Whether clusters of `file` may be moved away: an overlay that has become read-only.
 fn movable(file: &Arc<IoFile>, own: Option<&Arc<IoFile>>) -> bool {
     !file.is_named() && !own.is_some_and(|own| Arc::ptr_eq(own, file))
 }
@@ -94,16 +94,16 @@ impl Disk {
         if overlays.len() <= self.moves.most {
             return;
         }
-        overlays.sort_unstable_by_key(|(_, granules)| *granules);
+        overlays.sort_unstable_by_key(|(_, clusters)| *clusters);
         overlays.truncate(overlays.len() - self.moves.most / 2);
         self.moves.urgent = false;
         self.queue_moves(|source| overlays.iter().any(|(file, _)| source.is(file)));
         tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
     }
 
-    /// Has the granules of chosen sources moved.
+    /// Has the clusters of chosen sources moved.
     pub(super) fn queue_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
-        for (range, _) in self.map.pieces(0..self.size().div_ceil(GRANULE)).filter(|(_, source)| chosen(source)) {
+        for (range, _) in self.map.pieces(0..self.size().div_ceil(CLUSTER)).filter(|(_, source)| chosen(source)) {
             let starts = (range.start..range.end).step_by(RUN as usize);
             self.moves.queue.extend(starts.map(|start| start..range.end.min(start + RUN)));
         }
@@ -118,7 +118,7 @@ impl Disk {
         }
         while !self.moves_are_held() && self.moves.running < AT_ONCE {
             let Some(range) = self.moves.queue.pop_front() else { return };
-            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(self.size()));
+            let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             self.moves.running += 1;
             // Its token is nobody's: it is counted here, and told to nobody.
             self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
@@ -135,11 +135,11 @@ impl Disk {
         self.moves.urgent && (self.moves.running > 0 || !self.moves.queue.is_empty() && !self.moves_are_held())
     }
 
-    /// Reads what of the job's granules can still be moved: all of one run of them. The rest is moved later.
+    /// Reads what of the job's clusters can still be moved: all of one run of them. The rest is moved later.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         // Planned again after a fork, it may have nothing to do any more.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
-        let (own, all) = (self.own.clone(), job.granules());
+        let (own, all) = (self.own.clone(), job.clusters());
         let mut runs: Vec<Range<u64>> = Vec::new();
         let folds = self.fold.active;
         let may = |source: &Source| match source {
@@ -161,8 +161,8 @@ impl Disk {
         // Without an own file: forked meanwhile, and not written since.
         let (Some(own), Some(run)) = (own, runs.next()) else { return Ok(()) };
         self.moves.queue.extend(runs);
-        job.offset = run.start * GRANULE;
-        job.len = (run.end * GRANULE).min(self.size()) - job.offset;
+        job.offset = run.start * CLUSTER;
+        job.len = (run.end * CLUSTER).min(self.size()) - job.offset;
         (job.moves, job.target) = (true, Some(Arc::clone(&own)));
         if matches!(self.map.at(run.start), Source::Zero) {
             let (offset, len) = (job.offset, job.len);
@@ -172,20 +172,20 @@ impl Disk {
         let mut reads = Vec::new();
         for (range, source) in self.map.pieces(run) {
             let Source::File(file) = source else { continue };
-            let (start, end) = (range.start * GRANULE, (range.end * GRANULE).min(self.size()));
+            let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             let buffers = Fragment::owned(&buffer, (start - job.offset) as usize, (end - start) as usize);
             let buffers = buffers.into_iter().collect();
             reads.push(Request::Read { file: Arc::clone(file), offset: start, buffers });
         }
         job.work = Work::Move(Some(buffer));
-        job.stage = Stage::Edges;
+        job.stage = Stage::RmwEdges;
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
     /// Stops moving, and waits for what is under way. What cannot be ended stays in flight.
     pub(super) fn settle_moves(&mut self) {
         self.moves.forget();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.moves.running > 0 && Instant::now() < deadline {
             let done = self.reap();
             self.done.extend(done.unwrap_or_default());

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, FileShelf, IoFile};
+use clade_io::{CachePolicy, FileError, IoFile, OverlayPool};
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
 use rustix::process::geteuid;
 
@@ -138,8 +138,8 @@ impl Directory {
     }
 
     /// See [`IoFile::reused_in`].
-    pub(super) fn unnamed(&self, shelf: &Arc<FileShelf>, len: u64, policy: CachePolicy) -> Result<IoFile, FileError> {
-        IoFile::reused_in(shelf, self.at(), self.path(), len, policy)
+    pub(super) fn unnamed(&self, pool: &Arc<OverlayPool>, len: u64, policy: CachePolicy) -> Result<IoFile, FileError> {
+        IoFile::reused_in(pool, self.at(), self.path(), len, policy)
     }
 
     /// Tries to make a file without a name: whether it can be is not known before.

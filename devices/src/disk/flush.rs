@@ -2,8 +2,8 @@
 //!
 //! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The base may then be written again. At the second flush in
 //! a row that finds the disk alone, the journal first says, durably, that the image is being written. Then the base is the disk's own file
-//! again: writes go there, and what is in overlays is moved there, granule by granule, like by compaction ([`super::compact`]). The flush after that finds
-//! everything in the image and takes the journal away. A fork in the middle is a fork like any other: the map has some granules in the image and some in
+//! again: writes go there, and what is in overlays is moved there, cluster by cluster, like by compaction ([`super::compact`]). The flush after that finds
+//! everything in the image and takes the journal away. A fork in the middle is a fork like any other: the map has some clusters in the image and some in
 //! overlays.
 //!
 //! Without a journal nothing is folded: a crash half-way would leave an image that is of no instant.
@@ -16,7 +16,7 @@ use super::DiskError;
 use super::job::{Job, Stage};
 use super::journal::{Journal, Standing};
 use super::live::Disk;
-use super::map::{BlockMap, GRANULE, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 use super::shadow::Shadow;
 
 /// Flushes in a row that have found the disk alone, before it is folded: a guest that is forked again and again need not be.
@@ -29,7 +29,7 @@ pub(super) struct Fold {
     alone: u32,
     /// Whether the base is the own file again, of a disk that was forked.
     pub(super) active: bool,
-    /// Whether there may be granules in overlays that nobody has begun to move.
+    /// Whether there may be clusters in overlays that nobody has begun to move.
     pub(super) rescan: bool,
 }
 
@@ -61,7 +61,7 @@ impl Disk {
     }
 
     fn is_all_base(&self) -> bool {
-        self.base().is_some_and(|base| self.map.is_all(0..self.size().div_ceil(GRANULE), base))
+        self.base().is_some_and(|base| self.map.is_all(0..self.size().div_ceil(CLUSTER), base))
     }
 
     pub(super) fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
@@ -197,7 +197,7 @@ impl Disk {
         let known = shadow.image().map(IoFile::identity);
         let Some(Ok(identity)) = known else { return };
         let Some(file) = shadow.take_over() else { return };
-        self.map = BlockMap::new(setup.size.div_ceil(GRANULE), Source::File(Arc::clone(&file)));
+        self.map = BlockMap::new(setup.size.div_ceil(CLUSTER), Source::File(Arc::clone(&file)));
         self.journal.iter_mut().for_each(|journal| journal.rebase(&file, identity));
         self.own = Some(Arc::clone(&file));
         setup.base = Some(file);

@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::directory::{Directory, sync};
 use super::journal::{ImageError, Journal, JournalError, left_in, write_back};
 use super::live::{Disk, Setup};
-use super::map::{BlockMap, GRANULE, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 use super::op::DiskOp;
 use super::shadow::Shadow;
 use super::{DiskConfig, DiskError};
@@ -35,7 +35,7 @@ pub struct DiskImage {
 #[derive(Debug, Error)]
 pub enum CommitError {
     /// Somebody else reads the base.
-    #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), fate(kept.as_deref()))]
+    #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Shared {
         /// The base.
         path: PathBuf,
@@ -46,14 +46,14 @@ pub enum CommitError {
     },
     /// The disk is a child's, and the one it was forked from has left a journal.
     #[error("{} is to be given what is in {} first: by whoever opens it next", path.display(), dir.display())]
-    Left {
+    RecoveredJournal {
         /// The base.
         path: PathBuf,
         /// Where the journal is.
         dir: PathBuf,
     },
     /// There is no base: the disk is a snapshot's, whose files stay as they are.
-    #[error("{} comes from a snapshot, which stays as it is; what was written since {}", path.display(), fate(None))]
+    #[error("{} comes from a snapshot, which stays as it is; what was written since {}", path.display(), outcome_text(None))]
     Snapshot {
         /// What the disk was before.
         path: PathBuf,
@@ -93,13 +93,13 @@ pub enum CommitError {
         source: Box<DiskError>,
     },
     /// Another file has the base's name: the one this disk was forked from has put a new image there.
-    #[error("{} is another file by now; what was written since the fork {}", path.display(), fate(None))]
+    #[error("{} is another file by now; what was written since the fork {}", path.display(), outcome_text(None))]
     Replaced {
         /// The base.
         path: PathBuf,
     },
     /// The base is not what it was when the disk was last flushed.
-    #[error("{} is not as it was; what was written since the fork {}", path.display(), fate(kept.as_deref()))]
+    #[error("{} is not as it was; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Changed {
         /// The base.
         path: PathBuf,
@@ -110,7 +110,7 @@ pub enum CommitError {
         source: Box<JournalError>,
     },
     /// A copy failed. The base holds a part of what was written since the fork.
-    #[error("the base holds only part of what was written since the fork; the rest {}", fate(kept.as_deref()))]
+    #[error("the base holds only part of what was written since the fork; the rest {}", outcome_text(kept.as_deref()))]
     Partial {
         /// The journal that has it all, if there is one.
         kept: Option<PathBuf>,
@@ -121,7 +121,7 @@ pub enum CommitError {
 }
 
 /// What becomes of what was not committed.
-fn fate(kept: Option<&Path>) -> String {
+fn outcome_text(kept: Option<&Path>) -> String {
     match kept {
         Some(dir) => format!("is in {} and is put in when the image is opened next", dir.display()),
         None => "is in an overlay without a name and ends with it (export it to keep it)".to_owned(),
@@ -204,9 +204,9 @@ fn copy_data(
     mut write: impl FnMut(u64, &[u8]) -> Result<(), FileError>,
 ) -> Result<u64, FileError> {
     let mut copied = 0;
-    for (range, source) in map.pieces(0..size.div_ceil(GRANULE)) {
+    for (range, source) in map.pieces(0..size.div_ceil(CLUSTER)) {
         let Source::File(file) = source else { continue };
-        for_chunks(range.start * GRANULE, (range.end * GRANULE).min(size), |at, len| {
+        for_chunks(range.start * CLUSTER, (range.end * CLUSTER).min(size), |at, len| {
             let mut bytes = vec![0; len];
             file.read_now(&mut bytes, at)?;
             if bytes.iter().any(|byte| *byte != 0) {
@@ -244,7 +244,7 @@ impl Disk {
     /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
     pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
         self.settle_moves();
-        // Its own flush must not begin to move granules either: their room is given back below.
+        // Its own flush must not begin to move clusters either: their room is given back below.
         self.moves.stopped = true;
         match self.try_commit() {
             Ok(report) => Ok(report),
@@ -289,7 +289,7 @@ impl Disk {
             return Err(CommitError::Shared { path: path(), others, kept });
         }
         if let (None, Some(dir)) = (&self.journal, left_in(&base)) {
-            return Err(CommitError::Left { path: path(), dir });
+            return Err(CommitError::RecoveredJournal { path: path(), dir });
         }
         let partial = |kept| move |source| CommitError::Partial { kept, source };
         if let Some(journal) = self.journal.as_mut().filter(|_| journaled) {
@@ -315,8 +315,8 @@ impl Disk {
     /// A flush, after which the new image has everything. None if there is none after all.
     fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
         let mut report = CommitReport { journaled: true, ..CommitReport::default() };
-        for (range, source) in self.map.pieces(0..self.size().div_ceil(GRANULE)) {
-            let bytes = (range.end * GRANULE).min(self.size()) - range.start * GRANULE;
+        for (range, source) in self.map.pieces(0..self.size().div_ceil(CLUSTER)) {
+            let bytes = (range.end * CLUSTER).min(self.size()) - range.start * CLUSTER;
             match source {
                 Source::Zero => report.zeroed += bytes,
                 Source::File(file) if Arc::ptr_eq(file, base) => {}

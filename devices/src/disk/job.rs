@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clade_io::{AlignedBuf, Fragment, IoFile};
 
 use super::DiskError;
-use super::map::GRANULE;
+use super::map::CLUSTER;
 
 /// What a job is to do.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(super) enum Work {
     },
     /// Make durable.
     Flush,
-    /// Copy granules of overlays into the own file, through this memory.
+    /// Copy clusters of overlays into the own file, through this memory.
     Move(Option<Arc<AlignedBuf>>),
 }
 
@@ -33,8 +33,8 @@ pub(super) enum Work {
 pub(super) enum Stage {
     /// Nothing was given to the engine, or what was is done again from the beginning.
     Planned,
-    /// The rest of granules that are written in part is being read, or what is moved.
-    Edges,
+    /// The rest of clusters that are written in part is being read, or what is moved.
+    RmwEdges,
     /// The transfer itself.
     Transfer,
 }
@@ -55,7 +55,7 @@ pub(super) struct Job {
     pub(super) target: Option<Arc<IoFile>>,
     /// Whether the map is to name the target when the job is done.
     pub(super) moves: bool,
-    pub(super) edges: Edges,
+    pub(super) edges: RmwEdges,
 }
 
 impl Job {
@@ -71,7 +71,7 @@ impl Job {
             lock: None,
             target: None,
             moves: false,
-            edges: Edges::default(),
+            edges: RmwEdges::default(),
         }
     }
 
@@ -79,15 +79,15 @@ impl Job {
         self.offset + self.len
     }
 
-    /// The granules it touches.
-    pub(super) fn granules(&self) -> Range<u64> {
-        self.offset / GRANULE..self.end().div_ceil(GRANULE)
+    /// The clusters it touches.
+    pub(super) fn clusters(&self) -> Range<u64> {
+        self.offset / CLUSTER..self.end().div_ceil(CLUSTER)
     }
 
-    /// Those that it covers, on a disk of `size` bytes, whose last granule may be a short one.
-    pub(super) fn whole_granules(&self, size: u64) -> Range<u64> {
-        let end = if self.end() == size { size.div_ceil(GRANULE) } else { self.end() / GRANULE };
-        let start = self.offset.div_ceil(GRANULE);
+    /// Those that it covers, on a disk of `size` bytes, whose last cluster may be a short one.
+    pub(super) fn whole_clusters(&self, size: u64) -> Range<u64> {
+        let end = if self.end() == size { size.div_ceil(CLUSTER) } else { self.end() / CLUSTER };
+        let start = self.offset.div_ceil(CLUSTER);
         start..end.max(start)
     }
 
@@ -97,24 +97,24 @@ impl Job {
     }
 }
 
-/// The first and the last granule of a write, where it covers only a part of them.
+/// The first and the last cluster of a write, where it covers only a part of them.
 #[derive(Debug, Default)]
-pub(super) struct Edges {
+pub(super) struct RmwEdges {
     pub(super) head: Option<Edge>,
     pub(super) tail: Option<Edge>,
 }
 
-/// A granule whose other bytes are written along.
+/// A cluster whose other bytes are written along.
 #[derive(Clone, Debug)]
 pub(super) struct Edge {
-    pub(super) granule: u64,
+    pub(super) cluster: u64,
     /// What it held before.
     pub(super) bytes: Arc<AlignedBuf>,
 }
 
 impl Edge {
     pub(super) fn start(&self) -> u64 {
-        self.granule * GRANULE
+        self.cluster * CLUSTER
     }
 
     fn part(&self, start: u64, end: u64) -> Option<Fragment> {
@@ -123,7 +123,7 @@ impl Edge {
     }
 }
 
-impl Edges {
+impl RmwEdges {
     /// Where a write of `offset..end` begins with them, and its memory.
     pub(super) fn around(&self, offset: u64, end: u64, buffers: &[Fragment]) -> (u64, Vec<Fragment>) {
         let mut all = Vec::with_capacity(buffers.len() + 2);

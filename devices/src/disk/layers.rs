@@ -1,13 +1,13 @@
 //! What of a disk is written down, and a disk made of what was.
 //!
-//! A snapshot takes runs of granules from an image, all of them or those that changed since an older one, and puts each at its own offset in a
+//! A snapshot takes runs of clusters from an image, all of them or those that changed since an older one, and puts each at its own offset in a
 //! file. A disk is made of such files again: oldest first, each run over what was there before.
 //!
 //! # Why comparing sources is enough
 //!
-//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So a granule that two images have
+//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So a cluster that two images have
 //! from one file has one content, once the writes that were in flight at the *older* image's instant have ended ([`DiskImage::settle`]). Those are
-//! the child's to do again, whatever the file then holds. A granule with two sources may have one content all the same; it counts as changed.
+//! the child's to do again, whatever the file then holds. A cluster with two sources may have one content all the same; it counts as changed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,50 +16,50 @@ use clade_io::IoFile;
 
 use super::image::open_overlays;
 use super::live::Setup;
-use super::map::{BlockMap, GRANULE, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
 
-/// Granules in a row.
+/// Clusters in a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskRun {
-    /// Which, in units of [`GRANULE`].
-    pub granules: Range<u64>,
+    /// Which, in units of [`CLUSTER`].
+    pub clusters: Range<u64>,
     /// Whether they are known to be zeros. Others may be too.
     pub zero: bool,
 }
 
-/// Part of a disk, as a snapshot has it: each granule at its own offset in the file.
+/// Part of a disk, as a snapshot has it: each cluster at its own offset in the file.
 #[derive(Clone, Debug)]
 pub struct DiskLayer {
     /// The file, open for reading. Not needed if all runs are zeros.
     pub file: Option<Arc<IoFile>>,
-    /// Which granules it has.
+    /// Which clusters it has.
     pub runs: Vec<DiskRun>,
 }
 
 /// Adds a run, joined to the last one where they are one.
-fn push(runs: &mut Vec<DiskRun>, granules: Range<u64>, zero: bool) {
-    if granules.is_empty() {
+fn push(runs: &mut Vec<DiskRun>, clusters: Range<u64>, zero: bool) {
+    if clusters.is_empty() {
         return;
     }
     match runs.last_mut() {
-        Some(last) if last.zero == zero && last.granules.end == granules.start => last.granules.end = granules.end,
-        _ => runs.push(DiskRun { granules, zero }),
+        Some(last) if last.zero == zero && last.clusters.end == clusters.start => last.clusters.end = clusters.end,
+        _ => runs.push(DiskRun { clusters, zero }),
     }
 }
 
-/// Adds `granules` of `file`, with its holes as zeros.
-fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, granules: Range<u64>) -> Result<(), DiskError> {
-    let mut at = granules.start;
-    while at < granules.end {
-        // A granule is zeros only if no byte of it is data.
-        let data = file.next_data(at * GRANULE)?.map_or(granules.end, |data| data / GRANULE).clamp(at, granules.end);
+/// Adds `clusters` of `file`, with its holes as zeros.
+fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Result<(), DiskError> {
+    let mut at = clusters.start;
+    while at < clusters.end {
+        // A cluster is zeros only if no byte of it is data.
+        let data = file.next_data(at * CLUSTER)?.map_or(clusters.end, |data| data / CLUSTER).clamp(at, clusters.end);
         push(runs, at..data, true);
-        if data == granules.end {
+        if data == clusters.end {
             break;
         }
-        // At least one: a hole may begin in the granule the data is in.
-        let hole = file.next_hole(data * GRANULE)?.div_ceil(GRANULE).clamp(data + 1, granules.end);
+        // At least one: a hole may begin in the cluster the data is in.
+        let hole = file.next_hole(data * CLUSTER)?.div_ceil(CLUSTER).clamp(data + 1, clusters.end);
         push(runs, data..hole, false);
         at = hole;
     }
@@ -67,10 +67,10 @@ fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, granules: Range<u64>) -> Re
 }
 
 impl DiskImage {
-    /// How many granules it has; the last one may be a short one.
+    /// How many clusters it has; the last one may be a short one.
     #[must_use]
-    pub fn granules(&self) -> u64 {
-        self.setup.size.div_ceil(GRANULE)
+    pub fn clusters(&self) -> u64 {
+        self.setup.size.div_ceil(CLUSTER)
     }
 
     /// All of it, ascending and without gaps: what is data, and what is known to be zeros. Settle it first: what is still being written
@@ -80,38 +80,38 @@ impl DiskImage {
     /// When a file cannot be asked for its holes.
     pub fn runs(&self) -> Result<Vec<DiskRun>, DiskError> {
         let mut runs = Vec::new();
-        for (granules, source) in self.map.pieces(0..self.granules()) {
-            self.push_source(&mut runs, granules, source)?;
+        for (clusters, source) in self.map.pieces(0..self.clusters()) {
+            self.push_source(&mut runs, clusters, source)?;
         }
         Ok(runs)
     }
 
-    /// The granules that may differ from those of `older`, ascending. None that does is missing, if `older` was settled before it was read.
+    /// The clusters that may differ from those of `older`, ascending. None that does is missing, if `older` was settled before it was read.
     ///
     /// # Errors
     /// As [`DiskImage::runs`].
     pub fn changed_since(&self, older: &Self) -> Result<Vec<DiskRun>, DiskError> {
         let mut runs = Vec::new();
-        for (granules, source) in self.map.pieces(0..self.granules()) {
-            let mut at = granules.start;
+        for (clusters, source) in self.map.pieces(0..self.clusters()) {
+            let mut at = clusters.start;
             // What of it is beyond the end of the other is not among its pieces.
-            for (other, before) in older.map.pieces(granules.clone()) {
+            for (other, before) in older.map.pieces(clusters.clone()) {
                 if !source.same(before) {
                     self.push_source(&mut runs, other.clone(), source)?;
                 }
                 at = other.end;
             }
-            self.push_source(&mut runs, at..granules.end, source)?;
+            self.push_source(&mut runs, at..clusters.end, source)?;
         }
         Ok(runs)
     }
 
-    fn push_source(&self, runs: &mut Vec<DiskRun>, granules: Range<u64>, source: &Source) -> Result<(), DiskError> {
+    fn push_source(&self, runs: &mut Vec<DiskRun>, clusters: Range<u64>, source: &Source) -> Result<(), DiskError> {
         match source {
-            Source::Zero => push(runs, granules, true),
+            Source::Zero => push(runs, clusters, true),
             // A hole may be filled yet.
-            Source::File(file) if file.has_writes() => push(runs, granules, false),
-            Source::File(file) => push_file(runs, file, granules)?,
+            Source::File(file) if file.has_writes() => push(runs, clusters, false),
+            Source::File(file) => push_file(runs, file, clusters)?,
         }
         Ok(())
     }
@@ -129,8 +129,8 @@ impl DiskImage {
         if let Some(file) = self.unsettled.iter().find(|file| file.has_writes()) {
             return Err(DiskError::Unsettled { path: file.path().to_owned() });
         }
-        for (granules, source) in self.map.pieces(offset / GRANULE..end.div_ceil(GRANULE)) {
-            let (from, to) = ((granules.start * GRANULE).max(offset), (granules.end * GRANULE).min(end));
+        for (clusters, source) in self.map.pieces(offset / CLUSTER..end.div_ceil(CLUSTER)) {
+            let (from, to) = ((clusters.start * CLUSTER).max(offset), (clusters.end * CLUSTER).min(end));
             let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
             match source {
                 Source::Zero => part.fill(0),
@@ -151,15 +151,15 @@ impl DiskImage {
             return Err(DiskError::Size { size });
         }
         let overlays = open_overlays(config, false, size)?;
-        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::Zero);
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::Zero);
         for layer in layers {
             layer.check(config, size)?;
-            for DiskRun { granules, zero } in &layer.runs {
+            for DiskRun { clusters, zero } in &layer.runs {
                 let source = layer.file.as_ref().filter(|_| !zero);
-                map.insert(granules.clone(), source.map_or(Source::Zero, |file| Source::File(Arc::clone(file))));
+                map.insert(clusters.clone(), source.map_or(Source::Zero, |file| Source::File(Arc::clone(file))));
             }
         }
-        let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays, shelf: Arc::default() });
+        let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays, pool: Arc::default() });
         Ok(Self { setup, map, unsettled: Vec::new() })
     }
 }
@@ -172,12 +172,12 @@ impl DiskLayer {
             if file.is_writable() {
                 return Err(DiskError::WritableLayer { path: file.path().to_owned() });
             }
-            // The disk's last granule may be a short one, and is whole if the disk's size is reached.
+            // The disk's last cluster may be a short one, and is whole if the disk's size is reached.
             let bytes = file.size()?;
-            in_file = if bytes >= size { u64::MAX } else { bytes / GRANULE };
+            in_file = if bytes >= size { u64::MAX } else { bytes / CLUSTER };
         }
-        let on_disk = size.div_ceil(GRANULE);
-        for DiskRun { granules: Range { start, end }, zero } in &self.runs {
+        let on_disk = size.div_ceil(CLUSTER);
+        for DiskRun { clusters: Range { start, end }, zero } in &self.runs {
             let (start, end) = (*start, *end);
             let most = if *zero { on_disk } else { on_disk.min(in_file) };
             if self.file.is_none() && !zero {
@@ -185,7 +185,7 @@ impl DiskLayer {
             }
             if start >= end || end > most {
                 let path = self.file.as_ref().map_or(config.path.as_path(), |file| file.path()).to_owned();
-                return Err(DiskError::LayerRun { path, start, end, granules: most });
+                return Err(DiskError::LayerRun { path, start, end, clusters: most });
             }
         }
         Ok(())

@@ -5,17 +5,17 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, FileShelf, IoFile, Stats, total_len};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, IoFile, OverlayPool, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::compact::Moves;
+use super::compact::Relocation;
 use super::directory::Directory;
 use super::flush::Fold;
 use super::image::{DiskImage, open_overlays};
 use super::job::{Job, Work};
-use super::journal::{Journal, Left};
+use super::journal::{Journal, RecoveredJournal};
 use super::locks::{Hold, RangeLocks, overlap};
-use super::map::{BlockMap, GRANULE, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 use super::op::{DiskDone, DiskHealth, DiskOp};
 use super::shadow::{self, Shadow};
 use super::{DiskConfig, DiskError, SECTOR};
@@ -30,8 +30,8 @@ pub(super) struct Setup {
     /// Where overlays are made.
     pub(super) overlays: Directory,
     /// Overlays that nobody has any more. What is in one is read only where the map says so, and it says so only of what was written since the file
-    /// was taken from here: in whole granules.
-    pub(super) shelf: Arc<FileShelf>,
+    /// was taken from here: in whole clusters.
+    pub(super) pool: Arc<OverlayPool>,
 }
 
 /// Jobs of a request that are not done, and the first error among them.
@@ -66,15 +66,15 @@ pub struct Disk {
     pub(super) flushing: Option<usize>,
     pub(super) jobs: Vec<Option<Job>>,
     pub(super) free: Vec<usize>,
-    /// Jobs that wait for their granules, in the order they came.
+    /// Jobs that wait for their clusters, in the order they came.
     pub(super) waiting: VecDeque<usize>,
-    /// Whether granules were given back since the waiting jobs were looked at.
+    /// Whether clusters were given back since the waiting jobs were looked at.
     pub(super) released: bool,
     pub(super) locks: RangeLocks,
     pub(super) parts: HashMap<u64, Parts>,
     pub(super) done: Vec<DiskDone>,
     pub(super) reaped: Vec<Completion<usize>>,
-    pub(super) moves: Moves,
+    pub(super) moves: Relocation,
     /// Not to be read again when the engine fails for good.
     pub(super) zeros: Option<Arc<AlignedBuf>>,
 }
@@ -96,8 +96,8 @@ impl Disk {
         }
         shadow::sweep(&base);
         let overlays = open_overlays(config, base.is_block_device(), size)?;
-        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(&base)));
-        match Left::find(&base, size)? {
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::File(Arc::clone(&base)));
+        match RecoveredJournal::find(&base, size)? {
             Some(left) if config.read_only || config.ephemeral => map = left.map,
             Some(left) => {
                 let report = left.write_back(&base, size)?;
@@ -110,7 +110,7 @@ impl Disk {
         base.set_unsynced();
         let journal = own.as_ref().and_then(|base| Journal::new(base, size, &overlays));
         let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
-        let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, shelf: Arc::default() });
+        let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, pool: Arc::default() });
         Ok(Self { journal, shadow, ..Self::assemble(setup, map, own, false)? })
     }
 
@@ -142,14 +142,14 @@ impl Disk {
             parts: HashMap::new(),
             done: Vec::new(),
             reaped: Vec::new(),
-            moves: Moves::default(),
+            moves: Relocation::default(),
             zeros: None,
         })
     }
 
     /// The disk at this instant, in constant time. What this disk has written so far becomes read-only for everybody.
     ///
-    /// Writes in flight go on into files that the image has too. They are not in its map unless they are to granules that it has from the
+    /// Writes in flight go on into files that the image has too. They are not in its map unless they are to clusters that it has from the
     /// very file they go to; those requests are done again by whoever continues the image, with the same bytes, before it reads anything
     /// (see docs/devices.md).
     pub fn fork(&mut self) -> DiskImage {
@@ -300,7 +300,7 @@ impl Disk {
         self.begin_waiting();
     }
 
-    /// Begins a job, or leaves it waiting for its granules. Returns whether it waits.
+    /// Begins a job, or leaves it waiting for its clusters. Returns whether it waits.
     fn begin(&mut self, at: usize) -> bool {
         let Some(mut job) = self.jobs[at].take() else { return false };
         if matches!(job.work, Work::Flush) && self.flush_waits() {
@@ -309,15 +309,15 @@ impl Disk {
             return true;
         }
         if job.changes() && job.lock.is_none() {
-            let range = job.granules();
+            let range = job.clusters();
             let hold = match &self.own {
                 Some(own) if self.map.is_all(range.clone(), own) && self.in_place(&job, own) => Hold::Shared,
                 _ => Hold::Alone,
             };
-            // Whoever came first and waits for some of the same granules goes first.
+            // Whoever came first and waits for some of the same clusters goes first.
             let earlier = |other: &&usize| **other != at;
             let queued = self.waiting.iter().take_while(earlier).filter_map(|other| self.jobs[*other].as_ref());
-            let behind = queued.into_iter().any(|other| overlap(&other.granules(), &range));
+            let behind = queued.into_iter().any(|other| overlap(&other.clusters(), &range));
             job.lock = if behind { None } else { self.locks.take(&range, hold) };
             if job.lock.is_none() {
                 self.jobs[at] = Some(job);
@@ -417,24 +417,24 @@ impl Disk {
         self.put(at, job);
     }
 
-    /// Ends a job: the map changes, its granules are free, and whoever waited for them begins.
+    /// Ends a job: the map changes, its clusters are free, and whoever waited for them begins.
     pub(super) fn end(&mut self, at: usize, mut job: Job) {
         match (&job.work, &job.error) {
             (Work::Write(_) | Work::Move(_), None) if job.moves => {
                 if let Some(target) = job.target.take() {
-                    self.insert(job.granules(), Source::File(target));
+                    self.insert(job.clusters(), Source::File(target));
                 }
             }
             (Work::Zero { .. }, None) if job.moves => {
                 let source = job.target.clone().map_or(Source::Zero, Source::File);
-                self.insert(job.whole_granules(self.size()), source);
+                self.insert(job.whole_clusters(self.size()), source);
             }
             (Work::Flush, _) => self.flush_ends(at, &mut job),
             _ => {}
         }
         if job.changes() {
             // In place as well: a new image has none of the overlays.
-            self.shadow.iter_mut().for_each(|shadow| shadow.moved(job.granules()));
+            self.shadow.iter_mut().for_each(|shadow| shadow.moved(job.clusters()));
             // A flush may wait until nothing is on its way into the image.
             self.released |= job.target.as_ref().is_some_and(|target| target.is_named());
             self.note(job.error.as_ref().filter(|_| !matches!(job.work, Work::Move(_))));
@@ -473,10 +473,10 @@ impl Disk {
         }
     }
 
-    fn insert(&mut self, granules: Range<u64>, source: Source) {
-        self.journal.iter_mut().for_each(|journal| journal.moved(granules.clone()));
+    fn insert(&mut self, clusters: Range<u64>, source: Source) {
+        self.journal.iter_mut().for_each(|journal| journal.moved(clusters.clone()));
         self.fold.rescan |= !self.base().is_some_and(|base| source.is(base));
-        self.map.insert(granules, source);
+        self.map.insert(clusters, source);
     }
 
     /// Begins what waits and need not wait any more, in order. Not from within `end`, which would begin to nest.

@@ -1,13 +1,13 @@
-//! Ranges of granules that writes hold while they are in flight.
+//! Ranges of clusters that writes hold while they are in flight.
 
 use std::ops::Range;
 
-/// How a write holds its granules.
+/// How a write holds its clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// It writes in place, into granules that stay where they are: beside others of its kind.
+    /// It writes in place, into clusters that stay where they are: beside others of its kind.
     Shared,
-    /// It moves granules to another file, and so may have to read what it does not write: alone.
+    /// It moves clusters to another file, and so may have to read what it does not write: alone.
     Alone,
 }
 
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_moves_granules_is_alone_with_them() {
+    fn whoever_moves_clusters_is_alone_with_them() {
         let mut locks = RangeLocks::default();
         let first = locks.take(&(0..4), Hold::Shared).unwrap();
         let second = locks.take(&(2..6), Hold::Shared).unwrap();

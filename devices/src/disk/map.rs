@@ -8,7 +8,7 @@ use clade_io::IoFile;
 use rpds::RedBlackTreeMapSync;
 
 /// The unit in which a disk's blocks are one file's or another's.
-pub const GRANULE: u64 = 4096;
+pub const CLUSTER: u64 = 4096;
 
 /// What provides a range of blocks. Files hold every block at its own offset in the disk.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ impl Source {
     }
 }
 
-/// Adds a run of granules, joined to the last one where it goes on from there.
+/// Adds a run of clusters, joined to the last one where it goes on from there.
 pub(super) fn push_run(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,
@@ -47,18 +47,18 @@ struct Extent {
     source: Source,
 }
 
-/// Granules to sources, without gaps. Clones share everything until one of them is changed.
+/// Clusters to sources, without gaps. Clones share everything until one of them is changed.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockMap {
     extents: RedBlackTreeMapSync<u64, Extent>,
 }
 
 impl BlockMap {
-    /// `granules` granules, all of them provided by `source`.
-    pub(crate) fn new(granules: u64, source: Source) -> Self {
+    /// `clusters` clusters, all of them provided by `source`.
+    pub(crate) fn new(clusters: u64, source: Source) -> Self {
         let mut extents = RedBlackTreeMapSync::new_sync();
-        if granules > 0 {
-            extents.insert_mut(0, Extent { end: granules, source });
+        if clusters > 0 {
+            extents.insert_mut(0, Extent { end: clusters, source });
         }
         Self { extents }
     }
@@ -82,9 +82,9 @@ impl BlockMap {
         self.pieces(range).all(|(_, source)| source.is(file))
     }
 
-    /// What provides one granule.
-    pub(crate) fn at(&self, granule: u64) -> Source {
-        let found = self.pieces(granule..granule + 1).next().map(|(_, source)| source.clone());
+    /// What provides one cluster.
+    pub(crate) fn at(&self, cluster: u64) -> Source {
+        let found = self.pieces(cluster..cluster + 1).next().map(|(_, source)| source.clone());
         found.unwrap_or(Source::Zero)
     }
 
@@ -120,7 +120,7 @@ impl BlockMap {
         self.extents.insert_mut(start, Extent { end, source });
     }
 
-    /// The files that provide something, each once, and how many granules.
+    /// The files that provide something, each once, and how many clusters.
     pub(crate) fn sizes(&self) -> Vec<(Arc<IoFile>, u64)> {
         let (mut files, mut known) = (Vec::new(), HashMap::new());
         for (start, extent) in self.extents.iter() {
@@ -148,17 +148,17 @@ mod tests {
         assert_eq!(runs, [0..5, 6..7, 5..8]);
     }
 
-    const GRANULES: u64 = 40;
+    const CLUSTERS: u64 = 40;
 
     fn files() -> Vec<Arc<IoFile>> {
         let file = || IoFile::unnamed(&std::env::temp_dir(), 4096, CachePolicy::Host).unwrap();
         (0..3).map(|_| Arc::new(file())).collect()
     }
 
-    /// Which of the files, or none, provides each granule.
+    /// Which of the files, or none, provides each cluster.
     fn flat(map: &BlockMap, files: &[Arc<IoFile>]) -> Vec<Option<usize>> {
         let mut flat = Vec::new();
-        for (range, source) in map.pieces(0..GRANULES) {
+        for (range, source) in map.pieces(0..CLUSTERS) {
             assert_eq!(range.start, flat.len() as u64, "no gap and no overlap");
             let at = files.iter().position(|file| source.is(file));
             flat.extend(range.map(|_| at));
@@ -168,13 +168,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_an_array(changes in prop::collection::vec((0..GRANULES, 1..=GRANULES, 0..4usize, any::<bool>()), 1..40)) {
+        fn agrees_with_an_array(changes in prop::collection::vec((0..CLUSTERS, 1..=CLUSTERS, 0..4usize, any::<bool>()), 1..40)) {
             let files = files();
-            let mut map = BlockMap::new(GRANULES, Source::File(Arc::clone(&files[0])));
-            let mut model = vec![Some(0); GRANULES as usize];
+            let mut map = BlockMap::new(CLUSTERS, Source::File(Arc::clone(&files[0])));
+            let mut model = vec![Some(0); CLUSTERS as usize];
             let mut clones = Vec::new();
             for (start, len, which, clone) in changes {
-                let end = (start + len).min(GRANULES);
+                let end = (start + len).min(CLUSTERS);
                 if clone {
                     clones.push((map.clone(), model.clone()));
                 }
@@ -184,9 +184,9 @@ mod tests {
                 prop_assert_eq!(&flat(&map, &files), &model);
                 let runs = 1 + model.windows(2).filter(|w| w[0] != w[1]).count();
                 prop_assert_eq!(map.len(), runs, "neighbours of one source are one extent");
-                for granule in 0..GRANULES {
-                    let at = map.at(granule);
-                    prop_assert_eq!(files.iter().position(|f| at.is(f)), model[granule as usize]);
+                for cluster in 0..CLUSTERS {
+                    let at = map.at(cluster);
+                    prop_assert_eq!(files.iter().position(|f| at.is(f)), model[cluster as usize]);
                 }
             }
             for (map, model) in clones {

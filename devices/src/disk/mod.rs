@@ -1,13 +1,13 @@
 //! Disks: files that are cloned in constant time with the VM they belong to.
 //!
-//! A disk is a [`map`] from ranges of 4 KiB granules to files in which every granule stands at its own offset. Reads follow the map; writes go
+//! A disk is a [`map`] from ranges of 4 KiB clusters to files in which every cluster stands at its own offset. Reads follow the map; writes go
 //! to the one file that is this VM's to write, its *own*. At a fork that file becomes read-only for everybody who has it in a map: the
 //! map is cloned, which is one pointer, and the next write of either side makes an unnamed overlay of its own.
 //! docs/devices.md has the reasons; in short:
 //!
-//! - A write of whole granules goes to the own file and then into the map. A write of part of a granule that is not the own file's reads the
-//!   rest of it first, alone with the granule ([`locks`]).
-//! - The map changes when the write is done, so a fork in the middle of it finds the old granule, and the child's device does the
+//! - A write of whole clusters goes to the own file and then into the map. A write of part of a cluster that is not the own file's reads the
+//!   rest of it first, alone with the cluster ([`locks`]).
+//! - The map changes when the write is done, so a fork in the middle of it finds the old cluster, and the child's device does the
 //!   request again.
 //!
 //! | to learn about | read |
@@ -51,7 +51,7 @@ pub use image::{CommitError, CommitReport, DiskImage};
 pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport};
 pub use layers::{DiskLayer, DiskRun};
 pub use live::Disk;
-pub use map::GRANULE;
+pub use map::CLUSTER;
 pub use op::{DiskDone, DiskHealth, DiskOp};
 
 /// Bytes in a sector, the unit of virtio-blk.
@@ -184,25 +184,25 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// A run of a layer that is not on the disk, or not in its file.
-    #[error("the layer in {} has granules {start:#x} to {end:#x}; there are {granules:#x}", path.display())]
+    #[error("the layer in {} has clusters {start:#x} to {end:#x}; there are {clusters:#x}", path.display())]
     LayerRun {
         /// The layer's file; the disk's own path for zeros.
         path: PathBuf,
-        /// The run's first granule.
+        /// The run's first cluster.
         start: u64,
-        /// The granule after its last one.
+        /// The cluster after its last one.
         end: u64,
         /// How many there can be.
-        granules: u64,
+        clusters: u64,
     },
     /// Data without a file to be in.
-    #[error("a layer of {} has data in granules {start:#x} to {end:#x} and no file", path.display())]
+    #[error("a layer of {} has data in clusters {start:#x} to {end:#x} and no file", path.display())]
     NoLayerFile {
         /// The disk's path.
         path: PathBuf,
-        /// The run's first granule.
+        /// The run's first cluster.
         start: u64,
-        /// The granule after its last one.
+        /// The cluster after its last one.
         end: u64,
     },
     /// A read of what is still being written.

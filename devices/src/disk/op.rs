@@ -30,7 +30,7 @@ pub enum DiskOp {
         /// Whether its room may be given back.
         unmap: bool,
     },
-    /// Nobody needs the range any more. What is no whole granule may stay.
+    /// Nobody needs the range any more. What is no whole cluster may stay.
     Discard {
         /// First byte.
         offset: u64,

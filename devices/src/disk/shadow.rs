@@ -21,7 +21,7 @@ use clade_io::{CachePolicy, FileError, IoFile, Request};
 use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone};
 
 use super::directory::{Directory, failed};
-use super::map::{BlockMap, GRANULE, Source, push_run};
+use super::map::{BlockMap, CLUSTER, Source, push_run};
 
 /// What a new image is called until it is the image.
 const SUFFIX: &str = ".clade-new";
@@ -100,7 +100,7 @@ impl Shadow {
                 return Err(no("given overlays from elsewhere"));
             }
             let new = |len| beside.new_image(len, base.path(), CachePolicy::Host);
-            let (from, to) = (new(GRANULE)?, new(0)?);
+            let (from, to) = (new(CLUSTER)?, new(0)?);
             ioctl_ficlone(&to, &from).map_err(|error| failed(base.path(), "cloned")(error.into()))?;
             let (file, next, writing) = (None, None, None);
             let (base, moved) = (Arc::clone(base), Vec::new());
@@ -133,12 +133,12 @@ impl Shadow {
         self.broken
     }
 
-    /// `granules` have changed.
-    pub(super) fn moved(&mut self, granules: Range<u64>) {
-        if self.whole || granules.is_empty() {
+    /// `clusters` have changed.
+    pub(super) fn moved(&mut self, clusters: Range<u64>) {
+        if self.whole || clusters.is_empty() {
             return;
         }
-        push_run(&mut self.moved, granules);
+        push_run(&mut self.moved, clusters);
         if self.moved.len() > MAX_MOVED {
             self.replaced();
         }
@@ -160,7 +160,7 @@ impl Shadow {
         }
         let base = dirty.then(|| Request::Sync { file: Arc::clone(&self.base), all: false });
         let mut requests: Vec<Request> = base.into_iter().collect();
-        if self.file.is_none() && map.is_all(0..self.size.div_ceil(GRANULE), &self.base) {
+        if self.file.is_none() && map.is_all(0..self.size.div_ceil(CLUSTER), &self.base) {
             return Ok(requests);
         }
         if self.whole {
@@ -169,7 +169,7 @@ impl Shadow {
         let overlays = map.sizes().into_iter().map(|(file, _)| file).filter(|file| !Arc::ptr_eq(file, &self.base));
         let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
-        let all = 0..self.size.div_ceil(GRANULE);
+        let all = 0..self.size.div_ceil(CLUSTER);
         let moved = if self.whole { vec![all] } else { mem::take(&mut self.moved) };
         self.moved.clear();
         self.whole = false;
@@ -222,11 +222,11 @@ impl Shadow {
         match writing.step {
             Step::Data => {
                 for range in &writing.moved {
-                    for (granules, source) in writing.map.pieces(range.clone()) {
+                    for (clusters, source) in writing.map.pieces(range.clone()) {
                         if self.next.is_some() && source.is(&self.base) {
                             continue;
                         }
-                        let (start, end) = (granules.start * GRANULE, (granules.end * GRANULE).min(self.size));
+                        let (start, end) = (clusters.start * CLUSTER, (clusters.end * CLUSTER).min(self.size));
                         copy(source, to, start, end)?;
                     }
                 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use clade_io::{AlignedBuf, Engine, Fragment, IoFile, Request, window};
 
 use super::DiskError;
-use super::job::{Edge, Edges, Job, Stage, Work};
+use super::job::{Edge, Job, RmwEdges, Stage, Work};
 use super::live::Disk;
-use super::map::{GRANULE, Source};
+use super::map::{CLUSTER, Source};
 use super::steps_trace;
 
 /// Operations in the kernel at a time.
@@ -16,7 +16,7 @@ const DEPTH: u32 = 128;
 const ZEROS: usize = 64 << 10;
 /// Extents of a map beyond which small zeros and discards do not make more: some 10 MiB.
 pub(super) const MAX_EXTENTS: usize = 1 << 16;
-/// Granules from which on zeros are an extent all the same: a disk has only so many as large.
+/// Clusters from which on zeros are an extent all the same: a disk has only so many as large.
 const SMALL_ZEROS: u64 = 256;
 
 impl Disk {
@@ -61,9 +61,9 @@ impl Disk {
     fn plan_read(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         let Work::Read(buffers) = &job.work else { return Ok(()) };
         let mut requests = Vec::new();
-        for (range, source) in self.map.pieces(job.granules()) {
-            let start = (range.start * GRANULE).max(job.offset);
-            let end = (range.end * GRANULE).min(job.end());
+        for (range, source) in self.map.pieces(job.clusters()) {
+            let start = (range.start * CLUSTER).max(job.offset);
+            let end = (range.end * CLUSTER).min(job.end());
             let part = window(buffers, (start - job.offset) as usize, (end - start) as usize);
             match source {
                 Source::File(file) => {
@@ -77,47 +77,47 @@ impl Disk {
         requests.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    fn own(&mut self) -> Result<Arc<IoFile>, DiskError> {
+    fn active_overlay(&mut self) -> Result<Arc<IoFile>, DiskError> {
         if let Some(own) = &self.own {
             return Ok(Arc::clone(own));
         }
         let setup = &self.setup;
-        let file = setup.overlays.unnamed(&setup.shelf, setup.size, setup.config.cache)?;
+        let file = setup.overlays.unnamed(&setup.pool, setup.size, setup.config.cache)?;
         let own = Arc::clone(self.own.insert(Arc::new(file)));
         self.overlay_made();
         Ok(own)
     }
 
     fn plan_write(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        let own = self.own()?;
-        let granules = job.granules();
-        job.moves = !self.map.is_all(granules.clone(), &own);
+        let own = self.active_overlay()?;
+        let clusters = job.clusters();
+        job.moves = !self.map.is_all(clusters.clone(), &own);
         job.target = Some(Arc::clone(&own));
-        job.edges = Edges::default();
-        let whole = job.whole_granules(self.size());
+        job.edges = RmwEdges::default();
+        let whole = job.whole_clusters(self.size());
         let mut reads = Vec::new();
-        let mut edge = |granule: u64| {
-            let source = self.map.at(granule);
-            if whole.contains(&granule) || source.is(&own) {
+        let mut edge = |cluster: u64| {
+            let source = self.map.at(cluster);
+            if whole.contains(&cluster) || source.is(&own) {
                 return None;
             }
-            let len = GRANULE.min(self.setup.size - granule * GRANULE) as usize;
-            let edge = Edge { granule, bytes: Arc::new(AlignedBuf::new(len)) };
+            let len = CLUSTER.min(self.setup.size - cluster * CLUSTER) as usize;
+            let edge = Edge { cluster, bytes: Arc::new(AlignedBuf::new(len)) };
             if let Source::File(file) = source {
                 let buffers = Fragment::owned(&edge.bytes, 0, len).into_iter().collect();
-                reads.push(Request::Read { file, offset: granule * GRANULE, buffers });
+                reads.push(Request::Read { file, offset: cluster * CLUSTER, buffers });
             }
             Some(edge)
         };
-        job.edges.head = edge(granules.start);
-        let last = granules.end - 1;
-        // One granule can be both: it is read once.
-        let tail = if last == granules.start { job.edges.head.clone() } else { edge(last) };
+        job.edges.head = edge(clusters.start);
+        let last = clusters.end - 1;
+        // One cluster can be both: it is read once.
+        let tail = if last == clusters.start { job.edges.head.clone() } else { edge(last) };
         job.edges.tail = tail;
         if reads.is_empty() {
             return self.transfer(at, job);
         }
-        job.stage = Stage::Edges;
+        job.stage = Stage::RmwEdges;
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
@@ -138,24 +138,24 @@ impl Disk {
         job.stage = Stage::Transfer;
         let (offset, len) = (job.offset, job.len);
         let base = self.own.clone().filter(|own| self.is_base(own));
-        if let Some(file) = base.clone().filter(|base| self.map.is_all(job.granules(), base)) {
+        if let Some(file) = base.clone().filter(|base| self.map.is_all(job.clusters(), base)) {
             // In place: the base is what lasts, and its file system knows how.
             job.target = Some(Arc::clone(&file));
             let request =
                 if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
             return self.give(at, job, request);
         }
-        let whole = job.whole_granules(self.size());
+        let whole = job.whole_clusters(self.size());
         if !advisory {
             for (start, end) in odd_ends(offset, job.end(), &whole) {
                 self.write_zeros_later(job.token, start, end);
             }
         }
-        (job.offset, job.len) = (whole.start * GRANULE, 0);
+        (job.offset, job.len) = (whole.start * CLUSTER, 0);
         if whole.is_empty() {
             return Ok(());
         }
-        let end = (whole.end * GRANULE).min(self.size());
+        let end = (whole.end * CLUSTER).min(self.size());
         let crowded = self.is_crowded(&whole);
         if crowded && !advisory {
             self.write_zeros_later(job.token, job.offset, end);
@@ -174,18 +174,18 @@ impl Disk {
         let own_pieces = self.map.pieces(whole).filter(|(_, source)| source.is(&own));
         let punches: Vec<Request> = own_pieces
             .map(|(range, _)| {
-                let (offset, len) = (range.start * GRANULE, (range.end - range.start) * GRANULE);
+                let (offset, len) = (range.start * CLUSTER, (range.end - range.start) * CLUSTER);
                 Request::Punch { file: Arc::clone(&own), offset, len }
             })
             .collect();
         punches.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Whether the map has as many extents as it may, and zeros in `granules` would be more. Such a discard is left undone but for what is in the own
-    /// file, and such zeros are written: a guest can then not make the host remember each granule of a disk by itself.
-    fn is_crowded(&self, granules: &std::ops::Range<u64>) -> bool {
-        let small = granules.end - granules.start < SMALL_ZEROS;
-        small && self.map.len() >= MAX_EXTENTS && self.map.pieces(granules.clone()).take(3).count() < 3
+    /// Whether the map has as many extents as it may, and zeros in `clusters` would be more. Such a discard is left undone but for what is in the own
+    /// file, and such zeros are written: a guest can then not make the host remember each cluster of a disk by itself.
+    fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
+        let small = clusters.end - clusters.start < SMALL_ZEROS;
+        small && self.map.len() >= MAX_EXTENTS && self.map.pieces(clusters.clone()).take(3).count() < 3
     }
 
     fn write_zeros_later(&mut self, token: u64, start: u64, end: u64) {
@@ -193,7 +193,7 @@ impl Disk {
         self.add_later(Job::new(token, start, end - start, Work::Write(zeros)));
     }
 
-    /// Adds a job that must not begin before the one that adds it holds or has given back its granules.
+    /// Adds a job that must not begin before the one that adds it holds or has given back its clusters.
     fn add_later(&mut self, job: Job) {
         self.parts.entry(job.token).or_default().left += 1;
         let at = self.jobs.len();
@@ -216,10 +216,10 @@ impl Disk {
     /// What comes after the engine has done all it was given of a job.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
         let next = match (&job.work, &job.stage) {
-            (Work::Write(_) | Work::Move(_), Stage::Edges) if job.error.is_none() => {
+            (Work::Write(_) | Work::Move(_), Stage::RmwEdges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.own.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
                 // Forked meanwhile: what was to be written to is read-only now. From the beginning, to the new own file; the bytes
-                // that were read are still right, since the granules are held.
+                // that were read are still right, since the clusters are held.
                 match (current, &job.work) {
                     (true, _) => self.transfer(at, job),
                     (false, Work::Move(_)) => self.plan_move(at, job),
@@ -256,14 +256,14 @@ impl Disk {
     }
 }
 
-/// What of `offset..end` lies outside of the whole granules in it.
+/// What of `offset..end` lies outside of the whole clusters in it.
 fn odd_ends(offset: u64, end: u64, whole: &std::ops::Range<u64>) -> Vec<(u64, u64)> {
     if whole.is_empty() {
-        // Within one granule, or across the border of two.
+        // Within one cluster, or across the border of two.
         return vec![(offset, end)];
     }
-    let head = (offset, whole.start * GRANULE);
-    let tail = ((whole.end * GRANULE).min(end), end);
+    let head = (offset, whole.start * CLUSTER);
+    let tail = ((whole.end * CLUSTER).min(end), end);
     [head, tail].into_iter().filter(|(start, end)| start < end).collect()
 }
 

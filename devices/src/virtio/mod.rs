@@ -54,7 +54,7 @@ pub use chain::{Chain, Segment};
 pub use interrupt::{Interrupt, InterruptState};
 pub use queue::{QueueError, QueueState, Virtqueue};
 pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
-pub use worker::{Hurry, Service, Turn, Wake, Worker};
+pub use worker::{Service, Turn, Wake, Worker, YieldRequest};
 
 /// What a driver's DRIVER_OK gives to a device.
 #[derive(Debug)]

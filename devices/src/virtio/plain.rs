@@ -1,6 +1,6 @@
 //! The frame of a plain device: one whose requests end in the turn they begin in, so that nothing of it is ever in flight.
 //!
-//! Such a device is a [`Handler`]. While a driver uses it the handler is with a [`Worker`], which gives it turns when a queue's eventfd or one of
+//! Such a device is a [`DeviceOps`]. While a driver uses it the handler is with a [`Worker`], which gives it turns when a queue's eventfd or one of
 //! the handler's own descriptors is readable; otherwise it is here. At a fork it stands still between two turns, and all there is to save
 //! is its own state and its queues'.
 
@@ -15,8 +15,8 @@ use thiserror::Error;
 
 use super::dma::DmaError;
 use super::{
-    ActivateError, Activation, Backend, Chain, DeviceState, Hurry, Interrupt, QueueError, QueueState, SaveError, Saved,
-    Service, Turn, VirtioDevice, Virtqueue, Wake, Worker,
+    ActivateError, Activation, Backend, Chain, DeviceState, Interrupt, QueueError, QueueState, SaveError, Saved,
+    Service, Turn, VirtioDevice, Virtqueue, Wake, Worker, YieldRequest,
 };
 
 /// Numbers of a handler's own sources begin here; below are its queues'.
@@ -24,7 +24,7 @@ pub const OWN: u32 = 1 << 16;
 
 /// What ends a device's work until it is reset.
 #[derive(Debug, Error)]
-pub enum Trouble {
+pub enum FatalError {
     /// The driver breaks the rules of a queue.
     #[error(transparent)]
     Queue(#[from] QueueError),
@@ -100,7 +100,7 @@ impl Config {
 
 /// What a turn works with.
 #[derive(Debug)]
-pub struct Io {
+pub struct QueueCtx {
     /// Guest memory.
     pub ram: GuestRam,
     /// What was negotiated.
@@ -111,7 +111,7 @@ pub struct Io {
     interrupt: Arc<Interrupt>,
 }
 
-impl Io {
+impl QueueCtx {
     fn new(with: Activation) -> Self {
         let Activation { ram, queues, features, interrupt, held: _ } = with;
         Self { ram, features, used: vec![false; queues.len()], queues, interrupt }
@@ -135,9 +135,9 @@ impl Io {
     }
 
     /// Puts the chain popped last back, as if it had not been.
-    pub fn put_back(&mut self, index: usize) {
+    pub fn undo_pop(&mut self, index: usize) {
         if let Some(Some(queue)) = self.queues.get_mut(index) {
-            queue.put_back();
+            queue.undo_pop();
         }
     }
 
@@ -145,18 +145,18 @@ impl Io {
     ///
     /// # Errors
     /// When the used ring has gone.
-    pub fn give_back(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
+    pub fn add_used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
         if let Some(Some(queue)) = self.queues.get_mut(index) {
-            queue.give_back(head, len)?;
+            queue.add_used(head, len)?;
             self.used[index] = true;
         }
         Ok(())
     }
 
     /// Counts a chain that was popped before the device was saved.
-    pub fn count_out(&mut self, index: usize) {
+    pub fn restore_in_flight(&mut self, index: usize) {
         if let Some(Some(queue)) = self.queues.get_mut(index) {
-            queue.count_out();
+            queue.restore_in_flight();
         }
     }
 
@@ -175,7 +175,7 @@ impl Io {
         let mut tell = false;
         for (used, queue) in self.used.iter_mut().zip(&mut self.queues) {
             if std::mem::take(used) {
-                tell |= queue.as_mut().is_some_and(Virtqueue::wants_interrupt);
+                tell |= queue.as_mut().is_some_and(Virtqueue::needs_notification);
             }
         }
         if tell {
@@ -185,7 +185,7 @@ impl Io {
 }
 
 /// A plain device. See the module's documentation.
-pub trait Handler: Send + fmt::Debug + 'static {
+pub trait DeviceOps: Send + fmt::Debug + 'static {
     /// What its thread and its messages are called.
     const NAME: &'static str;
     /// Its device type.
@@ -211,12 +211,12 @@ pub trait Handler: Send + fmt::Debug + 'static {
     }
 
     /// A driver takes it. Called before the first turn.
-    fn begin(&mut self, _io: &mut Io) {}
+    fn begin(&mut self, _io: &mut QueueCtx) {}
 
     /// The driver lets go.
     fn end(&mut self) {}
 
-    /// Goes back to a saved state, after [`Handler::end`] and before [`Handler::begin`]. What is this VM's alone stays.
+    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What is this VM's alone stays.
     ///
     /// # Errors
     /// When it is another kind of device's state.
@@ -226,7 +226,7 @@ pub trait Handler: Send + fmt::Debug + 'static {
     ///
     /// # Errors
     /// When the driver breaks the rules: it must reset the device.
-    fn turn(&mut self, io: &mut Io, wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble>;
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError>;
 
     /// When it wants a turn at the latest.
     fn deadline(&self) -> Option<Instant> {
@@ -238,13 +238,13 @@ pub trait Handler: Send + fmt::Debug + 'static {
 }
 
 #[derive(Debug)]
-struct PlainService<H: Handler> {
+struct PlainService<H: DeviceOps> {
     handler: H,
-    io: Io,
+    io: QueueCtx,
     broken: bool,
 }
 
-impl<H: Handler> PlainService<H> {
+impl<H: DeviceOps> PlainService<H> {
     fn fail(&mut self, error: &dyn fmt::Display) {
         if !self.broken {
             tracing::warn!(%error, device = H::NAME, "a device needs a reset");
@@ -254,11 +254,11 @@ impl<H: Handler> PlainService<H> {
     }
 }
 
-impl<H: Handler> PlainService<H> {
+impl<H: DeviceOps> PlainService<H> {
     fn rewind(&mut self, state: &DeviceState, with: Activation) -> Result<(), ActivateError> {
         self.handler.end();
         self.handler.rewind(state)?;
-        self.io = Io::new(with);
+        self.io = QueueCtx::new(with);
         self.handler.begin(&mut self.io);
         self.broken = false;
         Ok(())
@@ -270,8 +270,8 @@ pub(super) fn same_queues(some: &[Option<Virtqueue>], others: &[Option<Virtqueue
     some.iter().map(Option::is_some).eq(others.iter().map(Option::is_some))
 }
 
-impl<H: Handler> Service for PlainService<H> {
-    fn turn(&mut self, wake: Wake, hurry: &Hurry<'_>) -> Turn {
+impl<H: DeviceOps> Service for PlainService<H> {
+    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn {
         if let Wake::Source(index) = wake
             && let Some(Some(queue)) = self.io.queues.get_mut(index as usize)
         {
@@ -300,7 +300,7 @@ impl<H: Handler> Service for PlainService<H> {
 }
 
 #[derive(Debug)]
-enum Place<H: Handler> {
+enum Place<H: DeviceOps> {
     Here(H),
     Working(Worker<PlainService<H>>),
     /// The thread could not be ended, or could not begin.
@@ -309,7 +309,7 @@ enum Place<H: Handler> {
 
 /// A plain device behind a transport.
 #[derive(Debug)]
-pub struct Plain<H: Handler> {
+pub struct SyncDevice<H: DeviceOps> {
     features: u64,
     queue_sizes: Vec<u16>,
     config: Config,
@@ -317,7 +317,7 @@ pub struct Plain<H: Handler> {
     place: Place<H>,
 }
 
-impl<H: Handler> Plain<H> {
+impl<H: DeviceOps> SyncDevice<H> {
     /// A device of `handler`'s.
     #[must_use]
     pub fn new(handler: H) -> Self {
@@ -347,7 +347,7 @@ impl<H: Handler> Plain<H> {
     }
 }
 
-impl<H: Handler> VirtioDevice for Plain<H> {
+impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
     fn device_type(&self) -> u32 {
         H::TYPE
     }
@@ -378,7 +378,7 @@ impl<H: Handler> VirtioDevice for Plain<H> {
         let mut sources = handler.sources();
         sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
         let held = with.held;
-        let mut io = Io::new(with);
+        let mut io = QueueCtx::new(with);
         handler.begin(&mut io);
         let service = PlainService { handler, io, broken: false };
         match Worker::spawn(H::NAME, service, &sources, held) {

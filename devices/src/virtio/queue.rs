@@ -178,7 +178,7 @@ pub struct Virtqueue {
 
 impl Virtqueue {
     /// A queue as its state says, for a driver that has chosen `features`. Chains that were popped and not given back are to be counted by
-    /// [`Virtqueue::count_out`].
+    /// [`Virtqueue::restore_in_flight`].
     ///
     /// # Errors
     /// When there can be no such queue, or its rings are not in RAM.
@@ -267,13 +267,13 @@ impl Virtqueue {
     }
 
     /// Takes the last [`Virtqueue::pop`] back.
-    pub fn put_back(&mut self) {
+    pub fn undo_pop(&mut self) {
         self.out = self.out.saturating_sub(1);
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
     /// Counts a chain that was popped before the queue's state was saved, and will be given back.
-    pub fn count_out(&mut self) {
+    pub fn restore_in_flight(&mut self) {
         self.out = self.out.saturating_add(1);
     }
 
@@ -310,7 +310,7 @@ impl Virtqueue {
     ///
     /// # Errors
     /// When the used ring has gone.
-    pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
+    pub fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
         self.out = self.out.saturating_sub(1);
         // Its last step is a release store of the index: a driver that sees it sees the data and the status too.
         self.queue.add_used(self.ram.memory(), head, len).map_err(|_| QueueError::Rings { index: self.index })
@@ -318,7 +318,7 @@ impl Virtqueue {
 
     /// Whether the driver wants to be told of what was given back since this was last asked.
     #[must_use]
-    pub fn wants_interrupt(&mut self) -> bool {
+    pub fn needs_notification(&mut self) -> bool {
         let memory = self.ram.memory();
         if !self.queue.event_idx_enabled() {
             // The used index before the flag: the driver sets the flag, then looks at the index.
@@ -331,7 +331,7 @@ impl Virtqueue {
 
     /// Asks the driver not to notify: the device looks by itself.
     pub fn disable_notifications(&mut self) {
-        // It is a hint; whoever cannot write the ring is told so by `give_back`.
+        // It is a hint; whoever cannot write the ring is told so by `add_used`.
         let _ = self.queue.disable_notification(self.ram.memory());
     }
 
@@ -381,26 +381,26 @@ mod tests {
         let mut queue = queue(SIZE);
         for round in 0..3 * SIZE {
             assert_eq!(queue.pop(), Ok(Some(0)), "round {round}");
-            queue.put_back();
+            queue.undo_pop();
         }
         for head in 0..SIZE {
             assert_eq!(queue.pop(), Ok(Some(head)));
         }
         assert_eq!(queue.pop(), Ok(None));
-        queue.put_back();
+        queue.undo_pop();
         assert_eq!((queue.save().next_available, queue.pop()), (SIZE - 1, Ok(Some(SIZE - 1))));
     }
 
     #[test]
     fn chains_that_were_out_when_the_state_was_saved_count_against_the_queue() {
         let mut queue = queue(SIZE);
-        (0..3).for_each(|_| queue.count_out());
+        (0..3).for_each(|_| queue.restore_in_flight());
         assert_eq!(queue.pop(), Ok(Some(0)));
         assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }), "four are out");
         // One of those that were out comes back, and makes room for another.
         let mut queue = self::queue(SIZE);
-        (0..SIZE).for_each(|_| queue.count_out());
-        queue.give_back(2, 0).unwrap();
+        (0..SIZE).for_each(|_| queue.restore_in_flight());
+        queue.add_used(2, 0).unwrap();
         assert_eq!(queue.pop(), Ok(Some(0)));
         assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }));
     }

@@ -52,9 +52,9 @@ pub enum Turn {
 
 /// Whether somebody waits for the end of a turn.
 #[derive(Debug)]
-pub struct Hurry<'a>(&'a AtomicBool);
+pub struct YieldRequest<'a>(&'a AtomicBool);
 
-impl<'a> Hurry<'a> {
+impl<'a> YieldRequest<'a> {
     /// Of whoever sets `flag`.
     #[cfg(test)]
     pub(crate) fn of(flag: &'a AtomicBool) -> Self {
@@ -63,7 +63,7 @@ impl<'a> Hurry<'a> {
 
     /// True when a turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
     #[must_use]
-    pub fn up(&self) -> bool {
+    pub fn is_set(&self) -> bool {
         // Relaxed: a hint. What makes a turn's end visible is the lock.
         self.0.load(Ordering::Relaxed)
     }
@@ -72,7 +72,7 @@ impl<'a> Hurry<'a> {
 /// A device's work.
 pub trait Service: Send + fmt::Debug + 'static {
     /// Does a part of it. Runs on the worker's thread, never while the VM is paused.
-    fn turn(&mut self, wake: Wake, hurry: &Hurry<'_>) -> Turn;
+    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn;
 
     /// When it wants a turn at the latest.
     fn deadline(&self) -> Option<Instant> {
@@ -169,7 +169,7 @@ impl<S: Service> Worker<S> {
     /// Makes the worker stand still: when this returns no turn runs, and none begins before [`Worker::resume`].
     pub fn quiesce(&self) {
         self.shared.gate().shut = true;
-        // Relaxed: see Hurry.
+        // Relaxed: see YieldRequest.
         self.shared.hurry.store(true, Ordering::Relaxed);
         // The gate before the lock: a worker looks at the gate with the service locked, so whoever gets the lock after the gate was
         // shut knows that no turn runs or begins.
@@ -198,7 +198,7 @@ impl<S: Service> Worker<S> {
 
     /// Runs `with` on the service, between two turns.
     pub fn with<T>(&self, with: impl FnOnce(&mut S) -> T) -> T {
-        // Relaxed: see Hurry.
+        // Relaxed: see YieldRequest.
         self.shared.hurry.store(true, Ordering::Relaxed);
         let result = with(&mut self.shared.service());
         self.shared.hurry.store(false, Ordering::Relaxed);
@@ -275,7 +275,7 @@ impl<S: Service> Shared<S> {
                 if self.gate().shut {
                     continue;
                 }
-                let turn = service.turn(wakes[at], &Hurry(&self.hurry));
+                let turn = service.turn(wakes[at], &YieldRequest(&self.hurry));
                 deadline = service.deadline();
                 drop(service);
                 if self.hurry.load(Ordering::Relaxed) {
@@ -339,7 +339,7 @@ mod tests {
     }
 
     impl Service for Counter {
-        fn turn(&mut self, wake: Wake, _hurry: &Hurry<'_>) -> Turn {
+        fn turn(&mut self, wake: Wake, _hurry: &YieldRequest<'_>) -> Turn {
             let _ = self.event.read();
             assert!(!self.panics, "as asked");
             self.deadline = self.due.take().map(|due| Instant::now() + due);

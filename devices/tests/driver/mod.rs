@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 pub(crate) const SIZE: u16 = 16;
 const RINGS: u64 = 0x1_0000;
 const PER_QUEUE: u64 = 0x4000;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 const INDIRECT: u16 = 4;
@@ -178,7 +178,7 @@ impl Driver {
 
     /// Waits for the next chain given back.
     pub(crate) fn wait(&mut self, queue: usize) -> (u32, u32) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(used) = self.used(queue) {
                 return used;
@@ -190,7 +190,7 @@ impl Driver {
     }
 
     pub(crate) fn wait_until(&self, what: &str, mut so: impl FnMut(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !so(self) {
             assert!(Instant::now() < deadline, "never {what}");
             std::thread::sleep(Duration::from_micros(200));
@@ -246,9 +246,9 @@ impl Driver {
     /// Back to `moment`, in place.
     pub(crate) fn rewind(&mut self, moment: &Moment) {
         self.device.quiesce();
-        assert!(self.device.halt(PATIENCE));
+        assert!(self.device.halt(TIMEOUT));
         self.device.check(&moment.state).unwrap();
-        self.ram.reset(&moment.ram, &Quiesced::by(&clade_memory::NoWriters), PATIENCE).unwrap();
+        self.ram.reset(&moment.ram, &Quiesced::by(&clade_memory::NoWriters), TIMEOUT).unwrap();
         self.device.rewind(&moment.state, &moment.backend).unwrap();
         self.rings.clone_from(&moment.rings);
         self.device.reraise();

@@ -23,8 +23,8 @@ use clade_io::{AlignedBuf, Fragment};
 
 use device::{BTRFS, EXT4, Event, Kind, Mounted, Recorder, XFS, cut};
 
-const GRANULE: u64 = 4096;
-const SIZE: u64 = 128 * GRANULE;
+const CLUSTER: u64 = 4096;
+const SIZE: u64 = 128 * CLUSTER;
 const SECTORS: u64 = SIZE / SECTOR;
 
 /// Reproducible choices.

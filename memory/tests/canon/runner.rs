@@ -42,7 +42,7 @@ const ALWAYS: &[Skip] = &[(
 
 /// Failures after which the rest of a row is not run.
 const ENOUGH: usize = 3;
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// Layers are put away by a thread of the store.
 const PUT_AWAY: Duration = Duration::from_secs(5);
 
@@ -207,7 +207,7 @@ pub(crate) fn run(table: &[Row]) {
         let mut walks: Vec<Walk<'_>> = [Backing::Huge, Backing::Small].map(|b| Walk::new(table, b)).into();
         let places: Vec<_> = walks.iter().map(|walk| Arc::clone(&walk.at)).collect();
         let place = |at: &Arc<Mutex<String>>| at.try_lock().map(|at| at.clone()).unwrap_or_default();
-        let _deadline = Deadline::new(PATIENCE, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
+        let _deadline = Deadline::new(TIMEOUT, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
         thread::scope(|scope| {
             let started: Vec<_> = walks.iter_mut().map(|walk| scope.spawn(|| walk.walk())).collect();
             // Joined, not just waited for: a thread's devices go when it has ended.

@@ -32,7 +32,7 @@ const HELD: usize = 6;
 const PACE: Duration = Duration::from_millis(2);
 
 /// A storm that hangs must fail.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What was found, in bytes.
 #[derive(Debug, Default)]
@@ -87,7 +87,7 @@ fn storm(
     let (wrong, mut done) = (Wrong::default(), Done::default());
     let guest = Mutex::new(Guest::default());
     let stop = AtomicBool::new(false);
-    let _deadline = Deadline::new(PATIENCE, move || format!("{mode:?} freezes beside disk reads"));
+    let _deadline = Deadline::new(TIMEOUT, move || format!("{mode:?} freezes beside disk reads"));
     thread::scope(|scope| {
         scope.spawn(|| Guest::run(&guest, ram, &stop));
         for how in [How::Plain, How::Registered] {

@@ -41,7 +41,7 @@ const OPS: u64 = 60_000;
 /// Schedules of one seed.
 const BATCH: u32 = 16;
 /// A schedule takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// Layers are put away by a thread of the store.
 const PUT_AWAY: Duration = Duration::from_secs(5);
 
@@ -106,7 +106,7 @@ fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let done = Cell::new(0);
     let outcome = runner.run(&ops::schedule(), |(pages, ops)| {
         // Put back only by a schedule that went through: what a failed one left behind is not the next one's.
-        let _deadline = Deadline::new(PATIENCE, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
+        let _deadline = Deadline::new(TIMEOUT, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
         let mine = store.take().unwrap_or_else(|| open(backing));
         done.set(done.get() + schedule(&mine, pages, &ops));
         store.replace(Some(mine));

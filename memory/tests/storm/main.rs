@@ -47,7 +47,7 @@ use vm::Vm;
 const SHORT_SECONDS: u64 = 10;
 const LONG_SECONDS: u64 = 600;
 /// What a storm may take beyond its time before it counts as hanging.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// Layers are put away by a thread of the store.
 const PUT_AWAY: Duration = Duration::from_secs(120);
 
@@ -125,7 +125,7 @@ fn storm(backing: Backing, lasts: Duration) {
     }
     let begun = Instant::now();
     let _deadline =
-        Deadline::new(lasts + PATIENCE, move || format!("CLADE_STORM_SEED={seed}, {} pages", backing.name()));
+        Deadline::new(lasts + TIMEOUT, move || format!("CLADE_STORM_SEED={seed}, {} pages", backing.name()));
     let without = std::env::var("CLADE_STORM_WITHOUT").unwrap_or_default();
     let fleet = Fleet::new(&store, lasts, background.is_ok(), without);
     let found = blow(&fleet, seed).or_else(|| look_at_all(&fleet).err());

@@ -154,14 +154,15 @@ fn progress_is_told_and_a_save_can_be_cancelled() {
     };
     let told = RefCell::new(Vec::new());
     let never = AtomicBool::new(false);
-    save.to(&at, &Watch { progress: &|done, total| told.borrow_mut().push((done, total)), cancel: &never }).unwrap();
+    save.to(&at, &SaveProgress { progress: &|done, total| told.borrow_mut().push((done, total)), cancel: &never })
+        .unwrap();
     let told = told.into_inner();
     assert!(told.len() > 5 && told.windows(2).all(|two| two[0].0 <= two[1].0 && two[0].1 == two[1].1));
     assert!(told.first().is_some_and(|first| first.0 == 0) && told.last().is_some_and(|last| last.0 == last.1));
     let before = Snapshot::open(&at).unwrap().id();
     let cancel = AtomicBool::new(false);
     let stop = |done, _| cancel.store(done > 20 << 20, Ordering::Relaxed);
-    assert!(matches!(save.to(&at, &Watch { progress: &stop, cancel: &cancel }), Err(Error::Cancelled)));
+    assert!(matches!(save.to(&at, &SaveProgress { progress: &stop, cancel: &cancel }), Err(Error::Cancelled)));
     assert_eq!((Snapshot::open(&at).unwrap().id(), names(dir.path())), (before, vec!["it".to_owned()]));
 }
 
@@ -199,7 +200,7 @@ fn names_given_twice_and_spaces_with_gaps_are_refused() {
     assert!(matches!(refused, Err(Error::Twice { name }) if name == "a"));
     let sections: &[(&str, &[u8])] = &[("x", b""), ("x", b"")];
     let save = Save { memory: &image, disks: &[], sections, base: None, compression: Compression::None, replace: true };
-    assert!(matches!(save.to(&at, &Watch::none()), Err(Error::Twice { name }) if name == "x"));
+    assert!(matches!(save.to(&at, &SaveProgress::none()), Err(Error::Twice { name }) if name == "x"));
     disk.all = false;
     disk.write(4096, b"only the second page");
     let gaps = [DiskToSave { name: "a", space: &disk }];

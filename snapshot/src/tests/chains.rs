@@ -121,7 +121,7 @@ fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
     let refused = Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap_err();
     assert!(matches!(refused, Error::TooDeep { .. }), "{refused:?}");
     // Merged, it can be saved on top of.
-    compact(&deepest, &Watch::none()).unwrap();
+    compact(&deepest, &SaveProgress::none()).unwrap();
     Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap();
 }
 
@@ -183,7 +183,7 @@ fn children_outlive_the_merging_of_their_parent() {
     record_warm(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
     let before: Vec<_> = ["a", "b", "c"].map(|name| restored(&at(name), &store, &Load::Lazy)).into();
     let vm = child(&Snapshot::open(&at("c")).unwrap().restore_ram(&store, &Load::Lazy).unwrap(), &store);
-    let merged = compact(&at("b"), &Watch::none()).unwrap();
+    let merged = compact(&at("b"), &SaveProgress::none()).unwrap();
     assert_eq!(merged.id, made[1].0, "the contents are the same, and so is its identity");
     let b = Snapshot::open(&at("b")).unwrap();
     assert!(b.depth() == 1 && b.warm().unwrap().is_some() && b.section("vcpus").is_some());
@@ -193,7 +193,7 @@ fn children_outlive_the_merging_of_their_parent() {
         assert!(restored(&at(name), &store, &Load::Preload) == *before, "{name}");
     }
     assert!(contents(&vm) == before[2], "who runs from the old files runs on");
-    assert_eq!(compact(&at("b"), &Watch::none()).unwrap().id, made[1].0, "of a full one nothing is changed");
+    assert_eq!(compact(&at("b"), &SaveProgress::none()).unwrap().id, made[1].0, "of a full one nothing is changed");
 }
 
 #[test]
@@ -216,10 +216,10 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1 });
     let save =
         Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None, replace: true };
-    let refused = save.to(&at("d"), &Watch { progress: &over_c, cancel: &never }).unwrap_err();
+    let refused = save.to(&at("d"), &SaveProgress { progress: &over_c, cancel: &never }).unwrap_err();
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[2].0), "{refused:?}");
     let over_b = replace("b");
-    let refused = compact(&at("b"), &Watch { progress: &over_b, cancel: &never }).unwrap_err();
+    let refused = compact(&at("b"), &SaveProgress { progress: &over_b, cancel: &never }).unwrap_err();
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[1].0), "{refused:?}");
     assert_eq!(names(dir.path()), ["a", "b", "c"]);
     verify(&at("b")).unwrap();
@@ -250,7 +250,7 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     assert_eq!(refused(), (canonical.join("base"), canonical.join("top")));
     crate::verify(&at("top")).unwrap();
     // Compacting keeps its identity, and its dependents.
-    crate::compact(&at("base"), &Watch::none()).unwrap();
+    crate::compact(&at("base"), &SaveProgress::none()).unwrap();
     assert_eq!(refused().1, canonical.join("top"));
     // Saved again on top: one note stays one.
     on(&at("base"), base.id, &first).save(&second, &at("top")).unwrap();
@@ -262,7 +262,7 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     };
     assert_eq!(notes(), 1);
     // Compacted, the dependent needs it no more, and what is noted of it is not believed.
-    crate::compact(&at("top"), &Watch::none()).unwrap();
+    crate::compact(&at("top"), &SaveProgress::none()).unwrap();
     let again = keeping().save(&second, &at("base")).unwrap();
     assert_eq!(notes(), 0);
     // Told to, it is replaced, and the dependent says what it lacks.

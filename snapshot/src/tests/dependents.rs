@@ -13,7 +13,7 @@ use super::support::*;
 use crate::aside::NEEDED_BY;
 use crate::compact::compact_with;
 use crate::files::{Files, Op};
-use crate::{Error, Saved, Watch};
+use crate::{Error, SaveProgress, Saved};
 
 /// `one`, `two` on top of it, and what is to be `three` on top of that.
 struct Scene {
@@ -56,7 +56,7 @@ impl Scene {
     }
 
     fn merge(&self, files: &Files) -> Result<Saved, Error> {
-        compact_with(files, &self.at("two"), &Watch::none())
+        compact_with(files, &self.at("two"), &SaveProgress::none())
     }
 
     fn notes(&self) -> Vec<String> {

@@ -60,7 +60,7 @@ fn make_fixtures() {
     let disks = [DiskToSave { name: "root", space: &disk }];
     let save =
         Save { memory: &first, disks: &disks, sections, base: None, compression: Compression::None, replace: true };
-    save.to(&full, &Watch::none()).unwrap();
+    save.to(&full, &SaveProgress::none()).unwrap();
     fix(&full, 0xa1a1, None);
     put(&ram, 1, 0x33);
     put(&ram, 19, 0);
@@ -69,7 +69,7 @@ fn make_fixtures() {
     let base = Some(Base { dir: &full, id: SnapshotId::new(0xa1a1), image: &first });
     let second = freeze(&ram);
     let save = Save { memory: &second, disks: &disks, sections, base, compression: Compression::Zstd, replace: true };
-    save.to(&child, &Watch::none()).unwrap();
+    save.to(&child, &SaveProgress::none()).unwrap();
     fix(&child, 0xb1b1, Some(0xa1a1));
     record_warm(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
     assert_eq!(verify(&child).unwrap().snapshots, 2);

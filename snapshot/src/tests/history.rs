@@ -145,7 +145,7 @@ impl World {
             }
             Deed::Compact(which) if !self.saved.is_empty() => {
                 let (dir, ..) = &self.saved[which % self.saved.len()];
-                compact(dir, &Watch::none()).unwrap();
+                compact(dir, &SaveProgress::none()).unwrap();
             }
             Deed::Restore(..) | Deed::Compact(_) => {}
         }

@@ -16,7 +16,7 @@ use crate::format::{Index, Manifest, Run, checksum};
 use crate::space::Kind;
 use crate::*;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const HUGE: u64 = 8 << 40;
 
 /// A small snapshot with a disk and a record of what was touched.
@@ -40,7 +40,7 @@ fn read(at: &Path) -> Result<(), Error> {
         let read = || Snapshot::open(&at)?.warm().map(drop);
         let _ = told.send(read());
     });
-    heard.recv_timeout(PATIENCE).expect("it does not come to an end")
+    heard.recv_timeout(TIMEOUT).expect("it does not come to an end")
 }
 
 #[test]

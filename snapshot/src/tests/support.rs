@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::files::Files;
 use crate::space::{Kind, Space};
-use crate::{Base, Compression, DiskToSave, Error, Load, Save, Saved, Snapshot, SnapshotId, Watch};
+use crate::{Base, Compression, DiskToSave, Error, Load, Save, SaveProgress, Saved, Snapshot, SnapshotId};
 
 /// A disk in memory that knows what was written since it was last saved.
 #[derive(Clone, Debug)]
@@ -124,7 +124,7 @@ impl Saving<'_> {
             compression: self.compression,
             replace: self.replace,
         };
-        save.with(&self.files, dir, &Watch::none())
+        save.with(&self.files, dir, &SaveProgress::none())
     }
 }
 
@@ -241,7 +241,7 @@ impl Cast {
         let disks = [DiskToSave { name: "root", space: &disk }];
         let mut saving = Saving { files: files.clone(), ..Saving::default() };
         match deed {
-            Deed::Compact => return crate::compact::compact_with(files, &target, &Watch::none()).map(drop),
+            Deed::Compact => return crate::compact::compact_with(files, &target, &SaveProgress::none()).map(drop),
             Deed::Warm => return crate::warm::record_with(files, &target, &[PageRange::new(5, 7)]),
             Deed::Fresh | Deed::Over => {}
             Deed::Incremental => saving.base = Some((&one, self.base.0, &self.base.1)),

@@ -159,7 +159,7 @@ fn one_that_is_being_written_is_not_swept() {
     let stage = cast.stage();
     let files = Files::default();
     let place = stage.path().canonicalize().unwrap().join("two");
-    let live = crate::aside::Aside::create(&files, place.clone()).unwrap();
+    let live = crate::aside::StagingDir::create(&files, place.clone()).unwrap();
     files.write(&live.path().join("state"), b"half").unwrap();
     cast.act(Deed::Over, &files, stage.path()).unwrap();
     assert!(live.path().join("state").exists(), "another save's directory stays");

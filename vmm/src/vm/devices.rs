@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskError;
 use clade_devices::virtio::block::Block;
-use clade_devices::virtio::plain::{Handler, Plain};
+use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
     BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORT,
@@ -196,8 +196,12 @@ impl Devices {
     }
 
     /// Runs `with` on the device number `number` of those that `H` handles. None if there are not so many.
-    pub(crate) fn with_plain<H: Handler, T>(&self, number: usize, with: impl FnOnce(&mut Plain<H>) -> T) -> Option<T> {
-        let is = |device: &&Arc<VirtioMmio>| device.with_device(|device| device.as_any().is::<Plain<H>>());
+    pub(crate) fn with_plain<H: DeviceOps, T>(
+        &self,
+        number: usize,
+        with: impl FnOnce(&mut SyncDevice<H>) -> T,
+    ) -> Option<T> {
+        let is = |device: &&Arc<VirtioMmio>| device.with_device(|device| device.as_any().is::<SyncDevice<H>>());
         let device = self.virtio.iter().filter(is).nth(number)?;
         device.with_device(|device| device.as_any().downcast_mut().map(with))
     }

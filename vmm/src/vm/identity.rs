@@ -27,7 +27,7 @@ const MAX_STEM: usize = 11;
 /// Addresses that are tried before it is said that none is free.
 const TRIES: u64 = 1 << 16;
 /// How long another process may take to look whether a socket is a dead one's.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An interface and the address behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -374,7 +374,7 @@ fn next_cid(parent: u64) -> Result<(u64, Claim), IdentityError> {
 fn turn(socket: &Path) -> Option<File> {
     let beside = socket.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let directory = File::open(beside).ok()?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while directory.try_lock().is_err() {
         if Instant::now() > deadline {
             return None;

@@ -298,7 +298,7 @@ impl Vm {
 
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
-        self.shell.meeting.stop(StopReason::Asked);
+        self.shell.meeting.stop(StopReason::Requested);
         // After it has stopped: a snapshot that begins now finds it so, one that has begun is cancelled.
         self.cancel_snapshot();
     }

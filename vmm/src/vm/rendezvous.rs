@@ -40,7 +40,7 @@ use crate::vm::stop::StopReason;
 use crate::vm::{VmError, caught};
 
 /// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 const RUN: u8 = 0;
 const PARK: u8 = 1;
@@ -318,7 +318,7 @@ impl<O, S> Rendezvous<O, S> {
     }
 
     fn wait(&self, done: impl Fn(&Inner<O, S>) -> bool) -> Result<MutexGuard<'_, Inner<O, S>>, VmError> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut inner = self.inner();
         while !done(&inner) {
             if let Some(reason) = &inner.stop {
@@ -326,7 +326,7 @@ impl<O, S> Rendezvous<O, S> {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(VmError::Stuck { seconds: PATIENCE.as_secs() });
+                return Err(VmError::Stuck { seconds: TIMEOUT.as_secs() });
             }
             inner = self.to_owner.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }

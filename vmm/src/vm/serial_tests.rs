@@ -10,7 +10,7 @@ use crate::boot::{BootSource, Image};
 use crate::kvm::testutil::{elf, host};
 use crate::vm::{Context, Vm, VmConfig};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const TYPED: &[u8] = b"typed";
 
 /// Waits for input at COM1, takes five bytes by `rep insb`, and writes them by `rep outsb`:
@@ -37,7 +37,7 @@ fn string_instructions_lose_no_byte_of_the_serial_port() {
     assert_eq!(vm.type_in(TYPED), TYPED.len());
     let begun = Instant::now();
     while vm.console().since(0).len() < TYPED.len() {
-        assert!(begun.elapsed() < PATIENCE, "only {:?} came back", vm.console().since(0));
+        assert!(begun.elapsed() < TIMEOUT, "only {:?} came back", vm.console().since(0));
         assert!(vm.stopped().is_none(), "{:?}", vm.stopped());
         thread::yield_now();
     }

@@ -148,7 +148,7 @@ fn wire_generation(fd: &VmFd) -> Result<Arc<Irq>, VmError> {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        self.meeting.stop(StopReason::Asked);
+        self.meeting.stop(StopReason::Requested);
         for thread in self.threads.drain(..) {
             // A panic was turned into a stop reason on the thread itself.
             let _ = thread.join();

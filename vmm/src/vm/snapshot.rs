@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::{DiskError, DiskImage, DiskLayer, DiskRun, GRANULE};
+use clade_devices::disk::{CLUSTER, DiskError, DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::{PAGE_SIZE, PageRange, RamError};
 use clade_snapshot::{
-    Base, Compression, DiskReader, DiskToSave, Kind, Load, Save, Saved, Snapshot, SnapshotId, Space, Watch, linear,
-    record_warm,
+    Base, Compression, DiskReader, DiskToSave, Kind, Load, Save, SaveProgress, Saved, Snapshot, SnapshotId, Space,
+    linear, record_warm,
 };
 use thiserror::Error;
 
@@ -169,10 +169,10 @@ impl Space for DiskSpace<'_> {
     }
 
     fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
-        const { assert!(GRANULE == PAGE_SIZE) };
+        const { assert!(CLUSTER == PAGE_SIZE) };
         let run = |run: &DiskRun| {
             let kind = if run.zero { Kind::Zero } else { Kind::Data };
-            (PageRange::new(run.granules.start, run.granules.end), kind)
+            (PageRange::new(run.clusters.start, run.clusters.end), kind)
         };
         Ok(self.runs.iter().map(run).collect())
     }
@@ -214,7 +214,7 @@ impl Vm {
         self.saving.running.store(true, Ordering::Relaxed);
         let base = last.as_ref().filter(|_| options.incremental);
         let saved = self.fork().map_err(SnapshotError::from).and_then(|(image, report)| {
-            let watch = Watch {
+            let watch = SaveProgress {
                 progress: &|done, total| {
                     self.saving.done.store(done, Ordering::Relaxed);
                     self.saving.total.store(total, Ordering::Relaxed);
@@ -269,7 +269,7 @@ fn save(
     dir: &Path,
     base: Option<&LastSave>,
     options: SnapshotOptions,
-    watch: &Watch<'_>,
+    watch: &SaveProgress<'_>,
 ) -> Result<Saved, SnapshotError> {
     let deadline = Instant::now() + SETTLE;
     let settled = |disk: &DiskImage| loop {
@@ -400,7 +400,7 @@ fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
 
 fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
     let run =
-        |(range, kind): &(PageRange, Kind)| DiskRun { granules: range.start()..range.end(), zero: *kind == Kind::Zero };
+        |(range, kind): &(PageRange, Kind)| DiskRun { clusters: range.start()..range.end(), zero: *kind == Kind::Zero };
     let mut layers = Vec::new();
     for layer in reader.layers()? {
         let Some((file, path)) = layer.file else {

@@ -17,7 +17,7 @@ use clade_harness::BareMailbox;
 const PAIRS: [Pair; 1] = [Pair::Relay];
 /// Long enough for a vCPU that may start to do so.
 const SETTLE: Duration = Duration::from_millis(30);
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// `image` with an MSR that no KVM has, on vCPU `vcpu`.
 fn spoiled(image: &ForkImage, vcpu: usize) -> Arc<ForkImage> {
@@ -92,7 +92,7 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
         sender.order(Command::Restart { peer: WAITS }).unwrap();
         let begun = Instant::now();
         while sender.progress().unwrap() < 3 {
-            assert!(begun.elapsed() < PATIENCE, "round {round}: the sender stands still");
+            assert!(begun.elapsed() < TIMEOUT, "round {round}: the sender stands still");
             thread::yield_now();
         }
         vm.shell.meeting.schedule.delay_kicks(Duration::from_millis(4), round);

@@ -9,7 +9,7 @@ use thiserror::Error;
 pub enum StopReason {
     /// Its owner stopped it.
     #[error("stopped")]
-    Asked,
+    Requested,
     /// The guest reset itself through the keyboard controller.
     #[error("the guest reset itself")]
     Reset,

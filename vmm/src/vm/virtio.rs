@@ -8,7 +8,7 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::net::{Net, NetOptions};
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, VirtioMmio};
 
@@ -91,25 +91,25 @@ impl Maker<'_> {
                 };
                 // Whoever goes on from a saved state has another address than the guest knows.
                 let net = Net::new(end.tap, &options, state, state.is_some()).map_err(DeviceError::Io)?;
-                Box::new(Plain::new(net))
+                Box::new(SyncDevice::new(net))
             }
             (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
                 // Made with its socket, and knows whether it is a child's.
                 let vsock = self.ends.vsock.take();
-                Box::new(Plain::new(vsock.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?))
+                Box::new(SyncDevice::new(vsock.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?))
             }
-            (Place::Rng(limits), None | Some((VirtioState::Rng(_), _))) => Box::new(Plain::new(Rng::new(limits))),
+            (Place::Rng(limits), None | Some((VirtioState::Rng(_), _))) => Box::new(SyncDevice::new(Rng::new(limits))),
             (Place::Balloon, None) => {
-                Box::new(Plain::new(Balloon::new(&BalloonState::default()).map_err(DeviceError::Io)?))
+                Box::new(SyncDevice::new(Balloon::new(&BalloonState::default()).map_err(DeviceError::Io)?))
             }
             (Place::Balloon, Some((VirtioState::Balloon(state), _))) => {
-                Box::new(Plain::new(Balloon::new(state).map_err(DeviceError::Io)?))
+                Box::new(SyncDevice::new(Balloon::new(state).map_err(DeviceError::Io)?))
             }
             (Place::Console, None | Some((VirtioState::Console(_), _))) => {
                 let output = Console::default();
                 let device = ConsoleDevice::new(output.clone()).map_err(DeviceError::Io)?;
                 self.hvc = Some(Hvc { output, typist: device.typist() });
-                Box::new(Plain::new(device))
+                Box::new(SyncDevice::new(device))
             }
             // State of another kind of device.
             _ => return Err(DeviceError::Mismatch { found: 1, wanted: 1 }),

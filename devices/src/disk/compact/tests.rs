@@ -7,9 +7,9 @@ use super::*;
 use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole};
 use crate::disk::{DiskConfig, DiskImage, DiskOp, SECTOR};
 
-const GRANULES: u64 = 300;
-/// Not whole granules.
-const SIZE: u64 = GRANULES * GRANULE - 3 * SECTOR;
+const CLUSTERS: u64 = 300;
+/// Not whole clusters.
+const SIZE: u64 = CLUSTERS * CLUSTER - 3 * SECTOR;
 
 fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
@@ -43,7 +43,7 @@ fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
             kept.push((image, model.clone()));
         }
         // Another place each time, so that each overlay would be needed for ever.
-        let (at, byte) = (fork * 7 % (GRANULES - 1) * GRANULE, fork as u8);
+        let (at, byte) = (fork * 7 % (CLUSTERS - 1) * CLUSTER, fork as u8);
         begin_write(&mut disk, at, &[byte; 4096], fork);
         model[at as usize..at as usize + 4096].fill(byte);
         assert_eq!(finish(&mut disk), 1, "what is moved is nobody's request");
@@ -66,8 +66,8 @@ enum Act {
         wait: bool,
     },
     Discard {
-        granule: u64,
-        granules: u64,
+        cluster: u64,
+        clusters: u64,
     },
     Fork,
     /// In a disk of its own, which is then this one.
@@ -79,11 +79,11 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let sectors = run(SIZE / SECTOR, 64);
-    let granules = run(GRANULES, 20);
+    let clusters = run(CLUSTERS, 20);
     prop_oneof![
         12 => (sectors, any::<u8>(), prop::bool::weighted(0.3))
             .prop_map(|((sector, sectors), byte, wait)| Act::Write { sector, sectors, byte, wait }),
-        2 => granules.prop_map(|(granule, granules)| Act::Discard { granule, granules }),
+        2 => clusters.prop_map(|(cluster, clusters)| Act::Discard { cluster, clusters }),
         8 => Just(Act::Fork),
         1 => Just(Act::Child),
         1 => Just(Act::Rewind),
@@ -99,16 +99,16 @@ proptest! {
         let (_dir, path, mut model) = image();
         let latency = late.then_some(Duration::from_micros(300));
         let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&path) }).unwrap();
-        disk.moves = Moves::at_most(3, 1);
+        disk.moves = Relocation::at_most(3, 1);
         let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
         let mut last = None;
         // Of requests in flight that overlap nobody knows which is last.
         let mut busy: Vec<Range<u64>> = Vec::new();
         for (token, act) in (2..).zip(acts) {
-            let sectors_in = GRANULE / SECTOR;
+            let sectors_in = CLUSTER / SECTOR;
             let range = match act {
                 Act::Write { sector, sectors, .. } => Some(sector..sector + sectors),
-                Act::Discard { granule, granules } => Some(granule * sectors_in..(granule + granules) * sectors_in),
+                Act::Discard { cluster, clusters } => Some(cluster * sectors_in..(cluster + clusters) * sectors_in),
                 _ => None,
             };
             if let Some(range) = range {
@@ -127,8 +127,8 @@ proptest! {
                         finish(&mut disk);
                     }
                 }
-                Act::Discard { granule, granules } => {
-                    let (offset, end) = (granule * GRANULE, ((granule + granules) * GRANULE).min(SIZE));
+                Act::Discard { cluster, clusters } => {
+                    let (offset, end) = (cluster * CLUSTER, ((cluster + clusters) * CLUSTER).min(SIZE));
                     disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
                     model[offset as usize..end as usize].fill(0);
                 }
@@ -145,7 +145,7 @@ proptest! {
                     let image = disk.fork();
                     if let Act::Child = act {
                         disk = image.open().unwrap();
-                        disk.moves = Moves::at_most(3, 1);
+                        disk.moves = Relocation::at_most(3, 1);
                     }
                     last = Some((image.clone(), model.clone()));
                     if token % 3 == 0 {
@@ -176,10 +176,10 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     let (_dir, path, mut model) = image();
     let config = DiskConfig { latency: Some(Duration::from_millis(2)), ..DiskConfig::new(&path) };
     let mut disk = Disk::open(&config).unwrap();
-    disk.moves = Moves::at_most(2, 1);
+    disk.moves = Relocation::at_most(2, 1);
     for fork in 0..12u64 {
         drop(disk.fork());
-        let at = fork * 20 * GRANULE;
+        let at = fork * 20 * CLUSTER;
         begin_write(&mut disk, at, &[fork as u8; 4096], fork);
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
@@ -201,15 +201,15 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
         Disk::open(&DiskConfig { latency: Some(Duration::from_millis(300)), ..DiskConfig::new(&path) }).unwrap();
     for at in 0..5 {
         drop(disk.fork());
-        begin_write(&mut disk, at * 8 * GRANULE, &[1; 4096], 1);
+        begin_write(&mut disk, at * 8 * CLUSTER, &[1; 4096], 1);
         finish(&mut disk);
     }
-    disk.moves = Moves::at_most(2, 1);
+    disk.moves = Relocation::at_most(2, 1);
     // In place, and in flight while the child is made.
-    begin_write(&mut disk, 4 * 8 * GRANULE, &[2; 4096], 1);
+    begin_write(&mut disk, 4 * 8 * CLUSTER, &[2; 4096], 1);
     let mut child = disk.fork().open().unwrap();
-    child.moves = Moves::at_most(2, 1);
-    begin_write(&mut child, 100 * GRANULE, &[3; 4096], 1);
+    child.moves = Relocation::at_most(2, 1);
+    begin_write(&mut child, 100 * CLUSTER, &[3; 4096], 1);
     child.kick().unwrap();
     assert!(child.unsettled.iter().any(|file| file.has_writes()), "the parent's is on its way");
     assert!(!child.moves.queue.is_empty() && child.moves.running == 0, "{:?}", child.moves);

@@ -164,7 +164,7 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     let mut model = vec![1; SIZE as usize];
     write(&mut disk, 0, &[2; 300 * 4096]);
     model[..300 * 4096].fill(2);
-    disk.submit(DiskOp::Zero { offset: 400 * GRANULE, len: 9 * GRANULE, unmap: true }, 1).unwrap();
+    disk.submit(DiskOp::Zero { offset: 400 * CLUSTER, len: 9 * CLUSTER, unmap: true }, 1).unwrap();
     finish(&mut disk);
     model[400 * 4096..409 * 4096].fill(0);
     for _ in 0..4 {
@@ -182,11 +182,11 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert!(!disk.fold.active);
     flush(&mut disk);
     assert!(disk.fold.active);
-    begin_write(&mut disk, 100 * GRANULE + 512, &[3; 512], 7);
+    begin_write(&mut disk, 100 * CLUSTER + 512, &[3; 512], 7);
     model[100 * 4096 + 512..100 * 4096 + 1024].fill(3);
-    disk.submit(DiskOp::Zero { offset: 150 * GRANULE + 512, len: 2 * GRANULE, unmap: true }, 8).unwrap();
+    disk.submit(DiskOp::Zero { offset: 150 * CLUSTER + 512, len: 2 * CLUSTER, unmap: true }, 8).unwrap();
     model[150 * 4096 + 512..152 * 4096 + 512].fill(0);
-    disk.submit(DiskOp::Discard { offset: 160 * GRANULE, len: GRANULE }, 9).unwrap();
+    disk.submit(DiskOp::Discard { offset: 160 * CLUSTER, len: CLUSTER }, 9).unwrap();
     model[160 * 4096..161 * 4096].fill(0);
     settle(&mut disk);
     assert!(read(&mut disk, 0, SIZE as usize) == model);
@@ -284,8 +284,8 @@ fn the_journal_takes_twice_the_disk_at_most() {
         for round in 0..24u64 {
             drop(disk.fork());
             let byte = round as u8 + 10;
-            // Of each overlay so many granules stay of use.
-            let start = left_out * round * GRANULE;
+            // Of each overlay so many clusters stay of use.
+            let start = left_out * round * CLUSTER;
             write(&mut disk, start, &vec![byte; (SIZE - start) as usize]);
             model[start as usize..].fill(byte);
             flush(&mut disk);
@@ -304,7 +304,7 @@ fn the_journal_takes_twice_the_disk_at_most() {
     for (children, left_out) in [(false, 0), (true, 0), (true, 1), (true, 37)] {
         for hasty in [false, true] {
             let most = most(children, left_out, hasty);
-            let what = format!("children {children}, {left_out} granules a round of use, hasty {hasty}");
+            let what = format!("children {children}, {left_out} clusters a round of use, hasty {hasty}");
             println!("{most} bytes with {what}");
             assert!(most <= 2 * SIZE + (4 << 20), "{most} bytes with {what}");
         }
@@ -320,8 +320,8 @@ fn a_guest_that_discards_here_and_there_costs_the_host_a_bounded_map() {
     let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
     drop(disk.fork());
     let all = crate::disk::steps::MAX_EXTENTS as u64;
-    for granule in 0..3 * all {
-        disk.submit(DiskOp::Discard { offset: 2 * granule * GRANULE, len: GRANULE }, granule).unwrap();
+    for cluster in 0..3 * all {
+        disk.submit(DiskOp::Discard { offset: 2 * cluster * CLUSTER, len: CLUSTER }, cluster).unwrap();
         assert!(disk.take_done().pop().unwrap().result.is_ok());
     }
     let (extents, _) = disk.extents_and_files();
@@ -329,7 +329,7 @@ fn a_guest_that_discards_here_and_there_costs_the_host_a_bounded_map() {
     // Zeros are zeros all the same, where something else was.
     let at = 10 << 30;
     write(&mut disk, at, &[5; 3 * 4096]);
-    disk.submit(DiskOp::Zero { offset: at + GRANULE, len: GRANULE, unmap: true }, 1).unwrap();
+    disk.submit(DiskOp::Zero { offset: at + CLUSTER, len: CLUSTER, unmap: true }, 1).unwrap();
     disk.submit(DiskOp::Zero { offset: at + 512, len: 512, unmap: true }, 2).unwrap();
     finish(&mut disk);
     let mut want = vec![5; 3 * 4096];

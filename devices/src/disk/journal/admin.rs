@@ -7,9 +7,9 @@ use clade_io::{CachePolicy, FileError, IoFile};
 
 use super::files::{Location, allocated, retire, unmark};
 use super::format::{JournalError, JournalId};
-use super::left::{Beside, Checks, Left, Report, look};
+use super::left::{Beside, Checks, RecoveredJournal, Report, look};
 use super::tie;
-use crate::disk::map::{GRANULE, Source};
+use crate::disk::map::{CLUSTER, Source};
 use crate::disk::{DiskError, SECTOR};
 
 /// An image's journal, as it was left.
@@ -70,7 +70,7 @@ impl DiskJournal {
             Ok(Beside::Journal(dir, file, bytes)) => {
                 let read = |checks| {
                     let parts = (location.clone(), dir.clone(), Arc::clone(&file));
-                    Left::read(parts.0, parts.1, parts.2, &bytes, (&base, size), checks)
+                    RecoveredJournal::read(parts.0, parts.1, parts.2, &bytes, (&base, size), checks)
                 };
                 match read(Checks::Size) {
                     Ok(left) => shown.count(&left, &base),
@@ -85,7 +85,7 @@ impl DiskJournal {
                     Err(error) => JournalState::Refused(error),
                 };
             }
-            Ok(Beside::Nothing | Beside::Names(_)) => match Left::find(&base, size) {
+            Ok(Beside::Nothing | Beside::Names(_)) => match RecoveredJournal::find(&base, size) {
                 Err(DiskError::JournalMissing { .. }) => shown.state = JournalState::Missing,
                 found => drop(found?),
             },
@@ -97,9 +97,9 @@ impl DiskJournal {
         Ok(shown)
     }
 
-    fn count(&mut self, left: &Left, base: &Arc<IoFile>) {
-        for (granules, source) in left.map.pieces(0..u64::MAX) {
-            let bytes = (granules.end - granules.start) * GRANULE;
+    fn count(&mut self, left: &RecoveredJournal, base: &Arc<IoFile>) {
+        for (clusters, source) in left.map.pieces(0..u64::MAX) {
+            let bytes = (clusters.end - clusters.start) * CLUSTER;
             match source {
                 Source::Zero => self.zeros += bytes,
                 Source::File(file) if Arc::ptr_eq(file, base) => {}
@@ -122,7 +122,7 @@ impl DiskJournal {
         let (base, size, location) = open(path, true)?;
         match look(&location, true)? {
             Beside::Journal(dir, file, bytes) => {
-                let left = Left::read(location, dir, file, &bytes, (&base, size), Checks::Size)?;
+                let left = RecoveredJournal::read(location, dir, file, &bytes, (&base, size), Checks::Size)?;
                 Ok(left.write_back(&base, size)?)
             }
             Beside::Nothing | Beside::Names(_) => {

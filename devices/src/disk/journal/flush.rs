@@ -62,7 +62,7 @@ impl Journal {
         }
         let synced = Arc::clone(&self.base);
         let base = || Request::Sync { file: Arc::clone(&synced), all: true };
-        let elsewhere = !map.is_all(0..self.granules, &self.base);
+        let elsewhere = !map.is_all(0..self.clusters, &self.base);
         if !elsewhere && !self.named {
             return Ok(standing.dirty.then(base).into_iter().collect());
         }
@@ -72,20 +72,20 @@ impl Journal {
         }
         let mut requests: Vec<Request> = standing.dirty.then(base).into_iter().collect();
         let whole = self.whole || self.is_long(map);
-        let all = 0..self.granules;
+        let all = 0..self.clusters;
         let ranges = if whole { std::slice::from_ref(&all) } else { &self.moved };
         let pieces = ranges.iter().flat_map(|range| map.pieces(range.clone()));
         let pieces = pieces.filter(|(_, source)| !whole || !source.is(&self.base));
-        let pieces: Vec<_> = pieces.map(|(granules, source)| (granules, source.clone())).collect();
+        let pieces: Vec<_> = pieces.map(|(clusters, source)| (clusters, source.clone())).collect();
         let dir = self.make_directory()?;
         let mut entries = Vec::with_capacity(pieces.len());
-        for (granules, source) in pieces {
+        for (clusters, source) in pieces {
             let place = match source {
                 Source::Zero => Place::Zeros,
                 Source::File(file) if Arc::ptr_eq(&file, &self.base) => Place::Image,
                 Source::File(file) => Place::Overlay(self.number(&dir, &file)?),
             };
-            entries.push(Entry { granules, place });
+            entries.push(Entry { clusters, place });
         }
         let directories = [(self.unnamed.0, &self.location.beside), (self.unnamed.1, &dir)];
         let directories = directories.into_iter().filter(|(wanted, _)| *wanted);

@@ -1,10 +1,10 @@
-//! The journal's bytes: a header, and records that each say where some granules are. All numbers are little-endian, 8 bytes each.
+//! The journal's bytes: a header, and records that each say where some clusters are. All numbers are little-endian, 8 bytes each.
 //!
 //! | part | fields |
 //! |---|---|
 //! | header | magic `CLADEJ02`; the disk's size; the image's id (16 bytes, 0 if it has none); the image's inode; when that was made (ns since 1970, 0 if unknown); checksum |
 //! | record | its number; its state; the image's length, mtime and ctime (ns); how many entries; the entries; checksum of all that |
-//! | entry | first granule; the granule after its last; the overlay's number, all ones for zeros, one less for the image itself |
+//! | entry | first cluster; the cluster after its last; the overlay's number, all ones for zeros, one less for the image itself |
 //!
 //! Checksums are XXH3-64. The first record comes with the header and is always whole, because a journal is given its name when both
 //! are durable. A record after it may be torn, or be what a longer one that failed has left. Records count from 0. The journal ends
@@ -28,7 +28,7 @@ const IMAGE: u64 = u64::MAX - 1;
 /// A record's state.
 const WRITING: u64 = 1;
 
-/// Where granules are.
+/// Where clusters are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// In the image, again.
@@ -39,10 +39,10 @@ pub(super) enum Place {
     Overlay(u64),
 }
 
-/// Where some granules are.
+/// Where some clusters are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    pub(super) granules: Range<u64>,
+    pub(super) clusters: Range<u64>,
     pub(super) place: Place,
 }
 
@@ -124,8 +124,8 @@ pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
     put(&mut bytes, seen.stamp.ctime);
     put(&mut bytes, entries.len() as u64);
     for entry in entries {
-        put(&mut bytes, entry.granules.start);
-        put(&mut bytes, entry.granules.end);
+        put(&mut bytes, entry.clusters.start);
+        put(&mut bytes, entry.clusters.end);
         let place = match entry.place {
             Place::Image => IMAGE,
             Place::Zeros => ZEROS,
@@ -172,14 +172,14 @@ pub enum JournalError {
     #[error("its directory is not this user's alone")]
     NotOurs,
     /// A record whose checksum is right says what cannot be.
-    #[error("it has granules {start:#x} to {end:#x} of a disk that has {granules:#x}")]
+    #[error("it has clusters {start:#x} to {end:#x} of a disk that has {clusters:#x}")]
     OffDisk {
         /// The first.
         start: u64,
-        /// The granule after the last.
+        /// The cluster after the last.
         end: u64,
         /// How many there are.
-        granules: u64,
+        clusters: u64,
     },
 }
 
@@ -211,13 +211,13 @@ fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
     }
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
-        let granules = reader.word()?..reader.word()?;
+        let clusters = reader.word()?..reader.word()?;
         let place = match reader.word()? {
             ZEROS => Place::Zeros,
             IMAGE => Place::Image,
             number => Place::Overlay(number),
         };
-        entries.push(Entry { granules, place });
+        entries.push(Entry { clusters, place });
     }
     Some((rest.0, Seen { stamp, writing: state == WRITING }, entries))
 }
@@ -237,13 +237,13 @@ pub(super) fn read_header(bytes: &[u8]) -> Result<Header, JournalError> {
 /// All of a journal. Whose it is, is for the caller to compare.
 pub(super) fn read(bytes: &[u8]) -> Result<Contents, JournalError> {
     let header = read_header(bytes)?;
-    let granules = header.size.div_ceil(super::GRANULE);
+    let clusters = header.size.div_ceil(super::CLUSTER);
     let mut rest = &bytes[HEADER..];
     let mut contents = Contents { header, entries: Vec::new(), seen: Seen::default(), records: 0, end: 0 };
     while let Some((after, seen, entries)) = next_record(rest, contents.records) {
-        for Range { start, end } in entries.iter().map(|entry| entry.granules.clone()) {
-            if start >= end || end > granules {
-                return Err(JournalError::OffDisk { start, end, granules });
+        for Range { start, end } in entries.iter().map(|entry| entry.clusters.clone()) {
+            if start >= end || end > clusters {
+                return Err(JournalError::OffDisk { start, end, clusters });
             }
         }
         contents.entries.extend(entries);
@@ -265,7 +265,7 @@ mod tests {
     fn some_entries() -> impl Strategy<Value = Vec<Entry>> {
         let place = prop_oneof![Just(Place::Image), Just(Place::Zeros), (0..9u64).prop_map(Place::Overlay)];
         let entry = (0..99u64, 1..40u64, place);
-        let entry = entry.prop_map(|(start, len, place)| Entry { granules: start..(start + len).min(100), place });
+        let entry = entry.prop_map(|(start, len, place)| Entry { clusters: start..(start + len).min(100), place });
         proptest::collection::vec(entry, 0..5)
     }
 
@@ -322,16 +322,16 @@ mod tests {
     }
 
     #[test]
-    fn granules_off_the_disk_are_refused_by_value() {
+    fn clusters_off_the_disk_are_refused_by_value() {
         for (start, end) in [(0, 101), (5, 5), (6, 5), (u64::MAX, u64::MAX), (0, u64::MAX)] {
-            let (bytes, _) = journal(&[vec![], vec![Entry { granules: start..end, place: Place::Zeros }]]);
-            assert_eq!(read(&bytes), Err(JournalError::OffDisk { start, end, granules: 100 }));
+            let (bytes, _) = journal(&[vec![], vec![Entry { clusters: start..end, place: Place::Zeros }]]);
+            assert_eq!(read(&bytes), Err(JournalError::OffDisk { start, end, clusters: 100 }));
         }
     }
 
     #[test]
     fn what_a_longer_record_has_left_is_no_record() {
-        let entry = |overlay| Entry { granules: 1..2, place: Place::Overlay(overlay) };
+        let entry = |overlay| Entry { clusters: 1..2, place: Place::Overlay(overlay) };
         let (mut bytes, ends) = journal(&[vec![entry(0)], vec![entry(1), entry(2)]]);
         // The second failed; the next is shorter, and then lies what is left of it: here even a record that is whole.
         bytes.truncate(ends[0]);

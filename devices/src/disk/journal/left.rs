@@ -11,7 +11,7 @@ use super::format::{self, Contents, Entry, JournalError, Place, Seen};
 use super::tie::{self, Mark};
 use crate::disk::DiskError;
 use crate::disk::directory::{Directory, sync, write};
-use crate::disk::map::{BlockMap, GRANULE, Source, push_run};
+use crate::disk::map::{BlockMap, CLUSTER, Source, push_run};
 
 /// What is compared before a journal is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub(super) enum Checks {
 
 /// A disk whose journal was left behind: by a process that did not end in order, or with somebody else still using the image.
 #[derive(Debug)]
-pub(in crate::disk) struct Left {
+pub(in crate::disk) struct RecoveredJournal {
     location: Location,
     /// Locked.
     dir: Directory,
@@ -73,7 +73,7 @@ fn missing(location: &Location, image: &IoFile, id: format::JournalId) -> DiskEr
     DiskError::JournalMissing { image, journal, id, found: location.look_for(id) }
 }
 
-impl Left {
+impl RecoveredJournal {
     /// Looks for the journal of the image that `base` is. What does not count is removed, if the image may be written.
     ///
     /// # Errors
@@ -129,9 +129,9 @@ impl Left {
             }
             Checks::Size => {}
         }
-        let mut map = BlockMap::new(size.div_ceil(GRANULE), Source::File(Arc::clone(base)));
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::File(Arc::clone(base)));
         let mut files: Vec<(u64, Arc<IoFile>)> = Vec::new();
-        for Entry { granules, place } in &contents.entries {
+        for Entry { clusters, place } in &contents.entries {
             let source = match *place {
                 Place::Image => Source::File(Arc::clone(base)),
                 Place::Zeros => Source::Zero,
@@ -148,7 +148,7 @@ impl Left {
                     Source::File(file)
                 }
             };
-            map.insert(granules.clone(), source);
+            map.insert(clusters.clone(), source);
         }
         Ok(Self { location, dir, contents, map, file })
     }
@@ -166,7 +166,7 @@ impl Left {
     }
 }
 
-/// Where records are added while granules go into the image.
+/// Where records are added while clusters go into the image.
 #[derive(Debug)]
 pub(in crate::disk) struct Log {
     pub(super) file: Arc<IoFile>,
@@ -221,13 +221,13 @@ pub(in crate::disk) fn write_back(
         log.seen.writing = true;
         log.add(&[])?;
     }
-    for (range, source) in before.pieces(0..size.div_ceil(GRANULE)) {
+    for (range, source) in before.pieces(0..size.div_ceil(CLUSTER)) {
         if source.is(base) {
             continue;
         }
-        for start in (range.start..range.end).step_by((CHUNK.min(BATCH) / GRANULE) as usize) {
-            let piece = start..range.end.min(start + CHUNK.min(BATCH) / GRANULE);
-            let (from, to) = (piece.start * GRANULE, (piece.end * GRANULE).min(size));
+        for start in (range.start..range.end).step_by((CHUNK.min(BATCH) / CLUSTER) as usize) {
+            let piece = start..range.end.min(start + CHUNK.min(BATCH) / CLUSTER);
+            let (from, to) = (piece.start * CLUSTER, (piece.end * CLUSTER).min(size));
             match source {
                 Source::File(file) => {
                     let mut bytes = vec![0; (to - from) as usize];
@@ -252,13 +252,13 @@ pub(in crate::disk) fn write_back(
         Some(log) => batch.finish(map, base, log)?,
         None => {
             sync(base)?;
-            map.insert(0..size.div_ceil(GRANULE), Source::File(Arc::clone(base)));
+            map.insert(0..size.div_ceil(CLUSTER), Source::File(Arc::clone(base)));
         }
     }
     Ok(report)
 }
 
-/// Granules that are in the image, and not known to be durable there.
+/// Clusters that are in the image, and not known to be durable there.
 #[derive(Default)]
 struct Batch {
     runs: Vec<Range<u64>>,
@@ -269,7 +269,7 @@ struct Batch {
 impl Batch {
     fn add(&mut self, piece: Range<u64>, source: &Source) {
         if let Source::File(file) = source {
-            self.bytes += (piece.end - piece.start) * GRANULE;
+            self.bytes += (piece.end - piece.start) * CLUSTER;
             self.overlays.push((Arc::clone(file), piece.clone()));
         }
         push_run(&mut self.runs, piece);
@@ -278,7 +278,7 @@ impl Batch {
     fn finish(&mut self, map: &mut BlockMap, base: &Arc<IoFile>, log: &mut Log) -> Result<(), FileError> {
         sync(base)?;
         let runs = std::mem::take(&mut self.runs);
-        let entry = |granules: &Range<u64>| Entry { granules: granules.clone(), place: Place::Image };
+        let entry = |clusters: &Range<u64>| Entry { clusters: clusters.clone(), place: Place::Image };
         let entries: Vec<Entry> = runs.iter().map(entry).collect();
         if !entries.is_empty() {
             log.add(&entries)?;
@@ -286,7 +286,7 @@ impl Batch {
         runs.into_iter().for_each(|run| map.insert(run, Source::File(Arc::clone(base))));
         // Not before: until then the journal has them here.
         for (file, piece) in self.overlays.drain(..).filter(|(file, _)| file.is_writable()) {
-            punch(&file, piece.start * GRANULE, (piece.end - piece.start) * GRANULE);
+            punch(&file, piece.start * CLUSTER, (piece.end - piece.start) * CLUSTER);
         }
         self.bytes = 0;
         Ok(())

@@ -2,22 +2,22 @@
 //!
 //! From its first fork on, a disk's writes are in overlays without names, and the image is everybody's to read and nobody's to write. So that a flush keeps
 //! its promise, the disk that was opened from the image gives its overlays names when it is flushed, in a directory beside the image. A journal
-//! there says which granules are in which. Whoever opens the image next puts them in (left.rs). A commit does the same, and so is one step.
+//! there says which clusters are in which. Whoever opens the image next puts them in (left.rs). A commit does the same, and so is one step.
 //!
 //! ```text
 //! disk.img                    the image; the attribute user.clade.journal has the journal's id
 //! disk.img.clade-journal/
-//!     journal                 which granules are where (format.rs); replaced as a whole, or appended to
+//!     journal                 which clusters are where (format.rs); replaced as a whole, or appended to
 //!     journal.next            a journal that does not count: not yet, or no longer
-//!     overlay.0, overlay.1    granules, each at its own offset in the disk
+//!     overlay.0, overlay.1    clusters, each at its own offset in the disk
 //! ```
 //!
 //! A flush, in this order ([`Journal::begin`], [`Journal::next`]):
 //!
-//! 1. Overlays with granules that the journal is going to name are given names.
+//! 1. Overlays with clusters that the journal is going to name are given names.
 //! 2. What was written to them, their names, and what was written to the image are made durable. For the first journal, so is its header.
 //! 3. The first time, the image is given the journal's id, durably.
-//! 4. A record with the granules that have *moved*, and with the image's length and times, is written and made durable. Before 2 it could name what is
+//! 4. A record with the clusters that have *moved*, and with the image's length and times, is written and made durable. Before 2 it could name what is
 //!    not there: unlike a disk, whose sectors hold the old or the new, a file that nobody has written holds anything.
 //! 5. A whole journal, in a file of its own so far, takes the old one's name, and that is made durable.
 //!
@@ -45,7 +45,7 @@ use std::sync::Arc;
 use clade_io::{FileError, IoFile};
 
 use super::directory::Directory;
-use super::map::{GRANULE, push_run};
+use super::map::{CLUSTER, push_run};
 pub use admin::{DiskJournal, JournalState};
 use files::{JOURNAL, Location};
 use flush::Writing;
@@ -53,7 +53,7 @@ use format::{Header, Seen};
 pub use format::{JournalError, JournalId};
 use left::Log;
 pub use left::Report;
-pub(super) use left::{Left, write_back};
+pub(super) use left::{RecoveredJournal, write_back};
 use tie::Mark;
 
 /// Moved ranges that are remembered; if there are more, the next journal is a whole one.
@@ -87,7 +87,7 @@ pub(super) struct Standing {
 pub(super) struct Journal {
     location: Location,
     header: Header,
-    granules: u64,
+    clusters: u64,
     base: Arc<IoFile>,
     /// Once it is there.
     dir: Option<Directory>,
@@ -152,7 +152,7 @@ impl Journal {
             Ok(Self {
                 location,
                 header: Header { size, id, inode, born },
-                granules: size.div_ceil(GRANULE),
+                clusters: size.div_ceil(CLUSTER),
                 base: Arc::clone(base),
                 dir: None,
                 unnamed: (false, false),
@@ -211,12 +211,12 @@ impl Journal {
         }
     }
 
-    /// The map has `granules` elsewhere now.
-    pub(super) fn moved(&mut self, granules: Range<u64>) {
+    /// The map has `clusters` elsewhere now.
+    pub(super) fn moved(&mut self, clusters: Range<u64>) {
         if self.whole {
             return;
         }
-        push_run(&mut self.moved, granules);
+        push_run(&mut self.moved, clusters);
         if self.moved.len() > MAX_MOVED {
             self.replaced();
         }
@@ -235,7 +235,7 @@ impl Journal {
         self.replaced();
     }
 
-    /// Where an overlay's granules go into the image piece by piece.
+    /// Where an overlay's clusters go into the image piece by piece.
     pub(super) fn log(&self) -> Option<Log> {
         let (file, seen) = (self.file.clone()?, self.seen?);
         Some(Log { file, end: self.end, records: self.records, seen })

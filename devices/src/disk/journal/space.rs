@@ -6,7 +6,7 @@ use clade_io::IoFile;
 
 use super::files::allocated;
 use super::{Journal, format};
-use crate::disk::map::{BlockMap, GRANULE};
+use crate::disk::map::{BlockMap, CLUSTER};
 
 /// A journal that is longer, and as many times as long as a whole one, is replaced.
 const LONG: (u64, u64) = (1 << 20, 4);
@@ -32,7 +32,7 @@ impl Journal {
             || !stale.is_empty() && stale.iter().map(|named| allocated(&named.file)).sum::<u64>() > self.garbage_limit()
     }
 
-    /// Overlays to move granules away from, when too much of what they take is of no use to `map`. `own` is still written.
+    /// Overlays to move clusters away from, when too much of what they take is of no use to `map`. `own` is still written.
     pub(in crate::disk) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
         let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
         if self.overlays.len() < 2 {
@@ -40,7 +40,7 @@ impl Journal {
         }
         let used = map.sizes();
         let live = |file: &Arc<IoFile>| {
-            used.iter().find(|(known, _)| Arc::ptr_eq(known, file)).map_or(0, |(_, granules)| granules * GRANULE)
+            used.iter().find(|(known, _)| Arc::ptr_eq(known, file)).map_or(0, |(_, clusters)| clusters * CLUSTER)
         };
         let others = self.overlays.iter().filter(|named| !is_own(&named.file) && !named.is_stale());
         let mut waste: Vec<_> =

@@ -7,14 +7,14 @@ use super::space::STALE;
 use clade_io::Request;
 
 use super::*;
-use crate::disk::compact::Moves;
+use crate::disk::compact::Relocation;
 use crate::disk::steps_trace::testing::traced;
 use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole, write};
 use crate::disk::{CommitError, CommitReport, Disk, DiskConfig, DiskError, DiskOp, SECTOR};
 
-const GRANULES: u64 = 40;
-/// Not whole granules.
-const SIZE: u64 = GRANULES * GRANULE - 3 * SECTOR;
+const CLUSTERS: u64 = 40;
+/// Not whole clusters.
+const SIZE: u64 = CLUSTERS * CLUSTER - 3 * SECTOR;
 
 struct Bench {
     _dir: tempfile::TempDir,
@@ -35,7 +35,7 @@ impl Bench {
         Disk::open(&DiskConfig::new(&self.path)).unwrap()
     }
 
-    /// Forked, and the first granule written since.
+    /// Forked, and the first cluster written since.
     fn forked(&self) -> Disk {
         let mut disk = self.open();
         drop(disk.fork());
@@ -76,19 +76,19 @@ fn what_was_flushed_after_a_fork_is_there_when_the_process_is_not() {
     flush(&mut disk);
     assert!(!bench.journal.exists(), "nothing has been written");
     write(&mut disk, 0, &[2; 8192]);
-    disk.submit(DiskOp::Zero { offset: 3 * GRANULE, len: GRANULE, unmap: true }, 1).unwrap();
+    disk.submit(DiskOp::Zero { offset: 3 * CLUSTER, len: CLUSTER, unmap: true }, 1).unwrap();
     finish(&mut disk);
     flush(&mut disk);
     assert_eq!(bench.names(), ["journal", "overlay.0"]);
-    // In place, in the last granule, and after another fork.
+    // In place, in the last cluster, and after another fork.
     write(&mut disk, 4096, &[3; 512]);
     write(&mut disk, SIZE - 512, &[4; 512]);
     drop(disk.fork());
-    write(&mut disk, 5 * GRANULE, &[5; 4096]);
+    write(&mut disk, 5 * CLUSTER, &[5; 4096]);
     flush(&mut disk);
     assert_eq!(bench.names(), ["journal", "overlay.0", "overlay.1"]);
     // Not flushed, and moved: it may be lost.
-    write(&mut disk, 6 * GRANULE, &[6; 4096]);
+    write(&mut disk, 6 * CLUSTER, &[6; 4096]);
     assert!(bench.image() == vec![1; SIZE as usize] && whole(&image) == vec![1; SIZE as usize]);
     drop((disk, image));
 
@@ -170,7 +170,7 @@ fn what_cannot_be_committed_is_kept() {
     drop(image);
     write(&mut child, 0, &[3; 4096]);
     let (child, refused) = *child.commit().unwrap_err();
-    assert!(matches!(&refused, CommitError::Left { dir, .. } if *dir == bench.journal), "{refused}");
+    assert!(matches!(&refused, CommitError::RecoveredJournal { dir, .. } if *dir == bench.journal), "{refused}");
     drop(child);
     drop(bench.open());
     assert!(bench.image()[..4097] == [vec![2; 4096], vec![1]].concat());
@@ -286,7 +286,7 @@ fn the_journal_and_its_overlays_stay_few() {
         let journal = fs::metadata(bench.journal.join("journal")).unwrap().len();
         most = (most.0.max(bench.names().len()), most.1.max(journal));
     }
-    // One for each granule, and those that only the journal names.
+    // One for each cluster, and those that only the journal names.
     assert!(most.0 > STALE && most.0 <= 1 + 20 + STALE + 2, "{most:?}");
     assert!(most.1 < 16 << 10, "{most:?}");
     drop(disk);
@@ -406,7 +406,7 @@ fn an_overlay_that_the_journal_alone_has_stays() {
     drop((map, disk.fork()));
     write(&mut disk, 0, &[3; 4096]);
     let journal = disk.journal.as_mut().unwrap();
-    assert!(journal.overlays[0].is_stale(), "the granule is in another now");
+    assert!(journal.overlays[0].is_stale(), "the cluster is in another now");
     while let Some(request) = journal.next().unwrap() {
         carry_out(&request);
     }

@@ -10,23 +10,23 @@ use super::*;
 use crate::disk::testutil::{SOON, buffer, finish, read, run, whole, write};
 use crate::disk::{CommitError, Disk, DiskOp};
 
-/// Not whole granules.
-const SIZE: u64 = 40 * GRANULE + 3 * SECTOR;
+/// Not whole clusters.
+const SIZE: u64 = 40 * CLUSTER + 3 * SECTOR;
 
-/// A disk's file in `dir`: data, and from granule 20 to 30 a hole.
+/// A disk's file in `dir`: data, and from cluster 20 to 30 a hole.
 fn file(dir: &Path) -> (PathBuf, Vec<u8>) {
     let path = dir.join("disk.img");
     let mut model: Vec<u8> = (0..SIZE).map(|at| (at / SECTOR) as u8 | 1).collect();
-    model[20 * GRANULE as usize..30 * GRANULE as usize].fill(0);
+    model[20 * CLUSTER as usize..30 * CLUSTER as usize].fill(0);
     let to = File::create(&path).unwrap();
     to.set_len(SIZE).unwrap();
-    to.write_all_at(&model[..20 * GRANULE as usize], 0).unwrap();
-    to.write_all_at(&model[30 * GRANULE as usize..], 30 * GRANULE).unwrap();
+    to.write_all_at(&model[..20 * CLUSTER as usize], 0).unwrap();
+    to.write_all_at(&model[30 * CLUSTER as usize..], 30 * CLUSTER).unwrap();
     (path, model)
 }
 
 fn bytes_of(run: &DiskRun, size: u64) -> Range<usize> {
-    (run.granules.start * GRANULE) as usize..((run.granules.end * GRANULE).min(size)) as usize
+    (run.clusters.start * CLUSTER) as usize..((run.clusters.end * CLUSTER).min(size)) as usize
 }
 
 /// Writes `runs` of `image` down, as a snapshot does.
@@ -45,8 +45,8 @@ fn layer(dir: &Path, number: usize, image: &DiskImage, runs: Vec<DiskRun>) -> Di
     DiskLayer { file: Some(file), runs }
 }
 
-fn covers(runs: &[DiskRun], granule: u64) -> bool {
-    runs.iter().any(|run| run.granules.contains(&granule))
+fn covers(runs: &[DiskRun], cluster: u64) -> bool {
+    runs.iter().any(|run| run.clusters.contains(&cluster))
 }
 
 #[derive(Clone, Debug)]
@@ -111,8 +111,8 @@ proptest! {
         for (image, then) in &images {
             prop_assert!(&whole(image) == then, "an image is its instant");
             let runs = image.runs().unwrap();
-            let joined: u64 = runs.iter().map(|run| run.granules.end - run.granules.start).sum();
-            prop_assert_eq!(joined, image.granules());
+            let joined: u64 = runs.iter().map(|run| run.clusters.end - run.clusters.start).sum();
+            prop_assert_eq!(joined, image.clusters());
             for run in runs.iter().filter(|run| run.zero) {
                 prop_assert!(then[bytes_of(run, SIZE)].iter().all(|byte| *byte == 0), "{:?}", run);
             }
@@ -120,10 +120,10 @@ proptest! {
         for (at, (newer, now)) in images.iter().enumerate() {
             for (older, then) in &images[..=at] {
                 let runs = newer.changed_since(older).unwrap();
-                for granule in 0..newer.granules() {
-                    let range = bytes_of(&DiskRun { granules: granule..granule + 1, zero: false }, SIZE);
+                for cluster in 0..newer.clusters() {
+                    let range = bytes_of(&DiskRun { clusters: cluster..cluster + 1, zero: false }, SIZE);
                     let same = now[range.clone()] == then[range];
-                    prop_assert!(same || covers(&runs, granule), "granule {} changed", granule);
+                    prop_assert!(same || covers(&runs, cluster), "cluster {} changed", cluster);
                 }
             }
         }
@@ -148,10 +148,10 @@ fn nothing_changed_since_is_no_run_and_holes_are_zeros() {
     let first = disk.fork();
     assert_eq!(whole(&first), model);
     let runs = first.runs().unwrap();
-    let run = |granules, zero| DiskRun { granules, zero };
+    let run = |clusters, zero| DiskRun { clusters, zero };
     assert_eq!(runs, [run(0..20, false), run(20..30, true), run(30..41, false)]);
     assert_eq!(disk.fork().changed_since(&first).unwrap(), []);
-    write(&mut disk, 25 * GRANULE + SECTOR, &[7; 512]);
+    write(&mut disk, 25 * CLUSTER + SECTOR, &[7; 512]);
     assert_eq!(disk.fork().changed_since(&first).unwrap(), [run(25..26, false)]);
 }
 
@@ -159,8 +159,8 @@ fn nothing_changed_since_is_no_run_and_holes_are_zeros() {
 fn what_an_older_disk_did_not_reach_has_changed() {
     let dir = tempfile::tempdir().unwrap();
     let config = DiskConfig::new(&dir.path().join("disk.img"));
-    let zeros = |granules: u64| DiskImage::from_layers(&config, granules * GRANULE, &[]).unwrap();
-    assert_eq!(zeros(5).changed_since(&zeros(3)).unwrap(), [DiskRun { granules: 3..5, zero: true }]);
+    let zeros = |clusters: u64| DiskImage::from_layers(&config, clusters * CLUSTER, &[]).unwrap();
+    assert_eq!(zeros(5).changed_since(&zeros(3)).unwrap(), [DiskRun { clusters: 3..5, zero: true }]);
     assert_eq!(zeros(3).changed_since(&zeros(5)).unwrap(), []);
 }
 
@@ -179,8 +179,8 @@ fn a_disk_made_of_layers_writes_beside_them() {
     config.overlays = Some(overlays.path().to_owned());
     let restored = DiskImage::from_layers(&config, SIZE, &layers).unwrap();
     let (mut one, mut two) = (restored.open().unwrap(), restored.open().unwrap());
-    write(&mut one, 3 * GRANULE + SECTOR, &[0xaa; 1024]);
-    one.submit(DiskOp::Zero { offset: 0, len: GRANULE, unmap: true }, 1).unwrap();
+    write(&mut one, 3 * CLUSTER + SECTOR, &[0xaa; 1024]);
+    one.submit(DiskOp::Zero { offset: 0, len: CLUSTER, unmap: true }, 1).unwrap();
     one.submit(DiskOp::Flush, 2).unwrap();
     finish(&mut one);
     assert_eq!(read(&mut two, 0, SIZE as usize), model, "one's writes are one's own");
@@ -198,31 +198,31 @@ fn a_disk_made_of_layers_writes_beside_them() {
 fn layers_that_do_not_fit_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("layer");
-    fs::write(&path, vec![1; 3 * GRANULE as usize]).unwrap();
+    fs::write(&path, vec![1; 3 * CLUSTER as usize]).unwrap();
     let mut config = DiskConfig::new(&dir.path().join("disk.img"));
     config.overlays = Some(dir.path().to_owned());
     let open = |write| Some(Arc::new(IoFile::open(&path, write, CachePolicy::Host).unwrap()));
-    let refused = |size, file: &Option<Arc<IoFile>>, granules: Range<u64>, zero| {
-        let layer = DiskLayer { file: file.clone(), runs: vec![DiskRun { granules, zero }] };
+    let refused = |size, file: &Option<Arc<IoFile>>, clusters: Range<u64>, zero| {
+        let layer = DiskLayer { file: file.clone(), runs: vec![DiskRun { clusters, zero }] };
         DiskImage::from_layers(&config, size, &[layer]).unwrap_err().to_string()
     };
-    let size = 4 * GRANULE;
+    let size = 4 * CLUSTER;
     let written = refused(size, &open(true), 0..1, false);
     assert!(written.contains("open for writing") && written.contains("/layer"), "{written}");
     let file = open(false);
-    for (granules, zero, there) in [(2..4, false, 3), (0..5, true, 4), (u64::MAX - 1..u64::MAX, true, 4)] {
-        let text = refused(size, &file, granules.clone(), zero);
-        let wanted = format!("granules {:#x} to {:#x}; there are {there:#x}", granules.start, granules.end);
+    for (clusters, zero, there) in [(2..4, false, 3), (0..5, true, 4), (u64::MAX - 1..u64::MAX, true, 4)] {
+        let text = refused(size, &file, clusters.clone(), zero);
+        let wanted = format!("clusters {:#x} to {:#x}; there are {there:#x}", clusters.start, clusters.end);
         assert!(text.contains(&wanted), "{text}");
     }
-    assert!(refused(size, &file, 1..1, true).contains("granules 0x1 to 0x1"));
+    assert!(refused(size, &file, 1..1, true).contains("clusters 0x1 to 0x1"));
     assert!(refused(size, &None, 1..2, false).contains("no file"));
     for size in [0, 100, 513, u64::MAX / 512 * 512] {
         assert!(refused(size, &file, 0..1, true).contains(&format!("{size:#x}")));
     }
-    // A file as long as the disk, whose last granule is a short one.
-    let short = 3 * GRANULE - SECTOR;
-    let layer = DiskLayer { file, runs: vec![DiskRun { granules: 0..3, zero: false }] };
+    // A file as long as the disk, whose last cluster is a short one.
+    let short = 3 * CLUSTER - SECTOR;
+    let layer = DiskLayer { file, runs: vec![DiskRun { clusters: 0..3, zero: false }] };
     assert_eq!(whole(&DiskImage::from_layers(&config, short, &[layer]).unwrap()), vec![1; short as usize]);
 }
 
@@ -234,7 +234,7 @@ fn what_is_still_being_written_is_not_read() {
     config.latency = Some(Duration::from_millis(60));
     let mut disk = Disk::open(&config).unwrap();
     let buffers = buffer(&[9; 4096]);
-    disk.submit(DiskOp::Write { offset: 22 * GRANULE, buffers }, 1).unwrap();
+    disk.submit(DiskOp::Write { offset: 22 * CLUSTER, buffers }, 1).unwrap();
     disk.kick().unwrap();
     let image = disk.fork();
     let refused = image.read_at(0, &mut [0; 16]).unwrap_err().to_string();
@@ -245,9 +245,9 @@ fn what_is_still_being_written_is_not_read() {
     assert!(heir.read_at(0, &mut [0; 16]).is_err());
     finish(&mut disk);
     assert!(image.settle(SOON) && heir.settle(SOON));
-    let mut granule = [0; 4096];
-    heir.read_at(22 * GRANULE, &mut granule).unwrap();
-    assert_eq!(granule, [9; 4096]);
+    let mut cluster = [0; 4096];
+    heir.read_at(22 * CLUSTER, &mut cluster).unwrap();
+    assert_eq!(cluster, [9; 4096]);
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
 
@@ -278,8 +278,8 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     let image = next.fork();
     assert_eq!(whole(&image), want);
     let changed = image.changed_since(&first).unwrap();
-    let granules: Vec<_> = (0..image.granules()).filter(|granule| covers(&changed, *granule)).collect();
-    assert_eq!(granules, [0, 20, 21, 22, 23, 40]);
+    let clusters: Vec<_> = (0..image.clusters()).filter(|cluster| covers(&changed, *cluster)).collect();
+    assert_eq!(clusters, [0, 20, 21, 22, 23, 40]);
     let base = layer(dir.path(), 0, &first, first.runs().unwrap());
     let delta = layer(dir.path(), 1, &image, changed);
     let again = DiskImage::from_layers(&DiskConfig::new(&path), SIZE, &[base, delta]).unwrap();

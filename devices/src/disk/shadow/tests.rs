@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 
-const SIZE: u64 = 4 * GRANULE;
+const SIZE: u64 = 4 * CLUSTER;
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -19,14 +19,14 @@ fn open(path: &Path) -> Arc<IoFile> {
 }
 
 impl Bench {
-    /// An image of ones, of whose second granule an overlay has twos, and a new image that is a
+    /// An image of ones, of whose second cluster an overlay has twos, and a new image that is a
     /// copy of it.
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img");
         fs::write(&path, vec![1; SIZE as usize]).unwrap();
         let overlay = open(&dir.path().join("overlay"));
-        overlay.write_now(&[2; GRANULE as usize], GRANULE).unwrap();
+        overlay.write_now(&[2; CLUSTER as usize], CLUSTER).unwrap();
         let base = open(&path);
         let (beside, name) = place(&path).unwrap();
         let new = beside.new_image(SIZE, &path, CachePolicy::Host).unwrap();
@@ -48,7 +48,7 @@ impl Bench {
     }
 
     fn begin(&mut self, moved: Range<u64>) {
-        let mut map = BlockMap::new(SIZE / GRANULE, Source::File(Arc::clone(&self.shadow.base)));
+        let mut map = BlockMap::new(SIZE / CLUSTER, Source::File(Arc::clone(&self.shadow.base)));
         map.insert(1..2, Source::File(Arc::clone(&self.overlay)));
         let (moved, synced) = (vec![moved], vec![Arc::clone(&self.overlay)]);
         self.shadow.writing = Some(Writing { moved, synced, map, step: Step::Data });
@@ -67,8 +67,8 @@ impl Bench {
         }
     }
 
-    fn second_granule(&self) -> u8 {
-        fs::read(self.dir.path().join("disk.img")).unwrap()[GRANULE as usize]
+    fn second_cluster(&self) -> u8 {
+        fs::read(self.dir.path().join("disk.img")).unwrap()[CLUSTER as usize]
     }
 }
 
@@ -76,35 +76,35 @@ impl Bench {
 fn a_new_image_is_on_the_disk_before_it_has_the_name_and_the_name_after() {
     let mut bench = Bench::new();
     let (old, new) = (bench.inode(), bench.shadow.next.clone().unwrap());
-    bench.begin(0..SIZE / GRANULE);
+    bench.begin(0..SIZE / CLUSTER);
     let (file, all) = bench.next().unwrap();
     assert!(Arc::ptr_eq(&file, &new) && all, "all of the new image, not {file:?}");
-    assert_eq!((bench.inode(), bench.second_granule()), (old, 1), "it has no name before that");
+    assert_eq!((bench.inode(), bench.second_cluster()), (old, 1), "it has no name before that");
     let (file, all) = bench.next().unwrap();
     assert!(Arc::ptr_eq(&file, bench.shadow.beside.file()) && all, "then the directory, not {file:?}");
-    assert!(bench.inode() != old && bench.second_granule() == 2);
+    assert!(bench.inode() != old && bench.second_cluster() == 2);
     assert!(bench.shadow.is_writing(), "it is not over before that is done");
     assert!(bench.next().is_none() && !bench.shadow.is_writing());
     // What has changed since is written into it, and synced before the flush is over.
-    bench.overlay.write_now(&[3; GRANULE as usize], GRANULE).unwrap();
+    bench.overlay.write_now(&[3; CLUSTER as usize], CLUSTER).unwrap();
     let named = bench.inode();
     bench.begin(1..2);
     let (file, all) = bench.next().unwrap();
     assert!(Arc::ptr_eq(&file, &new) && all);
     assert!(bench.shadow.is_writing(), "it is not over before that is done");
     assert!(bench.next().is_none() && !bench.shadow.is_writing());
-    assert_eq!((bench.inode(), bench.second_granule()), (named, 3));
+    assert_eq!((bench.inode(), bench.second_cluster()), (named, 3));
 }
 
 #[test]
 fn a_new_image_that_cannot_be_synced_gets_no_name() {
     let mut bench = Bench::new();
     let old = bench.inode();
-    bench.begin(0..SIZE / GRANULE);
+    bench.begin(0..SIZE / CLUSTER);
     assert!(bench.next().is_some());
     bench.shadow.give_up(true);
-    assert_eq!((bench.inode(), bench.second_granule()), (old, 1));
+    assert_eq!((bench.inode(), bench.second_cluster()), (old, 1));
     assert!(bench.shadow.next.is_none() && bench.shadow.whole && bench.shadow.is_broken());
-    let map = BlockMap::new(SIZE / GRANULE, Source::File(Arc::clone(&bench.overlay)));
+    let map = BlockMap::new(SIZE / CLUSTER, Source::File(Arc::clone(&bench.overlay)));
     assert!(bench.shadow.begin(&map, true).is_err(), "the system says it once");
 }

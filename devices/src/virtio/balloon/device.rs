@@ -10,8 +10,8 @@ use vm_memory::{GuestAddress, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::BalloonState;
-use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, QueueError, Segment, Turn, Wake, dma};
+use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::{ActivateError, Backend, Chain, DeviceState, QueueError, Segment, Turn, Wake, YieldRequest, dma};
 
 /// Feature bits, which the bindings do not have.
 const VIRTIO_BALLOON_F_STATS_VQ: u32 = 1;
@@ -161,7 +161,7 @@ impl Balloon {
         }
     }
 
-    fn inflate(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
+    fn inflate(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
         let len = dma::len_of(&chain.readable) as usize;
         if !len.is_multiple_of(4) || len / 4 > MAX_PAGES {
             let (head, what) = (chain.head, "is no list of page numbers");
@@ -189,7 +189,7 @@ impl Balloon {
         }
     }
 
-    fn note(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
+    fn note(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
         /// Of `struct virtio_balloon_stat`: a tag of 2 bytes and a number of 8, packed.
         const STAT: usize = 10;
         let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(64 * STAT)];
@@ -205,24 +205,24 @@ impl Balloon {
     }
 
     /// The guest posts a chain with what it has to say, and posts it again when it has it back.
-    fn listen(&mut self, io: &mut Io) -> Result<(), Trouble> {
+    fn listen(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         if self.asked
             && let Some(head) = self.stats_chain.take()
         {
             self.asked = false;
-            io.give_back(STATS, head, 0)?;
+            io.add_used(STATS, head, 0)?;
         }
         while let Some(chain) = io.pop(STATS)? {
             self.note(io, &chain)?;
             if let Some(before) = self.stats_chain.replace(chain.head) {
-                io.give_back(STATS, before, 0)?;
+                io.add_used(STATS, before, 0)?;
             }
         }
         Ok(())
     }
 }
 
-impl Handler for Balloon {
+impl DeviceOps for Balloon {
     const NAME: &'static str = "clade-balloon";
     const TYPE: u32 = VIRTIO_ID_BALLOON;
 
@@ -253,9 +253,9 @@ impl Handler for Balloon {
         vec![(self.bell.as_raw_fd(), OWN)]
     }
 
-    fn begin(&mut self, io: &mut Io) {
+    fn begin(&mut self, io: &mut QueueCtx) {
         match self.stats_chain {
-            Some(_) if io.has(STATS) => io.count_out(STATS),
+            Some(_) if io.has(STATS) => io.restore_in_flight(STATS),
             _ => self.stats_chain = None,
         }
     }
@@ -275,7 +275,7 @@ impl Handler for Balloon {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut Io, wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if wake == Wake::Source(OWN) {
             let _ = self.bell.read();
         }
@@ -284,23 +284,23 @@ impl Handler for Balloon {
             let mut idle = true;
             if let Some(chain) = io.pop(INFLATE)? {
                 self.inflate(io, &chain)?;
-                io.give_back(INFLATE, chain.head, 0)?;
+                io.add_used(INFLATE, chain.head, 0)?;
                 idle = false;
             }
             // The guest may use its pages again before it says so; they have been zeros since they were discarded.
             if let Some(chain) = io.pop(DEFLATE)? {
-                io.give_back(DEFLATE, chain.head, 0)?;
+                io.add_used(DEFLATE, chain.head, 0)?;
                 idle = false;
             }
             if let Some(chain) = io.pop(REPORTING)? {
                 self.report(&io.ram, &chain.writable);
-                io.give_back(REPORTING, chain.head, 0)?;
+                io.add_used(REPORTING, chain.head, 0)?;
                 idle = false;
             }
             if idle {
                 return Ok(Turn::Done);
             }
-            if hurry.up() {
+            if hurry.is_set() {
                 break;
             }
         }

@@ -17,7 +17,7 @@ use super::SEG_MAX;
 use super::request::MAX_RANGE_SECTORS;
 use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
-use crate::disk::{Disk, GRANULE, SECTOR};
+use crate::disk::{CLUSTER, Disk, SECTOR};
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, Saved, VirtioDevice, Worker};
 
@@ -64,7 +64,7 @@ pub struct Block {
     features: u64,
     place: Place,
     /// In flight when it was saved, and not begun again.
-    again: VecDeque<InFlight>,
+    replay_queue: VecDeque<InFlight>,
     limiter: Limiter,
 }
 
@@ -92,14 +92,14 @@ impl Block {
             features,
             limiter: Limiter::new(&options.limits),
             place: Place::Here(Box::new(disk)),
-            again: VecDeque::new(),
+            replay_queue: VecDeque::new(),
         }
     }
 
     /// A device that goes on from a saved state, on a disk of the same instant.
     #[must_use]
     pub fn restore(state: &BlockState, disk: Disk, options: &BlockOptions) -> Self {
-        Self { again: state.in_flight.iter().copied().collect(), ..Self::new(disk, options) }
+        Self { replay_queue: state.in_flight.iter().copied().collect(), ..Self::new(disk, options) }
     }
 
     /// Runs `with` on its disk, between two turns of its worker. None if it has lost it.
@@ -138,17 +138,17 @@ fn bits(features: &[u32]) -> u64 {
 fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
     let mut config = [0; CONFIG_LEN];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-    let granule_sectors = (GRANULE / SECTOR) as u32;
+    let cluster_sectors = (CLUSTER / SECTOR) as u32;
     put(0, &(size / SECTOR).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
-    // A sector can be written alone; what is cheap is a granule (2^3 sectors), of which a write of less may have to read the rest.
+    // A sector can be written alone; what is cheap is a cluster (2^3 sectors), of which a write of less may have to read the rest.
     put(20, &(SECTOR as u32).to_le_bytes());
-    put(24, &[granule_sectors.trailing_zeros() as u8]);
-    put(26, &(granule_sectors as u16).to_le_bytes());
+    put(24, &[cluster_sectors.trailing_zeros() as u8]);
+    put(26, &(cluster_sectors as u16).to_le_bytes());
     put(34, &queues.to_le_bytes());
     put(36, &MAX_RANGE_SECTORS.to_le_bytes());
     put(40, &1u32.to_le_bytes());
-    put(44, &granule_sectors.to_le_bytes());
+    put(44, &cluster_sectors.to_le_bytes());
     put(48, &MAX_RANGE_SECTORS.to_le_bytes());
     put(52, &1u32.to_le_bytes());
     put(56, &[1]);
@@ -181,10 +181,10 @@ impl VirtioDevice for Block {
         let Place::Here(disk) = std::mem::replace(&mut self.place, Place::Lost) else {
             return Err(ActivateError::NotReady);
         };
-        let again = std::mem::take(&mut self.again);
+        let again = std::mem::take(&mut self.replay_queue);
         for chain in &again {
             if let Some(Some(queue)) = with.queues.get_mut(usize::from(chain.queue)) {
-                queue.count_out();
+                queue.restore_in_flight();
             }
         }
         let mut sources: Vec<(RawFd, u32)> = vec![(disk.event().as_raw_fd(), DISK)];
@@ -205,7 +205,7 @@ impl VirtioDevice for Block {
     }
 
     fn deactivate(&mut self) -> bool {
-        self.again.clear();
+        self.replay_queue.clear();
         let Place::Working(worker) = &self.place else { return true };
         let deadline = Instant::now() + RESET_PATIENCE;
         let over = worker.with(|service| {
@@ -245,7 +245,7 @@ impl VirtioDevice for Block {
         };
         let Some(with) = with else {
             let rewound = self.deactivate() && self.with_disk(|disk| disk.rewind(image)) == Some(true);
-            self.again = state.in_flight.iter().copied().collect();
+            self.replay_queue = state.in_flight.iter().copied().collect();
             return if rewound { Ok(()) } else { Err(ActivateError::NotReady) };
         };
         // In place if the worker waits for the same queues' events then and now; threads cost more than all the rest.
@@ -278,7 +278,7 @@ impl VirtioDevice for Block {
     fn save(&mut self) -> Result<Saved, SaveError> {
         let (in_flight, queues, image) = match &mut self.place {
             Place::Here(disk) => {
-                (self.again.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
+                (self.replay_queue.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
             }
             // The worker stands still: nothing is submitted between the list and the map.
             Place::Working(worker) => {

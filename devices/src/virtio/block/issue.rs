@@ -9,7 +9,7 @@ use super::service::{BATCH, BlockService};
 use super::state::InFlight;
 use super::transfer::{Piece, Transfer};
 use crate::disk::{DiskError, DiskOp};
-use crate::virtio::{Hurry, dma};
+use crate::virtio::{YieldRequest, dma};
 
 /// Bytes of the pieces in a turn: their pages are pinned, and the kernel copies what is in its
 /// cache at once.
@@ -87,7 +87,7 @@ impl BlockService {
         if status != VIRTIO_BLK_S_OK {
             pending.written = 0;
         }
-        self.give_back(&pending, status);
+        self.add_used(&pending, status);
         None
     }
 
@@ -116,10 +116,10 @@ impl BlockService {
     }
 
     /// Gives the disk pieces of requests, one request after another, up to a batch.
-    pub(super) fn issue(&mut self, hurry: &Hurry<'_>) {
+    pub(super) fn issue(&mut self, hurry: &YieldRequest<'_>) {
         let mut left = BATCH_BYTES;
         for _ in 0..BATCH {
-            if left == 0 || self.broken || !self.may_issue() || hurry.up() {
+            if left == 0 || self.broken || !self.may_issue() || hurry.is_set() {
                 return;
             }
             let Some(request) = self.issuing.pop_front() else { return };
@@ -185,14 +185,14 @@ impl BlockService {
             return self.give_disk(request, DiskOp::Flush, 0);
         }
         let Some(mut pending) = self.pending.remove(&request) else { return };
-        self.redone.remove(&request);
+        self.replaying.remove(&request);
         if pending.redo && goes_on {
-            return self.again.push_back(InFlight { queue: pending.queue, head: pending.head });
+            return self.replay_queue.push_back(InFlight { queue: pending.queue, head: pending.head });
         }
         if pending.failed {
             pending.written = 0;
         }
         let status = if pending.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK };
-        self.give_back(&pending, status);
+        self.add_used(&pending, status);
     }
 }

@@ -26,7 +26,7 @@ use super::state::{BlockState, InFlight};
 use crate::disk::{Disk, DiskDone, DiskImage};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::plain::same_queues;
-use crate::virtio::{Activation, Hurry, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, dma};
+use crate::virtio::{Activation, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, YieldRequest, dma};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
@@ -68,10 +68,10 @@ pub(super) struct BlockService {
     /// Of requests and of pieces.
     next_token: u64,
     /// Chains to be done again, because they were in flight when the state was saved.
-    pub(super) again: VecDeque<InFlight>,
+    pub(super) replay_queue: VecDeque<InFlight>,
     /// Those of them that have begun. Nothing new is popped before they are done: until then the disk may show what somebody else, who has
     /// the same request in flight, is writing there.
-    pub(super) redone: HashSet<u64>,
+    pub(super) replaying: HashSet<u64>,
     delayed: Option<Delayed>,
     /// When to give the kernel again what it had no memory for.
     retry: Option<Instant>,
@@ -108,8 +108,8 @@ impl BlockService {
             running: HashMap::new(),
             running_bytes: 0,
             next_token: 0,
-            again,
-            redone: HashSet::new(),
+            replay_queue: again,
+            replaying: HashSet::new(),
             delayed: None,
             retry: None,
             ready: vec![false; count],
@@ -125,7 +125,7 @@ impl BlockService {
     pub(super) fn in_flight(&self) -> Vec<InFlight> {
         let pending = self.pending.values().map(|p| InFlight { queue: p.queue, head: p.head });
         let delayed = self.delayed.iter().map(|d| InFlight { queue: d.queue, head: d.request.head });
-        pending.chain(self.again.iter().copied()).chain(delayed).collect()
+        pending.chain(self.replay_queue.iter().copied()).chain(delayed).collect()
     }
 
     pub(super) fn queue_states(&self) -> Vec<Option<QueueState>> {
@@ -141,7 +141,7 @@ impl BlockService {
     /// Stops for good: what the kernel can give up is given up. Returns whether nothing is in flight any more.
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;
-        self.again.clear();
+        self.replay_queue.clear();
         self.issuing.clear();
         self.delayed = None;
         self.disk.cancel();
@@ -172,9 +172,9 @@ impl BlockService {
         }
         let stays = |chain: &InFlight| self.pending.values().any(|p| (p.queue, p.head) == (chain.queue, chain.head));
         list.retain(|chain| !stays(chain));
-        self.again = list.into();
+        self.replay_queue = list.into();
         self.delayed = None;
-        self.redone.retain(|token| self.pending.contains_key(token));
+        self.replaying.retain(|token| self.pending.contains_key(token));
         self.disk.in_flight() == 0
     }
 
@@ -188,17 +188,17 @@ impl BlockService {
             return false;
         }
         (self.queues, self.features) = (with.queues, with.features);
-        self.again = state.in_flight.iter().copied().collect();
-        for chain in &self.again {
+        self.replay_queue = state.in_flight.iter().copied().collect();
+        for chain in &self.replay_queue {
             if let Some(Some(queue)) = self.queues.get_mut(usize::from(chain.queue)) {
-                queue.count_out();
+                queue.restore_in_flight();
             }
         }
         self.pending.clear();
         self.issuing.clear();
         self.running.clear();
         self.running_bytes = 0;
-        self.redone.clear();
+        self.replaying.clear();
         (self.delayed, self.retry) = (None, None);
         self.ready.fill(true);
         self.used.fill(false);
@@ -242,7 +242,7 @@ impl BlockService {
     }
 
     /// Tells the driver how a request ended: the status before the used ring, whose index is stored last and with release.
-    pub(super) fn give_back(&mut self, pending: &Pending, status: u32) {
+    pub(super) fn add_used(&mut self, pending: &Pending, status: u32) {
         if self.broken || self.halting {
             return;
         }
@@ -250,7 +250,7 @@ impl BlockService {
         let done = dma::write(&self.ram, pending.status, &[status as u8]).map_err(|error| error.to_string());
         let queue = self.queues.get_mut(index).and_then(Option::as_mut);
         let done = done.and_then(|()| match queue {
-            Some(queue) => queue.give_back(pending.head, pending.written + 1).map_err(|error| error.to_string()),
+            Some(queue) => queue.add_used(pending.head, pending.written + 1).map_err(|error| error.to_string()),
             None => Err(QueueError::Rings { index: pending.queue }.to_string()),
         });
         match done {
@@ -296,19 +296,19 @@ impl BlockService {
 
     /// Whether something is to be done again now.
     fn may_redo(&self) -> bool {
-        !self.again.is_empty() && self.has_room()
+        !self.replay_queue.is_empty() && self.has_room()
     }
 
     /// Does again what was in flight when the state was saved, up to a batch.
-    fn redo(&mut self) {
+    fn replay(&mut self) {
         for _ in 0..BATCH {
             if !self.may_redo() {
                 return;
             }
-            let Some(InFlight { queue, head }) = self.again.pop_front() else { return };
+            let Some(InFlight { queue, head }) = self.replay_queue.pop_front() else { return };
             // The limits were kept when it was first popped.
             match self.chain(queue, head, false) {
-                Ok(token) => self.redone.extend(token),
+                Ok(token) => self.replaying.extend(token),
                 Err(error) => self.fail(&error),
             }
         }
@@ -316,13 +316,13 @@ impl BlockService {
 
     /// Whether new requests may be popped.
     fn may_pop(&self) -> bool {
-        self.has_room() && self.again.is_empty() && self.redone.is_empty() && self.delayed.is_none()
+        self.has_room() && self.replay_queue.is_empty() && self.replaying.is_empty() && self.delayed.is_none()
     }
 
     /// Pops and begins requests, one of each queue after another, up to a batch.
-    fn pop(&mut self, hurry: &Hurry<'_>) {
+    fn pop(&mut self, hurry: &YieldRequest<'_>) {
         for _ in 0..BATCH {
-            if !self.may_pop() || hurry.up() {
+            if !self.may_pop() || hurry.is_set() {
                 return;
             }
             let count = self.queues.len();
@@ -368,7 +368,7 @@ impl BlockService {
         let mut tell = false;
         for (used, queue) in self.used.iter_mut().zip(&mut self.queues) {
             if std::mem::take(used) {
-                tell |= queue.as_mut().is_some_and(Virtqueue::wants_interrupt);
+                tell |= queue.as_mut().is_some_and(Virtqueue::needs_notification);
             }
         }
         if tell {
@@ -378,7 +378,7 @@ impl BlockService {
 }
 
 impl Service for BlockService {
-    fn turn(&mut self, wake: Wake, hurry: &Hurry<'_>) -> Turn {
+    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn {
         match wake {
             Wake::Start => self.ready.fill(true),
             Wake::Source(DISK) | Wake::Timer | Wake::Again => {}
@@ -393,7 +393,7 @@ impl Service for BlockService {
         }
         self.reap();
         if !self.broken {
-            self.redo();
+            self.replay();
             self.release();
             self.pop(hurry);
             self.issue(hurry);

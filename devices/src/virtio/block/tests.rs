@@ -19,7 +19,7 @@ use crate::disk::{Disk, DiskConfig, DiskImage};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
 use crate::virtio::limiter::{Limiter, Limits, Rate};
-use crate::virtio::{Activation, Hurry, Interrupt, QueueState, Service, Turn, VirtioDevice, Virtqueue, Wake};
+use crate::virtio::{Activation, Interrupt, QueueState, Service, Turn, VirtioDevice, Virtqueue, Wake, YieldRequest};
 
 const RAM: u64 = 32 << 20;
 const QUEUE: u16 = 256;
@@ -34,7 +34,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const DISCARD: u32 = 11;
 const ZEROES: u32 = 13;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than a test takes: what the kernel was given stays with it.
 const FOR_EVER: Duration = Duration::from_secs(3600);
 const MODERN: u64 = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX;
@@ -161,7 +161,7 @@ impl Rig {
     }
 
     fn turn(&mut self, wake: Wake) -> Turn {
-        self.service.turn(wake, &Hurry::of(&AtomicBool::new(false)))
+        self.service.turn(wake, &YieldRequest::of(&AtomicBool::new(false)))
     }
 
     /// Turns until one has nothing more to do now. Returns how many.
@@ -195,7 +195,7 @@ impl Rig {
             if let Some(used) = self.used(0) {
                 return used;
             }
-            assert!(begun.elapsed() < PATIENCE, "nothing is given back");
+            assert!(begun.elapsed() < TIMEOUT, "nothing is given back");
             self.turn(Wake::Start);
         }
     }
@@ -226,7 +226,7 @@ impl Rig {
         ram.adopt(&moment.ram).unwrap();
         let (mut with, interrupt) = activation(&ram, self.features, &moment.queues);
         for chain in &moment.in_flight {
-            with.queues[usize::from(chain.queue)].as_mut().unwrap().count_out();
+            with.queues[usize::from(chain.queue)].as_mut().unwrap().restore_in_flight();
         }
         let again = moment.in_flight.iter().copied().collect();
         let service = BlockService::new(moment.disk.open().unwrap(), with, Limiter::new(&Limits::default()), again);
@@ -269,7 +269,7 @@ fn a_turn_that_somebody_waits_for_begins_nothing() {
     assert_eq!(rig.turn(Wake::Start), Turn::Again);
     let before = rig.pinned();
     let waits = AtomicBool::new(true);
-    assert_eq!(rig.service.turn(Wake::Again, &Hurry::of(&waits)), Turn::Again);
+    assert_eq!(rig.service.turn(Wake::Again, &YieldRequest::of(&waits)), Turn::Again);
     assert_eq!(rig.pinned(), before);
 }
 
@@ -277,7 +277,7 @@ fn a_turn_that_somebody_waits_for_begins_nothing() {
 fn requests_of_any_length_are_whole() {
     let (_dir, path) = file();
     let mut rig = Rig::new(&path, &Options::default());
-    // Into memory that is cut anywhere, from a sector in the middle of a granule.
+    // Into memory that is cut anywhere, from a sector in the middle of a cluster.
     let data = [(DATA + 3, 5 << 20), (DATA + (6 << 20), 700), (DATA + (7 << 20) + 1, (3 << 20) + 324)];
     let len: u32 = data.iter().map(|(_, len)| len).sum();
     rig.offer(0, IN, 3, &data);
@@ -464,10 +464,10 @@ fn without_flush_a_change_is_durable_when_it_is_done() {
     }
 }
 
-/// Three writes of parts of granules after a fork: the first moves granule 0, the second needs 0
+/// Three writes of parts of clusters after a fork: the first moves cluster 0, the second needs 0
 /// and 1, the third needs 1 alone.
 #[test]
-fn who_waits_for_granules_goes_before_who_came_later() {
+fn who_waits_for_clusters_goes_before_who_came_later() {
     let (_dir, path) = file();
     let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(20)), ..Options::default() });
     let _moment = rig.fork();
@@ -489,7 +489,7 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(20)), ..Options::default() });
     let heads: Vec<u16> = (0..3u64).map(|n| rig.offer(0, IN, n * 4096, &[(DATA + n * (2 << 20), 2 << 20)])).collect();
     (0..3).for_each(|_| assert_eq!(rig.turn(Wake::Start), Turn::Again));
-    assert!(rig.service.halt(PATIENCE));
+    assert!(rig.service.halt(TIMEOUT));
     assert_eq!(rig.pinned(), 0);
     let mut left: Vec<u16> = rig.service.in_flight().iter().map(|chain| chain.head).collect();
     left.sort_unstable();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vm_memory::GuestAddress;
 
-use crate::disk::GRANULE;
+use crate::disk::CLUSTER;
 use crate::virtio::chain::Segment;
 
 /// The rest of a read or a write.
@@ -38,11 +38,11 @@ impl Transfer {
         self.data.is_empty()
     }
 
-    /// Cuts off the next piece: `most` bytes at most, in whole sectors. It ends with a granule
+    /// Cuts off the next piece: `most` bytes at most, in whole sectors. It ends with a cluster
     /// where it
     /// can, because a write of a part of one may have to read the rest.
     pub(super) fn next(&mut self, most: u64) -> Piece {
-        let end = (self.offset + most) / GRANULE * GRANULE;
+        let end = (self.offset + most) / CLUSTER * CLUSTER;
         let most = if end > self.offset { end - self.offset } else { most };
         let mut piece = Piece { offset: self.offset, data: Vec::new(), len: 0 };
         while let Some(first) = self.data.front_mut() {
@@ -94,8 +94,8 @@ mod tests {
                 let piece = transfer.next(most * SECTOR);
                 prop_assert_eq!(piece.offset, offset);
                 prop_assert!(piece.len > 0 && piece.len <= most * SECTOR && piece.len.is_multiple_of(SECTOR));
-                let granular = (offset + piece.len).is_multiple_of(GRANULE);
-                prop_assert!(granular || transfer.is_over() || most < 2 * GRANULE / SECTOR);
+                let granular = (offset + piece.len).is_multiple_of(CLUSTER);
+                prop_assert!(granular || transfer.is_over() || most < 2 * CLUSTER / SECTOR);
                 offset += piece.len;
                 got.extend(piece.data.iter().map(|part| (part.address.0, part.len)));
             }

@@ -11,8 +11,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::ConsoleState;
 use crate::console::Console;
-use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -71,7 +71,7 @@ impl ConsoleDevice {
     }
 
     /// Gives the driver what was typed, as far as it has posted buffers.
-    fn receive(&self, io: &mut Io) -> Result<(), Trouble> {
+    fn receive(&self, io: &mut QueueCtx) -> Result<(), FatalError> {
         loop {
             let mut typed = self.typist.typed();
             if typed.is_empty() {
@@ -82,12 +82,12 @@ impl ConsoleDevice {
             let bytes: Vec<u8> = typed.drain(..len).collect();
             drop(typed);
             let written = dma::copy_out(&io.ram, &chain.writable, &bytes)?;
-            io.give_back(RX, chain.head, written as u32)?;
+            io.add_used(RX, chain.head, written as u32)?;
         }
     }
 }
 
-impl Handler for ConsoleDevice {
+impl DeviceOps for ConsoleDevice {
     const NAME: &'static str = "clade-hvc";
     const TYPE: u32 = VIRTIO_ID_CONSOLE;
 
@@ -116,7 +116,7 @@ impl Handler for ConsoleDevice {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut Io, wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if wake == Wake::Source(OWN) {
             // Before looking at what was typed.
             let _ = self.typist.0.1.read();
@@ -128,8 +128,8 @@ impl Handler for ConsoleDevice {
             dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
             // A console of this process takes everything.
             let _ = self.output.write_all(&bytes);
-            io.give_back(TX, chain.head, 0)?;
-            if hurry.up() {
+            io.add_used(TX, chain.head, 0)?;
+            if hurry.is_set() {
                 break;
             }
         }

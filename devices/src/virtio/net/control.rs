@@ -1,7 +1,7 @@
 //! What a driver asks of a network device by its control queue.
 
 use super::super::dma;
-use crate::virtio::plain::{Io, Trouble};
+use crate::virtio::plain::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError};
 
 /// A command.
@@ -20,7 +20,7 @@ pub(super) enum Command {
 }
 
 /// Parses the chain's readable part: a class, a command, and what belongs to it.
-pub(super) fn parse(io: &Io, chain: &Chain) -> Result<Command, Trouble> {
+pub(super) fn parse(io: &QueueCtx, chain: &Chain) -> Result<Command, FatalError> {
     if chain.readable.is_empty() || chain.writable.is_empty() || dma::len_of(&chain.readable) < 2 {
         let (head, what) = (chain.head, "is no command");
         return Err(QueueError::Content { head, what }.into());

@@ -23,8 +23,8 @@ use super::posted::{Posted, write_at};
 use super::state::NetState;
 use crate::virtio::dma::DmaError;
 use crate::virtio::limiter::{Limiter, Limits};
-use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 /// Most pairs of queues.
 pub const MAX_PAIRS: u16 = 8;
@@ -40,7 +40,7 @@ const DOWN: Duration = Duration::from_millis(250);
 /// How long it stays down for a driver that has not looked. One that looks only when it is up again has not seen that it was down.
 const MAX_DOWN: Duration = Duration::from_secs(30);
 /// How often it is looked whether the driver has.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How soon an interface that took no packet is tried again.
 const RETRY: Duration = Duration::from_millis(1);
 /// How soon memory that could not be pinned is tried again, and how often that is said.
@@ -170,11 +170,11 @@ impl Net {
     }
 
     /// The number of the control queue: behind all pairs if the driver knows of more than one.
-    fn control(&self, io: &Io) -> usize {
+    fn control(&self, io: &QueueCtx) -> usize {
         if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.tap.queues() } else { 2 }
     }
 
-    fn obey(&mut self, io: &mut Io) -> Result<(), Trouble> {
+    fn obey(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         let queue = self.control(io);
         while let Some(chain) = io.pop(queue)? {
             let done = match control::parse(io, &chain)? {
@@ -191,7 +191,7 @@ impl Net {
                 Command::Unknown => false,
             };
             let written = dma::copy_out(&io.ram, &chain.writable, &[u8::from(!done)])?;
-            io.give_back(queue, chain.head, written as u32)?;
+            io.add_used(queue, chain.head, written as u32)?;
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Net {
     }
 
     /// Takes the link down and brings it up again, for a guest that has another address now.
-    fn renew(&mut self, io: &Io) {
+    fn renew(&mut self, io: &QueueCtx) {
         if std::mem::take(&mut self.renew) {
             self.set_status(0);
             io.config_changed();
@@ -219,27 +219,27 @@ impl Net {
         down >= MAX_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
     }
 
-    fn send_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+    fn send_some(&mut self, io: &mut QueueCtx, pair: usize, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
         let queue = 2 * pair + 1;
         for _ in 0..BATCH {
             let Some(chain) = io.pop(queue)? else { return Ok(false) };
             let len = dma::len_of(&chain.readable) as usize;
             if !(MIN_PACKET..=MAX_PACKET).contains(&len) {
                 self.stats.dropped += 1;
-                io.give_back(queue, chain.head, 0)?;
+                io.add_used(queue, chain.head, 0)?;
                 continue;
             }
             // Before the limit: what was taken out of that is not given back.
             let memory = match dma::pin(&io.ram, OWNER, &chain.readable, Access::Read) {
                 Err(error) if error.is_transient() => {
-                    io.put_back(queue);
+                    io.undo_pop(queue);
                     self.pin_later(&error);
                     return Ok(false);
                 }
                 pinned => pinned?,
             };
             if let Err(until) = self.send.take((len - VNET_HEADER) as u64) {
-                io.put_back(queue);
+                io.undo_pop(queue);
                 self.wait_until(until);
                 return Ok(false);
             }
@@ -249,15 +249,15 @@ impl Net {
                     self.stats.sent_bytes += (len - VNET_HEADER) as u64;
                 }
                 Ok(None) => {
-                    io.put_back(queue);
+                    io.undo_pop(queue);
                     self.wait_until(Instant::now() + RETRY);
                     return Ok(false);
                 }
                 // An interface that is down, or a packet that makes no sense: lost, as on a wire.
                 Err(_) => self.stats.dropped += 1,
             }
-            io.give_back(queue, chain.head, 0)?;
-            if hurry.up() {
+            io.add_used(queue, chain.head, 0)?;
+            if hurry.is_set() {
                 break;
             }
         }
@@ -281,7 +281,7 @@ impl Net {
     }
 
     /// Takes posted chains until a packet of any size fits, or as many as it may be spread over.
-    fn gather(io: &mut Io, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, Trouble> {
+    fn gather(io: &mut QueueCtx, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, FatalError> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
         while posted.is_empty() || (merges && room(posted) < MAX_PACKET) {
@@ -289,7 +289,7 @@ impl Net {
             match dma::pin(&io.ram, OWNER, &chain.writable, Access::Write) {
                 Ok(memory) => posted.push_back(Posted { head: chain.head, memory }),
                 Err(error) => {
-                    io.put_back(queue);
+                    io.undo_pop(queue);
                     return Err(error.into());
                 }
             }
@@ -297,16 +297,16 @@ impl Net {
         Ok(room(posted) >= MIN_PACKET)
     }
 
-    fn receive_some(&mut self, io: &mut Io, pair: usize, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+    fn receive_some(&mut self, io: &mut QueueCtx, pair: usize, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
         let queue = 2 * pair;
         let mut posted = VecDeque::new();
         let more = self.receive_into(io, pair, &mut posted, hurry);
         // What was taken and not used stays posted.
         for _ in posted {
-            io.put_back(queue);
+            io.undo_pop(queue);
         }
         match more {
-            Err(Trouble::Dma(error)) if error.is_transient() => {
+            Err(FatalError::Dma(error)) if error.is_transient() => {
                 self.pin_later(&error);
                 Ok(false)
             }
@@ -316,11 +316,11 @@ impl Net {
 
     fn receive_into(
         &mut self,
-        io: &mut Io,
+        io: &mut QueueCtx,
         pair: usize,
         posted: &mut VecDeque<Posted>,
-        hurry: &Hurry<'_>,
-    ) -> Result<bool, Trouble> {
+        hurry: &YieldRequest<'_>,
+    ) -> Result<bool, FatalError> {
         let queue = 2 * pair;
         for _ in 0..BATCH {
             if !self.readable[pair] {
@@ -349,7 +349,7 @@ impl Net {
                     self.arm(pair);
                 }
             }
-            if hurry.up() {
+            if hurry.is_set() {
                 break;
             }
         }
@@ -359,11 +359,11 @@ impl Net {
     /// Gives a packet of `len` bytes to the driver, in as many chains as it is spread over.
     fn hand_over(
         &mut self,
-        io: &mut Io,
+        io: &mut QueueCtx,
         queue: usize,
         posted: &mut VecDeque<Posted>,
         len: usize,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), FatalError> {
         let mut parts = Vec::new();
         let mut left = len;
         while left > 0 {
@@ -377,7 +377,7 @@ impl Net {
             write_at(&first.memory, VNET_HEADER - 2, (parts.len() as u16).to_le_bytes());
         }
         for (chain, part) in parts {
-            io.give_back(queue, chain.head, part as u32)?;
+            io.add_used(queue, chain.head, part as u32)?;
         }
         let bytes = len.saturating_sub(VNET_HEADER) as u64;
         // It was ready before; a packet's size is known when it is there.
@@ -406,7 +406,7 @@ impl Net {
     }
 }
 
-impl Handler for Net {
+impl DeviceOps for Net {
     const NAME: &'static str = "clade-net";
     const TYPE: u32 = VIRTIO_ID_NET;
 
@@ -445,7 +445,7 @@ impl Handler for Net {
         vec![(self.epoll.as_raw_fd(), OWN)]
     }
 
-    fn begin(&mut self, io: &mut Io) {
+    fn begin(&mut self, io: &mut QueueCtx) {
         let has = |bit: u32| io.features & (1 << bit) != 0;
         let offload = Offload {
             checksum: has(VIRTIO_NET_F_GUEST_CSUM),
@@ -476,7 +476,7 @@ impl Handler for Net {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
         self.look();
         self.renew(io);
@@ -491,7 +491,7 @@ impl Handler for Net {
 
     fn deadline(&self) -> Option<Instant> {
         // From when it may come up on, it is looked at every now and then.
-        let look = |since: Instant| (since + DOWN).max(Instant::now() + LOOK);
+        let look = |since: Instant| (since + DOWN).max(Instant::now() + POLL_INTERVAL);
         [self.until, self.down_since.map(look)].into_iter().flatten().min()
     }
 

@@ -8,8 +8,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::state::RngState;
 use crate::virtio::limiter::{Limiter, Limits};
-use crate::virtio::plain::{Config, Handler, Io, Trouble};
-use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::plain::{Config, DeviceOps, FatalError, QueueCtx};
+use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Turn, Wake, YieldRequest, dma};
 
 /// Bytes given for one request at most: a driver that asks for more gets the first of them, as the specification allows.
 const MOST: usize = 4096;
@@ -34,7 +34,7 @@ impl Rng {
         Self { queue_sizes: [64], config, limiter, until: None }
     }
 
-    fn fill(io: &Io, chain: &Chain, bytes: &mut [u8]) -> Result<u32, Trouble> {
+    fn fill(io: &QueueCtx, chain: &Chain, bytes: &mut [u8]) -> Result<u32, FatalError> {
         let mut done = 0;
         while done < bytes.len() {
             match getrandom(&mut bytes[done..], GetRandomFlags::empty()) {
@@ -51,7 +51,7 @@ impl Rng {
     }
 }
 
-impl Handler for Rng {
+impl DeviceOps for Rng {
     const NAME: &'static str = "clade-rng";
     const TYPE: u32 = VIRTIO_ID_RNG;
 
@@ -73,20 +73,20 @@ impl Handler for Rng {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
         let mut bytes = [0; MOST];
         for _ in 0..BATCH {
             let Some(chain) = io.pop(0)? else { return Ok(Turn::Done) };
             let len = (dma::len_of(&chain.writable) as usize).min(MOST);
             if let Err(until) = self.limiter.take(len as u64) {
-                io.put_back(0);
+                io.undo_pop(0);
                 self.until = Some(until);
                 return Ok(Turn::Done);
             }
             let written = Self::fill(io, &chain, &mut bytes[..len])?;
-            io.give_back(0, chain.head, written)?;
-            if hurry.up() {
+            io.add_used(0, chain.head, written)?;
+            if hurry.is_set() {
                 break;
             }
         }

@@ -18,8 +18,8 @@ use super::connection::Connection;
 use super::host::Pending;
 use super::packet::Header;
 use super::state::VsockState;
-use crate::virtio::plain::{Config, Handler, Io, OWN, Trouble};
-use crate::virtio::{ActivateError, Backend, DeviceState, Hurry, Turn, Wake, dma};
+use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
@@ -169,21 +169,21 @@ impl Vsock {
     }
 
     /// Tells the guest that its connections are gone.
-    fn tell_reset(&mut self, io: &mut Io) -> Result<(), Trouble> {
+    fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
         const TRANSPORT_RESET: u32 = 0;
         if self.reset
             && let Some(chain) = io.pop(EVENTS)?
         {
             let written = dma::copy_out(&io.ram, &chain.writable, &TRANSPORT_RESET.to_le_bytes())?;
-            io.give_back(EVENTS, chain.head, written as u32)?;
+            io.add_used(EVENTS, chain.head, written as u32)?;
             self.reset = false;
         }
         Ok(())
     }
 }
 
-impl Handler for Vsock {
+impl DeviceOps for Vsock {
     const NAME: &'static str = "clade-vsock";
     const TYPE: u32 = VIRTIO_ID_VSOCK;
 
@@ -222,7 +222,7 @@ impl Handler for Vsock {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut Io, _wake: Wake, hurry: &Hurry<'_>) -> Result<Turn, Trouble> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
@@ -236,9 +236,9 @@ impl Handler for Vsock {
             }
             let Some(chain) = io.pop(TX)? else { break };
             self.transmit(io, &chain)?;
-            io.give_back(TX, chain.head, 0)?;
+            io.add_used(TX, chain.head, 0)?;
             more = n + 1 == BATCH;
-            if hurry.up() {
+            if hurry.is_set() {
                 more = true;
                 break;
             }

@@ -8,8 +8,8 @@ use super::HOST_CID;
 use super::connection::{Connection, ROOM, Stage};
 use super::device::{BATCH, Key, RX, Vsock};
 use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
-use crate::virtio::plain::{Io, Trouble};
-use crate::virtio::{Chain, Hurry, QueueError, dma};
+use crate::virtio::plain::{FatalError, QueueCtx};
+use crate::virtio::{Chain, QueueError, YieldRequest, dma};
 
 /// Bytes in a packet to the guest at most.
 const MAX_DATA: usize = 16 << 10;
@@ -28,7 +28,7 @@ impl Vsock {
     }
 
     /// A packet of the guest's.
-    pub(super) fn transmit(&mut self, io: &Io, chain: &Chain) -> Result<(), Trouble> {
+    pub(super) fn transmit(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
         let mut bytes = [0; HEADER];
         let rest = dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
         let Some(header) = Header::parse(&bytes) else { return Ok(()) };
@@ -101,7 +101,7 @@ impl Vsock {
 
     /// Fills the guest's buffers: replies first, then data of one connection after another. Returns
     /// whether there may be more to send.
-    pub(super) fn receive(&mut self, io: &mut Io, hurry: &Hurry<'_>) -> Result<bool, Trouble> {
+    pub(super) fn receive(&mut self, io: &mut QueueCtx, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
         for _ in 0..BATCH {
             if self.replies.is_empty() && self.ready.is_empty() {
                 return Ok(false);
@@ -112,17 +112,17 @@ impl Vsock {
                 None => self.send(io, &chain)?,
             };
             match written {
-                Some(written) => io.give_back(RX, chain.head, written)?,
-                None => io.put_back(RX),
+                Some(written) => io.add_used(RX, chain.head, written)?,
+                None => io.undo_pop(RX),
             }
-            if hurry.up() {
+            if hurry.is_set() {
                 break;
             }
         }
         Ok(!self.replies.is_empty() || !self.ready.is_empty())
     }
 
-    fn put(io: &Io, chain: &Chain, header: &Header, data: &[u8]) -> Result<Option<u32>, Trouble> {
+    fn put(io: &QueueCtx, chain: &Chain, header: &Header, data: &[u8]) -> Result<Option<u32>, FatalError> {
         let room = dma::len_of(&chain.writable);
         if room < (HEADER + data.len()) as u64 {
             let (head, what) = (chain.head, "has no room for a packet");
@@ -133,7 +133,7 @@ impl Vsock {
     }
 
     /// Data of the next connection that has some. None when there was none after all.
-    fn send(&mut self, io: &Io, chain: &Chain) -> Result<Option<u32>, Trouble> {
+    fn send(&mut self, io: &QueueCtx, chain: &Chain) -> Result<Option<u32>, FatalError> {
         let Some(key) = self.ready.pop_front() else { return Ok(None) };
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
         let may = connection.may_send() as usize;

@@ -23,7 +23,7 @@ use std::{
 };
 
 /// No test waits longer than this for a vCPU.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// The local APIC's register for IPIs.
 const INTERRUPT_COMMAND: u64 = 0xfee0_0300;
 const GAP_START: u64 = 0xc000_0000;
@@ -165,7 +165,7 @@ impl Vm {
 
     /// The next report of any vCPU.
     pub(crate) fn report(&self) -> Report {
-        match self.vcpus.reports.recv_timeout(PATIENCE) {
+        match self.vcpus.reports.recv_timeout(TIMEOUT) {
             Ok(Ok(report)) => report,
             Ok(Err(what)) => panic!("{what}"),
             Err(error) => panic!("no report: {error}; vCPU 0 is {:?}", self.state(0)),
@@ -175,7 +175,7 @@ impl Vm {
     pub(crate) fn wait_for(&self, vcpu: u64, field: u64, value: u64) {
         let start = Instant::now();
         while self.mailbox(vcpu, field) != value {
-            assert!(start.elapsed() < PATIENCE, "mailbox field {field:#x} does not become {value}");
+            assert!(start.elapsed() < TIMEOUT, "mailbox field {field:#x} does not become {value}");
             thread::yield_now();
         }
     }

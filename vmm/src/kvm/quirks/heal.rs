@@ -189,7 +189,7 @@ pub enum HealError {
     },
     /// The guest's handler of page faults begins otherwise than when it was found.
     #[error("the guest's handler of page faults at {rip:#x} begins with {insn:02x?}")]
-    Handler {
+    DeviceOps {
         /// Where it is.
         rip: u64,
         /// How it begins.

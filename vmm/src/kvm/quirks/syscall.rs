@@ -150,7 +150,7 @@ impl Quirks {
             }
         }
         let insn = read_linear(vcpu, regs.rip, read)?;
-        let (len, clears_df) = nothing(&insn).ok_or(HealError::Handler { rip: regs.rip, insn })?;
+        let (len, clears_df) = nothing(&insn).ok_or(HealError::DeviceOps { rip: regs.rip, insn })?;
         regs.rip += len;
         if clears_df {
             regs.rflags &= !RFLAGS_DF;

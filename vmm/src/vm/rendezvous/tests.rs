@@ -11,7 +11,7 @@ use crate::vm::stop::StopReason;
 
 /// Long enough for a thread that may go on to do so.
 const SETTLE: Duration = Duration::from_millis(150);
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 type Meeting = Rendezvous<u32, u32>;
 
@@ -46,7 +46,7 @@ fn one_then_the_other(meeting: &Arc<Meeting>) -> Result<[Next<u32>; 2], (usize, 
     }
     let second = parks(meeting, 1, &tell);
     pauser.join().unwrap();
-    let next = [told.recv_timeout(PATIENCE).unwrap().1, told.recv_timeout(PATIENCE).unwrap().1];
+    let next = [told.recv_timeout(TIMEOUT).unwrap().1, told.recv_timeout(TIMEOUT).unwrap().1];
     first.join().unwrap();
     second.join().unwrap();
     Ok(next)
@@ -77,7 +77,7 @@ fn no_vcpu_loads_before_all_are_parked() {
     assert_eq!(told.recv_timeout(SETTLE).unwrap_err(), RecvTimeoutError::Timeout);
     let second = parks(&meeting, 1, &tell);
     for _ in 0..2 {
-        let (index, next) = told.recv_timeout(PATIENCE).unwrap();
+        let (index, next) = told.recv_timeout(TIMEOUT).unwrap();
         let Next::Load(request, order) = next else { panic!("{next:?}") };
         assert_eq!(order, 7 + index as u32);
         meeting.has_loaded(index, request, Ok(()));
@@ -161,9 +161,9 @@ fn a_vm_stopped_while_it_starts_strands_nobody() {
         thread::spawn(move || meeting.begin(0, Ok(()), || Ok(())))
     };
     thread::sleep(SETTLE);
-    meeting.stop(StopReason::Asked);
+    meeting.stop(StopReason::Requested);
     assert!(!one.join().unwrap());
-    assert!(matches!(meeting.start([1, 2]), Err(VmError::Stopped(StopReason::Asked))));
+    assert!(matches!(meeting.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
 }
 
 /// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never give them back.
@@ -174,7 +174,7 @@ fn an_order_that_nobody_takes_any_more_is_dropped() {
     // One that was given in time, and never taken; and one that comes too late.
     meeting.load([Arc::clone(&before), Arc::clone(&before)]);
     assert_eq!(Arc::strong_count(&before), 3);
-    meeting.stop(StopReason::Asked);
+    meeting.stop(StopReason::Requested);
     meeting.load([Arc::clone(&after), Arc::clone(&after)]);
     assert_eq!((Arc::strong_count(&before), Arc::strong_count(&after)), (1, 1));
     assert!(meeting.start([Arc::clone(&after), Arc::clone(&after)]).is_err());

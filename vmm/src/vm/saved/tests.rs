@@ -3,7 +3,7 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions, InFlight};
 use clade_devices::virtio::console::ConsoleDevice;
 use clade_devices::virtio::limiter::{Limits, Rate};
-use clade_devices::virtio::plain::Plain;
+use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_devices::virtio::{VirtioDevice, VirtioMmio, Wiring};
@@ -54,9 +54,9 @@ fn image() -> (ForkImage, tempfile::TempDir) {
     ram.populate().unwrap();
     let all: [Box<dyn VirtioDevice>; 4] = [
         Box::new(Block::new(Disk::open(&disk).unwrap(), &device)),
-        Box::new(Plain::new(Rng::new(&Limits::default()))),
-        Box::new(Plain::new(Balloon::new(&BalloonState { target: 5, ..Default::default() }).unwrap())),
-        Box::new(Plain::new(ConsoleDevice::new(Console::default()).unwrap())),
+        Box::new(SyncDevice::new(Rng::new(&Limits::default()))),
+        Box::new(SyncDevice::new(Balloon::new(&BalloonState { target: 5, ..Default::default() }).unwrap())),
+        Box::new(SyncDevice::new(ConsoleDevice::new(Console::default()).unwrap())),
     ];
     let saved = all.into_iter().map(|device| {
         let wiring = Wiring::new(device.queue_sizes().len()).unwrap();

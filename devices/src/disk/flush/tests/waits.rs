@@ -11,7 +11,7 @@ fn a_flush_waits_until_overlays_that_take_too_much_are_merged() {
     let mut waited = 0;
     for round in 0..24u64 {
         drop(disk.fork());
-        let start = 37 * round * GRANULE;
+        let start = 37 * round * CLUSTER;
         write(&mut disk, start, &vec![round as u8 + 10; (SIZE - start) as usize]);
         flush(&mut disk);
         if !disk.merges_first() {

@@ -2,13 +2,13 @@
 
 use super::*;
 
-/// A journal with one granule that was written and one that was made zeros, left behind.
+/// A journal with one cluster that was written and one that was made zeros, left behind.
 fn left_behind() -> Bench {
     let bench = Bench::new();
     let mut disk = bench.forked();
-    disk.submit(DiskOp::Zero { offset: 7 * GRANULE, len: GRANULE, unmap: true }, 1).unwrap();
+    disk.submit(DiskOp::Zero { offset: 7 * CLUSTER, len: CLUSTER, unmap: true }, 1).unwrap();
     finish(&mut disk);
-    write(&mut disk, 20 * GRANULE, &[9; 9 * 4096]);
+    write(&mut disk, 20 * CLUSTER, &[9; 9 * 4096]);
     flush(&mut disk);
     bench
 }
@@ -33,7 +33,7 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     assert_eq!(steps[1], "sync journal");
     // Each batch is synced, then named, durably; and the last before the journal goes.
     let batches = steps.iter().filter(|step| **step == "sync disk.img").count();
-    assert_eq!(batches, 4, "10 granules in batches of 4, and the id: {steps:?}");
+    assert_eq!(batches, 4, "10 clusters in batches of 4, and the id: {steps:?}");
     for (at, _) in steps.iter().enumerate().filter(|(_, step)| step.starts_with("write journal")).skip(1) {
         assert_eq!(steps[at - 1], "sync disk.img", "{steps:?}");
         assert_eq!(steps[at + 1], "sync journal", "{steps:?}");
@@ -102,7 +102,7 @@ fn making_a_journal_can_end_after_any_step() {
     }
 }
 
-/// A copy of 9 granules takes 4 of them twice at most, not all.
+/// A copy of 9 clusters takes 4 of them twice at most, not all.
 #[test]
 fn the_room_is_not_needed_twice() {
     let bench = left_behind();

@@ -14,8 +14,8 @@ enum Act {
         byte: u8,
     },
     Zero {
-        granule: u64,
-        granules: u64,
+        cluster: u64,
+        clusters: u64,
     },
     Fork,
     Rewind,
@@ -31,10 +31,10 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let sectors = run(SIZE / SECTOR, 40);
-    let granules = run(GRANULES, 10);
+    let clusters = run(CLUSTERS, 10);
     prop_oneof![
         12 => (sectors, any::<u8>()).prop_map(|((sector, sectors), byte)| Act::Write { sector, sectors, byte }),
-        2 => granules.prop_map(|(granule, granules)| Act::Zero { granule, granules }),
+        2 => clusters.prop_map(|(cluster, clusters)| Act::Zero { cluster, clusters }),
         6 => Just(Act::Fork),
         1 => Just(Act::Rewind),
         5 => (prop::bool::weighted(0.3), any::<bool>())
@@ -104,7 +104,7 @@ proptest! {
         let latency = late.then_some(Duration::from_micros(300));
         let open = || {
             let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&bench.path) }).unwrap();
-            disk.moves = Moves::at_most(3, 1);
+            disk.moves = Relocation::at_most(3, 1);
             disk
         };
         let (mut disk, mut model, mut last) = (open(), Model::new(), None);
@@ -115,8 +115,8 @@ proptest! {
                     all_well(&mut disk);
                     model.set(sector..sector + sectors, byte);
                 }
-                Act::Zero { granule, granules } => {
-                    let (offset, end) = (granule * GRANULE, ((granule + granules) * GRANULE).min(SIZE));
+                Act::Zero { cluster, clusters } => {
+                    let (offset, end) = (cluster * CLUSTER, ((cluster + clusters) * CLUSTER).min(SIZE));
                     disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
                     all_well(&mut disk);
                     model.set(offset / SECTOR..end / SECTOR, 0);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::disk::{DiskJournal, JournalState};
 
-/// With one granule in the journal.
+/// With one cluster in the journal.
 fn left() -> Bench {
     let bench = Bench::new();
     let mut disk = bench.forked();
@@ -200,7 +200,7 @@ fn a_flush_waits_for_writes_to_the_image() {
     let mut disk = bench.open();
     write(&mut disk, 0, &[4; 4096]);
     disk.engine.as_mut().unwrap().set_latency(Some(Duration::from_millis(500)));
-    begin_write(&mut disk, 8 * GRANULE, &[5; 4096], 7);
+    begin_write(&mut disk, 8 * CLUSTER, &[5; 4096], 7);
     disk.engine.as_mut().unwrap().set_latency(None);
     drop(disk.fork());
     begin_write(&mut disk, 0, &[2; 4096], 8);

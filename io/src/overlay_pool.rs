@@ -18,9 +18,9 @@ const BLOCK: u64 = 512;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct FileShelf(Mutex<Vec<Arc<Handles>>>);
+pub struct OverlayPool(Mutex<Vec<Arc<Handles>>>);
 
-impl FileShelf {
+impl OverlayPool {
     fn with<T>(&self, f: impl FnOnce(&mut Vec<Arc<Handles>>) -> T) -> T {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -55,10 +55,10 @@ mod tests {
     #[test]
     fn few_are_kept_and_no_large_ones() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Arc::new(FileShelf::default());
+        let pool = Arc::new(OverlayPool::default());
         let opened = std::fs::File::open(dir.path()).unwrap();
-        let file = || IoFile::reused_in(&shelf, opened.as_fd(), dir.path(), 64 << 20, CachePolicy::Host).unwrap();
-        let kept = || shelf.with(|kept| kept.len());
+        let file = || IoFile::reused_in(&pool, opened.as_fd(), dir.path(), 64 << 20, CachePolicy::Host).unwrap();
+        let kept = || pool.with(|kept| kept.len());
         let files: Vec<_> = (0..MOST + 3).map(|_| file()).collect();
         assert_eq!(kept(), 0);
         drop(files);
