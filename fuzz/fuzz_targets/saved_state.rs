@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use ciborium::{Value, cbor};
 use clade_vmm::kvm::VcpuState;
-use clade_vmm::vm::saved::{SECTIONS, host_facts};
+use clade_vmm::vm::saved::{SECTIONS, host_requirements};
 use clade_vmm::vm::{ForkImage, VmConfig};
 use clade_devices::virtio::Backend;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
@@ -84,7 +84,7 @@ fuzz_target!(
         section.truncate(usize::from(keep) % (section.len() + 1));
         section.extend_from_slice(bytes);
         let named = SECTIONS.into_iter().zip(sections.iter().map(Vec::as_slice));
-        let _either = host_facts(named);
+        let _either = host_requirements(named);
         let Ok(image) = read(&sections) else { return };
         let again: Vec<Vec<u8>> = image.sections().expect("it can be written").into_iter().map(|(_, b)| b).collect();
         assert!(read(&again).is_ok(), "what was read can be read again");

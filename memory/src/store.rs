@@ -304,7 +304,7 @@ impl Store {
     ///
     /// # Errors
     /// When there is no memory for one; those that were made stay.
-    pub fn warm(&self, count: usize) -> Result<(), StoreError> {
+    pub fn prefill(&self, count: usize) -> Result<(), StoreError> {
         let Some(fs) = &self.0.huge else { return Ok(()) };
         let failed = |source| StoreError::File { pages: SPARE_PAGES, source };
         while self.spares() < count {
@@ -320,7 +320,7 @@ impl Store {
     }
 
     /// Lets the files go that are kept for later.
-    pub fn cool(&self) {
+    pub fn drain(&self) {
         self.0.pool.clear();
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }

@@ -47,7 +47,7 @@ impl Holdings {
     #[must_use]
     pub fn count(store: &Store) -> Self {
         // What is kept warm for later is not held by anybody.
-        store.cool();
+        store.drain();
         let maps = fs::read_to_string("/proc/self/maps").expect("maps");
         let entries = |path| fs::read_dir(path).expect("/proc").count();
         Self {

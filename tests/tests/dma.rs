@@ -168,7 +168,7 @@ fn canon_dma_beside_a_running_guest() {
             let what = format!("{} ({}), {} pages", row.name, row.guards, backing.name());
             println!("{what}");
             (row.run)(&context, &what);
-            context.cool();
+            context.drain();
             expect_nothing_held(context.store(), row.name);
         }
     }

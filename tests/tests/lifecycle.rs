@@ -257,7 +257,7 @@ fn a_hundred_children_leave_nothing_behind() {
     before.expect_same(store, "a hundred children");
     parent.expect(600, 1448, Some(1), "parent");
     drop(parent);
-    context.cool();
+    context.drain();
     expect_nothing_held(store, "all of them");
 }
 
@@ -665,8 +665,8 @@ fn a_faulting_guest_is_told_and_can_still_be_forked() {
 fn a_warm_shell_is_used_up_and_a_child_announces_itself() {
     let Some((_turn, context)) = turn() else { return };
     let parent = Guest::boot(&context, MIB, 1);
-    context.warm(parent.vm().config(), 3).unwrap();
-    assert_eq!(context.warm_shells(parent.vm().config()), 3);
+    context.prefill(parent.vm().config(), 3).unwrap();
+    assert_eq!(context.prepared_count(parent.vm().config()), 3);
     let (image, _) = parent.fork();
     let tell = |ram: &GuestRam| {
         BareMailbox::new(ram, 0).order(Command::Announce).unwrap();
@@ -674,9 +674,9 @@ fn a_warm_shell_is_used_up_and_a_child_announces_itself() {
     let options = ChildOptions { paused: false, before_start: Some(&tell) };
     let child = Vm::from_image(&context, "child", &image, options).unwrap();
     BareVcpu::new(&child, 0).await_event(Event::Announce).unwrap();
-    assert_eq!(context.warm_shells(parent.vm().config()), 2);
-    context.cool();
-    assert_eq!(context.warm_shells(parent.vm().config()), 0);
+    assert_eq!(context.prepared_count(parent.vm().config()), 2);
+    context.drain();
+    assert_eq!(context.prepared_count(parent.vm().config()), 0);
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn run(rows: &[Row]) {
                 let what = format!("{} ({}), {} pages, {writer:?} writes", row.name, row.guards, backing.name());
                 println!("{what}");
                 (row.run)(&Case { context: &context, writer, what });
-                context.cool();
+                context.drain();
                 expect_nothing_held(context.store(), row.name);
             }
         }

@@ -23,7 +23,7 @@ fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
     let sections = image.sections().unwrap();
     let named = || sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
     assert_eq!(saved::config(named()).unwrap(), **image.config());
-    assert_eq!(saved::host_facts(named()).unwrap(), image.host_facts());
+    assert_eq!(saved::host_requirements(named()).unwrap(), image.host_requirements());
     Arc::new(ForkImage::from_sections(named(), image.ram().clone(), vec![Backend::Disk(disk)]).unwrap())
 }
 
@@ -78,7 +78,7 @@ fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
     let run = DiskGuest::whole(What::Write, SECTORS, 2);
     let seq = parent.begin(run);
     let image = parent.fork_in_flight(run.count / 3);
-    image.host_facts().check(context.host()).unwrap();
+    image.host_requirements().check(context.host()).unwrap();
     let again = read_back(&image, written_down(&image, &file.beside("layer")));
     assert_eq!(parent.finish(seq), (run.count, 0, 0));
     drop((parent, image));

@@ -334,11 +334,11 @@ fn a_host_that_lacks_what_the_guest_was_given_is_told_what() {
     let guest = Guest::boot(&context, MIB, 1);
     save(&guest, &dir.path().join("vm"), FULL);
     let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm")).unwrap();
-    let facts = clade_vmm::vm::saved::host_facts(snapshot.sections().iter()).unwrap();
+    let facts = clade_vmm::vm::saved::host_requirements(snapshot.sections().iter()).unwrap();
     facts.check(context.host()).unwrap();
     let mut json = serde_json::to_value(&facts).unwrap();
     json["vendor"] = "ElbrusOfMCST".into();
-    let other: clade_vmm::kvm::HostFacts = serde_json::from_value(json).unwrap();
+    let other: clade_vmm::kvm::HostRequirements = serde_json::from_value(json).unwrap();
     let error = other.check(context.host()).unwrap_err();
     assert!(matches!(error, HostMismatch::Vendor { .. }), "{error}");
 }

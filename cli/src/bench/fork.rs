@@ -71,7 +71,7 @@ impl OneSize<'_> {
         let (image, _) = parent.fork().map_err(Failure::run)?;
         let flat = self.copy(&image, &mut s.full_copy)?;
         for _ in 0..self.samples {
-            self.context.warm(&self.config, 1).map_err(Failure::run)?;
+            self.context.prefill(&self.config, 1).map_err(Failure::run)?;
             std::thread::sleep(PACE);
             let begun = Instant::now();
             let (image, report) = parent.fork().map_err(Failure::run)?;
@@ -85,7 +85,7 @@ impl OneSize<'_> {
             s.read.push_us(self.read(self.context, &image)?);
             s.plain_read.push_us(self.read(self.plain, &flat)?);
         }
-        self.context.cool();
+        self.context.drain();
         Ok(self.rows(&s, smallest))
     }
 

@@ -84,7 +84,7 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
     let ram = parent(store, mem)?;
     let mut s = Samples::default();
     for round in 0..samples as u64 {
-        store.warm(SPARES).map_err(Failure::run)?;
+        store.prefill(SPARES).map_err(Failure::run)?;
         dirty(&ram, FIRST, pages, 2 * round)?;
         let begun = Instant::now();
         let (image, report) =
@@ -110,7 +110,7 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
         // Outside both pauses: what the background did is taken note of, and its garbage is gone before the next freeze.
         ram.finish_background().map_err(Failure::run)?;
     }
-    store.cool();
+    store.drain();
     Ok(s)
 }
 

@@ -1,7 +1,7 @@
 //! `clade bench reset`: from asking for a reset of a running VM until its first instruction after it, by the pages written since the image.
 //!
 //! A bare guest counts in as many pages, one after another, and is reset while it does. In the image it has just been told to announce itself, so its first
-//! instructions are a report. Baselines, in turn with ours and on the same image: ending the VM and starting another, in a warm shell and in none. What
+//! instructions are a report. Baselines, in turn with ours and on the same image: ending the VM and starting another, in a prepared VM and in none. What
 //! does not flatter stands beside: pages as far apart as memory allows instead of one after another.
 
 use std::sync::Arc;
@@ -41,7 +41,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         for pages in DIRTY {
             rows.extend(subject.measure(pages, args.samples)?.rows(&format!("{pages}{suffix}"), pages));
         }
-        context.cool();
+        context.drain();
     }
     Ok(rows)
 }
@@ -108,10 +108,10 @@ impl Subject<'_> {
             s.note(&report);
             s.scattered.push_us(self.reset(pages, step)?.0);
             self.dirty(pages, 1)?;
-            self.context.warm(self.image.config(), 1).map_err(Failure::run)?;
+            self.context.prefill(self.image.config(), 1).map_err(Failure::run)?;
             s.warm.push_us(self.restart()?);
             self.dirty(pages, 1)?;
-            self.context.cool();
+            self.context.drain();
             s.cold.push_us(self.restart()?);
         }
         Ok(s)

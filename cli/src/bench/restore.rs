@@ -98,10 +98,10 @@ impl Bench {
             self.one(context, RestoreLoad::Lazy, &mut cold)?;
             // Whoever keeps the snapshot open starts the next VM from it.
             let image = ForkImage::restore(context, &at, &RestoreOptions::default()).map_err(Failure::run)?;
-            context.warm(&self.config, 1).map_err(Failure::run)?;
+            context.prefill(&self.config, 1).map_err(Failure::run)?;
             clone.push_us(announced(context, &image, Instant::now())?);
         }
-        context.cool();
+        context.drain();
         let read = "read all of it first";
         let l = &self.label;
         Ok(vec![
@@ -170,10 +170,10 @@ impl Bench {
             let fill = Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 2 + round };
             vcpu.run(fill).map_err(Failure::run)?;
             // Both take a layer that is warm: which of the two comes first must make no difference.
-            self.vm.context().warm(&self.config, 1).map_err(Failure::run)?;
+            self.vm.context().prefill(&self.config, 1).map_err(Failure::run)?;
             fork_pause.push_us(self.vm.fork().map_err(Failure::run)?.1.times.pause);
             vcpu.run(Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 3 + round }).map_err(Failure::run)?;
-            self.vm.context().warm(&self.config, 1).map_err(Failure::run)?;
+            self.vm.context().prefill(&self.config, 1).map_err(Failure::run)?;
             let report = self.save("more", true)?;
             more.push_us(report.took);
             save_pause.push_us(report.times.pause);

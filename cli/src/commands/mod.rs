@@ -3,7 +3,6 @@
 mod args;
 mod devices;
 mod disk;
-mod ending;
 mod guest;
 mod journal;
 mod limits;
@@ -13,6 +12,7 @@ mod ps;
 mod remote;
 mod restore;
 mod run;
+mod shutdown;
 mod snapshot;
 mod terminal;
 mod units;

@@ -8,8 +8,8 @@ use std::time::Instant;
 use tokio::runtime::Handle;
 
 use crate::commands::args::RestoreArgs;
-use crate::commands::ending::Ending;
 use crate::commands::run::{foreground, say, wait_for_all, with_runtime};
+use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
 use clade_daemon::control::serve_fleet;
 use clade_daemon::fleet::{Children, FleetError, runtime_dir};
@@ -65,16 +65,16 @@ fn start(
     runtime: &Handle,
 ) -> Outcome {
     // Before there is anything to leave behind.
-    let ending = Ending::listen(runtime).map_err(Failure::run)?;
+    let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
     let fleet = serve_fleet(context, &runtime_dir(), runtime).map_err(Failure::input)?;
     let identity = ChildIdentity { nets: args.child.net.clone(), vsock: args.child.vsock.clone() };
     let wanted = Children { count: args.count, pattern: args.pattern.as_deref(), identity: &identity };
     let child = ChildOptions { paused: args.child.paused, before_start: None };
-    let vms = fleet.start(&stem(dir), &wanted, &image, child, ending.making());
+    let vms = fleet.start(&stem(dir), &wanted, &image, child, shutdown.making());
     drop(image);
     let vms = match vms {
         Ok(vms) => vms,
-        Err(error) => return Err(ending.signal().map_or_else(|| failure(error), Failure::Signal)),
+        Err(error) => return Err(shutdown.signal().map_or_else(|| failure(error), Failure::Signal)),
     };
     let took = begun.elapsed().as_secs_f64() * 1e3;
     let vm = match <[_; 1]>::try_from(vms) {
@@ -85,11 +85,11 @@ fn start(
             }
             say!("{} VMs restored from {} in {took:.1} ms", vms.len(), dir.display());
             drop(vms);
-            wait_for_all(&fleet, &ending);
+            wait_for_all(&fleet, &shutdown);
             fleet.finish();
-            return ending.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
+            return shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)));
         }
     };
     say!("{} restored from {} in {took:.1} ms\r", vm.name(), dir.display());
-    foreground(&fleet, vm, args.detached, &ending, runtime)
+    foreground(&fleet, vm, args.detached, &shutdown, runtime)
 }

@@ -11,7 +11,7 @@ use clade_devices::virtio::limiter::Limits;
 use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
-use crate::commands::ending::Ending;
+use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{RawMode, type_stdin};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::console::OutputThread;
@@ -80,27 +80,33 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
     with_runtime(|runtime| {
         // Before there is anything to leave behind.
-        let ending = Ending::listen(runtime).map_err(Failure::run)?;
+        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
         let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
         let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
-        foreground(&fleet, vm, args.detached, &ending, runtime)
+        foreground(&fleet, vm, args.detached, &shutdown, runtime)
     })
 }
 
 /// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
-pub(super) fn foreground(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending, runtime: &Handle) -> Outcome {
+pub(super) fn foreground(
+    fleet: &Fleet,
+    vm: Arc<Vm>,
+    detached: bool,
+    shutdown: &ShutdownSignal,
+    runtime: &Handle,
+) -> Outcome {
     let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
     let stdout = OutputThread::attach(vm.console(), runtime, io::stdout()).map_err(Failure::run)?;
     if !detached {
         type_stdin(&vm).map_err(Failure::run)?;
     }
     let name = vm.name().to_owned();
-    let ended = attend(fleet, vm, detached, ending);
+    let ended = wait_for_exit(fleet, vm, detached, shutdown);
     fleet.finish();
     stdout.finish();
     drop(raw);
-    if let Some(number) = ending.signal() {
+    if let Some(number) = shutdown.signal() {
         return Err(Failure::Signal(number));
     }
     match ended {
@@ -124,10 +130,10 @@ fn refused(args: &RunArgs, error: FleetError) -> Failure {
 /// Waits for the VM, and then for the children that live in this process. A signal ends them all.
 ///
 /// The VM is dropped when it has stopped: what it had is free, also while its children run on.
-fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopReason {
+fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &ShutdownSignal) -> StopReason {
     let reason = loop {
         fleet.reap(Some(vm.name()));
-        close_at_end(fleet, ending);
+        close_at_end(fleet, shutdown);
         if let Some(reason) = vm.wait(TURN) {
             break reason;
         }
@@ -142,39 +148,39 @@ fn attend(fleet: &Fleet, vm: Arc<Vm>, detached: bool, ending: &Ending) -> StopRe
     }
     drop(vm);
     let children = fleet.list().len();
-    if children > 0 && ending.signal().is_none() {
+    if children > 0 && shutdown.signal().is_none() {
         say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
-    wait_for_all(fleet, ending);
+    wait_for_all(fleet, shutdown);
     // After all of them: a disk that somebody else has in its map is not written to.
-    put_away(disks);
+    commit_overlays(disks);
     reason
 }
 
 /// Waits until no VM is left, nor a request that works with one: what they had is free.
-pub(super) fn wait_for_all(fleet: &Fleet, ending: &Ending) {
+pub(super) fn wait_for_all(fleet: &Fleet, shutdown: &ShutdownSignal) {
     let mut until = None;
     loop {
-        close_at_end(fleet, ending);
+        close_at_end(fleet, shutdown);
         fleet.reap(None);
         if fleet.wait_until_unused(TURN) {
             return;
         }
-        if ending.signal().is_some() && *until.get_or_insert(Instant::now() + LAST_WORK) < Instant::now() {
+        if shutdown.signal().is_some() && *until.get_or_insert(Instant::now() + LAST_WORK) < Instant::now() {
             say!("\r\nclade: a request has not ended {} s after the signal, and is cut off\r", LAST_WORK.as_secs());
             return;
         }
     }
 }
 
-fn close_at_end(fleet: &Fleet, ending: &Ending) {
-    if ending.signal().is_some() {
+fn close_at_end(fleet: &Fleet, shutdown: &ShutdownSignal) {
+    if shutdown.signal().is_some() {
         fleet.close();
     }
 }
 
 /// Writes what disks have in overlays back to their files, if that can be, and says what became of it.
-fn put_away(disks: Vec<Disk>) {
+fn commit_overlays(disks: Vec<Disk>) {
     for disk in disks {
         if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {
             continue;
@@ -204,7 +210,7 @@ mod tests {
             return;
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let ending = Ending::listen(runtime.handle()).unwrap();
+        let shutdown = ShutdownSignal::listen(runtime.handle()).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let context = Context::open().unwrap();
         let fleet = serve_fleet(&context, dir.path(), runtime.handle()).unwrap();
@@ -214,7 +220,7 @@ mod tests {
         let one = fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
         fleet.remove(&one);
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| wait_for_all(&fleet, &ending));
+            let waits = scope.spawn(|| wait_for_all(&fleet, &shutdown));
             std::thread::sleep(3 * TURN);
             assert!(!waits.is_finished(), "its disks are in use");
             drop(one);

@@ -156,7 +156,7 @@ impl Demo<'_> {
         }
         self.check(parent.ram(), &ended, 0)?;
         self.check_work(&children)?;
-        self.context.cool();
+        self.context.drain();
         Ok(())
     }
 
@@ -189,7 +189,7 @@ impl Demo<'_> {
         let mut children = Vec::with_capacity(self.args.forks);
         let mut last = None;
         for n in 0..self.args.forks {
-            self.context.warm(config, 1).map_err(Failure::run)?;
+            self.context.prefill(config, 1).map_err(Failure::run)?;
             thread::sleep(PACE);
             let begun = Instant::now();
             let (image, times) = parent.fork().map_err(Failure::run)?;

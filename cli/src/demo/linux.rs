@@ -96,7 +96,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxRepo
     let boot_s = begun.elapsed().as_secs_f64();
     spin.finish_and_clear();
 
-    context.warm(&config, COMMANDS.len()).map_err(Failure::run)?;
+    context.prefill(&config, COMMANDS.len()).map_err(Failure::run)?;
     let (image, report) = parent.fork().map_err(Failure::run)?;
     // The parent has nothing more to do, and the processors are few.
     parent.pause().map_err(Failure::run)?;

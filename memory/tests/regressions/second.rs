@@ -110,7 +110,7 @@ fn freezes() {
         (0..2).for_each(|region| fill(&ram, region, PageRange::new(10, 590), 1));
         high(&ram).set_no_fork(PageRange::new(595, 599), Some(NoFork::Zeroed)).unwrap();
         ram.finish_background().unwrap();
-        store.cool();
+        store.drain();
         let before = books(&ram);
         assert_eq!(before.1, 2 * 580, "both regions have pages to be frozen");
         // A file for each region's copies, and in the background a second handle of it.

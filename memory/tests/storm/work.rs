@@ -75,7 +75,7 @@ fn freeze(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     // The vCPUs run into protected pages now.
     match rng.below(8) {
         0 | 1 if fleet.has("settle") => {
-            image.ram.finish_background().map_err(|error| format!("an image: {error:?}"))?
+            image.ram.finish_background().map_err(|error| format!("an image: {error:?}"))?;
         }
         2 if fleet.has("settle") => vm.ram.finish_background().map_err(|error| format!("a VM: {error:?}"))?,
         3 => look_through(fleet, &image)?,

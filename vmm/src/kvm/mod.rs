@@ -17,7 +17,6 @@
 #[cfg(test)]
 mod cost;
 mod cpuid;
-mod facts;
 mod features;
 mod host;
 mod host_time;
@@ -25,6 +24,7 @@ mod msrs;
 mod pending;
 mod pio;
 mod quirks;
+mod requirements;
 mod template;
 #[cfg(test)]
 pub(crate) mod testutil;
@@ -32,7 +32,6 @@ mod vcpu_state;
 mod vm_state;
 
 pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
-pub use facts::{FeatureWord, HostFacts, HostMismatch, XsaveComponent};
 pub use features::{CpuHide, UnknownFeature};
 pub use host::{CpuLook, Host, HostError, KVM_PATH};
 pub(crate) use host::{local_apics_alone, set_machine_check_banks};
@@ -41,7 +40,8 @@ pub use msrs::MAX_MSRS;
 pub use msrs::{MsrError, MsrSet, set_msr_bits};
 pub use pending::forget_pending;
 pub(crate) use pio::pio_width;
-pub use quirks::{EmulationFailure, HealError, Healed, QUIRKS_ENV, QuirkError, Quirks};
+pub use quirks::{EmulateError, Emulated, EmulationFailure, QUIRKS_ENV, QuirkError, Quirks};
+pub use requirements::{FeatureWord, HostMismatch, HostRequirements, XsaveComponent};
 pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
 pub use vm_state::{Chips, Clock, VmState, VmStateError};

@@ -52,7 +52,7 @@ mod tests {
                     assert_eq!(pio_width(vcpu), 1);
                 }
                 VcpuExit::InternalError => {
-                    host.quirks().heal(vcpu).unwrap();
+                    host.quirks().emulate_insn(vcpu).unwrap();
                 }
                 exit => panic!("unexpected exit {exit:?}"),
             }

@@ -19,14 +19,14 @@
 //!
 //! Nothing outside this file and its children asks which KVM it runs on.
 
-mod heal;
+mod emulate;
 mod syscall;
 
 use std::path::Path;
 
 use super::features::CpuHide;
 
-pub use heal::{EmulationFailure, HealError, Healed};
+pub use emulate::{EmulateError, Emulated, EmulationFailure};
 
 /// Overrides detection: `pvm` or `none`.
 pub const QUIRKS_ENV: &str = "CLADE_QUIRKS";

@@ -99,7 +99,7 @@ impl TestVm {
             match vcpu.run().unwrap() {
                 VcpuExit::IoOut(_, data) => break data[0],
                 VcpuExit::InternalError => {
-                    host.quirks().heal(vcpu).unwrap();
+                    host.quirks().emulate_insn(vcpu).unwrap();
                 }
                 exit => panic!("unexpected exit {exit:?}"),
             }

@@ -15,10 +15,10 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::facts::same_tsc;
 use super::host::{Host, HostError};
 use super::host_time::{BootTime, WallClock, elapsed};
 use super::msrs::{ARCH_CAPABILITIES, MSR_TSC, MsrError, read_all, write_all};
+use super::requirements::same_tsc;
 use super::template::CpuTemplate;
 use super::vm_state::Clock;
 
@@ -156,7 +156,7 @@ impl StateLayout {
 /// Whether the vCPU that a state is given to already has its CPUID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuidState {
-    /// It has: a shell made for this guest, or a reset in place.
+    /// It has: a VM prepared for this guest, or a reset in place.
     Set,
     /// It has not: `KVM_SET_CPUID2` comes first. KVM refuses that once the vCPU has run.
     Unset,

@@ -1,4 +1,4 @@
-//! The shape of a VM: what must be equal for a shell to fit, and for a child to continue its parent.
+//! The shape of a VM: what must be equal for a prepared VM to fit, and for a child to continue its parent.
 
 use std::fmt::Write as _;
 

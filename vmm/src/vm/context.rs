@@ -1,4 +1,4 @@
-//! What the VMs of a process share: the host's KVM, the store of layers, and warm shells.
+//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared VMs.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,9 +8,9 @@ use thiserror::Error;
 use crate::kvm::{Host, HostError, StateLayout, VcpuStateError};
 use crate::vm::VmError;
 use crate::vm::config::VmConfig;
-use crate::vm::shell::Shell;
+use crate::vm::prepared::PreparedVm;
 
-/// Spare layers kept warm: 8 MiB each.
+/// Spare layer files that are kept populated: 8 MiB each.
 const SPARES: usize = 1;
 
 /// Why this process cannot run VMs.
@@ -36,8 +36,8 @@ struct Inner {
     host: Arc<Host>,
     layout: Arc<StateLayout>,
     store: Store,
-    /// Shells by what they fit, all idle.
-    shells: Mutex<Vec<(Arc<VmConfig>, Shell)>>,
+    /// Prepared VMs by the configuration they fit.
+    pool: Mutex<Vec<(Arc<VmConfig>, PreparedVm)>>,
 }
 
 impl Context {
@@ -56,7 +56,7 @@ impl Context {
     pub fn new(host: Arc<Host>, store: Store) -> Result<Self, ContextError> {
         // Here and not at the first fork, because it probes the MSRs on a scratch VM.
         let layout = Arc::new(StateLayout::new(&host)?);
-        Ok(Self(Arc::new(Inner { host, layout, store, shells: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { host, layout, store, pool: Mutex::default() })))
     }
 
     /// The host's KVM.
@@ -71,45 +71,45 @@ impl Context {
         &self.0.store
     }
 
-    /// Makes shells for `config` until `count` are warm, and memory for the layer of the next fork.
+    /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next fork.
     ///
     /// # Errors
     /// When one cannot be made; those that were stay.
-    pub fn warm(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
-        self.store().warm(SPARES).map_err(RamError::from)?;
-        while self.warm_shells(config) < count {
-            let shell = Shell::new(&self.0.host, &self.0.layout, &self.0.store, config)?;
-            self.shells().push((Arc::clone(config), shell));
+    pub fn prefill(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
+        self.store().prefill(SPARES).map_err(RamError::from)?;
+        while self.prepared_count(config) < count {
+            let prepared = PreparedVm::new(&self.0.host, &self.0.layout, &self.0.store, config)?;
+            self.pool().push((Arc::clone(config), prepared));
         }
         Ok(())
     }
 
-    /// Shells for `config` that are warm.
+    /// Prepared VMs for `config` in the pool.
     #[must_use]
-    pub fn warm_shells(&self, config: &VmConfig) -> usize {
-        self.shells().iter().filter(|(c, _)| **c == *config).count()
+    pub fn prepared_count(&self, config: &VmConfig) -> usize {
+        self.pool().iter().filter(|(c, _)| **c == *config).count()
     }
 
-    /// Lets all that is warm go.
-    pub fn cool(&self) {
-        let shells = std::mem::take(&mut *self.shells());
-        drop(shells);
-        self.store().cool();
+    /// Empties the pool, and the store's of files.
+    pub fn drain(&self) {
+        let pool = std::mem::take(&mut *self.pool());
+        drop(pool);
+        self.store().drain();
     }
 
-    /// A warm shell if there is one, a fresh one otherwise.
-    pub(crate) fn shell(&self, config: &VmConfig) -> Result<Shell, VmError> {
+    /// One from the pool if there is one, a fresh one otherwise.
+    pub(crate) fn take_prepared(&self, config: &VmConfig) -> Result<PreparedVm, VmError> {
         let warm = {
-            let mut shells = self.shells();
-            shells.iter().rposition(|(c, _)| **c == *config).map(|at| shells.swap_remove(at).1)
+            let mut pool = self.pool();
+            pool.iter().rposition(|(c, _)| **c == *config).map(|at| pool.swap_remove(at).1)
         };
         match warm {
-            Some(shell) => Ok(shell),
-            None => Shell::new(&self.0.host, &self.0.layout, &self.0.store, config),
+            Some(prepared) => Ok(prepared),
+            None => PreparedVm::new(&self.0.host, &self.0.layout, &self.0.store, config),
         }
     }
 
-    fn shells(&self) -> std::sync::MutexGuard<'_, Vec<(Arc<VmConfig>, Shell)>> {
-        self.0.shells.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pool(&self) -> std::sync::MutexGuard<'_, Vec<(Arc<VmConfig>, PreparedVm)>> {
+        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -21,7 +21,7 @@ use vm_superio::Trigger;
 use crate::boot::virtio_slot;
 use crate::vm::config::VmConfig;
 use crate::vm::identity::Endpoints;
-use crate::vm::shell::Shell;
+use crate::vm::prepared::PreparedVm;
 use crate::vm::virtio::{self, Hvc};
 
 /// Most reports kept for a reader that does not come. A guest can write the port for ever; the oldest go first.
@@ -139,7 +139,7 @@ impl Devices {
     pub(crate) fn new(
         saved: Option<(&DeviceState, &[Backend])>,
         config: &VmConfig,
-        shell: &Shell,
+        prepared: &PreparedVm,
         ends: &mut Endpoints,
     ) -> Result<Self, DeviceError> {
         let console = Console::default();
@@ -161,14 +161,14 @@ impl Devices {
             let port = ReportPort::new(move |report| to.push(report));
             bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
         }
-        let made = virtio::make(saved, config, shell, ends)?;
+        let made = virtio::make(saved, config, prepared, ends)?;
         let (virtio, hvc) = (made.devices, made.hvc);
         let mut mmio = MmioBus::default();
         for (at, device) in virtio.iter().enumerate() {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, generation: shell.generation.clone() })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, generation: prepared.generation.clone() })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {

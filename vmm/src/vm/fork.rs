@@ -9,11 +9,11 @@
 //! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device finishes what it is at: after the
 //!    vCPUs, because they activate and reset devices. What the kernel has of their requests goes on, into pinned pages.
 //! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads. No vCPU saves before
-//!    all have left the guest ([`rendezvous`](crate::vm::rendezvous)).
+//!    all have left the guest ([`vcpu_control`](crate::vm::vcpu_control)).
 //! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with
 //!    them, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both.
 //! 4. Resume the parent: all that is needed is in the image.
-//! 5. In a shell: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run. Devices go on before the
+//! 5. In a prepared VM: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run. Devices go on before the
 //!    first vCPU runs but after the interrupt controllers have their state, which would forget an interrupt raised earlier. The child is answered
 //!    for once all its vCPUs have taken their state; if one cannot, there is no child.
 //!

@@ -88,7 +88,7 @@ impl Kicker {
     ///
     /// SeqCst on both sides: the thread clears the flag, then looks at the wish; a pauser sets the wish, then the flag. One of
     /// them sees the other.
-    pub(crate) fn allow(&self) {
+    pub(crate) fn clear_immediate_exit(&self) {
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {
             // SAFETY: as in `kick`.

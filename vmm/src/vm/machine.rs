@@ -19,12 +19,12 @@ use crate::vm::devices::{Devices, Reports};
 use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
 use crate::vm::generation::{self, GenerationError};
 use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
-use crate::vm::shell::Shell;
-use crate::vm::slice::Urgent;
+use crate::vm::prepared::PreparedVm;
+use crate::vm::sched::BoostGuard;
 use crate::vm::snapshot::Saving;
 use crate::vm::stop::StopReason;
-use crate::vm::turns::Turns;
-use crate::vm::vcpu::{Order, Start};
+use crate::vm::ticket_lock::TicketLock;
+use crate::vm::vcpu::{Start, StartCommand};
 
 /// How a child starts.
 #[derive(Clone, Copy, Default)]
@@ -43,7 +43,7 @@ impl fmt::Debug for ChildOptions<'_> {
 
 /// What a VM is put together from.
 struct Parts {
-    shell: Shell,
+    prepared: PreparedVm,
     devices: Arc<Devices>,
     ends: Endpoints,
     generation: u32,
@@ -56,7 +56,7 @@ pub struct Vm {
     name: String,
     pub(crate) config: Arc<VmConfig>,
     context: Context,
-    pub(crate) shell: Shell,
+    pub(crate) prepared: PreparedVm,
     pub(crate) devices: Arc<Devices>,
     pub(crate) identity: Arc<Identity>,
     generation: u32,
@@ -70,7 +70,7 @@ pub struct Vm {
     /// What it was started from.
     pub(crate) origin: Mutex<Option<Arc<ForkImage>>>,
     /// One fork, reset, pause or resume at a time.
-    pub(crate) operations: Turns,
+    pub(crate) operations: TicketLock,
     pub(crate) saving: Saving,
     /// Last: see [`Vm::drop_last`].
     tail: Tail,
@@ -94,14 +94,14 @@ impl Vm {
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
         let mut ends = Endpoints::boot(config)?;
-        let shell = context.shell(config)?;
-        shell.ram.populate()?;
-        let layout = boot::RamLayout::of_memory(shell.ram.memory())?;
+        let prepared = context.take_prepared(config)?;
+        prepared.ram.populate()?;
+        let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
         // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
         let mut source = BootSource { cmdline, ..source.clone() };
         if config.has_generation() {
-            let mem = shell.ram.memory();
+            let mem = prepared.ram.memory();
             generation::begin(mem)?;
             if source.rsdp.is_none() {
                 source.rsdp = Some(
@@ -110,9 +110,9 @@ impl Vm {
                 );
             }
         }
-        let loaded = boot::load(shell.ram.memory(), &layout, &source)?;
-        let devices = Arc::new(Devices::new(None, config, &shell, &mut ends)?);
-        let vm = Self::assemble(context, name, config, Parts { shell, devices, ends, generation: 0, origin: None })?;
+        let loaded = boot::load(prepared.ram.memory(), &layout, &source)?;
+        let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends)?);
+        let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry))?;
         Ok(vm)
     }
@@ -142,16 +142,16 @@ impl Vm {
         mut ends: Endpoints,
         options: ChildOptions<'_>,
     ) -> Result<Self, VmError> {
-        let _urgent = Urgent::new();
+        let _urgent = BoostGuard::new();
         let begun = Instant::now();
-        let shell = context.shell(&image.config)?;
-        let have_shell = Instant::now();
-        shell.ram.adopt(&image.ram)?;
+        let prepared = context.take_prepared(&image.config)?;
+        let have_prepared = Instant::now();
+        prepared.ram.adopt(&image.ram)?;
         let adopted = Instant::now();
         // After the memory, in which rings are checked.
         let saved = Some((&image.devices, image.backends.as_slice()));
-        let devices = Arc::new(Devices::new(saved, &image.config, &shell, &mut ends)?);
-        let parts = Parts { shell, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
+        let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends)?);
+        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         vm.saving = Saving::of(image);
         if image.config.has_generation() {
@@ -162,34 +162,34 @@ impl Vm {
         }
         if options.paused {
             vm.held.store(true, Ordering::Release);
-            vm.shell.meeting.hold();
+            vm.prepared.control.start_paused();
             vm.devices.quiesce();
         }
         vm.start(&Start::Restore(Arc::clone(image)))?;
-        tracing::debug!(name, shell = ?have_shell - begun, adopt = ?adopted - have_shell, start = ?adopted.elapsed(), "child");
+        tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
 
     fn assemble(context: &Context, name: &str, config: &Arc<VmConfig>, parts: Parts) -> Result<Self, VmError> {
-        let Parts { shell, devices, ends, generation, origin } = parts;
+        let Parts { prepared, devices, ends, generation, origin } = parts;
         if config.irqchip == Irqchip::Full {
             devices
-                .with_serial_irq(|irq| shell.fd.register_irqfd(irq.eventfd(), COM1_GSI))
+                .with_serial_irq(|irq| prepared.fd.register_irqfd(irq.eventfd(), COM1_GSI))
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
         // Its pages may still be on their way, or on a disk: if one can never come, the VM stops with the reason, and never reads zeros.
         // Weak: memory is held by devices, which vCPUs' orders hold. A VM would hold itself.
-        let meeting = Arc::downgrade(&shell.meeting);
-        shell.ram.on_failure(move |error| {
-            if let Some(meeting) = meeting.upgrade() {
-                meeting.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
+        let control = Arc::downgrade(&prepared.control);
+        prepared.ram.on_failure(move |error| {
+            if let Some(control) = control.upgrade() {
+                control.stop(StopReason::MemoryLost { error: crate::error_chain(error.as_ref()) });
             }
         });
         Ok(Self {
             name: name.to_owned(),
             config: Arc::clone(config),
             context: context.clone(),
-            shell,
+            prepared,
             devices,
             identity: Arc::new(ends.identity),
             generation,
@@ -198,7 +198,7 @@ impl Vm {
             held: AtomicBool::new(false),
             inconsistent: AtomicBool::new(false),
             origin: Mutex::new(origin),
-            operations: Turns::default(),
+            operations: TicketLock::default(),
             saving: Saving::default(),
             tail: Tail::default(),
         })
@@ -211,8 +211,8 @@ impl Vm {
 
     /// Starts the vCPUs. When this returns, all have taken their state; on an error none has run.
     fn start(&self, start: &Start) -> Result<(), VmError> {
-        let order = Order { start: start.clone(), devices: Arc::clone(&self.devices) };
-        self.shell.meeting.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
+        let order = StartCommand { start: start.clone(), devices: Arc::clone(&self.devices) };
+        self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
     }
 
     /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
@@ -221,18 +221,18 @@ impl Vm {
     /// Then it runs on as it did (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
         let _one = self.operations.take();
-        let _urgent = Urgent::new();
+        let _urgent = BoostGuard::new();
         self.expect_whole()?;
         let begun = Instant::now();
         let guard = self.pause_inner(true)?;
         let parked = Instant::now();
-        let (ram, freeze) = self.shell.ram.freeze(&guard.quiesced())?;
+        let (ram, freeze) = self.prepared.ram.freeze(&guard.quiesced())?;
         let frozen = Instant::now();
         let (devices, backends) = self.devices.save()?;
         // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold is
         // delivered again.
-        let vcpus = self.shell.meeting.collect()?;
-        let vm = VmState::save(&self.shell.fd, self.config.chips())?;
+        let vcpus = self.prepared.control.collect()?;
+        let vm = VmState::save(&self.prepared.fd, self.config.chips())?;
         drop(guard);
         tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
         let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
@@ -244,7 +244,7 @@ impl Vm {
     }
 
     pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
-        self.shell.meeting.pause(save)?;
+        self.prepared.control.pause(save)?;
         // After the vCPUs: one of them might be activating or resetting a device.
         self.devices.quiesce();
         Ok(PauseGuard::new(self))
@@ -252,7 +252,7 @@ impl Vm {
 
     pub(crate) fn unpause(&self) {
         self.devices.resume();
-        self.shell.meeting.resume();
+        self.prepared.control.resume();
     }
 
     /// Keeps the VM paused for as long as the guard lives.
@@ -270,7 +270,7 @@ impl Vm {
     pub fn pause(&self) -> Result<(), VmError> {
         let _one = self.operations.take();
         if !self.held.swap(true, Ordering::AcqRel) {
-            if let Err(error) = self.shell.meeting.pause(false) {
+            if let Err(error) = self.prepared.control.pause(false) {
                 self.held.store(false, Ordering::Release);
                 return Err(error);
             }
@@ -291,14 +291,14 @@ impl Vm {
         self.expect_whole()?;
         if self.held.swap(false, Ordering::AcqRel) {
             self.devices.resume();
-            self.shell.meeting.resume();
+            self.prepared.control.resume();
         }
         Ok(())
     }
 
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
-        self.shell.meeting.stop(StopReason::Requested);
+        self.prepared.control.stop(StopReason::Requested);
         // After it has stopped: a snapshot that begins now finds it so, one that has begun is cancelled.
         self.cancel_snapshot();
     }
@@ -306,13 +306,13 @@ impl Vm {
     /// Why it stopped, if it has.
     #[must_use]
     pub fn stopped(&self) -> Option<StopReason> {
-        self.shell.meeting.stopped()
+        self.prepared.control.stopped()
     }
 
     /// Waits until it stops, up to `patience`.
     #[must_use]
     pub fn wait(&self, patience: Duration) -> Option<StopReason> {
-        self.shell.meeting.wait_left(patience)
+        self.prepared.control.wait_exited(patience)
     }
 
     /// Whether its owner has paused it.
@@ -342,7 +342,7 @@ impl Vm {
     /// Its memory.
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
-        &self.shell.ram
+        &self.prepared.ram
     }
 
     /// Forks between it and the VM that was booted.
@@ -393,6 +393,6 @@ impl Vm {
     /// # Errors
     /// When the kernel cannot be asked.
     pub fn memory_stats(&self) -> Result<RamStats, VmError> {
-        Ok(self.shell.ram.stats()?)
+        Ok(self.prepared.ram.stats()?)
     }
 }

@@ -1,30 +1,30 @@
-//! VMs: made from shells, booted or forked, paused by guards.
+//! VMs: prepared, booted or forked, paused by guards.
 
 mod config;
 mod context;
+mod device_control;
 mod devices;
 mod fork;
 mod generation;
-mod handles;
 mod identity;
 mod kick;
 mod machine;
-mod rendezvous;
+mod prepared;
 mod reset;
 pub mod saved;
+mod sched;
 mod schedule;
 #[cfg(test)]
 mod serial_tests;
-mod shell;
-mod slice;
 mod snapshot;
 #[cfg(test)]
 mod start_tests;
 mod stop;
 #[cfg(test)]
 mod storm;
-mod turns;
+mod ticket_lock;
 mod vcpu;
+mod vcpu_control;
 mod virtio;
 
 use std::io;
@@ -80,7 +80,7 @@ pub enum VmError {
     },
     /// A stock kernel's page faults cannot be watched.
     #[error("the guest's page faults cannot be watched")]
-    PageFaults(#[source] crate::kvm::HealError),
+    PageFaults(#[source] crate::kvm::EmulateError),
     /// No thread for a vCPU.
     #[error("no thread for a vCPU")]
     Thread(#[source] io::Error),

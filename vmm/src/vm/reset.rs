@@ -28,8 +28,8 @@ use crate::vm::VmError;
 use crate::vm::fork::ForkImage;
 use crate::vm::generation;
 use crate::vm::machine::Vm;
-use crate::vm::slice::Urgent;
-use crate::vm::vcpu::{Order, Start};
+use crate::vm::sched::BoostGuard;
+use crate::vm::vcpu::{Start, StartCommand};
 
 /// How long the kernel may take to give up what it is busy with. A read or write of a file that has begun cannot be given up, and ends.
 const HALT: Duration = Duration::from_secs(2);
@@ -85,7 +85,7 @@ impl Vm {
     /// half-way ([`VmError::Inconsistent`] says every call after that): it is paused, and another reset mends it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
-        let _urgent = Urgent::new();
+        let _urgent = BoostGuard::new();
         let begun = Instant::now();
         if !Arc::ptr_eq(&image.config, &self.config) && *image.config != *self.config {
             return Err(VmError::OtherShape);
@@ -139,15 +139,15 @@ impl Vm {
         }
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
-        let order = Order { start, devices };
-        self.shell.meeting.load(std::iter::repeat_n(order, cpus));
+        let order = StartCommand { start, devices };
+        self.prepared.control.load(std::iter::repeat_n(order, cpus));
         // Beside the vCPUs: neither touches what the other does.
         let devices = self.devices.rewind(&image.devices, &image.backends);
         // Awaited in any case: a vCPU that is still taking its state must not meet the next reset.
-        self.shell.meeting.await_loaded()?;
+        self.prepared.control.await_loaded()?;
         devices?;
-        image.vm.restore_chips(&self.shell.fd)?;
-        image.vm.restore_clock(&self.shell.fd, Clock::CatchUp)?;
+        image.vm.restore_chips(&self.prepared.fd)?;
+        image.vm.restore_clock(&self.prepared.fd, Clock::CatchUp)?;
         self.devices.reraise();
         self.devices.tell_generation();
         Ok(())

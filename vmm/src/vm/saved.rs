@@ -2,7 +2,7 @@
 //!
 //! | section | what |
 //! |---|---|
-//! | `host` | what it presupposes of a host, to be compared before anything else: [`HostFacts`] |
+//! | `host` | what it presupposes of a host, to be compared before anything else: [`HostRequirements`] |
 //! | `config` | [`VmConfig`] |
 //! | `vcpus` | a [`VcpuState`] each |
 //! | `vm` | interrupt controllers, PIT, clock: [`VmState`] |
@@ -30,7 +30,7 @@ use clade_memory::RamImage;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use crate::kvm::{HostFacts, VcpuState, VmState};
+use crate::kvm::{HostRequirements, VcpuState, VmState};
 use crate::vm::config::{Place, VmConfig};
 use crate::vm::devices::DeviceState;
 use crate::vm::fork::ForkImage;
@@ -159,10 +159,10 @@ struct SavedIdentity {
 impl ForkImage {
     /// What the guest needs of a host.
     #[must_use]
-    pub fn host_facts(&self) -> HostFacts {
+    pub fn host_requirements(&self) -> HostRequirements {
         // Every image has a first vCPU; all have the same features.
         let first = self.vcpus.first();
-        HostFacts::of(
+        HostRequirements::of(
             first.map_or(&[], |vcpu| vcpu.cpuid.as_slice()),
             first.and_then(|vcpu| vcpu.tsc_khz),
             first.and_then(VcpuState::arch_capabilities),
@@ -176,7 +176,7 @@ impl ForkImage {
     pub fn sections(&self) -> Result<Vec<(&'static str, Vec<u8>)>, SavedError> {
         let identity = SavedIdentity { identity: (*self.identity).clone(), generation: self.generation };
         Ok(vec![
-            write(HOST, &self.host_facts())?,
+            write(HOST, &self.host_requirements())?,
             write(CONFIG, &*self.config)?,
             write(VCPUS, &self.vcpus)?,
             write(VM, &self.vm)?,
@@ -186,7 +186,7 @@ impl ForkImage {
     }
 
     /// An image of what [`ForkImage::sections`] returned, with the memory and, by place, the disks of the same instant ([`Backend::None`] for
-    /// other devices). Ask [`host_facts`] first whether it can go on here.
+    /// other devices). Ask [`host_requirements`] first whether it can go on here.
     ///
     /// # Errors
     /// When a section is missing, cannot be read, or does not fit the others, the memory or the disks.
@@ -217,11 +217,13 @@ impl ForkImage {
     }
 }
 
-/// What the sections presuppose of a host, to be compared by [`HostFacts::check`].
+/// What the sections presuppose of a host, to be compared by [`HostRequirements::check`].
 ///
 /// # Errors
 /// When there is no such section, or it cannot be read.
-pub fn host_facts<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<HostFacts, SavedError> {
+pub fn host_requirements<'a>(
+    sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+) -> Result<HostRequirements, SavedError> {
     read(&sections.into_iter().collect::<Vec<_>>(), HOST)
 }
 

@@ -344,7 +344,7 @@ impl ForkImage {
         let snapshot = Snapshot::open(dir)?;
         let sections: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
         // Before anything is made: what would be wrong with it later has no name.
-        saved::host_facts(sections.iter().copied())?.check(context.host())?;
+        saved::host_requirements(sections.iter().copied())?.check(context.host())?;
         let config = saved::config(sections.iter().copied())?;
         let backends = backends(&config, &snapshot, options)?;
         let load = match options.load {

@@ -95,7 +95,7 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
             assert!(begun.elapsed() < TIMEOUT, "round {round}: the sender stands still");
             thread::yield_now();
         }
-        vm.shell.meeting.schedule.delay_kicks(Duration::from_millis(4), round);
+        vm.prepared.control.schedule.delay_kicks(Duration::from_millis(4), round);
         vm.reset(&image).unwrap();
     }
 }

@@ -120,7 +120,7 @@ fn run(storm: Storm) -> Option<Found> {
     let mut parent = boot(&context, storm.pairs);
     let mut found = Found::default();
     for n in 0..storm.forks {
-        let schedule = &parent.shell.meeting.schedule;
+        let schedule = &parent.prepared.control.schedule;
         schedule.delay_kicks(storm.delay, storm.seed.wrapping_add(n as u64));
         if storm.saves_early {
             schedule.save_early();
@@ -133,7 +133,7 @@ fn run(storm: Storm) -> Option<Found> {
             break;
         }
         if n % 2 == 0 {
-            child.shell.meeting.schedule.delay_kicks(storm.delay, !storm.seed);
+            child.prepared.control.schedule.delay_kicks(storm.delay, !storm.seed);
             child.reset_to_origin().unwrap();
             if let Err(stuck) = goes_on(&child, storm.pairs) {
                 found.stuck.push(format!("child {n} after a reset: {stuck}"));

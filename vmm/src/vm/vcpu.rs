@@ -10,14 +10,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::{BOOT_MSRS, Entry};
 use crate::kvm::{
-    Clock, CpuidState, HealError, Healed, Host, Quirks, StateLayout, VcpuState, forget_pending, mark_paused, pio_width,
-    set_msr_bits,
+    Clock, CpuidState, EmulateError, Emulated, Host, Quirks, StateLayout, VcpuState, forget_pending, mark_paused,
+    pio_width, set_msr_bits,
 };
 use crate::vm::devices::Devices;
 use crate::vm::fork::ForkImage;
-use crate::vm::rendezvous::{Next, Rendezvous};
-use crate::vm::slice::{self, Urgent};
+use crate::vm::sched::{self, BoostGuard};
 use crate::vm::stop::StopReason;
+use crate::vm::vcpu_control::{Next, VcpuControl};
 use crate::vm::{VmError, caught};
 
 /// What a vCPU starts from.
@@ -31,19 +31,19 @@ pub(crate) enum Start {
 
 /// An order to a vCPU that has not run yet.
 #[derive(Clone)]
-pub(crate) struct Order {
+pub(crate) struct StartCommand {
     pub(crate) start: Start,
     pub(crate) devices: Arc<Devices>,
 }
 
-pub(crate) type Meeting = Rendezvous<Order, VcpuState>;
+pub(crate) type Control = VcpuControl<StartCommand, VcpuState>;
 
 /// Everything a vCPU's thread works with.
 pub(crate) struct VcpuThread {
     pub(crate) index: usize,
     pub(crate) host: Arc<Host>,
     pub(crate) layout: Arc<StateLayout>,
-    pub(crate) meeting: Arc<Meeting>,
+    pub(crate) control: Arc<Control>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) vcpu: VcpuFd,
     /// What `vcpu` was made with.
@@ -56,8 +56,8 @@ pub(crate) struct VcpuThread {
 impl VcpuThread {
     /// The thread's whole life.
     pub(crate) fn main(mut self) {
-        let (index, meeting) = (self.index, Arc::clone(&self.meeting));
-        let enrolled = meeting.kicker(index).enrol(&mut self.vcpu);
+        let (index, control) = (self.index, Arc::clone(&self.control));
+        let enrolled = control.kicker(index).enrol(&mut self.vcpu);
         // A panic here stops this VM and no other.
         let end = catch_unwind(AssertUnwindSafe(|| self.life()));
         // Withdrawn before the vCPU and its kvm_run page go.
@@ -65,27 +65,27 @@ impl VcpuThread {
         drop(self);
         match end {
             Ok(None) => {}
-            Ok(Some(reason)) => meeting.stop(reason),
-            Err(_) => meeting.stop(StopReason::Panic { vcpu: index }),
+            Ok(Some(reason)) => control.stop(reason),
+            Err(_) => control.stop(StopReason::Panic { vcpu: index }),
         }
-        meeting.left();
+        control.thread_exited();
     }
 
     fn life(&mut self) -> Option<StopReason> {
         // Waiting to start, it is wanted at once; running a guest, it is one of many.
-        slice::prompt();
-        let order = match self.meeting.wait_for_order(self.index) {
+        sched::boost();
+        let order = match self.control.wait_for_order(self.index) {
             Next::Start(order) => order,
             _ => return None,
         };
         if !self.prepare(&order) {
             return None;
         }
-        slice::ordinary();
+        sched::unboost();
         loop {
             // Before the look, not after: see Kicker::allow.
-            self.meeting.kicker(self.index).allow();
-            if !self.meeting.may_run() && !self.park() {
+            self.control.kicker(self.index).clear_immediate_exit();
+            if !self.control.may_run() && !self.park() {
                 return None;
             }
             if let Some(reason) = self.run(&order.devices) {
@@ -96,9 +96,9 @@ impl VcpuThread {
 
     /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of them runs. False when
     /// the VM does not start; it has its reason then.
-    fn prepare(&mut self, order: &Order) -> bool {
+    fn prepare(&mut self, order: &StartCommand) -> bool {
         let own = caught(self.index, || self.give_state(&order.start));
-        if !self.meeting.begin(self.index, own, || self.lead(order)) {
+        if !self.control.begin(self.index, own, || self.lead(order)) {
             return false;
         }
         if let Start::Restore(_) = order.start {
@@ -109,7 +109,7 @@ impl VcpuThread {
     }
 
     /// What the VM as a whole needs between its last vCPU's state and its first instruction.
-    fn lead(&self, order: &Order) -> Result<(), VmError> {
+    fn lead(&self, order: &StartCommand) -> Result<(), VmError> {
         if let Start::Restore(image) = &order.start {
             // After every vCPU's own state: an interrupt the controllers hold is delivered to the local APICs, and the
             // clock is computed from the TSCs.
@@ -184,7 +184,7 @@ impl VcpuThread {
     }
 
     /// Has page faults of the guest be looked at from now on, or not any more.
-    fn watch_page_faults(&mut self, entry: Option<u64>) -> Result<(), HealError> {
+    fn watch_page_faults(&mut self, entry: Option<u64>) -> Result<(), EmulateError> {
         // Most guests never are.
         if self.page_fault_entry != entry {
             Quirks::watch_page_faults(&self.vcpu, entry)?;
@@ -193,9 +193,9 @@ impl VcpuThread {
         Ok(())
     }
 
-    fn heal(&mut self) -> Option<StopReason> {
-        let healed = self.host.quirks().heal(&mut self.vcpu).and_then(|healed| {
-            if healed == Healed::Breakpoint && self.page_fault_entry.is_none() {
+    fn emulate_insn(&mut self) -> Option<StopReason> {
+        let healed = self.host.quirks().emulate_insn(&mut self.vcpu).and_then(|healed| {
+            if healed == Emulated::Breakpoint && self.page_fault_entry.is_none() {
                 let entry = self.host.quirks().find_page_faults(&self.vcpu, &self.read_memory())?;
                 self.watch_page_faults(entry)?;
             }
@@ -204,11 +204,11 @@ impl VcpuThread {
         self.expect_healed(healed)
     }
 
-    fn expect_healed(&self, healed: Result<(), HealError>) -> Option<StopReason> {
+    fn expect_healed(&self, healed: Result<(), EmulateError>) -> Option<StopReason> {
         let vcpu = self.index;
         match healed {
             Ok(()) => None,
-            Err(HealError::NoRemedy { failure, rip }) => {
+            Err(EmulateError::NoRemedy { failure, rip }) => {
                 Some(StopReason::Emulation { vcpu, rip, bytes: failure.to_string() })
             }
             Err(error) => Some(StopReason::Internal { vcpu, error: crate::error_chain(&error) }),
@@ -218,8 +218,8 @@ impl VcpuThread {
     /// Parks, saving the vCPU as often as asked. False when the thread is to end.
     fn park(&mut self) -> bool {
         // Whoever pauses the VM waits for this thread to save, and the guest for it to go on: both when it is woken, not when others have had enough.
-        let _urgent = Urgent::new();
-        let mut next = self.meeting.park(self.index, false);
+        let _urgent = BoostGuard::new();
+        let mut next = self.control.park(self.index, false);
         loop {
             match next {
                 Next::Save(request) => {
@@ -229,8 +229,8 @@ impl VcpuThread {
                         state.page_fault_entry = self.page_fault_entry;
                         Ok(state)
                     };
-                    self.meeting.hand_in(self.index, request, caught(self.index, save));
-                    next = self.meeting.park(self.index, true);
+                    self.control.submit_state(self.index, request, caught(self.index, save));
+                    next = self.control.park(self.index, true);
                 }
                 Next::Load(request, order) => {
                     // Caught, because whoever resets the VM waits for this vCPU.
@@ -239,17 +239,17 @@ impl VcpuThread {
                         forget_pending(&self.vcpu)?;
                         self.give_state(&order.start)
                     });
-                    self.meeting.has_loaded(self.index, request, taken);
-                    next = self.meeting.park(self.index, true);
+                    self.control.has_loaded(self.index, request, taken);
+                    next = self.control.park(self.index, true);
                 }
                 Next::Run => {
                     // The pause's kick is spent; `allow` and another look come before the guest is entered.
-                    self.meeting.kicker(self.index).allow();
-                    if self.meeting.may_run() {
+                    self.control.kicker(self.index).clear_immediate_exit();
+                    if self.control.may_run() {
                         self.tell_of_pause();
                         return true;
                     }
-                    next = self.meeting.park(self.index, false);
+                    next = self.control.park(self.index, false);
                 }
                 Next::Start(_) | Next::Exit => return false,
             }
@@ -284,7 +284,7 @@ impl VcpuThread {
                 Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(StopReason::Shutdown { vcpu }),
                 Ok(VcpuExit::FailEntry(reason, _)) => return Some(StopReason::FailEntry { vcpu, reason }),
                 Ok(VcpuExit::InternalError) => {
-                    if let Some(reason) = self.heal() {
+                    if let Some(reason) = self.emulate_insn() {
                         return Some(reason);
                     }
                 }

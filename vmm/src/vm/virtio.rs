@@ -15,7 +15,7 @@ use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, V
 use crate::vm::config::{Place, VmConfig};
 use crate::vm::devices::{DeviceError, DeviceState};
 use crate::vm::identity::Endpoints;
-use crate::vm::shell::Shell;
+use crate::vm::prepared::PreparedVm;
 
 /// The virtio console's two ends on the host.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Made {
 pub(crate) fn make(
     saved: Option<(&DeviceState, &[Backend])>,
     config: &VmConfig,
-    shell: &Shell,
+    prepared: &PreparedVm,
     ends: &mut Endpoints,
 ) -> Result<Made, DeviceError> {
     let wanted = config.places().count();
@@ -47,13 +47,13 @@ pub(crate) fn make(
     // Taken from the front, in the order of their places.
     let mut maker = Maker { ends, next_net: 0, hvc: None };
     let mut devices = Vec::with_capacity(wanted);
-    for (at, (place, wiring)) in config.places().zip(&shell.wiring).enumerate() {
+    for (at, (place, wiring)) in config.places().zip(&prepared.wiring).enumerate() {
         let device = match saved {
-            None => VirtioMmio::new(maker.device(place, None)?, &shell.ram, wiring.clone(), true),
+            None => VirtioMmio::new(maker.device(place, None)?, &prepared.ram, wiring.clone(), true),
             Some((state, backends)) => {
                 let state = &state.virtio[at];
                 let device = maker.device(place, Some((&state.device, &backends[at])))?;
-                VirtioMmio::restore(device, &shell.ram, wiring.clone(), state)?
+                VirtioMmio::restore(device, &prepared.ram, wiring.clone(), state)?
             }
         };
         devices.push(Arc::new(device));

@@ -11,7 +11,7 @@
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
-use super::{HealError, Quirks};
+use super::{EmulateError, Quirks};
 
 const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
@@ -90,18 +90,18 @@ fn segment(selector: u16, is_code: bool) -> kvm_segment {
     }
 }
 
-fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HealError {
-    move |source| HealError::Ioctl { what, source }
+fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> EmulateError {
+    move |source| EmulateError::Ioctl { what, source }
 }
 
-fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>) -> Result<[u8; N], HealError> {
+fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>) -> Result<[u8; N], EmulateError> {
     let mut bytes = [0; N];
     // Byte by byte over the end of a page would be right everywhere; frames and gates are aligned, instructions are short.
     let first = N.min((0x1000 - linear % 0x1000) as usize);
     for (at, len) in [(0, first), (first, N - first)].into_iter().filter(|(_, len)| *len > 0) {
         let translation = vcpu.translate_gva(linear + at as u64).map_err(call("KVM_TRANSLATE"))?;
         if translation.valid == 0 || !read(translation.physical_address, &mut bytes[at..at + len]) {
-            return Err(HealError::Unmapped { linear: linear + at as u64 });
+            return Err(EmulateError::Unmapped { linear: linear + at as u64 });
         }
     }
     Ok(bytes)
@@ -109,7 +109,7 @@ fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>)
 
 impl Quirks {
     /// Where the guest handles page faults, if those are to be watched: on kvm-pvm, once it has an IDT and takes system calls.
-    pub fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, HealError> {
+    pub fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
         if self == Self::None {
             return Ok(None);
         }
@@ -122,7 +122,7 @@ impl Quirks {
     }
 
     /// Has the vCPU come out of the guest where page faults are handled; nowhere with `None`.
-    pub fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), HealError> {
+    pub fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
         let mut debug = kvm_guest_debug::default();
         if let Some(entry) = entry {
             debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
@@ -133,7 +133,7 @@ impl Quirks {
     }
 
     /// What is to be done where page faults are handled, after `KVM_RUN` returned `KVM_EXIT_DEBUG`.
-    pub fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), HealError> {
+    pub fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         let frame = Frame::read(&read_linear(vcpu, regs.rsp, read)?);
@@ -150,7 +150,7 @@ impl Quirks {
             }
         }
         let insn = read_linear(vcpu, regs.rip, read)?;
-        let (len, clears_df) = nothing(&insn).ok_or(HealError::DeviceOps { rip: regs.rip, insn })?;
+        let (len, clears_df) = nothing(&insn).ok_or(EmulateError::DeviceOps { rip: regs.rip, insn })?;
         regs.rip += len;
         if clears_df {
             regs.rflags &= !RFLAGS_DF;
@@ -160,7 +160,7 @@ impl Quirks {
 }
 
 /// Where a system call enters the kernel, and the segments it does so with.
-fn system_call_entry(vcpu: &VcpuFd) -> Result<(u64, u64), HealError> {
+fn system_call_entry(vcpu: &VcpuFd) -> Result<(u64, u64), EmulateError> {
     let entry = |index| kvm_msr_entry { index, ..kvm_msr_entry::default() };
     let Ok(mut msrs) = Msrs::from_entries(&[entry(LSTAR), entry(STAR)]) else { return Ok((0, 0)) };
     vcpu.get_msrs(&mut msrs).map_err(call("KVM_GET_MSRS"))?;
@@ -175,7 +175,7 @@ mod tests {
 
     use super::super::super::testutil::{TestVm, host};
     use super::*;
-    use crate::kvm::Healed;
+    use crate::kvm::Emulated;
 
     #[test]
     fn a_fetch_at_the_entry_from_ring_3_is_a_system_call() {
@@ -291,7 +291,7 @@ mod tests {
                     }
                 }
                 VcpuExit::InternalError => {
-                    if quirks.heal(vcpu).unwrap() == Healed::Breakpoint {
+                    if quirks.emulate_insn(vcpu).unwrap() == Emulated::Breakpoint {
                         let entry = quirks.find_page_faults(vcpu, &read).unwrap();
                         assert_eq!(entry, Some(KERNEL + CODE + 0x200));
                         Quirks::watch_page_faults(vcpu, entry).unwrap();

@@ -116,7 +116,7 @@ fn an_image_comes_back_as_it_was() {
     assert_eq!((again.generation, again.vcpus[1].regs.rip, again.vm.clock_ns()), (3, 0x2000, 7));
     assert_eq!(again.vcpus[0].msrs.as_slice()[0].data, 99);
     let as_read = || sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
-    assert_eq!(host_facts(as_read()).unwrap(), image.host_facts());
+    assert_eq!(host_requirements(as_read()).unwrap(), image.host_requirements());
     assert_eq!(config(as_read()).unwrap(), *image.config);
 }
 
@@ -217,6 +217,6 @@ proptest! {
             }
         }
         let facts = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
-        let _either = host_facts(facts);
+        let _either = host_requirements(facts);
     }
 }

@@ -8,10 +8,10 @@
 use std::cell::OnceCell;
 
 /// The shortest slice the scheduler takes.
-const PROMPT_NS: u64 = 100_000;
+const BOOST_SLICE_NS: u64 = 100_000;
 
 /// The heaviest weight there is.
-const PROMPT_NICE: i32 = -20;
+const BOOST_NICE: i32 = -20;
 
 thread_local! {
     /// The nice value the calling thread was given, from before it was changed here.
@@ -19,33 +19,33 @@ thread_local! {
 }
 
 /// The calling thread gets a processor soon after it wakes.
-pub(crate) fn prompt() {
+pub(crate) fn boost() {
     let given = given();
     // Without the right to it, as before.
-    if !set(PROMPT_NS, PROMPT_NICE.min(given)) {
-        set(PROMPT_NS, given);
+    if !set(BOOST_SLICE_NS, BOOST_NICE.min(given)) {
+        set(BOOST_SLICE_NS, given);
     }
 }
 
 /// The calling thread is scheduled like any other.
-pub(crate) fn ordinary() {
+pub(crate) fn unboost() {
     set(0, given());
 }
 
 /// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds in which a VM stands still, or is being
 /// born.
-pub(crate) struct Urgent(());
+pub(crate) struct BoostGuard(());
 
-impl Urgent {
+impl BoostGuard {
     pub(crate) fn new() -> Self {
-        prompt();
+        boost();
         Self(())
     }
 }
 
-impl Drop for Urgent {
+impl Drop for BoostGuard {
     fn drop(&mut self) {
-        ordinary();
+        unboost();
     }
 }
 
@@ -88,11 +88,11 @@ mod tests {
     fn a_thread_in_a_hurry_makes_threads_that_are_not() {
         std::thread::spawn(|| {
             let before = nice();
-            let urgent = Urgent::new();
+            let urgent = BoostGuard::new();
             let inside = nice();
             let made = std::thread::spawn(|| {
                 let before = nice();
-                drop(Urgent::new());
+                drop(BoostGuard::new());
                 (before, nice())
             });
             assert_eq!(made.join().unwrap(), (before.max(0), before.max(0)));
@@ -101,7 +101,7 @@ mod tests {
             if inside == before {
                 println!("skipped: without CAP_SYS_NICE nobody is in a hurry");
             }
-            assert!(inside == PROMPT_NICE || inside == before);
+            assert!(inside == BOOST_NICE || inside == before);
         })
         .join()
         .unwrap();

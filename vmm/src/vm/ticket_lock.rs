@@ -15,16 +15,16 @@ struct Tickets {
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub(crate) struct Turns {
+pub(crate) struct TicketLock {
     tickets: Mutex<Tickets>,
     called: Condvar,
 }
 
 /// A turn, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn<'a>(&'a Turns);
+pub(crate) struct Turn<'a>(&'a TicketLock);
 
-impl Turns {
+impl TicketLock {
     fn tickets(&self) -> MutexGuard<'_, Tickets> {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn who_asks_again_and_again_starves_nobody() {
-        let (turns, done, others) = (Turns::default(), AtomicBool::new(false), AtomicUsize::new(0));
+        let (turns, done, others) = (TicketLock::default(), AtomicBool::new(false), AtomicUsize::new(0));
         thread::scope(|scope| {
             // Gives its turn back only to ask for the next.
             scope.spawn(|| {
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn turns_come_in_the_order_they_are_asked_for() {
-        let (turns, order) = (Turns::default(), Mutex::new(Vec::new()));
+        let (turns, order) = (TicketLock::default(), Mutex::new(Vec::new()));
         thread::scope(|scope| {
             let first = turns.take();
             for n in 0..8u64 {

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::{Next, Rendezvous};
+use super::{Next, VcpuControl};
 use crate::vm::VmError;
 use crate::vm::stop::StopReason;
 
@@ -13,38 +13,38 @@ use crate::vm::stop::StopReason;
 const SETTLE: Duration = Duration::from_millis(150);
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-type Meeting = Rendezvous<u32, u32>;
+type Control = VcpuControl<u32, u32>;
 
-fn parks(meeting: &Arc<Meeting>, index: usize, told: &Sender<(usize, Next<u32>)>) -> JoinHandle<()> {
-    let (meeting, told) = (Arc::clone(meeting), told.clone());
+fn parks(control: &Arc<Control>, index: usize, told: &Sender<(usize, Next<u32>)>) -> JoinHandle<()> {
+    let (control, told) = (Arc::clone(control), told.clone());
     thread::spawn(move || {
-        let next = meeting.park(index, false);
+        let next = control.park(index, false);
         let _ = told.send((index, next));
     })
 }
 
 /// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is told to run.
-fn pauses(meeting: &Arc<Meeting>, save: bool) -> JoinHandle<()> {
+fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     let pauser = {
-        let meeting = Arc::clone(meeting);
-        thread::spawn(move || meeting.pause(save).unwrap())
+        let control = Arc::clone(control);
+        thread::spawn(move || control.pause(save).unwrap())
     };
-    while meeting.may_run() {
+    while control.may_run() {
         thread::yield_now();
     }
     pauser
 }
 
 /// What both vCPUs are told once both are parked, the first having parked alone for a while.
-fn one_then_the_other(meeting: &Arc<Meeting>) -> Result<[Next<u32>; 2], (usize, Next<u32>)> {
-    let pauser = pauses(meeting, true);
+fn one_then_the_other(control: &Arc<Control>) -> Result<[Next<u32>; 2], (usize, Next<u32>)> {
+    let pauser = pauses(control, true);
     let (tell, told): (_, Receiver<(usize, Next<u32>)>) = channel();
-    let first = parks(meeting, 0, &tell);
+    let first = parks(control, 0, &tell);
     match told.recv_timeout(SETTLE) {
         Ok(early) => return Err(early),
         Err(error) => assert_eq!(error, RecvTimeoutError::Timeout),
     }
-    let second = parks(meeting, 1, &tell);
+    let second = parks(control, 1, &tell);
     pauser.join().unwrap();
     let next = [told.recv_timeout(TIMEOUT).unwrap().1, told.recv_timeout(TIMEOUT).unwrap().1];
     first.join().unwrap();
@@ -54,55 +54,55 @@ fn one_then_the_other(meeting: &Arc<Meeting>) -> Result<[Next<u32>; 2], (usize, 
 
 #[test]
 fn no_vcpu_saves_before_all_are_parked() {
-    let meeting = Arc::new(Meeting::new(2));
-    let next = one_then_the_other(&meeting).expect("nobody is told anything before both are parked");
+    let control = Arc::new(Control::new(2));
+    let next = one_then_the_other(&control).expect("nobody is told anything before both are parked");
     assert!(next.iter().all(|next| matches!(next, Next::Save(_))), "{next:?}");
 }
 
 #[test]
 fn without_the_rule_one_saves_beside_a_running_sibling() {
-    let meeting = Arc::new(Meeting::new(2));
-    meeting.schedule.save_early();
-    let (index, next) = one_then_the_other(&meeting).unwrap_err();
+    let control = Arc::new(Control::new(2));
+    control.schedule.save_early();
+    let (index, next) = one_then_the_other(&control).unwrap_err();
     assert!(index == 0 && matches!(next, Next::Save(_)), "{next:?}");
 }
 
 #[test]
 fn no_vcpu_loads_before_all_are_parked() {
-    let meeting = Arc::new(Meeting::new(2));
+    let control = Arc::new(Control::new(2));
     let (tell, told) = channel();
-    let pauser = pauses(&meeting, false);
-    meeting.load([7, 8]);
-    let first = parks(&meeting, 0, &tell);
+    let pauser = pauses(&control, false);
+    control.load([7, 8]);
+    let first = parks(&control, 0, &tell);
     assert_eq!(told.recv_timeout(SETTLE).unwrap_err(), RecvTimeoutError::Timeout);
-    let second = parks(&meeting, 1, &tell);
+    let second = parks(&control, 1, &tell);
     for _ in 0..2 {
         let (index, next) = told.recv_timeout(TIMEOUT).unwrap();
         let Next::Load(request, order) = next else { panic!("{next:?}") };
         assert_eq!(order, 7 + index as u32);
-        meeting.has_loaded(index, request, Ok(()));
+        control.has_loaded(index, request, Ok(()));
     }
-    meeting.await_loaded().unwrap();
+    control.await_loaded().unwrap();
     [pauser, first, second].into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 /// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of another instant.
 #[test]
 fn a_state_saved_for_an_earlier_pause_is_dropped() {
-    let meeting = Arc::new(Meeting::new(1));
+    let control = Arc::new(Control::new(1));
     let (tell, told) = channel();
-    let pauser = pauses(&meeting, true);
-    let vcpu = parks(&meeting, 0, &tell);
+    let pauser = pauses(&control, true);
+    let vcpu = parks(&control, 0, &tell);
     pauser.join().unwrap();
     vcpu.join().unwrap();
     let Next::Save(first) = told.recv().unwrap().1 else { panic!("no save") };
-    meeting.resume();
-    pauses(&meeting, true).join().unwrap();
-    meeting.hand_in(0, first, Ok(1));
-    let Next::Save(second) = meeting.park(0, true) else { panic!("the newer request counts as answered") };
+    control.resume();
+    pauses(&control, true).join().unwrap();
+    control.submit_state(0, first, Ok(1));
+    let Next::Save(second) = control.park(0, true) else { panic!("the newer request counts as answered") };
     assert_ne!(first, second);
-    meeting.hand_in(0, second, Ok(2));
-    assert_eq!(meeting.collect().unwrap(), [2]);
+    control.submit_state(0, second, Ok(2));
+    assert_eq!(control.collect().unwrap(), [2]);
 }
 
 /// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who entered the guest.
@@ -110,22 +110,22 @@ fn start(
     own: Vec<Result<(), VmError>>,
     lead: impl Fn() -> Result<(), VmError> + Send + Sync + 'static,
 ) -> (Result<(), VmError>, Vec<bool>, Option<StopReason>) {
-    let meeting = Arc::new(Meeting::new(own.len()));
+    let control = Arc::new(Control::new(own.len()));
     let lead = Arc::new(lead);
     let vcpus: Vec<_> = (0..)
         .zip(own)
         .map(|(index, own)| {
-            let (meeting, lead) = (Arc::clone(&meeting), Arc::clone(&lead));
-            thread::spawn(move || match meeting.wait_for_order(index) {
-                Next::Start(_) => meeting.begin(index, own, || lead()),
+            let (control, lead) = (Arc::clone(&control), Arc::clone(&lead));
+            thread::spawn(move || match control.wait_for_order(index) {
+                Next::Start(_) => control.begin(index, own, || lead()),
                 _ => false,
             })
         })
         .collect();
-    meeting.wait_idle().unwrap();
-    let told = meeting.start(0..vcpus.len() as u32);
+    control.wait_idle().unwrap();
+    let told = control.start(0..vcpus.len() as u32);
     let entered = vcpus.into_iter().map(|vcpu| vcpu.join().unwrap()).collect();
-    (told, entered, meeting.stopped())
+    (told, entered, control.stopped())
 }
 
 #[test]
@@ -155,28 +155,28 @@ fn a_panic_of_the_last_vcpu_strands_nobody_and_is_told_as_one() {
 
 #[test]
 fn a_vm_stopped_while_it_starts_strands_nobody() {
-    let meeting = Arc::new(Meeting::new(2));
+    let control = Arc::new(Control::new(2));
     let one = {
-        let meeting = Arc::clone(&meeting);
-        thread::spawn(move || meeting.begin(0, Ok(()), || Ok(())))
+        let control = Arc::clone(&control);
+        thread::spawn(move || control.begin(0, Ok(()), || Ok(())))
     };
     thread::sleep(SETTLE);
-    meeting.stop(StopReason::Requested);
+    control.stop(StopReason::Requested);
     assert!(!one.join().unwrap());
-    assert!(matches!(meeting.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
+    assert!(matches!(control.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
 }
 
 /// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never give them back.
 #[test]
 fn an_order_that_nobody_takes_any_more_is_dropped() {
     let (before, after) = (Arc::new(()), Arc::new(()));
-    let meeting = Rendezvous::<Arc<()>, ()>::new(2);
+    let control = VcpuControl::<Arc<()>, ()>::new(2);
     // One that was given in time, and never taken; and one that comes too late.
-    meeting.load([Arc::clone(&before), Arc::clone(&before)]);
+    control.load([Arc::clone(&before), Arc::clone(&before)]);
     assert_eq!(Arc::strong_count(&before), 3);
-    meeting.stop(StopReason::Requested);
-    meeting.load([Arc::clone(&after), Arc::clone(&after)]);
+    control.stop(StopReason::Requested);
+    control.load([Arc::clone(&after), Arc::clone(&after)]);
     assert_eq!((Arc::strong_count(&before), Arc::strong_count(&after)), (1, 1));
-    assert!(meeting.start([Arc::clone(&after), Arc::clone(&after)]).is_err());
+    assert!(control.start([Arc::clone(&after), Arc::clone(&after)]).is_err());
     assert_eq!(Arc::strong_count(&after), 1);
 }

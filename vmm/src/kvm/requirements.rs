@@ -42,7 +42,7 @@ pub struct XsaveComponent {
 
 /// See the module's documentation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostFacts {
+pub struct HostRequirements {
     /// The version of Clade.
     pub clade: String,
     /// The CPU's vendor, as CPUID says it.
@@ -166,7 +166,7 @@ fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
     String::from_utf8_lossy(bytes.as_flattened()).into_owned()
 }
 
-impl HostFacts {
+impl HostRequirements {
     /// Of a guest whose vCPUs were made with `cpuid`, on this host.
     #[must_use]
     pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>, arch_capabilities: Option<u64>) -> Self {
@@ -263,11 +263,11 @@ mod tests {
     use super::super::testutil::host;
     use super::*;
 
-    fn facts(ecx1: u32, ebx7: u32) -> HostFacts {
+    fn facts(ecx1: u32, ebx7: u32) -> HostRequirements {
         let entry = |function, ebx, ecx, edx| kvm_cpuid_entry2 { function, ebx, ecx, edx, ..Default::default() };
         let leaves =
             [entry(0, 0x756e_6547, 0x6c65_746e, 0x4965_6e69), entry(1, 0, ecx1, 1 << 28), entry(7, ebx7, 0, 0)];
-        HostFacts::of(&leaves, Some(2_000_000), None)
+        HostRequirements::of(&leaves, Some(2_000_000), None)
     }
 
     #[test]
@@ -279,21 +279,22 @@ mod tests {
         let error = saved.check_against(&facts(1 << 1, 0), false).unwrap_err().to_string();
         let wanted = "this host lacks CPU features that the guest was given: sse4_2, avx2, CPUID 0x7.0 Ebx bit 13";
         assert_eq!(error, wanted);
-        let none = HostFacts { features: Vec::new(), ..saved.clone() };
+        let none = HostRequirements { features: Vec::new(), ..saved.clone() };
         assert_eq!(saved.missing(&none).len(), 4, "and not that there are several vCPUs");
     }
 
     #[test]
     fn another_vendor_and_another_tsc_are_refused_by_name() {
         let saved = facts(1, 1);
-        let amd = HostFacts { vendor: "AuthenticAMD".into(), ..saved.clone() };
+        let amd = HostRequirements { vendor: "AuthenticAMD".into(), ..saved.clone() };
         let error = amd.check_against(&saved, true).unwrap_err().to_string();
         assert_eq!(error, "the guest ran on a CPU of \"AuthenticAMD\", this one is of \"GenuineIntel\"");
-        let fast = HostFacts { tsc_khz: Some(3_000_000), kernel: "9.9".into(), clade: "9.9".into(), ..saved.clone() };
+        let fast =
+            HostRequirements { tsc_khz: Some(3_000_000), kernel: "9.9".into(), clade: "9.9".into(), ..saved.clone() };
         assert!(fast.check_against(&saved, true).is_ok());
         let error = fast.check_against(&saved, false).unwrap_err().to_string();
         assert!(error.contains("3000000 kHz") && error.contains("2000000 kHz"), "{error}");
-        let near = HostFacts { tsc_khz: Some(2_000_400), ..saved.clone() };
+        let near = HostRequirements { tsc_khz: Some(2_000_400), ..saved.clone() };
         assert!(near.check_against(&saved, false).is_ok());
     }
 
@@ -301,30 +302,30 @@ mod tests {
     fn an_area_of_another_layout_is_refused_by_component() {
         let avx = XsaveComponent { bit: 2, size: 256, offset: 576, flags: 0 };
         let pku = XsaveComponent { bit: 9, size: 8, offset: 2688, flags: 0 };
-        let saved = HostFacts { xsave: vec![avx, pku], ..facts(1, 1) };
+        let saved = HostRequirements { xsave: vec![avx, pku], ..facts(1, 1) };
         let more = XsaveComponent { bit: 5, size: 64, offset: 1088, flags: 0 };
-        let here = HostFacts { xsave: vec![avx, more, pku], ..saved.clone() };
+        let here = HostRequirements { xsave: vec![avx, more, pku], ..saved.clone() };
         assert!(saved.check_against(&here, false).is_ok(), "more is no hindrance");
-        let moved = HostFacts { xsave: vec![avx, XsaveComponent { offset: 832, ..pku }], ..saved.clone() };
+        let moved = HostRequirements { xsave: vec![avx, XsaveComponent { offset: 832, ..pku }], ..saved.clone() };
         let error = saved.check_against(&moved, false).unwrap_err().to_string();
         let wanted = "the guest's XSAVE area has component 9 as 8 bytes at 2688, this host's has 8 bytes at 832";
         assert_eq!(error, wanted);
-        let without = HostFacts { xsave: vec![avx], ..saved.clone() };
+        let without = HostRequirements { xsave: vec![avx], ..saved.clone() };
         assert!(saved.check_against(&without, false).unwrap_err().to_string().ends_with("this host's has none"));
     }
 
     #[test]
     fn a_host_that_is_less_immune_or_smaller_is_refused() {
         // RDCL_NO and MDS_NO; IBRS_ALL.
-        let saved = HostFacts { arch_capabilities: Some(0x21), physical_bits: Some(46), ..facts(1, 1) };
-        let with = |caps| HostFacts { arch_capabilities: caps, ..saved.clone() };
+        let saved = HostRequirements { arch_capabilities: Some(0x21), physical_bits: Some(46), ..facts(1, 1) };
+        let with = |caps| HostRequirements { arch_capabilities: caps, ..saved.clone() };
         assert!(saved.check_against(&with(Some(0x23)), false).is_ok(), "more immune is no hindrance");
         for (here, differing) in [(Some(0x01), 0x20), (None, 0x21), (Some(0x25), 0x4)] {
             let error = saved.check_against(&with(here), false).unwrap_err();
             assert!(matches!(error, HostMismatch::ArchCapabilities { differing: d, .. } if d == differing), "{error}");
         }
         assert!(with(None).check_against(&saved, false).is_ok(), "a guest that was told nothing");
-        let small = HostFacts { physical_bits: Some(39), ..saved.clone() };
+        let small = HostRequirements { physical_bits: Some(39), ..saved.clone() };
         let error = saved.check_against(&small, false).unwrap_err().to_string();
         assert_eq!(error, "the guest was given physical addresses of 46 bits, this host has 39");
         assert!(small.check_against(&saved, false).is_ok());
@@ -333,14 +334,14 @@ mod tests {
     #[test]
     fn a_host_fits_itself() {
         let Some(host) = host() else { return };
-        let facts = HostFacts::of(
+        let facts = HostRequirements::of(
             host.cpuid(1, 2, &CpuHide::none()).unwrap().as_slice(),
             host.tsc_khz().unwrap(),
             host.arch_capabilities().unwrap(),
         );
         facts.check(&host).unwrap();
         assert!(!facts.features.is_empty() && !facts.kernel.is_empty());
-        let mut hidden = HostFacts::here(&host).unwrap();
+        let mut hidden = HostRequirements::here(&host).unwrap();
         hidden.features.iter_mut().for_each(|word| word.bits = 0);
         assert!(!facts.missing(&hidden).is_empty());
         assert!(hidden.missing(&facts).is_empty());

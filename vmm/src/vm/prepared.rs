@@ -1,4 +1,4 @@
-//! A shell: a VM with everything made that does not depend on what it will run, so that making it is off a fork's path (D6).
+//! A prepared VM: a VM with everything made that does not depend on what it will run, so that making it is off a fork's path (D6).
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -15,19 +15,19 @@ use crate::kvm::{CpuLook, CpuTemplate, Host, StateLayout, local_apics_alone, set
 use crate::vm::VmError;
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
-use crate::vm::rendezvous::Rendezvous;
 use crate::vm::stop::StopReason;
-use crate::vm::vcpu::{Meeting, VcpuThread};
+use crate::vm::vcpu::{Control, VcpuThread};
+use crate::vm::vcpu_control::VcpuControl;
 
 /// vCPU threads do little: exits and state. The default of 8 MiB would be address space for nothing, a thousand times.
 const STACK: usize = 256 << 10;
 
 /// VM, memslots, interrupt controllers, vCPUs and their threads; memory reserved, but none mapped.
 #[derive(Debug)]
-pub(crate) struct Shell {
+pub(crate) struct PreparedVm {
     // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its slots point at.
     threads: Vec<JoinHandle<()>>,
-    pub(crate) meeting: Arc<Meeting>,
+    pub(crate) control: Arc<Control>,
     pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: GuestRam,
     /// The wires of each virtio device, connected.
@@ -36,7 +36,7 @@ pub(crate) struct Shell {
     pub(crate) generation: Option<Arc<Irq>>,
 }
 
-impl Shell {
+impl PreparedVm {
     pub(crate) fn new(
         host: &Arc<Host>,
         layout: &Arc<StateLayout>,
@@ -85,10 +85,10 @@ impl Shell {
         if !config.pmu {
             host.disable_pmu(&fd).map_err(|e| VmError::kvm("take performance counters away", e))?;
         }
-        let meeting = Arc::new(Rendezvous::new(usize::from(config.cpus())));
-        let mut shell = Self { threads: Vec::new(), meeting, fd: Arc::new(fd), ram, wiring, generation };
+        let control = Arc::new(VcpuControl::new(usize::from(config.cpus())));
+        let mut prepared = Self { threads: Vec::new(), control, fd: Arc::new(fd), ram, wiring, generation };
         for index in 0..config.cpus() {
-            let vcpu = shell.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
+            let vcpu = prepared.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
             set_machine_check_banks(&vcpu);
             let look = CpuLook { hide: &config.hide, template: config.cpu, pmu: config.pmu };
             let cpuid = host.cpuid_of(index, config.cpus(), &look)?;
@@ -97,11 +97,11 @@ impl Shell {
                 index: usize::from(index),
                 host: Arc::clone(host),
                 layout: Arc::clone(&layout),
-                meeting: Arc::clone(&shell.meeting),
-                vm: Arc::clone(&shell.fd),
+                control: Arc::clone(&prepared.control),
+                vm: Arc::clone(&prepared.fd),
                 vcpu,
                 cpuid,
-                memory: shell.ram.memory().clone(),
+                memory: prepared.ram.memory().clone(),
                 page_fault_entry: None,
             };
             let spawned = thread::Builder::new()
@@ -109,10 +109,10 @@ impl Shell {
                 .stack_size(STACK)
                 .spawn(move || thread.main())
                 .map_err(VmError::Thread)?;
-            shell.threads.push(spawned);
+            prepared.threads.push(spawned);
         }
-        shell.meeting.wait_idle()?;
-        Ok(shell)
+        prepared.control.wait_idle()?;
+        Ok(prepared)
     }
 }
 
@@ -146,9 +146,9 @@ fn wire_generation(fd: &VmFd) -> Result<Arc<Irq>, VmError> {
     Ok(Arc::new(irq))
 }
 
-impl Drop for Shell {
+impl Drop for PreparedVm {
     fn drop(&mut self) {
-        self.meeting.stop(StopReason::Requested);
+        self.control.stop(StopReason::Requested);
         for thread in self.threads.drain(..) {
             // A panic was turned into a stop reason on the thread itself.
             let _ = thread.join();

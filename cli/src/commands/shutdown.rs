@@ -15,9 +15,9 @@ const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
 /// Whether it is to end, and by which signal.
 #[derive(Clone, Debug)]
-pub(super) struct Ending(Arc<AtomicI32>, Cancel);
+pub(super) struct ShutdownSignal(Arc<AtomicI32>, Cancel);
 
-impl Ending {
+impl ShutdownSignal {
     /// Listens from now on. The first signal is for the process to look at; another ends it at once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;

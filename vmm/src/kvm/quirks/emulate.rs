@@ -24,7 +24,7 @@ const ZF: u64 = 1 << 6;
 
 /// What was done in KVM's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Healed {
+pub enum Emulated {
     /// An instruction.
     Instruction,
     /// INT3, which stock kernels execute when they test themselves at boot.
@@ -33,7 +33,7 @@ pub enum Healed {
 
 /// An instruction there is a remedy for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Remedy {
+enum EmulatedInsn {
     /// Linux executes it in its alternatives' self test, and for tracing and live patching.
     Int3,
     /// FWAIT, which Debian's kernels execute when they set up the FPU.
@@ -44,7 +44,7 @@ enum Remedy {
     Random { to: u8, len: u8 },
 }
 
-impl Remedy {
+impl EmulatedInsn {
     /// Decodes the instruction at the start of `insn`.
     fn decode(insn: &[u8]) -> Option<Self> {
         if insn.first() == Some(&0xcc) {
@@ -99,18 +99,18 @@ fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
 }
 
 /// Does to `regs` what the instruction does to the CPU's.
-fn apply(remedy: Remedy, regs: &mut kvm_regs) {
+fn apply(remedy: EmulatedInsn, regs: &mut kvm_regs) {
     let len = match remedy {
         // A trap: the handler is told the address after the instruction.
-        Remedy::Int3 | Remedy::Fwait => 1,
-        Remedy::Popcnt { wide, to, from, len } => {
+        EmulatedInsn::Int3 | EmulatedInsn::Fwait => 1,
+        EmulatedInsn::Popcnt { wide, to, from, len } => {
             let value = *register(regs, from);
             let value = if wide { value } else { value & u64::from(u32::MAX) };
             *register(regs, to) = value.count_ones().into();
             regs.rflags = regs.rflags & !ARITHMETIC_FLAGS | if value == 0 { ZF } else { 0 };
             len
         }
-        Remedy::Random { to, len } => {
+        EmulatedInsn::Random { to, len } => {
             *register(regs, to) = 0;
             regs.rflags &= !ARITHMETIC_FLAGS;
             len
@@ -133,14 +133,14 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 impl Quirks {
     /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the
     /// vCPU again.
-    pub fn heal(self, vcpu: &mut VcpuFd) -> Result<Healed, HealError> {
-        let failure = EmulationFailure::of(vcpu).ok_or(HealError::NotEmulation)?;
-        let call = |what| move |source| HealError::Ioctl { what, source };
+    pub fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
+        let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
+        let call = |what| move |source| EmulateError::Ioctl { what, source };
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
-        let remedy = if self == Self::None { None } else { Remedy::decode(failure.insn()) };
-        let Some(remedy) = remedy else { return Err(HealError::NoRemedy { failure, rip: regs.rip }) };
+        let remedy = if self == Self::None { None } else { EmulatedInsn::decode(failure.insn()) };
+        let Some(remedy) = remedy else { return Err(EmulateError::NoRemedy { failure, rip: regs.rip }) };
         let fault = match remedy {
-            Remedy::Fwait => {
+            EmulatedInsn::Fwait => {
                 let (cr0, fpu) = (vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?.cr0, vcpu.get_fpu());
                 let fpu = fpu.map_err(call("KVM_GET_FPU"))?;
                 fwait_fault(cr0, fpu.fsw, fpu.fcw)
@@ -153,7 +153,7 @@ impl Quirks {
         }
         // This also drops the #UD that KVM queued when it gave up.
         vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
-        let exception = if remedy == Remedy::Int3 { Some(BREAKPOINT_VECTOR) } else { fault };
+        let exception = if remedy == EmulatedInsn::Int3 { Some(BREAKPOINT_VECTOR) } else { fault };
         if let Some(vector) = exception {
             // After the registers, because setting them drops pending exceptions.
             let mut events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
@@ -163,13 +163,13 @@ impl Quirks {
             events.exception.has_error_code = 0;
             vcpu.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
         }
-        Ok(if remedy == Remedy::Int3 { Healed::Breakpoint } else { Healed::Instruction })
+        Ok(if remedy == EmulatedInsn::Int3 { Emulated::Breakpoint } else { Emulated::Instruction })
     }
 }
 
 /// Why a vCPU cannot go on.
 #[derive(Debug, thiserror::Error)]
-pub enum HealError {
+pub enum EmulateError {
     /// The exit was not about an instruction.
     #[error("KVM gave up for another reason than an instruction it cannot emulate")]
     NotEmulation,
@@ -268,14 +268,14 @@ mod tests {
 
     #[test]
     fn decodes_what_linux_executes_and_no_more() {
-        let popcnt = |wide, to, from, len| Some(Remedy::Popcnt { wide, to, from, len });
-        let decode = Remedy::decode;
-        assert_eq!(decode(&[0xcc]), Some(Remedy::Int3));
+        let popcnt = |wide, to, from, len| Some(EmulatedInsn::Popcnt { wide, to, from, len });
+        let decode = EmulatedInsn::decode;
+        assert_eq!(decode(&[0xcc]), Some(EmulatedInsn::Int3));
         assert_eq!(decode(&[0xf3, 0x48, 0x0f, 0xb8, 0xc7, 0x41]), popcnt(true, 0, 7, 5), "popcnt rax, rdi");
         assert_eq!(decode(&[0xf3, 0x0f, 0xb8, 0xc7]), popcnt(false, 0, 7, 4), "popcnt eax, edi");
         assert_eq!(decode(&[0xf3, 0x4d, 0x0f, 0xb8, 0xc1]), popcnt(true, 8, 9, 5), "popcnt r8, r9");
-        assert_eq!(decode(&[0x48, 0x0f, 0xc7, 0xf0]), Some(Remedy::Random { to: 0, len: 4 }), "rdrand rax");
-        assert_eq!(decode(&[0x41, 0x0f, 0xc7, 0xff]), Some(Remedy::Random { to: 15, len: 4 }), "rdseed r15d");
+        assert_eq!(decode(&[0x48, 0x0f, 0xc7, 0xf0]), Some(EmulatedInsn::Random { to: 0, len: 4 }), "rdrand rax");
+        assert_eq!(decode(&[0x41, 0x0f, 0xc7, 0xff]), Some(EmulatedInsn::Random { to: 15, len: 4 }), "rdseed r15d");
         assert_eq!(decode(&[0xf3, 0x48, 0x0f, 0xb8, 0x07]), None, "popcnt rax, [rdi]");
         assert_eq!(decode(&[0x0f, 0xc7, 0x0f]), None, "cmpxchg8b [rdi]");
         assert_eq!(decode(&[0x0f, 0x0b]), None, "ud2");
@@ -287,24 +287,24 @@ mod tests {
     fn popcnt_counts_and_sets_flags() {
         let mut regs =
             kvm_regs { rdi: 0xf_0000_000f, rip: 0x1000, rflags: 0x202 | ARITHMETIC_FLAGS, ..Default::default() };
-        apply(Remedy::Popcnt { wide: true, to: 0, from: 7, len: 5 }, &mut regs);
+        apply(EmulatedInsn::Popcnt { wide: true, to: 0, from: 7, len: 5 }, &mut regs);
         assert_eq!((regs.rax, regs.rip, regs.rflags), (8, 0x1005, 0x202));
-        apply(Remedy::Popcnt { wide: false, to: 9, from: 7, len: 4 }, &mut regs);
+        apply(EmulatedInsn::Popcnt { wide: false, to: 9, from: 7, len: 4 }, &mut regs);
         assert_eq!((regs.r9, regs.rip), (4, 0x1009));
-        apply(Remedy::Popcnt { wide: true, to: 0, from: 1, len: 5 }, &mut regs);
+        apply(EmulatedInsn::Popcnt { wide: true, to: 0, from: 1, len: 5 }, &mut regs);
         assert_eq!((regs.rax, regs.rflags), (0, 0x202 | ZF));
     }
 
     #[test]
     fn random_numbers_are_not_ready() {
         let mut regs = kvm_regs { rax: 5, rflags: 0x203, ..Default::default() };
-        apply(Remedy::Random { to: 0, len: 3 }, &mut regs);
+        apply(EmulatedInsn::Random { to: 0, len: 3 }, &mut regs);
         assert_eq!((regs.rax, regs.rip, regs.rflags), (0, 3, 0x202));
     }
 
     #[test]
     fn fwait_raises_what_waits() {
-        assert_eq!(Remedy::decode(&[0x9b, 0xdd]), Some(Remedy::Fwait));
+        assert_eq!(EmulatedInsn::decode(&[0x9b, 0xdd]), Some(EmulatedInsn::Fwait));
         assert_eq!(fwait_fault(0x8005_0033, 0, 0x37f), None);
         assert_eq!(fwait_fault(0x8005_0033, 0x3f, 0x37f), None, "all masked");
         assert_eq!(fwait_fault(0x8005_0033, 4, 0x37b), Some(FLOATING_POINT_VECTOR), "a division by zero");
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn bytes_are_printed_as_they_are_read() {
         let failure = EmulationFailure { bytes: [0xf3, 0x0f, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], len: 3 };
-        let error = HealError::NoRemedy { failure, rip: 0xffff_ffff_8100_0000 };
+        let error = EmulateError::NoRemedy { failure, rip: 0xffff_ffff_8100_0000 };
         assert_eq!(error.to_string(), "KVM cannot emulate the guest's instruction at 0xffffffff81000000: f3 0f b8");
         assert_eq!(EmulationFailure { len: 0, ..failure }.to_string(), "its bytes are not known");
     }

@@ -25,7 +25,7 @@
 //! # The order of a start
 //!
 //! 1. Each vCPU takes its state.
-//! 2. The last one to do so does what the VM as a whole needs ([`Rendezvous::begin`]).
+//! 2. The last one to do so does what the VM as a whole needs ([`VcpuControl::begin`]).
 //! 3. All enter the guest, or none does. The owner is answered at this moment, with the first failure if there is one.
 //!
 //! Nothing here waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and that wakes every waiter.
@@ -80,7 +80,7 @@ struct Inner<O, S> {
 }
 
 /// See the module's documentation. `O` is what a vCPU starts with, `S` what it saves.
-pub(crate) struct Rendezvous<O, S> {
+pub(crate) struct VcpuControl<O, S> {
     want: AtomicU8,
     inner: Mutex<Inner<O, S>>,
     to_vcpus: Condvar,
@@ -104,7 +104,7 @@ pub(crate) enum Next<O> {
     Exit,
 }
 
-impl<O, S> Rendezvous<O, S> {
+impl<O, S> VcpuControl<O, S> {
     pub(crate) fn new(vcpus: usize) -> Self {
         let inner = Inner {
             startup: Startup::Preparing(0),
@@ -257,7 +257,7 @@ impl<O, S> Rendezvous<O, S> {
 
     /// Hands in what a vCPU has saved for `request`. Dropped if that was given up and another was made since: the vCPU's
     /// siblings may have run in between.
-    pub(crate) fn hand_in(&self, index: usize, request: Request, state: Result<S, VmError>) {
+    pub(crate) fn submit_state(&self, index: usize, request: Request, state: Result<S, VmError>) {
         let mut inner = self.inner();
         if request == Request(inner.save_asked) {
             inner.save_done[index] = inner.save_asked;
@@ -276,7 +276,7 @@ impl<O, S> Rendezvous<O, S> {
     }
 
     /// A vCPU's thread ends.
-    pub(crate) fn left(&self) {
+    pub(crate) fn thread_exited(&self) {
         self.inner().exited += 1;
         self.to_owner.notify_all();
     }
@@ -307,7 +307,7 @@ impl<O, S> Rendezvous<O, S> {
     }
 
     /// Takes a pause before the vCPUs are started: they will park before their first instruction.
-    pub(crate) fn hold(&self) {
+    pub(crate) fn start_paused(&self) {
         self.inner().pauses += 1;
         self.want.store(PARK, Ordering::SeqCst);
     }
@@ -364,7 +364,7 @@ impl<O, S> Rendezvous<O, S> {
         }
     }
 
-    /// The vCPUs' states, asked for by [`Rendezvous::pause`].
+    /// The vCPUs' states, asked for by [`VcpuControl::pause`].
     pub(crate) fn collect(&self) -> Result<Vec<S>, VmError> {
         let mut inner = self.wait(|inner| inner.save_done.iter().all(|done| *done == inner.save_asked))?;
         inner.saved.iter_mut().map(|s| s.take().unwrap_or(Err(VmError::NotSaved))).collect()
@@ -380,7 +380,7 @@ impl<O, S> Rendezvous<O, S> {
         self.to_vcpus.notify_all();
     }
 
-    /// Waits until every vCPU has taken what [`Rendezvous::load`] gave it.
+    /// Waits until every vCPU has taken what [`VcpuControl::load`] gave it.
     pub(crate) fn await_loaded(&self) -> Result<(), VmError> {
         let mut inner = self.wait(|inner| inner.loaded.iter().all(Option::is_some))?;
         inner.loaded.iter_mut().try_for_each(|result| result.take().unwrap_or(Err(VmError::NotSaved)))
@@ -417,7 +417,7 @@ impl<O, S> Rendezvous<O, S> {
     }
 
     /// Waits until every vCPU's thread has left, up to `patience`.
-    pub(crate) fn wait_left(&self, patience: Duration) -> Option<StopReason> {
+    pub(crate) fn wait_exited(&self, patience: Duration) -> Option<StopReason> {
         let inner = self.inner();
         let left = self
             .to_owner
@@ -427,7 +427,7 @@ impl<O, S> Rendezvous<O, S> {
     }
 }
 
-impl<O, S> std::fmt::Debug for Rendezvous<O, S> {
+impl<O, S> std::fmt::Debug for VcpuControl<O, S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let inner = self.inner();
         write!(f, "{} vCPUs: {} idle, {} parked, {} left", self.vcpus(), inner.idle, inner.parked, inner.exited)
