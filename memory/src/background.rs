@@ -143,6 +143,12 @@ impl Shared {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As if the userfaultfd had been lost.
+    #[cfg(test)]
+    pub(crate) fn lose_userfaultfd(&self) {
+        self.index().lost = true;
+    }
+
     fn ring(&self) {
         // Full is as good as rung.
         let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());

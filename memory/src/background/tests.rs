@@ -518,7 +518,7 @@ fn a_thread_that_panics_stops_the_child_and_goes_on_for_others() {
 #[test]
 fn a_refused_freeze_leaves_nothing_protected() {
     let rig = Rig::new(Store::open_small().unwrap(), &MANY);
-    rig.engine.index().lost = true;
+    rig.engine.lose_userfaultfd();
     let refused = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters));
     assert!(matches!(refused, Err(RamError::Background(_))), "canon 25: by name");
     let (image, report) = rig.parent.freeze_in(FreezeMode::Auto, &Quiesced::by(&crate::NoWriters)).unwrap();

@@ -1,7 +1,8 @@
-//! What a freeze has promised to it before it touches anything (D5).
+//! What a freeze has promised to it before it touches anything (D5), what it leaves with its VM, and when it copies.
 
 use super::*;
-use crate::{Access, DmaPin, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
+use crate::units::BLOCK_PAGES;
+use crate::{Access, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 600;
@@ -35,4 +36,140 @@ fn d5_all_mappings_of_a_freeze_are_promised_before_the_first_is_made() {
     assert_eq!(state.promise.count(), made, "what was not needed is given back");
     drop((table, state, pins));
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+}
+
+/// A VM of `pages` pages, each of which holds a word that names it.
+fn named(store: &Store, pages: u64) -> GuestRam {
+    let ram = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), store).unwrap();
+    ram.populate().unwrap();
+    write(&ram, PageRange::new(0, pages));
+    ram
+}
+
+fn write(ram: &GuestRam, range: PageRange) {
+    (range.start..range.end).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
+}
+
+fn freeze_in(ram: &GuestRam, mode: FreezeMode) -> FreezeReport {
+    ram.freeze_in(mode, &Quiesced::by(&NoWriters)).unwrap().1
+}
+
+#[test]
+fn reports_of_regions_are_added_up() {
+    let mut report = FreezeReport { remapped: 2, copied: 3, pending: 4, pinned: 5 };
+    report += FreezeReport { remapped: 20, copied: 30, pending: 40, pinned: 50 };
+    assert_eq!(report, FreezeReport { remapped: 22, copied: 33, pending: 44, pinned: 55 });
+}
+
+#[test]
+fn whole_blocks_come_first_in_a_delta() {
+    let run = PageRange::new;
+    let packed = |runs: &[PageRange]| {
+        let packed = Packed::of(runs);
+        (packed.runs, packed.pages, packed.grain)
+    };
+    let (end, small) = (3 * BLOCK_PAGES, run(1600, 1610));
+    let over = run(BLOCK_PAGES - 2, end + 5);
+    let order = vec![run(BLOCK_PAGES, end), run(BLOCK_PAGES - 2, BLOCK_PAGES), run(end, end + 5), small];
+    assert_eq!(packed(&[over, small]), (order, 2 * BLOCK_PAGES + 17, Backing::Huge));
+    let exact = run(BLOCK_PAGES, 2 * BLOCK_PAGES);
+    assert_eq!(packed(&[run(3, 4), exact]), (vec![exact, run(3, 4)], BLOCK_PAGES + 1, Backing::Huge));
+    // Over a block's edge, and without a whole block.
+    let edge = run(BLOCK_PAGES - 2, BLOCK_PAGES + 2);
+    assert_eq!(packed(&[edge]), (vec![edge], 4, Backing::Small));
+    let nearly = run(1, 2 * BLOCK_PAGES - 1);
+    assert_eq!(packed(&[nearly]), (vec![nearly], 2 * BLOCK_PAGES - 2, Backing::Small));
+}
+
+#[test]
+fn many_pages_are_left_to_the_background_and_few_are_not() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, BACKGROUND_PAGES + 600);
+    freeze_in(&ram, FreezeMode::Eager);
+    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES - 1));
+    assert_eq!(freeze_in(&ram, FreezeMode::Auto).pending, 0);
+    // All of it is shown from its copy now, but for what stays in any case.
+    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES));
+    assert!(freeze_in(&ram, FreezeMode::Auto).pending > 0);
+    ram.finish_background().unwrap();
+}
+
+#[test]
+fn what_only_devices_have_is_not_left_to_the_background() {
+    let store = Store::open_small().unwrap();
+    let (ram, pins) = with_pins(&store);
+    let report = freeze_in(&ram, FreezeMode::Background);
+    assert_eq!((report.copied, report.pending, report.pinned), (PINNED, 0, PINNED));
+    assert!(ram.regions()[0].state().freezing.is_none(), "nothing is left for it");
+    drop(pins);
+}
+
+#[test]
+fn without_a_background_many_pages_are_copied_at_once() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, BACKGROUND_PAGES + 600);
+    freeze_in(&ram, FreezeMode::Eager);
+    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES + 100));
+    store.background().unwrap().lose_userfaultfd();
+    assert!(ram.freeze_in(FreezeMode::Background, &Quiesced::by(&NoWriters)).is_err());
+    let report = freeze_in(&ram, FreezeMode::Auto);
+    assert_eq!((report.copied, report.pending), (BACKGROUND_PAGES + 100, 0));
+}
+
+#[test]
+fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, 3000);
+    let region = &ram.regions()[0];
+    // Two runs: what is not inherited lies between them.
+    region.set_no_fork(PageRange::new(1500, 1501), Some(NoFork::Zeroed)).unwrap();
+    drop(region.pin(PageRange::new(0, 3000), Access::Write, PinLifetime::Transient).unwrap());
+    freeze_in(&ram, FreezeMode::Eager);
+    assert_eq!(pages_in(&region.state().base_runs()), MAX_RECENTLY_PINNED);
+    ram.check(&Quiesced::by(&NoWriters)).unwrap();
+}
+
+/// The base pages of a VM that has been frozen with `declared` not inherited.
+fn base_left(declared: &[PageRange], pinned: Option<PageRange>) -> Vec<PageRange> {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, 3000);
+    let region = &ram.regions()[0];
+    declared.iter().for_each(|run| region.set_no_fork(*run, Some(NoFork::Zeroed)).unwrap());
+    let pin = pinned.map(|range| region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
+    freeze_in(&ram, FreezeMode::Eager);
+    let left = region.state().base_runs();
+    for page in declared.iter().flat_map(|run| run.start..run.end) {
+        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), page + 1, "page {page}");
+        assert!(region.ownership().get(page).0, "I2: page {page} is the VM's own, wherever it lies");
+    }
+    drop(pin);
+    ram.check(&Quiesced::by(&NoWriters)).unwrap();
+    left
+}
+
+#[test]
+fn r19_what_is_not_inherited_leaves_the_base_file_but_for_what_devices_hold() {
+    let run = PageRange::new;
+    assert_eq!(base_left(&[run(100, 110), run(500, 530)], None), []);
+    assert_eq!(base_left(&[run(100, 110), run(500, 530)], Some(run(505, 507))), [run(505, 507)]);
+    // No more than a pause has time for.
+    assert_eq!(base_left(&[run(0, MAX_WITHDRAWN + 1), run(2000, 2010)], None), [run(0, MAX_WITHDRAWN + 1)]);
+    assert_eq!(base_left(&[run(0, MAX_WITHDRAWN), run(2000, 2001)], None), [run(2000, 2001)]);
+    assert_eq!(base_left(&[run(0, 1000), run(2000, 2024), run(2100, 2101)], None), [run(2100, 2101)]);
+}
+
+#[test]
+fn d5_what_leaves_the_base_file_is_promised_its_mappings() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, 600);
+    let region = &ram.regions()[0];
+    (0..10).for_each(|nth| {
+        region.set_no_fork(PageRange::with_len(20 * nth + 5, 2), Some(NoFork::Zeroed)).unwrap();
+    });
+    let mut state = region.checked(region.range()).unwrap();
+    let table = region.table.lock();
+    region.withdraw_no_fork(&mut state, &table);
+    let (made, promised) = (state.mappings.len() as u64, state.promise.count());
+    assert_eq!(made, 21);
+    assert!(promised >= made, "{made} mappings were made, and {promised} promised");
 }
