@@ -328,11 +328,10 @@ impl GuestRegion {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::reclaim::Busy;
     use crate::{GuestRam, NoWriters, PAGE_SIZE, Quiesced, RamLayout, Store};
 
     #[test]
@@ -382,20 +381,11 @@ mod tests {
         // All of it anew: only the view that the pin holds still names the layer.
         child.memory().write_slice(&[2; BYTES as usize], GuestAddress(0)).unwrap();
         child.freeze(&stopped()).unwrap();
-        let (busy, is_busy) = mpsc::channel();
-        let (free, is_free) = mpsc::channel::<()>();
-        let sender = store.reclaim(crate::reclaim::ReclaimThread::sender).unwrap();
-        let task = sender.spawn(move || {
-            busy.send(()).unwrap();
-            let _ = is_free.recv();
-        });
-        assert!(task.is_ok());
-        // What was sent to it before has been done by now.
-        is_busy.recv().unwrap();
+        let busy = Busy::begin(&store);
         assert!(layer.strong_count() > 0, "I4: a device reads it");
         drop(pin);
         let kept = layer.strong_count();
-        drop(free);
+        drop(busy);
         assert!(kept > 0, "freed on the device's thread");
         let deadline = Instant::now() + Duration::from_secs(10);
         while layer.strong_count() > 0 {

@@ -123,6 +123,25 @@ impl ReclaimThread {
     }
 }
 
+/// The reclaim thread of a store, kept from its work until this is dropped. What it was given before has been done.
+#[cfg(test)]
+pub(crate) struct Busy(#[allow(dead_code, reason = "its end is what counts")] std::sync::mpsc::Sender<()>);
+
+#[cfg(test)]
+impl Busy {
+    pub(crate) fn begin(store: &crate::Store) -> Self {
+        let (busy, is_busy) = std::sync::mpsc::channel();
+        let (free, is_free) = std::sync::mpsc::channel::<()>();
+        let task = store.reclaim(ReclaimThread::sender).unwrap().spawn(move || {
+            busy.send(()).unwrap();
+            let _ = is_free.recv();
+        });
+        assert!(task.is_ok());
+        is_busy.recv().unwrap();
+        Self(free)
+    }
+}
+
 /// Waits for something to do: tasks, if there are any, and whether a sweep is due. `None` when there will be nothing more.
 fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)> {
     let mut queue = inner.queue();

@@ -153,5 +153,12 @@ mod tests {
         assert_eq!(close_gaps(&scattered).len(), 1000, "closing would copy ten times as much");
         let dense: Vec<_> = (0..1000).map(|i| PageRange::with_len(i * 20, 14)).collect();
         assert_eq!(close_gaps(&dense), vec![r(0, 19_994)]);
+        let evenly = |count: u64, pages: u64, gap: u64| -> Vec<PageRange> {
+            (0..count).map(|i| PageRange::with_len(i * (pages + gap), pages)).collect()
+        };
+        assert_eq!(close_gaps(&evenly(2, 100, 10)).len(), 2, "two are not many");
+        assert_eq!((close_gaps(&evenly(64, 14, 6)).len(), close_gaps(&evenly(65, 14, 6)).len()), (64, 1));
+        assert_eq!(close_gaps(&evenly(65, 60, 50)).len(), 1, "up to 64 pages");
+        assert_eq!(close_gaps(&evenly(65, 120, 100)).len(), 65, "and no more");
     }
 }

@@ -173,3 +173,23 @@ fn d5_what_leaves_the_base_file_is_promised_its_mappings() {
     assert_eq!(made, 21);
     assert!(promised >= made, "{made} mappings were made, and {promised} promised");
 }
+
+/// A freeze may replace the last view of a large layer: the paused VM does not free it.
+#[test]
+fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, 600);
+    freeze_in(&ram, FreezeMode::Eager);
+    let layer = Arc::downgrade(&ram.regions()[0].state().map.get(5).unwrap().layer);
+    write(&ram, PageRange::new(0, 600));
+    let busy = crate::reclaim::Busy::begin(&store);
+    freeze_in(&ram, FreezeMode::Eager);
+    let kept = layer.strong_count();
+    drop(busy);
+    assert!(kept > 0, "freed while the VM was paused");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while layer.strong_count() > 0 {
+        assert!(std::time::Instant::now() < deadline, "nobody frees it");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
