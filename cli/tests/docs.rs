@@ -40,3 +40,16 @@ fn every_line_and_test_of_the_vcpus_rules_is_there() {
     }
     assert!(rules >= 4, "{rules} rules");
 }
+
+#[test]
+fn the_readmes_fork_is_the_example_that_is_run() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let example = fs::read_to_string(root.join("vmm/examples/fork.rs")).unwrap();
+    let (_, code) = readme.split_once("```rust\n").expect("a block of Rust");
+    let (code, _) = code.split_once("```").expect("its end");
+    let mut rest = example.as_str();
+    for line in code.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        (_, rest) = rest.split_once(line).unwrap_or_else(|| panic!("the example lacks, or has elsewhere: {line}"));
+    }
+}

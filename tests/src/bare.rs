@@ -45,7 +45,7 @@ impl Guest {
     pub fn boot_as(context: &Context, config: VmConfig) -> Self {
         let (cpus, config) = (u64::from(config.cpus()), Arc::new(config));
         let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+        let source = BootSource::new(kernel);
         let vm = Vm::boot(context, "guest", &config, &source).expect("a bare guest boots");
         for vcpu in 0..cpus {
             BareVcpu::new(&vm, vcpu).await_ready().expect("a vCPU is ready");

@@ -90,9 +90,7 @@ impl Linux {
         let source = BootSource {
             kernel: Image::File(self.dir.join(kernel)),
             initrd: Some(Image::File(self.dir.join("initramfs.cpio"))),
-            cmdline: format!("{CMDLINE} {} {extra}", context.host().quirks().kernel_args()).trim_end().to_owned(),
-            cpus: config.cpus(),
-            rsdp: None,
+            cmdline: format!("{CMDLINE} {extra}").trim_end().to_owned(),
         };
         Vm::boot(context, "linux", &config, &source).expect("Linux is loaded")
     }

@@ -686,7 +686,7 @@ fn a_guest_that_does_not_fit_leaves_nothing_behind() {
     let config = Arc::new(VmConfig::bare(4 << 20, 1).unwrap());
     let kernel = Image::Bytes(BARE_ELF.into());
     let initrd = Some(Image::Bytes(vec![1; 8 << 20].into()));
-    let source = BootSource { kernel, initrd, cmdline: String::new(), cpus: 1, rsdp: None };
+    let source = BootSource { kernel, initrd, cmdline: String::new() };
     let error = Vm::boot(&context, "guest", &config, &source).unwrap_err();
     assert!(error.to_string().contains("8388608 bytes does not fit"), "{error}");
     before.expect_same(context.store(), "a guest that was refused");

@@ -173,7 +173,7 @@ impl Guest {
         let disk = DiskConfig { cache: CachePolicy::Direct, ..DiskConfig::new(path) };
         config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
         let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+        let source = BootSource::new(kernel);
         let vm = Vm::boot(context, "bench", &Arc::new(config), &source).map_err(Failure::run)?;
         BareVcpu::new(&vm, 0).await_ready().map_err(Failure::run)?;
         let [sectors, ..] = BareVcpu::new(&vm, 0)

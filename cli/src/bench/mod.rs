@@ -144,7 +144,7 @@ fn low_pages(mem: u64) -> u64 {
 /// A bare guest with one vCPU that has written all its RAM above what it lies in itself.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+    let source = BootSource::new(kernel);
     let vm = Vm::boot(context, "bench", config, &source).map_err(Failure::run)?;
     let vcpu = BareVcpu::new(&vm, 0);
     vcpu.await_ready().map_err(Failure::run)?;

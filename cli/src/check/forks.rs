@@ -42,7 +42,7 @@ fn run(
 ) -> Result<(), anyhow::Error> {
     let config = Arc::new(VmConfig::bare(MEMORY, cpus)?);
     let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+    let source = BootSource::new(kernel);
     let parent = Vm::boot(context, "check", &config, &source)?;
     (0..cpus).try_for_each(|vcpu| BareVcpu::new(&parent, vcpu).await_ready())?;
     let watched = begin(&parent)?;

@@ -72,11 +72,10 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let initrd = args.initrd.clone().map(Image::File);
     let context = Context::open().map_err(Failure::input)?;
     let default_cmdline = || {
-        let cmdline = context.host().quirks().extend_cmdline(DEFAULT_CMDLINE);
-        args.append.iter().fold(cmdline, |cmdline, more| format!("{cmdline} {more}"))
+        args.append.iter().fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"))
     };
     let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
-    let source = BootSource { kernel, initrd, cmdline, cpus: config.cpus(), rsdp: None };
+    let source = BootSource { kernel, initrd, cmdline };
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
     with_runtime(|runtime| {
         // Before there is anything to leave behind.
@@ -216,7 +215,7 @@ mod tests {
         let fleet = serve_fleet(&context, dir.path(), runtime.handle()).unwrap();
         let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
         let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None };
+        let source = BootSource::new(kernel);
         let one = fleet.launch("one", |context| Vm::boot(context, "one", &config, &source)).unwrap();
         fleet.remove(&one);
         std::thread::scope(|scope| {

@@ -163,7 +163,7 @@ impl Demo<'_> {
     fn boot(&self, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
         let spin = progress::spinner(self.args, "booting, filling memory");
         let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+        let source = BootSource::new(kernel);
         let vm = Vm::boot(self.context, "demo", config, &source).map_err(Failure::run)?;
         let vcpus = || self.slices.iter().map(|slice| (slice, BareVcpu::new(&vm, slice.vcpu)));
         vcpus().try_for_each(|(_, vcpu)| vcpu.await_ready()).map_err(Failure::run)?;

@@ -85,9 +85,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxRepo
     let source = BootSource {
         kernel: Image::File(guest.kernel),
         initrd: Some(Image::File(guest.initrd)),
-        cmdline: context.host().quirks().extend_cmdline(DEFAULT_CMDLINE),
-        cpus: config.cpus(),
-        rsdp: None,
+        cmdline: DEFAULT_CMDLINE.to_owned(),
     };
     let spin = progress::spinner(args, "booting Linux");
     let begun = Instant::now();

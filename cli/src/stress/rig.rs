@@ -171,7 +171,7 @@ impl Rig {
         ];
         let config = Arc::new(config);
         let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+        let source = BootSource::new(kernel);
         let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
         (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
         if args.without_unshare {

@@ -20,7 +20,7 @@ fn bare_config() -> Arc<VmConfig> {
 
 fn bare_source() -> BootSource {
     let kernel = Image::Bytes(clade_guests::BARE_ELF.into());
-    BootSource { kernel, initrd: None, cmdline: String::new(), cpus: 1, rsdp: None }
+    BootSource::new(kernel)
 }
 
 /// Notes of each VM that is listed whether it ran then.

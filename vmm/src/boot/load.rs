@@ -29,9 +29,22 @@ pub struct BootSource {
     pub initrd: Option<Image>,
     /// The command line.
     pub cmdline: String,
+}
+
+impl BootSource {
+    /// A kernel alone, with an empty command line.
+    #[must_use]
+    pub fn new(kernel: Image) -> Self {
+        Self { kernel, initrd: None, cmdline: String::new() }
+    }
+}
+
+/// What the kernel is told about the platform, as firmware would.
+#[derive(Clone, Copy, Debug)]
+pub struct Firmware {
     /// vCPUs, for the MP table.
     pub cpus: u8,
-    /// Where somebody else has put an ACPI root pointer.
+    /// The ACPI root pointer, if there is one.
     pub rsdp: Option<GuestAddress>,
 }
 
@@ -162,7 +175,12 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
 ///
 /// Everything is checked before anything is written, except that an image may turn out to be unreadable half-way: after
 /// an error, throw the memory away.
-pub fn load<M: GuestMemoryBackend>(mem: &M, ram: &RamLayout, source: &BootSource) -> Result<Loaded, BootError> {
+pub fn load<M: GuestMemoryBackend>(
+    mem: &M,
+    ram: &RamLayout,
+    source: &BootSource,
+    firmware: &Firmware,
+) -> Result<Loaded, BootError> {
     let written = |what| move |source| BootError::Write { what, source };
     let limit = ram.total().min(MAX_KERNEL);
     let image = source.kernel.read(MAX_KERNEL)?;
@@ -170,7 +188,7 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, ram: &RamLayout, source: &BootSource
     let elf = KernelElf::parse(&elf)?;
     let kernel = elf.extent().ok_or(ElfError::NoSegments)?;
     let cmdline = terminated(&source.cmdline, header.as_ref())?;
-    let mp_table = mp_table(source.cpus)?;
+    let mp_table = mp_table(firmware.cpus)?;
     let entry = match elf.pvh_entry() {
         Some(rip) => Entry::Pvh { rip: elf.check_entry(rip)?, start_info: PVH_START_INFO },
         None => {
@@ -197,12 +215,12 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, ram: &RamLayout, source: &BootSource
     let map = ram.memory_map();
     match entry {
         Entry::Pvh { .. } => {
-            pvh::write(mem, &map, initrd, source.rsdp).map_err(written("the PVH start info"))?;
+            pvh::write(mem, &map, initrd, firmware.rsdp).map_err(written("the PVH start info"))?;
         }
         Entry::Linux64 { .. } => {
             // At most CMDLINE_CAPACITY.
             let cmdline_len = cmdline.len() as u32 - 1;
-            let page = ZeroPage { header, map: &map, initrd, cmdline_len, rsdp: source.rsdp };
+            let page = ZeroPage { header, map: &map, initrd, cmdline_len, rsdp: firmware.rsdp };
             page.write(mem).map_err(written("the zero page"))?;
             linux64::write_page_tables(mem).map_err(written("the boot page tables"))?;
         }
@@ -221,8 +239,10 @@ mod tests {
     use super::*;
 
     fn source(kernel: Vec<u8>) -> BootSource {
-        BootSource { kernel: kernel.into(), initrd: None, cmdline: "console=ttyS0".into(), cpus: 2, rsdp: None }
+        BootSource { kernel: kernel.into(), initrd: None, cmdline: "console=ttyS0".into() }
     }
+
+    const TWO_CPUS: Firmware = Firmware { cpus: 2, rsdp: None };
 
     fn pvh_kernel() -> Vec<u8> {
         ElfBuilder::new(0x10_0008).pvh(0x10_0004).segment(0x10_0000, b"0123456789abcdef", 0x1_0000).build()
@@ -238,7 +258,7 @@ mod tests {
 
     fn try_load(source: &BootSource) -> Result<Loaded, BootError> {
         let (mem, ram) = memory(4 << 20);
-        load(&mem, &ram, source)
+        load(&mem, &ram, source, &TWO_CPUS)
     }
 
     fn refusal(source: &BootSource) -> String {
@@ -267,7 +287,7 @@ mod tests {
     fn everything_is_where_the_start_info_says() {
         let (mem, ram) = memory(4 << 20);
         let source = BootSource { initrd: Some(vec![7; 5000].into()), ..source(pvh_kernel()) };
-        let loaded = load(&mem, &ram, &source).unwrap();
+        let loaded = load(&mem, &ram, &source, &TWO_CPUS).unwrap();
         assert_eq!(mem.read_obj::<[u8; 16]>(GuestAddress(0x10_0000)).unwrap(), *b"0123456789abcdef");
         let info: hvm_start_info = mem.read_obj(PVH_START_INFO).unwrap();
         assert_eq!(mem.read_obj::<[u8; 14]>(GuestAddress(info.cmdline_paddr)).unwrap(), *b"console=ttyS0\0");
@@ -285,7 +305,7 @@ mod tests {
         std::fs::write(&initrd, [9; 100]).unwrap();
         let source = BootSource { kernel: kernel.into(), initrd: Some(initrd.into()), ..source(vec![]) };
         let (mem, ram) = memory(4 << 20);
-        let loaded = load(&mem, &ram, &source).unwrap();
+        let loaded = load(&mem, &ram, &source, &TWO_CPUS).unwrap();
         assert_eq!(bytes_at(&mem, loaded.initrd.unwrap().start(), 100), [9; 100]);
     }
 
@@ -301,8 +321,9 @@ mod tests {
         assert!(try_load(&BootSource { cmdline: "x".repeat(2047), ..source(pvh_kernel()) }).is_ok());
         let nul = BootSource { cmdline: "a\0b".into(), ..source(pvh_kernel()) };
         assert_eq!(refusal(&nul), "the command line has a NUL at byte 1");
-        let many = BootSource { cpus: 33, ..source(pvh_kernel()) };
-        assert_eq!(refusal(&many), "33 vCPUs, but 1 to 32 are supported");
+        let (mem, ram) = memory(4 << 20);
+        let many = load(&mem, &ram, &source(pvh_kernel()), &Firmware { cpus: 33, rsdp: None }).unwrap_err();
+        assert_eq!(many.to_string(), "33 vCPUs, but 1 to 32 are supported");
         let lost = ElfBuilder::new(0x1234).segment(0x10_0000, b"k", 1).build();
         assert_eq!(refusal(&source(lost)), "the kernel's entry point 0x1234 is in none of its segments");
         let big = BootSource { initrd: Some(vec![0; 3 << 20].into()), ..source(pvh_kernel()) };

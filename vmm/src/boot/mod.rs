@@ -35,7 +35,7 @@ pub use elf::{ElfError, KernelElf};
 pub use image::{Image, ImageError};
 pub use initrd::InitrdError;
 pub use layout::*;
-pub use load::{BootError, BootSource, Entry, Loaded, load};
+pub use load::{BootError, BootSource, Entry, Firmware, Loaded, load};
 pub use mptable::{MAX_CPUS, MpTableError, mp_table};
 pub use regs::{BOOT_MSRS, BootMsr};
 pub use unpack::{Codec, UnpackError, unpack};

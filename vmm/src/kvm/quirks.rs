@@ -10,7 +10,7 @@
 //!
 //! 1. [`Quirks::hide`], for the leaves it leaves alone;
 //! 2. [`Quirks::max_leaf`], because a kernel that is told there are six leaves asks for neither 7 nor 0xD;
-//! 3. [`Quirks::heal`] for the few instructions that leaf 1 still announces, and [`Quirks::kernel_args`], which spare
+//! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and [`Quirks::kernel_args`], which spare
 //!    Linux the detour.
 //!
 //! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC is its parent's.
@@ -140,7 +140,7 @@ impl Quirks {
         }
     }
 
-    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::heal`] covers the same, but each
+    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::emulate_insn`] covers the same, but each
     /// healed instruction costs an exit and three calls.
     #[must_use]
     pub fn kernel_args(self) -> &'static str {
@@ -151,8 +151,7 @@ impl Quirks {
     }
 
     /// `cmdline` for a Linux guest with what helps it here.
-    #[must_use]
-    pub fn extend_cmdline(self, cmdline: &str) -> String {
+    pub(crate) fn extend_cmdline(self, cmdline: &str) -> String {
         format!("{cmdline} {}", self.kernel_args()).trim_end().to_owned()
     }
 

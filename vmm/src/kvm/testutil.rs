@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 use super::features::CpuHide;
 use super::host::Host;
 use super::vcpu_state::{StateLayout, VcpuState};
-use crate::boot::{BootSource, Entry, RamLayout, load};
+use crate::boot::{BootSource, Entry, Firmware, RamLayout, load};
 
 const RAM: usize = 4 << 20;
 /// Where a test's code is loaded and started.
@@ -41,9 +41,8 @@ impl TestVm {
     pub(super) fn new(host: &Host, vcpus: u8, code: &[u8]) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
         let ram = RamLayout::of_memory(&mem).unwrap();
-        let source =
-            BootSource { kernel: elf(code).into(), initrd: None, cmdline: String::new(), cpus: vcpus, rsdp: None };
-        let entry = load(&mem, &ram, &source).unwrap().entry;
+        let firmware = Firmware { cpus: vcpus, rsdp: None };
+        let entry = load(&mem, &ram, &BootSource::new(elf(code).into()), &firmware).unwrap().entry;
         let mut vm = Self::empty(host, vcpus, mem);
         vm.entry = entry;
         let mut sregs = vm.vcpus[0].get_sregs().unwrap();

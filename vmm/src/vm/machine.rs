@@ -98,19 +98,17 @@ impl Vm {
         prepared.ram.populate()?;
         let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
         // A kernel without ACPI or a device tree finds virtio devices in no other way.
-        let cmdline = format!("{}{}", source.cmdline, config.device_args()).trim_start().to_owned();
-        let mut source = BootSource { cmdline, ..source.clone() };
+        let quirks = context.host().quirks();
+        let cmdline = format!("{}{}", quirks.extend_cmdline(&source.cmdline), config.device_args());
+        let source = BootSource { cmdline: cmdline.trim_start().to_owned(), ..source.clone() };
+        let mut firmware = boot::Firmware { cpus: config.cpus(), rsdp: None };
         if config.has_generation() {
             let mem = prepared.ram.memory();
             generation::begin(mem)?;
-            if source.rsdp.is_none() {
-                source.rsdp = Some(
-                    boot::write_acpi_tables(mem, config.cpus(), config.virtio_queues().count())
-                        .map_err(GenerationError::from)?,
-                );
-            }
+            let tables = boot::write_acpi_tables(mem, config.cpus(), config.virtio_queues().count());
+            firmware.rsdp = Some(tables.map_err(GenerationError::from)?);
         }
-        let loaded = boot::load(prepared.ram.memory(), &layout, &source)?;
+        let loaded = boot::load(prepared.ram.memory(), &layout, &source, &firmware)?;
         let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends)?);
         let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry))?;

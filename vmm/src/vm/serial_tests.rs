@@ -31,7 +31,7 @@ fn string_instructions_lose_no_byte_of_the_serial_port() {
     let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
     let kernel = Image::Bytes(elf(&ECHO).into());
-    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+    let source = BootSource::new(kernel);
     let vm = Vm::boot(&context, "echo", &config, &source).unwrap();
     // At once: all of it is in the FIFO when the guest finds that there is something.
     assert_eq!(vm.type_in(TYPED), TYPED.len());

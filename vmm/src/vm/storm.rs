@@ -54,7 +54,7 @@ struct Found {
 pub(super) fn boot_idle(context: &Context, cpus: u64) -> Vm {
     let config = Arc::new(VmConfig::bare(32 << 20, cpus).unwrap());
     let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource { kernel, initrd: None, cmdline: String::new(), cpus: config.cpus(), rsdp: None };
+    let source = BootSource::new(kernel);
     let vm = Vm::boot(context, "storm", &config, &source).unwrap();
     let begun = Instant::now();
     for vcpu in 0..cpus {
