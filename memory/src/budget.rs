@@ -43,7 +43,7 @@ impl MappingBudget {
     }
 
     #[cfg(test)]
-    fn with_limit(limit: u64) -> Self {
+    pub(crate) fn with_limit(limit: u64) -> Self {
         Self { used: Arc::default(), total: Arc::default(), limit }
     }
 

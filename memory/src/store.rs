@@ -109,14 +109,28 @@ impl Store {
         Self::with(None, None)
     }
 
+    /// In 4 KiB pages, with a budget of its own.
+    #[cfg(test)]
+    pub(crate) fn open_with_budget(budget: MappingBudget) -> Self {
+        Self::with_budget(None, None, budget).unwrap()
+    }
+
     fn with(huge: Option<HugeTmpfs>, warning: Option<String>) -> Result<Self, StoreError> {
+        Self::with_budget(huge, warning, MappingBudget::of_this_process())
+    }
+
+    fn with_budget(
+        huge: Option<HugeTmpfs>,
+        warning: Option<String>,
+        budget: MappingBudget,
+    ) -> Result<Self, StoreError> {
         let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
         let live_layers = Arc::default();
         Ok(Self(Arc::new(Inner {
             huge,
             warning,
             pagemap,
-            budget: MappingBudget::of_this_process(),
+            budget,
             views: Arc::new(Views::new(&live_layers)),
             live_layers,
             spares: Mutex::default(),

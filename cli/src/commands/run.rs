@@ -71,9 +71,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
     let initrd = args.initrd.clone().map(Image::File);
     let context = Context::open().map_err(Failure::input)?;
-    let default_cmdline = || {
-        args.append.iter().fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"))
-    };
+    let default_cmdline =
+        || args.append.iter().fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"));
     let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
     let source = BootSource { kernel, initrd, cmdline };
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));

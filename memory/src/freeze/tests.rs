@@ -1,6 +1,7 @@
 //! What a freeze has promised to it before it touches anything (D5), what it leaves with its VM, and when it copies.
 
 use super::*;
+use crate::budget::MappingBudget;
 use crate::units::BLOCK_PAGES;
 use crate::{Access, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
@@ -29,6 +30,7 @@ fn d5_all_mappings_of_a_freeze_are_promised_before_the_first_is_made() {
     let prepared = region.prepare_freeze(&mut state, &plan, FreezeMode::Eager).unwrap();
     let (before, promised) = (state.mappings.len(), state.promise.count());
     assert_eq!(before, 1, "nothing is mapped anew yet");
+    assert_eq!(promised, 1 + 2 * (PINNED + 1), "each run adds itself and splits what it lies in");
     region.commit_freeze(&mut state, &table, &plan, prepared).unwrap();
     let made = state.mappings.len() as u64;
     assert_eq!(made, 2 * PINNED + 1);
@@ -192,4 +194,49 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
         assert!(std::time::Instant::now() < deadline, "nobody frees it");
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
+}
+
+/// Mappings of a VM after a freeze that copied twenty runs, with so many in all and `held` by others.
+fn mappings_after(limit: u64, held: u64) -> usize {
+    let budget = MappingBudget::with_limit(limit);
+    let store = Store::open_with_budget(budget);
+    let ram = named(&store, 3000);
+    freeze_in(&ram, FreezeMode::Eager);
+    let others = store.budget().promise(held).unwrap();
+    (0..20).for_each(|nth| write(&ram, PageRange::with_len(10 + 100 * nth, 50)));
+    freeze_in(&ram, FreezeMode::Eager);
+    drop(others);
+    (0..3000).for_each(|page| {
+        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), page + 1);
+    });
+    let made = ram.regions()[0].state().mappings.len();
+    made
+}
+
+#[test]
+fn d5_a_freeze_shares_copies_within_its_share_and_the_budget() {
+    // A sixteenth of what is left is 9: four runs in the middle of one mapping.
+    assert_eq!(mappings_after(150, 0), 9);
+    // As many as it needs: all but the 256 pages that stay its own.
+    assert_eq!(mappings_after(10_000, 0), 1 + 2 * 15);
+    // One is left, where a run needs two.
+    assert_eq!(mappings_after(10, 8), 1);
+}
+
+#[test]
+fn d5_the_background_is_promised_two_mappings_a_run() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store, 600);
+    freeze_in(&ram, FreezeMode::Eager);
+    (0..5).for_each(|nth| write(&ram, PageRange::with_len(100 * nth, 20)));
+    let region = &ram.regions()[0];
+    let mut state = region.checked(region.range()).unwrap();
+    let table = region.table.lock();
+    let plan = region.plan(&state, &table).unwrap();
+    let prepared = region.prepare_freeze(&mut state, &plan, FreezeMode::Background).unwrap();
+    assert_eq!(state.promise.count(), 1 + 2 * 5);
+    region.commit_freeze(&mut state, &table, &plan, prepared).unwrap();
+    drop(plan);
+    drop((table, state));
+    ram.finish_background().unwrap();
 }
