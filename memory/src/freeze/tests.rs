@@ -209,8 +209,7 @@ fn mappings_after(limit: u64, held: u64) -> usize {
     (0..3000).for_each(|page| {
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), page + 1);
     });
-    let made = ram.regions()[0].state().mappings.len();
-    made
+    ram.regions()[0].state().mappings.len()
 }
 
 #[test]
