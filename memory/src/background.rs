@@ -156,7 +156,7 @@ impl Shared {
 
     fn add_target(&self, start: u64, end: u64, target: Target) {
         let replaced = self.index().targets.insert(start, (end, target));
-        debug_assert!(replaced.is_none(), "an address has one bg_copy at a time");
+        debug_assert!(replaced.is_none(), "an address has one background copy at a time");
     }
 
     fn remove_target(&self, start: u64) {

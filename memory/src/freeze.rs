@@ -297,7 +297,7 @@ impl GuestRegion {
                             state.mappings.insert(piece, Mapping::Zero);
                             moved.push(piece);
                         }
-                        Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the base_file file"),
+                        Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the base file"),
                     }
                 }
                 // Here or there, they are this VM's own.

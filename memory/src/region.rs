@@ -1,5 +1,8 @@
 //! A region: one memslot's worth of guest memory, over one reservation of host addresses that never moves.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};

@@ -87,7 +87,7 @@ impl BackgroundCopy {
                 Ok(())
             })
             .map_err(|e| BackgroundError::Watch(io::Error::other(e)))?;
-            assert_eq!(marked, run.len(), "what is protected is in the delta, whose bg_copy releases it");
+            assert_eq!(marked, run.len(), "what is protected is in the delta, whose background copy releases it");
         }
         work.gate.protect(private).map_err(BackgroundError::Watch)
     }

@@ -45,6 +45,15 @@ impl Default for Hooks {
 }
 
 impl Hooks {
+    pub(crate) fn hold(&self) {
+        self.hold.store(true, Ordering::Release);
+    }
+
+    /// No page can be copied any more.
+    pub(crate) fn fail_copies(&self) {
+        self.left.store(0, Ordering::Release);
+    }
+
     pub(crate) fn held(&self) -> bool {
         self.hold.load(Ordering::Acquire)
     }
@@ -364,7 +373,7 @@ fn the_store_finishes_before_it_goes() {
         let (image, _) = rig.freeze_held();
         let budget = rig.store.clone();
         drop(rig);
-        assert_eq!(budget.budget().used(), 1, "the bg_copy's own mapping");
+        assert_eq!(budget.budget().used(), 1, "the background copy's own mapping");
         drop(budget);
         assert!(!image.is_pending());
         let elsewhere = Store::open_small().unwrap();

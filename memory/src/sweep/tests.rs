@@ -167,7 +167,7 @@ fn a_reset_leaves_no_birth_file_behind() {
     ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
     expect(&ram, "put back", |_| 1);
     store.wait_reclaimed(RECLAIM_TIMEOUT);
-    assert_eq!(store.live_layers(), before - 2, "its two base_file files are kept by nobody");
+    assert_eq!(store.live_layers(), before - 2, "its two base files are kept by nobody");
 }
 
 /// During a sweep an image is made of handles, and the handles are dropped.
