@@ -99,3 +99,8 @@ pub use store::{Backing, Store, StoreError};
 pub use sweep::Swept;
 pub use units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange};
 pub use word::MAX_PINS;
+
+/// The example of the crate's README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -456,6 +456,48 @@ mod tests {
     }
 
     #[test]
+    fn i12_a_block_that_is_shared_whole_is_one_record_again() {
+        let table = OwnershipTable::new(PAGES);
+        let block = PageRange::with_len(0, BLOCK_PAGES);
+        table.lock().set_exclusive(block);
+        table.lock().split_partial(PageRange::with_len(9, 1));
+        assert!(table.blocks[0].word.load().is_split());
+        assert_eq!(table.lock().share(PageRange::with_len(0, 9)), []);
+        assert!(table.blocks[0].word.load().is_split(), "a part of it is shared");
+        assert_eq!(table.lock().share(block), []);
+        assert!(!table.blocks[0].word.load().is_split());
+    }
+
+    #[test]
+    fn what_devices_had_is_told_once_and_up_to_a_bound() {
+        let table = OwnershipTable::new(PAGES);
+        let (all, run) = (PageRange::new(0, PAGES), PageRange::new);
+        table.lock().set_exclusive(all);
+        let used = |range: PageRange| {
+            table.lock().split_partial(range);
+            table.try_pin(range).unwrap();
+            table.unpin(range);
+        };
+        used(run(0, BLOCK_PAGES));
+        assert_eq!(
+            table.lock().take_recently_pinned(run(3, 9), 100),
+            [],
+            "of a block only when all of it is asked for"
+        );
+        assert_eq!(table.lock().take_recently_pinned(all, BLOCK_PAGES), [run(0, BLOCK_PAGES)]);
+        assert_eq!(table.lock().take_recently_pinned(all, BLOCK_PAGES), [], "it was told");
+        let first = BLOCK_PAGES + 10;
+        [first, first + 1, first + 5, first + 6, first + 20].into_iter().for_each(|page| used(run(page, page + 1)));
+        let taken = table.lock().take_recently_pinned(all, 3);
+        assert_eq!(taken, [run(first, first + 2), run(first + 5, first + 6)], "three of five");
+        assert_eq!(table.lock().take_recently_pinned(all, 3), [], "the others are forgotten");
+        used(run(0, BLOCK_PAGES));
+        used(run(first, first + 1));
+        let taken = table.lock().take_recently_pinned(all, BLOCK_PAGES);
+        assert_eq!(taken, [run(0, BLOCK_PAGES)], "a bound is met and not passed");
+    }
+
+    #[test]
     fn i12_merging_needs_one_owner_and_no_pin() {
         let table = OwnershipTable::new(PAGES);
         let block = PageRange::with_len(0, BLOCK_PAGES);

@@ -158,6 +158,18 @@ fn unpack_kernel(image: &[u8], limit: usize) -> Result<Unpacked<'_>, BootError> 
     Err(BootError::NotAKernel { len: image.len(), found: image.iter().take(8).copied().collect() })
 }
 
+impl BootError {
+    /// The same, of a command line to which `added` bytes were appended.
+    pub(crate) fn without(self, added: usize) -> Self {
+        match self {
+            Self::CmdlineTooLong { len, max } => {
+                Self::CmdlineTooLong { len: len.saturating_sub(added), max: max.saturating_sub(added) }
+            }
+            other => other,
+        }
+    }
+}
+
 /// Checks the command line and adds its NUL.
 fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, BootError> {
     let kernels = header.map_or(usize::MAX, |header| usize::try_from(header.cmdline_size).unwrap_or(usize::MAX));

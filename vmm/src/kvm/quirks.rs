@@ -152,7 +152,10 @@ impl Quirks {
 
     /// `cmdline` for a Linux guest with what helps it here.
     pub(crate) fn extend_cmdline(self, cmdline: &str) -> String {
-        format!("{cmdline} {}", self.kernel_args()).trim_end().to_owned()
+        match self.kernel_args() {
+            "" => cmdline.to_owned(),
+            args => format!("{cmdline} {args}"),
+        }
     }
 
     /// MSRs to leave alone.

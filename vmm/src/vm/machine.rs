@@ -97,9 +97,10 @@ impl Vm {
         let prepared = context.take_prepared(config)?;
         prepared.ram.populate()?;
         let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
-        // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let quirks = context.host().quirks();
+        // A kernel without ACPI or a device tree finds virtio devices in no other way.
         let cmdline = format!("{}{}", quirks.extend_cmdline(&source.cmdline), config.device_args());
+        let added = cmdline.len() - source.cmdline.len();
         let source = BootSource { cmdline: cmdline.trim_start().to_owned(), ..source.clone() };
         let mut firmware = boot::Firmware { cpus: config.cpus(), rsdp: None };
         if config.has_generation() {
@@ -108,7 +109,8 @@ impl Vm {
             let tables = boot::write_acpi_tables(mem, config.cpus(), config.virtio_queues().count());
             firmware.rsdp = Some(tables.map_err(GenerationError::from)?);
         }
-        let loaded = boot::load(prepared.ram.memory(), &layout, &source, &firmware)?;
+        let loaded =
+            boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
         let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends)?);
         let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry))?;

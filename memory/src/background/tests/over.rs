@@ -69,3 +69,17 @@ fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
         rig.let_run();
     }
 }
+
+/// The store has gone, and with it the thread: a VM whose memory is lost after that is told all the same.
+#[test]
+fn who_loses_memory_after_the_thread_has_ended_is_told() {
+    let engine = crate::background::Engine::start().unwrap();
+    let shared = engine.shared().unwrap();
+    drop(engine);
+    let failure = Arc::<crate::background::Failure>::default();
+    let (tell, told) = mpsc::channel();
+    failure.on(Box::new(move |error| drop(tell.send(error.to_string()))));
+    failure.set(&Arc::new(FillError::Gone));
+    shared.tell_later(std::iter::once(failure));
+    told.recv_timeout(Duration::from_secs(10)).expect("the callback");
+}
