@@ -111,7 +111,7 @@ fn map_end(map: &LayerMap) -> u64 {
 }
 
 /// Whether `map` is worth sewing together, so far as its size tells: it has grown well beyond what the last time left.
-fn is_patchwork(map: &LayerMap, last_compacted: (usize, usize)) -> bool {
+fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize)) -> bool {
     let (pieces, deep) = last_compacted;
     map.len() > COMPACT_AT_PIECES.max(pieces + pieces / 2)
         || (map.len() > deep + COMPACT_AT_LAYERS && layers([map]) > deep + COMPACT_AT_LAYERS)
@@ -296,7 +296,7 @@ impl GuestRegion {
 
     /// After a freeze: has the view last_compacted together in the background, if it has become a patchwork.
     pub(crate) fn compact_later(&self, state: &mut State) {
-        if state.compaction.is_some() || state.freezing.is_some() || !is_patchwork(&state.map, state.last_compacted) {
+        if state.compaction.is_some() || state.freezing.is_some() || !needs_compaction(&state.map, state.last_compacted) {
             return;
         }
         let compaction = Arc::new(Compaction::default());
@@ -471,5 +471,60 @@ mod tests {
         assert!(shown > 1, "both parts were taken over");
         drop(state);
         ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    }
+
+    /// `pieces` of `len` pages with `gap` between them, over so many layers in turn.
+    fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerMap {
+        let layer = |_| Arc::new(store.layer(1 << 20, crate::Backing::Small).unwrap());
+        let layers: Vec<_> = (0..layers).map(layer).collect();
+        let mut map = LayerMap::new();
+        for nth in 0..pieces {
+            let (range, layer) = (PageRange::with_len(nth * (len + gap), len), &layers[nth as usize % layers.len()]);
+            // Nowhere does one go on where another ends.
+            map.insert(range, Source { layer: Arc::clone(layer), at: 2 * range.start + nth });
+        }
+        map
+    }
+
+    #[test]
+    fn a_map_is_compacted_when_it_has_grown_well_beyond_the_last_time() {
+        let store = Store::open_small().unwrap();
+        let needs = |count, over, last| needs_compaction(&pieces(&store, count, 1, 1, over), last);
+        assert_eq!(layers([&pieces(&store, 10, 1, 1, 3)]), 3);
+        assert!(!needs(192, 1, (0, 0)) && needs(193, 1, (0, 0)), "pieces");
+        assert!(!needs(300, 1, (200, 0)) && needs(301, 1, (200, 0)), "half as many again");
+        assert!(!needs(24, 24, (0, 0)) && needs(25, 25, (0, 0)), "layers");
+        assert!(!needs(100, 24, (0, 0)), "many pieces of few layers");
+        assert!(!needs(34, 34, (0, 10)) && !needs(40, 34, (0, 10)) && needs(35, 35, (0, 10)));
+    }
+
+    #[test]
+    fn short_pieces_are_merged_where_that_is_cheap() {
+        let store = Store::open_small().unwrap();
+        let merged = |count, len, gap| runs_to_merge(&pieces(&store, count, len, gap, 2), &[]).len();
+        assert_eq!((merged(1, MAX_MERGED_PAGES - 1, 1), merged(1, MAX_MERGED_PAGES, 1)), (1, 0), "long ones stay");
+        assert_eq!((merged(10, 1, 2), merged(48, 1, 2), merged(49, 1, 2)), (10, 48, 1));
+        // 49 times 16 pages, and 49 between each two: four times their pages exactly.
+        assert_eq!((merged(49, 16, 49), merged(49, 16, 50)), (1, 49));
+        // A hundred times their pages, which only too many pieces are worth.
+        assert_eq!((merged(500, 1, 99), merged(513, 1, 99)), (500, 1));
+        // What may not be copied keeps them apart, however long the gaps that are looked at.
+        let barred: Vec<_> = (0..60).map(|nth| PageRange::with_len(2 * nth + 1, 1)).collect();
+        assert_eq!(runs_to_merge(&pieces(&store, 60, 1, 1, 2), &barred).len(), 60);
+    }
+
+    #[test]
+    fn what_is_merged_is_counted() {
+        let store = Store::open_small().unwrap();
+        let (before, after) = (pieces(&store, 9, 1, 1, 3), pieces(&store, 4, 2, 1, 2));
+        let mut report = CompactReport::default();
+        report.note(&before, &after, 7);
+        report.note(&before, &after, 8);
+        let expected = CompactReport { copied: 15, pieces_before: 18, pieces: 8, layers_before: 6, layers: 4 };
+        assert_eq!(report, expected);
+        let runs = [PageRange::new(0, 3), PageRange::new(4, 9)];
+        let merged = Merged::make(&store, &Arc::new(before), &runs).unwrap().unwrap();
+        assert_eq!(merged.pages(), 8);
+        assert!(Merged::make(&store, &Arc::new(after), &[]).unwrap().is_none());
     }
 }
