@@ -1,4 +1,4 @@
-//! Compaction: a view that has become a patchwork of many layers is last_compacted together.
+//! Compaction: a view of many pieces or many layers is merged into few.
 //!
 //! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times, or the thousandth generation of forks,
 //! would be made of a thousand layers in as many pieces, and each piece is a mapping in every VM started from it. Layers do not
@@ -9,6 +9,9 @@
 //! * where besides the VM does not own the page and its mapping says so too, the new layer is mapped in place of the old.
 //!
 //! Contents do not change in either step, so it can stop after any piece. Reference pages stay references (R22).
+
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
@@ -224,7 +227,7 @@ impl GuestRam {
     /// Sews this VM's own view together, now. Freezes have it done in the background.
     ///
     /// # Errors
-    /// When there is no memory for the copies, or a mapping fails: then some pieces are last_compacted together and others are not, with the same
+    /// When there is no memory for the copies, or a mapping fails: then some pieces are merged and others are not, with the same
     /// contents.
     pub fn compact(&self, _quiesced: &Quiesced<'_>) -> Result<CompactReport, RamError> {
         let mut report = CompactReport::default();
@@ -294,9 +297,10 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// After a freeze: has the view last_compacted together in the background, if it has become a patchwork.
+    /// After a freeze: has the short pieces of the view merged in the background, if they have become many.
     pub(crate) fn compact_later(&self, state: &mut State) {
-        if state.compaction.is_some() || state.freezing.is_some() || !needs_compaction(&state.map, state.last_compacted) {
+        if state.compaction.is_some() || state.freezing.is_some() || !needs_compaction(&state.map, state.last_compacted)
+        {
             return;
         }
         let compaction = Arc::new(Compaction::default());
@@ -314,7 +318,7 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been last_compacted together, if anything has. `own` are the pages this VM owns, but
+    /// In a freeze, with the table locked: takes over some of what has been merged, if anything has. `own` are the pages this VM owns, but
     /// for no-fork ones; nothing else writes.
     pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
@@ -381,150 +385,5 @@ impl GuestRegion {
         let most = (state.mappings.len() + 2) as u64;
         state.promise.resize(state.promise.count().max(most))?;
         self.remap(state, piece, source)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{FreezeMode, NoFork, RamLayout};
-    use vm_memory::{Bytes, GuestAddress};
-
-    /// What is declared no-fork between the copying and the taking over stays with the layer it is shown from.
-    #[test]
-    fn a_declaration_that_came_in_between_is_left_alone() {
-        let store = Store::open().unwrap();
-        let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
-        ram.populate().unwrap();
-        let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
-        let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
-        freeze();
-        // So many that most are mapped over the delta.
-        (0..1024).filter(|page| page % 512 < 400).for_each(|page| put(page, page + 1));
-        let image = freeze();
-        // The VM's own again, and in what a freeze does not ask for once it is declared.
-        put(12, 999);
-        let region = &ram.regions()[0];
-        let mut state = region.state();
-        let of = Arc::clone(state.map.map());
-        let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
-        state.no_fork.insert(PageRange::new(10, 20), NoFork::Zeroed);
-        let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
-        region.take_over(&mut state, merged, &own, usize::MAX).unwrap();
-        drop(state);
-        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
-        drop((image, of));
-        store.sweep();
-        for page in 0..1024 {
-            let want = match page {
-                12 => 999,
-                _ if page % 512 < 400 => page + 1,
-                _ => 0,
-            };
-            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
-        }
-    }
-
-    /// When the last part is taken over, the published view shows only the first part of the new layer.
-    /// A sweep leaves the rest until that is published too.
-    #[test]
-    fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
-        const PAGES: u64 = 2048;
-        let store = Store::open_small().unwrap();
-        let parent = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
-        parent.populate().unwrap();
-        let put = |page: u64, word: u64| parent.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
-        let freeze = || parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
-        (0..PAGES).for_each(|page| put(page, page + 1));
-        drop(freeze());
-        // Short pieces in two places, and one long piece between them.
-        let dirty = [(0, 100), (200, 300), (1700, 1800), (1900, 2000)].map(|(start, end)| PageRange::new(start, end));
-        let is_dirty = |page: u64| dirty.iter().any(|run| run.contains(page));
-        (0..PAGES).filter(|page| is_dirty(*page)).for_each(|page| put(page, page + 5_001));
-        // A child, which shows every page from a layer.
-        let image = freeze();
-        let ram = GuestRam::reserve(image.layout(), &store).unwrap();
-        ram.adopt(&image).unwrap();
-        drop((image, parent));
-        let region = &ram.regions()[0];
-        let mut state = region.state();
-        let of = Arc::clone(state.map.map());
-        let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
-        assert!(merged.placed.len() > 1, "two parts: {:?}", merged.placed);
-        let layer = merged.placed[0].1.layer.id();
-        let rest = region.take_over(&mut state, merged, &[], 1).unwrap().expect("the first part alone");
-        // Published.
-        drop(state);
-        crate::sweep::sweep(store.views());
-        let mut state = region.state();
-        assert!(region.take_over(&mut state, rest, &[], usize::MAX).unwrap().is_none());
-        crate::sweep::sweep(store.views());
-        drop(state);
-        drop(of);
-        store.sweep();
-        for page in 0..PAGES {
-            let want = if is_dirty(page) { page + 5_001 } else { page + 1 };
-            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
-        }
-        let state = region.state();
-        let shown = state.map.iter().filter(|(_, source)| source.layer.id() == layer).count();
-        assert!(shown > 1, "both parts were taken over");
-        drop(state);
-        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
-    }
-
-    /// `pieces` of `len` pages with `gap` between them, over so many layers in turn.
-    fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerMap {
-        let layer = |_| Arc::new(store.layer(1 << 20, crate::Backing::Small).unwrap());
-        let layers: Vec<_> = (0..layers).map(layer).collect();
-        let mut map = LayerMap::new();
-        for nth in 0..pieces {
-            let (range, layer) = (PageRange::with_len(nth * (len + gap), len), &layers[nth as usize % layers.len()]);
-            // Nowhere does one go on where another ends.
-            map.insert(range, Source { layer: Arc::clone(layer), at: 2 * range.start + nth });
-        }
-        map
-    }
-
-    #[test]
-    fn a_map_is_compacted_when_it_has_grown_well_beyond_the_last_time() {
-        let store = Store::open_small().unwrap();
-        let needs = |count, over, last| needs_compaction(&pieces(&store, count, 1, 1, over), last);
-        assert_eq!(layers([&pieces(&store, 10, 1, 1, 3)]), 3);
-        assert!(!needs(192, 1, (0, 0)) && needs(193, 1, (0, 0)), "pieces");
-        assert!(!needs(300, 1, (200, 0)) && needs(301, 1, (200, 0)), "half as many again");
-        assert!(!needs(24, 24, (0, 0)) && needs(25, 25, (0, 0)), "layers");
-        assert!(!needs(100, 24, (0, 0)), "many pieces of few layers");
-        assert!(!needs(34, 34, (0, 10)) && !needs(40, 34, (0, 10)) && needs(35, 35, (0, 10)));
-    }
-
-    #[test]
-    fn short_pieces_are_merged_where_that_is_cheap() {
-        let store = Store::open_small().unwrap();
-        let merged = |count, len, gap| runs_to_merge(&pieces(&store, count, len, gap, 2), &[]).len();
-        assert_eq!((merged(1, MAX_MERGED_PAGES - 1, 1), merged(1, MAX_MERGED_PAGES, 1)), (1, 0), "long ones stay");
-        assert_eq!((merged(10, 1, 2), merged(48, 1, 2), merged(49, 1, 2)), (10, 48, 1));
-        // 49 times 16 pages, and 49 between each two: four times their pages exactly.
-        assert_eq!((merged(49, 16, 49), merged(49, 16, 50)), (1, 49));
-        // A hundred times their pages, which only too many pieces are worth.
-        assert_eq!((merged(500, 1, 99), merged(513, 1, 99)), (500, 1));
-        // What may not be copied keeps them apart, however long the gaps that are looked at.
-        let barred: Vec<_> = (0..60).map(|nth| PageRange::with_len(2 * nth + 1, 1)).collect();
-        assert_eq!(runs_to_merge(&pieces(&store, 60, 1, 1, 2), &barred).len(), 60);
-    }
-
-    #[test]
-    fn what_is_merged_is_counted() {
-        let store = Store::open_small().unwrap();
-        let (before, after) = (pieces(&store, 9, 1, 1, 3), pieces(&store, 4, 2, 1, 2));
-        let mut report = CompactReport::default();
-        report.note(&before, &after, 7);
-        report.note(&before, &after, 8);
-        let expected = CompactReport { copied: 15, pieces_before: 18, pieces: 8, layers_before: 6, layers: 4 };
-        assert_eq!(report, expected);
-        let runs = [PageRange::new(0, 3), PageRange::new(4, 9)];
-        let merged = Merged::make(&store, &Arc::new(before), &runs).unwrap().unwrap();
-        assert_eq!(merged.pages(), 8);
-        assert!(Merged::make(&store, &Arc::new(after), &[]).unwrap().is_none());
     }
 }

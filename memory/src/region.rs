@@ -50,7 +50,7 @@ pub(crate) struct State {
     pub(crate) freezing: Option<Freezing>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
-    /// The view being last_compacted together in the background, or what came of it.
+    /// The merge of the view in the background, or what came of it.
     pub(crate) compaction: Option<Arc<Compaction>>,
     /// Pieces and layers of the map when it last was.
     pub(crate) last_compacted: (usize, usize),
