@@ -136,7 +136,7 @@ impl SerialConsole {
         taken.len()
     }
 
-    /// Relocation typed bytes into the FIFO as far as it has room.
+    /// Moves typed bytes into the FIFO as far as it has room.
     fn refill(&mut self) {
         let room = self.uart.fifo_capacity().min(self.pending.len());
         // In loopback the UART takes no input; the bytes wait.

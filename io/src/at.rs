@@ -26,8 +26,9 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
     }
 
-    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything in it**: for whoever reads nothing that it
-    /// has not written. It goes back there in the end. All files of one pool must be asked for with the same arguments.
+    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything in it**: for whoever
+    /// reads nothing that it has not written. It goes back there in the end. All files of one pool must be asked for
+    /// with the same arguments.
     ///
     /// # Errors
     /// As [`IoFile::unnamed_in`].

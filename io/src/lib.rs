@@ -10,7 +10,7 @@
 //! | memory of an operation | `buffer.rs` |
 //! | files, and whether the page cache is used | `file.rs` |
 //! | files by their directory's descriptor | `at.rs` |
-//! | files that are used again | `pool.rs` |
+//! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //!
 //! What it does not do: it knows nothing of guests, disks and their formats, and it starts no threads.

@@ -155,7 +155,8 @@ impl GuestRegion {
     }
 
     fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
-        // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock tells.
+        // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock
+        // tells.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
         let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
             AttachError::Failed(error) => RamError::Lost(error),

@@ -34,12 +34,12 @@
 //! If the copy fails, the parent is whole (it was only ever protected), and of the children the missing pages become errors
 //! to access, never zeros; [`crate::GuestRam::on_failure`] tells.
 //!
-//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index. The thread takes the last two only, and no
-//! holder of the last two touches guest memory except through the kernel, reading: so whoever waits for the thread may hold
-//! the first two.
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index. The thread takes the
+//! last two only, and no holder of the last two touches guest memory except through the kernel, reading: so whoever
+//! waits for the thread may hold the first two.
 //!
-//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One thread a store serves all of it; it ends
-//! with the store, after the last background copy.
+//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One thread a store
+//! serves all of it; it ends with the store, after the last background copy.
 
 mod bg_copy;
 mod failure;
@@ -304,7 +304,8 @@ impl Shared {
 
     fn fail_all(&self, error: &Arc<FillError>) {
         tracing::error!(%error, "background freezes failed");
-        // Looked at once: what is begun after this has nothing to do with it. A background copy that was not handed over yet is in the targets only.
+        // Looked at once: what is begun after this has nothing to do with it. A background copy that was not handed
+        // over yet is in the targets only.
         let (jobs, targets) = {
             let mut index = self.index();
             let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();

@@ -31,7 +31,8 @@ use crate::store::Store;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 use crate::view::View;
 
-/// More pieces than this, or more layers than [`COMPACT_AT_LAYERS`], and a view is worth sewing together. Below, a child is mapped in less than a millisecond.
+/// More pieces than this, or more layers than [`COMPACT_AT_LAYERS`], and a view is worth merging. Below, a child is
+/// mapped in less than a millisecond.
 const COMPACT_AT_PIECES: usize = 192;
 /// See [`COMPACT_AT_PIECES`].
 const COMPACT_AT_LAYERS: usize = 24;
@@ -113,7 +114,7 @@ fn map_end(map: &LayerMap) -> u64 {
     map.iter().last().map_or(0, |(range, _)| range.end)
 }
 
-/// Whether `map` is worth sewing together, so far as its size tells: it has grown well beyond what the last time left.
+/// Whether `map` is worth merging, so far as its size tells: it has grown well beyond what the last time left.
 fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize)) -> bool {
     let (pieces, deep) = last_compacted;
     map.len() > COMPACT_AT_PIECES.max(pieces + pieces / 2)
@@ -209,7 +210,7 @@ impl RamImage {
     /// When there is no memory for the copies; the image stays as it was in any case.
     pub fn compact(&self, store: &Store) -> Result<(Self, CompactReport), RamError> {
         let mut report = CompactReport::default();
-        let sew = |region: &RegionImage| {
+        let merge = |region: &RegionImage| {
             let merged = Merged::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
             let mut map = Arc::clone(region.map.map());
             if let Some(merged) = &merged {
@@ -218,13 +219,13 @@ impl RamImage {
             report.note(&region.map, &map, merged.as_ref().map_or(0, Merged::pages));
             Ok(RegionImage { map: Arc::new(View::new(store.views(), map)), no_fork: region.no_fork.clone() })
         };
-        let regions = self.regions().iter().map(sew).collect::<Result<_, RamError>>()?;
+        let regions = self.regions().iter().map(merge).collect::<Result<_, RamError>>()?;
         Ok((self.with_regions(regions), report))
     }
 }
 
 impl GuestRam {
-    /// Sews this VM's own view together, now. Freezes have it done in the background.
+    /// Merges the short pieces of this VM's own view, now. Freezes have it done in the background.
     ///
     /// # Errors
     /// When there is no memory for the copies, or a mapping fails: then some pieces are merged and others are not, with the same
@@ -318,8 +319,8 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been merged, if anything has. `own` are the pages this VM owns, but
-    /// for no-fork ones; nothing else writes.
+    /// In a freeze, with the table locked: takes over some of what has been merged, if anything has. `own` are the
+    /// pages this VM owns, but for no-fork ones; nothing else writes.
     pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
         let mut own = own.concat();

@@ -1,8 +1,8 @@
 //! Freeze: what a VM exclusively owns becomes a layer that others may share.
 //!
 //! ```text
-//!   base pages (shared mapping over the base file)      private pages (the kernel's copies)
-//!     │ not pinned: remap private; the base file          │ copy into a delta layer
+//!   base pages (shared mapping over the base file)       private pages (the kernel's copies)
+//!     │ not pinned: remap private; the base file           │ copy into a delta layer
 //!     │             is the layer. Nothing is copied.       │ many: remap over the delta, so that they are shared
 //!     │ pinned:     copy into the delta; stays mapped      │ few, or pinned: stay as they are, still this VM's own
 //!     │             shared and in place (I3)               │             (the layer has its own bytes)
@@ -278,8 +278,9 @@ impl GuestRegion {
         Ok((image, report))
     }
 
-    /// R19: pages that children do not inherit leave the VM's base file, which is one that children map from now on: they become private pages with
-    /// the same bytes, and the file has holes in their place. What is pinned stays where it is (I3), and so does what is too much for a pause.
+    /// R19: pages that children do not inherit leave the VM's base file, which is one that children map from now on:
+    /// they become private pages with the same bytes, and the file has holes in their place. What is pinned stays where
+    /// it is (I3), and so does what is too much for a pause.
     fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
         let Some(base_file) = state.base_file.clone() else { return };
         let declared = nofork::runs(&state.no_fork);
@@ -397,7 +398,8 @@ impl GuestRegion {
 
     /// Remaps copied private pages over their layer, longest runs first. Never an error: a page left out is only copied again next time.
     fn share_copies(&self, state: &mut State, shared: &[(PageRange, Source)]) {
-        // D5: no more than its share, whatever is left of the budget; the births and the pieces of the image come on top.
+        // D5: no more than its share, whatever is left of the budget; the base pages and the pieces of the image come
+        // on top.
         let share = self.store.budget().fair_share();
         let mut pieces: Vec<_> = shared.iter().collect();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));

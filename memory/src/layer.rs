@@ -48,8 +48,8 @@ pub(crate) enum Home {
 
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
 ///
-/// A layer made from a base file may still have pages that were pinned when it was frozen: those belong to the VM that was
-/// populated in it, are in nobody's [`LayerMap`], and are not part of the layer.
+/// A layer made from a base file may still have pages that were pinned when it was frozen: those belong to the VM that
+/// was populated in it, are in nobody's [`LayerMap`], and are not part of the layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
     id: LayerId,
@@ -108,8 +108,8 @@ impl Layer {
         self.home
     }
 
-    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_base`]; the map that shows the pages the VM gave up
-    /// is published before.
+    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_base`]; the map that shows
+    /// the pages the VM gave up is published before.
     pub(crate) fn set_base(&self, base_file: bool) {
         self.base_file.store(base_file, Ordering::Release);
         #[cfg(test)]

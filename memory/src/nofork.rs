@@ -1,10 +1,10 @@
 //! No-fork regions: memory that a child does not inherit (R19), such as rings shared with a device or secrets.
 //!
-//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out of the base file (up to 4 MiB; what is
-//! pinned stays). So their bytes are in no file a child
-//! maps. The parent keeps them as they are. A child gets them absent, as zeros, or fresh from a reference page, and inherits the
-//! declaration, so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting its
-//! pages does not change it.
+//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out
+//! of the base file (up to 4 MiB; what is pinned stays). So their bytes are in no file a child maps. The parent keeps
+//! them as they are. A child gets them absent, as zeros, or fresh from a reference page, and inherits the declaration,
+//! so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting
+//! its pages does not change it.
 
 use std::sync::Arc;
 

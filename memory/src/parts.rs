@@ -1,8 +1,9 @@
 //! Images taken apart and put together: what a snapshot on a disk is made of.
 //!
-//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their descriptors
-//! ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there ([`Store::file_layer`], never written) or that it
-//! fills itself ([`LayerBuilder`], which nobody sees before it is complete, I4), and an image of these ([`RamImage::from_parts`]).
+//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their
+//! descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there
+//! ([`Store::file_layer`], never written) or that it fills itself ([`LayerBuilder`], which nobody sees before it is
+//! complete, I4), and an image of these ([`RamImage::from_parts`]).
 
 use std::fs::File;
 use std::io;

@@ -104,8 +104,9 @@ impl State {
         }
     }
 
-    /// After a freeze: this VM's base file is a layer but for the pages that are still its own. These are registered like a view's, and from
-    /// then on what nobody sees of the file can be given back, though one page of it be kept for ever.
+    /// After a freeze: this VM's base file is a layer but for the pages that are still its own. These are registered
+    /// like a view's, and from then on what nobody sees of the file can be given back, though one page of it be kept
+    /// for ever.
     pub(crate) fn register_base(&mut self) {
         self.retire_base_if_shared();
         let Some(base_file) = self.base_file.clone() else { return };
@@ -113,7 +114,8 @@ impl State {
         for run in self.mappings.base_runs() {
             map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
         }
-        // In this order: what has become a layer's is shown by the view before it is no longer registered as the base's.
+        // In this order: what has become a layer's is shown by the view before it is no longer registered as the
+        // base's.
         self.publish();
         self.base = Some(self.map.beside(Arc::new(map)));
         base_file.set_base(false);
@@ -129,8 +131,8 @@ impl State {
         self.replaced.extend(self.map.publish());
     }
 
-    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device has any of it, for a pin keeps the
-    /// region.
+    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device has any of it, for
+    /// a pin keeps the region.
     pub(crate) fn abandon_base(&mut self) {
         if let Some(base_file) = self.base_file.take() {
             base_file.set_base(false);
@@ -476,7 +478,8 @@ impl GuestRegion {
 
 impl Drop for GuestRegion {
     fn drop(&mut self) {
-        // A freeze of its own is finished without it: the background copy keeps the memory, and has long copied what was pinned of the base file.
+        // A freeze of its own is finished without it: the background copy keeps the memory, and has long copied what
+        // was pinned of the base file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.table.trace.left();
         state.abandon_base();

@@ -4,8 +4,9 @@
 //! that others, or other pages, keep alive. A page is seen if it is in some view ([`crate::view`]); nothing else reads a layer's page:
 //! a mapping shows what the view says, or a page of the VM's own on top of it.
 //!
-//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a base file that were pinned when
-//! the rest of it became a layer. They are in no view, and a base file is not swept for as long as its VM has such pages.
+//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a base
+//! file that were pinned when the rest of it became a layer. They are in no view, and a base file is not swept for as
+//! long as its VM has such pages.
 
 #[cfg(test)]
 mod tests;

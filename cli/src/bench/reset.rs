@@ -1,8 +1,9 @@
 //! `clade bench reset`: from asking for a reset of a running VM until its first instruction after it, by the pages written since the image.
 //!
-//! A bare guest counts in as many pages, one after another, and is reset while it does. In the image it has just been told to announce itself, so its first
-//! instructions are a report. Baselines, in turn with ours and on the same image: ending the VM and starting another, in a prepared VM and in none. What
-//! does not flatter stands beside: pages as far apart as memory allows instead of one after another.
+//! A bare guest counts in as many pages, one after another, and is reset while it does. In the image it has just been
+//! told to announce itself, so its first instructions are a report. Baselines, in turn with ours and on the same image:
+//! ending the VM and starting another, in a prepared VM and in none. What does not flatter stands beside: pages as far
+//! apart as memory allows instead of one after another.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

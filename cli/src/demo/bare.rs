@@ -70,7 +70,7 @@ impl Slice {
         Command::Write { start: self.start, pages: self.hot(), window: WINDOW, seed: self.seed, count: 0, first }
     }
 
-    /// Relocation the prediction on to `progress` operations.
+    /// Moves the prediction on to `progress` operations.
     fn advance(&mut self, progress: u64) {
         let hot = (self.hot() * PAGE_WORDS) as usize;
         model::apply_writes(&mut self.words[..hot], self.seed, WINDOW, self.done..progress);

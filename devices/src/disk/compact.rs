@@ -1,11 +1,13 @@
 //! Keeping the files of a disk few.
 //!
-//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one cluster of it is nowhere else. A disk that is
-//! forked a thousand times, and writes a little in between, would have a thousand overlays: two descriptors each, and the process has so many.
+//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one cluster of it
+//! is nowhere else. A disk that is forked a thousand times, and writes a little in between, would have a thousand
+//! overlays: two descriptors each, and the process has so many.
 //!
-//! So when the map names too many, clusters of the smallest are *moved* into the own file until half as many are left: read, written, and then in the
-//! map, like a guest's write of the same bytes, alone with its clusters, and while the guest goes on. As in a log-structured merge, what has been
-//! moved is in a larger file, and is moved again only when there are many of that size.
+//! So when the map names too many, clusters of the smallest are *moved* into the own file until half as many are left:
+//! read, written, and then in the map, like a guest's write of the same bytes, alone with its clusters, and while the
+//! guest goes on. As in a log-structured merge, what has been moved is in a larger file, and is moved again only when
+//! there are many of that size.
 //!
 //! Images keep the files they have. Nothing is moved while a parent's writes are still on their way into a file of this disk, and nothing is moved
 //! into an overlay that would be made for it: a disk nobody writes costs no file.
@@ -28,7 +30,7 @@ const MOST: usize = 64;
 const LOOK: u32 = 16;
 /// Clusters moved at once.
 const RUN: u64 = 64;
-/// Relocation in flight.
+/// Moves in flight.
 const AT_ONCE: usize = 2;
 /// How long the end of moves is waited for.
 const TIMEOUT: Duration = Duration::from_secs(10);

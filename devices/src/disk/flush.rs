@@ -1,10 +1,11 @@
 //! Flushes, and folding: overlays that no clone needs any more go back into the image while the guest goes on.
 //!
-//! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The base may then be written again. At the second flush in
-//! a row that finds the disk alone, the journal first says, durably, that the image is being written. Then the base is the disk's own file
-//! again: writes go there, and what is in overlays is moved there, cluster by cluster, like by compaction ([`super::compact`]). The flush after that finds
-//! everything in the image and takes the journal away. A fork in the middle is a fork like any other: the map has some clusters in the image and some in
-//! overlays.
+//! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The base may then be
+//! written again. At the second flush in a row that finds the disk alone, the journal first says, durably, that the
+//! image is being written. Then the base is the disk's own file again: writes go there, and what is in overlays is
+//! moved there, cluster by cluster, like by compaction ([`super::compact`]). The flush after that finds everything in
+//! the image and takes the journal away. A fork in the middle is a fork like any other: the map has some clusters in
+//! the image and some in overlays.
 //!
 //! Without a journal nothing is folded: a crash half-way would leave an image that is of no instant.
 

@@ -1,13 +1,14 @@
 //! What of a disk is written down, and a disk made of what was.
 //!
-//! A snapshot takes runs of clusters from an image, all of them or those that changed since an older one, and puts each at its own offset in a
-//! file. A disk is made of such files again: oldest first, each run over what was there before.
+//! A snapshot takes runs of clusters from an image, all of them or those that changed since an older one, and puts each
+//! at its own offset in a file. A disk is made of such files again: oldest first, each run over what was there before.
 //!
 //! # Why comparing sources is enough
 //!
-//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So a cluster that two images have
-//! from one file has one content, once the writes that were in flight at the *older* image's instant have ended ([`DiskImage::settle`]). Those are
-//! the child's to do again, whatever the file then holds. A cluster with two sources may have one content all the same; it counts as changed.
+//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So
+//! a cluster that two images have from one file has one content, once the writes that were in flight at the *older*
+//! image's instant have ended ([`DiskImage::settle`]). Those are the child's to do again, whatever the file then holds.
+//! A cluster with two sources may have one content all the same; it counts as changed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -86,7 +87,8 @@ impl DiskImage {
         Ok(runs)
     }
 
-    /// The clusters that may differ from those of `older`, ascending. None that does is missing, if `older` was settled before it was read.
+    /// The clusters that may differ from those of `older`, ascending. None that does is missing, if `older` was settled
+    /// before it was read.
     ///
     /// # Errors
     /// As [`DiskImage::runs`].

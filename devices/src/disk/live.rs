@@ -149,9 +149,9 @@ impl Disk {
 
     /// The disk at this instant, in constant time. What this disk has written so far becomes read-only for everybody.
     ///
-    /// Writes in flight go on into files that the image has too. They are not in its map unless they are to clusters that it has from the
-    /// very file they go to; those requests are done again by whoever continues the image, with the same bytes, before it reads anything
-    /// (see docs/devices.md).
+    /// Writes in flight go on into files that the image has too. They are not in its map unless they are to clusters
+    /// that it has from the very file they go to; those requests are done again by whoever continues the image, with
+    /// the same bytes, before it reads anything (see docs/devices.md).
     pub fn fork(&mut self) -> DiskImage {
         self.own = None;
         self.forked = true;

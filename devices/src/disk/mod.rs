@@ -1,9 +1,9 @@
 //! Disks: files that are cloned in constant time with the VM they belong to.
 //!
-//! A disk is a [`map`] from ranges of 4 KiB clusters to files in which every cluster stands at its own offset. Reads follow the map; writes go
-//! to the one file that is this VM's to write, its *own*. At a fork that file becomes read-only for everybody who has it in a map: the
-//! map is cloned, which is one pointer, and the next write of either side makes an unnamed overlay of its own.
-//! docs/devices.md has the reasons; in short:
+//! A disk is a [`map`] from ranges of 4 KiB clusters to files in which every cluster stands at its own offset. Reads
+//! follow the map; writes go to the one file that is this VM's to write, its *own*. At a fork that file becomes
+//! read-only for everybody who has it in a map: the map is cloned, which is one pointer, and the next write of either
+//! side makes an unnamed overlay of its own. docs/devices.md has the reasons; in short:
 //!
 //! - A write of whole clusters goes to the own file and then into the map. A write of part of a cluster that is not the own file's reads the
 //!   rest of it first, alone with the cluster ([`locks`]).

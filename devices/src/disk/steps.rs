@@ -181,8 +181,9 @@ impl Disk {
         punches.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Whether the map has as many extents as it may, and zeros in `clusters` would be more. Such a discard is left undone but for what is in the own
-    /// file, and such zeros are written: a guest can then not make the host remember each cluster of a disk by itself.
+    /// Whether the map has as many extents as it may, and zeros in `clusters` would be more. Such a discard is left
+    /// undone but for what is in the own file, and such zeros are written: a guest can then not make the host remember
+    /// each cluster of a disk by itself.
     fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
         let small = clusters.end - clusters.start < SMALL_ZEROS;
         small && self.map.len() >= MAX_EXTENTS && self.map.pieces(clusters.clone()).take(3).count() < 3

@@ -1,8 +1,8 @@
 //! The frame of a plain device: one whose requests end in the turn they begin in, so that nothing of it is ever in flight.
 //!
-//! Such a device is a [`DeviceOps`]. While a driver uses it the handler is with a [`Worker`], which gives it turns when a queue's eventfd or one of
-//! the handler's own descriptors is readable; otherwise it is here. At a fork it stands still between two turns, and all there is to save
-//! is its own state and its queues'.
+//! Such a device is a [`DeviceOps`]. While a driver uses it the handler is with a [`Worker`], which gives it turns when
+//! a queue's eventfd or one of the handler's own descriptors is readable; otherwise it is here. At a fork it stands
+//! still between two turns, and all there is to save is its own state and its queues'.
 
 use std::any::Any;
 use std::fmt;
@@ -216,7 +216,8 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
     /// The driver lets go.
     fn end(&mut self) {}
 
-    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What is this VM's alone stays.
+    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What is this VM's alone
+    /// stays.
     ///
     /// # Errors
     /// When it is another kind of device's state.

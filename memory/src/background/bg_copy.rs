@@ -238,8 +238,9 @@ impl BackgroundCopy {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-        // Only what this background copy says is protected: the fault may be older than that. Since it was read the page may have been released, or mapped over
-        // the delta, where there is nothing to be released any more. Whoever waits is woken in any case, and tries again.
+        // Only what this background copy says is protected: the fault may be older than that. Since it was read the
+        // page may have been released, or mapped over the delta, where there is nothing to be released any more.
+        // Whoever waits is woken in any case, and tries again.
         if let Err(error) = work.copy_and_unprotect(&self.shared, window) {
             self.give_up(phase, &Arc::new(error));
         }

@@ -249,7 +249,8 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
         assert_eq!(report.pinned, 10);
         assert_eq!(report.pending, report.copied - 10, "I3: pinned pages are copied before it returns");
         let pin = region.pin(PageRange::new(590, 610), Access::Write, PinLifetime::LongTerm).unwrap();
-        // As a device would: through the frames, ignores_pins of protection (here the early pin's and the pin's own addresses, by the kernel).
+        // As a device would: through the frames, ignores_pins of protection (here the early pin's and the pin's own
+        // addresses, by the kernel).
         for pin in [&early, &pin] {
             pin.slice().write_slice(&vec![0x99; pin.len()], 0).unwrap();
         }

@@ -1,4 +1,5 @@
-//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its background copy's lock.
+//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its background
+//! copy's lock.
 
 use std::fs::File;
 use std::io;

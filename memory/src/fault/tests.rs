@@ -66,7 +66,8 @@ fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
 }
 
 impl Rig {
-    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its own, pinned, reference, no-fork.
+    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its own, pinned,
+    /// reference, no-fork.
     fn new(small: bool, frozen: bool) -> Self {
         let store = if small { Store::open_small() } else { Store::open() }.unwrap();
         let ram = GuestRam::reserve(&layout(), &store).unwrap();

@@ -16,8 +16,8 @@ const MANY_RUNS: usize = 64;
 /// Where each run of a region is in a delta.
 pub(crate) type Placed = Vec<(PageRange, Source)>;
 
-/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of base pages only those are copied), and the
-/// longest, until no more than `keep` pages are left.
+/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of base pages only
+/// those are copied), and the longest, until no more than `keep` pages are left.
 pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
     let mut runs = subtract_runs(copy, pinned);
     let mut left = pages_in(&runs);

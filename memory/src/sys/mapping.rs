@@ -20,7 +20,8 @@ pub(crate) struct Reservation {
 
 // SAFETY: the reservation is an address and a length; every access through it is volatile or by the kernel.
 unsafe impl Send for Reservation {}
-// SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for pages that are protected.
+// SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for pages that are
+// protected.
 unsafe impl Sync for Reservation {}
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);

@@ -140,8 +140,8 @@ impl Quirks {
         }
     }
 
-    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::emulate_insn`] covers the same, but each
-    /// healed instruction costs an exit and three calls.
+    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::emulate_insn`] covers the
+    /// same, but each healed instruction costs an exit and three calls.
     #[must_use]
     pub fn kernel_args(self) -> &'static str {
         match self {

@@ -33,7 +33,7 @@ use crate::vm::devices::DeviceState;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 use crate::vm::snapshot::SavedAt;
 
-/// A VM at one instant: starts any number of children. SyncDevice values and shared layers; the parent may go on or go away.
+/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
 #[derive(Clone, Debug)]
 pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,

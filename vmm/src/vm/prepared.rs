@@ -1,4 +1,5 @@
-//! A prepared VM: a VM with everything made that does not depend on what it will run, so that making it is off a fork's path (D6).
+//! A prepared VM: a VM with everything made that does not depend on what it will run, so that making it is off a fork's
+//! path (D6).
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};

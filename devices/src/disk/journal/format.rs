@@ -1,4 +1,5 @@
-//! The journal's bytes: a header, and records that each say where some clusters are. All numbers are little-endian, 8 bytes each.
+//! The journal's bytes: a header, and records that each say where some clusters are. All numbers are little-endian, 8
+//! bytes each.
 //!
 //! | part | fields |
 //! |---|---|

@@ -1,8 +1,9 @@
 //! What of a forked disk survives the process: a journal beside the image.
 //!
-//! From its first fork on, a disk's writes are in overlays without names, and the image is everybody's to read and nobody's to write. So that a flush keeps
-//! its promise, the disk that was opened from the image gives its overlays names when it is flushed, in a directory beside the image. A journal
-//! there says which clusters are in which. Whoever opens the image next puts them in (left.rs). A commit does the same, and so is one step.
+//! From its first fork on, a disk's writes are in overlays without names, and the image is everybody's to read and
+//! nobody's to write. So that a flush keeps its promise, the disk that was opened from the image gives its overlays
+//! names when it is flushed, in a directory beside the image. A journal there says which clusters are in which. Whoever
+//! opens the image next puts them in (left.rs). A commit does the same, and so is one step.
 //!
 //! ```text
 //! disk.img                    the image; the attribute user.clade.journal has the journal's id

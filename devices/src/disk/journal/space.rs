@@ -32,7 +32,8 @@ impl Journal {
             || !stale.is_empty() && stale.iter().map(|named| allocated(&named.file)).sum::<u64>() > self.garbage_limit()
     }
 
-    /// Overlays to move clusters away from, when too much of what they take is of no use to `map`. `own` is still written.
+    /// Overlays to move clusters away from, when too much of what they take is of no use to `map`. `own` is still
+    /// written.
     pub(in crate::disk) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
         let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
         if self.overlays.len() < 2 {

@@ -141,7 +141,8 @@ fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
     let cluster_sectors = (CLUSTER / SECTOR) as u32;
     put(0, &(size / SECTOR).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
-    // A sector can be written alone; what is cheap is a cluster (2^3 sectors), of which a write of less may have to read the rest.
+    // A sector can be written alone; what is cheap is a cluster (2^3 sectors), of which a write of less may have to
+    // read the rest.
     put(20, &(SECTOR as u32).to_le_bytes());
     put(24, &[cluster_sectors.trailing_zeros() as u8]);
     put(26, &(cluster_sectors as u16).to_le_bytes());
