@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::background::{BackgroundError, FillError};
 use crate::budget::BudgetError;
+use crate::freeze::background::{BackgroundError, FillError};
 use crate::store::StoreError;
 use crate::units::PageRange;
 

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
-use crate::background::FillError;
-use crate::compact;
 use crate::error::RamError;
+use crate::freeze::background::FillError;
 use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
-use crate::nofork::NoForkMap;
+use crate::layer::compact;
 use crate::region::GuestRegion;
-use crate::reset::{ResetError, ResetReport};
-use crate::stats::RamStats;
+use crate::region::nofork::NoForkMap;
+use crate::region::reset::{ResetError, ResetReport};
+use crate::region::stats::RamStats;
 use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -144,7 +144,7 @@ impl RamImage {
         Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
     }
 
-    pub(crate) fn bg_copies(&self) -> impl Iterator<Item = &Arc<crate::background::BackgroundCopy>> {
+    pub(crate) fn bg_copies(&self) -> impl Iterator<Item = &Arc<crate::freeze::background::BackgroundCopy>> {
         self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.bg_copy())
     }
 

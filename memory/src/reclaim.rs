@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::sweep;
-use crate::view::Views;
+use crate::layer::gc;
+use crate::layer::registry::Views;
 
 /// What it lets others have first: whoever sends it something is in a hurry, and has just woken this thread on its own processor. Once for all that has
 /// come by then.
@@ -88,10 +88,10 @@ impl ReclaimThread {
         }
         let (served, views) = (Arc::clone(&inner), Arc::clone(views));
         #[cfg(test)]
-        let plan = crate::fault::plan();
+        let plan = crate::testing::failpoint::plan();
         let run = move || {
             #[cfg(test)]
-            crate::fault::inherit(plan);
+            crate::testing::failpoint::inherit(plan);
             serve(&served, &views);
         };
         let thread = thread::Builder::new().name("clade-reclaim".to_owned()).spawn(run)?;
@@ -183,7 +183,7 @@ fn serve(inner: &Inner, views: &Views) {
         }
         // After every batch in which it is due, however many tasks have come meanwhile.
         if sweep {
-            if catch_unwind(AssertUnwindSafe(|| sweep::sweep(views))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| gc::sweep(views))).is_err() {
                 tracing::error!("a sweep panicked");
             }
             swept = Some(Instant::now());

@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::background::{self, BackgroundError, Engine};
 use crate::budget::MappingBudget;
+use crate::freeze::background::{self, BackgroundError, Engine};
+use crate::layer::pool::{LayerFilePool, MAX_PAGES};
+use crate::layer::registry::Views;
 use crate::layer::{Home, Layer, LayerId};
-use crate::pool::{LayerFilePool, MAX_PAGES};
 use crate::reclaim::ReclaimThread;
 use crate::sync::whole;
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
-use crate::view::Views;
 
 /// Pages of a spare: what a guest of ordinary habits writes between two forks.
 const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::background::{Origin, Part};
+use crate::freeze::background::{Origin, Part};
 use crate::layer::{Layer, LayerMap, Source};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};

@@ -4,7 +4,7 @@ use loom::sync::{Arc, Mutex};
 use loom::thread;
 
 use super::*;
-use crate::sabotage::tests::with_break;
+use crate::testing::sabotage::tests::with_break;
 
 const BLOCK: PageRange = PageRange { start: 0, end: 2 };
 

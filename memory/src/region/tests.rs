@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::sweep::Swept;
+use crate::layer::gc::Swept;
 use crate::{
     Access, FreezeMode, GuestRam, NoWriters, PAGE_SIZE, PageRange, PinError, PinLifetime, Quiesced, RamError,
     RamLayout, Store,

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
-use crate::fault::{Call, failpoint};
+use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange};
 
 /// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so that huge pages fit.

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use crate::fault::{Call, failpoint};
 use crate::sys::Reservation;
+use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, push_run};
 
 const PAGE_IS_FILE: u64 = 1 << 2;

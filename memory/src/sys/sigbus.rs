@@ -17,7 +17,7 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::background::{Failure, FillError};
+use crate::freeze::background::{Failure, FillError};
 use crate::units::PAGE_SIZE;
 
 /// Regions that can be watched at a time. Others are not: their process goes as it would without this.

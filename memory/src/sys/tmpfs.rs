@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
-use crate::fault::{Call, failpoint};
+use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
 /// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.

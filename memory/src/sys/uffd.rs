@@ -7,8 +7,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use crate::fault::{Call, failpoint};
 use crate::sys::Reservation;
+use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SIZE, PageRange};
 
 const API: u64 = 0xaa;
@@ -191,7 +191,7 @@ impl Uffd {
         self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
     }
 
-    /// Write-protects the pages of `range`. For [`crate::protect`] alone, which knows what may be.
+    /// Write-protects the pages of `range`. For [`crate::freeze::protect`] alone, which knows what may be.
     pub(crate) fn protect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         failpoint(Call::Protect)?;
         self.write_protect(at, range, WRITEPROTECT_WP)

@@ -50,13 +50,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::layer::{LayerId, LayerMap};
-use crate::nofork::{self, NoForkMap};
+use crate::ownership::word::{Ownership, Word};
+use crate::region::nofork::{self, NoForkMap};
 use crate::trace::check::Checker;
 use crate::trace::event::{Event, FileId};
 use crate::trace::records::Record;
 pub(crate) use crate::trace::step::WordStep;
 use crate::units::PageRange;
-use crate::word::{Ownership, Word};
 use crate::{Access, PinLifetime};
 
 /// Events handed over at a time.

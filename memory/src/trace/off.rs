@@ -6,9 +6,9 @@ mod step;
 use std::collections::HashMap;
 
 use crate::layer::{LayerId, LayerMap};
-use crate::nofork::NoForkMap;
+use crate::ownership::word::Word;
+use crate::region::nofork::NoForkMap;
 use crate::units::PageRange;
-use crate::word::Word;
 use crate::{Access, PinLifetime};
 
 pub(crate) use step::WordStep;

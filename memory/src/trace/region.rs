@@ -2,8 +2,8 @@
 
 use super::frames::Under;
 use super::records::{Block, Doing, Lock, Record, Step};
+use crate::ownership::word::MAX_PINS;
 use crate::units::{BLOCK_PAGES, PageRange};
-use crate::word::MAX_PINS;
 
 /// A region, with its table and what is mapped in it.
 #[derive(Debug)]

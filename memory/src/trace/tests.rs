@@ -4,8 +4,8 @@
 
 use std::process::Command;
 
-use crate::sabotage::Break;
-use crate::sabotage::tests::{scenario_of, with_break};
+use crate::testing::sabotage::Break;
+use crate::testing::sabotage::tests::{scenario_of, with_break};
 
 const NAME: &str = "CLADE_TRACE_BREAK";
 

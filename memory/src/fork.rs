@@ -1,0 +1,195 @@
+//! Adopting an image: a child's reservation is mapped over the layers of a freeze.
+//!
+//! Each entry of the layer map is one private mapping. Where that would be more than the VM's share of the mapping budget,
+//! short runs are copied into the child instead, so that the mapping beneath spans them: it costs a page of private memory each, and
+//! never a refused fork.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::error::RamError;
+use crate::freeze::RegionImage;
+use crate::freeze::background::{AttachError, BackgroundError};
+use crate::layer::interval::Piece;
+use crate::layer::{LayerMap, Source};
+use crate::region::mappings::Mapping;
+use crate::region::nofork::{self, NoForkMap};
+use crate::region::{GuestRegion, State};
+use crate::units::{PAGE_SIZE, PageRange, pages_in};
+
+/// Most memory to copy into a child for want of mappings. Beyond it the fork is refused.
+const MAX_COPIED: u64 = (64 << 20) / PAGE_SIZE;
+
+/// How a child is laid out: mappings that cover the region, then copies on top of them.
+#[derive(Debug, Default)]
+struct Layout {
+    mappings: Vec<(PageRange, Mapping)>,
+    copies: Vec<(PageRange, Source)>,
+}
+
+impl Layout {
+    /// Copies runs of up to `short` pages; maps the rest.
+    fn plan(map: &LayerMap, all: PageRange, short: u64) -> Self {
+        let mut layout = Self::default();
+        let mut at = all.start;
+        for (range, source) in map.iter() {
+            layout.map(PageRange::new(at, range.start), Mapping::Zero);
+            at = range.end;
+            if range.len() <= short {
+                layout.copy(range, source);
+            } else {
+                layout.map(range, Mapping::Private(source.clone()));
+            }
+        }
+        layout.map(PageRange::new(at, all.end), Mapping::Zero);
+        layout
+    }
+
+    fn map(&mut self, range: PageRange, mapping: Mapping) {
+        if range.is_empty() {
+            return;
+        }
+        // One mapping can go on over runs that are copied on top of it (they lie over zeros until then).
+        if let [.., (before, below), (filler, Mapping::Zero)] = self.mappings.as_mut_slice()
+            && filler.end == range.start
+            && goes_on(below, before.len() + filler.len(), &mapping)
+            && self.copies.iter().rev().take_while(|(r, _)| r.start >= filler.start).map(|(r, _)| r.len()).sum::<u64>()
+                == filler.len()
+        {
+            before.end = range.end;
+            self.mappings.pop();
+            return;
+        }
+        if let Some((last, below)) = self.mappings.last_mut()
+            && last.end == range.start
+            && goes_on(below, last.len(), &mapping)
+        {
+            last.end = range.end;
+            return;
+        }
+        self.mappings.push((range, mapping));
+    }
+
+    fn copy(&mut self, range: PageRange, source: &Source) {
+        self.map(range, Mapping::Zero);
+        self.copies.push((range, source.clone()));
+    }
+
+    fn copied(&self) -> u64 {
+        self.copies.iter().map(|(r, _)| r.len()).sum()
+    }
+}
+
+fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
+    match (below, next) {
+        (Mapping::Private(a), Mapping::Private(b)) => a.continues(pages, b),
+        (Mapping::Zero, Mapping::Zero) => true,
+        _ => false,
+    }
+}
+
+impl GuestRegion {
+    /// Maps the layers of `map` into this still empty region, which is not live before all of its VM's are.
+    pub(crate) fn adopt(&self, image: &RegionImage) -> Result<(), RamError> {
+        if let Some(error) = image.map.iter().find_map(|(_, source)| source.layer.failure()) {
+            return Err(RamError::Lost(error));
+        }
+        let mut state = self.state();
+        Self::expect_empty(self.base, &state)?;
+        let adopted = self.lay_out(&mut state, image);
+        if adopted.is_err() {
+            // I13: an unborn child leaves nothing behind.
+            self.clear(&mut state);
+        }
+        adopted
+    }
+
+    fn lay_out(&self, state: &mut State, image: &RegionImage) -> Result<(), RamError> {
+        let map = &image.map;
+        let absent = nofork::absent(&image.no_fork);
+        let share = self.store.budget().fair_share();
+        let mut short = 0;
+        let mut layout = Layout::plan(map, self.range(), short);
+        while layout.mappings.len() as u64 > share && layout.copied() < MAX_COPIED && short < self.pages() {
+            short = (short * 2).max(1);
+            let coarser = Layout::plan(map, self.range(), short);
+            if coarser.copied() > MAX_COPIED {
+                break;
+            }
+            layout = coarser;
+        }
+        state.promise.resize((layout.mappings.len() + 2 * absent.len()) as u64)?;
+        for (range, mapping) in &layout.mappings {
+            match mapping {
+                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
+                Mapping::Private(source) | Mapping::SharedBase(source) => {
+                    self.at.map_private(*range, source.layer.as_fd(), source.at)
+                }
+            }
+            .map_err(|source| RamError::Map { range: *range, source })?;
+            // Before the region is live: a hole in an unfinished layer is waited for, never read.
+            if let Mapping::Private(source) = mapping {
+                self.watch(state, *range, source)?;
+            }
+            state.mappings.insert(*range, mapping.clone());
+        }
+        let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
+        for (range, from) in &layout.copies {
+            from.layer.wait_filled(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
+            self.at
+                .read_in(*range, from.layer.as_fd(), from.at)
+                .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
+        }
+        let table = self.table.lock();
+        for range in &copied {
+            // I2: a copy made on fork is the child's own.
+            table.set_exclusive(*range);
+        }
+        for range in &absent {
+            self.at.map_none(*range).map_err(|source| RamError::Map { range: *range, source })?;
+            state.mappings.insert(*range, Mapping::Absent);
+        }
+        state.no_fork = image.no_fork.clone();
+        state.map.set(Arc::clone(image.map.map()));
+        Ok(())
+    }
+
+    fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
+        // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock
+        // tells.
+        let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
+        let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
+            AttachError::Failed(error) => RamError::Lost(error),
+            AttachError::Watch(source) => BackgroundError::Watch(source).into(),
+        })?;
+        if missing && !state.waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
+            state.waits.push(Arc::clone(&source.layer));
+        }
+        Ok(())
+    }
+
+    /// Takes all memory away and leaves bare address space, as [`GuestRegion::reserve`] made it.
+    pub(crate) fn empty(&self) {
+        self.clear(&mut self.state());
+    }
+
+    /// All that populating it has done, it undoes: addresses, bits, declarations. It was never live, so nobody has a pin.
+    fn clear(&self, state: &mut State) {
+        let pinned = self.table.lock().share(self.range());
+        debug_assert!(pinned.is_empty(), "a region that was never live is pinned");
+        state.no_fork = NoForkMap::new();
+        for layer in state.waits.drain(..) {
+            if let Some(bg_copy) = layer.bg_copy() {
+                bg_copy.detach(&self.at);
+            }
+        }
+        if let Err(error) = self.at.protect_none() {
+            tracing::error!(%error, "a region could not be emptied");
+        }
+        state.map.set(Arc::default());
+        state.mappings = crate::region::mappings::Mappings::default();
+        state.abandon_base();
+        state.compaction = None;
+        let _ = state.promise.resize(1);
+    }
+}

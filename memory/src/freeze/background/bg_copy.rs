@@ -1,0 +1,338 @@
+//! One delta layer that is being filled, and the pages of the frozen VM that are protected until it is.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use crate::budget::Promise;
+use crate::freeze::background::work::{
+    FILLED, PROTECTED, Part, Reader, WINDOW, Work, coalesce_if_many, make_inaccessible, runs_without,
+};
+use crate::freeze::background::{BackgroundError, Failure, FillError, Shared, Target};
+use crate::freeze::protect;
+use crate::layer::registry::View;
+use crate::reclaim::TaskSender;
+use crate::sync::whole::{AtomicBool, Mutex, MutexGuard};
+use crate::sys::{Reservation, Watch};
+use crate::testing::sabotage::{Break, broken};
+use crate::units::PageRange;
+
+/// The freeze returns and the vCPUs resume before copying begins: the thread that has just been woken would otherwise run in their place.
+const HEAD_START: Duration = Duration::from_millis(1);
+
+#[derive(Debug)]
+enum Phase {
+    Pending(Box<Work>),
+    /// The runs of the region that are now mapped over the file.
+    Done(Vec<(PageRange, u64)>),
+    Failed(Arc<FillError>),
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct BackgroundCopy {
+    shared: Arc<Shared>,
+    phase: Mutex<Phase>,
+    /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of those who ask without the lock.
+    over: AtomicBool,
+}
+
+/// What a background copy is made of.
+#[derive(Debug)]
+pub(crate) struct Delta {
+    pub(crate) file: File,
+    pub(crate) parts: Vec<Part>,
+    /// The view that gaps between the parts are copied through.
+    pub(crate) beneath: View,
+    /// For the mapping it needs itself.
+    pub(crate) mapping: Promise,
+    /// Mappings the region may be given.
+    pub(crate) allowance: u64,
+    /// Who puts its blocks together when it is complete.
+    pub(crate) later: Option<TaskSender>,
+}
+
+impl BackgroundCopy {
+    /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
+    pub(crate) fn new(shared: &Arc<Shared>, at: &Arc<Reservation>, delta: Delta) -> Result<Arc<Self>, BackgroundError> {
+        let work = Work::new(shared, at, delta)?;
+        let phase = Mutex::new(Phase::Pending(Box::new(work)));
+        let bg_copy = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
+        // Before anything is protected: a fault always finds its background copy.
+        let (start, end) = (at.addr(0) as u64, at.addr(at.pages()) as u64);
+        shared.add_target(start, end, Target::Writer(Arc::clone(&bg_copy)));
+        Ok(bg_copy)
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        // A panic while it was held is answered by failing the background copy.
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies the pinned pages, then protects the others: the order is I3's.
+    pub(crate) fn protect(&self, private: &protect::Shared<'_>, pinned: &[PageRange]) -> Result<(), BackgroundError> {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return Ok(()) };
+        let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
+        let pinned: &[PageRange] = if broken(Break::CopyPinnedLater) { &[] } else { pinned };
+        pinned.iter().copied().try_for_each(fill)?;
+        // Marked first: should protecting fail half-way, all of it is released.
+        for run in private.runs() {
+            let mut marked = 0;
+            work.for_parts(*run, |work, part, range| {
+                work.mark(part.to_file(range), |flags| flags | PROTECTED);
+                marked += range.len();
+                Ok(())
+            })
+            .map_err(|e| BackgroundError::Watch(io::Error::other(e)))?;
+            assert_eq!(marked, run.len(), "what is protected is in the delta, whose background copy releases it");
+        }
+        work.gate.protect(private).map_err(BackgroundError::Watch)
+    }
+
+    /// Hands it to the background thread.
+    pub(crate) fn start(self: &Arc<Self>) {
+        self.shared.start(self);
+    }
+
+    /// Pages of the layer that are not there yet.
+    pub(crate) fn missing(&self) -> u64 {
+        match &*self.phase() {
+            Phase::Pending(work) => work.pages.iter().filter(|flags| **flags & FILLED == 0).count() as u64,
+            _ => 0,
+        }
+    }
+
+    /// How long the thread is to answer faults only.
+    pub(crate) fn head_start(&self) -> Option<Duration> {
+        let phase = self.phase();
+        let Phase::Pending(work) = &*phase else { return None };
+        HEAD_START.checked_sub(work.since.elapsed()).filter(|left| !left.is_zero())
+    }
+
+    /// Whether there is nothing left to wait for.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn failure(&self) -> Option<Arc<FillError>> {
+        if !self.is_over() {
+            return None;
+        }
+        match &*self.phase() {
+            Phase::Failed(error) => Some(Arc::clone(error)),
+            _ => None,
+        }
+    }
+
+    /// Does one slice of the work. True when nothing is left.
+    pub(crate) fn step(&self) -> bool {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return true };
+        match work.step(&self.shared) {
+            Ok(false) => false,
+            Ok(true) => {
+                self.complete(phase);
+                true
+            }
+            Err(error) => {
+                self.give_up(phase, &Arc::new(error));
+                true
+            }
+        }
+    }
+
+    /// A step has failed. If the delta has all its pages that costs nobody anything: the layer is complete, and what was mapped over it stays so.
+    /// Otherwise the layer is lost. Nothing has been mapped over it in that case, so the parent is as it was before the freeze.
+    fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
+        match &mut *phase {
+            Phase::Pending(work) if work.is_filled() => {
+                tracing::warn!(%error, "pages stay private to the parent");
+                work.release_everything();
+                self.complete(phase);
+            }
+            _ => self.fail_locked(phase, error),
+        }
+    }
+
+    /// Finishes on the caller's thread, beside the background thread; returns what was mapped over the delta meanwhile. Bounded: it copies what is
+    /// missing and waits for nobody.
+    pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
+        while !self.step() {}
+        match &*self.phase() {
+            Phase::Failed(error) => Err(Arc::clone(error)),
+            Phase::Done(remapped) => Ok(remapped.clone()),
+            Phase::Pending(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Everything is copied, and released or mapped over the delta.
+    fn complete(&self, mut phase: MutexGuard<'_, Phase>) {
+        let Phase::Pending(work) = &mut *phase else { return };
+        let remapped = std::mem::take(&mut work.remapped);
+        self.shared.remove_target(work.gate.at().addr(0) as u64);
+        // After the last page is there: from here on a hole would be zeros.
+        for reader in &work.readers {
+            self.shared.remove_target(reader.address());
+            if let Err(error) = self.shared.uffd.unregister(&reader.at, reader.range) {
+                tracing::error!(%error, "a child's memory stays watched");
+            }
+        }
+        let done = std::mem::replace(&mut *phase, Phase::Done(remapped));
+        self.over.store(true, Ordering::Release);
+        drop(phase);
+        // Outside the lock: it may hold the last handles of layers beneath.
+        if let Phase::Pending(work) = done {
+            work.put_together();
+        }
+    }
+
+    /// Gives up: the parent goes on whole, children lose what they have not got.
+    pub(crate) fn fail(&self, error: &Arc<FillError>) {
+        self.give_up(self.phase(), error);
+    }
+
+    fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
+        let Phase::Pending(work) = &mut *phase else { return };
+        tracing::warn!(%error, "a background freeze failed");
+        // I14: what is mapped over a delta is shown from it by the map, and a map forgets a delta that failed.
+        debug_assert!(work.remapped.is_empty(), "a run is mapped over a delta that is not complete");
+        let readers = std::mem::take(&mut work.readers);
+        // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this lock.)
+        self.over.store(true, Ordering::Release);
+        readers.iter().for_each(|reader| reader.failure.set(error));
+        work.release_everything();
+        self.shared.remove_target(work.gate.at().addr(0) as u64);
+        for reader in &readers {
+            self.shared.remove_target(reader.address());
+            for run in coalesce_if_many(runs_without(&work.pages, reader.file, FILLED)) {
+                make_inaccessible(&self.shared, reader, run);
+            }
+        }
+        let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
+        drop(phase);
+        drop(done);
+        // Not here: whoever finishes a copy holds a region's lock, and who is told may ask that region.
+        self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
+    }
+
+    /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is finished instead.
+    pub(crate) fn abandon(&self) {
+        if self.is_over() {
+            return;
+        }
+        let mut phase = self.phase();
+        match &mut *phase {
+            Phase::Pending(work) if work.readers.is_empty() => {
+                work.release_everything();
+                self.complete(phase);
+            }
+            _ => {}
+        }
+    }
+
+    /// A write to a page of the frozen region waits.
+    pub(crate) fn serve_writer(&self, page: u64) {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return };
+        let window = PageRange::with_len(page - page % WINDOW, WINDOW);
+        // Only what this background copy says is protected: the fault may be older than that. Since it was read the
+        // page may have been released, or mapped over the delta, where there is nothing to be released any more.
+        // Whoever waits is woken in any case, and tries again.
+        if let Err(error) = work.copy_and_unprotect(&self.shared, window) {
+            self.give_up(phase, &Arc::new(error));
+        }
+    }
+
+    /// An access to a page of the file waits.
+    pub(crate) fn serve_reader(&self, page: u64) {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return };
+        let window = PageRange::with_len(page - page % WINDOW, WINDOW);
+        if let Err(error) = work.fill(&self.shared, window) {
+            self.fail_locked(phase, &Arc::new(error));
+        }
+    }
+
+    /// Copies and releases the pages of the frozen region within `range`, for a device that is about to write them behind every protection.
+    /// An error is the layer's, not the region's: its pages are released all the same.
+    pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return };
+        if let Err(error) = work.copy_and_unprotect(&self.shared, range) {
+            self.give_up(phase, &Arc::new(error));
+        }
+    }
+
+    /// Waits until the pages of the file within `range` are there.
+    pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
+        if self.is_over() {
+            return self.failure().map_or(Ok(()), Err);
+        }
+        let mut phase = self.phase();
+        if let Phase::Pending(work) = &mut *phase {
+            let Err(error) = work.fill(&self.shared, range) else { return Ok(()) };
+            self.fail_locked(phase, &Arc::new(error));
+        } else {
+            drop(phase);
+        }
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    /// As [`Self::wait_filled`], for the part of a child's `range` that is mapped over the file.
+    pub(crate) fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
+        let wanted: Vec<PageRange> = match &*self.phase() {
+            Phase::Done(_) => return Ok(()),
+            Phase::Failed(error) => return Err(Arc::clone(error)),
+            Phase::Pending(work) => {
+                let mine = work.readers.iter().filter(|reader| Arc::ptr_eq(&reader.at, at));
+                mine.filter_map(|reader| reader.file_of(range)).collect()
+            }
+        };
+        wanted.into_iter().try_for_each(|file| self.wait_filled(file))
+    }
+
+    /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page `from`. It must not be
+    /// live yet. False when nothing is missing any more.
+    pub(crate) fn attach(
+        self: &Arc<Self>,
+        at: &Arc<Reservation>,
+        range: PageRange,
+        from: u64,
+        failure: &Arc<Failure>,
+    ) -> Result<bool, AttachError> {
+        let mut phase = self.phase();
+        match &mut *phase {
+            Phase::Done(_) => Ok(false),
+            Phase::Failed(error) => Err(AttachError::Failed(Arc::clone(error))),
+            Phase::Pending(work) => {
+                self.shared.uffd.register(at, range, Watch::Missing).map_err(AttachError::Watch)?;
+                let file = PageRange::with_len(from, range.len());
+                let reader = Reader { at: Arc::clone(at), range, file, failure: Arc::clone(failure) };
+                let end = at.addr(range.end) as u64;
+                self.shared.add_target(reader.address(), end, Target::Reader(Arc::clone(self), from));
+                work.readers.push(reader);
+                Ok(true)
+            }
+        }
+    }
+
+    /// Forgets a child that is going. Its mappings stay watched until they are unmapped, so that they never read a hole.
+    pub(crate) fn detach(&self, at: &Arc<Reservation>) {
+        let mut phase = self.phase();
+        let Phase::Pending(work) = &mut *phase else { return };
+        let gone: Vec<Reader> = work.readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
+        for reader in &gone {
+            self.shared.remove_target(reader.address());
+        }
+    }
+}
+
+/// Why a child's mapping could not be watched.
+#[derive(Debug)]
+pub(crate) enum AttachError {
+    Failed(Arc<FillError>),
+    Watch(io::Error),
+}

@@ -1,0 +1,389 @@
+//! Background freeze: the parent resumes before its pages have been copied (D4).
+//!
+//! ```text
+//!            parent's pages            delta layer's file            child's mapping of the file
+//!           ┌───┬───┬───┬───┬───┐     ┌───┬───┬───┬───┬───┐         ┌───┬───┬───┬───┬───┐
+//!           │ C │ C │ W │ W │ P │     │ ▓ │ ▓ │   │   │ ▓ │ ◄────── │   │ ▓ │ ? │   │   │
+//!           └───┴───┴─▲─┴───┴─▲─┘     └───┴───┴─▲─┴───┴───┘         └───┴───┴─│─┴───┴───┘
+//!      a vCPU writes ─┘       │                 │  a read of a hole waits ◄───┘
+//!      and waits              └─ pinned         │
+//!           │                    (copied before │             W write-protected, not copied
+//!           │                    anything)      │             C copied: released, or mapped over the delta
+//!           └───────────► background thread ────┘             P pinned: never protected
+//!              both faults jump the queue: copy, then release, then wake
+//! ```
+//!
+//! What keeps it right, in the order of a page's life:
+//!
+//! 1. **Pinned pages are copied before anything is protected**, and protected never (I3, [`crate::freeze::protect`]).
+//! 2. A page is **protected before the freeze returns** and the parent's vCPUs resume; until it is copied its bytes are the frozen ones.
+//! 3. **Copy, then release, then wake.** A page of the parent is released only after the delta has it.
+//! 4. A page appears in the delta's file **complete and alone**: UFFDIO_COPY puts finished 4 KiB pages into the page cache. (A
+//!    `pwrite` does not do: into a hole of a `huge=always` file it makes 2 MiB of which all but the page read as zeros, and one that cannot read
+//!    its source at once exposes zeros for a moment even in 4 KiB pages.)
+//! 5. A child's mapping of an unfinished file is **watched before it is live**; a hole in it is waited for, never read. Watching
+//!    ends only after every page is there.
+//! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s `settle`), under the region's lock: from then
+//!    on it is released and not shared back, so the frame the device learns of is the page's for good.
+//! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict, compaction) first finishes
+//!    the copy (`finish_background`).
+//! 8. What has been copied and is **still protected** when all is copied is mapped over the delta, so that parent and children share it and
+//!    the next freeze need not copy it again. No write is lost: until the mapping is replaced it cannot be written, and the replacement is one step
+//!    for every CPU.
+//!
+//! If the copy fails, the parent is whole (it was only ever protected), and of the children the missing pages become errors
+//! to access, never zeros; [`crate::GuestRam::on_failure`] tells.
+//!
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index. The thread takes the
+//! last two only, and no holder of the last two touches guest memory except through the kernel, reading: so whoever
+//! waits for the thread may hold the first two.
+//!
+//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One thread a store
+//! serves all of it; it ends with the store, after the last background copy.
+
+mod bg_copy;
+mod failure;
+#[cfg(test)]
+mod tests;
+mod work;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use thiserror::Error;
+
+use crate::sync::whole::{Mutex, MutexGuard};
+use crate::sys::{Fault, OpenError, Uffd};
+use crate::units::PAGE_SIZE;
+
+pub(crate) use bg_copy::{AttachError, BackgroundCopy, Delta};
+pub(crate) use failure::Failure;
+pub use failure::FillError;
+pub(crate) use work::{Origin, Part};
+
+/// Why nothing can be frozen in the background.
+#[derive(Debug, Error)]
+pub enum BackgroundError {
+    /// No userfaultfd.
+    #[error(
+        "the kernel gives no userfaultfd (it needs /dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)"
+    )]
+    Refused(#[source] io::Error),
+    /// One that cannot do what is needed.
+    #[error("this kernel's userfaultfd lacks {feature} (Linux 6.4 or later has it)")]
+    Lacks {
+        /// What is missing.
+        feature: &'static str,
+    },
+    /// No thread.
+    #[error("the thread that copies in the background could not be started")]
+    Thread(#[source] io::Error),
+    /// The memory could not be prepared.
+    #[error("memory could not be write-protected or watched")]
+    Watch(#[source] io::Error),
+}
+
+impl From<OpenError> for BackgroundError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Refused(source) => Self::Refused(source),
+            OpenError::Lacks(feature) => Self::Lacks { feature },
+        }
+    }
+}
+
+/// Whose fault an address is.
+#[derive(Clone)]
+enum Target {
+    /// The frozen VM's, from its first page.
+    Writer(Arc<BackgroundCopy>),
+    /// A child's; the file's page at the range's start.
+    Reader(Arc<BackgroundCopy>, u64),
+}
+
+#[derive(Default)]
+struct Index {
+    /// By first address: the end, and whose it is.
+    targets: BTreeMap<u64, (u64, Target)>,
+    jobs: VecDeque<Arc<BackgroundCopy>>,
+    /// VMs whose memory was lost, to be told by the thread, which holds no lock.
+    lost_memory: Vec<Arc<Failure>>,
+    stopping: bool,
+    /// The userfaultfd failed: nothing more is begun.
+    lost: bool,
+    /// The thread has ended.
+    ended: bool,
+}
+
+/// What the thread and the background copies share. It outlives the thread for as long as a background copy does.
+pub(crate) struct Shared {
+    uffd: Arc<Uffd>,
+    bell: OwnedFd,
+    index: Mutex<Index>,
+    #[cfg(test)]
+    pub(crate) hooks: tests::Hooks,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Shared({} jobs)", self.index().jobs.len())
+    }
+}
+
+impl Shared {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        // Each change to it is one step.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As if the userfaultfd had been lost.
+    #[cfg(test)]
+    pub(crate) fn lose_userfaultfd(&self) {
+        self.index().lost = true;
+    }
+
+    fn ring(&self) {
+        // Full is as good as rung.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    fn add_target(&self, start: u64, end: u64, target: Target) {
+        let replaced = self.index().targets.insert(start, (end, target));
+        debug_assert!(replaced.is_none(), "an address has one background copy at a time");
+    }
+
+    fn remove_target(&self, start: u64) {
+        // Dropped after the lock is: it may be the last handle of a background copy.
+        let gone = self.index().targets.remove(&start);
+        drop(gone);
+    }
+
+    /// Hands a background copy to the thread.
+    pub(crate) fn start(&self, bg_copy: &Arc<BackgroundCopy>) {
+        self.index().jobs.push_back(Arc::clone(bg_copy));
+        self.ring();
+    }
+
+    /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with any lock held.
+    pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<Failure>>) {
+        let mut failures: Vec<_> = failures.collect();
+        if failures.is_empty() {
+            return;
+        }
+        let mut index = self.index();
+        if !index.ended {
+            index.lost_memory.append(&mut failures);
+            drop(index);
+            self.ring();
+            return;
+        }
+        drop(index);
+        let tell = move || failures.iter().for_each(|failure| failure.tell());
+        if let Err(error) = thread::Builder::new().name("clade-lost".to_owned()).spawn(tell) {
+            tracing::error!(%error, "memory is lost, and there is no thread to tell its VM");
+        }
+    }
+
+    /// Tells those who are to be told.
+    fn tell_now(&self) {
+        let failures = std::mem::take(&mut self.index().lost_memory);
+        for failure in failures {
+            if catch_unwind(AssertUnwindSafe(|| failure.tell())).is_err() {
+                tracing::error!("a callback for lost memory panicked");
+            }
+        }
+    }
+
+    fn answer(&self, fault: Fault) {
+        let found = {
+            let index = self.index();
+            let near = index.targets.range(..=fault.address).next_back();
+            near.filter(|(_, (end, _))| fault.address < *end).map(|(start, (_, target))| (*start, target.clone()))
+        };
+        match found {
+            Some((start, Target::Writer(bg_copy))) => bg_copy.serve_writer((fault.address - start) / PAGE_SIZE),
+            Some((start, Target::Reader(bg_copy, at))) => {
+                bg_copy.serve_reader(at + (fault.address - start) / PAGE_SIZE);
+            }
+            // Finished since: try again.
+            None => {}
+        }
+        // Last: by now the page is there, released, or not to be had.
+        if let Err(error) = self.uffd.wake_page(fault.address) {
+            tracing::error!(%error, "a waiting access could not be woken");
+        }
+    }
+
+    /// The thread: faults first, then a slice of the oldest job.
+    fn serve(&self) -> io::Result<()> {
+        loop {
+            let faults = self.uffd.faults()?;
+            #[cfg(test)]
+            self.hooks.between_read_and_answer(&faults);
+            for fault in faults {
+                self.answer(fault);
+            }
+            self.tell_now();
+            let (job, stopping) = {
+                let index = self.index();
+                (index.jobs.front().cloned(), index.stopping)
+            };
+            #[cfg(test)]
+            let job = job.filter(|_| stopping || !self.hooks.held());
+            match job {
+                Some(job) if !stopping && let Some(left) = job.head_start() => self.wait(Some(left))?,
+                Some(job) if job.step() => {
+                    let done = self.index().jobs.pop_front();
+                    drop(done);
+                }
+                Some(_) => {}
+                None if stopping => return Ok(()),
+                None => self.wait(None)?,
+            }
+        }
+    }
+
+    /// A round of the thread's, for a task that stands in for it: `fault`, or a slice of the oldest job. False when there is nothing to do.
+    #[cfg(all(test, shuttle))]
+    pub(crate) fn serve_one(&self, fault: Option<Fault>) -> bool {
+        if let Some(fault) = fault {
+            self.answer(fault);
+            return true;
+        }
+        self.tell_now();
+        let job = self.index().jobs.front().cloned();
+        let Some(job) = job else { return false };
+        if job.step() {
+            let done = self.index().jobs.pop_front();
+            drop(done);
+        }
+        true
+    }
+
+    fn wait(&self, most: Option<Duration>) -> io::Result<()> {
+        let most = most.map(|most| Timespec { tv_sec: 0, tv_nsec: i64::from(most.subsec_nanos()) });
+        let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.bell, PollFlags::IN)];
+        match poll(&mut fds, most.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let rung = fds[1].revents().contains(PollFlags::IN);
+        let lost = fds[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP);
+        if lost {
+            return Err(io::Error::other("the userfaultfd reports an error"));
+        }
+        if rung {
+            let mut count = [0; 8];
+            let _ = rustix::io::read(&self.bell, &mut count);
+        }
+        Ok(())
+    }
+
+    /// Never returns while anybody may wait, unless told to stop.
+    fn run(&self) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+                Ok(Ok(())) => return,
+                // What it was doing may be half done: no layer of the lot is to be trusted. The thread goes on, for those who still wait.
+                Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
+                Ok(Err(error)) => {
+                    self.index().lost = true;
+                    self.fail_all(&Arc::new(FillError::Lost(error)));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn fail_all(&self, error: &Arc<FillError>) {
+        tracing::error!(%error, "background freezes failed");
+        // Looked at once: what is begun after this has nothing to do with it. A background copy that was not handed
+        // over yet is in the targets only.
+        let (jobs, targets) = {
+            let mut index = self.index();
+            let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();
+            (std::mem::take(&mut index.jobs), targets)
+        };
+        jobs.iter().for_each(|job| job.fail(error));
+        for target in targets {
+            let (Target::Writer(bg_copy) | Target::Reader(bg_copy, _)) = target;
+            bg_copy.fail(error);
+        }
+    }
+}
+
+/// A store's background thread, which copies and answers faults.
+pub(crate) struct Engine {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Engine({:?})", self.shared)
+    }
+}
+
+impl Engine {
+    pub(crate) fn start() -> Result<Self, BackgroundError> {
+        let uffd = Arc::new(Uffd::open()?);
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| BackgroundError::Thread(e.into()))?;
+        let shared = Arc::new(Shared {
+            uffd,
+            bell,
+            index: Mutex::default(),
+            #[cfg(test)]
+            hooks: tests::Hooks::default(),
+        });
+        if cfg!(shuttle) {
+            // A task of the test's does what the thread would: `serve_one`.
+            return Ok(Self { shared, thread: None });
+        }
+        let served = Arc::clone(&shared);
+        #[cfg(test)]
+        let plan = crate::testing::failpoint::plan();
+        let thread = thread::Builder::new().name("clade-freeze".to_owned()).spawn(move || {
+            #[cfg(test)]
+            crate::testing::failpoint::inherit(plan);
+            served.run();
+            served.index().ended = true;
+            served.tell_now();
+        });
+        Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
+    }
+
+    /// What background copies are made with; an error once the userfaultfd has been lost.
+    pub(crate) fn shared(&self) -> Result<Arc<Shared>, BackgroundError> {
+        if self.shared.index().lost {
+            return Err(BackgroundError::Watch(io::Error::other("the userfaultfd was lost")));
+        }
+        Ok(Arc::clone(&self.shared))
+    }
+}
+
+impl Drop for Engine {
+    /// Waits until every background copy is done: layers outlive their store.
+    fn drop(&mut self) {
+        self.shared.index().stopping = true;
+        self.shared.ring();
+        let Some(thread) = self.thread.take() else { return };
+        // A failure callback may have held the last handle of the store: then this is the thread, and it ends by itself.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            tracing::error!("the background thread ended in a panic");
+        }
+    }
+}
+
+impl AsFd for Shared {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}

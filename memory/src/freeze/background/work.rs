@@ -1,0 +1,468 @@
+//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its background
+//! copy's lock.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::budget::Promise;
+use crate::freeze::background::bg_copy::Delta;
+use crate::freeze::background::{BackgroundError, Failure, FillError, Shared};
+use crate::freeze::protect::ProtectGate;
+use crate::layer::Source;
+use crate::layer::registry::View;
+use crate::reclaim::TaskSender;
+use crate::sys::{Reservation, Watch};
+use crate::testing::failpoint::{Call, failpoint};
+use crate::testing::sabotage::{Break, broken};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
+
+/// Pages copied before the thread looks for faults again: what a fault waits for at most, beside its own copy.
+const SLICE: u64 = if cfg!(shuttle) { 3 } else { 64 };
+/// Pages copied around a fault, aligned: a writer that goes on to the next page does not fault again.
+pub(super) const WINDOW: u64 = if cfg!(shuttle) { 2 } else { 32 };
+/// Mappings made, or runs released, before the thread looks for faults again.
+const RUNS: usize = if cfg!(shuttle) { 1 } else { 32 };
+/// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying them again.
+const MIN_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
+/// How often a block is put together before it stays in small pages: a page of it may be in use for a moment.
+const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
+const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
+/// Pages that stay the parent's own in any case, as in an eager freeze.
+const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
+
+/// The delta has it.
+pub(super) const FILLED: u8 = 1;
+/// The frozen VM cannot write it.
+pub(super) const PROTECTED: u8 = 2;
+
+/// Where the bytes of a part are until they are copied.
+#[derive(Clone, Debug)]
+pub(crate) enum Origin {
+    /// In the frozen VM's memory, protected or pinned.
+    Parent,
+    /// A gap that was closed: the VM does not own these pages and may write them meanwhile, but the layer beneath never changes (I4).
+    Layer(Source),
+    /// A gap over nothing.
+    Zero,
+}
+
+/// Pages of the frozen region that lie together in the delta's file from `at` on.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) range: PageRange,
+    pub(crate) at: u64,
+    pub(crate) origin: Origin,
+}
+
+impl Part {
+    pub(super) fn file(&self) -> PageRange {
+        PageRange::with_len(self.at, self.range.len())
+    }
+    pub(super) fn to_file(&self, range: PageRange) -> PageRange {
+        PageRange::with_len(self.at + (range.start - self.range.start), range.len())
+    }
+    fn to_region(&self, file: PageRange) -> PageRange {
+        PageRange::with_len(self.range.start + (file.start - self.at), file.len())
+    }
+}
+
+/// A child's mapping of the unfinished file.
+#[derive(Debug)]
+pub(super) struct Reader {
+    pub(super) at: Arc<Reservation>,
+    pub(super) range: PageRange,
+    pub(super) file: PageRange,
+    pub(super) failure: Arc<Failure>,
+}
+
+impl Reader {
+    pub(super) fn address(&self) -> u64 {
+        self.at.addr(self.range.start) as u64
+    }
+
+    /// What of the file `range` of the child's region shows.
+    pub(super) fn file_of(&self, range: PageRange) -> Option<PageRange> {
+        let cut = self.range.intersect(range);
+        let file = || PageRange::with_len(self.file.start + (cut.start - self.range.start), cut.len());
+        (!cut.is_empty()).then(file)
+    }
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// From this page of the file on.
+    Copy(u64),
+    /// Runs of the region and where they are in the file; the next is the last.
+    Remap(Vec<(PageRange, u64)>),
+    /// From this part on.
+    Release(usize),
+}
+
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) gate: ProtectGate,
+    /// When it was begun.
+    pub(super) since: Instant,
+    /// The delta's file, and all of it mapped, for the kernel to put pages into.
+    file: File,
+    into: Reservation,
+    _mapping: Promise,
+    /// Keeps the pages that gaps are copied from.
+    _beneath: View,
+    /// Ascending in the file, which they cover.
+    parts: Vec<Part>,
+    /// Indices of `parts`, ascending in the region.
+    by_page: Vec<usize>,
+    /// A page of the file each.
+    pub(super) pages: Vec<u8>,
+    stage: Stage,
+    /// Mappings that the region may still be given.
+    allowance: u64,
+    later: Option<TaskSender>,
+    pub(super) remapped: Vec<(PageRange, u64)>,
+    pub(super) readers: Vec<Reader>,
+    bounce: Vec<u8>,
+}
+
+/// Most mappings a lost layer may cost a child that is going to be stopped.
+const MAX_INACCESSIBLE_RUNS: usize = 64;
+
+/// The runs, or one around all of them where they are too many.
+pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
+    match runs.as_slice() {
+        [first, .., last] if runs.len() > MAX_INACCESSIBLE_RUNS => vec![PageRange::new(first.start, last.end)],
+        _ => runs,
+    }
+}
+
+/// Makes a run of the file an error to access through `reader`, now and after the guest has discarded it, and lets those who wait find out.
+///
+/// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which would take the whole process, and this with an
+/// error from KVM_RUN, which takes the VM.
+pub(super) fn make_inaccessible(shared: &Shared, reader: &Reader, file: PageRange) {
+    let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
+    if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
+        // Never zeros: it stays watched.
+        tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
+    }
+}
+
+/// The runs of `within` whose pages lack `flag`.
+pub(super) fn runs_without(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
+    let mut runs = Vec::new();
+    let mut at = within.start;
+    while at < within.end {
+        let rest = &pages[at as usize..within.end as usize];
+        let lacks = rest[0] & flag == 0;
+        let len = rest.iter().take_while(|flags| (**flags & flag == 0) == lacks).count() as u64;
+        if lacks {
+            runs.push(PageRange::with_len(at, len));
+        }
+        at += len;
+    }
+    runs
+}
+
+/// The runs of `within` whose pages have `flag`.
+fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
+    crate::units::subtract_runs(&[within], &runs_without(pages, within, flag))
+}
+
+impl Work {
+    /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
+    pub(super) fn new(shared: &Shared, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
+        let Delta { file, parts, beneath, mapping, allowance, later } = delta;
+        let count = parts.last().map_or(0, |part| part.file().end);
+        let all = PageRange::new(0, count);
+        // A page that is there is taken for filled.
+        let blocks = file.metadata().map_err(BackgroundError::Watch)?.blocks();
+        assert_eq!(blocks, 0, "a layer that is filled later starts as holes");
+        let into = Reservation::new(count).map_err(BackgroundError::Watch)?;
+        into.map_shared(all, file.as_fd(), 0).map_err(BackgroundError::Watch)?;
+        shared.uffd.register(&into, all, Watch::Missing).map_err(BackgroundError::Watch)?;
+        let gate = ProtectGate::open(Arc::clone(&shared.uffd), Arc::clone(at)).map_err(BackgroundError::Watch)?;
+        let mut by_page: Vec<usize> = (0..parts.len()).collect();
+        by_page.sort_unstable_by_key(|&n| parts[n].range.start);
+        Ok(Self {
+            gate,
+            since: Instant::now(),
+            file,
+            into,
+            _mapping: mapping,
+            _beneath: beneath,
+            parts,
+            by_page,
+            pages: vec![0; count as usize],
+            stage: Stage::Copy(0),
+            allowance,
+            later,
+            remapped: Vec::new(),
+            readers: Vec::new(),
+            bounce: Vec::new(),
+        })
+    }
+
+    /// Whether every page of the delta is there.
+    pub(super) fn is_filled(&self) -> bool {
+        self.pages.iter().all(|flags| flags & FILLED != 0)
+    }
+
+    pub(super) fn mark(&mut self, file: PageRange, change: impl Fn(u8) -> u8) {
+        for flags in &mut self.pages[file.start as usize..file.end as usize] {
+            *flags = change(*flags);
+        }
+    }
+
+    /// Calls `f` with each part that touches `range` of the region, and what it has of it.
+    pub(super) fn for_parts(
+        &mut self,
+        range: PageRange,
+        mut f: impl FnMut(&mut Self, &Part, PageRange) -> Result<(), FillError>,
+    ) -> Result<(), FillError> {
+        let mut next = self.by_page.partition_point(|&n| self.parts[n].range.end <= range.start);
+        while let Some(&n) = self.by_page.get(next) {
+            let part = self.parts[n].clone();
+            let cut = part.range.intersect(range);
+            if cut.is_empty() {
+                break;
+            }
+            f(self, &part, cut)?;
+            next += 1;
+        }
+        Ok(())
+    }
+
+    /// Copies what is missing of `range` of the file.
+    pub(super) fn fill(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
+        let range = range.intersect(PageRange::new(0, self.pages.len() as u64));
+        let mut next = self.parts.partition_point(|part| part.file().end <= range.start);
+        while let Some(part) = self.parts.get(next).cloned() {
+            let cut = part.file().intersect(range);
+            if cut.is_empty() {
+                break;
+            }
+            for run in runs_without(&self.pages, cut, FILLED) {
+                #[cfg(test)]
+                shared.hooks.before_copy(run)?;
+                self.copy(shared, &part, run).map_err(|source| FillError::Copy {
+                    page: run.start,
+                    pages: run.len(),
+                    source,
+                })?;
+                self.mark(run, |flags| flags | FILLED);
+            }
+            next += 1;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, shared: &Shared, part: &Part, file: PageRange) -> io::Result<()> {
+        match &part.origin {
+            Origin::Parent => {
+                let from = self.gate.at().addr(part.to_region(file).start);
+                return shared.uffd.fill(&self.into, file, from);
+            }
+            Origin::Zero => {
+                self.bounce.clear();
+                self.bounce.resize(file.bytes(), 0);
+            }
+            Origin::Layer(source) => {
+                self.bounce.resize(file.bytes(), 0);
+                let at = source.at + (file.start - part.at);
+                failpoint(Call::Copy)?;
+                source.layer.file().read_exact_at(&mut self.bounce, at * PAGE_SIZE)?;
+            }
+        }
+        shared.uffd.fill(&self.into, file, self.bounce.as_ptr())
+    }
+
+    pub(super) fn fill_region(&mut self, range: PageRange) -> Result<(), FillError> {
+        let uffd = Arc::clone(self.gate.uffd());
+        self.for_parts(range, |work, part, cut| {
+            let file = part.to_file(cut);
+            for run in runs_without(&work.pages, file, FILLED) {
+                let from = work.gate.at().addr(part.to_region(run).start);
+                uffd.fill(&work.into, run, from).map_err(|source| FillError::Copy {
+                    page: run.start,
+                    pages: run.len(),
+                    source,
+                })?;
+                work.mark(run, |flags| flags | FILLED);
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies the protected pages of `range` of the region, then releases them: in this order.
+    pub(super) fn copy_and_unprotect(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
+        self.for_parts(range, |work, part, cut| {
+            let file = part.to_file(cut);
+            // Gaps come from beneath, whatever the VM writes there.
+            if matches!(part.origin, Origin::Parent) && !broken(Break::ReleaseUncopied) {
+                work.fill(shared, file)?;
+            }
+            work.release(part, file).map_err(FillError::Release)
+        })
+    }
+
+    /// Releases what is protected of `file` pages of `part`.
+    fn release(&mut self, part: &Part, file: PageRange) -> io::Result<()> {
+        for run in runs_with(&self.pages, file, PROTECTED) {
+            failpoint(Call::Release)?;
+            self.gate.release(part.to_region(run))?;
+            self.mark(run, |flags| flags & !PROTECTED);
+        }
+        Ok(())
+    }
+
+    /// The frozen VM can write everything again, copied or not.
+    pub(super) fn release_everything(&mut self) {
+        let parts = std::mem::take(&mut self.parts);
+        let released = parts.iter().try_for_each(|part| self.release(part, part.file()));
+        self.parts = parts;
+        if let Err(error) = released.or_else(|_| self.gate.forget()) {
+            tracing::error!(%error, "a VM's memory stays write-protected");
+        }
+    }
+
+    /// When all pages are there: makes blocks of those that are whole, in the background. Children then map 2 MiB at a time, as they do after
+    /// a freeze that copied at once.
+    pub(super) fn put_together(self) {
+        let filled = self.is_filled();
+        let Self { later, into, _mapping: promise, .. } = self;
+        let (Some(later), true) = (later, filled) else { return };
+        // Left undone if there is too much to do: then small pages stay small.
+        let _ = later.spawn(move || {
+            for (_, block) in PageRange::new(0, into.pages()).blocks().filter(|(_, block)| block.len() == BLOCK_PAGES) {
+                let mut done = into.collapse(block);
+                for _ in 1..COLLAPSE_TRIES {
+                    if done.is_ok() {
+                        break;
+                    }
+                    std::thread::sleep(COLLAPSE_INTERVAL);
+                    done = into.collapse(block);
+                }
+                if let Err(error) = done {
+                    // No memory in one piece, or a page in use: it stays as it is, which is slower and not wrong.
+                    tracing::debug!(%error, %block, "small pages stay small");
+                }
+            }
+            drop(promise);
+        });
+    }
+
+    /// One slice. True when all is done.
+    pub(super) fn step(&mut self, shared: &Shared) -> Result<bool, FillError> {
+        match &mut self.stage {
+            Stage::Copy(next) => {
+                let slice = PageRange::with_len(*next, SLICE).intersect(PageRange::new(0, self.pages.len() as u64));
+                *next = slice.end;
+                if slice.is_empty() {
+                    self.stage = Stage::Remap(self.to_remap());
+                } else {
+                    self.fill(shared, slice)?;
+                    self.release_short(slice)?;
+                }
+            }
+            Stage::Remap(todo) => {
+                let keep = todo.len().saturating_sub(RUNS);
+                let now = todo.split_off(keep);
+                let last = todo.is_empty();
+                let ended = now.into_iter().rev().find_map(|(run, at)| self.share_back(run, at).err());
+                if let Some(error) = &ended {
+                    tracing::debug!(%error, "pages stay private to the parent");
+                }
+                if last || ended.is_some() {
+                    self.stage = Stage::Release(0);
+                }
+            }
+            Stage::Release(next) => {
+                let (first, end) = (*next, (*next + RUNS).min(self.parts.len()));
+                *next = end;
+                for n in first..end {
+                    let part = self.parts[n].clone();
+                    self.release(&part, part.file()).map_err(FillError::Release)?;
+                }
+                return Ok(end == self.parts.len());
+            }
+        }
+        Ok(false)
+    }
+
+    /// Runs that will not be mapped over the delta are released as soon as they are copied.
+    fn release_short(&mut self, slice: PageRange) -> Result<(), FillError> {
+        let mut next = self.parts.partition_point(|part| part.file().end <= slice.start);
+        while let Some(part) = self.parts.get(next) {
+            let cut = part.file().intersect(slice);
+            if cut.is_empty() {
+                break;
+            }
+            if part.range.len() < MIN_REMAPPED && self.is_alone(next) {
+                let part = part.clone();
+                self.release(&part, cut).map_err(FillError::Release)?;
+            }
+            next += 1;
+        }
+        Ok(())
+    }
+
+    /// Whether no other part goes on where this one ends or begins, in the region as in the file.
+    fn is_alone(&self, n: usize) -> bool {
+        let goes_on = |a: &Part, b: &Part| a.range.end == b.range.start && a.file().end == b.at;
+        let part = &self.parts[n];
+        !n.checked_sub(1).is_some_and(|before| goes_on(&self.parts[before], part))
+            && !self.parts.get(n + 1).is_some_and(|next| goes_on(part, next))
+    }
+
+    /// What is worth mapping over the delta: the longest runs last, which is next.
+    fn to_remap(&self) -> Vec<(PageRange, u64)> {
+        // A VM that has gone shares nothing.
+        if Arc::strong_count(self.gate.at()) == 1 {
+            return Vec::new();
+        }
+        let mut runs: Vec<(PageRange, u64)> = Vec::new();
+        for part in &self.parts {
+            for file in runs_with(&self.pages, part.file(), PROTECTED) {
+                let run = part.to_region(file);
+                match runs.last_mut() {
+                    Some((last, at)) if last.end == run.start && *at + last.len() == file.start => last.end = run.end,
+                    _ => runs.push((run, file.start)),
+                }
+            }
+        }
+        let mut left: u64 = runs.iter().map(|(run, _)| run.len()).sum();
+        runs.retain(|(run, _)| run.len() >= MIN_REMAPPED);
+        runs.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
+        // Each adds itself and splits what it lies in.
+        runs.truncate((self.allowance / 2) as usize);
+        let wanted = runs.iter().take_while(|(run, _)| {
+            let more = left > KEEP_PAGES;
+            left = left.saturating_sub(run.len());
+            more
+        });
+        let wanted = wanted.count();
+        runs.truncate(wanted);
+        runs.reverse();
+        runs
+    }
+
+    /// Maps a copied run over the delta, unless somebody has been let write to it since.
+    fn share_back(&mut self, run: PageRange, at: u64) -> io::Result<()> {
+        let file = PageRange::with_len(at, run.len());
+        let kept = self.pages[at as usize..file.end as usize].iter().all(|flags| *flags == FILLED | PROTECTED);
+        if !kept && !broken(Break::ShareWritten) {
+            return Ok(());
+        }
+        // All of it is copied and protected, so no write is lost: a writer waits, and finds the new mapping when it is woken.
+        self.remapped.reserve(1);
+        self.gate.at().map_private(run, self.file.as_fd(), at)?;
+        // At once: from here on it is mapped there, whatever happens next (I14).
+        self.remapped.push((run, at));
+        self.mark(file, |flags| flags & !PROTECTED);
+        self.gate.wake(run)
+    }
+}

@@ -1,0 +1,289 @@
+//! Images taken apart and put together: what a snapshot on a disk is made of.
+//!
+//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their
+//! descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there
+//! ([`Store::file_layer`], never written) or that it fills itself ([`LayerBuilder`], which nobody sees before it is
+//! complete, I4), and an image of these ([`RamImage::from_parts`]).
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use crate::error::RamError;
+use crate::freeze::RegionImage;
+use crate::layer::handle::{ImageMap, LayerHandle, image_map, layer_map};
+use crate::layer::registry::View;
+use crate::layer::{Home, Layer, LayerMap};
+use crate::ram::{GuestRam, RamImage, RamLayout};
+use crate::region::nofork::{NoFork, NoForkMap};
+use crate::store::{Backing, Store, StoreError};
+use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, subtract_runs};
+
+/// A layer that is being filled by its maker.
+#[derive(Debug)]
+pub struct LayerBuilder(Layer);
+
+impl LayerBuilder {
+    /// Writes whole pages at the given page of the layer.
+    ///
+    /// # Errors
+    /// When there is no memory for them, or they are beyond the end.
+    pub fn write_pages(&self, at: u64, bytes: &[u8]) -> Result<(), RamError> {
+        let pages = (bytes.len() as u64).div_ceil(PAGE_SIZE);
+        let range = PageRange::with_len(at, pages);
+        if !PageRange::new(0, self.0.pages()).covers(range) {
+            return Err(RamError::OutOfRange { range, pages: self.0.pages() });
+        }
+        self.0.file().write_all_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
+    }
+
+    /// No more writes: from here on it never changes (I4).
+    #[must_use]
+    pub fn publish(self) -> LayerHandle {
+        LayerHandle::new(&Arc::new(self.0))
+    }
+}
+
+impl Store {
+    /// A layer over the first `pages` pages of a file, which is mapped as it stands and never written: pages are read from it as they are
+    /// touched, and its page cache is shared by whoever maps it. Nobody may change the file; if it is cut short, accesses to what is gone are
+    /// errors (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
+    ///
+    /// # Errors
+    /// When the file is shorter.
+    pub fn file_layer(&self, file: File, pages: u64) -> Result<LayerHandle, StoreError> {
+        let short = |source| StoreError::File { pages, source };
+        let bytes = file.metadata().map_err(short)?.len();
+        if bytes < pages << PAGE_SHIFT {
+            return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
+        }
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::File))))
+    }
+
+    /// A layer of `pages` pages in memory, all zeros, to be filled.
+    ///
+    /// # Errors
+    /// When there is no memory file to be had.
+    pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerBuilder, StoreError> {
+        self.layer(pages, grain).map(LayerBuilder)
+    }
+}
+
+impl RamImage {
+    /// An image of these maps, one for each range of the layout, and what its children's children do not inherit.
+    ///
+    /// # Errors
+    /// When a map reaches beyond its range, or beyond a layer.
+    #[expect(clippy::needless_pass_by_value, reason = "the handles are held to the end, see below")]
+    pub fn from_parts(
+        store: &Store,
+        layout: &RamLayout,
+        maps: Vec<(ImageMap, Vec<(PageRange, NoFork)>)>,
+    ) -> Result<Self, RamError> {
+        let wrong = |what: String| RamError::Parts { what };
+        if maps.len() != layout.ranges().len() {
+            return Err(wrong(format!("{} maps for {} ranges", maps.len(), layout.ranges().len())));
+        }
+        let mut regions = Vec::with_capacity(maps.len());
+        // The handles in `maps` are held until every region's view is registered: between two of them a layer may be seen in part only.
+        for ((base, pages), (map, declared)) in layout.ranges().iter().zip(&maps) {
+            let all = PageRange::new(0, *pages);
+            for (range, source) in map.iter() {
+                let end = source.at.saturating_add(range.len());
+                if !all.covers(range) || end > source.layer.pages() {
+                    return Err(wrong(format!("{range} of the {pages} pages at {:#x} from {source:?}", base.0)));
+                }
+            }
+            let mut no_fork = NoForkMap::new();
+            for (range, what) in declared {
+                if !all.covers(*range) {
+                    return Err(wrong(format!("{range} of the {pages} pages at {:#x} are not inherited", base.0)));
+                }
+                no_fork.insert(*range, what.clone());
+            }
+            let map = Arc::new(View::new(store.views(), Arc::new(layer_map(map))));
+            regions.push(RegionImage { map, no_fork });
+        }
+        Ok(Self::of(layout.clone(), regions))
+    }
+
+    /// Which layer provides each page, by range of the layout. A page in no entry is zeros. The handles keep the layers whole, after the image too.
+    pub fn maps(&self) -> impl Iterator<Item = ImageMap> {
+        self.regions().iter().map(|region| image_map(&region.map))
+    }
+
+    /// What children's children do not inherit, by range of the layout.
+    pub fn no_fork(&self) -> impl Iterator<Item = Vec<(PageRange, NoFork)>> {
+        self.regions().iter().map(|region| region.no_fork.iter().map(|(range, what)| (range, what.clone())).collect())
+    }
+
+    /// The pages that may differ between this image and an older one of the same shape, by range of the layout: those that are not the same page of the
+    /// same layer. Layers never change (I4), so none that differs is missed; one that was copied without a change is
+    /// named too (I5).
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn changed_since(&self, base: &Self) -> Result<Vec<Vec<PageRange>>, RamError> {
+        if base.layout() != self.layout() {
+            return Err(RamError::Shape { image: base.layout().bytes(), guest: self.layout().bytes() });
+        }
+        let pairs = self.regions().iter().zip(base.regions());
+        Ok(pairs.map(|(now, before)| differing(&now.map, &before.map)).collect())
+    }
+}
+
+fn differing(now: &LayerMap, before: &LayerMap) -> Vec<PageRange> {
+    let mut runs = Vec::new();
+    let mut shown = Vec::new();
+    for (range, source) in now.iter() {
+        shown.push(range);
+        let mut same = Vec::new();
+        for (piece, was) in before.within(range) {
+            let here = crate::layer::interval::Piece::advance(source, piece.start - range.start);
+            if here.is(&was) {
+                same.push(piece);
+            }
+        }
+        runs.extend(subtract_runs(&[range], &same));
+    }
+    // Zeros now, which they were not before.
+    let had: Vec<PageRange> = before.iter().map(|(range, _)| range).collect();
+    runs.extend(subtract_runs(&had, &shown));
+    runs.sort_unstable();
+    join_runs(&runs, 0)
+}
+
+impl GuestRam {
+    /// The pages that the VM has touched since it got its memory, by range of the layout: what is worth reading ahead when another is started from
+    /// the same snapshot. The kernel maps some neighbours of a touched page too, and whole blocks where memory is in huge pages.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn touched(&self) -> Result<Vec<Vec<PageRange>>, RamError> {
+        let mut all = Vec::with_capacity(self.regions().len());
+        for region in self.regions() {
+            let _state = region.live_state()?;
+            all.push(region.store.pagemap().touched_runs(&region.at, region.range()).map_err(RamError::Harvest)?);
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::handle::LayerSource;
+    use crate::{PageRange, Quiesced, Swept};
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 64;
+
+    fn layout() -> RamLayout {
+        RamLayout::of_ranges(&[(GuestAddress(0), PAGES), (GuestAddress(0x10_0000), PAGES)]).unwrap()
+    }
+
+    fn put(ram: &GuestRam, gpa: u64, word: u64) {
+        ram.memory().write_obj(word, GuestAddress(gpa)).unwrap();
+    }
+
+    fn word(ram: &GuestRam, gpa: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(gpa)).unwrap()
+    }
+
+    #[test]
+    fn ranges_that_cannot_be_are_refused_by_value() {
+        let range = |start, pages| (GuestAddress(start), pages);
+        for wrong in [
+            vec![range(0, 0)],
+            vec![range(1, 1)],
+            vec![range(0x1000, 2), range(0x2000, 1)],
+            vec![range(0x2000, 1), range(0, 1)],
+            vec![range(u64::MAX - 0xfff, 1)],
+            vec![range(0, u64::MAX)],
+        ] {
+            assert!(matches!(RamLayout::of_ranges(&wrong), Err(RamError::Range { .. })), "{wrong:?}");
+        }
+        assert!(matches!(RamLayout::of_ranges(&[]), Err(RamError::NoMemory)));
+        let far = [range(1 << 47, 1)];
+        assert!(matches!(RamLayout::of_ranges(&far), Err(RamError::TooLarge { .. })));
+        assert_eq!(
+            RamLayout::new(8 << 30).unwrap(),
+            RamLayout::of_ranges(RamLayout::new(8 << 30).unwrap().ranges()).unwrap()
+        );
+    }
+
+    #[test]
+    fn what_changed_is_what_was_written_or_dropped() {
+        let store = Store::open().unwrap();
+        let ram = GuestRam::reserve(&layout(), &store).unwrap();
+        ram.populate().unwrap();
+        put(&ram, 0x5000, 5);
+        let (first, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        let (same, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        assert_eq!(same.changed_since(&first).unwrap(), vec![vec![], vec![]]);
+        put(&ram, 0x7000, 7);
+        put(&ram, 0x10_0000, 9);
+        ram.regions()[0].discard(PageRange::new(20, 22)).unwrap();
+        let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        let r = PageRange::new;
+        assert_eq!(second.changed_since(&first).unwrap(), vec![vec![r(7, 8), r(20, 22)], vec![r(0, 1)]]);
+        let other = RamImage::from_parts(&store, &RamLayout::new(4096).unwrap(), vec![Default::default()]).unwrap();
+        assert!(matches!(second.changed_since(&other), Err(RamError::Shape { image: 4096, guest: 0x8_0000 })));
+    }
+
+    #[test]
+    fn i4_an_image_over_a_file_starts_vms_that_share_it_and_no_sweep_touches_it() {
+        let store = Store::open().unwrap();
+        let path = std::env::temp_dir().join(format!("clade-parts-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..2 * PAGES).flat_map(|p| vec![p as u8 + 1; 4096]).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        // It could be written to: that it is not is up to the sweep.
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        assert!(matches!(store.file_layer(file.try_clone().unwrap(), 2 * PAGES + 1), Err(StoreError::File { .. })));
+        let layer = store.file_layer(file, 2 * PAGES).unwrap();
+        let draft = store.draft(4, Backing::Small).unwrap();
+        assert!(matches!(draft.write_pages(3, &[0; 8192]), Err(RamError::OutOfRange { .. })));
+        draft.write_pages(2, &[0xee; 4096]).unwrap();
+        let draft = draft.publish();
+        let map = |at| {
+            let mut map = ImageMap::new();
+            // The first page shows zeros, so that a sweep would find something to give back.
+            map.insert(PageRange::new(1, PAGES), LayerSource { layer: layer.clone(), at: at + 1 });
+            map.insert(PageRange::new(9, 10), LayerSource { layer: draft.clone(), at: 2 });
+            (map, Vec::new())
+        };
+        let image = RamImage::from_parts(&store, &layout(), vec![map(0), map(PAGES)]).unwrap();
+        let beyond = RamImage::from_parts(&store, &layout(), vec![map(0), map(PAGES + 1)]);
+        assert!(matches!(beyond, Err(RamError::Parts { .. })));
+        drop(beyond);
+        let vms: Vec<GuestRam> = (0..2).map(|_| GuestRam::reserve(&layout(), &store).unwrap()).collect();
+        vms.iter().for_each(|ram| ram.adopt(&image).unwrap());
+        put(&vms[0], 0x2000, 77);
+        assert_eq!((word(&vms[0], 0x2000), word(&vms[1], 0x2000)), (77, 0x0303_0303_0303_0303));
+        assert_eq!((word(&vms[0], 0), word(&vms[0], 0x9000)), (0, 0xeeee_eeee_eeee_eeee));
+        assert_eq!(word(&vms[1], 0x10_0000 + 0x3000), 0x4444_4444_4444_4444);
+        // Whoever holds a handle may read any page of it, as may whoever has the map.
+        let map = image.maps().next().unwrap();
+        for handle in [Some(draft), map.get(9).map(|source| source.layer)] {
+            assert_eq!(store.sweep(), Swept::default());
+            let mut page = [1; 4096];
+            handle.unwrap().read_pages(3, &mut page).unwrap();
+            assert_eq!(page, [0; 4096]);
+        }
+        drop((map, layer));
+        // Of the draft something goes; of the file nothing does, though nobody has a handle of it.
+        let swept = store.sweep();
+        assert_eq!(swept, Swept { pages: 3, layers: 1 });
+        assert_eq!(std::fs::read(&path).unwrap(), bytes, "the file is as it was");
+        let (later, _) = vms[0].freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        assert_eq!(later.changed_since(&image).unwrap(), vec![vec![PageRange::new(2, 3)], vec![]]);
+        let touched = vms[0].touched().unwrap();
+        assert!(touched[0].iter().any(|run| run.contains(2)) && !touched[1].iter().any(|run| run.contains(3)));
+        let mut page = [0; 4096];
+        let layer = image.maps().next().unwrap().get(1).unwrap().layer;
+        layer.read_pages(3, &mut page).unwrap();
+        assert_eq!((page[0], layer.data_runs(PageRange::new(1, 3)).unwrap()), (4, vec![PageRange::new(1, 3)]));
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,101 @@
+//! A look at everything that must agree about a VM's memory: the table, the kernel, the map and the mappings.
+
+use thiserror::Error;
+
+use crate::error::RamError;
+use crate::layer::Source;
+use crate::layer::interval::Piece;
+use crate::ram::{GuestRam, Quiesced};
+use crate::region::GuestRegion;
+use crate::region::mappings::Mapping;
+use crate::units::PageRange;
+
+/// Two that must agree and do not: a bug in this crate, or a writer that was not stopped.
+#[derive(Debug, Error)]
+pub enum CheckError {
+    /// The table claims what the kernel does not confirm.
+    #[error("I1: {range} are called exclusive and are not the VM's own")]
+    NotOwned {
+        /// Which pages.
+        range: PageRange,
+    },
+    /// A device holds a page that may be shared.
+    #[error("I3: {range} are pinned and not exclusive")]
+    PinnedNotExclusive {
+        /// Which pages.
+        range: PageRange,
+    },
+    /// A page shows what the map does not: it might be given back under the VM.
+    #[error("{range} show {shown}, and the map says {says}")]
+    Astray {
+        /// Which pages.
+        range: PageRange,
+        /// What is mapped.
+        shown: String,
+        /// What the map says.
+        says: String,
+    },
+    /// More mappings than were promised.
+    #[error("D5: {mappings} mappings, and {promised} were promised")]
+    Unpromised {
+        /// Mappings there are.
+        mappings: u64,
+        /// Mappings the budget knows of.
+        promised: u64,
+    },
+    /// The kernel could not be asked.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+}
+
+impl GuestRam {
+    /// Checks that the ownership table, the kernel, the map and the mappings agree (I1, I3, D5). Takes time in proportion to the pages the
+    /// VM owns.
+    ///
+    /// # Errors
+    /// The first disagreement.
+    pub fn check(&self, _quiesced: &Quiesced<'_>) -> Result<(), CheckError> {
+        self.regions().iter().try_for_each(|region| region.check())
+    }
+}
+
+fn told(source: Option<&Source>) -> String {
+    source.map_or_else(|| "zeros".to_owned(), |source| format!("{source:?}"))
+}
+
+impl GuestRegion {
+    fn check(&self) -> Result<(), CheckError> {
+        let mut state = self.checked(self.range())?;
+        // Until what the background did is taken note of, the view before keeps what is still mapped.
+        self.finish_background(&mut state)?;
+        let table = self.table.lock();
+        let own = self.own(&state)?;
+        let others = crate::units::subtract_runs(&[self.range()], &own);
+        for run in &others {
+            let claimed = crate::units::subtract_runs(&[*run], &table.not_exclusive(*run));
+            if let Some(range) = claimed.first().copied() {
+                return Err(CheckError::NotOwned { range });
+            }
+            if let Some(range) = self.table.pinned_runs(*run).first().copied() {
+                return Err(CheckError::PinnedNotExclusive { range });
+            }
+            for (range, mapping) in state.mappings.within(*run) {
+                let shown = match &mapping {
+                    Mapping::Private(source) | Mapping::SharedBase(source) => Some(source),
+                    Mapping::Zero => None,
+                    // Shows nothing, whatever an image it was reset to has there.
+                    Mapping::Absent => continue,
+                };
+                for (piece, says) in crate::region::parts_of(&state.map, range) {
+                    let shown = shown.map(|source| source.advance(piece.start - range.start));
+                    if !crate::region::same(says.as_ref(), shown.as_ref()) {
+                        let (shown, says) = (told(shown.as_ref()), told(says.as_ref()));
+                        return Err(CheckError::Astray { range: piece, shown, says });
+                    }
+                }
+            }
+        }
+        let (mappings, promised) = (state.mappings.len() as u64, state.promise.count());
+        if mappings > promised { Err(CheckError::Unpromised { mappings, promised }) } else { Ok(()) }
+    }
+}

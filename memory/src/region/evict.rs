@@ -1,0 +1,228 @@
+//! Eviction: cold pages a VM owns go to a file on disk, and come back when they are touched.
+//!
+//! It is a freeze of some pages into a layer whose file is on a disk: afterwards they are the layer's, the kernel may drop them from its
+//! page cache under pressure, and a touch reads them back. A pinned page is never evicted (I7, R12).
+
+use std::fs::File;
+use std::io;
+use std::num::NonZero;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
+
+use crate::error::RamError;
+use crate::layer::{Home, Source};
+use crate::ownership::TableGuard;
+use crate::ram::Quiesced;
+use crate::region::nofork;
+use crate::region::{GuestRegion, State};
+use crate::testing::failpoint::{Call, failpoint};
+use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
+
+/// A nameless file in `dir`, gone with its last user.
+fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    failpoint(Call::File)?;
+    let fd = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+    failpoint(Call::Size)?;
+    ftruncate(&fd, pages << PAGE_SHIFT)?;
+    Ok(fd.into())
+}
+
+/// What an eviction did. Counts are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Evicted {
+    /// This VM's own: written to disk, and dropped from memory.
+    pub written: u64,
+    /// Of a layer on a disk (they were evicted before): dropped again, as far as no other VM shows them.
+    pub dropped: u64,
+}
+
+impl GuestRegion {
+    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory, as well as those that a layer
+    /// on a disk provides. No-fork pages stay. Nothing but pinned DMA may be writing to them meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be written; then nothing has changed. When a mapping fails half-way, some pages are evicted and the others are not;
+    /// the contents are the same.
+    pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<Evicted, RamError> {
+        let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.finish_background(&mut state)?;
+        let table = self.table.lock();
+        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be a mapping away from them. I7: so does what a device
+        // reads.
+        let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
+        kept.sort_unstable();
+        let kept = join_runs(&kept, 0);
+        let base = subtract_runs(&state.mappings.base_within(range), &kept);
+        let mut own = subtract_runs(&self.owned_private(range, &state.mappings.base_within(range))?, &kept);
+        own.extend_from_slice(&base);
+        own.sort_unstable();
+        // Before the map shows what is about to be written there: that is not mapped yet.
+        let mut stays = [own.as_slice(), &kept].concat();
+        stays.sort_unstable();
+        let dropped = self.drop_cached(&state, range, &join_runs(&stays, 0))?;
+        // I7: the bit goes first; what is pinned keeps it and stays.
+        let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
+        let out = subtract_runs(&own, &pinned);
+        let written = pages_in(&out);
+        if written > 0 {
+            let done = self.write_away(&mut state, &table, &out, dir);
+            let mappings = state.mappings.len() as u64;
+            let _ = state.promise.resize(mappings);
+            done?;
+            self.free_base(&state, &subtract_runs(&base, &pinned));
+            state.retire_base_if_shared();
+        }
+        Ok(Evicted { written, dropped })
+    }
+
+    /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is read again when it is touched.
+    fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
+        let mut dropped = 0;
+        for (piece, source) in state.map.within(range) {
+            if !matches!(source.layer.home(), Home::Disk | Home::File) {
+                continue;
+            }
+            for run in subtract_runs(&[piece], own) {
+                // No copy of this VM's own is among them, so nothing is lost; what is not mapped can be dropped from the page cache.
+                self.at.drop_private(run).map_err(|source| RamError::Map { range: run, source })?;
+                let offset = (source.at + (run.start - piece.start)) << PAGE_SHIFT;
+                // Best effort: what another VM shows stays, and what stays is reclaimed when memory is short.
+                let _ = fadvise(source.layer.as_fd(), offset, NonZero::new(run.len() << PAGE_SHIFT), Advice::DontNeed);
+                dropped += run.len();
+            }
+        }
+        Ok(dropped)
+    }
+
+    /// Makes a layer on a disk of `out`, whose bits have been given up, and maps it in their place.
+    fn write_away(
+        &self,
+        state: &mut State,
+        table: &TableGuard<'_>,
+        out: &[PageRange],
+        dir: &Path,
+    ) -> Result<(), RamError> {
+        // Of what has not been remapped: that is still this VM's own.
+        let restore = |rest: &[PageRange]| rest.iter().for_each(|run| table.set_exclusive(*run));
+        let pages = pages_in(out);
+        let written = swap_file(dir, pages).and_then(|file| {
+            self.at.write_out(out, file.as_fd(), 0)?;
+            // Only a file that is on the disk can be dropped from memory.
+            failpoint(Call::Copy)?;
+            file.sync_data()?;
+            Ok(file)
+        });
+        let file = written.map_err(|source| {
+            restore(out);
+            RamError::Copy { pages, source }
+        })?;
+        let most = (state.mappings.len() + 2 * out.len()) as u64;
+        let promised = state.promise.count().max(most);
+        state.promise.resize(promised).inspect_err(|_| restore(out))?;
+
+        let layer = Arc::new(self.store.adopt_file(file, pages, Home::Disk));
+        let mut at = 0;
+        for (done, run) in out.iter().enumerate() {
+            let source = Source { layer: Arc::clone(&layer), at };
+            at += run.len();
+            // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
+            self.remap(state, *run, &source).inspect_err(|_| restore(&out[done..]))?;
+            state.map.insert(*run, source);
+        }
+        // Best effort: what stays in the page cache is reclaimed when memory is short.
+        let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, GuestRam, PAGE_SIZE, PinLifetime, RamLayout, Store};
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn i7_cold_pages_go_to_disk_and_come_back_pinned_ones_stay() {
+        let dir = Path::new("/var/tmp");
+        let store = Store::open().unwrap();
+        for frozen in [false, true] {
+            let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.populate().unwrap();
+            if frozen {
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+            }
+            let word = |page: u64| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
+            (0..1024).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
+            let region = &ram.regions()[0];
+            let pin = region.pin(PageRange::new(10, 12), Access::Write, PinLifetime::LongTerm).unwrap();
+            let quiesced = Quiesced::by(&crate::NoWriters);
+            assert_eq!(
+                region.evict(PageRange::new(0, 600), dir, &quiesced).unwrap(),
+                Evicted { written: 598, dropped: 0 }
+            );
+            assert_eq!(ram.stats().unwrap().exclusive, 1024 - 598);
+            assert_eq!(ram.stats().unwrap().private_kib, (1024 - 598) * 4, "the memory is given back");
+            (0..1024).for_each(|p| assert_eq!(word(p), p + 1, "page {p} came back"));
+            pin.slice().write_obj(99u64, 0).unwrap();
+            assert_eq!(word(10), 99, "the pinned page did not move");
+            ram.memory().write_obj(7u64, GuestAddress(20 * PAGE_SIZE)).unwrap();
+            assert_eq!((word(20), word(21)), (7, 22));
+        }
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
+        assert_eq!(store.live_layers(), 0);
+    }
+
+    #[test]
+    fn what_is_read_without_a_count_and_what_is_not_inherited_stays() {
+        let store = Store::open().unwrap();
+        for frozen in [false, true] {
+            let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.populate().unwrap();
+            if frozen {
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+            }
+            (0..64).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
+            let region = &ram.regions()[0];
+            // The VM's own, and a short read of them: of private pages it counts nothing.
+            let pin = region.pin(PageRange::new(10, 12), Access::Read, PinLifetime::Transient).unwrap();
+            assert_eq!(region.ownership().get(10).1, u32::from(!frozen));
+            region.set_no_fork(PageRange::new(20, 30), Some(crate::NoFork::Zeroed)).unwrap();
+            let evicted =
+                region.evict(PageRange::new(0, 64), Path::new("/var/tmp"), &Quiesced::by(&crate::NoWriters)).unwrap();
+            assert_eq!(evicted, Evicted { written: 64 - 2 - 10, dropped: 0 }, "frozen before: {frozen}");
+            let on_disk = |page: u64| {
+                let state = region.state();
+                state
+                    .map
+                    .within(PageRange::with_len(page, 1))
+                    .iter()
+                    .any(|(_, source)| source.layer.home() == Home::Disk)
+            };
+            assert_eq!(
+                [9, 10, 11, 12, 19, 20, 29, 30].map(on_disk),
+                [true, false, false, true, true, false, false, true]
+            );
+            assert_eq!(pin.slice().read_obj::<u64>(0).unwrap(), 11);
+            drop(pin);
+            ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        }
+    }
+
+    #[test]
+    fn i13_a_disk_that_cannot_be_written_changes_nothing() {
+        let store = Store::open().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(64 * PAGE_SIZE).unwrap(), &store).unwrap();
+        ram.populate().unwrap();
+        ram.memory().write_obj(5u64, GuestAddress(0)).unwrap();
+        let gone = Path::new("/proc/no-such-directory");
+        let refused = ram.regions()[0].evict(PageRange::new(0, 64), gone, &Quiesced::by(&crate::NoWriters));
+        assert!(matches!(refused, Err(RamError::Copy { pages: 64, .. })));
+        assert_eq!(ram.stats().unwrap().exclusive, 64);
+        assert!(ram.regions()[0].ownership().get(0).0, "the bit is back");
+    }
+}

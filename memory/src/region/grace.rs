@@ -1,0 +1,418 @@
+//! Grace periods for short read pins: what the kernel calls a sleepable RCU, one for each region.
+//!
+//! A short read pin of shared pages counts nothing in the ownership table: the pages are a layer's, which does not change (I4). But the
+//! *region* changes while a device reads. A freeze, a reset or a compaction maps other layers in place of those the device was shown, and
+//! the view that named the old ones goes. If nothing else names them, their pages are punched or freed under the device. So each such pin is a
+//! read-side section of its region, and a view that is replaced stays registered ([`crate::layer::registry`]) until every section that was open then has
+//! ended.
+//!
+//! ```text
+//!   pin (no lock)                              change (under the region's state lock)
+//!   ────────────────────────────────           ──────────────────────────────────────────
+//!   active[current] += 1                       sequence becomes odd
+//!   sequence even? else undo, take the lock    map other layers, publish another view
+//!   the pages' words: not exclusive            retire the view before, with the section still odd
+//!   sequence unchanged? else undo, lock        sequence becomes even
+//!   ... the device reads ...
+//!   active[side] -= 1; the last one frees      the retired view: dropped when both sides have been empty once
+//! ```
+//!
+//! The sequence is R11's write section. Inside it a page may be without its bit for a moment although nobody shares it yet, so no pin may
+//! take it for shared.
+//!
+//! Sections come in two sides, so that pins which overlap for ever do not keep a view for ever: new sections open on the current side; what was retired
+//! waits for the other side to empty, then the sides change places, and it waits for the second.
+
+use crate::sync::{AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
+use crate::units::{PageRange, join_runs};
+
+/// Ranges that sections note without a lock, of one region at a time. With more, a pin takes the state lock.
+const SLOTS: usize = if cfg!(any(loom, shuttle)) { 1 } else { 64 };
+/// Bits of a slot for a range's length in pages; the others are its start.
+const LEN_BITS: u32 = 24;
+
+/// An open section: which side it is counted on, and where its range is noted.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Section {
+    side: usize,
+    noted: Noted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Noted {
+    Slot(usize),
+    /// In the list, with the state lock held.
+    Listed(PageRange),
+}
+
+/// A range as a slot has it: never 0. `None` when it does not fit.
+fn packed(range: PageRange) -> Option<u64> {
+    let fits = !range.is_empty() && range.len() < 1 << LEN_BITS && range.start() < 1 << (64 - LEN_BITS);
+    fits.then(|| range.start() << LEN_BITS | range.len())
+}
+
+fn unpacked(slot: u64) -> PageRange {
+    PageRange::with_len(slot >> LEN_BITS, slot & ((1 << LEN_BITS) - 1))
+}
+
+#[derive(Debug)]
+struct Retired<T> {
+    /// Retired before the sides last changed places: go when the other side is empty.
+    closing: Vec<T>,
+    /// Retired since.
+    fresh: Vec<T>,
+}
+
+/// See the module's documentation. `T` is what is retired.
+#[derive(Debug)]
+pub(crate) struct Grace<T> {
+    /// Odd while the region's mappings, bits or view are being changed.
+    sequence: AtomicUsize,
+    /// The side on which sections open.
+    current: AtomicUsize,
+    /// Open sections by side.
+    active: [AtomicUsize; 2],
+    /// What open sections read: a range, or 0.
+    slots: [AtomicU64; SLOTS],
+    /// Ranges for which there was no slot.
+    listed: Mutex<Vec<PageRange>>,
+    /// 1 while something is retired: the last section of a side looks after it.
+    waiting: AtomicUsize,
+    retired: Mutex<Retired<T>>,
+}
+
+impl<T> Default for Grace<T> {
+    fn default() -> Self {
+        Self {
+            sequence: AtomicUsize::new(0),
+            current: AtomicUsize::new(0),
+            active: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            slots: std::array::from_fn(|_| AtomicU64::new(0)),
+            listed: Mutex::new(Vec::new()),
+            waiting: AtomicUsize::new(0),
+            retired: Mutex::new(Retired { closing: Vec::new(), fresh: Vec::new() }),
+        }
+    }
+}
+
+impl<T> Grace<T> {
+    fn retired(&self) -> MutexGuard<'_, Retired<T>> {
+        lock(&self.retired)
+    }
+
+    fn open(&self) -> usize {
+        // Relaxed: a stale side is as good, see `advance`.
+        let side = self.current.load(Ordering::Relaxed);
+        // AcqRel: pairs with `count`, a read-modify-write too, so that one of the two comes first. Either a change that has retired something sees this
+        // section, or this section sees that change's sequence and mappings.
+        self.active[side].fetch_add(1, Ordering::AcqRel);
+        side
+    }
+
+    /// Notes `range` in a slot, if one is free.
+    fn note(&self, range: PageRange) -> Option<usize> {
+        let value = packed(range)?;
+        // Fibonacci hashing: neighbours in memory, which are in flight together, start looking far apart.
+        let first = (range.start().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize;
+        let slots = (0..SLOTS).map(|step| first.wrapping_add(step) % SLOTS);
+        // AcqRel: pairs with `ranges`, a read-modify-write too. Either a change sees the range, or the section sees the change's sequence.
+        let mut free = slots
+            .filter(|slot| self.slots[*slot].compare_exchange(0, value, Ordering::AcqRel, Ordering::Relaxed).is_ok());
+        free.next()
+    }
+
+    /// Opens a section over `range` without a lock, if nothing is being changed and `shared` says, for as long as that is so, that its pages are a
+    /// layer's. `Err` with what [`Grace::close`] says otherwise.
+    pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<Section, Vec<T>> {
+        let side = self.open();
+        let Some(slot) = self.note(range) else { return Err(self.leave(side)) };
+        let section = Section { side, noted: Noted::Slot(slot) };
+        // Acquire: pairs with `end_change`; what is shared by then is seen to be.
+        let before = self.sequence.load(Ordering::Acquire);
+        // `shared` loads with Acquire, so the second look at the sequence comes after it. A bit that a change has taken away is seen only
+        // together with that change's odd sequence.
+        if before.is_multiple_of(2) && shared() && self.sequence.load(Ordering::Acquire) == before {
+            Ok(section)
+        } else {
+            Err(self.close(section))
+        }
+    }
+
+    /// Opens a section over `range` for whoever holds the region's state lock, so that nothing is being changed.
+    pub(crate) fn open_locked(&self, range: PageRange) -> Section {
+        let side = self.open();
+        let listed = || {
+            lock(&self.listed).push(range);
+            Noted::Listed(range)
+        };
+        Section { side, noted: self.note(range).map_or_else(listed, Noted::Slot) }
+    }
+
+    /// Ends a section. Returns what nobody reads any more, to be dropped outside all locks.
+    #[must_use = "what is returned is dropped outside all locks"]
+    #[expect(clippy::needless_pass_by_value, reason = "a section is ended once")]
+    pub(crate) fn close(&self, section: Section) -> Vec<T> {
+        match section.noted {
+            // Release: the device's reads come before whoever takes the slot, or the pages.
+            Noted::Slot(slot) => self.slots[slot].store(0, Ordering::Release),
+            Noted::Listed(range) => {
+                let mut listed = lock(&self.listed);
+                if let Some(at) = listed.iter().position(|listed| *listed == range) {
+                    listed.swap_remove(at);
+                }
+            }
+        }
+        self.leave(section.side)
+    }
+
+    fn leave(&self, side: usize) -> Vec<T> {
+        // AcqRel: pairs with `count`. The device's reads come before whatever is done with what is freed; and either `retire` sees that the section has
+        // ended, or this sees that something waits for it.
+        let last = self.active[side].fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && self.waiting.load(Ordering::Acquire) != 0 { self.advance(&mut self.retired()) } else { Vec::new() }
+    }
+
+    /// Open sections of a side. A read-modify-write, see `open`.
+    fn count(&self, side: usize) -> usize {
+        self.active[side].fetch_add(0, Ordering::AcqRel)
+    }
+
+    /// What open sections read, as ascending runs. Within a change no other opens: these are all whose pages may not be taken away.
+    pub(crate) fn ranges(&self) -> Vec<PageRange> {
+        if self.count(0) + self.count(1) == 0 {
+            return Vec::new();
+        }
+        let mut ranges = lock(&self.listed).clone();
+        let slots = self.slots.iter().map(|slot| slot.fetch_or(0, Ordering::AcqRel));
+        ranges.extend(slots.filter(|slot| *slot != 0).map(unpacked));
+        ranges.sort_unstable();
+        join_runs(&ranges, 0)
+    }
+
+    /// A change begins. Under the state lock.
+    pub(crate) fn begin_change(&self) {
+        // Whoever sees a bit given up after this, by a release, sees this.
+        let was = self.sequence.fetch_add(1, Ordering::AcqRel);
+        debug_assert!(was.is_multiple_of(2), "changes do not nest: the state lock is held");
+    }
+
+    /// A change ends. Under the state lock, after everything it replaced was retired.
+    pub(crate) fn end_change(&self) {
+        self.sequence.fetch_add(1, Ordering::Release);
+    }
+
+    /// Keeps `old`, which nothing new reads, until all sections that are open now have ended. Within a change. Returns what nobody reads any more.
+    #[must_use = "what is returned is dropped outside all locks"]
+    pub(crate) fn retire(&self, old: T) -> Vec<T> {
+        let mut retired = self.retired();
+        retired.fresh.push(old);
+        // Before the counts are looked at: see `close`.
+        self.waiting.store(1, Ordering::Release);
+        self.advance(&mut retired)
+    }
+
+    /// Lets go of what has waited for both sides.
+    fn advance(&self, retired: &mut Retired<T>) -> Vec<T> {
+        let mut free = Vec::new();
+        loop {
+            let current = self.current.load(Ordering::Relaxed);
+            if self.count(1 - current) != 0 {
+                break;
+            }
+            free.append(&mut retired.closing);
+            if retired.fresh.is_empty() {
+                break;
+            }
+            // A section that has read the old side and counts itself there only now opened after all that is closing was replaced: it cannot be
+            // reading that, and what is retired later waits for its side as well.
+            retired.closing.append(&mut retired.fresh);
+            self.current.store(1 - current, Ordering::Relaxed);
+        }
+        let waiting = usize::from(!(retired.closing.is_empty() && retired.fresh.is_empty()));
+        self.waiting.store(waiting, Ordering::Release);
+        free
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    const RANGE: PageRange = PageRange::new(3, 5);
+
+    fn opened(grace: &Grace<u32>) -> Section {
+        grace.try_open(RANGE, || true).expect("nothing is being changed")
+    }
+
+    #[test]
+    fn what_is_being_read_is_known_however_many_read() {
+        let grace = Grace::<u32>::default();
+        assert!(grace.ranges().is_empty());
+        let mut open: Vec<_> =
+            (0..SLOTS as u64).map(|n| grace.try_open(PageRange::with_len(3 * n, 2), || true)).collect();
+        assert!(open.iter().all(Result::is_ok));
+        assert!(grace.try_open(RANGE, || true).is_err(), "no slot is left");
+        let more = [RANGE, PageRange::with_len(1 << 50, 1 << 30)].map(|range| grace.open_locked(range));
+        assert_eq!(grace.ranges().len(), SLOTS + 1, "one lies over two of the others");
+        assert!(
+            grace.ranges().contains(&PageRange::new(3, 5))
+                && grace.ranges().contains(&PageRange::with_len(1 << 50, 1 << 30))
+        );
+        more.into_iter().for_each(|section| drop(grace.close(section)));
+        assert_eq!(grace.ranges().len(), SLOTS);
+        drop(grace.close(open.swap_remove(7).unwrap()));
+        assert!(!grace.ranges().contains(&PageRange::with_len(21, 2)));
+        assert!(grace.try_open(RANGE, || true).is_ok());
+    }
+
+    #[test]
+    fn what_is_retired_goes_when_the_sections_that_were_open_have_ended() {
+        let grace = Grace::default();
+        assert_eq!(grace.retire(1), [1], "nobody reads");
+        let first = opened(&grace);
+        assert_eq!(grace.retire(2), [0; 0]);
+        let second = opened(&grace);
+        assert_eq!(grace.retire(3), [0; 0]);
+        assert_eq!(grace.close(first), [2], "the second section opened after 2 had gone from sight");
+        assert_eq!(grace.ranges(), [RANGE]);
+        assert_eq!(grace.close(second), [3]);
+        assert_eq!(grace.retire(4), [4]);
+    }
+
+    #[test]
+    fn sections_that_overlap_for_ever_keep_nothing_for_ever() {
+        let grace = Grace::default();
+        let mut open = opened(&grace);
+        let (mut kept, mut freed) = (0, 0);
+        for round in 0..100 {
+            freed += grace.retire(round).len();
+            let next = opened(&grace);
+            freed += grace.close(open).len();
+            open = next;
+            kept = kept.max(round as usize + 1 - freed);
+        }
+        assert!(kept <= 3, "{kept} were kept at a time");
+        freed += grace.close(open).len();
+        assert_eq!(freed, 100, "all is gone with the last section");
+    }
+
+    #[test]
+    fn no_section_opens_within_a_change_or_over_pages_that_are_not_shared() {
+        let grace = Grace::<u32>::default();
+        assert!(grace.try_open(RANGE, || false).is_err());
+        grace.begin_change();
+        assert!(grace.try_open(RANGE, || true).is_err());
+        grace.end_change();
+        let changed = grace.try_open(RANGE, || {
+            grace.begin_change();
+            grace.end_change();
+            true
+        });
+        assert!(changed.is_err(), "changed between the two looks");
+        assert!(grace.ranges().is_empty());
+        assert!(grace.try_open(RANGE, || true).is_ok());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::ownership::word::{Ownership, Word};
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// A file that is given back when the last view of it goes: then no device may still read it.
+    struct File(Arc<AtomicUsize>);
+
+    impl Drop for File {
+        fn drop(&mut self) {
+            let readers = self.0.swap(1_000, Ordering::AcqRel);
+            assert_eq!(readers, 0, "given back under a device");
+        }
+    }
+
+    /// One region whose view is replaced twice, and devices that read whatever it shows.
+    fn readers_against_changes(readers: usize) {
+        let grace = Arc::new(Grace::<File>::default());
+        let files: Vec<_> = (0..3).map(|_| Arc::new(AtomicUsize::new(0))).collect();
+        // Which file the region shows.
+        let shown = Arc::new(AtomicUsize::new(0));
+        let devices: Vec<_> = (0..readers)
+            .map(|_| {
+                let (grace, files, shown) = (Arc::clone(&grace), files.clone(), Arc::clone(&shown));
+                thread::spawn(move || {
+                    let Ok(section) = grace.try_open(PageRange::new(0, 1), || true) else { return };
+                    // What is mapped when the device gets to it, which may be later than the pin.
+                    let file = &files[shown.load(Ordering::Acquire)];
+                    let before = file.fetch_add(1, Ordering::AcqRel);
+                    assert!(before < 1_000, "read after it was given back");
+                    file.fetch_sub(1, Ordering::AcqRel);
+                    drop(grace.close(section));
+                })
+            })
+            .collect();
+        for next in 1..3 {
+            grace.begin_change();
+            shown.store(next, Ordering::Release);
+            let gone = grace.retire(File(Arc::clone(&files[next - 1])));
+            grace.end_change();
+            drop(gone);
+        }
+        devices.into_iter().for_each(|device| device.join().unwrap());
+    }
+
+    #[test]
+    fn loom_a_view_outlives_the_sections_that_read_it() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| readers_against_changes(1));
+    }
+
+    #[test]
+    fn loom_a_view_outlives_the_sections_of_two_devices() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(|| readers_against_changes(2));
+    }
+
+    /// A page that loses its bit inside a change is not shared yet: no pin may take it for that.
+    #[test]
+    fn loom_a_bit_that_is_given_up_for_a_moment_is_not_taken_for_shared() {
+        loom::model(|| {
+            let (grace, word) = (Arc::new(Grace::<u32>::default()), Arc::new(Word::new(Ownership::new(true, 0))));
+            let device = {
+                let (grace, word) = (Arc::clone(&grace), Arc::clone(&word));
+                thread::spawn(move || grace.try_open(PageRange::new(0, 1), || !word.load().is_exclusive()).is_ok())
+            };
+            grace.begin_change();
+            let shared = word.try_share();
+            assert!(shared.is_ok());
+            word.set_exclusive();
+            grace.end_change();
+            assert!(!device.join().unwrap(), "a page that was never shared");
+        });
+    }
+
+    /// A discard takes a page away unless it is being read; a device that was let read it finds it there to the end.
+    #[test]
+    fn loom_what_is_being_read_is_not_taken_away() {
+        loom::model(|| {
+            let (grace, there) = (Arc::new(Grace::<u32>::default()), Arc::new(AtomicUsize::new(1)));
+            let device = {
+                let (grace, there) = (Arc::clone(&grace), Arc::clone(&there));
+                thread::spawn(move || {
+                    let Ok(section) = grace.try_open(PageRange::new(0, 1), || true) else { return };
+                    let before = there.load(Ordering::Acquire);
+                    assert_eq!(there.load(Ordering::Acquire), before, "taken away under a device");
+                    drop(grace.close(section));
+                })
+            };
+            grace.begin_change();
+            if grace.ranges().is_empty() {
+                there.store(0, Ordering::Release);
+            }
+            grace.end_change();
+            device.join().unwrap();
+        });
+    }
+}

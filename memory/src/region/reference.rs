@@ -1,0 +1,355 @@
+//! Reference pages: one pattern, shown by any number of guest pages (R22).
+//!
+//! A reference page is a layer like any other, so freeze, fork and reset keep it as a reference without knowing about it, and the
+//! first write copies it. What is special (I10, R23): nobody counts its mappings, it is never exclusive and so never pinned for
+//! writing (a pin copies it first), and it lives as long as its handle or a map that shows it.
+//!
+//! Zero is the special case that needs no file: a page that is in no layer.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::error::RamError;
+use crate::layer::{Layer, Source};
+use crate::ownership::TableGuard;
+use crate::region::mappings::Mapping;
+use crate::region::{GuestRegion, State};
+use crate::store::{Backing, Store, StoreError};
+use crate::testing::failpoint::{Call, failpoint};
+use crate::testing::sabotage::{Break, broken};
+use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
+
+/// A page's worth of bytes.
+pub type Pattern = [u8; PAGE_SIZE as usize];
+
+/// A handle to a reference page. Clones are the same page.
+#[derive(Clone)]
+pub struct RefPage(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Zero,
+    /// A block of copies of the pattern, so that 2 MiB of guest memory cost one mapping.
+    Pattern(Arc<Layer>),
+}
+
+impl fmt::Debug for RefPage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Kind::Zero => f.write_str("RefPage(zero)"),
+            Kind::Pattern(layer) => write!(f, "RefPage({:?})", layer.id()),
+        }
+    }
+}
+
+impl RefPage {
+    /// Whether both are handles to one page.
+    pub(crate) fn same_as(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Kind::Zero, Kind::Zero) => true,
+            (Kind::Pattern(a), Kind::Pattern(b)) => a.id() == b.id(),
+            _ => false,
+        }
+    }
+
+    /// What provides the pages of `range` while they show this page: nothing for zeros, else a piece a block.
+    pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, Source)> {
+        match &self.0 {
+            Kind::Zero => Vec::new(),
+            Kind::Pattern(layer) => range
+                .blocks()
+                .map(|(_, piece)| (piece, Source { layer: Arc::clone(layer), at: piece.start % BLOCK_PAGES }))
+                .collect(),
+        }
+    }
+
+    /// The page of zeros.
+    #[must_use]
+    pub fn zero() -> Self {
+        Self(Kind::Zero)
+    }
+}
+
+impl Store {
+    /// A reference page that shows `pattern`.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn reference_page(&self, pattern: &Pattern) -> Result<RefPage, StoreError> {
+        if pattern.iter().all(|byte| *byte == 0) {
+            return Ok(RefPage::zero());
+        }
+        let layer = self.reference_layer(BLOCK_PAGES, Backing::Huge)?;
+        let block = pattern.repeat(BLOCK_PAGES as usize);
+        let wrote = failpoint(Call::Copy).and_then(|()| layer.file().write_all_at(&block, 0));
+        wrote.map_err(|source| StoreError::File { pages: BLOCK_PAGES, source })?;
+        Ok(RefPage(Kind::Pattern(Arc::new(layer))))
+    }
+}
+
+/// What a discard did. Counts are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Discarded {
+    /// Became reference pages.
+    pub discarded: u64,
+    /// Were pinned, and stay as they are (I7).
+    pub pinned: u64,
+    /// Of the discarded, given back without a mapping, because the VM has used up its share of mappings. Their memory is free; they show zeros if they
+    /// were the VM's since it was populated, else what their layer has, until they are written.
+    pub unmapped: u64,
+}
+
+impl GuestRegion {
+    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was not inherited stays so (R19).
+    ///
+    /// # Errors
+    /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails half-way, a part of the range shows
+    /// the page.
+    pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
+        let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.finish_background(&mut state)?;
+        let table = self.table.lock();
+        // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
+        let pinned = self.share_unless_pinned(&table, range);
+        if !pinned.is_empty() {
+            self.reclaim(&state, &table, range);
+            return Err(RamError::Pinned { pages: pages_in(&pinned), first: pinned[0] });
+        }
+        let runs = self.not_absent(&[range]);
+        let shown = runs.into_iter().try_for_each(|run| self.show(&mut state, &table, run, page));
+        shown.inspect_err(|_| self.reclaim(&state, &table, range))
+    }
+
+    /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
+    /// What is absent because it was not inherited stays so (R19).
+    ///
+    /// Zeros in the middle of something else cost a mapping or two. A guest may discard what it likes, so each region has its share of the process's
+    /// mappings; beyond it pages are given back without one ([`Discarded::unmapped`]).
+    ///
+    /// # Errors
+    /// When the kernel refuses; the pages done so far are discarded, the others are as they were.
+    pub fn discard(&self, range: PageRange) -> Result<Discarded, RamError> {
+        let mut state = self.checked(range)?;
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        self.finish_background(&mut state)?;
+        let table = self.table.lock();
+        // I7: a pinned page is not discarded.
+        let mut pinned = self.share_unless_pinned(&table, range);
+        if broken(Break::DropPinned) {
+            pinned.clear();
+        }
+        let mut unmapped = 0;
+        // What is being read keeps its bit if it had one.
+        pinned.iter().for_each(|run| self.reclaim(&state, &table, *run));
+        for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
+            let mapped = self.may_map_zero(&state, run).then(|| self.show(&mut state, &table, run, &RefPage::zero()));
+            let shown = match mapped {
+                // Beyond its share, or another VM has taken the last mappings since: nothing has been touched.
+                None | Some(Err(RamError::Budget(_))) => {
+                    unmapped += run.len();
+                    self.give_back_unmapped(&state, &table, run)
+                }
+                Some(shown) => shown,
+            };
+            shown.inspect_err(|_| self.reclaim(&state, &table, range))?;
+        }
+        Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned), unmapped })
+    }
+
+    /// Whether zeros in place of `range` stay within the region's share of mappings, or take none.
+    fn may_map_zero(&self, state: &State, range: PageRange) -> bool {
+        let (now, then) = (state.mappings.len() as u64, state.mappings.len_with(range) as u64);
+        let budget = self.store.budget();
+        // What it takes while it is being done: see `try_show`.
+        then <= now || (then <= budget.fair_share() && now + 2 <= state.promise.count().max(now + budget.left()))
+    }
+
+    /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes but that the VM's own copies go.
+    fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<(), RamError> {
+        let base = state.mappings.base_within(range);
+        for run in &subtract_runs(&[range], &base) {
+            self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
+        }
+        // In place: holes in a file of this VM's own are zeros, and the pages stay its own.
+        self.free_base(state, &base);
+        base.iter().for_each(|run| table.set_exclusive(*run));
+        Ok(())
+    }
+
+    /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being read without a count.
+    fn share_unless_pinned(&self, table: &TableGuard<'_>, range: PageRange) -> Vec<PageRange> {
+        let mut pinned = table.share(range);
+        pinned
+            .extend(self.grace.ranges().into_iter().map(|read| read.intersect(range)).filter(|read| !read.is_empty()));
+        pinned.sort_unstable();
+        join_runs(&pinned, 0)
+    }
+
+    /// Maps `page` over `range`, none of which is pinned or will be before the locks are let go.
+    fn show(
+        &self,
+        state: &mut State,
+        table: &TableGuard<'_>,
+        range: PageRange,
+        page: &RefPage,
+    ) -> Result<(), RamError> {
+        let shown = self.try_show(state, range, page);
+        if broken(Break::OwnReference) {
+            table.set_exclusive(range);
+        }
+        if shown.is_err() {
+            // What was not reached is still this VM's own.
+            self.reclaim(state, table, range);
+        }
+        // Shrinking a promise cannot fail.
+        let _ = state.promise.resize(state.mappings.len() as u64);
+        shown
+    }
+
+    fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
+        let sources = page.sources(range);
+        // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
+        let before = state.promise.count();
+        state.promise.resize(before.max((state.mappings.len() + 2 * sources.len().max(1)) as u64))?;
+        let base = state.mappings.base_within(range);
+        if sources.is_empty() {
+            self.at.map_zero(range).map_err(|source| RamError::Map { range, source })?;
+            state.mappings.insert(range, Mapping::Zero);
+            state.map.remove(range);
+        }
+        for (piece, source) in sources {
+            let mapped = self.at.map_private(piece, source.layer.as_fd(), source.at);
+            mapped.map_err(|source| RamError::Map { range: piece, source })?;
+            state.mappings.insert(piece, Mapping::Private(source.clone()));
+            state.map.insert(piece, source);
+        }
+        self.free_base(state, &base);
+        state.retire_base_if_shared();
+        Ok(())
+    }
+
+    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped nowhere now.
+    pub(crate) fn free_base(&self, state: &State, runs: &[PageRange]) {
+        let Some(base_file) = &state.base_file else { return };
+        for run in runs.iter().filter(|run| !run.is_empty()) {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            if let Err(error) = fallocate(base_file.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
+                tracing::debug!(%error, %run, "memory was not given back");
+            }
+            trace!(Punch { file: crate::trace::file(base_file.as_fd()), range: *run, swept: false });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, GuestRam, PinLifetime, Quiesced, RamLayout};
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 3 * BLOCK_PAGES;
+
+    fn base(store: &Store) -> GuestRam {
+        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
+        ram.populate().unwrap();
+        ram
+    }
+
+    fn word(ram: &GuestRam, page: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(page * PAGE_SIZE + 8)).unwrap()
+    }
+
+    fn pattern(word: u64) -> Pattern {
+        let mut page = [0; PAGE_SIZE as usize];
+        page.chunks_exact_mut(8).for_each(|chunk| chunk.copy_from_slice(&word.to_le_bytes()));
+        page
+    }
+
+    #[test]
+    fn r22_a_pattern_is_shown_until_it_is_written() {
+        let store = Store::open().unwrap();
+        let ram = base(&store);
+        let region = &ram.regions()[0];
+        let page = store.reference_page(&pattern(0xabcd)).unwrap();
+        region.map_reference(PageRange::new(100, 1200), &page).unwrap();
+        assert_eq!((word(&ram, 99), word(&ram, 100), word(&ram, 1199), word(&ram, 1200)), (0, 0xabcd, 0xabcd, 0));
+        assert_eq!(ram.stats().unwrap().reference, 1100);
+
+        ram.memory().write_obj(7u64, GuestAddress(600 * PAGE_SIZE + 8)).unwrap();
+        assert_eq!((word(&ram, 599), word(&ram, 600), word(&ram, 601)), (0xabcd, 7, 0xabcd), "the first write copies");
+        assert_eq!(ram.stats().unwrap().reference, 1099);
+
+        // Freeze and fork keep it a reference, whoever lets go of the handle.
+        drop(page);
+        let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        let child = GuestRam::reserve(image.layout(), &store).unwrap();
+        child.adopt(&image).unwrap();
+        drop((ram, image));
+        assert_eq!((word(&child, 599), word(&child, 600)), (0xabcd, 7));
+        // Gaps that the freeze closed were copied; all others are references still.
+        assert!(child.stats().unwrap().reference > 1000);
+        drop(child);
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
+        assert_eq!(store.live_layers(), 0, "R23: it lived as long as it was shown");
+    }
+
+    #[test]
+    fn i10_a_write_pin_of_a_reference_page_copies_first() {
+        let store = Store::open().unwrap();
+        let ram = base(&store);
+        let region = &ram.regions()[0];
+        let page = store.reference_page(&pattern(1)).unwrap();
+        region.map_reference(PageRange::new(0, 10), &page).unwrap();
+        region.map_reference(PageRange::new(10, 20), &RefPage::zero()).unwrap();
+        for at in [3, 13] {
+            let pin = region.pin(PageRange::with_len(at, 1), Access::Write, PinLifetime::LongTerm).unwrap();
+            pin.slice().write_obj(9u64, 8).unwrap();
+            assert_eq!(
+                (word(&ram, at), word(&ram, at + 1)),
+                (9, if at < 10 { 1 } else { 0 }),
+                "only this page changed"
+            );
+        }
+    }
+
+    #[test]
+    fn i7_discard_leaves_pinned_pages() {
+        let store = Store::open().unwrap();
+        for freeze_first in [false, true] {
+            let ram = base(&store);
+            let region = &ram.regions()[0];
+            (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
+            if freeze_first {
+                ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+            }
+            let pin = region.pin(PageRange::new(5, 7), Access::Write, PinLifetime::LongTerm).unwrap();
+            let done = region.discard(PageRange::new(0, 600)).unwrap();
+            assert_eq!(done, Discarded { discarded: 598, pinned: 2, unmapped: 0 });
+            let seen: Vec<u64> = [0, 4, 5, 6, 7, 599, 600].iter().map(|p| word(&ram, *p)).collect();
+            assert_eq!(seen, [0, 0, 6, 7, 0, 0, 601]);
+            pin.slice().write_obj(77u64, 8).unwrap();
+            assert_eq!(word(&ram, 5), 77, "the device and the guest still see one page");
+            assert!(matches!(
+                region.map_reference(PageRange::new(0, 10), &RefPage::zero()),
+                Err(RamError::Pinned { pages: 2, .. })
+            ));
+            assert_eq!(word(&ram, 6), 7);
+        }
+    }
+
+    #[test]
+    fn discarding_gives_the_memory_back() {
+        let store = Store::open().unwrap();
+        let ram = base(&store);
+        (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
+        assert_eq!(ram.stats().unwrap().private_kib, PAGES * 4);
+        ram.regions()[0].discard(PageRange::new(0, 2 * BLOCK_PAGES)).unwrap();
+        let stats = ram.stats().unwrap();
+        assert_eq!((stats.private_kib, stats.reference), (BLOCK_PAGES * 4, 2 * BLOCK_PAGES));
+    }
+}

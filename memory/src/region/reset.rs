@@ -1,0 +1,403 @@
+//! Reset: back to an image, in place. The cost is in pages written since, not in memory.
+//!
+//! A page the VM has written since is dropped: the private mapping shows the layer again. Where the layer behind a range is not the
+//! image's any more (it was frozen again since), or where the VM's copy lies over an older layer (a freeze copied it and left it where it
+//! was), the range is mapped anew.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::error::RamError;
+use crate::freeze::RegionImage;
+use crate::layer::LayerMap;
+use crate::region::mappings::{Mapping, Mappings};
+use crate::region::{GuestRegion, State};
+use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtract_runs};
+
+/// Shared pages between two of the VM's own that are dropped along: showing them again costs the guest one fault at most, since the kernel maps the
+/// neighbours of a page with it, and that costs no more than the system call it saves (4 us with KVM's part in it).
+const MAX_GAP: u64 = 16;
+/// Runs of one block that are dropped one by one. With more, all that is between them goes too.
+const MAX_RUNS: usize = 8;
+
+/// What a reset did. Counts are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResetReport {
+    /// The VM's own copies that were dropped.
+    pub dropped: u64,
+    /// Pages mapped anew.
+    pub remapped: u64,
+}
+
+impl std::ops::AddAssign for ResetReport {
+    fn add_assign(&mut self, other: Self) {
+        self.dropped += other.dropped;
+        self.remapped += other.remapped;
+    }
+}
+
+/// Why a reset did not take place.
+#[derive(Debug)]
+pub(crate) enum ResetError {
+    /// Nothing has changed.
+    Refused(RamError),
+    /// Some of it has.
+    Inconsistent(RamError),
+}
+
+impl From<RamError> for ResetError {
+    fn from(error: RamError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+/// Whether a private mapping shows what `want` says.
+fn shows(have: &Mapping, want: &Mapping) -> bool {
+    match (have, want) {
+        (Mapping::Private(have), Mapping::Private(want)) => have.is(want),
+        // What was not inherited stays as absent as it was (R19).
+        (Mapping::Zero, Mapping::Zero) | (Mapping::Absent, _) => true,
+        _ => false,
+    }
+}
+
+/// What must be mapped where for `map`.
+fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
+    let mut out = Vec::with_capacity(map.len() + 1);
+    let mut at = all.start;
+    for (range, source) in map.iter() {
+        out.push((PageRange::new(at, range.start), Mapping::Zero));
+        out.push((range, Mapping::Private(source.clone())));
+        at = range.end;
+    }
+    out.push((PageRange::new(at, all.end), Mapping::Zero));
+    out.retain(|(range, _)| !range.is_empty());
+    out
+}
+
+/// The runs of `range` whose mapping is not `want`, each with what it must be.
+fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
+    use crate::layer::interval::Piece;
+    let mut runs = Vec::new();
+    for (piece, have) in mappings.within(range) {
+        if !shows(&have, &want.advance(piece.start - range.start)) {
+            push_run(&mut runs, piece);
+        }
+    }
+    runs.into_iter().map(|run| (run, want.advance(run.start - range.start))).collect()
+}
+
+/// `runs`, ascending, with what lies between neighbours where that costs less than it saves. Only shared pages are added, whose loss is a fault.
+fn joined(runs: &[PageRange]) -> Vec<PageRange> {
+    let mut out: Vec<PageRange> = Vec::new();
+    for run in runs {
+        match out.last_mut() {
+            Some(last) if run.start - last.end <= MAX_GAP => last.end = run.end,
+            _ => out.push(*run),
+        }
+    }
+    let block = |run: &PageRange| run.start / BLOCK_PAGES;
+    let crowds = out.chunk_by(|a, b| block(a) == block(b));
+    let each = crowds.flat_map(|runs| match runs {
+        [first, .., last] if runs.len() > MAX_RUNS => vec![PageRange::new(first.start, last.end)],
+        few => few.to_vec(),
+    });
+    each.collect()
+}
+
+impl GuestRegion {
+    /// Why the region cannot be reset at present, if it cannot. Callers that can wait do so.
+    pub(crate) fn in_use(&self) -> Option<RamError> {
+        let mut pinned = self.table.pinned_runs(self.range());
+        pinned.extend(self.grace.ranges());
+        pinned.sort_unstable();
+        let pinned = join_runs(&pinned, 0);
+        let first = pinned.first().copied()?;
+        Some(RamError::Pinned { pages: pages_in(&pinned), first })
+    }
+
+    /// Whether a reset has failed half-way.
+    pub(crate) fn is_inconsistent(&self) -> bool {
+        self.state().inconsistent
+    }
+
+    /// Notes that a reset has failed half-way: of the VM, if not of this region.
+    pub(crate) fn mark_inconsistent(&self) {
+        self.state().inconsistent = true;
+    }
+
+    /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be refused is asked of all of them before the first is
+    /// touched.
+    pub(crate) fn reset_all(
+        regions: &[Arc<Self>],
+        images: &[RegionImage],
+        report: &mut ResetReport,
+    ) -> Result<(), ResetError> {
+        let (Some((region, rest)), Some((image, images))) = (regions.split_first(), images.split_first()) else {
+            return Ok(());
+        };
+        let map = image.map.map();
+        let mut state = region.live_state()?;
+        if let Some(error) = region.lost() {
+            return Err(RamError::Lost(error).into());
+        }
+        // What is still being copied from here is finished first: the copy reads the pages that go.
+        region.finish_background(&mut state)?;
+        // I7: nothing more is read without a count until the lock is let go.
+        let read = region.grace.ranges();
+        if let Some(first) = read.first().copied() {
+            return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
+        }
+        let table = region.table.lock();
+        let base = state.base_runs();
+        let owned = region.owned_private(region.range(), &base)?;
+        region.table.trace.reset_begun();
+        // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
+        let mut pinned = Vec::new();
+        for run in base.iter().chain(&owned) {
+            pinned.extend(table.share(*run));
+        }
+        if let Some(first) = pinned.first().copied() {
+            base.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
+            return Err(RamError::Pinned { pages: pages_in(&pinned), first }.into());
+        }
+        // Before anything is touched. A refusal here or in another region leaves all as it was.
+        let todo = region.prepare(&mut state, map).map_err(ResetError::from);
+        let todo = todo.and_then(|todo| Self::reset_all(rest, images, report).map(|()| todo));
+        let todo = todo.inspect_err(|_| {
+            region.reclaim(&state, &table, region.range());
+            let mappings = state.mappings.len() as u64;
+            let _ = state.promise.resize(mappings);
+        })?;
+        // Until all of it is done: should that end in a panic, the VM does not run on.
+        state.inconsistent = true;
+        *report += region.put_back(&mut state, map, &base, &owned, &todo).map_err(ResetError::Inconsistent)?;
+        state.inconsistent = false;
+        Ok(())
+    }
+
+    /// What must be mapped anew for `map`, with the mappings promised (D5).
+    fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
+        let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
+        for (range, want) in wanted(map, self.range()) {
+            todo.extend(differing(&state.mappings, range, &want));
+        }
+        let most = (state.mappings.len() + 2 * todo.len()) as u64;
+        let promised = state.promise.count().max(most);
+        state.promise.resize(promised)?;
+        Ok(todo)
+    }
+
+    fn put_back(
+        &self,
+        state: &mut State,
+        map: &Arc<LayerMap>,
+        base: &[PageRange],
+        owned: &[PageRange],
+        todo: &[(PageRange, Mapping)],
+    ) -> Result<ResetReport, RamError> {
+        let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
+        let dropped = subtract_runs(owned, &anew);
+        // No page between them is pinned: a pin makes it the VM's own (I3, I9), and there are none.
+        for run in &joined(&dropped) {
+            self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
+        }
+        for (range, want) in todo {
+            match want {
+                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
+                Mapping::Private(source) | Mapping::SharedBase(source) => {
+                    self.at.map_private(*range, source.layer.as_fd(), source.at)
+                }
+            }
+            .map_err(|source| RamError::Map { range: *range, source })?;
+            state.mappings.insert(*range, want.clone());
+        }
+        state.map.set(Arc::clone(map));
+        state.retire_base_if_shared();
+        let _ = state.promise.resize(state.mappings.len() as u64);
+        Ok(ResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
+    use std::time::Duration;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const PAGES: u64 = 2048;
+
+    fn frozen(store: &Store) -> (GuestRam, crate::RamImage) {
+        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
+        ram.populate().unwrap();
+        (0..PAGES).for_each(|p| put(&ram, p, p + 1));
+        let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        (ram, image)
+    }
+
+    fn put(ram: &GuestRam, page: u64, word: u64) {
+        ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+
+    fn word(ram: &GuestRam, page: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+    }
+
+    #[test]
+    fn only_what_was_written_is_dropped() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        [3, 4, 700, 2047].iter().for_each(|p| put(&ram, *p, 0));
+        let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!(report, ResetReport { dropped: 4, remapped: 0 });
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        assert_eq!(ram.stats().unwrap().private_kib, 0);
+    }
+
+    #[test]
+    fn what_was_reset_of_two_regions_is_added_up() {
+        let mut report = ResetReport { dropped: 3, remapped: 5 };
+        report += ResetReport { dropped: 4, remapped: 6 };
+        assert_eq!(report, ResetReport { dropped: 7, remapped: 11 });
+    }
+
+    #[test]
+    fn only_what_shows_something_else_is_mapped_anew() {
+        let store = Store::open_small().unwrap();
+        let layer = Arc::new(store.layer(100, crate::Backing::Small).unwrap());
+        let private = |at| Mapping::Private(crate::layer::Source { layer: Arc::clone(&layer), at });
+        assert!(shows(&Mapping::Zero, &Mapping::Zero) && shows(&private(7), &private(7)));
+        assert!(shows(&Mapping::Absent, &Mapping::Zero) && shows(&Mapping::Absent, &private(7)), "R19");
+        assert!(!shows(&Mapping::Zero, &private(7)) && !shows(&private(7), &Mapping::Zero));
+        assert!(!shows(&private(8), &private(7)));
+        let mut mappings = Mappings::default();
+        mappings.insert(PageRange::new(0, 20), private(50));
+        mappings.insert(PageRange::new(30, 40), private(80));
+        mappings.insert(PageRange::new(20, 30), Mapping::Zero);
+        let differ = |range, want: &Mapping| -> Vec<PageRange> {
+            differing(&mappings, range, want).into_iter().map(|(run, _)| run).collect()
+        };
+        assert_eq!(differ(PageRange::new(10, 40), &private(60)), [PageRange::new(20, 30)]);
+        assert_eq!(differ(PageRange::new(10, 30), &Mapping::Zero), [PageRange::new(10, 20)]);
+        let anew = differing(&mappings, PageRange::new(10, 40), &private(61));
+        assert_eq!(anew.len(), 1, "runs are joined");
+        assert!(anew[0].0 == PageRange::new(10, 40) && shows(&anew[0].1, &private(61)));
+    }
+
+    #[test]
+    fn near_runs_are_dropped_together_and_far_ones_are_not() {
+        let run = PageRange::new;
+        assert_eq!(joined(&[]), []);
+        assert_eq!(joined(&[run(0, 1), run(17, 18), run(35, 36)]), [run(0, 18), run(35, 36)]);
+        let far = |count: u64| (0..count).map(|n| run(512 + n * 40, 513 + n * 40)).collect::<Vec<_>>();
+        assert_eq!(joined(&far(8)), far(8));
+        assert_eq!(joined(&far(9)), [run(512, 513 + 8 * 40)]);
+        let over = [run(500, 520), run(560, 561)];
+        assert_eq!(joined(&over), over);
+    }
+
+    #[test]
+    fn what_lies_between_pages_that_are_dropped_stays_as_it_was() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        // One in three, one in forty; and one page that has no layer behind it.
+        let some = |p: &u64| if *p < 1000 { p.is_multiple_of(3) } else { p.is_multiple_of(40) };
+        (0..PAGES).filter(some).for_each(|p| put(&ram, p, 0));
+        ram.regions()[0].discard(PageRange::with_len(1001, 1)).unwrap();
+        let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!(report.dropped, (0..PAGES).filter(some).count() as u64);
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        assert_eq!(ram.stats().unwrap().private_kib, 0);
+    }
+
+    #[test]
+    fn back_over_a_freeze_that_came_between() {
+        let store = Store::open().unwrap();
+        let (ram, first) = frozen(&store);
+        // Few, which a freeze copies and leaves; and many, which it remaps.
+        put(&ram, 7, 0);
+        (1000..1600).for_each(|p| put(&ram, p, 0));
+        let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+        put(&ram, 7, 1);
+        ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 7), word(&ram, 1000)), (0, 0), "not the first image's");
+        ram.reset(&first, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 7), word(&ram, 1599), word(&ram, 1600)), (0, 0, 1601));
+    }
+
+    #[test]
+    fn i7_a_pinned_page_refuses_the_reset_and_nothing_changes() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        put(&ram, 5, 55);
+        put(&ram, 6, 66);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, PinLifetime::LongTerm).unwrap();
+        let refused = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_millis(5));
+        assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
+        // A pin that comes after the first look is met by the region itself.
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 1, .. }))));
+        assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
+        assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");
+        drop(pin);
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!((word(&ram, 5), word(&ram, 6)), (6, 7));
+    }
+
+    #[test]
+    fn i7_pages_that_are_read_without_a_count_refuse_the_reset() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        put(&ram, 700, 7);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
+        assert_eq!(ram.regions()[0].ownership().get(5), (false, 0), "not counted");
+        // A read that comes after the first look is met by the region itself.
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 2, .. }))), "{late:?}");
+        assert_eq!(word(&ram, 700), 7, "nothing has changed");
+        let device = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            drop(pin);
+        });
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).expect("waited for the device");
+        device.join().unwrap();
+        assert_eq!(word(&ram, 700), 701);
+    }
+
+    #[test]
+    fn a_reset_waits_for_a_device_that_is_nearly_done() {
+        let store = Store::open().unwrap();
+        let (ram, image) = frozen(&store);
+        let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, PinLifetime::Transient).unwrap();
+        let device = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            pin.slice().write_obj(1u64, 0).unwrap();
+            drop(pin);
+        });
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).unwrap();
+        device.join().unwrap();
+        assert_eq!(word(&ram, 5), 6, "the device was done before its page went");
+    }
+
+    #[test]
+    fn d5_all_mappings_of_a_reset_are_promised_before_the_first_is_made() {
+        let store = Store::open_small().unwrap();
+        let (ram, image) = frozen(&store);
+        let region = &ram.regions()[0];
+        // Every second page of the image comes from elsewhere: each is mapped anew in the middle of one mapping.
+        let mut map = LayerMap::clone(image.regions()[0].map.map());
+        (0..40).for_each(|n| map.remove(PageRange::with_len(100 + 2 * n, 1)));
+        let mut state = region.live_state().unwrap();
+        let todo = region.prepare(&mut state, &map).unwrap();
+        let (before, promised) = (state.mappings.len(), state.promise.count());
+        region.put_back(&mut state, &Arc::new(map), &[], &[], &todo).unwrap();
+        let made = state.mappings.len() as u64;
+        assert_eq!((before as u64, made), (1, 81));
+        assert!(promised >= made, "{made} mappings were made, and {promised} promised");
+        drop(state);
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    }
+}

@@ -1,0 +1,92 @@
+//! Exact counts of a VM's pages by what they are.
+
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{SeekFrom, seek};
+
+use crate::error::RamError;
+use crate::region::GuestRegion;
+use crate::region::mappings::Mapping;
+use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
+
+/// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless they say KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RamStats {
+    /// In no layer, or showing a reference page: they cost nothing.
+    pub reference: u64,
+    /// Provided by a layer.
+    pub shared: u64,
+    /// This VM's own.
+    pub exclusive: u64,
+    /// Of the exclusive, pinned for DMA.
+    pub pinned: u64,
+    /// Memory that goes when this VM goes: its own copies, and what is allocated of its base file while
+    /// that is not a layer.
+    pub private_kib: u64,
+    /// Mappings it costs.
+    pub mappings: u64,
+    /// Bytes of the ownership table.
+    pub table_bytes: u64,
+}
+
+impl std::ops::AddAssign for RamStats {
+    fn add_assign(&mut self, other: Self) {
+        self.reference += other.reference;
+        self.shared += other.shared;
+        self.exclusive += other.exclusive;
+        self.pinned += other.pinned;
+        self.private_kib += other.private_kib;
+        self.mappings += other.mappings;
+        self.table_bytes += other.table_bytes;
+    }
+}
+
+impl GuestRegion {
+    pub(crate) fn stats(&self) -> Result<RamStats, RamError> {
+        let state = self.state();
+        let mut stats = RamStats { table_bytes: self.table.footprint(), ..RamStats::default() };
+        if !self.is_live() {
+            return Ok(stats);
+        }
+        let base = state.base_runs();
+        let private = subtract_runs(&[self.range()], &base);
+        let owned = self.owned_private(self.range(), &base)?;
+        let in_layers = |run: &PageRange| {
+            let shared = state.map.within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
+            shared.map(|(piece, _)| piece.len()).sum::<u64>()
+        };
+        let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(in_layers).sum();
+        stats.exclusive = pages_in(&base) + pages_in(&owned);
+        stats.shared = elsewhere;
+        stats.reference = self.pages() - stats.exclusive - stats.shared;
+        stats.pinned = self.table.counts(self.range()).pinned;
+        stats.mappings = state.mappings.len() as u64;
+        let mut own_pages = pages_in(&owned);
+        for (range, mapping) in state.mappings.iter() {
+            if let Mapping::SharedBase(source) = mapping {
+                let file = PageRange::with_len(source.at, range.len());
+                own_pages += pages_in(&allocated(source.layer.as_fd(), file).map_err(RamError::Harvest)?);
+            }
+        }
+        stats.private_kib = own_pages * (PAGE_SIZE / 1024);
+        Ok(stats)
+    }
+}
+
+/// The pages of `range` of a file that have memory behind them.
+pub(crate) fn allocated(file: BorrowedFd<'_>, range: PageRange) -> std::io::Result<Vec<PageRange>> {
+    let mut runs = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let data = match seek(file, SeekFrom::Data(at << PAGE_SHIFT)) {
+            Ok(offset) => offset >> PAGE_SHIFT,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let hole = seek(file, SeekFrom::Hole(data << PAGE_SHIFT))?.div_ceil(PAGE_SIZE);
+        push_run(&mut runs, PageRange::new(data, hole).intersect(range));
+        at = hole.max(at + 1);
+    }
+    Ok(runs)
+}

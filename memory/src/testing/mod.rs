@@ -1,0 +1,7 @@
+//! Faults, deliberate breaks and schedules. A build without tests has only the names of the
+//! failpoints, which cost nothing there.
+
+pub(crate) mod failpoint;
+pub(crate) mod sabotage;
+#[cfg(all(test, shuttle))]
+mod schedules;

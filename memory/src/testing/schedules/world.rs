@@ -1,0 +1,317 @@
+//! What the tasks of a schedule share: a VM of two regions, a record of what each page was given, and a guest that never waits in the kernel.
+
+use std::collections::VecDeque;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use shuttle::sync::{Condvar, Mutex};
+
+use crate::dma::splice::page_of;
+use crate::freeze::background::Shared;
+use crate::sys::Fault;
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
+use crate::{GuestRam, GuestRegion, RamLayout, Store};
+
+/// Pages of each region: whole blocks and a part of one.
+pub(super) const PAGES: u64 = 2 * BLOCK_PAGES + 3;
+pub(super) const REGIONS: usize = 2;
+
+/// How often an access is tried before nobody will ever serve it.
+const MAX_TRIES: u32 = 200;
+
+/// A page of the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct At {
+    pub(super) region: usize,
+    pub(super) page: u64,
+}
+
+impl At {
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        (0..REGIONS).flat_map(|region| (0..PAGES).map(move |page| Self { region, page }))
+    }
+
+    fn index(self) -> usize {
+        self.region * PAGES as usize + self.page as usize
+    }
+}
+
+/// What every page has been given, in order. Locked between two steps of a schedule only, so never waited for.
+#[derive(Debug, Default)]
+struct Record {
+    /// By page.
+    words: Vec<Vec<u64>>,
+    last: u64,
+    wrong: Option<String>,
+}
+
+/// What a page may be in a child: what the parent's was when the freeze began, and what devices wrote while it went on.
+#[derive(Clone, Debug)]
+pub(super) struct Instant(Vec<Vec<u64>>);
+
+impl Instant {
+    pub(super) fn allows(&self, at: At) -> &[u64] {
+        &self.0[at.index()]
+    }
+}
+
+/// What the background task is asked.
+#[derive(Debug, Default)]
+struct Desk {
+    faults: VecDeque<Fault>,
+    /// Faults answered.
+    answered: u64,
+    asked: u64,
+    poked: bool,
+    closed: bool,
+}
+
+pub(super) struct World {
+    pub(super) store: Store,
+    pub(super) engine: Arc<Shared>,
+    pub(super) parent: GuestRam,
+    /// Held by the vCPU while it runs, and by whoever has stopped it.
+    pub(super) cpu: Mutex<()>,
+    record: std::sync::Mutex<Record>,
+    desk: Mutex<Desk>,
+    bell: Condvar,
+}
+
+/// The page map's bit of a page that userfaultfd protects.
+const PROTECTED: u64 = 1 << 57;
+const PRESENT: u64 = 1 << 63;
+
+fn address(region: &GuestRegion, page: u64) -> u64 {
+    region.host_address() + page * PAGE_SIZE
+}
+
+thread_local! {
+    static PAGEMAP: std::fs::File = std::fs::File::open("/proc/self/pagemap").unwrap();
+}
+
+fn pagemap(address: u64) -> u64 {
+    let mut entry = [0; 8];
+    PAGEMAP.with(|map| map.read_exact_at(&mut entry, address / PAGE_SIZE * 8)).unwrap();
+    u64::from_ne_bytes(entry)
+}
+
+fn in_core(address: u64) -> bool {
+    let mut seen = 0u8;
+    // SAFETY: one page of this process's own mapping is asked for, and one byte is written.
+    let asked = unsafe { libc::mincore(address as *mut libc::c_void, PAGE_SIZE as usize, &raw mut seen) };
+    asked == 0 && seen & 1 != 0
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        let store = Store::open_small().unwrap();
+        let engine = store.background().unwrap();
+        let ranges = [0, 1 << 32].map(|base| (vm_memory::GuestAddress(base), PAGES));
+        let parent = GuestRam::reserve(&RamLayout::of_ranges(&ranges).unwrap(), &store).unwrap();
+        parent.populate().unwrap();
+        let record = Record { words: vec![Vec::new(); REGIONS * PAGES as usize], ..Record::default() };
+        Self {
+            store,
+            engine,
+            parent,
+            cpu: Mutex::new(()),
+            record: std::sync::Mutex::new(record),
+            desk: Mutex::new(Desk::default()),
+            bell: Condvar::new(),
+        }
+    }
+
+    fn record(&self) -> std::sync::MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Something is not as it must be: the schedule fails.
+    pub(super) fn wrong(&self, told: String) {
+        self.record().wrong.get_or_insert(told);
+    }
+
+    pub(super) fn found(&self) -> Option<String> {
+        self.record().wrong.clone()
+    }
+
+    /// A word that no page has had.
+    pub(super) fn fresh(&self) -> u64 {
+        let mut record = self.record();
+        record.last += 1;
+        record.last
+    }
+
+    /// Notes that the parent's page has been given `word`: by its guest or by a device.
+    pub(super) fn given(&self, at: At, word: u64) {
+        self.record().words[at.index()].push(word);
+    }
+
+    /// Gives a page of the VM's base file its first word: a hole until then, that nobody watches.
+    pub(super) fn base(&self, at: At) {
+        let word = self.fresh();
+        let region = &self.parent.regions()[at.region];
+        let to = address(region, at.page) as *mut u64;
+        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and no other task runs yet.
+        unsafe { to.write_volatile(word) };
+        self.given(at, word);
+    }
+
+    pub(super) fn now(&self, at: At) -> u64 {
+        *self.record().words[at.index()].last().unwrap()
+    }
+
+    /// How much each page had been given by now.
+    pub(super) fn mark(&self) -> Vec<usize> {
+        self.record().words.iter().map(|words| words.len() - 1).collect()
+    }
+
+    /// What each page was at `mark` and has been given since.
+    pub(super) fn since(&self, mark: &[usize]) -> Instant {
+        let record = self.record();
+        Instant(record.words.iter().zip(mark).map(|(words, first)| words[*first..].to_vec()).collect())
+    }
+
+    /// Whether an access would wait in the kernel, for good here, where all tasks share a thread.
+    pub(super) fn waits(region: &GuestRegion, page: u64, write: bool) -> bool {
+        let address = address(region, page);
+        let entry = pagemap(address);
+        if entry & PRESENT == 0 {
+            !in_core(address) || write && entry & PROTECTED != 0
+        } else {
+            write && entry & PROTECTED != 0
+        }
+    }
+
+    /// One access by a guest: the word that was there. `None` when it would wait; then its fault has been sent.
+    fn try_access(&self, region: &GuestRegion, page: u64, write: Option<u64>) -> Option<u64> {
+        if Self::waits(region, page, write.is_some()) {
+            return None;
+        }
+        let word = address(region, page) as *mut u64;
+        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and no other task runs meanwhile.
+        let was = unsafe { word.read_volatile() };
+        if let Some(value) = write {
+            // SAFETY: as above.
+            unsafe { word.write_volatile(value) };
+        }
+        Some(was)
+    }
+
+    /// Sends a fault to the background task and waits for its answer.
+    fn fault(&self, region: &GuestRegion, page: u64, write_protected: bool) {
+        let mut desk = self.desk.lock().unwrap();
+        desk.faults.push_back(Fault { address: address(region, page), write_protected });
+        desk.asked += 1;
+        let mine = desk.asked;
+        self.bell.notify_all();
+        while desk.answered < mine {
+            desk = self.bell.wait(desk).unwrap();
+        }
+    }
+
+    /// The parent's guest, on its vCPU: reads a page, or writes it.
+    pub(super) fn guest(&self, at: At, write: bool) {
+        let region = &self.parent.regions()[at.region];
+        for _ in 0..MAX_TRIES {
+            {
+                let _cpu = self.cpu.lock().unwrap();
+                let word = write.then(|| self.fresh());
+                let expected = self.now(at);
+                if let Some(was) = self.try_access(region, at.page, word) {
+                    if was != expected {
+                        self.wrong(format!("the guest sees {was} at {at:?}, and it was given {expected}"));
+                    }
+                    if let Some(word) = word {
+                        self.given(at, word);
+                    }
+                    return;
+                }
+            }
+            // The vCPU waits outside the guest: a freeze can stop it.
+            self.fault(region, at.page, write);
+        }
+        self.wrong(format!("an access of the guest to {at:?} is never served"));
+    }
+
+    /// A child's guest.
+    pub(super) fn child(&self, ram: &GuestRam, at: At, write: Option<u64>) -> u64 {
+        let region = &ram.regions()[at.region];
+        for _ in 0..MAX_TRIES {
+            if let Some(was) = self.try_access(region, at.page, write) {
+                return was;
+            }
+            self.fault(region, at.page, false);
+        }
+        self.wrong(format!("a child's access to {at:?} is never served"));
+        0
+    }
+
+    /// Whether nothing a device does to `range` would wait: it heeds no protection, and knows no hole.
+    pub(super) fn is_open(region: &GuestRegion, range: PageRange, write: bool) -> bool {
+        (range.start..range.end).all(|page| !Self::waits(region, page, write))
+    }
+
+    /// There may be something to copy.
+    pub(super) fn poke(&self) {
+        self.desk.lock().unwrap().poked = true;
+        self.bell.notify_all();
+    }
+
+    /// No more will be asked.
+    pub(super) fn close(&self) {
+        self.desk.lock().unwrap().closed = true;
+        self.bell.notify_all();
+    }
+
+    /// The background thread's life: faults first, then a slice of the oldest job.
+    pub(super) fn serve(&self) {
+        loop {
+            let fault = {
+                let mut desk = self.desk.lock().unwrap();
+                desk.poked = false;
+                desk.faults.pop_front()
+            };
+            let answered = fault.is_some();
+            if self.engine.serve_one(fault) {
+                if answered {
+                    self.desk.lock().unwrap().answered += 1;
+                    self.bell.notify_all();
+                }
+                continue;
+            }
+            let mut desk = self.desk.lock().unwrap();
+            while desk.faults.is_empty() && !desk.poked {
+                if desk.closed {
+                    return;
+                }
+                desk = self.bell.wait(desk).unwrap();
+            }
+        }
+    }
+
+    /// What is left to the reclaim thread.
+    pub(super) fn reclaim(&self) {
+        let tasks = self.store.reclaim(|thread| thread.take_queued());
+        tasks.into_iter().flatten().for_each(|task| task());
+    }
+}
+
+/// The first word of each page.
+pub(super) fn words(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(PAGE_SIZE as usize).map(page_of).collect()
+}
+
+/// Pages that begin with these words.
+pub(super) fn bytes(words: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![0; words.len() * PAGE_SIZE as usize];
+    for (page, word) in bytes.chunks_exact_mut(PAGE_SIZE as usize).zip(words) {
+        page[..8].copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// Ends the process if one schedule takes longer than that: a task waits in the kernel, and with it all of them.
+pub(super) fn watch() {
+    // SAFETY: it arms a timer; the signal's default is to end the process, with a name that says why.
+    unsafe { libc::alarm(60) };
+}
