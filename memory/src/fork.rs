@@ -11,7 +11,7 @@ use crate::error::RamError;
 use crate::freeze::RegionImage;
 use crate::freeze::background::{AttachError, BackgroundError};
 use crate::layer::interval::Piece;
-use crate::layer::{LayerMap, Source};
+use crate::layer::{Layer, LayerMap, Source};
 use crate::region::mappings::Mapping;
 use crate::region::nofork::{self, NoForkMap};
 use crate::region::{GuestRegion, State};
@@ -118,21 +118,13 @@ impl GuestRegion {
             }
             layout = coarser;
         }
-        state.promise.resize((layout.mappings.len() + 2 * absent.len()) as u64)?;
-        for (range, mapping) in &layout.mappings {
-            match mapping {
-                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
-                Mapping::Private(source) | Mapping::SharedBase(source) => {
-                    self.at.map_private(*range, source.layer.as_fd(), source.at)
-                }
-            }
-            .map_err(|source| RamError::Map { range: *range, source })?;
-            // Before the region is live: a hole in an unfinished layer is waited for, never read.
-            if let Mapping::Private(source) = mapping {
-                self.watch(state, *range, source)?;
-            }
-            state.mappings.insert(*range, mapping.clone());
-        }
+        state.space.reserve((layout.mappings.len() + 2 * absent.len()) as u64)?;
+        let State { space, waits, .. } = state;
+        // Before the region is live: a hole in an unfinished layer is waited for, never read.
+        space.lay_out(&layout.mappings, map.map(), |range, mapping| match mapping {
+            Mapping::Private(source) => self.watch(waits, range, source),
+            _ => Ok(()),
+        })?;
         let copied: Vec<PageRange> = layout.copies.iter().map(|(r, _)| *r).collect();
         for (range, from) in &layout.copies {
             from.layer.wait_filled(PageRange::with_len(from.at, range.len())).map_err(RamError::Lost)?;
@@ -146,15 +138,13 @@ impl GuestRegion {
             table.set_exclusive(*range);
         }
         for range in &absent {
-            self.at.map_none(*range).map_err(|source| RamError::Map { range: *range, source })?;
-            state.mappings.insert(*range, Mapping::Absent);
+            state.space.show(*range, &Mapping::Absent)?;
         }
         state.no_fork = image.no_fork.clone();
-        state.map.set(Arc::clone(image.map.map()));
         Ok(())
     }
 
-    fn watch(&self, state: &mut State, range: PageRange, source: &Source) -> Result<(), RamError> {
+    fn watch(&self, waits: &mut Vec<Arc<Layer>>, range: PageRange, source: &Source) -> Result<(), RamError> {
         // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock
         // tells.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
@@ -162,8 +152,8 @@ impl GuestRegion {
             AttachError::Failed(error) => RamError::Lost(error),
             AttachError::Watch(source) => BackgroundError::Watch(source).into(),
         })?;
-        if missing && !state.waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
-            state.waits.push(Arc::clone(&source.layer));
+        if missing && !waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
+            waits.push(Arc::clone(&source.layer));
         }
         Ok(())
     }
@@ -183,13 +173,7 @@ impl GuestRegion {
                 bg_copy.detach(&self.at);
             }
         }
-        if let Err(error) = self.at.protect_none() {
-            tracing::error!(%error, "a region could not be emptied");
-        }
-        state.map.set(Arc::default());
-        state.mappings = crate::region::mappings::Mappings::default();
-        state.abandon_base();
+        state.space.clear();
         state.compaction = None;
-        let _ = state.promise.resize(1);
     }
 }

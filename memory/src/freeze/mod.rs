@@ -144,11 +144,12 @@ impl GuestRegion {
         let done = done.and_then(|prepared| region.commit_freeze(&mut state, &table, &plan, prepared));
         if done.is_err() {
             // I13: whatever is still base or private is still this VM's own.
-            for run in state.base_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo)) {
+            for run in
+                state.space.mappings().base_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo))
+            {
                 table.set_exclusive(*run);
             }
-            let mappings = state.mappings.len() as u64;
-            let _ = state.promise.resize(mappings);
+            state.space.trim();
             region.table.trace.freeze_failed();
         }
         let (mut map, report) = done?;
@@ -165,7 +166,7 @@ impl GuestRegion {
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
         // R19: what children do not inherit is not looked at. It stays as it is, and its bytes reach no layer.
         let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
-        let mapped_shared = state.base_runs();
+        let mapped_shared = state.space.mappings().base_runs();
         let base = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
@@ -221,9 +222,7 @@ impl GuestRegion {
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.base, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
-        let most = state.mappings.len() as u64 + 2 * to_remap.len() as u64;
-        let promised = state.promise.count().max(most);
-        state.promise.resize(promised)?;
+        state.space.reserve_runs(to_remap.len())?;
         Ok(Prepared { delta, to_remap })
     }
 
@@ -236,19 +235,21 @@ impl GuestRegion {
         prepared: Prepared,
     ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
         let Prepared { mut delta, to_remap } = prepared;
-        let base_file = state.base_file.clone();
+        let base_file = state.space.base_file().cloned();
         for (run, base_file) in to_remap.iter().zip(base_file.iter().cycle()) {
-            if !broken(Break::WriteLayer) {
-                self.remap(state, *run, &Source { layer: Arc::clone(base_file), at: run.start })?;
+            let source = Source { layer: Arc::clone(base_file), at: run.start };
+            if broken(Break::WriteLayer) {
+                state.space.supersede(*run, source);
+                continue;
             }
             // From here on these pages of the base file are a layer's (I4).
-            state.map.insert(*run, Source { layer: Arc::clone(base_file), at: run.start });
+            state.space.show(*run, &Mapping::Private(source))?;
         }
         self.withdraw_no_fork(state, table);
-        state.register_base();
-        let before = View::new(self.store.views(), Arc::clone(state.map.map()));
+        state.space.register_base();
+        let before = View::new(self.store.views(), Arc::clone(state.space.map()));
         for (run, source) in delta.all() {
-            state.map.insert(*run, source.clone());
+            state.space.supersede(*run, source.clone());
         }
         let gaps = subtract_runs(&subtract_runs(&plan.copy, &plan.owned), &plan.pinned);
         let report = FreezeReport {
@@ -261,23 +262,22 @@ impl GuestRegion {
             // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
             bg_copy.start();
-            return Ok((Arc::clone(state.map.map()), report));
+            return Ok((Arc::clone(state.space.map()), report));
         }
-        let image = Arc::clone(state.map.map());
+        let image = Arc::clone(state.space.map());
         self.share_copies(state, &delta.shared);
-        state.keep_gaps(&before, &gaps);
+        state.space.keep_gaps(&before, &gaps);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
         let shared_id = delta.shared.first().map(|(_, source)| source.layer.id());
         for private in &plan.owned {
-            for (range, mapping) in state.mappings.within(*private) {
+            for (range, mapping) in state.space.mappings().within(*private) {
                 let shared = matches!(&mapping, Mapping::Private(now) if Some(now.layer.id()) == shared_id);
                 if !shared {
                     table.set_exclusive(range);
                 }
             }
         }
-        // Shrinking a promise cannot fail.
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        state.space.trim();
         Ok((image, report))
     }
 
@@ -285,20 +285,19 @@ impl GuestRegion {
     /// they become private pages with the same bytes, and the file has holes in their place. What is pinned stays where
     /// it is (I3), and so does what is too much for a pause.
     fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
-        let Some(base_file) = state.base_file.clone() else { return };
+        if state.space.base_file().is_none() {
+            return;
+        }
         let declared = nofork::runs(&state.no_fork);
-        let base: Vec<PageRange> = declared.iter().flat_map(|run| state.mappings.base_within(*run)).collect();
+        let base: Vec<PageRange> = declared.iter().flat_map(|run| state.space.mappings().base_within(*run)).collect();
         let (mut moved, mut left) = (Vec::new(), MAX_WITHDRAWN);
         for run in base {
             let pinned = table.share(run);
             for piece in subtract_runs(&[run], &pinned) {
-                let needed = state.mappings.len() as u64 + 2;
-                let room = state.promise.count() >= needed || state.promise.resize(needed).is_ok();
-                if room && piece.len() <= left {
-                    match self.at.replace_private(piece, base_file.as_fd(), piece.start) {
+                if piece.len() <= left {
+                    match state.space.withdraw(piece) {
                         Ok(()) => {
                             left -= piece.len();
-                            state.mappings.insert(piece, Mapping::Zero);
                             moved.push(piece);
                         }
                         Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the base file"),
@@ -308,7 +307,7 @@ impl GuestRegion {
                 table.set_exclusive(piece);
             }
         }
-        self.free_base(state, &moved);
+        state.space.free_base(&moved);
     }
 
     /// All of the region, as it is read now, in a layer of its own.
@@ -377,12 +376,12 @@ impl GuestRegion {
             .and_then(|()| layer.file().try_clone())
             .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
-        let used = state.mappings.len() as u64;
+        let used = state.space.mappings().len() as u64;
         let allowance =
             (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share().saturating_sub(used));
-        let allowance = state.promise.resize(used + allowance).map_or(0, |()| allowance);
+        let allowance = state.space.reserve(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
-        let beneath = View::new(self.store.views(), Arc::clone(state.map.map()));
+        let beneath = View::new(self.store.views(), Arc::clone(state.space.map()));
         // Pages come into its file one by one; what is a whole block is put together when all are there.
         let later = (packed.grain == Backing::Huge).then(|| self.store.reclaim(ReclaimThread::sender)).flatten();
         let delta = Delta {
@@ -407,29 +406,18 @@ impl GuestRegion {
         let mut pieces: Vec<_> = shared.iter().collect();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
         for (piece, source) in pieces {
-            let needed = state.mappings.len() as u64 + 2;
-            if needed > share {
+            if state.space.mappings().len() as u64 + 2 > share {
                 tracing::debug!("enough mappings: pages stay private to the parent until layers have been merged");
                 break;
             }
-            if state.promise.count() < needed && state.promise.resize(needed).is_err() {
-                tracing::debug!("mapping budget reached: pages stay private to the parent");
-                break;
-            }
-            if let Err(error) = self.remap(state, *piece, source) {
+            // Refused when the budget is used up, too.
+            if let Err(error) =
+                state.space.reserve_runs(1).map_err(RamError::from).and_then(|()| state.space.catch_up(*piece, source))
+            {
                 tracing::debug!(%error, "pages stay private to the parent");
                 break;
             }
         }
-    }
-
-    /// Maps `run` private over `source` and records it.
-    pub(crate) fn remap(&self, state: &mut State, run: PageRange, source: &Source) -> Result<(), RamError> {
-        self.at
-            .map_private(run, source.layer.as_fd(), source.at)
-            .map_err(|source| RamError::Map { range: run, source })?;
-        state.mappings.insert(run, Mapping::Private(source.clone()));
-        Ok(())
     }
 }
 

@@ -28,14 +28,14 @@ fn d5_all_mappings_of_a_freeze_are_promised_before_the_first_is_made() {
     let table = region.table.lock();
     let plan = region.plan(&state, &table).unwrap();
     let prepared = region.prepare_freeze(&mut state, &plan, FreezeMode::Eager).unwrap();
-    let (before, promised) = (state.mappings.len(), state.promise.count());
+    let (before, promised) = (state.space.mappings().len(), state.space.promised());
     assert_eq!(before, 1, "nothing is mapped anew yet");
     assert_eq!(promised, 1 + 2 * (PINNED + 1), "each run adds itself and splits what it lies in");
     region.commit_freeze(&mut state, &table, &plan, prepared).unwrap();
-    let made = state.mappings.len() as u64;
+    let made = state.space.mappings().len() as u64;
     assert_eq!(made, 2 * PINNED + 1);
     assert!(promised >= made, "{made} mappings were made, and {promised} promised");
-    assert_eq!(state.promise.count(), made, "what was not needed is given back");
+    assert_eq!(state.space.promised(), made, "what was not needed is given back");
     drop((table, state, pins));
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
 }
@@ -127,7 +127,7 @@ fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
     region.set_no_fork(PageRange::new(1500, 1501), Some(NoFork::Zeroed)).unwrap();
     drop(region.pin(PageRange::new(0, 3000), Access::Write, PinLifetime::Transient).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
-    assert_eq!(pages_in(&region.state().base_runs()), MAX_RECENTLY_PINNED);
+    assert_eq!(pages_in(&region.state().space.mappings().base_runs()), MAX_RECENTLY_PINNED);
     ram.check(&Quiesced::by(&NoWriters)).unwrap();
 }
 
@@ -139,7 +139,7 @@ fn base_left(declared: &[PageRange], pinned: Option<PageRange>) -> Vec<PageRange
     declared.iter().for_each(|run| region.set_no_fork(*run, Some(NoFork::Zeroed)).unwrap());
     let pin = pinned.map(|range| region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
-    let left = region.state().base_runs();
+    let left = region.state().space.mappings().base_runs();
     for page in declared.iter().flat_map(|run| run.start..run.end) {
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), page + 1, "page {page}");
         assert!(region.ownership().get(page).0, "I2: page {page} is the VM's own, wherever it lies");
@@ -171,7 +171,7 @@ fn d5_what_leaves_the_base_file_is_promised_its_mappings() {
     let mut state = region.checked(region.range()).unwrap();
     let table = region.table.lock();
     region.withdraw_no_fork(&mut state, &table);
-    let (made, promised) = (state.mappings.len() as u64, state.promise.count());
+    let (made, promised) = (state.space.mappings().len() as u64, state.space.promised());
     assert_eq!(made, 21);
     assert!(promised >= made, "{made} mappings were made, and {promised} promised");
 }
@@ -182,7 +182,7 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
     let store = Store::open_small().unwrap();
     let ram = named(&store, 600);
     freeze_in(&ram, FreezeMode::Eager);
-    let layer = Arc::downgrade(&ram.regions()[0].state().map.get(5).unwrap().layer);
+    let layer = Arc::downgrade(&ram.regions()[0].state().space.map().get(5).unwrap().layer);
     write(&ram, PageRange::new(0, 600));
     let busy = crate::reclaim::Busy::begin(&store);
     freeze_in(&ram, FreezeMode::Eager);
@@ -209,7 +209,7 @@ fn mappings_after(limit: u64, held: u64) -> usize {
     (0..3000).for_each(|page| {
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), page + 1);
     });
-    ram.regions()[0].state().mappings.len()
+    ram.regions()[0].state().space.mappings().len()
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn d5_the_background_is_promised_two_mappings_a_run() {
     let table = region.table.lock();
     let plan = region.plan(&state, &table).unwrap();
     let prepared = region.prepare_freeze(&mut state, &plan, FreezeMode::Background).unwrap();
-    assert_eq!(state.promise.count(), 1 + 2 * 5);
+    assert_eq!(state.space.promised(), 1 + 2 * 5);
     region.commit_freeze(&mut state, &table, &plan, prepared).unwrap();
     drop(plan);
     drop((table, state));

@@ -285,7 +285,7 @@ impl GuestRegion {
     fn compact(&self, report: &mut CompactReport) -> Result<(), RamError> {
         let mut state = self.checked(self.range())?;
         self.finish_background(&mut state)?;
-        let of = Arc::clone(state.map.map());
+        let of = Arc::clone(state.space.map());
         let merged = Merged::make(&self.store, &of, &runs_to_merge(&of, &nofork::runs(&state.no_fork)))?;
         let pages = merged.as_ref().map_or(0, Merged::pages);
         if let Some(merged) = merged {
@@ -294,18 +294,20 @@ impl GuestRegion {
             let own = self.own(&state)?;
             self.take_over(&mut state, merged, &own, usize::MAX)?;
         }
-        report.note(&of, &state.map, pages);
+        report.note(&of, state.space.map(), pages);
         Ok(())
     }
 
     /// After a freeze: has the short pieces of the view merged in the background, if they have become many.
     pub(crate) fn compact_later(&self, state: &mut State) {
-        if state.compaction.is_some() || state.freezing.is_some() || !needs_compaction(&state.map, state.last_compacted)
+        if state.compaction.is_some()
+            || state.freezing.is_some()
+            || !needs_compaction(state.space.map(), state.last_compacted)
         {
             return;
         }
         let compaction = Arc::new(Compaction::default());
-        let (store, of) = (self.store.clone(), View::new(self.store.views(), Arc::clone(state.map.map())));
+        let (store, of) = (self.store.clone(), View::new(self.store.views(), Arc::clone(state.space.map())));
         let (barred, result) = (nofork::runs(&state.no_fork), Arc::clone(&compaction));
         let work = move || {
             let merged = Merged::make(&store, of.map(), &runs_to_merge(&of, &barred));
@@ -336,7 +338,7 @@ impl GuestRegion {
             Some(Ok(None)) | None => {}
         }
         state.compaction = None;
-        state.last_compacted = (state.map.len(), layers([&*state.map]));
+        state.last_compacted = (state.space.map().len(), layers([&**state.space.map()]));
     }
 
     /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most `most` patches; returns the rest.
@@ -349,14 +351,13 @@ impl GuestRegion {
     ) -> Result<Option<Merged>, RamError> {
         let rest = merged.placed.split_off(most.min(merged.placed.len()));
         let taken = self.take_over_all(state, &merged, own);
-        // Shrinking a promise cannot fail.
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        state.space.trim();
         merged.placed = rest;
         if taken.is_ok() && !merged.placed.is_empty() {
             return Ok(Some(merged));
         }
         // What was taken over before is in the published view, so the new layer is one that a sweep looks at; what was just taken over is not yet.
-        state.keep_until_published(merged.seen);
+        state.space.keep_until_published(merged.seen);
         taken.map(|()| None)
     }
 
@@ -365,26 +366,19 @@ impl GuestRegion {
         for (run, source) in &merged.placed {
             // Without what has been declared no-fork since it was copied: which of those pages are the VM's own a freeze does not ask, and a page that is
             // not must not be shown by a mapping when the map says otherwise.
-            let same = subtract_runs(&merged.unchanged(&state.map, *run), &kept);
+            let same = subtract_runs(&merged.unchanged(state.space.map(), *run), &kept);
             let copied = |part: PageRange| source.advance(part.start - run.start);
             // This VM's own pages stay as they are; of them only the map changes.
             let pieces = subtract_runs(&same, own);
-            if !is_gain(&state.mappings, &pieces) {
+            if !is_gain(state.space.mappings(), &pieces) {
                 continue;
             }
             for piece in pieces {
-                self.map_anew(state, piece, &copied(piece))?;
-                // In step: a page that the map does not show must not be shown by a mapping either, because it may be given back.
-                state.map.insert(piece, copied(piece));
+                state.space.reserve_runs(1)?;
+                state.space.show(piece, &Mapping::Private(copied(piece)))?;
             }
-            same.into_iter().for_each(|part| state.map.insert(part, copied(part)));
+            same.into_iter().for_each(|part| state.space.supersede(part, copied(part)));
         }
         Ok(())
-    }
-
-    fn map_anew(&self, state: &mut State, piece: PageRange, source: &Source) -> Result<(), RamError> {
-        let most = (state.mappings.len() + 2) as u64;
-        state.promise.resize(state.promise.count().max(most))?;
-        self.remap(state, piece, source)
     }
 }

@@ -26,7 +26,7 @@ pub enum CheckError {
         range: PageRange,
     },
     /// A page shows what the map does not: it might be given back under the VM.
-    #[error("{range} show {shown}, and the map says {says}")]
+    #[error("I14: {range} show {shown}, and the map says {says}")]
     Astray {
         /// Which pages.
         range: PageRange,
@@ -79,14 +79,14 @@ impl GuestRegion {
             if let Some(range) = self.table.pinned_runs(*run).first().copied() {
                 return Err(CheckError::PinnedNotExclusive { range });
             }
-            for (range, mapping) in state.mappings.within(*run) {
+            for (range, mapping) in state.space.mappings().within(*run) {
                 let shown = match &mapping {
                     Mapping::Private(source) | Mapping::SharedBase(source) => Some(source),
                     Mapping::Zero => None,
                     // Shows nothing, whatever an image it was reset to has there.
                     Mapping::Absent => continue,
                 };
-                for (piece, says) in crate::region::parts_of(&state.map, range) {
+                for (piece, says) in crate::region::parts_of(state.space.map(), range) {
                     let shown = shown.map(|source| source.advance(piece.start - range.start));
                     if !crate::region::same(says.as_ref(), shown.as_ref()) {
                         let (shown, says) = (told(shown.as_ref()), told(says.as_ref()));
@@ -95,7 +95,7 @@ impl GuestRegion {
                 }
             }
         }
-        let (mappings, promised) = (state.mappings.len() as u64, state.promise.count());
+        let (mappings, promised) = (state.space.mappings().len() as u64, state.space.promised());
         if mappings > promised { Err(CheckError::Unpromised { mappings, promised }) } else { Ok(()) }
     }
 }

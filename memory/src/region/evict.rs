@@ -16,6 +16,7 @@ use crate::error::RamError;
 use crate::layer::{Home, Source};
 use crate::ownership::TableGuard;
 use crate::ram::Quiesced;
+use crate::region::mappings::Mapping;
 use crate::region::nofork;
 use crate::region::{GuestRegion, State};
 use crate::testing::failpoint::{Call, failpoint};
@@ -57,8 +58,8 @@ impl GuestRegion {
         let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);
-        let base = subtract_runs(&state.mappings.base_within(range), &kept);
-        let mut own = subtract_runs(&self.owned_private(range, &state.mappings.base_within(range))?, &kept);
+        let base = subtract_runs(&state.space.mappings().base_within(range), &kept);
+        let mut own = subtract_runs(&self.owned_private(range, &state.space.mappings().base_within(range))?, &kept);
         own.extend_from_slice(&base);
         own.sort_unstable();
         // Before the map shows what is about to be written there: that is not mapped yet.
@@ -71,11 +72,10 @@ impl GuestRegion {
         let written = pages_in(&out);
         if written > 0 {
             let done = self.write_away(&mut state, &table, &out, dir);
-            let mappings = state.mappings.len() as u64;
-            let _ = state.promise.resize(mappings);
+            state.space.trim();
             done?;
-            self.free_base(&state, &subtract_runs(&base, &pinned));
-            state.retire_base_if_shared();
+            state.space.free_base(&subtract_runs(&base, &pinned));
+            state.space.retire_base_if_shared();
         }
         Ok(Evicted { written, dropped })
     }
@@ -83,7 +83,7 @@ impl GuestRegion {
     /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is read again when it is touched.
     fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
         let mut dropped = 0;
-        for (piece, source) in state.map.within(range) {
+        for (piece, source) in state.space.map().within(range) {
             if !matches!(source.layer.home(), Home::Disk | Home::File) {
                 continue;
             }
@@ -121,9 +121,7 @@ impl GuestRegion {
             restore(out);
             RamError::Copy { pages, source }
         })?;
-        let most = (state.mappings.len() + 2 * out.len()) as u64;
-        let promised = state.promise.count().max(most);
-        state.promise.resize(promised).inspect_err(|_| restore(out))?;
+        state.space.reserve_runs(out.len()).inspect_err(|_| restore(out))?;
 
         let layer = Arc::new(self.store.adopt_file(file, pages, Home::Disk));
         let mut at = 0;
@@ -131,8 +129,7 @@ impl GuestRegion {
             let source = Source { layer: Arc::clone(&layer), at };
             at += run.len();
             // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
-            self.remap(state, *run, &source).inspect_err(|_| restore(&out[done..]))?;
-            state.map.insert(*run, source);
+            state.space.show(*run, &Mapping::Private(source)).inspect_err(|_| restore(&out[done..]))?;
         }
         // Best effort: what stays in the page cache is reclaimed when memory is short.
         let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
@@ -198,7 +195,8 @@ mod tests {
             let on_disk = |page: u64| {
                 let state = region.state();
                 state
-                    .map
+                    .space
+                    .map()
                     .within(PageRange::with_len(page, 1))
                     .iter()
                     .any(|(_, source)| source.layer.home() == Home::Disk)

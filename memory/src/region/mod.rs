@@ -8,12 +8,15 @@ pub(crate) mod nofork;
 pub(crate) mod pin;
 pub(crate) mod reference;
 pub(crate) mod reset;
+pub(crate) mod space;
+pub(crate) mod state;
 pub(crate) mod stats;
 
 #[cfg(test)]
 mod tests;
 
-use std::ops::{Deref, DerefMut};
+pub(crate) use state::{Freezing, Locked, State};
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
 
@@ -23,173 +26,19 @@ use vm_memory::{
     VolatileSlice,
 };
 
-use crate::budget::Promise;
 use crate::error::RamError;
 use crate::freeze::background::{Failure, FillError};
-use crate::layer::compact::Compaction;
-use crate::layer::interval::Piece;
 use crate::layer::registry::View;
-use crate::layer::{Layer, LayerMap, Source};
+use crate::layer::{LayerMap, Source};
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::region::grace::Grace;
-use crate::region::mappings::{Mapping, Mappings};
-use crate::region::nofork::NoForkMap;
+use crate::region::mappings::Mapping;
 use crate::region::pin::PinList;
+use crate::region::space::AddressSpace;
 use crate::store::{Backing, Store};
 use crate::sync::whole::{self, Mutex, MutexGuard};
 use crate::sys::{Reservation, Watched};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
-
-/// Everything about a region that only changes under its lock.
-///
-/// Lock order: this, then the ownership table's.
-#[derive(Debug)]
-pub(crate) struct State {
-    /// What provides the pages this VM does not own, or would if it dropped its own copy.
-    pub(crate) map: View,
-    /// What is mapped where. Its length is what the region costs the mapping budget.
-    pub(crate) mappings: Mappings,
-    /// The base file of this VM, while some of its pages are still mapped shared.
-    pub(crate) base_file: Option<Arc<Layer>>,
-    /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back, and the rest may be.
-    base: Option<View>,
-    pub(crate) promise: Promise,
-    /// What children do not inherit.
-    pub(crate) no_fork: NoForkMap,
-    /// The last freeze, while it is or was copied in the background and nobody has looked since.
-    pub(crate) freezing: Option<Freezing>,
-    /// Layers adopted before they were complete, each watched where it is mapped.
-    pub(crate) waits: Vec<Arc<Layer>>,
-    /// The merge of the view in the background, or what came of it.
-    pub(crate) compaction: Option<Arc<Compaction>>,
-    /// Pieces and layers of the map when it last was.
-    pub(crate) last_compacted: (usize, usize),
-    /// A reset has failed half-way: only another one may follow.
-    pub(crate) inconsistent: bool,
-    /// Views that were replaced under this lock.
-    replaced: Vec<View>,
-}
-
-/// What has to be settled when a freeze in the background is over.
-#[derive(Debug)]
-pub(crate) struct Freezing {
-    /// The delta.
-    pub(crate) layer: Arc<Layer>,
-    /// The map without the delta: if that fails, the freeze has never been.
-    pub(crate) before: View,
-    /// Gaps that were closed: pages in the delta that were not this VM's own.
-    pub(crate) gaps: Vec<PageRange>,
-}
-
-impl State {
-    /// Shows what was there `before` a delta where its copies of `gaps` have not been mapped. The map of a page that is not this VM's own says
-    /// what is mapped there, always: a page that no map shows may be given back ([`crate::layer::gc`]).
-    pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
-        for gap in gaps {
-            for (range, mapping) in self.mappings.within(*gap) {
-                for (piece, says) in parts_of(&self.map, range) {
-                    let mapped = match &mapping {
-                        Mapping::Private(source) => Some(source.advance(piece.start - range.start)),
-                        _ => None,
-                    };
-                    if same(says.as_ref(), mapped.as_ref()) {
-                        continue;
-                    }
-                    self.map.remove(piece);
-                    before.within(piece).into_iter().for_each(|(range, source)| self.map.insert(range, source));
-                }
-            }
-        }
-    }
-
-    /// To be called when pages have been taken from the base file: it is none any more once all have.
-    pub(crate) fn retire_base_if_shared(&mut self) {
-        if self.mappings.base_pages() == 0
-            && let Some(base_file) = self.base_file.take()
-        {
-            // Before it may be swept: what it shows as a layer.
-            self.publish();
-            base_file.set_base(false);
-            self.base = None;
-        }
-    }
-
-    /// After a freeze: this VM's base file is a layer but for the pages that are still its own. These are registered
-    /// like a view's, and from then on what nobody sees of the file can be given back, though one page of it be kept
-    /// for ever.
-    pub(crate) fn register_base(&mut self) {
-        self.retire_base_if_shared();
-        let Some(base_file) = self.base_file.clone() else { return };
-        let mut map = LayerMap::new();
-        for run in self.mappings.base_runs() {
-            map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
-        }
-        // In this order: what has become a layer's is shown by the view before it is no longer registered as the
-        // base's.
-        self.publish();
-        self.base = Some(self.map.beside(Arc::new(map)));
-        base_file.set_base(false);
-    }
-
-    /// Keeps `view` registered until what is shown now is, and until no device reads it.
-    pub(crate) fn keep_until_published(&mut self, view: View) {
-        self.replaced.push(view);
-    }
-
-    /// Registers the view as it is now. The one before stays registered until the lock is let go, and longer while it is read.
-    fn publish(&mut self) {
-        self.replaced.extend(self.map.publish());
-    }
-
-    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device has any of it, for
-    /// a pin keeps the region.
-    pub(crate) fn abandon_base(&mut self) {
-        if let Some(base_file) = self.base_file.take() {
-            base_file.set_base(false);
-        }
-        self.base = None;
-    }
-
-    /// The runs mapped shared over the base file.
-    pub(crate) fn base_runs(&self) -> Vec<PageRange> {
-        self.mappings.base_runs()
-    }
-}
-
-/// The state under its lock. What was changed of the view is published before the lock is let go; meanwhile no page is taken for shared without it
-/// (R11, [`crate::region::grace`]).
-#[derive(Debug)]
-pub(crate) struct Locked<'a> {
-    region: &'a GuestRegion,
-    state: MutexGuard<'a, State>,
-}
-
-impl Deref for Locked<'_> {
-    type Target = State;
-    fn deref(&self) -> &State {
-        &self.state
-    }
-}
-
-impl DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut State {
-        &mut self.state
-    }
-}
-
-impl Drop for Locked<'_> {
-    fn drop(&mut self) {
-        self.state.publish();
-        let replaced = std::mem::take(&mut self.state.replaced);
-        // After the new view is published and its layers are mapped, before another pin may begin: a device that reads the one before keeps it.
-        let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
-        self.region.grace.end_change();
-        if !gone.is_empty() {
-            // They may hold the last handles of large layers, and the VM may be paused for this.
-            self.region.store.dispose(gone);
-        }
-    }
-}
 
 pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
     match (a, b) {
@@ -237,7 +86,7 @@ impl GuestRegion {
     /// Reserves addresses for `pages` pages at `base`. Nothing is mapped yet.
     pub(crate) fn reserve(base: GuestAddress, pages: u64, store: &Store) -> Result<Self, RamError> {
         let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
-        let promise = store.budget().promise(1)?;
+        let space = AddressSpace::new(&at, store)?;
         let failure = Arc::default();
         let table = OwnershipTable::new(pages);
         #[cfg(feature = "trace")]
@@ -256,20 +105,7 @@ impl GuestRegion {
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
             ignores_pins: AtomicBool::new(false),
-            state: Mutex::new(State {
-                map: View::new(store.views(), Arc::default()),
-                mappings: Mappings::default(),
-                base_file: None,
-                base: None,
-                promise,
-                no_fork: NoForkMap::new(),
-                freezing: None,
-                waits: Vec::new(),
-                compaction: None,
-                last_compacted: (0, 0),
-                inconsistent: false,
-                replaced: Vec::new(),
-            }),
+            state: Mutex::new(State::new(space)),
         })
     }
 
@@ -277,14 +113,8 @@ impl GuestRegion {
     pub(crate) fn populate(&self) -> Result<(), RamError> {
         let mut state = self.state();
         Self::expect_empty(self.base, &state)?;
-        let file = Arc::new(self.store.layer(self.pages(), Backing::Huge)?);
-        self.at
-            .map_shared(self.range(), std::os::fd::AsFd::as_fd(&*file), 0)
-            .map_err(|source| RamError::Map { range: self.range(), source })?;
+        state.space.populate(Arc::new(self.store.layer(self.pages(), Backing::Huge)?))?;
         self.table.lock().set_exclusive(self.range());
-        state.mappings.insert(self.range(), Mapping::SharedBase(Source { layer: Arc::clone(&file), at: 0 }));
-        file.set_base(true);
-        state.base_file = Some(file);
         Ok(())
     }
 
@@ -309,7 +139,7 @@ impl GuestRegion {
     /// Sets the bits again that were given up in `range` for something that then failed: of what is still this VM's own, as the
     /// kernel says. Where the kernel cannot be asked, a page stays without its bit, which costs a copy at most (R4).
     pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
-        let base = state.mappings.base_within(range);
+        let base = state.space.mappings().base_within(range);
         match self.owned_private(range, &base) {
             Ok(owned) => owned.iter().for_each(|run| table.set_exclusive(*run)),
             Err(error) => tracing::debug!(%error, "pages stay without their bit"),
@@ -328,7 +158,7 @@ impl GuestRegion {
 
     /// What this VM owns, mapped shared or private.
     pub(crate) fn own(&self, state: &State) -> Result<Vec<PageRange>, RamError> {
-        let base = state.base_runs();
+        let base = state.space.mappings().base_runs();
         let mut own = self.owned_private(self.range(), &base)?;
         own.extend(base);
         own.sort_unstable();
@@ -337,13 +167,13 @@ impl GuestRegion {
 
     /// Refuses memory that is there, live or about to be.
     pub(crate) fn expect_empty(base: GuestAddress, state: &State) -> Result<(), RamError> {
-        if state.mappings.is_empty() { Ok(()) } else { Err(RamError::NotEmpty { base: base.0 }) }
+        if state.space.mappings().is_empty() { Ok(()) } else { Err(RamError::NotEmpty { base: base.0 }) }
     }
 
     /// The memory is there, in this region and in all others of its VM: pins and accesses may begin.
     pub(crate) fn go_live(&self) {
         let state = self.state();
-        let absent = state.mappings.iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
+        let absent = state.space.mappings().iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
         // Once: a region that is live stays so.
         let _ = self.absent.set(absent.map(|(range, _)| range).collect());
         self.set_unfinished(!state.waits.is_empty());
@@ -401,23 +231,23 @@ impl GuestRegion {
         let beneath = match layer.bg_copy().map_or(Ok(Vec::new()), |bg_copy| bg_copy.finish()) {
             Ok(shared_back) => {
                 for (run, at) in shared_back {
-                    state.mappings.insert(run, Mapping::Private(Source { layer: Arc::clone(&layer), at }));
+                    state.space.note_shared_back(run, Source { layer: Arc::clone(&layer), at });
                 }
-                state.keep_gaps(&before, &gaps);
+                state.space.keep_gaps(&before, &gaps);
                 before
             }
             Err(error) => {
                 tracing::warn!(%error, "a freeze is undone: its layer could not be filled");
-                std::mem::replace(&mut state.map, before)
+                state.space.undo(before)
             }
         };
         // Registered until what is shown now is: a gap's pages, which are shown from beneath again, are in no other view before that, and a sweep in
         // between would give them back. Whatever lets go of a view publishes first.
-        state.keep_until_published(beneath);
+        state.space.keep_until_published(beneath);
         // It may hold the last handle of a large layer, and the vCPUs may be stopped.
         self.store.dispose(layer);
-        // What the background was promised and did not need. Shrinking a promise cannot fail.
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        // What the background was promised and did not need.
+        state.space.trim();
     }
 
     /// Copies those pages of `range` that the background has not got to, and releases them: from then on they are not protected, not
@@ -492,7 +322,7 @@ impl Drop for GuestRegion {
         // was pinned of the base file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.table.trace.left();
-        state.abandon_base();
+        state.space.abandon_base();
         for layer in state.waits.drain(..) {
             if let Some(bg_copy) = layer.bg_copy() {
                 bg_copy.detach(&self.at);

@@ -376,7 +376,7 @@ mod tests {
         child.adopt(&image).unwrap();
         drop((parent, image));
         let region = &child.regions()[0];
-        let layer = Arc::downgrade(&region.state().map.get(5).unwrap().layer);
+        let layer = Arc::downgrade(&region.state().space.map().get(5).unwrap().layer);
         let pin = region.pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
         // All of it anew: only the view that the pin holds still names the layer.
         child.memory().write_slice(&[2; BYTES as usize], GuestAddress(0)).unwrap();

@@ -7,11 +7,8 @@
 //! Zero is the special case that needs no file: a page that is in no layer.
 
 use std::fmt;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-
-use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::error::RamError;
 use crate::layer::{Layer, Source};
@@ -21,7 +18,7 @@ use crate::region::{GuestRegion, State};
 use crate::store::{Backing, Store, StoreError};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
-use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
 /// A page's worth of bytes.
 pub type Pattern = [u8; PAGE_SIZE as usize];
@@ -94,7 +91,8 @@ impl Store {
 /// What a discard did. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Discarded {
-    /// Became reference pages.
+    /// Became reference pages, or were given back. What is neither discarded nor pinned has kept its memory and its
+    /// contents: no mapping was left, and the one beneath its copy is not what its layer map shows (I14).
     pub discarded: u64,
     /// Were pinned, and stay as they are (I7).
     pub pinned: u64,
@@ -143,42 +141,48 @@ impl GuestRegion {
         if broken(Break::DropPinned) {
             pinned.clear();
         }
-        let mut unmapped = 0;
+        let (mut unmapped, mut kept) = (0, 0);
         // What is being read keeps its bit if it had one.
         pinned.iter().for_each(|run| self.reclaim(&state, &table, *run));
         for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
             let mapped = self.may_map_zero(&state, run).then(|| self.show(&mut state, &table, run, &RefPage::zero()));
             let shown = match mapped {
                 // Beyond its share, or another VM has taken the last mappings since: nothing has been touched.
-                None | Some(Err(RamError::Budget(_))) => {
-                    unmapped += run.len();
-                    self.give_back_unmapped(&state, &table, run)
-                }
+                None | Some(Err(RamError::Budget(_))) => self.give_back_unmapped(&state, &table, run).map(|given| {
+                    unmapped += given;
+                    kept += run.len() - given;
+                }),
                 Some(shown) => shown,
             };
             shown.inspect_err(|_| self.reclaim(&state, &table, range))?;
         }
-        Ok(Discarded { discarded: range.len() - pages_in(&pinned), pinned: pages_in(&pinned), unmapped })
+        let pinned = pages_in(&pinned);
+        Ok(Discarded { discarded: range.len() - pinned - kept, pinned, unmapped })
     }
 
     /// Whether zeros in place of `range` stay within the region's share of mappings, or take none.
     fn may_map_zero(&self, state: &State, range: PageRange) -> bool {
-        let (now, then) = (state.mappings.len() as u64, state.mappings.len_with(range) as u64);
+        let (now, then) = (state.space.mappings().len() as u64, state.space.mappings().len_with(range) as u64);
         let budget = self.store.budget();
         // What it takes while it is being done: see `try_show`.
-        then <= now || (then <= budget.fair_share() && now + 2 <= state.promise.count().max(now + budget.left()))
+        then <= now || (then <= budget.fair_share() && now + 2 <= state.space.promised().max(now + budget.left()))
     }
 
     /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes but that the VM's own copies go.
-    fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<(), RamError> {
-        let base = state.mappings.base_within(range);
-        for run in &subtract_runs(&[range], &base) {
+    /// Returns the pages given back. A copy over a mapping that shows what the map does not stays (I14).
+    fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<u64, RamError> {
+        let base = state.space.mappings().base_within(range);
+        let private = subtract_runs(&[range], &base);
+        let dropped: Vec<PageRange> = private.iter().flat_map(|run| state.space.in_step(*run)).collect();
+        for run in &dropped {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
+        // They keep their bits: they are what they were.
+        subtract_runs(&private, &dropped).iter().for_each(|run| self.reclaim(state, table, *run));
         // In place: holes in a file of this VM's own are zeros, and the pages stay its own.
-        self.free_base(state, &base);
+        state.space.free_base(&base);
         base.iter().for_each(|run| table.set_exclusive(*run));
-        Ok(())
+        Ok(pages_in(&dropped) + pages_in(&base))
     }
 
     /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being read without a count.
@@ -206,43 +210,24 @@ impl GuestRegion {
             // What was not reached is still this VM's own.
             self.reclaim(state, table, range);
         }
-        // Shrinking a promise cannot fail.
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        state.space.trim();
         shown
     }
 
     fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let sources = page.sources(range);
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
-        let before = state.promise.count();
-        state.promise.resize(before.max((state.mappings.len() + 2 * sources.len().max(1)) as u64))?;
-        let base = state.mappings.base_within(range);
+        state.space.reserve_runs(sources.len().max(1))?;
+        let base = state.space.mappings().base_within(range);
         if sources.is_empty() {
-            self.at.map_zero(range).map_err(|source| RamError::Map { range, source })?;
-            state.mappings.insert(range, Mapping::Zero);
-            state.map.remove(range);
+            state.space.show(range, &Mapping::Zero)?;
         }
         for (piece, source) in sources {
-            let mapped = self.at.map_private(piece, source.layer.as_fd(), source.at);
-            mapped.map_err(|source| RamError::Map { range: piece, source })?;
-            state.mappings.insert(piece, Mapping::Private(source.clone()));
-            state.map.insert(piece, source);
+            state.space.show(piece, &Mapping::Private(source))?;
         }
-        self.free_base(state, &base);
-        state.retire_base_if_shared();
+        state.space.free_base(&base);
+        state.space.retire_base_if_shared();
         Ok(())
-    }
-
-    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped nowhere now.
-    pub(crate) fn free_base(&self, state: &State, runs: &[PageRange]) {
-        let Some(base_file) = &state.base_file else { return };
-        for run in runs.iter().filter(|run| !run.is_empty()) {
-            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = fallocate(base_file.as_fd(), how, run.offset(), run.len() << PAGE_SHIFT) {
-                tracing::debug!(%error, %run, "memory was not given back");
-            }
-            trace!(Punch { file: crate::trace::file(base_file.as_fd()), range: *run, swept: false });
-        }
     }
 }
 
@@ -340,6 +325,31 @@ mod tests {
             ));
             assert_eq!(word(&ram, 6), 7);
         }
+    }
+
+    /// What a freeze has copied and left in place is shown by the map from the copy, and by the mapping beneath it from
+    /// the layer before. Given back without a mapping, it would show what the map does not.
+    #[test]
+    fn i14_what_stayed_in_place_at_a_freeze_is_not_given_back_without_a_mapping() {
+        let store = Store::open_with_budget(crate::MappingBudget::with_limit(100));
+        let ram = base(&store);
+        (0..PAGES).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
+        let quiesced = Quiesced::by(&crate::NoWriters);
+        let first = ram.freeze_in(crate::FreezeMode::Eager, &quiesced).unwrap().0;
+        (100..110).for_each(|p| ram.memory().write_obj(7u64, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
+        let second = ram.freeze_in(crate::FreezeMode::Eager, &quiesced).unwrap().0;
+        let region = &ram.regions()[0];
+        // Until the region's share of mappings is used up.
+        while region.discard(PageRange::with_len(2 * ram.stats().unwrap().mappings, 1)).unwrap().unmapped == 0 {}
+        let done = region.discard(PageRange::new(100, 120)).unwrap();
+        ram.check(&quiesced).unwrap();
+        assert_eq!(done, Discarded { discarded: 10, pinned: 0, unmapped: 10 }, "the ten others stay");
+        let third = ram.freeze_in(crate::FreezeMode::Eager, &quiesced).unwrap().0;
+        drop((first, second));
+        store.wait_reclaimed(std::time::Duration::from_secs(60));
+        let child = GuestRam::reserve(third.layout(), &store).unwrap();
+        child.adopt(&third).unwrap();
+        (0..PAGES).for_each(|p| assert_eq!(word(&ram, p), word(&child, p), "page {p} of parent and child"));
     }
 
     #[test]

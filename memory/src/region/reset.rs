@@ -4,7 +4,6 @@
 //! image's any more (it was frozen again since), or where the VM's copy lies over an older layer (a freeze copied it and left it where it
 //! was), the range is mapped anew.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::error::RamError;
@@ -149,7 +148,7 @@ impl GuestRegion {
             return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
         }
         let table = region.table.lock();
-        let base = state.base_runs();
+        let base = state.space.mappings().base_runs();
         let owned = region.owned_private(region.range(), &base)?;
         region.table.trace.reset_begun();
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
@@ -166,8 +165,7 @@ impl GuestRegion {
         let todo = todo.and_then(|todo| Self::reset_all(rest, images, report).map(|()| todo));
         let todo = todo.inspect_err(|_| {
             region.reclaim(&state, &table, region.range());
-            let mappings = state.mappings.len() as u64;
-            let _ = state.promise.resize(mappings);
+            state.space.trim();
         })?;
         // Until all of it is done: should that end in a panic, the VM does not run on.
         state.inconsistent = true;
@@ -180,11 +178,9 @@ impl GuestRegion {
     fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
         let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
         for (range, want) in wanted(map, self.range()) {
-            todo.extend(differing(&state.mappings, range, &want));
+            todo.extend(differing(state.space.mappings(), range, &want));
         }
-        let most = (state.mappings.len() + 2 * todo.len()) as u64;
-        let promised = state.promise.count().max(most);
-        state.promise.resize(promised)?;
+        state.space.reserve_runs(todo.len())?;
         Ok(todo)
     }
 
@@ -202,19 +198,9 @@ impl GuestRegion {
         for run in &joined(&dropped) {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
-        for (range, want) in todo {
-            match want {
-                Mapping::Zero | Mapping::Absent => self.at.map_zero(*range),
-                Mapping::Private(source) | Mapping::SharedBase(source) => {
-                    self.at.map_private(*range, source.layer.as_fd(), source.at)
-                }
-            }
-            .map_err(|source| RamError::Map { range: *range, source })?;
-            state.mappings.insert(*range, want.clone());
-        }
-        state.map.set(Arc::clone(map));
-        state.retire_base_if_shared();
-        let _ = state.promise.resize(state.mappings.len() as u64);
+        state.space.lay_out(todo, map, |_, _| Ok(()))?;
+        state.space.retire_base_if_shared();
+        state.space.trim();
         Ok(ResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
     }
 }
@@ -392,9 +378,9 @@ mod tests {
         (0..40).for_each(|n| map.remove(PageRange::with_len(100 + 2 * n, 1)));
         let mut state = region.live_state().unwrap();
         let todo = region.prepare(&mut state, &map).unwrap();
-        let (before, promised) = (state.mappings.len(), state.promise.count());
+        let (before, promised) = (state.space.mappings().len(), state.space.promised());
         region.put_back(&mut state, &Arc::new(map), &[], &[], &todo).unwrap();
-        let made = state.mappings.len() as u64;
+        let made = state.space.mappings().len() as u64;
         assert_eq!((before as u64, made), (1, 81));
         assert!(promised >= made, "{made} mappings were made, and {promised} promised");
         drop(state);

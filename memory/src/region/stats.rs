@@ -49,11 +49,12 @@ impl GuestRegion {
         if !self.is_live() {
             return Ok(stats);
         }
-        let base = state.base_runs();
+        let base = state.space.mappings().base_runs();
         let private = subtract_runs(&[self.range()], &base);
         let owned = self.owned_private(self.range(), &base)?;
         let in_layers = |run: &PageRange| {
-            let shared = state.map.within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
+            let shared =
+                state.space.map().within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
             shared.map(|(piece, _)| piece.len()).sum::<u64>()
         };
         let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(in_layers).sum();
@@ -61,9 +62,9 @@ impl GuestRegion {
         stats.shared = elsewhere;
         stats.reference = self.pages() - stats.exclusive - stats.shared;
         stats.pinned = self.table.counts(self.range()).pinned;
-        stats.mappings = state.mappings.len() as u64;
+        stats.mappings = state.space.mappings().len() as u64;
         let mut own_pages = pages_in(&owned);
-        for (range, mapping) in state.mappings.iter() {
+        for (range, mapping) in state.space.mappings().iter() {
             if let Mapping::SharedBase(source) = mapping {
                 let file = PageRange::with_len(source.at, range.len());
                 own_pages += pages_in(&allocated(source.layer.as_fd(), file).map_err(RamError::Harvest)?);

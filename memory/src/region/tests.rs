@@ -63,7 +63,7 @@ fn a_base_file_is_swept_around_what_devices_hold() {
     let region = &ram.regions()[0];
     let pin = region.pin(PageRange::new(5, 9), Access::Write, PinLifetime::LongTerm).unwrap();
     drop(ram.freeze_in(FreezeMode::Eager, &stopped()).unwrap());
-    assert_eq!(region.state().base_runs(), [PageRange::new(5, 9)]);
+    assert_eq!(region.state().space.mappings().base_runs(), [PageRange::new(5, 9)]);
     assert_eq!(store.sweep(), Swept::default());
     region.discard(PageRange::new(20, 30)).unwrap();
     store.sweep();

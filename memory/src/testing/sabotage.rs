@@ -30,6 +30,8 @@ pub(crate) enum Break {
     SplitBare,
     /// I13: a refused freeze does not give back what it took.
     ForgetUndo,
+    /// I14: what is mapped is not shown by the map.
+    LeaveMap,
     /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those below.
     CountUnchecked,
     /// I3: a freeze in the background leaves pinned pages to be copied later.
@@ -256,7 +258,7 @@ pub(crate) mod tests {
     }
 
     /// For each break: its invariant, and what notices.
-    const TABLE: [(&str, Break, fn()); 14] = [
+    const TABLE: [(&str, Break, fn()); 15] = [
         ("I1", Break::PinInPlace, || device_writes(600, 1)),
         ("I1 (a whole block)", Break::PinInPlace, || device_writes(512, 512)),
         ("I2", Break::KeepBits, freeze_twice),
@@ -271,6 +273,7 @@ pub(crate) mod tests {
         ("I11", Break::InheritAll, no_fork),
         ("I12", Break::SplitBare, pins_are_exact),
         ("I13", Break::ForgetUndo, refused_freeze),
+        ("I14", Break::LeaveMap, reference_pages),
     ];
 
     /// What shows a break.

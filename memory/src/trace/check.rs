@@ -186,6 +186,12 @@ impl Checker {
                 }
             }
             Event::FreezeFailed { table } => self.freeze_failed(*table)?,
+            Event::Settled { table, map } => {
+                self.count("settled");
+                if let Some(region) = self.regions.get(table) {
+                    self.files.settled(region, map)?;
+                }
+            }
             Event::Image { table, map, declared } => {
                 self.count("images");
                 if let Some(region) = self.regions.get(table) {

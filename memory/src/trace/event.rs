@@ -173,6 +173,11 @@ pub(crate) enum Event {
     FreezeFailed {
         table: u64,
     },
+    /// The region's lock is about to be let go, with nothing left to the background: this is its map.
+    Settled {
+        table: u64,
+        map: Vec<(PageRange, u64, u64)>,
+    },
     /// A freeze has made an image; `declared` are the no-fork pages.
     Image {
         table: u64,
@@ -196,6 +201,7 @@ impl Event {
             | Self::FreezeFailed { table }
             | Self::ResetBegun { table }
             | Self::Left { table }
+            | Self::Settled { table, .. }
             | Self::Image { table, .. } => (*table, None),
             Self::Pin { table, range, .. } => (*table, Some(*range)),
             Self::Shared { at, range, .. }

@@ -222,6 +222,25 @@ impl Files {
         Ok(())
     }
 
+    /// I14: what is mapped where the VM has no copy of its own is what its map says.
+    pub(super) fn settled(&self, region: &Region, map: &Map) -> Result<(), Why> {
+        let mut pieces = map.iter().peekable();
+        for page in 0..region.under.len() as u64 {
+            while pieces.next_if(|(pages, ..)| pages.end <= page).is_some() {}
+            let says = pieces.peek().filter(|(pages, ..)| pages.contains(page));
+            let says = says.map(|(pages, layer, at)| (self.layers.get(layer).copied(), at + (page - pages.start)));
+            let in_step = match region.under[page as usize] {
+                Under::Nothing | Under::Born(..) => true,
+                Under::Zero => says.is_none(),
+                Under::Private(file, at) => says == Some((Some(file), at)),
+            };
+            if !in_step && !region.is_own(page) {
+                return Err((Some(page), format!("I14: the map says {says:?} of a page that is mapped otherwise")));
+            }
+        }
+        Ok(())
+    }
+
     /// `FreezeCommit`, `ChildSees`: the image has the bytes of the freeze's instant of every page
     /// that is still the
     /// VM's own. I11: and none of what is not inherited.

@@ -240,6 +240,10 @@ impl Table {
         emit(|| Event::ResetBegun { table: self.0 });
     }
 
+    pub(crate) fn settled(&self, map: &LayerMap) {
+        emit(|| Event::Settled { table: self.0, map: pieces(map) });
+    }
+
     pub(crate) fn image(&self, map: &LayerMap, declared: &NoForkMap) {
         emit(|| Event::Image { table: self.0, map: pieces(map), declared: nofork::runs(declared) });
     }

@@ -10,7 +10,7 @@ use crate::testing::sabotage::tests::{scenario_of, with_break};
 const NAME: &str = "CLADE_TRACE_BREAK";
 
 /// For each break: what the validator says.
-const TABLE: [(Break, &str); 13] = [
+const TABLE: [(Break, &str); 14] = [
     (Break::PinInPlace, "I2: a page is called exclusive and is not the VM's own"),
     (Break::KeepBits, "Take: I8: a page is taken away before its bit is"),
     (Break::RemapPinned, "Take: I3, I7: a pinned page is taken away"),
@@ -24,6 +24,7 @@ const TABLE: [(Break, &str); 13] = [
     (Break::InheritAll, "FreezeCommit: I11: an image shows a page that is not inherited"),
     (Break::SplitBare, "OpenPage(0): I6, I12: the record becomes x0"),
     (Break::ForgetUndo, "FreezeFails: I13: a refused freeze does not give back a bit"),
+    (Break::LeaveMap, "I14: the map says None of a page that is mapped otherwise"),
 ];
 
 /// The other half of the test below, in its own process.

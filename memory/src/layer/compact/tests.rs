@@ -18,7 +18,7 @@ fn a_declaration_that_came_in_between_is_left_alone() {
     put(12, 999);
     let region = &ram.regions()[0];
     let mut state = region.state();
-    let of = Arc::clone(state.map.map());
+    let of = Arc::clone(state.space.map());
     let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
     state.no_fork.insert(PageRange::new(10, 20), NoFork::Zeroed);
     let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
@@ -60,7 +60,7 @@ fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
     drop((image, parent));
     let region = &ram.regions()[0];
     let mut state = region.state();
-    let of = Arc::clone(state.map.map());
+    let of = Arc::clone(state.space.map());
     let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
     assert!(merged.placed.len() > 1, "two parts: {:?}", merged.placed);
     let layer = merged.placed[0].1.layer.id();
@@ -79,7 +79,7 @@ fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap(), want, "page {page}");
     }
     let state = region.state();
-    let shown = state.map.iter().filter(|(_, source)| source.layer.id() == layer).count();
+    let shown = state.space.map().iter().filter(|(_, source)| source.layer.id() == layer).count();
     assert!(shown > 1, "both parts were taken over");
     drop(state);
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
@@ -188,13 +188,13 @@ fn expect_contents(ram: &GuestRam) {
 fn a_vm_and_an_image_are_the_same_in_fewer_pieces() {
     let store = Store::open_small().unwrap();
     let (ram, image) = in_pieces(&store);
-    let before = ram.regions()[0].state().map.len() as u64;
+    let before = ram.regions()[0].state().space.map().len() as u64;
     assert!(before > 700, "{before} pieces");
     let (compacted, report) = image.compact(&store).unwrap();
     assert!(report.pieces_before == before && report.pieces < 50 && report.copied >= 400, "{report:?}");
     let child = child(&compacted, &store);
     expect_contents(&child);
-    assert_eq!(child.regions()[0].state().map.len() as u64, report.pieces);
+    assert_eq!(child.regions()[0].state().space.map().len() as u64, report.pieces);
     let report = ram.compact(&Quiesced::by(&crate::NoWriters)).unwrap();
     assert!(report.pieces_before == before && report.pieces < 50 && report.copied >= 400, "{report:?}");
     expect_contents(&ram);
@@ -207,7 +207,7 @@ fn a_view_of_many_pieces_is_merged_behind_the_freezes() {
     let (ram, image) = in_pieces(&store);
     drop(image);
     let region = &ram.regions()[0];
-    let before = region.state().map.len();
+    let before = region.state().space.map().len();
     drop(freeze(&ram));
     assert!(region.state().compaction.is_some(), "it has been begun");
     for _ in 0..100 {
@@ -218,8 +218,12 @@ fn a_view_of_many_pieces_is_merged_behind_the_freezes() {
         }
     }
     let state = region.state();
-    assert!(state.compaction.is_none() && state.map.len() < before / 2, "{} of {before} pieces", state.map.len());
-    assert_eq!(state.last_compacted, (state.map.len(), layers([&*state.map])));
+    assert!(
+        state.compaction.is_none() && state.space.map().len() < before / 2,
+        "{} of {before} pieces",
+        state.space.map().len()
+    );
+    assert_eq!(state.last_compacted, (state.space.map().len(), layers([&**state.space.map()])));
     drop(state);
     expect_contents(&ram);
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();

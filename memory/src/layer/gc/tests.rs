@@ -26,7 +26,7 @@ fn what_is_shown_while_a_sweep_looks_round_is_kept() {
         let pin = ram.regions()[0].pin(PageRange::new(5, 9), Access::Write, PinLifetime::LongTerm).unwrap();
         let first = freeze(&ram);
         drop(pin);
-        assert!(!ram.regions()[0].state().base_runs().is_empty(), "what was pinned is the VM's still");
+        assert!(!ram.regions()[0].state().space.mappings().base_runs().is_empty(), "what was pinned is the VM's still");
         let (mut ram, mut second, mut at) = (Some(ram), None, 0);
         sweep_in_steps(store.views(), || {
             if at == step {
@@ -143,7 +143,10 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
         expect(&ram, "without pins", |_| 1);
         expect(&child(&image, &store), &format!("a child of freeze {round}"), |_| 1);
     }
-    assert!(ram.regions().iter().all(|region| region.state().base_runs().is_empty()), "nothing is base any more");
+    assert!(
+        ram.regions().iter().all(|region| region.state().space.mappings().base_runs().is_empty()),
+        "nothing is base any more"
+    );
     for mode in [FreezeMode::Eager, FreezeMode::Background] {
         (0..SMALL).filter(|page| is_dirty(*page)).for_each(|page| name(&ram, page, 2));
         let image = freeze(&ram, mode);
@@ -229,7 +232,7 @@ fn what_nobody_sees_goes_by_itself_and_is_counted() {
     let store = Store::open_small().unwrap();
     let ram = named(&store);
     ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
-    let layer = Arc::clone(&ram.regions()[0].state().map.get(0).unwrap().layer);
+    let layer = Arc::clone(&ram.regions()[0].state().space.map().get(0).unwrap().layer);
     let blocks = || std::os::unix::fs::MetadataExt::blocks(&layer.file().metadata().unwrap());
     assert_eq!((store.given_back(), store.sweep()), (0, Swept::default()));
     let before = blocks();

@@ -121,7 +121,7 @@ impl Rig {
                 assert!(region.ownership().get(page).0, "{what}: page {page} from {first} on has lost its bit");
             }
             if state.freezing.is_none() {
-                let (promised, mapped) = (state.promise.count(), state.mappings.len() as u64);
+                let (promised, mapped) = (state.space.promised(), state.space.mappings().len() as u64);
                 assert_eq!(promised, mapped, "{what}: mappings are promised and not made");
             }
         }
@@ -269,7 +269,10 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
             Err(_) => {
                 for region in rig.empty.regions() {
                     let state = region.state();
-                    assert_eq!((state.mappings.len(), state.map.len(), state.promise.count()), (0, 0, 1));
+                    assert_eq!(
+                        (state.space.mappings().len(), state.space.map().len(), state.space.promised()),
+                        (0, 0, 1)
+                    );
                     assert_eq!((state.no_fork.len(), region.ownership().counts(region.range()).exclusive), (0, 0));
                 }
                 assert!(rig.empty.memory().read_obj::<u64>(GuestAddress(0)).is_err());

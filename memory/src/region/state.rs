@@ -1,0 +1,98 @@
+//! What a region's lock guards.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use crate::layer::Layer;
+use crate::layer::compact::Compaction;
+use crate::layer::registry::View;
+use crate::region::GuestRegion;
+use crate::region::nofork::NoForkMap;
+use crate::region::space::AddressSpace;
+use crate::sync::whole::MutexGuard;
+use crate::units::PageRange;
+
+/// Everything about a region that only changes under its lock.
+///
+/// Lock order: this, then the ownership table's.
+#[derive(Debug)]
+pub(crate) struct State {
+    /// What its addresses show (I14).
+    pub(crate) space: AddressSpace,
+    /// What children do not inherit.
+    pub(crate) no_fork: NoForkMap,
+    /// The last freeze, while it is or was copied in the background and its outcome has not been taken note of.
+    pub(crate) freezing: Option<Freezing>,
+    /// Layers adopted before they were complete, each watched where it is mapped.
+    pub(crate) waits: Vec<Arc<Layer>>,
+    /// The merge of the view in the background, or its result.
+    pub(crate) compaction: Option<Arc<Compaction>>,
+    /// Pieces and layers of the map when it last was compacted.
+    pub(crate) last_compacted: (usize, usize),
+    /// A reset has failed half-way: only another one may follow.
+    pub(crate) inconsistent: bool,
+}
+
+impl State {
+    pub(super) fn new(space: AddressSpace) -> Self {
+        Self {
+            space,
+            no_fork: NoForkMap::new(),
+            freezing: None,
+            waits: Vec::new(),
+            compaction: None,
+            last_compacted: (0, 0),
+            inconsistent: false,
+        }
+    }
+}
+
+/// What has to be settled when a freeze in the background is over.
+#[derive(Debug)]
+pub(crate) struct Freezing {
+    /// The delta.
+    pub(crate) layer: Arc<Layer>,
+    /// The map without the delta: if that fails, the freeze has never been.
+    pub(crate) before: View,
+    /// Gaps that were closed: pages in the delta that were not this VM's own.
+    pub(crate) gaps: Vec<PageRange>,
+}
+
+/// The state under its lock. What was changed of the view is published before the lock is let go; meanwhile no page is taken for shared without it
+/// (R11, [`crate::region::grace`]).
+#[derive(Debug)]
+pub(crate) struct Locked<'a> {
+    pub(super) region: &'a GuestRegion,
+    pub(super) state: MutexGuard<'a, State>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let settled = self.state.freezing.is_none() && !self.state.inconsistent && !std::thread::panicking();
+        if settled && self.region.is_live() {
+            self.region.table.trace.settled(self.state.space.map());
+        }
+        self.state.space.publish();
+        let replaced = self.state.space.take_replaced();
+        // After the new view is published and its layers are mapped, before another pin may begin: a device that reads the one before keeps it.
+        let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
+        self.region.grace.end_change();
+        if !gone.is_empty() {
+            // They may hold the last handles of large layers, and the VM may be paused for this.
+            self.region.store.dispose(gone);
+        }
+    }
+}
