@@ -37,7 +37,7 @@ trace:
     spec/check --graph
     cargo test -p clade-memory --features trace --lib trace::
     CLADE_TRACE=1 cargo test -p clade-memory --features trace --test model --test storm
-    CLADE_TRACE=1 cargo test -p clade-memory --features trace --test hazard i3_
+    CLADE_TRACE=1 cargo test -p clade-memory --features trace,hazard --test hazard i3_
 
 lint:
     cargo clippy --workspace --all-targets -- -D warnings

@@ -35,10 +35,10 @@ pub struct MappingBudget {
 }
 
 impl MappingBudget {
-    pub(crate) fn of_this_process() -> Self {
+    pub(crate) fn of_this_process(max_mappings: Option<u64>) -> Self {
         static TOTAL: LazyLock<Arc<AtomicU64>> = LazyLock::new(Arc::default);
         let max = fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|s| s.trim().parse().ok());
-        let limit = max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE);
+        let limit = max_mappings.unwrap_or_else(|| max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE));
         Self { used: Arc::default(), total: Arc::clone(&TOTAL), limit }
     }
 

@@ -23,6 +23,8 @@
 //! [`Quiesced`]). It handles no page faults but those of a background copy: the kernel's private
 //! mappings copy on write. It writes to a disk only what is evicted.
 
+#![deny(missing_docs)]
+
 // The devices of the tests are those of the integration tests.
 #[cfg(test)]
 extern crate self as clade_memory;
@@ -36,6 +38,7 @@ macro_rules! trace {
 }
 
 mod budget;
+mod config;
 #[cfg(test)]
 #[path = "../tests/dma/mod.rs"]
 mod dma;
@@ -59,9 +62,10 @@ mod trace;
 mod units;
 
 pub use budget::{BudgetError, MappingBudget};
+pub use config::Config;
 pub use error::RamError;
 pub use freeze::background::{BackgroundError, FillError};
-pub use freeze::{FreezeMode, FreezeReport};
+pub use freeze::{FreezeMode, FreezeReport, PinPolicy};
 pub use layer::LayerId;
 pub use layer::builder::LayerBuilder;
 pub use layer::compact::CompactReport;
@@ -72,6 +76,7 @@ pub use ownership::word::MAX_PINS;
 pub use ownership::{OwnershipTable, TableCounts, TableGuard};
 pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, NoWriters, Quiesced, RamImage, RamLayout, StopsWriters};
 pub use region::GuestRegion;
+pub use region::backend::SharedFile;
 pub use region::check::CheckError;
 pub use region::evict::Evicted;
 pub use region::nofork::NoFork;
@@ -79,6 +84,7 @@ pub use region::pin::{Access, DmaPin, PinError, PinInfo, PinLifetime};
 pub use region::reference::{Discarded, Pattern, RefPage};
 pub use region::reset::ResetReport;
 pub use region::stats::RamStats;
+pub use region::tracked::TrackedRegion;
 pub use store::{Backing, Store, StoreError};
 pub use units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange};
 

@@ -1,7 +1,6 @@
 //! A VM's guest memory: its regions, and what is done with all of them at once.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -309,17 +308,13 @@ impl GuestRam {
         Ok((RamImage { layout: self.layout.clone(), regions }, report))
     }
 
-    /// **Breaks I3 for this VM, for good**: from now on its freezes take pinned pages like any others, as kernels did before they told
-    /// exclusive pages apart. Devices then write into layers, and into frames that the guest has left.
-    ///
-    /// It exists to show on real DMA that the tests would notice, and for nothing else. Not inherited by children.
-    #[doc(hidden)]
-    pub fn disable_unshare_before_protect_for_tests(&self) {
-        static SAID: std::sync::Once = std::sync::Once::new();
-        SAID.call_once(|| {
+    /// What this VM's freezes do with pinned pages from now on. Not inherited by children.
+    #[cfg(any(test, feature = "hazard"))]
+    pub fn set_pin_policy(&self, policy: crate::PinPolicy) {
+        if policy == crate::PinPolicy::Ignore {
             tracing::warn!("pinned pages are no longer spared by freezes: memory will be wrong, as was asked for");
-        });
-        self.regions.iter().for_each(|region| region.ignores_pins.store(true, Ordering::Relaxed));
+        }
+        self.regions.iter().for_each(|region| region.set_pin_policy(policy));
     }
 
     /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for

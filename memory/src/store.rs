@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::budget::MappingBudget;
+use crate::config::Config;
 use crate::freeze::background::{self, BackgroundError, Engine};
 use crate::layer::pool::{LayerFilePool, MAX_PAGES};
 use crate::layer::registry::Views;
@@ -44,7 +45,11 @@ impl Backing {
 
 /// What the store could not do.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum StoreError {
+    /// 2 MiB pages were demanded, and a tmpfs in huge pages cannot be mounted.
+    #[error("no tmpfs in huge pages (CAP_SYS_ADMIN and transparent huge pages are needed)")]
+    Huge(#[source] io::Error),
     /// The kernel lacks PAGEMAP_SCAN, which freeze depends on.
     #[error("this kernel cannot tell which pages a mapping owns (PAGEMAP_SCAN, Linux 6.7 or later)")]
     Pagemap(#[source] io::Error),
@@ -67,6 +72,7 @@ pub struct Store(Arc<Inner>);
 struct Inner {
     huge: Option<HugeTmpfs>,
     warning: Option<String>,
+    config: Config,
     pagemap: Pagemap,
     budget: MappingBudget,
     live_layers: Arc<AtomicUsize>,
@@ -82,23 +88,12 @@ struct Inner {
 }
 
 impl Store {
-    /// Opens the best source this host allows.
+    /// A store with the default [`Config`]: in 2 MiB pages if this host allows it.
     ///
     /// # Errors
     /// When the kernel lacks what freeze depends on.
     pub fn open() -> Result<Self, StoreError> {
-        match HugeTmpfs::mount() {
-            Ok(fs) => Self::with(Some(fs), None),
-            Err(error) => {
-                let warning = format!(
-                    "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
-                     shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
-                     huge pages to mend it"
-                );
-                tracing::warn!("{warning}");
-                Self::with(None, Some(warning))
-            }
-        }
+        Self::with_config(Config::default())
     }
 
     /// A store in 4 KiB pages, whatever the host could do.
@@ -106,29 +101,53 @@ impl Store {
     /// # Errors
     /// When the kernel lacks what freeze depends on.
     pub fn open_small() -> Result<Self, StoreError> {
-        Self::with(None, None)
+        Self::with_config(Config { backing: Some(Backing::Small), ..Config::default() })
+    }
+
+    /// A store by `config`.
+    ///
+    /// # Errors
+    /// When the kernel lacks what freeze depends on; when 2 MiB pages were demanded and cannot be had.
+    pub fn with_config(config: Config) -> Result<Self, StoreError> {
+        let budget = MappingBudget::of_this_process(config.max_mappings);
+        let mount = || HugeTmpfs::mount().map_err(StoreError::Huge);
+        match config.backing {
+            Some(Backing::Small) => Self::assemble(None, None, budget, config),
+            Some(Backing::Huge) => Self::assemble(Some(mount()?), None, budget, config),
+            None => match mount() {
+                Ok(fs) => Self::assemble(Some(fs), None, budget, config),
+                Err(StoreError::Huge(error)) => {
+                    let warning = format!(
+                        "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
+                         shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
+                         huge pages to mend it"
+                    );
+                    tracing::warn!("{warning}");
+                    Self::assemble(None, Some(warning), budget, config)
+                }
+                Err(error) => Err(error),
+            },
+        }
     }
 
     /// In 4 KiB pages, with a budget of its own.
     #[cfg(test)]
     pub(crate) fn open_with_budget(budget: MappingBudget) -> Self {
-        Self::with_budget(None, None, budget).unwrap()
+        Self::assemble(None, None, budget, Config::default()).unwrap()
     }
 
-    fn with(huge: Option<HugeTmpfs>, warning: Option<String>) -> Result<Self, StoreError> {
-        Self::with_budget(huge, warning, MappingBudget::of_this_process())
-    }
-
-    fn with_budget(
+    fn assemble(
         huge: Option<HugeTmpfs>,
         warning: Option<String>,
         budget: MappingBudget,
+        config: Config,
     ) -> Result<Self, StoreError> {
         let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
         let live_layers = Arc::default();
         Ok(Self(Arc::new(Inner {
             huge,
             warning,
+            config,
             pagemap,
             budget,
             views: Arc::new(Views::new(&live_layers)),
@@ -139,6 +158,12 @@ impl Store {
             engine: whole::Mutex::default(),
             reclaim: Mutex::default(),
         })))
+    }
+
+    /// What it was made with.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.0.config
     }
 
     /// Page size of base files and large layers.

@@ -49,7 +49,7 @@ impl Checker {
         let options = ChildOptions { paused: true, before_start: None };
         let vm = Vm::from_image(&self.context, "child", image, options).map_err(Failure::run)?;
         if self.without_unshare {
-            vm.ram().disable_unshare_before_protect_for_tests();
+            vm.ram().set_pin_policy(clade_memory::PinPolicy::Ignore);
         }
         self.tally.children += 1;
         self.tally.nested += u64::from(depth > 0);

@@ -175,7 +175,7 @@ impl Rig {
         let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
         (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
         if args.without_unshare {
-            vm.ram().disable_unshare_before_protect_for_tests();
+            vm.ram().set_pin_policy(clade_memory::PinPolicy::Ignore);
         }
         let run = |vcpu, command| BareVcpu::new(&vm, vcpu).run(command).map_err(Failure::run);
         run(WRITER, Command::Fill { start: STILL, pages: STILL_PAGES, seed: STILL_SEED })?;

@@ -32,7 +32,6 @@ mod tests;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use crate::error::RamError;
 use crate::freeze::background::{BackgroundCopy, Delta};
@@ -52,17 +51,8 @@ use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
 pub(crate) use copies::{Packed, Placed};
 use copies::{SMALL_GAP, close_gaps, parts, runs_to_remap};
 
-/// Private pages that stay the parent's own after a freeze has copied them, at most. Below it, copying them again at the next freeze
-/// is cheaper than remapping and breaking COW again.
-const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
-/// Pages that stay the parent's own because devices used them, at most: copying them takes half a millisecond.
-const MAX_RECENTLY_PINNED: u64 = 2_048;
-
 /// No-fork pages that a freeze moves out of the base file, at most: reading them takes a millisecond.
 const MAX_WITHDRAWN: u64 = 1_024;
-
-/// From this many private pages on, [`FreezeMode::Auto`] leaves copying to the background.
-const BACKGROUND_PAGES: u64 = 1024;
 
 /// When a freeze copies the private pages that have to be copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +64,18 @@ pub enum FreezeMode {
     /// In the background when they are many and the host can.
     #[default]
     Auto,
+}
+
+/// What a freeze does with a page that is pinned for DMA.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PinPolicy {
+    /// It is copied for the others, and stays the VM's own and in place (I3).
+    #[default]
+    Unshare,
+    /// It is shared and write-protected like any other, as kernels did before they told exclusive pages apart. **Memory is
+    /// lost**: devices write into layers, and into frames that the guest has left. For showing that a test would notice.
+    #[cfg(any(test, feature = "hazard"))]
+    Ignore,
 }
 
 /// A region at one instant.
@@ -181,10 +183,10 @@ impl GuestRegion {
             together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
-        let ignores_pins = self.ignores_pins.load(Ordering::Relaxed);
+        let ignores_pins = self.ignores_pins();
         // Pages that devices had since the last freeze they will have again: copied now and left where they are, like those they have. Otherwise each
         // would be mapped anew, and copied once more at its next pin. Their bits stay, so that such a pin needs no lock.
-        let mut left = if ignores_pins { 0 } else { MAX_RECENTLY_PINNED };
+        let mut left = if ignores_pins { 0 } else { self.store.config().keep_recently_pinned_pages };
         let mut take_recently_pinned = |runs: &[PageRange]| {
             let mut used = Vec::new();
             for run in runs {
@@ -331,7 +333,7 @@ impl GuestRegion {
         let wanted = match mode {
             FreezeMode::Eager => false,
             FreezeMode::Background => later > 0,
-            FreezeMode::Auto => later >= BACKGROUND_PAGES,
+            FreezeMode::Auto => later >= self.store.config().background_pages,
         };
         if wanted {
             let packed = Packed::of(&plan.copy);
@@ -343,8 +345,8 @@ impl GuestRegion {
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
-        // Heedless to the end: what is kept would be spared after all.
-        let keep = if self.ignores_pins.load(Ordering::Relaxed) { 0 } else { KEEP_PAGES };
+        // What is kept in place would be spared after all.
+        let keep = if self.ignores_pins() { 0 } else { self.store.config().keep_pages };
         let shared = runs_to_remap(&plan.copy, &plan.pinned, keep);
         let staying = self.copied(&subtract_runs(&plan.copy, &shared))?;
         Ok(Copies { shared: self.copied(&shared)?, staying, bg_copy: None })

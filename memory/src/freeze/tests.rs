@@ -7,6 +7,10 @@ use crate::{Access, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime,
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 600;
+/// Private pages that a freeze leaves to the background.
+const BACKGROUND: u64 = 1_024;
+/// Pages of devices that a freeze leaves in place.
+const RECENTLY_PINNED: u64 = 2_048;
 /// Pages that devices hold, each between two runs that become a layer's.
 const PINNED: u64 = 20;
 
@@ -86,12 +90,12 @@ fn whole_blocks_come_first_in_a_delta() {
 #[test]
 fn many_pages_are_left_to_the_background_and_few_are_not() {
     let store = Store::open_small().unwrap();
-    let ram = named(&store, BACKGROUND_PAGES + 600);
+    let ram = named(&store, BACKGROUND + 600);
     freeze_in(&ram, FreezeMode::Eager);
-    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES - 1));
+    write(&ram, PageRange::with_len(100, BACKGROUND - 1));
     assert_eq!(freeze_in(&ram, FreezeMode::Auto).pending, 0);
     // All of it is shown from its copy now, but for what stays in any case.
-    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES));
+    write(&ram, PageRange::with_len(100, BACKGROUND));
     assert!(freeze_in(&ram, FreezeMode::Auto).pending > 0);
     ram.finish_background().unwrap();
 }
@@ -109,13 +113,13 @@ fn what_only_devices_have_is_not_left_to_the_background() {
 #[test]
 fn without_a_background_many_pages_are_copied_at_once() {
     let store = Store::open_small().unwrap();
-    let ram = named(&store, BACKGROUND_PAGES + 600);
+    let ram = named(&store, BACKGROUND + 600);
     freeze_in(&ram, FreezeMode::Eager);
-    write(&ram, PageRange::with_len(100, BACKGROUND_PAGES + 100));
+    write(&ram, PageRange::with_len(100, BACKGROUND + 100));
     store.background().unwrap().lose_userfaultfd();
     assert!(ram.freeze_in(FreezeMode::Background, &Quiesced::by(&NoWriters)).is_err());
     let report = freeze_in(&ram, FreezeMode::Auto);
-    assert_eq!((report.copied, report.pending), (BACKGROUND_PAGES + 100, 0));
+    assert_eq!((report.copied, report.pending), (BACKGROUND + 100, 0));
 }
 
 #[test]
@@ -127,7 +131,7 @@ fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
     region.set_no_fork(PageRange::new(1500, 1501), Some(NoFork::Zeroed)).unwrap();
     drop(region.pin(PageRange::new(0, 3000), Access::Write, PinLifetime::Transient).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
-    assert_eq!(pages_in(&region.state().space.mappings().base_runs()), MAX_RECENTLY_PINNED);
+    assert_eq!(pages_in(&region.state().space.mappings().base_runs()), RECENTLY_PINNED);
     ram.check(&Quiesced::by(&NoWriters)).unwrap();
 }
 

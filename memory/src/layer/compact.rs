@@ -18,6 +18,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::config::Config;
 use crate::error::RamError;
 use crate::freeze::{Packed, RegionImage};
 use crate::layer::interval::{IntervalMap, Piece};
@@ -31,11 +32,6 @@ use crate::store::Store;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
-/// More pieces than this, or more layers than [`COMPACT_AT_LAYERS`], and a view is worth merging. Below, a child is
-/// mapped in less than a millisecond.
-const COMPACT_AT_PIECES: usize = 192;
-/// See [`COMPACT_AT_PIECES`].
-const COMPACT_AT_LAYERS: usize = 24;
 /// As many pieces as short ones are to become, if it can be had for copying [`MAX_COPY_RATIO`] times their pages.
 const TARGET_PIECES: usize = 48;
 /// See [`TARGET_PIECES`].
@@ -115,10 +111,10 @@ fn map_end(map: &LayerMap) -> u64 {
 }
 
 /// Whether `map` is worth merging, so far as its size tells: it has grown well beyond what the last time left.
-fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize)) -> bool {
+fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Config) -> bool {
     let (pieces, deep) = last_compacted;
-    map.len() > COMPACT_AT_PIECES.max(pieces + pieces / 2)
-        || (map.len() > deep + COMPACT_AT_LAYERS && layers([map]) > deep + COMPACT_AT_LAYERS)
+    map.len() > config.compact_at_pieces.max(pieces + pieces / 2)
+        || (map.len() > deep + config.compact_at_layers && layers([map]) > deep + config.compact_at_layers)
 }
 
 /// A copy of parts of a map in one layer.
@@ -302,7 +298,7 @@ impl GuestRegion {
     pub(crate) fn compact_later(&self, state: &mut State) {
         if state.compaction.is_some()
             || state.freezing.is_some()
-            || !needs_compaction(state.space.map(), state.last_compacted)
+            || !needs_compaction(state.space.map(), state.last_compacted, self.store.config())
         {
             return;
         }

@@ -1,5 +1,6 @@
 //! A region: one memslot's worth of guest memory, over one reservation of host addresses that never moves.
 
+pub(crate) mod backend;
 pub(crate) mod check;
 pub(crate) mod evict;
 pub(crate) mod grace;
@@ -11,6 +12,7 @@ pub(crate) mod reset;
 pub(crate) mod space;
 pub(crate) mod state;
 pub(crate) mod stats;
+pub(crate) mod tracked;
 
 #[cfg(test)]
 mod tests;
@@ -77,8 +79,9 @@ pub struct GuestRegion {
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
-    /// See [`crate::GuestRam::disable_unshare_before_protect_for_tests`]. Relaxed: looked at by freezes only, under the state lock.
-    pub(crate) ignores_pins: AtomicBool,
+    /// Whether its freezes take pinned pages like any others. Relaxed: looked at by freezes only, under the state lock.
+    #[cfg(any(test, feature = "hazard"))]
+    ignores_pins: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -104,6 +107,7 @@ impl GuestRegion {
             unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
+            #[cfg(any(test, feature = "hazard"))]
             ignores_pins: AtomicBool::new(false),
             state: Mutex::new(State::new(space)),
         })
@@ -268,6 +272,24 @@ impl GuestRegion {
     pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
         let gone = || self.watched.as_ref().is_some_and(Watched::is_lost).then(|| Arc::new(FillError::Gone));
         self.failure.get().or_else(gone)
+    }
+
+    #[cfg(any(test, feature = "hazard"))]
+    pub(crate) fn set_pin_policy(&self, policy: crate::PinPolicy) {
+        self.ignores_pins.store(policy == crate::PinPolicy::Ignore, Ordering::Relaxed);
+    }
+
+    /// Whether a freeze takes pinned pages like any others: never, but where a test is to notice it.
+    #[cfg(any(test, feature = "hazard"))]
+    pub(crate) fn ignores_pins(&self) -> bool {
+        self.ignores_pins.load(Ordering::Relaxed)
+    }
+
+    /// Whether a freeze takes pinned pages like any others: never.
+    #[cfg(not(any(test, feature = "hazard")))]
+    #[expect(clippy::unused_self, reason = "the twin of the function with the policy")]
+    pub(crate) fn ignores_pins(&self) -> bool {
+        false
     }
 
     pub(crate) fn is_live(&self) -> bool {

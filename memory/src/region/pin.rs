@@ -43,6 +43,19 @@ pub enum PinError {
         /// Asked for.
         range: PageRange,
     },
+    /// The region's memory is not in one file: parts of it are mapped privately, over layers or zeros.
+    #[error("the region at {base:#x} is not in one file: {shared} of its {pages} pages are")]
+    NotInOneFile {
+        /// Its guest physical address.
+        base: u64,
+        /// Its size.
+        pages: u64,
+        /// Pages that are mapped shared over its base file.
+        shared: u64,
+    },
+    /// The region's file could not be opened once more.
+    #[error("no descriptor for the region's file")]
+    File(#[source] std::io::Error),
     /// A page has as many pins as can be counted (I6).
     #[error("a page of {range} already has {MAX_PINS} pins")]
     Saturated {

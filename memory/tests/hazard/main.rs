@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_memory::{FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
+use clade_memory::{FreezeMode, GuestRam, PinPolicy, Quiesced, RamImage, RamLayout, Store};
 
 use deadline::Deadline;
 use disk::{Disk, How};
@@ -174,7 +174,7 @@ fn without_unshare_before_protect_bytes_are_wrong() {
     let everywhere = Wrong::default();
     each(|store, mode, disk, what| {
         let ram = born(store);
-        ram.disable_unshare_before_protect_for_tests();
+        ram.set_pin_policy(PinPolicy::Ignore);
         let begun = Instant::now();
         let enough = |wrong: &Wrong| match [&wrong.parent, &wrong.child].map(|n| n.load(Ordering::Relaxed) > 0) {
             [true, true] => true,

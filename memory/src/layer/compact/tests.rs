@@ -101,7 +101,7 @@ fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerM
 #[test]
 fn a_map_is_compacted_when_it_has_grown_well_beyond_the_last_time() {
     let store = Store::open_small().unwrap();
-    let needs = |count, over, last| needs_compaction(&pieces(&store, count, 1, 1, over), last);
+    let needs = |count, over, last| needs_compaction(&pieces(&store, count, 1, 1, over), last, store.config());
     assert_eq!(layers([&pieces(&store, 10, 1, 1, 3)]), 3);
     assert!(!needs(192, 1, (0, 0)) && needs(193, 1, (0, 0)), "pieces");
     assert!(!needs(300, 1, (200, 0)) && needs(301, 1, (200, 0)), "half as many again");

@@ -1,0 +1,128 @@
+//! A region's memory as a file, for a device backend in another process (vhost-user).
+//!
+//! Such a backend maps the file and writes to it whenever it likes. It is a device that has pinned all of the region:
+//! so the file is handed out together with that pin. While it is held, every freeze copies the region instead of sharing
+//! it, and the backend and the guest go on seeing each other (I3).
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::region::GuestRegion;
+use crate::region::pin::{Access, DmaPin, PinError, PinLifetime};
+
+/// A region's memory file, for as long as it may be mapped by another process.
+///
+/// Drop it when the backend has unmapped the file: what it writes later is in nobody's memory or, after the next freeze,
+/// in a layer that other VMs are shown.
+#[derive(Debug)]
+pub struct SharedFile {
+    file: File,
+    pin: DmaPin,
+}
+
+impl SharedFile {
+    /// The file. The region's first byte is its first, and it is as long as the region.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Bytes of the region, all of which are in the file.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.pin.len() as u64
+    }
+
+    /// Never: a region has a page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pin.is_empty()
+    }
+}
+
+impl GuestRegion {
+    /// The file that has all of this region's memory, with all of it pinned.
+    ///
+    /// There is one from [`GuestRam::populate`](crate::GuestRam::populate) to the first operation that maps anything
+    /// else: a freeze without such a pin, a discard, a reset, an eviction. A VM that was forked has none: its memory is
+    /// its own copies over shared layers.
+    ///
+    /// # Errors
+    /// [`PinError::NotInOneFile`] where there is no such file; the errors of a pin.
+    pub fn share_file(self: &Arc<Self>) -> Result<SharedFile, PinError> {
+        let pin = self.pin(self.range(), Access::Write, PinLifetime::LongTerm)?;
+        // After the pin: what is mapped shared now stays so for as long as it is held.
+        let state = self.state_for_pin();
+        let shared = state.space.mappings().base_pages();
+        let base_file = state.space.base_file().filter(|_| shared == self.pages());
+        let base_file = base_file.ok_or(PinError::NotInOneFile { base: self.base.0, pages: self.pages(), shared })?;
+        let file = base_file.file().try_clone().map_err(PinError::File)?;
+        drop(state);
+        Ok(SharedFile { file, pin })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::{FreezeMode, GuestRam, NoWriters, PAGE_SIZE, PageRange, Quiesced, RamLayout, Store};
+
+    const PAGES: u64 = 1_200;
+
+    fn word(ram: &GuestRam, page: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+    }
+
+    #[test]
+    fn i3_a_backend_in_another_process_goes_on_across_freezes() {
+        for (store, mode) in
+            [(Store::open().unwrap(), FreezeMode::Eager), (Store::open_small().unwrap(), FreezeMode::Auto)]
+        {
+            let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.populate().unwrap();
+            (0..PAGES).for_each(|page| ram.memory().write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap());
+            let shared = ram.regions()[0].share_file().unwrap();
+            assert_eq!((shared.len(), shared.is_empty()), (PAGES * PAGE_SIZE, false));
+            let quiesced = Quiesced::by(&NoWriters);
+            for round in 0..2 {
+                let (image, report) = ram.freeze_in(mode, &quiesced).unwrap();
+                assert_eq!((report.pinned, report.remapped), (PAGES, 0));
+                // The backend writes, the guest writes: each sees the other, no child does.
+                shared.file().write_all_at(&(700 + round as u64).to_ne_bytes(), 7 * PAGE_SIZE).unwrap();
+                ram.memory().write_obj(900 + round, GuestAddress(9 * PAGE_SIZE)).unwrap();
+                let mut seen = [0; 8];
+                shared.file().read_exact_at(&mut seen, 9 * PAGE_SIZE).unwrap();
+                assert_eq!((word(&ram, 7), u64::from_ne_bytes(seen)), (700 + round, 900 + round));
+                let child = GuestRam::reserve(image.layout(), &store).unwrap();
+                child.adopt(&image).unwrap();
+                let before = if round == 0 { (8, 10) } else { (700, 900) };
+                assert_eq!((word(&child, 7), word(&child, 9)), before);
+                assert!(matches!(
+                    child.regions()[0].share_file(),
+                    Err(PinError::NotInOneFile { pages: PAGES, shared: 0, .. })
+                ));
+                ram.check(&quiesced).unwrap();
+            }
+            drop(shared);
+            let (_, report) = ram.freeze_in(mode, &quiesced).unwrap();
+            assert_eq!(report.pinned, 0, "the pin is gone");
+        }
+    }
+
+    #[test]
+    fn a_region_that_is_not_one_file_has_none_to_share() {
+        let store = Store::open_small().unwrap();
+        let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+        assert!(matches!(ram.regions()[0].share_file(), Err(PinError::Empty { .. })));
+        ram.populate().unwrap();
+        ram.regions()[0].discard(PageRange::new(3, 4)).unwrap();
+        let refused = ram.regions()[0].share_file();
+        let shared = PAGES - 1;
+        assert!(matches!(refused, Err(PinError::NotInOneFile { shared: s, .. }) if s == shared), "{refused:?}");
+        assert_eq!(ram.regions()[0].ownership().counts(ram.regions()[0].range()).pins, 0, "nothing stays pinned");
+    }
+}
