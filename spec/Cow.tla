@@ -445,6 +445,21 @@ DiscardShow(v) ==
        IN vm' = [vm EXCEPT ![v] = r] /\ file' = Unflag(fs, old, r)
     /\ UNCHANGED <<anon, img, dev, retired, merged, sweep, whose, ops>>
 
+\* GuestRegion::give_back_unmapped: beyond its share of mappings a VM's own copy goes, and what is mapped beneath is shown. Only where
+\* the map says the same; else the copy stays. A page of the birth file is a hole in place.
+DiscardDrop(v) ==
+    /\ "unmapped" \in Ops /\ v \in Live /\ vm[v].op.k = "discard" /\ vm[v].op.pc = "show"
+    /\ LET p == vm[v].op.p
+           old == vm[v]
+           in_step == old.under[p] = <<"priv", old.map[p]>> \/ Off("a_drop_shows_what_the_map_says")
+           beneath == IF old.under[p][2] = 0 THEN Zero ELSE file[old.under[p][2]].data[p]
+       IN /\ vm' = [vm EXCEPT ![v] =
+                IF IsBorn(v, p) THEN [old EXCEPT !.want[p] = Zero, !.ex[p] = TRUE, !.op.pc = "unlock"]
+                ELSE IF in_step THEN [old EXCEPT !.anon[p] = 0, !.want[p] = beneath, !.op.pc = "unlock"]
+                ELSE [old EXCEPT !.ex[p] = Own(v, p), !.op.pc = "unlock"]]
+          /\ file' = IF IsBorn(v, p) THEN [file EXCEPT ![old.birth].data[p] = Zero] ELSE file
+    /\ UNCHANGED <<anon, img, dev, retired, merged, sweep, whose, ops>>
+
 \* GuestRegion::reset_all: nothing is read, the bits go, and a pin that got in first refuses it.
 ResetTake(v, i) ==
     /\ Has("reset") /\ v \in Live /\ IsIdle(v) /\ img[i].form = "view" /\ img[i].anc \subseteq vm[v].anc \cup {v}
@@ -572,7 +587,7 @@ Next ==
                             \/ \E d \in Devices : Pin(d, v, p)
         \/ \E i \in Images : FreezePlan(v, i) \/ Adopt(v, i) \/ ResetTake(v, i)
         \/ FreezePrepare(v) \/ FreezeFails(v) \/ FreezeCommit(v) \/ FreezeRegister(v) \/ FreezeShare(v)
-        \/ DiscardShow(v) \/ ResetPut(v) \/ EvictWrite(v) \/ CompactMake(v) \/ TakeOver(v)
+        \/ DiscardShow(v) \/ DiscardDrop(v) \/ ResetPut(v) \/ EvictWrite(v) \/ CompactMake(v) \/ TakeOver(v)
         \/ Unlock(v) \/ Birth(v) \/ Death(v)
     \/ \E d \in Devices : DeviceWrite(d) \/ Unpin(d) \/ Splice(d) \/ SpliceEnds(d)
     \/ \E i \in Images : DropImage(i) \/ ToHandle(i) \/ FromHandle(i)
