@@ -3,6 +3,9 @@
 #
 # The instrumentation that libFuzzer wants is plain LLVM; only the sanitizers need a nightly compiler. `cargo fuzz` does the
 # same and more where there is one. libFuzzer itself is built with the C++ compiler, installed if it is missing.
+#
+# What was found to reach new code is kept, in $CLADE_FUZZ_CORPUS or else in the user's cache: the next run begins with it.
+# As many targets run at a time as there are processors.
 set -eu
 cd "$(dirname "$0")"
 seconds=$1
@@ -21,16 +24,29 @@ for arg in level=4 inline-8bit-counters pc-table trace-compares; do
 done
 host=$(rustc -vV | sed -n 's/^host: //p')
 RUSTFLAGS="$flags" CARGO_TARGET_DIR=$target_dir cargo build --quiet --release --target "$host" --bins
-status=0
-for target in $targets; do
-    mkdir -p "corpus/$target"
+corpus=${CLADE_FUZZ_CORPUS:-${XDG_CACHE_HOME:-$HOME/.cache}/clade/fuzz}
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+one() {
+    target=$1
+    mkdir -p "$corpus/$target"
     if "$target_dir/$host/release/$target" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=4096 \
-        "corpus/$target" >"corpus/$target.log" 2>&1; then
-        echo "$target: $(grep -a 'cov:' "corpus/$target.log" | tail -n 1)"
+        -artifact_prefix="$corpus/$target-" "$corpus/$target" >"$logs/$target" 2>&1; then
+        echo "$target: $(grep -a 'cov:' "$logs/$target" | tail -n 1)"
     else
         echo "$target: FAILED"
-        tail -n 40 "corpus/$target.log"
-        status=1
+        tail -n 40 "$logs/$target"
+        touch "$logs/failed"
+    fi
+}
+running=0
+for target in $targets; do
+    one "$target" &
+    running=$((running + 1))
+    if [ $running -ge "$(nproc)" ]; then
+        wait
+        running=0
     fi
 done
-exit $status
+wait
+[ ! -e "$logs/failed" ]

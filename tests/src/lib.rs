@@ -29,21 +29,35 @@ use clade_memory::{Backing, Store};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::Context;
 
-/// The right to run VMs: one test of a binary at a time, because bare guests spin while they wait and because what a process
-/// holds can only be counted when nobody else changes it. The test is ended if it takes too long.
+/// The right to run VMs. The test is ended if it takes too long.
 #[derive(Debug)]
 pub struct Turn {
     host: Arc<Host>,
     _deadline: Deadline,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 impl Turn {
-    /// Waits for this test's turn; `None`, having said so, on a host that cannot run VMs.
+    /// Waits until no other test of the binary runs VMs. Bare guests spin while they wait, and the resources of a
+    /// process can only be counted while no other test changes them.
+    ///
+    /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
     pub fn take(patience: Duration) -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::open(patience, Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// Beside other tests: for guests that sleep while they wait. As many run as the harness has threads, which is one
+    /// a processor.
+    ///
+    /// `None`, with the reason printed, on a host that cannot run VMs.
+    #[must_use]
+    pub fn shared(patience: Duration) -> Option<Self> {
+        Self::open(patience, None)
+    }
+
+    fn open(patience: Duration, alone: Option<MutexGuard<'static, ()>>) -> Option<Self> {
         let userfaultfd = Path::new("/dev/userfaultfd");
         if required("uffd") && !userfaultfd.exists() {
             skip("uffd", "/dev/userfaultfd is missing");
