@@ -1,5 +1,6 @@
-//! The budget of memory mappings: `vm.max_map_count` is shared by every VM of a process, and running into it half-way
-//! through a fork is the one failure that cannot be undone. So mappings are promised before they are made (D5).
+//! The budget of memory mappings: `vm.max_map_count` is shared by every VM of a process, and
+//! running into it half-way through a fork is the one failure that cannot be undone. So mappings
+//! are promised before they are made (D5).
 
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,7 +72,8 @@ impl MappingBudget {
         self.limit
     }
 
-    /// How many one more VM should use at most: a share of what is left, so that the thousandth clone still finds room.
+    /// How many one more VM should use at most: a share of what is left, so that the thousandth
+    /// clone still finds room.
     pub(crate) fn fair_share(&self) -> u64 {
         const MOST: u64 = 1_024;
         const LEAST: u64 = 4;

@@ -17,19 +17,20 @@ use crate::store::Backing;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Config {
-    /// The page size layers live in. `None`: 2 MiB where the host allows it, else 4 KiB with a warning
-    /// ([`Store::warning`](crate::Store::warning)).
+    /// The page size layers live in. `None`: 2 MiB where the host allows it, else 4 KiB with a
+    /// warning ([`Store::warning`](crate::Store::warning)).
     pub backing: Option<Backing>,
-    /// Memory mappings that all stores of this process may have when this one asks. `None`: `vm.max_map_count` less
-    /// 4,096.
+    /// Memory mappings that all stores of this process may have when this one asks. `None`:
+    /// `vm.max_map_count` less 4,096.
     pub max_mappings: Option<u64>,
-    /// Private pages from which on [`FreezeMode::Auto`](crate::FreezeMode::Auto) leaves copying to the background.
+    /// Private pages from which on [`FreezeMode::Auto`](crate::FreezeMode::Auto) leaves copying to
+    /// the background.
     pub background_pages: u64,
-    /// Private pages that a freeze copies and leaves in place, at most. Below it, copying them again at the next freeze
-    /// is cheaper than mapping them anew and breaking COW again.
+    /// Private pages that a freeze copies and leaves in place, at most. Below it, copying them
+    /// again at the next freeze is cheaper than mapping them anew and breaking COW again.
     pub keep_pages: u64,
-    /// Pages used by devices since the last freeze that a freeze copies and leaves in place, at most. Copying 2,048
-    /// takes half a millisecond.
+    /// Pages used by devices since the last freeze that a freeze copies and leaves in place, at
+    /// most. Copying 2,048 takes half a millisecond.
     pub keep_recently_pinned_pages: u64,
     /// Pieces of a VM's layer map from which on they are merged in the background.
     pub compact_at_pieces: usize,

@@ -10,7 +10,8 @@ use crate::freeze::background::{BackgroundError, FillError};
 use crate::store::StoreError;
 use crate::units::PageRange;
 
-/// An operation on guest memory that was refused or failed. The VM it was asked of is as it was (I13).
+/// An operation on guest memory that was refused or failed. The VM it was asked of is as it was
+/// (I13).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RamError {
@@ -105,7 +106,8 @@ pub enum RamError {
         /// The first run.
         first: PageRange,
     },
-    /// A reset failed half-way: the memory is neither what it was nor what it was to be. Another reset mends it.
+    /// A reset failed half-way: the memory is neither what it was nor what it was to be. Another
+    /// reset mends it.
     #[error("the region at {base:#x} was left half reset: it must be reset again before anything else")]
     Inconsistent {
         /// Its guest physical address.

@@ -1,8 +1,8 @@
 //! Adopting an image: a child's reservation is mapped over the layers of a freeze.
 //!
-//! Each entry of the layer map is one private mapping. Where that would be more than the VM's share of the mapping budget,
-//! short runs are copied into the child instead, so that the mapping beneath spans them: it costs a page of private memory each, and
-//! never a refused fork.
+//! Each entry of the layer map is one private mapping. Where that would be more than the VM's share
+//! of the mapping budget, short runs are copied into the child instead, so that the mapping beneath
+//! spans them: it costs a page of private memory each, and never a refused fork.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -49,7 +49,8 @@ impl Layout {
         if range.is_empty() {
             return;
         }
-        // One mapping can go on over runs that are copied on top of it (they lie over zeros until then).
+        // One mapping can go on over runs that are copied on top of it (they lie over zeros until
+        // then).
         if let [.., (before, below), (filler, Mapping::Zero)] = self.mappings.as_mut_slice()
             && filler.end == range.start
             && goes_on(below, before.len() + filler.len(), &mapping)
@@ -89,7 +90,8 @@ fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
 }
 
 impl GuestRegion {
-    /// Maps the layers of `map` into this still empty region, which is not live before all of its VM's are.
+    /// Maps the layers of `map` into this still empty region, which is not live before all of its
+    /// VM's are.
     pub(crate) fn adopt(&self, image: &RegionImage) -> Result<(), RamError> {
         if let Some(error) = image.map.iter().find_map(|(_, source)| source.layer.failure()) {
             return Err(RamError::Lost(error));
@@ -145,8 +147,8 @@ impl GuestRegion {
     }
 
     fn watch(&self, waits: &mut Vec<Arc<Layer>>, range: PageRange, source: &Source) -> Result<(), RamError> {
-        // Not only while it is pending: it may have failed since it was looked at, and only the background copy's lock
-        // tells.
+        // Not only while it is pending: it may have failed since it was looked at, and only the
+        // background copy's lock tells.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
         let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
             AttachError::Failed(error) => RamError::Lost(error),
@@ -163,7 +165,8 @@ impl GuestRegion {
         self.clear(&mut self.state());
     }
 
-    /// All that populating it has done, it undoes: addresses, bits, declarations. It was never live, so nobody has a pin.
+    /// All that populating it has done, it undoes: addresses, bits, declarations. It was never
+    /// live, so nobody has a pin.
     fn clear(&self, state: &mut State) {
         let pinned = self.table.lock().share(self.range());
         debug_assert!(pinned.is_empty(), "a region that was never live is pinned");

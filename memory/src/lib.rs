@@ -1,10 +1,10 @@
 //! Guest memory that a running VM can be forked from.
 //!
 //! A VM's memory is one reservation of host addresses per guest-physical region. It is mapped over
-//! *layers*: immutable, shared sets of pages in memory files. For every page the crate knows whether
-//! its VM **owns it outright** (the exclusive bit) and how often it is pinned for DMA. A page is made
-//! the VM's own *before* a device is given its address. So sharing memory never moves it from under
-//! the device.
+//! *layers*: immutable, shared sets of pages in memory files. For every page the crate knows
+//! whether its VM **owns it outright** (the exclusive bit) and how often it is pinned for DMA. A
+//! page is made the VM's own *before* a device is given its address. So sharing memory never moves
+//! it from under the device.
 //!
 //! | to learn about | read |
 //! |---|---|

@@ -21,7 +21,8 @@ use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 pub const GAP_START: u64 = 0xc000_0000;
 /// Where memory goes on behind the gap: 4 GiB.
 pub const GAP_END: u64 = 0x1_0000_0000;
-/// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47 addresses for itself).
+/// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47
+/// addresses for itself).
 const MAX_BYTES: u64 = 1 << 45;
 
 /// How often a reset that waits for devices looks again.
@@ -59,7 +60,8 @@ impl RamLayout {
     /// RAM in the given ranges: start and length in pages of each.
     ///
     /// # Errors
-    /// When there is none, one is empty or not page-aligned, or they are not ascending and disjoint.
+    /// When there is none, one is empty or not page-aligned, or they are not ascending and
+    /// disjoint.
     pub fn of_ranges(ranges: &[(GuestAddress, u64)]) -> Result<Self, RamError> {
         let mut free = 0;
         let mut total = 0u64;
@@ -96,7 +98,8 @@ impl RamLayout {
     }
 }
 
-/// The memory of a VM at one instant, as layers: cheap to clone, keeps them alive, starts any number of VMs.
+/// The memory of a VM at one instant, as layers: cheap to clone, keeps them alive, starts any
+/// number of VMs.
 #[derive(Clone, Debug)]
 pub struct RamImage {
     layout: RamLayout,
@@ -129,8 +132,8 @@ impl RamImage {
         self.regions.iter().map(|region| region.map.len()).sum()
     }
 
-    /// The same memory copied into one layer a region, in pages of the given size: as long a copy as the memory is large, after
-    /// which it depends on no other layer.
+    /// The same memory copied into one layer a region, in pages of the given size: as long a copy
+    /// as the memory is large, after which it depends on no other layer.
     ///
     /// # Errors
     /// When there is no memory for the copy.
@@ -147,13 +150,15 @@ impl RamImage {
         self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.bg_copy())
     }
 
-    /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all the same.
+    /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all
+    /// the same.
     #[must_use]
     pub fn is_pending(&self) -> bool {
         self.bg_copies().any(|bg_copy| !bg_copy.is_over())
     }
 
-    /// Why it will never be complete, if a copy in the background failed. It cannot be adopted then.
+    /// Why it will never be complete, if a copy in the background failed. It cannot be adopted
+    /// then.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.bg_copies().find_map(|bg_copy| bg_copy.failure())
@@ -177,18 +182,21 @@ impl RamImage {
     }
 }
 
-/// A guard: while it lives, nothing writes to a VM's memory but devices through pins. vCPUs are out of KVM_RUN, and devices are paused.
+/// A guard: while it lives, nothing writes to a VM's memory but devices through pins. vCPUs are out
+/// of KVM_RUN, and devices are paused.
 ///
 /// Implemented by whoever can stop them, for the value that lets them go on when it is dropped.
 pub trait StopsWriters {}
 
-/// There are no writers to stop: the memory is nobody's but the caller's, as in tests and benchmarks.
+/// There are no writers to stop: the memory is nobody's but the caller's, as in tests and
+/// benchmarks.
 #[derive(Clone, Copy, Debug)]
 pub struct NoWriters;
 
 impl StopsWriters for NoWriters {}
 
-/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but it may be in the image or not.
+/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but it
+/// may be in the image or not.
 #[derive(Debug)]
 pub struct Quiesced<'a>(std::marker::PhantomData<&'a ()>);
 
@@ -253,7 +261,8 @@ impl GuestRam {
         self.fill_regions(|at| self.regions[at].populate())
     }
 
-    /// Gives every region memory, and makes them live when all have it; on failure none has any (I13).
+    /// Gives every region memory, and makes them live when all have it; on failure none has any
+    /// (I13).
     fn fill_regions(&self, mut one: impl FnMut(usize) -> Result<(), RamError>) -> Result<(), RamError> {
         for at in 0..self.regions.len() {
             if let Err(error) = one(at) {
@@ -268,7 +277,8 @@ impl GuestRam {
     /// Gives it the memory of an image, shared until written.
     ///
     /// # Errors
-    /// When memory is there already, the shapes differ, or mappings run out; then it is as empty as before (I13).
+    /// When memory is there already, the shapes differ, or mappings run out; then it is as empty as
+    /// before (I13).
     pub fn adopt(&self, image: &RamImage) -> Result<(), RamError> {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
@@ -276,8 +286,8 @@ impl GuestRam {
         self.fill_regions(|at| self.regions[at].adopt(&image.regions[at]))
     }
 
-    /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied (I3). This VM goes on with the
-    /// same contents at the same addresses.
+    /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied
+    /// (I3). This VM goes on with the same contents at the same addresses.
     ///
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
@@ -287,8 +297,9 @@ impl GuestRam {
 
     /// As [`GuestRam::freeze`], and says when private pages are to be copied.
     ///
-    /// If they are left to the background, writers may go on as soon as this returns: a write to a page that is not copied yet waits for
-    /// that page. The image may be adopted at once: a read of such a page waits likewise.
+    /// If they are left to the background, writers may go on as soon as this returns: a write to a
+    /// page that is not copied yet waits for that page. The image may be adopted at once: a read of
+    /// such a page waits likewise.
     ///
     /// # Errors
     /// Then the VM is as it was, and nothing was shared (I13).
@@ -317,12 +328,12 @@ impl GuestRam {
         self.regions.iter().for_each(|region| region.set_pin_policy(policy));
     }
 
-    /// Puts the memory back to what it was in `image`, in place. The cost is in pages written since. Waits up to `patience` for
-    /// devices to let go of their pins.
+    /// Puts the memory back to what it was in `image`, in place. The cost is in pages written
+    /// since. Waits up to `patience` for devices to let go of their pins.
     ///
     /// # Errors
-    /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails half-way the contents are neither
-    /// ([`GuestRam::is_inconsistent`]), and the VM must not run.
+    /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails
+    /// half-way the contents are neither ([`GuestRam::is_inconsistent`]), and the VM must not run.
     pub fn reset(
         &self,
         image: &RamImage,
@@ -335,7 +346,8 @@ impl GuestRam {
         // What the image still misses must be there before it is mapped.
         image.finish_background()?;
         let deadline = Instant::now() + patience;
-        // All regions are looked at before the first is touched; a pin that comes later refuses its own region's reset.
+        // All regions are looked at before the first is touched; a pin that comes later refuses its
+        // own region's reset.
         while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
             if Instant::now() >= deadline {
                 return Err(refused);
@@ -354,21 +366,24 @@ impl GuestRam {
         }
     }
 
-    /// Whether a reset has failed half-way: the contents are of no one instant, and only another reset is of use.
+    /// Whether a reset has failed half-way: the contents are of no one instant, and only another
+    /// reset is of use.
     #[must_use]
     pub fn is_inconsistent(&self) -> bool {
         self.regions.iter().any(|region| region.is_inconsistent())
     }
 
-    /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy failed. Accesses to the pages that
-    /// are missing are errors (KVM_RUN and system calls: EFAULT; this process: a signal).
+    /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy
+    /// failed. Accesses to the pages that are missing are errors (KVM_RUN and system calls: EFAULT;
+    /// this process: a signal).
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.regions.iter().find_map(|region| region.failure.get())
     }
 
-    /// Calls `call` once when memory is lost, on a thread of the memory's own that holds no lock: it may ask the VM anything. If memory is lost
-    /// already, it is called here and now. For stopping the VM with its reason.
+    /// Calls `call` once when memory is lost, on a thread of the memory's own that holds no lock:
+    /// it may ask the VM anything. If memory is lost already, it is called here and now. For
+    /// stopping the VM with its reason.
     pub fn on_failure(&self, call: impl FnOnce(&Arc<FillError>) + Send + 'static) {
         let once = Arc::new(Mutex::new(Some(call)));
         for region in &self.regions {
@@ -382,7 +397,8 @@ impl GuestRam {
         }
     }
 
-    /// Finishes what the background has to do with this memory: its own last freeze, and layers it was given before they were complete.
+    /// Finishes what the background has to do with this memory: its own last freeze, and layers it
+    /// was given before they were complete.
     ///
     /// # Errors
     /// When memory it was given is lost.

@@ -1,4 +1,5 @@
-//! The reclaim thread: what nobody waits for. It frees layers, merges chains of them, allocates files ahead, and gives back pages that no view sees.
+//! The reclaim thread: what nobody waits for. It frees layers, merges chains of them, allocates
+//! files ahead, and gives back pages that no view sees.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,12 +12,13 @@ use std::time::{Duration, Instant};
 use crate::layer::gc;
 use crate::layer::registry::Views;
 
-/// What it lets others have first: whoever sends it something is in a hurry, and has just woken this thread on its own processor. Once for all that has
-/// come by then.
+/// What it lets others have first: whoever sends it something is in a hurry, and has just woken
+/// this thread on its own processor. Once for all that has come by then.
 const HEAD_START: Duration = Duration::from_millis(2);
 /// Least time between two sweeps: each walks every view.
 const MIN_SWEEP_INTERVAL: Duration = Duration::from_millis(500);
-/// Tasks that wait at most. Whoever comes with one more does it on the spot, or leaves it undone if it may be.
+/// Tasks that wait at most. Whoever comes with one more does it on the spot, or leaves it undone if
+/// it may be.
 const MAX_QUEUED: usize = 4_096;
 
 /// Something to drop counts as done by dropping it.
@@ -123,7 +125,8 @@ impl ReclaimThread {
     }
 }
 
-/// The reclaim thread of a store, kept from its work until this is dropped. What it was given before has been done.
+/// The reclaim thread of a store, kept from its work until this is dropped. What it was given
+/// before has been done.
 #[cfg(test)]
 pub(crate) struct Busy(#[allow(dead_code, reason = "its end is what counts")] std::sync::mpsc::Sender<()>);
 
@@ -142,7 +145,8 @@ impl Busy {
     }
 }
 
-/// Waits for something to do: tasks, if there are any, and whether a sweep is due. `None` when there will be nothing more.
+/// Waits for something to do: tasks, if there are any, and whether a sweep is due. `None` when
+/// there will be nothing more.
 fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)> {
     let mut queue = inner.queue();
     loop {
@@ -196,7 +200,8 @@ impl Drop for ReclaimThread {
         self.sender.0.queue().closed = true;
         self.sender.0.more.notify_one();
         let Some(thread) = self.thread.take() else { return };
-        // Its work may have held the last handle of the store: then this is the thread, and it ends by itself.
+        // Its work may have held the last handle of the store: then this is the thread, and it ends
+        // by itself.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             tracing::error!("the reclaim thread ended in a panic");
         }

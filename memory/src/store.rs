@@ -1,4 +1,5 @@
-//! Where layers come from, and what all VMs of a process share: the file source, the mapping budget, the pagemap.
+//! Where layers come from, and what all VMs of a process share: the file source, the mapping
+//! budget, the pagemap.
 
 use std::fs::File;
 use std::io;
@@ -83,7 +84,8 @@ struct Inner {
     views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
     engine: whole::Mutex<Option<Engine>>,
-    /// Started when there is first something to do. After the engine: what that lets go of may come here.
+    /// Started when there is first something to do. After the engine: what that lets go of may come
+    /// here.
     reclaim: Mutex<Option<ReclaimThread>>,
 }
 
@@ -107,7 +109,8 @@ impl Store {
     /// A store by `config`.
     ///
     /// # Errors
-    /// When the kernel lacks what freeze depends on; when 2 MiB pages were demanded and cannot be had.
+    /// When the kernel lacks what freeze depends on; when 2 MiB pages were demanded and cannot be
+    /// had.
     pub fn with_config(config: Config) -> Result<Self, StoreError> {
         let budget = MappingBudget::of_this_process(config.max_mappings);
         let mount = || HugeTmpfs::mount().map_err(StoreError::Huge);
@@ -184,7 +187,8 @@ impl Store {
         self.0.live_layers.load(Ordering::Acquire)
     }
 
-    /// Waits until the reclaim thread has done what it was given before, or for `timeout`. At once if nothing was ever given to it, or by itself.
+    /// Waits until the reclaim thread has done what it was given before, or for `timeout`. At once
+    /// if nothing was ever given to it, or by itself.
     pub(crate) fn wait_reclaimed(&self, timeout: Duration) {
         let sender = {
             let reclaim = self.0.reclaim.lock().unwrap_or_else(PoisonError::into_inner);
@@ -239,8 +243,8 @@ impl Store {
         drop(task);
     }
 
-    /// Starts what background freezes need, which is otherwise done by the first of them: so that a host without it is known at
-    /// start, by name (canon 25).
+    /// Starts what background freezes need, which is otherwise done by the first of them: so that a
+    /// host without it is known at start, by name (canon 25).
     ///
     /// # Errors
     /// Why this host cannot; freezes are eager then.
@@ -248,14 +252,15 @@ impl Store {
         self.background().map(|_| ())
     }
 
-    /// A new layer's file of `pages` pages, all holes. Huge pages are used from one block upward: a smaller file would
-    /// pay for clearing 2 MiB to hold a few pages.
+    /// A new layer's file of `pages` pages, all holes. Huge pages are used from one block upward: a
+    /// smaller file would pay for clearing 2 MiB to hold a few pages.
     pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
         Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
-    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its memory may be allocated already.
+    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its memory may
+    /// be allocated already.
     pub(crate) fn delta_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         if pages > MAX_PAGES {
             return self.layer(pages, grain);
@@ -290,8 +295,8 @@ impl Store {
         self.0.made_ahead.load(Ordering::Relaxed)
     }
 
-    /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled while it is read, a page that is there is
-    /// taken for filled.
+    /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled
+    /// while it is read, a page that is there is taken for filled.
     pub(crate) fn unpopulated_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = match (&self.0.huge, grain) {
             (Some(fs), Backing::Huge) => fs.file(pages),
@@ -319,7 +324,8 @@ impl Store {
     }
 
     fn next_id() -> u64 {
-        // The process's, because a VM of one store may be started from an image of another. Relaxed: identities only have to differ.
+        // The process's, because a VM of one store may be started from an image of another.
+        // Relaxed: identities only have to differ.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
@@ -338,8 +344,9 @@ impl Store {
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Makes spare files until there are `count`: huge pages that are already allocated and cleared, so that a freeze only has to copy
-    /// into them. Fresh huge pages cost 0.4-5.5 us for every 4 KiB where the host has to find them first, warm ones 0.15.
+    /// Makes spare files until there are `count`: huge pages that are already allocated and
+    /// cleared, so that a freeze only has to copy into them. Fresh huge pages cost 0.4-5.5 us for
+    /// every 4 KiB where the host has to find them first, warm ones 0.15.
     ///
     /// # Errors
     /// When there is no memory for one; those that were made stay.

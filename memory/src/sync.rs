@@ -1,4 +1,5 @@
-//! The atomics and the locks of the ownership protocol, swapped for loom's when it is being modelled, and for shuttle's when its schedules are.
+//! The atomics and the locks of the ownership protocol, swapped for loom's when it is being
+//! modelled, and for shuttle's when its schedules are.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -40,7 +41,8 @@ use loom::sync::atomic::AtomicBool as Flag;
 #[cfg(shuttle)]
 use shuttle::sync::atomic::AtomicBool as Flag;
 
-/// What `std`'s promises of filling and reading, with a flag that the model sees. It is filled under a lock.
+/// What `std`'s promises of filling and reading, with a flag that the model sees. It is filled
+/// under a lock.
 #[cfg(any(loom, shuttle))]
 #[derive(Debug)]
 pub(crate) struct OnceLock<T> {

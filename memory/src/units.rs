@@ -1,7 +1,7 @@
 //! Units: pages, ranges of pages, and the two granules the manager works in.
 //!
-//! Inside a region everything is counted in pages from the region's start, so that no arithmetic on guest physical
-//! addresses (with their gap below 4 GiB) happens below [`crate::ram`].
+//! Inside a region everything is counted in pages from the region's start, so that no arithmetic on
+//! guest physical addresses (with their gap below 4 GiB) happens below [`crate::ram`].
 
 use std::fmt;
 
@@ -9,7 +9,8 @@ use std::fmt;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
-/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner. Few where schedules are tried.
+/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner. Few
+/// where schedules are tried.
 pub const BLOCK_PAGES: u64 = if cfg!(loom) {
     2
 } else if cfg!(shuttle) {
@@ -25,7 +26,8 @@ pub const BLOCK_SIZE: u64 = BLOCK_PAGES * PAGE_SIZE;
 pub struct PageRange {
     /// First page.
     pub(crate) start: u64,
-    /// One past the last page. Never below `start`: every constructor sees to it, and nothing outside the crate can change it.
+    /// One past the last page. Never below `start`: every constructor sees to it, and nothing
+    /// outside the crate can change it.
     pub(crate) end: u64,
 }
 
@@ -36,8 +38,9 @@ impl PageRange {
         Self { start, end: if end < start { start } else { end } }
     }
 
-    /// `len` pages from `start`. Where the end cannot be counted, a range that ends with the last page there could be: beyond every region and never empty, so
-    /// that whoever checks it refuses it.
+    /// `len` pages from `start`. Where the end cannot be counted, a range that ends with the last
+    /// page there could be: beyond every region and never empty, so that whoever checks it refuses
+    /// it.
     #[must_use]
     pub const fn with_len(start: u64, len: u64) -> Self {
         match start.checked_add(len) {

@@ -1,5 +1,6 @@
-//! Freezes in the background under load: vCPUs (threads) and devices (io_uring through pins) write while pages are copied, and
-//! children read at once. The model is a byte a page and round: a writer in round r writes r everywhere it goes.
+//! Freezes in the background under load: vCPUs (threads) and devices (io_uring through pins) write
+//! while pages are copied, and children read at once. The model is a byte a page and round: a
+//! writer in round r writes r everywhere it goes.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -53,8 +54,9 @@ fn scattered(n: u64) -> u64 {
     n * 2_777 % PAGES
 }
 
-/// Rounds: all pages are written, the VM is frozen, and while the delta is filled the next round's writers are at work on the
-/// parent, and readers on two children. Every image must be exactly its round.
+/// Rounds: all pages are written, the VM is frozen, and while the delta is filled the next round's
+/// writers are at work on the parent, and readers on two children. Every image must be exactly its
+/// round.
 fn rounds(store: &Store, rounds: u64, scatter: bool) {
     let ram = parent(store);
     let order = |n: u64| if scatter { scattered(n) } else { n };
@@ -107,8 +109,8 @@ fn writers_and_readers_at_once_in_small_pages() {
     rounds(&Store::open_small().unwrap(), 6, false);
 }
 
-/// A device keeps writing through pins that are taken and dropped while pages are copied: no write of it reaches an
-/// image that was frozen before, and none is lost.
+/// A device keeps writing through pins that are taken and dropped while pages are copied: no write
+/// of it reaches an image that was frozen before, and none is lost.
 fn devices(store: &Store) {
     const PINNED: u64 = 24;
     let ram = parent(store);
@@ -162,7 +164,8 @@ fn devices_write_while_pages_are_copied_in_small_pages() {
     devices(&Store::open_small().unwrap());
 }
 
-/// A chain of VMs, each frozen in the background while what it was given is still pending, and every elder dropped at once.
+/// A chain of VMs, each frozen in the background while what it was given is still pending, and
+/// every elder dropped at once.
 #[test]
 fn a_chain_of_pending_layers() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -185,7 +188,8 @@ fn a_chain_of_pending_layers() {
     }
 }
 
-/// VMs are made, frozen and dropped in any order while everything is pending; nothing hangs and nothing is left.
+/// VMs are made, frozen and dropped in any order while everything is pending; nothing hangs and
+/// nothing is left.
 #[test]
 fn drops_in_any_order() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -216,7 +220,8 @@ fn drops_in_any_order() {
     }
 }
 
-/// Many freezes in a row beside a writer that is stopped only for each: what a template that is forked all the time sees.
+/// Many freezes in a row beside a writer that is stopped only for each: what a template that is
+/// forked all the time sees.
 #[test]
 fn a_running_counter_is_frozen_at_one_instant() {
     let store = Store::open().unwrap();
@@ -225,7 +230,8 @@ fn a_running_counter_is_frozen_at_one_instant() {
     let written = AtomicU64::new(0);
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Every page gets the number of the write, ascending: an image is right if its pages are the last PAGES numbers.
+            // Every page gets the number of the write, ascending: an image is right if its pages
+            // are the last PAGES numbers.
             let mut n = 0;
             while !stop.load(Ordering::Acquire) {
                 while pause.load(Ordering::Acquire) {

@@ -1,4 +1,5 @@
-//! What docs/invariants.md and docs/identity.md say is so: every line they quote stands in the file they name, and every test they name exists.
+//! What docs/invariants.md and docs/identity.md say is so: every line they quote stands in the file
+//! they name, and every test they name exists.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

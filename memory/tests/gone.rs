@@ -51,11 +51,13 @@ fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
     let _ = byte(&lost, 30);
     assert!(hear.recv_timeout(Duration::from_secs(10)).unwrap(), "it is told why");
     assert!(matches!(lost.failure().as_deref(), Some(FillError::Gone)));
-    // The kernel takes a VM's own copies of a file's pages with the file's: nothing of it is worth anything.
+    // The kernel takes a VM's own copies of a file's pages with the file's: nothing of it is worth
+    // anything.
     let _ = byte(&lost, 3);
     assert!(well.failure().is_none());
     (0..PAGES).for_each(|page| assert_eq!(byte(&well, page), 2));
-    // Neither is it frozen into something that others would take for its memory, nor does trying harm anybody.
+    // Neither is it frozen into something that others would take for its memory, nor does trying
+    // harm anybody.
     drop(lost.freeze(&Quiesced::by(&clade_memory::NoWriters)));
     drop(lost);
     assert_eq!(byte(&over(&second, &store), 5), 2);

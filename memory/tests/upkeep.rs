@@ -1,4 +1,5 @@
-//! Compaction and the sweep: layers stay few, and what nobody sees is given back, without anybody noticing.
+//! Compaction and the sweep: layers stay few, and what nobody sees is given back, without anybody
+//! noticing.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -70,7 +71,8 @@ fn what_no_view_sees_is_given_back() {
     drop(first);
     assert_eq!(swept(), 0, "a child sees what its image showed");
     drop(sibling);
-    // Of the first layer pages 0..32 are in no view any more: the second image and the VM have newer ones.
+    // Of the first layer pages 0..32 are in no view any more: the second image and the VM have
+    // newer ones.
     assert_eq!(swept(), 32);
     let grandchild = child(&second, &store);
     assert!((0..32).all(|page| word(&grandchild, page) == 100 + page));
@@ -90,7 +92,8 @@ fn what_no_view_sees_is_given_back() {
     expect_gone(&store);
 }
 
-/// A freeze copies the page between two written ones along with them. The VM goes on showing the old one, which must stay.
+/// A freeze copies the page between two written ones along with them. The VM goes on showing the
+/// old one, which must stay.
 #[test]
 fn a_page_copied_with_its_neighbours_is_still_shown_from_where_it_was() {
     for mode in [FreezeMode::Eager, FreezeMode::Background] {
@@ -115,7 +118,8 @@ fn i7_nothing_is_given_back_under_a_pin() {
     for store in stores() {
         let ram = born(&store, 1536);
         let region = &ram.regions()[0];
-        // A whole block of the birth file, and a part of another: pinned while the rest becomes a layer.
+        // A whole block of the birth file, and a part of another: pinned while the rest becomes a
+        // layer.
         let pins = [PageRange::new(512, 1024), PageRange::new(1030, 1040)]
             .map(|range| region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
         let image = freeze(&ram);
@@ -253,7 +257,8 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     (0..256).for_each(|page| assert_eq!(word(&ram, page), page + 1));
     put(&ram, 9, 99);
     let pin = region.pin(PageRange::new(20, 24), Access::Write, PinLifetime::LongTerm).unwrap();
-    // Page 9 is the VM's own again and goes to disk; the four that are pinned stay; the others only leave memory.
+    // Page 9 is the VM's own again and goes to disk; the four that are pinned stay; the others only
+    // leave memory.
     let evicted = region.evict(all, dir, &quiesced).unwrap();
     assert_eq!(evicted, Evicted { written: 1, dropped: 251 });
     pin.slice().write_obj(7u64, 0).unwrap();
@@ -264,8 +269,8 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     assert_eq!(word(&ram, 9), 99);
 }
 
-/// More scattered pages than a process may have mappings: what a child cannot be given is refused before anything is done, and can be had
-/// once the image has been sewn together.
+/// More scattered pages than a process may have mappings: what a child cannot be given is refused
+/// before anything is done, and can be had once the image has been sewn together.
 #[test]
 fn d5_more_scattered_pages_than_mappings() {
     let store = Store::open().unwrap();
@@ -304,7 +309,8 @@ fn d5_more_scattered_pages_than_mappings() {
     expect_gone(&store);
 }
 
-/// A VM of one store, started from an image of another: neither store gives back what the other's VM sees.
+/// A VM of one store, started from an image of another: neither store gives back what the other's
+/// VM sees.
 #[test]
 fn stores_look_at_each_others_views() {
     let (ours, theirs) = (Store::open_small().unwrap(), Store::open_small().unwrap());
@@ -325,7 +331,8 @@ fn stores_look_at_each_others_views() {
     assert!(ours.given_back() > 0);
 }
 
-/// What a VM still owned of its birth file when it went, because a device had it at the last freeze, is given back though others see the rest.
+/// What a VM still owned of its birth file when it went, because a device had it at the last
+/// freeze, is given back though others see the rest.
 #[test]
 fn what_a_dead_vm_owned_of_its_birth_file_is_given_back() {
     let store = Store::open_small().unwrap();

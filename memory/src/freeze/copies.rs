@@ -1,4 +1,5 @@
-//! What a freeze copies: which runs, how they lie in their layer, what of them the parent is shown from there.
+//! What a freeze copies: which runs, how they lie in their layer, what of them the parent is shown
+//! from there.
 
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use crate::layer::{Layer, LayerMap, Source};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
-/// Runs are joined over gaps up to this long (in pages) even when there are few: copying four shared pages costs less
-/// than one more mapping in the parent and in every child.
+/// Runs are joined over gaps up to this long (in pages) even when there are few: copying four
+/// shared pages costs less than one more mapping in the parent and in every child.
 pub(super) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
 /// Above this many runs, longer gaps are closed too.
 const MANY_RUNS: usize = 64;
@@ -16,8 +17,8 @@ const MANY_RUNS: usize = 64;
 /// Where each run of a region is in a delta.
 pub(crate) type Placed = Vec<(PageRange, Source)>;
 
-/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3; of base pages only
-/// those are copied), and the longest, until no more than `keep` pages are left.
+/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3;
+/// of base pages only those are copied), and the longest, until no more than `keep` pages are left.
 pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
     let mut runs = subtract_runs(copy, pinned);
     let mut left = pages_in(&runs);
@@ -31,8 +32,9 @@ pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64)
     runs
 }
 
-/// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they can be mapped 2 MiB at a
-/// time. (At offset = region offset, one stray page in a huge-page file would cost 2 MiB.)
+/// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they
+/// can be mapped 2 MiB at a time. (At offset = region offset, one stray page in a huge-page file
+/// would cost 2 MiB.)
 pub(crate) struct Packed {
     pub(crate) runs: Vec<PageRange>,
     pub(crate) pages: u64,
@@ -73,8 +75,8 @@ impl Packed {
     }
 }
 
-/// What the delta's pages are copied from. Pages this VM owns, and pinned ones, are in its memory; gaps that were closed it may write meanwhile
-/// (not all are protected), so they come from beneath.
+/// What the delta's pages are copied from. Pages this VM owns, and pinned ones, are in its memory;
+/// gaps that were closed it may write meanwhile (not all are protected), so they come from beneath.
 pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<Part> {
     let mut own = subtract_runs(pinned, owned);
     own.extend_from_slice(owned);
@@ -114,7 +116,8 @@ fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origi
     zero(done, gap.end, add);
 }
 
-/// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too much is always safe (I5).
+/// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too
+/// much is always safe (I5).
 pub(super) fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
     let mut joined = join_runs(runs, SMALL_GAP);
     let mut gap = SMALL_GAP * 4;

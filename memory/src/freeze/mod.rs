@@ -10,17 +10,21 @@
 //!
 //! The order is what keeps I1-I4, and what makes failure harmless (I13):
 //!
-//! 1. Bits are given up first, atomically against lockless pins ([`crate::ownership::word`]); whoever pins later waits on the table's lock.
-//! 2. Everything that needs a copy is copied while every page still is where it was. Failing here changes nothing.
-//! 3. Base pages are remapped. Contents do not change, so even a failure half-way leaves the VM whole: what was remapped is read from the
-//!    same file, what was not stays owned.
-//! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely copied again next time. Which are is decided before
-//!    2, so that those that stay get a layer to themselves: all of it is superseded at the next freeze, and its memory goes. In one layer with the
-//!    others it would live as long as the last of them.
+//! 1. Bits are given up first, atomically against lockless pins ([`crate::ownership::word`]);
+//!    whoever pins later waits on the table's lock.
+//! 2. Everything that needs a copy is copied while every page still is where it was. Failing here
+//!    changes nothing.
+//! 3. Base pages are remapped. Contents do not change, so even a failure half-way leaves the VM
+//!    whole: what was remapped is read from the same file, what was not stays owned.
+//! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely
+//!    copied again next time. Which are is decided before 2, so that those that stay get a layer to
+//!    themselves: all of it is superseded at the next freeze, and its memory goes. In one layer
+//!    with the others it would live as long as the last of them.
 //! 5. Only then does the image exist for anyone else.
 //!
-//! Where there is much to copy, steps 2 and 4 are left to the background ([`crate::freeze::background`]): pinned pages are still copied here, then the
-//! others are write-protected, and the image exists before its delta is complete.
+//! Where there is much to copy, steps 2 and 4 are left to the background
+//! ([`crate::freeze::background`]): pinned pages are still copied here, then the others are
+//! write-protected, and the image exists before its delta is complete.
 
 pub(crate) mod background;
 pub(crate) mod protect;
@@ -51,7 +55,8 @@ use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
 pub(crate) use copies::{Packed, Placed};
 use copies::{SMALL_GAP, close_gaps, parts, runs_to_remap};
 
-/// No-fork pages that a freeze moves out of the base file, at most: reading them takes a millisecond.
+/// No-fork pages that a freeze moves out of the base file, at most: reading them takes a
+/// millisecond.
 const MAX_WITHDRAWN: u64 = 1_024;
 
 /// When a freeze copies the private pages that have to be copied.
@@ -72,8 +77,9 @@ pub enum PinPolicy {
     /// It is copied for the others, and stays the VM's own and in place (I3).
     #[default]
     Unshare,
-    /// It is shared and write-protected like any other, as kernels did before they told exclusive pages apart. **Memory is
-    /// lost**: devices write into layers, and into frames that the guest has left. For showing that a test would notice.
+    /// It is shared and write-protected like any other, as kernels did before they told exclusive
+    /// pages apart. **Memory is lost**: devices write into layers, and into frames that the guest
+    /// has left. For showing that a test would notice.
     #[cfg(any(test, feature = "hazard"))]
     Ignore,
 }
@@ -113,7 +119,8 @@ struct Plan<'t> {
     base: Vec<PageRange>,
     /// Private pages this VM owns.
     owned: Vec<PageRange>,
-    /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that protecting takes few calls.
+    /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that
+    /// protecting takes few calls.
     private: Shared<'t>,
     /// Base and private.
     pinned: Vec<PageRange>,
@@ -122,10 +129,12 @@ struct Plan<'t> {
 }
 
 impl GuestRegion {
-    /// Freezes `regions`, all or none; see the module's documentation. Nothing but pinned DMA may be writing to them.
+    /// Freezes `regions`, all or none; see the module's documentation. Nothing but pinned DMA may
+    /// be writing to them.
     ///
-    /// Everything that can be refused is done in all of them before the first is remapped: each is prepared here, then the rest, and only when those have
-    /// succeeded is it committed. A commit can fail in one system call, which changes no contents.
+    /// Everything that can be refused is done in all of them before the first is remapped: each is
+    /// prepared here, then the rest, and only when those have succeeded is it committed. A commit
+    /// can fail in one system call, which changes no contents.
     pub(crate) fn freeze_all(
         regions: &[Arc<Self>],
         mode: FreezeMode,
@@ -133,8 +142,8 @@ impl GuestRegion {
     ) -> Result<(), RamError> {
         let Some((region, rest)) = regions.split_first() else { return Ok(()) };
         let mut state = region.checked(region.range())?;
-        // Before anything is looked at: what is still being copied from here would be shared twice, and what this VM was given may not
-        // be there yet.
+        // Before anything is looked at: what is still being copied from here would be shared twice,
+        // and what this VM was given may not be there yet.
         region.finish_background(&mut state)?;
         let table = region.table.lock();
         region.table.trace.freeze_begun();
@@ -166,13 +175,15 @@ impl GuestRegion {
     }
 
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
-        // R19: what children do not inherit is not looked at. It stays as it is, and its bytes reach no layer.
+        // R19: what children do not inherit is not looked at. It stays as it is, and its bytes
+        // reach no layer.
         let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
         let mapped_shared = state.space.mappings().base_runs();
         let base = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
-        // What is absent though it is not declared any more has nothing to be copied, and is no gap between what has (R19).
+        // What is absent though it is not declared any more has nothing to be copied, and is no gap
+        // between what has (R19).
         for private in self.not_absent(&subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept)) {
             let mut runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
             if broken(Break::BelieveTable) {
@@ -184,8 +195,9 @@ impl GuestRegion {
             owned.extend(runs);
         }
         let ignores_pins = self.ignores_pins();
-        // Pages that devices had since the last freeze they will have again: copied now and left where they are, like those they have. Otherwise each
-        // would be mapped anew, and copied once more at its next pin. Their bits stay, so that such a pin needs no lock.
+        // Pages that devices had since the last freeze they will have again: copied now and left
+        // where they are, like those they have. Otherwise each would be mapped anew, and copied
+        // once more at its next pin. Their bits stay, so that such a pin needs no lock.
         let mut left = if ignores_pins { 0 } else { self.store.config().keep_recently_pinned_pages };
         let mut take_recently_pinned = |runs: &[PageRange]| {
             let mut used = Vec::new();
@@ -197,7 +209,8 @@ impl GuestRegion {
             used
         };
         let (used_base, used_private) = (take_recently_pinned(&base), take_recently_pinned(&together));
-        // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page out.
+        // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page
+        // out.
         for run in subtract_runs(&base, &used_base) {
             pinned.extend(table.share(run));
         }
@@ -218,12 +231,14 @@ impl GuestRegion {
         Ok(Plan { base, owned, private, pinned, copy })
     }
 
-    /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns dropped, nothing has changed.
+    /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns
+    /// dropped, nothing has changed.
     fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
         let delta = self.delta(state, plan, mode)?;
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.base, kept);
-        // Promised before anything is touched (D5): each run adds itself and splits what it lies in.
+        // Promised before anything is touched (D5): each run adds itself and splits what it lies
+        // in.
         state.space.reserve_runs(to_remap.len())?;
         Ok(Prepared { delta, to_remap })
     }
@@ -261,7 +276,8 @@ impl GuestRegion {
             pinned: plan.pinned.iter().map(|run| self.table.counts(*run).pinned).sum(),
         };
         if let (Some(bg_copy), Some((_, source))) = (delta.bg_copy.take(), delta.staying.first()) {
-            // The bits stay given up: a pin of one of these pages has it settled first, under the state lock.
+            // The bits stay given up: a pin of one of these pages has it settled first, under the
+            // state lock.
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
             bg_copy.start();
             return Ok((Arc::clone(state.space.map()), report));
@@ -269,7 +285,8 @@ impl GuestRegion {
         let image = Arc::clone(state.space.map());
         self.share_copies(state, &delta.shared);
         state.space.keep_gaps(&before, &gaps);
-        // Pages that were copied but not remapped are this VM's own as before: the layer has its own bytes.
+        // Pages that were copied but not remapped are this VM's own as before: the layer has its
+        // own bytes.
         let shared_id = delta.shared.first().map(|(_, source)| source.layer.id());
         for private in &plan.owned {
             for (range, mapping) in state.space.mappings().within(*private) {
@@ -283,9 +300,10 @@ impl GuestRegion {
         Ok((image, report))
     }
 
-    /// R19: pages that children do not inherit leave the VM's base file, which is one that children map from now on:
-    /// they become private pages with the same bytes, and the file has holes in their place. What is pinned stays where
-    /// it is (I3), and so does what is too much for a pause.
+    /// R19: pages that children do not inherit leave the VM's base file, which is one that children
+    /// map from now on: they become private pages with the same bytes, and the file has holes in
+    /// their place. What is pinned stays where it is (I3), and so does what is too much for a
+    /// pause.
     fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
         if state.space.base_file().is_none() {
             return;
@@ -364,8 +382,8 @@ impl GuestRegion {
         Ok(packed.placed(&Arc::new(layer)))
     }
 
-    /// Copies the pinned pages into a new delta layer, write-protects the others, and leaves these to the background. Failing, or with the layer
-    /// dropped, nothing stays protected.
+    /// Copies the pinned pages into a new delta layer, write-protects the others, and leaves these
+    /// to the background. Failing, or with the layer dropped, nothing stays protected.
     fn defer(
         &self,
         state: &mut State,
@@ -377,14 +395,16 @@ impl GuestRegion {
         let file = failpoint(Call::Copy)
             .and_then(|()| layer.file().try_clone())
             .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
-        // Mappings that the background may make when it shares copied runs back: as many as are to be had, none if there are none.
+        // Mappings that the background may make when it shares copied runs back: as many as are to
+        // be had, none if there are none.
         let used = state.space.mappings().len() as u64;
         let allowance =
             (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share().saturating_sub(used));
         let allowance = state.space.reserve(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
         let beneath = View::new(self.store.views(), Arc::clone(state.space.map()));
-        // Pages come into its file one by one; what is a whole block is put together when all are there.
+        // Pages come into its file one by one; what is a whole block is put together when all are
+        // there.
         let later = (packed.grain == Backing::Huge).then(|| self.store.reclaim(ReclaimThread::sender)).flatten();
         let delta = Delta {
             file,
@@ -400,10 +420,11 @@ impl GuestRegion {
         Ok((layer, bg_copy))
     }
 
-    /// Remaps copied private pages over their layer, longest runs first. Never an error: a page left out is only copied again next time.
+    /// Remaps copied private pages over their layer, longest runs first. Never an error: a page
+    /// left out is only copied again next time.
     fn share_copies(&self, state: &mut State, shared: &[(PageRange, Source)]) {
-        // D5: no more than its share, whatever is left of the budget; the base pages and the pieces of the image come
-        // on top.
+        // D5: no more than its share, whatever is left of the budget; the base pages and the pieces
+        // of the image come on top.
         let share = self.store.budget().fair_share();
         let mut pieces: Vec<_> = shared.iter().collect();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));

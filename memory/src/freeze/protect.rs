@@ -1,12 +1,14 @@
 //! The protect gate: the only way a page of guest memory is write-protected.
 //!
-//! R10 and R20: the gate does not look at pages. It is asked for [`Shared`] runs, and those can only be had from the ownership
-//! table giving up their bits, under its lock. A pinned page keeps its bit, so it is in no such run, and *the gate cannot be asked
-//! for it*; a page pinned later has lost its bit, takes the locked path, and is released there before the device learns its address.
+//! R10 and R20: the gate does not look at pages. It is asked for [`Shared`] runs, and those can
+//! only be had from the ownership table giving up their bits, under its lock. A pinned page keeps
+//! its bit, so it is in no such run, and *the gate cannot be asked for it*; a page pinned later has
+//! lost its bit, takes the locked path, and is released there before the device learns its address.
 //!
-//! Protection is userfaultfd's (R16: no page-table bits of our own), so a write waits wherever it comes from: vCPU, KVM, or a
-//! system call of this process. It stays registered for the region's life; registered memory that is not protected costs nothing
-//! but fault-around, while unregistering would throw away what KVM has mapped of all the rest.
+//! Protection is userfaultfd's (R16: no page-table bits of our own), so a write waits wherever it
+//! comes from: vCPU, KVM, or a system call of this process. It stays registered for the region's
+//! life; registered memory that is not protected costs nothing but fault-around, while
+//! unregistering would throw away what KVM has mapped of all the rest.
 
 use std::io;
 use std::marker::PhantomData;
@@ -16,7 +18,8 @@ use crate::ownership::TableGuard;
 use crate::sys::{Reservation, Uffd, Watch};
 use crate::units::{PageRange, subtract_runs};
 
-/// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked: until then nobody pins them.
+/// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked:
+/// until then nobody pins them.
 #[derive(Debug)]
 pub(crate) struct Shared<'t> {
     runs: Vec<PageRange>,
@@ -68,7 +71,8 @@ impl ProtectGate {
         &self.uffd
     }
 
-    /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the caller releases all.
+    /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the
+    /// caller releases all.
     pub(crate) fn protect(&self, shared: &Shared<'_>) -> io::Result<()> {
         for run in &shared.runs {
             trace!(Protected { at: self.at.addr(0) as u64, range: *run });
@@ -77,8 +81,8 @@ impl ProtectGate {
         Ok(())
     }
 
-    /// Lifts the protection of `range` and lets those who wait to write there go on. Always safe for the region; the caller has
-    /// copied what somebody else still needs.
+    /// Lifts the protection of `range` and lets those who wait to write there go on. Always safe
+    /// for the region; the caller has copied what somebody else still needs.
     pub(crate) fn release(&self, range: PageRange) -> io::Result<()> {
         self.uffd.unprotect(&self.at, range)?;
         trace!(Released { at: self.at.addr(0) as u64, range });

@@ -1,4 +1,5 @@
-//! What a freeze has promised to it before it touches anything (D5), what it leaves with its VM, and when it copies.
+//! What a freeze has promised to it before it touches anything (D5), what it leaves with its VM,
+//! and when it copies.
 
 use super::*;
 use crate::budget::MappingBudget;
@@ -200,7 +201,8 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
     }
 }
 
-/// Mappings of a VM after a freeze that copied twenty runs, with so many in all and `held` by others.
+/// Mappings of a VM after a freeze that copied twenty runs, with so many in all and `held` by
+/// others.
 fn mappings_after(limit: u64, held: u64) -> usize {
     let budget = MappingBudget::with_limit(limit);
     let store = Store::open_with_budget(budget);

@@ -1,9 +1,10 @@
 //! Images taken apart and put together: what a snapshot on a disk is made of.
 //!
-//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads the layers by their
-//! descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers of files that are there
-//! ([`Store::file_layer`], never written) or that it fills itself ([`LayerBuilder`], which nobody sees before it is
-//! complete, I4), and an image of these ([`RamImage::from_parts`]).
+//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads
+//! the layers by their descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers
+//! of files that are there ([`Store::file_layer`], never written) or that it fills itself
+//! ([`LayerBuilder`], which nobody sees before it is complete, I4), and an image of these
+//! ([`RamImage::from_parts`]).
 
 use std::fs::File;
 use std::io;
@@ -46,9 +47,10 @@ impl LayerBuilder {
 }
 
 impl Store {
-    /// A layer over the first `pages` pages of a file, which is mapped as it stands and never written: pages are read from it as they are
-    /// touched, and its page cache is shared by whoever maps it. Nobody may change the file; if it is cut short, accesses to what is gone are
-    /// errors (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
+    /// A layer over the first `pages` pages of a file, which is mapped as it stands and never
+    /// written: pages are read from it as they are touched, and its page cache is shared by whoever
+    /// maps it. Nobody may change the file; if it is cut short, accesses to what is gone are errors
+    /// (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
     ///
     /// # Errors
     /// When the file is shorter.
@@ -71,7 +73,8 @@ impl Store {
 }
 
 impl RamImage {
-    /// An image of these maps, one for each range of the layout, and what its children's children do not inherit.
+    /// An image of these maps, one for each range of the layout, and what its children's children
+    /// do not inherit.
     ///
     /// # Errors
     /// When a map reaches beyond its range, or beyond a layer.
@@ -86,7 +89,8 @@ impl RamImage {
             return Err(wrong(format!("{} maps for {} ranges", maps.len(), layout.ranges().len())));
         }
         let mut regions = Vec::with_capacity(maps.len());
-        // The handles in `maps` are held until every region's view is registered: between two of them a layer may be seen in part only.
+        // The handles in `maps` are held until every region's view is registered: between two of
+        // them a layer may be seen in part only.
         for ((base, pages), (map, declared)) in layout.ranges().iter().zip(&maps) {
             let all = PageRange::new(0, *pages);
             for (range, source) in map.iter() {
@@ -108,7 +112,8 @@ impl RamImage {
         Ok(Self::of(layout.clone(), regions))
     }
 
-    /// Which layer provides each page, by range of the layout. A page in no entry is zeros. The handles keep the layers whole, after the image too.
+    /// Which layer provides each page, by range of the layout. A page in no entry is zeros. The
+    /// handles keep the layers whole, after the image too.
     pub fn maps(&self) -> impl Iterator<Item = ImageMap> {
         self.regions().iter().map(|region| image_map(&region.map))
     }
@@ -118,9 +123,9 @@ impl RamImage {
         self.regions().iter().map(|region| region.no_fork.iter().map(|(range, what)| (range, what.clone())).collect())
     }
 
-    /// The pages that may differ between this image and an older one of the same shape, by range of the layout: those that are not the same page of the
-    /// same layer. Layers never change (I4), so none that differs is missed; one that was copied without a change is
-    /// named too (I5).
+    /// The pages that may differ between this image and an older one of the same shape, by range of
+    /// the layout: those that are not the same page of the same layer. Layers never change (I4), so
+    /// none that differs is missed; one that was copied without a change is named too (I5).
     ///
     /// # Errors
     /// When the shapes differ.
@@ -155,8 +160,9 @@ fn differing(now: &LayerMap, before: &LayerMap) -> Vec<PageRange> {
 }
 
 impl GuestRam {
-    /// The pages that the VM has touched since it got its memory, by range of the layout: what is worth reading ahead when another is started from
-    /// the same snapshot. The kernel maps some neighbours of a touched page too, and whole blocks where memory is in huge pages.
+    /// The pages that the VM has touched since it got its memory, by range of the layout: what is
+    /// worth reading ahead when another is started from the same snapshot. The kernel maps some
+    /// neighbours of a touched page too, and whole blocks where memory is in huge pages.
     ///
     /// # Errors
     /// When the kernel cannot be asked.

@@ -1,14 +1,18 @@
 //! Compaction: a view of many pieces or many layers is merged into few.
 //!
-//! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times, or the thousandth generation of forks,
-//! would be made of a thousand layers in as many pieces, and each piece is a mapping in every VM started from it. Layers do not
-//! change (I4), so the short pieces can be copied together into one new layer at any time, while everybody runs: that is done by the
-//! reclaim thread, from the map a freeze has left. The VM takes the result over at a later freeze, while nothing writes:
+//! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times,
+//! or the thousandth generation of forks, would be made of a thousand layers in as many pieces, and
+//! each piece is a mapping in every VM started from it. Layers do not change (I4), so the short
+//! pieces can be copied together into one new layer at any time, while everybody runs: that is done
+//! by the reclaim thread, from the map a freeze has left. The VM takes the result over at a later
+//! freeze, while nothing writes:
 //!
 //! * where its map still says what was copied, the map is changed, and
-//! * where besides the VM does not own the page and its mapping says so too, the new layer is mapped in place of the old.
+//! * where besides the VM does not own the page and its mapping says so too, the new layer is
+//!   mapped in place of the old.
 //!
-//! Contents do not change in either step, so it can stop after any piece. Reference pages stay references (R22).
+//! Contents do not change in either step, so it can stop after any piece. Reference pages stay
+//! references (R22).
 
 #[cfg(test)]
 mod tests;
@@ -32,17 +36,20 @@ use crate::store::Store;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
-/// As many pieces as short ones are to become, if it can be had for copying [`MAX_COPY_RATIO`] times their pages.
+/// As many pieces as short ones are to become, if it can be had for copying [`MAX_COPY_RATIO`]
+/// times their pages.
 const TARGET_PIECES: usize = 48;
 /// See [`TARGET_PIECES`].
 const MAX_COPY_RATIO: u64 = 4;
-/// As many pieces as short ones may stay, whatever it costs to have fewer: half of what a VM may have mapped.
+/// As many pieces as short ones may stay, whatever it costs to have fewer: half of what a VM may
+/// have mapped.
 const MAX_SHORT_PIECES: usize = 512;
 /// Pages that may be copied in any case.
 const MIN_COPY_BUDGET: u64 = 2_048;
 /// Longer pieces stay where they are.
 const MAX_MERGED_PAGES: u64 = BLOCK_PAGES;
-/// Mappings a freeze makes on behalf of a compaction: what it adds to the pause is bounded. The others wait for the next.
+/// Mappings a freeze makes on behalf of a compaction: what it adds to the pause is bounded. The
+/// others wait for the next.
 const MAX_REMAPS_AT_FREEZE: usize = 24;
 
 /// What a compaction did. Pieces and layers are counted over all regions.
@@ -79,7 +86,8 @@ pub(crate) fn layers<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> usize 
     ids.len()
 }
 
-/// The runs to copy together, ascending: every short piece, and what lies between them where that is cheap. `barred` is left out.
+/// The runs to copy together, ascending: every short piece, and what lies between them where that
+/// is cheap. `barred` is left out.
 fn runs_to_merge(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
     let (mut short, mut barred) = (Vec::new(), barred.to_vec());
     for (range, source) in map.iter() {
@@ -110,7 +118,8 @@ fn map_end(map: &LayerMap) -> u64 {
     map.iter().last().map_or(0, |(range, _)| range.end)
 }
 
-/// Whether `map` is worth merging, so far as its size tells: it has grown well beyond what the last time left.
+/// Whether `map` is worth merging, so far as its size tells: it has grown well beyond what the last
+/// time left.
 fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Config) -> bool {
     let (pieces, deep) = last_compacted;
     map.len() > config.compact_at_pieces.max(pieces + pieces / 2)
@@ -200,7 +209,8 @@ fn copy(from: &File, at: u64, into: &File, to: u64, pages: u64, buffer: &mut [u8
 }
 
 impl RamImage {
-    /// The same memory in fewer pieces: what a template should be made of before it is forked by the hundred. Copies short pieces only.
+    /// The same memory in fewer pieces: what a template should be made of before it is forked by
+    /// the hundred. Copies short pieces only.
     ///
     /// # Errors
     /// When there is no memory for the copies; the image stays as it was in any case.
@@ -224,8 +234,8 @@ impl GuestRam {
     /// Merges the short pieces of this VM's own view, now. Freezes have it done in the background.
     ///
     /// # Errors
-    /// When there is no memory for the copies, or a mapping fails: then some pieces are merged and others are not, with the same
-    /// contents.
+    /// When there is no memory for the copies, or a mapping fails: then some pieces are merged and
+    /// others are not, with the same contents.
     pub fn compact(&self, _quiesced: &Quiesced<'_>) -> Result<CompactReport, RamError> {
         let mut report = CompactReport::default();
         for region in self.regions() {
@@ -261,8 +271,8 @@ impl Compaction {
     }
 }
 
-/// Whether mapping `pieces` anew takes no more mappings than there are: not where one large layer shows between many pages of
-/// the VM's own. What is absent stays absent.
+/// Whether mapping `pieces` anew takes no more mappings than there are: not where one large layer
+/// shows between many pages of the VM's own. What is absent stays absent.
 fn is_gain(mappings: &Mappings, pieces: &[PageRange]) -> bool {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return true };
     let mut trial = IntervalMap::new();
@@ -285,7 +295,8 @@ impl GuestRegion {
         let merged = Merged::make(&self.store, &of, &runs_to_merge(&of, &nofork::runs(&state.no_fork)))?;
         let pages = merged.as_ref().map_or(0, Merged::pages);
         if let Some(merged) = merged {
-            // No bit changes hands, but none may meanwhile: a page is mapped anew only if it is not the VM's own.
+            // No bit changes hands, but none may meanwhile: a page is mapped anew only if it is not
+            // the VM's own.
             let _table = self.table.lock();
             let own = self.own(&state)?;
             self.take_over(&mut state, merged, &own, usize::MAX)?;
@@ -294,7 +305,8 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// After a freeze: has the short pieces of the view merged in the background, if they have become many.
+    /// After a freeze: has the short pieces of the view merged in the background, if they have
+    /// become many.
     pub(crate) fn compact_later(&self, state: &mut State) {
         if state.compaction.is_some()
             || state.freezing.is_some()
@@ -317,8 +329,8 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been merged, if anything has. `own` are the
-    /// pages this VM owns, but for no-fork ones; nothing else writes.
+    /// In a freeze, with the table locked: takes over some of what has been merged, if anything
+    /// has. `own` are the pages this VM owns, but for no-fork ones; nothing else writes.
     pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
         let mut own = own.concat();
@@ -337,7 +349,8 @@ impl GuestRegion {
         state.last_compacted = (state.space.map().len(), layers([&**state.space.map()]));
     }
 
-    /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most `most` patches; returns the rest.
+    /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most
+    /// `most` patches; returns the rest.
     fn take_over(
         &self,
         state: &mut State,
@@ -352,7 +365,8 @@ impl GuestRegion {
         if taken.is_ok() && !merged.placed.is_empty() {
             return Ok(Some(merged));
         }
-        // What was taken over before is in the published view, so the new layer is one that a sweep looks at; what was just taken over is not yet.
+        // What was taken over before is in the published view, so the new layer is one that a sweep
+        // looks at; what was just taken over is not yet.
         state.space.keep_until_published(merged.seen);
         taken.map(|()| None)
     }
@@ -360,8 +374,9 @@ impl GuestRegion {
     fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
         let kept = nofork::runs(&state.no_fork);
         for (run, source) in &merged.placed {
-            // Without what has been declared no-fork since it was copied: which of those pages are the VM's own a freeze does not ask, and a page that is
-            // not must not be shown by a mapping when the map says otherwise.
+            // Without what has been declared no-fork since it was copied: which of those pages are
+            // the VM's own a freeze does not ask, and a page that is not must not be shown by a
+            // mapping when the map says otherwise.
             let same = subtract_runs(&merged.unchanged(state.space.map(), *run), &kept);
             let copied = |part: PageRange| source.advance(part.start - run.start);
             // This VM's own pages stay as they are; of them only the map changes.

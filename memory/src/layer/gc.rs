@@ -1,12 +1,14 @@
-//! The sweep: memory of layer pages that nobody can see any more is given back, though the layer itself is still in use.
+//! The sweep: memory of layer pages that nobody can see any more is given back, though the layer
+//! itself is still in use.
 //!
-//! A layer goes with its last user. Until then a VM that is frozen again and again leaves old versions of its pages behind, in layers
-//! that others, or other pages, keep alive. A page is seen if it is in some view ([`crate::layer::registry`]); nothing else reads a layer's page:
-//! a mapping shows what the view says, or a page of the VM's own on top of it.
+//! A layer goes with its last user. Until then a VM that is frozen again and again leaves old
+//! versions of its pages behind, in layers that others, or other pages, keep alive. A page is seen
+//! if it is in some view ([`crate::layer::registry`]); nothing else reads a layer's page: a mapping
+//! shows what the view says, or a page of the VM's own on top of it.
 //!
-//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the pages of a base
-//! file that were pinned when the rest of it became a layer. They are in no view, and a base file is not swept for as
-//! long as its VM has such pages.
+//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the
+//! pages of a base file that were pinned when the rest of it became a layer. They are in no view,
+//! and a base file is not swept for as long as its VM has such pages.
 
 #[cfg(test)]
 mod tests;
@@ -28,7 +30,8 @@ use crate::store::{Backing, Store};
 use crate::trace;
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
-/// How long a sweep that is asked for waits for the reclaim thread to do what it was given before. It would only find less without.
+/// How long a sweep that is asked for waits for the reclaim thread to do what it was given before.
+/// It would only find less without.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a sweep gave back.
@@ -69,14 +72,16 @@ pub(crate) fn sweep(views: &Views) -> Swept {
 
 /// `between` is called after each step but the last: whatever others do there must cost no page.
 fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
-    // Before the views are looked at: a VM that freezes or dies in between first shows the pages it had to itself and then says that it has none. Asked
-    // afterwards, the layer would be one of which the views looked at do not show those pages.
+    // Before the views are looked at: a VM that freezes or dies in between first shows the pages it
+    // had to itself and then says that it has none. Asked afterwards, the layer would be one of
+    // which the views looked at do not show those pages.
     let whole = whole_layers(views);
     between();
     let mut seen = seen_in(views);
     between();
-    // A handle is made of a view, and a view of a handle. While the views are read, a page may pass from one to the other
-    // and be seen in neither. So there must have been no handle from the first look to the last.
+    // A handle is made of a view, and a view of a handle. While the views are read, a page may pass
+    // from one to the other and be seen in neither. So there must have been no handle from the
+    // first look to the last.
     trace::swept(&mut seen, |seen| {
         seen.retain(|id, (layer, _)| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made)));
     });
@@ -110,7 +115,8 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     swept
 }
 
-/// All there is to be read through, once: children that have not changed since their fork share one map.
+/// All there is to be read through, once: children that have not changed since their fork share one
+/// map.
 fn maps_of(views: &Views) -> Vec<Arc<LayerMap>> {
     let mut maps = views.all();
     let mut walked = HashSet::new();
@@ -138,14 +144,15 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
     seen
 }
 
-/// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives by its handle; in a layer that is being filled a hole
-/// is a page that is still to come; a snapshot is not ours to punch holes in, whoever sees it here.
+/// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives
+/// by its handle; in a layer that is being filled a hole is a page that is still to come; a
+/// snapshot is not ours to punch holes in, whoever sees it here.
 fn is_whole(layer: &Layer) -> bool {
     layer.home() != Home::File && !layer.id().is_reference() && !layer.is_base() && layer.pending().is_none()
 }
 
-/// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes in blocks, because a block that lost a
-/// page would be mapped page by page.
+/// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes
+/// in blocks, because a block that lost a page would be mapped page by page.
 fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Vec<PageRange> {
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));

@@ -1,8 +1,9 @@
 //! Layers as others see them: handles that count.
 //!
-//! Inside the crate a layer is an `Arc`, and what may be read of it is what views show ([`crate::layer::registry`]); the rest of it is given back
-//! ([`crate::layer::gc`]). Who is outside may read any page of a layer they were given, so a handle says so: while there is one, nothing of its layer is
-//! given back.
+//! Inside the crate a layer is an `Arc`, and what may be read of it is what views show
+//! ([`crate::layer::registry`]); the rest of it is given back ([`crate::layer::gc`]). Who is
+//! outside may read any page of a layer they were given, so a handle says so: while there is one,
+//! nothing of its layer is given back.
 
 use std::fmt;
 use std::io;
@@ -17,11 +18,13 @@ use crate::layer::{Home, Layer, LayerId, LayerMap, Source};
 use crate::region::stats::allocated;
 use crate::units::{PAGE_SIZE, PageRange};
 
-/// A layer: immutable pages in a file. While there is a handle all of it stays as it was when the handle was made.
+/// A layer: immutable pages in a file. While there is a handle all of it stays as it was when the
+/// handle was made.
 pub struct LayerHandle(Arc<Layer>);
 
 impl LayerHandle {
-    /// To be called while something that shows the layer's pages is registered or the layer is nobody else's: from then on the handle keeps them.
+    /// To be called while something that shows the layer's pages is registered or the layer is
+    /// nobody else's: from then on the handle keeps them.
     pub(crate) fn new(layer: &Arc<Layer>) -> Self {
         layer.add_handle();
         Self(Arc::clone(layer))
@@ -53,7 +56,8 @@ impl LayerHandle {
         self.0.resident_bytes()
     }
 
-    /// Reads whole pages of it, beginning with page `at`; waits for those that are still being copied.
+    /// Reads whole pages of it, beginning with page `at`; waits for those that are still being
+    /// copied.
     ///
     /// # Errors
     /// When they cannot be read, or will never come.
@@ -64,15 +68,16 @@ impl LayerHandle {
         self.0.file().read_exact_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
     }
 
-    /// Those of the pages in `range` of its file that may be other than zeros, because there is memory behind them. Waits for those that
-    /// are still being copied.
+    /// Those of the pages in `range` of its file that may be other than zeros, because there is
+    /// memory behind them. Waits for those that are still being copied.
     ///
     /// # Errors
     /// When the file cannot be asked, or pages will never come.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
         if self.0.home() == Home::File {
-            // What is read of it must be there: had somebody cut it short, what is gone would look like a hole.
+            // What is read of it must be there: had somebody cut it short, what is gone would look
+            // like a hole.
             return Ok(vec![range]);
         }
         allocated(self.0.as_fd(), range).map_err(RamError::Harvest)

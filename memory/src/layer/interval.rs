@@ -24,11 +24,12 @@ struct Entry<V> {
 
 type Chunk<V> = Arc<Vec<Entry<V>>>;
 
-/// Disjoint ranges to values. Later insertions overwrite; neighbours that continue each other are one entry, so the
-/// number of entries is the number of mappings needed.
+/// Disjoint ranges to values. Later insertions overwrite; neighbours that continue each other are
+/// one entry, so the number of entries is the number of mappings needed.
 ///
-/// Entries stand in chunks that copies share until one of them is changed. A copy costs a count a chunk, and the first change after it one chunk:
-/// a VM's map is copied for every image, and changed by every discard.
+/// Entries stand in chunks that copies share until one of them is changed. A copy costs a count a
+/// chunk, and the first change after it one chunk: a VM's map is copied for every image, and
+/// changed by every discard.
 #[derive(Clone, Debug)]
 pub struct IntervalMap<V> {
     /// Ascending, none of them empty.
@@ -130,7 +131,8 @@ impl<V: Piece> IntervalMap<V> {
         }
     }
 
-    /// Takes `range` out of the entries from `first` to `behind` of a chunk, of which something is left.
+    /// Takes `range` out of the entries from `first` to `behind` of a chunk, of which something is
+    /// left.
     fn cut(&mut self, at: usize, first: usize, behind: usize, range: PageRange) {
         let chunk = Arc::make_mut(&mut self.chunks[at]);
         let (head, tail) = (&chunk[first], &chunk[behind - 1]);

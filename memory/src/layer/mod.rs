@@ -1,4 +1,5 @@
-//! Layers: sets of pages that never change, in files, shared by any number of VMs; and the map from pages to them.
+//! Layers: sets of pages that never change, in files, shared by any number of VMs; and the map from
+//! pages to them.
 
 pub(crate) mod builder;
 pub(crate) mod compact;
@@ -48,16 +49,19 @@ impl fmt::Debug for LayerId {
 pub(crate) enum Home {
     /// In memory, in pages of this size.
     Memory(Backing),
-    /// In a file on a disk that is the layer's alone, and in the page cache as long as there is room.
+    /// In a file on a disk that is the layer's alone, and in the page cache as long as there is
+    /// room.
     Disk,
-    /// In a file that others have too, such as a snapshot's: only ever read, so nothing of it is given back.
+    /// In a file that others have too, such as a snapshot's: only ever read, so nothing of it is
+    /// given back.
     File,
 }
 
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
 ///
-/// A layer made from a base file may still have pages that were pinned when it was frozen: those belong to the VM that
-/// was populated in it, are in nobody's [`LayerMap`], and are not part of the layer.
+/// A layer made from a base file may still have pages that were pinned when it was frozen: those
+/// belong to the VM that was populated in it, are in nobody's [`LayerMap`], and are not part of the
+/// layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
     id: LayerId,
@@ -71,7 +75,8 @@ pub(crate) struct Layer {
     given: Mutex<Vec<PageRange>>,
     /// What fills it, or did, if it was published before it was complete.
     bg_copy: OnceLock<Arc<BackgroundCopy>>,
-    /// Handles that others were given (see [`crate::layer::handle`]), and those of them that have gone. Both only grow.
+    /// Handles that others were given (see [`crate::layer::handle`]), and those of them that have
+    /// gone. Both only grow.
     handles_made: AtomicU64,
     handles_gone: AtomicU64,
 }
@@ -86,21 +91,24 @@ impl Layer {
         Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone }
     }
 
-    /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with [`Self::handles_made`].
+    /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with
+    /// [`Self::handles_made`].
     pub(crate) fn add_handle(&self) {
         crate::trace::handle(self.id, || self.handles_made.fetch_add(1, Ordering::SeqCst));
     }
 
-    /// Release: what was read through the handle was read before, and what was made of it is registered.
+    /// Release: what was read through the handle was read before, and what was made of it is
+    /// registered.
     pub(crate) fn remove_handle(&self) {
         trace!(HandleGone { layer: self.id.0 });
         self.handles_gone.fetch_add(1, Ordering::Release);
     }
 
-    /// How many handles there have been, if there is none now. If it says the same twice, there was none in between.
+    /// How many handles there have been, if there is none now. If it says the same twice, there was
+    /// none in between.
     pub(crate) fn handles_made(&self) -> Option<u64> {
-        // In this order: no handle goes before it is made. So equal counts mean that there was none at the first load.
-        // Acquire: pairs with `remove_handle`.
+        // In this order: no handle goes before it is made. So equal counts mean that there was none
+        // at the first load. Acquire: pairs with `remove_handle`.
         let gone = self.handles_gone.load(Ordering::Acquire);
         let made = self.handles_made.load(Ordering::SeqCst);
         (made == gone).then_some(made)
@@ -116,8 +124,8 @@ impl Layer {
         self.home
     }
 
-    /// Says whether a VM owns pages of it that are in no map. Release: pairs with [`Self::is_base`]; the map that shows
-    /// the pages the VM gave up is published before.
+    /// Says whether a VM owns pages of it that are in no map. Release: pairs with
+    /// [`Self::is_base`]; the map that shows the pages the VM gave up is published before.
     pub(crate) fn set_base(&self, base_file: bool) {
         self.base_file.store(base_file, Ordering::Release);
         #[cfg(test)]
@@ -164,8 +172,8 @@ impl Layer {
         self.bg_copy()?.failure()
     }
 
-    /// Waits until the pages of its file within `range` are there: to be called before the file is read otherwise than through a
-    /// mapping that was adopted.
+    /// Waits until the pages of its file within `range` are there: to be called before the file is
+    /// read otherwise than through a mapping that was adopted.
     pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         self.bg_copy().map_or(Ok(()), |bg_copy| bg_copy.wait_filled(range))
     }
@@ -190,7 +198,8 @@ impl Drop for Layer {
             bg_copy.abandon();
         }
         trace!(LayerGone { layer: self.id.0 });
-        // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the count drop may check the rest.
+        // Release: pairs with the Acquire in Store::live_layers, so that a reader that sees the
+        // count drop may check the rest.
         self.live.fetch_sub(1, Ordering::Release);
     }
 }

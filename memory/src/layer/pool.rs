@@ -1,14 +1,18 @@
-//! Files for the next freezes, made ahead: their memory is allocated, and nobody has ever seen them.
+//! Files for the next freezes, made ahead: their memory is allocated, and nobody has ever seen
+//! them.
 //!
-//! A page of a fresh file costs the kernel's finding it, and the host's behind that where this is a virtual machine itself: 0.4-5.5 us, against 0.15 to copy
-//! over one that is there. A VM that is forked a hundred times a second needs as many deltas, each about as large as the one before. So when freezes
-//! follow each other, the reclaim thread allocates the next file while nobody waits.
+//! A page of a fresh file costs the kernel's finding it, and the host's behind that where this is a
+//! virtual machine itself: 0.4-5.5 us, against 0.15 to copy over one that is there. A VM that is
+//! forked a hundred times a second needs as many deltas, each about as large as the one before. So
+//! when freezes follow each other, the reclaim thread allocates the next file while nobody waits.
 //!
-//! **No file is used again.** The file of a layer that has gone may still be read: by a device that was given its frames, by a splice, by another
-//! process. Only the kernel knows, by its page references, and it cannot be asked; a count of ours is no proof (I4). A file
-//! that was never published needs none. What a layer leaves behind is freed, and frames in use outlive their file.
+//! **No file is used again.** The file of a layer that has gone may still be read: by a device that
+//! was given its frames, by a splice, by another process. Only the kernel knows, by its page
+//! references, and it cannot be asked; a count of ours is no proof (I4). A file that was never
+//! published needs none. What a layer leaves behind is freed, and frames in use outlive their file.
 //!
-//! Only a freeze that copies at once takes from here, because it writes every page of its layer before anyone sees it.
+//! Only a freeze that copies at once takes from here, because it writes every page of its layer
+//! before anyone sees it.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +29,8 @@ use crate::units::PAGE_SHIFT;
 const MAX_FILES: usize = 2;
 /// Largest file made ahead, in pages.
 pub(crate) const MAX_PAGES: u64 = 2_048;
-/// Sizes are rounded up to this many pages, so that the next delta, about as large as the last, fits.
+/// Sizes are rounded up to this many pages, so that the next delta, about as large as the last,
+/// fits.
 const ROUNDED_TO: u64 = 128;
 /// Freezes further apart than this make their files themselves: memory that waits longer is wasted.
 const MAX_APART: Duration = Duration::from_secs(1);
@@ -70,14 +75,16 @@ impl LayerFilePool {
             let (at, _) = fitting.min_by_key(|(_, made)| made.pages)?;
             Some(inner.files.swap_remove(at))
         })?;
-        // What is over is given back, unless it is little: the file's length is what it is charged for.
+        // What is over is given back, unless it is little: the file's length is what it is charged
+        // for.
         if made.pages > pages + pages / 4 {
             ftruncate(&made.file, pages << PAGE_SHIFT).ok()?;
         }
         Some(made.file)
     }
 
-    /// Notes that a freeze has wanted a file of `pages` at `now`. What is to be made for the next, if another is likely.
+    /// Notes that a freeze has wanted a file of `pages` at `now`. What is to be made for the next,
+    /// if another is likely.
     pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Wanted> {
         let pages = pages.next_multiple_of(ROUNDED_TO);
         self.with(|inner| {
@@ -96,7 +103,8 @@ impl LayerFilePool {
         self.with(|inner| inner.ordered -= 1);
     }
 
-    /// Makes what was ordered with `make`, and allocates its memory. On a thread that nobody waits for.
+    /// Makes what was ordered with `make`, and allocates its memory. On a thread that nobody waits
+    /// for.
     pub(crate) fn fill(&self, order: Wanted, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
         let made = make(order.pages, order.grain).and_then(|file| {
             fallocate(file.as_fd(), FallocateFlags::empty(), 0, order.pages << PAGE_SHIFT)?;
@@ -170,7 +178,8 @@ mod tests {
         }
     }
 
-    /// A VM is frozen again and again, and what each image and child shows, and what a splice under way reads, stays what it was.
+    /// A VM is frozen again and again, and what each image and child shows, and what a splice under
+    /// way reads, stays what it was.
     #[test]
     fn i4_what_was_a_layer_is_read_to_the_end_by_whoever_holds_its_frames() {
         const PAGES: u64 = 1024;

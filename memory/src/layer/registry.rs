@@ -1,16 +1,21 @@
 //! Views: every map through which somebody may yet read a layer, known to the process.
 //!
-//! A layer's page that is in no view can be given back ([`crate::layer::gc`]). For that to be safe whoever does it must see *all* views at one
-//! instant, while VMs fork, reset and die beside it. So a view's map is an immutable value, registered before anything is read through it:
-//! who copies the registry under its lock holds every page that any view made later can have of an older layer, because such
-//! a view is made of these. (Walking the VMs one after another would miss a page that moves from one not yet visited to an image
-//! and away again.) The registry is the process's, not a store's: nothing keeps a VM of one store from being started from an image of another.
+//! A layer's page that is in no view can be given back ([`crate::layer::gc`]). For that to be safe
+//! whoever does it must see *all* views at one instant, while VMs fork, reset and die beside it. So
+//! a view's map is an immutable value, registered before anything is read through it: who copies
+//! the registry under its lock holds every page that any view made later can have of an older
+//! layer, because such a view is made of these. (Walking the VMs one after another would miss a
+//! page that moves from one not yet visited to an image and away again.) The registry is the
+//! process's, not a store's: nothing keeps a VM of one store from being started from an image of
+//! another.
 //!
-//! A view that a VM no longer shows stays registered while a device may be reading it without a count ([`crate::region::grace`]).
+//! A view that a VM no longer shows stays registered while a device may be reading it without a
+//! count ([`crate::region::grace`]).
 //!
-//! The state lock is held while a VM's view is changed, and the change is published before it is let go. Between the two the
-//! registry has what the VM showed before, and what it will show besides is either in another view (an image's, which the caller holds), in a
-//! layer that is in no view yet, or in a base file, which is not swept while it is one.
+//! The state lock is held while a VM's view is changed, and the change is published before it is
+//! let go. Between the two the registry has what the VM showed before, and what it will show
+//! besides is either in another view (an image's, which the caller holds), in a layer that is in no
+//! view yet, or in a base file, which is not swept while it is one.
 
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
@@ -56,7 +61,8 @@ impl Views {
         layer.is_counted_in(&self.live_layers)
     }
 
-    /// Every map that is read through now, and with it all that can be read through later of the layers there are now.
+    /// Every map that is read through now, and with it all that can be read through later of the
+    /// layers there are now.
     pub(crate) fn all(&self) -> Vec<Arc<LayerMap>> {
         registered().maps.values().cloned().collect()
     }
@@ -121,8 +127,8 @@ impl View {
         self.map = map;
     }
 
-    /// Registers what it shows now in place of what it did. Returns what it did, which is still registered: a device may be reading it
-    /// ([`crate::region::grace`]).
+    /// Registers what it shows now in place of what it did. Returns what it did, which is still
+    /// registered: a device may be reading it ([`crate::region::grace`]).
     #[must_use = "a device may be reading what was shown before"]
     pub(crate) fn publish(&mut self) -> Option<Self> {
         if Arc::ptr_eq(&self.map, &self.published) {

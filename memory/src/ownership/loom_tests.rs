@@ -1,4 +1,5 @@
-//! Every interleaving of pins, unpins, freezes, splits and merges, on the table itself. A block has two pages here.
+//! Every interleaving of pins, unpins, freezes, splits and merges, on the table itself. A block has
+//! two pages here.
 
 use loom::sync::{Arc, Mutex};
 use loom::thread;
@@ -25,7 +26,8 @@ impl Region {
         Arc::new(region)
     }
 
-    /// As `GuestRegion::freeze`: the bits are given up, then other frames are put behind what is shared.
+    /// As `GuestRegion::freeze`: the bits are given up, then other frames are put behind what is
+    /// shared.
     fn freeze(&self, range: PageRange) {
         let mut frames = self.frames.lock().unwrap();
         let pinned = self.table.lock().share(range);
@@ -36,7 +38,8 @@ impl Region {
         }
     }
 
-    /// As `GuestRegion::pin`: without the lock, or else with it. What a device is given of each page.
+    /// As `GuestRegion::pin`: without the lock, or else with it. What a device is given of each
+    /// page.
     fn pin(&self, range: PageRange) -> Pinned<'_> {
         if self.table.try_pin(range).is_err() {
             let mut frames = self.frames.lock().unwrap();

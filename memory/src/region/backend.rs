@@ -1,8 +1,9 @@
 //! A region's memory as a file, for a device backend in another process (vhost-user).
 //!
-//! Such a backend maps the file and writes to it whenever it likes. It is a device that has pinned all of the region:
-//! so the file is handed out together with that pin. While it is held, every freeze copies the region instead of sharing
-//! it, and the backend and the guest go on seeing each other (I3).
+//! Such a backend maps the file and writes to it whenever it likes. It is a device that has pinned
+//! all of the region: so the file is handed out together with that pin. While it is held, every
+//! freeze copies the region instead of sharing it, and the backend and the guest go on seeing each
+//! other (I3).
 
 use std::fs::File;
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use crate::region::pin::{Access, DmaPin, PinError, PinLifetime};
 
 /// A region's memory file, for as long as it may be mapped by another process.
 ///
-/// Drop it when the backend has unmapped the file: what it writes later is in nobody's memory or, after the next freeze,
-/// in a layer that other VMs are shown.
+/// Drop it when the backend has unmapped the file: what it writes later is in nobody's memory or,
+/// after the next freeze, in a layer that other VMs are shown.
 #[derive(Debug)]
 pub struct SharedFile {
     file: File,
@@ -43,9 +44,9 @@ impl SharedFile {
 impl GuestRegion {
     /// The file that has all of this region's memory, with all of it pinned.
     ///
-    /// There is one from [`GuestRam::populate`](crate::GuestRam::populate) to the first operation that maps anything
-    /// else: a freeze without such a pin, a discard, a reset, an eviction. A VM that was forked has none: its memory is
-    /// its own copies over shared layers.
+    /// There is one from [`GuestRam::populate`](crate::GuestRam::populate) to the first operation
+    /// that maps anything else: a freeze without such a pin, a discard, a reset, an eviction. A VM
+    /// that was forked has none: its memory is its own copies over shared layers.
     ///
     /// # Errors
     /// [`PinError::NotInOneFile`] where there is no such file; the errors of a pin.
@@ -92,7 +93,7 @@ mod tests {
                 let (image, report) = ram.freeze_in(mode, &quiesced).unwrap();
                 assert_eq!((report.pinned, report.remapped), (PAGES, 0));
                 // The backend writes, the guest writes: each sees the other, no child does.
-                shared.file().write_all_at(&(700 + round as u64).to_ne_bytes(), 7 * PAGE_SIZE).unwrap();
+                shared.file().write_all_at(&(700u64 + round).to_ne_bytes(), 7 * PAGE_SIZE).unwrap();
                 ram.memory().write_obj(900 + round, GuestAddress(9 * PAGE_SIZE)).unwrap();
                 let mut seen = [0; 8];
                 shared.file().read_exact_at(&mut seen, 9 * PAGE_SIZE).unwrap();

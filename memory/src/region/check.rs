@@ -1,4 +1,5 @@
-//! A look at everything that must agree about a VM's memory: the table, the kernel, the map and the mappings.
+//! A look at everything that must agree about a VM's memory: the table, the kernel, the map and the
+//! mappings.
 
 use thiserror::Error;
 
@@ -49,8 +50,8 @@ pub enum CheckError {
 }
 
 impl GuestRam {
-    /// Checks that the ownership table, the kernel, the map and the mappings agree (I1, I3, D5). Takes time in proportion to the pages the
-    /// VM owns.
+    /// Checks that the ownership table, the kernel, the map and the mappings agree (I1, I3, D5).
+    /// Takes time in proportion to the pages the VM owns.
     ///
     /// # Errors
     /// The first disagreement.
@@ -66,7 +67,8 @@ fn told(source: Option<&Source>) -> String {
 impl GuestRegion {
     fn check(&self) -> Result<(), CheckError> {
         let mut state = self.checked(self.range())?;
-        // Until what the background did is taken note of, the view before keeps what is still mapped.
+        // Until what the background did is taken note of, the view before keeps what is still
+        // mapped.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
         let own = self.own(&state)?;

@@ -1,7 +1,8 @@
 //! Eviction: cold pages a VM owns go to a file on disk, and come back when they are touched.
 //!
-//! It is a freeze of some pages into a layer whose file is on a disk: afterwards they are the layer's, the kernel may drop them from its
-//! page cache under pressure, and a touch reads them back. A pinned page is never evicted (I7, R12).
+//! It is a freeze of some pages into a layer whose file is on a disk: afterwards they are the
+//! layer's, the kernel may drop them from its page cache under pressure, and a touch reads them
+//! back. A pinned page is never evicted (I7, R12).
 
 use std::fs::File;
 use std::io;
@@ -37,24 +38,26 @@ fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
 pub struct Evicted {
     /// This VM's own: written to disk, and dropped from memory.
     pub written: u64,
-    /// Of a layer on a disk (they were evicted before): dropped again, as far as no other VM shows them.
+    /// Of a layer on a disk (they were evicted before): dropped again, as far as no other VM shows
+    /// them.
     pub dropped: u64,
 }
 
 impl GuestRegion {
-    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops them from memory, as well as those that a layer
-    /// on a disk provides. No-fork pages stay. Nothing but pinned DMA may be writing to them meanwhile.
+    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops
+    /// them from memory, as well as those that a layer on a disk provides. No-fork pages stay.
+    /// Nothing but pinned DMA may be writing to them meanwhile.
     ///
     /// # Errors
-    /// When the file cannot be written; then nothing has changed. When a mapping fails half-way, some pages are evicted and the others are not;
-    /// the contents are the same.
+    /// When the file cannot be written; then nothing has changed. When a mapping fails half-way,
+    /// some pages are evicted and the others are not; the contents are the same.
     pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<Evicted, RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be a mapping away from them. I7: so does what a device
-        // reads.
+        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be
+        // a mapping away from them. I7: so does what a device reads.
         let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);
@@ -80,7 +83,8 @@ impl GuestRegion {
         Ok(Evicted { written, dropped })
     }
 
-    /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is read again when it is touched.
+    /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is
+    /// read again when it is touched.
     fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
         let mut dropped = 0;
         for (piece, source) in state.space.map().within(range) {
@@ -88,10 +92,12 @@ impl GuestRegion {
                 continue;
             }
             for run in subtract_runs(&[piece], own) {
-                // No copy of this VM's own is among them, so nothing is lost; what is not mapped can be dropped from the page cache.
+                // No copy of this VM's own is among them, so nothing is lost; what is not mapped
+                // can be dropped from the page cache.
                 self.at.drop_private(run).map_err(|source| RamError::Map { range: run, source })?;
                 let offset = (source.at + (run.start - piece.start)) << PAGE_SHIFT;
-                // Best effort: what another VM shows stays, and what stays is reclaimed when memory is short.
+                // Best effort: what another VM shows stays, and what stays is reclaimed when memory
+                // is short.
                 let _ = fadvise(source.layer.as_fd(), offset, NonZero::new(run.len() << PAGE_SHIFT), Advice::DontNeed);
                 dropped += run.len();
             }
@@ -128,7 +134,8 @@ impl GuestRegion {
         for (done, run) in out.iter().enumerate() {
             let source = Source { layer: Arc::clone(&layer), at };
             at += run.len();
-            // Contents do not change, so stopping half-way is harmless: what was not remapped is still the VM's own.
+            // Contents do not change, so stopping half-way is harmless: what was not remapped is
+            // still the VM's own.
             state.space.show(*run, &Mapping::Private(source)).inspect_err(|_| restore(&out[done..]))?;
         }
         // Best effort: what stays in the page cache is reclaimed when memory is short.

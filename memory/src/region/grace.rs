@@ -1,10 +1,11 @@
 //! Grace periods for short read pins: what the kernel calls a sleepable RCU, one for each region.
 //!
-//! A short read pin of shared pages counts nothing in the ownership table: the pages are a layer's, which does not change (I4). But the
-//! *region* changes while a device reads. A freeze, a reset or a compaction maps other layers in place of those the device was shown, and
-//! the view that named the old ones goes. If nothing else names them, their pages are punched or freed under the device. So each such pin is a
-//! read-side section of its region, and a view that is replaced stays registered ([`crate::layer::registry`]) until every section that was open then has
-//! ended.
+//! A short read pin of shared pages counts nothing in the ownership table: the pages are a layer's,
+//! which does not change (I4). But the *region* changes while a device reads. A freeze, a reset or
+//! a compaction maps other layers in place of those the device was shown, and the view that named
+//! the old ones goes. If nothing else names them, their pages are punched or freed under the
+//! device. So each such pin is a read-side section of its region, and a view that is replaced stays
+//! registered ([`crate::layer::registry`]) until every section that was open then has ended.
 //!
 //! ```text
 //!   pin (no lock)                              change (under the region's state lock)
@@ -17,16 +18,18 @@
 //!   active[side] -= 1; the last one frees      the retired view: dropped when both sides have been empty once
 //! ```
 //!
-//! The sequence is R11's write section. Inside it a page may be without its bit for a moment although nobody shares it yet, so no pin may
-//! take it for shared.
+//! The sequence is R11's write section. Inside it a page may be without its bit for a moment
+//! although nobody shares it yet, so no pin may take it for shared.
 //!
-//! Sections come in two sides, so that pins which overlap for ever do not keep a view for ever: new sections open on the current side; what was retired
-//! waits for the other side to empty, then the sides change places, and it waits for the second.
+//! Sections come in two sides, so that pins which overlap for ever do not keep a view for ever: new
+//! sections open on the current side; what was retired waits for the other side to empty, then the
+//! sides change places, and it waits for the second.
 
 use crate::sync::{AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{PageRange, join_runs};
 
-/// Ranges that sections note without a lock, of one region at a time. With more, a pin takes the state lock.
+/// Ranges that sections note without a lock, of one region at a time. With more, a pin takes the
+/// state lock.
 const SLOTS: usize = if cfg!(any(loom, shuttle)) { 1 } else { 64 };
 /// Bits of a slot for a range's length in pages; the others are its start.
 const LEN_BITS: u32 = 24;
@@ -103,8 +106,9 @@ impl<T> Grace<T> {
     fn open(&self) -> usize {
         // Relaxed: a stale side is as good, see `advance`.
         let side = self.current.load(Ordering::Relaxed);
-        // AcqRel: pairs with `count`, a read-modify-write too, so that one of the two comes first. Either a change that has retired something sees this
-        // section, or this section sees that change's sequence and mappings.
+        // AcqRel: pairs with `count`, a read-modify-write too, so that one of the two comes first.
+        // Either a change that has retired something sees this section, or this section sees that
+        // change's sequence and mappings.
         self.active[side].fetch_add(1, Ordering::AcqRel);
         side
     }
@@ -112,25 +116,28 @@ impl<T> Grace<T> {
     /// Notes `range` in a slot, if one is free.
     fn note(&self, range: PageRange) -> Option<usize> {
         let value = packed(range)?;
-        // Fibonacci hashing: neighbours in memory, which are in flight together, start looking far apart.
+        // Fibonacci hashing: neighbours in memory, which are in flight together, start looking far
+        // apart.
         let first = (range.start().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize;
         let slots = (0..SLOTS).map(|step| first.wrapping_add(step) % SLOTS);
-        // AcqRel: pairs with `ranges`, a read-modify-write too. Either a change sees the range, or the section sees the change's sequence.
+        // AcqRel: pairs with `ranges`, a read-modify-write too. Either a change sees the range, or
+        // the section sees the change's sequence.
         let mut free = slots
             .filter(|slot| self.slots[*slot].compare_exchange(0, value, Ordering::AcqRel, Ordering::Relaxed).is_ok());
         free.next()
     }
 
-    /// Opens a section over `range` without a lock, if nothing is being changed and `shared` says, for as long as that is so, that its pages are a
-    /// layer's. `Err` with what [`Grace::close`] says otherwise.
+    /// Opens a section over `range` without a lock, if nothing is being changed and `shared` says,
+    /// for as long as that is so, that its pages are a layer's. `Err` with what [`Grace::close`]
+    /// says otherwise.
     pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<Section, Vec<T>> {
         let side = self.open();
         let Some(slot) = self.note(range) else { return Err(self.leave(side)) };
         let section = Section { side, noted: Noted::Slot(slot) };
         // Acquire: pairs with `end_change`; what is shared by then is seen to be.
         let before = self.sequence.load(Ordering::Acquire);
-        // `shared` loads with Acquire, so the second look at the sequence comes after it. A bit that a change has taken away is seen only
-        // together with that change's odd sequence.
+        // `shared` loads with Acquire, so the second look at the sequence comes after it. A bit
+        // that a change has taken away is seen only together with that change's odd sequence.
         if before.is_multiple_of(2) && shared() && self.sequence.load(Ordering::Acquire) == before {
             Ok(section)
         } else {
@@ -138,7 +145,8 @@ impl<T> Grace<T> {
         }
     }
 
-    /// Opens a section over `range` for whoever holds the region's state lock, so that nothing is being changed.
+    /// Opens a section over `range` for whoever holds the region's state lock, so that nothing is
+    /// being changed.
     pub(crate) fn open_locked(&self, range: PageRange) -> Section {
         let side = self.open();
         let listed = || {
@@ -166,8 +174,9 @@ impl<T> Grace<T> {
     }
 
     fn leave(&self, side: usize) -> Vec<T> {
-        // AcqRel: pairs with `count`. The device's reads come before whatever is done with what is freed; and either `retire` sees that the section has
-        // ended, or this sees that something waits for it.
+        // AcqRel: pairs with `count`. The device's reads come before whatever is done with what is
+        // freed; and either `retire` sees that the section has ended, or this sees that something
+        // waits for it.
         let last = self.active[side].fetch_sub(1, Ordering::AcqRel) == 1;
         if last && self.waiting.load(Ordering::Acquire) != 0 { self.advance(&mut self.retired()) } else { Vec::new() }
     }
@@ -177,7 +186,8 @@ impl<T> Grace<T> {
         self.active[side].fetch_add(0, Ordering::AcqRel)
     }
 
-    /// What open sections read, as ascending runs. Within a change no other opens: these are all whose pages may not be taken away.
+    /// What open sections read, as ascending runs. Within a change no other opens: these are all
+    /// whose pages may not be taken away.
     pub(crate) fn ranges(&self) -> Vec<PageRange> {
         if self.count(0) + self.count(1) == 0 {
             return Vec::new();
@@ -201,7 +211,8 @@ impl<T> Grace<T> {
         self.sequence.fetch_add(1, Ordering::Release);
     }
 
-    /// Keeps `old`, which nothing new reads, until all sections that are open now have ended. Within a change. Returns what nobody reads any more.
+    /// Keeps `old`, which nothing new reads, until all sections that are open now have ended.
+    /// Within a change. Returns what nobody reads any more.
     #[must_use = "what is returned is dropped outside all locks"]
     pub(crate) fn retire(&self, old: T) -> Vec<T> {
         let mut retired = self.retired();
@@ -223,8 +234,9 @@ impl<T> Grace<T> {
             if retired.fresh.is_empty() {
                 break;
             }
-            // A section that has read the old side and counts itself there only now opened after all that is closing was replaced: it cannot be
-            // reading that, and what is retired later waits for its side as well.
+            // A section that has read the old side and counts itself there only now opened after
+            // all that is closing was replaced: it cannot be reading that, and what is retired
+            // later waits for its side as well.
             retired.closing.append(&mut retired.fresh);
             self.current.store(1 - current, Ordering::Relaxed);
         }
@@ -393,7 +405,8 @@ mod loom_tests {
         });
     }
 
-    /// A discard takes a page away unless it is being read; a device that was let read it finds it there to the end.
+    /// A discard takes a page away unless it is being read; a device that was let read it finds it
+    /// there to the end.
     #[test]
     fn loom_what_is_being_read_is_not_taken_away() {
         loom::model(|| {

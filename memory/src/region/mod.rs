@@ -1,4 +1,5 @@
-//! A region: one memslot's worth of guest memory, over one reservation of host addresses that never moves.
+//! A region: one memslot's worth of guest memory, over one reservation of host addresses that never
+//! moves.
 
 pub(crate) mod backend;
 pub(crate) mod check;
@@ -58,7 +59,8 @@ pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Opti
     parts
 }
 
-/// A guest-physical range and the memory behind it. See [`crate::GuestRam`] for what is done with it.
+/// A guest-physical range and the memory behind it. See [`crate::GuestRam`] for what is done with
+/// it.
 #[derive(Debug)]
 pub struct GuestRegion {
     pub(crate) base: GuestAddress,
@@ -73,13 +75,16 @@ pub struct GuestRegion {
     pub(crate) pins: PinList,
     /// The short read pins that are not counted, and the views they may read.
     pub(crate) grace: Grace<View>,
-    /// Whether memory it adopted may still be missing: then a pin has it brought first, under the state lock. Set before the region is live.
+    /// Whether memory it adopted may still be missing: then a pin has it brought first, under the
+    /// state lock. Set before the region is live.
     unfinished: whole::AtomicBool,
-    /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the mappings are there before anyone uses them.
+    /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the
+    /// mappings are there before anyone uses them.
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
-    /// Whether its freezes take pinned pages like any others. Relaxed: looked at by freezes only, under the state lock.
+    /// Whether its freezes take pinned pages like any others. Relaxed: looked at by freezes only,
+    /// under the state lock.
     #[cfg(any(test, feature = "hazard"))]
     ignores_pins: AtomicBool,
     state: Mutex<State>,
@@ -140,8 +145,9 @@ impl GuestRegion {
         if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
     }
 
-    /// Sets the bits again that were given up in `range` for something that then failed: of what is still this VM's own, as the
-    /// kernel says. Where the kernel cannot be asked, a page stays without its bit, which costs a copy at most (R4).
+    /// Sets the bits again that were given up in `range` for something that then failed: of what is
+    /// still this VM's own, as the kernel says. Where the kernel cannot be asked, a page stays
+    /// without its bit, which costs a copy at most (R4).
     pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
         let base = state.space.mappings().base_within(range);
         match self.owned_private(range, &base) {
@@ -151,7 +157,8 @@ impl GuestRegion {
         base.iter().for_each(|run| table.set_exclusive(*run));
     }
 
-    /// The private pages of `range` that this VM owns, as the kernel says; `base` are the runs mapped shared.
+    /// The private pages of `range` that this VM owns, as the kernel says; `base` are the runs
+    /// mapped shared.
     pub(crate) fn owned_private(&self, range: PageRange, base: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut owned = Vec::new();
         for private in subtract_runs(&[range], base) {
@@ -174,7 +181,8 @@ impl GuestRegion {
         if state.space.mappings().is_empty() { Ok(()) } else { Err(RamError::NotEmpty { base: base.0 }) }
     }
 
-    /// The memory is there, in this region and in all others of its VM: pins and accesses may begin.
+    /// The memory is there, in this region and in all others of its VM: pins and accesses may
+    /// begin.
     pub(crate) fn go_live(&self) {
         let state = self.state();
         let absent = state.space.mappings().iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
@@ -185,13 +193,15 @@ impl GuestRegion {
     }
 
     pub(crate) fn state(&self) -> Locked<'_> {
-        // A panic under the lock leaves the state as it was after the last completed step, each of which is consistent.
+        // A panic under the lock leaves the state as it was after the last completed step, each of
+        // which is consistent.
         let state = self.state_for_pin();
         self.grace.begin_change();
         Locked { region: self, state }
     }
 
-    /// The state, for a pin: it only makes pages this VM's own, so those that other pins take for shared stay right.
+    /// The state, for a pin: it only makes pages this VM's own, so those that other pins take for
+    /// shared stay right.
     pub(crate) fn state_for_pin(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -206,9 +216,11 @@ impl GuestRegion {
         self.unfinished.store(unfinished, Ordering::Release);
     }
 
-    /// Finishes what the background has to do with this region, copying what is missing on this thread: its own last freeze, and
-    /// the layers it adopted unfinished. To be called under the state lock, with the vCPUs stopped or not, **before anything takes pages
-    /// away, maps others in their place or reads the map or the mappings to do so**: freeze, reset, evict, compaction.
+    /// Finishes what the background has to do with this region, copying what is missing on this
+    /// thread: its own last freeze, and the layers it adopted unfinished. To be called under the
+    /// state lock, with the vCPUs stopped or not, **before anything takes pages away, maps others
+    /// in their place or reads the map or the mappings to do so**: freeze, reset, evict,
+    /// compaction.
     ///
     /// A freeze of its own that failed is undone, which takes nothing from the region (I13).
     ///
@@ -226,7 +238,8 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Takes note of what a freeze in the background has done to the mappings; waits for it if told to.
+    /// Takes note of what a freeze in the background has done to the mappings; waits for it if told
+    /// to.
     pub(crate) fn reap_background(&self, state: &mut State, wait: bool) {
         let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
             return;
@@ -245,8 +258,9 @@ impl GuestRegion {
                 state.space.undo(before)
             }
         };
-        // Registered until what is shown now is: a gap's pages, which are shown from beneath again, are in no other view before that, and a sweep in
-        // between would give them back. Whatever lets go of a view publishes first.
+        // Registered until what is shown now is: a gap's pages, which are shown from beneath again,
+        // are in no other view before that, and a sweep in between would give them back. Whatever
+        // lets go of a view publishes first.
         state.space.keep_until_published(beneath);
         // It may hold the last handle of a large layer, and the vCPUs may be stopped.
         self.store.dispose(layer);
@@ -254,9 +268,9 @@ impl GuestRegion {
         state.space.trim();
     }
 
-    /// Copies those pages of `range` that the background has not got to, and releases them: from then on they are not protected, not
-    /// missing, and stay where they are. To be called under the state lock before a device is given their frames, which
-    /// no protection keeps it from writing.
+    /// Copies those pages of `range` that the background has not got to, and releases them: from
+    /// then on they are not protected, not missing, and stay where they are. To be called under the
+    /// state lock before a device is given their frames, which no protection keeps it from writing.
     ///
     /// # Errors
     /// When adopted pages among them are lost.
@@ -279,7 +293,8 @@ impl GuestRegion {
         self.ignores_pins.store(policy == crate::PinPolicy::Ignore, Ordering::Relaxed);
     }
 
-    /// Whether a freeze takes pinned pages like any others: never, but where a test is to notice it.
+    /// Whether a freeze takes pinned pages like any others: never, but where a test is to notice
+    /// it.
     #[cfg(any(test, feature = "hazard"))]
     pub(crate) fn ignores_pins(&self) -> bool {
         self.ignores_pins.load(Ordering::Relaxed)
@@ -340,8 +355,8 @@ impl GuestRegion {
 
 impl Drop for GuestRegion {
     fn drop(&mut self) {
-        // A freeze of its own is finished without it: the background copy keeps the memory, and has long copied what
-        // was pinned of the base file.
+        // A freeze of its own is finished without it: the background copy keeps the memory, and has
+        // long copied what was pinned of the base file.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.table.trace.left();
         state.space.abandon_base();
@@ -381,8 +396,9 @@ impl GuestMemoryRegion for GuestRegion {
             return Err(GuestMemoryError::HostAddressNotAvailable);
         }
         let addr = self.at.addr(0).wrapping_add(offset.0 as usize);
-        // SAFETY: offset..end lies within the reservation (checked), which is mapped read-write while the region is
-        // live, and lives as long as `self`, whose lifetime the slice carries. Access through it is volatile.
+        // SAFETY: offset..end lies within the reservation (checked), which is mapped read-write
+        // while the region is live, and lives as long as `self`, whose lifetime the slice carries.
+        // Access through it is volatile.
         Ok(unsafe { VolatileSlice::new(addr, count) })
     }
 }

@@ -1,10 +1,12 @@
-//! No-fork regions: memory that a child does not inherit (R19), such as rings shared with a device or secrets.
+//! No-fork regions: memory that a child does not inherit (R19), such as rings shared with a device
+//! or secrets.
 //!
-//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the first moves them out
-//! of the base file (up to 4 MiB; what is pinned stays). So their bytes are in no file a child maps. The parent keeps
-//! them as they are. A child gets them absent, as zeros, or fresh from a reference page, and inherits the declaration,
-//! so that its own children do too. The declaration belongs to the range: writing, protecting, discarding or resetting
-//! its pages does not change it.
+//! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the
+//! first moves them out of the base file (up to 4 MiB; what is pinned stays). So their bytes are in
+//! no file a child maps. The parent keeps them as they are. A child gets them absent, as zeros, or
+//! fresh from a reference page, and inherits the declaration, so that its own children do too. The
+//! declaration belongs to the range: writing, protecting, discarding or resetting its pages does
+//! not change it.
 
 use std::sync::Arc;
 
@@ -19,7 +21,8 @@ use crate::units::{PageRange, push_run};
 /// What a child finds in a no-fork range.
 #[derive(Clone, Debug)]
 pub enum NoFork {
-    /// No memory: an access stops the child (a guest's by an error from KVM, the VMM's by an error of its own).
+    /// No memory: an access stops the child (a guest's by an error from KVM, the VMM's by an error
+    /// of its own).
     Absent,
     /// Zeros.
     Zeroed,
@@ -72,7 +75,8 @@ pub(crate) fn absent(declared: &NoForkMap) -> Vec<PageRange> {
 }
 
 impl GuestRegion {
-    /// Declares what children find in `range` from the next fork on; `None` takes the declaration back, and they inherit it again.
+    /// Declares what children find in `range` from the next fork on; `None` takes the declaration
+    /// back, and they inherit it again.
     ///
     /// # Errors
     /// When the range is not the region's, or the region has no memory yet.
@@ -160,7 +164,8 @@ mod tests {
     fn r19_the_bytes_are_in_no_layer() {
         let store = Store::open().unwrap();
         let parent = declared(&store);
-        // The second freeze harvests private pages, the third goes through the background: three ways for a page to get into a layer.
+        // The second freeze harvests private pages, the third goes through the background: three
+        // ways for a page to get into a layer.
         for mode in [FreezeMode::Eager, FreezeMode::Eager, FreezeMode::Background] {
             let (image, _) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
             image.finish_background().unwrap();
@@ -195,8 +200,8 @@ mod tests {
         assert!(pin.is_err(), "nor does a pattern");
     }
 
-    /// Once the declaration is taken back, the next freeze has the child's own pages on either side of one that is absent, as near as if
-    /// it were a gap to be closed.
+    /// Once the declaration is taken back, the next freeze has the child's own pages on either side
+    /// of one that is absent, as near as if it were a gap to be closed.
     #[test]
     fn r19_what_is_absent_is_no_gap_to_be_copied() {
         for store in [Store::open().unwrap(), Store::open_small().unwrap()] {

@@ -1,4 +1,5 @@
-//! Pins: a promise to a device that the frames behind a range stay this VM's, in place, until the pin is dropped.
+//! Pins: a promise to a device that the frames behind a range stay this VM's, in place, until the
+//! pin is dropped.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,7 +44,8 @@ pub enum PinError {
         /// Asked for.
         range: PageRange,
     },
-    /// The region's memory is not in one file: parts of it are mapped privately, over layers or zeros.
+    /// The region's memory is not in one file: parts of it are mapped privately, over layers or
+    /// zeros.
     #[error("the region at {base:#x} is not in one file: {shared} of its {pages} pages are")]
     NotInOneFile {
         /// Its guest physical address.
@@ -87,7 +89,8 @@ pub enum Access {
 pub enum PinLifetime {
     /// For one request: the device reads what is there when it starts.
     Transient,
-    /// Until further notice, across requests: the guest's later writes must be seen (I9). Listed with its owner while it lasts.
+    /// Until further notice, across requests: the guest's later writes must be seen (I9). Listed
+    /// with its owner while it lasts.
     LongTerm,
 }
 
@@ -104,7 +107,8 @@ pub struct PinInfo {
     pub held: Duration,
 }
 
-/// The long-term pins of a region. Short ones are only counted: writing their names down would cost more than the pin.
+/// The long-term pins of a region. Short ones are only counted: writing their names down would cost
+/// more than the pin.
 #[derive(Debug, Default)]
 pub(crate) struct PinList(Mutex<Listed>);
 
@@ -142,10 +146,11 @@ impl PinList {
 ///
 /// An operation in flight owns its pin: drop it after the completion has been reaped, never before.
 ///
-/// A short read of pages that are not the VM's own is the one case in which nothing is counted for them: a layer's page does not change
-/// (I4), and one that the guest writes meanwhile is copied *away* from the device, which was asked for what was there before. Such a pin holds
-/// the views its region shows while it lasts, and with them the layers, files and frames ([`crate::region::grace`]); no reset, discard or eviction takes
-/// a page of its range away.
+/// A short read of pages that are not the VM's own is the one case in which nothing is counted for
+/// them: a layer's page does not change (I4), and one that the guest writes meanwhile is copied
+/// *away* from the device, which was asked for what was there before. Such a pin holds the views
+/// its region shows while it lasts, and with them the layers, files and frames
+/// ([`crate::region::grace`]); no reset, discard or eviction takes a page of its range away.
 pub struct DmaPin {
     /// Before the region may go.
     trace: trace::Device,
@@ -158,7 +163,8 @@ pub struct DmaPin {
     ticket: Option<u64>,
 }
 
-/// What a pin that is not of exclusive pages alone holds: the pages counted, if not all, and what keeps the others.
+/// What a pin that is not of exclusive pages alone holds: the pages counted, if not all, and what
+/// keeps the others.
 type Held = (Option<Vec<PageRange>>, Option<Section>);
 
 impl DmaPin {
@@ -189,7 +195,8 @@ impl DmaPin {
     /// The pinned bytes.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: the range was checked against the region, is mapped while the region is live, and the region outlives `self`.
+        // SAFETY: the range was checked against the region, is mapped while the region is live, and
+        // the region outlives `self`.
         unsafe { VolatileSlice::new(self.host_address(), self.len()) }
     }
 }
@@ -218,9 +225,11 @@ impl Drop for DmaPin {
 }
 
 impl GuestRegion {
-    /// Pins `range` for a device. Except for a short read, every page is exclusive before this returns, by copying the shared ones (I3, I9).
+    /// Pins `range` for a device. Except for a short read, every page is exclusive before this
+    /// returns, by copying the shared ones (I3, I9).
     ///
-    /// The common case, exclusive pages, takes no lock and one atomic step a page, or one a 2 MiB block.
+    /// The common case, exclusive pages, takes no lock and one atomic step a page, or one a 2 MiB
+    /// block.
     ///
     /// # Errors
     /// [`PinError`]; then nothing stays pinned.
@@ -275,9 +284,11 @@ impl GuestRegion {
         self.pins.all()
     }
 
-    /// A short read of pages that are all a layer's: no lock, no count, but a section that keeps what the region shows (I4).
+    /// A short read of pages that are all a layer's: no lock, no count, but a section that keeps
+    /// what the region shows (I4).
     fn try_open(&self, range: PageRange, access: Access, term: PinLifetime) -> Option<Section> {
-        // What is still being copied into the layer is brought by the locked path, which says why if it cannot be had.
+        // What is still being copied into the layer is brought by the locked path, which says why
+        // if it cannot be had.
         if access != Access::Read || term != PinLifetime::Transient || self.is_unfinished() {
             return None;
         }
@@ -303,10 +314,12 @@ impl GuestRegion {
 
     #[cold]
     fn pin_locked(&self, range: PageRange, access: Access, term: PinLifetime) -> Result<Held, PinError> {
-        // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the kernel's page tables in step.
+        // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the
+        // kernel's page tables in step.
         let state = self.state_for_pin();
-        // Before the table is locked, which is never held while waiting: a page that is still being copied is copied now and
-        // released, because a device heeds no protection (D4); one that was adopted unfinished is made to be there.
+        // Before the table is locked, which is never held while waiting: a page that is still being
+        // copied is copied now and released, because a device heeds no protection (D4); one that
+        // was adopted unfinished is made to be there.
         self.copy_range_now(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
         let table = self.table.lock();
         let shared = table.not_exclusive(range);
@@ -323,8 +336,9 @@ impl GuestRegion {
             return Ok((Some(own), Some(self.grace.open_locked(range))));
         }
         for run in shared {
-            // Break COW before the bit is set: a page is exclusive only once the frame is ours (I2). Where the kernel already
-            // copied it for an earlier guest write, this finds it writable and does nothing.
+            // Break COW before the bit is set: a page is exclusive only once the frame is ours
+            // (I2). Where the kernel already copied it for an earlier guest write, this finds it
+            // writable and does nothing.
             if broken(Break::PinInPlace) {
                 table.set_exclusive(run);
                 continue;
@@ -374,7 +388,8 @@ mod tests {
         assert_eq!(region.long_pins(), []);
     }
 
-    /// A short read that ends may be the last to hold a large layer: a device's thread does not free it.
+    /// A short read that ends may be the last to hold a large layer: a device's thread does not
+    /// free it.
     #[test]
     fn what_a_short_read_held_last_is_freed_by_the_reclaim_thread() {
         // More than a freeze leaves with its VM: the child is shown all of its copy.

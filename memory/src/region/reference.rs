@@ -1,8 +1,9 @@
 //! Reference pages: one pattern, shown by any number of guest pages (R22).
 //!
-//! A reference page is a layer like any other, so freeze, fork and reset keep it as a reference without knowing about it, and the
-//! first write copies it. What is special (I10, R23): nobody counts its mappings, it is never exclusive and so never pinned for
-//! writing (a pin copies it first), and it lives as long as its handle or a map that shows it.
+//! A reference page is a layer like any other, so freeze, fork and reset keep it as a reference
+//! without knowing about it, and the first write copies it. What is special (I10, R23): nobody
+//! counts its mappings, it is never exclusive and so never pinned for writing (a pin copies it
+//! first), and it lives as long as its handle or a map that shows it.
 //!
 //! Zero is the special case that needs no file: a page that is in no layer.
 
@@ -53,7 +54,8 @@ impl RefPage {
         }
     }
 
-    /// What provides the pages of `range` while they show this page: nothing for zeros, else a piece a block.
+    /// What provides the pages of `range` while they show this page: nothing for zeros, else a
+    /// piece a block.
     pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, Source)> {
         match &self.0 {
             Kind::Zero => Vec::new(),
@@ -91,28 +93,32 @@ impl Store {
 /// What a discard did. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Discarded {
-    /// Became reference pages, or were given back. What is neither discarded nor pinned has kept its memory and its
-    /// contents: no mapping was left, and the one beneath its copy is not what its layer map shows (I14).
+    /// Became reference pages, or were given back. What is neither discarded nor pinned has kept
+    /// its memory and its contents: no mapping was left, and the one beneath its copy is not what
+    /// its layer map shows (I14).
     pub discarded: u64,
     /// Were pinned, and stay as they are (I7).
     pub pinned: u64,
-    /// Of the discarded, given back without a mapping, because the VM has used up its share of mappings. Their memory is free; they show zeros if they
-    /// were the VM's since it was populated, else what their layer has, until they are written.
+    /// Of the discarded, given back without a mapping, because the VM has used up its share of
+    /// mappings. Their memory is free; they show zeros if they were the VM's since it was
+    /// populated, else what their layer has, until they are written.
     pub unmapped: u64,
 }
 
 impl GuestRegion {
-    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was not inherited stays so (R19).
+    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was
+    /// not inherited stays so (R19).
     ///
     /// # Errors
-    /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails half-way, a part of the range shows
-    /// the page.
+    /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails
+    /// half-way, a part of the range shows the page.
     pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // The bit goes first, atomically against lockless pins; whoever loses takes the locked path (I8).
+        // The bit goes first, atomically against lockless pins; whoever loses takes the locked path
+        // (I8).
         let pinned = self.share_unless_pinned(&table, range);
         if !pinned.is_empty() {
             self.reclaim(&state, &table, range);
@@ -123,11 +129,13 @@ impl GuestRegion {
         shown.inspect_err(|_| self.reclaim(&state, &table, range))
     }
 
-    /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that cost nothing, except those pinned.
-    /// What is absent because it was not inherited stays so (R19).
+    /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that
+    /// cost nothing, except those pinned. What is absent because it was not inherited stays so
+    /// (R19).
     ///
-    /// Zeros in the middle of something else cost a mapping or two. A guest may discard what it likes, so each region has its share of the process's
-    /// mappings; beyond it pages are given back without one ([`Discarded::unmapped`]).
+    /// Zeros in the middle of something else cost a mapping or two. A guest may discard what it
+    /// likes, so each region has its share of the process's mappings; beyond it pages are given
+    /// back without one ([`Discarded::unmapped`]).
     ///
     /// # Errors
     /// When the kernel refuses; the pages done so far are discarded, the others are as they were.
@@ -147,7 +155,8 @@ impl GuestRegion {
         for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
             let mapped = self.may_map_zero(&state, run).then(|| self.show(&mut state, &table, run, &RefPage::zero()));
             let shown = match mapped {
-                // Beyond its share, or another VM has taken the last mappings since: nothing has been touched.
+                // Beyond its share, or another VM has taken the last mappings since: nothing has
+                // been touched.
                 None | Some(Err(RamError::Budget(_))) => self.give_back_unmapped(&state, &table, run).map(|given| {
                     unmapped += given;
                     kept += run.len() - given;
@@ -168,8 +177,9 @@ impl GuestRegion {
         then <= now || (then <= budget.fair_share() && now + 2 <= state.space.promised().max(now + budget.left()))
     }
 
-    /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes but that the VM's own copies go.
-    /// Returns the pages given back. A copy over a mapping that shows what the map does not stays (I14).
+    /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes
+    /// but that the VM's own copies go. Returns the pages given back. A copy over a mapping that
+    /// shows what the map does not stays (I14).
     fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<u64, RamError> {
         let base = state.space.mappings().base_within(range);
         let private = subtract_runs(&[range], &base);
@@ -185,7 +195,8 @@ impl GuestRegion {
         Ok(pages_in(&dropped) + pages_in(&base))
     }
 
-    /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being read without a count.
+    /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being
+    /// read without a count.
     fn share_unless_pinned(&self, table: &TableGuard<'_>, range: PageRange) -> Vec<PageRange> {
         let mut pinned = table.share(range);
         pinned
@@ -216,7 +227,8 @@ impl GuestRegion {
 
     fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let sources = page.sources(range);
-        // Promised before anything is touched (D5): each piece adds itself and splits what it lies in.
+        // Promised before anything is touched (D5): each piece adds itself and splits what it lies
+        // in.
         state.space.reserve_runs(sources.len().max(1))?;
         let base = state.space.mappings().base_within(range);
         if sources.is_empty() {
@@ -327,8 +339,9 @@ mod tests {
         }
     }
 
-    /// What a freeze has copied and left in place is shown by the map from the copy, and by the mapping beneath it from
-    /// the layer before. Given back without a mapping, it would show what the map does not.
+    /// What a freeze has copied and left in place is shown by the map from the copy, and by the
+    /// mapping beneath it from the layer before. Given back without a mapping, it would show what
+    /// the map does not.
     #[test]
     fn i14_what_stayed_in_place_at_a_freeze_is_not_given_back_without_a_mapping() {
         let store = Store::open_with_budget(crate::MappingBudget::with_limit(100));

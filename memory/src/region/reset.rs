@@ -1,8 +1,9 @@
 //! Reset: back to an image, in place. The cost is in pages written since, not in memory.
 //!
-//! A page the VM has written since is dropped: the private mapping shows the layer again. Where the layer behind a range is not the
-//! image's any more (it was frozen again since), or where the VM's copy lies over an older layer (a freeze copied it and left it where it
-//! was), the range is mapped anew.
+//! A page the VM has written since is dropped: the private mapping shows the layer again. Where the
+//! layer behind a range is not the image's any more (it was frozen again since), or where the VM's
+//! copy lies over an older layer (a freeze copied it and left it where it was), the range is mapped
+//! anew.
 
 use std::sync::Arc;
 
@@ -13,8 +14,9 @@ use crate::region::mappings::{Mapping, Mappings};
 use crate::region::{GuestRegion, State};
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtract_runs};
 
-/// Shared pages between two of the VM's own that are dropped along: showing them again costs the guest one fault at most, since the kernel maps the
-/// neighbours of a page with it, and that costs no more than the system call it saves (4 us with KVM's part in it).
+/// Shared pages between two of the VM's own that are dropped along: showing them again costs the
+/// guest one fault at most, since the kernel maps the neighbours of a page with it, and that costs
+/// no more than the system call it saves (4 us with KVM's part in it).
 const MAX_GAP: u64 = 16;
 /// Runs of one block that are dropped one by one. With more, all that is between them goes too.
 const MAX_RUNS: usize = 8;
@@ -86,7 +88,8 @@ fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(Page
     runs.into_iter().map(|run| (run, want.advance(run.start - range.start))).collect()
 }
 
-/// `runs`, ascending, with what lies between neighbours where that costs less than it saves. Only shared pages are added, whose loss is a fault.
+/// `runs`, ascending, with what lies between neighbours where that costs less than it saves. Only
+/// shared pages are added, whose loss is a fault.
 fn joined(runs: &[PageRange]) -> Vec<PageRange> {
     let mut out: Vec<PageRange> = Vec::new();
     for run in runs {
@@ -125,8 +128,8 @@ impl GuestRegion {
         self.state().inconsistent = true;
     }
 
-    /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be refused is asked of all of them before the first is
-    /// touched.
+    /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be
+    /// refused is asked of all of them before the first is touched.
     pub(crate) fn reset_all(
         regions: &[Arc<Self>],
         images: &[RegionImage],
@@ -151,7 +154,8 @@ impl GuestRegion {
         let base = state.space.mappings().base_runs();
         let owned = region.owned_private(region.range(), &base)?;
         region.table.trace.reset_begun();
-        // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one that comes later waits for the lock.
+        // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one
+        // that comes later waits for the lock.
         let mut pinned = Vec::new();
         for run in base.iter().chain(&owned) {
             pinned.extend(table.share(*run));
@@ -373,7 +377,8 @@ mod tests {
         let store = Store::open_small().unwrap();
         let (ram, image) = frozen(&store);
         let region = &ram.regions()[0];
-        // Every second page of the image comes from elsewhere: each is mapped anew in the middle of one mapping.
+        // Every second page of the image comes from elsewhere: each is mapped anew in the middle of
+        // one mapping.
         let mut map = LayerMap::clone(image.regions()[0].map.map());
         (0..40).for_each(|n| map.remove(PageRange::with_len(100 + 2 * n, 1)));
         let mut state = region.live_state().unwrap();

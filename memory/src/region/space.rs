@@ -1,10 +1,10 @@
-//! The address space of a region: what the kernel has mapped where, the record of it, the layer map, and the
-//! mappings promised for it. They change together, here and nowhere else.
+//! The address space of a region: what the kernel has mapped where, the record of it, the layer
+//! map, and the mappings promised for it. They change together, here and nowhere else.
 //!
-//! **I14**: *a page that the layer map does not show is shown by no mapping.* Of a page that the VM has a copy of
-//! its own of, the map says what other VMs are shown, and the mapping beneath the copy may be an older one. Of any
-//! other page the two say the same. So whoever knows all maps knows all that can be read
-//! ([`crate::layer::gc`]).
+//! **I14**: *a page that the layer map does not show is shown by no mapping.* Of a page that the VM
+//! has a copy of its own of, the map says what other VMs are shown, and the mapping beneath the
+//! copy may be an older one. Of any other page the two say the same. So whoever knows all maps
+//! knows all that can be read ([`crate::layer::gc`]).
 //!
 //! | operation | kernel | record | map |
 //! |---|---|---|---|
@@ -17,7 +17,8 @@
 //! | [`AddressSpace::withdraw`] | a private copy of base pages | yes | |
 //! | [`AddressSpace::keep_gaps`] | | | back to what is mapped |
 //!
-//! Every operation that maps something has its mapping promised first (D5): one that is refused has changed nothing.
+//! Every operation that maps something has its mapping promised first (D5): one that is refused has
+//! changed nothing.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -46,7 +47,8 @@ pub(crate) struct AddressSpace {
     map: View,
     /// The base file of this VM, while some of its pages are still mapped shared.
     base_file: Option<Arc<Layer>>,
-    /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back, and the rest may be.
+    /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back,
+    /// and the rest may be.
     base: Option<View>,
     promise: Promise,
     /// Views that were replaced since the last were taken.
@@ -87,8 +89,8 @@ impl AddressSpace {
         self.base_file.as_ref()
     }
 
-    /// Has mappings promised for what is put in place of `runs` runs: each adds itself and splits what it lies in.
-    /// Failing, nothing has changed.
+    /// Has mappings promised for what is put in place of `runs` runs: each adds itself and splits
+    /// what it lies in. Failing, nothing has changed.
     pub(crate) fn reserve_runs(&mut self, runs: usize) -> Result<(), BudgetError> {
         self.reserve((self.mappings.len() + 2 * runs) as u64)
     }
@@ -115,7 +117,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps `want` in place of what is in `range`, copies of the VM's own included. Failing, nothing has changed.
+    /// Maps `want` in place of what is in `range`, copies of the VM's own included. Failing,
+    /// nothing has changed.
     pub(crate) fn show(&mut self, range: PageRange, want: &Mapping) -> Result<(), RamError> {
         self.put(range, want)?;
         if broken(Break::LeaveMap) {
@@ -147,7 +150,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps what the map shows in `range`, which is `source`, in place of the VM's own copies of it.
+    /// Maps what the map shows in `range`, which is `source`, in place of the VM's own copies of
+    /// it.
     pub(crate) fn catch_up(&mut self, range: PageRange, source: &Source) -> Result<(), RamError> {
         debug_assert!(
             parts_of(&self.map, range)
@@ -179,18 +183,20 @@ impl AddressSpace {
         self.map.insert(range, source);
     }
 
-    /// Records that a background copy has mapped `run` over `source`, which the map shows since its freeze.
+    /// Records that a background copy has mapped `run` over `source`, which the map shows since its
+    /// freeze.
     pub(super) fn note_shared_back(&mut self, run: PageRange, source: Source) {
         self.mappings.insert(run, Mapping::Private(source));
     }
 
-    /// Shows `map` again, undoing a freeze whose copies were mapped nowhere. Returns the view that is replaced.
+    /// Shows `map` again, undoing a freeze whose copies were mapped nowhere. Returns the view that
+    /// is replaced.
     pub(super) fn undo(&mut self, before: View) -> View {
         std::mem::replace(&mut self.map, before)
     }
 
-    /// Puts private copies with the same bytes in place of base pages. The file has holes to come there
-    /// ([`Self::free_base`]). Failing, nothing has changed.
+    /// Puts private copies with the same bytes in place of base pages. The file has holes to come
+    /// there ([`Self::free_base`]). Failing, nothing has changed.
     pub(crate) fn withdraw(&mut self, piece: PageRange) -> Result<(), RamError> {
         let Some(base_file) = self.base_file.clone() else { return Ok(()) };
         self.reserve_runs(1)?;
@@ -201,8 +207,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Shows what was there `before` a delta where its copies of `gaps` have not been mapped: the VM has no copy of
-    /// its own of them.
+    /// Shows what was there `before` a delta where its copies of `gaps` have not been mapped: the
+    /// VM has no copy of its own of them.
     pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
         for gap in gaps {
             for (piece, _) in self.out_of_step(*gap) {
@@ -212,7 +218,8 @@ impl AddressSpace {
         }
     }
 
-    /// The pieces of `range` of which mapping and map differ, with what is mapped: only copies of the VM's own keep I14 there.
+    /// The pieces of `range` of which mapping and map differ, with what is mapped: only copies of
+    /// the VM's own keep I14 there.
     fn out_of_step(&self, range: PageRange) -> Vec<(PageRange, Option<Source>)> {
         let mut differ = Vec::new();
         for (range, mapping) in self.mappings.within(range) {
@@ -229,14 +236,16 @@ impl AddressSpace {
         differ
     }
 
-    /// Those pages of `range` whose copies can be dropped with nothing mapped anew: what is beneath is what the map says.
+    /// Those pages of `range` whose copies can be dropped with nothing mapped anew: what is beneath
+    /// is what the map says.
     pub(crate) fn in_step(&self, range: PageRange) -> Vec<PageRange> {
         let mut differ: Vec<PageRange> = self.out_of_step(range).into_iter().map(|(piece, _)| piece).collect();
         differ.sort_unstable();
         crate::units::subtract_runs(&[range], &differ)
     }
 
-    /// To be called when pages have been taken from the base file: it is none any more once all have.
+    /// To be called when pages have been taken from the base file: it is none any more once all
+    /// have.
     pub(crate) fn retire_base_if_shared(&mut self) {
         if self.mappings.base_pages() == 0
             && let Some(base_file) = self.base_file.take()
@@ -248,9 +257,9 @@ impl AddressSpace {
         }
     }
 
-    /// After a freeze: this VM's base file is a layer but for the pages that are still its own. These are registered
-    /// like a view's, and from then on what nobody sees of the file can be given back, though one page of it be kept
-    /// for ever.
+    /// After a freeze: this VM's base file is a layer but for the pages that are still its own.
+    /// These are registered like a view's, and from then on what nobody sees of the file can be
+    /// given back, though one page of it be kept for ever.
     pub(crate) fn register_base(&mut self) {
         self.retire_base_if_shared();
         let Some(base_file) = self.base_file.clone() else { return };
@@ -258,15 +267,15 @@ impl AddressSpace {
         for run in self.mappings.base_runs() {
             map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
         }
-        // In this order: what has become a layer's is shown by the view before it is no longer registered as the
-        // base's.
+        // In this order: what has become a layer's is shown by the view before it is no longer
+        // registered as the base's.
         self.publish();
         self.base = Some(self.map.beside(Arc::new(map)));
         base_file.set_base(false);
     }
 
-    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device has any of it, for
-    /// a pin keeps the region.
+    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device
+    /// has any of it, for a pin keeps the region.
     pub(crate) fn abandon_base(&mut self) {
         if let Some(base_file) = self.base_file.take() {
             base_file.set_base(false);
@@ -274,7 +283,8 @@ impl AddressSpace {
         self.base = None;
     }
 
-    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped nowhere now.
+    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped
+    /// nowhere now.
     pub(crate) fn free_base(&self, runs: &[PageRange]) {
         let Some(base_file) = &self.base_file else { return };
         for run in runs.iter().filter(|run| !run.is_empty()) {
@@ -302,7 +312,8 @@ impl AddressSpace {
         self.replaced.push(view);
     }
 
-    /// Registers the view as it is now. The one before stays registered until the lock is let go, and longer while it is read.
+    /// Registers the view as it is now. The one before stays registered until the lock is let go,
+    /// and longer while it is read.
     pub(super) fn publish(&mut self) {
         self.replaced.extend(self.map.publish());
     }

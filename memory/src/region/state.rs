@@ -21,7 +21,8 @@ pub(crate) struct State {
     pub(crate) space: AddressSpace,
     /// What children do not inherit.
     pub(crate) no_fork: NoForkMap,
-    /// The last freeze, while it is or was copied in the background and its outcome has not been taken note of.
+    /// The last freeze, while it is or was copied in the background and its outcome has not been
+    /// taken note of.
     pub(crate) freezing: Option<Freezing>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
@@ -58,8 +59,8 @@ pub(crate) struct Freezing {
     pub(crate) gaps: Vec<PageRange>,
 }
 
-/// The state under its lock. What was changed of the view is published before the lock is let go; meanwhile no page is taken for shared without it
-/// (R11, [`crate::region::grace`]).
+/// The state under its lock. What was changed of the view is published before the lock is let go;
+/// meanwhile no page is taken for shared without it (R11, [`crate::region::grace`]).
 #[derive(Debug)]
 pub(crate) struct Locked<'a> {
     pub(super) region: &'a GuestRegion,
@@ -87,7 +88,8 @@ impl Drop for Locked<'_> {
         }
         self.state.space.publish();
         let replaced = self.state.space.take_replaced();
-        // After the new view is published and its layers are mapped, before another pin may begin: a device that reads the one before keeps it.
+        // After the new view is published and its layers are mapped, before another pin may begin:
+        // a device that reads the one before keeps it.
         let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
         self.region.grace.end_change();
         if !gone.is_empty() {

@@ -10,7 +10,8 @@ use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
 
-/// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless they say KiB.
+/// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless
+/// they say KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamStats {
     /// In no layer, or showing a reference page: they cost nothing.
@@ -21,8 +22,8 @@ pub struct RamStats {
     pub exclusive: u64,
     /// Of the exclusive, pinned for DMA.
     pub pinned: u64,
-    /// Memory that goes when this VM goes: its own copies, and what is allocated of its base file while
-    /// that is not a layer.
+    /// Memory that goes when this VM goes: its own copies, and what is allocated of its base file
+    /// while that is not a layer.
     pub private_kib: u64,
     /// Mappings it costs.
     pub mappings: u64,

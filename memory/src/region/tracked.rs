@@ -15,8 +15,8 @@ use crate::region::GuestRegion;
 
 /// A region whose writes through `vm_memory` are noted in a bitmap `B`.
 ///
-/// It sees what this process writes through it. What the guest writes KVM's dirty log has; what devices write through
-/// pins their owner knows.
+/// It sees what this process writes through it. What the guest writes KVM's dirty log has; what
+/// devices write through pins their owner knows.
 #[derive(Debug)]
 pub struct TrackedRegion<B> {
     region: Arc<GuestRegion>,
@@ -53,7 +53,8 @@ impl<B: Bitmap> GuestMemoryRegion for TrackedRegion<B> {
     fn get_slice(&self, offset: MemoryRegionAddress, count: usize) -> GuestMemoryResult<VolatileSlice<'_, BS<'_, B>>> {
         let plain = self.region.get_slice(offset, count)?;
         let addr = plain.ptr_guard_mut().as_ptr();
-        // SAFETY: the bytes of `plain`, under the same lifetime: it was checked to lie within the region's live memory.
+        // SAFETY: the bytes of `plain`, under the same lifetime: it was checked to lie within the
+        // region's live memory.
         Ok(unsafe { VolatileSlice::with_bitmap(addr, count, self.bitmap.slice_at(offset.0 as usize), None) })
     }
 }
@@ -61,8 +62,8 @@ impl<B: Bitmap> GuestMemoryRegion for TrackedRegion<B> {
 impl<B: Bitmap> GuestMemoryRegionBytes for TrackedRegion<B> {}
 
 impl GuestRam {
-    /// The same memory, for rust-vmm crates, with a dirty bitmap for each region: `bitmap` is called with its size in
-    /// bytes.
+    /// The same memory, for rust-vmm crates, with a dirty bitmap for each region: `bitmap` is
+    /// called with its size in bytes.
     ///
     /// ```
     /// use clade_memory::{GuestRam, PAGE_SIZE, RamLayout, Store};

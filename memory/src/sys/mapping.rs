@@ -9,7 +9,8 @@ use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_a
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange};
 
-/// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so that huge pages fit.
+/// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so
+/// that huge pages fit.
 ///
 /// The address is fixed for the reservation's life, so a KVM memslot over it is set once.
 #[derive(Debug)]
@@ -18,10 +19,11 @@ pub(crate) struct Reservation {
     pages: u64,
 }
 
-// SAFETY: the reservation is an address and a length; every access through it is volatile or by the kernel.
+// SAFETY: the reservation is an address and a length; every access through it is volatile or by the
+// kernel.
 unsafe impl Send for Reservation {}
-// SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for pages that are
-// protected.
+// SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for
+// pages that are protected.
 unsafe impl Sync for Reservation {}
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
@@ -33,7 +35,8 @@ impl Reservation {
         let len = PageRange::new(0, pages).bytes();
         let slack = BLOCK_SIZE as usize;
         let padded = len.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches nothing
+        // that exists.
         let raw = unsafe {
             mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)
         }?;
@@ -47,7 +50,8 @@ impl Reservation {
 
     fn trim(at: usize, len: usize) -> io::Result<()> {
         if len > 0 {
-            // SAFETY: only called on the slack at either end of the mapping just made, which nobody else knows.
+            // SAFETY: only called on the slack at either end of the mapping just made, which nobody
+            // else knows.
             unsafe { munmap(at as *mut _, len) }?;
         }
         Ok(())
@@ -89,8 +93,9 @@ impl Reservation {
         self.check(range)?;
         failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
-        // SAFETY: range lies within this reservation (checked), which this type owns; replacing its mapping leaves
-        // it mapped, so volatile accesses through it stay valid. No Rust reference into it exists.
+        // SAFETY: range lies within this reservation (checked), which this type owns; replacing its
+        // mapping leaves it mapped, so volatile accesses through it stay valid. No Rust reference
+        // into it exists.
         unsafe { mmap(at, range.bytes(), RAM_PROT, kind | MapFlags::FIXED, file, file_page << PAGE_SHIFT) }?;
         self.do_not_fork(range);
         Ok(())
@@ -109,8 +114,9 @@ impl Reservation {
         Ok(())
     }
 
-    /// Keeps `range` out of processes that this one forks (R19's VM_DONTCOPY): a fork would make guest memory the kernel's COW pages, under its devices, and
-    /// give a child process what is the guest's. Best effort: it can only fail for a range that is not mapped.
+    /// Keeps `range` out of processes that this one forks (R19's VM_DONTCOPY): a fork would make
+    /// guest memory the kernel's COW pages, under its devices, and give a child process what is the
+    /// guest's. Best effort: it can only fail for a range that is not mapped.
     fn do_not_fork(&self, range: PageRange) {
         let at = self.addr(range.start).cast();
         // SAFETY: it changes what a fork copies, not the memory.
@@ -125,14 +131,15 @@ impl Reservation {
         failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says that it is not there.
+        // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says
+        // that it is not there.
         unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags) }?;
         trace!(Nothing { at: self.at(), range });
         Ok(())
     }
 
-    /// Puts private pages with the bytes that `file` has from `file_page` on in place of what is mapped in `range`, in one step. Failing, nothing has
-    /// changed.
+    /// Puts private pages with the bytes that `file` has from `file_page` on in place of what is
+    /// mapped in `range`, in one step. Failing, nothing has changed.
     pub(crate) fn replace_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         let aside = Self::new(range.len())?;
         let all = PageRange::new(0, range.len());
@@ -141,8 +148,8 @@ impl Reservation {
         self.check(range)?;
         failpoint(Call::Map)?;
         let (from, into) = (aside.addr(0).cast(), self.addr(range.start).cast());
-        // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within this reservation, which stays mapped. No Rust reference
-        // into either exists.
+        // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within
+        // this reservation, which stays mapped. No Rust reference into either exists.
         unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
         // Its addresses were given up by the move, and may be another's by now.
         std::mem::forget(aside);
@@ -150,7 +157,8 @@ impl Reservation {
         Ok(())
     }
 
-    /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first write.
+    /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first
+    /// write.
     pub(crate) fn populate_write(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         failpoint(Call::Advise)?;
@@ -167,8 +175,9 @@ impl Reservation {
         Ok(())
     }
 
-    /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together into one of 2 MiB (Linux 6.1). Whoever maps
-    /// the file goes on reading the same bytes. Refused where a page is in use by a device.
+    /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together
+    /// into one of 2 MiB (Linux 6.1). Whoever maps the file goes on reading the same bytes. Refused
+    /// where a page is in use by a device.
     pub(crate) fn collapse(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         let at = self.addr(range.start).cast();
@@ -201,8 +210,9 @@ impl Reservation {
         Ok(())
     }
 
-    /// Appends the bytes of `runs`, one after another, to `file` at `file_page`. The kernel reads guest memory itself, so a vCPU or
-    /// device that is still writing makes a torn copy, never undefined behaviour.
+    /// Appends the bytes of `runs`, one after another, to `file` at `file_page`. The kernel reads
+    /// guest memory itself, so a vCPU or device that is still writing makes a torn copy, never
+    /// undefined behaviour.
     pub(crate) fn write_out(&self, runs: &[PageRange], file: impl AsFd, file_page: u64) -> io::Result<()> {
         const MAX_IOVECS: usize = 1024;
         let fd = file.as_fd().as_raw_fd();
@@ -216,8 +226,8 @@ impl Reservation {
             let mut todo = todo.as_mut_slice();
             while !todo.is_empty() {
                 failpoint(Call::Copy)?;
-                // SAFETY: every iovec lies within this reservation (checked above, and only ever cut shorter below);
-                // the kernel reads it, Rust never does.
+                // SAFETY: every iovec lies within this reservation (checked above, and only ever
+                // cut shorter below); the kernel reads it, Rust never does.
                 let wrote = unsafe { libc::pwritev(fd, todo.as_ptr(), todo.len() as libc::c_int, at as i64) };
                 let mut wrote = match wrote {
                     0 => return Err(io::ErrorKind::WriteZero.into()),
@@ -228,7 +238,8 @@ impl Reservation {
                     },
                 };
                 at += wrote as u64;
-                // A short write (a file system that fills up, a signal): go on from where it stopped.
+                // A short write (a file system that fills up, a signal): go on from where it
+                // stopped.
                 let whole = todo.iter().take_while(|v| {
                     let fits = v.iov_len <= wrote;
                     wrote -= if fits { v.iov_len } else { 0 };
@@ -253,11 +264,13 @@ impl Reservation {
         let fd = file.as_fd().as_raw_fd();
         let mut done = 0usize;
         while done < range.bytes() {
-            // SAFETY: the bytes lie within the reservation (checked); `done` is less than the range's length.
+            // SAFETY: the bytes lie within the reservation (checked); `done` is less than the
+            // range's length.
             let at = unsafe { self.addr(range.start).add(done) };
             let offset = (file_page << PAGE_SHIFT) + done as u64;
             let left = range.bytes() - done;
-            // SAFETY: the buffer is `left` bytes of this reservation; only the kernel writes through it.
+            // SAFETY: the buffer is `left` bytes of this reservation; only the kernel writes
+            // through it.
             let got = unsafe { libc::pread(fd, at.cast(), left, offset as i64) };
             match got {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -283,7 +296,8 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         trace!(SpaceGone { at: self.at() });
         let len = PageRange::new(0, self.pages).bytes();
-        // SAFETY: the mapping is this type's own, and whoever was given an address holds the region that owns it.
+        // SAFETY: the mapping is this type's own, and whoever was given an address holds the region
+        // that owns it.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), len) } {
             tracing::error!(%error, "a region's address range could not be unmapped");
         }

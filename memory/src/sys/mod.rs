@@ -1,4 +1,5 @@
-//! The system calls the manager stands on. All of the crate's unsafe code is in here and in [`crate::region`]'s accessor.
+//! The system calls the manager stands on. All of the crate's unsafe code is in here and in
+//! [`crate::region`]'s accessor.
 
 mod mapping;
 mod pagemap;

@@ -55,15 +55,17 @@ impl Pagemap {
         Ok(map)
     }
 
-    /// The pages of `range` that are present or swapped and neither a file's nor the zero page: this VM's own copies. The kernel is
-    /// the truth here; it has seen writes by vCPUs, by devices and by this process alike.
+    /// The pages of `range` that are present or swapped and neither a file's nor the zero page:
+    /// this VM's own copies. The kernel is the truth here; it has seen writes by vCPUs, by devices
+    /// and by this process alike.
     pub(crate) fn owned_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         let runs = self.runs_without(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range)?;
         trace!(Kernel { at: at.addr(0) as u64, range, runs: runs.clone() });
         Ok(runs)
     }
 
-    /// The pages of `range` that somebody has read or written through this mapping and that are not the zero page.
+    /// The pages of `range` that somebody has read or written through this mapping and that are not
+    /// the zero page.
     pub(crate) fn touched_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         self.runs_without(PAGE_IS_PFNZERO, at, range)
     }
@@ -91,7 +93,8 @@ impl Pagemap {
                 ..ScanArg::default()
             };
             failpoint(Call::Scan)?;
-            // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long; both outlive the call.
+            // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long;
+            // both outlive the call.
             let n = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             if n < 0 {
                 match io::Error::last_os_error() {

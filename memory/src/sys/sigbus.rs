@@ -1,12 +1,14 @@
 //! SIGBUS: a page of guest memory that the kernel cannot bring.
 //!
-//! Memory that is mapped from files on a disk (snapshots, evicted pages) can turn out not to be there: a file was cut short, a disk does not read. A
-//! guest's access is an error of KVM_RUN and a system call's is EFAULT, but an access by this process is a signal, which would end every VM of it. So the
-//! page is replaced (the kernel takes the VM's own copies of a truncated file's pages too) by one of zeros **that only keeps the access from failing**, and the VM whose memory it is is told that it is lost; it is
-//! stopped, and what was made of the zeros meanwhile stops with it.
+//! Memory that is mapped from files on a disk (snapshots, evicted pages) can turn out not to be
+//! there: a file was cut short, a disk does not read. A guest's access is an error of KVM_RUN and a
+//! system call's is EFAULT, but an access by this process is a signal, which would end every VM of
+//! it. So the page is replaced (the kernel takes the VM's own copies of a truncated file's pages
+//! too) by one of zeros **that only keeps the access from failing**, and the VM whose memory it is
+//! is told that it is lost; it is stopped, and what was made of the zeros meanwhile stops with it.
 //!
-//! The handler may interrupt anything, so it takes no locks: it looks through a table of watched ranges, each entry of which is written in an order that
-//! makes a half-written one match nothing.
+//! The handler may interrupt anything, so it takes no locks: it looks through a table of watched
+//! ranges, each entry of which is written in an order that makes a half-written one match nothing.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -20,7 +22,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::freeze::background::{Failure, FillError};
 use crate::units::PAGE_SIZE;
 
-/// Regions that can be watched at a time. Others are not: their process goes as it would without this.
+/// Regions that can be watched at a time. Others are not: their process goes as it would without
+/// this.
 const SLOTS: usize = 1 << 15;
 
 /// A watched range. Empty if `end` is 0.
@@ -57,8 +60,8 @@ fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
 pub(crate) struct Watched(usize);
 
 impl Watched {
-    /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure` is told when a page of them is lost. `None`
-    /// when there is no room.
+    /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure`
+    /// is told when a page of them is lost. `None` when there is no room.
     pub(crate) fn new(start: usize, end: usize, failure: &Arc<Failure>) -> Option<Self> {
         install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
         let slot = owners(|owners| {
@@ -70,7 +73,8 @@ impl Watched {
             owners.failures[slot] = Arc::downgrade(failure);
             Some(slot)
         })?;
-        // SeqCst: in this order, after the 0 of whoever had the slot before. The handler looks at the end, the start and the end.
+        // SeqCst: in this order, after the 0 of whoever had the slot before. The handler looks at
+        // the end, the start and the end.
         TABLE[slot].start.store(start, Ordering::SeqCst);
         TABLE[slot].end.store(end, Ordering::SeqCst);
         USED.fetch_max(slot + 1, Ordering::Release);
@@ -90,7 +94,8 @@ impl Drop for Watched {
         // Before the addresses are anybody else's: the region drops this before its reservation.
         TABLE[self.0].end.store(0, Ordering::SeqCst);
         owners(|owners| {
-            // Nobody is left to be told. Nothing sets it again: whoever accesses the region keeps it.
+            // Nobody is left to be told. Nothing sets it again: whoever accesses the region keeps
+            // it.
             TABLE[self.0].lost.store(false, Ordering::Relaxed);
             owners.failures[self.0] = Weak::new();
             owners.free.push(self.0);
@@ -118,7 +123,8 @@ fn take_over() -> io::Result<()> {
     // On the thread's signal stack if it has one, restarting what it interrupts.
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: both point at structures of that type; the handler is a function of the signature that SA_SIGINFO says.
+    // SAFETY: both point at structures of that type; the handler is a function of the signature
+    // that SA_SIGINFO says.
     if unsafe { libc::sigaction(libc::SIGBUS, new, before.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -137,11 +143,13 @@ fn tell_all(bell: &OwnedFd) {
             Err(_) => return,
         }
         for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
-            // In one step with whose it is: a slot that is taken by another VM in between would have that one told.
+            // In one step with whose it is: a slot that is taken by another VM in between would
+            // have that one told.
             let failure = owners(|owners| {
                 let lost = entry.lost.load(Ordering::Acquire);
                 let failure = owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)?;
-                // Noted before the mark is taken away: whoever asks in between finds one of the two.
+                // Noted before the mark is taken away: whoever asks in between finds one of the
+                // two.
                 failure.set(&Arc::new(FillError::Gone));
                 entry.lost.store(false, Ordering::Release);
                 Some(failure)
@@ -174,15 +182,17 @@ fn mend(address: usize) -> bool {
     for slot in TABLE.iter().take(USED.load(Ordering::Acquire)) {
         let end = slot.end.load(Ordering::SeqCst);
         let start = slot.start.load(Ordering::SeqCst);
-        // The end once more: it is 0 while the slot changes hands, so that the start of one region and the end of another are never taken for a range.
+        // The end once more: it is 0 while the slot changes hands, so that the start of one region
+        // and the end of another are never taken for a range.
         if address < start || address >= end || slot.end.load(Ordering::SeqCst) != end {
             continue;
         }
         let page = address & !(PAGE_SIZE as usize - 1);
         let (prot, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-        // SAFETY: the page is guest memory, which whoever watches it keeps mapped; replacing a page of it leaves it mapped, and no Rust reference
-        // into it exists. mmap is a bare system call, and safe in a handler.
+        // SAFETY: the page is guest memory, which whoever watches it keeps mapped; replacing a page
+        // of it leaves it mapped, and no Rust reference into it exists. mmap is a bare system call,
+        // and safe in a handler.
         let mapped = unsafe { libc::mmap(page as *mut libc::c_void, PAGE_SIZE as usize, prot, flags, -1, 0) };
         if mapped == libc::MAP_FAILED {
             return false;

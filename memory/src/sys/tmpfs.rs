@@ -11,7 +11,8 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
-/// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is closed.
+/// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is
+/// closed.
 #[derive(Clone, Debug)]
 pub(crate) struct HugeTmpfs(Arc<OwnedFd>);
 

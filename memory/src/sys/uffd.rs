@@ -1,7 +1,8 @@
 //! userfaultfd: write-protecting pages, filling holes, and being told who waits for either.
 //!
-//! Faults in kernel mode are wanted too (KVM's own accesses, system calls), so never UFFD_USER_MODE_ONLY; that needs
-//! `/dev/userfaultfd`, CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd`.
+//! Faults in kernel mode are wanted too (KVM's own accesses, system calls), so never
+//! UFFD_USER_MODE_ONLY; that needs `/dev/userfaultfd`, CAP_SYS_PTRACE or
+//! `vm.unprivileged_userfaultfd`.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -111,7 +112,8 @@ pub(crate) enum Watch {
     Protected,
 }
 
-/// A userfaultfd. Closing it with faults in flight lets them read zeros: whoever registers a range keeps it open.
+/// A userfaultfd. Closing it with faults in flight lets them read zeros: whoever registers a range
+/// keeps it open.
 #[derive(Debug)]
 pub(crate) struct Uffd(OwnedFd);
 
@@ -130,7 +132,8 @@ impl Uffd {
         let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
         let mut api = Api { api: API, features: wanted, ioctls: 0 };
         let Err(refused) = uffd.ioctl(UFFDIO_API, &mut api) else { return Ok(uffd) };
-        // A descriptor answers once: ask another one what there is, to be able to name what is missing.
+        // A descriptor answers once: ask another one what there is, to be able to name what is
+        // missing.
         let probe = Self::raw().map_err(OpenError::Refused)?;
         let mut api = Api { api: API, ..Api::default() };
         probe.ioctl(UFFDIO_API, &mut api).map_err(OpenError::Refused)?;
@@ -156,8 +159,9 @@ impl Uffd {
 
     /// Callers pass the argument that `request` is declared with.
     fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
-        // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the call. What a request does to memory lies
-        // within a `Reservation`, which nobody has a Rust reference into.
+        // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the
+        // call. What a request does to memory lies within a `Reservation`, which nobody has a Rust
+        // reference into.
         if unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -191,7 +195,8 @@ impl Uffd {
         self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
     }
 
-    /// Write-protects the pages of `range`. For [`crate::freeze::protect`] alone, which knows what may be.
+    /// Write-protects the pages of `range`. For [`crate::freeze::protect`] alone, which knows what
+    /// may be.
     pub(crate) fn protect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         failpoint(Call::Protect)?;
         self.write_protect(at, range, WRITEPROTECT_WP)
@@ -212,8 +217,9 @@ impl Uffd {
         }
     }
 
-    /// Fills the holes of `range` of a shared mapping with the pages from `from` on; pages that are there already stay. A page
-    /// appears to others in one step, complete, and alone: no neighbour of it comes into being, whatever the file's page size.
+    /// Fills the holes of `range` of a shared mapping with the pages from `from` on; pages that are
+    /// there already stay. A page appears to others in one step, complete, and alone: no neighbour
+    /// of it comes into being, whatever the file's page size.
     ///
     /// The kernel reads `from`, never Rust; an address that is not mapped is an error.
     pub(crate) fn fill(&self, into: &Reservation, range: PageRange, from: *const u8) -> io::Result<()> {
@@ -252,7 +258,8 @@ impl Uffd {
     }
 }
 
-/// How many bytes to go on by after a call that stopped early: past a page that is there already, or again from the same place.
+/// How many bytes to go on by after a call that stopped early: past a page that is there already,
+/// or again from the same place.
 fn skip_or(result: io::Result<()>) -> io::Result<u64> {
     match result {
         Ok(()) => Ok(0),
@@ -283,7 +290,8 @@ mod tests {
         got
     }
 
-    /// What makes children of a pending layer right: a page that is filled brings no zero-filled neighbour with it.
+    /// What makes children of a pending layer right: a page that is filled brings no zero-filled
+    /// neighbour with it.
     #[test]
     fn filling_a_page_of_a_huge_file_makes_no_neighbour() {
         let Ok(fs) = HugeTmpfs::mount() else {

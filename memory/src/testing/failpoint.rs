@@ -1,4 +1,5 @@
-//! Where a system call can be made to fail, one at a time, by the tests of I13. Nothing in a build that is not a test's.
+//! Where a system call can be made to fail, one at a time, by the tests of I13. Nothing in a build
+//! that is not a test's.
 
 use std::io;
 
@@ -21,7 +22,8 @@ pub(crate) enum Call {
     Watch,
     /// UFFDIO_WRITEPROTECT that protects.
     Protect,
-    /// UFFDIO_WRITEPROTECT that lifts a protection. What it falls back on, forgetting the region, does not fail here.
+    /// UFFDIO_WRITEPROTECT that lifts a protection. What it falls back on, forgetting the region,
+    /// does not fail here.
     Release,
     /// UFFDIO_COPY.
     Fill,
@@ -123,7 +125,8 @@ mod armed {
             }
             let left = self.left.load(Ordering::SeqCst);
             if left == OFF {
-                // What allocates fails for ever; what only looks or is done while cleaning up does not.
+                // What allocates fails for ever; what only looks or is done while cleaning up does
+                // not.
                 let again = self.fired.load(Ordering::SeqCst) > 0 && self.for_ever.load(Ordering::SeqCst) > 0;
                 return again && matches!(call, Call::Map | Call::File | Call::Size | Call::Advise | Call::Copy);
             }

@@ -1,5 +1,5 @@
-//! Deliberate breaks, one for each invariant: what the tests below would miss if they could not see them. Nothing in a build that is
-//! not a test's.
+//! Deliberate breaks, one for each invariant: what the tests below would miss if they could not see
+//! them. Nothing in a build that is not a test's.
 
 /// Something done wrong on purpose. I8 is broken in the model of `ownership/word.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,8 @@ pub(crate) enum Break {
     ForgetUndo,
     /// I14: what is mapped is not shown by the map.
     LeaveMap,
-    /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those below.
+    /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those
+    /// below.
     CountUnchecked,
     /// I3: a freeze in the background leaves pinned pages to be copied later.
     CopyPinnedLater,
@@ -132,7 +133,8 @@ pub(crate) mod tests {
         let image = rig.freeze();
         let region = &rig.ram.regions()[0];
         let pin = region.pin(PageRange::with_len(first, pages), Access::Write, PinLifetime::Transient).unwrap();
-        // Before anything is written: a write by the CPU would break COW, and hide that the pin did not.
+        // Before anything is written: a write by the CPU would break COW, and hide that the pin did
+        // not.
         rig.check();
         pin.slice().write_obj(77u64, 0).unwrap();
         assert_eq!(rig.get(first), 77);
@@ -141,7 +143,8 @@ pub(crate) mod tests {
         rig.check();
     }
 
-    /// A pin is held across a freeze: device and guest go on seeing each other, the child sees the moment of the freeze.
+    /// A pin is held across a freeze: device and guest go on seeing each other, the child sees the
+    /// moment of the freeze.
     fn pin_across_a_freeze() {
         use crate::dma::Device;
         let rig = Rig::base();
@@ -203,12 +206,14 @@ pub(crate) mod tests {
         drop(pin);
     }
 
-    /// A reader that takes the frames it is given as they are, as a device does: what the kernel splices into a pipe. (io_uring would have the
-    /// kernel unshare them first, and hide that the pin did not.)
+    /// A reader that takes the frames it is given as they are, as a device does: what the kernel
+    /// splices into a pipe. (io_uring would have the kernel unshare them first, and hide that the
+    /// pin did not.)
     fn splice(pin: &DmaPin) -> OwnedFd {
         let (read, write) = rustix::pipe::pipe().unwrap();
         let mut bytes = libc::iovec { iov_base: pin.host_address().cast(), iov_len: pin.len() };
-        // SAFETY: the bytes are pinned guest memory, which lives as long as the pin; nobody has a Rust reference into it.
+        // SAFETY: the bytes are pinned guest memory, which lives as long as the pin; nobody has a
+        // Rust reference into it.
         let spliced = unsafe { libc::vmsplice(write.as_raw_fd(), &raw mut bytes, 1, 0) };
         assert_eq!(spliced, pin.len() as isize, "{}", std::io::Error::last_os_error());
         read

@@ -1,12 +1,16 @@
-//! Schedules of the real code under shuttle: real regions, mappings and userfaultfd, with locks and atomics that shuttle schedules.
+//! Schedules of the real code under shuttle: real regions, mappings and userfaultfd, with locks and
+//! atomics that shuttle schedules.
 //!
-//! A guest writes, devices pin, transfer and unpin, the VM is frozen at once and in the background, children read what they were given. All tasks
-//! share one thread. So no access may wait in the kernel: the guest asks the page map first whether its access would fault, and sends the
-//! fault to the task that stands in for the background thread, which answers it by the thread's own function. Devices are io_uring's registered
-//! buffers and spliced pages, which hold frames, and heed neither mapping nor protection.
+//! A guest writes, devices pin, transfer and unpin, the VM is frozen at once and in the background,
+//! children read what they were given. All tasks share one thread. So no access may wait in the
+//! kernel: the guest asks the page map first whether its access would fault, and sends the fault to
+//! the task that stands in for the background thread, which answers it by the thread's own
+//! function. Devices are io_uring's registered buffers and spliced pages, which hold frames, and
+//! heed neither mapping nor protection.
 //!
-//! What is held against each other: a device reads what its guest was given last and its guest sees what it writes; a short read sees
-//! what was there when it was pinned, or later; a child sees its parent's bytes of the freeze's instant, for ever.
+//! What is held against each other: a device reads what its guest was given last and its guest sees
+//! what it writes; a short read sees what was there when it was pinned, or later; a child sees its
+//! parent's bytes of the freeze's instant, for ever.
 
 mod world;
 
@@ -48,7 +52,8 @@ fn any_range() -> PageRange {
     }
 }
 
-/// Again where it fails: the call that was to fail in a freeze may be this one's, once. Then it has changed nothing (I13).
+/// Again where it fails: the call that was to fail in a freeze may be this one's, once. Then it has
+/// changed nothing (I13).
 fn twice<T, E>(work: impl Fn() -> Result<T, E>) -> Result<T, E> {
     work().or_else(|_| work())
 }
@@ -265,7 +270,8 @@ fn shuttle_devices_and_children_see_what_they_must_by_priorities() {
     hold(PctScheduler::new(5, schedules()));
 }
 
-/// Schedules until `how` is noticed, and what is said of it. By a seed, so that they are always the same.
+/// Schedules until `how` is noticed, and what is said of it. By a seed, so that they are always the
+/// same.
 fn until_noticed(how: Break) -> (usize, String) {
     static RAN: AtomicUsize = AtomicUsize::new(0);
     RAN.store(0, Ordering::Relaxed);

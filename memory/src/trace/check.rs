@@ -1,8 +1,7 @@
 //! The validator: replays a trace, and refuses the first step that the specification does not have.
 //!
 //! Records take the steps of spec/Ownership.tla ([`super::records`]). What is mapped, shown,
-//! protected and
-//! given back takes those of Cow.tla and Background.tla, as far as a trace shows them
+//! protected and given back takes those of Cow.tla and Background.tla, as far as a trace shows them
 //! ([`super::frames`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -275,8 +274,8 @@ impl Checker {
     }
 
     /// A device of the specification pins one run. A short read of which only parts are the VM's
-    /// own counts several: each
-    /// run is a device's there, numbered by its pin and the page it began with.
+    /// own counts several: each run is a device's there, numbered by its pin and the page it began
+    /// with.
     fn run_of(of: &Block, device: u64, step: WordStep, page: Option<usize>, at: u64) -> u64 {
         let fresh = (device << 32) | at;
         let Some(page) = page else { return fresh };
@@ -457,8 +456,8 @@ impl Checker {
             let (block, place) = Region::place(page);
             return region.step(thread, block, Step::Take(place));
         }
-        // Without it: the background thread, which has its background copy's, or a region that is emptied,
-        // which nobody has.
+        // Without it: the background thread, which has its background copy's, or a region that is
+        // emptied, which nobody has.
         if !was_protected && !emptied {
             return Err(why(page, "StepRemap: a page is mapped over a delta that was not protected"));
         }

@@ -173,7 +173,8 @@ pub(crate) enum Event {
     FreezeFailed {
         table: u64,
     },
-    /// The region's lock is about to be let go, with nothing left to the background: this is its map.
+    /// The region's lock is about to be let go, with nothing left to the background: this is its
+    /// map.
     Settled {
         table: u64,
         map: Vec<(PageRange, u64, u64)>,

@@ -1,6 +1,5 @@
 //! Files, layers and views: who is shown what, and what may be given back. The rules of Cow.tla
-//! that a trace
-//! shows, by the names of its actions.
+//! that a trace shows, by the names of its actions.
 
 use std::collections::{HashMap, HashSet};
 
@@ -242,8 +241,7 @@ impl Files {
     }
 
     /// `FreezeCommit`, `ChildSees`: the image has the bytes of the freeze's instant of every page
-    /// that is still the
-    /// VM's own. I11: and none of what is not inherited.
+    /// that is still the VM's own. I11: and none of what is not inherited.
     pub(super) fn image(&self, table: u64, region: &Region, map: &Map, declared: &[PageRange]) -> Result<(), Why> {
         let mut pieces = map.iter().peekable();
         let mut hidden = declared.iter().peekable();

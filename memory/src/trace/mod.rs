@@ -2,32 +2,25 @@
 //! runs.
 //!
 //! Only with the `trace` feature, and then only if `CLADE_TRACE` is set. Without the feature
-//! `off.rs` stands
-//! in for this module: types without size and empty functions.
+//! `off.rs` stands in for this module: types without size and empty functions.
 //!
 //! # Why the order is right
 //!
 //! There is one log, under one lock. A step on a record is done *while the log is locked*
-//! ([`step`]): the
-//! compare-and-swap and its place in the log cannot be told apart, so the log has the steps of a
-//! record in the
-//! order in which they took effect, and steps on two records in an order that no thread can
-//! contradict. The
-//! registry of views and the count of handles are logged in the same way.
+//! ([`step`]): the compare-and-swap and its place in the log cannot be told apart, so the log has
+//! the steps of a record in the order in which they took effect, and steps on two records in an
+//! order that no thread can contradict. The registry of views and the count of handles are logged
+//! in the same way.
 //!
 //! System calls are not made under the log's lock. A mapping is logged after the call, by the
-//! thread that
-//! holds what orders it: the region's state lock, or the lock of the background copy. Whatever depends on
-//! it comes
-//! after that lock is let go, or through a record, so it is logged later. What is *given away* (a
-//! pin, a
-//! section) is logged as given after it is there and as gone before it goes: the log has it for a
-//! shorter time
-//! than it is held, so nothing is refused that is right.
+//! thread that holds what orders it: the region's state lock, or the lock of the background copy.
+//! Whatever depends on it comes after that lock is let go, or through a record, so it is logged
+//! later. What is *given away* (a pin, a section) is logged as given after it is there and as gone
+//! before it goes: the log has it for a shorter time than it is held, so nothing is refused that is
+//! right.
 //!
 //! A guest's write is in no log. It is the specification's `Write`, allowed at any time while the
-//! VM is not
-//! stopped; the log has it when the kernel is asked who owns a page.
+//! VM is not stopped; the log has it when the kernel is asked who owns a page.
 //!
 //! The log's lock is a leaf: nothing else is locked under it.
 

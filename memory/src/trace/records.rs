@@ -2,12 +2,10 @@
 //! to it.
 //!
 //! The state is the part of the specification's that a trace shows: the records, who has the lock,
-//! what each
-//! device has counted, whose the frame behind each page is, and how far a split or a merge has
-//! come. Where
-//! the specification's threads are in their code is left open, and so are devices' ranges: a step
-//! is allowed
-//! if some state of the specification that looks like this one has it.
+//! what each device has counted, whose the frame behind each page is, and how far a split or a
+//! merge has come. Where the specification's threads are in their code is left open, and so are
+//! devices' ranges: a step is allowed if some state of the specification that looks like this one
+//! has it.
 //!
 //! `the_relation_is_the_specifications` compares all states and steps with TLC's (spec/check
 //! --graph).

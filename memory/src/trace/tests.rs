@@ -1,6 +1,6 @@
 //! Breaks made on purpose, and whether the validator alone notices: the scenario's own assertions
-//! come after it, or are
-//! not looked at. Each runs in a process of its own, whose trace is nobody else's.
+//! come after it, or are not looked at. Each runs in a process of its own, whose trace is nobody
+//! else's.
 
 use std::process::Command;
 

@@ -124,7 +124,8 @@ const AGAIN: u16 = 9;
 const LATER: u16 = 70;
 pub(crate) const PATTERN: u8 = 0x5a;
 
-/// VMs in the state "being filled": those that were filled before the row could begin, and the others.
+/// VMs in the state "being filled": those that were filled before the row could begin, and the
+/// others.
 pub(crate) static FILLING: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 
 pub(crate) struct Case<'a> {
@@ -139,7 +140,8 @@ impl<'a> Case<'a> {
         Self { store, axis, patterns: RefCell::default() }
     }
 
-    /// A VM whose [`ARENA`] is in the row's state; around it are pages of a like kind, and untouched ones.
+    /// A VM whose [`ARENA`] is in the row's state; around it are pages of a like kind, and
+    /// untouched ones.
     pub(crate) fn subject(&self) -> Vm {
         let mut vm = Vm::born(self.store, "VM");
         vm.write(WRITTEN, 1);
@@ -206,7 +208,8 @@ impl<'a> Case<'a> {
         vm
     }
 
-    /// All of a VM in a file, none of which is mapped. (That it is in the page cache makes no difference to anyone but the clock.)
+    /// All of a VM in a file, none of which is mapped. (That it is in the page cache makes no
+    /// difference to anyone but the clock.)
     fn on_disk(&self, vm: &Vm) -> Image {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         file.write_all_at(&vm.bytes(ALL), 0).unwrap();
@@ -267,8 +270,9 @@ impl<'a> Case<'a> {
         );
     }
 
-    /// The VM and an image of it, with a child, in the case's order; `held` says that devices hold pins, which a reset must respect. The VM
-    /// ends up with other contents than the image's in the order "snapshot" only, and never in `keep`.
+    /// The VM and an image of it, with a child, in the case's order; `held` says that devices hold
+    /// pins, which a reset must respect. The VM ends up with other contents than the image's in the
+    /// order "snapshot" only, and never in `keep`.
     fn cloned(&self, vm: &mut Vm, keep: PageRange, held: bool) -> (Image, Vm) {
         let image = self.freeze(vm);
         if self.axis.order == Order::Fork {
@@ -307,7 +311,8 @@ impl<'a> Case<'a> {
         self.cloned(vm, held, true)
     }
 
-    /// Protects what the VM owns, and lifts it again: copying done, or given up because nobody wants the copy.
+    /// Protects what the VM owns, and lifts it again: copying done, or given up because nobody
+    /// wants the copy.
     pub(crate) fn protect_and_unprotect(&self, vm: &Vm) {
         for wanted in [true, false] {
             let image = match vm.ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)) {

@@ -113,13 +113,14 @@ fn with_protection(case: &Case<'_>) {
     }
 }
 
-/// Splits the block's record by pinning a part of it, lets go, and has the kernel collapse the block if it likes; the record is merged by the
-/// next freeze that shares all of it.
+/// Splits the block's record by pinning a part of it, lets go, and has the kernel collapse the
+/// block if it likes; the record is merged by the next freeze that shares all of it.
 fn split_and_collapse(vm: &Vm) {
     drop(vm.device(PageRange::new(3, 9), Access::Write, PinLifetime::Transient));
     drop(vm.device(PageRange::new(BLOCK.end() - 4, BLOCK.end()), Access::Read, PinLifetime::LongTerm));
     let at = vm.region().host_address() as *mut libc::c_void;
-    // SAFETY: the range is guest memory, whose contents collapsing does not change; refusing is allowed.
+    // SAFETY: the range is guest memory, whose contents collapsing does not change; refusing is
+    // allowed.
     let _ = unsafe { libc::madvise(at, BLOCK.bytes(), libc::MADV_COLLAPSE) };
 }
 
@@ -149,7 +150,8 @@ fn collapsed_shared(case: &Case<'_>) {
     let mut parent = case.subject();
     split_and_collapse(&parent);
     drop(case.freeze(&parent));
-    // The whole block is pinned by one record, then a part of it by records of their own, and a clone comes between.
+    // The whole block is pinned by one record, then a part of it by records of their own, and a
+    // clone comes between.
     let mut whole = parent.device(BLOCK, Access::Write, PinLifetime::LongTerm);
     let mut part = parent.device(PageRange::new(100, 120), Access::Write, PinLifetime::LongTerm);
     let (_, child) = case.clone_under_pins(&mut parent, BLOCK);

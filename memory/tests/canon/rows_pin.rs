@@ -69,7 +69,8 @@ pub(crate) fn rows() -> Vec<Row> {
     ]
 }
 
-/// What a device that holds `range` must be able to do: see the CPU's writes, and have its own seen.
+/// What a device that holds `range` must be able to do: see the CPU's writes, and have its own
+/// seen.
 fn coherent(vm: &mut Vm, device: &mut Device, writes: bool, seed: u16) {
     let range = device.pin().range();
     vm.check_device(device, "at first");
@@ -86,7 +87,8 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);
     let mut device = child.device(HELD, Access::Read, PinLifetime::LongTerm);
-    // A short read of pages that are not the child's own holds their frames read-only, as CVE-2020-29374 did.
+    // A short read of pages that are not the child's own holds their frames read-only, as
+    // CVE-2020-29374 did.
     let elsewhere = PageRange::new(300, 310);
     let short = child.pin(elsewhere, Access::Read, PinLifetime::Transient);
     let splice = Splice::of(&short);
@@ -256,7 +258,8 @@ fn all_kinds(case: &Case<'_>) {
         }
         case.freeze(&vm).check("at once");
     }
-    // A short read of what is not the VM's own is of what was there when it began; nothing is copied for it.
+    // A short read of what is not the VM's own is of what was there when it began; nothing is
+    // copied for it.
     let mut reader = case.child(&image);
     let before = reader.bytes(ARENA);
     let pin = reader.pin(ARENA, Access::Read, PinLifetime::Transient);

@@ -41,7 +41,8 @@ const SECCOMP_DATA_ARG1: u32 = 24;
 const USERFAULTFD_IOC_NEW: u32 = 0xaa00;
 const PAGEMAP_SCAN: u32 = 0xc060_6610;
 
-/// From now on, and for ever, this thread and its children are refused one system call, or one ioctl.
+/// From now on, and for ever, this thread and its children are refused one system call, or one
+/// ioctl.
 fn refuse(call: libc::c_long, command: Option<u32>) {
     let load =
         |at| libc::sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: at };
@@ -103,7 +104,8 @@ fn without_a_kernel_feature() {
             println!("{error}");
         }
     }
-    // Everything else goes on: a freeze that may choose is eager, and one that must not is refused with nothing changed.
+    // Everything else goes on: a freeze that may choose is eager, and one that must not is refused
+    // with nothing changed.
     let mut vm = Vm::with_pages(&store, "VM", 2048);
     vm.ram.populate().unwrap();
     drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
@@ -184,7 +186,8 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
             let mode = if background && freezes % 2 == 1 { FreezeMode::Background } else { FreezeMode::Eager };
             let standing = standing.write().unwrap();
             let before: Vec<u64> = writers.iter().map(|writer| writer.done.load(Ordering::Acquire)).collect();
-            // Fetch and clear: what was written since goes into the image, and is nobody's own any more.
+            // Fetch and clear: what was written since goes into the image, and is nobody's own any
+            // more.
             let (image, _) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let after: Vec<u64> = writers.iter().map(|writer| writer.begun.load(Ordering::Acquire)).collect();
             drop(standing);

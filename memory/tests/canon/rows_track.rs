@@ -1,4 +1,5 @@
-//! Rows of tracking: what is whose, while pages are protected, filled, moved and asked about. 26-29, 33, 35-38, 40.
+//! Rows of tracking: what is whose, while pages are protected, filled, moved and asked about.
+//! 26-29, 33, 35-38, 40.
 
 use std::thread;
 
@@ -57,7 +58,8 @@ fn filled_twice(case: &Case<'_>) {
     parent.write(WRITTEN, 2);
     let image = case.freeze(&parent);
     let (one, two) = (case.child(&image), case.child(&image));
-    // The parent's writers, two children's readers, a device and the background thread all want the same pages first.
+    // The parent's writers, two children's readers, a device and the background thread all want the
+    // same pages first.
     thread::scope(|scope| {
         scope.spawn(|| one.check("while it is filled"));
         scope.spawn(|| two.check("while it is filled"));
@@ -147,7 +149,8 @@ fn used_again(case: &Case<'_>) {
     vm.write(WRITTEN, 2);
     let at = vm.region().host_address();
     let image = case.freeze(&vm);
-    // It goes while its pages are protected, and its address is free when the copy is complete; somebody else's memory comes to it.
+    // It goes while its pages are protected, and its address is free when the copy is complete;
+    // somebody else's memory comes to it.
     drop(vm);
     image.ram.finish_background().unwrap();
     let mut others: Vec<Vm> = Vec::new();
@@ -252,7 +255,8 @@ fn nothing_forgotten(case: &Case<'_>) {
     images.push(case.freeze(&vm));
 }
 
-/// Pins, attached devices and populated pages make the kernel mark pages dirty and writable, with nothing written.
+/// Pins, attached devices and populated pages make the kernel mark pages dirty and writable, with
+/// nothing written.
 fn marked_dirty(case: &Case<'_>) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);

@@ -152,7 +152,8 @@ impl<'t> Walk<'t> {
         self.nothing_held(at, &format!("{}, after all its combinations", self.title(inner)));
     }
 
-    /// Layers are put away a moment after their last user has gone: waiting for that after each combination would take longer than it.
+    /// Layers are put away a moment after their last user has gone: waiting for that after each
+    /// combination would take longer than it.
     fn nothing_held(&mut self, at: usize, what: &str) {
         let ran = self.tallies[at].ran;
         self.attempt(at, what, expect_nothing_held);

@@ -16,7 +16,8 @@ use crate::dma::Device;
 pub(crate) const PAGES: u64 = 512 + 60;
 /// The pages that a row is about: on both sides of the block's edge.
 pub(crate) const ARENA: PageRange = PageRange::new(490, 530);
-/// Pages written at birth: more than a freeze copies and leaves where they are. The rest is untouched.
+/// Pages written at birth: more than a freeze copies and leaves where they are. The rest is
+/// untouched.
 pub(crate) const WRITTEN: PageRange = PageRange::new(280, 560);
 /// Never written by [`crate::case::Case::subject`].
 pub(crate) const UNTOUCHED: PageRange = PageRange::new(560, PAGES);
@@ -160,7 +161,8 @@ impl Vm {
         self.ram.stats().unwrap().exclusive
     }
 
-    /// Pages that are private copies, as the kernel's page map says: not a file's, so also zeros without a file that were only read.
+    /// Pages that are private copies, as the kernel's page map says: not a file's, so also zeros
+    /// without a file that were only read.
     pub(crate) fn owned(&self) -> Vec<u64> {
         const PRESENT_OR_SWAPPED: u64 = 3 << 62;
         const FILE_OR_SHARED: u64 = 1 << 61;

@@ -1,7 +1,9 @@
-//! DMA by the kernel into guest frames: io_uring with registered buffers. The frames are looked up once, at registration; what is mapped
-//! at the address later is of no interest to it. That is what makes it a device.
+//! DMA by the kernel into guest frames: io_uring with registered buffers. The frames are looked up
+//! once, at registration; what is mapped at the address later is of no interest to it. That is what
+//! makes it a device.
 //!
-//! A thread's devices share one ring with a table of buffers: a ring costs more than all that a device does with it.
+//! A thread's devices share one ring with a table of buffers: a ring costs more than all that a
+//! device does with it.
 
 #![allow(dead_code, reason = "not every test needs all of it")]
 
@@ -43,14 +45,16 @@ impl Bus {
     }
 
     fn set(&self, slot: u32, buffer: libc::iovec) {
-        // SAFETY: the buffer is none, or pages that are pinned until after the slot has been emptied (`Device::drop`).
+        // SAFETY: the buffer is none, or pages that are pinned until after the slot has been
+        // emptied (`Device::drop`).
         let updated = unsafe { self.ring.borrow().submitter().register_buffers_update(slot, &[buffer], None) };
         updated.expect("register the pinned pages");
     }
 
     fn transfer(&self, entry: &io_uring::squeue::Entry, bytes: usize) {
         let mut ring = self.ring.borrow_mut();
-        // SAFETY: the entry names only a registered buffer and `disk`, both of which live until the completion below.
+        // SAFETY: the entry names only a registered buffer and `disk`, both of which live until the
+        // completion below.
         unsafe { ring.submission().push(entry) }.expect("an empty queue");
         ring.submit_and_wait(1).expect("submit");
         let done = ring.completion().next().expect("a completion");

@@ -1,4 +1,5 @@
-//! A reader that holds frames by reference, read-only, as `vmsplice` does and as a device's short read may.
+//! A reader that holds frames by reference, read-only, as `vmsplice` does and as a device's short
+//! read may.
 
 #![allow(dead_code, reason = "not every test needs all of it")]
 
@@ -25,7 +26,8 @@ impl Splice {
         while done < pin.len() {
             let start = pin.host_address().wrapping_add(done);
             let rest = libc::iovec { iov_base: start.cast(), iov_len: pin.len() - done };
-            // SAFETY: the pinned range is mapped; the kernel takes references to its pages, which nothing in Rust refers to.
+            // SAFETY: the pinned range is mapped; the kernel takes references to its pages, which
+            // nothing in Rust refers to.
             let took = unsafe { libc::vmsplice(into.as_raw_fd(), &raw const rest, 1, 0) };
             assert!(took > 0, "vmsplice: {}", std::io::Error::last_os_error());
             done += took as usize;

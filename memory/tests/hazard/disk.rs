@@ -1,5 +1,6 @@
-//! The disk: a patterned file read past the page cache into guest pages, by io_uring, into addresses (looked up at each request) and into
-//! registered buffers (looked up once, and held by a long pin over many requests).
+//! The disk: a patterned file read past the page cache into guest pages, by io_uring, into
+//! addresses (looked up at each request) and into registered buffers (looked up once, and held by a
+//! long pin over many requests).
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,7 +22,8 @@ const STRIDE: u64 = 97;
 /// The guest's bytes at either end of a buffer's pages.
 const MARGIN: u64 = 512;
 const LEN: u64 = SLOT_PAGES * PAGE_SIZE - 2 * MARGIN;
-/// Patterns in the file. An old one comes back only after as many requests, of which one is in flight at a time.
+/// Patterns in the file. An old one comes back only after as many requests, of which one is in
+/// flight at a time.
 const PATTERNS: u64 = 64;
 /// Requests through one registration.
 const HOLD: u64 = 16;
@@ -110,7 +112,8 @@ impl Disk {
         self.counts.iter().map(|(issued, _)| issued.load(Ordering::Acquire)).collect()
     }
 
-    /// Reads into half of the buffers, all of them at a time, until told to stop. What the parent then does not have is counted.
+    /// Reads into half of the buffers, all of them at a time, until told to stop. What the parent
+    /// then does not have is counted.
     pub(crate) fn serve(&self, how: How, ram: &GuestRam, stop: &AtomicBool, done: &AtomicU64, wrong: &AtomicU64) {
         let half = SLOTS / 2;
         let slots = if how == How::Plain { 0..half } else { half..SLOTS };
@@ -124,7 +127,8 @@ impl Disk {
                 break;
             }
             for (at, slot) in slots.clone().enumerate() {
-                // A short pin for one request, or a long one for several; staggered, so that some are always held.
+                // A short pin for one request, or a long one for several; staggered, so that some
+                // are always held.
                 if how == How::Plain || (round + slot as u64).is_multiple_of(HOLD) || pins[at].is_none() {
                     release(how, &ring, at, &mut pins[at]);
                     pins[at] = Some(self.pin(how, ram, slot, &ring, at));
@@ -165,7 +169,8 @@ impl Disk {
             How::Plain => opcode::Read::new(fd, to, LEN as u32).offset(offset).build(),
             How::Registered => opcode::ReadFixed::new(fd, to, LEN as u32, at as u16).offset(offset).build(),
         };
-        // SAFETY: the pages are pinned until the completion has been reaped, and the file lives as long as `self`.
+        // SAFETY: the pages are pinned until the completion has been reaped, and the file lives as
+        // long as `self`.
         unsafe { ring.submission().push(&entry.user_data(slot as u64)) }.expect("room in the queue");
     }
 }

@@ -1,4 +1,5 @@
-//! The guest: a thread that writes words around the disk's buffers and in all other pages, and knows what it wrote.
+//! The guest: a thread that writes words around the disk's buffers and in all other pages, and
+//! knows what it wrote.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -26,7 +27,8 @@ fn gaps() -> impl Iterator<Item = Range<u64>> {
 /// What the guest has written: a word each, zero where it has not.
 pub(crate) struct Guest {
     words: Vec<u64>,
-    /// Addresses in the order of writing: the words next to the buffers again and again, one word of every other page in turn.
+    /// Addresses in the order of writing: the words next to the buffers again and again, one word
+    /// of every other page in turn.
     order: Vec<u64>,
     next: usize,
     count: u64,

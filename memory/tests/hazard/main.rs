@@ -1,9 +1,11 @@
-//! The hazard that the project is about, on real DMA, both ways: a disk's reads land in guest pages while the guest writes other bytes of
-//! the same pages and the memory is frozen again and again. With the protocol no byte is wrong, in the parent or in any image; with
-//! it switched off, bytes are.
+//! The hazard that the project is about, on real DMA, both ways: a disk's reads land in guest pages
+//! while the guest writes other bytes of the same pages and the memory is frozen again and again.
+//! With the protocol no byte is wrong, in the parent or in any image; with it switched off, bytes
+//! are.
 //!
-//! Per request (`n` of its buffer) and image: completed before the freeze began, it is in the image; issued after the freeze
-//! returned, it is not; in flight, each word is one or the other. The parent has all of it as soon as it is complete.
+//! Per request (`n` of its buffer) and image: completed before the freeze began, it is in the
+//! image; issued after the freeze returned, it is not; in flight, each word is one or the other.
+//! The parent has all of it as soon as it is complete.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -59,7 +61,8 @@ struct Done {
 struct Image {
     ram: RamImage,
     guest: Snapshot,
-    /// Of each buffer, the last request completed before and the last issued by the time the freeze had returned.
+    /// Of each buffer, the last request completed before and the last issued by the time the freeze
+    /// had returned.
     between: Vec<(u64, u64)>,
 }
 
@@ -106,7 +109,8 @@ fn storm(
             done.freezes += 1;
             done.pinned += report.pinned;
             done.pending += report.pending;
-            // At once, while it may still be filled; and once more when the VM has gone on for a while.
+            // At once, while it may still be filled; and once more when the VM has gone on for a
+            // while.
             wrong.child.fetch_add(image.wrong_bytes(store), Ordering::Relaxed);
             images.push(image);
             if images.len() > HELD {
@@ -158,7 +162,8 @@ fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
         let (wrong, done) = storm(store, &ram, disk, mode, |_, done| begun.elapsed() < FOR || done.freezes < FREEZES);
         println!("{what}: {done:?}: {wrong:?}");
         assert_eq!(wrong.total(), 0, "I3: {what}: {wrong:?}");
-        // The storm was one: requests were in flight at freezes, and pages were left to the background where they should.
+        // The storm was one: requests were in flight at freezes, and pages were left to the
+        // background where they should.
         assert!(done.requests.load(Ordering::Relaxed) > 4 * FREEZES && done.pinned > FREEZES, "{what}: {done:?}");
         assert_eq!(done.pending > 0, mode == FreezeMode::Background, "{what}: {done:?}");
     });
@@ -168,8 +173,9 @@ fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
 #[test]
 fn without_unshare_before_protect_bytes_are_wrong() {
     const AT_MOST: Duration = Duration::from_secs(30);
-    /// How long is looked for the other kind when one has been found. A parent is wrong only if it is given another page in the middle of a transfer,
-    /// which the background does when it gets to it.
+    /// How long is looked for the other kind when one has been found. A parent is wrong only if it
+    /// is given another page in the middle of a transfer, which the background does when it gets to
+    /// it.
     const FOR_BOTH: Duration = Duration::from_secs(5);
     let everywhere = Wrong::default();
     each(|store, mode, disk, what| {

@@ -1,6 +1,6 @@
-//! Random schedules of everything a VM's memory can go through, against a byte-level model of every VM. Devices are
-//! real: io_uring with registered buffers, and splices for short reads. Both hold frames, not addresses. Memory is two
-//! regions with a gap between.
+//! Random schedules of everything a VM's memory can go through, against a byte-level model of every
+//! VM. Devices are real: io_uring with registered buffers, and splices for short reads. Both hold
+//! frames, not addresses. Memory is two regions with a gap between.
 //!
 //! | variable | |
 //! |---|---|
@@ -105,7 +105,8 @@ fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let done = Cell::new(0);
     let outcome = runner.run(&ops::schedule(), |(pages, ops)| {
-        // Put back only by a schedule that went through: what a failed one left behind is not the next one's.
+        // Put back only by a schedule that went through: what a failed one left behind is not the
+        // next one's.
         let _deadline = Deadline::new(TIMEOUT, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
         let mine = store.take().unwrap_or_else(|| open(backing));
         done.set(done.get() + schedule(&mine, pages, &ops));

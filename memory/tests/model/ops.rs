@@ -139,7 +139,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Inherits::Zeroed),
         2 => (0..3u8).prop_map(Inherits::Fresh),
     ];
-    // Few pages, as between two that are copied together; and taken back all over, so that a child has things absent that nobody declares.
+    // Few pages, as between two that are copied together; and taken back all over, so that a child
+    // has things absent that nobody declares.
     let few = (0..4096u64, 1..5u64).prop_map(|(start, len)| At { start, len });
     let no_fork = prop_oneof![
         5 => (prop_oneof![pages(), few], inherits).prop_map(|(at, what)| (at, Some(what))),
@@ -172,8 +173,9 @@ fn op() -> impl Strategy<Value = Op> {
 
 /// A size of memory, and what is done with it.
 pub(crate) fn schedule() -> impl Strategy<Value = (u64, Vec<Op>)> {
-    // A part of a block, in which everything but huge pages and sharing back is met at a seventh of the cost; and one whole block with a part of
-    // another, so that both shapes of ownership record are.
+    // A part of a block, in which everything but huge pages and sharing back is met at a seventh of
+    // the cost; and one whole block with a part of another, so that both shapes of ownership record
+    // are.
     let pages = prop_oneof![2 => Just(90u64), 1 => Just(512 + 90u64)];
     (pages, proptest::collection::vec(op(), 1..400))
 }

@@ -1,4 +1,5 @@
-//! What a VM's memory must hold, byte by byte: pages that are shared until they change, so that a copy costs next to nothing.
+//! What a VM's memory must hold, byte by byte: pages that are shared until they change, so that a
+//! copy costs next to nothing.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -99,7 +100,8 @@ impl Pages {
     /// What a child is given. What it does not inherit, its children do not inherit either.
     pub(crate) fn image(&self) -> Self {
         let inherited = |page: &Page| match page.no_fork {
-            // What has no memory here, and is not declared any more, is what lies beneath: zeros, or what it was reset to.
+            // What has no memory here, and is not declared any more, is what lies beneath: zeros,
+            // or what it was reset to.
             None => Page { absent: false, ..page.clone() },
             Some(Inherits::Absent) => Page { bytes: Arc::new([0; PAGE]), absent: true, ..page.clone() },
             Some(Inherits::Zeroed) => Page { bytes: Arc::new([0; PAGE]), absent: false, ..page.clone() },
@@ -108,14 +110,16 @@ impl Pages {
         Self(self.0.iter().map(inherited).collect())
     }
 
-    /// A reset to `image`: the contents, where there is memory. What is declared, and what is absent, stays so.
+    /// A reset to `image`: the contents, where there is memory. What is declared, and what is
+    /// absent, stays so.
     pub(crate) fn reset(&mut self, image: &Self) {
         for (page, image) in self.0.iter_mut().zip(&image.0) {
             page.bytes = Arc::clone(&image.bytes);
         }
     }
 
-    /// The first byte of `got`, which was read from `range` on, that is wrong: its address, what it is and what it must be.
+    /// The first byte of `got`, which was read from `range` on, that is wrong: its address, what it
+    /// is and what it must be.
     pub(crate) fn first_wrong(&self, range: PageRange, got: &[u8]) -> Option<(u64, u8, u8)> {
         assert_eq!(got.len(), range.bytes());
         let pages = (range.start()..).zip(got.as_chunks::<PAGE>().0).zip(self.of(range));

@@ -61,9 +61,9 @@ impl Pin {
 
     /// Reads all of it. Returns whether the request is over.
     ///
-    /// A page that is counted is the VM's own: the device sees what the guest has written last. Any other may be a
-    /// layer's, which does not change, or a copy of the guest's own: it holds what it held at one instant since the pin,
-    /// and in no case anything else.
+    /// A page that is counted is the VM's own: the device sees what the guest has written last. Any
+    /// other may be a layer's, which does not change, or a copy of the guest's own: it holds what
+    /// it held at one instant since the pin, and in no case anything else.
     pub(crate) fn reads_what_it_must(&mut self, model: &Pages) -> bool {
         let held = match &mut self.reach {
             Reach::Held(held) => held,

@@ -285,7 +285,8 @@ impl<'s> World<'s> {
         let vm = &self.vms[self.pick(vm)];
         let mode = if background { FreezeMode::Background } else { FreezeMode::Eager };
         let frozen = match vm.ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)) {
-            // Private pages over a file on a disk cannot be write-protected; left to choose, the freeze is eager then.
+            // Private pages over a file on a disk cannot be write-protected; left to choose, the
+            // freeze is eager then.
             Err(RamError::Background(_)) if self.evicted => {
                 vm.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters))
             }

@@ -1,4 +1,5 @@
-//! A guest's balloon takes pages one by one, for ever. It has its own share of the process's mappings and no more.
+//! A guest's balloon takes pages one by one, for ever. It has its own share of the process's
+//! mappings and no more.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -67,7 +68,8 @@ fn balloon(freeze_first: bool) {
     let (used, limit) = (store.budget().used(), store.budget().limit());
     assert!(used <= limit / 4, "one guest's balloon takes {used} mappings of {limit}");
     for page in (0..PAGES).filter(marked) {
-        // Without a mapping of its own a page shows what is beneath: zeros in a file of the VM's own, else its layer.
+        // Without a mapping of its own a page shows what is beneath: zeros in a file of the VM's
+        // own, else its layer.
         let beneath = freeze_first && unmapped.contains(&page);
         let want = if page.is_multiple_of(2) && !beneath { 0 } else { page + 1 };
         assert_eq!(word(&ram, page), want, "page {page:#x}");

@@ -1,5 +1,5 @@
-//! A device that reads pages of a layer by a short pin reads the bytes of the pin's instant, to the end, whatever
-//! becomes of the view, the layer, its file or its VM (I4).
+//! A device that reads pages of a layer by a short pin reads the bytes of the pin's instant, to the
+//! end, whatever becomes of the view, the layer, its file or its VM (I4).
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use vm_memory::Bytes;
 use crate::splice::Splice;
 use crate::{born, child, fill, fill_all, freeze, high, one_word, seeded, stores};
 
-/// Pages of the second region that a delta provides: so many that a freeze maps them, so few that its file is kept.
+/// Pages of the second region that a delta provides: so many that a freeze maps them, so few that
+/// its file is kept.
 const SHOWN: PageRange = PageRange::new(40, 440);
 /// What the device reads.
 const READ: PageRange = PageRange::new(100, 164);
@@ -198,7 +199,8 @@ fn i4_a_short_read_outlives_a_sweep_of_a_layers_tail() {
     }
 }
 
-/// The same of pages of which one is the VM's own: that one is counted, and the others are held all the same.
+/// The same of pages of which one is the VM's own: that one is counted, and the others are held all
+/// the same.
 #[test]
 fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
     for store in stores() {

@@ -1,5 +1,6 @@
-//! One test for each way in which memory was lost, shown to the wrong VM or refused to the wrong one. Each goes through
-//! the public interface, and looks at what a device holds or a child is shown. It asks no record of the code for that.
+//! One test for each way in which memory was lost, shown to the wrong VM or refused to the wrong
+//! one. Each goes through the public interface, and looks at what a device holds or a child is
+//! shown. It asks no record of the code for that.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 

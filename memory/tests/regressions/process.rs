@@ -1,4 +1,5 @@
-//! Guest memory and processes that this one forks (R19): they inherit none of it, however it came to be mapped.
+//! Guest memory and processes that this one forks (R19): they inherit none of it, however it came
+//! to be mapped.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! What fails in the second of two regions has not been begun (I13): the bits, the declarations and the bytes of the
-//! first are as before, and whatever was refused works once there is room.
+//! What fails in the second of two regions has not been begun (I13): the bits, the declarations and
+//! the bytes of the first are as before, and whatever was refused works once there is room.
 
 use std::time::Duration;
 
@@ -213,7 +213,8 @@ fn i13_a_reset_that_is_refused_in_the_second_region_has_not_been() {
     alone("second::resets");
 }
 
-/// A VM of which the first region needs one piece mapped anew for a reset, and the second needs three.
+/// A VM of which the first region needs one piece mapped anew for a reset, and the second needs
+/// three.
 fn to_be_reset(store: &Store) -> (GuestRam, clade_memory::RamImage) {
     let ram = born(store, 1);
     let first = freeze(&ram);

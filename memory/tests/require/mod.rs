@@ -1,6 +1,7 @@
 //! What a host may lack: said aloud, and a failure where it is required.
 
-/// Tiers that must not be skipped, comma-separated: `uffd`, `direct` (reads that bypass the page cache).
+/// Tiers that must not be skipped, comma-separated: `uffd`, `direct` (reads that bypass the page
+/// cache).
 const REQUIRE_ENV: &str = "CLADE_REQUIRE";
 
 /// Says what is skipped and why; fails where the tier is required.

@@ -1,7 +1,8 @@
-//! Everything at once, from many threads: vCPUs that write, devices that hold frames, freezes, forks, resets,
-//! discards, evictions, compaction, sweeps, and the end of VMs and images.
+//! Everything at once, from many threads: vCPUs that write, devices that hold frames, freezes,
+//! forks, resets, discards, evictions, compaction, sweeps, and the end of VMs and images.
 //!
-//! The oracle asks none of the code's records. It knows three things from the bytes alone (see `stamp.rs`):
+//! The oracle asks none of the code's records. It knows three things from the bytes alone (see
+//! `stamp.rs`):
 //!
 //! * what a device must read from the frames it holds, short or long,
 //! * what an image shows to its children, for ever,

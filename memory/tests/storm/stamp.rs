@@ -1,8 +1,8 @@
 //! Words that say where they come from, and the record of what each page may hold.
 //!
-//! A page has two lanes: the CPU writes the lower half, devices write the upper half. Every word of a lane is the
-//! same stamp. A stamp names its writer, its page, its lane and its place in the order of all writes. So a foreign,
-//! stale or misplaced page is known from its bytes alone.
+//! A page has two lanes: the CPU writes the lower half, devices write the upper half. Every word of
+//! a lane is the same stamp. A stamp names its writer, its page, its lane and its place in the
+//! order of all writes. So a foreign, stale or misplaced page is known from its bytes alone.
 //!
 //! | bits | |
 //! |---|---|
@@ -11,8 +11,9 @@
 //! | 33 | lane |
 //! | 0..33 | count: drawn from one clock, so it grows along every line of descent |
 //!
-//! A lane has one writing thread. It notes a count before it writes and again after. A reader takes the lower bound
-//! before it looks and the upper bound after. Zeros count as a write: birth and discards make them.
+//! A lane has one writing thread. It notes a count before it writes and again after. A reader takes
+//! the lower bound before it looks and the upper bound after. Zeros count as a write: birth and
+//! discards make them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};

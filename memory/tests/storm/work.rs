@@ -208,7 +208,8 @@ fn evict(vm: &Vm, rng: &mut Rng) -> Result<(), String> {
 fn reset(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     let Some(image) = fleet.image(rng) else { return Ok(()) };
     vm.chunks.set_quiet(true);
-    // For most requests to end. Some never do, and refuse the reset if they hold pages of the VM's own.
+    // For most requests to end. Some never do, and refuse the reset if they hold pages of the VM's
+    // own.
     std::thread::sleep(Duration::from_millis(10));
     let (_cpus, _devices) = (vm.stop_cpus(), vm.stop_devices());
     let done = vm.ram.reset(&image.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::from_millis(5));

@@ -1,4 +1,5 @@
-//! One delta layer that is being filled, and the pages of the frozen VM that are protected until it is.
+//! One delta layer that is being filled, and the pages of the frozen VM that are protected until it
+//! is.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +20,8 @@ use crate::sys::{Reservation, Watch};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::PageRange;
 
-/// The freeze returns and the vCPUs resume before copying begins: the thread that has just been woken would otherwise run in their place.
+/// The freeze returns and the vCPUs resume before copying begins: the thread that has just been
+/// woken would otherwise run in their place.
 const HEAD_START: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
@@ -35,7 +37,8 @@ enum Phase {
 pub(crate) struct BackgroundCopy {
     shared: Arc<Shared>,
     phase: Mutex<Phase>,
-    /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of those who ask without the lock.
+    /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of
+    /// those who ask without the lock.
     over: AtomicBool,
 }
 
@@ -144,8 +147,9 @@ impl BackgroundCopy {
         }
     }
 
-    /// A step has failed. If the delta has all its pages that costs nobody anything: the layer is complete, and what was mapped over it stays so.
-    /// Otherwise the layer is lost. Nothing has been mapped over it in that case, so the parent is as it was before the freeze.
+    /// A step has failed. If the delta has all its pages that costs nobody anything: the layer is
+    /// complete, and what was mapped over it stays so. Otherwise the layer is lost. Nothing has
+    /// been mapped over it in that case, so the parent is as it was before the freeze.
     fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         match &mut *phase {
             Phase::Pending(work) if work.is_filled() => {
@@ -157,8 +161,8 @@ impl BackgroundCopy {
         }
     }
 
-    /// Finishes on the caller's thread, beside the background thread; returns what was mapped over the delta meanwhile. Bounded: it copies what is
-    /// missing and waits for nobody.
+    /// Finishes on the caller's thread, beside the background thread; returns what was mapped over
+    /// the delta meanwhile. Bounded: it copies what is missing and waits for nobody.
     pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
@@ -197,10 +201,12 @@ impl BackgroundCopy {
     fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         let Phase::Pending(work) = &mut *phase else { return };
         tracing::warn!(%error, "a background freeze failed");
-        // I14: what is mapped over a delta is shown from it by the map, and a map forgets a delta that failed.
+        // I14: what is mapped over a delta is shown from it by the map, and a map forgets a delta
+        // that failed.
         debug_assert!(work.remapped.is_empty(), "a run is mapped over a delta that is not complete");
         let readers = std::mem::take(&mut work.readers);
-        // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this lock.)
+        // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this
+        // lock.)
         self.over.store(true, Ordering::Release);
         readers.iter().for_each(|reader| reader.failure.set(error));
         work.release_everything();
@@ -214,11 +220,13 @@ impl BackgroundCopy {
         let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
         drop(phase);
         drop(done);
-        // Not here: whoever finishes a copy holds a region's lock, and who is told may ask that region.
+        // Not here: whoever finishes a copy holds a region's lock, and who is told may ask that
+        // region.
         self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
     }
 
-    /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is finished instead.
+    /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is
+    /// finished instead.
     pub(crate) fn abandon(&self) {
         if self.is_over() {
             return;
@@ -238,9 +246,9 @@ impl BackgroundCopy {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-        // Only what this background copy says is protected: the fault may be older than that. Since it was read the
-        // page may have been released, or mapped over the delta, where there is nothing to be released any more.
-        // Whoever waits is woken in any case, and tries again.
+        // Only what this background copy says is protected: the fault may be older than that. Since
+        // it was read the page may have been released, or mapped over the delta, where there is
+        // nothing to be released any more. Whoever waits is woken in any case, and tries again.
         if let Err(error) = work.copy_and_unprotect(&self.shared, window) {
             self.give_up(phase, &Arc::new(error));
         }
@@ -256,8 +264,9 @@ impl BackgroundCopy {
         }
     }
 
-    /// Copies and releases the pages of the frozen region within `range`, for a device that is about to write them behind every protection.
-    /// An error is the layer's, not the region's: its pages are released all the same.
+    /// Copies and releases the pages of the frozen region within `range`, for a device that is
+    /// about to write them behind every protection. An error is the layer's, not the region's: its
+    /// pages are released all the same.
     pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
@@ -294,8 +303,8 @@ impl BackgroundCopy {
         wanted.into_iter().try_for_each(|file| self.wait_filled(file))
     }
 
-    /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page `from`. It must not be
-    /// live yet. False when nothing is missing any more.
+    /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page
+    /// `from`. It must not be live yet. False when nothing is missing any more.
     pub(crate) fn attach(
         self: &Arc<Self>,
         at: &Arc<Reservation>,
@@ -319,7 +328,8 @@ impl BackgroundCopy {
         }
     }
 
-    /// Forgets a child that is going. Its mappings stay watched until they are unmapped, so that they never read a hole.
+    /// Forgets a child that is going. Its mappings stay watched until they are unmapped, so that
+    /// they never read a hole.
     pub(crate) fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };

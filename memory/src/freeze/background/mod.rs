@@ -15,31 +15,37 @@
 //!
 //! What keeps it right, in the order of a page's life:
 //!
-//! 1. **Pinned pages are copied before anything is protected**, and protected never (I3, [`crate::freeze::protect`]).
-//! 2. A page is **protected before the freeze returns** and the parent's vCPUs resume; until it is copied its bytes are the frozen ones.
-//! 3. **Copy, then release, then wake.** A page of the parent is released only after the delta has it.
-//! 4. A page appears in the delta's file **complete and alone**: UFFDIO_COPY puts finished 4 KiB pages into the page cache. (A
-//!    `pwrite` does not do: into a hole of a `huge=always` file it makes 2 MiB of which all but the page read as zeros, and one that cannot read
-//!    its source at once exposes zeros for a moment even in 4 KiB pages.)
-//! 5. A child's mapping of an unfinished file is **watched before it is live**; a hole in it is waited for, never read. Watching
-//!    ends only after every page is there.
-//! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s `settle`), under the region's lock: from then
-//!    on it is released and not shared back, so the frame the device learns of is the page's for good.
-//! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict, compaction) first finishes
-//!    the copy (`finish_background`).
-//! 8. What has been copied and is **still protected** when all is copied is mapped over the delta, so that parent and children share it and
-//!    the next freeze need not copy it again. No write is lost: until the mapping is replaced it cannot be written, and the replacement is one step
-//!    for every CPU.
+//! 1. **Pinned pages are copied before anything is protected**, and protected never (I3,
+//!    [`crate::freeze::protect`]).
+//! 2. A page is **protected before the freeze returns** and the parent's vCPUs resume; until it is
+//!    copied its bytes are the frozen ones.
+//! 3. **Copy, then release, then wake.** A page of the parent is released only after the delta has
+//!    it.
+//! 4. A page appears in the delta's file **complete and alone**: UFFDIO_COPY puts finished 4 KiB
+//!    pages into the page cache. (A `pwrite` does not do: into a hole of a `huge=always` file it
+//!    makes 2 MiB of which all but the page read as zeros, and one that cannot read its source at
+//!    once exposes zeros for a moment even in 4 KiB pages.)
+//! 5. A child's mapping of an unfinished file is **watched before it is live**; a hole in it is
+//!    waited for, never read. Watching ends only after every page is there.
+//! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s
+//!    `settle`), under the region's lock: from then on it is released and not shared back, so the
+//!    frame the device learns of is the page's for good.
+//! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict,
+//!    compaction) first finishes the copy (`finish_background`).
+//! 8. What has been copied and is **still protected** when all is copied is mapped over the delta,
+//!    so that parent and children share it and the next freeze need not copy it again. No write is
+//!    lost: until the mapping is replaced it cannot be written, and the replacement is one step for
+//!    every CPU.
 //!
-//! If the copy fails, the parent is whole (it was only ever protected), and of the children the missing pages become errors
-//! to access, never zeros; [`crate::GuestRam::on_failure`] tells.
+//! If the copy fails, the parent is whole (it was only ever protected), and of the children the
+//! missing pages become errors to access, never zeros; [`crate::GuestRam::on_failure`] tells.
 //!
-//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index. The thread takes the
-//! last two only, and no holder of the last two touches guest memory except through the kernel, reading: so whoever
-//! waits for the thread may hold the first two.
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index.
+//! The thread takes the last two only, and no holder of the last two touches guest memory except
+//! through the kernel, reading: so whoever waits for the thread may hold the first two.
 //!
-//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One thread a store
-//! serves all of it; it ends with the store, after the last background copy.
+//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One
+//! thread a store serves all of it; it ends with the store, after the last background copy.
 
 mod bg_copy;
 mod failure;
@@ -122,7 +128,8 @@ struct Index {
     ended: bool,
 }
 
-/// What the thread and the background copies share. It outlives the thread for as long as a background copy does.
+/// What the thread and the background copies share. It outlives the thread for as long as a
+/// background copy does.
 pub(crate) struct Shared {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
@@ -171,7 +178,8 @@ impl Shared {
         self.ring();
     }
 
-    /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with any lock held.
+    /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with
+    /// any lock held.
     pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<Failure>>) {
         let mut failures: Vec<_> = failures.collect();
         if failures.is_empty() {
@@ -250,7 +258,8 @@ impl Shared {
         }
     }
 
-    /// A round of the thread's, for a task that stands in for it: `fault`, or a slice of the oldest job. False when there is nothing to do.
+    /// A round of the thread's, for a task that stands in for it: `fault`, or a slice of the oldest
+    /// job. False when there is nothing to do.
     #[cfg(all(test, shuttle))]
     pub(crate) fn serve_one(&self, fault: Option<Fault>) -> bool {
         if let Some(fault) = fault {
@@ -291,7 +300,8 @@ impl Shared {
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.serve())) {
                 Ok(Ok(())) => return,
-                // What it was doing may be half done: no layer of the lot is to be trusted. The thread goes on, for those who still wait.
+                // What it was doing may be half done: no layer of the lot is to be trusted. The
+                // thread goes on, for those who still wait.
                 Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
                 Ok(Err(error)) => {
                     self.index().lost = true;
@@ -304,8 +314,8 @@ impl Shared {
 
     fn fail_all(&self, error: &Arc<FillError>) {
         tracing::error!(%error, "background freezes failed");
-        // Looked at once: what is begun after this has nothing to do with it. A background copy that was not handed
-        // over yet is in the targets only.
+        // Looked at once: what is begun after this has nothing to do with it. A background copy
+        // that was not handed over yet is in the targets only.
         let (jobs, targets) = {
             let mut index = self.index();
             let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();
@@ -375,7 +385,8 @@ impl Drop for Engine {
         self.shared.index().stopping = true;
         self.shared.ring();
         let Some(thread) = self.thread.take() else { return };
-        // A failure callback may have held the last handle of the store: then this is the thread, and it ends by itself.
+        // A failure callback may have held the last handle of the store: then this is the thread,
+        // and it ends by itself.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             tracing::error!("the background thread ended in a panic");
         }

@@ -1,5 +1,5 @@
-//! What is to be done for one delta that is filled in the background, and the steps of doing it. Under its background
-//! copy's lock.
+//! What is to be done for one delta that is filled in the background, and the steps of doing it.
+//! Under its background copy's lock.
 
 use std::fs::File;
 use std::io;
@@ -20,15 +20,19 @@ use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 
-/// Pages copied before the thread looks for faults again: what a fault waits for at most, beside its own copy.
+/// Pages copied before the thread looks for faults again: what a fault waits for at most, beside
+/// its own copy.
 const SLICE: u64 = if cfg!(shuttle) { 3 } else { 64 };
-/// Pages copied around a fault, aligned: a writer that goes on to the next page does not fault again.
+/// Pages copied around a fault, aligned: a writer that goes on to the next page does not fault
+/// again.
 pub(super) const WINDOW: u64 = if cfg!(shuttle) { 2 } else { 32 };
 /// Mappings made, or runs released, before the thread looks for faults again.
 const RUNS: usize = if cfg!(shuttle) { 1 } else { 32 };
-/// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying them again.
+/// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying
+/// them again.
 const MIN_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
-/// How often a block is put together before it stays in small pages: a page of it may be in use for a moment.
+/// How often a block is put together before it stays in small pages: a page of it may be in use for
+/// a moment.
 const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
 const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
 /// Pages that stay the parent's own in any case, as in an eager freeze.
@@ -44,7 +48,8 @@ pub(super) const PROTECTED: u8 = 2;
 pub(crate) enum Origin {
     /// In the frozen VM's memory, protected or pinned.
     Parent,
-    /// A gap that was closed: the VM does not own these pages and may write them meanwhile, but the layer beneath never changes (I4).
+    /// A gap that was closed: the VM does not own these pages and may write them meanwhile, but the
+    /// layer beneath never changes (I4).
     Layer(Source),
     /// A gap over nothing.
     Zero,
@@ -139,10 +144,11 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
     }
 }
 
-/// Makes a run of the file an error to access through `reader`, now and after the guest has discarded it, and lets those who wait find out.
+/// Makes a run of the file an error to access through `reader`, now and after the guest has
+/// discarded it, and lets those who wait find out.
 ///
-/// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which would take the whole process, and this with an
-/// error from KVM_RUN, which takes the VM.
+/// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which
+/// would take the whole process, and this with an error from KVM_RUN, which takes the VM.
 pub(super) fn make_inaccessible(shared: &Shared, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
     if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
@@ -329,8 +335,8 @@ impl Work {
         }
     }
 
-    /// When all pages are there: makes blocks of those that are whole, in the background. Children then map 2 MiB at a time, as they do after
-    /// a freeze that copied at once.
+    /// When all pages are there: makes blocks of those that are whole, in the background. Children
+    /// then map 2 MiB at a time, as they do after a freeze that copied at once.
     pub(super) fn put_together(self) {
         let filled = self.is_filled();
         let Self { later, into, _mapping: promise, .. } = self;
@@ -347,7 +353,8 @@ impl Work {
                     done = into.collapse(block);
                 }
                 if let Err(error) = done {
-                    // No memory in one piece, or a page in use: it stays as it is, which is slower and not wrong.
+                    // No memory in one piece, or a page in use: it stays as it is, which is slower
+                    // and not wrong.
                     tracing::debug!(%error, %block, "small pages stay small");
                 }
             }
@@ -457,7 +464,8 @@ impl Work {
         if !kept && !broken(Break::ShareWritten) {
             return Ok(());
         }
-        // All of it is copied and protected, so no write is lost: a writer waits, and finds the new mapping when it is woken.
+        // All of it is copied and protected, so no write is lost: a writer waits, and finds the new
+        // mapping when it is woken.
         self.remapped.reserve(1);
         self.gate.at().map_private(run, self.file.as_fd(), at)?;
         // At once: from here on it is mapped there, whatever happens next (I14).

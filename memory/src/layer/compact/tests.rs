@@ -2,7 +2,8 @@ use super::*;
 use crate::{FreezeMode, NoFork, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
-/// What is declared no-fork between the copying and the taking over stays with the layer it is shown from.
+/// What is declared no-fork between the copying and the taking over stays with the layer it is
+/// shown from.
 #[test]
 fn a_declaration_that_came_in_between_is_left_alone() {
     let store = Store::open().unwrap();

@@ -97,7 +97,8 @@ fn gapped(page: u64) -> u64 {
     if is_dirty(page) { 2 } else { 1 }
 }
 
-/// When a background freeze is taken note of, the pages under closed gaps are in no published view yet.
+/// When a background freeze is taken note of, the pages under closed gaps are in no published view
+/// yet.
 #[test]
 fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     let store = Store::open_small().unwrap();
@@ -137,7 +138,8 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     expect(&ram, "with pins", |_| 1);
     expect(&child(&first, &store), "a child of what was pinned", |_| 1);
     drop(pins);
-    // Pages that devices had stay in place once more; then the last of the base file becomes a layer's.
+    // Pages that devices had stay in place once more; then the last of the base file becomes a
+    // layer's.
     for round in 0..2 {
         let image = freeze(&ram, FreezeMode::Eager);
         expect(&ram, "without pins", |_| 1);
@@ -177,7 +179,8 @@ fn a_reset_leaves_no_birth_file_behind() {
 /// The sweep has read the views before, and finds no handle afterwards.
 #[test]
 fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
-    // Whether there are handles before the sweep begins, and in which of its steps the image is made of them.
+    // Whether there are handles before the sweep begins, and in which of its steps the image is
+    // made of them.
     for (before, step) in [(true, 0), (true, 1), (false, 0), (false, 1)] {
         let store = Store::open_small().unwrap();
         let ram = named(&store);
@@ -226,7 +229,8 @@ fn of_memory_in_blocks_whole_blocks_are_given_back() {
     assert_eq!(dead(&[run(0, pages - 1)], &[]), [], "the end of a block");
 }
 
-/// What is discarded after a freeze is in no view: it goes after the next freeze by itself, once, and is counted.
+/// What is discarded after a freeze is in no view: it goes after the next freeze by itself, once,
+/// and is counted.
 #[test]
 fn what_nobody_sees_goes_by_itself_and_is_counted() {
     let store = Store::open_small().unwrap();

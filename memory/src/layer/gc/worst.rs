@@ -1,5 +1,5 @@
-//! Sweeps at the worst moments, for tests: after every change of the registry of views or of a base file's state,
-//! on the thread that makes it.
+//! Sweeps at the worst moments, for tests: after every change of the registry of views or of a base
+//! file's state, on the thread that makes it.
 
 use std::cell::Cell;
 

@@ -1,6 +1,7 @@
-//! I13, call by call: every operation is done with its first system call failing, then its second, and so on until none is left to fail;
-//! once with that call alone, and once with every call after it that needs memory. Each time the VM must be as it was, own what it owned, run on,
-//! leave nothing behind, and succeed when it is asked again.
+//! I13, call by call: every operation is done with its first system call failing, then its second,
+//! and so on until none is left to fail; once with that call alone, and once with every call after
+//! it that needs memory. Each time the VM must be as it was, own what it owned, run on, leave
+//! nothing behind, and succeed when it is asked again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +16,8 @@ use crate::{Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamErr
 
 /// Of the first region, in which operations on a region take place.
 const PAGES: u64 = 1100;
-/// Of both, numbered through. The second begins behind a gap, so that what concerns the whole VM can fail in it when the first is done.
+/// Of both, numbered through. The second begins behind a gap, so that what concerns the whole VM
+/// can fail in it when the first is done.
 const ALL: u64 = PAGES + 200;
 const SECOND: u64 = 1 << 30;
 
@@ -66,8 +68,8 @@ fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
 }
 
 impl Rig {
-    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its own, pinned,
-    /// reference, no-fork.
+    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its
+    /// own, pinned, reference, no-fork.
     fn new(small: bool, frozen: bool) -> Self {
         let store = if small { Store::open_small() } else { Store::open() }.unwrap();
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
@@ -112,7 +114,8 @@ impl Rig {
         (0..ALL).map(bit).collect()
     }
 
-    /// After a failure: what was the VM's own and has not gone is its own, and it has no more mappings promised than it needs.
+    /// After a failure: what was the VM's own and has not gone is its own, and it has no more
+    /// mappings promised than it needs.
     fn check_still_owned(&self, before: &[bool], what: &str) {
         for (region, first) in self.ram.regions().iter().zip([0, PAGES]) {
             let state = region.state();
@@ -127,7 +130,8 @@ impl Rig {
         }
     }
 
-    /// The VM runs on: it can write everywhere, devices write through their pins, and no image sees any of it.
+    /// The VM runs on: it can write everywhere, devices write through their pins, and no image sees
+    /// any of it.
     fn check_runs_on(&mut self, what: &str) {
         for pin in &self.pins {
             let first = pin.range().start;
@@ -238,7 +242,8 @@ fn check(
 
 fn freeze(rig: &Rig, mode: FreezeMode) -> Result<Option<RamImage>, RamError> {
     let (image, _) = rig.ram.freeze_in(mode, &Quiesced::by(&crate::NoWriters))?;
-    // A failure after it has returned undoes the freeze, which nobody is hurt by who has not started a child of it.
+    // A failure after it has returned undoes the freeze, which nobody is hurt by who has not
+    // started a child of it.
     Ok(image.finish_background().is_ok().then_some(image))
 }
 

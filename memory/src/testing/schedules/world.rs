@@ -1,4 +1,5 @@
-//! What the tasks of a schedule share: a VM of two regions, a record of what each page was given, and a guest that never waits in the kernel.
+//! What the tasks of a schedule share: a VM of two regions, a record of what each page was given,
+//! and a guest that never waits in the kernel.
 
 use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
@@ -36,7 +37,8 @@ impl At {
     }
 }
 
-/// What every page has been given, in order. Locked between two steps of a schedule only, so never waited for.
+/// What every page has been given, in order. Locked between two steps of a schedule only, so never
+/// waited for.
 #[derive(Debug, Default)]
 struct Record {
     /// By page.
@@ -45,7 +47,8 @@ struct Record {
     wrong: Option<String>,
 }
 
-/// What a page may be in a child: what the parent's was when the freeze began, and what devices wrote while it went on.
+/// What a page may be in a child: what the parent's was when the freeze began, and what devices
+/// wrote while it went on.
 #[derive(Clone, Debug)]
 pub(super) struct Instant(Vec<Vec<u64>>);
 
@@ -151,7 +154,8 @@ impl World {
         let word = self.fresh();
         let region = &self.parent.regions()[at.region];
         let to = address(region, at.page) as *mut u64;
-        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and no other task runs yet.
+        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and
+        // no other task runs yet.
         unsafe { to.write_volatile(word) };
         self.given(at, word);
     }
@@ -182,13 +186,15 @@ impl World {
         }
     }
 
-    /// One access by a guest: the word that was there. `None` when it would wait; then its fault has been sent.
+    /// One access by a guest: the word that was there. `None` when it would wait; then its fault
+    /// has been sent.
     fn try_access(&self, region: &GuestRegion, page: u64, write: Option<u64>) -> Option<u64> {
         if Self::waits(region, page, write.is_some()) {
             return None;
         }
         let word = address(region, page) as *mut u64;
-        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and no other task runs meanwhile.
+        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and
+        // no other task runs meanwhile.
         let was = unsafe { word.read_volatile() };
         if let Some(value) = write {
             // SAFETY: as above.
@@ -246,7 +252,8 @@ impl World {
         0
     }
 
-    /// Whether nothing a device does to `range` would wait: it heeds no protection, and knows no hole.
+    /// Whether nothing a device does to `range` would wait: it heeds no protection, and knows no
+    /// hole.
     pub(super) fn is_open(region: &GuestRegion, range: PageRange, write: bool) -> bool {
         (range.start..range.end).all(|page| !Self::waits(region, page, write))
     }
@@ -310,8 +317,10 @@ pub(super) fn bytes(words: &[u64]) -> Vec<u8> {
     bytes
 }
 
-/// Ends the process if one schedule takes longer than that: a task waits in the kernel, and with it all of them.
+/// Ends the process if one schedule takes longer than that: a task waits in the kernel, and with it
+/// all of them.
 pub(super) fn watch() {
-    // SAFETY: it arms a timer; the signal's default is to end the process, with a name that says why.
+    // SAFETY: it arms a timer; the signal's default is to end the process, with a name that says
+    // why.
     unsafe { libc::alarm(60) };
 }

@@ -1,4 +1,5 @@
-//! What is left of a copy that is over: nothing that is watched, nothing that can be adopted by mistake.
+//! What is left of a copy that is over: nothing that is watched, nothing that can be adopted by
+//! mistake.
 
 use super::*;
 use crate::freeze::background::AttachError;
@@ -31,7 +32,8 @@ fn nothing_is_watched_once_all_pages_are_there() {
         rig.let_run();
         image.finish_background().unwrap();
         assert_eq!(watched(&child), Vec::<String>::new(), "every fault of it would go round by the thread for ever");
-        // Each of them keeps its background copy, and another VM may come to be at the same address.
+        // Each of them keeps its background copy, and another VM may come to be at the same
+        // address.
         assert_eq!(rig.engine.index().targets.len(), 0, "targets of a copy that is over");
         expect_image(&rig, &image, &MANY);
     }
@@ -52,7 +54,8 @@ fn a_child_that_goes_first_is_no_target_any_more() {
     }
 }
 
-/// The image was whole when it was looked at, and its copy fails before the child's mapping is watched.
+/// The image was whole when it was looked at, and its copy fails before the child's mapping is
+/// watched.
 #[test]
 fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
     for store in stores() {
@@ -70,7 +73,8 @@ fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
     }
 }
 
-/// The store has gone, and with it the thread: a VM whose memory is lost after that is told all the same.
+/// The store has gone, and with it the thread: a VM whose memory is lost after that is told all the
+/// same.
 #[test]
 fn who_loses_memory_after_the_thread_has_ended_is_told() {
     let engine = crate::freeze::background::Engine::start().unwrap();
