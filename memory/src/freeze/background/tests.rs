@@ -28,6 +28,8 @@ pub(crate) struct Hooks {
     /// Pages that may still be copied before copying fails.
     left: AtomicU64,
     panic: AtomicBool,
+    /// Each copy takes this long.
+    delay: AtomicU64,
     /// Faults that are read are not answered yet.
     hold_answers: AtomicBool,
     /// Faults that have been read.
@@ -40,6 +42,7 @@ impl Default for Hooks {
             hold: AtomicBool::new(false),
             left: AtomicU64::new(u64::MAX),
             panic: AtomicBool::new(false),
+            delay: AtomicU64::new(0),
             hold_answers: AtomicBool::new(false),
             faults_read: AtomicU64::new(0),
         }
@@ -69,6 +72,7 @@ impl Hooks {
 
     pub(crate) fn before_copy(&self, run: PageRange) -> Result<(), FillError> {
         assert!(!self.panic.swap(false, Ordering::AcqRel), "asked to panic");
+        thread::sleep(Duration::from_millis(self.delay.load(Ordering::Acquire)));
         let left = |left: u64| if left == u64::MAX { Some(left) } else { left.checked_sub(run.len()) };
         match self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, left) {
             Ok(_) => Ok(()),
@@ -386,6 +390,25 @@ fn the_store_finishes_before_it_goes() {
         child.adopt(&image).unwrap();
         assert!((0..PAGES).all(|page| read(&child, page) == all(&MANY, page)));
     }
+}
+
+#[test]
+fn the_store_waits_for_a_slow_copy() {
+    let rig = Rig::new(Store::open_small().unwrap(), &MANY);
+    let (image, _) = rig.freeze_held();
+    rig.engine.hooks.delay.store(20, Ordering::Release);
+    drop(rig);
+    assert!(!image.is_pending() && image.failure().is_none(), "the last handle of the store waits until all is copied");
+}
+
+/// A bell that blocks would stop its ringer, and one that a child process inherits would be rung by it.
+#[test]
+fn the_bell_blocks_nobody_and_is_not_inherited() {
+    let store = Store::open_small().unwrap();
+    let engine = store.background().unwrap();
+    let flags = rustix::fs::fcntl_getfl(&engine.bell).unwrap();
+    assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+    assert!(rustix::io::fcntl_getfd(&engine.bell).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
 }
 
 #[test]

@@ -2,31 +2,6 @@
 
 use super::*;
 
-/// More runs than a child may have mappings: some are copied into it, from a layer that is not
-/// complete.
-#[test]
-fn a_child_that_copies_short_runs_waits_for_them() {
-    let store = Store::open_small().unwrap();
-    let engine = store.background().unwrap();
-    let pages = 2500 * 20;
-    let parent = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
-    parent.populate().unwrap();
-    parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
-    for n in 0..2500 {
-        write(&parent, n * 20, mark(n));
-    }
-    engine.hooks.hold.store(true, Ordering::Release);
-    let (image, report) = parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
-    assert_eq!(report.pending, 2500);
-    let child = GuestRam::reserve(image.layout(), &store).unwrap();
-    child.adopt(&image).unwrap();
-    assert!(child.stats().unwrap().exclusive > 0, "short runs were copied");
-    for n in 0..2500 {
-        assert_eq!(read(&child, n * 20), mark(n));
-        assert_eq!(read(&child, n * 20 + 1), 0);
-    }
-}
-
 fn is_lost(result: std::io::Result<()>) -> bool {
     matches!(result.map_err(|e| e.raw_os_error()), Err(Some(libc::EFAULT)))
 }
@@ -240,4 +215,28 @@ fn a_callback_may_ask_the_vm() {
         assert_eq!(asked, (true, true, true, false));
         rig.let_run();
     }
+}
+
+/// The last handle of a store may go in a callback, on the store's own thread. The thread cannot wait
+/// for itself.
+#[test]
+fn a_callback_may_let_go_of_the_store() {
+    let rig = Rig::new(Store::open_small().unwrap(), &MANY);
+    let (image, _) = rig.freeze_held();
+    let child = rig.child(&image);
+    let ((begin, begun), (go, may_go), (end, ended)) = (mpsc::channel(), mpsc::channel(), mpsc::channel());
+    let store = rig.store.clone();
+    child.on_failure(move |_| {
+        begin.send(()).unwrap();
+        let () = may_go.recv().unwrap();
+        drop(store);
+        end.send(()).unwrap();
+    });
+    rig.engine.hooks.fail_copies();
+    rig.let_run();
+    begun.recv_timeout(Duration::from_secs(20)).expect("the callback");
+    rig.store.wait_reclaimed(Duration::from_secs(20));
+    drop((child, image, rig));
+    go.send(()).unwrap();
+    ended.recv_timeout(Duration::from_secs(20)).expect("the store went, and its thread goes on to its end");
 }

@@ -93,3 +93,28 @@ fn a_short_read_of_a_layers_pages_takes_no_lock() {
     reader.join().unwrap();
     assert_eq!(pinned, Ok(true), "the state was locked meanwhile");
 }
+
+/// More runs than a child may have mappings: some are copied into it, from a layer that is not
+/// complete.
+#[test]
+fn a_child_that_copies_short_runs_waits_for_them() {
+    let store = Store::open_small().unwrap();
+    let engine = store.background().unwrap();
+    let pages = 2500 * 20;
+    let parent = GuestRam::reserve(&RamLayout::new(pages * PAGE_SIZE).unwrap(), &store).unwrap();
+    parent.populate().unwrap();
+    parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+    for n in 0..2500 {
+        write(&parent, n * 20, mark(n));
+    }
+    engine.hooks.hold.store(true, Ordering::Release);
+    let (image, report) = parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
+    assert_eq!(report.pending, 2500);
+    let child = GuestRam::reserve(image.layout(), &store).unwrap();
+    child.adopt(&image).unwrap();
+    assert!(child.stats().unwrap().exclusive > 0, "short runs were copied");
+    for n in 0..2500 {
+        assert_eq!(read(&child, n * 20), mark(n));
+        assert_eq!(read(&child, n * 20 + 1), 0);
+    }
+}
