@@ -14,6 +14,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 use super::DiskError;
 use super::job::{Job, Stage, Work};
 use super::live::Disk;
-use super::map::{CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 
 /// Overlays that a map may name.
 const MOST: usize = 64;
@@ -36,18 +37,21 @@ const AT_ONCE: usize = 2;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is to be moved, and how much of it is under way.
+///
+/// Invariants: at most [`AT_ONCE`] moves run; a queued range is at most [`RUN`] clusters; nothing is
+/// urgent once the queue was forgotten.
 #[derive(Debug)]
 pub(super) struct Relocation {
-    /// Clusters. Where each is is looked up when its turn comes.
+    /// Ranges of clusters. The file that has a range is looked up when its turn comes.
     queue: VecDeque<Range<u64>>,
-    /// In flight.
-    pub(super) running: usize,
+    /// Moves in flight.
+    running: usize,
     /// Overlays made since the last look.
     made: u32,
     /// Whether a flush waits for them.
-    pub(super) urgent: bool,
+    urgent: bool,
     /// Whether none may begin: the disk is being committed.
-    pub(super) stopped: bool,
+    held: bool,
     /// See [`MOST`] and [`LOOK`].
     most: usize,
     look: u32,
@@ -55,11 +59,58 @@ pub(super) struct Relocation {
 
 impl Default for Relocation {
     fn default() -> Self {
-        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, stopped: false, most: MOST, look: LOOK }
+        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, held: false, most: MOST, look: LOOK }
     }
 }
 
 impl Relocation {
+    /// To be called when `active`, an overlay, was made: looks now and then whether `map` names too many.
+    pub(super) fn overlay_made(&mut self, map: &BlockMap, active: &Arc<IoFile>, path: &Path) {
+        self.made += 1;
+        if self.made < self.look || self.is_queued() {
+            return;
+        }
+        self.made = 0;
+        let mut overlays = map.sizes();
+        overlays.retain(|(file, _)| movable(file, Some(active)));
+        if overlays.len() <= self.most {
+            return;
+        }
+        overlays.sort_unstable_by_key(|(_, clusters)| *clusters);
+        overlays.truncate(overlays.len() - self.most / 2);
+        self.urgent = false;
+        self.queue_sources(map, |source| overlays.iter().any(|(file, _)| source.is(file)));
+        tracing::debug!(path = %path.display(), overlays = overlays.len(), runs = self.queue.len(), "overlays are merged");
+    }
+
+    /// Queues the clusters of chosen sources.
+    pub(super) fn queue_sources(&mut self, map: &BlockMap, chosen: impl Fn(&Source) -> bool) {
+        for (range, _) in map.extents().filter(|(_, source)| chosen(source)) {
+            let starts = (range.start..range.end).step_by(RUN as usize);
+            self.queue(starts.map(|start| start..range.end.min(start + RUN)));
+        }
+    }
+
+    /// Queues ranges of at most [`RUN`] clusters each.
+    pub(super) fn queue(&mut self, ranges: impl Iterator<Item = Range<u64>>) {
+        self.queue.extend(ranges);
+    }
+
+    /// The range to move next, which is then counted as running. None while enough are.
+    pub(super) fn next(&mut self) -> Option<Range<u64>> {
+        if self.running >= AT_ONCE {
+            return None;
+        }
+        let range = self.queue.pop_front()?;
+        self.running += 1;
+        Some(range)
+    }
+
+    /// A move that was running has ended.
+    pub(super) fn ended(&mut self) {
+        self.running -= 1;
+    }
+
     /// What is not under way stays where it is.
     pub(super) fn forget(&mut self) {
         self.urgent = false;
@@ -71,6 +122,33 @@ impl Relocation {
         self.queue.is_empty() && self.running == 0
     }
 
+    pub(super) fn is_queued(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Moves in flight.
+    pub(super) fn running(&self) -> usize {
+        self.running
+    }
+
+    /// A flush waits for what is queued.
+    pub(super) fn set_urgent(&mut self) {
+        self.urgent = true;
+    }
+
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
+    /// Lets no move begin, or lets them begin again.
+    pub(super) fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.held
+    }
+
     #[cfg(test)]
     pub(in crate::disk) fn at_most(most: usize, look: u32) -> Self {
         Self { most, look, ..Self::default() }
@@ -78,101 +156,54 @@ impl Relocation {
 }
 
 /// Whether clusters of `file` may be moved away: an overlay that has become read-only.
-fn movable(file: &Arc<IoFile>, own: Option<&Arc<IoFile>>) -> bool {
-    !file.is_named() && !own.is_some_and(|own| Arc::ptr_eq(own, file))
+pub(super) fn movable(file: &Arc<IoFile>, active: Option<&Arc<IoFile>>) -> bool {
+    !file.is_named() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
 }
 
 impl Disk {
-    /// To be called when an overlay was made: looks now and then whether they have become too many.
-    pub(super) fn overlay_made(&mut self) {
-        self.moves.made += 1;
-        if self.moves.made < self.moves.look || !self.moves.queue.is_empty() {
-            return;
-        }
-        self.moves.made = 0;
-        let own = self.own.as_ref();
-        let mut overlays = self.map.sizes();
-        overlays.retain(|(file, _)| movable(file, own));
-        if overlays.len() <= self.moves.most {
-            return;
-        }
-        overlays.sort_unstable_by_key(|(_, clusters)| *clusters);
-        overlays.truncate(overlays.len() - self.moves.most / 2);
-        self.moves.urgent = false;
-        self.queue_moves(|source| overlays.iter().any(|(file, _)| source.is(file)));
-        tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
-    }
-
-    /// Has the clusters of chosen sources moved.
-    pub(super) fn queue_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
-        for (range, _) in self.map.pieces(0..self.size().div_ceil(CLUSTER)).filter(|(_, source)| chosen(source)) {
-            let starts = (range.start..range.end).step_by(RUN as usize);
-            self.moves.queue.extend(starts.map(|start| start..range.end.min(start + RUN)));
-        }
-    }
-
     /// Begins what is to be moved, a little at a time.
     pub(super) fn begin_moves(&mut self) {
-        if self.fold.active && self.fold.rescan && self.moves.is_idle() {
-            self.fold.rescan = false;
-            let base = self.base().cloned();
-            self.queue_moves(|source| !base.as_ref().is_some_and(|base| source.is(base)));
-        }
-        while !self.moves_are_held() && self.moves.running < AT_ONCE {
-            let Some(range) = self.moves.queue.pop_front() else { return };
+        self.chain.rescan_for_fold();
+        while let Some(range) = self.chain.next_move() {
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
-            self.moves.running += 1;
-            // Its token is nobody's: it is counted here, and told to nobody.
+            // Its token is no request's: the chain counts it, and its end is reported to no device.
             self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
         }
-    }
-
-    fn moves_are_held(&self) -> bool {
-        // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
-        self.moves.stopped || self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes())
-    }
-
-    /// Whether a flush waits for what is being moved.
-    pub(super) fn merges_first(&self) -> bool {
-        self.moves.urgent && (self.moves.running > 0 || !self.moves.queue.is_empty() && !self.moves_are_held())
     }
 
     /// Reads what of the job's clusters can still be moved: all of one run of them. The rest is moved later.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         // Planned again after a fork, it may have nothing to do any more.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
-        let (own, all) = (self.own.clone(), job.clusters());
+        let (chain, map) = (&self.chain, self.chain.map());
         let mut runs: Vec<Range<u64>> = Vec::new();
-        let folds = self.fold.active;
-        let may = |source: &Source| match source {
-            Source::File(file) => movable(file, own.as_ref()),
-            Source::Zero => false,
-        };
-        for (range, source) in self.map.pieces(all) {
-            if folds && matches!(source, Source::Zero) {
+        for (range, source) in map.pieces(job.clusters()) {
+            if chain.is_folding() && matches!(source, Source::Zero) {
                 // Alone: no bytes are moved.
                 runs.push(range);
-            } else if may(source) {
+            } else if chain.is_movable(source) {
                 match runs.last_mut() {
-                    Some(last) if last.end == range.start && may(&self.map.at(last.start)) => last.end = range.end,
+                    Some(last) if last.end == range.start && chain.is_movable(&map.at(last.start)) => {
+                        last.end = range.end
+                    }
                     _ => runs.push(range),
                 }
             }
         }
         let mut runs = runs.into_iter();
-        // Without an own file: forked meanwhile, and not written since.
-        let (Some(own), Some(run)) = (own, runs.next()) else { return Ok(()) };
-        self.moves.queue.extend(runs);
+        // Without an active file: forked meanwhile, and not written since.
+        let (Some(active), Some(run)) = (chain.active().cloned(), runs.next()) else { return Ok(()) };
+        self.chain.requeue_moves(runs);
         job.offset = run.start * CLUSTER;
         job.len = (run.end * CLUSTER).min(self.size()) - job.offset;
-        (job.moves, job.target) = (true, Some(Arc::clone(&own)));
-        if matches!(self.map.at(run.start), Source::Zero) {
+        (job.moves, job.target) = (true, Some(Arc::clone(&active)));
+        if matches!(self.chain.map().at(run.start), Source::Zero) {
             let (offset, len) = (job.offset, job.len);
-            return self.give(at, job, Request::Punch { file: own, offset, len });
+            return self.give(at, job, Request::Punch { file: active, offset, len });
         }
         let buffer = Arc::new(AlignedBuf::new(job.len as usize));
         let mut reads = Vec::new();
-        for (range, source) in self.map.pieces(run) {
+        for (range, source) in self.chain.map().pieces(run) {
             let Source::File(file) = source else { continue };
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             let buffers = Fragment::owned(&buffer, (start - job.offset) as usize, (end - start) as usize);
@@ -186,12 +217,12 @@ impl Disk {
 
     /// Stops moving, and waits for what is under way. What cannot be ended stays in flight.
     pub(super) fn settle_moves(&mut self) {
-        self.moves.forget();
+        self.chain.forget_moves();
         let deadline = Instant::now() + TIMEOUT;
-        while self.moves.running > 0 && Instant::now() < deadline {
+        while self.chain.relocation().running() > 0 && Instant::now() < deadline {
             let done = self.reap();
-            self.done.extend(done.unwrap_or_default());
-            if self.moves.running > 0 && self.wait(Duration::from_millis(10)).is_err() {
+            self.requests.put_back_done(done.unwrap_or_default());
+            if self.chain.relocation().running() > 0 && self.wait(Duration::from_millis(10)).is_err() {
                 break;
             }
         }

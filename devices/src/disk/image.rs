@@ -10,10 +10,11 @@ use clade_io::{FileError, IoFile};
 use thiserror::Error;
 
 use super::directory::{Directory, sync};
-use super::journal::{ImageError, Journal, JournalError, left_in, write_back};
-use super::live::{Disk, Setup};
+use super::journal::{ImageError, JournalError, left_in};
+use super::live::Disk;
 use super::map::{BlockMap, CLUSTER, Source};
 use super::op::DiskOp;
+use super::overlay_chain::Setup;
 use super::shadow::Shadow;
 use super::{DiskConfig, DiskError};
 
@@ -245,18 +246,18 @@ impl Disk {
     pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
         self.settle_moves();
         // Its own flush must not begin to move clusters either: their room is given back below.
-        self.moves.stopped = true;
+        self.chain.hold_moves(true);
         match self.try_commit() {
             Ok(report) => Ok(report),
             Err(error) => {
-                self.moves.stopped = false;
+                self.chain.hold_moves(false);
                 Err(Box::new((self, error)))
             }
         }
     }
 
     fn try_commit(&mut self) -> Result<CommitReport, CommitError> {
-        let Some(base) = self.base().cloned() else {
+        let Some(base) = self.chain.base().cloned() else {
             return Err(CommitError::Snapshot { path: self.config().path.clone() });
         };
         let path = || base.path().to_owned();
@@ -270,7 +271,7 @@ impl Disk {
             return Err(CommitError::Lost { path: path() });
         }
         if self.is_forked()
-            && self.shadow.is_some()
+            && self.durability.shadow().is_some()
             && let Some(report) = self.commit_to_shadow(&base)?
         {
             return Ok(report);
@@ -278,22 +279,22 @@ impl Disk {
         if base.link_count().is_ok_and(|links| links == 0) {
             return Err(CommitError::Replaced { path: path() });
         }
-        // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
-        let others = Arc::strong_count(self.setup()) - 1;
+        // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so none means alone.
+        let others = self.chain.others();
         let journaled = self.is_forked() && self.keep();
         if self.is_lost() {
             return Err(CommitError::Lost { path: path() });
         }
-        let kept = self.journal.as_ref().filter(|_| journaled).and_then(Journal::kept_in);
+        let kept = journaled.then(|| self.durability.kept_in()).flatten();
         if others > 0 && self.is_forked() {
             return Err(CommitError::Shared { path: path(), others, kept });
         }
-        if let (None, Some(dir)) = (&self.journal, left_in(&base)) {
+        if let (None, Some(dir)) = (self.durability.journal(), left_in(&base)) {
             return Err(CommitError::RecoveredJournal { path: path(), dir });
         }
         let partial = |kept| move |source| CommitError::Partial { kept, source };
-        if let Some(journal) = self.journal.as_mut().filter(|_| journaled) {
-            match journal.check_image() {
+        if journaled {
+            match self.durability.check_image() {
                 Ok(()) => {}
                 Err(ImageError::File(source)) => return Err(partial(kept)(source)),
                 Err(ImageError::Changed(source)) => {
@@ -303,19 +304,18 @@ impl Disk {
         } else {
             self.sync_overlays(&base)?;
         }
-        let mut log = self.journal.as_ref().filter(|_| journaled).and_then(Journal::log);
+        let mut log = journaled.then(|| self.durability.log()).flatten();
         // It is written to past this disk's back: what it would be given next is a whole one.
-        self.journal.iter_mut().for_each(Journal::replaced);
-        let size = self.size();
-        let report = write_back(&mut self.map, &base, size, log.as_mut()).map_err(partial(kept))?;
-        self.journal.iter_mut().try_for_each(Journal::remove).map_err(CommitError::Journal)?;
+        self.durability.journal_replaced();
+        let report = self.chain.write_back(&base, log.as_mut()).map_err(partial(kept))?;
+        self.durability.remove_journal().map_err(CommitError::Journal)?;
         Ok(CommitReport { copied: report.copied, zeroed: report.zeroed, journaled })
     }
 
     /// A flush, after which the new image has everything. None if there is none after all.
     fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
         let mut report = CommitReport { journaled: true, ..CommitReport::default() };
-        for (range, source) in self.map.pieces(0..self.size().div_ceil(CLUSTER)) {
+        for (range, source) in self.chain.map().extents() {
             let bytes = (range.end * CLUSTER).min(self.size()) - range.start * CLUSTER;
             match source {
                 Source::Zero => report.zeroed += bytes,
@@ -324,7 +324,7 @@ impl Disk {
             }
         }
         let flushed = self.flush_now();
-        let current = !self.is_forked() || self.shadow.as_ref().is_some_and(Shadow::is_image);
+        let current = !self.is_forked() || self.durability.shadow().is_some_and(Shadow::is_image);
         match flushed {
             Ok(()) => Ok(current.then_some(report)),
             Err(source) if current => {
@@ -340,11 +340,11 @@ impl Disk {
 
     /// Finds out whether what overlays show is what was written to them. The system says once that something of a file is lost.
     fn sync_overlays(&mut self, base: &Arc<IoFile>) -> Result<(), CommitError> {
-        let files = self.map.sizes().into_iter().map(|(file, _)| file);
+        let files = self.chain.map().sizes().into_iter().map(|(file, _)| file);
         for file in files.filter(|file| !Arc::ptr_eq(file, base) && file.is_writable()) {
             if let Err(error) = sync(&file) {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a write to an overlay was lost");
-                self.lost = true;
+                self.durability.set_lost();
                 return Err(CommitError::Lost { path: error.path });
             }
         }
@@ -353,11 +353,11 @@ impl Disk {
 
     /// Has everything in the journal. Returns whether that is so: without one, or with no room for it, the image itself is all there is.
     pub(super) fn keep(&mut self) -> bool {
-        let kept = self.journal.is_some() && self.flush_now().inspect_err(|error| {
+        let kept = self.durability.journal().is_some() && self.flush_now().inspect_err(|error| {
             tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "no journal of what is committed");
         }).is_ok();
         // It may have turned out that there cannot be one.
-        kept && self.journal.is_some()
+        kept && self.durability.journal().is_some()
     }
 
     /// A flush, from beginning to end, while nothing else is in flight.

@@ -91,6 +91,11 @@ impl Job {
         start..end.max(start)
     }
 
+    /// Whether it is a relocation, which no request has asked for.
+    pub(super) fn is_relocation(&self) -> bool {
+        matches!(self.work, Work::Move(_))
+    }
+
     /// Whether it changes the disk.
     pub(super) fn changes(&self) -> bool {
         matches!(self.work, Work::Write(_) | Work::Zero { .. } | Work::Move(_))

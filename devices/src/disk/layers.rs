@@ -16,8 +16,8 @@ use std::sync::Arc;
 use clade_io::IoFile;
 
 use super::image::open_overlays;
-use super::live::Setup;
 use super::map::{BlockMap, CLUSTER, Source};
+use super::overlay_chain::Setup;
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
 
 /// Clusters in a row.

@@ -68,6 +68,11 @@ impl BlockMap {
         self.extents.size()
     }
 
+    /// All of it, ascending and without gaps.
+    pub(crate) fn extents(&self) -> impl Iterator<Item = (Range<u64>, &Source)> {
+        self.extents.iter().map(|(start, extent)| (*start..extent.end, &extent.source))
+    }
+
     /// What provides `range`, ascending and without gaps, cut to it.
     pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, &Source)> {
         let first = self.extents.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);

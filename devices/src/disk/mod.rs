@@ -24,6 +24,7 @@
 
 mod compact;
 mod directory;
+mod durability;
 mod flush;
 mod image;
 mod job;
@@ -33,6 +34,8 @@ mod live;
 mod locks;
 mod map;
 mod op;
+mod overlay_chain;
+mod request_table;
 mod shadow;
 mod steps;
 mod steps_trace;

@@ -24,7 +24,7 @@ fn requests_end(disk: &mut Disk) {
     loop {
         // What a cancelled one made way for is given to the kernel here.
         disk.reap().unwrap();
-        if disk.in_flight() == disk.moves.running {
+        if disk.in_flight() == disk.chain.relocation().running() {
             return;
         }
         disk.wait(SOON).unwrap();
@@ -99,7 +99,7 @@ proptest! {
         let (_dir, path, mut model) = image();
         let latency = late.then_some(Duration::from_micros(300));
         let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&path) }).unwrap();
-        disk.moves = Relocation::at_most(3, 1);
+        *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
         let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
         let mut last = None;
         // Of requests in flight that overlap nobody knows which is last.
@@ -145,7 +145,7 @@ proptest! {
                     let image = disk.fork();
                     if let Act::Child = act {
                         disk = image.open().unwrap();
-                        disk.moves = Relocation::at_most(3, 1);
+                        *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
                     }
                     last = Some((image.clone(), model.clone()));
                     if token % 3 == 0 {
@@ -176,7 +176,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     let (_dir, path, mut model) = image();
     let config = DiskConfig { latency: Some(Duration::from_millis(2)), ..DiskConfig::new(&path) };
     let mut disk = Disk::open(&config).unwrap();
-    disk.moves = Relocation::at_most(2, 1);
+    *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     for fork in 0..12u64 {
         drop(disk.fork());
         let at = fork * 20 * CLUSTER;
@@ -189,7 +189,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
         }
     }
     disk.kick().unwrap();
-    assert!(disk.moves.running > 0, "something is on its way");
+    assert!(disk.chain.relocation().running() > 0, "something is on its way");
     disk.commit().map_err(|refused| refused.1).unwrap();
     assert!(fs::read(&path).unwrap() == model);
 }
@@ -204,25 +204,33 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
         begin_write(&mut disk, at * 8 * CLUSTER, &[1; 4096], 1);
         finish(&mut disk);
     }
-    disk.moves = Relocation::at_most(2, 1);
+    *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     // In place, and in flight while the child is made.
     begin_write(&mut disk, 4 * 8 * CLUSTER, &[2; 4096], 1);
     let mut child = disk.fork().open().unwrap();
-    child.moves = Relocation::at_most(2, 1);
+    *child.chain.relocation_mut() = Relocation::at_most(2, 1);
     begin_write(&mut child, 100 * CLUSTER, &[3; 4096], 1);
     child.kick().unwrap();
-    assert!(child.unsettled.iter().any(|file| file.has_writes()), "the parent's is on its way");
-    assert!(!child.moves.queue.is_empty() && child.moves.running == 0, "{:?}", child.moves);
+    assert!(child.chain.is_unsettled(), "the parent's is on its way");
+    assert!(
+        !child.chain.relocation().queue.is_empty() && child.chain.relocation().running() == 0,
+        "{:?}",
+        child.chain.relocation()
+    );
     finish(&mut disk);
     child.kick().unwrap();
-    assert_eq!(child.moves.running, AT_ONCE);
-    child.moves.queue.push_back(0..1);
+    assert_eq!(child.chain.relocation().running(), AT_ONCE);
+    child.chain.relocation_mut().queue.push_back(0..1);
     drop(child.fork());
-    let queued = child.moves.queue.len();
+    let queued = child.chain.relocation().queue.len();
     requests_end(&mut child);
-    while child.moves.running > 0 {
+    while child.chain.relocation().running() > 0 {
         child.wait(SOON).unwrap();
         child.reap().unwrap();
     }
-    assert!(child.own.is_none() && child.moves.queue.len() >= queued, "{:?}", child.moves);
+    assert!(
+        child.chain.active().is_none() && child.chain.relocation().queue.len() >= queued,
+        "{:?}",
+        child.chain.relocation()
+    );
 }

@@ -52,9 +52,8 @@ use files::{JOURNAL, Location};
 use flush::Writing;
 use format::{Header, Seen};
 pub use format::{JournalError, JournalId};
-use left::Log;
 pub use left::Report;
-pub(super) use left::{RecoveredJournal, write_back};
+pub(super) use left::{Log, RecoveredJournal, write_back};
 use tie::Mark;
 
 /// Moved ranges that are remembered; if there are more, the next journal is a whole one.

@@ -273,7 +273,7 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     put(&mut next, &mut want, 3, 1, 1);
     put(&mut next, &mut want, 165, 20, 2);
     put(&mut next, &mut want, SIZE / SECTOR - 2, 2, 3);
-    assert_eq!(next.own.as_ref().map(|own| own.next_data(0).unwrap()), Some(Some(0)), "it is that one");
+    assert_eq!(next.chain.active().map(|own| own.next_data(0).unwrap()), Some(Some(0)), "it is that one");
     assert_eq!(read(&mut next, 0, SIZE as usize), want);
     let image = next.fork();
     assert_eq!(whole(&image), want);

@@ -88,7 +88,7 @@ fn all_well(disk: &mut Disk) -> bool {
         for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
             well &= done.result.is_ok();
         }
-        if disk.parts.is_empty() {
+        if disk.requests.in_flight() == 0 {
             return well;
         }
         disk.wait(SOON).unwrap();
@@ -104,7 +104,7 @@ proptest! {
         let latency = late.then_some(Duration::from_micros(300));
         let open = || {
             let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&bench.path) }).unwrap();
-            disk.moves = Relocation::at_most(3, 1);
+            *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
             disk
         };
         let (mut disk, mut model, mut last) = (open(), Model::new(), None);

@@ -199,9 +199,9 @@ fn a_flush_waits_for_writes_to_the_image() {
     let bench = Bench::new();
     let mut disk = bench.open();
     write(&mut disk, 0, &[4; 4096]);
-    disk.engine.as_mut().unwrap().set_latency(Some(Duration::from_millis(500)));
+    disk.requests.engine_mut().unwrap().set_latency(Some(Duration::from_millis(500)));
     begin_write(&mut disk, 8 * CLUSTER, &[5; 4096], 7);
-    disk.engine.as_mut().unwrap().set_latency(None);
+    disk.requests.engine_mut().unwrap().set_latency(None);
     drop(disk.fork());
     begin_write(&mut disk, 0, &[2; 4096], 8);
     disk.submit(DiskOp::Flush, 9).unwrap();
@@ -235,7 +235,7 @@ fn a_directory_that_is_renamed_is_the_same_one() {
     drop(disk.fork());
     write(&mut disk, 4096, &[3; 4096]);
     flush(&mut disk);
-    disk.journal.as_mut().unwrap().replaced();
+    disk.durability.journal_mut().unwrap().replaced();
     write(&mut disk, 8192, &[4; 4096]);
     flush(&mut disk);
     drop(disk);
