@@ -1,4 +1,4 @@
-//! The port I/O bus: which device answers which port.
+//! The port I/O bus.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ pub trait PioDevice: Send + fmt::Debug {
     fn write(&mut self, offset: u16, data: &[u8]);
 }
 
-/// Two devices want one port.
+/// The ports of two devices overlap.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("ports {base:#x}..{end:#x} overlap a device at {other:#x}")]
 pub struct BusError {
@@ -29,7 +29,7 @@ struct Slot {
     device: Arc<Mutex<dyn PioDevice>>,
 }
 
-/// Ports to devices. Ports nobody has read as all ones and swallow writes, as on a PC.
+/// The devices on ports. Ports without a device read as all ones and ignore writes, as on a PC.
 #[derive(Clone, Debug, Default)]
 pub struct PioBus {
     slots: Vec<Slot>,
@@ -57,9 +57,9 @@ impl PioBus {
         (offset < slot.ports).then_some((slot, offset))
     }
 
-    /// A guest's INs from one port, each `width` bytes wide: one, or as many as a string
-    /// instruction
-    /// (`rep ins`) makes. KVM exits once for all of them, and the device is asked once for each.
+    /// Handles the guest's INs from one port, each `width` bytes wide: one, or as many as a string
+    /// instruction (`rep ins`) makes. KVM exits once for all of them, and the device is read once
+    /// for each.
     pub fn read(&self, port: u16, width: usize, data: &mut [u8]) {
         match self.find(port) {
             Some((slot, offset)) => {
@@ -70,7 +70,7 @@ impl PioBus {
         }
     }
 
-    /// A guest's OUTs to one port, as [`PioBus::read`] has its INs.
+    /// Handles the guest's OUTs to one port, as [`PioBus::read`] handles INs.
     pub fn write(&self, port: u16, width: usize, data: &[u8]) {
         if let Some((slot, offset)) = self.find(port) {
             let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,11 +1,11 @@
-//! The memory-mapped bus: which device answers which address.
+//! The memory-mapped I/O bus.
 
 use std::fmt;
 use std::sync::Arc;
 
 use thiserror::Error;
 
-/// A device at a range of addresses. It is called from every vCPU at once.
+/// A device at a range of addresses. All vCPUs call it concurrently.
 pub trait MmioDevice: Send + Sync + fmt::Debug {
     /// The guest reads `data.len()` bytes at `offset` from the device's base.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -13,25 +13,26 @@ pub trait MmioDevice: Send + Sync + fmt::Debug {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// A range that cannot be a device's.
+/// Why a device cannot have a range.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MmioBusError {
-    /// Two devices want one address.
+    /// The addresses of two devices overlap.
     #[error("addresses {base:#x}..{end:#x} overlap a device at {other:#x}")]
     Overlap {
-        /// First address.
+        /// First address of the new device.
         base: u64,
-        /// The address after the last.
+        /// The address after the new device's last one.
         end: u64,
-        /// Where the other device begins.
+        /// First address of the other device.
         other: u64,
     },
-    /// No addresses, or more than there are.
+    /// The range is empty, or leaves the address space.
     #[error("{len:#x} bytes at {base:#x} are no range of addresses")]
     NoRange {
         /// First address.
         base: u64,
-        /// How many.
+        /// Length in bytes.
         len: u64,
     },
 }
@@ -43,7 +44,7 @@ struct Slot {
     device: Arc<dyn MmioDevice>,
 }
 
-/// Addresses to devices. Addresses nobody has read as all ones and swallow writes.
+/// The devices on addresses. Addresses without a device read as all ones and ignore writes.
 #[derive(Clone, Debug, Default)]
 pub struct MmioBus {
     slots: Vec<Slot>,
@@ -53,7 +54,7 @@ impl MmioBus {
     /// Adds a device at `base..base + len`.
     ///
     /// # Errors
-    /// When another device has one of the addresses, or there are no such addresses.
+    /// When another device has one of the addresses, or the range is not valid.
     pub fn add(&mut self, base: u64, len: u64, device: Arc<dyn MmioDevice>) -> Result<(), MmioBusError> {
         let end = base.checked_add(len).filter(|end| *end > base).ok_or(MmioBusError::NoRange { base, len })?;
         if let Some(other) = self.slots.iter().find(|s| base < s.end && s.base < end) {
@@ -72,7 +73,7 @@ impl MmioBus {
         inside.then(|| (slot, address - slot.base))
     }
 
-    /// A guest's load.
+    /// Handles the guest's load.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
             Some((slot, offset)) => slot.device.read(offset, data),
@@ -80,7 +81,7 @@ impl MmioBus {
         }
     }
 
-    /// A guest's store.
+    /// Handles the guest's store.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((slot, offset)) = self.find(address, data.len()) {
             slot.device.write(offset, data);
@@ -117,7 +118,7 @@ mod tests {
         let mut bytes = [0; 4];
         bus.read(0xd000_0010, &mut bytes);
         assert_eq!(bytes, [0x10; 4]);
-        // Across the end of a device: nobody's.
+        // Across the end of a device: no device has all of it.
         bus.read(0xd000_0ffe, &mut bytes);
         assert_eq!(bytes, [0xff; 4]);
         bus.write(0xd000_0050, &[1, 0, 0, 0]);

@@ -119,7 +119,8 @@ fn net(tap: Tap, last: u8) -> Box<SyncDevice<Net>> {
     Box::new(SyncDevice::new(Net::new(tap, &options(last), None, false).unwrap()))
 }
 
-/// The frame in chains that the device has given back, from the first of which its header tells how many they are.
+/// The frame in chains that the device has given back, from the first of which its header tells how
+/// many they are.
 fn received(vm: &mut Driver) -> Vec<u8> {
     loop {
         let (frame, parts) = any(vm);

@@ -12,7 +12,8 @@ use crate::file::{CachePolicy, FileError, Handles, IoFile};
 use crate::overlay_pool::OverlayPool;
 
 impl IoFile {
-    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle. `path` is what the directory is called.
+    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle.
+    /// `path` is what the directory is called.
     ///
     /// # Errors
     /// When the directory's file system has no such files, or no room.
@@ -26,9 +27,9 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
     }
 
-    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything in it**: for whoever
-    /// reads nothing that it has not written. It goes back there in the end. All files of one pool must be asked for
-    /// with the same arguments.
+    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything
+    /// in it**: for whoever reads nothing that it has not written. It goes back there in the end.
+    /// All files of one pool must be asked for with the same arguments.
     ///
     /// # Errors
     /// As [`IoFile::unnamed_in`].
@@ -69,8 +70,9 @@ impl IoFile {
         self.handles.cached.try_clone()
     }
 
-    /// Gives a file without a name the name `name` in `dir`; `path` is what that is called in errors. Until its last handle is closed it is used as before
-    /// ([`IoFile::is_named`]). It is there after the process, and is never used again for something else.
+    /// Gives a file without a name the name `name` in `dir`; `path` is what that is called in
+    /// errors. Until its last handle is closed it is used as before ([`IoFile::is_named`]). It is
+    /// there after the process, and is never used again for something else.
     ///
     /// # Errors
     /// When the directory is not on its file system, the name is taken, or the system cannot do it.

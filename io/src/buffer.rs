@@ -9,7 +9,8 @@ use clade_memory::DmaPin;
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
-/// Alignment of buffers, file offsets and lengths for transfers that bypass the page cache. Every disk's blocks divide it.
+/// Alignment of buffers, file offsets and lengths for transfers that bypass the page cache. Every
+/// disk's blocks divide it.
 pub(crate) const ALIGN: usize = 4096;
 
 /// A part that is not inside its whole.
@@ -24,16 +25,16 @@ pub struct BufferError {
     pub whole: usize,
 }
 
-/// Zeroed memory, aligned for transfers that bypass the page cache. The kernel may write to it at any time while an operation owns it, so it
-/// is only looked at through [`AlignedBuf::slice`].
+/// Zeroed memory, aligned for transfers that bypass the page cache. The kernel may write to it at
+/// any time while an operation owns it, so it is only looked at through [`AlignedBuf::slice`].
 pub struct AlignedBuf {
     at: NonNull<u8>,
     len: usize,
     layout: Layout,
 }
 
-// SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through volatile slices, neither of which cares
-// about threads.
+// SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through
+// volatile slices, neither of which cares about threads.
 unsafe impl Send for AlignedBuf {}
 // SAFETY: as for Send: there is no access through `&self` but by volatile slices.
 unsafe impl Sync for AlignedBuf {}
@@ -67,7 +68,8 @@ impl AlignedBuf {
     /// Its bytes.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: `at` is valid for `len` bytes for as long as `self` lives, and all access to them is volatile.
+        // SAFETY: `at` is valid for `len` bytes for as long as `self` lives, and all access to them
+        // is volatile.
         unsafe { VolatileSlice::new(self.at.as_ptr(), self.len) }
     }
 }
@@ -80,7 +82,8 @@ impl fmt::Debug for AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; operations that the kernel still works on own an Arc of it.
+        // SAFETY: allocated in `new` with this layout; operations that the kernel still works on
+        // own an Arc of it.
         unsafe { dealloc(self.at.as_ptr(), self.layout) };
     }
 }
@@ -150,7 +153,8 @@ impl Fragment {
             Whole::Buf(buf) => buf.slice(),
         };
         let end = self.start + self.len;
-        // Checked when the fragment was made, so this cannot fail; an empty slice would be the harmless answer.
+        // Checked when the fragment was made, so this cannot fail; an empty slice would be the
+        // harmless answer.
         whole.subslice(self.start, end - self.start).unwrap_or_else(|_| empty())
     }
 
@@ -174,7 +178,8 @@ pub fn total_len(fragments: &[Fragment]) -> usize {
     fragments.iter().map(Fragment::len).sum()
 }
 
-/// The `len` bytes behind the first `skip` of `fragments`, as fragments of the same memory; fewer, if there are not so many.
+/// The `len` bytes behind the first `skip` of `fragments`, as fragments of the same memory; fewer,
+/// if there are not so many.
 #[must_use]
 pub fn window(fragments: &[Fragment], skip: usize, len: usize) -> Vec<Fragment> {
     let mut parts = Vec::with_capacity(fragments.len());

@@ -6,8 +6,8 @@
 //!                └──────────────────┘
 //! ```
 //!
-//! At most `depth` operations are in the kernel; each takes up to two entries (a timer it is linked behind), and the completion queue has
-//! room for all of them, so it never overflows.
+//! At most `depth` operations are in the kernel; each takes up to two entries (a timer it is linked
+//! behind), and the completion queue has room for all of them, so it never overflows.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -26,11 +26,13 @@ use crate::op::{Failure, Op, Request, Step, Way};
 
 /// Marks completions that are nobody's: of timers and of cancellations.
 const NOBODY: u64 = u64::MAX;
-/// How long a dropped engine waits for the kernel before it leaves the operations and their memory to it for good.
+/// How long a dropped engine waits for the kernel before it leaves the operations and their memory
+/// to it for good.
 const LAST_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The engine could not be made or reached.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum EngineError {
     /// No io_uring.
     #[error("no io_uring of {depth} operations (kernel.io_uring_disabled, or a seccomp filter?)")]
@@ -97,7 +99,8 @@ impl<T> fmt::Debug for Engine<T> {
 }
 
 impl<T> Engine<T> {
-    /// An engine with at most `depth` operations in the kernel at a time. `event` is signalled at each completion.
+    /// An engine with at most `depth` operations in the kernel at a time. `event` is signalled at
+    /// each completion.
     ///
     /// # Errors
     /// When there is no io_uring to be had.
@@ -128,7 +131,8 @@ impl<T> Engine<T> {
         EventFd::new(EFD_NONBLOCK)
     }
 
-    /// Makes every operation submitted from now on late by as much: a slow disk, to try things with. The operation is in the kernel meanwhile.
+    /// Makes every operation submitted from now on late by as much: a slow disk, to try things
+    /// with. The operation is in the kernel meanwhile.
     pub fn set_latency(&mut self, latency: Option<Duration>) {
         self.latency = latency.filter(|l| !l.is_zero());
     }
@@ -195,8 +199,8 @@ impl<T> Engine<T> {
         drop(queue);
         if timer.is_some() {
             self.owed += 1;
-            // Once: the rest of a short transfer is not late again. The kernel reads the time when it takes the entry, which is
-            // before `entry` is called again for this operation.
+            // Once: the rest of a short transfer is not late again. The kernel reads the time when
+            // it takes the entry, which is before `entry` is called again for this operation.
         }
         match way {
             Way::Cached => self.stats.cached += 1,
@@ -228,7 +232,8 @@ impl<T> Engine<T> {
         !self.ring.submission().is_empty()
     }
 
-    /// Hands every operation that is over to `each`, and gives the kernel what there is room for now.
+    /// Hands every operation that is over to `each`, and gives the kernel what there is room for
+    /// now.
     ///
     /// # Errors
     /// As [`Engine::flush`].
@@ -263,8 +268,9 @@ impl<T> Engine<T> {
         if self.backlog.is_empty() { Ok(()) } else { self.flush() }
     }
 
-    /// Asks the kernel to give up on everything. What it can give up ends as [`Failure::Cancelled`]; transfers that a device is busy with end as
-    /// they would have. All of them are still to be reaped.
+    /// Asks the kernel to give up on everything. What it can give up ends as
+    /// [`Failure::Cancelled`]; transfers that a device is busy with end as they would have. All of
+    /// them are still to be reaped.
     pub fn cancel(&mut self, mut each: impl FnMut(Completion<T>)) {
         for at in mem::take(&mut self.backlog) {
             if let Some(op) = self.ops[at].take() {
@@ -315,7 +321,8 @@ impl<T> Drop for Engine<T> {
             self.cancel(drop);
         }
         if self.in_kernel > 0 {
-            // The kernel may still write to this memory. It keeps it, and the pins stay: a leak is better than a stranger's memory.
+            // The kernel may still write to this memory. It keeps it, and the pins stay: a leak is
+            // better than a stranger's memory.
             tracing::error!(
                 operations = self.in_kernel,
                 "the kernel does not let go of operations; their memory is left to it"
@@ -326,7 +333,8 @@ impl<T> Drop for Engine<T> {
 }
 
 fn push_entry(queue: &mut squeue::SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
-    // SAFETY: the entry points at nothing (a cancellation), or into an operation that is boxed in `ops` and stays there until its completion
-    // is reaped, or for ever if the engine is dropped first; its file and memory are owned by that operation.
+    // SAFETY: the entry points at nothing (a cancellation), or into an operation that is boxed in
+    // `ops` and stays there until its completion is reaped, or for ever if the engine is dropped
+    // first; its file and memory are owned by that operation.
     unsafe { queue.push(entry) }.is_ok()
 }

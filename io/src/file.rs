@@ -23,12 +23,13 @@ pub enum CachePolicy {
     /// Yes: what many VMs read is kept in memory once.
     #[default]
     Host,
-    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of what it asks for (512 bytes
-    /// most often).
+    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of what
+    /// it asks for (512 bytes most often).
     Direct,
 }
 
-/// What the file system says transfers past its cache must be multiples of (Linux 6.1), or what every disk's blocks divide.
+/// What the file system says transfers past its cache must be multiples of (Linux 6.1), or what
+/// every disk's blocks divide.
 fn alignment(file: &File) -> usize {
     let said = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
     let said = said.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
@@ -66,6 +67,7 @@ pub struct FileError {
 
 /// A file that cannot be used.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The system says no.
     #[error(transparent)]
@@ -125,14 +127,16 @@ pub struct IoFile {
 }
 
 impl IoFile {
-    /// Opens a file or a block device, locked against writers (and, if `write`, against readers) in other processes that lock too.
+    /// Opens a file or a block device, locked against writers (and, if `write`, against readers) in
+    /// other processes that lock too.
     ///
     /// # Errors
     /// When it cannot be opened, is something else, or is in use.
     pub fn open(path: &Path, write: bool, policy: CachePolicy) -> Result<Self, OpenError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let opened = if write { "opened for writing" } else { "opened" };
-        // O_NONBLOCK: opening a FIFO must not wait for its other end; for files and block devices it means nothing.
+        // O_NONBLOCK: opening a FIFO must not wait for its other end; for files and block devices
+        // it means nothing.
         let cached = OpenOptions::new()
             .read(true)
             .write(write)
@@ -165,7 +169,8 @@ impl IoFile {
         Self::unnamed_in(opened.as_fd(), dir, len, policy)
     }
 
-    /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.
+    /// A file that somebody has open for reading, called `path` where it is named. It is not
+    /// locked: whoever opened it knows that nobody changes it.
     #[must_use]
     pub fn read_only(cached: File, path: &Path, policy: CachePolicy) -> Self {
         Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
@@ -177,8 +182,8 @@ impl IoFile {
         Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes }
     }
 
-    /// Whether writes to it have ended since this was last asked: what was written before the answer is to be made durable by whoever asks, or
-    /// given back with [`IoFile::set_unsynced`].
+    /// Whether writes to it have ended since this was last asked: what was written before the
+    /// answer is to be made durable by whoever asks, or given back with [`IoFile::set_unsynced`].
     #[must_use]
     pub fn take_unsynced(&self) -> bool {
         self.unsynced.swap(false, Ordering::AcqRel)
@@ -189,7 +194,8 @@ impl IoFile {
         self.unsynced.store(true, Ordering::Release);
     }
 
-    /// The file's number on its file system, and when it was made (ns since 1970; 0 where that is not known): numbers are used again.
+    /// The file's number on its file system, and when it was made (ns since 1970; 0 where that is
+    /// not known): numbers are used again.
     ///
     /// # Errors
     /// When the system cannot say.
@@ -229,7 +235,8 @@ impl IoFile {
         self.writable
     }
 
-    /// Whether it has a name: what is written to one without is gone with the process, synced or not.
+    /// Whether it has a name: what is written to one without is gone with the process, synced or
+    /// not.
     #[must_use]
     pub fn is_named(&self) -> bool {
         self.named
@@ -246,12 +253,13 @@ impl IoFile {
     /// # Errors
     /// When the system cannot say.
     pub fn size(&self) -> Result<u64, FileError> {
-        // Of a block device only seeking tells it; operations name their offsets, so nobody minds where the handle stands.
+        // Of a block device only seeking tells it; operations name their offsets, so nobody minds
+        // where the handle stands.
         seek(&self.handles.cached, SeekFrom::End(0)).map_err(|error| self.failed("measured", error.into()))
     }
 
-    /// The first byte from `offset` on that is not in a hole, as far as the file system tells holes from data. `None` when there is only
-    /// hole left.
+    /// The first byte from `offset` on that is not in a hole, as far as the file system tells holes
+    /// from data. `None` when there is only hole left.
     ///
     /// # Errors
     /// When the system cannot say.
@@ -357,7 +365,8 @@ impl IoFile {
 
 impl Drop for IoFile {
     fn drop(&mut self) {
-        // Nobody reads it any more, and what was to be written to it has been: operations hold the file.
+        // Nobody reads it any more, and what was to be written to it has been: operations hold the
+        // file.
         if let Some(pool) = self.pool.take().filter(|_| !*self.linked.get_mut()) {
             pool.put(Arc::clone(&self.handles));
         }

@@ -13,7 +13,8 @@ use crate::file::IoFile;
 
 /// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
-/// Bytes copied through a bounce buffer at once, so that a guest cannot make the host allocate what it likes.
+/// Bytes copied through a bounce buffer at once, so that a guest cannot make the host allocate what
+/// it likes.
 const MAX_BOUNCED: usize = 1 << 20;
 /// Times an operation is given to the kernel again after EINTR or EAGAIN.
 const MAX_RETRIES: u32 = 64;
@@ -92,6 +93,7 @@ impl Request {
 
 /// Why an operation failed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Failure {
     /// The system says so.
     #[error("I/O on {} failed", path.display())]
@@ -144,7 +146,8 @@ pub(crate) enum Step {
     Over(Result<(), Failure>),
 }
 
-/// An operation on its way. It is boxed while the kernel has it: the pieces and the time are read from where they lie.
+/// An operation on its way. It is boxed while the kernel has it: the pieces and the time are read
+/// from where they lie.
 pub(crate) struct Op<T> {
     request: Request,
     pub(crate) token: T,
@@ -160,7 +163,8 @@ pub(crate) struct Op<T> {
     pub(crate) delay: Option<Timespec>,
 }
 
-// SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the operation, and which any thread may use.
+// SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the
+// operation, and which any thread may use.
 unsafe impl<T: Send> Send for Op<T> {}
 
 impl<T> Op<T> {
@@ -183,7 +187,8 @@ impl<T> Op<T> {
         }
     }
 
-    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped until the completion.
+    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped
+    /// until the completion.
     pub(crate) fn entry(&mut self) -> (squeue::Entry, Way) {
         let file = Arc::clone(self.request.file());
         let fd = Fd(file.cached_fd());
@@ -212,7 +217,8 @@ impl<T> Op<T> {
         (entry, self.way)
     }
 
-    /// The timer that the operation is linked behind, if it is to be late. Its pointer is into `self`.
+    /// The timer that the operation is linked behind, if it is to be late. Its pointer is into
+    /// `self`.
     pub(crate) fn timer(&self) -> Option<squeue::Entry> {
         let time = self.delay.as_ref()?;
         // Without ETIME_SUCCESS an expired timer would break the link.
@@ -220,11 +226,13 @@ impl<T> Op<T> {
         Some(timer.flags(squeue::Flags::IO_LINK))
     }
 
-    /// Lays out the pieces for the bytes that are left. Returns the handle to use, and the offset in the file.
+    /// Lays out the pieces for the bytes that are left. Returns the handle to use, and the offset
+    /// in the file.
     fn prepare(&mut self, offset: u64) -> (Fd, u64) {
         let file = self.request.file();
         let (at, left) = (offset + self.done as u64, self.total - self.done);
-        // A short transfer leaves an odd rest; that and what begins or ends inside a block goes through the cache.
+        // A short transfer leaves an odd rest; that and what begins or ends inside a block goes
+        // through the cache.
         let align = file.direct_align();
         let aligned = at.is_multiple_of(align as u64) && left.is_multiple_of(align);
         let direct = file.direct_fd().filter(|_| aligned && !self.no_direct);
@@ -298,7 +306,8 @@ impl<T> Op<T> {
                 Step::Again
             }
             libc::ECANCELED => Step::Over(Err(Failure::Cancelled)),
-            // Blocks larger than pages, or memory that the device cannot reach: the cache takes anything.
+            // Blocks larger than pages, or memory that the device cannot reach: the cache takes
+            // anything.
             libc::EINVAL if self.way != Way::Cached => {
                 self.no_direct = true;
                 Step::Again

@@ -1,8 +1,9 @@
 //! Unnamed files that nobody has any more, kept for whoever needs one next.
 //!
-//! A write to a file where it has no blocks yet makes the file system find some, write that down, and give the write to a thread that may wait for
-//! it; one that is not in whole blocks it even waits for. Over blocks that are there, it only writes. A disk that is forked a hundred
-//! times a second gets as many overlays, each written where the last one was.
+//! A write to a file where it has no blocks yet makes the file system find some, write that down,
+//! and give the write to a thread that may wait for it; one that is not in whole blocks it even
+//! waits for. Over blocks that are there, it only writes. A disk that is forked a hundred times a
+//! second gets as many overlays, each written where the last one was.
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -18,6 +18,7 @@ const MAX_PIECES: usize = 1024;
 
 /// A TAP interface that cannot be had.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum TapError {
     /// No such name.
     #[error("\"{name}\" is no name for an interface: 1 to {MAX_NAME} characters, no slash, space or colon")]
@@ -65,7 +66,8 @@ impl Request {
     }
 }
 
-/// An interface, with one descriptor for each pair of queues. It goes when this does, unless somebody has made it persistent.
+/// An interface, with one descriptor for each pair of queues. It goes when this does, unless
+/// somebody has made it persistent.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
@@ -78,7 +80,8 @@ impl Tap {
     /// Opens the interface `name`, or makes it; `%d` in the name becomes a number that is free.
     ///
     /// # Errors
-    /// When there can be no such interface: the name, no permission (CAP_NET_ADMIN), in use, another number of queues.
+    /// When there can be no such interface: the name, no permission (CAP_NET_ADMIN), in use,
+    /// another number of queues.
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
         let bad = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
         if name.is_empty() || name.len() > MAX_NAME || name.contains(bad) || !name.is_ascii() {
@@ -160,26 +163,28 @@ impl Tap {
         Ok(())
     }
 
-    /// Reads one packet and its header into `buffers`, which are parts of pins for writing. What does not fit is cut off. None when there is
-    /// none.
+    /// Reads one packet and its header into `buffers`, which are parts of pins for writing. What
+    /// does not fit is cut off. None when there is none.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn receive(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
         self.transfer(queue, buffers, |fd, pieces, count| {
-            // SAFETY: every piece is within a fragment, which the caller keeps and which is guest memory pinned for writing, or a buffer; the
-            // kernel alone writes there.
+            // SAFETY: every piece is within a fragment, which the caller keeps and which is guest
+            // memory pinned for writing, or a buffer; the kernel alone writes there.
             unsafe { libc::readv(fd, pieces, count) }
         })
     }
 
-    /// Sends the packet in `buffers`, with its header before it. None when the interface takes none now.
+    /// Sends the packet in `buffers`, with its header before it. None when the interface takes none
+    /// now.
     ///
     /// # Errors
     /// When the kernel refuses it.
     pub fn send(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
         self.transfer(queue, buffers, |fd, pieces, count| {
-            // SAFETY: every piece is within a fragment, which the caller keeps; the kernel only reads there.
+            // SAFETY: every piece is within a fragment, which the caller keeps; the kernel only
+            // reads there.
             unsafe { libc::writev(fd, pieces, count) }
         })
     }

@@ -1,11 +1,13 @@
 //! The transaction: a directory written beside its place, and put there in one step.
 //!
-//! 1. What crashes have left over is swept: directories of our naming that nobody holds the lock of.
-//! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the directory itself, so that it ends
-//!    with the process).
+//! 1. What crashes have left over is swept: directories of our naming that nobody holds the lock
+//!    of.
+//! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the
+//!    directory itself, so that it ends with the process).
 //! 3. Everything is written there, each file synced, then the directory.
 //! 4. One rename: to the target if there is none, else the two are exchanged.
-//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a power cut can bring the old names back.
+//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a
+//!    power cut can bring the old names back.
 
 use std::fs::File;
 use std::io;
@@ -88,7 +90,8 @@ pub(crate) fn place(dir: &Path) -> Result<PathBuf, Error> {
     Ok(place)
 }
 
-/// Whether a snapshot may be put there: nothing is, or an empty directory, or a snapshot and nothing besides.
+/// Whether a snapshot may be put there: nothing is, or an empty directory, or a snapshot and
+/// nothing besides.
 pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error> {
     let refuse = |found: &str| Err(Error::NotASnapshot { path: dir.to_owned(), found: found.to_owned() });
     match dir.symlink_metadata() {
@@ -200,8 +203,8 @@ impl<'f> StagingDir<'f> {
     }
 
     /// Puts it in its place: for what is there, which the caller has locked, or where nothing is.
-    /// All files in it have been synced. False if it is not so any more. On an error it may be there
-    /// all the same, whole, but not known to be on the disk.
+    /// All files in it have been synced. False if it is not so any more. On an error it may be
+    /// there all the same, whole, but not known to be on the disk.
     pub(crate) fn publish(&mut self, over: bool) -> Result<bool, Error> {
         self.files.sync_dir(&self.path)?;
         let put = if over {

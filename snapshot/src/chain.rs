@@ -15,8 +15,9 @@ use crate::format::{Damage, Manifest, Sections, SnapshotId, Warm};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::space::Kind;
 
-/// Longest chain: one full snapshot and what was saved on top of it. Each adds files to hold open, and pieces to map.
-pub const MAX_DEEP: usize = 64;
+/// Longest chain: one full snapshot and what was saved on top of it. Each adds files to hold open,
+/// and pieces to map.
+pub(crate) const MAX_DEEP: usize = 64;
 /// Longest manifest.
 const MAX_MANIFEST: u64 = 16 << 20;
 /// Longest state file. What the manifest says of it is not believed beyond that.
@@ -87,11 +88,13 @@ pub(crate) struct Opened {
     pub(crate) disks: Vec<ChainSpace>,
 }
 
-/// A snapshot whose manifests, state, indexes and lengths have been found right, and its parents', all the way. The data itself is checked as it is
-/// read, or by [`crate::verify`]. Its files are open: it stays as it is if others replace or remove the directory.
+/// A snapshot whose manifests, state, indexes and lengths have been found right, and its parents',
+/// all the way. The data itself is checked as it is read, or by [`crate::verify`]. Its files are
+/// open: it stays as it is if others replace or remove the directory.
 ///
-/// What is not guarded against is a data file that is cut short in place. Then accesses to memory that was restored lazily fail: KVM_RUN and system calls with
-/// EFAULT, which stops the one VM with a reason; this process by SIGBUS, which the VMM takes.
+/// What is not guarded against is a data file that is cut short in place. Then accesses to memory
+/// that was restored lazily fail: KVM_RUN and system calls with EFAULT, which stops the one VM with
+/// a reason; this process by SIGBUS, which the VMM takes.
 #[derive(Clone, Debug)]
 pub struct Snapshot(pub(crate) Arc<Opened>);
 
@@ -216,11 +219,6 @@ impl Snapshot {
         self.0.members.len()
     }
 
-    /// Where they are, itself first.
-    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
-        self.0.members.iter().map(|member| member.dir.path())
-    }
-
     /// The section of that name.
     #[must_use]
     pub fn section(&self, name: &str) -> Option<&[u8]> {
@@ -247,7 +245,8 @@ impl Snapshot {
         (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
     }
 
-    /// The pages that a run from it touched first, if that was ever recorded, for [`crate::Load::Warm`].
+    /// The pages that a run from it touched first, if that was ever recorded, for
+    /// [`crate::Load::Warm`].
     ///
     /// # Errors
     /// When the file is there and damaged, which harms nothing else.

@@ -1,7 +1,8 @@
 //! Compacting: a chain becomes one full snapshot, in the newest one's place.
 //!
-//! It keeps its identity. That is the identity of its contents, which do not change, so what was saved on top of it is as right as before. Its parents
-//! stay as they are: others may depend on them.
+//! It keeps its identity. That is the identity of its contents, which do not change, so what was
+//! saved on top of it is as right as before. Its parents stay as they are: others may depend on
+//! them.
 
 use std::path::Path;
 

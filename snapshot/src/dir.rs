@@ -132,7 +132,8 @@ impl Files {
         renamed.map_err(|source| Error::file("put in place", path, source))
     }
 
-    /// The names in a directory ([`Self::whole_dir`]) that are text and begin with `prefix`, sorted.
+    /// The names in a directory ([`Self::whole_dir`]) that are text and begin with `prefix`,
+    /// sorted.
     pub(crate) fn names_like(&self, dir: &Dir, prefix: &str) -> Result<Vec<String>, Error> {
         let text = |name: OsString| name.into_string().ok().filter(|name| name.starts_with(prefix));
         Ok(self.names_in(dir.file(), &dir.path)?.into_iter().filter_map(text).collect())

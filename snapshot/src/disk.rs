@@ -51,8 +51,8 @@ impl DiskReader {
         self.space().bytes
     }
 
-    /// Reads `bytes` at `offset`. What is stored uncompressed is not compared with its checksum here, because that would take reading 256 KiB;
-    /// [`Self::copy_to`] and [`crate::verify`] do.
+    /// Reads `bytes` at `offset`. What is stored uncompressed is not compared with its checksum
+    /// here, because that would take reading 256 KiB; [`Self::copy_to`] and [`crate::verify`] do.
     ///
     /// # Errors
     /// When that is beyond the end, or cannot be read.
@@ -115,7 +115,8 @@ impl DiskReader {
         runs
     }
 
-    /// Writes it into an empty file, which becomes as long and has holes where there are zeros. Every chunk is compared with its checksum.
+    /// Writes it into an empty file, which becomes as long and has holes where there are zeros.
+    /// Every chunk is compared with its checksum.
     ///
     /// # Errors
     /// When a chunk is damaged, or the file, named by `path`, cannot be written.
@@ -138,7 +139,8 @@ impl DiskReader {
 /// A layer of a disk.
 #[derive(Debug)]
 pub struct DiskLayerFile {
-    /// What its data is in, and where that is: each page at its own offset. None if it is compressed: read it through its [`DiskReader`].
+    /// What its data is in, and where that is: each page at its own offset. None if it is
+    /// compressed: read it through its [`DiskReader`].
     pub file: Option<(File, PathBuf)>,
     /// What it has of the disk, ascending.
     pub runs: Vec<(PageRange, Kind)>,
@@ -160,7 +162,8 @@ impl DiskReader {
     }
 }
 
-/// Calls `with` for each chunk that some page of the space is in, with the number of its layer and the pages that are wanted of it.
+/// Calls `with` for each chunk that some page of the space is in, with the number of its layer and
+/// the pages that are wanted of it.
 pub(crate) fn each_chunk(
     space: &ChainSpace,
     mut with: impl FnMut(usize, &LayerFile, &Chunk, &[PageRange]) -> Result<(), Error>,

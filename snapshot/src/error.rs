@@ -10,6 +10,7 @@ use crate::format::{Damage, SnapshotId};
 
 /// A snapshot that could not be written or used. One that was there before is as it was.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// ENOSPC, EDQUOT.
     #[error("no space left for {}", path.display())]

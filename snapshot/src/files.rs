@@ -1,4 +1,5 @@
-//! Every operation on files, in one place: named in errors, repeated when interrupted, and made to fail by tests.
+//! Every operation on files, in one place: named in errors, repeated when interrupted, and made to
+//! fail by tests.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType, OpenOptions};
@@ -162,7 +163,8 @@ impl Files {
         self.run(Op::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
     }
 
-    /// Has a file on the disk. A failure is final: what a later call says of the same pages is not to be trusted.
+    /// Has a file on the disk. A failure is final: what a later call says of the same pages is not
+    /// to be trusted.
     pub(crate) fn sync(&self, file: &File, path: &Path) -> Result<(), Error> {
         self.run(Op::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
     }

@@ -62,7 +62,8 @@ impl LayerFile {
         Ok(index)
     }
 
-    /// The data pages of a chunk, one after another, after its checksum has been found right. `into` is given back, so that it is allocated once.
+    /// The data pages of a chunk, one after another, after its checksum has been found right.
+    /// `into` is given back, so that it is allocated once.
     pub(crate) fn read_chunk(&self, files: &Files, chunk: &Chunk, mut into: Vec<u8>) -> Result<Vec<u8>, Error> {
         into.clear();
         into.resize(chunk.stored as usize, 0);
@@ -94,7 +95,8 @@ impl LayerFile {
         Ok(out)
     }
 
-    /// Calls `with` for each piece of `wanted`, all in one chunk, with its bytes out of what [`Self::read_chunk`] returned.
+    /// Calls `with` for each piece of `wanted`, all in one chunk, with its bytes out of what
+    /// [`Self::read_chunk`] returned.
     pub(crate) fn pick<E>(
         &self,
         chunk: &Chunk,

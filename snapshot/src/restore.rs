@@ -1,8 +1,9 @@
 //! Restoring memory: layers of a snapshot become layers of VMs.
 //!
-//! A layer that is not compressed is mapped as it is: its file has each page at the page's own offset, so neighbours in memory are neighbours in the
-//! file, and a hole between two of them reads as the zeros that are there, which lets one mapping span both. The rest is copied into memory, and every chunk
-//! that is copied has been compared with its checksum.
+//! A layer that is not compressed is mapped as it is: its file has each page at the page's own
+//! offset, so neighbours in memory are neighbours in the file, and a hole between two of them reads
+//! as the zeros that are there, which lets one mapping span both. The rest is copied into memory,
+//! and every chunk that is copied has been compared with its checksum.
 
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +21,8 @@ use crate::error::Error;
 use crate::files::{Files, len};
 use crate::format::{Damage, NoForkKind};
 
-/// Mappings that a region may come to before gaps are bridged over more generously and short pieces copied.
+/// Mappings that a region may come to before gaps are bridged over more generously and short pieces
+/// copied.
 const MANY: usize = 256;
 /// Zeros between two pieces of one file are mapped with them up to this many pages at first.
 const GAP: u64 = 16;
@@ -30,8 +32,8 @@ const MAX_SHORT: u64 = 512;
 /// How memory comes from the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Load {
-    /// As it is touched, from the page cache, which all VMs of the snapshot share. What is compressed is decompressed first. Its data is not compared
-    /// with checksums.
+    /// As it is touched, from the page cache, which all VMs of the snapshot share. What is
+    /// compressed is decompressed first. Its data is not compared with checksums.
     Lazy,
     /// All of it now, into huge pages, each chunk compared with its checksum.
     Preload,
@@ -73,10 +75,12 @@ impl Region {
 }
 
 impl Snapshot {
-    /// Its memory as an image, which any number of VMs of the process can be started from, and be saved on top of incrementally.
+    /// Its memory as an image, which any number of VMs of the process can be started from, and be
+    /// saved on top of incrementally.
     ///
     /// # Errors
-    /// When it was made on another kind of machine, a file has become shorter, a chunk that is read is damaged, or there is no memory.
+    /// When it was made on another kind of machine, a file has become shorter, a chunk that is read
+    /// is damaged, or there is no memory.
     pub fn restore_ram(&self, store: &Store, load: &Load) -> Result<RamImage, Error> {
         let (ours, theirs) = (std::env::consts::ARCH, &self.manifest().machine);
         if ours != theirs {
@@ -227,7 +231,8 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
             && range.start() - last.end() <= gap
         {
             let between = PageRange::new(last.end(), range.start());
-            // Zeros, in the space. In the file they must be a hole: it may have pages there that a later layer says are zeros.
+            // Zeros, in the space. In the file they must be a hole: it may have pages there that a
+            // later layer says are zeros.
             let hole = match owner {
                 Owner::File(at) => space.layers[at].index.data_within(between).next().is_none(),
                 Owner::Draft => true,

@@ -25,7 +25,8 @@ use crate::write::write_layer;
 /// How a save is watched, and stopped.
 #[derive(Clone, Copy)]
 pub struct SaveProgress<'a> {
-    /// Told bytes done and bytes to do at most (what turns out to be zeros is done without being written), on the thread that saves.
+    /// Told bytes done and bytes to do at most (what turns out to be zeros is done without being
+    /// written), on the thread that saves.
     pub progress: &'a dyn Fn(u64, u64),
     /// Set by anyone, at any time.
     pub cancel: &'a AtomicBool,
@@ -107,7 +108,8 @@ pub struct Base<'a> {
 pub struct Save<'a> {
     /// Its memory.
     pub memory: &'a RamImage,
-    /// Its disks. Of a full save they give all of their pages, of an incremental one those that changed since the base.
+    /// Its disks. Of a full save they give all of their pages, of an incremental one those that
+    /// changed since the base.
     pub disks: &'a [DiskToSave<'a>],
     /// Everything else, as the caller likes.
     pub sections: &'a [(&'a str, &'a [u8])],
@@ -122,7 +124,8 @@ pub struct Save<'a> {
 /// What was saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saved {
-    /// Which snapshot it is. The caller replaces its last image by the one just saved **after** it has this: until then the last base is the base.
+    /// Which snapshot it is. The caller replaces its last image by the one just saved **after** it
+    /// has this: until then the last base is the base.
     pub id: SnapshotId,
     /// Pages written, of memory and disks.
     pub data_pages: u64,
@@ -139,8 +142,8 @@ impl Save<'_> {
     /// Writes it to `dir`, in place of the snapshot that is there.
     ///
     /// # Errors
-    /// Then what was in `dir` is there as it was. Only if the last sync failed may the new one be there instead, whole, but not known to
-    /// outlive a power cut: it is to be saved again.
+    /// Then what was in `dir` is there as it was. Only if the last sync failed may the new one be
+    /// there instead, whole, but not known to outlive a power cut: it is to be saved again.
     pub fn to(&self, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
         self.with(&Files::default(), dir, watch)
     }

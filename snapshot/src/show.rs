@@ -67,7 +67,8 @@ pub struct Summary {
     pub ignored: Vec<String>,
 }
 
-/// Describes the snapshot in `dir`. A chain that is broken is said, and does not keep the rest from being shown.
+/// Describes the snapshot in `dir`. A chain that is broken is said, and does not keep the rest from
+/// being shown.
 ///
 /// # Errors
 /// When its own manifest cannot be read.

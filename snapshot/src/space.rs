@@ -21,14 +21,16 @@ pub trait Space: Sync {
     /// Its length. What is beyond it in its last page is saved as zeros.
     fn bytes(&self) -> u64;
 
-    /// Which pages to save, ascending and disjoint: all of them for a full snapshot, those that may have changed since the base for an incremental one. A page
-    /// in no run is *unchanged*, never zeros.
+    /// Which pages to save, ascending and disjoint: all of them for a full snapshot, those that may
+    /// have changed since the base for an incremental one. A page in no run is *unchanged*, never
+    /// zeros.
     ///
     /// # Errors
     /// When it cannot be told.
     fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>>;
 
-    /// Reads pages from `page` on, as many as `bytes` holds (whole pages; the last page of the space is padded with zeros).
+    /// Reads pages from `page` on, as many as `bytes` holds (whole pages; the last page of the
+    /// space is padded with zeros).
     ///
     /// # Errors
     /// When they cannot be read.

@@ -10,8 +10,8 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::Warm;
 
-/// Writes down for the snapshot in `dir` which pages of memory (see [`crate::linear`]) a VM touched after it was started from there, first things first, in
-/// place of what was written down before.
+/// Writes down for the snapshot in `dir` which pages of memory (see [`crate::linear`]) a VM touched
+/// after it was started from there, first things first, in place of what was written down before.
 ///
 /// # Errors
 /// Then what was there is as it was.

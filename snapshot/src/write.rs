@@ -1,7 +1,8 @@
-//! Writing a layer: the caller's thread reads, looks for zeros, sums and compresses a window while another thread writes the one before.
+//! Writing a layer: the caller's thread reads, looks for zeros, sums and compresses a window while
+//! another thread writes the one before.
 //!
-//! A layer that is not compressed is written past the page cache, in writes of up to 4 MiB: a snapshot is read again later or never, and its pages
-//! would push out others.
+//! A layer that is not compressed is written past the page cache, in writes of up to 4 MiB: a
+//! snapshot is read again later or never, and its pages would push out others.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,8 @@ use crate::space::{Kind, Space};
 const WINDOW: u64 = 1024;
 /// Windows under way.
 const BUFFERS: usize = 3;
-/// Zeros beside data are written with it when they are fewer pages than this: fewer writes, extents and mappings for a little space.
+/// Zeros beside data are written with it when they are fewer pages than this: fewer writes, extents
+/// and mappings for a little space.
 const SHORT: u64 = 16;
 const ALIGN: usize = 4096;
 static ZERO: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
@@ -305,7 +307,8 @@ mod tests {
     use crate::save::SaveProgress;
     use std::io;
 
-    /// Many windows in which short zeros that are known, long ones, and pages that turn out to be zeros stand between data and gaps.
+    /// Many windows in which short zeros that are known, long ones, and pages that turn out to be
+    /// zeros stand between data and gaps.
     struct Pattern;
 
     const PAGES: u64 = 9 * WINDOW + 5;

@@ -1,16 +1,18 @@
-//! Keeping the files of a disk few.
+//! Keeps the number of a disk's files low.
 //!
-//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one cluster of it
-//! is nowhere else. A disk that is forked a thousand times, and writes a little in between, would have a thousand
-//! overlays: two descriptors each, and the process has so many.
+//! A disk that is forked makes another overlay at its next write. An overlay lives as long as it
+//! has one cluster that is nowhere else. A disk that is forked a thousand times, with a few writes
+//! in between, would have a thousand overlays with two descriptors each.
 //!
-//! So when the map names too many, clusters of the smallest are *moved* into the own file until half as many are left:
-//! read, written, and then in the map, like a guest's write of the same bytes, alone with its clusters, and while the
-//! guest goes on. As in a log-structured merge, what has been moved is in a larger file, and is moved again only when
-//! there are many of that size.
+//! So when a map names too many overlays, the clusters of the smallest are *moved* into the active
+//! file until half as many are left. A move reads the clusters, writes them, and changes the map,
+//! while the guest runs. It holds its clusters as a guest's write does. As in a log-structured
+//! merge, moved clusters are in a larger file, and move again only when there are many files of
+//! that size.
 //!
-//! Images keep the files they have. Nothing is moved while a parent's writes are still on their way into a file of this disk, and nothing is moved
-//! into an overlay that would be made for it: a disk nobody writes costs no file.
+//! Images keep the files they have. Nothing is moved while a parent's writes to a file of this disk
+//! are in flight. No overlay is made only to move clusters into it: a disk without writes costs no
+//! file.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -25,34 +27,34 @@ use super::job::{Job, Stage, Work};
 use super::live::Disk;
 use super::map::{BlockMap, CLUSTER, Source};
 
-/// Overlays that a map may name.
+/// Overlays that a map may name before they are merged.
 const MOST: usize = 64;
-/// Overlays made between two looks at how many there are: looking takes as long as the map is.
+/// Overlays made between two counts of them: counting takes time proportional to the map.
 const LOOK: u32 = 16;
-/// Clusters moved at once.
+/// Most clusters in one move.
 const RUN: u64 = 64;
 /// Moves in flight.
 const AT_ONCE: usize = 2;
-/// How long the end of moves is waited for.
+/// How long a commit waits for the moves in flight.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is to be moved, and how much of it is under way.
+/// The queue of moves, and how many are in flight.
 ///
-/// Invariants: at most [`AT_ONCE`] moves run; a queued range is at most [`RUN`] clusters; nothing is
-/// urgent once the queue was forgotten.
+/// Invariants: at most [`AT_ONCE`] moves run. A queued range is at most [`RUN`] clusters. Nothing
+/// is urgent when the queue is cleared.
 #[derive(Debug)]
 pub(super) struct Relocation {
     /// Ranges of clusters. The file that has a range is looked up when its turn comes.
     queue: VecDeque<Range<u64>>,
     /// Moves in flight.
     running: usize,
-    /// Overlays made since the last look.
+    /// Overlays made since they were last counted.
     made: u32,
-    /// Whether a flush waits for them.
+    /// Whether a flush waits for the moves.
     urgent: bool,
-    /// Whether none may begin: the disk is being committed.
+    /// Whether no move may begin, because the disk is being committed.
     held: bool,
-    /// See [`MOST`] and [`LOOK`].
+    /// [`MOST`] and [`LOOK`]; tests set others.
     most: usize,
     look: u32,
 }
@@ -64,7 +66,8 @@ impl Default for Relocation {
 }
 
 impl Relocation {
-    /// To be called when `active`, an overlay, was made: looks now and then whether `map` names too many.
+    /// Notes that `active`, an overlay, was made. Now and then, counts the overlays of `map` and
+    /// queues the smallest.
     pub(super) fn overlay_made(&mut self, map: &BlockMap, active: &Arc<IoFile>, path: &Path) {
         self.made += 1;
         if self.made < self.look || self.is_queued() {
@@ -106,18 +109,18 @@ impl Relocation {
         Some(range)
     }
 
-    /// A move that was running has ended.
+    /// Counts a move as ended.
     pub(super) fn ended(&mut self) {
         self.running -= 1;
     }
 
-    /// What is not under way stays where it is.
+    /// Clears the queue. Moves in flight continue.
     pub(super) fn forget(&mut self) {
         self.urgent = false;
         self.queue.clear();
     }
 
-    /// Whether nothing is to be moved.
+    /// Whether no move is queued or in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.running == 0
     }
@@ -131,7 +134,7 @@ impl Relocation {
         self.running
     }
 
-    /// A flush waits for what is queued.
+    /// Makes flushes wait for what is queued.
     pub(super) fn set_urgent(&mut self) {
         self.urgent = true;
     }
@@ -140,7 +143,7 @@ impl Relocation {
         self.urgent
     }
 
-    /// Lets no move begin, or lets them begin again.
+    /// Stops moves from beginning, or lets them begin again.
     pub(super) fn hold(&mut self, held: bool) {
         self.held = held;
     }
@@ -155,31 +158,32 @@ impl Relocation {
     }
 }
 
-/// Whether clusters of `file` may be moved away: an overlay that has become read-only.
+/// Whether clusters of `file` may be moved away: whether it is an overlay that is read-only now.
 pub(super) fn movable(file: &Arc<IoFile>, active: Option<&Arc<IoFile>>) -> bool {
     !file.is_named() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
 }
 
 impl Disk {
-    /// Begins what is to be moved, a little at a time.
+    /// Begins moves, as many as may run at once.
     pub(super) fn begin_moves(&mut self) {
         self.chain.rescan_for_fold();
         while let Some(range) = self.chain.next_move() {
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
-            // Its token is no request's: the chain counts it, and its end is reported to no device.
+            // The token is no request's. The chain counts the move, and no device sees its end.
             self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
         }
     }
 
-    /// Reads what of the job's clusters can still be moved: all of one run of them. The rest is moved later.
+    /// Plans a move: reads one run of the job's clusters that can still be moved. The other runs
+    /// are queued again.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        // Planned again after a fork, it may have nothing to do any more.
+        // Planned again after a fork, it may have nothing left to do.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
         let (chain, map) = (&self.chain, self.chain.map());
         let mut runs: Vec<Range<u64>> = Vec::new();
         for (range, source) in map.pieces(job.clusters()) {
             if chain.is_folding() && matches!(source, Source::Zero) {
-                // Alone: no bytes are moved.
+                // Alone, and no bytes are moved.
                 runs.push(range);
             } else if chain.is_movable(source) {
                 match runs.last_mut() {
@@ -191,7 +195,7 @@ impl Disk {
             }
         }
         let mut runs = runs.into_iter();
-        // Without an active file: forked meanwhile, and not written since.
+        // There is no active file if the disk was forked meanwhile and not written since.
         let (Some(active), Some(run)) = (chain.active().cloned(), runs.next()) else { return Ok(()) };
         self.chain.requeue_moves(runs);
         job.offset = run.start * CLUSTER;
@@ -215,7 +219,8 @@ impl Disk {
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Stops moving, and waits for what is under way. What cannot be ended stays in flight.
+    /// Clears the queue and waits for the moves in flight. One that does not end in time stays in
+    /// flight.
     pub(super) fn settle_moves(&mut self) {
         self.chain.forget_moves();
         let deadline = Instant::now() + TIMEOUT;

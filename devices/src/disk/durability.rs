@@ -11,43 +11,47 @@ use super::journal::{ImageError, Journal, Log, Standing};
 use super::overlay_chain::OverlayChain;
 use super::shadow::Shadow;
 
-/// Flushes in a row that have found the disk alone, before it is folded: a guest that is forked again and again need not be.
+/// Flushes in a row that must find the disk alone before it is folded. A guest that is forked again
+/// and again need not be.
 const FOLD_AFTER: u32 = 2;
 
-/// The state of flushes, and where they put what the base may not be given.
+/// The flush on its way, and the journal or the new image that takes what the base must not get.
 ///
 /// Invariants:
 ///
-/// - Only the disk that was opened from the base has a journal or a new image; its children have neither.
-/// - The journal takes a flush of a forked disk only where there is no new image. A new image that cannot
-///   be made is given up for good.
+/// - Only the disk that was opened from the base has a journal or a new image; its children have
+///   neither.
+/// - The journal takes a flush of a forked disk only where there is no new image. A new image that
+///   cannot be made is given up for good.
 /// - At most one flush, `flushing`, uses the journal or the new image at a time.
 /// - `lost` is never cleared. The system reports a lost write once; no later flush may succeed.
 #[derive(Debug, Default)]
 pub(super) struct Durability {
     journal: Option<Journal>,
-    /// Where the file system has reflinks.
+    /// The new image, where the file system has reflinks.
     shadow: Option<Shadow>,
-    /// Slot of the flush that is on its way. Others wait: they promise what it may not have done yet.
+    /// Slot of the flush that is on its way. Others wait: they promise what this one may not have
+    /// done yet.
     flushing: Option<usize>,
-    /// Whether the system has failed to make the base, or an overlay that is committed, durable.
+    /// Whether the system has failed to make durable the base, or an overlay that is committed.
     lost: bool,
     /// Flushes in a row that have found the disk alone.
     alone: u32,
 }
 
 impl Durability {
-    /// Of the disk that was opened from the base.
+    /// For the disk that was opened from the base.
     pub(super) fn new(journal: Option<Journal>, shadow: Option<Shadow>) -> Self {
         Self { journal, shadow, ..Self::default() }
     }
 
-    /// The disk was forked.
+    /// Notes a fork.
     pub(super) fn forked(&mut self) {
         self.alone = 0;
     }
 
-    /// The map is another. Of another disk (`same_base` is false), what this one has made durable stays its image's.
+    /// Notes a rewind. If the image is of another base, the journal and the new image stay as they
+    /// are on disk, for that base.
     pub(super) fn rewound(&mut self, same_base: bool) {
         self.journal = self.journal.take().filter(|_| same_base);
         self.journal.iter_mut().for_each(Journal::replaced);
@@ -56,14 +60,14 @@ impl Durability {
         self.alone = 0;
     }
 
-    /// The map has `clusters` elsewhere now.
+    /// Notes that the map has `clusters` in another file now.
     pub(super) fn moved(&mut self, clusters: &Range<u64>) {
         self.journal.iter_mut().for_each(|journal| journal.moved(clusters.clone()));
     }
 
-    /// `clusters` have changed, whether or not they are elsewhere now.
+    /// Notes that `clusters` have changed, in place or not.
     pub(super) fn changed(&mut self, clusters: Range<u64>) {
-        // In place as well: a new image has none of the overlays.
+        // In place as well: the new image has no overlay's clusters.
         self.shadow.iter_mut().for_each(|shadow| shadow.moved(clusters.clone()));
     }
 
@@ -74,12 +78,12 @@ impl Durability {
         self.lost || journal || shadow
     }
 
-    /// Whether the system has failed to make the base durable.
+    /// Whether the system has failed to make durable the base, or an overlay that is committed.
     pub(super) fn is_base_lost(&self) -> bool {
         self.lost
     }
 
-    /// The system has failed to make something durable.
+    /// Notes that the system has failed to make a write durable.
     pub(super) fn set_lost(&mut self) {
         self.lost = true;
     }
@@ -96,8 +100,8 @@ impl Durability {
         self.flushing.is_some()
     }
 
-    /// Begins the flush in slot `at`. `dirty` says that the base was written since it was last synced.
-    /// Returns what the kernel is to do first.
+    /// Begins the flush in slot `at`. `dirty` says that the base was written since it was last
+    /// synced. Returns what the kernel is to do first.
     pub(super) fn begin_flush(
         &mut self,
         at: usize,
@@ -110,7 +114,7 @@ impl Durability {
         let folds = chain.is_folding() || self.alone >= FOLD_AFTER && self.may_fold(chain);
         let shadowed = begun.is_some();
         let mut requests = begun.unwrap_or_default();
-        // Of a disk that has no journal, what is in an overlay is gone with the process, synced or not.
+        // Without a journal, an overlay ends with the process, synced or not.
         let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !shadowed) {
             _ if shadowed => true,
             Some(journal) => match journal.begin(chain.map(), Standing { dirty, writing: folds }) {
@@ -135,7 +139,8 @@ impl Durability {
         Ok(requests)
     }
 
-    /// Begins a flush into a new image, where the file system has reflinks. None if a journal does instead.
+    /// Begins a flush into a new image, where the file system has reflinks. None if a journal does
+    /// instead.
     fn begin_shadow(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
         let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
         match shadow.begin(chain.map(), dirty) {
@@ -150,7 +155,8 @@ impl Durability {
         }
     }
 
-    /// Whether the image is as this disk has left it: what something else has written there is not to be written over.
+    /// Whether the image is as this disk has left it. What another program has written there must
+    /// not be overwritten.
     fn may_fold(&self, chain: &OverlayChain) -> bool {
         let checked = self.journal.as_ref().map_or(Ok(()), Journal::check_image);
         if let Err(error) = checked.as_ref().map_err(|error| error as &dyn std::error::Error)
@@ -161,7 +167,7 @@ impl Durability {
         checked.is_ok()
     }
 
-    /// The next step of the flush in slot `at`, which the journal is busy with, or the new image.
+    /// The next step of the flush in slot `at`, in the journal or in the new image.
     pub(super) fn next_step(&mut self, at: usize) -> Result<Option<Request>, DiskError> {
         if self.flushing != Some(at) {
             return Ok(None);
@@ -179,25 +185,25 @@ impl Durability {
         base.set_unsynced();
     }
 
-    /// The flush in slot `at` has ended. Returns whether it was the one on its way.
+    /// Ends the flush in slot `at`. Returns whether it was the one on its way.
     pub(super) fn end_flush(&mut self, at: usize, error: Option<&DiskError>) -> bool {
         if self.flushing != Some(at) {
             return false;
         }
         self.flushing = None;
-        // Nothing is left to give up when it went well. What was cancelled is not lost.
+        // After success there is nothing to give up. What was cancelled is not lost.
         let lost = matches!(error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
         self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
         self.shadow.iter_mut().for_each(|shadow| shadow.give_up(lost));
         true
     }
 
-    /// A fold has ended: the disk is to be found alone as often again before the next.
+    /// Notes the end of a fold. The next one needs [`FOLD_AFTER`] flushes again.
     pub(super) fn fold_ended(&mut self) {
         self.alone = 0;
     }
 
-    /// The new image becomes the base of `chain`, if there is one and no clone needs the old base.
+    /// Makes the new image the base of `chain`, if there is one and no clone needs the old base.
     pub(super) fn take_over(&mut self, chain: &mut OverlayChain) {
         let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_alone()) else { return };
         let known = shadow.image().map(IoFile::identity);
@@ -209,27 +215,28 @@ impl Durability {
         }
     }
 
-    /// Where the journal is, if it is there.
+    /// The journal's directory, if there is one.
     pub(super) fn kept_in(&self) -> Option<PathBuf> {
         self.journal.as_ref().and_then(Journal::kept_in)
     }
 
-    /// Refuses an image that something else has changed since the journal's last record.
+    /// Refuses an image that another program has changed since the journal's last record.
     pub(super) fn check_image(&self) -> Result<(), ImageError> {
         self.journal.as_ref().map_or(Ok(()), Journal::check_image)
     }
 
-    /// For a commit, which notes in the journal what it has put into the image.
+    /// The journal's end, where a commit records what it has copied into the image.
     pub(super) fn log(&self) -> Option<Log> {
         self.journal.as_ref().and_then(Journal::log)
     }
 
-    /// A commit changes the map without the journal: the journal's next record must be a whole one.
+    /// Notes that a commit changes the map without the journal: the next record must be a whole
+    /// one.
     pub(super) fn journal_replaced(&mut self) {
         self.journal.iter_mut().for_each(Journal::replaced);
     }
 
-    /// The image has everything: the journal goes.
+    /// Removes the journal: the image has everything.
     pub(super) fn remove_journal(&mut self) -> Result<(), FileError> {
         self.journal.iter_mut().try_for_each(Journal::remove)
     }
@@ -240,7 +247,7 @@ impl Durability {
     }
 }
 
-/// Whether the system has failed to make the base durable.
+/// Whether the error says that the base was not made durable.
 fn is_lost(error: &DiskError, base: &IoFile) -> bool {
     matches!(error, DiskError::Transfer(Failure::Io { path, .. }) if path == base.path())
 }

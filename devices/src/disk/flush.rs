@@ -1,13 +1,18 @@
-//! Flushes, and folding: overlays that no clone needs any more go back into the image while the guest goes on.
+//! Flushes, and folding: overlays that no clone needs go back into the image while the guest runs.
 //!
-//! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The base may then be
-//! written again. At the second flush in a row that finds the disk alone, the journal first says, durably, that the
-//! image is being written. Then the base is the disk's own file again: writes go there, and what is in overlays is
-//! moved there, cluster by cluster, like by compaction ([`super::compact`]). The flush after that finds everything in
-//! the image and takes the journal away. A fork in the middle is a fork like any other: the map has some clusters in
-//! the image and some in overlays.
+//! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The
+//! base may then be written again. Folding has three steps:
 //!
-//! Without a journal nothing is folded: a crash half-way would leave an image that is of no instant.
+//! 1. The second flush in a row that finds the disk alone says in the journal, durably, that the
+//!    image is being written.
+//! 2. The base becomes the active file again. Writes go there, and overlays are moved there cluster
+//!    by cluster, as by compaction ([`super::compact`]).
+//! 3. The next flush that finds everything in the image removes the journal.
+//!
+//! A fork in the middle is a fork like any other: the map has some clusters in the image and some
+//! in overlays.
+//!
+//! Without a journal nothing is folded. A crash half-way would leave an image of no instant.
 
 use super::DiskError;
 use super::job::{Job, Stage};
@@ -16,8 +21,9 @@ use super::live::Disk;
 use super::shadow::Shadow;
 
 impl Disk {
-    /// Whether a flush must wait: for one that is on its way; for writes to the image that were begun before the fork and would change its times; or
-    /// for overlays that take too much to be merged, because it would give a name to one more.
+    /// Whether a flush must wait. It waits for another flush on its way. It waits for writes to the
+    /// image that were begun before the fork, which would change the image's times. It waits for
+    /// overlays that waste room to be merged, because it would give a name to one more.
     pub(super) fn flush_waits(&self) -> bool {
         let base_busy = || self.chain.base().is_some_and(|base| base.has_writes());
         let journaled = self.chain.is_forked() && self.durability.journal().is_some();
@@ -31,23 +37,24 @@ impl Disk {
             return Err(DiskError::Lost { path: self.config().path.clone() });
         }
         let base = self.chain.base().filter(|base| base.is_writable());
-        // To be given back if the flush fails.
+        // The flag is set again if the flush fails.
         job.target = base.filter(|base| base.take_unsynced()).cloned();
         let requests = self.durability.begin_flush(at, &mut self.chain, job.target.is_some())?;
         requests.into_iter().try_for_each(|request| self.give(at, job, request))?;
         if job.left == 0 { self.flush_on(at, job) } else { Ok(()) }
     }
 
-    /// The next step of the flush that the journal is busy with, or the new image.
+    /// The next step of a flush, in the journal or in the new image.
     pub(super) fn flush_on(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         let next = self.durability.next_step(at)?;
         next.map_or(Ok(()), |request| self.give(at, job, request))
     }
 
-    /// What a flush leaves behind.
+    /// Notes how a flush has ended.
     pub(super) fn flush_ends(&mut self, at: usize, job: &mut Job) {
         if let Some(error) = &job.error {
-            // Not durable: the next flush tries again, unless the system has said that something is lost. It says so once.
+            // Not durable: the next flush tries again, unless the system has reported a lost write.
+            // The system reports it once.
             let base = job.target.take().or_else(|| self.chain.base().cloned());
             if let Some(base) = base {
                 self.durability.flush_failed(error, &base);
@@ -56,14 +63,14 @@ impl Disk {
         if !self.durability.end_flush(at, job.error.as_ref()) {
             return;
         }
-        // Other flushes have waited for it.
+        // Other flushes have waited for this one.
         self.requests.release();
         if job.error.is_none() {
             self.after_flush();
         }
     }
 
-    /// Begins to fold, or is done with it; or has overlays merged that take too much.
+    /// Begins to fold, ends the fold, or has wasteful overlays merged.
     fn after_flush(&mut self) {
         if self.durability.shadow().is_some_and(Shadow::is_image) {
             return self.take_over();
@@ -87,7 +94,8 @@ impl Disk {
         }
     }
 
-    /// The new image becomes the base, if no clone needs the old one and nothing is on its way into an overlay.
+    /// Makes the new image the base, if no clone needs the old one and nothing is being written to
+    /// an overlay.
     fn take_over(&mut self) {
         if !self.requests.has_changes() && self.chain.relocation().is_idle() {
             self.durability.take_over(&mut self.chain);

@@ -1,4 +1,5 @@
-//! A disk in use: takes requests, follows the map, gives operations to the engine, and says when requests are done.
+//! A disk in use: takes requests, follows the map, gives operations to the engine, and reports the
+//! requests that are done.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,11 +37,12 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the disk of a VM that is booted. A journal that was left beside the image is put in first; a disk that is only read shows what is
-    /// in it.
+    /// Opens the disk of a VM that is booted. A journal that was left beside the image is applied
+    /// first. A read-only disk shows the journal's clusters without applying them.
     ///
     /// # Errors
-    /// When the file cannot be used as one, or what was left beside it cannot: nothing of that is lost then.
+    /// When the file cannot be a disk, or its journal cannot be applied. Nothing of the journal is
+    /// lost then.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
         let base = Arc::new(IoFile::open(&config.path, !(config.read_only || config.ephemeral), config.cache)?);
         let size = base.size()? / SECTOR * SECTOR;
@@ -62,7 +64,8 @@ impl Disk {
             None => {}
         }
         let active = base.is_writable().then(|| Arc::clone(&base));
-        // A process that has ended may have left writes in the page cache. They are shown, so the first flush is about them too.
+        // A process that has ended may have left writes in the page cache. They can be read, so the
+        // first flush covers them too.
         base.set_unsynced();
         let journal = active.as_ref().and_then(|base| Journal::new(base, size, &overlays));
         let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
@@ -76,18 +79,20 @@ impl Disk {
         Ok(Self { requests, chain, durability: Durability::default() })
     }
 
-    /// The disk at this instant, in constant time. What this disk has written so far becomes read-only for everybody.
+    /// The disk at this instant, in constant time. What this disk has written so far becomes
+    /// read-only, for this disk as well.
     ///
-    /// Writes in flight go on into files that the image has too. They are not in its map unless they are to clusters
-    /// that it has from the very file they go to; those requests are done again by whoever continues the image, with
-    /// the same bytes, before it reads anything (see docs/devices.md).
+    /// Writes in flight continue into files that the image has too. The image's map does not show
+    /// them, except in clusters that were already mapped to the file being written. The device that
+    /// continues from the image does those requests again, with the same bytes, before it reads
+    /// anything (see docs/devices.md).
     pub fn fork(&mut self) -> DiskImage {
         self.durability.forked();
         self.chain.fork(self.requests.targets())
     }
 
-    /// Goes back to an instant, in place: what was written since is in a file that nobody has any more. Refused, with nothing changed, while
-    /// requests are in flight.
+    /// Goes back to an image, in place. What was written since is dropped with the active file.
+    /// Returns false, with nothing changed, while requests are in flight.
     #[must_use]
     pub fn rewind(&mut self, image: &DiskImage) -> bool {
         if self.in_flight() > 0 {
@@ -105,13 +110,14 @@ impl Disk {
         self.chain.size()
     }
 
-    /// What it was made from.
+    /// The configuration it was opened with.
     #[must_use]
     pub fn config(&self) -> &DiskConfig {
         self.chain.config()
     }
 
-    /// Whether transfers go through the host's page cache: what was asked for, as far as the file system has it.
+    /// Whether transfers go through the host's page cache. The file system may not support the
+    /// policy that was configured.
     #[must_use]
     pub fn policy(&self) -> CachePolicy {
         self.chain.policy()
@@ -123,7 +129,7 @@ impl Disk {
         self.chain.is_forked()
     }
 
-    /// Requests that are not done, and what the disk does on its own meanwhile.
+    /// Requests that are not done, and relocations in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.requests.in_flight() + self.chain.relocation().running()
@@ -135,29 +141,29 @@ impl Disk {
         self.requests.event()
     }
 
-    /// How transfers were done so far.
+    /// How the engine has done transfers so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.requests.stats()
     }
 
-    /// What has gone wrong with it on the host.
+    /// What has gone wrong with the disk on the host.
     #[must_use]
     pub fn health(&self) -> DiskHealth {
         DiskHealth { no_room: self.requests.no_room(), lost: self.durability.is_lost() }
     }
 
-    /// Extents of the map, and files that provide something.
+    /// Extents in the map, and files that have at least one cluster.
     #[must_use]
     pub fn extents_and_files(&self) -> (usize, usize) {
         (self.chain.map().len(), self.chain.map().sizes().len())
     }
 
-    /// Takes a request. It begins at the next [`Disk::kick`], and `token`, which must not be another request's in flight, comes back in a
-    /// [`DiskDone`].
+    /// Takes a request. It begins at the next [`Disk::kick`]. `token` comes back in a [`DiskDone`];
+    /// no other request in flight may have it.
     ///
     /// # Errors
-    /// When it cannot be done; nothing was begun.
+    /// When the request is not valid for this disk. Nothing was begun then.
     pub fn submit(&mut self, op: DiskOp, token: u64) -> Result<(), DiskError> {
         let (offset, len, work) = match op {
             DiskOp::Read { offset, buffers } => (offset, total_len(&buffers) as u64, Work::Read(buffers)),
@@ -213,22 +219,22 @@ impl Disk {
         self.requests.give(at, job, request, self.chain.config().latency)
     }
 
-    /// Gives the kernel what was submitted.
+    /// Submits to the kernel what was begun.
     ///
     /// # Errors
-    /// When it takes nothing; it is given again at the next call.
+    /// When the kernel takes nothing. The next call submits it again.
     pub fn kick(&mut self) -> Result<(), DiskError> {
         self.begin_moves();
         Ok(self.requests.flush_engine()?)
     }
 
-    /// Whether the kernel had no memory for what was submitted: kick again soon.
+    /// Whether the kernel had no memory for a submission. The caller should kick again soon.
     #[must_use]
     pub fn is_stalled(&mut self) -> bool {
         self.requests.is_stalled()
     }
 
-    /// Takes note of what the kernel has done, and hands out the requests that are done by it.
+    /// Processes the kernel's completions, and returns the requests that are done.
     ///
     /// # Errors
     /// As [`Disk::kick`].
@@ -244,7 +250,7 @@ impl Disk {
         Ok(self.requests.take_done())
     }
 
-    /// Gives up on what the kernel can give up on. Everything is still to be reaped.
+    /// Cancels what the kernel can cancel. Every request must still be reaped.
     pub fn cancel(&mut self) {
         self.chain.forget_moves();
         let mut reaped = self.requests.cancel();
@@ -257,10 +263,10 @@ impl Disk {
         self.requests.recycle(reaped);
     }
 
-    /// Waits for the kernel to have done something, up to `patience`.
+    /// Waits up to `patience` for a completion.
     ///
     /// # Errors
-    /// When it cannot be asked.
+    /// When the engine cannot wait.
     pub fn wait(&mut self, patience: Duration) -> Result<(), DiskError> {
         Ok(self.requests.wait(patience)?)
     }
@@ -273,7 +279,8 @@ impl Disk {
         self.put(at, job);
     }
 
-    /// Ends a job: the map changes, its clusters are free, and whoever waited for them begins.
+    /// Ends a job: changes the map, releases its clusters, and lets jobs that waited for them
+    /// begin.
     pub(super) fn end(&mut self, at: usize, mut job: Job) {
         match (&job.work, &job.error) {
             (Work::Write(_) | Work::Move(_), None) if job.moves => {
@@ -299,7 +306,7 @@ impl Disk {
         if job.is_relocation() {
             self.chain.move_ended();
             if let Some(error) = job.error.take() {
-                // Where it is it stays, and is tried again some overlays later.
+                // The clusters stay where they are. Another attempt is made some overlays later.
                 tracing::debug!(%error, "overlays are not merged");
                 self.chain.forget_moves();
             }
@@ -307,7 +314,7 @@ impl Disk {
         self.requests.finish(at, job);
     }
 
-    /// Counts a write that found no room, and says so the first time.
+    /// Counts a write that found no room, and logs the first one.
     fn note(&mut self, error: Option<&DiskError>) {
         let Some(error) = error.filter(|error| error.is_full()) else { return };
         if self.requests.count_no_room() == 1 {
@@ -321,7 +328,8 @@ impl Disk {
         self.chain.insert(clusters, source);
     }
 
-    /// Begins what waits and need not wait any more, in order. Not from within `end`, which would begin to nest.
+    /// Begins the jobs that need not wait any more, in order. Not from within `end`, which would
+    /// begin to nest.
     fn begin_waiting(&mut self) {
         while self.requests.take_released() {
             for at in self.requests.waiting() {
@@ -332,7 +340,7 @@ impl Disk {
         }
     }
 
-    /// Requests that were done without the kernel, as they were submitted.
+    /// Takes the requests that were done without the kernel, when they were submitted.
     #[must_use]
     pub fn take_done(&mut self) -> Vec<DiskDone> {
         self.requests.take_done()

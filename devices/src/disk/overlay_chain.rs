@@ -16,14 +16,16 @@ use super::{DiskConfig, DiskError};
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) config: DiskConfig,
-    /// The file the ancestor was opened from. None if it is made of a snapshot's files, of which none is ever written.
+    /// The file the ancestor was opened from. None if the ancestor was made of a snapshot's files,
+    /// which are never written.
     pub(super) base: Option<Arc<IoFile>>,
     /// The disk's size in bytes.
     pub(super) size: u64,
-    /// Where overlays are made.
+    /// The directory in which overlays are made.
     pub(super) overlays: Directory,
-    /// Overlays that no disk and no image has any more, to be used again. What is in one is read only where the
-    /// map says so, and it says so only of what was written since the file was taken from here: in whole clusters.
+    /// Overlays that no disk and no image has any more, to be used again. What is in one is read
+    /// only where the map says so. The map says so only of clusters that were written as a whole
+    /// since the file was taken from here.
     pub(super) pool: Arc<OverlayPool>,
 }
 
@@ -35,20 +37,22 @@ pub(super) struct Setup {
 /// - `active` is None, the base, or an overlay that this disk has made since its last fork.
 /// - Once the disk was forked, `active` is the base only while it folds, and then no other disk and
 ///   no image had the setup when the fold began.
-/// - `relocation` never moves clusters out of `active`, and never begins while `unsettled` has writes.
+/// - `relocation` never moves clusters out of `active`, and never begins while `unsettled` has
+///   writes.
 #[derive(Debug)]
 pub(super) struct OverlayChain {
     setup: Arc<Setup>,
     map: BlockMap,
     /// The file that this disk alone may write. None after a fork, until the next write.
     active: Option<Arc<IoFile>>,
-    /// Whether the disk was ever forked, or is the result of a fork, since it was all in its base.
+    /// Whether the disk was forked, or made by a fork, since it was all in its base.
     forked: bool,
     /// Files of the map that another VM was still writing when this disk was made.
     unsettled: Vec<Arc<IoFile>>,
     /// Whether a forked disk writes to its base again, and overlays are moved into it.
     folding: bool,
-    /// Whether clusters may have come into other files than the base since a fold last queued its moves.
+    /// Whether clusters may have come into other files than the base since a fold last queued its
+    /// moves.
     rescan: bool,
     relocation: Relocation,
 }
@@ -83,7 +87,7 @@ impl OverlayChain {
             self.relocation.forget();
         }
         self.stop_folding();
-        // Its map may still have them, whether or not its device has done those writes again.
+        // The map may still have them, whether or not the device has done those writes again.
         self.unsettled.retain(|file| file.has_writes());
         let mut unsettled = self.unsettled.clone();
         for target in targets {
@@ -98,7 +102,7 @@ impl OverlayChain {
     pub(super) fn rewind(&mut self, image: &DiskImage) {
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
-        // No map has it any more: its room is given back.
+        // No map has the active file any more: its room is given back.
         self.active = None;
         self.forked = true;
         self.stop_folding();
@@ -106,7 +110,7 @@ impl OverlayChain {
         self.relocation.forget();
     }
 
-    /// Whether an image is of the disk that this chain's base was opened for.
+    /// Whether the image's disk has the same base as this one.
     pub(super) fn has_base_of(&self, image: &DiskImage) -> bool {
         let base = |setup: &Setup| setup.base.as_ref().map(Arc::as_ptr);
         base(&self.setup) == base(&image.setup)
@@ -153,12 +157,12 @@ impl OverlayChain {
         self.base().is_some_and(|base| self.map.is_all(self.clusters(), base))
     }
 
-    /// The file that writes go to, if there is one yet.
+    /// The file that writes go to, if there is one.
     pub(super) fn active(&self) -> Option<&Arc<IoFile>> {
         self.active.as_ref()
     }
 
-    /// The file that writes go to. Without one, an overlay is made.
+    /// The file that writes go to. Makes an overlay if there is none.
     pub(super) fn active_or_overlay(&mut self) -> Result<Arc<IoFile>, DiskError> {
         if let Some(active) = &self.active {
             return Ok(Arc::clone(active));
@@ -170,7 +174,7 @@ impl OverlayChain {
         Ok(active)
     }
 
-    /// From now on `source` has `clusters`.
+    /// Puts `clusters` into `source`.
     pub(super) fn insert(&mut self, clusters: Range<u64>, source: Source) {
         self.rescan |= !self.base().is_some_and(|base| source.is(base));
         self.map.insert(clusters, source);
@@ -188,11 +192,11 @@ impl OverlayChain {
 
     /// Whether no other disk and no image has the base in a map.
     pub(super) fn is_alone(&mut self) -> bool {
-        // Not the count alone: what others did with it happened before.
+        // Not the count alone: `get_mut` also orders what the others did before this.
         !self.is_unsettled() && Arc::get_mut(&mut self.setup).is_some()
     }
 
-    /// Makes `file` the base, and the file that has every cluster and takes the writes: the disk is as if it had
+    /// Makes `file` the base and the active file, with every cluster. The disk is then as if it had
     /// never been forked. Returns false, with nothing changed, unless the chain is alone.
     pub(super) fn replace_base(&mut self, file: Arc<IoFile>) -> bool {
         let Some(setup) = Arc::get_mut(&mut self.setup) else { return false };
@@ -204,7 +208,7 @@ impl OverlayChain {
         true
     }
 
-    /// Copies into the base what other files have ([`write_back`]).
+    /// Copies into the base what other files have; see [`write_back`].
     pub(super) fn write_back(&mut self, base: &Arc<IoFile>, log: Option<&mut Log>) -> Result<Report, FileError> {
         write_back(&mut self.map, base, self.setup.size, log)
     }
@@ -214,7 +218,8 @@ impl OverlayChain {
         self.folding
     }
 
-    /// Writes go to the base from now on, and overlays are moved into it. The chain must be alone.
+    /// Makes the base the active file, into which overlays are to be moved. The chain must be
+    /// alone.
     pub(super) fn begin_fold(&mut self) {
         self.relocation.forget();
         self.active = self.base().cloned();
@@ -222,7 +227,7 @@ impl OverlayChain {
         self.rescan = true;
     }
 
-    /// The base has everything: the disk is as if it had never been forked.
+    /// Ends a fold when the base has everything: the disk is as if it had never been forked.
     pub(super) fn end_fold(&mut self) {
         self.stop_folding();
         self.forked = false;
@@ -232,7 +237,7 @@ impl OverlayChain {
         (self.folding, self.rescan) = (false, false);
     }
 
-    /// What is being moved.
+    /// The moves that are queued and running.
     pub(super) fn relocation(&self) -> &Relocation {
         &self.relocation
     }
@@ -242,23 +247,24 @@ impl OverlayChain {
         self.relocation.queue_sources(&self.map, chosen);
     }
 
-    /// As [`OverlayChain::queue_moves`]; flushes wait until they are moved.
+    /// As [`OverlayChain::queue_moves`], and makes flushes wait for the moves.
     pub(super) fn queue_urgent_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
         self.queue_moves(chosen);
         self.relocation.set_urgent();
     }
 
-    /// Queues what is left of clusters whose turn came.
+    /// Queues the rest of a range whose move has begun.
     pub(super) fn requeue_moves(&mut self, ranges: impl Iterator<Item = Range<u64>>) {
         self.relocation.queue(ranges);
     }
 
-    /// The clusters to move next, which are then counted as running; to be ended by [`OverlayChain::move_ended`].
+    /// The clusters to move next. The move counts as running until [`OverlayChain::move_ended`].
     pub(super) fn next_move(&mut self) -> Option<Range<u64>> {
         if self.moves_are_held() { None } else { self.relocation.next() }
     }
 
-    /// Queues the rest of what a fold is to move, when nothing is queued or running.
+    /// During a fold, queues the clusters that are not in the base, when no move is queued or
+    /// running.
     pub(super) fn rescan_for_fold(&mut self) {
         if self.folding && self.rescan && self.relocation.is_idle() {
             self.rescan = false;
@@ -267,33 +273,34 @@ impl OverlayChain {
         }
     }
 
-    /// A move has ended.
+    /// Counts a move as ended.
     pub(super) fn move_ended(&mut self) {
         self.relocation.ended();
     }
 
-    /// Leaves where it is what is queued.
+    /// Clears the queue of moves.
     pub(super) fn forget_moves(&mut self) {
         self.relocation.forget();
     }
 
-    /// Lets no move begin, or lets them begin again.
+    /// Stops moves from beginning, or lets them begin again.
     pub(super) fn hold_moves(&mut self, held: bool) {
         self.relocation.hold(held);
     }
 
     fn moves_are_held(&self) -> bool {
-        // A parent's writes that have not landed are done again by this disk's device, and then they are in the active file.
+        // A parent's writes that have not landed are done again by this disk's device, and are in
+        // the active file then.
         self.relocation.is_held() || self.active.is_none() || self.is_unsettled()
     }
 
-    /// Whether a flush waits for what is being moved.
+    /// Whether a flush waits for moves.
     pub(super) fn merges_first(&self) -> bool {
         self.relocation.is_urgent()
             && (self.relocation.running() > 0 || self.relocation.is_queued() && !self.moves_are_held())
     }
 
-    /// Whether a source's bytes may be moved into the active file.
+    /// Whether a source's clusters may be moved into the active file.
     pub(super) fn is_movable(&self, source: &Source) -> bool {
         match source {
             Source::File(file) => movable(file, self.active.as_ref()),

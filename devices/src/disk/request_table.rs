@@ -1,4 +1,5 @@
-//! The requests of a disk: their jobs, the clusters these hold, and the engine that carries them out.
+//! The requests of a disk: their jobs, the clusters these hold, and the engine that carries them
+//! out.
 
 use std::collections::{HashMap, VecDeque};
 use std::mem;
@@ -36,7 +37,8 @@ struct Parts {
 /// - `parts` has every request with a job that has not ended. When its last job ends, the request
 ///   leaves `parts` and enters `done`, once.
 /// - `waiting` names a slot at most once, and keeps the order in which the jobs came.
-/// - A job that ends releases its clusters. `released` is then set until waiting jobs are tried again.
+/// - A job that ends releases its clusters. `released` is then set until waiting jobs are tried
+///   again.
 #[derive(Debug)]
 pub(super) struct RequestTable {
     // First, so that it is dropped first: what is in flight ends while the rest is still there.
@@ -122,7 +124,8 @@ impl RequestTable {
         at
     }
 
-    /// Adds a job that must not begin before the one that adds it holds or has released its clusters.
+    /// Adds a job that must not begin before the one that adds it holds or has released its
+    /// clusters.
     pub(super) fn insert_later(&mut self, job: Job) {
         self.count_part(&job);
         let at = self.jobs.len();
@@ -181,7 +184,8 @@ impl RequestTable {
         self.waiting.retain(|other| *other != at);
     }
 
-    /// Ends the job of slot `at`: its request is done if it was the last one, its clusters are released.
+    /// Ends the job of slot `at`: its request is done if it was the last one, its clusters are
+    /// released.
     pub(super) fn finish(&mut self, at: usize, mut job: Job) {
         self.free.push(at);
         if !job.is_relocation()
@@ -223,7 +227,8 @@ impl RequestTable {
         self.done.extend(done);
     }
 
-    /// Gives the engine an operation of `job`, the job of slot `at`. `latency` delays each transfer.
+    /// Gives the engine an operation of `job`, the job of slot `at`. `latency` delays each
+    /// transfer.
     pub(super) fn give(
         &mut self,
         at: usize,

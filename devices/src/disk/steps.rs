@@ -1,4 +1,4 @@
-//! The steps of a disk's jobs: what is given to the engine, and what comes after it.
+//! The steps of a disk's jobs: what each gives to the engine, and what follows a completion.
 
 use std::sync::Arc;
 
@@ -9,9 +9,11 @@ use super::job::{Edge, Job, RmwEdges, Stage, Work};
 use super::live::Disk;
 use super::map::{CLUSTER, Source};
 
-/// Extents of a map beyond which small zeros and discards do not make more: some 10 MiB.
+/// Extents in a map beyond which small zeros and discards add no more. The map then takes some 10
+/// MiB.
 pub(super) const MAX_EXTENTS: usize = 1 << 16;
-/// Clusters from which on zeros are an extent all the same: a disk has only so many as large.
+/// Clusters from which on zeros always become an extent: a disk has room for few ranges of this
+/// size.
 const SMALL_ZEROS: u64 = 256;
 
 impl Disk {
@@ -29,7 +31,7 @@ impl Disk {
         self.put(at, job);
     }
 
-    /// Puts a job back, or ends it when the engine has nothing of it.
+    /// Puts a job back, or ends it when the engine has no operation of it.
     pub(super) fn put(&mut self, at: usize, job: Job) {
         if job.left > 0 {
             self.requests.put(at, job);
@@ -49,7 +51,8 @@ impl Disk {
                 Source::File(file) => {
                     requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
                 }
-                // By the processor: these pages are this VM's own, because they are pinned for writing.
+                // By the processor: these pages are this VM's own, because they are pinned for
+                // writing.
                 Source::Zero => part.iter().for_each(fill_with_zeros),
             }
         }
@@ -108,7 +111,7 @@ impl Disk {
         let (offset, len) = (job.offset, job.len);
         let base = self.chain.active().filter(|active| self.chain.is_base(active)).cloned();
         if let Some(file) = base.clone().filter(|base| self.chain.map().is_all(job.clusters(), base)) {
-            // In place: the base is what lasts, and its file system knows how.
+            // In place: the base is what lasts, and its file system can make zeros.
             job.target = Some(Arc::clone(&file));
             let request =
                 if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
@@ -132,14 +135,15 @@ impl Disk {
         }
         job.len = end - job.offset;
         if let Some(file) = base {
-            // What is elsewhere is zeros in the base from now on.
+            // Clusters of other files are zeros in the base from now on.
             (job.moves, job.target) = (true, Some(Arc::clone(&file)));
             let (offset, len) = (job.offset, job.len);
             return self.give(at, job, Request::Punch { file, offset, len });
         }
         job.moves = !crowded;
         let Some(active) = self.chain.active().cloned() else { return Ok(()) };
-        // Room in the own file is given back. In files that others have too it is not ours to give.
+        // Punches holes in the active file. Other files belong to other disks too, and stay as they
+        // are.
         let active_pieces = self.chain.map().pieces(whole).filter(|(_, source)| source.is(&active));
         let punches: Vec<Request> = active_pieces
             .map(|(range, _)| {
@@ -150,9 +154,9 @@ impl Disk {
         punches.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Whether the map has as many extents as it may, and zeros in `clusters` would be more. Such a discard is left
-    /// undone but for what is in the own file, and such zeros are written: a guest can then not make the host remember
-    /// each cluster of a disk by itself.
+    /// Whether the map is full, and zeros in `clusters` would add an extent. Such a discard is done
+    /// in the active file only. Such zeros are written as data. So a guest cannot make the host
+    /// remember each cluster of a disk in an extent of its own.
     fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
         let small = clusters.end - clusters.start < SMALL_ZEROS;
         small && self.chain.map().len() >= MAX_EXTENTS && self.chain.map().pieces(clusters.clone()).take(3).count() < 3
@@ -163,13 +167,14 @@ impl Disk {
         self.requests.insert_later(Job::new(token, start, end - start, Work::Write(zeros)));
     }
 
-    /// What comes after the engine has done all it was given of a job.
+    /// Continues a job when the engine has completed all its operations.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
         let next = match (&job.work, &job.stage) {
             (Work::Write(_) | Work::Move(_), Stage::RmwEdges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.chain.active()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
-                // Forked meanwhile: what was to be written to is read-only now. From the beginning, to the new own file; the bytes
-                // that were read are still right, since the clusters are held.
+                // The disk was forked meanwhile, and the file to write to is read-only now. The job
+                // begins again, with the new active file. The bytes that were read are still right,
+                // since the clusters are held.
                 match (current, &job.work) {
                     (true, _) => self.transfer(at, job),
                     (false, Work::Move(_)) => self.plan_move(at, job),

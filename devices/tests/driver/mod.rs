@@ -1,4 +1,5 @@
-//! A driver in plain memory: sets a device up through its registers and talks to it through its queues, as a guest would, without a guest.
+//! A driver in plain memory: sets a device up through its registers and talks to it through its
+//! queues, as a guest would, without a guest.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -129,7 +130,8 @@ impl Driver {
         self.rings[queue].next
     }
 
-    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in both.
+    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in
+    /// both.
     pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let memory = self.ram.memory();
         let ring = &mut self.rings[queue];

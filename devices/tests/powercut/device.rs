@@ -1,5 +1,5 @@
-//! A block device that remembers what was written to it in which order, and when it was flushed: a loop device over a file
-//! of this process's own FUSE file system.
+//! A block device that remembers what was written to it in which order, and when it was flushed: a
+//! loop device over a file of this process's own FUSE file system.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -231,7 +231,8 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// What the device may hold after a power cut before event `at`: all that was flushed, and any part of what was not.
+/// What the device may hold after a power cut before event `at`: all that was flushed, and any part
+/// of what was not.
 pub(crate) fn cut(start: &[u8], log: &[Event], at: usize, random: &mut Random) -> Vec<u8> {
     let flushed = log[..at].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
     let mut bytes = start.to_vec();

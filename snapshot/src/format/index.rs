@@ -13,9 +13,9 @@ use super::{Damage, Reader, VERSION, seal, unseal};
 use crate::space::Kind;
 
 /// Pages of a chunk, the unit of checksums and compression.
-pub const CHUNK_PAGES: u64 = 64;
+pub(crate) const CHUNK_PAGES: u64 = 64;
 /// Bytes of a chunk.
-pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
+pub(crate) const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
 const MAGIC: &[u8; 8] = b"CLADEIDX";
 const PACKED: u32 = 1;
 /// Longest space there can be: so that no offset overflows.
@@ -43,10 +43,12 @@ pub struct Chunk {
     pub sum: u64,
 }
 
-/// See the module's documentation. A page in no run is not in this layer, which is another thing than zeros.
+/// See the module's documentation. A page in no run is not in this layer, which is another thing
+/// than zeros.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// Chunks are stored one behind the other, and may be compressed; else each page is at its own offset.
+    /// Chunks are stored one behind the other, and may be compressed; else each page is at its own
+    /// offset.
     pub packed: bool,
     /// Length of the space.
     pub bytes: u64,
@@ -108,7 +110,7 @@ impl Index {
     }
 
     /// The runs of data pages within `within`.
-    pub fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
+    pub(crate) fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
         runs_within(&self.runs, within).filter(|run| run.kind == Kind::Data).map(|run| run.range)
     }
 
@@ -144,7 +146,8 @@ impl Index {
         seal(out)
     }
 
-    /// From bytes. What it returns is consistent: runs ascend within the space, chunks are those that the runs say.
+    /// From bytes. What it returns is consistent: runs ascend within the space, chunks are those
+    /// that the runs say.
     ///
     /// # Errors
     /// When they are not an index.

@@ -1,5 +1,5 @@
-//! The files of a snapshot, as bytes. Each decoder takes any bytes and returns a value or [`Damage`]; none panics, and none allocates more than a small
-//! multiple of what it was given.
+//! The files of a snapshot, as bytes. Each decoder takes any bytes and returns a value or
+//! [`Damage`]; none panics, and none allocates more than a small multiple of what it was given.
 
 mod index;
 mod manifest;
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub(crate) use index::push_run;
-pub use index::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Index, Run};
+pub(crate) use index::{CHUNK_BYTES, CHUNK_PAGES};
+pub use index::{Chunk, Index, Run};
 pub(crate) use manifest::valid_name;
 pub use manifest::{
     DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,
@@ -26,6 +27,7 @@ pub const VERSION: Version = Version { major: 1, minor: 0 };
 
 /// What is wrong with a file.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Damage {
     /// It does not begin as such a file does.
     #[error("it is not a {0} file")]

@@ -29,7 +29,8 @@ impl Piece for Seen {
     }
 }
 
-/// A hint, and nothing but that: it may be missing, of another snapshot or damaged, and all that is lost is time.
+/// A hint, and nothing but that: it may be missing, of another snapshot or damaged, and all that is
+/// lost is time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warm {
     /// Of which snapshot.

@@ -7,6 +7,7 @@ use std::time::Instant;
 use clade_memory::{RamImage, Store};
 
 use super::support::*;
+use crate::chain::MAX_DEEP;
 use crate::format::{Damage, Manifest, Parent};
 use crate::*;
 

@@ -168,7 +168,8 @@ fn a_note_is_not_lost_to_a_merge() {
 fn what_appears_meanwhile_is_not_replaced_unseen() {
     let _alone = alone();
     let scene = Scene::new();
-    // Nothing is at `three` when it is locked, and a snapshot with a dependent when it is put there.
+    // Nothing is at `three` when it is locked, and a snapshot with a dependent when it is put
+    // there.
     let (from, by) = (scene.at("two"), scene.at("four"));
     let target = scene.at("three");
     let put = std::sync::Once::new();

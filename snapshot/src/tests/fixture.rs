@@ -1,4 +1,5 @@
-//! Makes the snapshots that later versions are to read: run it once when the format has got a new version.
+//! Makes the snapshots that later versions are to read: run it once when the format has got a new
+//! version.
 
 use std::fs;
 use std::io;

@@ -93,7 +93,8 @@ fn act() -> impl Strategy<Value = Act> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
-    /// Merged all the time, with writes and forks in the middle, a disk and its images are what bytes are.
+    /// Merged all the time, with writes and forks in the middle, a disk and its images are what
+    /// bytes are.
     #[test]
     fn whatever_is_moved_bytes_stay(acts in prop::collection::vec(act(), 1..80), late in any::<bool>()) {
         let (_dir, path, mut model) = image();
@@ -132,7 +133,8 @@ proptest! {
                     disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
                     model[offset as usize..end as usize].fill(0);
                 }
-                // A guest's requests are done again by a child's device, which is not here; moves stay in flight.
+                // A guest's requests are done again by a child's device, which is not here; moves
+                // stay in flight.
                 Act::Fork | Act::Child | Act::Rewind => {
                     requests_end(&mut disk);
                     if let (Act::Rewind, Some((image, then))) = (&act, &last) {
@@ -184,7 +186,8 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
         if fork == 6 {
-            // Whatever of them has not ended yet ends as an error, or as if it had not been asked to.
+            // Whatever of them has not ended yet ends as an error, or as if it had not been asked
+            // to.
             disk.cancel();
         }
     }

@@ -215,7 +215,8 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert!(bench.image()[..8192] == [[4; 4096], [5; 4096]].concat());
 }
 
-/// What was written to the image while overlays went back is durable before the journal says that it is there.
+/// What was written to the image while overlays went back is durable before the journal says that
+/// it is there.
 #[test]
 fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
     let bench = Bench::new();

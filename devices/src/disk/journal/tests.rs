@@ -231,7 +231,8 @@ fn names_without_a_journal_are_nothing_and_a_link_leads_to_the_same_one() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A directory that must not be written is no reason to fail a flush, unless something is there already.
+/// A directory that must not be written is no reason to fail a flush, unless something is there
+/// already.
 #[test]
 fn what_cannot_be_is_told_from_what_failed() {
     let bench = Bench::new();
@@ -392,7 +393,8 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     assert!(refused.contains("a write to an overlay was lost"), "{refused}");
 }
 
-/// What a journal names is kept for it, though everybody else has lost interest while it was written.
+/// What a journal names is kept for it, though everybody else has lost interest while it was
+/// written.
 #[test]
 fn an_overlay_that_the_journal_alone_has_stays() {
     let bench = Bench::new();

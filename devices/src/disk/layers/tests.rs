@@ -251,7 +251,8 @@ fn what_is_still_being_written_is_not_read() {
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
 
-/// What is in an overlay from before it was this disk's is seen by no request, no fork and no snapshot.
+/// What is in an overlay from before it was this disk's is seen by no request, no fork and no
+/// snapshot.
 #[test]
 fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     let dir = tempfile::tempdir().unwrap();

@@ -58,7 +58,8 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     assert!(bench.image() == expected());
 }
 
-/// The process ends after any step of it, and of the next one's that goes on; then another image would be refused, this one never.
+/// The process ends after any step of it, and of the next one's that goes on; then another image
+/// would be refused, this one never.
 #[test]
 fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     let all = {
@@ -82,7 +83,8 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     }
 }
 
-/// The same for the first flush after a fork: it has promised nothing yet, and no image is refused for it.
+/// The same for the first flush after a fork: it has promised nothing yet, and no image is refused
+/// for it.
 #[test]
 fn making_a_journal_can_end_after_any_step() {
     let flushed = |disk: &mut Disk| disk.flush_now();

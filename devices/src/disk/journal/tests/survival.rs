@@ -44,7 +44,8 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Sectors as they are, as they were at the last flush that succeeded, and what they have been since.
+/// Sectors as they are, as they were at the last flush that succeeded, and what they have been
+/// since.
 struct Model {
     now: Vec<u8>,
     durable: Vec<u8>,
@@ -97,7 +98,8 @@ fn all_well(disk: &mut Disk) -> bool {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
-    /// Each sector is what it was at the last flush that succeeded, or what was written to it since, whenever the process ends.
+    /// Each sector is what it was at the last flush that succeeded, or what was written to it
+    /// since, whenever the process ends.
     #[test]
     fn what_was_flushed_survives(acts in prop::collection::vec(act(), 1..70), late in any::<bool>()) {
         let bench = Bench::new();

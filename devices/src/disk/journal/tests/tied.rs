@@ -193,7 +193,8 @@ fn a_copy_of_image_and_journal_is_refused_with_a_way_out() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A write of our own to the image, begun before the fork, ends long after a flush was asked for: it changes the image's times.
+/// A write of our own to the image, begun before the fork, ends long after a flush was asked for:
+/// it changes the image's times.
 #[test]
 fn a_flush_waits_for_writes_to_the_image() {
     let bench = Bench::new();
