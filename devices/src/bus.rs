@@ -1,9 +1,11 @@
 //! The port I/O bus.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
+
+use crate::ranges::RangeMap;
 
 /// A device at a range of ports.
 pub trait PioDevice: Send + fmt::Debug {
@@ -22,17 +24,10 @@ pub struct BusError {
     other: u16,
 }
 
-#[derive(Clone, Debug)]
-struct Slot {
-    base: u16,
-    ports: u16,
-    device: Arc<Mutex<dyn PioDevice>>,
-}
-
 /// The devices on ports. Ports without a device read as all ones and ignore writes, as on a PC.
 #[derive(Clone, Debug, Default)]
 pub struct PioBus {
-    slots: Vec<Slot>,
+    devices: RangeMap<Arc<Mutex<dyn PioDevice>>>,
 }
 
 impl PioBus {
@@ -41,20 +36,14 @@ impl PioBus {
     /// # Errors
     /// When another device has one of the ports.
     pub fn add(&mut self, base: u16, ports: u16, device: Arc<Mutex<dyn PioDevice>>) -> Result<(), BusError> {
-        let end = base.saturating_add(ports);
-        if let Some(other) = self.slots.iter().find(|s| base < s.base + s.ports && s.base < end) {
-            return Err(BusError { base, end, other: other.base });
-        }
-        self.slots.push(Slot { base, ports, device });
-        self.slots.sort_by_key(|s| s.base);
-        Ok(())
+        let range = u64::from(base)..u64::from(base) + u64::from(ports);
+        let overlap = |other: u64| BusError { base, end: base.saturating_add(ports), other: other as u16 };
+        self.devices.insert(range, device).map_err(overlap)
     }
 
-    fn find(&self, port: u16) -> Option<(&Slot, u16)> {
-        let at = self.slots.partition_point(|s| s.base <= port).checked_sub(1)?;
-        let slot = &self.slots[at];
-        let offset = port - slot.base;
-        (offset < slot.ports).then_some((slot, offset))
+    fn find(&self, port: u16) -> Option<(MutexGuard<'_, dyn PioDevice + 'static>, u16)> {
+        let (device, offset) = self.devices.find(u64::from(port), 1)?;
+        Some((device.lock().unwrap_or_else(PoisonError::into_inner), offset as u16))
     }
 
     /// Handles the guest's INs from one port, each `width` bytes wide: one, or as many as a string
@@ -62,8 +51,7 @@ impl PioBus {
     /// for each.
     pub fn read(&self, port: u16, width: usize, data: &mut [u8]) {
         match self.find(port) {
-            Some((slot, offset)) => {
-                let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+            Some((mut device, offset)) => {
                 data.chunks_mut(width.max(1)).for_each(|data| device.read(offset, data));
             }
             None => data.fill(0xff),
@@ -72,8 +60,7 @@ impl PioBus {
 
     /// Handles the guest's OUTs to one port, as [`PioBus::read`] handles INs.
     pub fn write(&self, port: u16, width: usize, data: &[u8]) {
-        if let Some((slot, offset)) = self.find(port) {
-            let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((mut device, offset)) = self.find(port) {
             data.chunks(width.max(1)).for_each(|data| device.write(offset, data));
         }
     }

@@ -14,6 +14,7 @@ pub mod disk;
 mod i8042;
 mod irq;
 mod mmio;
+mod ranges;
 mod report;
 mod serial;
 pub mod virtio;

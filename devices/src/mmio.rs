@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::ranges::RangeMap;
+
 /// A device at a range of addresses. All vCPUs call it concurrently.
 pub trait MmioDevice: Send + Sync + fmt::Debug {
     /// The guest reads `data.len()` bytes at `offset` from the device's base.
@@ -37,17 +39,10 @@ pub enum MmioBusError {
     },
 }
 
-#[derive(Clone, Debug)]
-struct Slot {
-    base: u64,
-    end: u64,
-    device: Arc<dyn MmioDevice>,
-}
-
 /// The devices on addresses. Addresses without a device read as all ones and ignore writes.
 #[derive(Clone, Debug, Default)]
 pub struct MmioBus {
-    slots: Vec<Slot>,
+    devices: RangeMap<Arc<dyn MmioDevice>>,
 }
 
 impl MmioBus {
@@ -57,34 +52,21 @@ impl MmioBus {
     /// When another device has one of the addresses, or the range is not valid.
     pub fn add(&mut self, base: u64, len: u64, device: Arc<dyn MmioDevice>) -> Result<(), MmioBusError> {
         let end = base.checked_add(len).filter(|end| *end > base).ok_or(MmioBusError::NoRange { base, len })?;
-        if let Some(other) = self.slots.iter().find(|s| base < s.end && s.base < end) {
-            return Err(MmioBusError::Overlap { base, end, other: other.base });
-        }
-        self.slots.push(Slot { base, end, device });
-        self.slots.sort_by_key(|s| s.base);
-        Ok(())
-    }
-
-    /// The device that has all of `len` bytes at `address`.
-    fn find(&self, address: u64, len: usize) -> Option<(&Slot, u64)> {
-        let at = self.slots.partition_point(|s| s.base <= address).checked_sub(1)?;
-        let slot = &self.slots[at];
-        let inside = address.checked_add(len as u64).is_some_and(|end| end <= slot.end);
-        inside.then(|| (slot, address - slot.base))
+        self.devices.insert(base..end, device).map_err(|other| MmioBusError::Overlap { base, end, other })
     }
 
     /// Handles the guest's load.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.find(address, data.len()) {
-            Some((slot, offset)) => slot.device.read(offset, data),
+        match self.devices.find(address, data.len() as u64) {
+            Some((device, offset)) => device.read(offset, data),
             None => data.fill(0xff),
         }
     }
 
     /// Handles the guest's store.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, offset)) = self.find(address, data.len()) {
-            slot.device.write(offset, data);
+        if let Some((device, offset)) = self.devices.find(address, data.len() as u64) {
+            device.write(offset, data);
         }
     }
 }

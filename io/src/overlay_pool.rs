@@ -1,23 +1,23 @@
-//! Unnamed files that nobody has any more, kept for whoever needs one next.
+//! Unnamed files that no disk uses any more, kept for the next disk that needs one.
 //!
-//! A write to a file where it has no blocks yet makes the file system find some, write that down,
-//! and give the write to a thread that may wait for it; one that is not in whole blocks it even
-//! waits for. Over blocks that are there, it only writes. A disk that is forked a hundred times a
-//! second gets as many overlays, each written where the last one was.
+//! A write to a file without blocks there makes the file system allocate and journal them, and hand
+//! the write to another thread. A write of parts of blocks even waits for that. Over blocks that
+//! are there, it only writes. A disk that is forked a hundred times a second gets as many overlays,
+//! each written at the same places as the last one.
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::file::Handles;
 
-/// Files kept.
+/// Most files that are kept.
 const MOST: usize = 4;
-/// Largest file kept: bytes that it takes, not its length.
+/// Most bytes allocated to a file that is kept.
 const LARGEST: u64 = 8 << 20;
-/// The unit of a file's blocks as the system counts them.
+/// Bytes of a block in `st_blocks`.
 const BLOCK: u64 = 512;
 
-/// See the module's documentation.
+/// The files that are kept.
 #[derive(Debug, Default)]
 pub struct OverlayPool(Mutex<Vec<Arc<Handles>>>);
 
@@ -26,12 +26,12 @@ impl OverlayPool {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The file that came last: most of what it takes may still be in caches.
+    /// The file that was kept last: much of it may still be in caches.
     pub(crate) fn take(&self) -> Option<Arc<Handles>> {
         self.with(Vec::pop)
     }
 
-    /// Keeps a file, or lets it go, or one that was kept longer.
+    /// Keeps a file, or drops it or an older one.
     pub(crate) fn put(&self, handles: Arc<Handles>) {
         let taken = handles.cached.metadata().map_or(u64::MAX, |meta| meta.blocks().saturating_mul(BLOCK));
         if taken > LARGEST {
@@ -41,7 +41,7 @@ impl OverlayPool {
             kept.push(handles);
             (kept.len() > MOST).then(|| kept.remove(0))
         });
-        // Not under the lock: giving its blocks back takes long.
+        // Not under the lock: freeing blocks takes long.
         drop(gone);
     }
 }

@@ -20,11 +20,11 @@
 //! lets each worker finish its turn. From then on no chain is popped and none is added to a used
 //! ring. Transfers that the kernel is busy with continue, into pinned pages.
 //!
-//! [`VirtioMmio::save`] is called while the worker stands still. It saves the queues, and the list
-//! of chains that are popped and not used. A chain used before is in the used ring in memory, and
-//! not in the list. A chain used after is in the list, and not in the used ring as the fork has
-//! frozen it. So the device that restores the state does every chain of the list, and no other,
-//! exactly once.
+//! A new device adds a variant to both.
+//!
+//! The state that [`VirtioDevice::save`] returns is a [`Saved`]: a plain [`DeviceState`], and a
+//! [`Backend`], the part that cannot be serialized (files, sockets). A new device adds a variant to
+//! both.
 //!
 //! [`VirtioDevice::save`] returns a [`Saved`]: a plain [`DeviceState`], and a [`Backend`], which is what cannot be written down (files, sockets).
 //! A new device adds a variant to both.

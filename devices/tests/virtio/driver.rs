@@ -1,5 +1,4 @@
-//! A driver, as a guest would have one: it reaches the device by its registers and by guest memory
-//! alone.
+//! A driver as a guest has one: it reaches the device by its registers and by guest memory alone.
 
 use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
@@ -202,7 +201,7 @@ impl Machine {
     }
 
     /// Requests 0 to 7, reads into the even pages and writes from the odd ones, each of 8 sectors,
-    /// are given back, once each, and right.
+    /// are in the used ring, once each and right.
     pub(crate) fn expect_eight(&mut self) {
         let mut heads: Vec<u32> = (0..8).map(|_| self.next_used(SOON).expect("each is given back").0).collect();
         heads.sort_unstable();
@@ -261,7 +260,7 @@ impl Machine {
         self.ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
-    /// Whether the interrupt was raised since this was last asked.
+    /// Whether the interrupt was raised since the last call.
     pub(crate) fn interrupted(&self) -> bool {
         self.wiring.irq.eventfd().read().is_ok()
     }

@@ -1,4 +1,4 @@
-//! Drivers that break the rules: the device says that it needs a reset, and works again after one.
+//! Drivers that break the rules: the device needs a reset, and works again after one.
 
 use std::time::Duration;
 

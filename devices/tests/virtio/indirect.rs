@@ -75,7 +75,7 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
     machine.describe(0, TABLES, 48, INDIRECT | WRITE, 0);
     assert_eq!(finish(&mut machine, 0), (0, 513));
     assert_eq!(machine.bytes(machine.data(0), 512), [3; 512]);
-    // Out of order, and with descriptors between that nobody comes to.
+    // Out of order, and with unused descriptors between.
     machine.request(0, IN, 4, 512);
     let nonsense = (u64::MAX, 0, INDIRECT | NEXT, 0xffff);
     let [data, status] = [(machine.data(0), 512, WRITE | NEXT, 1), (header + 16, 1, WRITE, 0)];
@@ -141,7 +141,7 @@ fn with_eight_in_flight(file: &File) -> Machine {
     machine
 }
 
-/// The writes of the 8 are on the disk, and whoever reads them by a table has its feature.
+/// The writes of the 8 are on the disk. They are read through a table, which needs the feature.
 fn expect_written(machine: &mut Machine) {
     for n in [1, 3, 5, 7u8] {
         assert_eq!(one(machine, IN, u64::from(n) * 8, 4096), (0, 4097));

@@ -68,7 +68,7 @@ fn the_guest_connects_and_a_long_stream_is_whole() {
         assert_eq!(packet.op, DATA);
         got.extend(packet.data);
         guest.taken = got.len() as u32;
-        // Room for 10,000 bytes at a time, told of now and then.
+        // Room for 10,000 bytes at a time, with a credit update now and then.
         if got.len() % 4 == 0 || got.len() >= sent.len() {
             guest.send(CREDIT_UPDATE, 77, 5, &[], 10_000);
         } else {

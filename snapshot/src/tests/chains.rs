@@ -1,4 +1,4 @@
-//! Chains that are not what they should be.
+//! Invalid chains.
 
 use std::fs;
 use std::path::Path;
@@ -204,7 +204,7 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     let made = chain(&store, dir.path());
     let at = |name: &str| dir.path().join(name);
     let never = std::sync::atomic::AtomicBool::new(false);
-    // While it is being written somebody saves over what it depends on, or over itself.
+    // While the snapshot is being written, another save replaces its base, or its own directory.
     let replace = |name: &'static str| {
         let (target, image) = (at(name), made[0].1.clone());
         move |done, total| {
@@ -270,7 +270,7 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     on(&at("base"), again.id, &second).save(&second, &at("top")).unwrap();
     Saving::default().save(&second, &at("base")).unwrap();
     assert!(matches!(crate::verify(&at("top")), Err(Error::Parent { .. })));
-    // A note of nothing, or of a link to nothing, holds nobody up.
+    // A note of nothing, or of a link to nothing, blocks no save.
     std::fs::write(at("base").join(".needed-by-0123456789abcdef"), "/nonexistent").unwrap();
     std::os::unix::fs::symlink("/etc/passwd", at("base").join(".needed-by-1123456789abcdef")).unwrap();
     keeping().save(&second, &at("base")).unwrap();

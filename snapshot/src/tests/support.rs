@@ -1,4 +1,5 @@
-//! What tests share: a VM with two regions and a hole, a disk, and a model of both in plain bytes.
+//! Shared by the tests: a VM with two regions and a hole, a disk, and a model of both in plain
+//! bytes.
 
 use std::io;
 use std::path::Path;

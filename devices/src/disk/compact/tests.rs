@@ -19,7 +19,7 @@ fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
     (dir, path, model)
 }
 
-/// Lets the guest's requests end; what is moved goes on.
+/// Waits until the guest's requests have ended. Moves may continue.
 fn requests_end(disk: &mut Disk) {
     loop {
         // What a cancelled one made way for is given to the kernel here.
@@ -103,7 +103,7 @@ proptest! {
         *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
         let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
         let mut last = None;
-        // Of requests in flight that overlap nobody knows which is last.
+        // The order of overlapping requests in flight is not known.
         let mut busy: Vec<Range<u64>> = Vec::new();
         for (token, act) in (2..).zip(acts) {
             let sectors_in = CLUSTER / SECTOR;
@@ -186,8 +186,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
         if fork == 6 {
-            // Whatever of them has not ended yet ends as an error, or as if it had not been asked
-            // to.
+            // A cancelled request ends as an error, or as if it had not been cancelled.
             disk.cancel();
         }
     }

@@ -392,7 +392,7 @@ fn a_commit_of_what_was_lost_does_not_succeed() {
     assert!(matches!(error, CommitError::Lost { .. }), "{error}");
     assert!(bench.image() == vec![1; SIZE as usize]);
 
-    // Without a journal nobody has looked before.
+    // Without a journal the commit is the first to sync the overlay.
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
     let bench = Bench::new();
     let config = DiskConfig { overlays: Some(elsewhere.path().to_owned()), ..DiskConfig::new(&bench.path) };

@@ -231,8 +231,7 @@ fn names_without_a_journal_are_nothing_and_a_link_leads_to_the_same_one() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A directory that must not be written is no reason to fail a flush, unless something is there
-/// already.
+/// A directory that is read-only is no reason to fail a flush, unless a journal is there already.
 #[test]
 fn what_cannot_be_is_told_from_what_failed() {
     let bench = Bench::new();

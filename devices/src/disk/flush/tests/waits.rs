@@ -43,8 +43,8 @@ fn flush_while_merging(disk: &mut Disk, round: u64) {
     assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
 }
 
-/// The commit's own flush can begin to fold. What that has begun to read must not be written into
-/// the image after the commit has given back the room it was read from.
+/// The commit's own flush can begin to fold. Clusters that it has read must not be written into the
+/// image after the commit has freed their room in the overlay.
 #[test]
 fn a_commit_that_fails_half_way_and_folding_do_not_mix() {
     const BYTES: usize = 16 * 4096;

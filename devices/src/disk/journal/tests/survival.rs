@@ -81,7 +81,7 @@ fn sectors_of(bytes: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// Lets requests end, and says whether all went well; what is moved goes on.
+/// Waits until requests have ended, and returns whether all succeeded. Moves may continue.
 fn all_well(disk: &mut Disk) -> bool {
     let mut well = true;
     disk.kick().unwrap();

@@ -1,4 +1,4 @@
-//! An image that is not what its journal was made for, in each way that a user has of making it so.
+//! An image that its journal was not made for, in each way in which a user can cause it.
 
 use super::*;
 use crate::disk::{DiskJournal, JournalState};
@@ -193,8 +193,8 @@ fn a_copy_of_image_and_journal_is_refused_with_a_way_out() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A write of our own to the image, begun before the fork, ends long after a flush was asked for:
-/// it changes the image's times.
+/// A write to the image that was begun before the fork ends long after a flush was submitted. It
+/// changes the image's times.
 #[test]
 fn a_flush_waits_for_writes_to_the_image() {
     let bench = Bench::new();
@@ -219,7 +219,7 @@ fn a_flush_waits_for_writes_to_the_image() {
     assert_eq!((bench.image()[0], bench.image()[8 * 4096]), (2, 5));
 }
 
-/// A VM whose directory is renamed goes on where it is.
+/// A VM whose directory is renamed continues there.
 #[test]
 fn a_directory_that_is_renamed_is_the_same_one() {
     let bench = Bench::new();
