@@ -1,6 +1,6 @@
 //! Disks: files that are cloned in constant time with the VM they belong to.
 //!
-//! A disk is a [`map`] from ranges of 4 KiB clusters to files. In a file, each cluster stands at
+//! A disk is a map from ranges of 4 KiB clusters to files. In a file, each cluster stands at
 //! its own offset in the disk. Reads follow the map. Writes go to the *active* file, the one file
 //! that this VM may write. A fork makes that file read-only for every disk and image that has it in
 //! a map. The map is cloned, which copies one pointer. The next write of either side makes an
@@ -8,7 +8,7 @@
 //!
 //! - A write of whole clusters goes to the active file and then into the map. A write of part of a
 //!   cluster that is in another file reads the rest of the cluster first, and holds the cluster
-//!   alone ([`locks`]).
+//!   alone (`locks.rs`).
 //! - The map changes when the write is done. A fork in the middle of a write finds the old cluster,
 //!   and the child's device does the request again.
 //!

@@ -9,7 +9,7 @@
 //! of its own, and its device sends the driver a transport reset, at which the guest closes every
 //! connection it knows.
 //!
-//! A stream's bytes are bounded on both sides. The guest gets credit ([`packet::Header::buffer`]),
+//! A stream's bytes are bounded on both sides. The guest gets credit (`buf_alloc` in a packet),
 //! and a connection is read only as far as the guest has credit. A connection that cannot continue
 //! is reset, and never stops the others.
 
