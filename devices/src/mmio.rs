@@ -32,7 +32,7 @@ pub enum MmioBusError {
     /// The range is empty, or leaves the address space.
     #[error("{len:#x} bytes at {base:#x} are no range of addresses")]
     NoRange {
-        /// First address.
+        /// First address of the range.
         base: u64,
         /// Length in bytes.
         len: u64,

@@ -65,7 +65,7 @@ impl AlignedBuf {
         self.len == 0
     }
 
-    /// Its bytes.
+    /// Its bytes, as volatile memory.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
         // SAFETY: `at` is valid for `len` bytes for as long as `self` lives, and all access to them
@@ -145,7 +145,7 @@ impl Fragment {
         self.len == 0
     }
 
-    /// Its bytes.
+    /// Its bytes, as volatile memory.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
         let whole = match &self.whole {

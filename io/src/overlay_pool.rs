@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::file::Handles;
 
 /// Most files that are kept.
-const MOST: usize = 4;
+const MAX_FILES: usize = 4;
 /// Most bytes allocated to a file that is kept.
-const LARGEST: u64 = 8 << 20;
+const MAX_ALLOCATED: u64 = 8 << 20;
 /// Bytes of a block in `st_blocks`.
 const BLOCK: u64 = 512;
 
@@ -34,12 +34,12 @@ impl OverlayPool {
     /// Keeps a file, or drops it or an older one.
     pub(crate) fn put(&self, handles: Arc<Handles>) {
         let taken = handles.cached.metadata().map_or(u64::MAX, |meta| meta.blocks().saturating_mul(BLOCK));
-        if taken > LARGEST {
+        if taken > MAX_ALLOCATED {
             return;
         }
         let gone = self.with(|kept| {
             kept.push(handles);
-            (kept.len() > MOST).then(|| kept.remove(0))
+            (kept.len() > MAX_FILES).then(|| kept.remove(0))
         });
         // Not under the lock: freeing blocks takes long.
         drop(gone);
@@ -60,14 +60,14 @@ mod tests {
         let opened = std::fs::File::open(dir.path()).unwrap();
         let file = || IoFile::reused_in(&pool, opened.as_fd(), dir.path(), 64 << 20, CachePolicy::Host).unwrap();
         let kept = || pool.with(|kept| kept.len());
-        let files: Vec<_> = (0..MOST + 3).map(|_| file()).collect();
+        let files: Vec<_> = (0..MAX_FILES + 3).map(|_| file()).collect();
         assert_eq!(kept(), 0);
         drop(files);
-        assert_eq!(kept(), MOST);
+        assert_eq!(kept(), MAX_FILES);
         let (small, large) = (file(), file());
         small.write_now(&[1; 4096], 40 << 20).unwrap();
-        large.write_now(&vec![1; LARGEST as usize + 4096], 0).unwrap();
+        large.write_now(&vec![1; MAX_ALLOCATED as usize + 4096], 0).unwrap();
         drop((small, large));
-        assert_eq!(kept(), MOST - 1, "a file is as large as what it takes");
+        assert_eq!(kept(), MAX_FILES - 1, "a file is as large as what it takes");
     }
 }

@@ -17,7 +17,7 @@ use crate::space::Kind;
 
 /// Most snapshots in a chain: a full one, and those on top of it. Each adds files to hold open, and
 /// pieces to map.
-pub(crate) const MAX_DEEP: usize = 64;
+pub(crate) const MAX_DEPTH: usize = 64;
 /// Most bytes of a manifest.
 const MAX_MANIFEST: u64 = 16 << 20;
 /// Most bytes of a state file, whatever the manifest says.
@@ -118,8 +118,8 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
         if !seen.insert(parent.id) {
             return Err(Error::Cycle { path: at, id: parent.id });
         }
-        if members.len() >= MAX_DEEP {
-            return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEEP });
+        if members.len() >= MAX_DEPTH {
+            return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEPTH });
         }
         // From the child's open directory, whatever its path leads to by now.
         let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;

@@ -22,7 +22,7 @@ use crate::format::{SnapshotId, checksum};
 /// Most bytes of a path in a note.
 const MAX_PATH: u64 = 4_096;
 /// Notes in a snapshot before stale ones are removed.
-pub(crate) const MANY: usize = 1_024;
+pub(crate) const PRUNE_AT: usize = 1_024;
 
 /// The result of writing a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub(crate) enum Noted {
 
 /// Whether `base` has so many notes that stale ones should be removed first.
 pub(crate) fn is_full(files: &Files, base: &Dir) -> Result<bool, Error> {
-    Ok(notes(files, base)?.len() >= MANY)
+    Ok(notes(files, base)?.len() >= PRUNE_AT)
 }
 
 /// Writes a note into `base` for the snapshot at `dependent`. The base is locked.

@@ -22,7 +22,7 @@ use crate::files::{Files, len};
 use crate::format::{Damage, NoForkKind};
 
 /// Mappings of a region before larger gaps are spanned and short pieces copied.
-const MANY: usize = 256;
+const MAX_MAPPINGS: usize = 256;
 /// Most zero pages between two pieces of one file that are mapped with them, at first.
 const GAP: u64 = 16;
 /// Most pages of a piece that is copied to save a mapping.
@@ -194,11 +194,11 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
         first += pages;
         let (mut gap, mut short) = (GAP, 0);
         let mut pieces = plan(space, all, gap, short, &mapped);
-        while pieces.len() > MANY && gap < all.len() {
+        while pieces.len() > MAX_MAPPINGS && gap < all.len() {
             gap *= 4;
             pieces = plan(space, all, gap, short, &mapped);
         }
-        while pieces.len() > MANY && short < MAX_SHORT {
+        while pieces.len() > MAX_MAPPINGS && short < MAX_SHORT {
             short = (short * 2).max(1);
             pieces = plan(space, all, gap, short, &mapped);
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
 use crate::aside::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
-use crate::chain::{MAX_DEEP, Snapshot, read_manifest};
+use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
 use crate::error::Error;
@@ -275,8 +275,8 @@ impl Save<'_> {
         if target.is_some() && chain.0.members.iter().any(|member| member.dir.identity() == target) {
             return Err(Error::OwnChain { path: place.to_owned() });
         }
-        if chain.depth() >= MAX_DEEP {
-            return Err(Error::TooDeep { path: base.dir.to_owned(), most: MAX_DEEP });
+        if chain.depth() >= MAX_DEPTH {
+            return Err(Error::TooDeep { path: base.dir.to_owned(), most: MAX_DEPTH });
         }
         let wrong = |what: String| Error::Shape { path: base.dir.to_owned(), what };
         if chain.layout()? != *self.memory.layout() {

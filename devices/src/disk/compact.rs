@@ -28,20 +28,20 @@ use super::live::Disk;
 use super::map::{BlockMap, CLUSTER, Source};
 
 /// Overlays that a map may name before they are merged.
-const MOST: usize = 64;
+const MAX_OVERLAYS: usize = 64;
 /// Overlays made between two counts of them: counting takes time proportional to the map.
-const LOOK: u32 = 16;
+const CHECK_INTERVAL: u32 = 16;
 /// Most clusters in one move.
-const RUN: u64 = 64;
+const MAX_RUN: u64 = 64;
 /// Moves in flight.
-const AT_ONCE: usize = 2;
+const MAX_RUNNING: usize = 2;
 /// How long a commit waits for the moves in flight.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The queue of moves, and how many are in flight.
 ///
-/// Invariants: at most [`AT_ONCE`] moves run. A queued range is at most [`RUN`] clusters. Nothing
-/// is urgent when the queue is cleared.
+/// Invariants: at most [`MAX_RUNNING`] moves run. A queued range is at most [`MAX_RUN`] clusters.
+/// Nothing is urgent when the queue is cleared.
 #[derive(Debug)]
 pub(super) struct Relocation {
     /// Ranges of clusters. The file that has a range is looked up when its turn comes.
@@ -54,14 +54,22 @@ pub(super) struct Relocation {
     urgent: bool,
     /// Whether no move may begin, because the disk is being committed.
     held: bool,
-    /// [`MOST`] and [`LOOK`]; tests set others.
+    /// [`MAX_OVERLAYS`] and [`CHECK_INTERVAL`]; tests set others.
     most: usize,
     look: u32,
 }
 
 impl Default for Relocation {
     fn default() -> Self {
-        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, held: false, most: MOST, look: LOOK }
+        Self {
+            queue: VecDeque::new(),
+            running: 0,
+            made: 0,
+            urgent: false,
+            held: false,
+            most: MAX_OVERLAYS,
+            look: CHECK_INTERVAL,
+        }
     }
 }
 
@@ -89,19 +97,19 @@ impl Relocation {
     /// Queues the clusters of chosen sources.
     pub(super) fn queue_sources(&mut self, map: &BlockMap, chosen: impl Fn(&Source) -> bool) {
         for (range, _) in map.extents().filter(|(_, source)| chosen(source)) {
-            let starts = (range.start..range.end).step_by(RUN as usize);
-            self.queue(starts.map(|start| start..range.end.min(start + RUN)));
+            let starts = (range.start..range.end).step_by(MAX_RUN as usize);
+            self.queue(starts.map(|start| start..range.end.min(start + MAX_RUN)));
         }
     }
 
-    /// Queues ranges of at most [`RUN`] clusters each.
+    /// Queues ranges of at most [`MAX_RUN`] clusters each.
     pub(super) fn queue(&mut self, ranges: impl Iterator<Item = Range<u64>>) {
         self.queue.extend(ranges);
     }
 
     /// The range to move next, which is then counted as running. None while enough are.
     pub(super) fn next(&mut self) -> Option<Range<u64>> {
-        if self.running >= AT_ONCE {
+        if self.running >= MAX_RUNNING {
             return None;
         }
         let range = self.queue.pop_front()?;

@@ -21,7 +21,7 @@ use super::{DiskConfig, DiskError};
 /// Bytes that commit and export copy at once.
 const CHUNK: u64 = 1 << 20;
 /// How long one wait for the engine lasts.
-const TURN: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A disk at one instant. Any number of disks can be made of it, each with writes of its own. It
 /// keeps the files alive, not the VM.
@@ -40,7 +40,7 @@ pub enum CommitError {
     /// Other VMs or images read the base.
     #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Shared {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
         /// How many other VMs and images there are.
         others: usize,
@@ -50,7 +50,7 @@ pub enum CommitError {
     /// The disk is a child's, and its parent has left a journal beside the base.
     #[error("{} is to be given what is in {} first: by whoever opens it next", path.display(), dir.display())]
     RecoveredJournal {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
         /// The journal's directory.
         dir: PathBuf,
@@ -64,13 +64,13 @@ pub enum CommitError {
     /// The base was opened for reading.
     #[error("{} was opened read-only", path.display())]
     ReadOnly {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
     },
     /// Requests are in flight.
     #[error("{requests} requests to {} are in flight", path.display())]
     Busy {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
         /// How many requests there are.
         requests: usize,
@@ -90,7 +90,7 @@ pub enum CommitError {
     /// The last flush failed. The image is as it was after the flush before.
     #[error("{} is as it was at the last flush: what was written since could not be made durable", path.display())]
     Unflushed {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
         /// The error of the flush.
         #[source]
@@ -99,13 +99,13 @@ pub enum CommitError {
     /// Another file has the base's name: the parent disk has put a new image there.
     #[error("{} is another file by now; what was written since the fork {}", path.display(), outcome_text(None))]
     Replaced {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
     },
     /// Another program has changed the base since the last flush.
     #[error("{} is not as it was; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Changed {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
         /// The journal's directory, if the journal has everything.
         kept: Option<PathBuf>,
@@ -384,7 +384,7 @@ impl Disk {
             if let Some(done) = done.into_iter().rfind(|done| done.token == TOKEN) {
                 return done.result;
             }
-            self.wait(TURN)?;
+            self.wait(POLL_INTERVAL)?;
         }
     }
 }

@@ -117,7 +117,7 @@ pub enum DiskError {
     /// The image has no whole sector.
     #[error("{} has {bytes} bytes: a disk has at least one sector of 512", path.display())]
     TooSmall {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
         /// The image's size in bytes.
         bytes: u64,
@@ -140,7 +140,7 @@ pub enum DiskError {
         image.display(), journal.display(), found.as_ref().map_or_else(String::new, |at| format!(" but at {}", at.display()))
     )]
     JournalMissing {
-        /// The image.
+        /// The image's path.
         image: PathBuf,
         /// The path where the journal should be.
         journal: PathBuf,
@@ -152,13 +152,13 @@ pub enum DiskError {
     /// While the image was opened, another file took its name.
     #[error("{} was replaced while it was opened: try again", path.display())]
     Replaced {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
     },
     /// The directory cannot hold overlays.
     #[error("{} cannot have overlays in {}: name another directory with overlays=", disk.display(), dir.display())]
     Overlays {
-        /// The image.
+        /// The image's path.
         disk: PathBuf,
         /// The directory of overlays.
         dir: PathBuf,
@@ -169,7 +169,7 @@ pub enum DiskError {
     /// An earlier flush of the image failed.
     #[error("a write to {} was lost in an earlier flush: no later one makes it durable", path.display())]
     Lost {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
     },
     /// A request leaves the disk.
@@ -225,13 +225,13 @@ pub enum DiskError {
     /// A write to a disk that is read-only.
     #[error("{} is read-only", path.display())]
     ReadOnly {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
     },
     /// A transfer failed.
     #[error(transparent)]
     Transfer(#[from] Failure),
-    /// See [`EngineError`].
+    /// The engine cannot be made, or cannot submit.
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// No eventfd can be made.

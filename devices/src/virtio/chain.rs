@@ -18,7 +18,7 @@ pub(super) const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;
 /// A guest-physical buffer that was checked to be in one region of RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// First byte.
+    /// Guest-physical address of its first byte.
     pub address: GuestAddress,
     /// Length in bytes; never 0.
     pub len: u32,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use clade_memory::{RamImage, Store};
 
 use super::support::*;
-use crate::chain::MAX_DEEP;
+use crate::chain::MAX_DEPTH;
 use crate::format::{Damage, Manifest, Parent};
 use crate::*;
 
@@ -113,12 +113,12 @@ fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
     }
     let begun = Instant::now();
     let refused = Snapshot::open(&at(999)).unwrap_err();
-    assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEEP } if *path == at(999)), "{refused:?}");
+    assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEPTH } if *path == at(999)), "{refused:?}");
     assert!(begun.elapsed().as_secs() < 2);
-    assert_eq!(Snapshot::open(&at(MAX_DEEP - 1)).unwrap().depth(), MAX_DEEP);
-    assert!(matches!(Snapshot::open(&at(MAX_DEEP)), Err(Error::TooDeep { .. })));
-    let deepest = at(MAX_DEEP - 1);
-    let base = Some((deepest.as_path(), SnapshotId::new(MAX_DEEP as u128 - 1), &made[1].1));
+    assert_eq!(Snapshot::open(&at(MAX_DEPTH - 1)).unwrap().depth(), MAX_DEPTH);
+    assert!(matches!(Snapshot::open(&at(MAX_DEPTH)), Err(Error::TooDeep { .. })));
+    let deepest = at(MAX_DEPTH - 1);
+    let base = Some((deepest.as_path(), SnapshotId::new(MAX_DEPTH as u128 - 1), &made[1].1));
     let refused = Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap_err();
     assert!(matches!(refused, Error::TooDeep { .. }), "{refused:?}");
     // Merged, it can be saved on top of.

@@ -202,7 +202,7 @@ fn notes_of_what_is_gone_make_room() {
     scene.depend(&Files::default()).unwrap();
     fs::rename(scene.at("three"), scene.at("kept")).unwrap();
     note(5000, &scene.at("kept"));
-    for number in 0..crate::dependents::MANY as u64 {
+    for number in 0..crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.depend(&Files::default()).unwrap();
@@ -212,12 +212,12 @@ fn notes_of_what_is_gone_make_room() {
     let refused = scene.replace(&Files::default());
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
     fs::remove_dir_all(scene.at("three")).unwrap();
-    for number in 0..2 * crate::dependents::MANY as u64 {
+    for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.merge(&Files::default()).unwrap();
     assert_eq!(scene.notes().len(), 0, "a merge leaves them behind");
-    for number in 0..2 * crate::dependents::MANY as u64 {
+    for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.replace(&Files::default()).unwrap();

@@ -49,8 +49,8 @@ fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
         assert_eq!(finish(&mut disk), 1, "what is moved is nobody's request");
         most = most.max(disk.extents_and_files().1);
     }
-    assert!(most <= 2 + MOST + LOOK as usize, "{most} files");
-    assert!(most > MOST / 2, "{most}: nothing was merged");
+    assert!(most <= 2 + MAX_OVERLAYS + CHECK_INTERVAL as usize, "{most} files");
+    assert!(most > MAX_OVERLAYS / 2, "{most}: nothing was merged");
     assert!(read(&mut disk, 0, SIZE as usize) == model);
     for (image, then) in &kept {
         assert!(whole(image) == *then, "an image is its instant");
@@ -221,7 +221,7 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
     );
     finish(&mut disk);
     child.kick().unwrap();
-    assert_eq!(child.chain.relocation().running(), AT_ONCE);
+    assert_eq!(child.chain.relocation().running(), MAX_RUNNING);
     child.chain.relocation_mut().queue.push_back(0..1);
     drop(child.fork());
     let queued = child.chain.relocation().queue.len();

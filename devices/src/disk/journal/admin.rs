@@ -15,7 +15,7 @@ use crate::disk::{DiskError, SECTOR};
 /// The state of an image's journal.
 #[derive(Debug)]
 pub struct DiskJournal {
-    /// The image.
+    /// The image's path.
     pub image: PathBuf,
     /// The journal's directory, whether or not there is one.
     pub journal: PathBuf,

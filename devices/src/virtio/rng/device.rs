@@ -12,7 +12,7 @@ use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Turn, Wake, Yiel
 
 /// Most bytes for one request. A driver that asks for more gets a part, as the specification
 /// allows.
-const MOST: usize = 4096;
+const MAX_BYTES: usize = 4096;
 /// Requests in a turn.
 const BATCH: usize = 16;
 
@@ -70,10 +70,10 @@ impl DeviceOps for Rng {
 
     fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
-        let mut bytes = [0; MOST];
+        let mut bytes = [0; MAX_BYTES];
         for _ in 0..BATCH {
             let Some(chain) = io.pop(0)? else { return Ok(Turn::Done) };
-            let len = (dma::len_of(&chain.writable) as usize).min(MOST);
+            let len = (dma::len_of(&chain.writable) as usize).min(MAX_BYTES);
             if let Err(until) = self.limiter.take(len as u64) {
                 io.undo_pop(0);
                 self.until = Some(until);
