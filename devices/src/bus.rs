@@ -1,9 +1,11 @@
-//! The port I/O bus: which device answers which port.
+//! The port I/O bus.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
+
+use crate::ranges::RangeMap;
 
 /// A device at a range of ports.
 pub trait PioDevice: Send + fmt::Debug {
@@ -13,7 +15,7 @@ pub trait PioDevice: Send + fmt::Debug {
     fn write(&mut self, offset: u16, data: &[u8]);
 }
 
-/// Two devices want one port.
+/// The ports of two devices overlap.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("ports {base:#x}..{end:#x} overlap a device at {other:#x}")]
 pub struct BusError {
@@ -22,17 +24,10 @@ pub struct BusError {
     other: u16,
 }
 
-#[derive(Clone, Debug)]
-struct Slot {
-    base: u16,
-    ports: u16,
-    device: Arc<Mutex<dyn PioDevice>>,
-}
-
-/// Ports to devices. Ports nobody has read as all ones and swallow writes, as on a PC.
+/// The devices on ports. Ports without a device read as all ones and ignore writes, as on a PC.
 #[derive(Clone, Debug, Default)]
 pub struct PioBus {
-    slots: Vec<Slot>,
+    devices: RangeMap<Arc<Mutex<dyn PioDevice>>>,
 }
 
 impl PioBus {
@@ -41,39 +36,31 @@ impl PioBus {
     /// # Errors
     /// When another device has one of the ports.
     pub fn add(&mut self, base: u16, ports: u16, device: Arc<Mutex<dyn PioDevice>>) -> Result<(), BusError> {
-        let end = base.saturating_add(ports);
-        if let Some(other) = self.slots.iter().find(|s| base < s.base + s.ports && s.base < end) {
-            return Err(BusError { base, end, other: other.base });
-        }
-        self.slots.push(Slot { base, ports, device });
-        self.slots.sort_by_key(|s| s.base);
-        Ok(())
+        let range = u64::from(base)..u64::from(base) + u64::from(ports);
+        let overlap = |other: u64| BusError { base, end: base.saturating_add(ports), other: other as u16 };
+        self.devices.insert(range, device).map_err(overlap)
     }
 
-    fn find(&self, port: u16) -> Option<(&Slot, u16)> {
-        let at = self.slots.partition_point(|s| s.base <= port).checked_sub(1)?;
-        let slot = &self.slots[at];
-        let offset = port - slot.base;
-        (offset < slot.ports).then_some((slot, offset))
+    fn find(&self, port: u16) -> Option<(MutexGuard<'_, dyn PioDevice + 'static>, u16)> {
+        let (device, offset) = self.devices.find(u64::from(port), 1)?;
+        Some((device.lock().unwrap_or_else(PoisonError::into_inner), offset as u16))
     }
 
-    /// A guest's INs from one port, each `width` bytes wide: one, or as many as a string
-    /// instruction
-    /// (`rep ins`) makes. KVM exits once for all of them, and the device is asked once for each.
+    /// Handles the guest's INs from one port, each `width` bytes wide: one, or as many as a string
+    /// instruction (`rep ins`) makes. KVM exits once for all of them, and the device is read once
+    /// for each.
     pub fn read(&self, port: u16, width: usize, data: &mut [u8]) {
         match self.find(port) {
-            Some((slot, offset)) => {
-                let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+            Some((mut device, offset)) => {
                 data.chunks_mut(width.max(1)).for_each(|data| device.read(offset, data));
             }
             None => data.fill(0xff),
         }
     }
 
-    /// A guest's OUTs to one port, as [`PioBus::read`] has its INs.
+    /// Handles the guest's OUTs to one port, as [`PioBus::read`] handles INs.
     pub fn write(&self, port: u16, width: usize, data: &[u8]) {
-        if let Some((slot, offset)) = self.find(port) {
-            let mut device = slot.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((mut device, offset)) = self.find(port) {
             data.chunks(width.max(1)).for_each(|data| device.write(offset, data));
         }
     }

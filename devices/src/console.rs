@@ -1,19 +1,20 @@
-//! What a VM has written to its console: a backlog, waiters and live listeners.
+//! The output of a VM's console: a backlog, waiters and live listeners.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes of output kept.
+/// Bytes of output that are kept.
 const BACKLOG: usize = 256 << 10;
-/// Bytes of them that a new listener gets: some screens, and no more than a socket takes at once.
+/// Bytes of the backlog that a new listener gets: some screens, and no more than a socket takes at
+/// once.
 const REPLAY: usize = 32 << 10;
 
 #[derive(Default)]
 struct Log {
     backlog: VecDeque<u8>,
-    /// Bytes ever written; the backlog holds the last of them.
+    /// Bytes written since the VM began; the backlog has the last of them.
     total: u64,
     listeners: Vec<Box<dyn Write + Send>>,
 }
@@ -33,13 +34,13 @@ impl Console {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes written so far: a place to read on from.
+    /// Bytes written so far: a position for [`Console::since`].
     #[must_use]
     pub fn position(&self) -> u64 {
         self.log().total
     }
 
-    /// What was written since `position`, as far as it is still kept.
+    /// The output since `position`, as far as it is still kept.
     #[must_use]
     pub fn since(&self, position: u64) -> Vec<u8> {
         let log = self.log();
@@ -47,12 +48,14 @@ impl Console {
         log.backlog.iter().skip(log.backlog.len() - fresh).copied().collect()
     }
 
-    /// Waits until `text` is written after `position`. Returns everything since `position`, and whether `text` was in it in time.
+    /// Waits until `text` is written after `position`. Returns everything since `position`, and
+    /// whether `text` was in it in time.
     #[must_use]
     pub fn wait_for(&self, position: u64, text: &str, patience: Duration) -> (String, bool) {
         let deadline = Instant::now() + patience;
         loop {
-            // Looked at before the lock for waiting is taken again, so the length says whether anything came in between.
+            // Read before the lock for waiting is taken again, so the length shows whether output
+            // came in between.
             let seen = self.position();
             let got = String::from_utf8_lossy(&self.since(position)).into_owned();
             let now = Instant::now();
@@ -66,8 +69,8 @@ impl Console {
         }
     }
 
-    /// Sends `listener` the end of the backlog and then everything written, until it returns an error. It must not block: a console never waits
-    /// for whoever reads it.
+    /// Sends `listener` the end of the backlog and then all output, until it returns an error. It
+    /// must not block: a console never waits for a listener.
     pub fn listen(&self, mut listener: Box<dyn Write + Send>) {
         let mut log = self.log();
         let skip = log.backlog.len().saturating_sub(REPLAY);

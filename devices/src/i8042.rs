@@ -1,4 +1,4 @@
-//! The keyboard controller, of which a microVM needs one thing: the reset line.
+//! The keyboard controller. A microVM needs only its reset line.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -9,9 +9,9 @@ use vm_superio::{I8042Device, Trigger};
 
 use crate::bus::PioDevice;
 
-/// Its first port.
+/// Its first port: data at 0x60.
 pub const I8042_BASE: u16 = 0x60;
-/// Ports it has: data at 0x60, command at 0x64.
+/// Number of its ports, up to the command port at 0x64.
 pub const I8042_PORTS: u16 = 5;
 
 #[derive(Clone, Default)]
@@ -20,13 +20,13 @@ struct Line(Arc<AtomicBool>);
 impl Trigger for Line {
     type E = Infallible;
     fn trigger(&self) -> Result<(), Infallible> {
-        // Relaxed: looked at by the vCPU thread that wrote the port, and by nobody else.
+        // Relaxed: only the vCPU thread that wrote the port reads it.
         self.0.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
 
-/// An i8042 that remembers whether the guest asked for a reset.
+/// An i8042 that records a reset by the guest.
 pub struct I8042 {
     device: I8042Device<Line>,
     line: Line,
@@ -46,7 +46,7 @@ impl Default for I8042 {
 }
 
 impl I8042 {
-    /// Whether the guest has asked for a reset; a handle that can be looked at without the device.
+    /// Whether the guest has pulled the reset line. The handle can be read without the device.
     #[must_use]
     pub fn reset_line(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.line.0)

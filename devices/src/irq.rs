@@ -1,4 +1,4 @@
-//! An interrupt line, as an eventfd that KVM turns into an interrupt.
+//! An interrupt line: an eventfd that KVM turns into an interrupt.
 
 use std::io;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Raises one interrupt line. Clones raise the same.
+/// An interrupt line. Clones raise the same one.
 #[derive(Clone, Debug)]
 pub struct Irq(Arc<EventFd>);
 
@@ -14,7 +14,7 @@ impl Irq {
     /// A line connected to nothing yet.
     ///
     /// # Errors
-    /// When no eventfd can be had.
+    /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
         EventFd::new(EFD_NONBLOCK).map(Arc::new).map(Self)
     }

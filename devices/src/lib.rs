@@ -1,10 +1,12 @@
 //! Device models of Clade.
 //!
-//! Devices here know no KVM: they are handed accesses by a [`PioBus`] or an [`MmioBus`], raise interrupts through an [`Irq`], and save
-//! themselves as plain values. Those in [`virtio`] do DMA, through pins, and have a thread each while a driver uses them; [`disk`] is what
-//! the block device stores to.
+//! Devices here do not know KVM. They get the guest's accesses from a [`PioBus`] or an [`MmioBus`],
+//! raise interrupts through an [`Irq`], and save themselves as plain values. The devices in
+//! [`virtio`] do DMA, through pins, and have a thread each while a driver uses them. [`disk`] is
+//! the storage of the block device.
 
 #![forbid(unsafe_code)]
+#![deny(missing_docs)]
 
 mod bus;
 mod console;
@@ -12,6 +14,7 @@ pub mod disk;
 mod i8042;
 mod irq;
 mod mmio;
+mod ranges;
 mod report;
 mod serial;
 pub mod virtio;

@@ -1,11 +1,13 @@
-//! The memory-mapped bus: which device answers which address.
+//! The memory-mapped I/O bus.
 
 use std::fmt;
 use std::sync::Arc;
 
 use thiserror::Error;
 
-/// A device at a range of addresses. It is called from every vCPU at once.
+use crate::ranges::RangeMap;
+
+/// A device at a range of addresses. All vCPUs call it concurrently.
 pub trait MmioDevice: Send + Sync + fmt::Debug {
     /// The guest reads `data.len()` bytes at `offset` from the device's base.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -13,77 +15,58 @@ pub trait MmioDevice: Send + Sync + fmt::Debug {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// A range that cannot be a device's.
+/// Why a device cannot have a range.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MmioBusError {
-    /// Two devices want one address.
+    /// The addresses of two devices overlap.
     #[error("addresses {base:#x}..{end:#x} overlap a device at {other:#x}")]
     Overlap {
-        /// First address.
+        /// First address of the new device.
         base: u64,
-        /// The address after the last.
+        /// The address after the new device's last one.
         end: u64,
-        /// Where the other device begins.
+        /// First address of the other device.
         other: u64,
     },
-    /// No addresses, or more than there are.
+    /// The range is empty, or leaves the address space.
     #[error("{len:#x} bytes at {base:#x} are no range of addresses")]
     NoRange {
-        /// First address.
+        /// First address of the range.
         base: u64,
-        /// How many.
+        /// Length in bytes.
         len: u64,
     },
 }
 
-#[derive(Clone, Debug)]
-struct Slot {
-    base: u64,
-    end: u64,
-    device: Arc<dyn MmioDevice>,
-}
-
-/// Addresses to devices. Addresses nobody has read as all ones and swallow writes.
+/// The devices on addresses. Addresses without a device read as all ones and ignore writes.
 #[derive(Clone, Debug, Default)]
 pub struct MmioBus {
-    slots: Vec<Slot>,
+    devices: RangeMap<Arc<dyn MmioDevice>>,
 }
 
 impl MmioBus {
     /// Adds a device at `base..base + len`.
     ///
     /// # Errors
-    /// When another device has one of the addresses, or there are no such addresses.
+    /// When another device has one of the addresses, or the range is not valid.
     pub fn add(&mut self, base: u64, len: u64, device: Arc<dyn MmioDevice>) -> Result<(), MmioBusError> {
         let end = base.checked_add(len).filter(|end| *end > base).ok_or(MmioBusError::NoRange { base, len })?;
-        if let Some(other) = self.slots.iter().find(|s| base < s.end && s.base < end) {
-            return Err(MmioBusError::Overlap { base, end, other: other.base });
-        }
-        self.slots.push(Slot { base, end, device });
-        self.slots.sort_by_key(|s| s.base);
-        Ok(())
+        self.devices.insert(base..end, device).map_err(|other| MmioBusError::Overlap { base, end, other })
     }
 
-    /// The device that has all of `len` bytes at `address`.
-    fn find(&self, address: u64, len: usize) -> Option<(&Slot, u64)> {
-        let at = self.slots.partition_point(|s| s.base <= address).checked_sub(1)?;
-        let slot = &self.slots[at];
-        let inside = address.checked_add(len as u64).is_some_and(|end| end <= slot.end);
-        inside.then(|| (slot, address - slot.base))
-    }
-
-    /// A guest's load.
+    /// Handles the guest's load.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.find(address, data.len()) {
-            Some((slot, offset)) => slot.device.read(offset, data),
+        match self.devices.find(address, data.len() as u64) {
+            Some((device, offset)) => device.read(offset, data),
             None => data.fill(0xff),
         }
     }
 
-    /// A guest's store.
+    /// Handles the guest's store.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, offset)) = self.find(address, data.len()) {
-            slot.device.write(offset, data);
+        if let Some((device, offset)) = self.devices.find(address, data.len() as u64) {
+            device.write(offset, data);
         }
     }
 }
@@ -117,7 +100,7 @@ mod tests {
         let mut bytes = [0; 4];
         bus.read(0xd000_0010, &mut bytes);
         assert_eq!(bytes, [0x10; 4]);
-        // Across the end of a device: nobody's.
+        // Across the end of a device: no device has all of it.
         bus.read(0xd000_0ffe, &mut bytes);
         assert_eq!(bytes, [0xff; 4]);
         bus.write(0xd000_0050, &[1, 0, 0, 0]);

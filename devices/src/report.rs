@@ -1,25 +1,25 @@
-//! The port through which the bare guest tells the host what it has done.
+//! The port on which the bare guest reports to the host.
 
 use std::fmt;
 use std::time::Instant;
 
 use crate::bus::PioDevice;
 
-/// Where it is.
+/// Its port.
 pub const REPORT_PORT: u16 = 0xf4;
-/// Ports it has: one 32-bit port.
+/// Number of its ports: one register of 32 bits.
 pub const REPORT_PORTS: u16 = 4;
 
 /// One word from the guest, and when it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What was written.
+    /// The word written.
     pub word: u32,
     /// When the VMM saw it.
     pub at: Instant,
 }
 
-/// Calls back for every 32-bit write. Stateless, so there is nothing to save.
+/// A port that calls back for every write of 32 bits. It has no state to save.
 pub struct ReportPort(Box<dyn FnMut(Report) + Send>);
 
 impl fmt::Debug for ReportPort {
@@ -29,7 +29,7 @@ impl fmt::Debug for ReportPort {
 }
 
 impl ReportPort {
-    /// Calls `told` on the vCPU's thread.
+    /// A port that calls `told` on the vCPU's thread.
     pub fn new(told: impl FnMut(Report) + Send + 'static) -> Self {
         Self(Box::new(told))
     }

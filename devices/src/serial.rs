@@ -11,16 +11,16 @@ use crate::bus::PioDevice;
 use crate::console::Console;
 use crate::irq::Irq;
 
-/// First port of COM1.
+/// First port.
 pub const COM1_BASE: u16 = 0x3f8;
-/// Ports it has.
+/// Number of its ports.
 pub const SERIAL_PORTS: u16 = 8;
-/// Its interrupt line.
+/// Its GSI.
 pub const COM1_GSI: u32 = 4;
-/// Most input that waits for the guest. What is typed beyond it is dropped, as a UART does.
+/// Most bytes of input that wait for the guest. Further input is dropped, as a UART does.
 const MAX_PENDING: usize = 64 << 10;
 
-/// A saved UART.
+/// The saved state of a UART.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     baud_divisor_low: u8,
@@ -69,37 +69,38 @@ impl From<&SerialState> for Uart16550 {
     }
 }
 
-/// A UART whose output goes to a [`Console`], and whose input is typed by [`SerialConsole::type_in`].
+/// A UART whose output goes to a [`Console`], and whose input comes from
+/// [`SerialConsole::type_in`].
 #[derive(Debug)]
 pub struct SerialConsole {
     uart: Serial<Irq, NoEvents, Console>,
     console: Console,
-    /// Typed, but not yet in the UART's FIFO.
+    /// Input that is not yet in the UART's FIFO.
     pending: VecDeque<u8>,
 }
 
 impl SerialConsole {
-    /// A UART as after reset.
+    /// A UART after reset.
     #[must_use]
     pub fn new(irq: Irq, console: Console) -> Self {
         Self { uart: Serial::new(irq, console.clone()), console, pending: VecDeque::new() }
     }
 
-    /// A UART as it was saved. What had been typed and was not yet in the FIFO stays with the one it was typed into.
+    /// A UART in a saved state. Input that was not yet in the FIFO stays with the UART that got it.
     ///
     /// # Errors
-    /// When the state is not one a UART can be in, or its interrupt cannot be raised.
+    /// When the state is not a UART's, or the interrupt cannot be raised.
     pub fn restore(state: &SerialState, irq: Irq, console: Console) -> io::Result<Self> {
         let uart = Serial::from_state(&state.into(), irq, NoEvents, console.clone())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, format!("serial state: {e:?}")))?;
         Ok(Self { uart, console, pending: VecDeque::new() })
     }
 
-    /// Goes back to a saved state, in place: on the same line and the same console, which keeps what was written. What had been typed
-    /// and was not yet in the FIFO is forgotten.
+    /// Goes back to a saved state, in place, on the same line and console. The console keeps its
+    /// output. Input that was not yet in the FIFO is dropped.
     ///
     /// # Errors
-    /// As [`SerialConsole::restore`]; it is as before.
+    /// As [`SerialConsole::restore`]. The UART is as before then.
     pub fn rewind(&mut self, state: &SerialState) -> io::Result<()> {
         *self = Self::restore(state, self.irq().clone(), self.console.clone())?;
         Ok(())
@@ -127,7 +128,7 @@ impl SerialConsole {
         }
     }
 
-    /// Types `bytes`. Returns how many were taken.
+    /// Adds input. Returns how many bytes were taken.
     pub fn type_in(&mut self, bytes: &[u8]) -> usize {
         let room = MAX_PENDING - self.pending.len();
         let taken = &bytes[..bytes.len().min(room)];
@@ -136,7 +137,7 @@ impl SerialConsole {
         taken.len()
     }
 
-    /// Moves typed bytes into the FIFO as far as it has room.
+    /// Moves input into the FIFO as far as it has room.
     fn refill(&mut self) {
         let room = self.uart.fifo_capacity().min(self.pending.len());
         // In loopback the UART takes no input; the bytes wait.
@@ -151,9 +152,7 @@ impl SerialConsole {
     }
 }
 
-/// Registers are a byte wide. The bus makes a wider access to byte-wide registers that many
-/// accesses to
-/// one register after another.
+/// Registers are a byte wide. The bus splits a wider access into accesses to successive registers.
 impl PioDevice for SerialConsole {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         for (register, byte) in (offset..).zip(data) {
@@ -215,7 +214,7 @@ mod tests {
         assert_eq!(got, *typed, "rep insb, more than the FIFO holds at once");
         bus.write(COM1_BASE, 1, b"rep outsb");
         assert_eq!(console.since(0), b"rep outsb");
-        // inw of the data register is the data and the interrupt enable register.
+        // An inw of the data register reads the data and the interrupt enable register.
         bus.write(COM1_BASE + 1, 1, &[5]);
         let mut word = [0xaa; 2];
         bus.read(COM1_BASE, 2, &mut word);

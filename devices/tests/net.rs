@@ -23,7 +23,7 @@ const TX: usize = 1;
 const IN: u64 = 0x20_0000;
 const OUT: u64 = 0x40_0000;
 const HEADER: usize = 12;
-/// An EtherType that nobody speaks.
+/// An EtherType that no protocol uses.
 const KIND: [u8; 2] = [0x88, 0xb5];
 
 /// The host's side of an interface: raw frames.
@@ -43,7 +43,7 @@ impl Wire {
         // SAFETY: numbers only.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, kind) };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
-        // SAFETY: the kernel just made it and nobody else knows it.
+        // SAFETY: the kernel has just made it, and no other owner knows it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
@@ -80,7 +80,7 @@ fn up(name: &str) {
     // SAFETY: numbers only.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     assert!(fd >= 0);
-    // SAFETY: the kernel just made it and nobody else knows it.
+    // SAFETY: the kernel has just made it, and no other owner knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: a `struct ifreq`, 40 bytes, which outlives the call.
     let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, request.as_mut_ptr()) };
@@ -119,7 +119,7 @@ fn net(tap: Tap, last: u8) -> Box<SyncDevice<Net>> {
     Box::new(SyncDevice::new(Net::new(tap, &options(last), None, false).unwrap()))
 }
 
-/// The frame in chains that the device has given back, from the first of which its header tells how many they are.
+/// The frame in the used chains. The header in the first one tells how many they are.
 fn received(vm: &mut Driver) -> Vec<u8> {
     loop {
         let (frame, parts) = any(vm);
@@ -190,7 +190,7 @@ fn packets_go_both_ways_whole() {
     assert!(stats.received >= 4);
 }
 
-/// Pages with as many pins as can be counted: nobody can pin them until one of those ends.
+/// Pages with as many pins as their count holds: they cannot be pinned until one of those ends.
 #[test]
 fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     let Some((tap, wire)) = tap(1) else { return };
@@ -201,7 +201,7 @@ fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     };
     let saturated = |at: u64| {
         let last = pin(at).unwrap();
-        // Forgotten: a pin that is never given back.
+        // Leaked: a pin that never ends.
         while let Ok(pin) = pin(at) {
             std::mem::forget(pin);
         }

@@ -1,4 +1,5 @@
-//! The plain devices, driven through registers and rings: what they give, what they refuse, and that a fork loses and repeats nothing.
+//! The plain devices, driven through registers and rings: what they do, what they refuse, and that
+//! a fork loses and repeats nothing.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,6 +1,8 @@
-//! Disks on XFS and Btrfs: a flush after a fork makes a new image that shares its blocks, and needs no journal.
+//! Disks on XFS and Btrfs: a flush after a fork makes a new image that shares its blocks, and needs
+//! no journal.
 //!
-//! Without root, loop devices or mkfs it prints `skipped: REASON`, unless the environment's CLADE_REQUIRE names `mount`.
+//! Without root, loop devices or mkfs it prints `skipped: REASON`, unless the environment's
+//! CLADE_REQUIRE names `mount`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

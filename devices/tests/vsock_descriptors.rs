@@ -43,7 +43,7 @@ fn descriptors_and_connections_are_limited_and_neither_keeps_the_device_busy() {
     // A host connects when there is no descriptor for it. It waits in the backlog.
     let client = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
     let begun = Instant::now();
-    // Below what is in use: nobody here gets another one.
+    // Below what is in use: this process gets no other descriptor.
     limit(3);
     rustix::net::connect(&client, &SocketAddrUnix::new(dir.path().join("vm.sock")).unwrap()).unwrap();
     guest.driver.wait_until("tries again", |driver| stats(driver).accept_failures >= 4);
@@ -72,7 +72,7 @@ fn descriptors_and_connections_are_limited_and_neither_keeps_the_device_busy() {
     };
     assert_eq!((refused.op, refused.guest), (RESET, 1000 + open));
     assert_eq!(open, MAX_CONNECTIONS - 1, "with the host's that has gone and was not answered");
-    // Whoever is refused is told so, and one that ends makes room for another.
+    // A refused host reads the end of the stream, and one that ends makes room for another.
     let mut host = UnixStream::connect(dir.path().join("vm.sock")).unwrap();
     host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     assert_eq!(line(&mut host), "", "the host reads the end");

@@ -1,4 +1,4 @@
-//! Files by the descriptor of their directory: it stays the same one when it is renamed.
+//! Files by their directory's descriptor: it stays the same directory when it is renamed.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -12,10 +12,11 @@ use crate::file::{CachePolicy, FileError, Handles, IoFile};
 use crate::overlay_pool::OverlayPool;
 
 impl IoFile {
-    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle. `path` is what the directory is called.
+    /// An empty unnamed file of `len` bytes in `dir`. It goes with its last handle. `path` is the
+    /// directory's path in messages.
     ///
     /// # Errors
-    /// When the directory's file system has no such files, or no room.
+    /// When the directory's file system has no unnamed files, or no room.
     pub fn unnamed_in(dir: BorrowedFd<'_>, path: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
         let failed = |what| move |source: std::io::Error| FileError { path: path.to_owned(), what, source };
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -26,9 +27,9 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
     }
 
-    /// As [`IoFile::unnamed_in`], but a file that `pool` has kept if there is one, **with anything in it**: for whoever
-    /// reads nothing that it has not written. It goes back there in the end. All files of one pool must be asked for
-    /// with the same arguments.
+    /// As [`IoFile::unnamed_in`], but a file from `pool` if it has one, **with any content**: the
+    /// caller must read only what it has written. The file returns to the pool when it is dropped.
+    /// All files of one pool must be made with the same arguments.
     ///
     /// # Errors
     /// As [`IoFile::unnamed_in`].
@@ -47,7 +48,7 @@ impl IoFile {
         Ok(file)
     }
 
-    /// A named file that somebody has open for reading and writing. It is not locked.
+    /// A named file that is open for reading and writing. It is not locked.
     #[must_use]
     pub fn read_write(cached: File, path: &Path, policy: CachePolicy) -> Self {
         Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, true, false)
@@ -56,26 +57,28 @@ impl IoFile {
     /// Locks it against other processes, as [`IoFile::open`] does.
     ///
     /// # Errors
-    /// When it is locked.
+    /// When another process has locked it.
     pub fn try_lock(&self) -> std::io::Result<()> {
         Ok(self.handles.cached.try_lock()?)
     }
 
-    /// Another handle of the same open file.
+    /// Another descriptor of the same open file.
     ///
     /// # Errors
-    /// When there can be none.
+    /// When there are no descriptors left.
     pub fn try_clone(&self) -> std::io::Result<File> {
         self.handles.cached.try_clone()
     }
 
-    /// Gives a file without a name the name `name` in `dir`; `path` is what that is called in errors. Until its last handle is closed it is used as before
-    /// ([`IoFile::is_named`]). It is there after the process, and is never used again for something else.
+    /// Gives an unnamed file the name `name` in `dir`; `path` is the directory's path in messages.
+    /// Until its last handle is closed it is used as before ([`IoFile::is_named`]). It stays after
+    /// the process, and never returns to a pool.
     ///
     /// # Errors
-    /// When the directory is not on its file system, the name is taken, or the system cannot do it.
+    /// When the directory is on another file system, the name is taken, or the kernel does not
+    /// support it.
     pub fn link_in(&self, dir: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), FileError> {
-        // Before: a failure may come after it has been done.
+        // Set first: the file may have the name even if the call has failed.
         self.linked.store(true, Ordering::Release);
         let same = format!("/proc/self/fd/{}", self.handles.cached.as_raw_fd());
         linkat(CWD, same, dir, name, AtFlags::SYMLINK_FOLLOW).map_err(|error| FileError {

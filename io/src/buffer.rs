@@ -1,4 +1,4 @@
-//! Memory an operation owns: parts of pins, or of buffers of this process.
+//! Memory that an operation owns: parts of pins, or of buffers in this process.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
@@ -9,31 +9,32 @@ use clade_memory::DmaPin;
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
-/// Alignment of buffers, file offsets and lengths for transfers that bypass the page cache. Every disk's blocks divide it.
+/// Alignment of buffers, file offsets and lengths for transfers past the page cache: a multiple of
+/// every disk's block size.
 pub(crate) const ALIGN: usize = 4096;
 
-/// A part that is not inside its whole.
+/// A part is not inside the buffer.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("bytes {start}..{start}+{len} are not inside a buffer of {whole} bytes")]
 pub struct BufferError {
-    /// First byte.
+    /// First byte of the part.
     pub start: usize,
-    /// How many.
+    /// Length of the part in bytes.
     pub len: usize,
-    /// Length of the whole.
+    /// Length of the buffer in bytes.
     pub whole: usize,
 }
 
-/// Zeroed memory, aligned for transfers that bypass the page cache. The kernel may write to it at any time while an operation owns it, so it
-/// is only looked at through [`AlignedBuf::slice`].
+/// Zeroed memory, aligned for transfers past the page cache. The kernel may write to it at any time
+/// while an operation owns it, so it is accessed only through [`AlignedBuf::slice`].
 pub struct AlignedBuf {
     at: NonNull<u8>,
     len: usize,
     layout: Layout,
 }
 
-// SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through volatile slices, neither of which cares
-// about threads.
+// SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through
+// volatile slices, neither of which cares about threads.
 unsafe impl Send for AlignedBuf {}
 // SAFETY: as for Send: there is no access through `&self` but by volatile slices.
 unsafe impl Sync for AlignedBuf {}
@@ -44,7 +45,7 @@ impl AlignedBuf {
     pub fn new(len: usize) -> Self {
         let rounded =
             len.max(1).checked_next_multiple_of(ALIGN).and_then(|size| Layout::from_size_align(size, ALIGN).ok());
-        // What is larger than the address space ends as what is larger than memory does.
+        // A length beyond the address space ends as one beyond memory does.
         let Some(layout) = rounded else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout's size is at least `ALIGN`.
         let at = unsafe { alloc_zeroed(layout) };
@@ -64,10 +65,11 @@ impl AlignedBuf {
         self.len == 0
     }
 
-    /// Its bytes.
+    /// Its bytes, as volatile memory.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: `at` is valid for `len` bytes for as long as `self` lives, and all access to them is volatile.
+        // SAFETY: `at` is valid for `len` bytes for as long as `self` lives, and all access to them
+        // is volatile.
         unsafe { VolatileSlice::new(self.at.as_ptr(), self.len) }
     }
 }
@@ -80,7 +82,8 @@ impl fmt::Debug for AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; operations that the kernel still works on own an Arc of it.
+        // SAFETY: allocated in `new` with this layout; operations that the kernel still works on
+        // own an Arc of it.
         unsafe { dealloc(self.at.as_ptr(), self.layout) };
     }
 }
@@ -91,7 +94,7 @@ enum Whole {
     Buf(Arc<AlignedBuf>),
 }
 
-/// Contiguous memory for a transfer. It keeps the pin or the buffer that it is a part of.
+/// Contiguous memory for a transfer. It keeps alive the pin or the buffer that it is a part of.
 #[derive(Clone, Debug)]
 pub struct Fragment {
     whole: Whole,
@@ -103,7 +106,7 @@ impl Fragment {
     /// `len` bytes of a pin, from its byte `start` on.
     ///
     /// # Errors
-    /// When they are not inside.
+    /// When they are not inside the pin.
     pub fn pinned(pin: &Arc<DmaPin>, start: usize, len: usize) -> Result<Self, BufferError> {
         Self::within(Whole::Pin(Arc::clone(pin)), pin.len(), start, len)
     }
@@ -111,7 +114,7 @@ impl Fragment {
     /// `len` bytes of a buffer, from its byte `start` on.
     ///
     /// # Errors
-    /// When they are not inside.
+    /// When they are not inside the buffer.
     pub fn owned(buf: &Arc<AlignedBuf>, start: usize, len: usize) -> Result<Self, BufferError> {
         Self::within(Whole::Buf(Arc::clone(buf)), buf.len(), start, len)
     }
@@ -123,7 +126,7 @@ impl Fragment {
         Ok(Self { whole, start, len })
     }
 
-    /// Its part of `len` bytes from `start` on; both are cut to what is there.
+    /// The part of `len` bytes from `start` on; both are cut to the fragment.
     #[must_use]
     pub fn part(&self, start: usize, len: usize) -> Self {
         let start = start.min(self.len);
@@ -142,16 +145,15 @@ impl Fragment {
         self.len == 0
     }
 
-    /// Its bytes.
+    /// Its bytes, as volatile memory.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
         let whole = match &self.whole {
             Whole::Pin(pin) => pin.slice(),
             Whole::Buf(buf) => buf.slice(),
         };
-        let end = self.start + self.len;
-        // Checked when the fragment was made, so this cannot fail; an empty slice would be the harmless answer.
-        whole.subslice(self.start, end - self.start).unwrap_or_else(|_| empty())
+        // Checked when the fragment was made, so this cannot fail.
+        whole.subslice(self.start, self.len).unwrap_or_else(|_| empty())
     }
 
     /// Host address of the first byte.
@@ -168,13 +170,14 @@ fn empty<'a>() -> VolatileSlice<'a> {
     unsafe { VolatileSlice::new(NonNull::dangling().as_ptr(), 0) }
 }
 
-/// The bytes of all of `fragments`.
+/// The number of bytes in all `fragments`.
 #[must_use]
 pub fn total_len(fragments: &[Fragment]) -> usize {
     fragments.iter().map(Fragment::len).sum()
 }
 
-/// The `len` bytes behind the first `skip` of `fragments`, as fragments of the same memory; fewer, if there are not so many.
+/// The `len` bytes behind the first `skip` of `fragments`, as fragments of the same memory. Fewer,
+/// if there are not so many.
 #[must_use]
 pub fn window(fragments: &[Fragment], skip: usize, len: usize) -> Vec<Fragment> {
     let mut parts = Vec::with_capacity(fragments.len());
@@ -182,7 +185,7 @@ pub fn window(fragments: &[Fragment], skip: usize, len: usize) -> Vec<Fragment> 
     parts
 }
 
-/// Calls `with` on each part of `fragments` that lies in the `len` bytes behind the first `skip`.
+/// Calls `with` for each part of `fragments` in the `len` bytes behind the first `skip`.
 pub(crate) fn for_window<'a>(fragments: &'a [Fragment], skip: usize, len: usize, mut with: impl FnMut(Part<'a>)) {
     let (mut skip, mut left) = (skip, len);
     for fragment in fragments {

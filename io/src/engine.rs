@@ -1,4 +1,4 @@
-//! The engine: an io_uring, and the operations that are in it.
+//! The engine: an io_uring and the operations in it.
 //!
 //! ```text
 //!  submit ──► backlog ──flush──► kernel ──reap──► Completion (memory and token come back)
@@ -6,8 +6,8 @@
 //!                └──────────────────┘
 //! ```
 //!
-//! At most `depth` operations are in the kernel; each takes up to two entries (a timer it is linked behind), and the completion queue has
-//! room for all of them, so it never overflows.
+//! At most `depth` operations are in the kernel. Each takes up to two entries, because a timer may
+//! precede it. The completion queue has room for all of them, so it never overflows.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -24,67 +24,70 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::buffer::Fragment;
 use crate::op::{Failure, Op, Request, Step, Way};
 
-/// Marks completions that are nobody's: of timers and of cancellations.
-const NOBODY: u64 = u64::MAX;
-/// How long a dropped engine waits for the kernel before it leaves the operations and their memory to it for good.
+/// The user data of completions that belong to no operation: of timers and of cancellations.
+const NO_OPERATION: u64 = u64::MAX;
+/// How long a dropped engine waits for the kernel. After that it leaks the operations and their
+/// memory.
 const LAST_PATIENCE: Duration = Duration::from_secs(30);
 
-/// The engine could not be made or reached.
+/// Why an engine cannot be made, or cannot submit.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum EngineError {
-    /// No io_uring.
+    /// io_uring is not available.
     #[error("no io_uring of {depth} operations (kernel.io_uring_disabled, or a seccomp filter?)")]
     Setup {
-        /// How deep it was to be.
+        /// The depth that was wanted, in operations.
         depth: u32,
-        /// Why not.
+        /// Why the ring cannot be made.
         #[source]
         source: io::Error,
     },
-    /// The kernel does not take operations.
+    /// The kernel takes no operations.
     #[error("the kernel takes no operations")]
     Enter(#[source] io::Error),
 }
 
-/// An operation that is over.
+/// The end of an operation.
 #[derive(Debug)]
 pub struct Completion<T> {
-    /// What it was submitted with.
+    /// The token it was submitted with.
     pub token: T,
-    /// How it ended.
+    /// Its result.
     pub result: Result<(), Failure>,
-    /// The memory it owned.
+    /// The memory that it owned.
     pub buffers: Vec<Fragment>,
 }
 
 /// How transfers were done, in steps given to the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Through the page cache.
+    /// Steps through the page cache.
     pub cached: u64,
-    /// Past it.
+    /// Steps past the page cache.
     pub direct: u64,
-    /// Past it, through a bounce buffer.
+    /// Steps past the page cache through a bounce buffer.
     pub bounced: u64,
-    /// Given to the kernel again: short transfers, EINTR, EAGAIN.
+    /// Steps repeated: short transfers, EINTR, EAGAIN.
     pub continued: u64,
     /// Syncs that succeeded.
     pub synced: u64,
 }
 
-/// Runs operations. See the module's documentation.
+/// Runs operations; see the module's documentation.
 pub struct Engine<T> {
     ring: IoUring,
     event: EventFd,
     depth: usize,
-    /// By the number the kernel knows them by. Boxed: the kernel holds addresses inside.
+    /// Operations, by their user data in the kernel. Boxed, because the kernel holds addresses
+    /// inside.
     ops: Vec<Option<Box<Op<T>>>>,
     free: Vec<usize>,
-    /// Not given to the kernel yet, or to be given again.
+    /// Operations to be given to the kernel, for the first time or again.
     backlog: VecDeque<usize>,
     /// Operations in the kernel.
     in_kernel: usize,
-    /// Completions the kernel owes beside those: timers, cancellations.
+    /// Completions of timers and cancellations that the kernel has not delivered.
     owed: usize,
     latency: Option<Duration>,
     stats: Stats,
@@ -97,13 +100,14 @@ impl<T> fmt::Debug for Engine<T> {
 }
 
 impl<T> Engine<T> {
-    /// An engine with at most `depth` operations in the kernel at a time. `event` is signalled at each completion.
+    /// An engine with at most `depth` operations in the kernel at a time. `event` is signalled at
+    /// each completion.
     ///
     /// # Errors
-    /// When there is no io_uring to be had.
+    /// When io_uring is not available.
     pub fn new(depth: u32, event: EventFd) -> Result<Self, EngineError> {
         let failed = |source| EngineError::Setup { depth, source };
-        // Two entries an operation and one to cancel; the kernel doubles that for completions.
+        // Two entries for an operation, and one to cancel. The kernel doubles that for completions.
         let ring = IoUring::builder().setup_clamp().build(2 * depth + 2).map_err(failed)?;
         ring.submitter().register_eventfd(event.as_raw_fd()).map_err(failed)?;
         Ok(Self {
@@ -123,12 +127,13 @@ impl<T> Engine<T> {
     /// An eventfd of the kind that [`Engine::new`] takes.
     ///
     /// # Errors
-    /// When there is none to be had.
+    /// When no eventfd can be made.
     pub fn eventfd() -> io::Result<EventFd> {
         EventFd::new(EFD_NONBLOCK)
     }
 
-    /// Makes every operation submitted from now on late by as much: a slow disk, to try things with. The operation is in the kernel meanwhile.
+    /// Delays every operation submitted from now on, as a slow disk would, for tests. The operation
+    /// is in the kernel meanwhile.
     pub fn set_latency(&mut self, latency: Option<Duration>) {
         self.latency = latency.filter(|l| !l.is_zero());
     }
@@ -144,7 +149,7 @@ impl<T> Engine<T> {
         self.backlog.push_back(at);
     }
 
-    /// Operations submitted and not reaped.
+    /// Operations that were submitted and not reaped.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_kernel + self.backlog.len()
@@ -162,10 +167,11 @@ impl<T> Engine<T> {
         self.stats
     }
 
-    /// Gives the kernel what it has room for. What is in its cache it may do at once, in this call.
+    /// Gives the kernel the operations it has room for. A cached transfer may be done within this
+    /// call.
     ///
     /// # Errors
-    /// When it takes nothing; what was submitted stays, and the next call tries again.
+    /// When it takes nothing. The operations stay, and the next call tries again.
     pub fn flush(&mut self) -> Result<(), EngineError> {
         while self.in_kernel < self.depth {
             let Some(at) = self.backlog.pop_front() else { break };
@@ -177,26 +183,27 @@ impl<T> Engine<T> {
         self.enter()
     }
 
-    /// Puts an operation into the submission queue. False when that is full.
+    /// Puts an operation into the submission queue. Returns false when the queue is full.
     fn push(&mut self, at: usize) -> bool {
         let Some(op) = self.ops[at].as_mut() else { return true };
         let mut queue = self.ring.submission();
         if queue.capacity() - queue.len() < 2 {
             return false;
         }
-        let timer = op.timer().map(|timer| timer.user_data(NOBODY));
+        let timer = op.timer().map(|timer| timer.user_data(NO_OPERATION));
         let (entry, way) = op.entry();
         let entry = entry.user_data(at as u64);
         let pushed = match &timer {
             None => push_entry(&mut queue, &entry),
-            // Both fit, as was looked at above: a timer is never without what it is linked to.
+            // Both fit, as was checked above: a timer is never without the operation it is linked
+            // to.
             Some(timer) => push_entry(&mut queue, timer) && push_entry(&mut queue, &entry),
         };
         drop(queue);
         if timer.is_some() {
             self.owed += 1;
-            // Once: the rest of a short transfer is not late again. The kernel reads the time when it takes the entry, which is
-            // before `entry` is called again for this operation.
+            // Once: the rest of a short transfer is not delayed again. The kernel reads the time
+            // when it takes the entry, which is before `entry` is called again for this operation.
         }
         match way {
             Way::Cached => self.stats.cached += 1,
@@ -222,23 +229,23 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Entries that the kernel had no memory to take: flush again soon.
+    /// Whether the kernel had no memory to take entries. The caller should flush again soon.
     #[must_use]
     pub fn is_stalled(&mut self) -> bool {
         !self.ring.submission().is_empty()
     }
 
-    /// Hands every operation that is over to `each`, and gives the kernel what there is room for now.
+    /// Calls `each` with every operation that has ended, and gives the kernel others.
     ///
     /// # Errors
     /// As [`Engine::flush`].
     pub fn reap(&mut self, mut each: impl FnMut(Completion<T>)) -> Result<(), EngineError> {
-        // Before looking: a completion that comes while we look signals again.
+        // Before the queue is read: a completion that comes meanwhile signals again.
         let _ = self.event.read();
         loop {
             let next = self.ring.completion().next();
             let Some(entry) = next else { break };
-            if entry.user_data() == NOBODY {
+            if entry.user_data() == NO_OPERATION {
                 self.owed -= 1;
                 continue;
             }
@@ -263,8 +270,8 @@ impl<T> Engine<T> {
         if self.backlog.is_empty() { Ok(()) } else { self.flush() }
     }
 
-    /// Asks the kernel to give up on everything. What it can give up ends as [`Failure::Cancelled`]; transfers that a device is busy with end as
-    /// they would have. All of them are still to be reaped.
+    /// Cancels all operations. Those that can be cancelled end as [`Failure::Cancelled`]. Transfers
+    /// that a device is busy with end as they would have. All of them must still be reaped.
     pub fn cancel(&mut self, mut each: impl FnMut(Completion<T>)) {
         for at in mem::take(&mut self.backlog) {
             if let Some(op) = self.ops[at].take() {
@@ -276,7 +283,7 @@ impl<T> Engine<T> {
         if self.in_kernel == 0 {
             return;
         }
-        let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(NOBODY);
+        let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(NO_OPERATION);
         let mut queue = self.ring.submission();
         let pushed = push_entry(&mut queue, &cancel);
         drop(queue);
@@ -286,10 +293,10 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Waits for a completion, up to `patience`.
+    /// Waits up to `patience` for a completion.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// When the wait has failed.
     pub fn wait(&mut self, patience: Duration) -> Result<(), EngineError> {
         let time = Timespec::from(patience);
         let args = SubmitArgs::new().timespec(&time);
@@ -311,11 +318,12 @@ impl<T> Drop for Engine<T> {
             if self.wait(Duration::from_millis(100)).is_err() || self.reap(drop).is_err() {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            // What was continued instead of ending goes no further.
+            // Operations that would be continued end here.
             self.cancel(drop);
         }
         if self.in_kernel > 0 {
-            // The kernel may still write to this memory. It keeps it, and the pins stay: a leak is better than a stranger's memory.
+            // The kernel may still write to this memory. It is leaked with its pins: freeing it
+            // would let the kernel write to memory of another owner.
             tracing::error!(
                 operations = self.in_kernel,
                 "the kernel does not let go of operations; their memory is left to it"
@@ -326,7 +334,8 @@ impl<T> Drop for Engine<T> {
 }
 
 fn push_entry(queue: &mut squeue::SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
-    // SAFETY: the entry points at nothing (a cancellation), or into an operation that is boxed in `ops` and stays there until its completion
-    // is reaped, or for ever if the engine is dropped first; its file and memory are owned by that operation.
+    // SAFETY: the entry points at nothing (a cancellation), or into an operation that is boxed in
+    // `ops` and stays there until its completion is reaped, or for ever if the engine is dropped
+    // first; its file and memory are owned by that operation.
     unsafe { queue.push(entry) }.is_ok()
 }

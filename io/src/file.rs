@@ -1,4 +1,4 @@
-//! Files as operations use them: a handle through the page cache, and where asked for one past it.
+//! Files for operations: a handle through the page cache, and on request one past it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,15 +20,16 @@ use crate::overlay_pool::OverlayPool;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CachePolicy {
-    /// Yes: what many VMs read is kept in memory once.
+    /// Yes: the host's memory has data that many VMs read once.
     #[default]
     Host,
-    /// No (O_DIRECT), where the file system allows it and offset and length are multiples of what it asks for (512 bytes
-    /// most often).
+    /// No (O_DIRECT), where the file system supports it, and offset and length are multiples of its
+    /// block size (most often 512 bytes).
     Direct,
 }
 
-/// What the file system says transfers past its cache must be multiples of (Linux 6.1), or what every disk's blocks divide.
+/// The alignment that the file system asks for in transfers past its cache (Linux 6.1), or else
+/// [`ALIGN`].
 fn alignment(file: &File) -> usize {
     let said = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
     let said = said.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
@@ -36,12 +37,12 @@ fn alignment(file: &File) -> usize {
     wanted.filter(|align| align.is_power_of_two()).map_or(ALIGN, |align| align.clamp(512, ALIGN))
 }
 
-/// A second handle that bypasses the page cache, if it is wanted and to be had.
+/// A second handle past the page cache, if it is wanted and available.
 fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -> Option<File> {
     if policy == CachePolicy::Host {
         return None;
     }
-    // By its descriptor, so that it is the same file whatever happened to the name.
+    // By its descriptor, so that it is the same file, whatever has happened to the name.
     let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
     let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
     opened
@@ -51,37 +52,38 @@ fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -
         .ok()
 }
 
-/// Something done to a file failed.
+/// A system call on a file has failed.
 #[derive(Debug, Error)]
 #[error("{} could not be {what}", path.display())]
 pub struct FileError {
-    /// Which file.
+    /// The file's path.
     pub path: PathBuf,
-    /// What was to be done, as a participle.
+    /// The operation, as a participle: "opened", "written".
     pub what: &'static str,
-    /// Why not.
+    /// Why it has failed.
     #[source]
     pub source: io::Error,
 }
 
-/// A file that cannot be used.
+/// Why a file cannot be opened.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum OpenError {
-    /// The system says no.
+    /// A system call has failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Neither a file nor a block device.
+    /// The path leads neither to a file nor to a block device.
     #[error("{} is neither a regular file nor a block device", path.display())]
     Kind {
-        /// Which.
+        /// The path.
         path: PathBuf,
     },
-    /// In use.
+    /// Another process has locked the file.
     #[error("{} is in use by somebody who {}", path.display(), if *writing { "has it open" } else { "writes to it" })]
     Locked {
-        /// Which.
+        /// The path.
         path: PathBuf,
-        /// Whether it was to be written.
+        /// Whether it was to be opened for writing.
         writing: bool,
     },
 }
@@ -91,12 +93,12 @@ pub enum OpenError {
 pub(crate) struct Handles {
     pub(crate) cached: File,
     direct: Option<File>,
-    /// What offsets, lengths and addresses of transfers past the page cache must be multiples of.
+    /// The alignment of offsets, lengths and addresses in transfers past the page cache.
     align: usize,
 }
 
 impl Handles {
-    /// `path` is what it is called in warnings.
+    /// `path` is the file's path in warnings.
     pub(crate) fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
         let direct = direct_handle(&cached, write, policy, path);
         let align = direct.as_ref().map_or(ALIGN, alignment);
@@ -104,35 +106,37 @@ impl Handles {
     }
 }
 
-/// A file, open for as long as an operation on it is in flight.
+/// An open file. Operations in flight keep it open.
 #[derive(Debug)]
 pub struct IoFile {
     path: PathBuf,
     pub(crate) handles: Arc<Handles>,
-    /// Where its handles go after it.
+    /// The pool that its handles return to.
     pub(crate) pool: Option<Arc<OverlayPool>>,
     writable: bool,
-    /// Whether it has a name, and outlives the process.
+    /// Whether it had a name when it was opened.
     named: bool,
-    /// Whether it was given one later.
+    /// Whether it got a name later.
     pub(crate) linked: AtomicBool,
     block_device: bool,
     /// Whether writes to it have ended since it was last made durable.
     unsynced: AtomicBool,
-    /// Writes given to the kernel and not reaped.
+    /// Writes that were given to the kernel and not reaped.
     writes: Mutex<usize>,
     no_writes: Condvar,
 }
 
 impl IoFile {
-    /// Opens a file or a block device, locked against writers (and, if `write`, against readers) in other processes that lock too.
+    /// Opens a file or a block device. Locks it against writers in other processes that lock too,
+    /// and with `write` also against readers.
     ///
     /// # Errors
-    /// When it cannot be opened, is something else, or is in use.
+    /// When it cannot be opened, is of another kind, or is locked.
     pub fn open(path: &Path, write: bool, policy: CachePolicy) -> Result<Self, OpenError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let opened = if write { "opened for writing" } else { "opened" };
-        // O_NONBLOCK: opening a FIFO must not wait for its other end; for files and block devices it means nothing.
+        // O_NONBLOCK: opening a FIFO must not wait for its other end. It has no effect on files and
+        // block devices.
         let cached = OpenOptions::new()
             .read(true)
             .write(write)
@@ -155,17 +159,18 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(handles), write, true, kind.is_block_device()))
     }
 
-    /// An empty file of `len` bytes without a name in `dir`: it is gone with its last handle.
+    /// An empty unnamed file of `len` bytes in `dir`. It goes with its last handle.
     ///
     /// # Errors
-    /// When the directory's file system has no such files, or no room.
+    /// When the directory's file system has no unnamed files, or no room.
     pub fn unnamed(dir: &Path, len: u64, policy: CachePolicy) -> Result<Self, FileError> {
         let opened = File::open(dir);
         let opened = opened.map_err(|source| FileError { path: dir.to_owned(), what: "opened", source })?;
         Self::unnamed_in(opened.as_fd(), dir, len, policy)
     }
 
-    /// A file that somebody has open for reading, called `path` where it is named. It is not locked: whoever opened it knows that nobody changes it.
+    /// A file that is open for reading, with its path. It is not locked: the caller knows that it
+    /// does not change.
     #[must_use]
     pub fn read_only(cached: File, path: &Path, policy: CachePolicy) -> Self {
         Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
@@ -177,22 +182,23 @@ impl IoFile {
         Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes }
     }
 
-    /// Whether writes to it have ended since this was last asked: what was written before the answer is to be made durable by whoever asks, or
-    /// given back with [`IoFile::set_unsynced`].
+    /// Whether writes to it have ended since the last call. The caller must make those writes
+    /// durable, or call [`IoFile::set_unsynced`].
     #[must_use]
     pub fn take_unsynced(&self) -> bool {
         self.unsynced.swap(false, Ordering::AcqRel)
     }
 
-    /// Says that not all of it is durable.
+    /// Notes that not all of it is durable.
     pub fn set_unsynced(&self) {
         self.unsynced.store(true, Ordering::Release);
     }
 
-    /// The file's number on its file system, and when it was made (ns since 1970; 0 where that is not known): numbers are used again.
+    /// The inode number, and the inode's birth time (ns since 1970; 0 if unknown), because numbers
+    /// are used again.
     ///
     /// # Errors
-    /// When the system cannot say.
+    /// When the file's attributes cannot be read.
     pub fn identity(&self) -> Result<(u64, u64), FileError> {
         let wanted = StatxFlags::INO | StatxFlags::BTIME;
         let stat = statx(&self.handles.cached, "", AtFlags::EMPTY_PATH, wanted)
@@ -205,7 +211,7 @@ impl IoFile {
     /// How many names it has.
     ///
     /// # Errors
-    /// When the system cannot say.
+    /// When the file's attributes cannot be read.
     pub fn link_count(&self) -> Result<u64, FileError> {
         let stat = rustix::fs::fstat(&self.handles.cached).map_err(|error| self.failed("looked at", error.into()))?;
         Ok(stat.st_nlink)
@@ -217,7 +223,7 @@ impl IoFile {
         &self.path
     }
 
-    /// How transfers to it are done: what was asked for, or what the file system allows.
+    /// How transfers are done: by the policy asked for, as far as the file system supports it.
     #[must_use]
     pub fn policy(&self) -> CachePolicy {
         if self.handles.direct.is_some() { CachePolicy::Direct } else { CachePolicy::Host }
@@ -229,7 +235,7 @@ impl IoFile {
         self.writable
     }
 
-    /// Whether it has a name: what is written to one without is gone with the process, synced or not.
+    /// Whether it has a name. A file without a name ends with the process, synced or not.
     #[must_use]
     pub fn is_named(&self) -> bool {
         self.named
@@ -244,17 +250,18 @@ impl IoFile {
     /// Its size in bytes.
     ///
     /// # Errors
-    /// When the system cannot say.
+    /// When the size cannot be read.
     pub fn size(&self) -> Result<u64, FileError> {
-        // Of a block device only seeking tells it; operations name their offsets, so nobody minds where the handle stands.
+        // A block device reports its size only by a seek. Operations name their offsets, so the
+        // position of the handle does not matter.
         seek(&self.handles.cached, SeekFrom::End(0)).map_err(|error| self.failed("measured", error.into()))
     }
 
-    /// The first byte from `offset` on that is not in a hole, as far as the file system tells holes from data. `None` when there is only
-    /// hole left.
+    /// The first byte from `offset` on that is not in a hole, as far as the file system reports
+    /// holes. `None` when only a hole is left.
     ///
     /// # Errors
-    /// When the system cannot say.
+    /// When the file system cannot be asked.
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>, FileError> {
         match seek(&self.handles.cached, SeekFrom::Data(offset)) {
             Ok(at) => Ok(Some(at)),
@@ -266,10 +273,10 @@ impl IoFile {
         }
     }
 
-    /// Where the data at `offset` ends: at a hole, or at the end of the file.
+    /// The end of the data at `offset`: a hole, or the end of the file.
     ///
     /// # Errors
-    /// When the system cannot say.
+    /// When the file system cannot be asked.
     pub fn next_hole(&self, offset: u64) -> Result<u64, FileError> {
         match seek(&self.handles.cached, SeekFrom::Hole(offset)) {
             Ok(at) => Ok(at),
@@ -281,7 +288,7 @@ impl IoFile {
     /// Reads without an engine.
     ///
     /// # Errors
-    /// When it fails, or the file ends first.
+    /// When the read fails, or the file ends first.
     pub fn read_now(&self, bytes: &mut [u8], offset: u64) -> Result<(), FileError> {
         self.handles.cached.read_exact_at(bytes, offset).map_err(|source| self.failed("read", source))
     }
@@ -289,21 +296,21 @@ impl IoFile {
     /// Writes without an engine.
     ///
     /// # Errors
-    /// When it fails.
+    /// When the write fails.
     pub fn write_now(&self, bytes: &[u8], offset: u64) -> Result<(), FileError> {
         self.set_unsynced();
         self.handles.cached.write_all_at(bytes, offset).map_err(|source| self.failed("written", source))
     }
 
-    /// Makes what was written durable, without an engine.
+    /// Makes finished writes durable, without an engine.
     ///
     /// # Errors
-    /// When it fails; a later success says nothing about what was written before.
+    /// When the sync fails. A later success says nothing about earlier writes then.
     pub fn sync_now(&self) -> Result<(), FileError> {
         self.handles.cached.sync_all().map_err(|source| self.failed("made durable", source))
     }
 
-    /// Waits until no write to it is in flight, up to `patience`. Returns whether that is so.
+    /// Waits up to `patience` until no write to it is in flight. Returns whether that is so.
     #[must_use]
     pub fn settle(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
@@ -337,7 +344,7 @@ impl IoFile {
         }
     }
 
-    /// See the field.
+    /// The alignment for transfers past the page cache.
     pub(crate) fn direct_align(&self) -> usize {
         self.handles.align
     }
@@ -357,7 +364,7 @@ impl IoFile {
 
 impl Drop for IoFile {
     fn drop(&mut self) {
-        // Nobody reads it any more, and what was to be written to it has been: operations hold the file.
+        // No operation reads or writes it any more: operations hold the file.
         if let Some(pool) = self.pool.take().filter(|_| !*self.linked.get_mut()) {
             pool.put(Arc::clone(&self.handles));
         }

@@ -1,9 +1,11 @@
-//! Asynchronous file I/O of Clade: an io_uring whose operations **own** everything the kernel works on.
+//! Asynchronous file I/O of Clade: an io_uring whose operations **own** everything the kernel works
+//! on.
 //!
-//! A [`Request`] holds its file and its memory, as [`Fragment`]s: parts of [`DmaPin`](clade_memory::DmaPin)s, or of [`AlignedBuf`]s. It is given to an
-//! [`Engine`] by value and comes back in a [`Completion`] when the kernel has let go of it, and not before: whoever submits cannot
-//! unpin, unmap or free under a transfer, and forgetting about an operation forgets nothing. An engine that is dropped cancels what it can
-//! and waits for the rest.
+//! A [`Request`] holds its file and its memory, as [`Fragment`]s: parts of
+//! [`DmaPin`](clade_memory::DmaPin)s, or of [`AlignedBuf`]s. An [`Engine`] takes it by value. It
+//! comes back in a [`Completion`] when the kernel has let go of it, and not before. So the
+//! submitter cannot unpin, unmap or free memory under a transfer. An engine that is dropped cancels
+//! what it can, and waits for the rest.
 //!
 //! | to learn about | read |
 //! |---|---|
@@ -13,7 +15,9 @@
 //! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //!
-//! What it does not do: it knows nothing of guests, disks and their formats, and it starts no threads.
+//! What it does not do: it does not know guests, disks or their formats, and it starts no threads.
+
+#![deny(missing_docs)]
 
 mod at;
 mod buffer;

@@ -1,4 +1,4 @@
-//! One operation: what it owns, and which part of it goes to the kernel next.
+//! One operation: what it owns, and the part that the kernel gets next.
 
 use std::io;
 use std::sync::Arc;
@@ -11,57 +11,57 @@ use thiserror::Error;
 use crate::buffer::{AlignedBuf, Fragment, for_window, total_len};
 use crate::file::IoFile;
 
-/// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
+/// Most pieces of memory that the kernel takes at once (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
-/// Bytes copied through a bounce buffer at once, so that a guest cannot make the host allocate what it likes.
+/// Most bytes in a bounce buffer, which bounds what a guest can make the host allocate.
 const MAX_BOUNCED: usize = 1 << 20;
-/// Times an operation is given to the kernel again after EINTR or EAGAIN.
+/// How often an operation is given to the kernel again after EINTR or EAGAIN.
 const MAX_RETRIES: u32 = 64;
 
-/// What is to be done. It owns what the kernel needs for it.
+/// An operation on a file. It owns what the kernel needs for it.
 #[derive(Debug)]
 pub enum Request {
     /// Fills `buffers`, in order, from `offset` on.
     Read {
-        /// From where.
+        /// The file to read.
         file: Arc<IoFile>,
         /// First byte in the file.
         offset: u64,
-        /// To where. Parts of pins for writing.
+        /// The memory to fill: parts of pins for writing, or of buffers.
         buffers: Vec<Fragment>,
     },
     /// Writes `buffers`, in order, from `offset` on.
     Write {
-        /// To where.
+        /// The file to write.
         file: Arc<IoFile>,
         /// First byte in the file.
         offset: u64,
-        /// From where.
+        /// The memory to write.
         buffers: Vec<Fragment>,
     },
-    /// Makes what was written durable.
+    /// Makes finished writes durable.
     Sync {
-        /// What of.
+        /// The file to sync.
         file: Arc<IoFile>,
-        /// With all that is known about it: of a directory, which names are in it.
+        /// Whether its metadata is synced too. For a directory, these are its names.
         all: bool,
     },
-    /// Gives the range back to the file system; it reads as zeros.
+    /// Frees the range, which then reads as zeros.
     Punch {
-        /// Where.
+        /// The file to change.
         file: Arc<IoFile>,
-        /// First byte.
+        /// First byte of the range.
         offset: u64,
-        /// How many.
+        /// Length of the range in bytes.
         len: u64,
     },
-    /// Makes the range zeros that are allocated.
+    /// Makes the range zeros that stay allocated.
     Zero {
-        /// Where.
+        /// The file to change.
         file: Arc<IoFile>,
-        /// First byte.
+        /// First byte of the range.
         offset: u64,
-        /// How many.
+        /// Length of the range in bytes.
         len: u64,
     },
 }
@@ -92,31 +92,32 @@ impl Request {
 
 /// Why an operation failed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Failure {
-    /// The system says so.
+    /// The kernel has reported an error.
     #[error("I/O on {} failed", path.display())]
     Io {
-        /// The file.
+        /// The file's path.
         path: std::path::PathBuf,
-        /// What it said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The file is shorter than it was said to be.
+    /// The file ends before the end of a read.
     #[error("{} ends {missing} bytes too early", path.display())]
     Short {
-        /// The file.
+        /// The file's path.
         path: std::path::PathBuf,
-        /// Bytes that are missing.
+        /// How many bytes are missing.
         missing: usize,
     },
-    /// It was cancelled.
+    /// The operation was cancelled.
     #[error("cancelled")]
     Cancelled,
 }
 
 impl Failure {
-    /// The system's error number, if it is one of the system's.
+    /// The error number, if the kernel has reported one.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
@@ -126,41 +127,43 @@ impl Failure {
     }
 }
 
-/// How the next step of a transfer reaches the file.
+/// The way of a transfer's next step to the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// Through the page cache.
     Cached,
-    /// Past it, from and to the memory itself.
+    /// Past the page cache, with the request's memory.
     Direct,
-    /// Past it, through an aligned buffer of ours.
+    /// Past the page cache, with an aligned buffer of the operation.
     Bounced,
 }
 
-/// What a completion from the kernel means for the operation.
+/// What follows a completion from the kernel.
 pub(crate) enum Step {
-    /// Give it to the kernel again, for the rest.
+    /// The kernel gets the operation again, for the rest.
     Again,
     Over(Result<(), Failure>),
 }
 
-/// An operation on its way. It is boxed while the kernel has it: the pieces and the time are read from where they lie.
+/// An operation on its way. It is boxed while the kernel has it, because the kernel reads the
+/// pieces and the time where they are.
 pub(crate) struct Op<T> {
     request: Request,
     pub(crate) token: T,
-    /// Bytes transferred.
+    /// Bytes that were transferred.
     done: usize,
     total: usize,
     pieces: Vec<libc::iovec>,
     bounce: Option<AlignedBuf>,
     way: Way,
-    /// The file system accepts O_DIRECT but refused this transfer.
+    /// Whether the file system accepts O_DIRECT but has refused this transfer.
     no_direct: bool,
     retries: u32,
     pub(crate) delay: Option<Timespec>,
 }
 
-// SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the operation, and which any thread may use.
+// SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the
+// operation, and which any thread may use.
 unsafe impl<T: Send> Send for Op<T> {}
 
 impl<T> Op<T> {
@@ -183,7 +186,8 @@ impl<T> Op<T> {
         }
     }
 
-    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped until the completion.
+    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped
+    /// until the completion.
     pub(crate) fn entry(&mut self) -> (squeue::Entry, Way) {
         let file = Arc::clone(self.request.file());
         let fd = Fd(file.cached_fd());
@@ -212,7 +216,7 @@ impl<T> Op<T> {
         (entry, self.way)
     }
 
-    /// The timer that the operation is linked behind, if it is to be late. Its pointer is into `self`.
+    /// The timer that delays the operation, if there is one. Its pointer is into `self`.
     pub(crate) fn timer(&self) -> Option<squeue::Entry> {
         let time = self.delay.as_ref()?;
         // Without ETIME_SUCCESS an expired timer would break the link.
@@ -220,11 +224,13 @@ impl<T> Op<T> {
         Some(timer.flags(squeue::Flags::IO_LINK))
     }
 
-    /// Lays out the pieces for the bytes that are left. Returns the handle to use, and the offset in the file.
+    /// Prepares the pieces for the bytes that are left. Returns the handle to use, and the offset
+    /// in the file.
     fn prepare(&mut self, offset: u64) -> (Fd, u64) {
         let file = self.request.file();
         let (at, left) = (offset + self.done as u64, self.total - self.done);
-        // A short transfer leaves an odd rest; that and what begins or ends inside a block goes through the cache.
+        // A short transfer leaves an odd rest. The rest, and transfers that begin or end inside a
+        // block, go through the cache.
         let align = file.direct_align();
         let aligned = at.is_multiple_of(align as u64) && left.is_multiple_of(align);
         let direct = file.direct_fd().filter(|_| aligned && !self.no_direct);
@@ -262,7 +268,7 @@ impl<T> Op<T> {
         (fd, at)
     }
 
-    /// Takes note of the kernel's `result`.
+    /// Processes the kernel's `result`.
     pub(crate) fn step(&mut self, result: i32) -> Step {
         if result < 0 {
             return self.failed(-result);
@@ -298,7 +304,8 @@ impl<T> Op<T> {
                 Step::Again
             }
             libc::ECANCELED => Step::Over(Err(Failure::Cancelled)),
-            // Blocks larger than pages, or memory that the device cannot reach: the cache takes anything.
+            // Blocks larger than pages, or memory that the device cannot reach: the cache takes any
+            // transfer.
             libc::EINVAL if self.way != Way::Cached => {
                 self.no_direct = true;
                 Step::Again
@@ -317,7 +324,8 @@ impl<T> Op<T> {
         matches!(self.request, Request::Sync { .. })
     }
 
-    /// The operation's end: what it was for, and the memory. The file knows that it is over.
+    /// Takes the operation apart at its end: the token and the memory. Tells the file that a write
+    /// has ended.
     pub(crate) fn into_parts(self) -> (T, Vec<Fragment>) {
         if self.request.changes() {
             self.request.file().write_ends();
@@ -333,7 +341,7 @@ impl<T> Op<T> {
 /// Copies what fits from `from[from_at..]` to `to[to_at..]`.
 fn copy(from: &vm_memory::VolatileSlice<'_>, to: &vm_memory::VolatileSlice<'_>, from_at: usize, to_at: usize) {
     let len = from.len().saturating_sub(from_at).min(to.len().saturating_sub(to_at));
-    // Both are cut to what is there, so neither can fail.
+    // Both are cut to the slices, so neither can fail.
     if let (Ok(from), Ok(to)) = (from.subslice(from_at, len), to.subslice(to_at, len)) {
         from.copy_to_volatile_slice(to);
     }

@@ -1,4 +1,4 @@
-//! TAP interfaces: packets straight between the host's network and memory that an operation owns.
+//! TAP interfaces: packets between the host's network and memory that an operation owns.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -9,47 +9,48 @@ use thiserror::Error;
 
 use crate::buffer::Fragment;
 
-/// Longest name of an interface.
+/// Most bytes in the name of an interface.
 const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 /// Bytes of the header before each packet: `struct virtio_net_hdr_v1`.
 pub const VNET_HEADER: usize = 12;
-/// The kernel takes no more pieces of memory at once (UIO_MAXIOV).
+/// Most pieces of memory that the kernel takes at once (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
 
-/// A TAP interface that cannot be had.
+/// Why there is no TAP interface.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum TapError {
-    /// No such name.
+    /// The name is not valid.
     #[error("\"{name}\" is no name for an interface: 1 to {MAX_NAME} characters, no slash, space or colon")]
     Name {
         /// The name.
         name: String,
     },
-    /// The kernel refuses.
+    /// A system call has failed.
     #[error("TAP interface {name}: {what}")]
     Refused {
-        /// The name.
+        /// The interface's name.
         name: String,
-        /// What was tried.
+        /// The operation that has failed.
         what: &'static str,
-        /// Why.
+        /// Why it has failed.
         #[source]
         source: io::Error,
     },
 }
 
-/// What a receiver can do by itself.
+/// Packets that a receiver accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offload {
-    /// Take packets whose checksum is not computed.
+    /// Packets without a computed checksum.
     pub checksum: bool,
-    /// Take TCP over IPv4 in pieces larger than the wire's.
+    /// TCP segments over IPv4 that are larger than the wire's.
     pub tso4: bool,
-    /// The same over IPv6.
+    /// TCP segments over IPv6 that are larger than the wire's.
     pub tso6: bool,
 }
 
-/// `struct ifreq`, as far as TAP needs it.
+/// `struct ifreq`, with the fields that TAP uses.
 #[repr(C)]
 struct Request {
     name: [u8; libc::IFNAMSIZ],
@@ -65,20 +66,22 @@ impl Request {
     }
 }
 
-/// An interface, with one descriptor for each pair of queues. It goes when this does, unless somebody has made it persistent.
+/// An interface, with one descriptor for each pair of queues. It goes with this value, unless it
+/// was made persistent.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
     queues: Vec<File>,
-    /// Which of them the kernel gives packets to.
+    /// Of each pair, whether the kernel gives it packets.
     attached: Vec<bool>,
 }
 
 impl Tap {
-    /// Opens the interface `name`, or makes it; `%d` in the name becomes a number that is free.
+    /// Opens the interface `name`, or makes it. `%d` in the name becomes a free number.
     ///
     /// # Errors
-    /// When there can be no such interface: the name, no permission (CAP_NET_ADMIN), in use, another number of queues.
+    /// When the name is not valid, CAP_NET_ADMIN is missing, or the interface is in use or has
+    /// another number of queues.
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
         let bad = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
         if name.is_empty() || name.len() > MAX_NAME || name.contains(bad) || !name.is_ascii() {
@@ -105,28 +108,28 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Its name.
+    /// The interface's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Pairs of queues.
+    /// The number of pairs of queues.
     #[must_use]
     pub fn queues(&self) -> usize {
         self.queues.len()
     }
 
-    /// The descriptor of a pair of queues: readable when there is a packet.
+    /// The descriptor of a pair of queues. It is readable when there is a packet.
     #[must_use]
     pub fn descriptor(&self, queue: usize) -> Option<RawFd> {
         self.queues.get(queue).map(AsRawFd::as_raw_fd)
     }
 
-    /// Says what whoever reads packets here can do by itself.
+    /// Sets which packets the receiver accepts.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses it.
     pub fn set_offload(&self, offload: Offload) -> io::Result<()> {
         let bit = |has: bool, bit: libc::c_uint| if has { bit } else { 0 };
         let bits = bit(offload.checksum, libc::TUN_F_CSUM)
@@ -141,10 +144,10 @@ impl Tap {
         Ok(())
     }
 
-    /// Has packets given to the first `count` pairs of queues only.
+    /// Makes the kernel give packets to the first `count` pairs of queues only.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses it.
     pub fn use_queues(&mut self, count: usize) -> io::Result<()> {
         if self.queues.len() < 2 {
             return Ok(());
@@ -160,26 +163,28 @@ impl Tap {
         Ok(())
     }
 
-    /// Reads one packet and its header into `buffers`, which are parts of pins for writing. What does not fit is cut off. None when there is
-    /// none.
+    /// Reads a packet and its header into `buffers`, which are parts of pins for writing. What does
+    /// not fit is cut off. None when there is no packet.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses it.
     pub fn receive(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
         self.transfer(queue, buffers, |fd, pieces, count| {
-            // SAFETY: every piece is within a fragment, which the caller keeps and which is guest memory pinned for writing, or a buffer; the
-            // kernel alone writes there.
+            // SAFETY: every piece is within a fragment, which the caller keeps and which is guest
+            // memory pinned for writing, or a buffer; the kernel alone writes there.
             unsafe { libc::readv(fd, pieces, count) }
         })
     }
 
-    /// Sends the packet in `buffers`, with its header before it. None when the interface takes none now.
+    /// Sends the packet in `buffers`, which begins with its header. None when the interface takes
+    /// no packet now.
     ///
     /// # Errors
     /// When the kernel refuses it.
     pub fn send(&self, queue: usize, buffers: &[Fragment]) -> io::Result<Option<usize>> {
         self.transfer(queue, buffers, |fd, pieces, count| {
-            // SAFETY: every piece is within a fragment, which the caller keeps; the kernel only reads there.
+            // SAFETY: every piece is within a fragment, which the caller keeps; the kernel only
+            // reads there.
             unsafe { libc::writev(fd, pieces, count) }
         })
     }

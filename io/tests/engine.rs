@@ -62,7 +62,8 @@ fn pieces_of_pages_are_read_and_written() {
         let (dir, ram) = (dir(), ram());
         let (file, mut engine) = (file(dir.path(), policy), engine());
         let pages = pin(&ram, 16, 40);
-        // Odd places in memory, in two pieces, of a whole number of blocks in the file; more operations than the kernel gets at once.
+        // Odd places in memory, in two pieces, of a whole number of blocks in the file; more
+        // operations than the kernel gets at once.
         for n in 0..20u32 {
             let at = n as usize * 8192;
             let buffers = vec![

@@ -1,4 +1,4 @@
-//! How fast memory is saved and restored here, beside what the disk does: `speed DIRECTORY [MIB]`.
+//! The speed of saving and restoring memory here, beside that of the disk: `speed DIRECTORY [MIB]`.
 
 use std::error::Error;
 use std::fs::OpenOptions;

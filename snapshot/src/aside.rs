@@ -1,11 +1,12 @@
-//! The transaction: a directory written beside its place, and put there in one step.
+//! The transaction: a directory is written beside its place, and put there in one step.
 //!
-//! 1. What crashes have left over is swept: directories of our naming that nobody holds the lock of.
-//! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the directory itself, so that it ends
-//!    with the process).
+//! 1. Leftovers of crashes are removed: directories with our prefix whose lock is free.
+//! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the
+//!    directory itself, so that it ends with the process).
 //! 3. Everything is written there, each file synced, then the directory.
 //! 4. One rename: to the target if there is none, else the two are exchanged.
-//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a power cut can bring the old names back.
+//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a
+//!    power cut can bring the old names back.
 
 use std::fs::File;
 use std::io;
@@ -18,13 +19,13 @@ use crate::files::Files;
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const STATE: &str = "state";
 pub(crate) const WARM: &str = "warm";
-/// What a warm file is called until it is in place.
+/// The prefix of a warm file until it has its name.
 pub(crate) const WARM_ASIDE: &str = ".warm-";
-/// What a note of a dependent snapshot is called, before 16 digits.
+/// The prefix of a dependent's note, before 16 digits.
 pub(crate) const NEEDED_BY: &str = ".needed-by-";
 const MARK: &str = ".clade-";
 
-/// A random number that no other snapshot has.
+/// A random number for a new snapshot.
 pub(crate) fn random() -> Result<u128, Error> {
     let mut bytes = [0; 16];
     let mut done = 0;
@@ -43,7 +44,7 @@ pub(crate) fn layer_name(disk: Option<usize>) -> String {
     disk.map_or_else(|| "memory".to_owned(), |disk| format!("disk-{disk}"))
 }
 
-/// Whether a snapshot has a file of that name.
+/// Whether a snapshot may have a file of this name.
 fn is_ours(name: &str) -> bool {
     let layer = |stem: &str| {
         let number = stem.strip_prefix("disk-").unwrap_or("");
@@ -67,7 +68,7 @@ fn name_of(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Where a snapshot is to be: its parent directory, as it really is, and its own name.
+/// The path of a snapshot: its parent directory, resolved, and its own name.
 pub(crate) fn place(dir: &Path) -> Result<PathBuf, Error> {
     let unusable = || Error::Path { path: dir.to_owned() };
     let found = match dir.canonicalize() {
@@ -88,7 +89,8 @@ pub(crate) fn place(dir: &Path) -> Result<PathBuf, Error> {
     Ok(place)
 }
 
-/// Whether a snapshot may be put there: nothing is, or an empty directory, or a snapshot and nothing besides.
+/// Checks that a snapshot may be put at `dir`: nothing is there, or an empty directory, or a
+/// snapshot and no other file.
 pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error> {
     let refuse = |found: &str| Err(Error::NotASnapshot { path: dir.to_owned(), found: found.to_owned() });
     match dir.symlink_metadata() {
@@ -107,8 +109,7 @@ pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error>
     Ok(())
 }
 
-/// Removes a directory of snapshot files, which is open. What is not ours stays, and the directory
-/// with it.
+/// Removes an open directory of snapshot files. Other files stay, and the directory with them.
 fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
     for name in files.names_in(dir, path)? {
         if name.to_str().is_some_and(is_ours) {
@@ -118,13 +119,13 @@ fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
     files.remove_dir(path)
 }
 
-/// Removes what crashes left in `parent`. What cannot be removed is left for the next time.
+/// Removes leftovers of crashes in `parent`. Those that cannot be removed stay until the next save.
 fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
     let stale: Vec<PathBuf> = files.list(parent)?.into_iter().filter(|path| is_aside(&name_of(path))).collect();
     if stale.is_empty() {
         return Ok(());
     }
-    // One of them may be an old snapshot whose successor's rename is not on the disk yet.
+    // One of them may be an old snapshot, and the rename that replaced it may not be durable yet.
     files.sync_dir(parent)?;
     for path in stale {
         if let Err(error) = sweep_one(files, &path) {
@@ -134,9 +135,8 @@ fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes a directory that a crash has left. Whoever can write beside a snapshot can also put
-/// something there by such a name: a link is not followed, and another user's directory is not
-/// ours.
+/// Removes a leftover directory. Another user may have put a link or a directory there: links are
+/// not followed, and directories of other users stay.
 fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
     let dir = files.open_real_dir(path)?;
     let owner = dir.metadata().map_err(|source| Error::file("looked at", path, source))?.uid();
@@ -152,14 +152,14 @@ pub(crate) struct StagingDir<'f> {
     files: &'f Files,
     place: PathBuf,
     path: PathBuf,
-    /// Held while it is being written: who can lock it may remove it.
+    /// Held while it is written: a save that gets the lock may remove the directory.
     lock: Option<File>,
-    /// To be removed: it is not published, or it is what was there before.
+    /// Whether to remove it on drop: it was not published, or it is the old snapshot.
     garbage: bool,
 }
 
 impl<'f> StagingDir<'f> {
-    /// Beside `place` (as [`place`] gives it), after sweeping.
+    /// Makes a directory beside `place` (see [`place`]), after removing leftovers.
     pub(crate) fn create(files: &'f Files, place: PathBuf) -> Result<Self, Error> {
         let parent = place.parent().ok_or_else(|| Error::Path { path: place.clone() })?;
         sweep(files, parent)?;
@@ -170,7 +170,7 @@ impl<'f> StagingDir<'f> {
             let made = Self::lock(files, &path);
             match made {
                 Ok(Some(lock)) => return Ok(Self { files, place, path, lock: Some(lock), garbage: true }),
-                // Somebody swept it before it was locked.
+                // Another save has removed it before it was locked.
                 Ok(None) => {}
                 Err(error) => {
                     let _ = files.remove_dir(&path);
@@ -188,20 +188,20 @@ impl<'f> StagingDir<'f> {
         if !files.try_lock(&dir, path)? {
             return Ok(None);
         }
-        // What is locked must still be what is there.
+        // The path must still lead to what was locked.
         let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
         let there = dir.metadata().and_then(|locked| Ok(same(locked, path.symlink_metadata()?)));
         Ok(there.unwrap_or(false).then_some(dir))
     }
 
-    /// Where to write.
+    /// The directory to write to.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Puts it in its place: for what is there, which the caller has locked, or where nothing is.
-    /// All files in it have been synced. False if it is not so any more. On an error it may be there
-    /// all the same, whole, but not known to be on the disk.
+    /// Puts it in its place: over the snapshot there, which the caller has locked, or where nothing
+    /// is. All files in it must be synced. Returns false if the place is no longer as `over` says.
+    /// After an error it may be in place all the same, whole, but perhaps not durable.
     pub(crate) fn publish(&mut self, over: bool) -> Result<bool, Error> {
         self.files.sync_dir(&self.path)?;
         let put = if over {
@@ -212,11 +212,11 @@ impl<'f> StagingDir<'f> {
         if !put {
             return Ok(false);
         }
-        // What is aside now is the old one, and it must stay until the rename is on the disk.
+        // The directory aside is the old snapshot now. It must stay until the rename is durable.
         self.garbage = false;
         self.files.sync_dir(self.place.parent().unwrap_or(&self.place))?;
         self.garbage = over;
-        // Whoever wants to depend on it need not wait until the old one is removed.
+        // A save on top of this snapshot need not wait until the old one is removed.
         self.lock = None;
         Ok(true)
     }
@@ -224,12 +224,12 @@ impl<'f> StagingDir<'f> {
 
 impl Drop for StagingDir<'_> {
     fn drop(&mut self) {
-        // Opened again: it may be what was there before.
+        // Opened again: it may be the old snapshot.
         let removed = || remove(self.files, &self.files.open_real_dir(&self.path)?, &self.path);
         if self.garbage
             && let Err(error) = removed()
         {
-            // The next save's sweep gets it.
+            // The next save removes it.
             tracing::debug!(path = %self.path.display(), %error, "not removed");
         }
     }

@@ -1,4 +1,4 @@
-//! Opening: a snapshot and all it depends on, checked before anything is used.
+//! Opening: a snapshot and the snapshots it depends on, checked before use.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -15,16 +15,17 @@ use crate::format::{Damage, Manifest, Sections, SnapshotId, Warm};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::space::Kind;
 
-/// Longest chain: one full snapshot and what was saved on top of it. Each adds files to hold open, and pieces to map.
-pub const MAX_DEEP: usize = 64;
-/// Longest manifest.
+/// Most snapshots in a chain: a full one, and those on top of it. Each adds files to hold open, and
+/// pieces to map.
+pub(crate) const MAX_DEPTH: usize = 64;
+/// Most bytes of a manifest.
 const MAX_MANIFEST: u64 = 16 << 20;
-/// Longest state file. What the manifest says of it is not believed beyond that.
+/// Most bytes of a state file, whatever the manifest says.
 pub(crate) const MAX_STATE: u64 = 256 << 20;
-/// Longest record of what is touched first, of however large a memory.
+/// Most bytes of a warm file, whatever the size of the memory.
 const MAX_WARM: u64 = 256 << 20;
 
-/// Which layer of the chain a page is in: 0 is the newest.
+/// The layer of the chain that has a page: 0 is the newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Layer(usize),
@@ -40,7 +41,7 @@ impl Piece for Place {
     }
 }
 
-/// A space as a chain gives it: every page is in exactly one layer, or zeros.
+/// A space in a chain: each page is in exactly one layer, or zeros.
 #[derive(Debug)]
 pub(crate) struct ChainSpace {
     pub(crate) bytes: u64,
@@ -57,7 +58,7 @@ impl ChainSpace {
                 map.insert(run.range, if run.kind == Kind::Zero { Place::Zero } else { Place::Layer(at) });
             }
         }
-        // The oldest has all of it, so that no page is without a place.
+        // The oldest layer has all of it, so every page has a place.
         let bytes = layers.last().map_or(0, |oldest| oldest.index.bytes);
         if let Some((oldest, page)) = layers.last().and_then(|oldest| Some((oldest, oldest.index.first_missing()?))) {
             return Err(Error::damaged(&oldest.path, Damage::Hole { page }));
@@ -87,11 +88,13 @@ pub(crate) struct Opened {
     pub(crate) disks: Vec<ChainSpace>,
 }
 
-/// A snapshot whose manifests, state, indexes and lengths have been found right, and its parents', all the way. The data itself is checked as it is
-/// read, or by [`crate::verify`]. Its files are open: it stays as it is if others replace or remove the directory.
+/// A snapshot whose manifest, state, indexes and file lengths were checked, and those of its
+/// parents. Its data is checked when it is read, or by [`crate::verify`]. Its files are open: it
+/// stays as it is if the directory is replaced or removed.
 ///
-/// What is not guarded against is a data file that is cut short in place. Then accesses to memory that was restored lazily fail: KVM_RUN and system calls with
-/// EFAULT, which stops the one VM with a reason; this process by SIGBUS, which the VMM takes.
+/// There is no protection against a data file that is truncated in place. Accesses to lazily
+/// restored memory then fail. KVM_RUN and system calls return EFAULT, which stops that one VM with
+/// a reason. An access of this process raises SIGBUS, which the VMM handles.
 #[derive(Clone, Debug)]
 pub struct Snapshot(pub(crate) Arc<Opened>);
 
@@ -115,10 +118,10 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
         if !seen.insert(parent.id) {
             return Err(Error::Cycle { path: at, id: parent.id });
         }
-        if members.len() >= MAX_DEEP {
-            return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEEP });
+        if members.len() >= MAX_DEPTH {
+            return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEPTH });
         }
-        // From the child's own directory, whatever its path leads to by now.
+        // From the child's open directory, whatever its path leads to by now.
         let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;
         let found = read_manifest(files, &opened).map_err(inside)?;
         if found.id != parent.id {
@@ -126,14 +129,14 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
             return Err(inside(wrong));
         }
         fits(child.path(), manifest, &found)?;
-        // It is called by its own path: many relative ones behind each other say little.
+        // Messages use the resolved path: a row of relative ones is hard to read.
         let called = at.canonicalize().unwrap_or(at);
         members.push(Member { dir: opened.called(called), manifest: found });
     }
     Ok(members)
 }
 
-/// Whether a snapshot and its parent are of one VM.
+/// Checks that a snapshot and its parent are of one VM.
 fn fits(path: &Path, child: &Manifest, parent: &Manifest) -> Result<(), Error> {
     let shape = |what: String| Err(Error::Shape { path: path.to_owned(), what });
     let ranges = |of: &Manifest| of.memory.regions.iter().map(|r| (r.guest_address, r.pages)).collect::<Vec<_>>();
@@ -166,10 +169,10 @@ fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `dir`, and those it depends on.
+    /// Opens the snapshot in `dir` and those it depends on.
     ///
     /// # Errors
-    /// When any of them is missing, damaged, of a later format, or another than it should be.
+    /// When one of them is missing, damaged, of a later format, or not the one expected.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         Self::with(&Files::default(), dir)
     }
@@ -178,7 +181,8 @@ impl Snapshot {
         let members = read_chain(files, dir)?;
         let newest = &members[0];
         let sections = read_state(files, newest)?;
-        // What restores needs nothing of the parents' states, but a chain is whole or it is not.
+        // A restore does not need the parents' states. They are checked because a chain must be
+        // whole.
         members[1..].iter().try_for_each(|member| read_state(files, member).map(drop))?;
         let space = |disk: Option<usize>| {
             let layers = members.iter().map(|member| {
@@ -192,36 +196,31 @@ impl Snapshot {
         Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks })))
     }
 
-    /// Which snapshot it is.
+    /// The snapshot's identity.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.manifest().id
     }
 
-    /// Where it was opened.
+    /// The path at which it was opened.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.0.members[0].dir.path()
     }
 
-    /// What it says of itself.
+    /// The snapshot's manifest.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.0.members[0].manifest
     }
 
-    /// Snapshots in its chain: 1 if it is full.
+    /// The number of snapshots in its chain: 1 for a full snapshot.
     #[must_use]
     pub fn depth(&self) -> usize {
         self.0.members.len()
     }
 
-    /// Where they are, itself first.
-    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
-        self.0.members.iter().map(|member| member.dir.path())
-    }
-
-    /// The section of that name.
+    /// The section `name`.
     #[must_use]
     pub fn section(&self, name: &str) -> Option<&[u8]> {
         self.0.sections.get(name)
@@ -233,24 +232,24 @@ impl Snapshot {
         &self.0.sections
     }
 
-    /// The shape of the guest's memory.
+    /// The layout of guest memory.
     ///
     /// # Errors
-    /// Never for a snapshot that could be opened.
+    /// Never, for a snapshot that could be opened.
     pub fn layout(&self) -> Result<RamLayout, Error> {
         self.manifest().layout().map_err(|damage| Error::damaged(self.dir().join(MANIFEST), damage))
     }
 
-    /// Its disks, in the VM's order.
+    /// The disks, in the VM's order.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskReader> {
         (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
     }
 
-    /// The pages that a run from it touched first, if that was ever recorded, for [`crate::Load::Warm`].
+    /// The pages that a run touched first, if that was recorded, for [`crate::Load::Warm`].
     ///
     /// # Errors
-    /// When the file is there and damaged, which harms nothing else.
+    /// When the file is damaged. The rest of the snapshot can be used all the same.
     pub fn warm(&self) -> Result<Option<Vec<PageRange>>, Error> {
         read_warm(&self.0.files, &self.0.members[0])
     }
@@ -264,7 +263,7 @@ pub(crate) fn read_warm(files: &Files, member: &Member) -> Result<Option<Vec<Pag
     };
     let damaged = |damage| Error::damaged(member.dir.path().join(WARM), damage);
     let warm = Warm::decode(&bytes).map_err(damaged)?;
-    // Another snapshot's: it was put in this one's place while the run was recorded.
+    // The file is of another snapshot, which was replaced by this one during its run.
     if warm.id != member.manifest.id {
         return Ok(None);
     }

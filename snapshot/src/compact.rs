@@ -1,7 +1,7 @@
-//! Compacting: a chain becomes one full snapshot, in the newest one's place.
+//! Compaction: a chain becomes one full snapshot, in the newest one's place.
 //!
-//! It keeps its identity. That is the identity of its contents, which do not change, so what was saved on top of it is as right as before. Its parents
-//! stay as they are: others may depend on them.
+//! The snapshot keeps its identity, which is that of its contents. So snapshots on top of it stay
+//! valid. Its parents stay as they are: other snapshots may depend on them.
 
 use std::path::Path;
 
@@ -19,10 +19,10 @@ use crate::save::{Meter, SaveProgress, Saved};
 use crate::space::checked_runs;
 use crate::write::write_layer;
 
-/// Merges the snapshot in `dir` with all it depends on. Of a full one nothing is changed.
+/// Merges the snapshot in `dir` with all it depends on. A full snapshot stays as it is.
 ///
 /// # Errors
-/// Then `dir` is as it was; see [`crate::Save::to`].
+/// When it fails, `dir` is as it was; see [`crate::Save::to`].
 pub fn compact(dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
     compact_with(&Files::default(), dir, watch)
 }
@@ -32,10 +32,10 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) 
     let spaces: Vec<_> = std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks).collect();
     let mut manifest = snapshot.manifest().clone();
     if manifest.parent.is_some() {
-        // While they are there: they go when somebody saves there meanwhile.
+        // Read early: another save may replace the directory meanwhile.
         let newest = &snapshot.0.members[0];
         let state = files.read_in(&newest.dir, STATE, manifest.state.bytes)?;
-        // A hint, lost if it is damaged.
+        // A hint; a damaged one is dropped.
         let warm = read_warm(files, newest).ok().flatten();
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
@@ -64,16 +64,16 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) 
         }
         files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
         meter.check()?;
-        // Who would depend on it waits, or has noted that.
+        // A dependent being saved waits for the lock, or has left its note already.
         let mut locked = lock(files, &[(&target, How::Exclusive)], &mut || meter.check())?;
         let gone = || Error::file("found", &target, std::io::ErrorKind::NotFound.into());
         let there = locked.pop().flatten().ok_or_else(gone)?;
-        // Somebody may have saved there meanwhile.
+        // Another save may have replaced it meanwhile.
         let found = read_manifest(files, &there)?.id;
         if found != manifest.id {
             return Err(Error::WrongId { path: dir.to_owned(), wanted: manifest.id, found });
         }
-        // It keeps its identity, and so what depends on it.
+        // The identity stays, and so do the notes of dependents.
         dependents::carry(files, &there, aside.path(), manifest.id)?;
         if !aside.publish(true)? {
             return Err(gone());

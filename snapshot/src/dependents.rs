@@ -1,12 +1,12 @@
-//! Who depends on a snapshot: a note in it for each incremental one that is made on top of it.
+//! Dependents: each snapshot has a note for each incremental one on top of it.
 //!
 //! A note is a file `.needed-by-XXXXXXXXXXXXXXXX` with the path of the dependent's directory. It is
-//! written, and on the disk, before the dependent is published, so that there is no moment at which
-//! a dependent is not noted. A note alone proves nothing: the dependent is looked at before it is
-//! believed. One that was compacted, replaced or moved away needs nothing any more.
+//! durable before the dependent is published, so a dependent always has a note. A note alone proves
+//! nothing: the dependent's manifest is read too. A dependent that was compacted, replaced or moved
+//! away no longer counts.
 //!
-//! Notes are written under a shared lock of the base, and looked at, copied or removed under an
-//! exclusive one ([`crate::lock`]): the note of a dependent that is about to be published is not
+//! Notes are written under a shared lock of the base. They are read, copied and removed under an
+//! exclusive one ([`crate::lock`]). So the note of a dependent that is about to be published is not
 //! taken for that of one that is gone.
 
 use std::io::ErrorKind;
@@ -19,29 +19,29 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::{SnapshotId, checksum};
 
-/// Longest path that is believed.
+/// Most bytes of a path in a note.
 const MAX_PATH: u64 = 4_096;
-/// Notes in a snapshot before those of dependents that are gone are removed.
-pub(crate) const MANY: usize = 1_024;
+/// Notes in a snapshot before stale ones are removed.
+pub(crate) const PRUNE_AT: usize = 1_024;
 
-/// What became of a note.
+/// The result of writing a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noted {
-    /// It is on the disk.
+    /// The note is durable.
     Yes,
-    /// Nothing may be written into the base.
+    /// The base is read-only.
     ReadOnly,
 }
 
-/// Whether so many are noted in `base` that old notes should go first.
+/// Whether `base` has so many notes that stale ones should be removed first.
 pub(crate) fn is_full(files: &Files, base: &Dir) -> Result<bool, Error> {
-    Ok(notes(files, base)?.len() >= MANY)
+    Ok(notes(files, base)?.len() >= PRUNE_AT)
 }
 
-/// Notes in `base` that the snapshot at `dependent` is made on top of it. The base is locked.
+/// Writes a note into `base` for the snapshot at `dependent`. The base is locked.
 ///
 /// # Errors
-/// When it can be written into, and the note cannot.
+/// When the base is writable, and the note cannot be written.
 pub(crate) fn note(files: &Files, base: &Dir, dependent: &Path) -> Result<Noted, Error> {
     let text = dependent.to_str().ok_or_else(|| Error::Path { path: dependent.to_owned() })?;
     match write_note(files, base, text) {
@@ -56,17 +56,17 @@ pub(crate) fn note(files: &Files, base: &Dir, dependent: &Path) -> Result<Noted,
 }
 
 fn write_note(files: &Files, base: &Dir, text: &str) -> Result<(), Error> {
-    // One for each path, found again without looking at all.
+    // One note for each path, found again without listing the directory.
     let mut name = format!("{NEEDED_BY}{:016x}", checksum(text.as_bytes()));
     match files.read_in(base, &name, MAX_PATH) {
-        // Its sync may have failed for whoever wrote it.
+        // The note may not be durable: the sync of its writer may have failed.
         Ok(bytes) if bytes == text.as_bytes() => return files.sync_open_dir(base),
         Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => {}
         _ => name = format!("{NEEDED_BY}{:016x}", random()? as u64),
     }
     let written = files.write_in(base, &name, text.as_bytes()).and_then(|()| files.sync_open_dir(base));
     if written.is_err() {
-        // Half a path could be another's.
+        // A partial path could be another directory's.
         let _ = files.unlink(base, &name);
     }
     written
@@ -76,8 +76,8 @@ fn notes(files: &Files, dir: &Dir) -> Result<Vec<String>, Error> {
     files.names_like(dir, NEEDED_BY)
 }
 
-/// Copies the notes in `dir` that still hold to `aside`, which takes its place and its identity.
-/// The directory is locked exclusively.
+/// Copies the valid notes of `dir` to `aside`, which takes its place and its identity. The
+/// directory is locked exclusively.
 pub(crate) fn carry(files: &Files, dir: &Dir, aside: &Path, id: SnapshotId) -> Result<(), Error> {
     for name in notes(files, dir)? {
         match standing(files, dir, &name, id) {
@@ -88,13 +88,13 @@ pub(crate) fn carry(files: &Files, dir: &Dir, aside: &Path, id: SnapshotId) -> R
     Ok(())
 }
 
-/// Removes the notes in `dir` of dependents that are gone. The directory is locked exclusively.
+/// Removes the notes in `dir` whose dependents are gone. The directory is locked exclusively.
 pub(crate) fn prune(files: &Files, dir: &Dir) -> Result<(), Error> {
     let id = read_manifest(files, dir)?.id;
     for name in notes(files, dir)? {
         if standing(files, dir, &name, id) == Standing::Gone {
             match files.unlink(dir, &name) {
-                // Then it stays: it harms nothing.
+                // The note stays, and does no harm.
                 Err(Error::File { source, .. })
                     if matches!(source.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied) =>
                 {
@@ -107,15 +107,15 @@ pub(crate) fn prune(files: &Files, dir: &Dir) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses when another snapshot depends on the one in `dir`. What it finds holds for as long as
-/// the directory is locked exclusively.
+/// Refuses if another snapshot depends on the one in `dir`. The result holds while the directory is
+/// locked exclusively.
 ///
 /// # Errors
-/// [`Error::Needed`], which names one of them.
+/// [`Error::Needed`] with one of the dependents.
 pub(crate) fn expect_none(files: &Files, dir: &Dir) -> Result<(), Error> {
     let own = match read_manifest(files, dir) {
         Ok(manifest) => manifest.id,
-        // Nothing can depend on what cannot be read.
+        // Nothing can depend on a snapshot that cannot be read.
         Err(Error::Damaged { .. } | Error::NotAFile { .. }) => return Ok(()),
         Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
@@ -128,12 +128,12 @@ pub(crate) fn expect_none(files: &Files, dir: &Dir) -> Result<(), Error> {
     Ok(())
 }
 
-/// What is to be thought of a note.
+/// The validity of a note.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Standing {
-    /// That one is there and depends on the snapshot, or cannot be looked at.
+    /// The dependent is there and depends on the snapshot, or cannot be read.
     Needs(PathBuf),
-    /// It holds nobody up.
+    /// There is no such dependent.
     Gone,
 }
 
@@ -143,7 +143,7 @@ fn standing(files: &Files, dir: &Dir, name: &str, on: SnapshotId) -> Standing {
     match files.dir(&path).and_then(|dir| read_manifest(files, &dir)) {
         Ok(manifest) if manifest.parent.as_ref().is_some_and(|parent| parent.id == on) => Standing::Needs(path),
         Ok(_) => Standing::Gone,
-        // It is not there, or no directory, or not a snapshot's.
+        // It is not there, is no directory, or is not a snapshot.
         Err(Error::File { source, .. }) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             Standing::Gone
         }

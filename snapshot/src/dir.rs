@@ -1,7 +1,7 @@
-//! A snapshot's directory, open: it stays the same one when its path comes to lead elsewhere.
+//! A snapshot's directory, open: it stays the same directory if its path comes to lead elsewhere.
 //!
-//! Everything in it is opened, made and removed by this descriptor. So what is read belongs to the
-//! manifest that was checked, also while somebody exchanges directories.
+//! Everything in it is opened, made and removed by this descriptor. So the files read belong to the
+//! manifest that was checked, even if directories are exchanged meanwhile.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
@@ -20,7 +20,7 @@ use crate::files::{Files, Op, len, name_of};
 /// Bytes of a file that are read at once.
 const PIECE: usize = 4 << 20;
 
-/// An open directory, and what it was called when it was opened.
+/// An open directory, and its path when it was opened.
 #[derive(Clone, Debug)]
 pub(crate) struct Dir {
     file: Arc<File>,
@@ -28,12 +28,12 @@ pub(crate) struct Dir {
 }
 
 impl Dir {
-    /// What it is called in errors. Nothing is opened by it.
+    /// Its path in messages. Nothing is opened by it.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The same, called otherwise.
+    /// The same directory, with another path in messages.
     pub(crate) fn called(self, path: PathBuf) -> Self {
         Self { path, ..self }
     }
@@ -42,19 +42,19 @@ impl Dir {
         &self.file
     }
 
-    /// Which directory it is.
+    /// The directory's device and inode numbers.
     pub(crate) fn identity(&self) -> Option<(u64, u64)> {
         self.file.metadata().ok().map(|meta| identity(&meta))
     }
 }
 
-/// Which file it is.
+/// A file's device and inode numbers.
 pub(crate) fn identity(meta: &Metadata) -> (u64, u64) {
     (meta.dev(), meta.ino())
 }
 
 impl Files {
-    /// A directory whose files are to be read, wherever its path leads.
+    /// Opens a directory whose files are to be read. Links are followed.
     pub(crate) fn dir(&self, path: &Path) -> Result<Dir, Error> {
         self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
     }
@@ -64,7 +64,7 @@ impl Files {
         self.dir_by(from.file(), relative, from.path.join(relative), OFlags::PATH)
     }
 
-    /// A directory that can be listed, locked and synced, and that the path names itself.
+    /// Opens a directory that can be listed, locked and synced. The path itself must not be a link.
     pub(crate) fn whole_dir(&self, path: &Path) -> Result<Dir, Error> {
         self.dir_by(CWD, path, path.to_owned(), OFlags::RDONLY | OFlags::NOFOLLOW)
     }
@@ -78,8 +78,8 @@ impl Files {
         }
     }
 
-    /// Opens a file for reading. Anything else of that name is refused: a link leads elsewhere, and
-    /// a pipe would be waited for.
+    /// Opens a regular file for reading. A link is refused, because it leads elsewhere; a FIFO is
+    /// refused, because opening it would block.
     pub(crate) fn open_in(&self, dir: &Dir, name: &str) -> Result<File, Error> {
         let path = dir.path.join(name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -103,7 +103,7 @@ impl Files {
             let damage = crate::format::Damage::Length { what: "the file".to_owned(), wanted: most, found: bytes };
             return Err(Error::damaged(path, damage));
         }
-        // As it is read, so that a length alone costs no memory, and none that there is not.
+        // Allocated as it is read, so that a false length costs no memory.
         let mut out = Vec::new();
         while (out.len() as u64) < bytes {
             let (from, some) = (out.len(), PIECE.min((bytes as usize) - out.len()));
@@ -115,7 +115,7 @@ impl Files {
         Ok(out)
     }
 
-    /// A new file with these bytes, on the disk. The directory is not synced.
+    /// Makes a file with these bytes, and syncs it. The directory is not synced.
     pub(crate) fn write_in(&self, dir: &Dir, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = dir.path.join(name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -125,25 +125,26 @@ impl Files {
         self.sync(&file, &path)
     }
 
-    /// Renames a file over whatever file is there.
+    /// Renames a file, over the file that has the name.
     pub(crate) fn replace_in(&self, dir: &Dir, from: &str, to: &str) -> Result<(), Error> {
         let path = dir.path.join(to);
         let renamed = self.run(Op::Rename, &path, |_| Ok(renameat(dir.file(), from, dir.file(), to)?));
         renamed.map_err(|source| Error::file("put in place", path, source))
     }
 
-    /// The names in a directory ([`Self::whole_dir`]) that are text and begin with `prefix`, sorted.
+    /// The names in a directory ([`Self::whole_dir`]) that are UTF-8 and begin with `prefix`,
+    /// sorted.
     pub(crate) fn names_like(&self, dir: &Dir, prefix: &str) -> Result<Vec<String>, Error> {
         let text = |name: OsString| name.into_string().ok().filter(|name| name.starts_with(prefix));
         Ok(self.names_in(dir.file(), &dir.path)?.into_iter().filter_map(text).collect())
     }
 
-    /// Removes a file; gone already is as good.
+    /// Removes a file, if it is there.
     pub(crate) fn unlink(&self, dir: &Dir, name: &str) -> Result<(), Error> {
         self.remove_in(dir.file(), &dir.path, OsStr::new(name))
     }
 
-    /// Has the entries of a directory ([`Self::whole_dir`]) on the disk.
+    /// Makes the names in a directory ([`Self::whole_dir`]) durable.
     pub(crate) fn sync_open_dir(&self, dir: &Dir) -> Result<(), Error> {
         let synced = self.run(Op::SyncDir, &dir.path, |_| Ok(fsync(dir.file())?));
         synced.map_err(|source| Error::file("synced", &dir.path, source))

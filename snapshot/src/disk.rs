@@ -1,4 +1,4 @@
-//! Reading a disk out of a snapshot.
+//! Reading a disk of a snapshot.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use crate::space::{Kind, Space};
 /// The chunk that was last decompressed.
 type Last = Option<(usize, u64, Vec<u8>)>;
 
-/// A disk of a snapshot: keeps its files open, and can be read by many.
+/// A disk of a snapshot. It keeps the files open, and can be read concurrently.
 #[derive(Debug)]
 pub struct DiskReader {
     of: Snapshot,
@@ -39,23 +39,23 @@ impl DiskReader {
         &self.of.0.disks[self.at]
     }
 
-    /// As it was called when it was saved.
+    /// The name it was saved with.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.of.manifest().disks[self.at].name
     }
 
-    /// Its length.
+    /// Its length in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.space().bytes
     }
 
-    /// Reads `bytes` at `offset`. What is stored uncompressed is not compared with its checksum here, because that would take reading 256 KiB;
-    /// [`Self::copy_to`] and [`crate::verify`] do.
+    /// Reads `bytes` at `offset`. Uncompressed data is not compared with its checksum here, because
+    /// that would take reading 256 KiB. [`Self::copy_to`] and [`crate::verify`] compare it.
     ///
     /// # Errors
-    /// When that is beyond the end, or cannot be read.
+    /// When the range leaves the disk, or cannot be read.
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.bytes());
         let Some(end) = end else {
@@ -64,7 +64,7 @@ impl DiskReader {
         };
         let pages = PageRange::new(offset >> PAGE_SHIFT, end.div_ceil(PAGE_SIZE));
         for (range, place) in self.space().map.within(pages) {
-            // The part of the range that is asked for, in bytes of the disk.
+            // The wanted part of the range, in bytes of the disk.
             let (from, to) = (range.offset().max(offset), (range.end() << PAGE_SHIFT).min(end));
             let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
             match place {
@@ -101,7 +101,7 @@ impl DiskReader {
         Ok(())
     }
 
-    /// The runs of pages that hold something other than zeros, ascending: what a copy has to write.
+    /// The runs of pages that have data, ascending: what a copy has to write.
     #[must_use]
     pub fn data_runs(&self) -> Vec<PageRange> {
         let mut runs: Vec<PageRange> = Vec::new();
@@ -115,10 +115,12 @@ impl DiskReader {
         runs
     }
 
-    /// Writes it into an empty file, which becomes as long and has holes where there are zeros. Every chunk is compared with its checksum.
+    /// Writes the disk into an empty file, which gets its length, and holes where there are zeros.
+    /// Every chunk is compared with its checksum.
     ///
     /// # Errors
-    /// When a chunk is damaged, or the file, named by `path`, cannot be written.
+    /// When a chunk is damaged, or the file cannot be written. `path` is the file's path in
+    /// messages.
     pub fn copy_to(&self, file: &File, path: &Path) -> Result<(), Error> {
         let files = &self.of.0.files;
         files.set_len(file, path, self.bytes())?;
@@ -138,14 +140,16 @@ impl DiskReader {
 /// A layer of a disk.
 #[derive(Debug)]
 pub struct DiskLayerFile {
-    /// What its data is in, and where that is: each page at its own offset. None if it is compressed: read it through its [`DiskReader`].
+    /// The data file and its path, with each page at its own offset. None if the layer is
+    /// compressed; then only [`DiskReader`] reads it.
     pub file: Option<(File, PathBuf)>,
-    /// What it has of the disk, ascending.
+    /// The runs of the layer, ascending.
     pub runs: Vec<(PageRange, Kind)>,
 }
 
 impl DiskReader {
-    /// Its layers, oldest first: later runs lie over earlier ones. The oldest has all of it.
+    /// The disk's layers, oldest first: later runs cover earlier ones. The oldest layer has all of
+    /// the disk.
     ///
     /// # Errors
     /// When there are no descriptors left.
@@ -160,7 +164,8 @@ impl DiskReader {
     }
 }
 
-/// Calls `with` for each chunk that some page of the space is in, with the number of its layer and the pages that are wanted of it.
+/// Calls `with` for each chunk with pages of the space: the layer's number, the chunk, and the
+/// wanted pages in it.
 pub(crate) fn each_chunk(
     space: &ChainSpace,
     mut with: impl FnMut(usize, &LayerFile, &Chunk, &[PageRange]) -> Result<(), Error>,
@@ -172,7 +177,7 @@ pub(crate) fn each_chunk(
     })
 }
 
-/// Layer, chunk, and the pages that are wanted of it, of the layers that are asked for.
+/// A layer's number, a chunk's number, and the wanted pages in the chunk.
 pub(crate) type Wanted = (usize, u64, Vec<PageRange>);
 
 pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<Wanted> {
@@ -190,7 +195,7 @@ pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<W
     wanted.into_iter().map(|((at, number), ranges)| (at, number, ranges)).collect()
 }
 
-/// A chain as something to be saved: all of it.
+/// A chain as a space to be saved as a whole.
 #[derive(Debug)]
 pub(crate) struct Merged<'a> {
     pub(crate) space: &'a ChainSpace,
@@ -209,7 +214,7 @@ impl Space for Merged<'_> {
         Ok(self.space.map.iter().map(|(range, place)| (range, kind(place))).collect())
     }
 
-    /// Each chunk is compared with its checksum: a merged chain must not make damage look sound.
+    /// Each chunk is compared with its checksum: a merged chain must not hide damage.
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         let all = PageRange::with_len(page, bytes.len() as u64 >> PAGE_SHIFT);
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);

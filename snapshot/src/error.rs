@@ -1,4 +1,4 @@
-//! What a snapshot can refuse.
+//! Errors of snapshots.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,187 +8,188 @@ use thiserror::Error;
 
 use crate::format::{Damage, SnapshotId};
 
-/// A snapshot that could not be written or used. One that was there before is as it was.
+/// Why a snapshot cannot be written or used. A snapshot that was there before stays as it was.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
-    /// ENOSPC, EDQUOT.
+    /// A file system or a quota is full (ENOSPC, EDQUOT).
     #[error("no space left for {}", path.display())]
     Full {
-        /// What was being written.
+        /// The file being written.
         path: PathBuf,
-        /// As the kernel said it.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// An operation on a file failed.
     #[error("{} could not be {what}", path.display())]
     File {
-        /// What was to be done.
+        /// The operation, as a participle: "opened", "synced".
         what: &'static str,
-        /// To which file.
+        /// The file's path.
         path: PathBuf,
-        /// Why not.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// Something else has a file's name.
+    /// A name of the snapshot is not a regular file's.
     #[error("{} is {found}, not a file of a snapshot", path.display())]
     NotAFile {
-        /// Its path.
+        /// The path.
         path: PathBuf,
-        /// What it is.
+        /// The kind of file that is there.
         found: &'static str,
     },
-    /// A file is not what was written there.
+    /// A file's content is not what was written.
     #[error("{} is damaged, or not of this format", path.display())]
     Damaged {
-        /// The file.
+        /// The file's path.
         path: PathBuf,
-        /// In which way.
+        /// What is wrong with it.
         #[source]
         damage: Damage,
     },
-    /// Something else is where the snapshot was to be.
+    /// The target directory is not a snapshot.
     #[error("{} is there and is not a snapshot: it has {found}", path.display())]
     NotASnapshot {
-        /// The directory.
+        /// The directory's path.
         path: PathBuf,
-        /// What a snapshot has not, or lacks.
+        /// What the directory has, or lacks, in words.
         found: String,
     },
-    /// Another snapshot depends on the one that is to be replaced.
+    /// Another snapshot depends on the one to be replaced.
     #[error("{} is what {} depends on; --replace replaces it all the same, and that one is lost", path.display(), by.display())]
     Needed {
-        /// The directory.
+        /// The directory of the one to be replaced.
         path: PathBuf,
-        /// The snapshot that depends on it.
+        /// The directory of the dependent.
         by: PathBuf,
     },
-    /// Another save or merge has the directory just now.
+    /// Another save or merge holds the lock.
     #[error("{} has been locked by another for {seconds} s", path.display())]
     Locked {
-        /// The directory.
+        /// The locked directory.
         path: PathBuf,
-        /// How long it was waited for.
+        /// How long the lock was waited for, in seconds.
         seconds: u64,
     },
     /// A parent cannot be used.
     #[error("{} depends on {}, which cannot be used", path.display(), parent.display())]
     Parent {
-        /// The snapshot.
+        /// The snapshot's directory.
         path: PathBuf,
-        /// Where its parent should be.
+        /// The parent's directory.
         parent: PathBuf,
-        /// What is wrong there.
+        /// Why the parent cannot be used.
         #[source]
         source: Box<Error>,
     },
-    /// Another snapshot is where one was expected.
+    /// A directory has another snapshot than expected.
     #[error("{} is snapshot {found}, where {wanted} was expected", path.display())]
     WrongId {
         /// The directory.
         path: PathBuf,
-        /// Which one it should be.
+        /// The expected identity.
         wanted: SnapshotId,
-        /// Which one it is.
+        /// The identity found.
         found: SnapshotId,
     },
-    /// A chain that leads back to itself.
+    /// A chain contains a snapshot twice.
     #[error("{} is its own ancestor: snapshot {id} comes twice in the chain", path.display())]
     Cycle {
-        /// Where it comes the second time.
+        /// The directory of the second occurrence.
         path: PathBuf,
-        /// Which one.
+        /// The snapshot's identity.
         id: SnapshotId,
     },
-    /// Too many ancestors.
+    /// A chain has too many snapshots.
     #[error("the chain of {} is more than {most} snapshots long: compact one of them", path.display())]
     TooDeep {
-        /// The newest.
+        /// The newest snapshot's directory.
         path: PathBuf,
-        /// The limit.
+        /// The most snapshots allowed.
         most: usize,
     },
-    /// Parent and child are not of one VM.
+    /// A snapshot and its parent are not of one VM.
     #[error("{}: {what}", path.display())]
     Shape {
-        /// The snapshot.
+        /// The snapshot's directory.
         path: PathBuf,
-        /// What does not fit.
+        /// The difference between them.
         what: String,
     },
-    /// An incremental snapshot would replace what it depends on.
+    /// An incremental snapshot would replace one that it depends on.
     #[error("{} is part of the chain that the incremental snapshot would depend on", path.display())]
     OwnChain {
-        /// The target.
+        /// The target directory.
         path: PathBuf,
     },
-    /// A path that cannot be written down.
+    /// A path is not UTF-8, or has no last component.
     #[error("the path {path:?} is not text, or has no last component, so it cannot be that of a snapshot")]
     Path {
         /// The path.
         path: PathBuf,
     },
-    /// What was to be saved is not all there.
+    /// A full save does not have all pages.
     #[error("page {page:#x} of {name} is neither data nor zeros: a full snapshot needs all of it")]
     Incomplete {
-        /// Memory, or which disk.
+        /// `memory`, or the disk's name.
         name: String,
-        /// The first that is missing.
+        /// The first missing page.
         page: u64,
     },
-    /// Runs that are not ascending, disjoint and within their space.
+    /// Runs are not ascending, overlap, or leave their space.
     #[error("what was to be saved of {name} goes wrong at page {page:#x} of {pages:#x}")]
     Runs {
-        /// Memory, or which disk.
+        /// `memory`, or the disk's name.
         name: String,
-        /// Where.
+        /// The first page of the wrong run.
         page: u64,
-        /// Pages there are.
+        /// Pages in the space.
         pages: u64,
     },
-    /// What was to be saved could not be read.
+    /// A space to be saved cannot be read.
     #[error("{name} could not be read at page {page:#x}")]
     Space {
-        /// Memory, or which disk.
+        /// `memory`, or the disk's name.
         name: String,
-        /// Where.
+        /// The first page that cannot be read.
         page: u64,
-        /// Why.
+        /// Why it cannot be read.
         #[source]
         source: io::Error,
     },
-    /// Two sections, or two disks, of one name.
+    /// Two sections, or two disks, have one name.
     #[error("the name {name:?} is given twice")]
     Twice {
         /// The name.
         name: String,
     },
-    /// Guest memory would not.
+    /// Guest memory cannot be read or made.
     #[error("guest memory cannot be saved or restored")]
     Memory(#[from] RamError),
-    /// Made on another kind of machine.
+    /// The snapshot was made on another architecture.
     #[error("{} was made on {theirs}; this is {ours}", path.display())]
     Machine {
-        /// The snapshot.
+        /// The snapshot's directory.
         path: PathBuf,
-        /// Its architecture.
+        /// The snapshot's architecture.
         theirs: String,
-        /// This one.
+        /// This host's architecture.
         ours: &'static str,
     },
-    /// The caller changed its mind.
+    /// The caller has cancelled the operation.
     #[error("cancelled")]
     Cancelled,
 }
 
 impl Error {
-    /// Damage found in `path`.
+    /// The error for damage in `path`.
     pub(crate) fn damaged(path: impl Into<PathBuf>, damage: Damage) -> Self {
         Self::Damaged { path: path.into(), damage }
     }
 
-    /// A failed operation on `path`.
+    /// The error for a failed operation on `path`.
     pub(crate) fn file(what: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
         let path = path.into();
         match source.kind() {

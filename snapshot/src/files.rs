@@ -1,4 +1,4 @@
-//! Every operation on files, in one place: named in errors, repeated when interrupted, and made to fail by tests.
+//! All operations on files: named in errors, repeated when interrupted, and made to fail by tests.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType, OpenOptions};
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 
-/// What is about to be done.
+/// An operation, for tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     MakeDir,
@@ -33,19 +33,19 @@ pub(crate) enum Op {
     List,
 }
 
-/// Does it all. In tests, by a plan.
+/// Executes operations. In tests, a plan can make them fail.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Files {
     #[cfg(test)]
     pub(crate) plan: Option<std::sync::Arc<crate::tests::faults::Plan>>,
 }
 
-/// What a plan wants done in place of an operation.
+/// What a plan does in place of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code, reason = "only plans of tests say more than Go"))]
 pub(crate) enum Verdict {
     Go,
-    /// A write or a read of only some of it.
+    /// A partial write or read.
     Short,
     /// A write of other bytes.
     Lie,
@@ -64,7 +64,7 @@ impl Files {
         self.plan.as_ref().map_or(Ok(Verdict::Go), |plan| plan.decide(op, path))
     }
 
-    /// Does `call` until it is not interrupted.
+    /// Repeats `call` while it is interrupted.
     pub(crate) fn run<T>(&self, op: Op, path: &Path, mut call: impl FnMut(Verdict) -> io::Result<T>) -> io::Result<T> {
         loop {
             match self.point(op, path).and_then(&mut call) {
@@ -74,18 +74,18 @@ impl Files {
         }
     }
 
-    /// A new directory, the user's alone: guest memory is in it.
+    /// Makes a directory for its owner only, because guest memory is in it.
     pub(crate) fn make_dir(&self, path: &Path) -> Result<(), Error> {
         let made = self.run(Op::MakeDir, path, |_| fs::DirBuilder::new().mode(0o700).create(path));
         made.map_err(|source| Error::file("made", path, source))
     }
 
-    /// Opens a directory, wherever its path leads.
+    /// Opens a directory. Links are followed.
     pub(crate) fn open_dir(&self, path: &Path) -> Result<File, Error> {
         self.open_as(path, OFlags::DIRECTORY)
     }
 
-    /// Opens a directory that the path names itself, and no link to one.
+    /// Opens a directory. The path itself must not be a link.
     pub(crate) fn open_real_dir(&self, path: &Path) -> Result<File, Error> {
         self.open_as(path, OFlags::DIRECTORY | OFlags::NOFOLLOW)
     }
@@ -100,7 +100,7 @@ impl Files {
         }
     }
 
-    /// Locks a file, or a directory, that is open; false if somebody else has it.
+    /// Locks an open file or directory. Returns false if another descriptor has it locked.
     pub(crate) fn try_lock(&self, file: &File, path: &Path) -> Result<bool, Error> {
         let locked = self.run(Op::Lock, path, |_| match flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(true),
@@ -110,7 +110,8 @@ impl Files {
         locked.map_err(|source| Error::file("locked", path, source))
     }
 
-    /// A new file, written past the page cache if that is asked for and can be.
+    /// Makes a file. With `direct`, it is written past the page cache where the file system
+    /// supports that.
     pub(crate) fn create(&self, path: &Path, direct: bool) -> Result<File, Error> {
         let open = |flags: OFlags| {
             let mut options = OpenOptions::new();
@@ -120,7 +121,7 @@ impl Files {
         let file = self.run(Op::Create, path, |_| {
             if direct {
                 match open(OFlags::DIRECT) {
-                    // Not on this file system. It may have made the file all the same.
+                    // The file system does not support it. It may have made the file all the same.
                     Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
                         let _ = fs::remove_file(path);
                     }
@@ -138,7 +139,7 @@ impl Files {
         while done < bytes.len() {
             let written = self.run(Op::Write, path, |verdict| match verdict {
                 Verdict::Go => file.write_at(&bytes[done..], offset + done as u64),
-                // Half of it, in whole pages where it is pages.
+                // Half of it, in whole pages if it consists of pages.
                 Verdict::Short => {
                     let half = (bytes.len() - done) / 2;
                     let some = if half > 4096 { half & !4095 } else { bytes.len() - done };
@@ -149,7 +150,7 @@ impl Files {
             match written {
                 Ok(0) => return Err(Error::file("written", path, io::ErrorKind::WriteZero.into())),
                 Ok(some) => done += some,
-                // A file system that opens for direct writes and then cannot.
+                // Some file systems open a file for direct writes, and then refuse these.
                 Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) && make_indirect(file) => {}
                 Err(source) => return Err(Error::file("written", path, source)),
             }
@@ -157,29 +158,29 @@ impl Files {
         Ok(())
     }
 
-    /// Makes a file so long.
+    /// Sets a file's length.
     pub(crate) fn set_len(&self, file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
         self.run(Op::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
     }
 
-    /// Has a file on the disk. A failure is final: what a later call says of the same pages is not to be trusted.
+    /// Makes a file durable. A failure is final: a later success says nothing about the same pages.
     pub(crate) fn sync(&self, file: &File, path: &Path) -> Result<(), Error> {
         self.run(Op::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
     }
 
-    /// Has a directory's entries on the disk.
+    /// Makes the names in a directory durable.
     pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), Error> {
         let dir = self.open_dir(path)?;
         let synced = self.run(Op::SyncDir, path, |_| Ok(fsync(dir.as_fd())?));
         synced.map_err(|source| Error::file("synced", path, source))
     }
 
-    /// Renames; false if something is there already.
+    /// Renames. Returns false if the new name exists.
     pub(crate) fn rename_new(&self, from: &Path, to: &Path) -> Result<bool, Error> {
         self.rename(from, to, RenameFlags::NOREPLACE)
     }
 
-    /// Each takes the other's place, in one step; false if there is no `to`.
+    /// Exchanges two names in one step. Returns false if `to` does not exist.
     pub(crate) fn exchange(&self, from: &Path, to: &Path) -> Result<bool, Error> {
         self.rename(from, to, RenameFlags::EXCHANGE)
     }
@@ -194,19 +195,19 @@ impl Files {
         renamed.map_err(|source| Error::file("put in place", to, source))
     }
 
-    /// Removes `name` from the directory `dir`, which is at `path`; gone already is as good. A link
-    /// is removed, and not what it leads to.
+    /// Removes `name`, if it is there, from the directory `dir` at `path`. A link itself is
+    /// removed.
     pub(crate) fn remove_in(&self, dir: &File, path: &Path, name: &OsStr) -> Result<(), Error> {
         let path = path.join(name);
         gone(self.run(Op::Remove, &path, |_| Ok(unlinkat(dir, name, AtFlags::empty())?)), &path)
     }
 
-    /// Removes an empty directory; gone already is as good.
+    /// Removes an empty directory, if it is there.
     pub(crate) fn remove_dir(&self, path: &Path) -> Result<(), Error> {
         gone(self.run(Op::Remove, path, |_| fs::remove_dir(path)), path)
     }
 
-    /// The names in a directory that is open, and at `path`; sorted.
+    /// The names in the open directory at `path`, sorted.
     pub(crate) fn names_in(&self, dir: &File, path: &Path) -> Result<Vec<OsString>, Error> {
         let names = self.run(Op::List, path, |_| {
             let entries = Dir::read_from(dir)?;
@@ -248,7 +249,7 @@ impl Files {
         Ok(())
     }
 
-    /// A new file with these bytes, on the disk.
+    /// Makes a file with these bytes, and syncs it.
     pub(crate) fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let file = self.create(path, false)?;
         self.write_all_at(&file, path, bytes, 0)?;
@@ -256,7 +257,7 @@ impl Files {
     }
 }
 
-/// What is no file.
+/// What to call a file of another kind.
 pub(crate) fn name_of(kind: FileType) -> &'static str {
     match kind {
         kind if kind.is_dir() => "a directory",
@@ -274,7 +275,7 @@ fn gone(removed: io::Result<()>, path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Through the page cache from now on; false if it was already.
+/// Switches a file to the page cache. Returns false if it uses it already.
 fn make_indirect(file: &File) -> bool {
     match fcntl_getfl(file) {
         Ok(flags) if flags.contains(OFlags::DIRECT) => fcntl_setfl(file, flags - OFlags::DIRECT).is_ok(),
@@ -282,7 +283,7 @@ fn make_indirect(file: &File) -> bool {
     }
 }
 
-/// Length of an open file.
+/// The length of an open file.
 pub(crate) fn len(file: &File, path: &Path) -> Result<u64, Error> {
     file.metadata().map(|meta| meta.len()).map_err(|source| Error::file("asked for its length", path, source))
 }

@@ -1,4 +1,4 @@
-//! Reading a layer's files.
+//! Reading the files of a layer.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use crate::files::{Files, len};
 use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
 use crate::space::Kind;
 
-/// Longest index: of some 16 TiB of data in one piece, or 64 million runs.
+/// Most bytes of an index: enough for some 16 TiB of data in one piece, or 64 million runs.
 const MAX_INDEX: u64 = 1 << 30;
 
-/// A layer whose files are open: its index has been checked, its data file has the right length.
+/// A layer with open files. Its index and the length of its data file were checked.
 #[derive(Debug)]
 pub(crate) struct LayerFile {
     pub(crate) path: PathBuf,
@@ -23,7 +23,7 @@ pub(crate) struct LayerFile {
 }
 
 impl LayerFile {
-    /// Opens the layer of that name in a snapshot's directory.
+    /// Opens the layer `name` in a snapshot's directory.
     pub(crate) fn open(files: &Files, dir: &Dir, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
         let (index, data) = (format!("{name}.index"), format!("{name}.data"));
         let bytes = files.read_in(dir, &index, entry.index_bytes.min(MAX_INDEX))?;
@@ -44,7 +44,7 @@ impl LayerFile {
         };
         length("the index", entry.index_bytes, bytes.len() as u64)?;
         let index = Index::decode(bytes)?;
-        // It is sealed; this says that it is the one that the manifest means.
+        // The index has its own checksum; this compares it with the manifest's.
         let found = sealed_sum(bytes);
         if entry.index_checksum != found {
             return Err(Damage::Checksum { what: "the index".to_owned(), wanted: entry.index_checksum, found });
@@ -62,7 +62,8 @@ impl LayerFile {
         Ok(index)
     }
 
-    /// The data pages of a chunk, one after another, after its checksum has been found right. `into` is given back, so that it is allocated once.
+    /// The data pages of a chunk, one behind the other, after its checksum was compared. `into` is
+    /// returned, so that it is allocated once.
     pub(crate) fn read_chunk(&self, files: &Files, chunk: &Chunk, mut into: Vec<u8>) -> Result<Vec<u8>, Error> {
         into.clear();
         into.resize(chunk.stored as usize, 0);
@@ -94,7 +95,8 @@ impl LayerFile {
         Ok(out)
     }
 
-    /// Calls `with` for each piece of `wanted`, all in one chunk, with its bytes out of what [`Self::read_chunk`] returned.
+    /// Calls `with` for each piece of `wanted`, all in one chunk, with its bytes in the result of
+    /// [`Self::read_chunk`].
     pub(crate) fn pick<E>(
         &self,
         chunk: &Chunk,
@@ -115,7 +117,7 @@ impl LayerFile {
     }
 }
 
-/// The checksum that a sealed file ends with.
+/// The checksum at the end of a sealed file.
 pub(crate) fn sealed_sum(bytes: &[u8]) -> u64 {
     bytes.last_chunk::<8>().map_or(0, |sum| u64::from_le_bytes(*sum))
 }

@@ -1,7 +1,8 @@
 //! Snapshots of microVMs on disk.
 //!
-//! A snapshot is a directory that holds a VM at one instant: its memory, its disks, and whatever else the VMM wants back, as named sections of bytes. It
-//! is full, or it has what changed since its parent. `docs/snapshot-format.md` has the format, and what is promised of it.
+//! A snapshot is a directory with a VM at one instant: its memory, its disks, and named sections of
+//! bytes for the rest. It is full, or has what changed since its parent. `docs/snapshot-format.md`
+//! describes the format and its guarantees.
 //!
 //! | to | use |
 //! |---|---|
@@ -10,10 +11,11 @@
 //! | check one, look at one, merge a chain | [`verify`], [`show`], [`compact`] |
 //! | read ahead what the last run touched first | [`record_warm`], [`Load::Warm`] |
 //!
-//! What it does not do: it does not stop the VM (it takes an image that never changes), knows nothing of the sections' contents, and does not
-//! encrypt. Checksums find accidents, not forgeries.
+//! What it does not do: it does not stop the VM (it takes an image that never changes), does not
+//! know the contents of sections, and does not encrypt. Checksums detect accidents, not forgeries.
 
 #![forbid(unsafe_code)]
+#![deny(missing_docs)]
 
 mod aside;
 mod chain;
@@ -38,7 +40,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{MAX_DEEP, Snapshot};
+pub use chain::Snapshot;
 pub use compact::compact;
 pub use disk::{DiskLayerFile, DiskReader};
 pub use error::Error;

@@ -1,11 +1,11 @@
-//! Who may put something else in a snapshot's place, and when.
+//! Locks of snapshot directories against concurrent replacement.
 //!
-//! The lock is the directory's own (flock), so that it ends with its holder. It is shared while a
-//! dependent makes sure of its base, notes itself in it and is published. It is exclusive while
-//! somebody looks at the notes and puts another directory in its place. Both are short: what takes
-//! long is done before.
+//! The lock is the directory's own (flock), so it ends with its holder. A save on top of a base
+//! holds the base's lock shared, while it checks the base, writes its note there, and is published.
+//! A save that replaces a directory holds its lock exclusively, while it reads the notes and
+//! renames. Both are short: the long work is done before.
 //!
-//! Several are taken all at once, or none, so that two saves cannot wait for each other.
+//! Several locks are taken together or not at all, so that two saves cannot wait for each other.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,25 +17,26 @@ use crate::dir::{Dir, identity};
 use crate::error::Error;
 use crate::files::{Files, Op};
 
-/// How long another's lock is waited for.
+/// How long a lock is waited for.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
-/// How often it is tried.
+/// Time between attempts.
 const AGAIN: Duration = Duration::from_millis(5);
 
 /// How a directory is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
-    /// With other dependents.
+    /// Together with other shared holders.
     Shared,
-    /// By nobody else.
+    /// Without any other holder.
     Exclusive,
 }
 
-/// Locks directories by their paths, which are no links; none for one that is not there. They are
-/// what the paths lead to, for as long as everybody takes locks.
+/// Locks directories by their paths, which must not be links. A directory that does not exist has
+/// no lock. While the locks are held, the paths lead to these directories, if all processes take
+/// locks.
 ///
 /// # Errors
-/// [`Error::Locked`] when another has one of them for too long; what `go_on` returns.
+/// [`Error::Locked`] when a lock is not free in time, or the error of `go_on`.
 pub(crate) fn lock(
     files: &Files,
     wanted: &[(&Path, How)],
@@ -55,7 +56,7 @@ pub(crate) fn lock(
     }
 }
 
-/// All of them, or the path of one that cannot be had now.
+/// All locks, or the path of one that is not free.
 fn lock_all<'a>(files: &Files, wanted: &[(&'a Path, How)]) -> Result<Result<Vec<Option<Dir>>, &'a Path>, Error> {
     let mut locked = Vec::with_capacity(wanted.len());
     for (path, how) in wanted {
@@ -89,7 +90,7 @@ fn lock_one(files: &Files, path: &Path, how: How) -> Result<Tried, Error> {
         Err(error) => Err(error.into()),
     });
     let had = had.map_err(|source| Error::file("locked", path, source))?;
-    // Whoever had it before may have put another in its place.
+    // The holder before may have put another directory in its place.
     let there = path.symlink_metadata().ok().map(|meta| identity(&meta));
     Ok(if had && dir.identity() == there { Tried::Locked(dir) } else { Tried::Contended })
 }

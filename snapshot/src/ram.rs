@@ -1,4 +1,4 @@
-//! Guest memory as a space.
+//! Guest memory as a space to be saved.
 
 use std::io;
 
@@ -6,11 +6,12 @@ use clade_memory::{LayerHandle, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamI
 
 use crate::space::{Kind, Space, linear};
 
-/// An image, or what of it differs from another.
+/// An image, or its difference from another.
 #[derive(Debug)]
 pub(crate) struct RamSpace {
     bytes: u64,
-    /// What layers provide, ascending: the layer's page that the range starts with.
+    /// Ranges that layers have, ascending: each with the layer, and the layer's page at which the
+    /// range starts.
     pieces: Vec<(PageRange, LayerHandle, u64)>,
     wanted: Vec<PageRange>,
 }
@@ -64,7 +65,7 @@ impl Space for RamSpace {
                 let data = layer.data_runs(PageRange::with_len(at, range.len())).map_err(io::Error::other)?;
                 for data in data {
                     let here = range.start() + (data.start() - at);
-                    // Holes of the layer, and what no layer provides.
+                    // Holes of the layer, and pages in no layer.
                     push(done, here, Kind::Zero);
                     done = here + data.len();
                     push(here, done, Kind::Data);

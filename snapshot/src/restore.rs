@@ -1,8 +1,9 @@
 //! Restoring memory: layers of a snapshot become layers of VMs.
 //!
-//! A layer that is not compressed is mapped as it is: its file has each page at the page's own offset, so neighbours in memory are neighbours in the
-//! file, and a hole between two of them reads as the zeros that are there, which lets one mapping span both. The rest is copied into memory, and every chunk
-//! that is copied has been compared with its checksum.
+//! An uncompressed layer is mapped as it is. Its file has each page at the page's own offset, so
+//! adjacent pages are adjacent in the file. A hole between two of them reads as zeros, so one
+//! mapping can span both. Other layers are copied into memory, and every chunk that is copied was
+//! compared with its checksum.
 
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,45 +21,46 @@ use crate::error::Error;
 use crate::files::{Files, len};
 use crate::format::{Damage, NoForkKind};
 
-/// Mappings that a region may come to before gaps are bridged over more generously and short pieces copied.
-const MANY: usize = 256;
-/// Zeros between two pieces of one file are mapped with them up to this many pages at first.
+/// Mappings of a region before larger gaps are spanned and short pieces copied.
+const MAX_MAPPINGS: usize = 256;
+/// Most zero pages between two pieces of one file that are mapped with them, at first.
 const GAP: u64 = 16;
-/// Longest piece that is copied for want of mappings.
+/// Most pages of a piece that is copied to save a mapping.
 const MAX_SHORT: u64 = 512;
 
-/// How memory comes from the disk.
+/// How memory is read from disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Load {
-    /// As it is touched, from the page cache, which all VMs of the snapshot share. What is compressed is decompressed first. Its data is not compared
-    /// with checksums.
+    /// On access, from the page cache, which all VMs of the snapshot share. Compressed layers are
+    /// decompressed first. Mapped data is not compared with checksums.
     Lazy,
-    /// All of it now, into huge pages, each chunk compared with its checksum.
+    /// All of it now, into huge pages. Each chunk is compared with its checksum.
     Preload,
-    /// As [`Load::Lazy`], and these pages are read ahead: what [`Snapshot::warm`] has, or others.
+    /// As [`Load::Lazy`], but these pages are read ahead: [`Snapshot::warm`], or others.
     Warm(Vec<PageRange>),
 }
 
-/// Where a piece of memory is to come from.
+/// The owner of a piece of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
-    /// The file of that layer, mapped.
+    /// The mapped file of the layer with this number.
     File(usize),
-    /// The region's own layer, filled here.
+    /// The region's own layer, which is filled here.
     Draft,
 }
 
 type Pieces = Vec<(PageRange, Owner)>;
 
 struct Region {
-    /// Pages of the space.
+    /// The region's pages, in the space.
     all: PageRange,
     pieces: Pieces,
     draft: Option<LayerBuilder>,
 }
 
 impl Region {
-    /// Pages of its draft: huge ones, unless most of their memory would be for nothing.
+    /// The page size of the region's own layer: huge pages, unless most of their memory would be
+    /// unused.
     fn grain(&self) -> Backing {
         let (mut pages, mut blocks, mut counted) = (0, 0, 0);
         for (range, _) in self.pieces.iter().filter(|(_, owner)| *owner == Owner::Draft) {
@@ -73,10 +75,12 @@ impl Region {
 }
 
 impl Snapshot {
-    /// Its memory as an image, which any number of VMs of the process can be started from, and be saved on top of incrementally.
+    /// The snapshot's memory as an image. Any number of VMs in this process can start from it, and
+    /// incremental snapshots can be saved on top of it.
     ///
     /// # Errors
-    /// When it was made on another kind of machine, a file has become shorter, a chunk that is read is damaged, or there is no memory.
+    /// When the snapshot is of another architecture, a file has become shorter, a chunk that is
+    /// read is damaged, or there is no memory.
     pub fn restore_ram(&self, store: &Store, load: &Load) -> Result<RamImage, Error> {
         let (ours, theirs) = (std::env::consts::ARCH, &self.manifest().machine);
         if ours != theirs {
@@ -115,7 +119,7 @@ impl Snapshot {
         Ok(RamImage::from_parts(store, &layout, maps)?)
     }
 
-    /// The data files that are mapped, as layers.
+    /// The mapped data files as layers.
     fn layers(&self, store: &Store, regions: &[Region]) -> Result<Vec<Option<LayerHandle>>, Error> {
         let space = &self.0.memory;
         let used = |at| regions.iter().flat_map(|region| &region.pieces).any(|(_, owner)| *owner == Owner::File(at));
@@ -123,7 +127,7 @@ impl Snapshot {
             if !used(at) {
                 return Ok(None);
             }
-            // It was right when it was opened, which may be long ago.
+            // The length was checked when the file was opened, which may be long ago.
             let found = len(&layer.file, &layer.path)?;
             if found != layer.index.data_bytes {
                 let damage = Damage::Length { what: "the data".to_owned(), wanted: layer.index.data_bytes, found };
@@ -142,7 +146,7 @@ impl Snapshot {
                 if let Place::Layer(at) = place
                     && mapped(at)
                 {
-                    // Best effort: it is read when it is touched otherwise.
+                    // Best effort: without it the page is read on access.
                     let bytes = NonZero::new(range.len() << PAGE_SHIFT);
                     let _ = fadvise(&space.layers[at].file, range.offset(), bytes, Advice::WillNeed);
                 }
@@ -173,7 +177,7 @@ impl Snapshot {
         Ok(all)
     }
 
-    /// A page of memory, its chunk compared with its checksum.
+    /// Reads a page of memory. Its chunk is compared with its checksum.
     fn read_page(&self, page: u64, into: &mut [u8]) -> Result<(), Error> {
         let space = crate::disk::Merged { space: &self.0.memory, files: &self.0.files, last: Default::default() };
         let read = crate::space::Space::read_pages(&space, page, into);
@@ -181,7 +185,7 @@ impl Snapshot {
     }
 }
 
-/// Where each region's pages are to come from.
+/// The owners of each region's pages.
 fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> bool) -> Vec<Region> {
     let mut first = 0;
     let mut regions = Vec::new();
@@ -190,11 +194,11 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
         first += pages;
         let (mut gap, mut short) = (GAP, 0);
         let mut pieces = plan(space, all, gap, short, &mapped);
-        while pieces.len() > MANY && gap < all.len() {
+        while pieces.len() > MAX_MAPPINGS && gap < all.len() {
             gap *= 4;
             pieces = plan(space, all, gap, short, &mapped);
         }
-        while pieces.len() > MANY && short < MAX_SHORT {
+        while pieces.len() > MAX_MAPPINGS && short < MAX_SHORT {
             short = (short * 2).max(1);
             pieces = plan(space, all, gap, short, &mapped);
         }
@@ -203,7 +207,8 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
     regions
 }
 
-/// Pieces with gaps of up to `gap` zeros bridged, and those of up to `short` pages copied.
+/// The pieces of a range, with gaps of up to `gap` zero pages spanned, and pieces of up to `short`
+/// pages copied.
 fn plan(space: &ChainSpace, all: PageRange, gap: u64, short: u64, mapped: impl Fn(usize) -> bool) -> Pieces {
     let owned = space.map.within(all).into_iter().filter_map(|(range, place)| match place {
         Place::Layer(at) if mapped(at) => Some((range, Owner::File(at))),
@@ -227,7 +232,8 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
             && range.start() - last.end() <= gap
         {
             let between = PageRange::new(last.end(), range.start());
-            // Zeros, in the space. In the file they must be a hole: it may have pages there that a later layer says are zeros.
+            // Zeros in the space must be a hole in the file. The file may have pages there that a
+            // later layer says are zeros.
             let hole = match owner {
                 Owner::File(at) => space.layers[at].index.data_within(between).next().is_none(),
                 Owner::Draft => true,
@@ -242,7 +248,7 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
     out
 }
 
-/// Reads what goes into drafts.
+/// Reads the data of the regions' own layers.
 fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(usize) -> bool) -> Result<(), Error> {
     let mut todo = chunks_of(space, |at| !mapped(at));
     // Short pieces of mapped layers.
@@ -261,7 +267,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
     thread::scope(|scope| {
         let work = || {
             let mut buffer = Vec::new();
-            // Relaxed: each takes another number, and the list does not change.
+            // Relaxed: each thread takes another number, and the list does not change.
             while let Some(wanted) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
                 buffer = copy(files, space, regions, wanted, buffer).inspect_err(|_| {
                     next.store(todo.len(), Ordering::Relaxed);
@@ -277,7 +283,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
     })
 }
 
-/// The parts of `range` that are in a region's draft.
+/// The parts of `range` that are in a region's own layer.
 fn drafted(region: &Region, range: PageRange) -> impl Iterator<Item = (PageRange, Owner)> {
     let first = region.pieces.partition_point(|(piece, _)| piece.end() <= range.start());
     let touching = region.pieces[first..].iter().take_while(move |(piece, _)| piece.start() < range.end());

@@ -1,4 +1,4 @@
-//! Saving: a snapshot is written aside and put in its place as a whole, or not at all.
+//! Saving: a snapshot is written aside, and put in its place as a whole or not at all.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
 use crate::aside::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
-use crate::chain::{MAX_DEEP, Snapshot, read_manifest};
+use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
 use crate::error::Error;
@@ -22,12 +22,13 @@ use crate::ram::RamSpace;
 use crate::space::{Kind, Space, checked_runs};
 use crate::write::write_layer;
 
-/// How a save is watched, and stopped.
+/// Progress of a save, and its cancellation.
 #[derive(Clone, Copy)]
 pub struct SaveProgress<'a> {
-    /// Told bytes done and bytes to do at most (what turns out to be zeros is done without being written), on the thread that saves.
+    /// Called on the saving thread with the bytes done and the most bytes to do. Bytes that turn
+    /// out to be zeros count as done.
     pub progress: &'a dyn Fn(u64, u64),
-    /// Set by anyone, at any time.
+    /// Any thread may set it to cancel the save.
     pub cancel: &'a AtomicBool,
 }
 
@@ -38,7 +39,7 @@ impl std::fmt::Debug for SaveProgress<'_> {
 }
 
 impl SaveProgress<'static> {
-    /// Nobody looks.
+    /// Without progress and cancellation.
     #[must_use]
     pub fn none() -> Self {
         static NEVER: AtomicBool = AtomicBool::new(false);
@@ -46,7 +47,7 @@ impl SaveProgress<'static> {
     }
 }
 
-/// Counts for a [`SaveProgress`].
+/// Counts bytes for a [`SaveProgress`].
 pub(crate) struct Meter<'a> {
     watch: &'a SaveProgress<'a>,
     done: &'a mut u64,
@@ -58,12 +59,12 @@ impl<'a> Meter<'a> {
         Self { watch, done, total }
     }
 
-    /// The same, for a shorter time.
+    /// The same meter, borrowed.
     pub(crate) fn part(&mut self) -> Meter<'_> {
         Meter { watch: self.watch, done: self.done, total: self.total }
     }
 
-    /// More is done; an error if it has been cancelled.
+    /// Adds bytes done. Returns an error if the save was cancelled.
     pub(crate) fn add(&mut self, bytes: u64) -> Result<(), Error> {
         *self.done += bytes;
         (self.watch.progress)(*self.done, self.total);
@@ -71,15 +72,15 @@ impl<'a> Meter<'a> {
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
-        // Relaxed: it guards nothing but itself.
+        // Relaxed: the flag guards no other data.
         if self.watch.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
 }
 
-/// A disk, by the name it is to have in the snapshot.
+/// A disk to be saved.
 #[derive(Clone, Copy)]
 pub struct DiskToSave<'a> {
-    /// 1 to 255 bytes, another for each disk.
+    /// Its name in the snapshot: 1 to 255 bytes, unique among the disks.
     pub name: &'a str,
     /// Its contents at the instant of the image.
     pub space: &'a dyn Space,
@@ -91,56 +92,58 @@ impl std::fmt::Debug for DiskToSave<'_> {
     }
 }
 
-/// What an incremental snapshot is on top of.
+/// The base of an incremental snapshot.
 #[derive(Clone, Copy, Debug)]
 pub struct Base<'a> {
-    /// Where it is.
+    /// The base's directory.
     pub dir: &'a Path,
-    /// Which it is: what stands in `dir` must be it.
+    /// The base's identity; the snapshot in `dir` must have it.
     pub id: SnapshotId,
     /// The memory that was saved there, or restored from there.
     pub image: &'a RamImage,
 }
 
-/// A VM at one instant, to be saved. It may run again: nothing here changes.
+/// A VM at one instant, to be saved. The VM may run meanwhile: an image never changes.
 #[derive(Clone, Debug)]
 pub struct Save<'a> {
     /// Its memory.
     pub memory: &'a RamImage,
-    /// Its disks. Of a full save they give all of their pages, of an incremental one those that changed since the base.
+    /// Its disks. For a full save they have all of their pages; for an incremental save, those that
+    /// changed since the base.
     pub disks: &'a [DiskToSave<'a>],
-    /// Everything else, as the caller likes.
+    /// All other state: names and contents of sections.
     pub sections: &'a [(&'a str, &'a [u8])],
-    /// Save only what changed since.
+    /// The base, for an incremental save.
     pub base: Option<Base<'a>>,
-    /// Smaller files that cannot be mapped.
+    /// How data is stored. Compressed files are smaller, and cannot be mapped.
     pub compression: Compression,
-    /// Replace a snapshot that is there although others depend on it.
+    /// Whether to replace a snapshot on which others depend.
     pub replace: bool,
 }
 
-/// What was saved.
+/// The result of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saved {
-    /// Which snapshot it is. The caller replaces its last image by the one just saved **after** it has this: until then the last base is the base.
+    /// The new snapshot's identity. The caller replaces its last base by the image just saved only
+    /// **after** it has this.
     pub id: SnapshotId,
-    /// Pages written, of memory and disks.
+    /// Pages of data written, of memory and disks.
     pub data_pages: u64,
     /// Pages that are zeros, of memory and disks.
     pub zero_pages: u64,
-    /// Bytes of their files.
+    /// Bytes of the data files.
     pub data_bytes: u64,
-    /// The base is not to be written to, so that there is no note in it that this one needs it:
-    /// whoever can write there may replace it unawares.
+    /// Whether the base is read-only, and so has no note of this dependent. A save that can write
+    /// there may replace the base without a warning.
     pub base_untold: bool,
 }
 
 impl Save<'_> {
-    /// Writes it to `dir`, in place of the snapshot that is there.
+    /// Writes the snapshot to `dir`, in place of the one that is there.
     ///
     /// # Errors
-    /// Then what was in `dir` is there as it was. Only if the last sync failed may the new one be there instead, whole, but not known to
-    /// outlive a power cut: it is to be saved again.
+    /// When it fails, `dir` is as it was. If the last sync has failed, the new snapshot may be
+    /// there, whole, but perhaps not durable: it must be saved again.
     pub fn to(&self, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
         self.with(&Files::default(), dir, watch)
     }
@@ -151,7 +154,7 @@ impl Save<'_> {
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
         if !self.replace && place.exists() {
-            // It is looked at again when nobody can come between. This spares the writing.
+            // Checked again under the lock. This check saves the writing.
             dependents::expect_none(files, &files.whole_dir(&place)?)?;
         }
         let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
@@ -199,8 +202,8 @@ impl Save<'_> {
         Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold })
     }
 
-    /// Makes sure of the base, tells it, and puts the snapshot in its place, all while nobody can
-    /// put something else in place of either.
+    /// Checks the base, writes the note into it, and puts the snapshot in its place, all under
+    /// locks on both directories.
     fn publish(
         &self,
         files: &Files,
@@ -236,7 +239,7 @@ impl Save<'_> {
                 noted = Some(dependents::note(files, &dir, target)?);
                 base_lock = Some(dir);
             }
-            // Both stay locked until it is in place.
+            // Both stay locked until the snapshot is in place.
             let put = aside.publish(there.is_some())?;
             drop((there, base_lock));
             if put {
@@ -262,7 +265,7 @@ impl Save<'_> {
         Ok(())
     }
 
-    /// The base as the manifest names it, after looking at all of its chain.
+    /// The base for the manifest, after a check of its whole chain.
     fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<Parent, Error> {
         let chain = Snapshot::with(files, base.dir)?;
         if chain.id() != base.id {
@@ -272,8 +275,8 @@ impl Save<'_> {
         if target.is_some() && chain.0.members.iter().any(|member| member.dir.identity() == target) {
             return Err(Error::OwnChain { path: place.to_owned() });
         }
-        if chain.depth() >= MAX_DEEP {
-            return Err(Error::TooDeep { path: base.dir.to_owned(), most: MAX_DEEP });
+        if chain.depth() >= MAX_DEPTH {
+            return Err(Error::TooDeep { path: base.dir.to_owned(), most: MAX_DEPTH });
         }
         let wrong = |what: String| Error::Shape { path: base.dir.to_owned(), what };
         if chain.layout()? != *self.memory.layout() {

@@ -1,4 +1,4 @@
-//! Showing: what a snapshot says of itself.
+//! Inspection of a snapshot.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,65 +12,65 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Compression, LayerEntry, Manifest, Sections, SnapshotId, Version};
 
-/// Memory, or a disk, as this snapshot has it.
+/// A layer of this snapshot: of memory, or of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LayerSummary {
     /// `memory`, or the disk's name.
     pub name: String,
-    /// Its length.
+    /// Length of the space in bytes.
     pub bytes: u64,
-    /// Pages that are here.
+    /// Pages stored as data in this layer.
     pub data_pages: u64,
-    /// Pages that are zeros.
+    /// Pages known to be zeros.
     pub zero_pages: u64,
-    /// How they are stored.
+    /// How the pages are stored.
     pub compression: Compression,
-    /// Bytes on the disk.
+    /// Bytes allocated on the file system.
     pub disk_bytes: u64,
 }
 
-/// A snapshot of the chain.
+/// A parent in a chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Link {
-    /// Which.
+    /// The parent's identity.
     pub id: SnapshotId,
-    /// Where.
+    /// The parent's directory.
     pub path: PathBuf,
 }
 
-/// What [`show`] returns.
+/// The description of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Summary {
-    /// Which snapshot it is.
+    /// The snapshot's identity.
     pub id: SnapshotId,
-    /// Of its format.
+    /// The version of its format.
     pub version: Version,
-    /// Seconds since 1970.
+    /// Creation time, in seconds since 1970.
     pub created: u64,
-    /// Architecture.
+    /// The architecture of its host.
     pub machine: String,
-    /// Whether it needs no other.
+    /// Whether it depends on no other snapshot.
     pub full: bool,
-    /// What it depends on, nearest first.
+    /// The snapshots it depends on, nearest first.
     pub parents: Vec<Link>,
-    /// What is wrong with them, if anything is.
+    /// Why the chain cannot be opened, if it cannot.
     pub broken: Option<String>,
-    /// Guest address and pages of each range of memory.
+    /// Guest-physical address and number of pages of each memory region.
     pub memory: Vec<(u64, u64)>,
-    /// Memory, then disks.
+    /// The layers: memory, then disks.
     pub layers: Vec<LayerSummary>,
-    /// Names and lengths; none when the state file cannot be read.
+    /// Names and lengths of sections. None when the state file cannot be read.
     pub sections: Vec<(String, u64)>,
-    /// Whether it is known what a run from it touches first.
+    /// Whether a working set was recorded.
     pub warm: bool,
     /// Entries of a later minor version, which were ignored.
     pub ignored: Vec<String>,
 }
 
-/// Describes the snapshot in `dir`. A chain that is broken is said, and does not keep the rest from being shown.
+/// Describes the snapshot in `dir`. A broken chain is reported in the result.
 ///
 /// # Errors
-/// When its own manifest cannot be read.
+/// When the snapshot's own manifest cannot be read.
 pub fn show(dir: &Path) -> Result<Summary, Error> {
     let files = Files::default();
     let own = files.dir(dir)?;
@@ -121,7 +121,7 @@ fn layers(files: &Files, dir: &Dir, manifest: &Manifest) -> Vec<LayerSummary> {
     std::iter::once(summary("memory", None, &manifest.memory.layer)).chain(disks).collect()
 }
 
-/// An error and its causes, in a line.
+/// An error and its causes, in one line.
 fn in_full(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,4 +1,4 @@
-//! Spaces: what memory and disks have in common, a line of 4 KiB pages.
+//! Spaces: what memory and disks have in common, a row of 4 KiB pages.
 
 use std::io;
 
@@ -7,35 +7,37 @@ use clade_memory::{PageRange, RamLayout};
 use crate::error::Error;
 use crate::format::Run;
 
-/// What is known of pages before they are read.
+/// What is known of a page before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// They have to be read (and may turn out to be zeros).
+    /// The page has to be read, and may turn out to be zeros.
     Data,
-    /// They are zeros.
+    /// The page is zeros.
     Zero,
 }
 
-/// What is to be saved: memory, or a disk, at one instant.
+/// Memory, or a disk, at one instant, to be saved.
 pub trait Space: Sync {
-    /// Its length. What is beyond it in its last page is saved as zeros.
+    /// Its length in bytes. The rest of its last page is saved as zeros.
     fn bytes(&self) -> u64;
 
-    /// Which pages to save, ascending and disjoint: all of them for a full snapshot, those that may have changed since the base for an incremental one. A page
-    /// in no run is *unchanged*, never zeros.
+    /// The pages to save, ascending and disjoint. A full snapshot needs all of them, an incremental
+    /// one those that may have changed since the base. A page in no run is *unchanged*, never
+    /// zeros.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When the runs cannot be determined.
     fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>>;
 
-    /// Reads pages from `page` on, as many as `bytes` holds (whole pages; the last page of the space is padded with zeros).
+    /// Reads pages from `page` on, as many as `bytes` holds. `bytes` is whole pages; the last page
+    /// of the space is padded with zeros.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// When the pages cannot be read.
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()>;
 }
 
-/// Runs by range of a layout as pages of the one space that memory is in a snapshot.
+/// Converts runs in each region of a layout to pages of the one space that memory is in a snapshot.
 #[must_use]
 pub fn linear(layout: &RamLayout, runs: &[Vec<PageRange>]) -> Vec<PageRange> {
     let mut first = 0;
@@ -47,7 +49,7 @@ pub fn linear(layout: &RamLayout, runs: &[Vec<PageRange>]) -> Vec<PageRange> {
     out
 }
 
-/// The runs of a space, checked.
+/// The runs of a space, after a check.
 pub(crate) fn checked_runs(name: &str, space: &dyn Space, full: bool) -> Result<Vec<Run>, Error> {
     let pages = space.bytes().div_ceil(clade_memory::PAGE_SIZE);
     let given = space.runs().map_err(|source| Error::Space { name: name.to_owned(), page: 0, source })?;

@@ -1,4 +1,4 @@
-//! Verifying: every byte of a snapshot and of those it depends on.
+//! Verification: every byte of a snapshot and of those it depends on.
 
 use std::path::Path;
 
@@ -13,21 +13,21 @@ use crate::files::Files;
 use crate::format::{CHUNK_PAGES, Damage};
 use crate::layer::LayerFile;
 
-/// What was read, and found right.
+/// What was read and found intact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verified {
     /// Snapshots in the chain.
     pub snapshots: u64,
     /// Chunks of data in all of them.
     pub chunks: u64,
-    /// Bytes they are stored in.
+    /// Bytes of the stored chunks.
     pub bytes: u64,
 }
 
-/// Compares all of the snapshot in `dir`, and of those it depends on, with its checksums.
+/// Compares all data of the snapshot in `dir`, and of those it depends on, with checksums.
 ///
 /// # Errors
-/// When anything is wrong: the first thing that is.
+/// The first damage that is found.
 pub fn verify(dir: &Path) -> Result<Verified, Error> {
     verify_with(&Files::default(), dir)
 }
@@ -59,7 +59,7 @@ fn verify_space(files: &Files, space: &ChainSpace, verified: &mut Verified) -> R
     Ok(())
 }
 
-/// Where nothing was written a file that is mapped must read as zeros: mappings span it.
+/// Checks that the holes of a mapped file read as zeros, because mappings span them.
 fn holes_are_zeros(files: &Files, layer: &LayerFile) -> Result<(), Error> {
     let sought = |errno: Errno| Error::file("searched for holes", &layer.path, errno.into());
     let mut bytes = vec![0; (CHUNK_PAGES << PAGE_SHIFT) as usize];

@@ -1,4 +1,4 @@
-//! Recording what a run touched first.
+//! Recording the working set of a run.
 
 use std::path::Path;
 
@@ -10,11 +10,11 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::Warm;
 
-/// Writes down for the snapshot in `dir` which pages of memory (see [`crate::linear`]) a VM touched after it was started from there, first things first, in
-/// place of what was written down before.
+/// Records the pages of memory (see [`crate::linear`]) that a VM touched after it was started from
+/// the snapshot in `dir`, in the order of access. An earlier record is replaced.
 ///
 /// # Errors
-/// Then what was there is as it was.
+/// When it fails, the earlier record is as it was.
 pub fn record_warm(dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
     record_with(&Files::default(), dir, runs)
 }
@@ -23,8 +23,8 @@ pub(crate) fn record_with(files: &Files, dir: &Path, runs: &[PageRange]) -> Resu
     let dir = files.whole_dir(&place(dir)?)?;
     let manifest = read_manifest(files, &dir)?;
     let warm = Warm::of(manifest.id, runs, manifest.memory.layer.bytes >> PAGE_SHIFT);
-    // What crashes have left over. One that is being written now may go too: its writer then fails,
-    // and nothing is lost but time.
+    // Leftovers of crashes. A file being written now may be removed too: its writer then fails, and
+    // only the hint is lost.
     for name in files.names_like(&dir, WARM_ASIDE)? {
         files.unlink(&dir, &name)?;
     }

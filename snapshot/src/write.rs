@@ -1,7 +1,8 @@
-//! Writing a layer: the caller's thread reads, looks for zeros, sums and compresses a window while another thread writes the one before.
+//! Writing a layer: the caller's thread reads a window, finds zeros, computes checksums and
+//! compresses, while another thread writes the window before.
 //!
-//! A layer that is not compressed is written past the page cache, in writes of up to 4 MiB: a snapshot is read again later or never, and its pages
-//! would push out others.
+//! An uncompressed layer is written past the page cache, in writes of up to 4 MiB. A snapshot is
+//! read later or never, and its pages would displace others.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,15 +18,16 @@ use crate::layer::sealed_sum;
 use crate::save::Meter;
 use crate::space::{Kind, Space};
 
-/// Pages that are read, and written, together: 4 MiB.
+/// Pages in a window, which is read and written as a whole: 4 MiB.
 const WINDOW: u64 = 1024;
-/// Windows under way.
+/// Windows in flight.
 const BUFFERS: usize = 3;
-/// Zeros beside data are written with it when they are fewer pages than this: fewer writes, extents and mappings for a little space.
+/// Zeros between data are written as data when they are fewer pages than this: fewer writes,
+/// extents and mappings for a little space.
 const SHORT: u64 = 16;
 const ALIGN: usize = 4096;
 static ZERO: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
-/// zstd's fastest ordinary level: a snapshot is waited for.
+/// The fastest regular level of zstd, because a save should be short.
 const LEVEL: i32 = 1;
 
 /// A window's bytes, aligned for direct writes.
@@ -42,23 +44,23 @@ impl Buffer {
         Self { raw, skip }
     }
 
-    /// The bytes of pages of the window.
+    /// The bytes of the window's pages in `range`.
     fn pages(&mut self, range: PageRange) -> &mut [u8] {
         let from = self.skip + range.offset() as usize;
         &mut self.raw[from..from + range.bytes()]
     }
 }
 
-/// What the writer is given: pieces of a buffer, and where they go.
+/// A job for the writer: pieces of a buffer, and their file offsets.
 struct Job {
     buffer: Buffer,
-    /// Pages of the window, and the offset of their file.
+    /// Pages of the window, and their file offsets.
     pieces: Vec<(PageRange, u64)>,
-    /// In place of pieces: compressed chunks, and where they go.
+    /// In place of pieces: compressed chunks, and their file offset.
     packed: Option<(Vec<u8>, u64)>,
 }
 
-/// Pages of a window and what they are, in the window's own numbers.
+/// Runs of pages, counted from the window's beginning.
 type Pieces = Vec<Run>;
 
 struct Writing<'a> {
@@ -70,7 +72,7 @@ struct Writing<'a> {
     meter: &'a mut Meter<'a>,
 }
 
-/// Writes the two files of a layer, `runs` of a space, into `dir`, synced.
+/// Writes both files of a layer, for `runs` of a space, into `dir`, and syncs them.
 pub(crate) fn write_layer(
     files: &Files,
     dir: &Path,
@@ -114,7 +116,7 @@ fn fill(
         let (jobs, todo) = sync_channel::<Job>(BUFFERS);
         let (done, buffers) = channel();
         for _ in 0..BUFFERS {
-            // The receiver is in this very function.
+            // The receiver is in this function.
             let _ = done.send(Buffer::new());
         }
         let writer = scope.spawn(move || {
@@ -125,7 +127,7 @@ fn fill(
                 if let Some((bytes, offset)) = &job.packed {
                     files.write_all_at(file, path, bytes, *offset)?;
                 }
-                // Nobody waits for it any more when the other side has stopped.
+                // The other side may have stopped, and then does not need the buffer.
                 let _ = done.send(job.buffer);
             }
             Ok::<(), Error>(())
@@ -134,10 +136,10 @@ fn fill(
         let mut writing = Writing { name, space, index, jobs, buffers, meter: &mut meter };
         let filled = writing.run(runs);
         let index = std::mem::take(&mut writing.index);
-        // Closes the queue: the writer ends.
+        // Closes the queue, so that the writer ends.
         drop(writing);
         let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        // The writer's error comes first: when it stops, the other side only knows that it did.
+        // The writer's error comes first. The other side only knows that the writer has stopped.
         written?;
         filled?;
         Ok(index)
@@ -157,7 +159,7 @@ impl Writing<'_> {
                 }
                 let mut end = run.range.end().min((window + 1) * WINDOW);
                 if run.kind == Kind::Zero && at.is_multiple_of(WINDOW) && run.range.end() >= at + WINDOW {
-                    // Whole windows of zeros, however many.
+                    // Any number of whole windows of zeros at once.
                     end = run.range.end() - run.range.end() % WINDOW;
                     push_run(&mut self.index.runs, PageRange::new(at, end), Kind::Zero);
                 } else {
@@ -174,7 +176,8 @@ impl Writing<'_> {
         Ok(())
     }
 
-    /// Reads and sends off the pages of the window from `first` on; takes the pieces.
+    /// Reads the pages of the window from `first` on, and sends them to the writer. Empties
+    /// `pieces`.
     fn window(&mut self, first: u64, pieces: &mut Pieces) -> Result<(), Error> {
         if !pieces.iter().any(|piece| piece.kind == Kind::Data) {
             for piece in pieces.drain(..) {
@@ -182,7 +185,7 @@ impl Writing<'_> {
             }
             return Ok(());
         }
-        // No buffer comes back when the writer has failed, which is what will be said.
+        // No buffer comes back when the writer has failed; the caller returns the writer's error.
         let Ok(mut buffer) = self.buffers.recv() else { return Err(Error::Cancelled) };
         let mut pages = 0;
         for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
@@ -204,7 +207,7 @@ impl Writing<'_> {
         self.meter.add(pages << PAGE_SHIFT)
     }
 
-    /// Each page at its own offset.
+    /// Puts each page at its own offset.
     fn place(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
         for number in chunks(data) {
             let mut hasher = twox_hash::XxHash3_64::new();
@@ -221,7 +224,7 @@ impl Writing<'_> {
         Job { buffer, pieces, packed: None }
     }
 
-    /// Chunk behind chunk, each compressed unless that makes it longer.
+    /// Puts chunk behind chunk, each compressed if that makes it shorter.
     fn pack(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
         let raw: Vec<(u64, Vec<u8>)> = chunks(data)
             .map(|number| {
@@ -234,7 +237,7 @@ impl Writing<'_> {
         let share = raw.len().div_ceil(threads).max(1);
         let compress = |bytes: &Vec<u8>| match zstd::bulk::compress(bytes, LEVEL) {
             Ok(small) if small.len() < bytes.len() => small,
-            // It does not get smaller, or cannot be had: stored as it is.
+            // Compression has failed, or has not made it shorter: it is stored as it is.
             _ => bytes.clone(),
         };
         let packed: Vec<Vec<u8>> = thread::scope(|scope| {
@@ -273,7 +276,7 @@ fn within(data: &[PageRange], chunk: u64) -> impl Iterator<Item = PageRange> {
     data.iter().map(move |range| range.intersect(all)).filter(|range| !range.is_empty())
 }
 
-/// What the pages of a window are, now that those that were said to be data have been read.
+/// The kinds of a window's pages, after those said to be data were read.
 fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
     let mut runs = Vec::new();
     for piece in pieces {
@@ -305,7 +308,8 @@ mod tests {
     use crate::save::SaveProgress;
     use std::io;
 
-    /// Many windows in which short zeros that are known, long ones, and pages that turn out to be zeros stand between data and gaps.
+    /// Many windows in which short zeros that are known, long ones, and pages that turn out to be
+    /// zeros stand between data and gaps.
     struct Pattern;
 
     const PAGES: u64 = 9 * WINDOW + 5;

@@ -1,4 +1,4 @@
-//! Snapshots that were written by earlier versions, kept as they were: they must stay readable.
+//! Snapshots written by earlier versions, which must stay readable.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,19 +1,22 @@
-//! Keeping the files of a disk few.
+//! Keeps the number of a disk's files low.
 //!
-//! A disk that is forked gets another overlay at its next write, and an overlay lives for as long as one cluster of it
-//! is nowhere else. A disk that is forked a thousand times, and writes a little in between, would have a thousand
-//! overlays: two descriptors each, and the process has so many.
+//! A disk that is forked makes another overlay at its next write. An overlay lives as long as it
+//! has one cluster that is nowhere else. A disk that is forked a thousand times, with a few writes
+//! in between, would have a thousand overlays with two descriptors each.
 //!
-//! So when the map names too many, clusters of the smallest are *moved* into the own file until half as many are left:
-//! read, written, and then in the map, like a guest's write of the same bytes, alone with its clusters, and while the
-//! guest goes on. As in a log-structured merge, what has been moved is in a larger file, and is moved again only when
-//! there are many of that size.
+//! So when a map names too many overlays, the clusters of the smallest are *moved* into the active
+//! file until half as many are left. A move reads the clusters, writes them, and changes the map,
+//! while the guest runs. It holds its clusters as a guest's write does. As in a log-structured
+//! merge, moved clusters are in a larger file, and move again only when there are many files of
+//! that size.
 //!
-//! Images keep the files they have. Nothing is moved while a parent's writes are still on their way into a file of this disk, and nothing is moved
-//! into an overlay that would be made for it: a disk nobody writes costs no file.
+//! Images keep the files they have. Nothing is moved while a parent's writes to a file of this disk
+//! are in flight. No overlay is made only to move clusters into it: a disk without writes costs no
+//! file.
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,53 +25,139 @@ use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 use super::DiskError;
 use super::job::{Job, Stage, Work};
 use super::live::Disk;
-use super::map::{CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, Source};
 
-/// Overlays that a map may name.
-const MOST: usize = 64;
-/// Overlays made between two looks at how many there are: looking takes as long as the map is.
-const LOOK: u32 = 16;
-/// Clusters moved at once.
-const RUN: u64 = 64;
+/// Overlays that a map may name before they are merged.
+const MAX_OVERLAYS: usize = 64;
+/// Overlays made between two counts of them: counting takes time proportional to the map.
+const CHECK_INTERVAL: u32 = 16;
+/// Most clusters in one move.
+const MAX_RUN: u64 = 64;
 /// Moves in flight.
-const AT_ONCE: usize = 2;
-/// How long the end of moves is waited for.
+const MAX_RUNNING: usize = 2;
+/// How long a commit waits for the moves in flight.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is to be moved, and how much of it is under way.
+/// The queue of moves, and how many are in flight.
+///
+/// Invariants: at most [`MAX_RUNNING`] moves run. A queued range is at most [`MAX_RUN`] clusters.
+/// Nothing is urgent when the queue is cleared.
 #[derive(Debug)]
 pub(super) struct Relocation {
-    /// Clusters. Where each is is looked up when its turn comes.
+    /// Ranges of clusters. The file that has a range is looked up when its turn comes.
     queue: VecDeque<Range<u64>>,
-    /// In flight.
-    pub(super) running: usize,
-    /// Overlays made since the last look.
+    /// Moves in flight.
+    running: usize,
+    /// Overlays made since they were last counted.
     made: u32,
-    /// Whether a flush waits for them.
-    pub(super) urgent: bool,
-    /// Whether none may begin: the disk is being committed.
-    pub(super) stopped: bool,
-    /// See [`MOST`] and [`LOOK`].
+    /// Whether a flush waits for the moves.
+    urgent: bool,
+    /// Whether no move may begin, because the disk is being committed.
+    held: bool,
+    /// [`MAX_OVERLAYS`] and [`CHECK_INTERVAL`]; tests set others.
     most: usize,
     look: u32,
 }
 
 impl Default for Relocation {
     fn default() -> Self {
-        Self { queue: VecDeque::new(), running: 0, made: 0, urgent: false, stopped: false, most: MOST, look: LOOK }
+        Self {
+            queue: VecDeque::new(),
+            running: 0,
+            made: 0,
+            urgent: false,
+            held: false,
+            most: MAX_OVERLAYS,
+            look: CHECK_INTERVAL,
+        }
     }
 }
 
 impl Relocation {
-    /// What is not under way stays where it is.
+    /// Notes that `active`, an overlay, was made. Now and then, counts the overlays of `map` and
+    /// queues the smallest.
+    pub(super) fn overlay_made(&mut self, map: &BlockMap, active: &Arc<IoFile>, path: &Path) {
+        self.made += 1;
+        if self.made < self.look || self.is_queued() {
+            return;
+        }
+        self.made = 0;
+        let mut overlays = map.sizes();
+        overlays.retain(|(file, _)| movable(file, Some(active)));
+        if overlays.len() <= self.most {
+            return;
+        }
+        overlays.sort_unstable_by_key(|(_, clusters)| *clusters);
+        overlays.truncate(overlays.len() - self.most / 2);
+        self.urgent = false;
+        self.queue_sources(map, |source| overlays.iter().any(|(file, _)| source.is(file)));
+        tracing::debug!(path = %path.display(), overlays = overlays.len(), runs = self.queue.len(), "overlays are merged");
+    }
+
+    /// Queues the clusters of chosen sources.
+    pub(super) fn queue_sources(&mut self, map: &BlockMap, chosen: impl Fn(&Source) -> bool) {
+        for (range, _) in map.extents().filter(|(_, source)| chosen(source)) {
+            let starts = (range.start..range.end).step_by(MAX_RUN as usize);
+            self.queue(starts.map(|start| start..range.end.min(start + MAX_RUN)));
+        }
+    }
+
+    /// Queues ranges of at most [`MAX_RUN`] clusters each.
+    pub(super) fn queue(&mut self, ranges: impl Iterator<Item = Range<u64>>) {
+        self.queue.extend(ranges);
+    }
+
+    /// The range to move next, which is then counted as running. None while enough are.
+    pub(super) fn next(&mut self) -> Option<Range<u64>> {
+        if self.running >= MAX_RUNNING {
+            return None;
+        }
+        let range = self.queue.pop_front()?;
+        self.running += 1;
+        Some(range)
+    }
+
+    /// Counts a move as ended.
+    pub(super) fn ended(&mut self) {
+        self.running -= 1;
+    }
+
+    /// Clears the queue. Moves in flight continue.
     pub(super) fn forget(&mut self) {
         self.urgent = false;
         self.queue.clear();
     }
 
-    /// Whether nothing is to be moved.
+    /// Whether no move is queued or in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.running == 0
+    }
+
+    pub(super) fn is_queued(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Moves in flight.
+    pub(super) fn running(&self) -> usize {
+        self.running
+    }
+
+    /// Makes flushes wait for what is queued.
+    pub(super) fn set_urgent(&mut self) {
+        self.urgent = true;
+    }
+
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
+    /// Stops moves from beginning, or lets them begin again.
+    pub(super) fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.held
     }
 
     #[cfg(test)]
@@ -77,102 +166,56 @@ impl Relocation {
     }
 }
 
-/// Whether clusters of `file` may be moved away: an overlay that has become read-only.
-fn movable(file: &Arc<IoFile>, own: Option<&Arc<IoFile>>) -> bool {
-    !file.is_named() && !own.is_some_and(|own| Arc::ptr_eq(own, file))
+/// Whether clusters of `file` may be moved away: whether it is an overlay that is read-only now.
+pub(super) fn movable(file: &Arc<IoFile>, active: Option<&Arc<IoFile>>) -> bool {
+    !file.is_named() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
 }
 
 impl Disk {
-    /// To be called when an overlay was made: looks now and then whether they have become too many.
-    pub(super) fn overlay_made(&mut self) {
-        self.moves.made += 1;
-        if self.moves.made < self.moves.look || !self.moves.queue.is_empty() {
-            return;
-        }
-        self.moves.made = 0;
-        let own = self.own.as_ref();
-        let mut overlays = self.map.sizes();
-        overlays.retain(|(file, _)| movable(file, own));
-        if overlays.len() <= self.moves.most {
-            return;
-        }
-        overlays.sort_unstable_by_key(|(_, clusters)| *clusters);
-        overlays.truncate(overlays.len() - self.moves.most / 2);
-        self.moves.urgent = false;
-        self.queue_moves(|source| overlays.iter().any(|(file, _)| source.is(file)));
-        tracing::debug!(path = %self.config().path.display(), overlays = overlays.len(), runs = self.moves.queue.len(), "overlays are merged");
-    }
-
-    /// Has the clusters of chosen sources moved.
-    pub(super) fn queue_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
-        for (range, _) in self.map.pieces(0..self.size().div_ceil(CLUSTER)).filter(|(_, source)| chosen(source)) {
-            let starts = (range.start..range.end).step_by(RUN as usize);
-            self.moves.queue.extend(starts.map(|start| start..range.end.min(start + RUN)));
-        }
-    }
-
-    /// Begins what is to be moved, a little at a time.
+    /// Begins moves, as many as may run at once.
     pub(super) fn begin_moves(&mut self) {
-        if self.fold.active && self.fold.rescan && self.moves.is_idle() {
-            self.fold.rescan = false;
-            let base = self.base().cloned();
-            self.queue_moves(|source| !base.as_ref().is_some_and(|base| source.is(base)));
-        }
-        while !self.moves_are_held() && self.moves.running < AT_ONCE {
-            let Some(range) = self.moves.queue.pop_front() else { return };
+        self.chain.rescan_for_fold();
+        while let Some(range) = self.chain.next_move() {
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
-            self.moves.running += 1;
-            // Its token is nobody's: it is counted here, and told to nobody.
+            // The token is no request's. The chain counts the move, and no device sees its end.
             self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
         }
     }
 
-    fn moves_are_held(&self) -> bool {
-        // A parent's writes that have not landed are done again by this disk's device, and then they are in the own file.
-        self.moves.stopped || self.own.is_none() || self.unsettled.iter().any(|file| file.has_writes())
-    }
-
-    /// Whether a flush waits for what is being moved.
-    pub(super) fn merges_first(&self) -> bool {
-        self.moves.urgent && (self.moves.running > 0 || !self.moves.queue.is_empty() && !self.moves_are_held())
-    }
-
-    /// Reads what of the job's clusters can still be moved: all of one run of them. The rest is moved later.
+    /// Plans a move: reads one run of the job's clusters that can still be moved. The other runs
+    /// are queued again.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        // Planned again after a fork, it may have nothing to do any more.
+        // Planned again after a fork, it may have nothing left to do.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
-        let (own, all) = (self.own.clone(), job.clusters());
+        let (chain, map) = (&self.chain, self.chain.map());
         let mut runs: Vec<Range<u64>> = Vec::new();
-        let folds = self.fold.active;
-        let may = |source: &Source| match source {
-            Source::File(file) => movable(file, own.as_ref()),
-            Source::Zero => false,
-        };
-        for (range, source) in self.map.pieces(all) {
-            if folds && matches!(source, Source::Zero) {
-                // Alone: no bytes are moved.
+        for (range, source) in map.pieces(job.clusters()) {
+            if chain.is_folding() && matches!(source, Source::Zero) {
+                // Alone, and no bytes are moved.
                 runs.push(range);
-            } else if may(source) {
+            } else if chain.is_movable(source) {
                 match runs.last_mut() {
-                    Some(last) if last.end == range.start && may(&self.map.at(last.start)) => last.end = range.end,
+                    Some(last) if last.end == range.start && chain.is_movable(&map.at(last.start)) => {
+                        last.end = range.end
+                    }
                     _ => runs.push(range),
                 }
             }
         }
         let mut runs = runs.into_iter();
-        // Without an own file: forked meanwhile, and not written since.
-        let (Some(own), Some(run)) = (own, runs.next()) else { return Ok(()) };
-        self.moves.queue.extend(runs);
+        // There is no active file if the disk was forked meanwhile and not written since.
+        let (Some(active), Some(run)) = (chain.active().cloned(), runs.next()) else { return Ok(()) };
+        self.chain.requeue_moves(runs);
         job.offset = run.start * CLUSTER;
         job.len = (run.end * CLUSTER).min(self.size()) - job.offset;
-        (job.moves, job.target) = (true, Some(Arc::clone(&own)));
-        if matches!(self.map.at(run.start), Source::Zero) {
+        (job.moves, job.target) = (true, Some(Arc::clone(&active)));
+        if matches!(self.chain.map().at(run.start), Source::Zero) {
             let (offset, len) = (job.offset, job.len);
-            return self.give(at, job, Request::Punch { file: own, offset, len });
+            return self.give(at, job, Request::Punch { file: active, offset, len });
         }
         let buffer = Arc::new(AlignedBuf::new(job.len as usize));
         let mut reads = Vec::new();
-        for (range, source) in self.map.pieces(run) {
+        for (range, source) in self.chain.map().pieces(run) {
             let Source::File(file) = source else { continue };
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             let buffers = Fragment::owned(&buffer, (start - job.offset) as usize, (end - start) as usize);
@@ -184,14 +227,15 @@ impl Disk {
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Stops moving, and waits for what is under way. What cannot be ended stays in flight.
+    /// Clears the queue and waits for the moves in flight. One that does not end in time stays in
+    /// flight.
     pub(super) fn settle_moves(&mut self) {
-        self.moves.forget();
+        self.chain.forget_moves();
         let deadline = Instant::now() + TIMEOUT;
-        while self.moves.running > 0 && Instant::now() < deadline {
+        while self.chain.relocation().running() > 0 && Instant::now() < deadline {
             let done = self.reap();
-            self.done.extend(done.unwrap_or_default());
-            if self.moves.running > 0 && self.wait(Duration::from_millis(10)).is_err() {
+            self.requests.put_back_done(done.unwrap_or_default());
+            if self.chain.relocation().running() > 0 && self.wait(Duration::from_millis(10)).is_err() {
                 break;
             }
         }

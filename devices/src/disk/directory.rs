@@ -1,4 +1,4 @@
-//! A directory by its descriptor: what is done in it is done there, whatever becomes of its name.
+//! A directory by its descriptor: operations stay in it even if its name changes.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +13,7 @@ use rustix::process::geteuid;
 
 use super::steps_trace::step;
 
-/// See the module's documentation.
+/// An open directory.
 #[derive(Clone, Debug)]
 pub(super) struct Directory {
     file: Arc<IoFile>,
@@ -21,7 +21,7 @@ pub(super) struct Directory {
 
 impl Directory {
     /// # Errors
-    /// When there is none.
+    /// When it cannot be opened.
     pub(super) fn open(path: &Path) -> Result<Self, FileError> {
         let shown = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
@@ -34,12 +34,12 @@ impl Directory {
         Self { file: Arc::new(IoFile::read_only(file, path, CachePolicy::Host)) }
     }
 
-    /// What it was called when it was opened.
+    /// Its path when it was opened.
     pub(super) fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// What is to be synced for the names in it to be durable.
+    /// The file to sync to make the directory's names durable.
     pub(super) fn file(&self) -> &Arc<IoFile> {
         &self.file
     }
@@ -53,20 +53,21 @@ impl Directory {
         move |error| FileError { path, what, source: error.into() }
     }
 
-    /// The number of the file system it is on.
+    /// The device number of its file system.
     pub(super) fn device(&self) -> Result<u64, FileError> {
         let stat = rustix::fs::fstat(&*self.file).map_err(self.failed("", "looked at"))?;
         Ok(stat.st_dev)
     }
 
-    /// Refuses a directory in which nothing can be made.
+    /// Refuses a directory in which no file can be made.
     pub(super) fn check_writable(&self) -> Result<(), FileError> {
         use rustix::fs::{Access, accessat};
         let flags = AtFlags::EACCESS;
         accessat(self.at(), ".", Access::WRITE_OK | Access::EXEC_OK, flags).map_err(self.failed("", "written to"))
     }
 
-    /// The directory `name` in it, which nobody else may have made or may write in. `NotOurs` is a PermissionDenied.
+    /// Opens the subdirectory `name`. It must be this user's, and no other user may be able to
+    /// write in it; otherwise the error is PermissionDenied.
     pub(super) fn open_ours(&self, name: &str) -> Result<Self, FileError> {
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let path = self.path().join(name);
@@ -79,7 +80,7 @@ impl Directory {
         Ok(Self::of(opened, &path))
     }
 
-    /// Makes the directory `name` for its owner only, if it is not there.
+    /// Makes the subdirectory `name` for its owner only, if it is not there.
     pub(super) fn make(&self, name: &str) -> Result<(), FileError> {
         step(|| format!("mkdir {name}")).map_err(failed(&self.path().join(name), "made"))?;
         match mkdirat(self.at(), name, Mode::RWXU) {
@@ -88,14 +89,14 @@ impl Directory {
         }
     }
 
-    /// Locks it against other processes, and against other descriptors of this one.
+    /// Locks it against other processes, and against other descriptors of this process.
     pub(super) fn lock(&self, exclusive: bool) -> Result<(), FileError> {
         use rustix::fs::{FlockOperation as Op, flock};
         let how = if exclusive { Op::NonBlockingLockExclusive } else { Op::NonBlockingLockShared };
         flock(&*self.file, how).map_err(self.failed("", "locked"))
     }
 
-    /// An empty file `name`, in place of what was there, for its owner only.
+    /// Makes an empty file `name`, in place of one that was there, for its owner only.
     pub(super) fn create(&self, name: &str) -> Result<Arc<IoFile>, FileError> {
         step(|| format!("create {name}")).map_err(failed(&self.path().join(name), "created"))?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -103,7 +104,7 @@ impl Directory {
         Ok(Arc::new(IoFile::read_write(File::from(opened), &self.path().join(name), CachePolicy::Host)))
     }
 
-    /// The regular file `name`.
+    /// Opens the regular file `name`.
     pub(super) fn open_file(&self, name: &str, write: bool) -> Result<Arc<IoFile>, FileError> {
         let path = self.path().join(name);
         let way = if write { OFlags::RDWR } else { OFlags::RDONLY };
@@ -121,7 +122,8 @@ impl Directory {
         Ok(Arc::new(file))
     }
 
-    /// A file without a name of `len` bytes, that is to be called `path` once it has one.
+    /// Makes an unnamed file of `len` bytes, whose messages call it `path`: its name once it has
+    /// one.
     pub(super) fn new_image(&self, len: u64, path: &Path, policy: CachePolicy) -> Result<IoFile, FileError> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let opened = openat(self.at(), ".", flags, Mode::RUSR | Mode::WUSR);
@@ -130,7 +132,7 @@ impl Directory {
         Ok(IoFile::read_write(opened, path, policy))
     }
 
-    /// The number of what is called `name`, and of its file system.
+    /// The inode and device numbers of `name`.
     pub(super) fn identity_of(&self, name: &str) -> Result<(u64, u64), FileError> {
         let stat = rustix::fs::statat(self.at(), name, AtFlags::SYMLINK_NOFOLLOW);
         let stat = stat.map_err(self.failed(name, "looked at"))?;
@@ -142,7 +144,7 @@ impl Directory {
         IoFile::reused_in(pool, self.at(), self.path(), len, policy)
     }
 
-    /// Tries to make a file without a name: whether it can be is not known before.
+    /// Makes and drops an unnamed file. Only trying tells whether one can be made.
     pub(super) fn try_unnamed(&self, len: u64) -> Result<(), FileError> {
         IoFile::unnamed_in(self.at(), self.path(), len, CachePolicy::Host).map(drop)
     }
@@ -153,13 +155,13 @@ impl Directory {
         file.link_in(self.at(), name, &path)
     }
 
-    /// In place of what was there.
+    /// Renames a file, in place of the one that had the name.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), FileError> {
         step(|| format!("rename {from} {to}")).map_err(failed(&self.path().join(to), "replaced"))?;
         renameat(self.at(), from, self.at(), to).map_err(self.failed(to, "replaced"))
     }
 
-    /// Removes a file. One that is not there is removed.
+    /// Removes a file, if it is there.
     pub(super) fn unlink(&self, name: &str) -> Result<(), FileError> {
         self.remove(name, AtFlags::empty())
     }
@@ -177,12 +179,12 @@ impl Directory {
         }
     }
 
-    /// Makes the names in it durable.
+    /// Makes the directory's names durable.
     pub(super) fn sync(&self) -> Result<(), FileError> {
         sync(&self.file)
     }
 
-    /// The names in it that are text.
+    /// The names in it that are UTF-8.
     pub(super) fn names(&self) -> Result<Vec<String>, FileError> {
         let entries = rustix::fs::Dir::read_from(&*self.file).map_err(self.failed("", "listed"))?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned));
@@ -195,7 +197,7 @@ pub(super) fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) 
     move |source| FileError { path, what, source }
 }
 
-/// Makes a file durable, with all that is known about it.
+/// Makes a file durable, with its metadata.
 pub(super) fn sync(file: &IoFile) -> Result<(), FileError> {
     step(|| format!("sync {}", name(file))).map_err(failed(file.path(), "made durable"))?;
     file.sync_now()

@@ -1,4 +1,4 @@
-//! A disk at one instant: what a fork takes with it, and what becomes of overlays at the end.
+//! A disk at one instant, as a fork takes it; commit and export of what was written.
 
 use std::fs::{OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
@@ -10,117 +10,121 @@ use clade_io::{FileError, IoFile};
 use thiserror::Error;
 
 use super::directory::{Directory, sync};
-use super::journal::{ImageError, Journal, JournalError, left_in, write_back};
-use super::live::{Disk, Setup};
+use super::journal::{ImageError, JournalError, left_in};
+use super::live::Disk;
 use super::map::{BlockMap, CLUSTER, Source};
 use super::op::DiskOp;
+use super::overlay_chain::Setup;
 use super::shadow::Shadow;
 use super::{DiskConfig, DiskError};
 
-/// Bytes copied at once by commit and export.
+/// Bytes that commit and export copy at once.
 const CHUNK: u64 = 1 << 20;
-/// How long the kernel is waited for before it is asked again.
-const TURN: Duration = Duration::from_secs(1);
+/// How long one wait for the engine lasts.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A disk at one instant, of which any number of disks can be made, each with writes of its own. It keeps the files, not the VM, alive.
+/// A disk at one instant. Any number of disks can be made of it, each with writes of its own. It
+/// keeps the files alive, not the VM.
 #[derive(Clone, Debug)]
 pub struct DiskImage {
     pub(super) setup: Arc<Setup>,
     pub(super) map: BlockMap,
-    /// Files with writes in flight at that instant.
+    /// Files that had writes in flight at that instant.
     pub(super) unsettled: Vec<Arc<IoFile>>,
 }
 
-/// An overlay was not written back.
+/// Why an overlay was not written back.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum CommitError {
-    /// Somebody else reads the base.
+    /// Other VMs or images read the base.
     #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Shared {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
-        /// How many.
+        /// How many other VMs and images there are.
         others: usize,
-        /// The journal that has it all, if there is one.
+        /// The journal's directory, if the journal has everything.
         kept: Option<PathBuf>,
     },
-    /// The disk is a child's, and the one it was forked from has left a journal.
+    /// The disk is a child's, and its parent has left a journal beside the base.
     #[error("{} is to be given what is in {} first: by whoever opens it next", path.display(), dir.display())]
     RecoveredJournal {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
-        /// Where the journal is.
+        /// The journal's directory.
         dir: PathBuf,
     },
-    /// There is no base: the disk is a snapshot's, whose files stay as they are.
+    /// There is no base: the disk was made of a snapshot's files, which never change.
     #[error("{} comes from a snapshot, which stays as it is; what was written since {}", path.display(), outcome_text(None))]
     Snapshot {
-        /// What the disk was before.
+        /// The path in the disk's configuration.
         path: PathBuf,
     },
     /// The base was opened for reading.
     #[error("{} was opened read-only", path.display())]
     ReadOnly {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
     },
     /// Requests are in flight.
     #[error("{requests} requests to {} are in flight", path.display())]
     Busy {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
-        /// How many.
+        /// How many requests there are.
         requests: usize,
     },
-    /// The base has everything, and a journal that could not be removed is to be put in once more: what is written to the base before that is undone.
+    /// The base has everything, but its journal could not be removed. Opening the base would apply
+    /// the journal again, and undo what was written to the base meanwhile.
     #[error(
         "the image has everything that was written since the fork, but the journal beside it is still there: remove it before the image is opened"
     )]
     Journal(#[source] FileError),
-    /// Something of what was written since the fork is gone: a copy would not be the disk.
+    /// A write since the fork was lost. The copy would not be the disk.
     #[error("a write to {} since the fork was lost: the system failed to make it durable", path.display())]
     Lost {
-        /// The base, or where its overlays are.
+        /// The base, or the directory of its overlays.
         path: PathBuf,
     },
-    /// The last flush failed. The image is as it was at the one before.
+    /// The last flush failed. The image is as it was after the flush before.
     #[error("{} is as it was at the last flush: what was written since could not be made durable", path.display())]
     Unflushed {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
-        /// What failed.
+        /// The error of the flush.
         #[source]
         source: Box<DiskError>,
     },
-    /// Another file has the base's name: the one this disk was forked from has put a new image there.
+    /// Another file has the base's name: the parent disk has put a new image there.
     #[error("{} is another file by now; what was written since the fork {}", path.display(), outcome_text(None))]
     Replaced {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
     },
-    /// The base is not what it was when the disk was last flushed.
+    /// Another program has changed the base since the last flush.
     #[error("{} is not as it was; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Changed {
-        /// The base.
+        /// The base's path.
         path: PathBuf,
-        /// The journal that has it all, if there is one.
+        /// The journal's directory, if the journal has everything.
         kept: Option<PathBuf>,
-        /// What has changed.
+        /// The attribute of the base that has changed.
         #[source]
         source: Box<JournalError>,
     },
-    /// A copy failed. The base holds a part of what was written since the fork.
+    /// A copy failed. The base has a part of what was written since the fork.
     #[error("the base holds only part of what was written since the fork; the rest {}", outcome_text(kept.as_deref()))]
     Partial {
-        /// The journal that has it all, if there is one.
+        /// The journal's directory, if the journal has everything.
         kept: Option<PathBuf>,
-        /// What failed.
+        /// The system call that failed.
         #[source]
         source: FileError,
     },
 }
 
-/// What becomes of what was not committed.
+/// Where writes are that were not committed, for a message.
 fn outcome_text(kept: Option<&Path>) -> String {
     match kept {
         Some(dir) => format!("is in {} and is put in when the image is opened next", dir.display()),
@@ -128,27 +132,27 @@ fn outcome_text(kept: Option<&Path>) -> String {
     }
 }
 
-/// What a commit did.
+/// The result of a commit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CommitReport {
     /// Bytes copied into the base.
     pub copied: u64,
     /// Bytes of the base that were made zeros.
     pub zeroed: u64,
-    /// Whether all of it was durable beside the base before that was changed.
+    /// Whether everything was durable beside the base before the base was changed.
     pub journaled: bool,
 }
 
 impl DiskImage {
-    /// A disk that goes on from here.
+    /// Makes a disk that continues from here.
     ///
     /// # Errors
-    /// When no eventfd is to be had.
+    /// When no eventfd can be made.
     pub fn open(&self) -> Result<Disk, DiskError> {
         Disk::from_image(self)
     }
 
-    /// What it was made from.
+    /// The configuration of the disk it was taken from.
     #[must_use]
     pub fn config(&self) -> &DiskConfig {
         &self.setup.config
@@ -160,23 +164,26 @@ impl DiskImage {
         self.setup.size
     }
 
-    /// Waits until no write of the VM it was taken from is on its way into one of its files, up to `patience`. Returns whether that is so.
+    /// Waits up to `patience` until no write of the VM it was taken from is in flight to one of its
+    /// files. Returns whether that is so.
     ///
-    /// A child needs no such wait: its device does again what was in flight. A copy of the disk does.
+    /// A child does not need to wait: its device does the requests in flight again. A copy of the
+    /// disk must wait.
     #[must_use]
     pub fn settle(&self, patience: Duration) -> bool {
         self.unsettled.iter().all(|file| file.settle(patience))
     }
 
-    /// Writes the whole disk into a new file at `path`, sparse where it is zeros, and makes it durable. Who may use it is what it is for the image; a
-    /// disk that has none is its owner's alone.
+    /// Writes the whole disk into a new file at `path`, sparse where it is zeros, and makes it
+    /// durable. The file gets the image's permissions. A disk without an image file gives it to its
+    /// owner alone.
     ///
     /// # Errors
-    /// When the file exists, or it or a source cannot be used; nothing is left at `path` then.
+    /// When the file exists, or a system call fails. Nothing is left at `path` then.
     pub fn export(&self, path: &Path) -> Result<u64, FileError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed("created"))?;
-        // A block device's mode says nothing about files.
+        // A block device's permissions are no model for a file's.
         let image = self.setup.base.as_ref().filter(|base| !base.is_block_device());
         let stat = image.map(|base| rustix::fs::fstat(&**base)).transpose();
         let mode =
@@ -190,14 +197,14 @@ impl DiskImage {
             })
             .and_then(|copied| to.sync_all().map_err(failed("made durable")).map(|()| copied));
         if copied.is_err() {
-            // The first error is the one to tell.
+            // The first error is the one to report.
             let _ = std::fs::remove_file(path);
         }
         copied
     }
 }
 
-/// Hands `write` the bytes of every chunk that is not all zeros. Returns how many bytes that were.
+/// Calls `write` with each chunk that is not all zeros. Returns how many bytes these were.
 fn copy_data(
     map: &BlockMap,
     size: u64,
@@ -234,29 +241,32 @@ fn for_chunks(
 }
 
 impl Disk {
-    /// Writes what was written since the first fork into the file the disk was opened from, and makes it durable, if nobody else has that file
-    /// in a map. A disk that was never forked has nothing to write.
+    /// Copies everything written since the first fork into the base, and makes it durable. No other
+    /// disk and no image may have the base in a map. For a disk that was never forked, there is
+    /// nothing to copy.
     ///
-    /// It is one step, where a journal can be beside the image: all of it is durable there before the image is changed, and is put in by whoever
-    /// opens the image next if this does not come to its end ([`CommitReport::journaled`]).
+    /// With a journal beside the image, a commit is one step. Everything is durable in the journal
+    /// before the image changes. If the commit does not finish, opening the image applies the
+    /// journal ([`CommitReport::journaled`]).
     ///
     /// # Errors
-    /// The disk comes back, unless the copy itself failed half-way; then it does too, and is still whole.
+    /// The disk comes back. This holds also if the copy failed half-way: the disk is still whole.
     pub fn commit(mut self) -> Result<CommitReport, Box<(Self, CommitError)>> {
         self.settle_moves();
-        // Its own flush must not begin to move clusters either: their room is given back below.
-        self.moves.stopped = true;
+        // The commit's own flush must not begin to move clusters either: their room is given back
+        // below.
+        self.chain.hold_moves(true);
         match self.try_commit() {
             Ok(report) => Ok(report),
             Err(error) => {
-                self.moves.stopped = false;
+                self.chain.hold_moves(false);
                 Err(Box::new((self, error)))
             }
         }
     }
 
     fn try_commit(&mut self) -> Result<CommitReport, CommitError> {
-        let Some(base) = self.base().cloned() else {
+        let Some(base) = self.chain.base().cloned() else {
             return Err(CommitError::Snapshot { path: self.config().path.clone() });
         };
         let path = || base.path().to_owned();
@@ -270,7 +280,7 @@ impl Disk {
             return Err(CommitError::Lost { path: path() });
         }
         if self.is_forked()
-            && self.shadow.is_some()
+            && self.durability.shadow().is_some()
             && let Some(report) = self.commit_to_shadow(&base)?
         {
             return Ok(report);
@@ -278,22 +288,23 @@ impl Disk {
         if base.link_count().is_ok_and(|links| links == 0) {
             return Err(CommitError::Replaced { path: path() });
         }
-        // Every disk and every image has the setup once. This one is ours and cannot be cloned meanwhile, so one means alone.
-        let others = Arc::strong_count(self.setup()) - 1;
+        // Every disk and every image has the setup once. This one is ours and cannot be cloned
+        // meanwhile, so no others means alone.
+        let others = self.chain.others();
         let journaled = self.is_forked() && self.keep();
         if self.is_lost() {
             return Err(CommitError::Lost { path: path() });
         }
-        let kept = self.journal.as_ref().filter(|_| journaled).and_then(Journal::kept_in);
+        let kept = journaled.then(|| self.durability.kept_in()).flatten();
         if others > 0 && self.is_forked() {
             return Err(CommitError::Shared { path: path(), others, kept });
         }
-        if let (None, Some(dir)) = (&self.journal, left_in(&base)) {
+        if let (None, Some(dir)) = (self.durability.journal(), left_in(&base)) {
             return Err(CommitError::RecoveredJournal { path: path(), dir });
         }
         let partial = |kept| move |source| CommitError::Partial { kept, source };
-        if let Some(journal) = self.journal.as_mut().filter(|_| journaled) {
-            match journal.check_image() {
+        if journaled {
+            match self.durability.check_image() {
                 Ok(()) => {}
                 Err(ImageError::File(source)) => return Err(partial(kept)(source)),
                 Err(ImageError::Changed(source)) => {
@@ -303,19 +314,20 @@ impl Disk {
         } else {
             self.sync_overlays(&base)?;
         }
-        let mut log = self.journal.as_ref().filter(|_| journaled).and_then(Journal::log);
-        // It is written to past this disk's back: what it would be given next is a whole one.
-        self.journal.iter_mut().for_each(Journal::replaced);
-        let size = self.size();
-        let report = write_back(&mut self.map, &base, size, log.as_mut()).map_err(partial(kept))?;
-        self.journal.iter_mut().try_for_each(Journal::remove).map_err(CommitError::Journal)?;
+        let mut log = journaled.then(|| self.durability.log()).flatten();
+        // The journal is written below without this disk's flushes: the next record must be a whole
+        // one.
+        self.durability.journal_replaced();
+        let report = self.chain.write_back(&base, log.as_mut()).map_err(partial(kept))?;
+        self.durability.remove_journal().map_err(CommitError::Journal)?;
         Ok(CommitReport { copied: report.copied, zeroed: report.zeroed, journaled })
     }
 
-    /// A flush, after which the new image has everything. None if there is none after all.
+    /// Flushes, after which the new image has everything. None if it turns out that there is no new
+    /// image.
     fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
         let mut report = CommitReport { journaled: true, ..CommitReport::default() };
-        for (range, source) in self.map.pieces(0..self.size().div_ceil(CLUSTER)) {
+        for (range, source) in self.chain.map().extents() {
             let bytes = (range.end * CLUSTER).min(self.size()) - range.start * CLUSTER;
             match source {
                 Source::Zero => report.zeroed += bytes,
@@ -324,7 +336,7 @@ impl Disk {
             }
         }
         let flushed = self.flush_now();
-        let current = !self.is_forked() || self.shadow.as_ref().is_some_and(Shadow::is_image);
+        let current = !self.is_forked() || self.durability.shadow().is_some_and(Shadow::is_image);
         match flushed {
             Ok(()) => Ok(current.then_some(report)),
             Err(source) if current => {
@@ -338,29 +350,30 @@ impl Disk {
         self.health().lost
     }
 
-    /// Finds out whether what overlays show is what was written to them. The system says once that something of a file is lost.
+    /// Syncs the overlays. The system reports a lost write of a file once.
     fn sync_overlays(&mut self, base: &Arc<IoFile>) -> Result<(), CommitError> {
-        let files = self.map.sizes().into_iter().map(|(file, _)| file);
+        let files = self.chain.map().sizes().into_iter().map(|(file, _)| file);
         for file in files.filter(|file| !Arc::ptr_eq(file, base) && file.is_writable()) {
             if let Err(error) = sync(&file) {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a write to an overlay was lost");
-                self.lost = true;
+                self.durability.set_lost();
                 return Err(CommitError::Lost { path: error.path });
             }
         }
         Ok(())
     }
 
-    /// Has everything in the journal. Returns whether that is so: without one, or with no room for it, the image itself is all there is.
+    /// Puts everything into the journal. Returns false without a journal, or with no room for it:
+    /// then the image alone has what is durable.
     pub(super) fn keep(&mut self) -> bool {
-        let kept = self.journal.is_some() && self.flush_now().inspect_err(|error| {
+        let kept = self.durability.journal().is_some() && self.flush_now().inspect_err(|error| {
             tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "no journal of what is committed");
         }).is_ok();
-        // It may have turned out that there cannot be one.
-        kept && self.journal.is_some()
+        // The flush may have found that there cannot be a journal.
+        kept && self.durability.journal().is_some()
     }
 
-    /// A flush, from beginning to end, while nothing else is in flight.
+    /// A whole flush, while nothing else is in flight.
     pub(super) fn flush_now(&mut self) -> Result<(), DiskError> {
         const TOKEN: u64 = u64::MAX;
         self.submit(DiskOp::Flush, TOKEN)?;
@@ -371,16 +384,16 @@ impl Disk {
             if let Some(done) = done.into_iter().rfind(|done| done.token == TOKEN) {
                 return done.result;
             }
-            self.wait(TURN)?;
+            self.wait(POLL_INTERVAL)?;
         }
     }
 }
 
-/// The directory overlays of `config` are made in.
+/// The directory for overlays of `config`.
 fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     match (&config.overlays, config.path.parent()) {
         (Some(dir), _) => dir.clone(),
-        // What stands beside a block device is memory.
+        // The directory of a block device is in memory.
         (None, _) if block_device => std::env::temp_dir(),
         (None, Some(dir)) if dir.as_os_str().is_empty() => PathBuf::from("."),
         (None, Some(dir)) => dir.to_owned(),
@@ -388,8 +401,8 @@ fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     }
 }
 
-/// Opens the directory that overlays are made in. Of a disk that is written one is tried, so that a guest's first write after a fork is not the first to
-/// know that there can be none.
+/// Opens the directory for overlays. For a writable disk, makes and drops one overlay: better here
+/// than at the guest's first write after a fork.
 pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) -> Result<Directory, DiskError> {
     let path = overlay_dir(config, block_device);
     let opened = Directory::open(&path).and_then(|dir| {

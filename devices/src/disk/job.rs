@@ -1,4 +1,4 @@
-//! One request to a disk, on its way through the steps it takes.
+//! One job of a disk, on its way through its steps.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,35 +11,35 @@ use super::map::CLUSTER;
 /// What a job is to do.
 #[derive(Debug)]
 pub(super) enum Work {
-    /// Read into the buffers.
+    /// Reads into the buffers.
     Read(Vec<Fragment>),
-    /// Write the buffers.
+    /// Writes the buffers.
     Write(Vec<Fragment>),
-    /// Make zeros.
+    /// Makes zeros.
     Zero {
-        /// As holes, where there can be any.
+        /// Whether to punch holes, where the file system has them.
         punch: bool,
-        /// Whether it may be left undone.
+        /// Whether the job may be left undone: a discard.
         advisory: bool,
     },
-    /// Make durable.
+    /// Makes finished writes durable.
     Flush,
-    /// Copy clusters of overlays into the own file, through this memory.
+    /// Copies clusters of overlays into the active file, through this memory.
     Move(Option<Arc<AlignedBuf>>),
 }
 
-/// Where a job is.
+/// The step a job has reached.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nothing was given to the engine, or what was is done again from the beginning.
+    /// The engine has nothing of it, or the job is planned again from the beginning.
     Planned,
-    /// The rest of clusters that are written in part is being read, or what is moved.
+    /// It reads the rest of clusters that it writes in part, or the clusters that it moves.
     RmwEdges,
-    /// The transfer itself.
+    /// It transfers its data.
     Transfer,
 }
 
-/// See the module's documentation. Offsets and lengths are in bytes of the disk.
+/// A job. Offsets and lengths are in bytes of the disk.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) token: u64,
@@ -47,13 +47,13 @@ pub(super) struct Job {
     pub(super) len: u64,
     pub(super) work: Work,
     pub(super) stage: Stage,
-    /// Operations in the engine.
+    /// Operations that the engine has not completed.
     pub(super) left: usize,
     pub(super) error: Option<DiskError>,
     pub(super) lock: Option<u64>,
-    /// The file written to, once that is known.
+    /// The file it writes to, once that is decided.
     pub(super) target: Option<Arc<IoFile>>,
-    /// Whether the map is to name the target when the job is done.
+    /// Whether the map is to name `target` for its clusters when it ends.
     pub(super) moves: bool,
     pub(super) edges: RmwEdges,
 }
@@ -84,11 +84,17 @@ impl Job {
         self.offset / CLUSTER..self.end().div_ceil(CLUSTER)
     }
 
-    /// Those that it covers, on a disk of `size` bytes, whose last cluster may be a short one.
+    /// The clusters it covers as a whole. On a disk of `size` bytes, the last cluster may be a
+    /// short one.
     pub(super) fn whole_clusters(&self, size: u64) -> Range<u64> {
         let end = if self.end() == size { size.div_ceil(CLUSTER) } else { self.end() / CLUSTER };
         let start = self.offset.div_ceil(CLUSTER);
         start..end.max(start)
+    }
+
+    /// Whether it is a relocation, which belongs to no request.
+    pub(super) fn is_relocation(&self) -> bool {
+        matches!(self.work, Work::Move(_))
     }
 
     /// Whether it changes the disk.
@@ -97,18 +103,18 @@ impl Job {
     }
 }
 
-/// The first and the last cluster of a write, where it covers only a part of them.
+/// The first and the last cluster of a write, where the write covers only a part of them.
 #[derive(Debug, Default)]
 pub(super) struct RmwEdges {
     pub(super) head: Option<Edge>,
     pub(super) tail: Option<Edge>,
 }
 
-/// A cluster whose other bytes are written along.
+/// A cluster that is written in part. Its other bytes are written along.
 #[derive(Clone, Debug)]
 pub(super) struct Edge {
     pub(super) cluster: u64,
-    /// What it held before.
+    /// The cluster's bytes before the write.
     pub(super) bytes: Arc<AlignedBuf>,
 }
 
@@ -124,7 +130,7 @@ impl Edge {
 }
 
 impl RmwEdges {
-    /// Where a write of `offset..end` begins with them, and its memory.
+    /// Where a write of `offset..end` begins together with its edges, and the memory of all of it.
     pub(super) fn around(&self, offset: u64, end: u64, buffers: &[Fragment]) -> (u64, Vec<Fragment>) {
         let mut all = Vec::with_capacity(buffers.len() + 2);
         let start = self.head.as_ref().map_or(offset, Edge::start);

@@ -1,14 +1,16 @@
-//! What of a disk is written down, and a disk made of what was.
+//! Runs of clusters that a snapshot writes, and a disk made of a snapshot's files.
 //!
-//! A snapshot takes runs of clusters from an image, all of them or those that changed since an older one, and puts each
-//! at its own offset in a file. A disk is made of such files again: oldest first, each run over what was there before.
+//! A snapshot takes runs of clusters from an image, all of them or those that changed since an
+//! older image. It puts each cluster at its own offset in a file. A disk is made of such files
+//! again, oldest first: each run covers what was there before.
 //!
 //! # Why comparing sources is enough
 //!
-//! A file that an image has in its map was its disk's own until that instant, and is nobody's to write from then on. So
-//! a cluster that two images have from one file has one content, once the writes that were in flight at the *older*
-//! image's instant have ended ([`DiskImage::settle`]). Those are the child's to do again, whatever the file then holds.
-//! A cluster with two sources may have one content all the same; it counts as changed.
+//! A file in an image's map was its disk's active file until that instant, and is read-only from
+//! then on. So a cluster that two images map to one file has one content, once the writes in flight
+//! at the *older* image's instant have ended ([`DiskImage::settle`]). The child does those writes
+//! again, whatever the file then holds. A cluster with two sources may still have one content; it
+//! counts as changed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,29 +18,29 @@ use std::sync::Arc;
 use clade_io::IoFile;
 
 use super::image::open_overlays;
-use super::live::Setup;
 use super::map::{BlockMap, CLUSTER, Source};
+use super::overlay_chain::Setup;
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
 
-/// Clusters in a row.
+/// A run of adjacent clusters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskRun {
-    /// Which, in units of [`CLUSTER`].
+    /// The clusters, in units of [`CLUSTER`] bytes.
     pub clusters: Range<u64>,
-    /// Whether they are known to be zeros. Others may be too.
+    /// Whether the clusters are known to be zeros. Other runs may be zeros too.
     pub zero: bool,
 }
 
-/// Part of a disk, as a snapshot has it: each cluster at its own offset in the file.
+/// Part of a disk in a snapshot: a file with each cluster at its own offset.
 #[derive(Clone, Debug)]
 pub struct DiskLayer {
     /// The file, open for reading. Not needed if all runs are zeros.
     pub file: Option<Arc<IoFile>>,
-    /// Which clusters it has.
+    /// The clusters that the layer has.
     pub runs: Vec<DiskRun>,
 }
 
-/// Adds a run, joined to the last one where they are one.
+/// Appends a run, joined to the last one where they are adjacent and of one kind.
 fn push(runs: &mut Vec<DiskRun>, clusters: Range<u64>, zero: bool) {
     if clusters.is_empty() {
         return;
@@ -49,7 +51,7 @@ fn push(runs: &mut Vec<DiskRun>, clusters: Range<u64>, zero: bool) {
     }
 }
 
-/// Adds `clusters` of `file`, with its holes as zeros.
+/// Appends `clusters` of `file`, with its holes as zeros.
 fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Result<(), DiskError> {
     let mut at = clusters.start;
     while at < clusters.end {
@@ -59,7 +61,7 @@ fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Re
         if data == clusters.end {
             break;
         }
-        // At least one: a hole may begin in the cluster the data is in.
+        // At least one cluster: a hole may begin in the cluster that has data.
         let hole = file.next_hole(data * CLUSTER)?.div_ceil(CLUSTER).clamp(data + 1, clusters.end);
         push(runs, data..hole, false);
         at = hole;
@@ -68,17 +70,17 @@ fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Re
 }
 
 impl DiskImage {
-    /// How many clusters it has; the last one may be a short one.
+    /// How many clusters the disk has; the last one may be a short one.
     #[must_use]
     pub fn clusters(&self) -> u64 {
         self.setup.size.div_ceil(CLUSTER)
     }
 
-    /// All of it, ascending and without gaps: what is data, and what is known to be zeros. Settle it first: what is still being written
-    /// is taken for data.
+    /// All clusters, ascending and without gaps, as data or known zeros. Settle the image first: a
+    /// file that is still being written counts as data.
     ///
     /// # Errors
-    /// When a file cannot be asked for its holes.
+    /// When a file system cannot list a file's holes.
     pub fn runs(&self) -> Result<Vec<DiskRun>, DiskError> {
         let mut runs = Vec::new();
         for (clusters, source) in self.map.pieces(0..self.clusters()) {
@@ -87,8 +89,8 @@ impl DiskImage {
         Ok(runs)
     }
 
-    /// The clusters that may differ from those of `older`, ascending. None that does is missing, if `older` was settled
-    /// before it was read.
+    /// The clusters that may differ from those of `older`, ascending. None that differs is missing,
+    /// if `older` was settled before it was read.
     ///
     /// # Errors
     /// As [`DiskImage::runs`].
@@ -96,7 +98,7 @@ impl DiskImage {
         let mut runs = Vec::new();
         for (clusters, source) in self.map.pieces(0..self.clusters()) {
             let mut at = clusters.start;
-            // What of it is beyond the end of the other is not among its pieces.
+            // `pieces` does not return what is beyond the end of the older image.
             for (other, before) in older.map.pieces(clusters.clone()) {
                 if !source.same(before) {
                     self.push_source(&mut runs, other.clone(), source)?;
@@ -111,7 +113,7 @@ impl DiskImage {
     fn push_source(&self, runs: &mut Vec<DiskRun>, clusters: Range<u64>, source: &Source) -> Result<(), DiskError> {
         match source {
             Source::Zero => push(runs, clusters, true),
-            // A hole may be filled yet.
+            // A write in flight may fill a hole.
             Source::File(file) if file.has_writes() => push(runs, clusters, false),
             Source::File(file) => push_file(runs, file, clusters)?,
         }
@@ -121,8 +123,8 @@ impl DiskImage {
     /// Reads its bytes from `offset` on, through the page cache.
     ///
     /// # Errors
-    /// When they are not on the disk, writes that were in flight at its instant have not ended ([`DiskImage::settle`]), or a file cannot be
-    /// read.
+    /// When the range leaves the disk, when writes that were in flight at the image's instant have
+    /// not ended ([`DiskImage::settle`]), or when a file cannot be read.
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
         let (len, size) = (bytes.len() as u64, self.setup.size);
         let Some(end) = offset.checked_add(len).filter(|end| *end <= size) else {
@@ -142,13 +144,14 @@ impl DiskImage {
         Ok(())
     }
 
-    /// A disk of `size` bytes made of what a snapshot has of it, oldest first: later runs lie over earlier ones, and what is in none is
-    /// zeros. The disks that are opened from it write to overlays of their own, where `config` has them, and never to the layers.
+    /// A disk of `size` bytes made of a snapshot's layers, oldest first. Later runs cover earlier
+    /// ones. Clusters in no run are zeros. Disks that are opened from it write to overlays, where
+    /// `config` has them, and never to the layers.
     ///
     /// # Errors
-    /// When there is no such disk, a layer does not fit it, or overlays cannot be made.
+    /// When the size is not a disk's, a layer does not fit the disk, or overlays cannot be made.
     pub fn from_layers(config: &DiskConfig, size: u64, layers: &[DiskLayer]) -> Result<Self, DiskError> {
-        // The offset of its last byte is a file's.
+        // The offset of the last byte must be a file offset.
         if size == 0 || !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
             return Err(DiskError::Size { size });
         }
@@ -167,14 +170,15 @@ impl DiskImage {
 }
 
 impl DiskLayer {
-    /// Refuses runs that are not on a disk of `size` bytes or not in the file, and a file that can be written.
+    /// Refuses runs that leave a disk of `size` bytes or the file, and a file that is writable.
     fn check(&self, config: &DiskConfig, size: u64) -> Result<(), DiskError> {
         let mut in_file = 0;
         if let Some(file) = &self.file {
             if file.is_writable() {
                 return Err(DiskError::WritableLayer { path: file.path().to_owned() });
             }
-            // The disk's last cluster may be a short one, and is whole if the disk's size is reached.
+            // The disk's last cluster may be a short one. The file has it whole if the file is as
+            // long as the disk.
             let bytes = file.size()?;
             in_file = if bytes >= size { u64::MAX } else { bytes / CLUSTER };
         }

@@ -5,13 +5,14 @@ use std::ops::Range;
 /// How a write holds its clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// It writes in place, into clusters that stay where they are: beside others of its kind.
+    /// Beside other writes in place: the clusters stay in the file they are in.
     Shared,
-    /// It moves clusters to another file, and so may have to read what it does not write: alone.
+    /// Alone: the write moves clusters to another file, and may have to read what it does not
+    /// write.
     Alone,
 }
 
-/// The ranges held. There are as many as requests in flight, so a list does.
+/// The ranges held: one for each write in flight, so a list is enough.
 #[derive(Debug, Default)]
 pub(crate) struct RangeLocks {
     held: Vec<(u64, Range<u64>, Hold)>,
@@ -23,7 +24,7 @@ pub(crate) fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 }
 
 impl RangeLocks {
-    /// Holds `range`, unless somebody else's hold forbids it. Returns the hold's number.
+    /// Takes `range`, unless another hold forbids it. Returns the hold's number.
     pub(crate) fn take(&mut self, range: &Range<u64>, hold: Hold) -> Option<u64> {
         let alone = |other: Hold| hold == Hold::Alone || other == Hold::Alone;
         if self.held.iter().any(|(_, held, how)| overlap(held, range) && alone(*how)) {

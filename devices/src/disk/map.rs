@@ -1,4 +1,4 @@
-//! Which file provides each block of a disk: a persistent map, cloned in constant time with the VM.
+//! Which file has each cluster of a disk: a persistent map, cloned in constant time with the VM.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -7,13 +7,13 @@ use std::sync::Arc;
 use clade_io::IoFile;
 use rpds::RedBlackTreeMapSync;
 
-/// The unit in which a disk's blocks are one file's or another's.
+/// Bytes of a cluster, the unit in which the map names files.
 pub const CLUSTER: u64 = 4096;
 
-/// What provides a range of blocks. Files hold every block at its own offset in the disk.
+/// What has a range of clusters. In a file, each cluster stands at its own offset in the disk.
 #[derive(Clone, Debug)]
 pub(crate) enum Source {
-    /// Nothing: it reads as zeros.
+    /// No file: the range reads as zeros.
     Zero,
     /// A file.
     File(Arc<IoFile>),
@@ -33,7 +33,7 @@ impl Source {
     }
 }
 
-/// Adds a run of clusters, joined to the last one where it goes on from there.
+/// Appends a run of clusters, joined to the last one where they are adjacent.
 pub(super) fn push_run(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,
@@ -47,14 +47,14 @@ struct Extent {
     source: Source,
 }
 
-/// Clusters to sources, without gaps. Clones share everything until one of them is changed.
+/// Sources of all clusters, without gaps. Clones share the tree until one of them is changed.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockMap {
     extents: RedBlackTreeMapSync<u64, Extent>,
 }
 
 impl BlockMap {
-    /// `clusters` clusters, all of them provided by `source`.
+    /// A map of `clusters` clusters, all in `source`.
     pub(crate) fn new(clusters: u64, source: Source) -> Self {
         let mut extents = RedBlackTreeMapSync::new_sync();
         if clusters > 0 {
@@ -63,12 +63,17 @@ impl BlockMap {
         Self { extents }
     }
 
-    /// Extents: what the map costs.
+    /// Number of extents.
     pub(crate) fn len(&self) -> usize {
         self.extents.size()
     }
 
-    /// What provides `range`, ascending and without gaps, cut to it.
+    /// All of it, ascending and without gaps.
+    pub(crate) fn extents(&self) -> impl Iterator<Item = (Range<u64>, &Source)> {
+        self.extents.iter().map(|(start, extent)| (*start..extent.end, &extent.source))
+    }
+
+    /// The sources of `range`, ascending, without gaps, and cut to the range.
     pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, &Source)> {
         let first = self.extents.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);
         self.extents.range(first..range.end).filter_map(move |(start, extent)| {
@@ -77,24 +82,24 @@ impl BlockMap {
         })
     }
 
-    /// Whether `file` provides all of `range`.
+    /// Whether `file` has all of `range`.
     pub(crate) fn is_all(&self, range: Range<u64>, file: &Arc<IoFile>) -> bool {
         self.pieces(range).all(|(_, source)| source.is(file))
     }
 
-    /// What provides one cluster.
+    /// The source of one cluster.
     pub(crate) fn at(&self, cluster: u64) -> Source {
         let found = self.pieces(cluster..cluster + 1).next().map(|(_, source)| source.clone());
         found.unwrap_or(Source::Zero)
     }
 
-    /// From now on `source` provides `range`.
+    /// Puts `range` into `source`.
     pub(crate) fn insert(&mut self, range: Range<u64>, source: Source) {
         if range.is_empty() {
             return;
         }
         let (mut start, mut end) = (range.start, range.end);
-        // With the neighbours, which may be the same source's and are then joined.
+        // Includes the neighbours: they are joined if they have the same source.
         let reach = range.start.saturating_sub(1)..range.end.saturating_add(1);
         let first = self.extents.range(..=reach.start).next_back().map_or(reach.start, |(start, _)| *start);
         let touched: Vec<(u64, Extent)> =
@@ -120,7 +125,7 @@ impl BlockMap {
         self.extents.insert_mut(start, Extent { end, source });
     }
 
-    /// The files that provide something, each once, and how many clusters.
+    /// The files in the map, each once, with the number of clusters it has.
     pub(crate) fn sizes(&self) -> Vec<(Arc<IoFile>, u64)> {
         let (mut files, mut known) = (Vec::new(), HashMap::new());
         for (start, extent) in self.extents.iter() {

@@ -1,20 +1,25 @@
 //! Disks: files that are cloned in constant time with the VM they belong to.
 //!
-//! A disk is a [`map`] from ranges of 4 KiB clusters to files in which every cluster stands at its own offset. Reads
-//! follow the map; writes go to the one file that is this VM's to write, its *own*. At a fork that file becomes
-//! read-only for everybody who has it in a map: the map is cloned, which is one pointer, and the next write of either
-//! side makes an unnamed overlay of its own. docs/devices.md has the reasons; in short:
+//! A disk is a map from ranges of 4 KiB clusters to files. In a file, each cluster stands at
+//! its own offset in the disk. Reads follow the map. Writes go to the *active* file, the one file
+//! that this VM may write. A fork makes that file read-only for every disk and image that has it in
+//! a map. The map is cloned, which copies one pointer. The next write of either side makes an
+//! unnamed overlay, its new active file. docs/devices.md has the reasons; in short:
 //!
-//! - A write of whole clusters goes to the own file and then into the map. A write of part of a cluster that is not the own file's reads the
-//!   rest of it first, alone with the cluster ([`locks`]).
-//! - The map changes when the write is done, so a fork in the middle of it finds the old cluster, and the child's device does the
-//!   request again.
+//! - A write of whole clusters goes to the active file and then into the map. A write of part of a
+//!   cluster that is in another file reads the rest of the cluster first, and holds the cluster
+//!   alone (`locks.rs`).
+//! - The map changes when the write is done. A fork in the middle of a write finds the old cluster,
+//!   and the child's device does the request again.
 //!
 //! | to learn about | read |
 //! |---|---|
 //! | the map | `map.rs` |
-//! | taking requests, and saying when they are done | `live.rs` |
-//! | their steps | `job.rs`, `steps.rs` |
+//! | `Disk`, which keeps its three parts in step | `live.rs` |
+//! | the jobs of requests, the clusters they hold, the engine | `request_table.rs`, `locks.rs` |
+//! | base, overlays and map | `overlay_chain.rs` |
+//! | journal, new image, and the flush on its way | `durability.rs` |
+//! | the steps of a job | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
 //! | what of a forked disk survives the process | `journal/` |
 //! | the same where the file system has reflinks | `shadow.rs` |
@@ -24,6 +29,7 @@
 
 mod compact;
 mod directory;
+mod durability;
 mod flush;
 mod image;
 mod job;
@@ -33,6 +39,8 @@ mod live;
 mod locks;
 mod map;
 mod op;
+mod overlay_chain;
+mod request_table;
 mod shadow;
 mod steps;
 mod steps_trace;
@@ -57,28 +65,30 @@ pub use op::{DiskDone, DiskHealth, DiskOp};
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
 
-/// What a disk is made of.
+/// How a disk is opened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
     /// A raw image or a block device.
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
-    /// Whether what the guest writes goes with its VM. The image is only read, and several VMs may have it.
+    /// Whether writes end with the VM. The image is opened read-only, and several VMs may use it.
     #[serde(default)]
     pub ephemeral: bool,
-    /// What the guest is told when it asks for the disk's id; the path's last component if not given. Cut to 20 bytes.
+    /// The id that the guest reads (VIRTIO_BLK_T_GET_ID), cut to 20 bytes. Default: the last
+    /// component of `path`.
     pub id: Option<String>,
     /// Whether transfers go through the host's page cache.
     pub cache: CachePolicy,
-    /// Where overlays are made. If not given: beside the image, or in the temporary directory for a block device.
+    /// The directory of overlays. Default: the image's directory, or the temporary directory for a
+    /// block device.
     pub overlays: Option<PathBuf>,
-    /// Makes every transfer late by as much, to try things with.
+    /// A delay added to every transfer, for tests.
     pub latency: Option<Duration>,
 }
 
 impl DiskConfig {
-    /// A writable disk on `path`, everything else as usual.
+    /// A writable disk on `path`, with defaults for the rest.
     #[must_use]
     pub fn new(path: &Path) -> Self {
         let path = path.to_owned();
@@ -94,108 +104,109 @@ impl DiskConfig {
     }
 }
 
-/// What a disk refuses, and what can go wrong with it.
+/// Why a disk refuses an operation, or fails it.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum DiskError {
-    /// See [`OpenError`].
+    /// The image cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// See [`FileError`].
+    /// A system call on a file has failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A file without a sector.
+    /// The image has no whole sector.
     #[error("{} has {bytes} bytes: a disk has at least one sector of 512", path.display())]
     TooSmall {
-        /// Which.
+        /// The image's path.
         path: PathBuf,
-        /// Its size.
+        /// The image's size in bytes.
         bytes: u64,
     },
-    /// The journal that was left beside an image cannot be used. The image is as it was.
+    /// The journal beside an image cannot be applied. The image is unchanged.
     #[error(
         "{} is not put into its image: see `clade disk show`, then `clade disk apply` or `clade disk discard`",
         path.display()
     )]
     Journal {
-        /// The journal.
+        /// The journal's directory.
         path: PathBuf,
-        /// Why not.
+        /// Why the journal is refused.
         #[source]
         source: JournalError,
     },
-    /// The image says that it has a journal, which is not beside it.
+    /// The image's attribute names a journal that is not beside it.
     #[error(
         "{} has a journal of id {id}, which is not at {}{}: put it there, or give it up with `clade disk discard`",
         image.display(), journal.display(), found.as_ref().map_or_else(String::new, |at| format!(" but at {}", at.display()))
     )]
     JournalMissing {
-        /// The image.
+        /// The image's path.
         image: PathBuf,
-        /// Where the journal should be.
+        /// The path where the journal should be.
         journal: PathBuf,
-        /// Its id.
+        /// The journal's id.
         id: JournalId,
-        /// Where it is, if it is in the same directory.
+        /// The path where the journal is, if it is in the same directory.
         found: Option<PathBuf>,
     },
-    /// The image got another file's name while it was opened.
+    /// While the image was opened, another file took its name.
     #[error("{} was replaced while it was opened: try again", path.display())]
     Replaced {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
     },
-    /// No overlay can be made.
+    /// The directory cannot hold overlays.
     #[error("{} cannot have overlays in {}: name another directory with overlays=", disk.display(), dir.display())]
     Overlays {
-        /// The disk.
+        /// The image's path.
         disk: PathBuf,
-        /// Where they were to be.
+        /// The directory of overlays.
         dir: PathBuf,
-        /// Why not.
+        /// The system call that failed.
         #[source]
         source: FileError,
     },
     /// An earlier flush of the image failed.
     #[error("a write to {} was lost in an earlier flush: no later one makes it durable", path.display())]
     Lost {
-        /// The image.
+        /// The image's path.
         path: PathBuf,
     },
-    /// Not on the disk.
+    /// A request leaves the disk.
     #[error("{len} bytes at {offset:#x} are not on a disk of {size:#x} bytes")]
     OutOfRange {
-        /// First byte.
+        /// First byte of the request.
         offset: u64,
-        /// How many.
+        /// Bytes of the request.
         len: u64,
-        /// The disk's size.
+        /// The disk's size in bytes.
         size: u64,
     },
-    /// A size no disk has.
+    /// A disk cannot have this size.
     #[error("a disk of {size:#x} bytes: a disk has at least one sector of 512, and whole ones")]
     Size {
-        /// The size.
+        /// The size in bytes.
         size: u64,
     },
-    /// A file of a snapshot that somebody might write.
+    /// A snapshot's file is open for writing.
     #[error("{} is open for writing: what a disk was written down in is only read", path.display())]
     WritableLayer {
-        /// Which.
+        /// The snapshot's file.
         path: PathBuf,
     },
     /// A run of a layer that is not on the disk, or not in its file.
     #[error("the layer in {} has clusters {start:#x} to {end:#x}; there are {clusters:#x}", path.display())]
     LayerRun {
-        /// The layer's file; the disk's own path for zeros.
+        /// The layer's file; the disk's own path for a run of zeros.
         path: PathBuf,
         /// The run's first cluster.
         start: u64,
         /// The cluster after its last one.
         end: u64,
-        /// How many there can be.
+        /// How many clusters the disk, or the file, has.
         clusters: u64,
     },
-    /// Data without a file to be in.
+    /// A layer has a run of data and no file.
     #[error("a layer of {} has data in clusters {start:#x} to {end:#x} and no file", path.display())]
     NoLayerFile {
         /// The disk's path.
@@ -205,31 +216,31 @@ pub enum DiskError {
         /// The cluster after its last one.
         end: u64,
     },
-    /// A read of what is still being written.
+    /// An image is read while writes of its parent are in flight.
     #[error("writes to {} were in flight when the disk was forked, and have not ended", path.display())]
     Unsettled {
-        /// The file; the directory of an overlay.
+        /// The file being written; for an overlay, its directory.
         path: PathBuf,
     },
     /// A write to a disk that is read-only.
     #[error("{} is read-only", path.display())]
     ReadOnly {
-        /// Which.
+        /// The image's path.
         path: PathBuf,
     },
     /// A transfer failed.
     #[error(transparent)]
     Transfer(#[from] Failure),
-    /// See [`EngineError`].
+    /// The engine cannot be made, or cannot submit.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// No eventfd.
+    /// No eventfd can be made.
     #[error("no eventfd for a disk")]
     Event(#[source] io::Error),
 }
 
 impl DiskError {
-    /// Whether a file system, or a quota, has no room.
+    /// Whether the error says that a file system or a quota is full.
     fn is_full(&self) -> bool {
         use rustix::io::Errno;
         let errno = match self {

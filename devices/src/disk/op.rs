@@ -1,4 +1,4 @@
-//! What a disk is asked for, and how that ended.
+//! Requests to a disk, and their results.
 
 use clade_io::Fragment;
 
@@ -7,55 +7,56 @@ use super::DiskError;
 /// A request to a disk. Offsets and lengths are in bytes, and multiples of a sector.
 #[derive(Debug)]
 pub enum DiskOp {
-    /// Fill the buffers from `offset` on.
+    /// Reads into the buffers, from `offset` on.
     Read {
-        /// First byte.
+        /// First byte on the disk.
         offset: u64,
-        /// To where.
+        /// The memory to fill.
         buffers: Vec<Fragment>,
     },
-    /// Write the buffers from `offset` on.
+    /// Writes the buffers, from `offset` on.
     Write {
-        /// First byte.
+        /// First byte on the disk.
         offset: u64,
-        /// From where.
+        /// The memory to write.
         buffers: Vec<Fragment>,
     },
-    /// The range reads as zeros from now on.
+    /// Makes the range read as zeros.
     Zero {
-        /// First byte.
+        /// First byte on the disk.
         offset: u64,
-        /// How many.
+        /// Length in bytes.
         len: u64,
-        /// Whether its room may be given back.
+        /// Whether the file system may free the range.
         unmap: bool,
     },
-    /// Nobody needs the range any more. What is no whole cluster may stay.
+    /// A hint that the guest no longer needs the range. Parts of clusters may stay.
     Discard {
-        /// First byte.
+        /// First byte on the disk.
         offset: u64,
-        /// How many.
+        /// Length in bytes.
         len: u64,
     },
-    /// Makes all writes that are done durable: in the image, or in the journal beside it once the disk has been forked. What a child writes, or a disk made
-    /// of a snapshot's files, does not outlive the process, and nothing is done for it.
+    /// Makes all finished writes durable: in the image, or in the journal beside it once the disk
+    /// was forked. For a child, or for a disk made of a snapshot's files, a flush does nothing: its
+    /// writes do not outlive the process.
     Flush,
 }
 
-/// A request that is over.
+/// The end of a request.
 #[derive(Debug)]
 pub struct DiskDone {
-    /// What it was submitted with.
+    /// The token it was submitted with.
     pub token: u64,
-    /// How it ended.
+    /// Its result.
     pub result: Result<(), DiskError>,
 }
 
 /// What has gone wrong with a disk on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskHealth {
-    /// Requests that failed because the image's or the overlays' file system has no room.
+    /// Requests that failed because a file system had no room, the image's or the overlays'.
     pub no_room: u64,
-    /// Whether the system has failed to make something durable: all flushes fail from then on.
+    /// Whether the system has failed to make a write durable. All later flushes fail.
     pub lost: bool,
 }

@@ -1,13 +1,18 @@
-//! Flushes after a fork where the file system has reflinks (XFS, Btrfs): a new image, that shares its blocks, instead of a journal.
+//! Flushes after a fork where the file system has reflinks (XFS, Btrfs): a new image that shares
+//! blocks with the old one, instead of a journal.
 //!
-//! The image that was forked is everybody's to read. So the first flush after a fork makes a copy of it (FICLONE: no data is copied), gives it what
-//! the map has elsewhere (`copy_file_range`, which shares blocks too), syncs it, and has it take the image's name. That is one step: by its name the
-//! image is always whole, and has all that was flushed. Clones keep the old one, which has no name any more.
+//! A fork makes the image read-only. The first flush after it makes a copy (FICLONE, which copies
+//! no data). It puts into the copy what the map has in other files (`copy_file_range`, which shares
+//! blocks too). It syncs the copy, and renames it to the image's name. The rename is one step:
+//! under its name the image is always whole, and has everything that was flushed. Clones keep the
+//! old image, which then has no name.
 //!
-//! Nobody has the new image in a map. So later flushes write into it what has changed since, and sync it, whether or not there was a fork meanwhile:
-//! like any disk that is being written, it shows sectors as they were at the last flush or later.
+//! No map has the new image. So later flushes write into it what has changed since, and sync it,
+//! whether or not there was another fork. Like any disk that is being written, it shows each sector
+//! as it was at the last flush or later.
 //!
-//! When no clone needs the old image, the new one takes its place in the map too, and the disk is as if it had never been forked.
+//! When no clone needs the old image, the new one takes its place in the map. The disk is then as
+//! if it had never been forked.
 
 use std::fs::File;
 use std::io;
@@ -23,11 +28,11 @@ use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, 
 use super::directory::{Directory, failed};
 use super::map::{BlockMap, CLUSTER, Source, push_run};
 
-/// What a new image is called until it is the image.
+/// The suffix of a new image's name until it takes the image's name.
 const SUFFIX: &str = ".clade-new";
-/// Ranges that are remembered; if there are more, the next flush makes a new image.
+/// Ranges that are remembered between flushes; with more, the next flush makes a new image.
 const MAX_MOVED: usize = 1 << 16;
-/// The largest value of an extended attribute, and the largest list of their names.
+/// Bytes of the largest value of an extended attribute, and of the largest list of their names.
 const XATTR_BYTES: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +50,7 @@ struct Writing {
     step: Step,
 }
 
-/// See the module's documentation.
+/// The new image of a disk, and what it lacks since the last flush.
 #[derive(Debug)]
 pub(super) struct Shadow {
     beside: Directory,
@@ -53,18 +58,18 @@ pub(super) struct Shadow {
     base: Arc<IoFile>,
     size: u64,
     policy: CachePolicy,
-    /// The new image, once it is the image.
+    /// The new image, once it has the image's name.
     file: Option<Arc<IoFile>>,
-    /// Until it is.
+    /// The new image, until it has the image's name.
     next: Option<Arc<IoFile>>,
     moved: Vec<Range<u64>>,
-    /// Whether the next flush makes a new one.
+    /// Whether the next flush makes a new image.
     whole: bool,
     broken: bool,
     writing: Option<Writing>,
 }
 
-/// The directory of an image, and its name there.
+/// The image's directory, and its name there.
 fn place(path: &Path) -> Result<(Directory, String), FileError> {
     let real = std::fs::canonicalize(path).map_err(failed(path, "found"))?;
     let name = real.file_name().and_then(|name| name.to_str()).map(str::to_owned);
@@ -72,7 +77,7 @@ fn place(path: &Path) -> Result<(Directory, String), FileError> {
     Ok((Directory::open(real.parent().unwrap_or(Path::new("/")))?, name))
 }
 
-/// Removes what a process that ended in the middle has left.
+/// Removes the new image that a process has left half-made.
 pub(super) fn sweep(base: &IoFile) {
     if base.is_block_device() || !base.is_writable() {
         return;
@@ -86,8 +91,9 @@ pub(super) fn sweep(base: &IoFile) {
 }
 
 impl Shadow {
-    /// For the image that `base` is. None where the file system has no reflinks, the image has another name that would stay the old one, or overlays are
-    /// elsewhere.
+    /// For the image that `base` is. None where the file system has no reflinks, where the image
+    /// has a second name, which would stay the old image's, or where overlays are on another file
+    /// system.
     pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Directory, policy: CachePolicy) -> Option<Self> {
         let ready = || -> Result<Self, FileError> {
             let (beside, name) = place(base.path())?;
@@ -114,17 +120,17 @@ impl Shadow {
             .ok()
     }
 
-    /// Whether it has taken the image's name.
+    /// Whether the new image has taken the image's name.
     pub(super) fn is_image(&self) -> bool {
         self.file.is_some()
     }
 
-    /// The new image, once it is the image.
+    /// The new image, once it has the image's name.
     pub(super) fn image(&self) -> Option<&IoFile> {
         self.file.as_deref()
     }
 
-    /// Whether it is about to be written.
+    /// Whether a flush is writing it.
     pub(super) fn is_writing(&self) -> bool {
         self.writing.is_some()
     }
@@ -133,7 +139,7 @@ impl Shadow {
         self.broken
     }
 
-    /// `clusters` have changed.
+    /// Notes that `clusters` have changed.
     pub(super) fn moved(&mut self, clusters: Range<u64>) {
         if self.whole || clusters.is_empty() {
             return;
@@ -144,16 +150,16 @@ impl Shadow {
         }
     }
 
-    /// The map is another.
+    /// Notes that the map was replaced: the next flush makes a new image.
     pub(super) fn replaced(&mut self) {
         self.moved.clear();
         self.whole = true;
     }
 
-    /// Begins to make durable what `map` shows. What is to be given to the kernel first.
+    /// Begins to make durable what `map` shows. Returns what the kernel is to do first.
     ///
     /// # Errors
-    /// When there can be no new image. Before the first one a journal does instead.
+    /// When there can be no new image. If there has never been one, a journal takes its place.
     pub(super) fn begin(&mut self, map: &BlockMap, dirty: bool) -> Result<Vec<Request>, FileError> {
         if self.broken {
             return Err(failed(self.base.path(), "flushed since a write was lost")(rustix::io::Errno::IO.into()));
@@ -177,12 +183,12 @@ impl Shadow {
         Ok(requests)
     }
 
-    /// A file without a name that shares the base's blocks, and may be used by whom that may be.
+    /// A file without a name that shares the base's blocks and has its permissions.
     fn make(&self) -> Result<IoFile, FileError> {
         let current = self.file.as_ref().unwrap_or(&self.base);
         let (inode, device) = self.beside.identity_of(&self.name)?;
         let stat = rustix::fs::fstat(&**current).map_err(|error| failed(current.path(), "looked at")(error.into()))?;
-        // Something else has the name: that is not ours to replace.
+        // Another file has the name, which is not ours to replace.
         if (inode, device) != (stat.st_ino, stat.st_dev) || stat.st_nlink != 1 {
             return Err(failed(current.path(), "found by its name")(io::ErrorKind::NotFound.into()));
         }
@@ -201,7 +207,7 @@ impl Shadow {
         fchown(&to, Some(metadata.uid()), Some(metadata.gid())).map_err(wrong())?;
         to.set_permissions(std::fs::Permissions::from_mode(metadata.mode() & 0o7777)).map_err(wrong())?;
         let mut names = vec![0; XATTR_BYTES];
-        // A file system without them has none.
+        // A file system without extended attributes lists none.
         let len = flistxattr(&from, &mut names[..]).unwrap_or(0);
         let mut value = vec![0; XATTR_BYTES];
         for name in names[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
@@ -212,10 +218,11 @@ impl Shadow {
         Ok(())
     }
 
-    /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
+    /// The next request for the kernel, when it has done all before. None when everything is
+    /// durable.
     ///
     /// # Errors
-    /// When a step fails. To be told with [`Shadow::give_up`].
+    /// When a step fails. [`Shadow::give_up`] must be called then.
     pub(super) fn next(&mut self) -> Result<Option<Request>, FileError> {
         let Some(writing) = &mut self.writing else { return Ok(None) };
         let Some(to) = self.next.as_ref().or(self.file.as_ref()) else { return Ok(None) };
@@ -241,7 +248,7 @@ impl Shadow {
                 }
                 self.beside.link(to, &new)?;
                 self.beside.rename(&new, &self.name)?;
-                // It may be the image from here on.
+                // From here on it may be the image.
                 self.file = self.next.take();
                 Ok(Some(Request::Sync { file: Arc::clone(self.beside.file()), all: true }))
             }
@@ -252,12 +259,12 @@ impl Shadow {
         }
     }
 
-    /// The flush failed: the next one does it all again, unless something was `lost`.
+    /// Ends a failed flush: the next one does it all again, unless something was `lost`.
     pub(super) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost;
         writing.synced.iter().for_each(|file| file.set_unsynced());
-        // What has its name may not have it durably: another is made.
+        // The rename may not be durable: another new image is made.
         if self.next.take().is_some() || writing.step == Step::Named {
             self.replaced();
         } else if !self.whole {
@@ -266,7 +273,7 @@ impl Shadow {
         }
     }
 
-    /// The new image takes the old one's place in the map too. Returns it.
+    /// Returns the new image, which becomes the base.
     pub(super) fn take_over(&mut self) -> Option<Arc<IoFile>> {
         let file = self.file.take()?;
         self.base = Arc::clone(&file);
@@ -275,7 +282,7 @@ impl Shadow {
     }
 }
 
-/// Gives `to` a range of what a source has.
+/// Copies a range of a source into `to`.
 fn copy(source: &Source, to: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
     let wrong = |error: rustix::io::Errno| failed(to.path(), "given what was written")(error.into());
     let Source::File(from) = source else {

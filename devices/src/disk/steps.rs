@@ -1,22 +1,19 @@
-//! The steps of a disk's jobs: what is given to the engine, and what comes after it.
+//! The steps of a disk's jobs: what each gives to the engine, and what follows a completion.
 
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Engine, Fragment, IoFile, Request, window};
+use clade_io::{AlignedBuf, Fragment, Request, window};
 
 use super::DiskError;
 use super::job::{Edge, Job, RmwEdges, Stage, Work};
 use super::live::Disk;
 use super::map::{CLUSTER, Source};
-use super::steps_trace;
 
-/// Operations in the kernel at a time.
-const DEPTH: u32 = 128;
-/// Zeros that are written where a file takes no holes.
-const ZEROS: usize = 64 << 10;
-/// Extents of a map beyond which small zeros and discards do not make more: some 10 MiB.
+/// Extents in a map beyond which small zeros and discards add no more. The map then takes some 10
+/// MiB.
 pub(super) const MAX_EXTENTS: usize = 1 << 16;
-/// Clusters from which on zeros are an extent all the same: a disk has only so many as large.
+/// Clusters from which on zeros always become an extent: a disk has room for few ranges of this
+/// size.
 const SMALL_ZEROS: u64 = 256;
 
 impl Disk {
@@ -34,34 +31,19 @@ impl Disk {
         self.put(at, job);
     }
 
-    /// Puts a job back, or ends it when the engine has nothing of it.
+    /// Puts a job back, or ends it when the engine has no operation of it.
     pub(super) fn put(&mut self, at: usize, job: Job) {
         if job.left > 0 {
-            self.jobs[at] = Some(job);
+            self.requests.put(at, job);
         } else {
             self.end(at, job);
         }
     }
 
-    pub(super) fn give(&mut self, at: usize, job: &mut Job, request: Request) -> Result<(), DiskError> {
-        if self.engine.is_none() {
-            // Made at the first request: most clones of a VM never touch their disk.
-            let event = self.event.try_clone().map_err(DiskError::Event)?;
-            let mut engine = Engine::new(DEPTH, event)?;
-            engine.set_latency(self.setup.config.latency);
-            self.engine = Some(engine);
-        }
-        if let Some(engine) = &mut self.engine {
-            engine.submit(steps_trace::request(request), at);
-            job.left += 1;
-        }
-        Ok(())
-    }
-
     fn plan_read(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         let Work::Read(buffers) = &job.work else { return Ok(()) };
         let mut requests = Vec::new();
-        for (range, source) in self.map.pieces(job.clusters()) {
+        for (range, source) in self.chain.map().pieces(job.clusters()) {
             let start = (range.start * CLUSTER).max(job.offset);
             let end = (range.end * CLUSTER).min(job.end());
             let part = window(buffers, (start - job.offset) as usize, (end - start) as usize);
@@ -69,7 +51,8 @@ impl Disk {
                 Source::File(file) => {
                     requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
                 }
-                // By the processor: these pages are this VM's own, because they are pinned for writing.
+                // By the processor: these pages are this VM's own, because they are pinned for
+                // writing.
                 Source::Zero => part.iter().for_each(fill_with_zeros),
             }
         }
@@ -77,31 +60,20 @@ impl Disk {
         requests.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    fn active_overlay(&mut self) -> Result<Arc<IoFile>, DiskError> {
-        if let Some(own) = &self.own {
-            return Ok(Arc::clone(own));
-        }
-        let setup = &self.setup;
-        let file = setup.overlays.unnamed(&setup.pool, setup.size, setup.config.cache)?;
-        let own = Arc::clone(self.own.insert(Arc::new(file)));
-        self.overlay_made();
-        Ok(own)
-    }
-
     fn plan_write(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        let own = self.active_overlay()?;
+        let active = self.chain.active_or_overlay()?;
         let clusters = job.clusters();
-        job.moves = !self.map.is_all(clusters.clone(), &own);
-        job.target = Some(Arc::clone(&own));
+        job.moves = !self.chain.map().is_all(clusters.clone(), &active);
+        job.target = Some(Arc::clone(&active));
         job.edges = RmwEdges::default();
         let whole = job.whole_clusters(self.size());
         let mut reads = Vec::new();
         let mut edge = |cluster: u64| {
-            let source = self.map.at(cluster);
-            if whole.contains(&cluster) || source.is(&own) {
+            let source = self.chain.map().at(cluster);
+            if whole.contains(&cluster) || source.is(&active) {
                 return None;
             }
-            let len = CLUSTER.min(self.setup.size - cluster * CLUSTER) as usize;
+            let len = CLUSTER.min(self.size() - cluster * CLUSTER) as usize;
             let edge = Edge { cluster, bytes: Arc::new(AlignedBuf::new(len)) };
             if let Source::File(file) = source {
                 let buffers = Fragment::owned(&edge.bytes, 0, len).into_iter().collect();
@@ -137,9 +109,9 @@ impl Disk {
     fn plan_zero(&mut self, at: usize, job: &mut Job, punch: bool, advisory: bool) -> Result<(), DiskError> {
         job.stage = Stage::Transfer;
         let (offset, len) = (job.offset, job.len);
-        let base = self.own.clone().filter(|own| self.is_base(own));
-        if let Some(file) = base.clone().filter(|base| self.map.is_all(job.clusters(), base)) {
-            // In place: the base is what lasts, and its file system knows how.
+        let base = self.chain.active().filter(|active| self.chain.is_base(active)).cloned();
+        if let Some(file) = base.clone().filter(|base| self.chain.map().is_all(job.clusters(), base)) {
+            // In place: the base is what lasts, and its file system can make zeros.
             job.target = Some(Arc::clone(&file));
             let request =
                 if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
@@ -163,64 +135,46 @@ impl Disk {
         }
         job.len = end - job.offset;
         if let Some(file) = base {
-            // What is elsewhere is zeros in the base from now on.
+            // Clusters of other files are zeros in the base from now on.
             (job.moves, job.target) = (true, Some(Arc::clone(&file)));
             let (offset, len) = (job.offset, job.len);
             return self.give(at, job, Request::Punch { file, offset, len });
         }
         job.moves = !crowded;
-        let Some(own) = self.own.clone() else { return Ok(()) };
-        // Room in the own file is given back. In files that others have too it is not ours to give.
-        let own_pieces = self.map.pieces(whole).filter(|(_, source)| source.is(&own));
-        let punches: Vec<Request> = own_pieces
+        let Some(active) = self.chain.active().cloned() else { return Ok(()) };
+        // Punches holes in the active file. Other files belong to other disks too, and stay as they
+        // are.
+        let active_pieces = self.chain.map().pieces(whole).filter(|(_, source)| source.is(&active));
+        let punches: Vec<Request> = active_pieces
             .map(|(range, _)| {
                 let (offset, len) = (range.start * CLUSTER, (range.end - range.start) * CLUSTER);
-                Request::Punch { file: Arc::clone(&own), offset, len }
+                Request::Punch { file: Arc::clone(&active), offset, len }
             })
             .collect();
         punches.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
-    /// Whether the map has as many extents as it may, and zeros in `clusters` would be more. Such a discard is left
-    /// undone but for what is in the own file, and such zeros are written: a guest can then not make the host remember
-    /// each cluster of a disk by itself.
+    /// Whether the map is full, and zeros in `clusters` would add an extent. Such a discard is done
+    /// in the active file only. Such zeros are written as data. So a guest cannot make the host
+    /// remember each cluster of a disk in an extent of its own.
     fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
         let small = clusters.end - clusters.start < SMALL_ZEROS;
-        small && self.map.len() >= MAX_EXTENTS && self.map.pieces(clusters.clone()).take(3).count() < 3
+        small && self.chain.map().len() >= MAX_EXTENTS && self.chain.map().pieces(clusters.clone()).take(3).count() < 3
     }
 
     fn write_zeros_later(&mut self, token: u64, start: u64, end: u64) {
-        let zeros = self.zero_fragments(end - start);
-        self.add_later(Job::new(token, start, end - start, Work::Write(zeros)));
+        let zeros = self.requests.zeros(end - start);
+        self.requests.insert_later(Job::new(token, start, end - start, Work::Write(zeros)));
     }
 
-    /// Adds a job that must not begin before the one that adds it holds or has given back its clusters.
-    fn add_later(&mut self, job: Job) {
-        self.parts.entry(job.token).or_default().left += 1;
-        let at = self.jobs.len();
-        self.jobs.push(Some(job));
-        self.waiting.push_back(at);
-    }
-
-    fn zero_fragments(&mut self, len: u64) -> Vec<Fragment> {
-        let zeros = self.zeros.get_or_insert_with(|| Arc::new(AlignedBuf::new(ZEROS)));
-        let mut left = len as usize;
-        let mut all = Vec::with_capacity(left.div_ceil(ZEROS));
-        while left > 0 {
-            let take = left.min(ZEROS);
-            all.extend(Fragment::owned(zeros, 0, take));
-            left -= take;
-        }
-        all
-    }
-
-    /// What comes after the engine has done all it was given of a job.
+    /// Continues a job when the engine has completed all its operations.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
         let next = match (&job.work, &job.stage) {
             (Work::Write(_) | Work::Move(_), Stage::RmwEdges) if job.error.is_none() => {
-                let current = job.target.as_ref().zip(self.own.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
-                // Forked meanwhile: what was to be written to is read-only now. From the beginning, to the new own file; the bytes
-                // that were read are still right, since the clusters are held.
+                let current = job.target.as_ref().zip(self.chain.active()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
+                // The disk was forked meanwhile, and the file to write to is read-only now. The job
+                // begins again, with the new active file. The bytes that were read are still right,
+                // since the clusters are held.
                 match (current, &job.work) {
                     (true, _) => self.transfer(at, job),
                     (false, Work::Move(_)) => self.plan_move(at, job),
@@ -251,8 +205,8 @@ impl Disk {
         // Of the base the map says what it holds.
         job.moves &= job.target.is_none();
         if !job.moves && !advisory {
-            let zeros = self.zero_fragments(job.len);
-            self.add_later(Job::new(job.token, job.offset, job.len, Work::Write(zeros)));
+            let zeros = self.requests.zeros(job.len);
+            self.requests.insert_later(Job::new(job.token, job.offset, job.len, Work::Write(zeros)));
         }
     }
 }

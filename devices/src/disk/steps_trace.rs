@@ -1,4 +1,4 @@
-//! Where tests look at the order of what is done to files, and end it after any step.
+//! Hooks for tests: the order of changes to files, and failures after any step.
 
 #[cfg(not(test))]
 pub(super) use real::{request, step};
@@ -7,12 +7,12 @@ pub(super) use testing::{request, step};
 
 #[cfg(not(test))]
 mod real {
-    /// To be called before each change of a file or a directory that is not given to the engine.
+    /// Called before each change of a file or a directory that is not given to the engine.
     pub(in crate::disk) fn step(_what: impl FnOnce() -> String) -> std::io::Result<()> {
         Ok(())
     }
 
-    /// To be called with each request that is given to the engine.
+    /// Called with each request that is given to the engine.
     pub(in crate::disk) fn request(request: clade_io::Request) -> clade_io::Request {
         request
     }
@@ -30,9 +30,9 @@ pub(super) mod testing {
     #[derive(Default)]
     struct Trace {
         done: Vec<String>,
-        /// Steps that are still done. All after them fail, as if the process had ended.
+        /// Steps that may still be done. All after them fail, as if the process had ended.
         left: Option<usize>,
-        /// Syncs of files with this name fail.
+        /// The name of files whose syncs fail.
         unsyncable: Option<String>,
     }
 
@@ -52,19 +52,19 @@ pub(super) mod testing {
         })
     }
 
-    /// Does `work`, of which only the first `steps` steps succeed. Returns what was done as well.
+    /// Does `work`, of which only the first `steps` steps succeed. Returns the steps done as well.
     pub(in crate::disk) fn traced<T>(steps: Option<usize>, work: impl FnOnce() -> T) -> (T, Vec<String>) {
         TRACE.with_borrow_mut(|trace| (trace.done, trace.left) = (Vec::new(), steps));
         let result = work();
         (result, TRACE.with_borrow_mut(|trace| (std::mem::take(&mut trace.done), trace.left = None).0))
     }
 
-    /// From now on syncs of files of this name fail, or those of none.
+    /// Makes syncs of files with this name fail from now on.
     pub(in crate::disk) fn fail_syncs_of(name: Option<&str>) {
         TRACE.with_borrow_mut(|trace| trace.unsyncable = name.map(str::to_owned));
     }
 
-    /// Takes note of a sync, or makes it one that fails.
+    /// Records a sync, or makes it one that fails.
     pub(in crate::disk) fn request(request: Request) -> Request {
         let Request::Sync { file, all } = request else { return request };
         let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -74,7 +74,7 @@ pub(super) mod testing {
             if !fails {
                 return Request::Sync { file, all };
             }
-            // What cannot be synced: EINVAL.
+            // A sync of /dev/null fails with EINVAL.
             let null = IoFile::read_only(File::open("/dev/null").unwrap(), file.path(), CachePolicy::Host);
             Request::Sync { file: Arc::new(null), all }
         })

@@ -1,7 +1,7 @@
-//! A chain of buffers, walked once.
+//! A chain of buffers, read once.
 //!
-//! Each descriptor is read once, and an indirect table is copied before any of it is looked at, so nothing changes between the check and the use.
-//! What is wrong with a chain is an error rather than an early end.
+//! Each descriptor is read once, and an indirect table is copied before it is checked. So nothing
+//! changes between check and use. An invalid chain is an error, not a shorter chain.
 
 use clade_memory::GuestRam;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -10,28 +10,28 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::queue::QueueError;
 
-/// Most bytes in one chain, as the specification has it.
+/// Most bytes in a chain, by the specification.
 const MAX_BYTES: u64 = 1 << 32;
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;
 
-/// A buffer: guest-physical, checked to be in one region of RAM.
+/// A guest-physical buffer that was checked to be in one region of RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// First byte.
+    /// Guest-physical address of its first byte.
     pub address: GuestAddress,
-    /// How many; never 0.
+    /// Length in bytes; never 0.
     pub len: u32,
 }
 
 /// A chain of buffers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// Its number, to be given back.
+    /// The index of its first descriptor, which names it in the used ring.
     pub head: u16,
-    /// What the device reads.
+    /// Buffers that the device reads.
     pub readable: Vec<Segment>,
-    /// What the device writes.
+    /// Buffers that the device writes.
     pub writable: Vec<Segment>,
 }
 
@@ -39,7 +39,7 @@ pub struct Chain {
 #[derive(Debug)]
 pub(super) struct Walk<'a> {
     ram: &'a GuestRam,
-    /// Descriptors of the queue: most buffers of a chain, wherever they are described.
+    /// Descriptors in the queue: also the most buffers of a chain, in the queue or in a table.
     size: u16,
     left: u16,
     bytes: u64,
@@ -51,7 +51,7 @@ impl<'a> Walk<'a> {
         Self { ram, size, left: size, bytes: 0, chain: Chain { head, ..Chain::default() } }
     }
 
-    /// All that was walked along.
+    /// The chain of all buffers taken.
     pub(super) fn end(self) -> Chain {
         self.chain
     }
@@ -81,7 +81,8 @@ impl<'a> Walk<'a> {
         Ok(has(descriptor, VRING_DESC_F_NEXT).then(|| descriptor.next()))
     }
 
-    /// Takes the buffers of the table that `descriptor` refers to, which end the chain. That it may say the device writes the table means nothing.
+    /// Takes the buffers of the table that `descriptor` refers to, which end the chain. A write
+    /// flag on the descriptor has no meaning.
     pub(super) fn table(&mut self, descriptor: &Descriptor) -> Result<(), QueueError> {
         let (head, size, len) = (self.chain.head, self.size, descriptor.len());
         if has(descriptor, VRING_DESC_F_NEXT) {
@@ -94,7 +95,7 @@ impl<'a> Walk<'a> {
         let Segment { address, .. } = self.segment(descriptor)?;
         let gone = |_| QueueError::Outside { head, address: address.0, len };
         let mut table = vec![Descriptor::default(); entries as usize];
-        // Wherever it begins: the specification asks for no alignment, and the copy needs none.
+        // At any address: the specification asks for no alignment, and the copy needs none.
         self.ram.memory().get_slice(address, len as usize).map_err(gone)?.copy_to(&mut table);
         let mut next = Some(0);
         while let Some(index) = next {

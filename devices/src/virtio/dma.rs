@@ -1,8 +1,10 @@
-//! Guest memory for devices: pinned for those that are given its address, copied by the processor for the rest.
+//! Guest memory for devices: pinned where the kernel gets its address, copied by the processor
+//! elsewhere.
 //!
-//! What needs a pin and what does not: an address given to the kernel, for a transfer that goes on while the VM may be forked, needs one
-//! (I3). What the VMM's processor writes in one call, such as a status byte or the used ring, does not: it goes through this VM's private
-//! mapping, which breaks COW by itself, and workers stand still during a fork.
+//! An address that the kernel keeps for a transfer needs a pin (I3), because the VM may be forked
+//! meanwhile. What a thread of the VMM writes in one call needs none: a status byte, or the used
+//! ring. It goes through this VM's private mapping, which breaks COW by itself, and workers stand
+//! still during a fork.
 
 use std::io;
 use std::sync::Arc;
@@ -14,36 +16,37 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion};
 
 use super::chain::Segment;
 
-/// Memory that a device cannot have.
+/// Why a device cannot use guest memory.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum DmaError {
-    /// Not in RAM.
+    /// The range is not in RAM.
     #[error("{len:#x} bytes at {address:#x} are not in RAM")]
     Outside {
-        /// First byte.
+        /// Guest-physical address of the range.
         address: u64,
-        /// How many.
+        /// Length of the range in bytes.
         len: u64,
     },
-    /// See [`PinError`].
+    /// The range cannot be pinned.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// The processor cannot reach it.
+    /// The processor's access has failed.
     #[error("guest memory at {address:#x}")]
     Access {
-        /// First byte.
+        /// Guest-physical address of the access.
         address: u64,
-        /// Why.
+        /// Why the access has failed.
         #[source]
         source: GuestMemoryError,
     },
 }
 
 impl DmaError {
-    /// Whether it may be otherwise soon: there was no memory for the VM's own copy of a page, or a
-    /// page has as many pins as can be counted.
+    /// Whether a retry may succeed soon: there was no memory for the VM's own copy of a page, or a
+    /// page has as many pins as its count can hold.
     #[must_use]
-    pub fn is_transient(&self) -> bool {
+    pub(crate) fn is_transient(&self) -> bool {
         match self {
             Self::Pin(PinError::Saturated { .. }) => true,
             Self::Pin(PinError::Unshare { source, .. }) => {
@@ -56,11 +59,11 @@ impl DmaError {
     }
 }
 
-/// Pins `segments` for one request, and returns them as fragments that own the pins.
+/// Pins `segments` for one request, and returns fragments that own the pins.
 ///
 /// # Errors
-/// Then nothing stays pinned.
-pub fn pin(
+/// When a segment cannot be pinned. No pin is left then.
+pub(crate) fn pin(
     ram: &GuestRam,
     owner: &'static str,
     segments: &[Segment],
@@ -80,11 +83,11 @@ fn pin_one(ram: &GuestRam, owner: &'static str, segment: &Segment, access: Acces
     Fragment::pinned(&pin, start, len as usize).map_err(|_| outside())
 }
 
-/// Copies the first bytes of `segments` out of guest memory. Returns what is behind them.
+/// Copies the first bytes of `segments` from guest memory. Returns what is left of the segments.
 ///
 /// # Errors
-/// When there are too few, or they cannot be reached.
-pub fn copy_in(ram: &GuestRam, segments: &[Segment], bytes: &mut [u8]) -> Result<Vec<Segment>, DmaError> {
+/// When there are too few bytes, or guest memory cannot be read.
+pub(crate) fn copy_in(ram: &GuestRam, segments: &[Segment], bytes: &mut [u8]) -> Result<Vec<Segment>, DmaError> {
     let mut rest = Vec::with_capacity(segments.len());
     let mut done = 0;
     for segment in segments {
@@ -104,11 +107,11 @@ pub fn copy_in(ram: &GuestRam, segments: &[Segment], bytes: &mut [u8]) -> Result
     Ok(rest)
 }
 
-/// Copies `bytes` into the first bytes of `segments`. Returns how many fitted.
+/// Copies `bytes` into the first bytes of `segments`. Returns how many bytes fitted.
 ///
 /// # Errors
-/// When guest memory cannot be reached.
-pub fn copy_out(ram: &GuestRam, segments: &[Segment], bytes: &[u8]) -> Result<usize, DmaError> {
+/// When guest memory cannot be written.
+pub(crate) fn copy_out(ram: &GuestRam, segments: &[Segment], bytes: &[u8]) -> Result<usize, DmaError> {
     let mut done = 0;
     for segment in segments {
         let take = (bytes.len() - done).min(segment.len as usize);
@@ -118,25 +121,25 @@ pub fn copy_out(ram: &GuestRam, segments: &[Segment], bytes: &[u8]) -> Result<us
     Ok(done)
 }
 
-/// Reads guest memory by the processor.
+/// Reads guest memory with the processor.
 ///
 /// # Errors
-/// When it cannot be reached.
-pub fn read(ram: &GuestRam, at: GuestAddress, bytes: &mut [u8]) -> Result<(), DmaError> {
+/// When guest memory cannot be read.
+pub(crate) fn read(ram: &GuestRam, at: GuestAddress, bytes: &mut [u8]) -> Result<(), DmaError> {
     ram.memory().read_slice(bytes, at).map_err(|source| DmaError::Access { address: at.0, source })
 }
 
-/// Writes guest memory by the processor.
+/// Writes guest memory with the processor.
 ///
 /// # Errors
-/// When it cannot be reached.
-pub fn write(ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<(), DmaError> {
+/// When guest memory cannot be written.
+pub(crate) fn write(ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<(), DmaError> {
     ram.memory().write_slice(bytes, at).map_err(|source| DmaError::Access { address: at.0, source })
 }
 
-/// Bytes in `segments`.
+/// The number of bytes in `segments`.
 #[must_use]
-pub fn len_of(segments: &[Segment]) -> u64 {
+pub(crate) fn len_of(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 

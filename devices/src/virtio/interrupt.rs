@@ -1,4 +1,4 @@
-//! A virtio device's interrupt, and what the guest is told by it.
+//! The interrupt of a virtio device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -12,10 +12,11 @@ const USED: u32 = 1;
 /// Bit of InterruptStatus: the device's configuration or status has changed.
 const CONFIG: u32 = 2;
 
-/// Shared by the transport, which the guest reads, and the device's worker, which raises it.
+/// The interrupt of a device, shared by the transport, whose registers the guest reads, and by the
+/// device's worker, which raises it.
 ///
-/// `pending` is set before the line is raised and cleared by the guest's acknowledgement: SeqCst on all of them, because the line is another
-/// path to the guest than memory is.
+/// `pending` is set before the line is raised, and cleared by the guest's acknowledgement. All
+/// accesses are SeqCst, because the line is a path to the guest beside memory.
 #[derive(Debug)]
 pub struct Interrupt {
     irq: Arc<Irq>,
@@ -24,7 +25,7 @@ pub struct Interrupt {
     needs_reset: AtomicBool,
 }
 
-/// What of an interrupt is saved.
+/// The saved state of an interrupt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct InterruptState {
     pending: u32,
@@ -59,18 +60,18 @@ impl Interrupt {
         self.pending.store(state.pending, Ordering::SeqCst);
     }
 
-    /// Tells the driver that there are used buffers.
+    /// Interrupts the driver because there are used buffers.
     pub fn used(&self) {
         self.raise(USED);
     }
 
-    /// Tells the driver that the configuration space has changed. Call it after the change.
+    /// Interrupts the driver because the configuration space has changed. Call it after the change.
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG);
     }
 
-    /// Gives up: the driver has broken the rules, or the device is broken, and only a reset helps.
+    /// Marks the device as in need of a reset, and interrupts the driver.
     pub fn fail(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.raise(CONFIG);
@@ -82,13 +83,14 @@ impl Interrupt {
     }
 
     fn trigger(&self) {
-        // A counter that is full is an interrupt that is pending.
+        // A full counter is a pending interrupt.
         if let Err(error) = self.irq.trigger() {
             tracing::debug!(%error, "a device's interrupt");
         }
     }
 
-    /// Raises the line again if something is pending: an interrupt too many does no harm, a lost one hangs the driver.
+    /// Raises the line again if an interrupt is pending. An interrupt too many does no harm; a lost
+    /// one hangs the driver.
     pub(crate) fn reraise(&self) {
         if self.pending() != 0 {
             self.trigger();
@@ -111,7 +113,8 @@ impl Interrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// As after a reset. The generation goes on: it only ever says that something has changed.
+    /// Clears it at a reset. The generation continues: a change of it only means that the
+    /// configuration has changed.
     pub(crate) fn clear(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
         self.pending.store(0, Ordering::SeqCst);

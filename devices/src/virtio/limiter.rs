@@ -1,44 +1,45 @@
-//! Limits of what a device may do a second: token buckets, one for bytes and one for operations.
+//! Limits of a device's throughput: token buckets, one for bytes and one for operations.
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// A limit: so many tokens a second, so many of them at once, and so many once.
+/// A token bucket's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
-    /// Tokens that come back in a second.
+    /// Tokens added per second.
     pub per_second: u64,
-    /// Most tokens there are. A second's worth, if not given.
+    /// The bucket's size in tokens. Default: what one second adds.
     pub burst: Option<u64>,
-    /// Tokens on top of that, at the beginning, which never come back.
+    /// Tokens on top of that at the beginning, which are not added again.
     pub once: u64,
 }
 
 impl Rate {
-    /// So many a second, a second's worth at once.
+    /// `per_second` tokens a second, with a bucket of one second.
     #[must_use]
     pub fn per_second(per_second: u64) -> Self {
         Self { per_second, burst: None, once: 0 }
     }
 }
 
-/// Limits of a device; what is absent is unlimited.
+/// The limits of a device. An absent limit is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Of bytes.
+    /// Limit in bytes.
     pub bytes: Option<Rate>,
-    /// Of operations.
+    /// Limit in operations.
     pub operations: Option<Rate>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
     rate: Rate,
-    /// Tokens in it. Below zero after something larger than the bucket: that is let through, and paid for by waiting afterwards.
+    /// Tokens in the bucket. Negative after an operation larger than the bucket, which is let
+    /// through and paid for by waiting.
     level: i128,
     once: u64,
-    /// When the level was right. Fractions of a token are kept by not moving this further than whole tokens.
+    /// The instant of `level`. It is advanced by whole tokens only, so that fractions are kept.
     at: Instant,
 }
 
@@ -64,7 +65,7 @@ impl Bucket {
         }
     }
 
-    /// How long until anything may be taken: zero, if it may now.
+    /// How long until an operation may begin; zero if it may now.
     fn wait(&self) -> Duration {
         if self.once > 0 || self.level > 0 {
             return Duration::ZERO;
@@ -92,7 +93,7 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// Full buckets.
+    /// A limiter with full buckets.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         let now = Instant::now();
@@ -100,18 +101,19 @@ impl Limiter {
         Self { bytes: bucket(limits.bytes), operations: bucket(limits.operations) }
     }
 
-    /// Takes one operation of `bytes` bytes; or takes nothing and says when to ask again.
+    /// Takes one operation of `bytes` bytes, or takes nothing and returns when to try again.
     ///
     /// # Errors
-    /// The instant at which it may go.
+    /// The instant at which to try again.
     pub fn take(&mut self, bytes: u64) -> Result<(), Instant> {
         self.take_at(bytes, Instant::now())
     }
 
-    /// Whether anything may go now. Takes nothing: for whoever knows only afterwards how much it was.
+    /// Whether an operation may begin now. Takes nothing: for operations whose size is known only
+    /// afterwards.
     ///
     /// # Errors
-    /// The instant at which it may.
+    /// The instant at which to try again.
     pub fn ready(&mut self) -> Result<(), Instant> {
         self.ready_at(Instant::now())
     }

@@ -2,21 +2,29 @@
 //!
 //! # How a device is made
 //!
-//! 1. A *device* implements [`VirtioDevice`]: what it is, its configuration space, and what is done when a driver takes it ([`Activation`]),
-//!    lets go of it, and when the VM stands still and is saved. It is a folder here, of the shape of [`block`]: `device.rs` (that trait),
-//!    `request.rs` (what the driver asks, parsed), `service.rs` (the work), `state.rs` (what is saved).
-//! 2. Its work is a [`Service`] on a [`Worker`], which sleeps until a queue's eventfd or one of its own is readable. A turn pops chains from a
-//!    [`Virtqueue`], and gives them back.
-//! 3. Memory that is given to the kernel is pinned by [`dma::pin`]; the operation owns the pins. Memory that is copied by the processor needs none.
-//! 4. [`VirtioMmio`] is the transport around it: registers, status, interrupt, and the state of both.
+//! 1. A *device* implements [`VirtioDevice`]: its features, its configuration space, its activation
+//!    by a driver ([`Activation`]), its reset, and how it is paused and saved. It is a folder here,
+//!    of the shape of [`block`]: `device.rs` (that trait), `request.rs` (requests, parsed),
+//!    `service.rs` (the work), `state.rs` (saved state).
+//! 2. Its work is a `Service` on a `Worker`, a thread that sleeps until a queue's eventfd or one of
+//!    the device's own is readable. A turn pops chains from a [`Virtqueue`], and adds them to the
+//!    used ring.
+//! 3. Memory that is given to the kernel is pinned by `dma::pin`, and the operation owns the pins.
+//!    Memory that the processor copies needs no pin.
+//! 4. [`VirtioMmio`] is the transport in front of it: registers, status, interrupt, and the state
+//!    of both.
 //!
 //! # A fork
 //!
-//! vCPUs are parked first, because they activate and reset devices; then [`VirtioMmio::quiesce`] lets each worker finish its turn. From then on
-//! nothing is popped and nothing is given back. What the kernel is busy with goes on, into pinned pages. [`VirtioMmio::save`]
-//! is called with the worker standing still, and has the queues and the chains that were popped and not given back. A chain given back before is
-//! in the used ring in memory, and not in that list; one given back after is in the list, and not in the used ring as it is frozen.
-//! So whoever restores the state does every chain of the list, and no other, exactly once.
+//! vCPUs are parked first, because they activate and reset devices. Then [`VirtioMmio::quiesce`]
+//! lets each worker finish its turn. From then on no chain is popped and none is added to a used
+//! ring. Transfers that the kernel is busy with continue, into pinned pages.
+//!
+//! A new device adds a variant to both.
+//!
+//! The state that [`VirtioDevice::save`] returns is a [`Saved`]: a plain [`DeviceState`], and a
+//! [`Backend`], the part that cannot be serialized (files, sockets). A new device adds a variant to
+//! both.
 //!
 //! [`VirtioDevice::save`] returns a [`Saved`]: a plain [`DeviceState`], and a [`Backend`], which is what cannot be written down (files, sockets).
 //! A new device adds a variant to both.
@@ -25,12 +33,13 @@ pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
-pub mod dma;
+mod dma;
 mod interrupt;
 pub mod limiter;
 pub mod net;
 pub mod plain;
 mod queue;
+mod queue_set;
 pub mod regs;
 pub mod rng;
 mod transport;
@@ -51,72 +60,75 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::irq::Irq;
 
 pub use chain::{Chain, Segment};
+pub use dma::DmaError;
 pub use interrupt::{Interrupt, InterruptState};
 pub use queue::{QueueError, QueueState, Virtqueue};
 pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
-pub use worker::{Service, Turn, Wake, Worker, YieldRequest};
+pub(crate) use worker::{Service, Worker};
+pub use worker::{Turn, Wake, YieldRequest};
 
-/// What a driver's DRIVER_OK gives to a device.
+/// What a device gets when its driver sets DRIVER_OK.
 #[derive(Debug)]
 pub struct Activation {
     /// Guest memory.
     pub ram: GuestRam,
     /// Every queue of the device; the ones that the driver does not use are absent.
     pub queues: Vec<Option<Virtqueue>>,
-    /// What was negotiated.
+    /// The negotiated features, by bit.
     pub features: u64,
-    /// How the driver is told.
+    /// The interrupt that tells the driver about used chains.
     pub interrupt: Arc<Interrupt>,
-    /// Whether the VM stands still: nothing is done before [`VirtioDevice::resume`].
+    /// Whether the VM is paused: the device does nothing before [`VirtioDevice::resume`].
     pub held: bool,
 }
 
-/// A device that cannot be activated. The driver is told to reset it.
+/// Why a device cannot be activated. It then asks its driver for a reset.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ActivateError {
-    /// A queue that the device cannot do without.
+    /// The driver has not set up a queue that the device needs.
     #[error("queue {index} is not set up")]
     NoQueue {
-        /// Which.
+        /// The queue's number.
         index: u16,
     },
-    /// See [`QueueError`].
+    /// A queue's state is not valid.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// No worker.
+    /// The worker's thread or its events cannot be made.
     #[error("no thread or no events for the device")]
     Worker(#[source] io::Error),
-    /// The state is not one of such a device.
+    /// The state is of another kind of device.
     #[error("the state of another kind of device: {found}")]
     Kind {
-        /// Which kind.
+        /// The kind of device that the state is of.
         found: &'static str,
     },
-    /// It is active, or has lost what it works on.
+    /// The device is active already, or has lost its worker.
     #[error("the device is not ready to be activated")]
     NotReady,
 }
 
-/// Saved state of a device of any kind.
+/// Saved state of any device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum DeviceState {
-    /// Block.
+    /// Block device.
     Block(block::BlockState),
-    /// Entropy.
+    /// Entropy device.
     Rng(rng::RngState),
     /// Console.
     Console(console::ConsoleState),
-    /// Balloon.
+    /// Memory balloon.
     Balloon(balloon::BalloonState),
-    /// Sockets.
+    /// Socket device.
     Vsock(vsock::VsockState),
-    /// Network.
+    /// Network device.
     Net(net::NetState),
 }
 
 impl DeviceState {
-    /// What kind of device it is of.
+    /// The kind of device, as messages call it.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
@@ -129,120 +141,129 @@ impl DeviceState {
         }
     }
 
-    /// Requests that were in flight.
+    /// How many requests were in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         match self {
             Self::Block(state) => state.in_flight.len(),
-            // Their requests end in the turn they begin in.
+            // These devices finish a request in the turn in which they begin it.
             Self::Rng(_) | Self::Console(_) | Self::Balloon(_) | Self::Vsock(_) | Self::Net(_) => 0,
         }
     }
 }
 
-/// What belongs to a saved device and cannot be written down.
+/// The part of a saved device that cannot be serialized.
 #[derive(Clone, Debug)]
 pub enum Backend {
     /// A disk at the same instant.
     Disk(crate::disk::DiskImage),
-    /// Nothing.
+    /// The device has no such part.
     None,
 }
 
 /// A device at one instant.
 #[derive(Debug)]
 pub struct Saved {
-    /// What can be written down.
+    /// The part that can be serialized.
     pub state: DeviceState,
-    /// What cannot.
+    /// The part that cannot be serialized.
     pub backend: Backend,
-    /// The queues as the device has them, if it is active; see [`Virtqueue::save`]. Absent as in [`Activation::queues`].
+    /// The queues of an active device; see [`Virtqueue::save`]. Absent as in
+    /// [`Activation::queues`].
     pub queues: Vec<Option<QueueState>>,
 }
 
-/// A device that cannot be saved.
+/// Why a device cannot be saved: its worker could not be ended, or could not be started.
 #[derive(Debug, Error)]
 #[error("{what} has lost its worker, and cannot be saved")]
 pub struct SaveError {
-    /// Which device.
+    /// The device's name.
     pub what: &'static str,
 }
 
-/// A virtio device behind a transport. See the module's documentation.
+/// A virtio device behind a transport; see the module's documentation.
 ///
-/// The transport calls these one at a time.
+/// The transport calls one method at a time.
 pub trait VirtioDevice: Send + fmt::Debug {
-    /// Its device type, as the specification numbers them.
+    /// The device type, as the specification numbers them.
     fn device_type(&self) -> u32;
 
-    /// The features it offers, without VIRTIO_F_VERSION_1 and VIRTIO_F_INDIRECT_DESC, which the transport adds.
+    /// The features offered, without VIRTIO_F_VERSION_1 and VIRTIO_F_INDIRECT_DESC, which the
+    /// transport adds.
     fn features(&self) -> u64;
 
-    /// Its queues' largest sizes, each a power of two.
+    /// The largest size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Reads its configuration space. Beyond its end there are zeros.
+    /// Reads the configuration space, which continues in zeros beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes its configuration space. Most devices have nothing to write there.
+    /// Writes the configuration space. Most devices have nothing writable there.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The driver is ready. If the device was made from a saved state, the chains in flight then are done first.
+    /// Begins to work for a driver. A device that was made from a saved state first does the chains
+    /// that were in flight then.
     ///
     /// # Errors
-    /// When it cannot work; it is as before.
+    /// When it cannot work. The device is as before then.
     fn activate(&mut self, with: Activation) -> Result<(), ActivateError>;
 
-    /// The driver lets go. Returns whether no byte of guest memory is touched from now on; if not, it is called again.
+    /// Stops working for the driver. Returns whether guest memory is left alone from now on; if
+    /// not, the transport calls it again.
     #[must_use]
     fn deactivate(&mut self) -> bool;
 
-    /// Lets nothing more happen in guest memory but transfers the kernel is busy with. Bounded: it waits for no I/O.
+    /// Stops all changes of guest memory, except by transfers that the kernel is busy with.
+    /// Bounded: it waits for no I/O.
     fn quiesce(&mut self);
 
-    /// Lets it go on.
+    /// Undoes [`VirtioDevice::quiesce`].
     fn resume(&mut self);
 
-    /// Has the kernel give up what it is busy with in guest memory, or waits for it, up to `patience`. Only called while it is quiesced. Returns
-    /// whether that is over. Nothing is given back: if the device is then resumed it does all of it again, as after a fork.
+    /// Cancels the kernel's transfers in guest memory, or waits for them, up to `patience`. Only
+    /// called while the device is quiesced. Returns whether none is left. No chain is added to a
+    /// used ring: a device that is then resumed does all of them again, as after a fork.
     #[must_use]
     fn halt(&mut self, _patience: Duration) -> bool {
-        // Of most devices nothing is ever in flight.
+        // Most devices never have a transfer in flight.
         true
     }
 
-    /// Goes back to a saved state, in place, after [`VirtioDevice::halt`]: `with` is there if a driver had it then. What is this VM's alone stays
-    /// what it is, and the guest is told as a child's is.
+    /// Goes back to a saved state, in place, after [`VirtioDevice::halt`]. `with` is given if a
+    /// driver used the device then. What belongs to this VM alone stays (its sockets, its
+    /// interface), and the guest is notified as a child's guest is.
     ///
     /// # Errors
-    /// When the state is another kind of device's, or the device cannot work. It is no device of any instant then.
+    /// When the state is of another kind of device, or the device cannot work. The device is then
+    /// of no instant, and must be rewound again.
     fn rewind(&mut self, state: &DeviceState, backend: &Backend, with: Option<Activation>)
     -> Result<(), ActivateError>;
 
-    /// Its state. Only called while it is quiesced.
+    /// The device's state. Only called while it is quiesced.
     ///
     /// # Errors
-    /// When it has lost what it works on.
+    /// When it has lost its worker.
     fn save(&mut self) -> Result<Saved, SaveError>;
 
-    /// The device itself, for whoever knows which one it is.
+    /// The device itself, for callers that know its type.
     fn as_any(&mut self) -> &mut dyn Any;
 }
 
-/// How a device is wired to its VM: made before the device, so that a VM can have its wires before it is known what for.
+/// The eventfds between a device and its VM. They are made before the device, so that a VM can be
+/// prepared before its devices are known.
 #[derive(Clone, Debug)]
 pub struct Wiring {
     /// The interrupt line.
     pub irq: Arc<Irq>,
-    /// Where notifications of each queue arrive.
+    /// Of each queue, the eventfd that notifications signal.
     pub notify: Vec<Arc<EventFd>>,
 }
 
 impl Wiring {
-    /// Wires for a device with `queues` queues, connected to nothing yet.
+    /// Eventfds for a device with `queues` queues, connected to nothing yet.
     ///
     /// # Errors
-    /// When there are no eventfds to be had.
+    /// When no eventfd can be made.
     pub fn new(queues: usize) -> io::Result<Self> {
         let notify = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<io::Result<_>>()?;
         Ok(Self { irq: Arc::new(Irq::new()?), notify })

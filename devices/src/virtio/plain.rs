@@ -1,8 +1,10 @@
-//! The frame of a plain device: one whose requests end in the turn they begin in, so that nothing of it is ever in flight.
+//! The frame of a plain device: one that finishes each request in the turn in which it begins it.
+//! Nothing of it is ever in flight.
 //!
-//! Such a device is a [`DeviceOps`]. While a driver uses it the handler is with a [`Worker`], which gives it turns when
-//! a queue's eventfd or one of the handler's own descriptors is readable; otherwise it is here. At a fork it stands
-//! still between two turns, and all there is to save is its own state and its queues'.
+//! Such a device is a [`DeviceOps`], the handler. While a driver uses the device, a worker owns the
+//! handler. The worker gives it a turn when a queue's eventfd or one of the handler's own
+//! descriptors is readable. At other times the handler is here. A fork pauses it between two turns,
+//! so the saved state is the handler's own and its queues'.
 
 use std::any::Any;
 use std::fmt;
@@ -12,40 +14,44 @@ use std::time::Instant;
 
 use clade_memory::GuestRam;
 use thiserror::Error;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::dma::DmaError;
+use super::queue_set::QueueSet;
 use super::{
-    ActivateError, Activation, Backend, Chain, DeviceState, Interrupt, QueueError, QueueState, SaveError, Saved,
-    Service, Turn, VirtioDevice, Virtqueue, Wake, Worker, YieldRequest,
+    ActivateError, Activation, Backend, Chain, DeviceState, QueueError, SaveError, Saved, Service, Turn, VirtioDevice,
+    Wake, Worker, YieldRequest,
 };
 
-/// Numbers of a handler's own sources begin here; below are its queues'.
-pub const OWN: u32 = 1 << 16;
+/// The first number of a handler's own sources; smaller ones are its queues'.
+pub(crate) const OWN: u32 = 1 << 16;
 
-/// What ends a device's work until it is reset.
+/// Why a device works no more until it is reset.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FatalError {
-    /// The driver breaks the rules of a queue.
+    /// The driver has broken the rules of a queue.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The driver names memory that is not there.
+    /// The driver has named memory that is not there.
     #[error(transparent)]
     Dma(#[from] DmaError),
 }
 
-/// A device's configuration space, shared by the transport, the handler and whoever changes it from the host's side.
+/// A device's configuration space, shared by the transport, the handler, and callers on the host
+/// that change it.
 #[derive(Clone, Debug)]
 pub struct Config(Arc<Mutex<Space>>);
 
 #[derive(Debug)]
 struct Space {
     bytes: Vec<u8>,
-    /// Of each byte, whether the driver has read it since it was written.
+    /// Of each byte, whether the driver has read it since it was last written.
     seen: Vec<bool>,
 }
 
 impl Config {
-    /// A space of these bytes.
+    /// A space with these bytes.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
         let seen = vec![false; bytes.len()];
@@ -56,7 +62,7 @@ impl Config {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads from `offset` on. Beyond the end there are zeros.
+    /// Reads from `offset` on. The space continues in zeros beyond its end.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let Space { bytes, .. } = &*self.space();
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
@@ -64,7 +70,7 @@ impl Config {
         data[..there.len()].copy_from_slice(there);
     }
 
-    /// The same, by the driver.
+    /// As [`Config::read`], for the driver.
     fn read_by_driver(&self, offset: u64, data: &mut [u8]) {
         self.read(offset, data);
         let Space { seen, .. } = &mut *self.space();
@@ -72,14 +78,14 @@ impl Config {
         seen.iter_mut().skip(start).take(data.len()).for_each(|seen| *seen = true);
     }
 
-    /// Whether the driver has read the byte at `offset` since it was written.
+    /// Whether the driver has read the byte at `offset` since it was last written.
     #[must_use]
-    pub fn is_seen(&self, offset: u64) -> bool {
+    pub(crate) fn is_seen(&self, offset: u64) -> bool {
         let Space { seen, .. } = &*self.space();
         usize::try_from(offset).is_ok_and(|at| seen.get(at) == Some(&true))
     }
 
-    /// Writes at `offset`; what does not fit is ignored.
+    /// Writes at `offset`. Data that does not fit is ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
         let Space { bytes, seen } = &mut *self.space();
         let Ok(start) = usize::try_from(offset) else { return };
@@ -89,7 +95,7 @@ impl Config {
         }
     }
 
-    /// A number of 32 bits at `offset`.
+    /// The little-endian number of 32 bits at `offset`.
     #[must_use]
     pub fn u32(&self, offset: u64) -> u32 {
         let mut word = [0; 4];
@@ -98,143 +104,129 @@ impl Config {
     }
 }
 
-/// What a turn works with.
+/// The queues and the memory that a handler's turn works with.
 #[derive(Debug)]
 pub struct QueueCtx {
     /// Guest memory.
-    pub ram: GuestRam,
-    /// What was negotiated.
-    pub features: u64,
-    queues: Vec<Option<Virtqueue>>,
-    /// Queues with something given back since the driver was last told.
-    used: Vec<bool>,
-    interrupt: Arc<Interrupt>,
+    pub(crate) ram: GuestRam,
+    /// The negotiated features, by bit.
+    pub(crate) features: u64,
+    queues: QueueSet,
 }
 
 impl QueueCtx {
     fn new(with: Activation) -> Self {
         let Activation { ram, queues, features, interrupt, held: _ } = with;
-        Self { ram, features, used: vec![false; queues.len()], queues, interrupt }
+        Self { ram, features, queues: QueueSet::new(queues, interrupt) }
     }
 
-    /// The next chain of queue `index`, read once and checked. None when there is none, or no such queue: then the driver will notify.
+    /// Pops the next chain of queue `index`, read once and checked. Returns None when there is
+    /// none, or no such queue: then the driver notifies the device of the next one.
     ///
     /// # Errors
-    /// When the driver breaks the rules.
-    pub fn pop(&mut self, index: usize) -> Result<Option<Chain>, QueueError> {
-        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(None) };
+    /// When the driver has broken the rules.
+    pub(crate) fn pop(&mut self, index: usize) -> Result<Option<Chain>, QueueError> {
+        let Some(queue) = self.queues.get_mut(index) else { return Ok(None) };
         loop {
             if let Some(head) = queue.pop()? {
                 return queue.chain(head).map(Some);
             }
-            // Asked for notifications before the last look, or one that comes in between is lost.
+            // Notifications are enabled before the last look, or one that comes in between is lost.
             if !queue.enable_notifications() {
                 return Ok(None);
             }
         }
     }
 
-    /// Puts the chain popped last back, as if it had not been.
-    pub fn undo_pop(&mut self, index: usize) {
-        if let Some(Some(queue)) = self.queues.get_mut(index) {
+    /// Undoes the last pop.
+    pub(crate) fn undo_pop(&mut self, index: usize) {
+        if let Some(queue) = self.queues.get_mut(index) {
             queue.undo_pop();
         }
     }
 
-    /// Gives a chain back with `len` bytes written.
+    /// Adds a chain, with `len` bytes written, to the used ring.
     ///
     /// # Errors
-    /// When the used ring has gone.
-    pub fn add_used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
-        if let Some(Some(queue)) = self.queues.get_mut(index) {
-            queue.add_used(head, len)?;
-            self.used[index] = true;
-        }
-        Ok(())
+    /// When the used ring is not in RAM.
+    pub(crate) fn add_used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
+        if self.has(index) { self.queues.add_used(index, head, len) } else { Ok(()) }
     }
 
-    /// Counts a chain that was popped before the device was saved.
-    pub fn restore_in_flight(&mut self, index: usize) {
-        if let Some(Some(queue)) = self.queues.get_mut(index) {
+    /// Counts a chain as popped that was in flight when the device was saved.
+    pub(crate) fn restore_in_flight(&mut self, index: usize) {
+        if let Some(queue) = self.queues.get_mut(index) {
             queue.restore_in_flight();
         }
     }
 
     /// Whether the driver has set up queue `index`.
     #[must_use]
-    pub fn has(&self, index: usize) -> bool {
-        self.queues.get(index).is_some_and(Option::is_some)
+    pub(crate) fn has(&self, index: usize) -> bool {
+        self.queues.get(index).is_some()
     }
 
-    /// Tells the driver that the configuration space has changed.
-    pub fn config_changed(&self) {
-        self.interrupt.config_changed();
-    }
-
-    fn tell(&mut self) {
-        let mut tell = false;
-        for (used, queue) in self.used.iter_mut().zip(&mut self.queues) {
-            if std::mem::take(used) {
-                tell |= queue.as_mut().is_some_and(Virtqueue::needs_notification);
-            }
-        }
-        if tell {
-            self.interrupt.used();
-        }
+    /// Interrupts the driver because the configuration space has changed.
+    pub(crate) fn config_changed(&self) {
+        self.queues.interrupt().config_changed();
     }
 }
 
-/// A plain device. See the module's documentation.
+/// The handler of a plain device; see the module's documentation.
 pub trait DeviceOps: Send + fmt::Debug + 'static {
-    /// What its thread and its messages are called.
+    /// The name of the device's thread, and in messages.
     const NAME: &'static str;
-    /// Its device type.
+    /// The device type, as the specification numbers them.
     const TYPE: u32;
 
-    /// The features it offers.
-    fn features(&self) -> u64;
+    /// The features offered. By default VIRTIO_F_EVENT_IDX alone.
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX
+    }
 
-    /// Its queues' largest sizes.
-    fn queue_sizes(&self) -> &[u16];
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Its configuration space.
+    /// The configuration space.
     fn config(&self) -> &Config;
 
-    /// Which bytes of it the driver may write.
+    /// The bytes of the configuration space that the driver may write.
     fn writable_config(&self) -> std::ops::Range<u64> {
         0..0
     }
 
-    /// Descriptors that wake it, with numbers from [`OWN`] on. It keeps them open.
+    /// Descriptors that wake the device, with numbers from `OWN` (1 << 16) on. The handler keeps
+    /// them open.
     fn sources(&self) -> Vec<(RawFd, u32)> {
         Vec::new()
     }
 
-    /// A driver takes it. Called before the first turn.
+    /// A driver has activated the device. Called before the first turn.
     fn begin(&mut self, _io: &mut QueueCtx) {}
 
-    /// The driver lets go.
+    /// The driver has reset the device.
     fn end(&mut self) {}
 
-    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What is this VM's alone
-    /// stays.
+    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What
+    /// belongs to this VM alone stays.
     ///
     /// # Errors
-    /// When it is another kind of device's state.
+    /// When the state is of another kind of device.
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError>;
 
-    /// Does a part of what there is to do in all queues and sources. `wake` says what it is about, as far as one knows.
+    /// Does part of the work in all queues and sources. `wake` is the reason for the turn, if it is
+    /// known.
     ///
     /// # Errors
-    /// When the driver breaks the rules: it must reset the device.
+    /// When the driver has broken the rules: it must reset the device.
     fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError>;
 
-    /// When it wants a turn at the latest.
+    /// The latest time of the next turn.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
-    /// Its own state, and what cannot be written down.
+    /// The handler's state, and the part of it that cannot be serialized.
     fn save(&self) -> (DeviceState, Backend);
 }
 
@@ -250,7 +242,7 @@ impl<H: DeviceOps> PlainService<H> {
         if !self.broken {
             tracing::warn!(%error, device = H::NAME, "a device needs a reset");
             self.broken = true;
-            self.io.interrupt.fail();
+            self.io.queues.interrupt().fail();
         }
     }
 }
@@ -266,19 +258,10 @@ impl<H: DeviceOps> PlainService<H> {
     }
 }
 
-/// Whether both have the same queues set up.
-pub(super) fn same_queues(some: &[Option<Virtqueue>], others: &[Option<Virtqueue>]) -> bool {
-    some.iter().map(Option::is_some).eq(others.iter().map(Option::is_some))
-}
-
 impl<H: DeviceOps> Service for PlainService<H> {
     fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn {
-        if let Wake::Source(index) = wake
-            && let Some(Some(queue)) = self.io.queues.get_mut(index as usize)
-        {
-            // Before looking into the queue.
-            queue.acknowledge();
-            queue.disable_notifications();
+        if let Wake::Source(index) = wake {
+            self.io.queues.acknowledge(index as usize);
         }
         if self.broken {
             return Turn::Done;
@@ -287,7 +270,7 @@ impl<H: DeviceOps> Service for PlainService<H> {
             self.fail(&error);
             Turn::Done
         });
-        self.io.tell();
+        self.io.queues.notify();
         turn
     }
 
@@ -304,7 +287,7 @@ impl<H: DeviceOps> Service for PlainService<H> {
 enum Place<H: DeviceOps> {
     Here(H),
     Working(Worker<PlainService<H>>),
-    /// The thread could not be ended, or could not begin.
+    /// The thread could not be ended, or could not be started.
     Lost,
 }
 
@@ -319,19 +302,19 @@ pub struct SyncDevice<H: DeviceOps> {
 }
 
 impl<H: DeviceOps> SyncDevice<H> {
-    /// A device of `handler`'s.
+    /// A device with this handler.
     #[must_use]
     pub fn new(handler: H) -> Self {
         Self {
             features: handler.features(),
-            queue_sizes: handler.queue_sizes().to_vec(),
+            queue_sizes: handler.queue_sizes(),
             config: handler.config().clone(),
             writable: handler.writable_config(),
             place: Place::Here(handler),
         }
     }
 
-    /// Runs `with` on the handler, between two turns. None if it is lost.
+    /// Runs `with` on the handler, between two turns. Returns None if the handler is lost.
     pub fn with<T>(&mut self, with: impl FnOnce(&mut H) -> T) -> Option<T> {
         match &mut self.place {
             Place::Here(handler) => Some(with(handler)),
@@ -340,7 +323,7 @@ impl<H: DeviceOps> SyncDevice<H> {
         }
     }
 
-    /// Tells the driver that the configuration space has changed, if there is one.
+    /// Interrupts the driver, if there is one, because the configuration space has changed.
     pub fn config_changed(&mut self) {
         if let Place::Working(worker) = &self.place {
             worker.with(|service| service.io.config_changed());
@@ -425,15 +408,16 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         with: Option<Activation>,
     ) -> Result<(), ActivateError> {
         let Some(with) = with else {
-            // Never false for a plain device.
+            // A plain device is always reset at once.
             let _over = self.deactivate();
             let Place::Here(handler) = &mut self.place else { return Err(ActivateError::NotReady) };
             return handler.rewind(state);
         };
-        // In place if the worker waits for the same queues' events then and now; threads cost more than all the rest.
+        // In place if the worker waits for the same queues' events then and now: starting a thread
+        // costs more than all the rest.
         if let Place::Working(worker) = &self.place
             && worker.is_alive()
-            && worker.with(|service| same_queues(&service.io.queues, &with.queues))
+            && worker.with(|service| service.io.queues.is_same_as(&with.queues))
         {
             worker.with(|service| service.rewind(state, with))?;
             worker.start_over();
@@ -446,11 +430,7 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
     fn save(&mut self) -> Result<Saved, SaveError> {
         let ((state, backend), queues) = match &mut self.place {
             Place::Here(handler) => (handler.save(), vec![None; self.queue_sizes.len()]),
-            Place::Working(worker) => worker.with(|service| {
-                let queues: Vec<Option<QueueState>> =
-                    service.io.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::save)).collect();
-                (service.handler.save(), queues)
-            }),
+            Place::Working(worker) => worker.with(|service| (service.handler.save(), service.io.queues.save())),
             Place::Lost => return Err(SaveError { what: H::NAME }),
         };
         Ok(Saved { state, backend, queues })

@@ -1,6 +1,6 @@
-//! A virtqueue in guest memory, where a driver puts chains of buffers.
+//! A virtqueue in guest memory, where a driver offers chains of buffers.
 //!
-//! The rings are `virtio-queue`'s; how chains are walked is in `chain.rs`.
+//! The crate `virtio-queue` has the rings; `chain.rs` walks chains.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,138 +16,139 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, DESCRIPTOR, Walk};
 
-/// What a driver may not do with a queue. The device needs a reset after it.
+/// How a driver has broken the rules of a queue. The device then needs a reset.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum QueueError {
-    /// A descriptor that is not there.
+    /// A descriptor's index is not in the queue.
     #[error("descriptor {index} of a queue of {size}")]
     Index {
-        /// Its index.
+        /// The descriptor's index.
         index: u16,
         /// Descriptors in the queue.
         size: u16,
     },
-    /// A chain with more buffers than the queue has descriptors: a loop, most often.
+    /// A chain has more buffers than the queue has descriptors; most often it is a loop.
     #[error("the chain at {head} does not end within {size} descriptors")]
     Endless {
-        /// Its head.
+        /// The chain's head.
         head: u16,
         /// Descriptors in the queue.
         size: u16,
     },
-    /// Not negotiated.
+    /// A chain has an indirect table, which was not negotiated.
     #[error("the chain at {head} has an indirect table, which was not negotiated")]
     Indirect {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// A table is the end of a chain.
+    /// A chain continues behind its indirect table.
     #[error("the chain at {head} goes on behind its indirect table")]
     BehindTable {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// A table in a table.
+    /// An indirect table refers to another one.
     #[error("the chain at {head} has an indirect table in its indirect table")]
     Nested {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// Not a table, or one with more descriptors than the queue has.
+    /// The length of an indirect table is no number of descriptors, or more than the queue has.
     #[error("the chain at {head} has an indirect table of {len} bytes, not of 1 to {size} descriptors of {DESCRIPTOR}")]
     TableLength {
-        /// Its head.
+        /// The chain's head.
         head: u16,
-        /// The table's length.
+        /// The table's length in bytes.
         len: u32,
         /// Descriptors in the queue.
         size: u16,
     },
-    /// A descriptor that is not in the table.
+    /// A descriptor's index is not in its indirect table.
     #[error("descriptor {index} of an indirect table of {entries}, in the chain at {head}")]
     TableIndex {
-        /// Its head.
+        /// The chain's head.
         head: u16,
-        /// Its index.
+        /// The descriptor's index.
         index: u16,
         /// Descriptors in the table.
         entries: u32,
     },
-    /// A buffer of no bytes.
+    /// A buffer has no bytes.
     #[error("the chain at {head} has a buffer of no bytes")]
     Empty {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// A buffer that is not in RAM, or not in one piece.
+    /// A buffer is not in RAM, or not in one region.
     #[error("the chain at {head} has {len:#x} bytes at {address:#x}, which are not in RAM")]
     Outside {
-        /// Its head.
+        /// The chain's head.
         head: u16,
-        /// Where the buffer begins.
+        /// Guest-physical address of the buffer.
         address: u64,
-        /// Its length.
+        /// The buffer's length in bytes.
         len: u32,
     },
-    /// Too long.
+    /// A chain has more bytes than the specification allows.
     #[error("the chain at {head} has more than 4 GiB")]
     TooLong {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// A buffer for reading behind one for writing.
+    /// A buffer for the device to read follows one for it to write.
     #[error("the chain at {head} has a buffer to read behind one to write")]
     Order {
-        /// Its head.
+        /// The chain's head.
         head: u16,
     },
-    /// More buffers than the queue has descriptors.
+    /// The driver offers more chains than the queue has descriptors.
     #[error("more than {size} buffers are available at once")]
     Flood {
         /// Descriptors in the queue.
         size: u16,
     },
-    /// The rings are not in RAM.
+    /// A ring is not in RAM.
     #[error("the rings of queue {index} are not in RAM, or not ready")]
     Rings {
-        /// Which queue.
+        /// The queue's number.
         index: u16,
     },
-    /// What a chain must have.
+    /// A chain's content is not a valid request.
     #[error("the chain at {head} {what}")]
     Content {
-        /// Its head.
+        /// The chain's head.
         head: u16,
-        /// What is wrong with it.
+        /// What is wrong with the content.
         what: &'static str,
     },
 }
 
-/// A queue's state.
+/// The state of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// Most descriptors.
+    /// Most descriptors the device allows.
     pub max_size: u16,
-    /// Descriptors.
+    /// Descriptors that the driver has chosen.
     pub size: u16,
     /// Whether the driver has enabled it.
     pub ready: bool,
-    /// Where the descriptors are.
+    /// Guest-physical address of the descriptor table.
     pub descriptors: u64,
-    /// Where the available ring is.
+    /// Guest-physical address of the available ring.
     pub available: u64,
-    /// Where the used ring is.
+    /// Guest-physical address of the used ring.
     pub used: u64,
-    /// The next entry of the available ring to look at.
+    /// The next entry of the available ring to read.
     pub next_available: u16,
-    /// The next entry of the used ring to fill.
+    /// The next entry of the used ring to write.
     pub next_used: u16,
-    /// Whether events are told by index.
+    /// Whether VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
 }
 
 impl QueueState {
-    /// A queue nobody has set up.
+    /// A queue that no driver has set up.
     #[must_use]
     pub fn new(max_size: u16) -> Self {
         Self {
@@ -164,7 +165,7 @@ impl QueueState {
     }
 }
 
-/// An active queue: pops chains, gives them back, and knows how many are out.
+/// An active queue. It pops chains, adds them to the used ring, and counts those in between.
 #[derive(Debug)]
 pub struct Virtqueue {
     index: u16,
@@ -177,11 +178,11 @@ pub struct Virtqueue {
 }
 
 impl Virtqueue {
-    /// A queue as its state says, for a driver that has chosen `features`. Chains that were popped and not given back are to be counted by
-    /// [`Virtqueue::restore_in_flight`].
+    /// A queue in this state, for a driver that has chosen `features`. Chains that were popped and
+    /// not used are counted afterwards, one by one.
     ///
     /// # Errors
-    /// When there can be no such queue, or its rings are not in RAM.
+    /// When the state is not valid, or a ring is not in RAM.
     pub fn new(
         index: u16,
         state: &QueueState,
@@ -206,31 +207,32 @@ impl Virtqueue {
         Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), indirect, out: 0 })
     }
 
-    /// Its number in the device.
+    /// The queue's number in the device.
     #[must_use]
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// The eventfd that the driver's notifications arrive at.
+    /// The eventfd that the driver's notifications signal.
     #[must_use]
     pub fn event(&self) -> &EventFd {
         &self.event
     }
 
-    /// Chains that were popped and not given back.
+    /// Chains that were popped and not used.
     #[cfg(test)]
     pub(super) fn out(&self) -> u16 {
         self.out
     }
 
-    /// Takes note of notifications that have arrived. Look into the queue after it, or one that comes in between is lost.
-    pub fn acknowledge(&self) {
-        // Nothing there is no failure: somebody was faster.
+    /// Clears the eventfd. The queue must be read after it, or a notification that comes in between
+    /// is lost.
+    pub(crate) fn acknowledge(&self) {
+        // EAGAIN is fine: another read has cleared it.
         let _ = self.event.read();
     }
 
-    /// Its state, to be saved.
+    /// The queue's state, to be saved.
     #[must_use]
     pub fn save(&self) -> QueueState {
         let state = self.queue.state();
@@ -247,10 +249,10 @@ impl Virtqueue {
         }
     }
 
-    /// The head of the next chain that the driver has made available.
+    /// Pops the next chain that the driver has made available. Returns its head.
     ///
     /// # Errors
-    /// When the driver breaks the rules.
+    /// When the driver has broken the rules.
     pub fn pop(&mut self) -> Result<Option<u16>, QueueError> {
         let size = self.queue.size();
         let mut available = self.queue.iter(self.ram.memory()).map_err(|error| match error {
@@ -258,7 +260,8 @@ impl Virtqueue {
             _ => QueueError::Rings { index: self.index },
         })?;
         let Some(chain) = available.next() else { return Ok(None) };
-        // A driver that gives a descriptor out again before it came back could otherwise have any number in flight.
+        // A driver that offers a descriptor again before it came back could otherwise have any
+        // number of chains in flight.
         if self.out == size {
             return Err(QueueError::Flood { size });
         }
@@ -266,21 +269,21 @@ impl Virtqueue {
         Ok(Some(chain.head_index()))
     }
 
-    /// Takes the last [`Virtqueue::pop`] back.
-    pub fn undo_pop(&mut self) {
+    /// Undoes the last [`Virtqueue::pop`].
+    pub(crate) fn undo_pop(&mut self) {
         self.out = self.out.saturating_sub(1);
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
-    /// Counts a chain that was popped before the queue's state was saved, and will be given back.
-    pub fn restore_in_flight(&mut self) {
+    /// Counts a chain as popped that was in flight when the queue's state was saved.
+    pub(crate) fn restore_in_flight(&mut self) {
         self.out = self.out.saturating_add(1);
     }
 
-    /// The chain that begins at `head`, read once.
+    /// The chain at `head`, read once.
     ///
     /// # Errors
-    /// When the driver breaks the rules.
+    /// When the driver has broken the rules.
     pub fn chain(&self, head: u16) -> Result<Chain, QueueError> {
         let size = self.queue.size();
         let table = GuestAddress(self.queue.desc_table());
@@ -306,19 +309,21 @@ impl Virtqueue {
         Ok(walk.end())
     }
 
-    /// Gives a chain back, with `len` bytes written to its writable part. Everything written there is written before.
+    /// Adds a chain, with `len` bytes written to its writable part, to the used ring. The data must
+    /// be in memory before.
     ///
     /// # Errors
-    /// When the used ring has gone.
-    pub fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
+    /// When the used ring is not in RAM.
+    pub(crate) fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
         self.out = self.out.saturating_sub(1);
-        // Its last step is a release store of the index: a driver that sees it sees the data and the status too.
+        // Its last step is a release store of the index: a driver that sees it sees the data and
+        // the status too.
         self.queue.add_used(self.ram.memory(), head, len).map_err(|_| QueueError::Rings { index: self.index })
     }
 
-    /// Whether the driver wants to be told of what was given back since this was last asked.
+    /// Whether the driver wants an interrupt for the chains used since this was last called.
     #[must_use]
-    pub fn needs_notification(&mut self) -> bool {
+    pub(crate) fn needs_notification(&mut self) -> bool {
         let memory = self.ram.memory();
         if !self.queue.event_idx_enabled() {
             // The used index before the flag: the driver sets the flag, then looks at the index.
@@ -329,15 +334,16 @@ impl Virtqueue {
         self.queue.needs_notification(memory).unwrap_or(true)
     }
 
-    /// Asks the driver not to notify: the device looks by itself.
-    pub fn disable_notifications(&mut self) {
-        // It is a hint; whoever cannot write the ring is told so by `add_used`.
+    /// Asks the driver not to notify, because the device is going to read the queue anyway.
+    pub(crate) fn disable_notifications(&mut self) {
+        // It is a hint. If the ring cannot be written, `add_used` reports it.
         let _ = self.queue.disable_notification(self.ram.memory());
     }
 
-    /// Asks the driver to notify again. Returns whether something has become available meanwhile, for which no notification comes.
+    /// Asks the driver to notify again. Returns whether chains have become available meanwhile, for
+    /// which no notification comes.
     #[must_use]
-    pub fn enable_notifications(&mut self) -> bool {
+    pub(crate) fn enable_notifications(&mut self) -> bool {
         self.queue.enable_notification(self.ram.memory()).unwrap_or(false)
     }
 }
@@ -397,7 +403,7 @@ mod tests {
         (0..3).for_each(|_| queue.restore_in_flight());
         assert_eq!(queue.pop(), Ok(Some(0)));
         assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }), "four are out");
-        // One of those that were out comes back, and makes room for another.
+        // One of the chains in flight is used, and makes room for another.
         let mut queue = self::queue(SIZE);
         (0..SIZE).for_each(|_| queue.restore_in_flight());
         queue.add_used(2, 0).unwrap();

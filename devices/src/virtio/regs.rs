@@ -1,4 +1,4 @@
-//! Registers, by offset.
+//! Offsets of the virtio MMIO registers.
 
 #![allow(missing_docs, reason = "the names are the specification's")]
 pub const MAGIC_VALUE: u64 = 0x000;

@@ -1,4 +1,4 @@
-//! Virtio over MMIO, version 2 registers: the strict part between a driver and a device.
+//! Virtio over MMIO, version 2 registers. It lets a driver do only what the device's status allows.
 //!
 //! ```text
 //!   0 ──► ACKNOWLEDGE ──► DRIVER ──► FEATURES_OK ──► DRIVER_OK          any ──write 0──► 0
@@ -7,8 +7,9 @@
 //!                            chosen       set up           changed
 //! ```
 //!
-//! A write that the status does not allow is ignored: above all, nothing of a queue changes once the device works with it. A device whose driver
-//! breaks the rules inside the queues gets DEVICE_NEEDS_RESET and a configuration interrupt.
+//! A write that the status does not allow is ignored. Above all, queues cannot be changed while the
+//! device works with them. A device whose driver breaks the rules inside a queue gets
+//! DEVICE_NEEDS_RESET and a configuration interrupt.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,10 +29,10 @@ use super::regs;
 use super::{ActivateError, Activation, Backend, DeviceState, SaveError, VirtioDevice, Wiring};
 use crate::mmio::MmioDevice;
 
-/// Addresses a device takes.
+/// Bytes of the register window.
 pub const MMIO_LEN: u64 = 0x1000;
 
-/// "CLAD".
+/// Vendor ID register: "CLAD".
 const VENDOR: u32 = u32::from_le_bytes(*b"CLAD");
 const VERSION: u32 = 2;
 
@@ -42,7 +43,7 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
-/// A transport's saved state.
+/// The saved state of a transport and its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
     status: u32,
@@ -52,52 +53,53 @@ pub struct TransportState {
     queue_sel: u32,
     queues: Vec<QueueState>,
     interrupt: InterruptState,
-    /// The device behind it.
+    /// The device's state.
     pub device: DeviceState,
 }
 
 impl TransportState {
-    /// Whether a driver had it, and had not broken it.
+    /// Whether a driver was using the device, without having broken it.
     fn is_active(&self) -> bool {
         self.status & DRIVER_OK != 0 && !self.interrupt.needs_reset()
     }
 
-    /// The queues it has, by number.
+    /// The queues, by number.
     #[must_use]
     pub fn queues(&self) -> &[QueueState] {
         &self.queues
     }
 }
 
-/// A saved device that cannot go on.
+/// Why a saved device cannot be restored.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RestoreError {
-    /// Another device's state.
+    /// The state has another number of queues than the device.
     #[error("{found} saved queues for a device with {queues}")]
     Queues {
-        /// In the state.
+        /// Queues in the state.
         found: usize,
-        /// Of the device.
+        /// Queues of the device.
         queues: usize,
     },
-    /// See [`ActivateError`].
+    /// The device cannot be activated.
     #[error(transparent)]
     Activate(#[from] ActivateError),
 }
 
 #[derive(Debug)]
 struct Registers {
-    /// Without NEEDS_RESET, which the interrupt knows.
+    /// The status register, without DEVICE_NEEDS_RESET, which [`Interrupt`] has.
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
-    /// As the driver has set them up; once the device is active it has its own.
+    /// The queues as the driver has set them up. Once active, the device has its own.
     queues: Vec<QueueState>,
-    /// How many pauses are held.
+    /// How many times the device was paused and not resumed.
     holds: u32,
-    /// A reset that the device has not finished. The status is not 0 before it has.
+    /// Whether a reset is not finished. The status register stays as it is until then.
     resetting: bool,
     device: Box<dyn VirtioDevice>,
 }
@@ -113,7 +115,7 @@ impl Registers {
     }
 }
 
-/// A device at its registers.
+/// A virtio device at its registers.
 #[derive(Debug)]
 pub struct VirtioMmio {
     ram: GuestRam,
@@ -123,7 +125,7 @@ pub struct VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// `device`, fresh, for a VM with memory `ram`; with `held`, in a VM that stands still.
+    /// A new device, for a VM with memory `ram`. With `held`, the VM is paused.
     #[must_use]
     pub fn new(device: Box<dyn VirtioDevice>, ram: &GuestRam, wiring: Wiring, held: bool) -> Self {
         let queues = device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
@@ -142,10 +144,10 @@ impl VirtioMmio {
         Self { ram: ram.clone(), wiring, interrupt, inner: Mutex::new(registers) }
     }
 
-    /// `device`, which was made from the same state, in a VM that stands still.
+    /// A device that was made from the same state, in a paused VM.
     ///
     /// # Errors
-    /// When the state is not one of such a device.
+    /// When the state is not valid for this device.
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         ram: &GuestRam,
@@ -167,11 +169,13 @@ impl VirtioMmio {
     }
 
     fn inner(&self) -> MutexGuard<'_, Registers> {
-        // A panic under the lock was a device's; the registers are plain values, and the driver can still reset it.
+        // After a panic in a device the registers are still valid, and the driver can reset the
+        // device.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the device do nothing more in guest memory but transfers the kernel is busy with. Counted: each needs its [`VirtioMmio::resume`].
+    /// Stops all changes of guest memory, except by transfers that the kernel is busy with. Calls
+    /// are counted: each needs its [`VirtioMmio::resume`].
     pub fn quiesce(&self) {
         let mut inner = self.inner();
         inner.holds += 1;
@@ -180,7 +184,7 @@ impl VirtioMmio {
         }
     }
 
-    /// Gives one pause back.
+    /// Undoes one [`VirtioMmio::quiesce`].
     pub fn resume(&self) {
         let mut inner = self.inner();
         inner.holds = inner.holds.saturating_sub(1);
@@ -194,10 +198,10 @@ impl VirtioMmio {
         self.interrupt.reraise();
     }
 
-    /// Everything about the device at this instant. Only while it is quiesced.
+    /// The state of the transport and its device. Only while the device is quiesced.
     ///
     /// # Errors
-    /// When the device has lost what it works on.
+    /// When the device has lost its worker.
     pub fn save(&self) -> Result<(TransportState, Backend), SaveError> {
         let mut inner = self.inner();
         debug_assert!(inner.holds > 0, "saved while its worker runs");
@@ -229,10 +233,11 @@ impl VirtioMmio {
         inner.device.halt(patience)
     }
 
-    /// Whether [`VirtioMmio::rewind`] to `state` can only fail for want of a thread. Changes nothing.
+    /// Checks that [`VirtioMmio::rewind`] to `state` can fail only for lack of a thread. Changes
+    /// nothing.
     ///
     /// # Errors
-    /// When the state is not one of this device.
+    /// When the state is not valid for this device.
     pub fn check(&self, state: &TransportState) -> Result<(), RestoreError> {
         let inner = self.inner();
         let (found, queues) = (state.queues.len(), inner.queues.len());
@@ -245,16 +250,18 @@ impl VirtioMmio {
         Ok(())
     }
 
-    /// Goes back to a saved state, in place. The device stands still, and is halted; the VM's memory is that instant's already. Interrupts that
-    /// were pending are not raised: see [`VirtioMmio::reraise`].
+    /// Goes back to a saved state, in place. The device must be quiesced and halted, and the VM's
+    /// memory at that instant already. Interrupts that were pending are not raised: see
+    /// [`VirtioMmio::reraise`].
     ///
     /// # Errors
-    /// As [`VirtioMmio::check`], or when there is no thread: it is then to be rewound again before it is resumed.
+    /// As [`VirtioMmio::check`], or when there is no thread. The device must then be rewound again
+    /// before it is resumed.
     pub fn rewind(&self, state: &TransportState, backend: &Backend) -> Result<(), RestoreError> {
         self.check(state)?;
         let mut inner = self.inner();
         let with = state.is_active().then(|| self.activation(&inner, state)).transpose()?;
-        // Before the device, which tells its driver what a child's is told.
+        // Before the device, which notifies its driver as a child's device does.
         self.interrupt.rewind(state.interrupt);
         inner.load(state);
         inner.resetting = false;
@@ -267,7 +274,7 @@ impl VirtioMmio {
     }
 
     fn offered(inner: &Registers) -> u64 {
-        // Indirect tables are the queue's affair: no device knows of them.
+        // The queues handle indirect tables; devices do not see them.
         inner.device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
@@ -321,7 +328,7 @@ impl VirtioMmio {
         inner.device.activate(with)
     }
 
-    /// What the device is to be given to go on from `state`.
+    /// What the device gets to continue from `state`.
     fn activation(&self, inner: &Registers, state: &TransportState) -> Result<Activation, ActivateError> {
         self.activation_of(inner, state.driver_features, &state.queues)
     }
@@ -341,7 +348,8 @@ impl VirtioMmio {
         Ok(Activation { ram, queues, features, interrupt, held: inner.holds > 0 })
     }
 
-    /// Back to the beginning. A device that still has transfers it cannot give up keeps its status, which a driver waits to see become 0.
+    /// Resets the device. While transfers cannot be cancelled, the status stays, and the driver
+    /// waits for it to become 0.
     fn reset(&self, inner: &mut Registers) {
         inner.resetting = !inner.device.deactivate();
         if inner.resetting {
@@ -354,7 +362,7 @@ impl VirtioMmio {
         inner.driver_features = 0;
         inner.queue_sel = 0;
         inner.queues = inner.device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
-        // After the device: it may have raised one more.
+        // After the device, which may have raised one more.
         self.interrupt.clear();
     }
 
@@ -375,7 +383,7 @@ impl VirtioMmio {
                 }
                 self.status(&inner)
             }
-            // No shared memory.
+            // There is no shared memory.
             regs::SHM_LEN_LOW | regs::SHM_LEN_HIGH | regs::SHM_BASE_LOW | regs::SHM_BASE_HIGH => u32::MAX,
             regs::CONFIG_GENERATION => self.interrupt.generation(),
             _ => 0,
@@ -383,10 +391,10 @@ impl VirtioMmio {
     }
 
     fn write_register(&self, offset: u64, value: u32) {
-        // Where there is no ioeventfd, and without the lock: a worker may hold up whoever has that.
+        // For hosts without ioeventfd. It takes no lock, which a worker may hold for long.
         if offset == regs::QUEUE_NOTIFY {
             if let Some(event) = self.wiring.notify.get(value as usize) {
-                // A counter that is full is a notification that is pending.
+                // A full counter is a pending notification.
                 let _ = event.write(1);
             }
             return;
@@ -426,7 +434,8 @@ fn write_queue(inner: &mut Registers, offset: u64, value: u32) {
     }
     match offset {
         regs::QUEUE_NUM => {
-            // Another size is not taken; the driver can see that nothing works, and whoever activates the queue checks its rings.
+            // An invalid size is ignored. The driver sees that nothing works, and activation checks
+            // the rings.
             let size = u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= queue.max_size);
             queue.size = size.unwrap_or(queue.size);
         }

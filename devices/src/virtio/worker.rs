@@ -1,7 +1,8 @@
 //! The thread that does a device's work.
 //!
-//! A worker sleeps until one of its sources is readable or its timer is due, and then gives its [`Service`] a *turn*. A turn is short: whoever
-//! pauses the VM waits for the end of it. Between two turns the worker looks whether it is to stand still.
+//! A worker sleeps until one of its sources is readable or its timer is due. Then it gives its
+//! [`Service`] a *turn*. A turn is short, because pausing the VM waits for its end. Between two
+//! turns the worker checks whether it is to stand still.
 //!
 //! ```text
 //!   epoll ──► standing still? ──► turn (service locked) ──► again? ──► epoll
@@ -20,72 +21,72 @@ use std::time::Instant;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Workers do little that needs a stack.
+/// Bytes of a worker's stack; workers need little.
 const STACK: usize = 256 << 10;
 /// Events taken from epoll at once.
 const EVENTS: usize = 16;
-/// Marks the worker's own eventfd.
+/// The number of the worker's own eventfd.
 const CONTROL: u64 = u64::MAX;
 
-/// Why a service is given a turn.
+/// Why a device is given a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// The worker has begun, or goes on after it stood still. Look at everything: notifications that a parent was sent are not sent to its
-    /// child again.
+    /// The worker has begun, or continues after a pause. All queues must be read: a notification
+    /// that went to a parent is not repeated for its child.
     Start,
-    /// The source with this number is readable. It stays so until the service reads it.
+    /// The source with this number is readable. It stays readable until the device reads it.
     Source(u32),
-    /// [`Service::deadline`] has passed.
+    /// The deadline that the device has set is past.
     Timer,
     /// The last turn ended with [`Turn::Again`].
     Again,
 }
 
-/// What comes after a turn.
+/// What a worker does after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// Nothing, until something happens.
+    /// It sleeps until there is a reason for a turn.
     Done,
-    /// Another turn: there is more to do, but others may want the lock.
+    /// It gives another turn: there is more to do, but other threads may want the lock.
     Again,
 }
 
-/// Whether somebody waits for the end of a turn.
+/// Whether another thread waits for the end of a turn.
 #[derive(Debug)]
 pub struct YieldRequest<'a>(&'a AtomicBool);
 
 impl<'a> YieldRequest<'a> {
-    /// Of whoever sets `flag`.
+    /// A request that `flag` stands for.
     #[cfg(test)]
     pub(crate) fn of(flag: &'a AtomicBool) -> Self {
         Self(flag)
     }
 
-    /// True when a turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
+    /// Whether the turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
     #[must_use]
-    pub fn is_set(&self) -> bool {
+    pub(crate) fn is_set(&self) -> bool {
         // Relaxed: a hint. What makes a turn's end visible is the lock.
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A device's work.
-pub trait Service: Send + fmt::Debug + 'static {
-    /// Does a part of it. Runs on the worker's thread, never while the VM is paused.
+/// The work of a device.
+pub(crate) trait Service: Send + fmt::Debug + 'static {
+    /// Does part of the work. Called on the worker's thread, and never while the VM is paused.
     fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn;
 
-    /// When it wants a turn at the latest.
+    /// The latest time of the next turn.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
-    /// A turn panicked. The service is not given another one.
+    /// Notes that a turn has panicked. The service gets no other turn.
     fn broken(&mut self);
 }
 
 struct Shared<S> {
     service: Mutex<S>,
-    /// How often the worker has come to the gate, and how often it has gone through.
+    /// How often the worker has reached the gate, and how often it has passed it.
     #[cfg(test)]
     gate_steps: std::sync::atomic::AtomicU64,
     gate: Mutex<Gate>,
@@ -98,12 +99,12 @@ struct Shared<S> {
 struct Gate {
     shut: bool,
     stop: bool,
-    /// Everything is to be looked at: its service is at another instant than it was.
+    /// Whether the next turn must read everything, because the service was rewound.
     start: bool,
 }
 
-/// A worker's owner. Dropped, the worker ends and its service with it.
-pub struct Worker<S: Service> {
+/// The owner of a worker. Dropping it ends the worker and drops the service.
+pub(crate) struct Worker<S: Service> {
     shared: Arc<Shared<S>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -115,12 +116,12 @@ impl<S: Service> fmt::Debug for Worker<S> {
 }
 
 impl<S: Service> Worker<S> {
-    /// Starts a worker for `service`; with `held`, standing still until [`Worker::resume`]. `sources` are descriptors that the service keeps
-    /// open, with their numbers.
+    /// Starts a worker for `service`. With `held`, it is paused until [`Worker::resume`]. `sources`
+    /// are descriptors that the service keeps open, with their numbers.
     ///
     /// # Errors
-    /// When there is no epoll or no thread; the service comes back, if it can.
-    pub fn spawn(
+    /// When there is no epoll or no thread. The service comes back, if it can.
+    pub(crate) fn spawn(
         name: &str,
         service: S,
         sources: &[(RawFd, u32)],
@@ -143,7 +144,7 @@ impl<S: Service> Worker<S> {
         let life = move || {
             let lived = catch_unwind(AssertUnwindSafe(|| on_thread.run(&epoll)));
             if lived.is_err() {
-                // Not another turn, but the guest is told.
+                // The service gets no other turn, and the driver is interrupted.
                 on_thread.service().broken();
             }
         };
@@ -166,38 +167,39 @@ impl<S: Service> Worker<S> {
         Arc::into_inner(shared).map(|shared| shared.service.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Makes the worker stand still: when this returns no turn runs, and none begins before [`Worker::resume`].
-    pub fn quiesce(&self) {
+    /// Pauses the worker. When this returns, no turn runs, and none begins before
+    /// [`Worker::resume`].
+    pub(crate) fn quiesce(&self) {
         self.shared.gate().shut = true;
         // Relaxed: see YieldRequest.
         self.shared.hurry.store(true, Ordering::Relaxed);
-        // The gate before the lock: a worker looks at the gate with the service locked, so whoever gets the lock after the gate was
-        // shut knows that no turn runs or begins.
+        // The gate before the lock: a worker checks the gate with the service locked. So a thread
+        // that gets the lock after it has shut the gate knows that no turn runs or begins.
         drop(self.shared.service());
         self.shared.hurry.store(false, Ordering::Relaxed);
     }
 
-    /// Lets it go on.
-    pub fn resume(&self) {
+    /// Undoes [`Worker::quiesce`].
+    pub(crate) fn resume(&self) {
         self.shared.gate().shut = false;
         self.shared.opened.notify_all();
     }
 
-    /// Has the next turn look at everything, as the first one does: what the service works with is not what it was.
-    pub fn start_over(&self) {
+    /// Makes the next turn read everything, as the first one does, because the service was rewound.
+    pub(crate) fn start_over(&self) {
         self.shared.gate().start = true;
         // Fails only when the counter is full, and then the worker wakes up anyway.
         let _ = self.shared.control.write(1);
     }
 
-    /// Whether its thread is there: a turn that panicked ends it.
+    /// Whether the thread is running: a turn that panicked ends it.
     #[must_use]
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Runs `with` on the service, between two turns.
-    pub fn with<T>(&self, with: impl FnOnce(&mut S) -> T) -> T {
+    pub(crate) fn with<T>(&self, with: impl FnOnce(&mut S) -> T) -> T {
         // Relaxed: see YieldRequest.
         self.shared.hurry.store(true, Ordering::Relaxed);
         let result = with(&mut self.shared.service());
@@ -207,7 +209,7 @@ impl<S: Service> Worker<S> {
 
     /// Ends the worker and returns its service.
     #[must_use]
-    pub fn stop(mut self) -> Option<S> {
+    pub(crate) fn stop(mut self) -> Option<S> {
         self.end();
         let shared = Arc::clone(&self.shared);
         drop(self);
@@ -239,11 +241,12 @@ impl<S: Service> Shared<S> {
     }
 
     fn service(&self) -> MutexGuard<'_, S> {
-        // After a panic in a turn nobody gives it another one.
+        // After a panic the service gets no other turn.
         self.service.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the gate is shut. Returns whether it was, or `None` when the worker is to end.
+    /// Waits while the gate is shut. Returns whether it was shut, or `None` when the worker is to
+    /// end.
     fn pass(&self) -> Option<bool> {
         let mut gate = self.gate();
         let stood = gate.shut;
@@ -256,7 +259,7 @@ impl<S: Service> Shared<S> {
     fn run(&self, epoll: &Epoll) {
         let mut wakes = vec![Wake::Start];
         let mut events = [EpollEvent::default(); EVENTS];
-        // Kept over interrupted waits, after which no turn says it again.
+        // Kept over interrupted waits, after which no turn sets it again.
         let mut deadline = None;
         loop {
             let mut at = 0;
@@ -279,7 +282,7 @@ impl<S: Service> Shared<S> {
                 deadline = service.deadline();
                 drop(service);
                 if self.hurry.load(Ordering::Relaxed) {
-                    // Locks are not fair: whoever waits for this one gets it now.
+                    // Locks are not fair: a thread that waits for this one gets it now.
                     thread::yield_now();
                 }
                 match turn {
@@ -293,7 +296,8 @@ impl<S: Service> Shared<S> {
                 Ok(count) => {
                     let sources = events[..count].iter().map(EpollEvent::data).filter(|data| *data != CONTROL);
                     wakes.extend(sources.map(|data| Wake::Source(data as u32)));
-                    // Nothing there is no failure. Before the gate, or a call that comes in between is lost.
+                    // EAGAIN is fine. Read before the gate, or a call that comes in between is
+                    // lost.
                     let _ = self.control.read();
                     let mut gate = self.gate();
                     if gate.stop {
@@ -313,7 +317,7 @@ impl<S: Service> Shared<S> {
     }
 }
 
-/// Milliseconds until `deadline`, rounded up; for ever if there is none.
+/// Milliseconds until `deadline`, rounded up; -1, for ever, if there is none.
 fn timeout(deadline: Option<Instant>) -> i32 {
     let Some(deadline) = deadline else { return -1 };
     let left = deadline.saturating_duration_since(Instant::now());

@@ -1,4 +1,5 @@
-//! A driver in plain memory: sets a device up through its registers and talks to it through its queues, as a guest would, without a guest.
+//! A driver in plain memory: it sets a device up through its registers and uses its queues as a
+//! guest would, without a guest.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -129,7 +130,8 @@ impl Driver {
         self.rings[queue].next
     }
 
-    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in both.
+    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in
+    /// both.
     pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let memory = self.ram.memory();
         let ring = &mut self.rings[queue];
@@ -163,7 +165,7 @@ impl Driver {
         head
     }
 
-    /// The next chain given back, if there is one: its head and the bytes written.
+    /// The next chain in the used ring, if there is one: its head and the bytes written.
     pub(crate) fn used(&mut self, queue: usize) -> Option<(u32, u32)> {
         let ring = &mut self.rings[queue];
         let memory = self.ram.memory();
@@ -176,7 +178,7 @@ impl Driver {
         Some((memory.read_obj(GuestAddress(at)).unwrap(), memory.read_obj(GuestAddress(at + 4)).unwrap()))
     }
 
-    /// Waits for the next chain given back.
+    /// Waits for the next chain in the used ring.
     pub(crate) fn wait(&mut self, queue: usize) -> (u32, u32) {
         let deadline = Instant::now() + TIMEOUT;
         loop {

@@ -1,5 +1,5 @@
-//! A block device that remembers what was written to it in which order, and when it was flushed: a loop device over a file
-//! of this process's own FUSE file system.
+//! A block device that records its writes and flushes in order: a loop device over a file in this
+//! process's own FUSE file system.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,7 @@ pub(crate) const BTRFS: Kind = Kind { name: "btrfs", bytes: 48 << 20, mkfs: &["-
 /// Smaller than is supported.
 pub(crate) const XFS: Kind = Kind { name: "xfs", bytes: 48 << 20, mkfs: &["-q", "--unsupported"] };
 
-/// What the device was asked for.
+/// A request to the device.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     Write { offset: usize, bytes: Vec<u8> },
@@ -212,7 +212,7 @@ impl Mounted<'_> {
         &self.at
     }
 
-    /// Unmounts it, and returns what the device was asked for before.
+    /// Unmounts it, and returns the requests to the device before that.
     pub(crate) fn unmount(mut self) -> Vec<Event> {
         let before = self.recorder.position();
         self.unmounted = true;
@@ -231,7 +231,8 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// What the device may hold after a power cut before event `at`: all that was flushed, and any part of what was not.
+/// What the device may hold after a power cut before event `at`: all that was flushed, and any part
+/// of what was not.
 pub(crate) fn cut(start: &[u8], log: &[Event], at: usize, random: &mut Random) -> Vec<u8> {
     let flushed = log[..at].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
     let mut bytes = start.to_vec();

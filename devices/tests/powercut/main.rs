@@ -1,11 +1,14 @@
-//! Power cuts: a file system on a device that remembers all writes and flushes, cut anywhere, with any part of what was not flushed lost.
+//! Power cuts: a file system on a device that remembers all writes and flushes, cut anywhere, with
+//! any part of what was not flushed lost.
 //!
-//! A disk on that file system is written, flushed, forked, committed and opened again. After a cut it must open, and each sector must be what it was
-//! at the last flush that succeeded before the cut, or what was written to it since. Opening it puts its journal in; that is cut too.
+//! A disk on that file system is written, flushed, forked, committed and opened again. After a cut
+//! it must open. Each sector must be as it was at the last flush that succeeded before the cut, or
+//! as it was written since. Opening the disk applies its journal, and that is cut too.
 //!
 //! On ext4 there is a journal beside the image, on Btrfs and XFS a new image.
 //!
-//! Without root, FUSE or loop devices it prints `skipped: REASON`, unless the environment's CLADE_REQUIRE names `mount`.
+//! Without root, FUSE or loop devices it prints `skipped: REASON`, unless the environment's
+//! CLADE_REQUIRE names `mount`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -205,7 +208,8 @@ impl Epoch {
     }
 }
 
-/// Opens what a cut has left, and compares it. Returns what it shows, what the device was asked for meanwhile, and how far that was when it was open.
+/// Opens what a cut has left, and compares it. Returns what it shows, the requests to the device
+/// meanwhile, and how many of them were done when it was open.
 fn open_after(recorder: &Recorder, bytes: Vec<u8>, epoch: &Epoch, what: &str) -> (Vec<u8>, Vec<Event>) {
     let mounted = recorder.mount(bytes).unwrap();
     let disk = open(mounted.path());

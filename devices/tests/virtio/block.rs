@@ -75,7 +75,8 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
     }
 }
 
-/// A machine with 8 requests in flight: reads to even pages, writes of the byte `0xc0 + n` from odd ones.
+/// A machine with 8 requests in flight: reads to even pages, writes of the byte `0xc0 + n` from odd
+/// ones.
 fn with_eight_in_flight(file: &File, latency: Duration) -> Machine {
     let mut config = file.config();
     config.latency = Some(latency);

@@ -1,4 +1,4 @@
-//! A driver, as a guest would have one: it reaches the device by its registers and by guest memory alone.
+//! A driver as a guest has one: it reaches the device by its registers and by guest memory alone.
 
 use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
@@ -171,7 +171,8 @@ impl Machine {
         self.write(regs::QUEUE_NOTIFY, 0);
     }
 
-    /// Puts request number `n` (of 20) into descriptors 3n.., with its data at page n, and returns its head.
+    /// Puts request number `n` (of 20) into descriptors 3n.., with its data at page n, and returns
+    /// its head.
     pub(crate) fn request(&self, n: u16, kind: u32, sector: u64, len: u32) -> u16 {
         let header = DATA - 0x1000 + u64::from(n) * 32;
         self.ram.memory().write_obj(kind, GuestAddress(header)).unwrap();
@@ -185,7 +186,8 @@ impl Machine {
         head
     }
 
-    /// Puts all of request `n` but its first `direct` descriptors into a table at `at`. What they leave in the ring is nonsense.
+    /// Puts all of request `n` but its first `direct` descriptors into a table at `at`. What they
+    /// leave in the ring is nonsense.
     pub(crate) fn fold(&self, n: u16, direct: u16, at: u64) -> u16 {
         let head = n * 3;
         let mut table = self.bytes(RINGS + u64::from(head + direct) * 16, usize::from(3 - direct) * 16);
@@ -198,7 +200,8 @@ impl Machine {
         head
     }
 
-    /// Requests 0 to 7, reads into the even pages and writes from the odd ones, each of 8 sectors, are given back, once each, and right.
+    /// Requests 0 to 7, reads into the even pages and writes from the odd ones, each of 8 sectors,
+    /// are in the used ring, once each and right.
     pub(crate) fn expect_eight(&mut self) {
         let mut heads: Vec<u32> = (0..8).map(|_| self.next_used(SOON).expect("each is given back").0).collect();
         heads.sort_unstable();
@@ -257,7 +260,7 @@ impl Machine {
         self.ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
-    /// Whether the interrupt was raised since this was last asked.
+    /// Whether the interrupt was raised since the last call.
     pub(crate) fn interrupted(&self) -> bool {
         self.wiring.irq.eventfd().read().is_ok()
     }

@@ -1,4 +1,4 @@
-//! Drivers that break the rules: the device says that it needs a reset, and works again after one.
+//! Drivers that break the rules: the device needs a reset, and works again after one.
 
 use std::time::Duration;
 
@@ -178,8 +178,8 @@ fn wild() -> impl Strategy<Value = Wild> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
-    /// Whatever is in the rings: the device ends, needs a reset or does not, is reset, and works; no page stays pinned, and not a byte of
-    /// RAM that no descriptor names is changed.
+    /// Whatever is in the rings: the device ends, needs a reset or does not, is reset, and works;
+    /// no page stays pinned, and not a byte of RAM that no descriptor names is changed.
     #[test]
     fn whatever_is_in_the_rings(
         descriptors in prop::collection::vec(wild(), SIZE as usize),

@@ -1,4 +1,5 @@
-//! Chains in indirect tables: done like others, done again like others, and refused where they break the rules.
+//! Chains in indirect tables: done like others, done again like others, and refused where they
+//! break the rules.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -42,7 +43,8 @@ fn one(machine: &mut Machine, kind: u32, sector: u64, len: u32) -> (u8, u32) {
 fn requests_in_tables_are_done_and_answered() {
     let file = File::new(1 << 20);
     let mut machine = Machine::started(&file.config());
-    // All in the table, or only what is behind the header, or only the status; and tables that are not aligned.
+    // All in the table, or only what is behind the header, or only the status; and tables that are
+    // not aligned.
     for direct in 0..3 {
         for at in [TABLES, TABLES + 1, TABLES + 0xffe, RAM - 48] {
             let sector = 7 + 8 * u64::from(direct) + at % 7;
@@ -73,7 +75,7 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
     machine.describe(0, TABLES, 48, INDIRECT | WRITE, 0);
     assert_eq!(finish(&mut machine, 0), (0, 513));
     assert_eq!(machine.bytes(machine.data(0), 512), [3; 512]);
-    // Out of order, and with descriptors between that nobody comes to.
+    // Out of order, and with unused descriptors between.
     machine.request(0, IN, 4, 512);
     let nonsense = (u64::MAX, 0, INDIRECT | NEXT, 0xffff);
     let [data, status] = [(machine.data(0), 512, WRITE | NEXT, 1), (header + 16, 1, WRITE, 0)];
@@ -117,7 +119,8 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
     }
 }
 
-/// A machine with 8 requests in tables in flight: reads to even pages, writes of the byte `0xc0 + n` from odd ones.
+/// A machine with 8 requests in tables in flight: reads to even pages, writes of the byte `0xc0 +
+/// n` from odd ones.
 fn with_eight_in_flight(file: &File) -> Machine {
     let mut config = file.config();
     // Long enough that they are all in flight at once on a host that has little time.
@@ -138,7 +141,7 @@ fn with_eight_in_flight(file: &File) -> Machine {
     machine
 }
 
-/// The writes of the 8 are on the disk, and whoever reads them by a table has its feature.
+/// The writes of the 8 are on the disk. They are read through a table, which needs the feature.
 fn expect_written(machine: &mut Machine) {
     for n in [1, 3, 5, 7u8] {
         assert_eq!(one(machine, IN, u64::from(n) * 8, 4096), (0, 4097));

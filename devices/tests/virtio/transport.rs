@@ -1,4 +1,4 @@
-//! The status state machine, and what may be written when.
+//! The status state machine, and which registers may be written in each state.
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::block::BlockOptions;

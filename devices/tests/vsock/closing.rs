@@ -101,7 +101,7 @@ fn what_the_host_sent_before_it_closed_reaches_a_guest_that_goes_on_sending() {
     let sent = pattern(100_000);
     host.write_all(&sent).unwrap();
     drop(host);
-    // To nobody: no reason for the guest to lose what it was sent.
+    // Packets of no connection: no reason for the guest to lose what it was sent.
     for _ in 0..100 {
         guest.send(DATA, PORT, 5, &[7; 4096], 0);
     }

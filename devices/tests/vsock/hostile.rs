@@ -1,4 +1,4 @@
-//! Guests and hosts that mean no good.
+//! Hostile guests and hosts.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -72,7 +72,8 @@ fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
     drop(waiting);
     accept();
     assert_eq!(guest.packet().op, RESPONSE);
-    // Where there never is, it is told so; and whoever changes his mind is forgotten.
+    // Where there never is room, the guest's connection is refused; one that the guest has reset is
+    // forgotten.
     let (_listener, _waiting) = full(&dir.path().join("vm.sock_78"));
     guest.send(REQUEST, 78, 5, &[], 1 << 16);
     guest.send(RESET, 78, 5, &[], 1 << 16);

@@ -1,4 +1,5 @@
-//! Sockets between guest and host: both may begin, streams are whole and bounded, a child's are reset.
+//! Sockets between guest and host: both may begin, streams are whole and bounded, a child's are
+//! reset.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -67,7 +68,7 @@ fn the_guest_connects_and_a_long_stream_is_whole() {
         assert_eq!(packet.op, DATA);
         got.extend(packet.data);
         guest.taken = got.len() as u32;
-        // Room for 10,000 bytes at a time, told of now and then.
+        // Room for 10,000 bytes at a time, with a credit update now and then.
         if got.len() % 4 == 0 || got.len() >= sent.len() {
             guest.send(CREDIT_UPDATE, 77, 5, &[], 10_000);
         } else {
@@ -188,7 +189,8 @@ fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
     let mut bytes = [0; 4];
     other.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"fine");
-    // Data for a connection that is not, a second request on one that is, a host that does not speak.
+    // Data for a connection that is not, a second request on one that is, a host that does not
+    // speak.
     guest.send(DATA, 77, 99, b"?", 1 << 16);
     assert_eq!(guest.packet().op, RESET);
     guest.send(REQUEST, 77, 6, &[], 1 << 16);

@@ -1,4 +1,4 @@
-//! The index of a layer: which pages of a space it holds, and a checksum for each chunk of them.
+//! The index of a layer: the pages of a space that it has, and a checksum for each chunk of them.
 //!
 //! ```text
 //! "CLADEIDX"  u32 version  u32 flags (1: packed)  u64 bytes of the space  u64 bytes of the data file  u64 runs  u64 chunks
@@ -12,56 +12,57 @@ use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 use super::{Damage, Reader, VERSION, seal, unseal};
 use crate::space::Kind;
 
-/// Pages of a chunk, the unit of checksums and compression.
-pub const CHUNK_PAGES: u64 = 64;
-/// Bytes of a chunk.
-pub const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
+/// Pages in a chunk, the unit of checksums and compression.
+pub(crate) const CHUNK_PAGES: u64 = 64;
+/// Bytes in a chunk.
+pub(crate) const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
 const MAGIC: &[u8; 8] = b"CLADEIDX";
 const PACKED: u32 = 1;
-/// Longest space there can be: so that no offset overflows.
+/// Most bytes of a space, so that no offset overflows.
 const MAX_BYTES: u64 = 1 << 60;
 
-/// Pages, and what they are.
+/// A run of pages of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Which pages of the space.
+    /// The pages, counted from the beginning of the space.
     pub range: PageRange,
-    /// Whether they are in the data file, or zeros and nowhere.
+    /// Data, which the data file has, or zeros, which it has not.
     pub kind: Kind,
 }
 
-/// The stored data of the 64 pages from a multiple of 64 on, as far as they are data.
+/// The stored data of one chunk: the data pages among the 64 from a multiple of 64 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
-    /// Which: its first page divided by 64.
+    /// The chunk's number: its first page divided by 64.
     pub number: u64,
-    /// Where in the data file, if the layer is packed.
+    /// The offset in the data file, if the layer is packed.
     pub offset: u64,
-    /// Bytes stored. Fewer than there are data pages for: compressed.
+    /// Bytes stored. Fewer than the chunk's data pages have: it is compressed.
     pub stored: u32,
-    /// Checksum of what is stored.
+    /// The checksum of the stored bytes.
     pub sum: u64,
 }
 
-/// See the module's documentation. A page in no run is not in this layer, which is another thing than zeros.
+/// The index of a layer. A page in no run is not in this layer; that does not mean zeros.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// Chunks are stored one behind the other, and may be compressed; else each page is at its own offset.
+    /// Whether chunks are stored one behind the other, and may be compressed. Otherwise each page
+    /// is at its own offset.
     pub packed: bool,
-    /// Length of the space.
+    /// Length of the space in bytes.
     pub bytes: u64,
-    /// Length of the data file.
+    /// Length of the data file in bytes.
     pub data_bytes: u64,
-    /// Ascending.
+    /// The layer's runs, ascending.
     pub runs: Vec<Run>,
-    /// Ascending.
+    /// The layer's chunks, ascending.
     pub chunks: Vec<Chunk>,
 }
 
-/// Entries of a table that there is memory for before they are read.
+/// Entries of a table that are allocated before they are read.
 const FIRST_ENTRIES: usize = 1 << 16;
 
-/// Appends a run, joined to the last one where that is the same.
+/// Appends a run, joined to the last one where they are adjacent and of one kind.
 pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: Kind) {
     if range.is_empty() {
         return;
@@ -82,7 +83,7 @@ fn runs_within(runs: &[Run], within: PageRange) -> impl Iterator<Item = Run> {
 }
 
 impl Index {
-    /// Pages of the space, the last of which may be used in part.
+    /// Pages in the space; the last one may be used in part.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.bytes.div_ceil(PAGE_SIZE)
@@ -101,14 +102,14 @@ impl Index {
         (at < self.pages()).then_some(at)
     }
 
-    /// Pages of a kind.
+    /// The number of pages of a kind.
     #[must_use]
     pub fn count(&self, kind: Kind) -> u64 {
         self.runs.iter().filter(|run| run.kind == kind).map(|run| run.range.len()).sum()
     }
 
     /// The runs of data pages within `within`.
-    pub fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
+    pub(crate) fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
         runs_within(&self.runs, within).filter(|run| run.kind == Kind::Data).map(|run| run.range)
     }
 
@@ -117,13 +118,13 @@ impl Index {
         self.data_within(PageRange::with_len(chunk * CHUNK_PAGES, CHUNK_PAGES))
     }
 
-    /// The chunk of that number, if there is data in it.
+    /// The chunk of this number, if it has data.
     #[must_use]
     pub fn chunk(&self, number: u64) -> Option<&Chunk> {
         self.chunks.binary_search_by_key(&number, |chunk| chunk.number).ok().map(|at| &self.chunks[at])
     }
 
-    /// As bytes.
+    /// Encodes the index.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(56 + 16 * (self.runs.len() + self.chunks.len()));
@@ -144,10 +145,11 @@ impl Index {
         seal(out)
     }
 
-    /// From bytes. What it returns is consistent: runs ascend within the space, chunks are those that the runs say.
+    /// Decodes an index. The result is consistent: runs ascend within the space, and the chunks are
+    /// those of the runs.
     ///
     /// # Errors
-    /// When they are not an index.
+    /// When the bytes are not an index.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         let mut reader = unseal(bytes, MAGIC, "index")?;
         let flags = reader.u32()?;
@@ -173,7 +175,7 @@ impl Index {
 
     fn read_runs(&mut self, reader: &mut Reader<'_>, runs: u64) -> Result<(), Damage> {
         let pages = self.pages();
-        // What it holds is looked at before there is memory for as many.
+        // The table is checked entry by entry, and allocated as it grows.
         self.runs.reserve((runs as usize).min(FIRST_ENTRIES));
         for _ in 0..runs {
             let (start, packed) = (reader.u64()?, reader.u64()?);
@@ -197,7 +199,7 @@ impl Index {
         let mut offset = 0;
         self.chunks.reserve((chunks as usize).min(FIRST_ENTRIES));
         for at in 0..chunks {
-            // The next one that a run reaches into.
+            // The next chunk that a run reaches into.
             let first = self.runs.partition_point(|run| run.range.end() <= next * CHUNK_PAGES);
             let Some(run) = self.runs[first..].iter().find(|run| run.kind == Kind::Data) else {
                 return Err(Damage::value("the number of chunks", &format!("{chunks}: there is data for {at}")));

@@ -1,4 +1,4 @@
-//! The manifest: what a snapshot is made of, as JSON that ends with its own checksum.
+//! The manifest: the parts of a snapshot, as JSON that ends with its own checksum.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -11,9 +11,9 @@ use vm_memory::GuestAddress;
 use super::state::MAX_NAME;
 use super::{Compression, Damage, SnapshotId, VERSION, checksum};
 
-/// What the manifest says it is.
+/// The value of `format` in a manifest.
 const FORMAT: &str = "clade-snapshot";
-/// How it ends: the checksum stands before these.
+/// The end of a manifest, behind the checksum.
 const TAIL: &str = "\"\n}\n";
 const KEY: &str = ",\n  \"checksum\": \"";
 /// Most disks of a VM.
@@ -22,9 +22,9 @@ const MAX_DISKS: usize = 256;
 /// A format's version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
-    /// Another one is refused.
+    /// A reader refuses another major version.
     pub major: u16,
-    /// A later one has additions that can be ignored.
+    /// A later minor version has additions that a reader may ignore.
     pub minor: u16,
 }
 
@@ -44,36 +44,36 @@ impl fmt::Display for Version {
     }
 }
 
-/// Which snapshot this one's missing pages are in.
+/// The parent of an incremental snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parent {
-    /// Its identity.
+    /// The parent's identity.
     pub id: SnapshotId,
-    /// Where it is: absolute, or relative to this snapshot's directory.
+    /// The parent's directory: absolute, or relative to this snapshot's directory.
     pub path: String,
 }
 
-/// A layer's files.
+/// The files of a layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerEntry {
     /// How its chunks are stored.
     pub compression: Compression,
-    /// Length of the space.
+    /// Length of the space in bytes.
     pub bytes: u64,
-    /// Pages in it.
+    /// Pages stored as data.
     pub data_pages: u64,
-    /// Pages it says are zeros.
+    /// Pages known to be zeros.
     pub zero_pages: u64,
-    /// Length of the data file.
+    /// Length of the data file in bytes.
     pub data_bytes: u64,
-    /// Length of the index.
+    /// Length of the index in bytes.
     pub index_bytes: u64,
-    /// The checksum that the index ends with.
+    /// The checksum at the end of the index.
     #[serde(with = "hex")]
     pub index_checksum: u64,
 }
 
-/// What children of the VM do not inherit.
+/// What a child VM finds in a range that it does not inherit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NoForkKind {
@@ -81,18 +81,18 @@ pub enum NoForkKind {
     Absent,
     /// Zeros.
     Zeroed,
-    /// Copies of the page that stands at its beginning.
+    /// Copies of the range's first page.
     Fresh,
 }
 
-/// A range that children of the VM do not inherit, in pages of its region.
+/// A range that child VMs do not inherit, in pages of its region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoForkEntry {
     /// First page.
     pub start: u64,
-    /// Pages.
+    /// Number of pages.
     pub pages: u64,
-    /// What they find.
+    /// What a child finds there.
     pub kind: NoForkKind,
 }
 
@@ -105,65 +105,65 @@ impl NoForkEntry {
 /// A range of guest-physical memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
-    /// Where it starts.
+    /// Guest-physical address of its first byte.
     pub guest_address: u64,
-    /// Its length.
+    /// Number of pages.
     pub pages: u64,
-    /// What is not inherited.
+    /// Ranges that child VMs do not inherit.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub no_fork: Vec<NoForkEntry>,
 }
 
-/// Memory: its regions one after another are one space.
+/// Guest memory: its regions, one behind the other, are one space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryEntry {
-    /// Ascending.
+    /// The regions, ascending.
     pub regions: Vec<Region>,
-    /// Where its pages are.
+    /// The layer with its pages.
     pub layer: LayerEntry,
 }
 
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskEntry {
-    /// As the caller calls it.
+    /// The disk's name.
     pub name: String,
-    /// Where its pages are.
+    /// The layer with its pages.
     pub layer: LayerEntry,
 }
 
 /// The state file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateEntry {
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// The checksum it ends with.
+    /// The checksum at its end.
     #[serde(with = "hex")]
     pub checksum: u64,
 }
 
-/// See the module's documentation.
+/// The manifest of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// `clade-snapshot`.
     pub format: String,
-    /// Of the format.
+    /// The version of the format.
     pub version: Version,
-    /// Which snapshot it is.
+    /// The snapshot's identity.
     pub id: SnapshotId,
-    /// Seconds since 1970 when it was made.
+    /// Creation time, in seconds since 1970.
     pub created: u64,
-    /// Architecture of the machine.
+    /// The host's architecture.
     pub machine: String,
-    /// What has the rest, unless all is here.
+    /// The snapshot with the missing pages. None for a full snapshot.
     pub parent: Option<Parent>,
     /// Guest memory.
     pub memory: MemoryEntry,
     /// Disks, in the VM's order.
     pub disks: Vec<DiskEntry>,
-    /// Everything else.
+    /// The state file.
     pub state: StateEntry,
-    /// What a later minor version has added, which is ignored.
+    /// Entries of a later minor version, which are ignored.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, Value>,
 }
@@ -175,7 +175,7 @@ struct Head {
 }
 
 impl Manifest {
-    /// Of a snapshot made here and now.
+    /// The manifest of a new snapshot.
     pub(crate) fn new(
         id: SnapshotId,
         parent: Option<Parent>,
@@ -198,7 +198,7 @@ impl Manifest {
         }
     }
 
-    /// As a file.
+    /// Encodes the manifest.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         // A value of plain structs and string keys is always JSON.
@@ -206,7 +206,7 @@ impl Manifest {
         Self::sealed(&text)
     }
 
-    /// JSON text of an object with its checksum as its last entry.
+    /// JSON text of an object, with its checksum as its last entry.
     #[must_use]
     pub fn sealed(object: &str) -> Vec<u8> {
         let open = object.trim_end().strip_suffix('}').unwrap_or_default().trim_end();
@@ -216,17 +216,17 @@ impl Manifest {
         text.into_bytes()
     }
 
-    /// From a file's bytes.
+    /// Decodes a manifest.
     ///
     /// # Errors
-    /// When they are not a manifest, or one of a later major version.
+    /// When the bytes are not a manifest, or one of a later major version.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         let text = std::str::from_utf8(bytes).map_err(|error| Damage::Json(error.to_string()))?;
         let head: Head = serde_json::from_str(text).map_err(|error| Damage::Json(error.to_string()))?;
         if head.format != FORMAT {
             return Err(Damage::value("the format", &format!("{:?}", head.format)));
         }
-        // Before the checksum: a later version may have another.
+        // Before the checksum, which may be another in a later version.
         if head.version.major != VERSION.major {
             return Err(Damage::Version { found: head.version, ours: VERSION });
         }
@@ -237,7 +237,7 @@ impl Manifest {
             return Err(no_sum());
         }
         let found = checksum(body.as_bytes());
-        // As text: there is one way to write it.
+        // Compared as text: a checksum has one way to be written.
         if sum != format!("{found:016x}") {
             let wanted = u64::from_str_radix(sum, 16).unwrap_or_default();
             return Err(Damage::Checksum { what: "the manifest".to_owned(), wanted, found });
@@ -282,10 +282,10 @@ impl Manifest {
         Ok(())
     }
 
-    /// The shape of the guest's memory.
+    /// The layout of guest memory.
     ///
     /// # Errors
-    /// When it cannot be.
+    /// When the regions are not valid.
     pub fn layout(&self) -> Result<RamLayout, Damage> {
         let ranges: Vec<_> =
             self.memory.regions.iter().map(|region| (GuestAddress(region.guest_address), region.pages)).collect();
@@ -293,7 +293,7 @@ impl Manifest {
     }
 }
 
-/// Whether a section or a disk may be called that.
+/// Whether a section or a disk may have this name.
 pub(crate) fn valid_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= MAX_NAME
 }
@@ -302,7 +302,7 @@ pub(crate) fn valid_name(name: &str) -> bool {
 mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    // The signature that serde calls.
+    // serde sets this signature.
     #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     pub(super) fn serialize<S: Serializer>(sum: &u64, to: S) -> Result<S::Ok, S::Error> {
         to.collect_str(&format_args!("{sum:016x}"))

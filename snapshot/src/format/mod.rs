@@ -1,5 +1,5 @@
-//! The files of a snapshot, as bytes. Each decoder takes any bytes and returns a value or [`Damage`]; none panics, and none allocates more than a small
-//! multiple of what it was given.
+//! The files of a snapshot as bytes. Each decoder takes any bytes, and returns a value or
+//! [`Damage`]. None panics, and none allocates more than a small multiple of its input.
 
 mod index;
 mod manifest;
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub(crate) use index::push_run;
-pub use index::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Index, Run};
+pub(crate) use index::{CHUNK_BYTES, CHUNK_PAGES};
+pub use index::{Chunk, Index, Run};
 pub(crate) use manifest::valid_name;
 pub use manifest::{
     DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,
@@ -21,72 +22,73 @@ pub use manifest::{
 pub use state::{Sections, encode_sections};
 pub use warm::Warm;
 
-/// The format that is written.
+/// The version of the format that is written.
 pub const VERSION: Version = Version { major: 1, minor: 0 };
 
-/// What is wrong with a file.
+/// Why a file's content is not valid.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Damage {
-    /// It does not begin as such a file does.
+    /// The file does not begin with its magic number.
     #[error("it is not a {0} file")]
     Magic(&'static str),
-    /// Of a format that came later.
+    /// The file is of a later format.
     #[error("it has format version {found}, and this program reads {ours}")]
     Version {
-        /// Its.
+        /// The file's version.
         found: Version,
-        /// The newest known.
+        /// The newest version that can be read.
         ours: Version,
     },
-    /// A checksum of its own does not match.
+    /// A checksum in the file does not match.
     #[error("{what} has checksum {found:016x}, not {wanted:016x}")]
     Checksum {
-        /// Which part.
+        /// The part with the checksum.
         what: String,
-        /// As written down.
+        /// The checksum in the file.
         wanted: u64,
-        /// As computed.
+        /// The checksum of the content.
         found: u64,
     },
-    /// Longer or shorter than it should be.
+    /// A part is longer or shorter than it should be.
     #[error("{what} has {found} bytes, not {wanted}")]
     Length {
-        /// Which part.
+        /// The part.
         what: String,
-        /// As written down.
+        /// The expected length.
         wanted: u64,
-        /// As found.
+        /// The length found.
         found: u64,
     },
-    /// A value that cannot be.
+    /// A value is not valid.
     #[error("{what} cannot be {value}")]
     Value {
-        /// Which.
+        /// The value's name.
         what: &'static str,
-        /// Its value.
+        /// The value.
         value: String,
     },
-    /// Not the JSON it should be.
+    /// The text is not the JSON of a manifest.
     #[error("it cannot be read: {0}")]
     Json(String),
-    /// Pages that are neither data nor zeros.
+    /// A full layer has pages that are neither data nor zeros.
     #[error("page {page:#x} is missing, though there is no parent to have it")]
     Hole {
-        /// The first.
+        /// The first such page.
         page: u64,
     },
-    /// Not zeros where nothing was written.
+    /// A hole of a data file has bytes other than zeros.
     #[error("page {page:#x} holds something, though nothing was written there")]
     Stray {
-        /// Which.
+        /// The page.
         page: u64,
     },
-    /// A compressed chunk that cannot be decompressed.
+    /// A compressed chunk cannot be decompressed.
     #[error("chunk {chunk} cannot be decompressed: {why}")]
     Compressed {
-        /// Its number.
+        /// The chunk's number.
         chunk: u64,
-        /// As the decoder says.
+        /// The decoder's error.
         why: String,
     },
 }
@@ -97,13 +99,14 @@ impl Damage {
     }
 }
 
-/// Which snapshot it is: a random number, that of what is in it rather than of the files it is in.
+/// The identity of a snapshot: a random number for its contents. A merged snapshot in other files
+/// keeps it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SnapshotId(u128);
 
 impl SnapshotId {
-    /// This number.
+    /// An identity with this number.
     #[must_use]
     pub const fn new(id: u128) -> Self {
         Self(id)
@@ -132,7 +135,7 @@ impl FromStr for SnapshotId {
     type Err = Damage;
     fn from_str(text: &str) -> Result<Self, Damage> {
         let wrong = || Damage::value("a snapshot's identity", &format!("{text:?}"));
-        // One way to write each.
+        // Each identity has one way to be written.
         let plain = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if !plain {
             return Err(wrong());
@@ -158,20 +161,20 @@ impl From<SnapshotId> for String {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// As they are, at the offset they have in their space: can be mapped.
+    /// Uncompressed, each page at its offset in the space: the file can be mapped.
     #[default]
     None,
-    /// Each by zstd, one behind the other: smaller, and decompressed at restore.
+    /// Compressed by zstd, one behind the other: smaller, and decompressed at a restore.
     Zstd,
 }
 
-/// The checksum of everything here: XXH3, 64 bits.
+/// The checksum of all files: XXH3, 64 bits.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u64 {
     twox_hash::XxHash3_64::oneshot(bytes)
 }
 
-/// Bytes with their checksum behind them, as the binary files end.
+/// Bytes followed by their checksum, as the binary files end.
 #[must_use]
 pub fn seal(mut body: Vec<u8>) -> Vec<u8> {
     let sum = checksum(&body);
@@ -179,13 +182,13 @@ pub fn seal(mut body: Vec<u8>) -> Vec<u8> {
     body
 }
 
-/// Takes a sealed file apart; it begins with `magic`.
+/// Checks a sealed file that begins with `magic`, and returns its body.
 pub(crate) fn unseal<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -> Result<Reader<'a>, Damage> {
     if bytes.get(..8) != Some(magic) {
         return Err(Damage::Magic(name));
     }
     let mut head = Reader(&bytes[8..]);
-    // Before the checksum: a later version may have another.
+    // Before the checksum, which may be another in a later version.
     let version = Version::from_bits(head.u32()?);
     if version.major != VERSION.major {
         return Err(Damage::Version { found: version, ours: VERSION });
@@ -232,7 +235,7 @@ impl<'a> Reader<'a> {
         self.array().map(u128::from_le_bytes)
     }
 
-    /// Nothing may be left.
+    /// Checks that nothing is left.
     pub(crate) fn end(&self) -> Result<(), Damage> {
         if self.0.is_empty() {
             Ok(())

@@ -1,4 +1,4 @@
-//! The state file: named sections of bytes that are the caller's own business.
+//! The state file: named sections of bytes, whose contents belong to the caller.
 //!
 //! ```text
 //! "CLADESTA"  u32 version  u32 sections
@@ -11,14 +11,14 @@ use std::collections::HashSet;
 use super::{Damage, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADESTA";
-/// Longest name of a section, and of a disk.
+/// Most bytes in the name of a section, or of a disk.
 pub(crate) const MAX_NAME: usize = 255;
 
-/// What was given to be saved, by name.
+/// Sections by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sections(Vec<(String, Vec<u8>)>);
 
-/// The sections as a file.
+/// Encodes sections as a state file.
 #[must_use]
 pub fn encode_sections(sections: &[(&str, &[u8])]) -> Vec<u8> {
     let mut out = MAGIC.to_vec();
@@ -43,12 +43,12 @@ fn sum_of(name: &[u8], bytes: &[u8]) -> u64 {
 }
 
 impl Sections {
-    /// From a file's bytes.
+    /// Decodes a state file.
     ///
     /// # Errors
-    /// When they are not such a file.
+    /// When the bytes are not a state file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
-        // The whole file's checksum is looked at last: a section's own tells which it is.
+        // The checksum of the file is compared last: a section's own checksum names the section.
         let whole = match unseal(bytes, MAGIC, "state") {
             Err(Damage::Checksum { wanted, found, .. }) => Err((wanted, found)),
             other => Ok(other?),
@@ -59,7 +59,7 @@ impl Sections {
         };
         let sections = Self::read(&mut reader);
         match (sections, sums) {
-            // A section that is damaged is named; if the rest is, the file is.
+            // A damaged section is named; other damage is the file's.
             (Err(damage @ Damage::Checksum { .. }), _) | (Err(damage), None) => Err(damage),
             (_, Some((wanted, found))) => Err(Damage::Checksum { what: "the state file".to_owned(), wanted, found }),
             (Ok(sections), None) => Ok(sections),
@@ -90,13 +90,13 @@ impl Sections {
         Ok(Self(sections))
     }
 
-    /// The section of that name.
+    /// The section `name`.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[u8]> {
         self.0.iter().find(|(given, _)| given == name).map(|(_, bytes)| bytes.as_slice())
     }
 
-    /// Each name and what is there, in the order in which they were given.
+    /// The sections, in the order in which they were given.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
     }

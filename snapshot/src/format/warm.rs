@@ -1,4 +1,4 @@
-//! The warm file: which pages of memory a VM touched after it was started from the snapshot.
+//! The warm file: the pages of memory that a VM touched after it was started from the snapshot.
 //!
 //! ```text
 //! "CLADEWRM"  u32 version  u32 0  u128 the snapshot  u64 runs
@@ -11,12 +11,12 @@ use clade_memory::{IntervalMap, PageRange, Piece};
 use super::{Damage, SnapshotId, VERSION, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"CLADEWRM";
-/// No memory is larger, so that no sum overflows.
+/// Most pages of a memory, so that no sum overflows.
 const MAX_PAGES: u64 = 1 << 48;
 /// Bytes before and behind the runs.
 const HEAD: u64 = 8 + 4 + 4 + 16 + 8 + 8;
 
-/// A page that has been named.
+/// Marks a page that was listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen;
 
@@ -29,17 +29,19 @@ impl Piece for Seen {
     }
 }
 
-/// A hint, and nothing but that: it may be missing, of another snapshot or damaged, and all that is lost is time.
+/// A working set. It is only a hint: a file that is missing, damaged or another snapshot's costs
+/// time alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warm {
-    /// Of which snapshot.
+    /// The snapshot it was recorded for.
     pub id: SnapshotId,
-    /// Pages of memory, all regions one after another.
+    /// The pages, in the order of their first access. All regions are one space.
     pub runs: Vec<PageRange>,
 }
 
 impl Warm {
-    /// What a run touched of a memory of `pages`: each page is named once, where it came first.
+    /// The working set of a run with these accesses, in a memory of `pages`. Each page is listed
+    /// once, at its first access.
     #[must_use]
     pub fn of(id: SnapshotId, touched: &[PageRange], pages: u64) -> Self {
         let (all, mut seen) = (PageRange::new(0, pages), IntervalMap::new());
@@ -57,15 +59,15 @@ impl Warm {
         Self { id, runs }
     }
 
-    /// Longest file that names each of `pages` at most once.
+    /// Most bytes of a file that lists each of `pages` at most once.
     pub(crate) fn most_bytes(pages: u64) -> u64 {
         pages.saturating_mul(16).saturating_add(HEAD)
     }
 
-    /// Whether it names pages of a memory of `pages`, each at most once.
+    /// Checks that it lists pages of a memory of `pages`, each at most once.
     ///
     /// # Errors
-    /// With the first run that does not.
+    /// With the first run that is not valid.
     pub fn check(&self, pages: u64) -> Result<(), Damage> {
         let wrong = |run: &PageRange, why: &str| {
             let value = format!("{:#x} pages at {:#x}, {why}", run.len(), run.start());
@@ -82,7 +84,7 @@ impl Warm {
         }
     }
 
-    /// As bytes.
+    /// Encodes the working set.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
@@ -97,10 +99,10 @@ impl Warm {
         seal(out)
     }
 
-    /// From bytes.
+    /// Decodes a working set.
     ///
     /// # Errors
-    /// When they are not such a file.
+    /// When the bytes are not a warm file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         let mut reader = unseal(bytes, MAGIC, "warm")?;
         let _reserved = reader.u32()?;

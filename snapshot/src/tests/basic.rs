@@ -77,7 +77,8 @@ fn zeros_are_not_what_is_missing() {
         assert_eq!(restored(&at("b"), &store, load), contents(&ram));
         assert_eq!(restored(&at("a"), &store, load), [9; 203 * 4096]);
     }
-    // Nothing changed at all. (A freeze may copy once more what the VM was left as its own, and that is saved once more.)
+    // Nothing changed at all. (A freeze may copy once more what the VM was left as its own, and
+    // that is saved once more.)
     let again = Saving { base: Some((&at("b"), saved.id, &second)), ..Saving::default() };
     let none = again.save(&freeze(&ram), &at("c")).unwrap();
     assert!(none.data_pages == 0 && none.zero_pages <= saved.zero_pages);

@@ -1,4 +1,4 @@
-//! Chains that are not what they should be.
+//! Invalid chains.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::time::Instant;
 use clade_memory::{RamImage, Store};
 
 use super::support::*;
+use crate::chain::MAX_DEPTH;
 use crate::format::{Damage, Manifest, Parent};
 use crate::*;
 
@@ -112,12 +113,12 @@ fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
     }
     let begun = Instant::now();
     let refused = Snapshot::open(&at(999)).unwrap_err();
-    assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEEP } if *path == at(999)), "{refused:?}");
+    assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEPTH } if *path == at(999)), "{refused:?}");
     assert!(begun.elapsed().as_secs() < 2);
-    assert_eq!(Snapshot::open(&at(MAX_DEEP - 1)).unwrap().depth(), MAX_DEEP);
-    assert!(matches!(Snapshot::open(&at(MAX_DEEP)), Err(Error::TooDeep { .. })));
-    let deepest = at(MAX_DEEP - 1);
-    let base = Some((deepest.as_path(), SnapshotId::new(MAX_DEEP as u128 - 1), &made[1].1));
+    assert_eq!(Snapshot::open(&at(MAX_DEPTH - 1)).unwrap().depth(), MAX_DEPTH);
+    assert!(matches!(Snapshot::open(&at(MAX_DEPTH)), Err(Error::TooDeep { .. })));
+    let deepest = at(MAX_DEPTH - 1);
+    let base = Some((deepest.as_path(), SnapshotId::new(MAX_DEPTH as u128 - 1), &made[1].1));
     let refused = Saving { base, ..Saving::default() }.save(&made[2].1, &dir.path().join("new")).unwrap_err();
     assert!(matches!(refused, Error::TooDeep { .. }), "{refused:?}");
     // Merged, it can be saved on top of.
@@ -203,7 +204,7 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     let made = chain(&store, dir.path());
     let at = |name: &str| dir.path().join(name);
     let never = std::sync::atomic::AtomicBool::new(false);
-    // While it is being written somebody saves over what it depends on, or over itself.
+    // While the snapshot is being written, another save replaces its base, or its own directory.
     let replace = |name: &'static str| {
         let (target, image) = (at(name), made[0].1.clone());
         move |done, total| {
@@ -269,7 +270,7 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     on(&at("base"), again.id, &second).save(&second, &at("top")).unwrap();
     Saving::default().save(&second, &at("base")).unwrap();
     assert!(matches!(crate::verify(&at("top")), Err(Error::Parent { .. })));
-    // A note of nothing, or of a link to nothing, holds nobody up.
+    // A note of nothing, or of a link to nothing, blocks no save.
     std::fs::write(at("base").join(".needed-by-0123456789abcdef"), "/nonexistent").unwrap();
     std::os::unix::fs::symlink("/etc/passwd", at("base").join(".needed-by-1123456789abcdef")).unwrap();
     keeping().save(&second, &at("base")).unwrap();

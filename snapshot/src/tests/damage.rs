@@ -1,4 +1,4 @@
-//! Files that are not what was written: found, by name, and nothing panics.
+//! Damaged files: the error names them, and nothing panics.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;

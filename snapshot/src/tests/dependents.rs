@@ -1,4 +1,4 @@
-//! Notes of dependents: no moment at which a base can go unnoticed.
+//! Notes of dependents: at no moment is a dependent without its note.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ impl Scene {
     }
 }
 
-/// Stops before `target` is put in place: says so, and goes on when it is told to.
+/// Stops before `target` is put in place, reports that, and continues at a signal.
 fn held(target: PathBuf) -> (Files, Receiver<()>, Sender<()>) {
     let ((reached, here), (go, told)) = (channel(), channel());
     let told = Mutex::new(told);
@@ -96,7 +96,7 @@ fn within<T: Send>(
     std::thread::scope(|scope| {
         let running = scope.spawn(move || first(scene, &files));
         here.recv().unwrap();
-        // Dropped also when it panics, so that the other goes on.
+        // Dropped also by a panic, so that the other thread continues.
         let go = go;
         meanwhile();
         drop(go);
@@ -168,7 +168,8 @@ fn a_note_is_not_lost_to_a_merge() {
 fn what_appears_meanwhile_is_not_replaced_unseen() {
     let _alone = alone();
     let scene = Scene::new();
-    // Nothing is at `three` when it is locked, and a snapshot with a dependent when it is put there.
+    // Nothing is at `three` when it is locked, and a snapshot with a dependent when it is put
+    // there.
     let (from, by) = (scene.at("two"), scene.at("four"));
     let target = scene.at("three");
     let put = std::sync::Once::new();
@@ -201,22 +202,22 @@ fn notes_of_what_is_gone_make_room() {
     scene.depend(&Files::default()).unwrap();
     fs::rename(scene.at("three"), scene.at("kept")).unwrap();
     note(5000, &scene.at("kept"));
-    for number in 0..crate::dependents::MANY as u64 {
+    for number in 0..crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.depend(&Files::default()).unwrap();
     assert_eq!(scene.notes().len(), 2, "one that holds, and the new one: {:?}", scene.notes());
     fs::remove_dir_all(scene.at("kept")).unwrap();
-    // And they hold nobody up, however many they are.
+    // And they block no save, however many they are.
     let refused = scene.replace(&Files::default());
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
     fs::remove_dir_all(scene.at("three")).unwrap();
-    for number in 0..2 * crate::dependents::MANY as u64 {
+    for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.merge(&Files::default()).unwrap();
     assert_eq!(scene.notes().len(), 0, "a merge leaves them behind");
-    for number in 0..2 * crate::dependents::MANY as u64 {
+    for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
     scene.replace(&Files::default()).unwrap();

@@ -1,4 +1,4 @@
-//! Plans: which operation on files goes wrong, and how.
+//! Plans: which operation on files fails, and how.
 
 use std::io;
 use std::path::{Path, PathBuf};

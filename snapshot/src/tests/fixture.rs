@@ -1,4 +1,4 @@
-//! Makes the snapshots that later versions are to read: run it once when the format has got a new version.
+//! Makes the snapshots that later versions must read. Run once for each new version of the format.
 
 use std::fs;
 use std::io;

@@ -1,5 +1,5 @@
-//! Directories that somebody else has made: whatever is in them, opening ends, costs no more than
-//! they hold, and nothing outside is touched.
+//! Hostile directories: opening one ends, costs no more than its content, and touches nothing
+//! outside.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{MetadataExt, chown, symlink};

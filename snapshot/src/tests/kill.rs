@@ -1,4 +1,4 @@
-//! The process killed at every step: what is there afterwards is the old or the new.
+//! The process is killed at every step: afterwards the old snapshot is there, or the new one.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;

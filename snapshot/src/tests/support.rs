@@ -1,4 +1,5 @@
-//! What tests share: a VM with two regions and a hole, a disk, and a model of both in plain bytes.
+//! Shared by the tests: a VM with two regions and a hole, a disk, and a model of both in plain
+//! bytes.
 
 use std::io;
 use std::path::Path;
@@ -142,8 +143,8 @@ pub(crate) fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Held by tests that start processes, and by those in which a lock must go with its file: between a fork and the exec behind it the child has all of
-/// this process's descriptors, locks and all.
+/// Held by tests that start processes, and by those in which a lock must go with its file: between
+/// a fork and the exec behind it the child has all of this process's descriptors, locks and all.
 pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -284,7 +285,8 @@ pub(crate) fn copy_dir(from: &Path, to: &Path) {
 }
 
 impl Cast {
-    /// As [`Self::act`], on a stage that another process has set up: there, a VM is restored and does the same.
+    /// As [`Self::act`], on a stage that another process has set up: there, a VM is restored and
+    /// does the same.
     pub(crate) fn act_on_copy(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
         let one = Snapshot::open(&stage.join("one"))?;
         let restored = one.restore_ram(&self.store, &Load::Lazy)?;

@@ -1,4 +1,4 @@
-//! Every step of everything that writes, with every fault.
+//! Every step of every operation that writes, with every fault.
 
 use std::path::Path;
 use std::sync::Arc;

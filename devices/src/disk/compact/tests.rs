@@ -19,12 +19,12 @@ fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
     (dir, path, model)
 }
 
-/// Lets the guest's requests end; what is moved goes on.
+/// Waits until the guest's requests have ended. Moves may continue.
 fn requests_end(disk: &mut Disk) {
     loop {
         // What a cancelled one made way for is given to the kernel here.
         disk.reap().unwrap();
-        if disk.in_flight() == disk.moves.running {
+        if disk.in_flight() == disk.chain.relocation().running() {
             return;
         }
         disk.wait(SOON).unwrap();
@@ -49,8 +49,8 @@ fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
         assert_eq!(finish(&mut disk), 1, "what is moved is nobody's request");
         most = most.max(disk.extents_and_files().1);
     }
-    assert!(most <= 2 + MOST + LOOK as usize, "{most} files");
-    assert!(most > MOST / 2, "{most}: nothing was merged");
+    assert!(most <= 2 + MAX_OVERLAYS + CHECK_INTERVAL as usize, "{most} files");
+    assert!(most > MAX_OVERLAYS / 2, "{most}: nothing was merged");
     assert!(read(&mut disk, 0, SIZE as usize) == model);
     for (image, then) in &kept {
         assert!(whole(image) == *then, "an image is its instant");
@@ -93,16 +93,17 @@ fn act() -> impl Strategy<Value = Act> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
-    /// Merged all the time, with writes and forks in the middle, a disk and its images are what bytes are.
+    /// Merged all the time, with writes and forks in the middle, a disk and its images are what
+    /// bytes are.
     #[test]
     fn whatever_is_moved_bytes_stay(acts in prop::collection::vec(act(), 1..80), late in any::<bool>()) {
         let (_dir, path, mut model) = image();
         let latency = late.then_some(Duration::from_micros(300));
         let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&path) }).unwrap();
-        disk.moves = Relocation::at_most(3, 1);
+        *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
         let mut images: Vec<(DiskImage, Vec<u8>)> = Vec::new();
         let mut last = None;
-        // Of requests in flight that overlap nobody knows which is last.
+        // The order of overlapping requests in flight is not known.
         let mut busy: Vec<Range<u64>> = Vec::new();
         for (token, act) in (2..).zip(acts) {
             let sectors_in = CLUSTER / SECTOR;
@@ -132,7 +133,8 @@ proptest! {
                     disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
                     model[offset as usize..end as usize].fill(0);
                 }
-                // A guest's requests are done again by a child's device, which is not here; moves stay in flight.
+                // A guest's requests are done again by a child's device, which is not here; moves
+                // stay in flight.
                 Act::Fork | Act::Child | Act::Rewind => {
                     requests_end(&mut disk);
                     if let (Act::Rewind, Some((image, then))) = (&act, &last) {
@@ -145,7 +147,7 @@ proptest! {
                     let image = disk.fork();
                     if let Act::Child = act {
                         disk = image.open().unwrap();
-                        disk.moves = Relocation::at_most(3, 1);
+                        *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
                     }
                     last = Some((image.clone(), model.clone()));
                     if token % 3 == 0 {
@@ -176,7 +178,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     let (_dir, path, mut model) = image();
     let config = DiskConfig { latency: Some(Duration::from_millis(2)), ..DiskConfig::new(&path) };
     let mut disk = Disk::open(&config).unwrap();
-    disk.moves = Relocation::at_most(2, 1);
+    *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     for fork in 0..12u64 {
         drop(disk.fork());
         let at = fork * 20 * CLUSTER;
@@ -184,12 +186,12 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
         if fork == 6 {
-            // Whatever of them has not ended yet ends as an error, or as if it had not been asked to.
+            // A cancelled request ends as an error, or as if it had not been cancelled.
             disk.cancel();
         }
     }
     disk.kick().unwrap();
-    assert!(disk.moves.running > 0, "something is on its way");
+    assert!(disk.chain.relocation().running() > 0, "something is on its way");
     disk.commit().map_err(|refused| refused.1).unwrap();
     assert!(fs::read(&path).unwrap() == model);
 }
@@ -204,25 +206,33 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
         begin_write(&mut disk, at * 8 * CLUSTER, &[1; 4096], 1);
         finish(&mut disk);
     }
-    disk.moves = Relocation::at_most(2, 1);
+    *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     // In place, and in flight while the child is made.
     begin_write(&mut disk, 4 * 8 * CLUSTER, &[2; 4096], 1);
     let mut child = disk.fork().open().unwrap();
-    child.moves = Relocation::at_most(2, 1);
+    *child.chain.relocation_mut() = Relocation::at_most(2, 1);
     begin_write(&mut child, 100 * CLUSTER, &[3; 4096], 1);
     child.kick().unwrap();
-    assert!(child.unsettled.iter().any(|file| file.has_writes()), "the parent's is on its way");
-    assert!(!child.moves.queue.is_empty() && child.moves.running == 0, "{:?}", child.moves);
+    assert!(child.chain.is_unsettled(), "the parent's is on its way");
+    assert!(
+        !child.chain.relocation().queue.is_empty() && child.chain.relocation().running() == 0,
+        "{:?}",
+        child.chain.relocation()
+    );
     finish(&mut disk);
     child.kick().unwrap();
-    assert_eq!(child.moves.running, AT_ONCE);
-    child.moves.queue.push_back(0..1);
+    assert_eq!(child.chain.relocation().running(), MAX_RUNNING);
+    child.chain.relocation_mut().queue.push_back(0..1);
     drop(child.fork());
-    let queued = child.moves.queue.len();
+    let queued = child.chain.relocation().queue.len();
     requests_end(&mut child);
-    while child.moves.running > 0 {
+    while child.chain.relocation().running() > 0 {
         child.wait(SOON).unwrap();
         child.reap().unwrap();
     }
-    assert!(child.own.is_none() && child.moves.queue.len() >= queued, "{:?}", child.moves);
+    assert!(
+        child.chain.active().is_none() && child.chain.relocation().queue.len() >= queued,
+        "{:?}",
+        child.chain.relocation()
+    );
 }

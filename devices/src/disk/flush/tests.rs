@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::disk::steps_trace::testing::{fail_syncs_of, traced};
 use crate::disk::testutil::{SOON, begin_write, finish, read, write};
-use crate::disk::{CommitError, Disk, DiskConfig, DiskHealth, DiskOp};
+use crate::disk::{CLUSTER, CommitError, DiskConfig, DiskHealth, DiskOp};
 
 const SIZE: u64 = 8 << 20;
 
@@ -47,7 +47,7 @@ fn flush(disk: &mut Disk) {
 /// Lets what is moved end, as a device's thread does.
 fn settle(disk: &mut Disk) {
     finish(disk);
-    assert!(disk.moves.is_idle());
+    assert!(disk.chain.relocation().is_idle());
 }
 
 fn syncs(steps: &[String]) -> usize {
@@ -135,7 +135,7 @@ fn a_flush_that_was_cancelled_is_done_by_the_next() {
             drop(disk.fork());
             write(&mut disk, 0, &[3; 4096]);
         }
-        if let Some(engine) = &mut disk.engine {
+        if let Some(engine) = disk.requests.engine_mut() {
             engine.set_latency(latency);
         }
         disk.submit(DiskOp::Flush, 1).unwrap();
@@ -147,7 +147,7 @@ fn a_flush_that_was_cancelled_is_done_by_the_next() {
             done.extend(disk.reap().unwrap());
         }
         assert!(done[0].result.is_err());
-        if let Some(engine) = &mut disk.engine {
+        if let Some(engine) = disk.requests.engine_mut() {
             engine.set_latency(None);
         }
         let (_, steps) = traced(None, || flush(&mut disk));
@@ -179,9 +179,9 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     drop(other);
     // Alone for the second time: it begins. Written, zeroed and read meanwhile.
     flush(&mut disk);
-    assert!(!disk.fold.active);
+    assert!(!disk.chain.is_folding());
     flush(&mut disk);
-    assert!(disk.fold.active);
+    assert!(disk.chain.is_folding());
     begin_write(&mut disk, 100 * CLUSTER + 512, &[3; 512], 7);
     model[100 * 4096 + 512..100 * 4096 + 1024].fill(3);
     disk.submit(DiskOp::Zero { offset: 150 * CLUSTER + 512, len: 2 * CLUSTER, unmap: true }, 8).unwrap();
@@ -190,7 +190,7 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     model[160 * 4096..161 * 4096].fill(0);
     settle(&mut disk);
     assert!(read(&mut disk, 0, SIZE as usize) == model);
-    assert!(disk.is_all_base() && disk.is_forked());
+    assert!(disk.chain.is_all_base() && disk.is_forked());
     assert!(bench.journal.exists(), "until a flush says that it is over");
     let (_, steps) = traced(None, || flush(&mut disk));
     let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
@@ -215,7 +215,8 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert!(bench.image()[..8192] == [[4; 4096], [5; 4096]].concat());
 }
 
-/// What was written to the image while overlays went back is durable before the journal says that it is there.
+/// What was written to the image while overlays went back is durable before the journal says that
+/// it is there.
 #[test]
 fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
     let bench = Bench::new();
@@ -224,7 +225,7 @@ fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
     write(&mut disk, 0, &[2; 4096]);
     flush(&mut disk);
     flush(&mut disk);
-    assert!(disk.fold.active);
+    assert!(disk.chain.is_folding());
     settle(&mut disk);
     write(&mut disk, 8192, &[3; 4096]);
     drop(disk.fork());
@@ -249,7 +250,7 @@ fn folding_can_end_or_be_forked_anywhere() {
             model[..600 * 4096].fill(2);
             flush(&mut disk);
             flush(&mut disk);
-            assert!(disk.fold.active);
+            assert!(disk.chain.is_folding());
             for _ in 0..turns {
                 disk.wait(SOON).unwrap();
                 drop(disk.reap().unwrap());
@@ -391,7 +392,7 @@ fn a_commit_of_what_was_lost_does_not_succeed() {
     assert!(matches!(error, CommitError::Lost { .. }), "{error}");
     assert!(bench.image() == vec![1; SIZE as usize]);
 
-    // Without a journal nobody has looked before.
+    // Without a journal the commit is the first to sync the overlay.
     let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
     let bench = Bench::new();
     let config = DiskConfig { overlays: Some(elsewhere.path().to_owned()), ..DiskConfig::new(&bench.path) };

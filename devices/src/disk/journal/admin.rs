@@ -1,4 +1,4 @@
-//! What there is to be done by hand about an image and its journal.
+//! Inspection of an image's journal, and its removal by hand: `clade disk`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,47 +12,47 @@ use super::tie;
 use crate::disk::map::{CLUSTER, Source};
 use crate::disk::{DiskError, SECTOR};
 
-/// An image's journal, as it was left.
+/// The state of an image's journal.
 #[derive(Debug)]
 pub struct DiskJournal {
-    /// The image.
+    /// The image's path.
     pub image: PathBuf,
-    /// Where its journal is, or would be.
+    /// The journal's directory, whether or not there is one.
     pub journal: PathBuf,
-    /// The id that the image says its journal has.
+    /// The journal's id in the image's attribute.
     pub id: Option<JournalId>,
-    /// Whether it can be used.
+    /// Whether the journal can be applied.
     pub state: JournalState,
     /// Bytes of the disk that are in overlays.
     pub data: u64,
     /// Bytes of the disk that the journal says are zeros.
     pub zeros: u64,
-    /// Overlays that are used.
+    /// Overlays that the journal refers to.
     pub overlays: usize,
-    /// Bytes that the overlays take.
+    /// Bytes that the overlays take on the file system.
     pub room: u64,
 }
 
-/// Whether a journal can be used.
+/// Whether a journal can be applied.
 #[derive(Debug)]
 pub enum JournalState {
-    /// There is none.
+    /// There is no journal.
     None,
-    /// It goes into the image when that is opened next.
+    /// The journal is applied when the image is opened next.
     Good,
-    /// Putting it in has begun, and goes on when the image is opened next.
+    /// The journal is applied in part. Opening the image continues.
     Applying,
-    /// The image says that it has one, which is not here.
+    /// The image's attribute names a journal that is not here.
     Missing,
-    /// The image is not opened while it is there.
+    /// The image cannot be opened while the journal is there, for this reason.
     Refused(DiskError),
 }
 
 impl DiskJournal {
-    /// Looks at the journal of the image at `path`, and changes nothing.
+    /// Inspects the journal of the image at `path`. Changes nothing.
     ///
     /// # Errors
-    /// When the image cannot be read, or is in use by a VM that writes to it.
+    /// When the image cannot be read, or a VM that writes to it is running.
     pub fn show(path: &Path) -> Result<Self, DiskError> {
         let (base, size, location) = open(path, false)?;
         let id = tie::read_mark(&base)?.id();
@@ -114,10 +114,11 @@ impl DiskJournal {
         }
     }
 
-    /// Writes what the journal beside `path` has into the image, whatever else has been written there, and takes the journal away.
+    /// Applies the journal beside `path` to the image, whatever else was written there, and removes
+    /// it.
     ///
     /// # Errors
-    /// When there is none, it is damaged, its disk has another size, or a step fails.
+    /// When there is no journal, it is damaged, its disk has another size, or a step fails.
     pub fn apply(path: &Path) -> Result<Report, DiskError> {
         let (base, size, location) = open(path, true)?;
         match look(&location, true)? {
@@ -132,7 +133,8 @@ impl DiskJournal {
         }
     }
 
-    /// Throws the journal beside `path` away, and has the image say that it has none. Returns whether there was one.
+    /// Discards the journal beside `path`, and removes its id from the image. Returns whether there
+    /// was one.
     ///
     /// # Errors
     /// When the image or the journal is in use, or a step fails.

@@ -1,4 +1,4 @@
-//! The journal's files: what they are called, and how they are taken away.
+//! The journal's files: their names, and their removal.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -11,27 +11,27 @@ use super::tie;
 use crate::disk::directory::{Directory, sync};
 
 pub(super) const JOURNAL: &str = "journal";
-/// A journal that does not count: not yet, or no longer.
+/// The name of a journal that does not count: not yet, or no longer.
 pub(super) const NEXT: &str = "journal.next";
 const OVERLAY: &str = "overlay.";
 const SUFFIX: &str = ".clade-journal";
 
-/// The overlay of that number.
+/// The name of overlay `number`.
 pub(super) fn overlay(number: u64) -> String {
     format!("{OVERLAY}{number}")
 }
 
-/// Where an image's journal is, or would be.
+/// The place of an image's journal, whether or not there is one.
 #[derive(Clone, Debug)]
 pub(super) struct Location {
-    /// The directory that the image is in.
+    /// The image's directory.
     pub(super) beside: Directory,
-    /// What the journal's directory is called there.
+    /// The name of the journal's directory there.
     pub(super) name: String,
 }
 
 impl Location {
-    /// Beside the image that `path` leads to.
+    /// The place beside the image that `path` leads to.
     pub(super) fn of(path: &Path) -> Result<Self, FileError> {
         let failed = |source| FileError { path: path.to_owned(), what: "found", source };
         let real = std::fs::canonicalize(path).map_err(failed)?;
@@ -45,7 +45,8 @@ impl Location {
         self.beside.path().join(&self.name)
     }
 
-    /// Another journal in the same directory that has this id: its image was renamed, or has two names.
+    /// Another journal in the same directory with this id. There is one if the image was renamed,
+    /// or has two names.
     pub(super) fn look_for(&self, id: JournalId) -> Option<PathBuf> {
         let names = self.beside.names().unwrap_or_default();
         let mut journals = names.into_iter().filter(|name| name.ends_with(SUFFIX));
@@ -57,7 +58,7 @@ impl Location {
     }
 }
 
-/// The header of the file `name`, if there is such a file with one.
+/// The header of the file `name`, if the file is there and has one.
 pub(super) fn header_in(dir: &Directory, name: &str) -> Result<Option<format::Header>, FileError> {
     let file = match dir.open_file(name, false) {
         Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -71,11 +72,12 @@ pub(super) fn header_in(dir: &Directory, name: &str) -> Result<Option<format::He
     Ok(format::read_header(&bytes).ok())
 }
 
-/// Takes a journal away of which the image has everything, or which is given up. In this order, so that wherever it ends the next to open the image
-/// goes on: the journal ceases to count; the image says that it has none; the files go.
+/// Removes a journal that is discarded, or of which the image has everything. First the journal
+/// ceases to count, then the image's attribute goes, then the files go. Wherever this ends, opening
+/// the image continues it.
 ///
 /// # Errors
-/// When the journal may still count: it must not be put in again once the image has been written.
+/// When the journal may still count. It must not be applied again once the image has been written.
 pub(super) fn retire(location: &Location, dir: &Directory, image: &IoFile) -> Result<(), FileError> {
     if let Err(error) = dir.rename(JOURNAL, NEXT)
         && error.source.kind() != std::io::ErrorKind::NotFound
@@ -88,7 +90,7 @@ pub(super) fn retire(location: &Location, dir: &Directory, image: &IoFile) -> Re
     Ok(())
 }
 
-/// Has the image say that it has no journal.
+/// Removes the journal's id from the image's attributes.
 pub(super) fn unmark(image: &IoFile) -> Result<(), FileError> {
     if tie::read_mark(image)?.id().is_some() {
         tie::clear_mark(image)?;
@@ -97,7 +99,7 @@ pub(super) fn unmark(image: &IoFile) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Removes the files of a journal that does not count. What cannot be removed is only in the way.
+/// Removes the files of a journal that does not count. A file that cannot be removed does no harm.
 pub(super) fn remove_files(location: &Location, dir: &Directory) {
     let told = |error: &FileError| tracing::warn!(%error, "a file that nobody needs any more was not removed");
     let ours = |name: &String| name == NEXT || name.starts_with(OVERLAY);
@@ -108,19 +110,19 @@ pub(super) fn remove_files(location: &Location, dir: &Directory) {
     let _ = location.beside.rmdir(&location.name).inspect_err(told);
 }
 
-/// Bytes that a file takes.
+/// Bytes allocated to a file.
 pub(super) fn allocated(file: &IoFile) -> u64 {
     rustix::fs::fstat(file).map_or(0, |stat| stat.st_blocks as u64 * 512)
 }
 
-/// Removes an overlay's name when no journal has it any more.
+/// Removes the name of an overlay that no journal refers to any more.
 pub(super) fn forget(dir: &Directory, number: u64) {
     if let Err(error) = dir.unlink(&overlay(number)) {
         tracing::warn!(%error, "a file that nobody needs any more was not removed");
     }
 }
 
-/// The same image by its number, and when it was made.
+/// The header of a journal for this image: its size, id, inode number and birth time.
 pub(super) fn header_of(image: &Arc<IoFile>, size: u64) -> Result<format::Header, FileError> {
     let (inode, born) = image.identity()?;
     Ok(format::Header { size, id: tie::read_mark(image)?.id(), inode, born })

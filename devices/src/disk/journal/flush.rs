@@ -1,6 +1,6 @@
-//! The steps of a flush: what is given to the kernel, in which order, and what a failure leaves.
+//! The steps of a flush: what the kernel gets, in which order, and what a failure leaves.
 //!
-//! The order is that of [`super`]'s documentation.
+//! [`super`]'s documentation has the order.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,21 +16,21 @@ use super::{Journal, Named, Standing, tie};
 use crate::disk::directory::{Directory, write};
 use crate::disk::map::{BlockMap, Source};
 
-/// What is being made durable.
+/// The record of the flush on its way.
 #[derive(Debug)]
 pub(super) struct Writing {
-    /// To be remembered again if it fails.
+    /// Ranges to remember again if the flush fails.
     moved: Vec<Range<u64>>,
     whole: bool,
-    /// Whether the journal is taken away.
+    /// Whether the flush removes the journal.
     retires: bool,
     synced: Vec<Arc<IoFile>>,
-    /// Overlays that the record names, if it is whole: the others' names go.
+    /// Overlays in the record, if it is a whole one. The names of the others are removed.
     named: BTreeSet<u64>,
     entries: Vec<Entry>,
-    /// Whether the image was written since its stamp was taken.
+    /// Whether the image was written after its stamp was taken.
     restamp: bool,
-    /// What the record says of the image, once that is known.
+    /// The image's state for the record, once it is known.
     seen: Seen,
     /// Bytes of the record.
     len: u64,
@@ -50,11 +50,11 @@ enum Step {
 }
 
 impl Journal {
-    /// Begins to make durable what `map` shows and the image does not. What is to be given to the kernel first; nothing, if there is
-    /// nothing to be done.
+    /// Begins to make durable what `map` shows and the image does not. Returns what the kernel is
+    /// to do first: nothing, if everything is durable.
     ///
     /// # Errors
-    /// When a name cannot be given. The next flush tries again.
+    /// When an overlay cannot be named. The next flush tries again.
     pub(in crate::disk) fn begin(&mut self, map: &BlockMap, standing: Standing) -> Result<Vec<Request>, FileError> {
         if self.broken {
             let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
@@ -95,7 +95,8 @@ impl Journal {
             write(&next, &format::header(self.header), 0)?;
             if !self.marked {
                 requests.push(Request::Sync { file: Arc::clone(&next), all: false });
-                // Its name as well: the image must not say that it has what is not there.
+                // The name as well: the image's attribute must not refer to a journal that is not
+                // there.
                 requests.push(Request::Sync { file: Arc::clone(dir.file()), all: true });
             }
             self.next = Some(next);
@@ -106,7 +107,7 @@ impl Journal {
         let number = |entry: &Entry| if let Place::Overlay(number) = entry.place { Some(number) } else { None };
         let named = entries.iter().filter_map(number).collect();
         let seen = Seen { writing: standing.writing, ..self.seen.unwrap_or_default() };
-        // While the image is written its times are not kept.
+        // Times of the image are not recorded while it is being written.
         let was_writing = self.says_writing() && !standing.writing;
         let restamp = standing.dirty || was_writing || self.seen.is_none() || !self.marked;
         let moved = mem::take(&mut self.moved);
@@ -116,7 +117,7 @@ impl Journal {
         Ok(requests)
     }
 
-    /// The image has everything: the journal goes.
+    /// Begins to remove the journal: the image has everything.
     fn begin_retiring(&mut self) {
         let (moved, entries, synced) = (mem::take(&mut self.moved), Vec::new(), Vec::new());
         let (named, seen) = (BTreeSet::new(), self.seen.unwrap_or_default());
@@ -134,7 +135,7 @@ impl Journal {
         });
     }
 
-    /// The number of an overlay's name; the next one that nobody has, if it has none yet.
+    /// The number in an overlay's name. Gives the overlay the next free number if it has no name.
     fn number(&mut self, dir: &Directory, file: &Arc<IoFile>) -> Result<u64, FileError> {
         if let Some(named) = self.overlays.iter().find(|named| Arc::ptr_eq(&named.file, file)) {
             return Ok(named.number);
@@ -160,15 +161,17 @@ impl Journal {
         self.location.beside.make(&self.location.name)?;
         self.unnamed.0 = true;
         let dir = self.location.beside.open_ours(&self.location.name)?;
-        // Kept for as long as the journal is: an image that takes this one's name under a running VM does not take its journal.
+        // Held as long as the journal: an image that takes this one's name under a running VM does
+        // not take its journal.
         dir.lock(true)?;
         Ok(self.dir.insert(dir).clone())
     }
 
-    /// What is to be given to the kernel next, when it has done all it was given. None when everything is durable.
+    /// The next request for the kernel, when it has done all before. None when everything is
+    /// durable.
     ///
     /// # Errors
-    /// When the journal cannot be replaced. To be told with [`Journal::give_up`].
+    /// When a step fails. [`Journal::give_up`] must be called then.
     pub(in crate::disk) fn next(&mut self) -> Result<Option<Request>, FileError> {
         let (Some(writing), Some(dir)) = (&mut self.writing, &self.dir) else { return Ok(None) };
         let sync = |file: &Arc<IoFile>, all| Ok(Some(Request::Sync { file: Arc::clone(file), all }));
@@ -176,7 +179,7 @@ impl Journal {
         match writing.step {
             Step::Data if writing.retires => {
                 writing.step = Step::Retired;
-                // It may be called so already: this may be done for the second time.
+                // The rename may be done already, when this is the second attempt.
                 if let Err(error) = dir.rename(JOURNAL, NEXT)
                     && error.source.kind() != io::ErrorKind::NotFound
                 {
@@ -203,7 +206,7 @@ impl Journal {
             }
             Step::Sealed if writing.whole => {
                 writing.step = Step::Named;
-                // Before: it may be there although it failed.
+                // Set first: the file may be there even if the rename failed.
                 self.named = true;
                 dir.rename(NEXT, JOURNAL)?;
                 sync(dir.file(), true)
@@ -225,7 +228,8 @@ impl Journal {
         }
     }
 
-    /// The record, now that all it is about is durable. Nothing if it would say what the last one says.
+    /// Writes the record, now that everything it refers to is durable. None if it equals the last
+    /// record.
     fn write_record(&mut self) -> Result<Option<Request>, FileError> {
         let Some(writing) = &mut self.writing else { return Ok(None) };
         if writing.restamp {
@@ -251,7 +255,8 @@ impl Journal {
         let (Some(writing), Some(dir)) = (self.writing.take(), &self.dir) else { return };
         if writing.whole {
             (self.file, self.end, self.records) = (self.next.take(), format::HEADER as u64, 0);
-            // They were named by the journal that is gone. A file can be given a name only once, so whoever may be written again keeps it.
+            // The journal that is gone has named them. A file can be named only once, so one that
+            // may be written again keeps its name.
             let keeps = |named: &Named| writing.named.contains(&named.number) || !named.is_stale();
             let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
             self.overlays = keep;
@@ -262,17 +267,18 @@ impl Journal {
         self.records += u64::from(writing.len > 0);
     }
 
-    /// The flush failed: nothing of it counts, and the next one does it all again, unless something was `lost`.
+    /// Ends a failed flush. Nothing of it counts. The next one does it all again, unless something
+    /// was `lost`.
     pub(in crate::disk) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost && writing.step == Step::Data;
         writing.synced.iter().for_each(|file| file.set_unsynced());
         if writing.retires && writing.step != Step::Data {
-            // It may or may not be called one still, and the image may or may not say so: all of it is made anew.
+            // The rename and the attribute may or may not be there: both are done anew.
             self.marked = self.header.id.is_none();
             self.seen = None;
         }
-        // With the names as well: that of a whole journal may or may not have been taken.
+        // With the names as well: a whole journal may or may not have its name.
         self.whole |= writing.whole;
         writing.moved.append(&mut self.moved);
         self.moved = writing.moved;

@@ -1,5 +1,5 @@
-//! The journal's bytes: a header, and records that each say where some clusters are. All numbers are little-endian, 8
-//! bytes each.
+//! The journal's bytes: a header, and records of where clusters are. All numbers are little-endian,
+//! 8 bytes each.
 //!
 //! | part | fields |
 //! |---|---|
@@ -7,12 +7,13 @@
 //! | record | its number; its state; the image's length, mtime and ctime (ns); how many entries; the entries; checksum of all that |
 //! | entry | first cluster; the cluster after its last; the overlay's number, all ones for zeros, one less for the image itself |
 //!
-//! Checksums are XXH3-64. The first record comes with the header and is always whole, because a journal is given its name when both
-//! are durable. A record after it may be torn, or be what a longer one that failed has left. Records count from 0. The journal ends
-//! before the first that is not whole or not the next.
+//! Checksums are XXH3-64. The journal gets its name when the header and the first record are
+//! durable, so the first record is always whole. A later record may be torn, or may be the rest of
+//! a longer one that failed. Records count from 0. The journal ends before the first record that is
+//! not whole or has the wrong number.
 //!
-//! A record's state is 0 if the image must be as the record says: as long, and changed at the same times. It is 1 from the moment
-//! the monitor itself begins to write into the image.
+//! A record's state is 0 if the image must have the length and the times in the record. It is 1
+//! from the moment the VMM itself begins to write into the image.
 
 use std::fmt;
 use std::ops::Range;
@@ -23,31 +24,31 @@ pub(super) const HEADER: usize = 56;
 pub(super) const ENTRY: usize = 24;
 /// Bytes of a record before its entries.
 const RECORD: usize = 48;
-/// In place of an overlay's number.
+/// Places that are not an overlay's number.
 const ZEROS: u64 = u64::MAX;
 const IMAGE: u64 = u64::MAX - 1;
-/// A record's state.
+/// A record's state while the VMM writes into the image.
 const WRITING: u64 = 1;
 
-/// Where clusters are.
+/// The file that has clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// In the image, again.
+    /// The image again.
     Image,
-    /// Nowhere: they are zeros.
+    /// No file: zeros.
     Zeros,
-    /// In the overlay of that number.
+    /// The overlay of this number.
     Overlay(u64),
 }
 
-/// Where some clusters are.
+/// Clusters, and the file that has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) clusters: Range<u64>,
     pub(super) place: Place,
 }
 
-/// What an image and its journal both say, so that neither is taken for another.
+/// An id that an image and its journal share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JournalId(pub(super) u128);
 
@@ -57,18 +58,18 @@ impl fmt::Display for JournalId {
     }
 }
 
-/// Which image a journal belongs to.
+/// The image that a journal belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) size: u64,
     /// None where the file system has no extended attributes.
     pub(super) id: Option<JournalId>,
     pub(super) inode: u64,
-    /// An inode's number is soon another file's.
+    /// Birth time of the inode (ns since 1970, 0 if unknown): inode numbers are used again.
     pub(super) born: u64,
 }
 
-/// An image's length, and when it was changed (ns since 1970).
+/// An image's length in bytes, mtime and ctime (ns since 1970).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Stamp {
     pub(super) len: u64,
@@ -76,24 +77,24 @@ pub(super) struct Stamp {
     pub(super) ctime: u64,
 }
 
-/// What a record says of the image.
+/// The image's state in a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Seen {
     pub(super) stamp: Stamp,
-    /// Whether the monitor writes into it: it is then not as the stamp says.
+    /// Whether the VMM writes into the image: the stamp does not hold then.
     pub(super) writing: bool,
 }
 
-/// All that a journal says.
+/// A journal's contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Contents {
     pub(super) header: Header,
-    /// In their order: later ones count.
+    /// Entries of all records, in order: a later one replaces an earlier one.
     pub(super) entries: Vec<Entry>,
-    /// What the last record says.
+    /// The image's state in the last record.
     pub(super) seen: Seen,
     pub(super) records: u64,
-    /// Where the next record goes.
+    /// Offset of the next record.
     pub(super) end: u64,
 }
 
@@ -138,10 +139,11 @@ pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that are no journal, or not this disk's.
+/// Why a journal cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum JournalError {
-    /// No whole header, or no whole first record.
+    /// The header or the first record is not whole.
     #[error("it is damaged: its beginning is not what was written")]
     Damaged,
     /// The image has another id, another size, or is another file.
@@ -150,36 +152,36 @@ pub enum JournalError {
         id_text(*id), id_text(*found)
     )]
     Other {
-        /// That image's size.
+        /// The size of the journal's image in bytes.
         size: u64,
-        /// That image's id.
+        /// The id of the journal's image.
         id: Option<JournalId>,
-        /// This image's size.
+        /// The size of this image in bytes.
         found_size: u64,
-        /// This image's id.
+        /// The id of this image.
         found: Option<JournalId>,
     },
-    /// Something else has written to the image, or has moved or copied it.
+    /// Another program has written to the image, or has moved or copied it.
     #[error("the image was changed by something else since the last flush: its {what} was {was} and is {now}")]
     Changed {
-        /// What of it has changed: its length, mtime or ctime.
+        /// The attribute that has changed: length, mtime or ctime.
         what: &'static str,
-        /// What the journal says (bytes, or ns since 1970).
+        /// Its value in the journal (bytes, or ns since 1970).
         was: u64,
-        /// What the image says.
+        /// Its value now.
         now: u64,
     },
-    /// The directory it is in is another user's, or others may write in it.
+    /// The journal's directory belongs to another user, or other users may write in it.
     #[error("its directory is not this user's alone")]
     NotOurs,
-    /// A record whose checksum is right says what cannot be.
+    /// A record with a right checksum has clusters that the disk does not have.
     #[error("it has clusters {start:#x} to {end:#x} of a disk that has {clusters:#x}")]
     OffDisk {
-        /// The first.
+        /// The entry's first cluster.
         start: u64,
-        /// The cluster after the last.
+        /// The cluster after the entry's last one.
         end: u64,
-        /// How many there are.
+        /// How many clusters the disk has.
         clusters: u64,
     },
 }
@@ -198,14 +200,14 @@ impl Reader<'_> {
     }
 }
 
-/// What follows a whole record, what it says of the image, and its entries.
+/// Reads a record: the bytes behind it, the image's state, and the entries.
 fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
     let mut reader = Reader(bytes);
     let (found, state) = (reader.word()?, reader.word()?);
     let stamp = Stamp { len: reader.word()?, mtime: reader.word()?, ctime: reader.word()? };
     let count = usize::try_from(reader.word()?).ok()?;
     let sealed = count.checked_mul(ENTRY)?.checked_add(RECORD)?;
-    // Before anything is allocated for as many.
+    // Checked before the entries are allocated.
     let (body, mut rest) = bytes.split_at_checked(sealed).map(|(body, rest)| (body, Reader(rest)))?;
     if found != number || rest.word()? != twox_hash::XxHash3_64::oneshot(body) {
         return None;
@@ -223,7 +225,7 @@ fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
     Some((rest.0, Seen { stamp, writing: state == WRITING }, entries))
 }
 
-/// The header alone.
+/// Reads the header alone.
 pub(super) fn read_header(bytes: &[u8]) -> Result<Header, JournalError> {
     let head = bytes.get(..HEADER).ok_or(JournalError::Damaged)?;
     let mut reader = Reader(&head[MAGIC.len()..]);
@@ -235,7 +237,7 @@ pub(super) fn read_header(bytes: &[u8]) -> Result<Header, JournalError> {
     Ok(Header { size, id: (id != 0).then_some(JournalId(id)), inode, born })
 }
 
-/// All of a journal. Whose it is, is for the caller to compare.
+/// Reads a journal. The caller compares the header with the image.
 pub(super) fn read(bytes: &[u8]) -> Result<Contents, JournalError> {
     let header = read_header(bytes)?;
     let clusters = header.size.div_ceil(super::CLUSTER);
@@ -291,7 +293,8 @@ mod tests {
     }
 
     proptest! {
-        /// Cut anywhere, or with one bit turned over, it has the whole records before that, or is refused: never anything else.
+        /// Cut anywhere, or with one bit turned over, it has the whole records before that, or is
+        /// refused: never anything else.
         #[test]
         fn what_is_read_is_what_was_written_up_to_the_damage(
             records in proptest::collection::vec(some_entries(), 1..5),
@@ -334,7 +337,8 @@ mod tests {
     fn what_a_longer_record_has_left_is_no_record() {
         let entry = |overlay| Entry { clusters: 1..2, place: Place::Overlay(overlay) };
         let (mut bytes, ends) = journal(&[vec![entry(0)], vec![entry(1), entry(2)]]);
-        // The second failed; the next is shorter, and then lies what is left of it: here even a record that is whole.
+        // The second failed; the next is shorter, and then lies what is left of it: here even a
+        // record that is whole.
         bytes.truncate(ends[0]);
         bytes.extend(record(1, seen(1), &[entry(3)]));
         bytes.extend(record(1, seen(1), &[entry(4)]));

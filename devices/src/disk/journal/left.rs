@@ -1,4 +1,4 @@
-//! A journal that was left behind: the disk it shows, and putting it into the image.
+//! A journal that was left behind: the disk it shows, and how it is applied to the image.
 
 use std::io;
 use std::ops::Range;
@@ -13,28 +13,29 @@ use crate::disk::DiskError;
 use crate::disk::directory::{Directory, sync, write};
 use crate::disk::map::{BlockMap, CLUSTER, Source, push_run};
 
-/// What is compared before a journal is used.
+/// Checks before a journal is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Checks {
-    /// That the journal is the image's, and that nothing else has changed the image.
+    /// That the journal is the image's, and that no other program has changed the image.
     All,
-    /// That the journal's disk has the image's size. For who was told to use it.
+    /// That the journal's disk has the image's size: `clade disk apply` asks for no more.
     Size,
 }
 
-/// A disk whose journal was left behind: by a process that did not end in order, or with somebody else still using the image.
+/// A disk whose journal was left behind: its process has crashed, or other VMs still used the image
+/// when it ended.
 #[derive(Debug)]
 pub(in crate::disk) struct RecoveredJournal {
     location: Location,
-    /// Locked.
+    /// The journal's directory, locked.
     dir: Directory,
     pub(super) contents: Contents,
-    /// What the disk shows.
+    /// The disk with the journal applied.
     pub(in crate::disk) map: BlockMap,
     file: Arc<IoFile>,
 }
 
-/// What was found beside an image.
+/// What is beside an image.
 #[derive(Debug)]
 pub(super) enum Beside {
     /// No directory.
@@ -45,7 +46,7 @@ pub(super) enum Beside {
     Journal(Directory, Arc<IoFile>, Vec<u8>),
 }
 
-/// Looks for a journal's directory, and locks it.
+/// Opens a journal's directory, and locks it.
 pub(super) fn look(location: &Location, write: bool) -> Result<Beside, DiskError> {
     let dir = match location.beside.open_ours(&location.name) {
         Ok(dir) => dir,
@@ -67,30 +68,31 @@ pub(super) fn look(location: &Location, write: bool) -> Result<Beside, DiskError
     Ok(Beside::Journal(dir, file, bytes))
 }
 
-/// Refuses an image that has a journal which is not here.
+/// The error for an image whose attribute names a journal that is not here.
 fn missing(location: &Location, image: &IoFile, id: format::JournalId) -> DiskError {
     let (image, journal) = (image.path().to_owned(), location.path());
     DiskError::JournalMissing { image, journal, id, found: location.look_for(id) }
 }
 
 impl RecoveredJournal {
-    /// Looks for the journal of the image that `base` is. What does not count is removed, if the image may be written.
+    /// Looks for the journal of the image that `base` is. Removes a journal that does not count, if
+    /// the image is writable.
     ///
     /// # Errors
-    /// When there is one that cannot be read, is not this image's, or lacks a file; when the image has changed since; and when it has a journal that is not
-    /// here.
+    /// When the journal cannot be read, is not this image's, or lacks a file; when the image has
+    /// changed since; or when the image's attribute names a journal that is not here.
     pub(in crate::disk) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
         if base.is_block_device() {
             return Ok(None);
         }
-        // Without a name it has nothing beside it.
+        // An image without a name has no journal beside it.
         let Ok(location) = Location::of(base.path()) else { return Ok(None) };
         let mark = tie::read_mark(base)?;
         let (dir, file, bytes) = match look(&location, base.is_writable())? {
             Beside::Nothing => return mark.id().map_or(Ok(None), |id| Err(missing(&location, base, id))),
             Beside::Names(dir) => {
                 if let Mark::Id(id) = mark {
-                    // It was not finished, or has been put in: it says so by the name it has.
+                    // The journal is not finished, or is applied already: its name says so.
                     let same = header_in(&dir, NEXT)?.is_some_and(|header| header.id == Some(id));
                     if !same {
                         return Err(missing(&location, base, id));
@@ -153,10 +155,10 @@ impl RecoveredJournal {
         Ok(Self { location, dir, contents, map, file })
     }
 
-    /// Writes what the journal has into the image, and takes it away.
+    /// Applies the journal to the image, and removes it.
     ///
     /// # Errors
-    /// When a step fails. Whoever opens the image next goes on from there.
+    /// When a step fails. Opening the image continues from there.
     pub(in crate::disk) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<Report, FileError> {
         let mut log =
             Log { file: self.file, end: self.contents.end, records: self.contents.records, seen: self.contents.seen };
@@ -166,7 +168,7 @@ impl RecoveredJournal {
     }
 }
 
-/// Where records are added while clusters go into the image.
+/// The journal's end, where records are added while clusters are copied into the image.
 #[derive(Debug)]
 pub(in crate::disk) struct Log {
     pub(super) file: Arc<IoFile>,
@@ -190,7 +192,7 @@ impl Log {
 /// What was written into an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Bytes copied.
+    /// Bytes copied from overlays.
     pub copied: u64,
     /// Bytes that were made zeros.
     pub zeroed: u64,
@@ -198,17 +200,19 @@ pub struct Report {
 
 /// Bytes copied at once.
 const CHUNK: u64 = 1 << 20;
-/// Bytes that are in an overlay and in the image at the same time.
+/// Most bytes that are in an overlay and in the image at the same time.
 #[cfg(not(test))]
 const BATCH: u64 = 16 << 20;
 #[cfg(test)]
 const BATCH: u64 = 16 << 10;
 
-/// Writes what `map` has elsewhere into `base`, and makes it durable. With a journal, piece by piece: once a piece is durable in the image, the journal
-/// says so, and its room in the overlay is given back. Without one the overlays stay as they are, because the image is not whole before the end.
+/// Copies into `base` what `map` has in other files, and makes it durable. With a journal it copies
+/// piece by piece. Once a piece is durable in the image, the journal records that, and the piece's
+/// room in the overlay is freed. Without a journal the overlays stay as they are, because the image
+/// is not whole before the end.
 ///
 /// # Errors
-/// When a step fails. `map` says what is in the image.
+/// When a step fails. `map` shows what is in the image then.
 pub(in crate::disk) fn write_back(
     map: &mut BlockMap,
     base: &Arc<IoFile>,
@@ -284,7 +288,7 @@ impl Batch {
             log.add(&entries)?;
         }
         runs.into_iter().for_each(|run| map.insert(run, Source::File(Arc::clone(base))));
-        // Not before: until then the journal has them here.
+        // Not before: until then the journal has the clusters here.
         for (file, piece) in self.overlays.drain(..).filter(|(file, _)| file.is_writable()) {
             punch(&file, piece.start * CLUSTER, (piece.end - piece.start) * CLUSTER);
         }
@@ -293,7 +297,7 @@ impl Batch {
     }
 }
 
-/// Gives a range's room back, where the file system can.
+/// Frees a range of a file, where the file system can.
 fn punch(file: &IoFile, offset: u64, len: u64) {
     use rustix::fs::FallocateFlags as Flags;
     let _ = rustix::fs::fallocate(file, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, offset, len);

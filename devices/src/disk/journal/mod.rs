@@ -1,9 +1,10 @@
 //! What of a forked disk survives the process: a journal beside the image.
 //!
-//! From its first fork on, a disk's writes are in overlays without names, and the image is everybody's to read and
-//! nobody's to write. So that a flush keeps its promise, the disk that was opened from the image gives its overlays
-//! names when it is flushed, in a directory beside the image. A journal there says which clusters are in which. Whoever
-//! opens the image next puts them in (left.rs). A commit does the same, and so is one step.
+//! From its first fork on, a disk writes to overlays without names, and the image is read-only. A
+//! flush must still make writes durable. So the disk that was opened from the image names its
+//! overlays when it is flushed, in a directory beside the image. A journal there records which
+//! clusters are in which overlay. Opening the image applies the journal (left.rs). A commit works
+//! the same way, and so is one step.
 //!
 //! ```text
 //! disk.img                    the image; the attribute user.clade.journal has the journal's id
@@ -15,20 +16,24 @@
 //!
 //! A flush, in this order ([`Journal::begin`], [`Journal::next`]):
 //!
-//! 1. Overlays with clusters that the journal is going to name are given names.
-//! 2. What was written to them, their names, and what was written to the image are made durable. For the first journal, so is its header.
-//! 3. The first time, the image is given the journal's id, durably.
-//! 4. A record with the clusters that have *moved*, and with the image's length and times, is written and made durable. Before 2 it could name what is
-//!    not there: unlike a disk, whose sectors hold the old or the new, a file that nobody has written holds anything.
-//! 5. A whole journal, in a file of its own so far, takes the old one's name, and that is made durable.
+//! 1. Overlays that the journal is going to refer to get names.
+//! 2. Their data, their names, and the image's data are made durable. For the first journal, so is
+//!    its header.
+//! 3. The first time, the image gets the journal's id in an attribute, durably.
+//! 4. A record is written and made durable. It has the clusters that have *moved*, and the image's
+//!    length and times. Before step 2 the record could refer to data that is not there: a sector of
+//!    a disk holds its old or its new content, but a file that was not synced may hold anything.
+//! 5. A whole journal, in a file of its own so far, takes the old one's name. The rename is made
+//!    durable.
 //!
-//! A write in place, to an overlay the journal names already, moves nothing: 2 is all there is to do, and one sync.
+//! A write in place, to an overlay that the journal refers to already, moves nothing. Its flush is
+//! step 2 alone, with one sync.
 //!
-//! A flush of a disk that is all in its image again takes the journal away: it ceases to count, the image says that it has none, the files go.
-//! Each is durable before the next.
+//! A flush of a disk that is all in its image again removes the journal, in three durable steps:
+//! the journal ceases to count, the image's attribute goes, the files go.
 //!
-//! What the journal names is not used again for something else, whatever the map says meanwhile: the journal holds the files until another one, which does not
-//! name them, is durable.
+//! The journal holds every file it refers to, whatever the map says meanwhile. The files are used
+//! again only when another journal, which does not refer to them, is durable.
 
 mod admin;
 mod files;
@@ -52,12 +57,11 @@ use files::{JOURNAL, Location};
 use flush::Writing;
 use format::{Header, Seen};
 pub use format::{JournalError, JournalId};
-use left::Log;
 pub use left::Report;
-pub(super) use left::{RecoveredJournal, write_back};
+pub(super) use left::{Log, RecoveredJournal, write_back};
 use tie::Mark;
 
-/// Moved ranges that are remembered; if there are more, the next journal is a whole one.
+/// Moved ranges that are remembered; with more, the next journal is a whole one.
 const MAX_MOVED: usize = 1 << 16;
 
 /// An overlay with a name.
@@ -68,58 +72,61 @@ struct Named {
 }
 
 impl Named {
-    /// Whether only the journal has it: it is in no map any more, and nobody will write to it.
+    /// Whether only the journal has it. It is in no map any more, and nothing writes to it.
     fn is_stale(&self) -> bool {
         Arc::strong_count(&self.file) == 1
     }
 }
 
-/// How a disk stands when it is flushed.
+/// The state of a disk at a flush.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Standing {
     /// Whether the image was written since it was last synced.
     pub(super) dirty: bool,
-    /// Whether the disk goes on, or will go on, to write into the image.
+    /// Whether the disk writes into the image, or is going to.
     pub(super) writing: bool,
 }
 
-/// See the module's documentation.
+/// The journal of an image, as far as it is written.
 #[derive(Debug)]
 pub(super) struct Journal {
     location: Location,
     header: Header,
     clusters: u64,
     base: Arc<IoFile>,
-    /// Once it is there.
+    /// The journal's directory, once it is made.
     dir: Option<Directory>,
-    /// Whether the directory is not known to be durable, or the names in it are not.
+    /// Whether the directory's name may not be durable, and whether names in it may not be.
     unnamed: (bool, bool),
-    /// Whether the image says, durably, that it has this journal.
+    /// Whether the image's attribute has this journal's id, durably.
     marked: bool,
-    /// Whether there may be one of that name.
+    /// Whether a file with the journal's name may be there.
     named: bool,
-    /// Durable, with so many bytes and records.
+    /// The journal's file. `end` bytes and `records` records of it are durable.
     file: Option<Arc<IoFile>>,
     end: u64,
     records: u64,
-    /// What the last durable record says of the image.
+    /// The image's state in the last durable record.
     seen: Option<Seen>,
     overlays: Vec<Named>,
     next_overlay: u64,
-    /// Since the last record: what the map has elsewhere.
+    /// Ranges that the map has moved since the last record.
     moved: Vec<Range<u64>>,
-    /// Whether the system has failed to make something durable. It says so once, and has then forgotten what: a record must not name it.
+    /// Whether the system has failed to make a write durable. It reports that once, and not what
+    /// was lost: no record may refer to the overlay.
     broken: bool,
-    /// Whether the next record must say all: the map is not the one the last was about.
+    /// Whether the next record must be a whole one, because the map is not the one that the last
+    /// record continued.
     whole: bool,
-    /// To be replaced by this one.
+    /// The file that is to replace the journal.
     next: Option<Arc<IoFile>>,
     writing: Option<Writing>,
 }
 
 impl Journal {
-    /// For the disk opened from `base`. None where there cannot be one, which is logged: beside a block device is memory, a file cannot be given a name on
-    /// another file system than its own, and a directory may be read-only.
+    /// For the disk opened from `base`. Returns None, and logs it, where there cannot be a journal:
+    /// a block device has no directory on disk beside it, an overlay on another file system cannot
+    /// be named, or the directory is read-only.
     pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Directory) -> Option<Self> {
         let ready = || -> Result<Self, FileError> {
             let location = Location::of(base.path())?;
@@ -180,13 +187,13 @@ impl Journal {
             .ok()
     }
 
-    /// The directory it is in, if anything is.
+    /// The journal's directory, if there may be a journal.
     pub(super) fn kept_in(&self) -> Option<PathBuf> {
         self.named.then(|| self.location.path())
     }
 
-    /// Whether `error`, at the first name that was to be given, says that none can be: the file system has no such thing,
-    /// the directory is not to be written, or /proc is not there.
+    /// Whether `error`, at the first name to be given, says that no name can be given. The file
+    /// system does not support it, the directory is read-only, or /proc is not mounted.
     pub(super) fn is_impossible(&self, error: &FileError) -> bool {
         use rustix::io::Errno as E;
         let errno = E::from_io_error(&error.source);
@@ -204,7 +211,7 @@ impl Journal {
         self.seen.is_some_and(|seen| seen.writing)
     }
 
-    /// Refuses an image that something else has changed since the last record.
+    /// Refuses an image that another program has changed since the last record.
     pub(super) fn check_image(&self) -> Result<(), ImageError> {
         match self.seen {
             Some(seen) => Ok(tie::unchanged(seen, tie::stamp(&self.base)?)?),
@@ -212,7 +219,7 @@ impl Journal {
         }
     }
 
-    /// The map has `clusters` elsewhere now.
+    /// Notes that the map has `clusters` in another file now.
     pub(super) fn moved(&mut self, clusters: Range<u64>) {
         if self.whole {
             return;
@@ -223,29 +230,29 @@ impl Journal {
         }
     }
 
-    /// The map is another.
+    /// Notes that the map was replaced: the next record is a whole one.
     pub(super) fn replaced(&mut self) {
         self.moved.clear();
         self.whole = true;
     }
 
-    /// Another file is the image now. There is no journal of the one before.
+    /// Notes that another file is the image now. There is no journal of the one before.
     pub(super) fn rebase(&mut self, base: &Arc<IoFile>, (inode, born): (u64, u64)) {
         self.base = Arc::clone(base);
         (self.header.inode, self.header.born) = (inode, born);
         self.replaced();
     }
 
-    /// Where an overlay's clusters go into the image piece by piece.
+    /// The journal's end, for a commit that copies overlays into the image piece by piece.
     pub(super) fn log(&self) -> Option<Log> {
         let (file, seen) = (self.file.clone()?, self.seen?);
         Some(Log { file, end: self.end, records: self.records, seen })
     }
 
-    /// Takes it away: the image has everything.
+    /// Removes the journal, when the image has everything.
     ///
     /// # Errors
-    /// When it is still there. It must not be put in again, once the image has been written.
+    /// When it is still there. It must not be applied again once the image has been written.
     pub(super) fn remove(&mut self) -> Result<(), FileError> {
         if let Some(dir) = self.dir.clone() {
             files::retire(&self.location, &dir, &self.base)?;
@@ -263,7 +270,7 @@ impl Journal {
     }
 }
 
-/// An image that cannot be compared with its journal, or has changed.
+/// Why an image does not fit its journal, or cannot be compared with it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ImageError {
     #[error(transparent)]
@@ -272,7 +279,7 @@ pub(super) enum ImageError {
     Changed(#[from] JournalError),
 }
 
-/// Where the journal is that was left beside `base`, if one was.
+/// The directory of a journal that was left beside `base`, if there is one.
 pub(super) fn left_in(base: &IoFile) -> Option<PathBuf> {
     let location = Location::of(base.path()).ok()?;
     let dir = location.beside.open_ours(&location.name).ok()?;

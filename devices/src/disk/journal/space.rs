@@ -1,4 +1,4 @@
-//! How much room a journal takes, and when that is too much.
+//! The room that a journal takes, and its limits.
 
 use std::sync::Arc;
 
@@ -8,20 +8,22 @@ use super::files::allocated;
 use super::{Journal, format};
 use crate::disk::map::{BlockMap, CLUSTER};
 
-/// A journal that is longer, and as many times as long as a whole one, is replaced.
+/// A journal is replaced if it is longer than so many bytes, and longer than so many times the
+/// entries of a whole one.
 const LONG: (u64, u64) = (1 << 20, 4);
-/// Overlays that nobody but the journal may have, before it is replaced.
+/// Overlays that only the journal has, before it is replaced.
 pub(super) const STALE: usize = 16;
-/// What of the journal's overlays may be of no use: bytes, and a part of the disk's size.
+/// Garbage allowed in the journal's overlays: so many bytes, and one in so many of the disk's
+/// bytes.
 const GARBAGE: (u64, u64) = (1 << 20, 8);
 
 impl Journal {
-    /// Bytes of overlays that may be of no use.
+    /// Bytes of garbage that overlays may have.
     fn garbage_limit(&self) -> u64 {
         GARBAGE.0 + self.header.size / GARBAGE.1
     }
 
-    /// Whether what is moved should rather be said as a whole.
+    /// Whether a whole journal is better than another record.
     pub(super) fn is_long(&self, map: &BlockMap) -> bool {
         let (long, times) = LONG;
         if self.end > long && self.end > times * (format::ENTRY * map.len()) as u64 {
@@ -32,8 +34,8 @@ impl Journal {
             || !stale.is_empty() && stale.iter().map(|named| allocated(&named.file)).sum::<u64>() > self.garbage_limit()
     }
 
-    /// Overlays to move clusters away from, when too much of what they take is of no use to `map`. `own` is still
-    /// written.
+    /// Overlays to move clusters away from: those whose allocated bytes `map` uses least, while the
+    /// garbage of all is above the limit. `own` is still written.
     pub(in crate::disk) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
         let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
         if self.overlays.len() < 2 {

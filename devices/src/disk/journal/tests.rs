@@ -231,21 +231,21 @@ fn names_without_a_journal_are_nothing_and_a_link_leads_to_the_same_one() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A directory that must not be written is no reason to fail a flush, unless something is there already.
+/// A directory that is read-only is no reason to fail a flush, unless a journal is there already.
 #[test]
 fn what_cannot_be_is_told_from_what_failed() {
     let bench = Bench::new();
     let mut disk = bench.open();
     drop(disk.fork());
     let error = |errno| FileError { path: PathBuf::new(), what: "made", source: io::Error::from_raw_os_error(errno) };
-    let journal = disk.journal.as_ref().unwrap();
+    let journal = disk.durability.journal().unwrap();
     for errno in [libc::EACCES, libc::EROFS, libc::EPERM, libc::EXDEV, libc::EOPNOTSUPP] {
         assert!(journal.is_impossible(&error(errno)), "{errno}");
     }
     assert!(!journal.is_impossible(&error(libc::ENOSPC)) && !journal.is_impossible(&error(libc::EIO)));
     write(&mut disk, 0, &[2; 4096]);
     flush(&mut disk);
-    assert!(!disk.journal.as_ref().unwrap().is_impossible(&error(libc::EACCES)), "what is there needs a flush");
+    assert!(!disk.durability.journal().unwrap().is_impossible(&error(libc::EACCES)), "what is there needs a flush");
 }
 
 /// Overlays on another file system cannot be given names beside the image.
@@ -320,8 +320,8 @@ fn a_flush_is_in_order_and_one_step() {
         let beside = bench.path.parent().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
         let mut disk = bench.forked();
         let run = |disk: &mut Disk, most: usize| {
-            let (map, mut done) = (disk.map.clone(), Vec::new());
-            let journal = disk.journal.as_mut().unwrap();
+            let (map, mut done) = (disk.chain.map().clone(), Vec::new());
+            let journal = disk.durability.journal_mut().unwrap();
             let first = journal.begin(&map, Standing::default()).unwrap();
             done.extend(first.iter().map(carry_out));
             for _ in 0..most {
@@ -373,8 +373,8 @@ fn a_flush_is_in_order_and_one_step() {
 fn a_flush_that_failed_is_done_again_from_the_beginning() {
     let bench = Bench::new();
     let mut disk = bench.forked();
-    let map = disk.map.clone();
-    let journal = disk.journal.as_mut().unwrap();
+    let map = disk.chain.map().clone();
+    let journal = disk.durability.journal_mut().unwrap();
     let told = |requests: Vec<Request>| requests.iter().map(carry_out).collect::<Vec<_>>();
     let first = told(journal.begin(&map, Standing::default()).unwrap());
     assert_eq!(first.len(), 5);
@@ -392,20 +392,21 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     assert!(refused.contains("a write to an overlay was lost"), "{refused}");
 }
 
-/// What a journal names is kept for it, though everybody else has lost interest while it was written.
+/// What a journal names is kept for it, though everybody else has lost interest while it was
+/// written.
 #[test]
 fn an_overlay_that_the_journal_alone_has_stays() {
     let bench = Bench::new();
     let mut disk = bench.forked();
     flush(&mut disk);
     // Once more as a whole, with nothing left to be synced.
-    let map = disk.map.clone();
-    let journal = disk.journal.as_mut().unwrap();
+    let map = disk.chain.map().clone();
+    let journal = disk.durability.journal_mut().unwrap();
     journal.replaced();
     assert!(journal.begin(&map, Standing::default()).unwrap().is_empty());
     drop((map, disk.fork()));
     write(&mut disk, 0, &[3; 4096]);
-    let journal = disk.journal.as_mut().unwrap();
+    let journal = disk.durability.journal_mut().unwrap();
     assert!(journal.overlays[0].is_stale(), "the cluster is in another now");
     while let Some(request) = journal.next().unwrap() {
         carry_out(&request);
@@ -423,8 +424,8 @@ fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
     let mut disk = bench.open();
     let image = disk.fork();
     write(&mut disk, 0, &[2; 4096]);
-    let map = disk.map.clone();
-    let journal = disk.journal.as_mut().unwrap();
+    let map = disk.chain.map().clone();
+    let journal = disk.durability.journal_mut().unwrap();
     journal.begin(&map, Standing::default()).unwrap().iter().for_each(|request| drop(carry_out(request)));
     while bench.names().binary_search(&JOURNAL.to_owned()).is_err() {
         journal.next().unwrap().iter().for_each(|request| drop(carry_out(request)));

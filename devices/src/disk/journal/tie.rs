@@ -1,4 +1,4 @@
-//! What ties a journal to its image: an id in an extended attribute, and when the image was last changed.
+//! Ties a journal to its image: an id in an extended attribute, and the image's length and times.
 
 use clade_io::{FileError, IoFile};
 use rustix::fs::{StatxFlags, XattrFlags, fgetxattr, fremovexattr, fsetxattr, statx};
@@ -11,14 +11,14 @@ use crate::disk::steps_trace::step;
 /// The image's extended attribute: the id of its journal, in hexadecimal.
 pub(super) const XATTR: &str = "user.clade.journal";
 
-/// What an image says of its journal.
+/// The journal's id in an image's attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
     /// The file system has no extended attributes.
     Unsupported,
-    /// That it has none.
+    /// The image has no journal.
     None,
-    /// That it has this one.
+    /// The image has the journal of this id.
     Id(JournalId),
 }
 
@@ -34,7 +34,7 @@ impl Mark {
 /// A random id.
 pub(super) fn new_id() -> Result<JournalId, rustix::io::Errno> {
     let mut bytes = [0; 16];
-    // Never 0, which is none.
+    // Never 0, which means no id.
     bytes[0] = 1;
     rustix::rand::getrandom(&mut bytes[1..], rustix::rand::GetRandomFlags::empty())?;
     Ok(JournalId(u128::from_le_bytes(bytes)))
@@ -45,7 +45,8 @@ pub(super) fn read_mark(image: &IoFile) -> Result<Mark, FileError> {
     match fgetxattr(image, XATTR, &mut text) {
         Ok(len) => {
             let text = std::str::from_utf8(&text[..len]).ok().and_then(|text| u128::from_str_radix(text, 16).ok());
-            // What is no id of ours belongs to no journal: it is refused like that of another.
+            // A value that is no id of ours belongs to no journal. It is refused as another
+            // journal's id is.
             Ok(Mark::Id(JournalId(text.unwrap_or(0))))
         }
         Err(Errno::NODATA) => Ok(Mark::None),
@@ -71,7 +72,7 @@ pub(super) fn clear_mark(image: &IoFile) -> Result<(), FileError> {
     }
 }
 
-/// The image as it is now.
+/// The image's length and times now.
 pub(super) fn stamp(image: &IoFile) -> Result<Stamp, FileError> {
     let wanted = StatxFlags::SIZE | StatxFlags::MTIME | StatxFlags::CTIME;
     let stat = statx(image, "", rustix::fs::AtFlags::EMPTY_PATH, wanted)
@@ -82,7 +83,7 @@ pub(super) fn stamp(image: &IoFile) -> Result<Stamp, FileError> {
     Ok(Stamp { len: stat.stx_size, mtime: ns(stat.stx_mtime), ctime: ns(stat.stx_ctime) })
 }
 
-/// Whether the image, of which the monitor knows `now`, is still as `seen`.
+/// Whether the image, whose stamp is `now`, is as the record in `seen` says.
 pub(super) fn unchanged(seen: Seen, now: Stamp) -> Result<(), JournalError> {
     let was = seen.stamp;
     let pairs = [("length", was.len, now.len), ("mtime", was.mtime, now.mtime), ("ctime", was.ctime, now.ctime)];
@@ -92,7 +93,7 @@ pub(super) fn unchanged(seen: Seen, now: Stamp) -> Result<(), JournalError> {
     }
 }
 
-/// Whether a journal's header is about this image.
+/// Whether the headers of a journal and of an image agree.
 pub(super) fn belongs(header: &Header, image: &Header) -> Result<(), JournalError> {
     let same_file = (header.inode, header.born) == (image.inode, image.born);
     let same = match header.id {

@@ -240,7 +240,7 @@ fn what_is_still_being_written_is_not_read() {
     let refused = image.read_at(0, &mut [0; 16]).unwrap_err().to_string();
     assert!(refused.contains("disk.img") && refused.contains("in flight"), "{refused}");
     assert!(image.runs().unwrap().iter().all(|run| !run.zero), "a hole may be filled yet");
-    // Whoever goes on from it says so too, though it has nothing in flight itself.
+    // A disk that continues from it refuses too, though it has nothing in flight itself.
     let heir = image.open().unwrap().fork();
     assert!(heir.read_at(0, &mut [0; 16]).is_err());
     finish(&mut disk);
@@ -251,7 +251,7 @@ fn what_is_still_being_written_is_not_read() {
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
 
-/// What is in an overlay from before it was this disk's is seen by no request, no fork and no snapshot.
+/// No request, no fork and no snapshot shows what an overlay held before it was this disk's.
 #[test]
 fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -273,7 +273,7 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     put(&mut next, &mut want, 3, 1, 1);
     put(&mut next, &mut want, 165, 20, 2);
     put(&mut next, &mut want, SIZE / SECTOR - 2, 2, 3);
-    assert_eq!(next.own.as_ref().map(|own| own.next_data(0).unwrap()), Some(Some(0)), "it is that one");
+    assert_eq!(next.chain.active().map(|own| own.next_data(0).unwrap()), Some(Some(0)), "it is that one");
     assert_eq!(read(&mut next, 0, SIZE as usize), want);
     let image = next.fork();
     assert_eq!(whole(&image), want);

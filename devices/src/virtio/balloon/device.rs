@@ -13,7 +13,7 @@ use super::state::BalloonState;
 use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, Chain, DeviceState, QueueError, Segment, Turn, Wake, YieldRequest, dma};
 
-/// Feature bits, which the bindings do not have.
+/// Feature bits that the bindings do not define.
 const VIRTIO_BALLOON_F_STATS_VQ: u32 = 1;
 const VIRTIO_BALLOON_F_DEFLATE_ON_OOM: u32 = 2;
 const VIRTIO_BALLOON_F_REPORTING: u32 = 5;
@@ -24,14 +24,14 @@ const STATS: usize = 2;
 const REPORTING: usize = 3;
 /// Chains in a turn: a chain is up to some hundred pages to discard.
 const BATCH: usize = 4;
-/// Page numbers in a chain at most; Linux sends 256.
+/// Most page numbers in a chain; Linux sends 256.
 const MAX_PAGES: usize = 4096;
-/// Of `struct virtio_balloon_config`.
+/// Offsets in `struct virtio_balloon_config`.
 const NUM_PAGES: u64 = 0;
 const ACTUAL: u64 = 4;
 const CONFIG_LEN: usize = 16;
 
-/// What a guest says of its memory, by the specification's tags.
+/// A guest's statistics of its memory, by the specification's tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BalloonStat {
     /// Bytes swapped in.
@@ -42,17 +42,17 @@ pub enum BalloonStat {
     MajorFaults,
     /// Minor faults.
     MinorFaults,
-    /// Bytes not used for anything.
+    /// Bytes that are free.
     Free,
-    /// Bytes in all.
+    /// Bytes in total.
     Total,
-    /// Bytes that could be had without swapping.
+    /// Bytes available without swapping.
     Available,
     /// Bytes of disk caches.
     Caches,
     /// Huge pages allocated.
     HugetlbAllocated,
-    /// Huge pages not to be had.
+    /// Huge pages that could not be allocated.
     HugetlbFailures,
 }
 
@@ -69,70 +69,70 @@ const TAGS: [BalloonStat; 10] = [
     BalloonStat::HugetlbFailures,
 ];
 
-/// What a balloon knows.
+/// The state of a balloon, and the guest's statistics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BalloonStats {
-    /// Pages the guest is asked to give up.
+    /// Pages that the guest is to give up.
     pub target: u32,
-    /// Pages it says it has given up.
+    /// Pages that the guest says it has given up.
     pub actual: u32,
     /// Pages discarded so far, by inflation and by reporting.
     pub discarded: u64,
-    /// Pages that were to be discarded and are pinned.
+    /// Pages that were not discarded because they are pinned.
     pub pinned: u64,
-    /// What the guest said last. It is asked again by [`Balloon::ask`].
+    /// The statistics that the guest sent last. [`Balloon::ask`] asks for new ones.
     pub guest: Vec<(BalloonStat, u64)>,
-    /// How often it has said something.
+    /// How often the guest has sent statistics.
     pub answers: u64,
 }
 
-/// See the module's documentation.
+/// A memory balloon.
 #[derive(Debug)]
 pub struct Balloon {
-    queue_sizes: [u16; 4],
     config: Config,
-    /// The chain in which the guest tells of its memory, until it is asked to again.
+    /// The chain with the guest's statistics, held until new ones are wanted.
     stats_chain: Option<u16>,
-    /// The guest is to be asked.
+    /// Whether the guest is to send statistics.
     asked: bool,
     bell: Arc<EventFd>,
     known: BalloonStats,
 }
 
 impl Balloon {
-    /// A balloon as it was saved, or an empty one.
+    /// A balloon in a saved state. The default state is an empty balloon.
     ///
     /// # Errors
-    /// When there is no eventfd to be had.
+    /// When no eventfd can be made.
     pub fn new(state: &BalloonState) -> std::io::Result<Self> {
         let config = Config::new(vec![0; CONFIG_LEN]);
         config.write(NUM_PAGES, &state.target.to_le_bytes());
         config.write(ACTUAL, &state.actual.to_le_bytes());
         let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let known = BalloonStats::default();
-        Ok(Self { queue_sizes: [64; 4], config, stats_chain: state.stats_chain, asked: false, bell, known })
+        Ok(Self { config, stats_chain: state.stats_chain, asked: false, bell, known })
     }
 
-    /// Asks the guest to have `pages` given up in all. The driver must be told that the configuration has changed.
+    /// Sets how many pages the guest is to give up in all. The caller must then interrupt the
+    /// driver for a changed configuration.
     pub fn set_target(&mut self, pages: u32) {
         self.config.write(NUM_PAGES, &pages.to_le_bytes());
     }
 
-    /// What is known.
+    /// The state of the balloon, and the guest's statistics.
     #[must_use]
     pub fn stats(&self) -> BalloonStats {
         let (target, actual) = (self.config.u32(NUM_PAGES), self.config.u32(ACTUAL));
         BalloonStats { target, actual, ..self.known.clone() }
     }
 
-    /// Asks the guest what it has to say of its memory. The answer is in [`Balloon::stats`] some time later.
+    /// Asks the guest for statistics. [`Balloon::stats`] has the answer some time later.
     pub fn ask(&mut self) {
         self.asked = true;
-        // Full is as good as rung.
+        // A full counter wakes the device too.
         let _ = self.bell.write(1);
     }
 
-    /// Discards pages, where nobody has them pinned. A page that cannot be discarded costs what it cost.
+    /// Discards pages that are not pinned. A page that cannot be discarded keeps its memory.
     fn discard(&mut self, ram: &GuestRam, mut pages: Vec<u64>) {
         pages.sort_unstable();
         pages.dedup();
@@ -174,7 +174,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// Free pages: their bytes are of no use to anyone, and the guest finds zeros when it uses them again.
+    /// Discards free pages that the guest reports. The guest finds zeros when it uses them again.
     fn report(&mut self, ram: &GuestRam, segments: &[Segment]) {
         for segment in segments {
             let (start, end) = (segment.address.0, segment.address.0 + u64::from(segment.len));
@@ -204,7 +204,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// The guest posts a chain with what it has to say, and posts it again when it has it back.
+    /// Receives statistics. The guest posts a chain with them, and posts it again when it is used.
     fn listen(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         if self.asked
             && let Some(head) = self.stats_chain.take()
@@ -237,8 +237,8 @@ impl DeviceOps for Balloon {
         .fold(0, |all, bit| all | 1 << bit)
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![64; 4]
     }
 
     fn config(&self) -> &Config {
@@ -270,7 +270,7 @@ impl DeviceOps for Balloon {
         self.config.write(NUM_PAGES, &state.target.to_le_bytes());
         self.config.write(ACTUAL, &state.actual.to_le_bytes());
         (self.stats_chain, self.asked) = (state.stats_chain, false);
-        // What the guest said, it said later.
+        // The statistics are from later than the state.
         self.known.guest.clear();
         Ok(())
     }
@@ -287,7 +287,8 @@ impl DeviceOps for Balloon {
                 io.add_used(INFLATE, chain.head, 0)?;
                 idle = false;
             }
-            // The guest may use its pages again before it says so; they have been zeros since they were discarded.
+            // The guest may use the pages before it reports the deflation. They have been zeros
+            // since they were discarded.
             if let Some(chain) = io.pop(DEFLATE)? {
                 io.add_used(DEFLATE, chain.head, 0)?;
                 idle = false;

@@ -1,8 +1,9 @@
-//! The balloon: memory that the guest gives back, asked for (inflation) or of its own accord (free page reporting), and what it says of its
-//! memory.
+//! The memory balloon: pages that the guest gives back, on request (inflation) or by itself (free
+//! page reporting), and its memory statistics.
 //!
-//! A page given back is discarded ([`clade_memory::GuestRegion::discard`]): it becomes a page of zeros that costs nothing, unless a device has it
-//! pinned, in which case it stays (I7). A balloon is a wish, not a limit: with deflate-on-OOM the guest takes pages back when it needs them, and
+//! A page that is given back is discarded ([`clade_memory::GuestRegion::discard`]): it becomes a
+//! page of zeros without memory. A page that a device has pinned stays (I7). A balloon is a
+//! request, not a limit. With deflate-on-OOM the guest takes pages back when it needs them, and
 //! finds zeros.
 
 mod device;

@@ -1,14 +1,15 @@
-//! What is saved of a balloon.
+//! The saved state of a balloon.
 
 use serde::{Deserialize, Serialize};
 
-/// A balloon's state. A child's balloon is as full as its parent's was: the pages are discarded in both.
+/// The saved state of a balloon. A child's balloon is as full as its parent's was: the pages are
+/// discarded in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// Pages the guest is asked to give up.
+    /// Pages that the guest is to give up.
     pub target: u32,
-    /// Pages it says it has given up.
+    /// Pages that the guest says it has given up.
     pub actual: u32,
-    /// The chain in which it will tell of its memory, popped and not given back.
+    /// The chain with the guest's statistics, popped and not used.
     pub stats_chain: Option<u16>,
 }

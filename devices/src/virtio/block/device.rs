@@ -1,4 +1,4 @@
-//! The block device as the transport sees it.
+//! The block device behind the transport: features, configuration space, activation.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -22,20 +22,20 @@ use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, Saved, VirtioDevice, Worker};
 
 /// Descriptors of each queue.
-pub const QUEUE_SIZE: u16 = 256;
-/// Most queues of a block device.
+const QUEUE_SIZE: u16 = 256;
+/// The most queues of a block device.
 pub const MAX_QUEUES: u16 = 16;
-/// Bytes of the configuration space up to what the features offered need.
+/// Bytes of the configuration space, up to the last field of an offered feature.
 const CONFIG_LEN: usize = 60;
-/// How long a reset waits for the kernel. Then the driver waits, looking at the status.
+/// How long one attempt at a reset waits for the kernel. After it, the driver polls the status.
 const RESET_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What is chosen for a block device.
+/// The configuration of a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockOptions {
-    /// Queues: 1 to [`MAX_QUEUES`].
+    /// Number of queues: 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// What it may do a second.
+    /// Limits of its throughput.
     pub limits: Limits,
 }
 
@@ -45,31 +45,32 @@ impl Default for BlockOptions {
     }
 }
 
-/// Where the disk is.
+/// The owner of the disk.
 #[derive(Debug)]
 enum Place {
-    /// Here: the device is not active.
+    /// The device, while it is not active.
     Here(Box<Disk>),
-    /// With the worker.
+    /// The worker.
     Working(Worker<BlockService>),
-    /// Nowhere: the worker's thread could not be ended, or could not begin. The driver is told by every reset and activation.
+    /// None: the worker's thread could not be ended, or could not be started. Every reset and
+    /// activation reports it.
     Lost,
 }
 
-/// A block device. While it is active its disk is the worker's.
+/// A block device. While it is active, its worker owns the disk.
 #[derive(Debug)]
 pub struct Block {
     queue_sizes: Vec<u16>,
     config: [u8; CONFIG_LEN],
     features: u64,
     place: Place,
-    /// In flight when it was saved, and not begun again.
+    /// Chains that were in flight in the saved state, and are not begun again yet.
     replay_queue: VecDeque<InFlight>,
     limiter: Limiter,
 }
 
 impl Block {
-    /// A fresh device on `disk`.
+    /// A new device on `disk`.
     #[must_use]
     pub fn new(disk: Disk, options: &BlockOptions) -> Self {
         let read_only = disk.config().read_only;
@@ -96,13 +97,13 @@ impl Block {
         }
     }
 
-    /// A device that goes on from a saved state, on a disk of the same instant.
+    /// A device that continues from a saved state, on a disk of the same instant.
     #[must_use]
     pub fn restore(state: &BlockState, disk: Disk, options: &BlockOptions) -> Self {
         Self { replay_queue: state.in_flight.iter().copied().collect(), ..Self::new(disk, options) }
     }
 
-    /// Runs `with` on its disk, between two turns of its worker. None if it has lost it.
+    /// Runs `with` on the disk, between two turns of the worker. Returns None if the disk is lost.
     pub fn with_disk<T>(&mut self, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
         match &mut self.place {
             Place::Here(disk) => Some(with(disk)),
@@ -111,7 +112,7 @@ impl Block {
         }
     }
 
-    /// Runs `with` on its worker's service, if it is active.
+    /// Runs `with` on the worker's service, if the device is active.
     #[cfg(test)]
     pub(super) fn with_service<T>(&mut self, with: impl FnOnce(&mut BlockService) -> T) -> Option<T> {
         match &self.place {
@@ -120,7 +121,7 @@ impl Block {
         }
     }
 
-    /// Takes its disk away, with the device stopped for good. None if its requests do not end.
+    /// Stops the device for good, and returns its disk. None if its requests do not end.
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();
         match std::mem::replace(&mut self.place, Place::Lost) {
@@ -141,8 +142,8 @@ fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
     let cluster_sectors = (CLUSTER / SECTOR) as u32;
     put(0, &(size / SECTOR).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
-    // A sector can be written alone; what is cheap is a cluster (2^3 sectors), of which a write of less may have to
-    // read the rest.
+    // A sector can be written alone. A cluster (2^3 sectors) is cheaper: a smaller write may have
+    // to read the rest of it.
     put(20, &(SECTOR as u32).to_le_bytes());
     put(24, &[cluster_sectors.trailing_zeros() as u8]);
     put(26, &(cluster_sectors as u16).to_le_bytes());
@@ -227,7 +228,7 @@ impl VirtioDevice for Block {
         match &self.place {
             Place::Working(worker) => {
                 let over = worker.with(|service| service.halt(patience));
-                // If nothing comes of it, what is to be done again is begun again.
+                // If the reset does not succeed, the requests to be done again are begun again.
                 worker.start_over();
                 over
             }
@@ -249,7 +250,8 @@ impl VirtioDevice for Block {
             self.replay_queue = state.in_flight.iter().copied().collect();
             return if rewound { Ok(()) } else { Err(ActivateError::NotReady) };
         };
-        // In place if the worker waits for the same queues' events then and now; threads cost more than all the rest.
+        // In place if the worker waits for the same queues' events then and now: starting a thread
+        // costs more than all the rest.
         if let Place::Working(worker) = &self.place
             && worker.is_alive()
             && worker.with(|service| service.has_queues(&with.queues))

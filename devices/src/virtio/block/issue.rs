@@ -1,4 +1,5 @@
-//! A request's way: begun, given to the disk in pieces, and over when the last piece is.
+//! A request's way: begun, given to the disk in pieces, and returned to the driver after the last
+//! one.
 
 use clade_memory::Access;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
@@ -11,45 +12,47 @@ use super::transfer::{Piece, Transfer};
 use crate::disk::{DiskError, DiskOp};
 use crate::virtio::{YieldRequest, dma};
 
-/// Bytes of the pieces in a turn: their pages are pinned, and the kernel copies what is in its
-/// cache at once.
+/// Most bytes of the pieces in a turn: their pages are pinned, and the kernel copies at once what
+/// is in its cache.
 pub(super) const BATCH_BYTES: u64 = 256 << 10;
-/// Pieces that the disk has at a time, and their bytes. They are pinned, and a fork copies what is
-/// pinned.
+/// Most pieces that the disk has at a time, and most bytes in them. They are pinned, and a fork
+/// copies pinned pages.
 const MAX_PIECES: usize = 256;
 pub(super) const MAX_BYTES: u64 = 8 << 20;
-/// Whose pins they are.
+/// The owner of the pins.
 const OWNER: &str = "virtio-blk";
 
-/// A request that was popped and not given back.
+/// A request in flight: popped and not used.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) queue: u16,
     pub(super) head: u16,
     pub(super) status: GuestAddress,
-    /// Bytes the device has written if it goes well, without the status.
+    /// Bytes that the device writes if the request succeeds, without the status.
     pub(super) written: u32,
-    /// What the disk has not been given yet.
+    /// The part that the disk has not got yet.
     pub(super) rest: Option<Transfer>,
-    /// Pieces that the disk has.
+    /// Pieces in the disk.
     pub(super) running: usize,
     pub(super) failed: bool,
-    /// It is to be durable before it is given back: the driver does not know how to flush.
+    /// Whether a flush follows the request before it is used, because the driver does not know
+    /// flushes.
     pub(super) sync: bool,
-    /// Pieces of it may have been cancelled: all of it is done again when the last one has ended.
+    /// Whether pieces may have been cancelled. The request is then done again when the last one has
+    /// ended.
     pub(super) redo: bool,
 }
 
-/// A piece that the disk has.
+/// A piece in the disk.
 #[derive(Debug)]
 pub(super) struct Running {
-    /// Of which request.
+    /// The request's token.
     pub(super) request: u64,
     pub(super) bytes: u64,
 }
 
 impl BlockService {
-    /// Begins with a request. Returns its token, if it is not done already.
+    /// Begins a request. Returns its token, unless it is done already.
     pub(super) fn begin(&mut self, queue: u16, request: Request) -> Option<u64> {
         let token = self.token();
         let len = request.len();
@@ -60,7 +63,7 @@ impl BlockService {
             Pending { queue, head, status, written, rest: None, running: 0, failed: false, sync, redo: false };
         let status = match kind {
             Kind::Read { offset } | Kind::Write { offset } => {
-                // All of it or nothing: no piece of a request that goes beyond the disk is done.
+                // All of it or nothing: no piece is done of a request that leaves the disk.
                 if offset.checked_add(len).is_some_and(|end| end <= self.disk.size()) {
                     pending.rest = Some(Transfer::new(matches!(kind, Kind::Write { .. }), offset, data));
                     self.pending.insert(token, pending);
@@ -91,7 +94,7 @@ impl BlockService {
         None
     }
 
-    /// Begins with a request that has no memory, and is one piece.
+    /// Begins a request that is one operation without memory.
     fn begin_whole(&mut self, token: u64, pending: Pending, operation: DiskOp) -> Option<u64> {
         self.pending.insert(token, pending);
         self.give_disk(token, operation, 0);
@@ -101,7 +104,7 @@ impl BlockService {
     /// Gives the disk a piece of `request`.
     fn give_disk(&mut self, request: u64, operation: DiskOp, bytes: u64) {
         let token = self.token();
-        // Before the disk, which may be done with it at once.
+        // Before the disk gets the piece, which may end at once.
         self.running.insert(token, Running { request, bytes });
         self.running_bytes += bytes;
         self.pending.get_mut(&request).into_iter().for_each(|pending| pending.running += 1);
@@ -136,10 +139,10 @@ impl BlockService {
         if rest.is_over() {
             pending.rest = None;
         } else {
-            // Behind the others: a long request does not keep short ones waiting.
+            // Behind the others, so that a long request does not delay short ones.
             self.issuing.push_back(request);
         }
-        // The device writes to memory at a read, so the pages must be this VM's own before the
+        // For a read the device writes to memory, so the pages must be this VM's own before the
         // kernel has their address (I3).
         let access = if write { Access::Read } else { Access::Write };
         match dma::pin(&self.ram, OWNER, &data, access) {
@@ -154,14 +157,14 @@ impl BlockService {
         len
     }
 
-    /// Nothing more of `request` is begun, and it has failed.
+    /// Fails `request`, and begins no other piece of it.
     fn fail_request(&mut self, request: u64) {
         if let Some(pending) = self.pending.get_mut(&request) {
             (pending.failed, pending.rest) = (true, None);
         }
     }
 
-    /// The disk is done with a piece.
+    /// Ends a piece.
     pub(super) fn finish(&mut self, token: u64, result: Result<(), &DiskError>) {
         let Some(Running { request, bytes }) = self.running.remove(&token) else { return };
         self.running_bytes -= bytes;
@@ -173,7 +176,7 @@ impl BlockService {
         self.ended(request);
     }
 
-    /// Gives `request` back if it is over.
+    /// Returns `request` to the driver if its last piece has ended.
     fn ended(&mut self, request: u64) {
         let Some(pending) = self.pending.get_mut(&request) else { return };
         if pending.running > 0 || (pending.rest.is_some() && !self.halting) {

@@ -17,8 +17,8 @@ mod state;
 mod tests;
 mod transfer;
 
-pub use device::{Block, BlockOptions, MAX_QUEUES, QUEUE_SIZE};
+pub use device::{Block, BlockOptions, MAX_QUEUES};
 pub use state::{BlockState, InFlight};
 
-/// Most buffers of data in a request: a chain with header and status fits in half of a queue.
+/// Most buffers of data in a request. With header and status, a chain takes half of a queue.
 const SEG_MAX: u32 = 126;

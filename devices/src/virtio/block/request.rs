@@ -1,7 +1,7 @@
-//! What a driver asks of a block device.
+//! Requests of a block device's driver.
 //!
-//! The specification lets a driver cut a request into buffers as it likes: the first 16 bytes to read are the header, the last byte to write is the
-//! status, and what is in between is data.
+//! The specification lets a driver cut a request into buffers as it likes. The first 16 readable
+//! bytes are the header. The last writable byte is the status. The rest is data.
 
 use clade_memory::GuestRam;
 use virtio_bindings::virtio_blk::{
@@ -17,14 +17,14 @@ use crate::virtio::queue::QueueError;
 
 /// Bytes of the header.
 const HEADER: usize = 16;
-/// Bytes of a range to discard or to make zeros.
+/// Bytes of a range to discard or to zero.
 const RANGE: usize = 16;
-/// In such a range: the room may be given back.
+/// Flag of such a range: its room may be freed.
 const UNMAP: u32 = 1;
-/// Most sectors of such a range: what one request may take.
+/// Most sectors of such a range: the most that one request may take.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 16;
 
-/// What is asked.
+/// The operation of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Read {
@@ -44,30 +44,30 @@ pub(super) enum Kind {
         len: u64,
         unmap: bool,
     },
-    /// Understood, and cannot be: the status is IOERR.
+    /// Known, and not possible: the status is IOERR.
     Impossible,
-    /// Not understood: the status is UNSUPP.
+    /// Not known: the status is UNSUPP.
     Unknown,
 }
 
-/// A request, parsed. Every byte of it was read once.
+/// A parsed request. Every byte of it was read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) head: u16,
     pub(super) kind: Kind,
-    /// Where the data is: to read for a write, and the other way round.
+    /// The data buffers: readable ones for a write, writable ones for a read.
     pub(super) data: Vec<Segment>,
     pub(super) status: GuestAddress,
 }
 
 impl Request {
-    /// Bytes of data.
+    /// Length of the data in bytes.
     pub(super) fn len(&self) -> u64 {
         dma::len_of(&self.data)
     }
 
-    /// What the limits count: also what is made zeros or discarded, which costs the host as a write
-    /// may.
+    /// Bytes for the limiter. Zeroed and discarded ranges count too: they can cost the host as much
+    /// as a write.
     pub(super) fn cost(&self) -> u64 {
         match self.kind {
             Kind::Read { .. } | Kind::Write { .. } => self.len(),
@@ -81,10 +81,11 @@ impl Request {
         matches!(self.kind, Kind::Write { .. } | Kind::Discard { .. } | Kind::Zero { .. })
     }
 
-    /// The request in `chain`.
+    /// Parses the request in `chain`.
     ///
     /// # Errors
-    /// When it has no header or no room for the status, which leaves nobody to tell but the whole device.
+    /// When it has no header, or no room for the status: then only the whole device can report an
+    /// error.
     pub(super) fn parse(ram: &GuestRam, chain: &Chain) -> Result<Self, QueueError> {
         let head = chain.head;
         let content = |what| QueueError::Content { head, what };
@@ -116,7 +117,7 @@ fn word(bytes: &[u8; HEADER], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// The last byte of `segments`, and all before it.
+/// The address of the last byte of `segments`, and all bytes before it.
 fn split_status(segments: &[Segment]) -> Option<(GuestAddress, Vec<Segment>)> {
     let mut room = segments.to_vec();
     let last = room.last_mut()?;
@@ -128,7 +129,7 @@ fn split_status(segments: &[Segment]) -> Option<(GuestAddress, Vec<Segment>)> {
     Some((status, room))
 }
 
-/// The one range of a discard or a write of zeros.
+/// Parses the one range of a discard or of a write of zeros.
 fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> Kind {
     let mut bytes = [0; RANGE];
     if dma::len_of(data) != RANGE as u64 || dma::copy_in(ram, data, &mut bytes).is_err() {
@@ -136,7 +137,8 @@ fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> Kind {
     }
     let sector = u64::from(word(&bytes, 0)) | u64::from(word(&bytes, 4)) << 32;
     let (sectors, flags) = (word(&bytes, 8), word(&bytes, 12));
-    // The specification: a device fails what sets flags it does not know, and a discard that sets any, as unsupported.
+    // By the specification, a device fails unknown flags, and any flag of a discard, as
+    // unsupported.
     if flags & !UNMAP != 0 || (discard && flags != 0) {
         return Kind::Unknown;
     }

@@ -6,14 +6,11 @@
 //!           └───────────── in flight: saved at a fork ─────────────┘
 //! ```
 //!
-//! A request is given to the disk in pieces, so that a turn is short whatever a driver asks for. It
-//! is
-//! given back when its last piece is done. A fork between two pieces hands the whole request on:
-//! the
-//! child does all of it again, those pieces too that its disk has already.
+//! The disk gets a request in pieces, so that a turn is short, however long the request is. The
+//! request is used when its last piece has ended. A fork between two pieces hands on the whole
+//! request. The child does all of it again, with the pieces that its disk has already.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_memory::GuestRam;
@@ -25,21 +22,22 @@ use super::request::{Kind, Request};
 use super::state::{BlockState, InFlight};
 use crate::disk::{Disk, DiskDone, DiskImage};
 use crate::virtio::limiter::Limiter;
-use crate::virtio::plain::same_queues;
-use crate::virtio::{Activation, Interrupt, QueueError, QueueState, Service, Turn, Virtqueue, Wake, YieldRequest, dma};
+use crate::virtio::plain::FatalError;
+use crate::virtio::queue_set::QueueSet;
+use crate::virtio::{Activation, QueueError, QueueState, Service, Turn, Virtqueue, Wake, YieldRequest, dma};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
-/// Requests popped, and pieces of requests given to the kernel, before others get a look in: what a
-/// turn does is what a pause waits for.
+/// Requests popped, and pieces given to the kernel, in one turn. Pausing the VM waits for the end
+/// of a turn.
 pub(super) const BATCH: usize = 8;
-/// Bytes of an id.
+/// Bytes of a disk's id.
 const ID_LEN: usize = 20;
 
-/// How soon the kernel is asked again when it had no memory.
+/// How soon a submission is tried again for which the kernel had no memory.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// A request that waits for the limiter. Popped, so it counts as in flight.
+/// A request that waits for the limiter. It is popped, so it counts as in flight.
 #[derive(Debug)]
 struct Delayed {
     queue: u16,
@@ -52,38 +50,37 @@ pub(super) struct BlockService {
     // First: what is in flight ends while memory and queues are still there.
     pub(super) disk: Disk,
     pub(super) ram: GuestRam,
-    queues: Vec<Option<Virtqueue>>,
-    interrupt: Arc<Interrupt>,
+    queues: QueueSet,
     limiter: Limiter,
     pub(super) id: Vec<u8>,
     pub(super) features: u64,
-    /// By token: the order in which they were popped.
+    /// Requests in flight by token, which is the order in which they were popped.
     pub(super) pending: BTreeMap<u64, Pending>,
-    /// Requests that the disk has not been given all of, in turn.
+    /// Requests whose last piece the disk has not got yet, in turn.
     pub(super) issuing: VecDeque<u64>,
-    /// Pieces that the disk has, by token.
+    /// Pieces in the disk, by token.
     pub(super) running: HashMap<u64, Running>,
-    /// Their bytes.
+    /// Bytes of the pieces in the disk.
     pub(super) running_bytes: u64,
-    /// Of requests and of pieces.
+    /// The last token of a request or a piece.
     next_token: u64,
     /// Chains to be done again, because they were in flight when the state was saved.
     pub(super) replay_queue: VecDeque<InFlight>,
-    /// Those of them that have begun. Nothing new is popped before they are done: until then the disk may show what somebody else, who has
-    /// the same request in flight, is writing there.
+    /// Requests of such chains that have begun. Nothing new is popped before they are done. Until
+    /// then the disk may show what the parent, which has the same request in flight, is writing
+    /// there.
     pub(super) replaying: HashSet<u64>,
     delayed: Option<Delayed>,
-    /// When to give the kernel again what it had no memory for.
+    /// When to repeat a submission for which the kernel had no memory.
     retry: Option<Instant>,
-    /// Queues to look into.
+    /// Of each queue, whether it must be read.
     ready: Vec<bool>,
-    /// The queue that is looked into first.
+    /// The queue that is read first.
     first: usize,
-    /// Queues with something given back since the driver was last told.
-    used: Vec<bool>,
-    /// Nothing is given back: what ends now is done again.
+    /// Whether requests that end are kept in flight, to be done again.
     pub(super) halting: bool,
-    /// The driver has broken the rules, or the device is broken: nothing is popped or given back any more.
+    /// Whether the driver has broken the rules, or the device is broken. No chain is popped or used
+    /// any more.
     pub(super) broken: bool,
 }
 
@@ -98,8 +95,7 @@ impl BlockService {
         Self {
             disk,
             ram,
-            queues,
-            interrupt,
+            queues: QueueSet::new(queues, interrupt),
             limiter,
             id,
             features,
@@ -114,14 +110,13 @@ impl BlockService {
             retry: None,
             ready: vec![false; count],
             first: 0,
-            used: vec![false; count],
             halting: false,
             broken: false,
         }
     }
 
-    /// Everything popped and not given back, in the order it was popped: what runs, then what is still to be done again, then what
-    /// waits for the limiter.
+    /// Everything popped and not used, in the order it was popped: requests begun, then chains to
+    /// be done again, then the request that waits for the limiter.
     pub(super) fn in_flight(&self) -> Vec<InFlight> {
         let pending = self.pending.values().map(|p| InFlight { queue: p.queue, head: p.head });
         let delayed = self.delayed.iter().map(|d| InFlight { queue: d.queue, head: d.request.head });
@@ -129,16 +124,17 @@ impl BlockService {
     }
 
     pub(super) fn queue_states(&self) -> Vec<Option<QueueState>> {
-        self.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::save)).collect()
+        self.queues.save()
     }
 
-    /// Chains of a queue that were popped and not given back.
+    /// Chains of a queue that were popped and not used.
     #[cfg(test)]
     pub(super) fn chains_out(&self, queue: usize) -> u16 {
-        self.queues[queue].as_ref().map_or(0, Virtqueue::out)
+        self.queues.get(queue).map_or(0, Virtqueue::out)
     }
 
-    /// Stops for good: what the kernel can give up is given up. Returns whether nothing is in flight any more.
+    /// Stops for good, and cancels what the kernel can cancel. Returns whether nothing is in
+    /// flight.
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;
         self.replay_queue.clear();
@@ -149,14 +145,14 @@ impl BlockService {
         self.disk.in_flight() == 0
     }
 
-    /// Has the kernel give up what it is busy with, or waits for it. What was popped and not given back is done again afterwards, from the beginning:
-    /// nothing is given back here. Returns whether nothing is in flight any more.
+    /// Cancels the requests in flight, or waits for them. They stay in flight for the driver, and
+    /// are done again from the beginning. Returns whether the disk has nothing in flight.
     pub(super) fn halt(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         let mut list = self.in_flight();
         self.halting = true;
         loop {
-            // Each time: what waited for others begins when those end.
+            // In each turn: jobs that waited for others begin when those end.
             self.disk.cancel();
             self.reap();
             let over = self.disk.in_flight() == 0 || Instant::now() >= deadline;
@@ -165,8 +161,8 @@ impl BlockService {
             }
         }
         self.halting = false;
-        // What is still there goes on. Parts of it may have been given up, so it is done again when
-        // it ends.
+        // What the disk still has continues. Parts of it may have been cancelled, so it is done
+        // again when it ends.
         for pending in self.pending.values_mut().filter(|pending| pending.running > 0) {
             (pending.redo, pending.rest) = (true, None);
         }
@@ -179,18 +175,20 @@ impl BlockService {
     }
 
     pub(super) fn has_queues(&self, queues: &[Option<Virtqueue>]) -> bool {
-        same_queues(&self.queues, queues)
+        self.queues.is_same_as(queues)
     }
 
-    /// Goes back to a saved state, on its disk at that instant. Returns whether it could: nothing may be in flight.
+    /// Goes back to a saved state, on its disk at that instant. Returns false if the disk has
+    /// requests in flight.
     pub(super) fn rewind(&mut self, state: &BlockState, image: &DiskImage, with: Activation) -> bool {
         if !self.disk.rewind(image) {
             return false;
         }
-        (self.queues, self.features) = (with.queues, with.features);
+        self.queues.replace(with.queues);
+        self.features = with.features;
         self.replay_queue = state.in_flight.iter().copied().collect();
         for chain in &self.replay_queue {
-            if let Some(Some(queue)) = self.queues.get_mut(usize::from(chain.queue)) {
+            if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
                 queue.restore_in_flight();
             }
         }
@@ -201,7 +199,6 @@ impl BlockService {
         self.replaying.clear();
         (self.delayed, self.retry) = (None, None);
         self.ready.fill(true);
-        self.used.fill(false);
         self.broken = false;
         true
     }
@@ -210,7 +207,7 @@ impl BlockService {
         if !self.broken {
             tracing::warn!(%error, disk = %self.disk.config().path.display(), "a block device needs a reset");
             self.broken = true;
-            self.interrupt.fail();
+            self.queues.interrupt().fail();
         }
     }
 
@@ -223,10 +220,10 @@ impl BlockService {
         self.next_token
     }
 
-    /// Begins with chain `head` of `queue`. Returns the request's token, if it is not done already
-    /// and need not wait for the limiter.
+    /// Begins chain `head` of `queue`. Returns the request's token, unless it is done already or
+    /// waits for the limiter.
     fn chain(&mut self, queue: u16, head: u16, limited: bool) -> Result<Option<u64>, QueueError> {
-        let Some(Some(ring)) = self.queues.get(usize::from(queue)) else {
+        let Some(ring) = self.queues.get(usize::from(queue)) else {
             return Err(QueueError::Rings { index: queue });
         };
         let chain = ring.chain(head)?;
@@ -241,25 +238,23 @@ impl BlockService {
         Ok(self.begin(queue, request))
     }
 
-    /// Tells the driver how a request ended: the status before the used ring, whose index is stored last and with release.
+    /// Returns a request to the driver: writes the status before the used ring, whose index is
+    /// stored last and with release.
     pub(super) fn add_used(&mut self, pending: &Pending, status: u32) {
         if self.broken || self.halting {
             return;
         }
-        let index = usize::from(pending.queue);
-        let done = dma::write(&self.ram, pending.status, &[status as u8]).map_err(|error| error.to_string());
-        let queue = self.queues.get_mut(index).and_then(Option::as_mut);
-        let done = done.and_then(|()| match queue {
-            Some(queue) => queue.add_used(pending.head, pending.written + 1).map_err(|error| error.to_string()),
-            None => Err(QueueError::Rings { index: pending.queue }.to_string()),
+        let done = dma::write(&self.ram, pending.status, &[status as u8]).map_err(FatalError::from);
+        let done = done.and_then(|()| {
+            let index = usize::from(pending.queue);
+            Ok(self.queues.add_used(index, pending.head, pending.written + 1)?)
         });
-        match done {
-            Ok(()) => self.used[index] = true,
-            Err(error) => self.fail(&error),
+        if let Err(error) = done {
+            self.fail(&error);
         }
     }
 
-    /// Gives back what the disk is done with.
+    /// Handles the pieces that the disk has ended.
     fn reap(&mut self) {
         match self.disk.reap() {
             Ok(done) => self.finish_all(done),
@@ -273,7 +268,7 @@ impl BlockService {
         }
     }
 
-    /// Gives the kernel what was begun.
+    /// Submits to the kernel what was begun.
     fn kick(&mut self) {
         loop {
             if let Err(error) = self.disk.kick() {
@@ -283,30 +278,30 @@ impl BlockService {
             if done.is_empty() {
                 break;
             }
-            // What is over may have begun something: see `ended`.
+            // The end of a request may have begun another operation: see `ended`.
             self.finish_all(done);
         }
         self.retry = self.disk.is_stalled().then(|| Instant::now() + RETRY);
     }
 
-    /// Whether another request may be begun: those that were go to the disk first.
+    /// Whether another request may begin. The disk first gets the pieces of those that have begun.
     fn has_room(&self) -> bool {
         !self.broken && self.issuing.len() < BATCH
     }
 
-    /// Whether something is to be done again now.
+    /// Whether a chain can be done again now.
     fn may_redo(&self) -> bool {
         !self.replay_queue.is_empty() && self.has_room()
     }
 
-    /// Does again what was in flight when the state was saved, up to a batch.
+    /// Begins again chains that were in flight when the state was saved, up to a batch.
     fn replay(&mut self) {
         for _ in 0..BATCH {
             if !self.may_redo() {
                 return;
             }
             let Some(InFlight { queue, head }) = self.replay_queue.pop_front() else { return };
-            // The limits were kept when it was first popped.
+            // Without the limiter, which has counted the request when it was first popped.
             match self.chain(queue, head, false) {
                 Ok(token) => self.replaying.extend(token),
                 Err(error) => self.fail(&error),
@@ -319,7 +314,7 @@ impl BlockService {
         self.has_room() && self.replay_queue.is_empty() && self.replaying.is_empty() && self.delayed.is_none()
     }
 
-    /// Pops and begins requests, one of each queue after another, up to a batch.
+    /// Pops and begins requests, one of each queue in turn, up to a batch.
     fn pop(&mut self, hurry: &YieldRequest<'_>) {
         for _ in 0..BATCH {
             if !self.may_pop() || hurry.is_set() {
@@ -327,7 +322,7 @@ impl BlockService {
             }
             let count = self.queues.len();
             let Some(index) = (0..count).map(|n| (self.first + n) % count).find(|n| self.ready[*n]) else { return };
-            // A queue that always has something does not keep the others waiting.
+            // A queue that is always full does not delay the others.
             self.first = (index + 1) % count;
             self.pop_from(index);
         }
@@ -335,7 +330,7 @@ impl BlockService {
 
     /// Pops and begins the next request of queue `index`.
     fn pop_from(&mut self, index: usize) {
-        let Some(queue) = &mut self.queues[index] else {
+        let Some(queue) = self.queues.get_mut(index) else {
             self.ready[index] = false;
             return;
         };
@@ -345,15 +340,15 @@ impl BlockService {
         });
         match popped {
             Ok(true) => {}
-            // Asked for notifications before the last look, or one that comes in between is lost.
+            // Notifications are enabled before the last look, or one that comes in between is lost.
             Ok(false) => {
-                self.ready[index] = self.queues[index].as_mut().is_some_and(Virtqueue::enable_notifications);
+                self.ready[index] = self.queues.get_mut(index).is_some_and(Virtqueue::enable_notifications);
             }
             Err(error) => self.fail(&error),
         }
     }
 
-    /// Lets the request that waits for the limiter go, if it may.
+    /// Begins the request that waits for the limiter, if it may.
     fn release(&mut self) {
         let Some(delayed) = self.delayed.take_if(|delayed| Instant::now() >= delayed.until) else { return };
         match self.limiter.take(delayed.request.cost()) {
@@ -361,18 +356,6 @@ impl BlockService {
                 self.begin(delayed.queue, delayed.request);
             }
             Err(until) => self.delayed = Some(Delayed { until, ..delayed }),
-        }
-    }
-
-    fn tell(&mut self) {
-        let mut tell = false;
-        for (used, queue) in self.used.iter_mut().zip(&mut self.queues) {
-            if std::mem::take(used) {
-                tell |= queue.as_mut().is_some_and(Virtqueue::needs_notification);
-            }
-        }
-        if tell {
-            self.interrupt.used();
         }
     }
 }
@@ -383,10 +366,7 @@ impl Service for BlockService {
             Wake::Start => self.ready.fill(true),
             Wake::Source(DISK) | Wake::Timer | Wake::Again => {}
             Wake::Source(index) => {
-                if let Some(Some(queue)) = self.queues.get_mut(index as usize) {
-                    // Before looking into the queue.
-                    queue.acknowledge();
-                    queue.disable_notifications();
+                if self.queues.acknowledge(index as usize) {
                     self.ready[index as usize] = true;
                 }
             }
@@ -399,9 +379,10 @@ impl Service for BlockService {
             self.issue(hurry);
             self.kick();
         }
-        self.tell();
-        // What waits behind those done again is looked at when the last of them is done: at the disk's event, or now if that was just now.
-        // So is what waits for the disk to be done with other pieces.
+        self.queues.notify();
+        // Chains behind those done again are popped when the last of these is done: at the disk's
+        // event, or now if it has just ended. The same holds for pieces that wait for others in the
+        // disk.
         let more = self.may_issue() || self.may_redo() || (self.may_pop() && self.ready.contains(&true));
         if more && !self.broken { Turn::Again } else { Turn::Done }
     }

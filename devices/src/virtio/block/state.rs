@@ -1,19 +1,20 @@
-//! A saved block device.
+//! The saved state of a block device.
 
 use serde::{Deserialize, Serialize};
 
-/// A chain that was popped and not given back.
+/// A chain that was popped and not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InFlight {
-    /// Its queue.
+    /// The queue's number.
     pub queue: u16,
-    /// Its head.
+    /// The chain's head.
     pub head: u16,
 }
 
-/// What a block device is besides its disk and its queues.
+/// The state of a block device besides its disk and its queues.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
-    /// Chains in flight, in the order they were popped. Whoever continues the device does them first, again.
+    /// Chains in flight, in the order they were popped. A device that continues from the state does
+    /// them first.
     pub in_flight: Vec<InFlight>,
 }

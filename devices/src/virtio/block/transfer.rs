@@ -1,4 +1,4 @@
-//! What of a request the disk has not been given yet, and the pieces it is cut into.
+//! The part of a request that the disk has not got yet, and the pieces it is cut into.
 
 use std::collections::VecDeque;
 
@@ -11,13 +11,13 @@ use crate::virtio::chain::Segment;
 #[derive(Debug)]
 pub(super) struct Transfer {
     write: bool,
-    /// Where on the disk it goes on.
+    /// The byte on the disk at which the rest begins.
     offset: u64,
-    /// Its memory.
+    /// The memory of the rest.
     data: VecDeque<Segment>,
 }
 
-/// A part of a transfer that is given to the disk at once.
+/// A part of a transfer: one operation of the disk.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) offset: u64,
@@ -38,9 +38,8 @@ impl Transfer {
         self.data.is_empty()
     }
 
-    /// Cuts off the next piece: `most` bytes at most, in whole sectors. It ends with a cluster
-    /// where it
-    /// can, because a write of a part of one may have to read the rest.
+    /// Cuts off the next piece: at most `most` bytes, in whole sectors. It ends at the end of a
+    /// cluster where it can, because a write of part of a cluster may have to read the rest.
     pub(super) fn next(&mut self, most: u64) -> Piece {
         let end = (self.offset + most) / CLUSTER * CLUSTER;
         let most = if end > self.offset { end - self.offset } else { most };

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::ConsoleState;
@@ -16,14 +15,15 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 
 const RX: usize = 0;
 const TX: usize = 1;
-/// Typed bytes kept for a driver that does not read.
+/// Most bytes of input kept for a driver that does not read.
 const MAX_TYPED: usize = 64 << 10;
-/// Bytes taken from one chain of output at most: the rest of it is given back unread, which a driver sees as a console that loses output.
+/// Most bytes taken from one chain of output. The rest of the chain is not written, as on a console
+/// that loses output.
 const MAX_OUT: usize = 64 << 10;
 /// Chains in a turn.
 const BATCH: usize = 16;
 
-/// The host's end for typing. Clones type at the same console.
+/// The input side of a console, on the host. Clones write to the same console.
 #[derive(Clone, Debug)]
 pub struct Typist(Arc<(Mutex<VecDeque<u8>>, EventFd)>);
 
@@ -32,22 +32,21 @@ impl Typist {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Types; returns how many bytes there was room for.
+    /// Adds input. Returns how many bytes there was room for.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         let mut typed = self.typed();
         let room = MAX_TYPED.saturating_sub(typed.len()).min(bytes.len());
         typed.extend(&bytes[..room]);
         drop(typed);
-        // Full is as good as rung.
+        // A full counter wakes the device too.
         let _ = self.0.1.write(1);
         room
     }
 }
 
-/// See the module's documentation.
+/// A console device.
 #[derive(Debug)]
 pub struct ConsoleDevice {
-    queue_sizes: [u16; 2],
     config: Config,
     output: Console,
     typist: Typist,
@@ -57,20 +56,20 @@ impl ConsoleDevice {
     /// A device that writes to `output`.
     ///
     /// # Errors
-    /// When there is no eventfd to be had.
+    /// When no eventfd can be made.
     pub fn new(output: Console) -> io::Result<Self> {
         let typist = Typist(Arc::new((Mutex::default(), EventFd::new(EFD_NONBLOCK)?)));
-        // Columns, rows, ports and the emergency register: none is offered.
-        Ok(Self { queue_sizes: [64, 64], config: Config::new(vec![0; 12]), output, typist })
+        // Columns, rows, ports and emergency write: none is offered.
+        Ok(Self { config: Config::new(vec![0; 12]), output, typist })
     }
 
-    /// The host's end for typing.
+    /// The input side of the console.
     #[must_use]
     pub fn typist(&self) -> Typist {
         self.typist.clone()
     }
 
-    /// Gives the driver what was typed, as far as it has posted buffers.
+    /// Gives the driver the input, as far as it has posted buffers.
     fn receive(&self, io: &mut QueueCtx) -> Result<(), FatalError> {
         loop {
             let mut typed = self.typist.typed();
@@ -91,12 +90,8 @@ impl DeviceOps for ConsoleDevice {
     const NAME: &'static str = "clade-hvc";
     const TYPE: u32 = VIRTIO_ID_CONSOLE;
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![64; 2]
     }
 
     fn config(&self) -> &Config {
@@ -111,14 +106,14 @@ impl DeviceOps for ConsoleDevice {
         let DeviceState::Console(ConsoleState {}) = state else {
             return Err(ActivateError::Kind { found: state.kind() });
         };
-        // Typed for the guest as it was.
+        // The input was for the guest as it was.
         self.typist.typed().clear();
         Ok(())
     }
 
     fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if wake == Wake::Source(OWN) {
-            // Before looking at what was typed.
+            // Before the input is read.
             let _ = self.typist.0.1.read();
         }
         self.receive(io)?;
@@ -126,7 +121,7 @@ impl DeviceOps for ConsoleDevice {
             let Some(chain) = io.pop(TX)? else { return Ok(Turn::Done) };
             let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(MAX_OUT)];
             dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
-            // A console of this process takes everything.
+            // A console in this process takes everything.
             let _ = self.output.write_all(&bytes);
             io.add_used(TX, chain.head, 0)?;
             if hurry.is_set() {

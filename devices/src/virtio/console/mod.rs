@@ -1,5 +1,5 @@
-//! The console device: `hvc0` in a Linux guest. What the guest writes goes to a [`crate::Console`], what is typed waits until the driver has posted a
-//! buffer for it.
+//! The console device: `hvc0` in a Linux guest. The guest's output goes to a [`crate::Console`].
+//! Input waits until the driver has posted a buffer for it.
 
 mod device;
 mod state;

@@ -1,7 +1,8 @@
-//! What is saved of a console.
+//! The saved state of a console.
 
 use serde::{Deserialize, Serialize};
 
-/// A console's state. What has been typed and not read goes with the parent: a child is not typed at by its parent's terminal.
+/// The saved state of a console. Input that the guest has not read stays with the parent: a child
+/// has no part in its parent's terminal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleState {}

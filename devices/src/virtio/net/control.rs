@@ -1,4 +1,4 @@
-//! What a driver asks of a network device by its control queue.
+//! Commands of a network device's control queue.
 
 use super::super::dma;
 use crate::virtio::plain::{FatalError, QueueCtx};
@@ -7,19 +7,19 @@ use crate::virtio::{Chain, QueueError};
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Use so many pairs of queues.
+    /// Use this many pairs of queues.
     Pairs(u16),
-    /// It has announced itself.
+    /// The driver has announced the guest.
     Announced,
-    /// Another address.
+    /// Use this Ethernet address.
     Address([u8; 6]),
-    /// What is received by whom, which is the host's business: everything that comes is given to the driver.
+    /// Set a receive filter. It is accepted and ignored: the driver gets every packet.
     Filter,
-    /// Something else.
+    /// A command that is not known.
     Unknown,
 }
 
-/// Parses the chain's readable part: a class, a command, and what belongs to it.
+/// Parses the chain's readable part: a class, a command, and its data.
 pub(super) fn parse(io: &QueueCtx, chain: &Chain) -> Result<Command, FatalError> {
     if chain.readable.is_empty() || chain.writable.is_empty() || dma::len_of(&chain.readable) < 2 {
         let (head, what) = (chain.head, "is no command");

@@ -26,64 +26,66 @@ use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
-/// Most pairs of queues.
+/// The most pairs of queues.
 pub const MAX_PAIRS: u16 = 8;
+/// Largest size of a queue for packets, and of the control queue.
 const QUEUE_SIZE: u16 = 256;
-/// The largest packet there is, with its header: 64 KiB and an Ethernet header.
+const CONTROL_SIZE: u16 = 64;
+/// Bytes of the largest packet with its header: 64 KiB and an Ethernet header.
 const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
-/// An Ethernet header.
+/// Bytes of the smallest packet with its header: an Ethernet header.
 const MIN_PACKET: usize = VNET_HEADER + 14;
-/// Packets in a turn, each way and pair of queues.
+/// Packets in a turn, for each direction of each pair of queues.
 const BATCH: usize = 32;
 /// How long a child's link stays down at least.
 const DOWN: Duration = Duration::from_millis(250);
-/// How long it stays down for a driver that has not looked. One that looks only when it is up again has not seen that it was down.
+/// How long it stays down for a driver that does not read the status. A driver that reads it only
+/// when the link is up again has not seen it down.
 const MAX_DOWN: Duration = Duration::from_secs(30);
-/// How often it is looked whether the driver has.
+/// How often the device checks whether the driver has read the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How soon an interface that took no packet is tried again.
+/// How soon a packet that the interface did not take is sent again.
 const RETRY: Duration = Duration::from_millis(1);
-/// How soon memory that could not be pinned is tried again, and how often that is said.
+/// How soon memory that could not be pinned is tried again, and how often this is logged.
 const PIN_RETRY: Duration = Duration::from_millis(10);
 const PIN_WARN: Duration = Duration::from_secs(60);
-/// Of the configuration space: address, status, pairs.
+/// Offset of the status in the configuration space, behind the address.
 const STATUS: u64 = 6;
 const UP: u16 = 1;
 const ANNOUNCE: u16 = 2;
 const OWNER: &str = "virtio-net";
 
-/// What is chosen for a network device.
+/// The configuration of a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetOptions {
-    /// Its address.
+    /// Its Ethernet address.
     pub mac: Mac,
-    /// What it may receive a second.
+    /// Limits of receiving.
     pub receive: Limits,
-    /// What it may send a second.
+    /// Limits of sending.
     pub send: Limits,
 }
 
-/// What has gone through.
+/// Counters of a network device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetStats {
     /// Packets received.
     pub received: u64,
-    /// Bytes of them.
+    /// Bytes in packets received.
     pub received_bytes: u64,
     /// Packets sent.
     pub sent: u64,
-    /// Bytes of them.
+    /// Bytes in packets sent.
     pub sent_bytes: u64,
-    /// Packets that the interface or the driver would not have.
+    /// Packets that the interface or the driver has refused.
     pub dropped: u64,
-    /// Times that memory could not be pinned, and was tried again.
+    /// How often memory could not be pinned, and was tried again.
     pub pin_retries: u64,
 }
 
-/// See the module's documentation.
+/// A network device on a TAP interface.
 #[derive(Debug)]
 pub struct Net {
-    queue_sizes: Vec<u16>,
     config: Config,
     mac: Mac,
     tap: Tap,
@@ -93,22 +95,23 @@ pub struct Net {
     readable: Vec<bool>,
     receive: Limiter,
     send: Limiter,
-    /// When to look again, after a limit or a full interface.
+    /// When to try again, after a limit or a full interface.
     until: Option<Instant>,
-    /// When the link went down, if it is.
+    /// When the link went down, if it is down.
     down_since: Option<Instant>,
-    /// It is to go down first.
+    /// Whether the link is to go down first.
     renew: bool,
-    /// When it was said last that memory cannot be pinned.
+    /// When it was last logged that memory cannot be pinned.
     warned: Option<Instant>,
     stats: NetStats,
 }
 
 impl Net {
-    /// A device on `tap`. With `renew`, it goes on as `state` says and the guest is made to renew what it has from the network.
+    /// A device on `tap`, in the saved `state` if there is one. With `renew`, its link goes down
+    /// and up, so that the guest renews its network configuration.
     ///
     /// # Errors
-    /// When the interface cannot be waited for.
+    /// When epoll cannot watch the interface.
     pub fn new(tap: Tap, options: &NetOptions, state: Option<&NetState>, renew: bool) -> io::Result<Self> {
         let most = tap.queues() as u16;
         let mut config = vec![0; 10];
@@ -121,10 +124,7 @@ impl Net {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64))?;
         }
         let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MAX_PAIRS));
-        let mut queue_sizes = vec![QUEUE_SIZE; 2 * usize::from(most)];
-        queue_sizes.push(64);
         Ok(Self {
-            queue_sizes,
             config: Config::new(config),
             mac: options.mac,
             epoll,
@@ -147,7 +147,7 @@ impl Net {
         self.tap.name()
     }
 
-    /// What has gone through.
+    /// The counters so far.
     #[must_use]
     pub fn stats(&self) -> NetStats {
         self.stats
@@ -169,7 +169,8 @@ impl Net {
         }
     }
 
-    /// The number of the control queue: behind all pairs if the driver knows of more than one.
+    /// The number of the control queue: behind all pairs if the driver knows more than one, else
+    /// behind the first.
     fn control(&self, io: &QueueCtx) -> usize {
         if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.tap.queues() } else { 2 }
     }
@@ -200,7 +201,7 @@ impl Net {
         self.config.write(STATUS, &status.to_le_bytes());
     }
 
-    /// Takes the link down and brings it up again, for a guest that has another address now.
+    /// Takes the link down and up again, for a guest whose address has changed.
     fn renew(&mut self, io: &QueueCtx) {
         if std::mem::take(&mut self.renew) {
             self.set_status(0);
@@ -229,7 +230,7 @@ impl Net {
                 io.add_used(queue, chain.head, 0)?;
                 continue;
             }
-            // Before the limit: what was taken out of that is not given back.
+            // Before the limiter, which does not take tokens back.
             let memory = match dma::pin(&io.ram, OWNER, &chain.readable, Access::Read) {
                 Err(error) if error.is_transient() => {
                     io.undo_pop(queue);
@@ -253,7 +254,8 @@ impl Net {
                     self.wait_until(Instant::now() + RETRY);
                     return Ok(false);
                 }
-                // An interface that is down, or a packet that makes no sense: lost, as on a wire.
+                // The interface is down, or the packet is not valid: the packet is lost, as on a
+                // wire.
                 Err(_) => self.stats.dropped += 1,
             }
             io.add_used(queue, chain.head, 0)?;
@@ -268,8 +270,8 @@ impl Net {
         self.until = Some(self.until.map_or(until, |earlier| earlier.min(until)));
     }
 
-    /// There is no memory for a pin now. The chains stay in the queue, and are looked at again
-    /// soon.
+    /// Notes that there is no memory for a pin now. The chains stay in the queue, and are tried
+    /// again soon.
     fn pin_later(&mut self, error: &DmaError) {
         self.stats.pin_retries += 1;
         let now = Instant::now();
@@ -280,7 +282,8 @@ impl Net {
         self.wait_until(now + PIN_RETRY);
     }
 
-    /// Takes posted chains until a packet of any size fits, or as many as it may be spread over.
+    /// Pops posted chains until a packet of any size fits, or as many as a packet may be spread
+    /// over.
     fn gather(io: &mut QueueCtx, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, FatalError> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
@@ -301,7 +304,7 @@ impl Net {
         let queue = 2 * pair;
         let mut posted = VecDeque::new();
         let more = self.receive_into(io, pair, &mut posted, hurry);
-        // What was taken and not used stays posted.
+        // Chains that were popped and not filled stay posted.
         for _ in posted {
             io.undo_pop(queue);
         }
@@ -327,7 +330,7 @@ impl Net {
                 return Ok(false);
             }
             if !Self::gather(io, queue, posted)? {
-                // Looked at again when the driver has posted more.
+                // Continued when the driver has posted more.
                 return Ok(false);
             }
             if let Err(until) = self.receive.ready() {
@@ -342,7 +345,7 @@ impl Net {
                     self.arm(pair);
                 }
                 Err(error) => {
-                    // Down, most likely: looked at again when it has something.
+                    // The interface is down, most likely; continued when it has a packet.
                     tracing::debug!(%error, interface = self.tap.name(), "nothing is received");
                     self.readable[pair] = false;
                     self.wait_until(Instant::now() + Duration::from_millis(100));
@@ -373,14 +376,14 @@ impl Net {
             parts.push((chain, part));
         }
         if let Some((first, _)) = parts.first() {
-            // The last two bytes of the header, wherever the driver has them.
+            // The last two bytes of the header count the chains, wherever the driver has them.
             write_at(&first.memory, VNET_HEADER - 2, (parts.len() as u16).to_le_bytes());
         }
         for (chain, part) in parts {
             io.add_used(queue, chain.head, part as u32)?;
         }
         let bytes = len.saturating_sub(VNET_HEADER) as u64;
-        // It was ready before; a packet's size is known when it is there.
+        // There was a token before; a packet's size is known only now.
         let _ = self.receive.take(bytes);
         self.stats.received += 1;
         self.stats.received_bytes += bytes;
@@ -433,8 +436,10 @@ impl DeviceOps for Net {
         bits.iter().fold(0, |all, bit| all | 1 << bit)
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        let mut sizes = vec![QUEUE_SIZE; 2 * self.tap.queues()];
+        sizes.push(CONTROL_SIZE);
+        sizes
     }
 
     fn config(&self) -> &Config {
@@ -469,9 +474,9 @@ impl DeviceOps for Net {
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Net(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
         self.pairs = state.pairs.clamp(1, (self.tap.queues() as u16).clamp(1, MAX_PAIRS));
-        // The driver may have set another one since.
+        // The driver may have set another address since.
         self.config.write(0, &self.mac.0);
-        // As a child is told, whose address may not be the one it knows.
+        // As for a child, whose address may not be the one its guest knows.
         self.renew = true;
         Ok(())
     }
@@ -490,7 +495,7 @@ impl DeviceOps for Net {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        // From when it may come up on, it is looked at every now and then.
+        // Once the link may come up, the status is checked at intervals.
         let look = |since: Instant| (since + DOWN).max(Instant::now() + POLL_INTERVAL);
         [self.until, self.down_since.map(look)].into_iter().flatten().min()
     }

@@ -7,12 +7,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// An Ethernet address. Written down as people write it.
+/// An Ethernet address. Its text form is the usual one, with colons.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
-/// Not an address.
+/// A text is not the address of an interface.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("\"{text}\" is no unicast Ethernet address, like 02:00:00:00:00:01")]
 pub struct MacError {
@@ -37,7 +37,7 @@ impl FromStr for Mac {
     fn from_str(text: &str) -> Result<Self, MacError> {
         let bytes: Option<Vec<u8>> =
             text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
-        // A group address cannot be anybody's own.
+        // A group address cannot be an interface's.
         let unicast = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()).filter(|bytes| bytes[0] & 1 == 0);
         unicast.map(Self).ok_or_else(|| MacError { text: text.to_owned() })
     }
@@ -57,7 +57,7 @@ impl From<Mac> for String {
 }
 
 impl Mac {
-    /// An address that nobody has: random, and marked as given locally.
+    /// A random address, marked as locally administered.
     ///
     /// # Errors
     /// When the kernel has no random bytes.

@@ -1,11 +1,15 @@
-//! The network device: packets between the guest and a TAP interface, read and written where they are.
+//! The network device: packets between the guest and a TAP interface, without a copy in this
+//! process.
 //!
-//! A packet is received into buffers the driver has posted and sent from where the driver has it, by one system call on pinned pages: nothing is
-//! copied but by the kernel. Checksums and segmentation are left to whoever can do them (what was negotiated is told to the interface).
+//! A packet is received into the driver's posted buffers, and sent from the driver's buffers, by
+//! one system call on pinned pages. Only the kernel copies. Checksums and segmentation are left to
+//! the interface, as far as they were negotiated.
 //!
-//! At a fork nothing is in flight: a packet that was sent has been sent (by the parent), and receive buffers stay posted in both. A child has an
-//! interface and an address of its own; its link goes down and comes up again, and it is asked to announce itself, so that a guest renews
-//! what it had from the network. (A guest that copied the address when it booted goes on using that until it is told otherwise.)
+//! At a fork nothing is in flight. A packet that was sent was sent by the parent, and receive
+//! buffers stay posted in both VMs. A child has an interface and an address of its own. Its link
+//! goes down and comes up again, and its driver is asked to announce the guest, so that the guest
+//! renews its network configuration. (A guest that copied the address when it booted goes on using
+//! that one until it is changed inside the guest.)
 
 mod control;
 mod device;

@@ -1,16 +1,16 @@
-//! What a driver has posted for receiving.
+//! Buffers that a driver has posted for receiving.
 
 use clade_io::Fragment;
 use vm_memory::Bytes;
 
-/// A chain the driver has posted for receiving, and its memory.
+/// A chain posted for receiving, and its memory.
 #[derive(Debug)]
 pub(super) struct Posted {
     pub(super) head: u16,
     pub(super) memory: Vec<Fragment>,
 }
 
-/// Writes two bytes into `memory`, from its byte `at` on. What is beyond the end is not written.
+/// Writes two bytes into `memory`, at byte `at`. Bytes beyond the end are not written.
 pub(super) fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
     let mut skip = at;
     let mut bytes = bytes.as_slice();

@@ -1,8 +1,8 @@
-//! What is saved of a network device.
+//! The saved state of a network device.
 
 use serde::{Deserialize, Serialize};
 
-/// A network device's state.
+/// The saved state of a network device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
     /// Pairs of queues that the driver uses.

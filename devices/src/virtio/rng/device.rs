@@ -4,25 +4,24 @@ use std::time::Instant;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::state::RngState;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, DeviceOps, FatalError, QueueCtx};
 use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Turn, Wake, YieldRequest, dma};
 
-/// Bytes given for one request at most: a driver that asks for more gets the first of them, as the specification allows.
-const MOST: usize = 4096;
+/// Most bytes for one request. A driver that asks for more gets a part, as the specification
+/// allows.
+const MAX_BYTES: usize = 4096;
 /// Requests in a turn.
 const BATCH: usize = 16;
 
-/// See the module's documentation.
+/// An entropy device.
 #[derive(Debug)]
 pub struct Rng {
-    queue_sizes: [u16; 1],
     config: Config,
     limiter: Limiter,
-    /// A request that waits for the limiter, put back into its queue.
+    /// When the limiter lets the next request pass, which stays in its queue until then.
     until: Option<Instant>,
 }
 
@@ -31,7 +30,7 @@ impl Rng {
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         let (config, limiter) = (Config::new(Vec::new()), Limiter::new(limits));
-        Self { queue_sizes: [64], config, limiter, until: None }
+        Self { config, limiter, until: None }
     }
 
     fn fill(io: &QueueCtx, chain: &Chain, bytes: &mut [u8]) -> Result<u32, FatalError> {
@@ -41,7 +40,7 @@ impl Rng {
                 Ok(got) => done += got,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
-                    // Fewer, never others.
+                    // Fewer bytes, but all of them random.
                     tracing::warn!(%error, "no random bytes");
                     break;
                 }
@@ -55,12 +54,8 @@ impl DeviceOps for Rng {
     const NAME: &'static str = "clade-rng";
     const TYPE: u32 = VIRTIO_ID_RNG;
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![64]
     }
 
     fn config(&self) -> &Config {
@@ -75,10 +70,10 @@ impl DeviceOps for Rng {
 
     fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
-        let mut bytes = [0; MOST];
+        let mut bytes = [0; MAX_BYTES];
         for _ in 0..BATCH {
             let Some(chain) = io.pop(0)? else { return Ok(Turn::Done) };
-            let len = (dma::len_of(&chain.writable) as usize).min(MOST);
+            let len = (dma::len_of(&chain.writable) as usize).min(MAX_BYTES);
             if let Err(until) = self.limiter.take(len as u64) {
                 io.undo_pop(0);
                 self.until = Some(until);

@@ -1,7 +1,7 @@
-//! What is saved of an entropy device.
+//! The saved state of an entropy device.
 
 use serde::{Deserialize, Serialize};
 
-/// Nothing: what it has to give is not to be saved.
+/// An entropy device has nothing to save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngState {}

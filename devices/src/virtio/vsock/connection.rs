@@ -10,63 +10,65 @@ use rustix::net::{SendFlags, send};
 
 use super::packet::{SHUT_RECEIVE, SHUT_SEND};
 
-/// Bytes from the guest kept for a socket that does not take them; the guest is told so.
+/// Bytes from the guest that a connection keeps for a slow socket. It is the buffer size that the
+/// guest sees.
 pub(super) const ROOM: u32 = 256 << 10;
-/// Longest first line a host may send.
+/// Most bytes in a host's first line.
 const LINE: usize = 32;
-/// Longest first line a host is answered with: `OK `, a port and the end of the line.
+/// Most bytes in the answer to it: `OK `, a port and the end of the line.
 const MAX_ANSWER: usize = 14;
-/// Reads of what nobody wants any more, before a socket is closed.
+/// Reads that discard input before a socket is closed.
 const MAX_DISCARDS: usize = 64;
 
-/// How far a connection has come.
+/// The stage of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The host has connected, and has not said to which port.
+    /// The host has connected, and has not named a port yet.
     Greeting,
-    /// The guest has been asked, and has not answered.
+    /// The guest has got the request, and has not answered yet.
     Asked,
     /// Open.
     Open,
 }
 
-/// What the host's first line says.
+/// The content of the host's first line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Greeting {
-    /// To this port.
+    /// To connect to this port.
     Port(u32),
-    /// Nothing yet.
+    /// The line is not complete.
     Partial,
-    /// Not what is spoken here, or nobody there.
+    /// The line is not valid, or the host is gone.
     Bad,
 }
 
-/// See the module's documentation.
+/// A connection, and the credit of both sides.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: UnixStream,
     pub(super) stage: Stage,
     line: Vec<u8>,
-    /// From the guest, not taken by the socket yet.
+    /// Bytes from the guest that the socket has not taken yet.
     out: VecDeque<u8>,
-    /// Bytes the socket has taken since the beginning.
+    /// Bytes that the socket has taken since the beginning.
     pub(super) forwarded: u32,
-    /// What of it the guest was told last.
+    /// The value of `forwarded` that the guest was last sent.
     told: u32,
-    /// Bytes sent to the guest since the beginning, the room it has, and what it has taken out of it.
+    /// Bytes sent to the guest since the beginning, the guest's buffer size, and the bytes it has
+    /// taken out of its buffer.
     sent: u32,
     peer_room: u32,
     peer_forwarded: u32,
-    /// Directions the guest has shut.
+    /// Directions that the guest has shut down.
     shut: u32,
-    /// The socket is at its end: the host sends no more.
+    /// Whether the host has ended its stream.
     pub(super) ended: bool,
-    /// The guest was told that the host receives no more.
+    /// Whether the guest was sent a shutdown because the host receives no more.
     pub(super) told_hung_up: bool,
-    /// The host takes no more. What the guest still sends is dropped, what the host sent is still
-    /// read.
+    /// Whether the host receives no more. What the guest still sends is dropped; what the host sent
+    /// is still read.
     sink_gone: bool,
-    /// The socket may have something to read.
+    /// Whether the socket may have input.
     pub(super) readable: bool,
 }
 
@@ -95,7 +97,7 @@ impl Connection {
         &self.socket
     }
 
-    /// Reads the host's first line, a byte at a time: what is behind it is the stream's.
+    /// Reads the host's first line, a byte at a time, because what follows belongs to the stream.
     pub(super) fn greeting(&mut self) -> Greeting {
         let mut byte = [0];
         loop {
@@ -112,15 +114,15 @@ impl Connection {
         port.map_or(Greeting::Bad, Greeting::Port)
     }
 
-    /// The guest has accepted: tells the host its port.
+    /// Notes that the guest has accepted, and sends the host its port.
     pub(super) fn accepted(&mut self, host_port: u32) {
         self.stage = Stage::Open;
         self.out.extend(format!("OK {host_port}\n").as_bytes());
-        // Not the guest's bytes: they are not counted against its room.
+        // These are not the guest's bytes, and do not count against its credit.
         self.forwarded = self.forwarded.wrapping_sub(self.out.len() as u32);
     }
 
-    /// What the guest says of its room.
+    /// Notes the credit that the guest has sent.
     pub(super) fn credit(&mut self, room: u32, forwarded: u32) {
         (self.peer_room, self.peer_forwarded) = (room, forwarded);
     }
@@ -130,12 +132,13 @@ impl Connection {
         if self.shut & SHUT_RECEIVE != 0 {
             return 0;
         }
-        // A guest that says it has taken more than it was sent has no room.
+        // A guest that claims to have taken more than it was sent has no room.
         let under_way = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_room.saturating_sub(under_way)
     }
 
-    /// Reads what is for the guest. `None` when there is nothing now; no bytes at the end.
+    /// Reads bytes for the guest. `None` when there are none now; no bytes at the end of the
+    /// stream.
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match self.socket.read(bytes) {
@@ -154,11 +157,10 @@ impl Connection {
         }
     }
 
-    /// Whether the guest may send `len` bytes: it was told of the room there is. Asked before
-    /// memory
-    /// is had for them.
+    /// Whether the guest has credit to send `len` bytes. Checked before memory is allocated for
+    /// them.
     pub(super) fn has_room_for(&self, len: u32) -> bool {
-        // The answer to the host's first line is not the guest's.
+        // The answer to the host's first line does not count against the guest's credit.
         let most = ROOM as usize + MAX_ANSWER;
         self.shut & SHUT_SEND == 0 && len <= ROOM && self.out.len() + len as usize <= most
     }
@@ -168,10 +170,10 @@ impl Connection {
         self.out.extend(bytes);
     }
 
-    /// Gives the socket what it takes. Returns whether something is left.
+    /// Writes to the socket what it takes. Returns whether bytes are left.
     ///
-    /// A host that takes no more is no error: it may have sent something before, which the guest is
-    /// still to get.
+    /// A host that receives no more is no error: it may have sent bytes before, which the guest
+    /// still gets.
     pub(super) fn flush(&mut self) -> bool {
         while !self.out.is_empty() && !self.sink_gone {
             let (first, _) = self.out.as_slices();
@@ -191,13 +193,13 @@ impl Connection {
         self.forwarded = self.forwarded.wrapping_add(self.out.len() as u32);
         self.out.clear();
         if self.shut & SHUT_SEND != 0 {
-            // The host reads the end; it may already be gone.
+            // The host reads the end of the stream. It may be gone already.
             let _ = self.socket.shutdown(Shutdown::Write);
         }
         false
     }
 
-    /// Whether the host has closed its end, and not only ended its stream.
+    /// Whether the host has closed its socket, and not only ended its stream.
     pub(super) fn has_hung_up(&self) -> bool {
         let mut socket = [PollFd::new(&self.socket, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -207,9 +209,9 @@ impl Connection {
 
     /// Closes the socket. The host reads what it was sent, and then the end.
     pub(super) fn close(mut self) {
-        // Both ways first, so that nothing comes after what is discarded.
+        // Both directions first, so that nothing comes after what is discarded.
         let _ = self.socket.shutdown(Shutdown::Both);
-        // A Unix socket that is closed with something unread is an error to the other end, not an
+        // If a Unix socket is closed with unread input, the other side gets an error, and not the
         // end.
         let mut bytes = vec![0; ROOM as usize / 4];
         for _ in 0..MAX_DISCARDS {
@@ -221,23 +223,23 @@ impl Connection {
         }
     }
 
-    /// Whether the guest should be told of the room it has: before it thinks that it has none.
+    /// Whether the guest should get a credit update, before it runs out of credit.
     pub(super) fn owes_credit(&self) -> bool {
         self.forwarded.wrapping_sub(self.told) >= ROOM / 2 && self.forwarded.wrapping_sub(self.told) <= ROOM
     }
 
-    /// The guest is being told.
+    /// Notes that a credit update is being sent.
     pub(super) fn told(&mut self) {
         self.told = self.forwarded;
     }
 
-    /// The guest shuts directions down. Returns whether both are.
+    /// Shuts down directions that the guest has shut down. Returns whether both are.
     pub(super) fn shut_down(&mut self, directions: u32) -> bool {
         self.shut |= directions & (SHUT_RECEIVE | SHUT_SEND);
         self.shut == SHUT_RECEIVE | SHUT_SEND
     }
 
-    /// Whether it is of use to wait for input: it is neither known to be there nor over.
+    /// Whether to wait for input: it is not known to be there, and the stream has not ended.
     pub(super) fn wants_input(&self) -> bool {
         !self.readable && !self.ended
     }

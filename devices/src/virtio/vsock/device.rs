@@ -10,7 +10,6 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::FIRST_GUEST_CID;
@@ -24,96 +23,97 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 const EVENTS: usize = 2;
-/// Packets that wait for the guest to post buffers. While there are as many, nothing is taken from
-/// the guest: one that posts no buffers is not answered, and sends nothing.
+/// Most packets that wait for the guest to post buffers. While there are so many, no packet of the
+/// guest is processed.
 const MAX_REPLIES: usize = 4096;
-/// Packets in a turn, each way.
+/// Packets in a turn, in each direction.
 pub(super) const BATCH: usize = 16;
-/// Host ports of connections that the host began: above those that anybody listens at.
+/// First host port of connections that the host began, above the ports at which hosts listen.
 pub(super) const FIRST_PORT: u32 = 1 << 30;
-/// Marks the listener among events.
+/// The listener's number among epoll events.
 pub(super) const LISTENER: u64 = u64::MAX;
 
-/// A socket device that cannot be made.
+/// Why a socket device cannot be made.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum VsockError {
-    /// Reserved.
+    /// The CID is reserved.
     #[error("{cid} is no CID for a guest: they begin at {FIRST_GUEST_CID} and end before 2^32 - 1")]
     Cid {
-        /// The number.
+        /// The CID.
         cid: u64,
     },
-    /// The socket.
+    /// The socket cannot be made.
     #[error("no socket at {}", path.display())]
     Socket {
-        /// Its path.
+        /// The socket's path.
         path: PathBuf,
-        /// Why.
+        /// Why it cannot be made.
         #[source]
         source: io::Error,
     },
 }
 
-/// What is chosen for a socket device.
+/// The configuration of a socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockOptions {
-    /// The guest's address.
+    /// The guest's CID.
     pub cid: u64,
-    /// Where the host connects. Removed when the device goes.
+    /// The Unix socket to which hosts connect. Removed with the device.
     pub socket: PathBuf,
 }
 
-/// Ports of both ends, the host's first.
+/// The ports of a connection: the host's, then the guest's.
 pub(super) type Key = (u32, u32);
 
-/// What has happened to the sockets.
+/// Counters of a socket device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VsockStats {
-    /// Connections of the host that could not be accepted for want of descriptors or memory.
+    /// How often a host's connection could not be accepted for lack of descriptors or memory.
     pub accept_failures: u64,
-    /// Connections of the guest that were tried again, because a host's backlog was full.
+    /// How often a guest's connection was tried again because a host's backlog was full.
     pub connect_retries: u64,
 }
 
-/// See the module's documentation.
+/// A socket device.
 #[derive(Debug)]
 pub struct Vsock {
-    queue_sizes: [u16; 3],
     config: Config,
     pub(super) cid: u64,
     pub(super) socket: PathBuf,
     pub(super) listener: UnixListener,
     pub(super) epoll: Epoll,
     pub(super) connections: BTreeMap<Key, Connection>,
-    /// Of sockets, by descriptor.
+    /// The key of a connection, by its socket's descriptor.
     pub(super) keys: HashMap<RawFd, Key>,
-    /// Hosts that have connected and not said where to.
+    /// Hosts that have connected, and have not named a port yet.
     pub(super) greeting: HashMap<RawFd, Connection>,
     /// Connections of the guest to hosts whose backlog is full.
     pub(super) pending: BTreeMap<Key, Pending>,
-    /// Connections that the guest has closed, with bytes that their host has not taken yet.
+    /// Connections that the guest has closed, with bytes that the host has not taken yet.
     pub(super) draining: HashMap<RawFd, Connection>,
     /// When pending connections are tried again.
     pub(super) retry_at: Option<Instant>,
-    /// When the listener is listened to again, after it could not accept.
+    /// When the listener is watched again, after it could not accept.
     pub(super) accept_at: Option<Instant>,
-    /// When it was said last that connections cannot be accepted.
+    /// When it was last logged that connections cannot be accepted.
     pub(super) warned: Option<Instant>,
     pub(super) next_port: u32,
-    /// Packets without data for the guest.
+    /// Packets without data that wait for the guest's buffers.
     pub(super) replies: VecDeque<Header>,
-    /// Connections with something to read, in turn.
+    /// Connections with input, in turn.
     pub(super) ready: VecDeque<Key>,
-    /// The guest is to be told that its connections are gone.
+    /// Whether the guest is to get a transport reset.
     reset: bool,
     pub(super) stats: VsockStats,
 }
 
 impl Vsock {
-    /// A device that listens at `options.socket`. With `reset`, its driver has connections that are gone.
+    /// A device that listens at `options.socket`. With `reset`, its driver knows connections that
+    /// are gone.
     ///
     /// # Errors
-    /// When the address is reserved, or the socket cannot be made: a stale one is not removed.
+    /// When the CID is reserved, or the socket cannot be made. A stale socket is not removed.
     pub fn new(options: &VsockOptions, reset: bool) -> Result<Self, VsockError> {
         if !(FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&options.cid) {
             return Err(VsockError::Cid { cid: options.cid });
@@ -128,7 +128,6 @@ impl Vsock {
         })();
         let epoll = watched.map_err(failed)?;
         Ok(Self {
-            queue_sizes: [128, 128, 16],
             config: Config::new(options.cid.to_le_bytes().to_vec()),
             cid: options.cid,
             socket: options.socket.clone(),
@@ -150,25 +149,25 @@ impl Vsock {
         })
     }
 
-    /// Where the host connects.
+    /// The path of the Unix socket to which hosts connect.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Connections there are, with those that are being made and those that are being ended.
+    /// Number of connections, including those being made and those being ended.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.connections.len() + self.greeting.len() + self.pending.len() + self.draining.len()
     }
 
-    /// What has happened to the sockets.
+    /// The counters so far.
     #[must_use]
     pub fn stats(&self) -> VsockStats {
         self.stats
     }
 
-    /// Tells the guest that its connections are gone.
+    /// Sends the guest a transport reset: its connections are gone.
     fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
         const TRANSPORT_RESET: u32 = 0;
@@ -187,12 +186,8 @@ impl DeviceOps for Vsock {
     const NAME: &'static str = "clade-vsock";
     const TYPE: u32 = VIRTIO_ID_VSOCK;
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![128, 128, 16]
     }
 
     fn config(&self) -> &Config {
@@ -212,12 +207,12 @@ impl DeviceOps for Vsock {
         self.ready.clear();
         self.retry_at = None;
         self.reset = false;
-        // Connections that the guest had closed before stay: what it sent is the host's.
+        // Connections that the guest had closed before stay: the host gets what the guest has sent.
     }
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Vsock(_) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
-        // As a child is told: of the connections it knows, none is there.
+        // As for a child: none of the connections that the driver knows is there.
         self.reset = true;
         Ok(())
     }
@@ -231,7 +226,7 @@ impl DeviceOps for Vsock {
         let mut more = false;
         for n in 0..BATCH {
             if self.replies.len() >= MAX_REPLIES {
-                // Looked at again when the guest has posted buffers.
+                // Continued when the guest has posted buffers.
                 break;
             }
             let Some(chain) = io.pop(TX)? else { break };

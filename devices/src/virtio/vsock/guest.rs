@@ -1,8 +1,7 @@
-//! The guest's side of the socket device: the packets in its queues.
+//! The guest's side of the socket device: packets in queues.
 //!
-//! A guest writes what it likes. A length is compared with what the descriptors hold and with the
-//! room
-//! the guest was told of, before memory is had for it.
+//! A guest may write any header. A length is compared with the descriptors and with the guest's
+//! credit before memory is allocated for it.
 
 use super::HOST_CID;
 use super::connection::{Connection, ROOM, Stage};
@@ -11,7 +10,7 @@ use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use crate::virtio::plain::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError, YieldRequest, dma};
 
-/// Bytes in a packet to the guest at most.
+/// Most bytes in a packet to the guest.
 const MAX_DATA: usize = 16 << 10;
 
 impl Vsock {
@@ -22,12 +21,12 @@ impl Vsock {
         Header { from_cid, to_cid, from_port, to_port, len: 0, op, flags: 0, buffer, forwarded, stream: true }
     }
 
-    /// Puts a packet behind those that wait for buffers. There are few: see [`Vsock`]'s turn.
+    /// Queues a packet for the guest. Their number is limited by the turn of [`Vsock`].
     pub(super) fn reply(&mut self, header: Header) {
         self.replies.push_back(header);
     }
 
-    /// A packet of the guest's.
+    /// Processes a packet from the guest.
     pub(super) fn transmit(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
         let mut bytes = [0; HEADER];
         let rest = dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
@@ -46,7 +45,7 @@ impl Vsock {
         }
         if let Some(connection) = self.connections.get_mut(&key) {
             connection.credit(header.buffer, header.forwarded);
-            // Room where there was none.
+            // The guest has credit again.
             if connection.readable && !self.ready.contains(&key) {
                 self.ready.push_back(key);
             }
@@ -54,7 +53,8 @@ impl Vsock {
         if let Some(pending) = self.pending.get_mut(&key) {
             match header.op {
                 Op::CreditUpdate => (pending.room, pending.forwarded) = (header.buffer, header.forwarded),
-                // It no longer wants to, or was not told that it may.
+                // The guest no longer wants the connection, or has sent data before it was allowed
+                // to.
                 op => self.close(key, op != Op::Reset),
             }
             return Ok(());
@@ -69,7 +69,7 @@ impl Vsock {
             (Op::Data, Some(Stage::Open)) => {
                 let room = |connection: &Connection| connection.has_room_for(header.len);
                 if !self.connections.get(&key).is_some_and(room) {
-                    // More than it was told there is room for.
+                    // The guest has sent more than its credit.
                     self.close(key, true);
                     return Ok(());
                 }
@@ -93,14 +93,14 @@ impl Vsock {
             }
             (Op::CreditUpdate, Some(_)) | (Op::Reset, None) => {}
             (Op::Reset, Some(_)) => self.finish(key, false),
-            // Of no connection, or not in this order.
+            // The packet is of no connection, or out of order.
             _ => self.close(key, true),
         }
         Ok(())
     }
 
-    /// Fills the guest's buffers: replies first, then data of one connection after another. Returns
-    /// whether there may be more to send.
+    /// Fills the guest's buffers: first with replies, then with data of each connection in turn.
+    /// Returns whether there may be more to send.
     pub(super) fn receive(&mut self, io: &mut QueueCtx, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
         for _ in 0..BATCH {
             if self.replies.is_empty() && self.ready.is_empty() {
@@ -132,13 +132,13 @@ impl Vsock {
         Ok(Some(dma::copy_out(&io.ram, &chain.writable, &bytes)? as u32))
     }
 
-    /// Data of the next connection that has some. None when there was none after all.
+    /// Sends data of the next connection that has some. Returns None when there was none.
     fn send(&mut self, io: &QueueCtx, chain: &Chain) -> Result<Option<u32>, FatalError> {
         let Some(key) = self.ready.pop_front() else { return Ok(None) };
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
         let may = connection.may_send() as usize;
         if connection.stage != Stage::Open || may == 0 {
-            // Looked at again when the guest has room.
+            // Continued when the guest has room.
             return Ok(None);
         }
         let room = (dma::len_of(&chain.writable) as usize).saturating_sub(HEADER);

@@ -1,8 +1,7 @@
-//! The host's side of the socket device: the Unix sockets, and what happens to them.
+//! The host's side of the socket device: Unix sockets and their events.
 //!
-//! Nothing here waits. Whoever pauses or forks the VM waits for the end of a turn, so a host that
-//! is
-//! slow, or full, or gone, must not keep one.
+//! Nothing here waits. Pausing or forking the VM waits for the end of a turn, so a slow, full or
+//! dead host must not delay one.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,38 +15,38 @@ use super::connection::{Connection, Greeting, Stage};
 use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
 use super::packet::{Header, Op, SHUT_RECEIVE, SHUT_SEND};
 
-/// Connections at a time, of all kinds; one more is refused.
+/// Most connections in all stages. One more is refused.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
 /// Connections accepted in a turn.
 const MAX_ACCEPTS: usize = 64;
 /// How soon a host whose backlog is full is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
-/// How often, before the guest is told that nobody is there: two seconds' worth.
+/// How often it is tried before the guest's connection is refused: for two seconds.
 const MAX_RETRIES: u32 = 200;
 /// Connections tried again in a turn.
 const MAX_RETRIED: usize = 64;
-/// How soon the listener is looked at again when there was no descriptor for a connection.
+/// How soon the listener is watched again when there was no descriptor for a connection.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
-/// How often that is said.
+/// How often this is logged.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A connection of the guest to a host whose backlog is full.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pending {
     retries: u32,
-    /// What the guest says of its room.
+    /// The guest's buffer size.
     pub(super) room: u32,
     pub(super) forwarded: u32,
 }
 
-/// How an attempt to connect ended.
+/// The result of an attempt to connect.
 enum Attempt {
     Connected(UnixStream),
     /// The backlog is full.
     Full,
 }
 
-/// Connects to `path`, without waiting.
+/// Connects to `path`, without blocking.
 fn attempt(path: &std::ffi::OsStr) -> io::Result<Attempt> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -59,7 +58,7 @@ fn attempt(path: &std::ffi::OsStr) -> io::Result<Attempt> {
 }
 
 impl Vsock {
-    /// Waits for `socket`, once: to be readable or writable, as asked, or hung up.
+    /// Watches `socket` for one event: readable or writable, as given, or hung up.
     fn arm(&self, socket: &UnixStream, how: ControlOperation, read: bool, write: bool) -> io::Result<()> {
         let mut events = EventSet::ONE_SHOT;
         events.set(EventSet::IN, read);
@@ -68,12 +67,12 @@ impl Vsock {
         self.epoll.ctl(how, fd, EpollEvent::new(events, fd as u64))
     }
 
-    /// The same again, for one that is watched.
+    /// As `arm`, for a socket that is watched already.
     fn rearm(&self, connection: &Connection, write: bool) -> io::Result<()> {
         self.arm(connection.socket(), ControlOperation::Modify, connection.wants_input(), write)
     }
 
-    /// Lets go of a connection, and tells the guest if it knows of it.
+    /// Removes a connection, and resets it for the guest if `tell` is set.
     pub(super) fn close(&mut self, key: Key, tell: bool) {
         if tell {
             let header = self.header(key, Op::Reset);
@@ -82,13 +81,13 @@ impl Vsock {
         self.pending.remove(&key);
         if let Some(connection) = self.connections.remove(&key) {
             self.keys.remove(&connection.socket().as_raw_fd());
-            // Closing the socket takes it out of epoll as well.
+            // Closing the socket removes it from epoll as well.
             connection.close();
             self.accept_soon();
         }
     }
 
-    /// The guest has closed a connection: its host still gets what was sent before.
+    /// The guest has closed a connection. The host still gets what was sent before.
     pub(super) fn finish(&mut self, key: Key, tell: bool) {
         if let Some(mut connection) = self.connections.remove(&key) {
             let fd = connection.socket().as_raw_fd();
@@ -99,9 +98,9 @@ impl Vsock {
         self.close(key, tell);
     }
 
-    /// Gives a host what it takes of a connection that the guest has closed.
+    /// Writes to a host what it takes of a connection that the guest has closed.
     fn drain(&mut self, fd: RawFd, mut connection: Connection) {
-        // What it still sends is nobody's, and is not waited for.
+        // What the host still sends is dropped, and not waited for.
         connection.ended = true;
         if connection.flush() && self.rearm(&connection, true).is_ok() {
             self.draining.insert(fd, connection);
@@ -111,7 +110,7 @@ impl Vsock {
         self.accept_soon();
     }
 
-    /// A descriptor has become free.
+    /// Notes that a descriptor has become free.
     fn accept_soon(&mut self) {
         self.accept_at = self.accept_at.map(|_| Instant::now());
     }
@@ -128,12 +127,12 @@ impl Vsock {
             let socket = match self.listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Whoever connected has gone again, or a signal came.
+                // The client has gone again, or a signal came.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
                 Err(error) => return self.accept_later(&error),
             };
             if self.connections() >= MAX_CONNECTIONS {
-                // The host reads the end.
+                // The host reads the end of the stream.
                 continue;
             }
             let fd = socket.as_raw_fd();
@@ -144,9 +143,8 @@ impl Vsock {
         }
     }
 
-    /// There is no descriptor or memory for a connection. It stays in the listener's backlog, so
-    /// the
-    /// listener is not waited for until there may be one.
+    /// Notes that there is no descriptor or memory for a connection. It stays in the backlog, and
+    /// the listener is not watched for some time.
     fn accept_later(&mut self, error: &io::Error) {
         self.stats.accept_failures += 1;
         let now = Instant::now();
@@ -174,7 +172,7 @@ impl Vsock {
                 let header = self.header(key, Op::Request);
                 self.reply(header);
             }
-            // The host reads the end.
+            // The host reads the end of the stream.
             Greeting::Bad => self.accept_soon(),
         }
     }
@@ -190,7 +188,7 @@ impl Vsock {
         }
     }
 
-    /// Looks at what has happened to the sockets.
+    /// Processes the events of all sockets.
     pub(super) fn look(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
         let count = match self.epoll.wait(0, &mut events) {
@@ -215,7 +213,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// A socket can be read or written, or is at its end.
+    /// Processes an event of a connection's socket.
     fn woken(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         if connection.ended {
@@ -231,7 +229,7 @@ impl Vsock {
         self.flush(key);
     }
 
-    /// Gives a socket what it takes, and waits for it if something is left.
+    /// Writes to a socket what it takes, and watches it if bytes are left.
     pub(super) fn flush(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         if connection.flush() {
@@ -247,7 +245,7 @@ impl Vsock {
         }
     }
 
-    /// Waits for a socket, after what it had was read.
+    /// Watches a socket whose input was read.
     pub(super) fn listen_to(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         let write = connection.flush();
@@ -257,7 +255,7 @@ impl Vsock {
         }
     }
 
-    /// The guest connects: to whoever listens at the socket's path with the port behind it.
+    /// Connects for the guest, to the socket's path with the port as suffix.
     pub(super) fn connect(&mut self, key: Key, header: &Header) {
         let pending = Pending { retries: 0, room: header.buffer, forwarded: header.forwarded };
         if self.connections() >= MAX_CONNECTIONS {
@@ -307,7 +305,8 @@ impl Vsock {
         }
         if self.retry_at.is_some_and(|at| now >= at) {
             self.retry_at = None;
-            // Those that were tried least often first: with more than a turn's, each gets its own.
+            // Those with the fewest attempts first: if there are more than fit in a turn, each is
+            // tried.
             let mut due: Vec<(u32, Key)> = self.pending.iter().map(|(key, pending)| (pending.retries, *key)).collect();
             due.sort_unstable();
             for (_, key) in due.into_iter().take(MAX_RETRIED) {

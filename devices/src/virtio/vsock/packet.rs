@@ -2,10 +2,10 @@
 
 /// Bytes of a header.
 pub(super) const HEADER: usize = 44;
-/// The only type of stream there is here.
+/// The socket type of a stream, the only one supported.
 const STREAM: u16 = 1;
 
-/// What a packet is about.
+/// The operation of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Request,
@@ -20,11 +20,11 @@ pub(super) enum Op {
 const OPS: [Op; 7] =
     [Op::Request, Op::Response, Op::Reset, Op::Shutdown, Op::Data, Op::CreditUpdate, Op::CreditRequest];
 
-/// Of a shutdown: the sender will receive no more, and will send no more.
+/// Flags of a shutdown: the sender receives no more, and sends no more.
 pub(super) const SHUT_RECEIVE: u32 = 1;
 pub(super) const SHUT_SEND: u32 = 2;
 
-/// A header.
+/// The header of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) from_cid: u64,
@@ -34,11 +34,11 @@ pub(super) struct Header {
     pub(super) len: u32,
     pub(super) op: Op,
     pub(super) flags: u32,
-    /// Bytes the sender has room for in all.
+    /// The sender's buffer size in bytes.
     pub(super) buffer: u32,
-    /// Bytes the sender has taken out of that room since the connection began, modulo 2^32.
+    /// Bytes the sender has taken out of its buffer since the connection began, modulo 2^32.
     pub(super) forwarded: u32,
-    /// Whether it is a stream: nothing else is spoken here.
+    /// Whether the socket type is a stream.
     pub(super) stream: bool,
 }
 
@@ -49,7 +49,7 @@ fn word<const N: usize>(bytes: &[u8; HEADER], at: usize) -> [u8; N] {
 }
 
 impl Header {
-    /// None when the operation is unknown.
+    /// Parses a header. None when the operation is not known.
     pub(super) fn parse(bytes: &[u8; HEADER]) -> Option<Self> {
         let op = usize::from(u16::from_le_bytes(word(bytes, 30))).checked_sub(1)?;
         Some(Self {

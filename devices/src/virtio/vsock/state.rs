@@ -1,10 +1,11 @@
-//! What is saved of a socket device.
+//! The saved state of a socket device.
 
 use serde::{Deserialize, Serialize};
 
-/// A socket device's state: its address. Connections are not saved; whoever goes on from this tells the guest that they are gone.
+/// The saved state of a socket device. Connections are not saved: a device that continues from here
+/// sends its guest a transport reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
-    /// The guest's address.
+    /// The guest's CID.
     pub cid: u64,
 }

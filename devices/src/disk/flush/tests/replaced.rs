@@ -1,8 +1,8 @@
-//! Images whose name another file has got.
+//! Images whose name another file has taken.
 
 use super::*;
 
-/// A clone's commit would write into a file that nobody can find any more.
+/// A clone's commit would write into a file without a name.
 #[test]
 fn nothing_is_committed_into_an_image_that_has_lost_its_name() {
     let bench = Bench::new();

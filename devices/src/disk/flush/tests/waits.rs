@@ -14,7 +14,7 @@ fn a_flush_waits_until_overlays_that_take_too_much_are_merged() {
         let start = 37 * round * CLUSTER;
         write(&mut disk, start, &vec![round as u8 + 10; (SIZE - start) as usize]);
         flush(&mut disk);
-        if !disk.merges_first() {
+        if !disk.chain.merges_first() {
             continue;
         }
         waited += 1;
@@ -29,22 +29,22 @@ fn flush_while_merging(disk: &mut Disk, round: u64) {
     disk.submit(DiskOp::Flush, 5).unwrap();
     // Nothing was reaped since they were to be merged.
     let mut done = disk.take_done();
-    assert!(done.is_empty() && disk.flushing.is_none(), "round {round}: begun, or done, before they are merged");
+    assert!(done.is_empty() && !disk.durability.is_flushing(), "round {round}: begun, or done, before they are merged");
     disk.kick().unwrap();
     done.extend(disk.take_done());
     let mut begun = false;
     while done.is_empty() {
-        let merging = disk.merges_first();
-        assert!(begun || !merging || disk.flushing.is_none(), "round {round}: begun while overlays are merged");
-        begun |= disk.flushing.is_some();
+        let merging = disk.chain.merges_first();
+        assert!(begun || !merging || !disk.durability.is_flushing(), "round {round}: begun while overlays are merged");
+        begun |= disk.durability.is_flushing();
         disk.wait(SOON).unwrap();
         done.extend(disk.reap().unwrap());
     }
     assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
 }
 
-/// The commit's own flush can begin to fold. What that has begun to read must not be written into
-/// the image after the commit has given back the room it was read from.
+/// The commit's own flush can begin to fold. Clusters that it has read must not be written into the
+/// image after the commit has freed their room in the overlay.
 #[test]
 fn a_commit_that_fails_half_way_and_folding_do_not_mix() {
     const BYTES: usize = 16 * 4096;
@@ -54,7 +54,7 @@ fn a_commit_that_fails_half_way_and_folding_do_not_mix() {
         drop(disk.fork());
         write(&mut disk, 0, &[2; BYTES]);
         flush(&mut disk);
-        if let Some(engine) = &mut disk.engine {
+        if let Some(engine) = disk.requests.engine_mut() {
             engine.set_latency(Some(Duration::from_millis(100)));
         }
         let (committed, done) = traced(steps, || disk.commit());

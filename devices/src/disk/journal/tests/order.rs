@@ -1,4 +1,4 @@
-//! The order in which a journal is taken away, and ends after each step of it.
+//! The order in which a journal is removed, with a crash after each step.
 
 use super::*;
 
@@ -58,7 +58,8 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     assert!(bench.image() == expected());
 }
 
-/// The process ends after any step of it, and of the next one's that goes on; then another image would be refused, this one never.
+/// The process ends after any step of an application, and of the one that continues it. Another
+/// image would be refused then, and this one never.
 #[test]
 fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     let all = {
@@ -71,7 +72,7 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
             let bench = left_behind();
             let open = || Disk::open(&DiskConfig::new(&bench.path)).map(drop);
             let (ended, steps) = traced(Some(first), open);
-            // Removing what nobody needs may fail.
+            // Removing files that do no harm may fail.
             let committed = steps.iter().filter(|step| step.starts_with("sync disk.img")).count() >= 5;
             assert!(ended.is_err() || committed, "{first}: {steps:?}");
             let (_, again) = traced(Some(second), open);
@@ -82,7 +83,8 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     }
 }
 
-/// The same for the first flush after a fork: it has promised nothing yet, and no image is refused for it.
+/// The same for the first flush after a fork: it has promised nothing yet, and no image is refused
+/// for it.
 #[test]
 fn making_a_journal_can_end_after_any_step() {
     let flushed = |disk: &mut Disk| disk.flush_now();
@@ -121,7 +123,7 @@ fn the_room_is_not_needed_twice() {
             break;
         }
         if done.iter().filter(|step| step.starts_with("write disk.img ")).count() >= 1 && blocks() < before {
-            // Some of its room was given back before all of it was copied.
+            // Some of its room was freed before all of it was copied.
             return;
         }
     }

@@ -44,7 +44,8 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Sectors as they are, as they were at the last flush that succeeded, and what they have been since.
+/// Sectors as they are, as they were at the last flush that succeeded, and what they have been
+/// since.
 struct Model {
     now: Vec<u8>,
     durable: Vec<u8>,
@@ -80,7 +81,7 @@ fn sectors_of(bytes: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// Lets requests end, and says whether all went well; what is moved goes on.
+/// Waits until requests have ended, and returns whether all succeeded. Moves may continue.
 fn all_well(disk: &mut Disk) -> bool {
     let mut well = true;
     disk.kick().unwrap();
@@ -88,7 +89,7 @@ fn all_well(disk: &mut Disk) -> bool {
         for done in disk.take_done().into_iter().chain(disk.reap().unwrap()) {
             well &= done.result.is_ok();
         }
-        if disk.parts.is_empty() {
+        if disk.requests.in_flight() == 0 {
             return well;
         }
         disk.wait(SOON).unwrap();
@@ -97,14 +98,15 @@ fn all_well(disk: &mut Disk) -> bool {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
-    /// Each sector is what it was at the last flush that succeeded, or what was written to it since, whenever the process ends.
+    /// Each sector is what it was at the last flush that succeeded, or what was written to it
+    /// since, whenever the process ends.
     #[test]
     fn what_was_flushed_survives(acts in prop::collection::vec(act(), 1..70), late in any::<bool>()) {
         let bench = Bench::new();
         let latency = late.then_some(Duration::from_micros(300));
         let open = || {
             let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&bench.path) }).unwrap();
-            disk.moves = Relocation::at_most(3, 1);
+            *disk.chain.relocation_mut() = Relocation::at_most(3, 1);
             disk
         };
         let (mut disk, mut model, mut last) = (open(), Model::new(), None);

@@ -1,4 +1,4 @@
-//! An image that is not what its journal was made for, in each way that a user has of making it so.
+//! An image that its journal was not made for, in each way in which a user can cause it.
 
 use super::*;
 use crate::disk::{DiskJournal, JournalState};
@@ -193,15 +193,16 @@ fn a_copy_of_image_and_journal_is_refused_with_a_way_out() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A write of our own to the image, begun before the fork, ends long after a flush was asked for: it changes the image's times.
+/// A write to the image that was begun before the fork ends long after a flush was submitted. It
+/// changes the image's times.
 #[test]
 fn a_flush_waits_for_writes_to_the_image() {
     let bench = Bench::new();
     let mut disk = bench.open();
     write(&mut disk, 0, &[4; 4096]);
-    disk.engine.as_mut().unwrap().set_latency(Some(Duration::from_millis(500)));
+    disk.requests.engine_mut().unwrap().set_latency(Some(Duration::from_millis(500)));
     begin_write(&mut disk, 8 * CLUSTER, &[5; 4096], 7);
-    disk.engine.as_mut().unwrap().set_latency(None);
+    disk.requests.engine_mut().unwrap().set_latency(None);
     drop(disk.fork());
     begin_write(&mut disk, 0, &[2; 4096], 8);
     disk.submit(DiskOp::Flush, 9).unwrap();
@@ -218,7 +219,7 @@ fn a_flush_waits_for_writes_to_the_image() {
     assert_eq!((bench.image()[0], bench.image()[8 * 4096]), (2, 5));
 }
 
-/// A VM whose directory is renamed goes on where it is.
+/// A VM whose directory is renamed continues there.
 #[test]
 fn a_directory_that_is_renamed_is_the_same_one() {
     let bench = Bench::new();
@@ -235,7 +236,7 @@ fn a_directory_that_is_renamed_is_the_same_one() {
     drop(disk.fork());
     write(&mut disk, 4096, &[3; 4096]);
     flush(&mut disk);
-    disk.journal.as_mut().unwrap().replaced();
+    disk.durability.journal_mut().unwrap().replaced();
     write(&mut disk, 8192, &[4; 4096]);
     flush(&mut disk);
     drop(disk);

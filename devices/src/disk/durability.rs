@@ -1,0 +1,253 @@
+//! What makes a disk durable: syncs of its base, and after a fork a journal or a new image.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clade_io::{Failure, FileError, IoFile, Request};
+
+use super::DiskError;
+use super::journal::{ImageError, Journal, Log, Standing};
+use super::overlay_chain::OverlayChain;
+use super::shadow::Shadow;
+
+/// Flushes in a row that must find the disk alone before it is folded. A guest that is forked again
+/// and again need not be.
+const FOLD_AFTER: u32 = 2;
+
+/// The flush on its way, and the journal or the new image that takes what the base must not get.
+///
+/// Invariants:
+///
+/// - Only the disk that was opened from the base has a journal or a new image; its children have
+///   neither.
+/// - The journal takes a flush of a forked disk only where there is no new image. A new image that
+///   cannot be made is given up for good.
+/// - At most one flush, `flushing`, uses the journal or the new image at a time.
+/// - `lost` is never cleared. The system reports a lost write once; no later flush may succeed.
+#[derive(Debug, Default)]
+pub(super) struct Durability {
+    journal: Option<Journal>,
+    /// The new image, where the file system has reflinks.
+    shadow: Option<Shadow>,
+    /// Slot of the flush that is on its way. Others wait: they promise what this one may not have
+    /// done yet.
+    flushing: Option<usize>,
+    /// Whether the system has failed to make durable the base, or an overlay that is committed.
+    lost: bool,
+    /// Flushes in a row that have found the disk alone.
+    alone: u32,
+}
+
+impl Durability {
+    /// For the disk that was opened from the base.
+    pub(super) fn new(journal: Option<Journal>, shadow: Option<Shadow>) -> Self {
+        Self { journal, shadow, ..Self::default() }
+    }
+
+    /// Notes a fork.
+    pub(super) fn forked(&mut self) {
+        self.alone = 0;
+    }
+
+    /// Notes a rewind. If the image is of another base, the journal and the new image stay as they
+    /// are on disk, for that base.
+    pub(super) fn rewound(&mut self, same_base: bool) {
+        self.journal = self.journal.take().filter(|_| same_base);
+        self.journal.iter_mut().for_each(Journal::replaced);
+        self.shadow = self.shadow.take().filter(|_| same_base);
+        self.shadow.iter_mut().for_each(Shadow::replaced);
+        self.alone = 0;
+    }
+
+    /// Notes that the map has `clusters` in another file now.
+    pub(super) fn moved(&mut self, clusters: &Range<u64>) {
+        self.journal.iter_mut().for_each(|journal| journal.moved(clusters.clone()));
+    }
+
+    /// Notes that `clusters` have changed, in place or not.
+    pub(super) fn changed(&mut self, clusters: Range<u64>) {
+        // In place as well: the new image has no overlay's clusters.
+        self.shadow.iter_mut().for_each(|shadow| shadow.moved(clusters.clone()));
+    }
+
+    /// Whether the system has failed to make something durable.
+    pub(super) fn is_lost(&self) -> bool {
+        let journal = self.journal.as_ref().is_some_and(Journal::is_broken);
+        let shadow = self.shadow.as_ref().is_some_and(Shadow::is_broken);
+        self.lost || journal || shadow
+    }
+
+    /// Whether the system has failed to make durable the base, or an overlay that is committed.
+    pub(super) fn is_base_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Notes that the system has failed to make a write durable.
+    pub(super) fn set_lost(&mut self) {
+        self.lost = true;
+    }
+
+    pub(super) fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
+    }
+
+    pub(super) fn shadow(&self) -> Option<&Shadow> {
+        self.shadow.as_ref()
+    }
+
+    pub(super) fn is_flushing(&self) -> bool {
+        self.flushing.is_some()
+    }
+
+    /// Begins the flush in slot `at`. `dirty` says that the base was written since it was last
+    /// synced. Returns what the kernel is to do first.
+    pub(super) fn begin_flush(
+        &mut self,
+        at: usize,
+        chain: &mut OverlayChain,
+        dirty: bool,
+    ) -> Result<Vec<Request>, DiskError> {
+        let begun = self.begin_shadow(chain, dirty)?;
+        let alone = chain.is_forked() && self.shadow.is_none() && self.journal.is_some() && chain.is_alone();
+        self.alone = if alone { self.alone + 1 } else { 0 };
+        let folds = chain.is_folding() || self.alone >= FOLD_AFTER && self.may_fold(chain);
+        let shadowed = begun.is_some();
+        let mut requests = begun.unwrap_or_default();
+        // Without a journal, an overlay ends with the process, synced or not.
+        let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !shadowed) {
+            _ if shadowed => true,
+            Some(journal) => match journal.begin(chain.map(), Standing { dirty, writing: folds }) {
+                Ok(first) => {
+                    requests.extend(first);
+                    true
+                }
+                Err(error) if journal.is_impossible(&error) => {
+                    tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
+                    journal.remove()?;
+                    self.journal = None;
+                    false
+                }
+                Err(error) => return Err(error.into()),
+            },
+            None => false,
+        };
+        if let (false, true, Some(file)) = (begun, dirty, chain.base()) {
+            requests.push(Request::Sync { file: Arc::clone(file), all: false });
+        }
+        self.flushing = Some(at);
+        Ok(requests)
+    }
+
+    /// Begins a flush into a new image, where the file system has reflinks. None if a journal does
+    /// instead.
+    fn begin_shadow(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
+        let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
+        match shadow.begin(chain.map(), dirty) {
+            Ok(first) => Ok(Some(first)),
+            Err(error) if shadow.is_image() || shadow.is_broken() => Err(error.into()),
+            Err(error) => {
+                let (path, error) = (chain.config().path.display(), &error as &dyn std::error::Error);
+                tracing::warn!(%path, error, "no new image: a flush after a fork needs a journal");
+                self.shadow = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether the image is as this disk has left it. What another program has written there must
+    /// not be overwritten.
+    fn may_fold(&self, chain: &OverlayChain) -> bool {
+        let checked = self.journal.as_ref().map_or(Ok(()), Journal::check_image);
+        if let Err(error) = checked.as_ref().map_err(|error| error as &dyn std::error::Error)
+            && self.alone == FOLD_AFTER
+        {
+            tracing::warn!(path = %chain.config().path.display(), error, "overlays stay where they are");
+        }
+        checked.is_ok()
+    }
+
+    /// The next step of the flush in slot `at`, in the journal or in the new image.
+    pub(super) fn next_step(&mut self, at: usize) -> Result<Option<Request>, DiskError> {
+        if self.flushing != Some(at) {
+            return Ok(None);
+        }
+        if let Some(shadow) = self.shadow.as_mut().filter(|shadow| shadow.is_writing()) {
+            return Ok(shadow.next()?);
+        }
+        let Some(journal) = &mut self.journal else { return Ok(None) };
+        Ok(journal.next()?)
+    }
+
+    /// Notes the error of a flush that was to sync `base`.
+    pub(super) fn flush_failed(&mut self, error: &DiskError, base: &IoFile) {
+        self.lost |= is_lost(error, base);
+        base.set_unsynced();
+    }
+
+    /// Ends the flush in slot `at`. Returns whether it was the one on its way.
+    pub(super) fn end_flush(&mut self, at: usize, error: Option<&DiskError>) -> bool {
+        if self.flushing != Some(at) {
+            return false;
+        }
+        self.flushing = None;
+        // After success there is nothing to give up. What was cancelled is not lost.
+        let lost = matches!(error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
+        self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
+        self.shadow.iter_mut().for_each(|shadow| shadow.give_up(lost));
+        true
+    }
+
+    /// Notes the end of a fold. The next one needs [`FOLD_AFTER`] flushes again.
+    pub(super) fn fold_ended(&mut self) {
+        self.alone = 0;
+    }
+
+    /// Makes the new image the base of `chain`, if there is one and no clone needs the old base.
+    pub(super) fn take_over(&mut self, chain: &mut OverlayChain) {
+        let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_alone()) else { return };
+        let known = shadow.image().map(IoFile::identity);
+        let Some(Ok(identity)) = known else { return };
+        let Some(file) = shadow.take_over() else { return };
+        if chain.replace_base(Arc::clone(&file)) {
+            self.journal.iter_mut().for_each(|journal| journal.rebase(&file, identity));
+            self.alone = 0;
+        }
+    }
+
+    /// The journal's directory, if there is one.
+    pub(super) fn kept_in(&self) -> Option<PathBuf> {
+        self.journal.as_ref().and_then(Journal::kept_in)
+    }
+
+    /// Refuses an image that another program has changed since the journal's last record.
+    pub(super) fn check_image(&self) -> Result<(), ImageError> {
+        self.journal.as_ref().map_or(Ok(()), Journal::check_image)
+    }
+
+    /// The journal's end, where a commit records what it has copied into the image.
+    pub(super) fn log(&self) -> Option<Log> {
+        self.journal.as_ref().and_then(Journal::log)
+    }
+
+    /// Notes that a commit changes the map without the journal: the next record must be a whole
+    /// one.
+    pub(super) fn journal_replaced(&mut self) {
+        self.journal.iter_mut().for_each(Journal::replaced);
+    }
+
+    /// Removes the journal: the image has everything.
+    pub(super) fn remove_journal(&mut self) -> Result<(), FileError> {
+        self.journal.iter_mut().try_for_each(Journal::remove)
+    }
+
+    #[cfg(test)]
+    pub(in crate::disk) fn journal_mut(&mut self) -> Option<&mut Journal> {
+        self.journal.as_mut()
+    }
+}
+
+/// Whether the error says that the base was not made durable.
+fn is_lost(error: &DiskError, base: &IoFile) -> bool {
+    matches!(error, DiskError::Transfer(Failure::Io { path, .. }) if path == base.path())
+}

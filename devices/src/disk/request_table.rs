@@ -1,0 +1,318 @@
+//! The requests of a disk: their jobs, the clusters these hold, and the engine that carries them
+//! out.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clade_io::{AlignedBuf, Completion, Engine, EngineError, Fragment, IoFile, Request, Stats};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::job::Job;
+use super::locks::{Hold, RangeLocks, overlap};
+use super::op::DiskDone;
+use super::{DiskError, steps_trace};
+
+/// Operations in the kernel at a time.
+const DEPTH: u32 = 128;
+/// Bytes of the buffer of zeros, which is written where a file takes no holes.
+const ZEROS: usize = 64 << 10;
+
+/// Jobs of one request that have not ended, and the first error among them.
+#[derive(Debug, Default)]
+struct Parts {
+    left: usize,
+    error: Option<DiskError>,
+}
+
+/// The jobs of a disk, each in a slot whose index is its token in the engine.
+///
+/// A request consists of one job or several. A relocation is a job of no request.
+///
+/// Invariants:
+///
+/// - A slot is free, holds a job, or lends its job to a method of `Disk`. That method puts the job
+///   back ([`RequestTable::put`], [`RequestTable::park`]) or ends it ([`RequestTable::finish`]).
+/// - `parts` has every request with a job that has not ended. When its last job ends, the request
+///   leaves `parts` and enters `done`, once.
+/// - `waiting` names a slot at most once, and keeps the order in which the jobs came.
+/// - A job that ends releases its clusters. `released` is then set until waiting jobs are tried
+///   again.
+#[derive(Debug)]
+pub(super) struct RequestTable {
+    // First, so that it is dropped first: what is in flight ends while the rest is still there.
+    engine: Option<Engine<usize>>,
+    /// Signalled by the engine when it has completions.
+    event: EventFd,
+    jobs: Vec<Option<Job>>,
+    /// Free slots of `jobs`.
+    free: Vec<usize>,
+    /// Slots of jobs that wait for their clusters, or for a flush to end.
+    waiting: VecDeque<usize>,
+    /// Whether something was released since the waiting jobs were last tried.
+    released: bool,
+    locks: RangeLocks,
+    /// Requests in flight, by token.
+    parts: HashMap<u64, Parts>,
+    /// Requests that have ended and have not been taken.
+    done: Vec<DiskDone>,
+    /// Jobs that failed because a file system, or a quota, had no room.
+    no_room: u64,
+    /// Kept empty between reaps for its capacity.
+    reaped: Vec<Completion<usize>>,
+    /// Made at the first use. It is not read again when the engine fails for good.
+    zeros: Option<Arc<AlignedBuf>>,
+}
+
+impl RequestTable {
+    pub(super) fn new() -> Result<Self, DiskError> {
+        Ok(Self {
+            engine: None,
+            event: Engine::<usize>::eventfd().map_err(DiskError::Event)?,
+            jobs: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            released: false,
+            locks: RangeLocks::default(),
+            parts: HashMap::new(),
+            done: Vec::new(),
+            no_room: 0,
+            reaped: Vec::new(),
+            zeros: None,
+        })
+    }
+
+    /// Requests that have not ended.
+    pub(super) fn in_flight(&self) -> usize {
+        self.parts.len()
+    }
+
+    pub(super) fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        self.engine.as_ref().map(Engine::stats).unwrap_or_default()
+    }
+
+    /// Whether a job that changes the disk holds a slot.
+    pub(super) fn has_changes(&self) -> bool {
+        self.jobs.iter().flatten().any(Job::changes)
+    }
+
+    /// The files that jobs are to write to.
+    pub(super) fn targets(&self) -> impl Iterator<Item = &Arc<IoFile>> {
+        self.jobs.iter().flatten().filter_map(|job| job.target.as_ref())
+    }
+
+    fn count_part(&mut self, job: &Job) {
+        // A relocation's token is no request's.
+        if !job.is_relocation() {
+            self.parts.entry(job.token).or_default().left += 1;
+        }
+    }
+
+    /// Gives a job a slot, to be begun next.
+    pub(super) fn insert(&mut self, job: Job) -> usize {
+        self.count_part(&job);
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.jobs.push(None);
+            self.jobs.len() - 1
+        });
+        self.jobs[at] = Some(job);
+        at
+    }
+
+    /// Adds a job that must not begin before the one that adds it holds or has released its
+    /// clusters.
+    pub(super) fn insert_later(&mut self, job: Job) {
+        self.count_part(&job);
+        let at = self.jobs.len();
+        self.jobs.push(Some(job));
+        self.waiting.push_back(at);
+    }
+
+    /// Lends the job in slot `at`.
+    pub(super) fn take(&mut self, at: usize) -> Option<Job> {
+        self.jobs.get_mut(at).and_then(Option::take)
+    }
+
+    /// Puts back a job that has operations in the engine.
+    pub(super) fn put(&mut self, at: usize, job: Job) {
+        self.jobs[at] = Some(job);
+    }
+
+    /// Puts back a job that cannot begin yet.
+    pub(super) fn park(&mut self, at: usize, job: Job) {
+        self.jobs[at] = Some(job);
+        if !self.waiting.contains(&at) {
+            self.waiting.push_back(at);
+        }
+    }
+
+    /// Takes the clusters of `job`, the job of slot `at`. Returns false, with nothing taken, while
+    /// another job holds some of them or an earlier one waits for them.
+    pub(super) fn lock(&mut self, at: usize, job: &mut Job, hold: Hold) -> bool {
+        let range = job.clusters();
+        let mut earlier = self.waiting.iter().take_while(|other| **other != at);
+        let behind = earlier.any(|other| {
+            let other = self.jobs[*other].as_ref();
+            other.is_some_and(|other| overlap(&other.clusters(), &range))
+        });
+        job.lock = if behind { None } else { self.locks.take(&range, hold) };
+        job.lock.is_some()
+    }
+
+    /// Has the waiting jobs tried again.
+    pub(super) fn release(&mut self) {
+        self.released = true;
+    }
+
+    /// Whether something was released since the last call.
+    pub(super) fn take_released(&mut self) -> bool {
+        mem::take(&mut self.released)
+    }
+
+    /// Slots of the jobs that wait, oldest first.
+    pub(super) fn waiting(&self) -> Vec<usize> {
+        self.waiting.iter().copied().collect()
+    }
+
+    /// The job of slot `at` waits no more.
+    pub(super) fn stop_waiting(&mut self, at: usize) {
+        self.waiting.retain(|other| *other != at);
+    }
+
+    /// Ends the job of slot `at`: its request is done if it was the last one, its clusters are
+    /// released.
+    pub(super) fn finish(&mut self, at: usize, mut job: Job) {
+        self.free.push(at);
+        if !job.is_relocation()
+            && let Some(parts) = self.parts.get_mut(&job.token)
+        {
+            parts.left -= 1;
+            if let Some(error) = job.error.take() {
+                parts.error.get_or_insert(error);
+            }
+            if parts.left == 0 {
+                let error = self.parts.remove(&job.token).and_then(|parts| parts.error);
+                self.done.push(DiskDone { token: job.token, result: error.map_or(Ok(()), Err) });
+            }
+        }
+        if let Some(lock) = job.lock.take() {
+            self.locks.release(lock);
+            self.released = true;
+        }
+    }
+
+    /// Counts a job that found no room. Returns how many there were.
+    pub(super) fn count_no_room(&mut self) -> u64 {
+        self.no_room += 1;
+        self.no_room
+    }
+
+    /// Jobs that found no room.
+    pub(super) fn no_room(&self) -> u64 {
+        self.no_room
+    }
+
+    /// Takes the requests that have ended.
+    pub(super) fn take_done(&mut self) -> Vec<DiskDone> {
+        mem::take(&mut self.done)
+    }
+
+    /// Puts back requests that were taken too early.
+    pub(super) fn put_back_done(&mut self, done: Vec<DiskDone>) {
+        self.done.extend(done);
+    }
+
+    /// Gives the engine an operation of `job`, the job of slot `at`. `latency` delays each
+    /// transfer.
+    pub(super) fn give(
+        &mut self,
+        at: usize,
+        job: &mut Job,
+        request: Request,
+        latency: Option<Duration>,
+    ) -> Result<(), DiskError> {
+        if self.engine.is_none() {
+            // Made at the first request: most clones of a VM never touch their disk.
+            let event = self.event.try_clone().map_err(DiskError::Event)?;
+            let mut engine = Engine::new(DEPTH, event)?;
+            engine.set_latency(latency);
+            self.engine = Some(engine);
+        }
+        if let Some(engine) = &mut self.engine {
+            engine.submit(steps_trace::request(request), at);
+            job.left += 1;
+        }
+        Ok(())
+    }
+
+    /// Submits to the kernel what the engine was given.
+    pub(super) fn flush_engine(&mut self) -> Result<(), EngineError> {
+        self.engine.as_mut().map_or(Ok(()), Engine::flush)
+    }
+
+    pub(super) fn is_stalled(&mut self) -> bool {
+        self.engine.as_mut().is_some_and(Engine::is_stalled)
+    }
+
+    pub(super) fn wait(&mut self, patience: Duration) -> Result<(), EngineError> {
+        self.engine.as_mut().map_or(Ok(()), |engine| engine.wait(patience))
+    }
+
+    /// Takes the engine's completions. The vector comes back by [`RequestTable::recycle`].
+    pub(super) fn reap(&mut self) -> (Vec<Completion<usize>>, Result<(), EngineError>) {
+        let mut reaped = mem::take(&mut self.reaped);
+        let result = self.engine.as_mut().map_or(Ok(()), |engine| engine.reap(|completion| reaped.push(completion)));
+        (reaped, result)
+    }
+
+    /// Cancels what the kernel can cancel, and takes the completions of it.
+    pub(super) fn cancel(&mut self) -> Vec<Completion<usize>> {
+        let mut reaped = mem::take(&mut self.reaped);
+        if let Some(engine) = &mut self.engine {
+            engine.cancel(|completion| reaped.push(completion));
+        }
+        reaped
+    }
+
+    /// Keeps the vector's memory for the next reap.
+    pub(super) fn recycle(&mut self, mut reaped: Vec<Completion<usize>>) {
+        reaped.clear();
+        self.reaped = reaped;
+    }
+
+    /// Notes one operation's end in its job, which is lent. None if the slot has no job.
+    pub(super) fn complete(&mut self, completion: Completion<usize>) -> Option<(usize, Job)> {
+        let at = completion.token;
+        let mut job = self.take(at)?;
+        job.left -= 1;
+        // The memory goes here, whether or not the job goes on: what it still needs it has itself.
+        drop(completion.buffers);
+        if let Err(failure) = completion.result {
+            job.error.get_or_insert(failure.into());
+        }
+        Some((at, job))
+    }
+
+    /// `len` bytes of zeros, from a buffer that all requests share.
+    pub(super) fn zeros(&mut self, len: u64) -> Vec<Fragment> {
+        let zeros = self.zeros.get_or_insert_with(|| Arc::new(AlignedBuf::new(ZEROS)));
+        let mut left = len as usize;
+        let mut all = Vec::with_capacity(left.div_ceil(ZEROS));
+        while left > 0 {
+            let take = left.min(ZEROS);
+            all.extend(Fragment::owned(zeros, 0, take));
+            left -= take;
+        }
+        all
+    }
+
+    #[cfg(test)]
+    pub(in crate::disk) fn engine_mut(&mut self) -> Option<&mut Engine<usize>> {
+        self.engine.as_mut()
+    }
+}
