@@ -4,12 +4,14 @@
 //! |---|---|
 //! | running, forking, pausing a VM | [`vm`] |
 //! | loading a guest | [`boot`] |
+//! | addresses, ports and interrupts of the guest | [`platform`] |
 //! | KVM: host checks, CPUID, saved state, quirks | [`kvm`] |
 //!
 //! Guest memory itself, and everything about sharing it, is in `clade-memory`.
 
 pub mod boot;
 pub mod kvm;
+pub mod platform;
 pub mod vm;
 
 /// An error and its causes in one line.

@@ -20,12 +20,11 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use clade_devices::virtio::MMIO_LEN;
-use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::layout::{
-    ACPI_TABLES, ACPI_TABLES_END, GENERATION_GSI, GENERATION_ID, IOAPIC_BASE, LAPIC_BASE, PAGE_SIZE, VMCLOCK,
-    virtio_slot,
+use crate::platform::{
+    ACPI_TABLES, ACPI_TABLES_END, COM1_BASE, COM1_GSI, GENERATION_GSI, GENERATION_ID, I8042_BASE, IOAPIC_BASE,
+    LAPIC_BASE, PAGE_SIZE, VMCLOCK, virtio_slot,
 };
 
 const OEM: [u8; 6] = *b"CLADE ";
@@ -186,10 +185,9 @@ pub fn write_acpi_tables<M: GuestMemoryBackend>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::layout::VIRTIO_GSIS;
-    use super::super::mptable::MAX_CPUS;
     use super::super::testutil::{sum, u32_at};
     use super::*;
+    use crate::platform::{MAX_CPUS, VIRTIO_GSIS};
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())

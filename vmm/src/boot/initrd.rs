@@ -2,7 +2,8 @@
 
 use vm_memory::GuestAddress;
 
-use super::layout::{GuestRange, MMIO_GAP_START, PAGE_SIZE, RamLayout};
+use super::layout::{GuestRange, RamLayout};
+use crate::platform::{MMIO_GAP_START, PAGE_SIZE};
 
 /// Why there is no room for the initramfs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The guest-physical map: every fixed address of the boot protocols, in one table.
+//! Guest memory at boot: the addresses of the boot protocols' structures, and which ranges are RAM.
 //!
 //! | from | to | what |
 //! |---|---|---|
@@ -12,15 +12,15 @@
 //! | `0x9000` | `0xf000` | page tables of the 64-bit protocol: PML4, PDPT, four PDs; 4 GiB in 2 MiB pages |
 //! | `0x20000` | `0x20800` | command line |
 //! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory, where kernels look |
-//! | `0xe0000` | `0xf0000` | ACPI tables, the root pointer first, where kernels look |
-//! | `0xfe000` | `0xff000` | the VM's generation id, which changes in every clone |
-//! | `0xff000` | `0x100000` | VMClock: what tells user space the same |
+//! | `0xa0000` | `0x100000` | reserved: see [`platform`](crate::platform) |
 //! | `0x100000` | | kernel, at the address it was linked for |
 //! | below the gap | | initramfs, as high as it fits |
-//! | `0xc0000000` | `0x100000000` | no RAM: virtio-mmio from `0xd0000000`, IOAPIC, LAPIC, KVM's TSS |
+//! | `0xc0000000` | `0x100000000` | no RAM: see [`platform`](crate::platform) |
 //! | `0x100000000` | | the RAM that did not fit below the gap |
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::platform::{MMIO_GAP_END, MMIO_GAP_START};
 
 /// Boot GDT.
 pub const BOOT_GDT: GuestAddress = GuestAddress(0x500);
@@ -52,43 +52,8 @@ pub const CMDLINE_CAPACITY: usize = 2048;
 pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// End of base memory.
 pub const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
-/// ACPI tables, the root pointer first.
-pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
-/// End of what ACPI tables may take.
-pub const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
-/// The 16 bytes of the generation id, in a page of their own: a kernel may hand the clock's page to its users, and this is for nobody else.
-pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
-/// The VMClock structure, in a page of its own.
-pub const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
-/// The interrupt by which the guest is told that its generation has changed. Of a mouse that there is not.
-pub const GENERATION_GSI: u32 = 12;
 /// Start of the memory a kernel may be loaded into.
 pub const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
-/// Start of the address range without RAM.
-pub const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
-/// End of the address range without RAM.
-pub const MMIO_GAP_END: GuestAddress = GuestAddress(clade_memory::GAP_END);
-/// The IOAPIC's registers.
-pub const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
-/// Every local APIC's registers.
-pub const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
-/// Where KVM may keep its three-page TSS (`KVM_SET_TSS_ADDR`), inside the gap.
-pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
-/// Where virtio devices have their registers: one page each, from here on.
-pub const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
-/// The interrupts of virtio devices, in order: first those that no part of a PC ever had, then those of absent parts.
-pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
-
-/// Where the virtio device number `index` is, and its interrupt. None if there are not so many.
-#[must_use]
-pub fn virtio_slot(index: usize) -> Option<(GuestAddress, u32)> {
-    let gsi = *VIRTIO_GSIS.get(index)?;
-    Some((GuestAddress(VIRTIO_BASE.0 + index as u64 * PAGE_SIZE), gsi))
-}
-
-/// Size of a small page.
-pub const PAGE_SIZE: u64 = 4096;
-
 /// The most RAM ranges a layout may have, so that every protocol's memory map holds them.
 pub const MAX_RAM_RANGES: usize = 64;
 /// The least RAM a guest may have: base memory and 1 MiB for a kernel.
@@ -292,6 +257,7 @@ pub struct MapEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::{ACPI_TABLES, ACPI_TABLES_END, GENERATION_ID, PAGE_SIZE, VMCLOCK};
 
     fn range(start: u64, end: u64) -> GuestRange {
         GuestRange::new(GuestAddress(start), end - start).unwrap()
@@ -332,23 +298,6 @@ mod tests {
         assert_eq!(new(&[(0, 4 << 30)]), Err(LayoutError::InGap { start: 0, end: 4 << 30 }));
         let many: Vec<_> = (0..65).map(|i| (i * 2 * MIN_RAM, MIN_RAM)).collect();
         assert_eq!(new(&many), Err(LayoutError::TooMany { count: 65 }));
-    }
-
-    #[test]
-    fn virtio_devices_have_pages_and_interrupts_of_their_own() {
-        let mut gsis = VIRTIO_GSIS.to_vec();
-        gsis.extend([0, 1, 2, 4, 8, GENERATION_GSI]);
-        gsis.sort_unstable();
-        gsis.dedup();
-        assert_eq!(
-            gsis.len(),
-            VIRTIO_GSIS.len() + 6,
-            "none is another's, the timer's, the keyboard's, the console's, the clock's or the generation's"
-        );
-        assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
-        let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();
-        assert!(last.0 + PAGE_SIZE <= IOAPIC_BASE.0 && VIRTIO_BASE.0 >= MMIO_GAP_START.0);
-        assert_eq!(virtio_slot(VIRTIO_GSIS.len()), None);
     }
 
     #[test]

@@ -5,10 +5,10 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::layout::{
-    BOOT_GDT, BOOT_IDT, BOOT_PD, BOOT_PD_COUNT, BOOT_PDPT, BOOT_PML4, CMDLINE, GuestRange, MapEntry, PAGE_SIZE,
-    ZERO_PAGE,
+    BOOT_GDT, BOOT_IDT, BOOT_PD, BOOT_PD_COUNT, BOOT_PDPT, BOOT_PML4, CMDLINE, GuestRange, MapEntry, ZERO_PAGE,
 };
 use super::regs::{GDT_LONG_MODE, GDT_PROTECTED_MODE};
+use crate::platform::PAGE_SIZE;
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HDRS: u32 = u32::from_le_bytes(*b"HdrS");

@@ -9,13 +9,12 @@ use super::bzimage::{BzImage, BzImageError, looks_like_bzimage};
 use super::elf::{ElfError, KernelElf, looks_like_elf};
 use super::image::{Image, ImageError};
 use super::initrd::{self, InitrdError};
-use super::layout::{
-    BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRange, MMIO_GAP_START, MP_TABLE, PVH_START_INFO, RamLayout, ZERO_PAGE,
-};
+use super::layout::{BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRange, MP_TABLE, PVH_START_INFO, RamLayout, ZERO_PAGE};
 use super::linux64::{self, ZeroPage};
 use super::mptable::{MpTableError, mp_table};
 use super::pvh;
 use super::unpack::{Codec, UnpackError, unpack};
+use crate::platform::MMIO_GAP_START;
 
 /// The most a kernel may be, packed or unpacked, whatever the guest's size.
 const MAX_KERNEL: u64 = 512 << 20;

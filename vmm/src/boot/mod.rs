@@ -36,6 +36,6 @@ pub use image::{Image, ImageError};
 pub use initrd::InitrdError;
 pub use layout::*;
 pub use load::{BootError, BootSource, Entry, Firmware, Loaded, load};
-pub use mptable::{MAX_CPUS, MpTableError, mp_table};
+pub use mptable::{MpTableError, mp_table};
 pub use regs::{BOOT_MSRS, BootMsr};
 pub use unpack::{Codec, UnpackError, unpack};

@@ -19,7 +19,7 @@ use super::features::CpuHide;
 use super::msrs::{ARCH_CAPABILITIES, MsrError, MsrSet, read_one};
 use super::quirks::{QuirkError, Quirks};
 use super::template::CpuTemplate;
-use crate::boot::MAX_CPUS;
+use crate::platform::MAX_CPUS;
 
 /// Where the device usually is.
 pub const KVM_PATH: &str = "/dev/kvm";

@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{Next, VcpuControl};
-use crate::vm::VmError;
+use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
 /// Long enough for a thread that may go on to do so.

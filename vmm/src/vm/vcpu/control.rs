@@ -34,10 +34,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::vm::kick::Kicker;
-use crate::vm::schedule::Schedule;
+use crate::vm::error::{VmError, catch_panic};
 use crate::vm::stop::StopReason;
-use crate::vm::{VmError, caught};
+use crate::vm::vcpu::kick::Kicker;
+use crate::vm::vcpu::schedule::Schedule;
 
 /// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is broken.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -189,7 +189,7 @@ impl<O, S> VcpuControl<O, S> {
         }
         // Not under the lock: a device that goes on may stop the VM.
         drop(inner);
-        if let Err(error) = caught(index, lead) {
+        if let Err(error) = catch_panic(index, lead) {
             self.fail_start(index, error);
             return false;
         }
@@ -201,7 +201,7 @@ impl<O, S> VcpuControl<O, S> {
 
     fn fail_start(&self, vcpu: usize, error: VmError) {
         let reason = match &error {
-            VmError::Panicked { .. } => StopReason::Panic { vcpu },
+            VmError::Panicked { message, .. } => StopReason::Panic { vcpu, message: message.clone() },
             error => StopReason::Start { vcpu, error: crate::error_chain(error) },
         };
         let mut inner = self.inner();
@@ -212,9 +212,9 @@ impl<O, S> VcpuControl<O, S> {
         self.stop(reason);
     }
 
-    /// Whether the vCPU may enter the guest. Called after [`Kicker::allow`].
+    /// Whether the vCPU may enter the guest. Called after [`Kicker::clear_immediate_exit`].
     pub(crate) fn may_run(&self) -> bool {
-        // SeqCst: see Kicker::allow.
+        // SeqCst: see Kicker::clear_immediate_exit.
         self.want.load(Ordering::SeqCst) == RUN
     }
 
@@ -276,7 +276,7 @@ impl<O, S> VcpuControl<O, S> {
     }
 
     /// A vCPU's thread ends.
-    pub(crate) fn thread_exited(&self) {
+    pub(crate) fn thread_exited(&self, _index: usize) {
         self.inner().exited += 1;
         self.to_owner.notify_all();
     }
@@ -343,7 +343,7 @@ impl<O, S> VcpuControl<O, S> {
         if save {
             inner.save_asked += 1;
         }
-        // SeqCst, and before the kick: see Kicker::allow.
+        // SeqCst, and before the kick: see Kicker::clear_immediate_exit.
         self.want.store(PARK, Ordering::SeqCst);
         let first = inner.pauses == 1;
         drop(inner);

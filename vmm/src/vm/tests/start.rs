@@ -9,8 +9,8 @@ use clade_memory::Store;
 use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::storm::{Pair, boot, boot_idle, goes_on};
 use crate::kvm::testutil::host;
+use crate::vm::tests::storm::{Pair, boot, boot_idle, goes_on};
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
 use clade_harness::BareMailbox;
 
