@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::{Next, VcpuControl};
+use super::{Next, Phase, State, VcpuControl};
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
@@ -179,4 +179,36 @@ fn an_order_that_nobody_takes_any_more_is_dropped() {
     assert_eq!((Arc::strong_count(&before), Arc::strong_count(&after)), (1, 1));
     assert!(control.start([Arc::clone(&after), Arc::clone(&after)]).is_err());
     assert_eq!(Arc::strong_count(&after), 1);
+}
+
+/// The table of [`VcpuControl`], row by row.
+#[test]
+fn the_state_changes_as_the_table_says() {
+    let control = Control::new(2);
+    let state = || control.inner().state.clone();
+    assert_eq!(state(), State::Running);
+    control.start_paused();
+    assert_eq!(state(), State::Pausing);
+    control.start_paused();
+    control.resume();
+    assert_eq!((state(), control.may_run()), (State::Pausing, false), "one of two pauses is still held");
+    control.inner().vcpus.iter_mut().for_each(|vcpu| vcpu.phase = Phase::Parked);
+    control.resume();
+    assert_eq!((state(), control.may_run()), (State::Running, true));
+    control.start_paused();
+    assert_eq!(state(), State::Paused, "every vCPU is still parked");
+    control.inner().vcpus[1].phase = Phase::Started;
+    control.resume();
+    assert!(matches!(control.park(1, false), Next::Run));
+    assert_eq!((state(), control.inner().vcpus[1].phase), (State::Running, Phase::Started));
+    control.stop(StopReason::Reset);
+    control.stop(StopReason::Requested);
+    assert_eq!((state(), control.may_run()), (State::Stopped(StopReason::Reset), false), "the first reason stays");
+    control.resume();
+    assert!(control.pause(false).is_err());
+    assert_eq!(state(), State::Stopped(StopReason::Reset));
+    assert!(matches!(control.park(0, true), Next::Exit));
+    assert_eq!(control.wait_exited(Duration::ZERO), None);
+    [0, 1].into_iter().for_each(|index| control.thread_exited(index));
+    assert_eq!(control.wait_exited(Duration::ZERO), Some(StopReason::Reset));
 }
