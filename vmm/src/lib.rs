@@ -9,7 +9,11 @@
 //!
 //! Guest memory itself, and everything about sharing it, is in `clade-memory`.
 
+#![deny(missing_docs)]
+
 pub mod boot;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod kvm;
 pub mod platform;
 pub mod vm;

@@ -28,36 +28,36 @@ pub(crate) use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE};
 use vm_memory::GuestAddress;
 
 /// The most vCPUs of a VM.
-pub const MAX_CPUS: u8 = 32;
+pub(crate) const MAX_CPUS: u8 = 32;
 
 /// Interrupt inputs of the IOAPIC, one for each GSI.
 pub(crate) const IOAPIC_PINS: u8 = 24;
 
 /// ACPI tables, the root pointer first.
-pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
+pub(crate) const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// End of what ACPI tables may take.
-pub const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
+pub(crate) const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
 /// The 16 bytes of the generation id. In a page of their own: a kernel may map the VMClock's page into user space, and the
 /// id is the kernel's alone.
-pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
+pub(crate) const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
 /// The VMClock structure, in a page of its own.
-pub const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
+pub(crate) const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
 /// The interrupt that tells the guest of a new generation. On a PC it is the PS/2 mouse's; the VM has none.
-pub const GENERATION_GSI: u32 = 12;
+pub(crate) const GENERATION_GSI: u32 = 12;
 /// Start of the address range without RAM.
-pub const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
+pub(crate) const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
 /// End of the address range without RAM.
-pub const MMIO_GAP_END: GuestAddress = GuestAddress(clade_memory::GAP_END);
+pub(crate) const MMIO_GAP_END: GuestAddress = GuestAddress(clade_memory::GAP_END);
 /// The IOAPIC's registers.
-pub const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
+pub(crate) const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
 /// Every local APIC's registers.
-pub const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
+pub(crate) const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
 /// Where KVM may keep its three-page TSS (`KVM_SET_TSS_ADDR`), inside the gap.
-pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
+pub(crate) const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
 /// The registers of the first virtio device. Each device has one page, one after the other.
-pub const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
+pub(crate) const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
 /// The interrupts of virtio devices, in order: first those that no device of a PC has, then those of devices the VM lacks.
-pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
+pub(crate) const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
 
 /// The address of the registers of virtio device `index`, and its interrupt. None beyond the last place.
 #[must_use]
@@ -67,7 +67,7 @@ pub fn virtio_slot(index: usize) -> Option<(GuestAddress, u32)> {
 }
 
 /// Size of a small page.
-pub const PAGE_SIZE: u64 = 4096;
+pub(crate) const PAGE_SIZE: u64 = 4096;
 
 #[cfg(test)]
 mod tests {

@@ -70,7 +70,7 @@ fn in_memory(name: &str, hid: &Name, uid: &Name, at: GuestAddress, more: &[&dyn 
     bytes(&Device::new(Path::new(name), vec![hid, uid, &resources]))
 }
 
-/// Devices, and what the guest does when it is told that its generation has changed.
+/// Devices, and the method that runs at the interrupt of a new generation.
 fn devices(virtio: usize) -> Vec<u8> {
     let interrupt = |gsi| Interrupt::new(true, true, false, false, gsi);
     let uid = |number: u8| Name::new(Path::new("_UID"), &number);
@@ -150,7 +150,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
 
 /// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at [`ACPI_TABLES`]. The root pointer comes first.
 #[must_use]
-pub fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
+pub(crate) fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(ALIGN as usize)];
     let mut add = |table: Vec<u8>| {
         all.resize(all.len().next_multiple_of(ALIGN as usize), 0);
@@ -174,7 +174,7 @@ pub fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
 ///
 /// # Errors
 /// When there is no RAM there.
-pub fn write_acpi_tables<M: GuestMemoryBackend>(
+pub(crate) fn write_acpi_tables<M: GuestMemoryBackend>(
     mem: &M,
     cpus: u8,
     virtio: usize,

@@ -7,15 +7,16 @@ use crate::platform::{MMIO_GAP_START, PAGE_SIZE};
 
 /// Why there is no room for the initramfs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum InitrdError {
-    /// It is larger than what is free.
+    /// It does not fit into free memory.
     #[error(
         "the initramfs of {len} bytes does not fit: {room} bytes are free between the kernel's end at {kernel_end:#x} and {top:#x}"
     )]
     NoRoom {
-        /// Its length.
+        /// Its length in bytes.
         len: u64,
-        /// Whole pages free for it.
+        /// Bytes that are free, in whole pages.
         room: u64,
         /// End of the kernel.
         kernel_end: u64,

@@ -23,44 +23,45 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::platform::{MMIO_GAP_END, MMIO_GAP_START};
 
 /// Boot GDT.
-pub const BOOT_GDT: GuestAddress = GuestAddress(0x500);
+pub(crate) const BOOT_GDT: GuestAddress = GuestAddress(0x500);
 /// Boot IDT, empty.
-pub const BOOT_IDT: GuestAddress = GuestAddress(0x520);
+pub(crate) const BOOT_IDT: GuestAddress = GuestAddress(0x520);
 /// PVH `hvm_start_info`.
-pub const PVH_START_INFO: GuestAddress = GuestAddress(0x6000);
+pub(crate) const PVH_START_INFO: GuestAddress = GuestAddress(0x6000);
 /// PVH module list.
-pub const PVH_MODLIST: GuestAddress = GuestAddress(0x6040);
+pub(crate) const PVH_MODLIST: GuestAddress = GuestAddress(0x6040);
 /// PVH memory map.
-pub const PVH_MEMMAP: GuestAddress = GuestAddress(0x6080);
+pub(crate) const PVH_MEMMAP: GuestAddress = GuestAddress(0x6080);
 /// Zero page.
-pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+pub(crate) const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
 /// Initial stack pointer of the 64-bit protocol.
-pub const BOOT_STACK: GuestAddress = GuestAddress(0x8ff0);
+pub(crate) const BOOT_STACK: GuestAddress = GuestAddress(0x8ff0);
 /// Top level of the boot page tables.
-pub const BOOT_PML4: GuestAddress = GuestAddress(0x9000);
+pub(crate) const BOOT_PML4: GuestAddress = GuestAddress(0x9000);
 /// Second level of the boot page tables.
-pub const BOOT_PDPT: GuestAddress = GuestAddress(0xa000);
+pub(crate) const BOOT_PDPT: GuestAddress = GuestAddress(0xa000);
 /// The first of [`BOOT_PD_COUNT`] page directories.
-pub const BOOT_PD: GuestAddress = GuestAddress(0xb000);
+pub(crate) const BOOT_PD: GuestAddress = GuestAddress(0xb000);
 /// Page directories: one per GiB.
-pub const BOOT_PD_COUNT: u64 = 4;
+pub(crate) const BOOT_PD_COUNT: u64 = 4;
 /// Command line.
-pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 /// Longest command line with its terminating NUL: the x86 `COMMAND_LINE_SIZE`.
-pub const CMDLINE_CAPACITY: usize = 2048;
+pub(crate) const CMDLINE_CAPACITY: usize = 2048;
 /// MP floating pointer, followed by the table. Also the start of the extended BIOS data area.
-pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
+pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// End of base memory.
-pub const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
+pub(crate) const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
 /// Start of the memory a kernel may be loaded into.
-pub const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
+pub(crate) const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
 /// The most RAM ranges a layout may have, so that every protocol's memory map holds them.
-pub const MAX_RAM_RANGES: usize = 64;
+pub(crate) const MAX_RAM_RANGES: usize = 64;
 /// The least RAM a guest may have: base memory and 1 MiB for a kernel.
-pub const MIN_RAM: u64 = 0x20_0000;
+pub(crate) const MIN_RAM: u64 = 0x20_0000;
 
 /// Why a RAM layout was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// Base memory is missing or too small.
     #[error("RAM must start at address 0 and be at least {MIN_RAM:#x} bytes there, but {found:#x} bytes are there")]
@@ -71,9 +72,9 @@ pub enum LayoutError {
     /// An empty range, or one past the end of the address space.
     #[error("a RAM range of {len:#x} bytes at {start:#x} is empty or leaves the address space")]
     BadRange {
-        /// Its start.
+        /// The range's start.
         start: u64,
-        /// Its length.
+        /// The range's length in bytes.
         len: u64,
     },
     /// Two ranges overlap.
@@ -95,14 +96,14 @@ pub enum LayoutError {
     /// More ranges than a memory map holds.
     #[error("{count} RAM ranges, at most {MAX_RAM_RANGES} are supported")]
     TooMany {
-        /// How many.
+        /// The number of ranges.
         count: usize,
     },
 }
 
 /// A non-empty range of guest-physical addresses whose end is representable.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct GuestRange {
+pub(crate) struct GuestRange {
     start: u64,
     end: u64,
 }
@@ -110,39 +111,40 @@ pub struct GuestRange {
 impl GuestRange {
     /// `len` bytes at `start`; `None` when that is empty or leaves the address space.
     #[must_use]
-    pub fn new(start: GuestAddress, len: u64) -> Option<Self> {
+    pub(crate) fn new(start: GuestAddress, len: u64) -> Option<Self> {
         let end = start.0.checked_add(len)?;
         (len > 0).then_some(Self { start: start.0, end })
     }
 
     /// First address.
     #[must_use]
-    pub fn start(self) -> GuestAddress {
+    pub(crate) fn start(self) -> GuestAddress {
         GuestAddress(self.start)
     }
 
     /// The address after the last.
     #[must_use]
-    pub fn end(self) -> GuestAddress {
+    pub(crate) fn end(self) -> GuestAddress {
         GuestAddress(self.end)
     }
 
     /// Bytes; never 0.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a GuestRange is never empty")]
-    pub fn len(self) -> u64 {
+    pub(crate) fn len(self) -> u64 {
         self.end - self.start
     }
 
     /// Whether `inner` lies within.
     #[must_use]
-    pub fn contains(self, inner: Self) -> bool {
+    pub(crate) fn contains(self, inner: Self) -> bool {
         self.start <= inner.start && inner.end <= self.end
     }
 
     /// Whether the two share an address.
+    #[cfg(test)]
     #[must_use]
-    pub fn overlaps(self, other: Self) -> bool {
+    pub(crate) fn overlaps(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end
     }
 
@@ -161,11 +163,11 @@ impl std::fmt::Debug for GuestRange {
 
 /// Which guest-physical ranges are RAM: sorted, disjoint, starting at 0, none in the MMIO gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RamLayout(Vec<GuestRange>);
+pub(crate) struct RamLayout(Vec<GuestRange>);
 
 impl RamLayout {
     /// Checks and sorts `ranges` of (start, length).
-    pub fn new(ranges: impl IntoIterator<Item = (GuestAddress, u64)>) -> Result<Self, LayoutError> {
+    pub(crate) fn new(ranges: impl IntoIterator<Item = (GuestAddress, u64)>) -> Result<Self, LayoutError> {
         let mut checked = ranges
             .into_iter()
             .map(|(start, len)| GuestRange::new(start, len).ok_or(LayoutError::BadRange { start: start.0, len }))
@@ -188,7 +190,8 @@ impl RamLayout {
     }
 
     /// `bytes` of RAM: from 0 to the gap, the rest from 4 GiB.
-    pub fn around_gap(bytes: u64) -> Result<Self, LayoutError> {
+    #[cfg(test)]
+    pub(crate) fn around_gap(bytes: u64) -> Result<Self, LayoutError> {
         let low = bytes.min(MMIO_GAP_START.0);
         let high = bytes - low;
         let ranges = [(GuestAddress(0), low), (MMIO_GAP_END, high)];
@@ -196,37 +199,38 @@ impl RamLayout {
     }
 
     /// All regions of `mem`, for a guest memory that holds nothing but RAM.
-    pub fn of_memory<M: GuestMemoryBackend + ?Sized>(mem: &M) -> Result<Self, LayoutError> {
+    pub(crate) fn of_memory<M: GuestMemoryBackend + ?Sized>(mem: &M) -> Result<Self, LayoutError> {
         Self::new(mem.iter().map(|region| (region.start_addr(), region.len())))
     }
 
     /// The ranges, in order.
+    #[cfg(test)]
     #[must_use]
-    pub fn ranges(&self) -> &[GuestRange] {
+    pub(crate) fn ranges(&self) -> &[GuestRange] {
         &self.0
     }
 
     /// Bytes of RAM.
     #[must_use]
-    pub fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.0.iter().map(|range| range.len()).sum()
     }
 
     /// End of the RAM that starts at 0.
     #[must_use]
-    pub fn low_end(&self) -> GuestAddress {
+    pub(crate) fn low_end(&self) -> GuestAddress {
         self.0.first().map_or(GuestAddress(0), |range| range.end())
     }
 
     /// Whether one RAM range holds all of `range`.
     #[must_use]
-    pub fn contains(&self, range: GuestRange) -> bool {
+    pub(crate) fn contains(&self, range: GuestRange) -> bool {
         self.0.iter().any(|ram| ram.contains(range))
     }
 
     /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is reserved.
     #[must_use]
-    pub fn memory_map(&self) -> Vec<MapEntry> {
+    pub(crate) fn memory_map(&self) -> Vec<MapEntry> {
         let ram = |range| MapEntry { range, kind: MapKind::Ram };
         let hole = GuestRange { start: MP_TABLE.raw_value(), end: HIMEM_START.raw_value() };
         let below = self.0.iter().filter_map(|r| r.clip(0, hole.start)).map(ram);
@@ -238,19 +242,19 @@ impl RamLayout {
 /// What the guest may do with a range. The discriminants are those of E820 and of PVH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum MapKind {
+pub(crate) enum MapKind {
     /// Usable RAM.
     Ram = 1,
-    /// Firmware's.
+    /// Reserved for firmware.
     Reserved = 2,
 }
 
 /// One entry of the guest's memory map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MapEntry {
-    /// Where.
+pub(crate) struct MapEntry {
+    /// The range.
     pub range: GuestRange,
-    /// What.
+    /// Its kind.
     pub kind: MapKind,
 }
 

@@ -28,7 +28,7 @@ fn plain_header() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
         header: HDRS,
-        // Not 0: the kernel takes a header of version 0 for one that nobody has copied yet.
+        // Not 0: the kernel takes a header of version 0 for one that was not copied yet.
         version: PROTOCOL,
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()

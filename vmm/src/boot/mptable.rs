@@ -39,7 +39,7 @@ fn set_checksum(bytes: &mut [u8], sum_at: usize) {
 }
 
 /// The floating pointer and the table for `cpus` CPUs, to be written at [`MP_TABLE`].
-pub fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
+pub(crate) fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
     if !(1..=MAX_CPUS).contains(&cpus) {
         return Err(MpTableError { cpus });
     }

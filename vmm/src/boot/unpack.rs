@@ -26,35 +26,36 @@ pub enum Codec {
 
 /// Why a payload could not be unpacked.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UnpackError {
-    /// Not a format we know.
+    /// The format is unknown.
     #[error("the kernel's payload is in no known format: it starts with {found:02x?}")]
     UnknownFormat {
         /// Its first bytes.
         found: Vec<u8>,
     },
-    /// A format we know and cannot unpack.
+    /// The format is known, but not supported.
     #[error("the kernel is compressed with {codec}, which is not supported: recompress it, or pass its vmlinux")]
     Unsupported {
         /// The format.
         codec: Codec,
     },
-    /// More comes out than fits.
+    /// The unpacked payload is larger than the bound.
     #[error("the {codec} payload unpacks to more than {limit} bytes")]
     TooLarge {
         /// The format.
         codec: Codec,
-        /// The bound.
+        /// The bound in bytes.
         limit: usize,
     },
-    /// The decoder gave up.
+    /// The decoder reports an error.
     #[error("the {codec} payload of {len} bytes is damaged")]
     Corrupt {
         /// The format.
         codec: Codec,
-        /// Its length.
+        /// Its length in bytes.
         len: usize,
-        /// What the decoder said.
+        /// The decoder's error.
         #[source]
         source: io::Error,
     },
@@ -79,7 +80,7 @@ impl Codec {
 
     /// What `bytes` start with.
     #[must_use]
-    pub fn detect(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn detect(bytes: &[u8]) -> Option<Self> {
         Self::MAGICS.iter().find(|(_, magic)| bytes.starts_with(magic)).map(|(codec, _)| *codec)
     }
 }
@@ -99,7 +100,7 @@ impl std::fmt::Display for Codec {
 }
 
 /// Unpacks `payload`, whose format its first bytes tell, to at most `limit` bytes.
-pub fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackError> {
+pub(crate) fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackError> {
     let codec = Codec::detect(payload)
         .ok_or_else(|| UnpackError::UnknownFormat { found: payload.iter().take(6).copied().collect() })?;
     let unpacked = match codec {

@@ -148,13 +148,13 @@ impl CpuHide {
 
     /// Everything either hides.
     #[must_use]
-    pub fn union(&self, other: &Self) -> Self {
+    pub(crate) fn union(&self, other: &Self) -> Self {
         Self(self.0.union(&other.0).copied().collect())
     }
 
     /// Whether `name` is hidden.
     #[must_use]
-    pub fn hides(&self, name: &str) -> bool {
+    pub(crate) fn hides(&self, name: &str) -> bool {
         self.0.contains(name)
     }
 

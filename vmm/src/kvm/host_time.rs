@@ -2,7 +2,7 @@
 //!
 //! | saved | clock | why |
 //! |---|---|---|
-//! | in this boot of the host | `CLOCK_BOOTTIME` | nobody steps it, and it counts while the host is suspended |
+//! | in this boot of the host | `CLOCK_BOOTTIME` | it is never stepped, and it counts while the host is suspended |
 //! | in another boot, or on another host | the wall clock | it is the only clock the two have in common |
 //!
 //! The boot's id tells which.

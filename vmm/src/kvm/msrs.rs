@@ -39,22 +39,23 @@ pub const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
 /// MSRs that are tried in one call.
 const PIECE: usize = 128;
 
-/// Why the MSRs could not be told.
+/// Why the MSRs could not be listed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MsrError {
-    /// A call failed.
+    /// A KVM ioctl failed.
     #[error("{what} failed")]
     Call {
-        /// Which.
+        /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// More than one call can carry.
+    /// There are more MSRs than one ioctl takes.
     #[error("{count} MSRs are more than one call can carry")]
     TooMany {
-        /// How many.
+        /// The number of MSRs.
         count: usize,
     },
 }
@@ -87,7 +88,7 @@ fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, MsrError> {
 }
 
 /// Sets `bits` of one MSR beside those that are set. False when this host's KVM has no such MSR, or refuses the value.
-pub fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
+pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
     let failed = |what| move |source| MsrError::Call { what, source };
     let mut one = fam(&entries(&[index]))?;
     if vcpu.get_msrs(&mut one).map_err(failed("KVM_GET_MSRS"))? != 1 {
@@ -181,7 +182,7 @@ impl MsrSet {
         Ok(Self(kept))
     }
 
-    /// The MSRs.
+    /// The indices of the MSRs.
     #[must_use]
     pub fn indices(&self) -> &[u32] {
         &self.0

@@ -25,7 +25,7 @@ use super::vcpu_state::VcpuStateError;
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
 /// Takes away all that `vcpu` has pending. The vCPU is good for nothing then but to be given a state.
-pub fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
     // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves System Management Mode.
     let none = kvm_vcpu_events {

@@ -1,12 +1,14 @@
 //! CPU templates: named baselines of CPUID and MSRs, so that a snapshot moves between hosts of one vendor.
 //!
-//! A template names the levels of the x86-64 psABI. What a level has, a host must have, or it is refused by the names of what is missing. Beside
-//! that, guests get what virtualization itself brings (x2APIC, the deadline timer, the hypervisor's leaves) and what a host has of the switches against
-//! speculative execution, which no guest should lose for being movable: a snapshot then says that it needs them. Everything else is hidden, named or
-//! not, and so are the leaves and MSRs that only a host's own model has.
+//! The templates are the levels of the x86-64 psABI. A host must have all features of the level, or it is refused with the
+//! names of those it lacks. Beside the level, guests have:
 //!
-//! The processor's signature, its caches and its name stay the host's: a guest reads them when it boots, and a restored one is given what it
-//! was booted with.
+//! - what virtualization itself adds: x2APIC, the deadline timer, the hypervisor's leaves;
+//! - the host's mitigations of speculative execution, which no guest should lose for being movable. A snapshot records
+//!   that it needs them.
+//!
+//! Everything else is hidden, and so are the leaves and MSRs of a host's own model. The processor's signature, caches and
+//! name stay the host's: a guest reads them when it boots, and a restored guest keeps those it was booted with.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::features::{Feature, Reg, features};
 
-/// What a guest's CPU is made to look like.
+/// The CPU model that a guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum CpuTemplate {
     /// The host's, as far as KVM can give it to a guest. Its snapshots go to hosts that have all of it.
@@ -42,11 +44,11 @@ const NAMES: [(CpuTemplate, &str); 4] = [
     (CpuTemplate::V3, "x86-64-v3"),
 ];
 
-/// A name that is not a template's.
+/// The name is no template's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("unknown CPU template {name:?}: there are host, x86-64-v1, x86-64-v2 and x86-64-v3")]
 pub struct UnknownTemplate {
-    /// As given.
+    /// The name.
     pub name: String,
 }
 

@@ -22,51 +22,52 @@ use super::requirements::same_tsc;
 use super::template::CpuTemplate;
 use super::vm_state::Clock;
 
-/// Why a vCPU's state could not be taken or given.
+/// Why a vCPU's state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VcpuStateError {
-    /// A call failed.
+    /// A KVM ioctl failed.
     #[error("{call} failed")]
     Ioctl {
-        /// Which.
+        /// The ioctl.
         call: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// MSRs were refused.
+    /// KVM refuses to set MSRs.
     #[error("KVM refuses {}", refused_text(refused))]
     MsrWrite {
-        /// Which, with their values.
+        /// Index and value of each.
         refused: Vec<(u32, u64)>,
     },
     /// The XSAVE area has another size than this host's.
     #[error("the saved XSAVE area is {found} bytes, this host's KVM takes {expected}")]
     XsaveSize {
-        /// In the state.
+        /// Its size in bytes in the state.
         found: usize,
-        /// On this host.
+        /// Its size in bytes on this host.
         expected: usize,
     },
-    /// The TSC frequency cannot be had here.
+    /// This host cannot give the guest its TSC frequency.
     #[error("the state is from a host with a TSC of {saved} kHz, this one has {here} kHz and cannot scale it")]
     TscFrequency {
-        /// Of the state.
+        /// The frequency in the state, in kHz.
         saved: u32,
-        /// Of this host.
+        /// This host's frequency, in kHz.
         here: u32,
     },
     /// The MSRs of this host are not known.
     #[error("the MSRs of this host could not be told")]
     Msrs {
-        /// Why.
+        /// The error of probing them.
         #[source]
         source: Box<HostError>,
     },
     /// A buffer could not be made.
     #[error("no buffer for {what} of {bytes} bytes")]
     Buffer {
-        /// For what.
+        /// The structure it is for.
         what: &'static str,
         /// Its size.
         bytes: usize,
@@ -123,7 +124,7 @@ impl StateLayout {
     }
 
     /// The same, of vCPUs with performance counters or without.
-    pub fn with_pmu(host: &Host, pmu: bool) -> Result<Self, VcpuStateError> {
+    pub(crate) fn with_pmu(host: &Host, pmu: bool) -> Result<Self, VcpuStateError> {
         let size = host.xsave_size();
         Ok(Self {
             msrs: host.msrs_of(pmu)?.buffer()?,
@@ -223,14 +224,14 @@ impl VcpuState {
         Ok(state)
     }
 
-    /// What it was told in `IA32_ARCH_CAPABILITIES`, if it has it.
+    /// The guest's value of `IA32_ARCH_CAPABILITIES`, if it has that MSR.
     #[must_use]
-    pub fn arch_capabilities(&self) -> Option<u64> {
+    pub(crate) fn arch_capabilities(&self) -> Option<u64> {
         self.msrs.as_slice().iter().find(|entry| entry.index == ARCH_CAPABILITIES).map(|entry| entry.data)
     }
 
     /// Takes the state of the same vCPU again, without allocating. After an error the state is of no use.
-    pub fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+    pub(crate) fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
         // Before everything else, because it makes KVM accept a pending INIT or SIPI, which changes registers and the
         // local APIC.
         self.mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
@@ -371,7 +372,7 @@ impl VcpuState {
 
 /// Tells the guest that it was stopped, so that its watchdogs do not count the time. `false` when it has no kvmclock page
 /// to be told on.
-pub fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
+pub(crate) fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
     match vcpu.kvmclock_ctrl() {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == libc::EINVAL => Ok(false),

@@ -231,7 +231,7 @@ impl VmConfig {
 
     /// Whether the guest has a generation id, and an interrupt by which it learns that it has changed.
     #[must_use]
-    pub fn has_generation(&self) -> bool {
+    pub(crate) fn has_generation(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
     }
 
@@ -277,7 +277,7 @@ impl VmConfig {
 
     /// The arguments by which a Linux kernel without ACPI finds the virtio devices, with a space before each.
     #[must_use]
-    pub fn device_args(&self) -> String {
+    pub(crate) fn device_args(&self) -> String {
         let mut args = String::new();
         for (base, gsi) in (0..self.virtio_queues().count()).filter_map(virtio_slot) {
             // Writing to a String does not fail.

@@ -139,7 +139,7 @@ impl Vm {
 
     /// Everything but memory, which is the image's already.
     fn load(&self, image: &Arc<ForkImage>) -> Result<(), VmError> {
-        // The id is that of whoever else was started from the image: this is another VM than it was.
+        // The image's id is that of its other children too, and every VM needs its own.
         if self.config.has_generation() {
             generation::renew(self.ram().memory())?;
         }

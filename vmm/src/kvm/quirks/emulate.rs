@@ -24,7 +24,7 @@ const ZF: u64 = 1 << 6;
 
 /// What was done in KVM's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Emulated {
+pub(crate) enum Emulated {
     /// An instruction.
     Instruction,
     /// INT3, which stock kernels execute when they test themselves at boot.
@@ -101,7 +101,7 @@ fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
 /// Does to `regs` what the instruction does to the CPU's.
 fn apply(remedy: EmulatedInsn, regs: &mut kvm_regs) {
     let len = match remedy {
-        // A trap: the handler is told the address after the instruction.
+        // A trap: the handler's return address is after the instruction.
         EmulatedInsn::Int3 | EmulatedInsn::Fwait => 1,
         EmulatedInsn::Popcnt { wide, to, from, len } => {
             let value = *register(regs, from);
@@ -133,7 +133,7 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 impl Quirks {
     /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the
     /// vCPU again.
-    pub fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
+    pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
@@ -167,8 +167,9 @@ impl Quirks {
     }
 }
 
-/// Why a vCPU cannot go on.
+/// Why a vCPU cannot continue after an exit.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EmulateError {
     /// The exit was not about an instruction.
     #[error("KVM gave up for another reason than an instruction it cannot emulate")]
@@ -176,31 +177,31 @@ pub enum EmulateError {
     /// There is no remedy for this instruction.
     #[error("KVM cannot emulate the guest's instruction at {rip:#x}: {failure}")]
     NoRemedy {
-        /// Its bytes.
+        /// The instruction's bytes.
         failure: EmulationFailure,
-        /// Its address.
+        /// The instruction's address.
         rip: u64,
     },
-    /// Nothing is mapped where something must be.
+    /// The guest has nothing mapped at an address that must be read.
     #[error("the guest has nothing at {linear:#x}, where a page fault is looked at")]
     Unmapped {
         /// The guest's linear address.
         linear: u64,
     },
-    /// The guest's handler of page faults begins otherwise than when it was found.
+    /// The guest's page fault handler does not begin as it did when it was found.
     #[error("the guest's handler of page faults at {rip:#x} begins with {insn:02x?}")]
     DeviceOps {
-        /// Where it is.
+        /// The handler's address.
         rip: u64,
-        /// How it begins.
+        /// Its first bytes.
         insn: [u8; 4],
     },
-    /// A call failed on the way.
+    /// A KVM ioctl failed.
     #[error("{what} failed")]
     Ioctl {
-        /// Which.
+        /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
@@ -214,7 +215,7 @@ pub struct EmulationFailure {
 }
 
 impl EmulationFailure {
-    /// What the vCPU's last exit says, if it was an emulation failure.
+    /// The instruction of the vCPU's last exit, if that was an emulation failure.
     pub fn of(vcpu: &mut VcpuFd) -> Option<Self> {
         let run = vcpu.get_kvm_run();
         if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
@@ -236,9 +237,9 @@ impl EmulationFailure {
         Some(Self { bytes: insn.insn_bytes, len })
     }
 
-    /// The bytes; none if KVM did not say.
+    /// The bytes; none if KVM did not report them.
     #[must_use]
-    pub fn insn(&self) -> &[u8] {
+    pub(crate) fn insn(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.len)).unwrap_or(&[])
     }
 }

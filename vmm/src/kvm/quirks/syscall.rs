@@ -109,7 +109,7 @@ fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>)
 
 impl Quirks {
     /// Where the guest handles page faults, if those are to be watched: on kvm-pvm, once it has an IDT and takes system calls.
-    pub fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
+    pub(crate) fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
         if self == Self::None {
             return Ok(None);
         }
@@ -122,7 +122,7 @@ impl Quirks {
     }
 
     /// Has the vCPU come out of the guest where page faults are handled; nowhere with `None`.
-    pub fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
+    pub(crate) fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
         let mut debug = kvm_guest_debug::default();
         if let Some(entry) = entry {
             debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
@@ -133,7 +133,7 @@ impl Quirks {
     }
 
     /// What is to be done where page faults are handled, after `KVM_RUN` returned `KVM_EXIT_DEBUG`.
-    pub fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
+    pub(crate) fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         let frame = Frame::read(&read_linear(vcpu, regs.rsp, read)?);

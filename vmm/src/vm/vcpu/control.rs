@@ -361,7 +361,7 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// The vCPUs' states, asked for by [`VcpuControl::pause`].
+    /// The vCPUs' states, requested by [`VcpuControl::pause`].
     pub(crate) fn collect(&self) -> Result<Vec<S>, VmError> {
         let mut inner = self.wait(|inner| inner.vcpus.iter().all(|vcpu| vcpu.save_done == inner.save_asked))?;
         inner.vcpus.iter_mut().map(|vcpu| vcpu.saved.take().unwrap_or(Err(VmError::NotSaved))).collect()
