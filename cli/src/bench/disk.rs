@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
-use clade_guests::BARE_ELF;
 use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
@@ -19,8 +18,7 @@ use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
-use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
 
 /// The disk's file.
@@ -172,10 +170,7 @@ impl Guest {
         let mut config = VmConfig::bare(MEMORY, 1).map_err(Failure::run)?;
         let disk = DiskConfig { cache: CachePolicy::Direct, ..DiskConfig::new(path) };
         config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(context, "bench", &Arc::new(config), &source).map_err(Failure::run)?;
-        BareVcpu::new(&vm, 0).await_ready().map_err(Failure::run)?;
+        let vm = boot_bare(context, "bench", &Arc::new(config)).map_err(Failure::run)?;
         let [sectors, ..] = BareVcpu::new(&vm, 0)
             .run(Command::DiskOpen { slot: 0, area: WORK_BASE, size: 256 })
             .map_err(Failure::run)?;

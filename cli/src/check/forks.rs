@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::Command;
 
 use super::{Check, Outcome};
 use crate::commands::Failure;
-use clade_harness::{BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 
 const MEMORY: u64 = 32 << 20;
@@ -41,10 +39,7 @@ fn run(
     begin: &dyn Fn(&Vm) -> Result<Vec<u64>, anyhow::Error>,
 ) -> Result<(), anyhow::Error> {
     let config = Arc::new(VmConfig::bare(MEMORY, cpus)?);
-    let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource::new(kernel);
-    let parent = Vm::boot(context, "check", &config, &source)?;
-    (0..cpus).try_for_each(|vcpu| BareVcpu::new(&parent, vcpu).await_ready())?;
+    let parent = boot_bare(context, "check", &config)?;
     let watched = begin(&parent)?;
     for n in 0..forks {
         let (image, _) = parent.fork()?;

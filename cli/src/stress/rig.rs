@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
-use clade_guests::BARE_ELF;
 use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};
 use clade_io::CachePolicy;
@@ -14,8 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Tally;
 use crate::commands::{Failure, StressArgs};
-use clade_harness::{BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareMailbox, BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
 
 /// Guest memory.
@@ -170,10 +168,7 @@ impl Rig {
             spec(files.path(), "write", WRITE_BYTES, WRITE_SEED)?,
         ];
         let config = Arc::new(config);
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
-        (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
+        let vm = boot_bare(context, "stress", &config).map_err(Failure::run)?;
         if args.without_unshare {
             vm.ram().disable_unshare_before_protect_for_tests();
         }
