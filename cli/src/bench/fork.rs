@@ -24,8 +24,9 @@ const PACE: Duration = Duration::from_millis(2);
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     // The baseline's VMs share nothing with ours but the host.
-    let plain =
-        Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?).map_err(Failure::run)?;
+    let plain = Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?)
+        .map_err(Failure::run)?
+        .with_report_port();
     let mut rows = Vec::new();
     let mut smallest: Option<(u64, f64)> = None;
     for &mem in &args.mem {

@@ -115,7 +115,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     if args.samples == 0 {
         return Err(Failure::Input(anyhow::anyhow!("0 samples measure nothing")));
     }
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,

@@ -15,7 +15,7 @@ const MEMORY: u64 = 32 << 20;
 const STUCK: Duration = Duration::from_secs(20);
 
 pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let max = u64::from(context.host().max_vcpus());
     let storm = |name, cpus: u64, begin: &dyn Fn(&Vm) -> Result<Vec<u64>, anyhow::Error>| {
         let facts = vec![("vCPUs", cpus.to_string()), ("forks", forks.to_string())];

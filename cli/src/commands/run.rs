@@ -53,7 +53,6 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     config.hide = args.cpu_hide.clone().unwrap_or_default();
     config.pmu = args.pmu;
     config.acpi = !(bare || args.no_acpi);
-    config.report_port = bare;
     config.irqchip = Irqchip::Full;
     config.disks.clone_from(&args.disk);
     config.nets.clone_from(&args.net);

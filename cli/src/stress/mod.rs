@@ -184,7 +184,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
         return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
     }
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
     let rig = Rig::boot(&context, args)?;
     let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0 };

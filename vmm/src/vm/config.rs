@@ -116,8 +116,9 @@ pub struct VmConfig {
     /// Whether the guest finds ACPI tables, and in them its generation id. Without them, or without an IOAPIC, it has the
     /// command line and the MP table.
     pub acpi: bool,
-    /// Whether the bare guest's report port exists.
-    pub report_port: bool,
+    /// Snapshots of format 1 have a flag here, for a device of tests. Written as false, and ignored when read.
+    #[serde(rename = "report_port", default)]
+    reserved: Reserved,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskSpec>,
     /// Network devices, in the order in which the guest finds them.
@@ -130,6 +131,22 @@ pub struct VmConfig {
     pub balloon: bool,
     /// Whether there is a virtio console (`hvc0`) beside the serial one.
     pub virtio_console: bool,
+}
+
+/// A flag of format 1 without a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+struct Reserved;
+
+impl Serialize for Reserved {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bool(false)
+    }
+}
+
+impl<'de> Deserialize<'de> for Reserved {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        bool::deserialize(from).map(|_| Self)
+    }
 }
 
 /// A layout, saved as its number of bytes.
@@ -201,7 +218,7 @@ impl VmConfig {
             hide,
             pmu: false,
             acpi: true,
-            report_port: false,
+            reserved: Reserved,
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -211,12 +228,12 @@ impl VmConfig {
         })
     }
 
-    /// The same with the defaults for the bare guest: a report port, and no interrupt controllers but the local APICs.
+    /// The same with the defaults for the bare guest: no ACPI, and no interrupt controllers but the local APICs.
     ///
     /// # Errors
     /// As [`VmConfig::new`].
     pub fn bare(memory: u64, cpus: u64) -> Result<Self, ConfigError> {
-        Ok(Self { irqchip: Irqchip::Split, acpi: false, report_port: true, ..Self::new(memory, cpus)? })
+        Ok(Self { irqchip: Irqchip::Split, acpi: false, ..Self::new(memory, cpus)? })
     }
 
     fn checked_cpus(cpus: u64) -> Result<u8, ConfigError> {

@@ -31,7 +31,10 @@ pub enum ContextError {
 
 /// What the VMs of a process share. A clone is a handle to the same context.
 #[derive(Clone, Debug)]
-pub struct Context(Arc<Inner>);
+pub struct Context {
+    inner: Arc<Inner>,
+    report_port: bool,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -57,19 +60,32 @@ impl Context {
     pub fn new(host: Arc<Host>, store: Store) -> Result<Self, ContextError> {
         // Here and not at the first fork, because it probes the MSRs on a scratch VM.
         let layout = Arc::new(StateLayout::new(&host)?);
-        Ok(Self(Arc::new(Inner { host, layout, store, pool: VmPool::default() })))
+        let inner = Arc::new(Inner { host, layout, store, pool: VmPool::default() });
+        Ok(Self { inner, report_port: false })
+    }
+
+    /// A handle to the same context whose VMs have the report port of the bare guest. The port is no part of a VM's
+    /// configuration: a VM has it if it was booted, forked or restored through such a handle.
+    #[must_use]
+    pub fn with_report_port(mut self) -> Self {
+        self.report_port = true;
+        self
+    }
+
+    pub(crate) fn has_report_port(&self) -> bool {
+        self.report_port
     }
 
     /// The host's KVM.
     #[must_use]
     pub fn host(&self) -> &Arc<Host> {
-        &self.0.host
+        &self.inner.host
     }
 
     /// The store that memory layers are made in.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.0.store
+        &self.inner.store
     }
 
     /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next fork.
@@ -79,7 +95,7 @@ impl Context {
     pub fn prefill(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         self.store().prefill(SPARES).map_err(RamError::from)?;
         while self.prepared_count(config) < count {
-            self.0.pool.push(config, self.prepare(config)?);
+            self.inner.pool.push(config, self.prepare(config)?);
         }
         Ok(())
     }
@@ -87,21 +103,21 @@ impl Context {
     /// Prepared VMs for `config` in the pool.
     #[must_use]
     pub fn prepared_count(&self, config: &VmConfig) -> usize {
-        self.0.pool.count(config)
+        self.inner.pool.count(config)
     }
 
     /// Drops the prepared VMs of the pool and the spare files of the store.
     pub fn drain(&self) {
-        self.0.pool.clear();
+        self.inner.pool.clear();
         self.store().drain();
     }
 
     /// A VM from the pool if it has one for `config`, a fresh one otherwise.
     pub(crate) fn take_prepared(&self, config: &VmConfig) -> Result<PreparedVm, VmError> {
-        self.0.pool.take(config).map_or_else(|| self.prepare(config), Ok)
+        self.inner.pool.take(config).map_or_else(|| self.prepare(config), Ok)
     }
 
     fn prepare(&self, config: &VmConfig) -> Result<PreparedVm, VmError> {
-        PreparedVm::new(&self.0.host, &self.0.layout, &self.0.store, config)
+        PreparedVm::new(&self.inner.host, &self.inner.layout, &self.inner.store, config)
     }
 }

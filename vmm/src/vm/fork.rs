@@ -175,7 +175,7 @@ impl Vm {
         let adopted = Instant::now();
         // After the memory, in which rings are checked. They stand still until the last vCPU has its state.
         let saved = Some((&image.devices, image.backends.as_slice()));
-        let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends)?);
+        let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
         let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         vm.saving = Saving::of(image);

@@ -97,7 +97,7 @@ impl Vm {
         }
         let loaded =
             boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
-        let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends)?);
+        let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends, context.has_report_port())?);
         let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry))?;
         Ok(vm)

@@ -110,6 +110,7 @@ impl Devices {
         config: &VmConfig,
         prepared: &PreparedVm,
         ends: &mut Endpoints,
+        report_port: bool,
     ) -> Result<Self, DeviceError> {
         let console = Console::default();
         let irq = Irq::new().map_err(DeviceError::Io)?;
@@ -125,7 +126,7 @@ impl Devices {
         let mut bus = PioBus::default();
         bus.add(COM1_BASE, SERIAL_PORTS, serial.clone())?;
         bus.add(I8042_BASE, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
-        if config.report_port {
+        if report_port {
             let to = reports.clone();
             let port = ReportPort::new(move |report| to.push(report));
             bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
