@@ -30,7 +30,8 @@ pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
 
-/// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the kernel for 2 s.
+/// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
+/// kernel for 2 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
@@ -47,7 +48,8 @@ struct Member {
 pub struct Children<'a> {
     /// The number of children.
     pub count: usize,
-    /// The pattern of their names, in which `{n}` stands for a number. Default: the parent's name and a number.
+    /// The pattern of their names, in which `{n}` stands for a number. Default: the parent's name
+    /// and a number.
     pub pattern: Option<&'a str>,
     /// Chosen values for their interfaces, addresses and sockets.
     pub identity: &'a ChildIdentity,
@@ -152,7 +154,8 @@ impl Fleet {
         self.0.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers open requests before the process ends: a client that stops the last VM waits for its answer.
+    /// Answers open requests before the process ends: a client that stops the last VM waits for its
+    /// answer.
     pub fn finish(&self) {
         self.0.serve.finish();
     }
@@ -223,8 +226,8 @@ impl Fleet {
         self.members().values().map(|m| Listed { vm: Arc::clone(&m.vm), parent: m.parent.clone() }).collect()
     }
 
-    /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns the result of `describe`,
-    /// which is called when the VM has stopped.
+    /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns
+    /// the result of `describe`, which is called when the VM has stopped.
     ///
     /// # Errors
     /// When there is no such VM, or something of it stays in use.
@@ -239,7 +242,8 @@ impl Fleet {
         let described = describe(&listed);
         // Another thread may hold the last handle.
         drop(listed);
-        // Its threads are joined here, unless another thread has removed it or still holds a handle.
+        // Its threads are joined here, unless another thread has removed it or still holds a
+        // handle.
         drop(self.take(name, &release));
         if !release.wait(RELEASE_TIMEOUT) {
             return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
@@ -254,7 +258,8 @@ impl Fleet {
         if is_it { members.remove(name) } else { None }
     }
 
-    /// Removes a VM. It ends with its last handle. If it stopped by itself, the reason is recorded ([`EndedVm`]).
+    /// Removes a VM. It ends with its last handle. If it stopped by itself, the reason is recorded
+    /// ([`EndedVm`]).
     pub fn remove(&self, vm: &Arc<Vm>) {
         let member = self.take_vm(vm);
         if let Some(member) = member {
@@ -274,7 +279,8 @@ impl Fleet {
         if is_it { members.remove(vm.name()) } else { None }
     }
 
-    /// Removes VMs of a request that failed. They are gone when this returns, unless another thread holds a handle.
+    /// Removes VMs of a request that failed. They are gone when this returns, unless another thread
+    /// holds a handle.
     fn withdraw(&self, vms: Vec<Arc<Vm>>) {
         vms.iter().for_each(|vm| vm.stop());
         for vm in vms {
@@ -286,8 +292,8 @@ impl Fleet {
         self.0.closed.load(Ordering::Relaxed)
     }
 
-    /// Waits up to `timeout` until no VM, listed or not, and no request that makes VMs uses anything of the fleet. Returns
-    /// whether that is so: then no VM can come any more.
+    /// Waits up to `timeout` until no VM, listed or not, and no request that makes VMs uses
+    /// anything of the fleet. Returns whether that is so: then no VM can come any more.
     pub fn wait_until_unused(&self, timeout: Duration) -> bool {
         self.0.in_use.wait_for_none(timeout)
     }
@@ -309,11 +315,12 @@ impl Fleet {
         self.list().into_iter().filter(gone).for_each(|listed| self.remove(&listed.vm));
     }
 
-    /// Forks a VM into children of one instant. All or none are made (I13); none runs before all are made.
+    /// Forks a VM into children of one instant. All or none are made (I13); none runs before all
+    /// are made.
     ///
     /// # Errors
-    /// When there is no room for all, a name, an interface, an address or a socket is taken, a child cannot be made, or
-    /// it is cancelled. The parent runs on.
+    /// When there is no room for all, a name, an interface, an address or a socket is taken, a
+    /// child cannot be made, or it is cancelled. The parent runs on.
     pub(crate) fn fork(
         &self,
         name: &str,
@@ -334,8 +341,8 @@ impl Fleet {
         Ok((batch.launch(taken, &image, options)?, report))
     }
 
-    /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just `name` if there is one. All
-    /// or none are made (I13).
+    /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just
+    /// `name` if there is one. All or none are made (I13).
     ///
     /// # Errors
     /// As for a fork.

@@ -205,7 +205,8 @@ impl<'a> BareVcpu<'a> {
             if left.is_zero() || self.vm.stopped().is_some() {
                 return Err(self.silent("the end of its command"));
             }
-            // A report only ends the wait early: it may be one of another vCPU. The mailbox decides.
+            // A report only ends the wait early: it may be one of another vCPU. The mailbox
+            // decides.
             let _ = self.vm.reports().next(left.min(Duration::from_micros(500)));
         }
         Ok(())

@@ -11,8 +11,8 @@ use crate::bare::{BareError, BareVcpu};
 /// Words compared at a time; they stay in the second-level cache.
 const CHUNK_WORDS: usize = 16 << 10;
 
-/// Pages that one vCPU writes by [`Command::Write`], and the words that must be in them. Operations are counted from 0, so
-/// the words follow from their number.
+/// Pages that one vCPU writes by [`Command::Write`], and the words that must be in them. Operations
+/// are counted from 0, so the words follow from their number.
 #[derive(Clone, Debug)]
 pub struct Slice {
     vcpu: u64,
@@ -33,7 +33,8 @@ impl Slice {
         Self { vcpu, start, pages, hot: pages, window, seed, words, done: 0 }
     }
 
-    /// The same filled by [`Slice::fill_command`]. `vcpu` goes on to write the first `hot` pages only.
+    /// The same filled by [`Slice::fill_command`]. `vcpu` goes on to write the first `hot` pages
+    /// only.
     #[must_use]
     pub fn filled(vcpu: u64, start: u64, pages: u64, hot: u64, window: u64, seed: u64) -> Self {
         let mut slice = Self { hot: pages.min(hot), ..Self::zeros(vcpu, start, pages, window, seed) };
@@ -109,7 +110,8 @@ impl Slice {
     }
 }
 
-/// Makes the first `cpus` vCPUs of a running VM idle. Returns the operations that each had completed.
+/// Makes the first `cpus` vCPUs of a running VM idle. Returns the operations that each had
+/// completed.
 ///
 /// # Errors
 /// When the guest faults or does not answer.

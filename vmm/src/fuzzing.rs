@@ -4,7 +4,8 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::boot::{self, BootSource, Firmware, RamLayout};
 
-/// Loads `source` into `memory` for `cpus` vCPUs. Returns the end of the kernel, or `None` if the source is refused.
+/// Loads `source` into `memory` for `cpus` vCPUs. Returns the end of the kernel, or `None` if the
+/// source is refused.
 #[must_use]
 pub fn load_guest(memory: &GuestMemoryMmap, source: &BootSource, cpus: u8) -> Option<u64> {
     let layout = RamLayout::of_memory(memory).ok()?;

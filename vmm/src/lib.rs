@@ -1,4 +1,5 @@
-//! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset while they run.
+//! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset
+//! while they run.
 //!
 //! | to learn about | read |
 //! |---|---|

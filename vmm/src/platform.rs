@@ -1,6 +1,7 @@
 //! The platform: what a guest finds at which address, port and interrupt.
 //!
-//! It is a PC without a chipset. RAM and the boot protocols' structures are in [`boot`](crate::boot).
+//! It is a PC without a chipset. RAM and the boot protocols' structures are in
+//! [`boot`](crate::boot).
 //!
 //! | guest-physical from | to | what |
 //! |---|---|---|
@@ -37,12 +38,13 @@ pub(crate) const IOAPIC_PINS: u8 = 24;
 pub(crate) const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// End of what ACPI tables may take.
 pub(crate) const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
-/// The 16 bytes of the generation id. In a page of their own: a kernel may map the VMClock's page into user space, and the
-/// id is the kernel's alone.
+/// The 16 bytes of the generation id. In a page of their own: a kernel may map the VMClock's page
+/// into user space, and the id is the kernel's alone.
 pub(crate) const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
 /// The VMClock structure, in a page of its own.
 pub(crate) const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
-/// The interrupt that tells the guest of a new generation. On a PC it is the PS/2 mouse's; the VM has none.
+/// The interrupt that tells the guest of a new generation. On a PC it is the PS/2 mouse's; the VM
+/// has none.
 pub(crate) const GENERATION_GSI: u32 = 12;
 /// Start of the address range without RAM.
 pub(crate) const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
@@ -56,10 +58,12 @@ pub(crate) const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
 pub(crate) const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
 /// The registers of the first virtio device. Each device has one page, one after the other.
 pub(crate) const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
-/// The interrupts of virtio devices, in order: first those that no device of a PC has, then those of devices the VM lacks.
+/// The interrupts of virtio devices, in order: first those that no device of a PC has, then those
+/// of devices the VM lacks.
 pub(crate) const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
 
-/// The address of the registers of virtio device `index`, and its interrupt. None beyond the last place.
+/// The address of the registers of virtio device `index`, and its interrupt. None beyond the last
+/// place.
 #[must_use]
 pub fn virtio_slot(index: usize) -> Option<(GuestAddress, u32)> {
     let gsi = *VIRTIO_GSIS.get(index)?;

@@ -1,8 +1,9 @@
 //! `clade bench disk`: a guest's disk I/O beside the host's own on the same file.
 //!
-//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations given to an io_uring by this process; both past the page
-//! cache, in turn, in rounds. What is between the two is an exit and an eventfd for each notification, the device's worker, the pins, and the
-//! guest's driver, which polls.
+//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations
+//! given to an io_uring by this process; both past the page cache, in turn, in rounds. What is
+//! between the two is an exit and an eventfd for each notification, the device's worker, the pins,
+//! and the guest's driver, which polls.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -104,8 +105,8 @@ struct Host {
 }
 
 impl Host {
-    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any. (In 4 KiB pages large transfers take three times as long,
-    /// which would flatter ours.)
+    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any.
+    /// (In 4 KiB pages large transfers take three times as long, which would flatter ours.)
     fn open(store: &Store, path: &Path) -> Result<Self, Failure> {
         let file = Arc::new(IoFile::open(path, true, CachePolicy::Direct).map_err(Failure::run)?);
         if file.policy() != CachePolicy::Direct {

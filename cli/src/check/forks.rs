@@ -31,7 +31,8 @@ pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
     ])
 }
 
-/// Boots, begins, and forks: each child must go on on the vCPUs that `begin` names, also after a reset.
+/// Boots, begins, and forks: each child must go on on the vCPUs that `begin` names, also after a
+/// reset.
 fn run(
     context: &Context,
     cpus: u64,

@@ -1,5 +1,6 @@
-//! The bare guest's part: it writes words that the host can predict; every child is compared, byte for byte, with the prediction
-//! for the instant of its fork, and every VM with the prediction for what it did later.
+//! The bare guest's part: it writes words that the host can predict. Every child is compared, byte
+//! for byte, with the prediction for the instant of its fork, and every VM with the prediction for
+//! what it did later.
 
 use std::sync::Arc;
 use std::thread;
@@ -14,8 +15,8 @@ use crate::demo::progress;
 use clade_harness::{BareError, BareMailbox, BareVcpu, Slice, boot_bare, stop_writing};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
-/// Pages that a vCPU keeps writing; the rest of its share of memory it has written once. At native speed it writes all of them
-/// between two forks.
+/// Pages that a vCPU keeps writing; the rest of its share of memory it has written once. At native
+/// speed it writes all of them between two forks.
 const HOT_PAGES: u64 = 512;
 /// Pages among which its writes are at any moment.
 const WINDOW: u64 = 64;
@@ -40,11 +41,11 @@ pub(crate) struct BareReport {
     pub(crate) private_kib_after: f64,
 }
 
-/// A child that is paused except while something is asked of it: the guest polls for its next command, and a hundred of them would leave
-/// the parent no processor.
+/// A child that is paused except while it executes a command: the guest polls for commands, and a
+/// hundred of them would leave the parent no processor.
 struct Child {
     vm: Vm,
-    /// How far each vCPU had come when it stopped.
+    /// Operations that each vCPU had completed when it stopped.
     progress: Vec<u64>,
 }
 
@@ -92,7 +93,8 @@ impl Demo<'_> {
     fn run(&mut self, config: &Arc<VmConfig>) -> Result<(), Failure> {
         let parent = self.boot(config)?;
         let (children, last) = self.fork_while_it_runs(&parent, config)?;
-        // The parent is stopped where it is now, and checked after its children: its operations only count up.
+        // The parent is stopped where it is now, and checked after its children: its operations
+        // only count up.
         let ended = stop_writing(&parent, self.args.cpus).map_err(Failure::run)?;
         self.check_children(&children)?;
         if let Some(image) = last {
@@ -136,7 +138,7 @@ impl Demo<'_> {
             let (child, first) = self.start_child(&format!("child-{n}"), &image)?;
             let pause_us = times.times.pause.as_secs_f64() * 1e6;
             if n == 0 {
-                // Once in a VM's life, and dearer: told apart.
+                // Reported apart: it happens once in a VM's life, and takes longer.
                 self.report.first_pause_us = pause_us;
             }
             self.report.pause.push(pause_us);
@@ -179,7 +181,8 @@ impl Demo<'_> {
         Ok((Child { vm, progress }, first))
     }
 
-    /// Compares memory with the prediction for `progress`, leaving out each slice's first `except` pages. One thread a slice.
+    /// Compares memory with the prediction for `progress`, leaving out each slice's first `except`
+    /// pages. One thread a slice.
     fn check(&mut self, ram: &GuestRam, progress: &[u64], except: u64) -> Result<(), Failure> {
         let wrong = thread::scope(|scope| {
             let compare = |(slice, progress): (&mut Slice, u64)| {
@@ -236,7 +239,8 @@ impl Demo<'_> {
             child.vm.resume().map_err(Failure::run)?;
             thread::sleep(GENERATION);
             image = child.vm.fork().map_err(Failure::run)?.0;
-            // The next generation is checked where it stands; this one goes: a child outlives its parent.
+            // The next generation is checked where it stands; this one goes: a child outlives its
+            // parent.
             drop(child);
             let (next, _) = self.start_child(&format!("generation-{n}-check"), &image)?;
             self.check_ahead(&next)?;
@@ -246,7 +250,8 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// The generations run away from the parent, so they are compared with a prediction of their own.
+    /// The generations run away from the parent, so they are compared with a prediction of their
+    /// own.
     fn check_ahead(&mut self, child: &Child) -> Result<(), Failure> {
         let parents = self.slices.clone();
         let checked = self.check(child.vm.ram(), &child.progress, 0);

@@ -81,9 +81,11 @@ impl Batch<'_> {
         Err(FleetError::Cancelled { made, count: self.count, reason })
     }
 
-    /// Takes the name and the endpoints of each VM. `{n}` counts up from 1, skipping names that are taken.
+    /// Takes the name and the endpoints of each VM. `{n}` counts up from 1, skipping names that are
+    /// taken.
     ///
-    /// `by_name`: the socket's path has the name in it, so if it is taken, the next number is tried.
+    /// `by_name`: the socket's path has the name in it, so if it is taken, the next number is
+    /// tried.
     pub(super) fn take(
         &self,
         stem: &str,
@@ -140,7 +142,8 @@ impl Batch<'_> {
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        // Of several, none may run while others are made: they would take the processors that the making needs.
+        // Of several, none may run while others are made: they would take the processors that the
+        // making needs.
         let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
         let mut made = Vec::with_capacity(self.count);
         for (claim, ends) in taken {

@@ -18,7 +18,8 @@ impl Release {
     }
 }
 
-/// Counts the users of the fleet's devices and disks: VMs until they are dropped, listed or not, and requests that make VMs.
+/// Counts the users of the fleet's devices and disks: VMs until they are dropped, listed or not,
+/// and requests that make VMs.
 #[derive(Debug, Default)]
 pub(super) struct InUse(Mutex<usize>, Condvar);
 
@@ -51,7 +52,8 @@ impl Drop for Use {
     }
 }
 
-/// What a VM drops after everything else, in this order: its name, then [`Release`] is set, then [`InUse`] counts down.
+/// What a VM drops after everything else, in this order: its name, then [`Release`] is set, then
+/// [`InUse`] counts down.
 #[derive(Debug)]
 pub(super) struct Tail {
     _claim: NameClaim,

@@ -1,7 +1,8 @@
 //! Whether the host has room for a number of VMs, before the first is made.
 //!
-//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is asked of the kernel, and
-//! compared with what a VM of the configuration needs. Guest memory is not counted: a child's is shared until written.
+//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is asked
+//! of the kernel, and compared with what a VM of the configuration needs. Guest memory is not
+//! counted: a child's is shared until written.
 
 use std::fs;
 
@@ -40,8 +41,8 @@ pub(crate) struct Needs {
 }
 
 impl Needs {
-    /// The needs of a VM with this configuration in a fleet. A test (`way_in.rs` of the command line) compares them
-    /// with measured ones.
+    /// The needs of a VM with this configuration in a fleet. A test (`way_in.rs` of the command
+    /// line) compares them with measured ones.
     pub(crate) fn of(config: &VmConfig) -> Self {
         let cpus = u64::from(config.cpus());
         let disks = config.disks.len() as u64;
@@ -49,11 +50,14 @@ impl Needs {
         let queues: u64 = config.virtio_queues().map(|queues| queues as u64).sum();
         let devices = config.virtio_queues().count() as u64;
         let hvc = u64::from(config.virtio_console);
-        // The VM, the serial line's interrupt, the generation's, the lock, the control and the console socket.
+        // The VM, the serial line's interrupt, the generation's, the lock, the control and the
+        // console socket.
         let vm = 6 + cpus;
-        // An interrupt a device and a notification a queue; each is registered with its worker once it is driven.
+        // An interrupt a device and a notification a queue; each is registered with its worker once
+        // it is driven.
         let wiring = devices + queues;
-        // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and sockets.
+        // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and
+        // sockets.
         let worked = 2 * devices + 3 * disks + 2 * nets + 3 * u64::from(config.vsock.is_some()) + hvc;
         Self { descriptors: vm + wiring + worked, threads: cpus + devices, mappings: 2 * (cpus + 2) }
     }

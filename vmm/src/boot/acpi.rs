@@ -1,7 +1,8 @@
 //! ACPI tables: CPUs, interrupts, devices, and how the guest learns that it has been cloned.
 //!
-//! The hardware-reduced kind, because nothing here is worth emulating: no power management timer, no system control interrupt. What would be
-//! a general-purpose event comes through a Generic Event Device, whose interrupt is edge-triggered, so that there is no state to save.
+//! The hardware-reduced kind, because nothing here is worth emulating: no power management timer,
+//! no system control interrupt. What would be a general-purpose event comes through a Generic Event
+//! Device, whose interrupt is edge-triggered, so that there is no state to save.
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT: COM1, a device for each virtio-mmio one, VGEN and VCLK (pages in RAM), and GED:
@@ -148,7 +149,8 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     bytes(&table.finalize())
 }
 
-/// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at [`ACPI_TABLES`]. The root pointer comes first.
+/// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at
+/// [`ACPI_TABLES`]. The root pointer comes first.
 #[must_use]
 pub(crate) fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(ALIGN as usize)];

@@ -1,7 +1,7 @@
 //! A bzImage: the setup header in front, the compressed kernel inside.
 //!
-//! Its own decompressor, real-mode code and relocation table are not used: the payload is unpacked here and run at the
-//! address it was linked for.
+//! Its own decompressor, real-mode code and relocation table are not used: the payload is unpacked
+//! here and run at the address it was linked for.
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;

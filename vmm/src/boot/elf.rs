@@ -1,8 +1,8 @@
 //! The kernel's ELF file: what is checked, what is loaded, where it is entered.
 //!
-//! linux-loader has a loader for these; this one exists because every refusal here names the offending value, because
-//! segments are checked against the guest's RAM before anything is written, and because no arithmetic on the file's
-//! numbers can overflow.
+//! linux-loader has a loader for these; this one exists because every refusal here names the
+//! offending value, because segments are checked against the guest's RAM before anything is
+//! written, and because no arithmetic on the file's numbers can overflow.
 
 use std::ops::Range;
 
@@ -265,8 +265,8 @@ impl<'a> KernelElf<'a> {
 
     /// Copies the segments into `mem`, all of them or none that does not fit.
     ///
-    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is born zero, and touching
-    /// it would cost host memory for nothing.
+    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is born
+    /// zero, and touching it would cost host memory for nothing.
     pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
         for Segment { memory, .. } in &self.segments {
             if memory.start() < HIMEM_START {
@@ -285,7 +285,8 @@ impl<'a> KernelElf<'a> {
     }
 }
 
-/// Finds the PVH entry point in a note segment. Notes are padded to four bytes, whatever the segment's alignment.
+/// Finds the PVH entry point in a note segment. Notes are padded to four bytes, whatever the
+/// segment's alignment.
 fn pvh_note(mut notes: &[u8]) -> Result<Option<u32>, ElfError> {
     const NOTE_HEADER_LEN: usize = 12;
     while notes.len() >= NOTE_HEADER_LEN {

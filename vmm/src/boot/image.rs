@@ -159,7 +159,8 @@ impl OpenImage<'_> {
     pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), ImageError> {
         let copied = match &mut self.source {
             OpenSource::Bytes(bytes) => mem.write_slice(bytes, addr),
-            // The file's length is at most the guest's RAM (checked by the caller), so it fits a usize.
+            // The file's length is at most the guest's RAM (checked by the caller), so it fits a
+            // usize.
             OpenSource::File(file) => mem.read_exact_volatile_from(addr, file, self.len as usize),
         };
         copied.map_err(|source| ImageError::Copy { image: self.image.name(), len: self.len, addr: addr.0, source })

@@ -1,4 +1,5 @@
-//! Where the initramfs goes: as high as it fits, so that the kernel has the memory above itself to grow into.
+//! Where the initramfs goes: as high as it fits, so that the kernel has the memory above itself to
+//! grow into.
 
 use vm_memory::GuestAddress;
 
@@ -25,8 +26,8 @@ pub enum InitrdError {
     },
 }
 
-/// Places `len` bytes above `kernel` and below the end of low RAM, the MMIO gap and `addr_max` (the highest address the
-/// kernel says its initramfs may have, inclusive), on a page boundary.
+/// Places `len` bytes above `kernel` and below the end of low RAM, the MMIO gap and `addr_max` (the
+/// highest address the kernel says its initramfs may have, inclusive), on a page boundary.
 pub(super) fn place(len: u64, ram: &RamLayout, kernel: GuestRange, addr_max: u64) -> Result<GuestRange, InitrdError> {
     let top = ram.low_end().0.min(MMIO_GAP_START.0).min(addr_max.saturating_add(1));
     let floor = kernel.end().0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);

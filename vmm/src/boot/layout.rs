@@ -228,7 +228,8 @@ impl RamLayout {
         self.0.iter().any(|ram| ram.contains(range))
     }
 
-    /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is reserved.
+    /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is
+    /// reserved.
     #[must_use]
     pub(crate) fn memory_map(&self) -> Vec<MapEntry> {
         let ram = |range| MapEntry { range, kind: MapKind::Ram };

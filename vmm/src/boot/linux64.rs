@@ -1,5 +1,5 @@
-//! What a kernel entered by the 64-bit boot protocol finds in memory: the zero page, a GDT and page tables that map the
-//! first 4 GiB to themselves.
+//! What a kernel entered by the 64-bit boot protocol finds in memory: the zero page, a GDT and page
+//! tables that map the first 4 GiB to themselves.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -80,8 +80,8 @@ pub(super) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), Gu
     Ok(())
 }
 
-/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT; PVH kernels load their own before they use one,
-/// and a valid one spares them a fault if they do not.
+/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT; PVH kernels load their
+/// own before they use one, and a valid one spares them a fault if they do not.
 pub(super) fn write_descriptors<M: GuestMemoryBackend>(mem: &M, long_mode: bool) -> Result<(), GuestMemoryError> {
     let gdt = if long_mode { GDT_LONG_MODE } else { GDT_PROTECTED_MODE };
     for (i, descriptor) in gdt.iter().enumerate() {

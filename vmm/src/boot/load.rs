@@ -185,8 +185,8 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
 
 /// Loads `source` into `mem`, whose RAM is `ram` and, where the kernel goes, still zero.
 ///
-/// Everything is checked before anything is written, except that an image may turn out to be unreadable half-way: after
-/// an error, throw the memory away.
+/// Everything is checked before anything is written, except that an image may turn out to be
+/// unreadable half-way: after an error, throw the memory away.
 pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
     ram: &RamLayout,

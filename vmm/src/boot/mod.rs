@@ -1,7 +1,8 @@
 //! Loading a guest into memory, and the state in which its first vCPU starts.
 //!
-//! `load` writes the kernel, the initramfs, the command line, the memory map and the MP table. It returns the `Entry` from
-//! which the boot vCPU's registers follow. Application processors wait for INIT-SIPI and need nothing.
+//! `load` writes the kernel, the initramfs, the command line, the memory map and the MP table. It
+//! returns the `Entry` from which the boot vCPU's registers follow. Application processors wait for
+//! INIT-SIPI and need nothing.
 //!
 //! A kernel image is recognized by its content, never by its name:
 //!
@@ -12,7 +13,8 @@
 //! | bzImage (a distribution's `vmlinuz`) | its payload is unpacked here, on the host; the ELF inside is started as above |
 //! | an ELF compressed as a whole | the same |
 //!
-//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed through), 32-bit kernels.
+//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed
+//! through), 32-bit kernels.
 
 mod acpi;
 mod bzimage;

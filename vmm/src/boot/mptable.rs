@@ -1,7 +1,9 @@
-//! The Intel MultiProcessor table, specification 1.4: which CPUs and interrupts there are, for kernels without ACPI.
+//! The Intel MultiProcessor table, specification 1.4: which CPUs and interrupts there are, for
+//! kernels without ACPI.
 //!
-//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs; every IOAPIC pin carries the ISA interrupt of
-//! the same number (0-15 are the PC's; 16-23 are named too so that virtio-mmio devices can use them).
+//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs; every IOAPIC pin carries
+//! the ISA interrupt of the same number (0-15 are the PC's; 16-23 are named too so that virtio-mmio
+//! devices can use them).
 
 use super::layout::{BASE_MEMORY_END, MP_TABLE};
 use crate::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, MAX_CPUS};

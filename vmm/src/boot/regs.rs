@@ -33,8 +33,8 @@ pub(crate) struct BootMsr {
     pub bits: u64,
 }
 
-/// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string operations on
-/// (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
+/// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string
+/// operations on (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
 pub(crate) const BOOT_MSRS: [BootMsr; 2] =
     [BootMsr { index: 0x1a0, bits: 1 }, BootMsr { index: 0x2ff, bits: 1 << 11 | 6 }];
 
@@ -80,8 +80,8 @@ impl Entry {
         }
     }
 
-    /// Changes the special registers of a fresh vCPU to what the protocol asks for, and leaves the rest (the APIC base
-    /// above all) as KVM made it.
+    /// Changes the special registers of a fresh vCPU to what the protocol asks for, and leaves the
+    /// rest (the APIC base above all) as KVM made it.
     pub(crate) fn apply_to(&self, sregs: &mut kvm_sregs) {
         let gdt = match self {
             Self::Pvh { .. } => &GDT_PROTECTED_MODE,

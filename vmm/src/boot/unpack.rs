@@ -1,7 +1,7 @@
 //! Decompressing a kernel on the host, within a bound.
 //!
-//! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one stream and ignores
-//! what follows.
+//! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one
+//! stream and ignores what follows.
 
 use std::io::{self, Read};
 
@@ -134,8 +134,8 @@ fn unpack_lzma(payload: &[u8], stream: LzmaStream, limit: usize) -> io::Result<O
     read_bounded(liblzma::bufread::XzDecoder::new_stream(payload, stream?), limit)
 }
 
-/// The legacy frame: a magic, then blocks of (length, data), each unpacking to at most 8 MiB. What is left when fewer
-/// bytes than a length and a block's least remain is the appended size.
+/// The legacy frame: a magic, then blocks of (length, data), each unpacking to at most 8 MiB. What
+/// is left when fewer bytes than a length and a block's least remain is the appended size.
 fn unpack_lz4(payload: &[u8], limit: usize) -> io::Result<Option<Vec<u8>>> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
     let mut out = Vec::new();

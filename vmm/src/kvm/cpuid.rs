@@ -1,7 +1,8 @@
-//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and place.
+//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and
+//! place.
 //!
-//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks like; APIC ids are
-//! vCPU indices.
+//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks
+//! like; APIC ids are vCPU indices.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -166,7 +167,8 @@ fn set_basic(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError
     Ok(())
 }
 
-/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the host's topology, or zeros.
+/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the
+/// host's topology, or zeros.
 fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError> {
     let highest = leaves.required(0)?.eax;
     for function in [0xb, 0x1f] {
@@ -193,7 +195,8 @@ fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), 
     Ok(())
 }
 
-/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is everybody's.
+/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is
+/// everybody's.
 fn set_cache_sharing(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     let cores = (1 << spec.core_bits()) - 1;
     for leaf in [4, 0x8000_001d] {

@@ -1,4 +1,5 @@
-//! CPU features by the names the Linux kernel gives them, and sets of features to hide from a guest.
+//! CPU features by the names the Linux kernel gives them, and sets of features to hide from a
+//! guest.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -124,7 +125,8 @@ fn similar_text(similar: &[&str]) -> String {
 
 /// Features to hide from a guest, with everything that depends on them.
 ///
-/// Written as a comma-separated list of the kernel's names, as in `clearcpuid=`; a trailing `*` stands for any ending.
+/// Written as a comma-separated list of the kernel's names, as in `clearcpuid=`; a trailing `*`
+/// stands for any ending.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CpuHide(BTreeSet<&'static str>);
@@ -136,7 +138,8 @@ impl CpuHide {
         Self::default()
     }
 
-    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state that is saved.
+    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state
+    /// that is saved.
     pub(super) fn nested() -> Self {
         Self(["vmx", "smx", "svm"].into())
     }

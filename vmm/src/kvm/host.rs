@@ -143,7 +143,10 @@ pub struct Host {
 }
 
 impl Host {
-    /// Opens [`KVM_PATH`].
+    /// Opens `/dev/kvm`, checks it and detects its quirks.
+    ///
+    /// # Errors
+    /// When it is missing, or lacks something that a VM needs.
     pub fn open() -> Result<Self, HostError> {
         Self::open_at(Path::new(KVM_PATH))
     }
@@ -219,7 +222,8 @@ impl Host {
         self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
     }
 
-    /// All that a vCPU could be given here, also what none is given by default: an older state may have it.
+    /// All that a vCPU could be given here, also what none is given by default: an older state may
+    /// have it.
     pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
         self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
     }
@@ -249,8 +253,8 @@ impl Host {
         self.msrs_of(false)
     }
 
-    /// The MSRs of a vCPU's state, with performance counters or without. Probed on a scratch VM the first time, which takes
-    /// some milliseconds.
+    /// The MSRs of a vCPU's state, with performance counters or without. Probed on a scratch VM the
+    /// first time, which takes some milliseconds.
     ///
     /// # Errors
     /// When they cannot be probed.
@@ -263,7 +267,8 @@ impl Host {
         Ok(self.probed(false)?.tsc_khz)
     }
 
-    /// The vCPUs' value of `IA32_ARCH_CAPABILITIES`, if they have that MSR. Probed together with the MSRs.
+    /// The vCPUs' value of `IA32_ARCH_CAPABILITIES`, if they have that MSR. Probed together with
+    /// the MSRs.
     pub(crate) fn arch_capabilities(&self) -> Result<Option<u64>, HostError> {
         Ok(self.probed(false)?.arch_capabilities)
     }
@@ -282,7 +287,8 @@ impl Host {
         Ok(slot.get_or_init(|| probed))
     }
 
-    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID hides them all the same.
+    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID
+    /// hides them all the same.
     pub(crate) fn disable_pmu(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
         let known = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
@@ -292,8 +298,9 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread has anything else to do for the kernel: also for an
-    /// io_uring's completions, of which no signal tells. Then it is tried again.
+    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread
+    /// has anything else to do for the kernel: also for an io_uring's completions, of which no
+    /// signal tells. Then it is tried again.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {
@@ -345,8 +352,8 @@ pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
 }
 
-/// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads and writes, and no
-/// error is ever put into one.
+/// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads
+/// and writes, and no error is ever put into one.
 const MACHINE_CHECK_BANKS: u64 = 4;
 
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);

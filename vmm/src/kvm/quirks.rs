@@ -1,19 +1,22 @@
 //! Everything that adapts to kvm-pvm, in one place.
 //!
-//! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented VMs: guest ring 3 runs
-//! natively, guest ring 0 is interpreted by KVM's instruction emulator. What the emulator does not know ends `KVM_RUN`
-//! with `KVM_EXIT_INTERNAL_ERROR`, so a guest kernel must not see features that make it use such instructions.
+//! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented
+//! VMs: guest ring 3 runs natively, guest ring 0 is interpreted by KVM's instruction emulator. What
+//! the emulator does not know ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`, so a guest kernel must
+//! not see features that make it use such instructions.
 //!
-//! Ring 3 executes CPUID natively and sees the host's CPU. For the guest kernel to see the same, this KVM puts the host's
-//! bits back into leaves 1, 7 and 0xD of whatever `KVM_SET_CPUID2` is given (seen with `KVM_GET_CPUID2`; CX16 and PCID are
-//! left alone, so are leaf 0 and the leaves from 0x4000_0000 on). Hence three layers:
+//! Ring 3 executes CPUID natively and sees the host's CPU. For the guest kernel to see the same,
+//! this KVM puts the host's bits back into leaves 1, 7 and 0xD of whatever `KVM_SET_CPUID2` is
+//! given (seen with `KVM_GET_CPUID2`; CX16 and PCID are left alone, so are leaf 0 and the leaves
+//! from 0x4000_0000 on). Hence three layers:
 //!
 //! 1. [`Quirks::hide`], for the leaves it leaves alone;
 //! 2. [`Quirks::max_leaf`], because a kernel that sees six leaves reads neither 7 nor 0xD;
-//! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and [`Quirks::kernel_args`], which spare
-//!    Linux the detour.
+//! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and
+//!    [`Quirks::kernel_args`], which spare Linux the detour.
 //!
-//! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC is its parent's.
+//! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC
+//! is its parent's.
 //!
 //! A system call of a stock kernel arrives as a page fault, and is made one again (`syscall.rs`).
 //!
@@ -53,11 +56,13 @@ pub enum Quirks {
     Pvm,
 }
 
-/// Features that a guest kernel must not see on kvm-pvm, each with what was observed. Most of it is in leaves that KVM
-/// overrides (see above); it is listed all the same, so that nothing depends on which those are.
+/// Features that a guest kernel must not see on kvm-pvm, each with what was observed. Most of it is
+/// in leaves that KVM overrides (see above); it is listed all the same, so that nothing depends on
+/// which those are.
 const PVM_HIDE: &[&str] = &[
-    // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an emulation failure. Takes AVX
-    // and its kin along. The guest then uses FXSAVE, which is emulated.
+    // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an
+    // emulation failure. Takes AVX and its kin along. The guest then uses FXSAVE, which is
+    // emulated.
     "xsave",
     // POPCNT at ring 0, in hweight: emulation failure.
     "popcnt",
@@ -66,7 +71,8 @@ const PVM_HIDE: &[&str] = &[
     // STAC and CLAC around every user access: emulation failure. SMEP goes with SMAP.
     "smap",
     "smep",
-    // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline segfaults.
+    // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline
+    // segfaults.
     "fsgsbase",
     // Each selects an instruction or a code path in the kernel that the emulator does not do.
     "bmi1",
@@ -91,18 +97,19 @@ const PVM_HIDE: &[&str] = &[
     "kvm_pv_tlb_flush",
 ];
 
-/// The last basic leaf that a guest sees on kvm-pvm. Linux reports "CPU feature xsave disabled, no CPUID level 0xd" and
-/// uses FXSAVE; leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...) is not read.
+/// The last basic leaf that a guest sees on kvm-pvm. Linux reports "CPU feature xsave disabled, no
+/// CPUID level 0xd" and uses FXSAVE; leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...) is not read.
 const PVM_MAX_LEAF: u32 = 6;
 
 /// Arguments for Linux on kvm-pvm: not to use the features that leaf 1 still announces.
 ///
-/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an emulation failure.
+/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an
+/// emulation failure.
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes";
 
-/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names them: `IA32_XSS` (0xda0)
-/// can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG` (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES`
-/// (0x10a) is refused.
+/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names
+/// them: `IA32_XSS` (0xda0) can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG`
+/// (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES` (0x10a) is refused.
 const PVM_SKIP_MSRS: &[u32] = &[0xda0, 0x9e, 0xc001_1029, 0x10a];
 
 impl Quirks {
@@ -142,8 +149,9 @@ impl Quirks {
         }
     }
 
-    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::emulate_insn`] covers the
-    /// same, but each healed instruction costs an exit and three calls.
+    /// What to append to a Linux guest's command line. Not needed to boot, since
+    /// [`Self::emulate_insn`] covers the same, but each healed instruction costs an exit and three
+    /// calls.
     #[must_use]
     pub(crate) fn kernel_args(self) -> &'static str {
         match self {
@@ -169,8 +177,8 @@ impl Quirks {
         }
     }
 
-    /// Whether AMD guests must see that FXSAVE handles error pointers: without it Linux works around an FXSAVE leak
-    /// with FNCLEX at every context switch, which the emulator does not know.
+    /// Whether AMD guests must see that FXSAVE handles error pointers: without it Linux works
+    /// around an FXSAVE leak with FNCLEX at every context switch, which the emulator does not know.
     #[must_use]
     pub(crate) fn forces_xsaveerptr(self) -> bool {
         self == Self::Pvm

@@ -1,4 +1,5 @@
-//! What a VM's state presupposes of its host, written down with it: so that a host that lacks something says what.
+//! What a VM's state presupposes of its host, written down with it: so that a host that lacks
+//! something says what.
 
 use std::fmt;
 use std::fs;
@@ -9,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::features::{Reg, features};
 use super::host::{Host, HostError};
 
-/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
+/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not
+/// better.
 pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Bits of `IA32_ARCH_CAPABILITIES` that say that something is worse, not better: RSBA and RRSBA.
@@ -193,7 +195,8 @@ impl HostRequirements {
         Ok(Self::of(host.cpuid_at_most()?.as_slice(), host.tsc_khz()?, host.arch_capabilities()?))
     }
 
-    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is no hindrance.
+    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is
+    /// no hindrance.
     ///
     /// # Errors
     /// What is missing, all of it.

@@ -1,4 +1,5 @@
-//! The configuration of a VM. A prepared VM fits, and a child continues its parent, if the configurations are equal.
+//! The configuration of a VM. A prepared VM fits, and a child continues its parent, if the
+//! configurations are equal.
 
 use std::fmt::Write as _;
 
@@ -20,7 +21,8 @@ use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 pub enum Irqchip {
     /// Local APICs, IOAPIC and PICs: a kernel with a serial console needs them.
     Full,
-    /// Local APICs only, for guests that take no device interrupts. Made and destroyed in a fraction of the time.
+    /// Local APICs only, for guests that take no device interrupts. Made and destroyed in a
+    /// fraction of the time.
     Split,
 }
 
@@ -36,7 +38,8 @@ pub struct DiskSpec {
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
-    /// The name of its TAP interface, which is opened or made; `%d` stands for a number that is free.
+    /// The name of its TAP interface, which is opened or made; `%d` stands for a number that is
+    /// free.
     pub tap: String,
     /// Its MAC address; a random one if not given.
     pub mac: Option<Mac>,
@@ -93,7 +96,8 @@ impl Place<'_> {
     }
 }
 
-/// The configuration of a VM. Its children have the same one, and an [`Identity`](crate::vm::Identity) of their own.
+/// The configuration of a VM. Its children have the same one, and an
+/// [`Identity`](crate::vm::Identity) of their own.
 ///
 /// Snapshots contain it: see [`crate::vm::sections`] for the changes that are allowed here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -110,13 +114,15 @@ pub struct VmConfig {
     pub cpu: CpuTemplate,
     /// CPU features to hide from the guest.
     pub hide: CpuHide,
-    /// Whether there are performance counters. Snapshots without this field are of guests that had the host's.
+    /// Whether there are performance counters. Snapshots without this field are of guests that had
+    /// the host's.
     #[serde(default = "had_pmu")]
     pub pmu: bool,
-    /// Whether the guest finds ACPI tables, and in them its generation id. Without them, or without an IOAPIC, it has the
-    /// command line and the MP table.
+    /// Whether the guest finds ACPI tables, and in them its generation id. Without them, or without
+    /// an IOAPIC, it has the command line and the MP table.
     pub acpi: bool,
-    /// Snapshots of format 1 have a flag here, for a device of tests. Written as false, and ignored when read.
+    /// Snapshots of format 1 have a flag here, for a device of tests. Written as false, and ignored
+    /// when read.
     #[serde(rename = "report_port", default)]
     reserved: Reserved,
     /// Disks, in the order in which the guest finds them.
@@ -228,7 +234,8 @@ impl VmConfig {
         })
     }
 
-    /// The same with the defaults for the bare guest: no ACPI, and no interrupt controllers but the local APICs.
+    /// The same with the defaults for the bare guest: no ACPI, and no interrupt controllers but the
+    /// local APICs.
     ///
     /// # Errors
     /// As [`VmConfig::new`].
@@ -246,7 +253,8 @@ impl VmConfig {
         &self.layout
     }
 
-    /// Whether the guest has a generation id, and an interrupt by which it learns that it has changed.
+    /// Whether the guest has a generation id, and an interrupt by which it learns that it has
+    /// changed.
     #[must_use]
     pub(crate) fn has_generation(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
@@ -267,7 +275,8 @@ impl VmConfig {
         }
     }
 
-    /// The virtio devices in the order of their places: disks first, so that adding another device moves no disk.
+    /// The virtio devices in the order of their places: disks first, so that adding another device
+    /// moves no disk.
     pub(crate) fn places(&self) -> impl Iterator<Item = Place<'_>> {
         let disks = self.disks.iter().map(Place::Disk);
         disks
@@ -292,7 +301,8 @@ impl VmConfig {
         if devices > VIRTIO_GSIS.len() { Err(ConfigError::Devices { devices }) } else { Ok(()) }
     }
 
-    /// The arguments by which a Linux kernel without ACPI finds the virtio devices, with a space before each.
+    /// The arguments by which a Linux kernel without ACPI finds the virtio devices, with a space
+    /// before each.
     #[must_use]
     pub(crate) fn device_args(&self) -> String {
         let mut args = String::new();

@@ -1,4 +1,5 @@
-//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared VMs.
+//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared
+//! VMs.
 
 use std::sync::Arc;
 
@@ -64,8 +65,9 @@ impl Context {
         Ok(Self { inner, report_port: false })
     }
 
-    /// A handle to the same context whose VMs have the report port of the bare guest. The port is no part of a VM's
-    /// configuration: a VM has it if it was booted, forked or restored through such a handle.
+    /// A handle to the same context whose VMs have the report port of the bare guest. The port is
+    /// no part of a VM's configuration: a VM has it if it was booted, forked or restored through
+    /// such a handle.
     #[must_use]
     pub fn with_report_port(mut self) -> Self {
         self.report_port = true;
@@ -88,7 +90,8 @@ impl Context {
         &self.inner.store
     }
 
-    /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next fork.
+    /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next
+    /// fork.
     ///
     /// # Errors
     /// When one cannot be made; those that were made stay.

@@ -122,7 +122,8 @@ impl VmError {
     }
 }
 
-/// Runs `work` for vCPU `vcpu`. A panic becomes [`VmError::Panicked`]: another thread waits for the result.
+/// Runs `work` for vCPU `vcpu`. A panic becomes [`VmError::Panicked`]: another thread waits for the
+/// result.
 pub(crate) fn catch_panic<T>(vcpu: usize, work: impl FnOnce() -> Result<T, VmError>) -> Result<T, VmError> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(VmError::Panicked { vcpu, message: panic_message(&*panic) }))

@@ -14,8 +14,9 @@
 //! | 4 | [`Vm::unpause`] | The parent runs on: all that is needed is in the image. |
 //! | 5 | [`Vm::from_image_as`] | In a prepared VM: map the layers, restore the devices, then let each vCPU thread restore its vCPU (`vcpu/state.rs`). The last of them restores the VM's controllers ([`ForkImage::restore_controllers`]). |
 //!
-//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still readable and writable to it
-//! (I13). A child is returned once all its vCPUs have taken their state; if one cannot, there is no child.
+//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still
+//! readable and writable to it (I13). A child is returned once all its vCPUs have taken their
+//! state; if one cannot, there is no child.
 
 use std::fmt;
 use std::sync::Arc;
@@ -43,7 +44,8 @@ use crate::vm::vcpu::sched::BoostGuard;
 pub struct ChildOptions<'a> {
     /// Whether the child is paused until it is resumed.
     pub paused: bool,
-    /// Called with the child's memory before its first instruction: to give it something that its parent does not have.
+    /// Called with the child's memory before its first instruction: to give it something that its
+    /// parent does not have.
     pub before_start: Option<&'a dyn Fn(&GuestRam)>,
 }
 
@@ -110,7 +112,8 @@ impl Vm {
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
-    /// Step 1: no vCPU is in the guest, and no device works. With `save`, the vCPUs go on to save themselves.
+    /// Step 1: no vCPU is in the guest, and no device works. With `save`, the vCPUs go on to save
+    /// themselves.
     pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
         self.prepared.control.pause(save)?;
         // After the vCPUs: one of them might be activating or resetting a device.
@@ -126,8 +129,8 @@ impl Vm {
     /// Step 3: everything but memory.
     fn save_rest(&self, _paused: &PauseGuard<'_>) -> Result<Rest, VmError> {
         let (devices, backends) = self.devices.save()?;
-        // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold
-        // is delivered again.
+        // The controllers after the vCPUs: an interrupt they have delivered in between is in a
+        // local APIC, one they hold is delivered again.
         let vcpus = self.prepared.control.collect()?;
         let vm = VmState::save(&self.prepared.fd, self.config.chips())?;
         Ok(Rest { devices, backends, vcpus, vm })
@@ -156,7 +159,8 @@ impl Vm {
         Self::from_image_as(context, name, image, ends, options)
     }
 
-    /// Starts a child with the endpoints that were taken for it before: [`Vm::child_endpoints`], [`ForkImage::endpoints`].
+    /// Starts a child with the endpoints that were taken for it before: [`Vm::child_endpoints`],
+    /// [`ForkImage::endpoints`].
     ///
     /// # Errors
     /// As [`Vm::from_image`].
@@ -173,7 +177,8 @@ impl Vm {
         let have_prepared = Instant::now();
         prepared.ram.adopt(&image.ram)?;
         let adopted = Instant::now();
-        // After the memory, in which rings are checked. They stand still until the last vCPU has its state.
+        // After the memory, in which rings are checked. They stand still until the last vCPU has
+        // its state.
         let saved = Some((&image.devices, image.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
         let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
@@ -190,14 +195,16 @@ impl Vm {
             vm.prepared.control.start_paused();
             vm.devices.quiesce();
         }
-        // Each vCPU thread restores its vCPU. The last one restores the controllers, and lets the devices go on.
+        // Each vCPU thread restores its vCPU. The last one restores the controllers, and lets the
+        // devices go on.
         vm.start(&Start::Restore(Arc::clone(image)))?;
         tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
 }
 
-/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
+/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent
+/// may go on or go away.
 #[derive(Clone, Debug)]
 pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,
@@ -214,15 +221,16 @@ pub struct ForkImage {
 }
 
 impl ForkImage {
-    /// The end of step 5, and of a reset: interrupt controllers, clock and pending interrupts. After every vCPU has its
-    /// own state, and before any runs.
+    /// The end of step 5, and of a reset: interrupt controllers, clock and pending interrupts.
+    /// After every vCPU has its own state, and before any runs.
     pub(crate) fn restore_controllers(&self, vm: &VmFd, devices: &Devices) -> Result<(), VmError> {
-        // After every vCPU's own state: an interrupt the controllers hold is delivered to the local APICs, and the clock
-        // is computed from the TSCs.
+        // After every vCPU's own state: an interrupt the controllers hold is delivered to the local
+        // APICs, and the clock is computed from the TSCs.
         self.vm.restore_chips(vm)?;
         self.vm.restore_clock(vm, Clock::CatchUp)?;
-        // After the interrupt controllers have their state, which would forget an interrupt raised earlier. What a device
-        // of the parent had raised may have been on its way to them when that was saved.
+        // After the interrupt controllers have their state, which would forget an interrupt raised
+        // earlier. What a device of the parent had raised may have been on its way to them when
+        // that was saved.
         devices.reraise();
         devices.notify_generation();
         Ok(())
@@ -257,8 +265,8 @@ impl ForkImage {
         })
     }
 
-    /// Takes the interfaces, addresses and sockets of a child called `name`: those of `choice`, the rest as
-    /// [`crate::vm::NetChoice`] and [`crate::vm::VsockChoice`] say.
+    /// Takes the interfaces, addresses and sockets of a child called `name`: those of `choice`, the
+    /// rest as [`crate::vm::NetChoice`] and [`crate::vm::VsockChoice`] say.
     ///
     /// # Errors
     /// When one cannot be taken; none is taken then (I13).
@@ -273,15 +281,16 @@ impl ForkImage {
     }
 }
 
-/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through it.
+/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through
+/// it.
 #[derive(Debug)]
 pub struct PauseGuard<'a> {
     vm: &'a Vm,
 }
 
 impl PauseGuard<'_> {
-    /// Proof that only the kernel writes to the VM's memory while the guard is held, through pins: vCPUs are parked, and
-    /// devices stand still.
+    /// Proof that only the kernel writes to the VM's memory while the guard is held, through pins:
+    /// vCPUs are parked, and devices stand still.
     #[must_use]
     pub fn quiesced(&self) -> Quiesced<'_> {
         Quiesced::by(self)

@@ -115,8 +115,9 @@ impl Vm {
                 .with_serial_irq(|irq| prepared.fd.register_irqfd(irq.eventfd(), COM1_GSI))
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
-        // Pages may still be copied in the background, or be on a disk. If one is lost, the VM stops with the reason, and
-        // never reads zeros. Weak: the memory is held by devices, and these by the vCPUs' orders. A VM would hold itself.
+        // Pages may still be copied in the background, or be on a disk. If one is lost, the VM
+        // stops with the reason, and never reads zeros. Weak: the memory is held by devices, and
+        // these by the vCPUs' orders. A VM would hold itself.
         let control = Arc::downgrade(&prepared.control);
         prepared.ram.on_failure(move |error| {
             if let Some(control) = control.upgrade() {
@@ -142,8 +143,8 @@ impl Vm {
         })
     }
 
-    /// Keeps `what` until the VM is dropped, and drops it after everything else of the VM: threads, devices, interfaces,
-    /// memory.
+    /// Keeps `what` until the VM is dropped, and drops it after everything else of the VM: threads,
+    /// devices, interfaces, memory.
     pub fn drop_last(&mut self, what: impl Send + Sync + 'static) {
         self.tail.0.push(Box::new(what));
     }
@@ -198,7 +199,8 @@ impl Vm {
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
         self.prepared.control.stop(StopReason::Requested);
-        // After it has stopped: a snapshot that begins now finds it so, one that has begun is cancelled.
+        // After it has stopped: a snapshot that begins now finds it so, one that has begun is
+        // cancelled.
         self.cancel_snapshot();
     }
 
@@ -267,13 +269,15 @@ impl Vm {
         self.devices.type_in(bytes)
     }
 
-    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is none.
+    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is
+    /// none.
     pub fn with_disk<T>(&self, index: usize, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
         self.devices.with_block(index, |block| block.with_disk(with)).flatten()
     }
 
-    /// Takes the disks of a VM that has stopped, in their order: to be committed, exported or dropped. A disk whose requests
-    /// do not complete is left out. Empty while the VM has not stopped.
+    /// Takes the disks of a VM that has stopped, in their order: to be committed, exported or
+    /// dropped. A disk whose requests do not complete is left out. Empty while the VM has not
+    /// stopped.
     pub fn take_disks(&self) -> Vec<Disk> {
         if self.stopped().is_none() {
             return Vec::new();

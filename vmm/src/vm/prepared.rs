@@ -1,4 +1,5 @@
-//! A prepared VM: everything of a VM that does not depend on what it will run. Making it is off a fork's path (D6).
+//! A prepared VM: everything of a VM that does not depend on what it will run. Making it is off a
+//! fork's path (D6).
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -19,14 +20,16 @@ use crate::vm::stop::StopReason;
 use crate::vm::vcpu::control::VcpuControl;
 use crate::vm::vcpu::{Control, VcpuThread};
 
-/// vCPU threads need little stack: they handle exits and state. The default of 8 MiB would waste address space, a thousand
-/// times.
+/// vCPU threads need little stack: they handle exits and state. The default of 8 MiB would waste
+/// address space, a thousand times.
 const STACK: usize = 256 << 10;
 
-/// VM, memslots, interrupt controllers, vCPUs and their threads. Memory is reserved, but none is mapped.
+/// VM, memslots, interrupt controllers, vCPUs and their threads. Memory is reserved, but none is
+/// mapped.
 #[derive(Debug)]
 pub(crate) struct PreparedVm {
-    // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its slots point at.
+    // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its
+    // slots point at.
     threads: Vec<JoinHandle<()>>,
     pub(crate) control: Arc<Control>,
     pub(crate) fd: Arc<VmFd>,
@@ -48,7 +51,8 @@ impl PreparedVm {
         let fd = host.create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
         // Outside RAM, below 4 GiB. Intel hosts need it before the first vCPU.
         fd.set_tss_address(KVM_TSS.0 as usize).map_err(|e| VmError::kvm("set the TSS address", e))?;
-        // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace period.
+        // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace
+        // period.
         for (slot, region) in (0u32..).zip(ram.regions()) {
             let memory = kvm_bindings::kvm_userspace_memory_region {
                 slot,
@@ -57,8 +61,8 @@ impl PreparedVm {
                 memory_size: region.len(),
                 userspace_addr: region.host_address(),
             };
-            // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd` (field order), and are never
-            // anything but guest memory.
+            // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd`
+            // (field order), and are never anything but guest memory.
             unsafe { fd.set_user_memory_region(memory) }.map_err(|e| VmError::kvm("set a memslot", e))?;
         }
         match config.irqchip {
@@ -117,8 +121,9 @@ impl PreparedVm {
     }
 }
 
-/// Connects the interrupt and the notifications of each virtio device. Here and not when the device is made: it depends on
-/// the configuration alone, and each ioeventfd waits for readers of KVM's bus.
+/// Connects the interrupt and the notifications of each virtio device. Here and not when the device
+/// is made: it depends on the configuration alone, and each ioeventfd waits for readers of KVM's
+/// bus.
 fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
     let mut all = Vec::new();
     for (at, queues) in config.virtio_queues().enumerate() {
@@ -126,7 +131,8 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
         let wiring = Wiring::new(queues).map_err(DeviceError::Io)?;
         let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
         for (queue, event) in (0u32..).zip(&wiring.notify) {
-            // With the queue's number as the value to match: one event a queue, at the same register.
+            // With the queue's number as the value to match: one event a queue, at the same
+            // register.
             fd.register_ioevent(event, &notify, queue)
                 .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
         }

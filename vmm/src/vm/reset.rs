@@ -8,21 +8,22 @@
 //! ```
 //!
 //! 1. Pause, as for a fork: vCPUs, then devices.
-//! 2. Check that the image fits, and halt the devices: the kernel gives up the requests it holds, because its pins keep
-//!    their pages (I7). What was in flight is remembered. If the reset is refused here or in 3, the devices submit it
-//!    again and the VM runs on unchanged (I13).
-//! 3. Memory: refused while pages stay pinned, or when mappings run out. After that pages are dropped, and there is no
-//!    way back.
-//! 4. Devices: after memory, because rings describe what was in flight at the image's instant, and must be that
-//!    instant's.
-//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is given the addresses of
-//!    clocks.
+//! 2. Check that the image fits, and halt the devices: the kernel gives up the requests it holds,
+//!    because its pins keep their pages (I7). What was in flight is remembered. If the reset is
+//!    refused here or in 3, the devices submit it again and the VM runs on unchanged (I13).
+//! 3. Memory: refused while pages stay pinned, or when mappings run out. After that pages are
+//!    dropped, and there is no way back.
+//! 4. Devices: after memory, because rings describe what was in flight at the image's instant, and
+//!    must be that instant's.
+//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is
+//!    given the addresses of clocks.
 //! 6. Interrupt controllers, clock and pending interrupts: after every vCPU, as for a child
-//!    ([`ForkImage::restore_controllers`]). It also tells the guest that its generation has changed.
+//!    ([`ForkImage::restore_controllers`]). It also tells the guest that its generation has
+//!    changed.
 //! 7. Devices go on, then vCPUs, unless the VM was paused.
 //!
-//! A failure after 3 leaves the VM paused, and only another reset mends it. The VM's identity stays: name, addresses,
-//! interfaces, sockets.
+//! A failure after 3 leaves the VM paused, and only another reset mends it. The VM's identity
+//! stays: name, addresses, interfaces, sockets.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -35,8 +36,8 @@ use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, StartCommand};
 
-/// How long the kernel may take to give up the requests it holds. A read or write of a file that has begun cannot be
-/// given up, and completes.
+/// How long the kernel may take to give up the requests it holds. A read or write of a file that
+/// has begun cannot be given up, and completes.
 const HALT: Duration = Duration::from_secs(2);
 /// How long is waited for pins that are not the VM's devices'.
 const PINS: Duration = Duration::from_millis(100);
@@ -59,7 +60,8 @@ pub struct ResetReport {
 }
 
 impl Vm {
-    /// The image that it was started from, and goes back to by [`Vm::reset_to_origin`]. A VM that was booted has none.
+    /// The image that it was started from, and goes back to by [`Vm::reset_to_origin`]. A VM that
+    /// was booted has none.
     #[must_use]
     pub fn origin(&self) -> Option<Arc<ForkImage>> {
         self.origin.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -81,14 +83,16 @@ impl Vm {
         self.reset(&origin)
     }
 
-    /// Puts it back to the instant of `image`, in place: the image it was started from, or one of itself or of an ancestor.
-    /// Memory, vCPUs, devices and disks are that instant's; writes since are gone. It runs on from there, or stays paused
-    /// if it was. Name, addresses, interfaces and sockets stay its own. Network and socket devices tell their drivers what
-    /// they tell a child's.
+    /// Puts it back to the instant of `image`, in place: the image it was started from, or one of
+    /// itself or of an ancestor. Memory, vCPUs, devices and disks are that instant's; writes since
+    /// are gone. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
+    /// sockets stay its own. Network and socket devices tell their drivers what they tell a
+    /// child's.
     ///
     /// # Errors
-    /// When it has stopped, the image is of another shape, or pages stay pinned: then it runs on unchanged. After a failure
-    /// half-way it is paused, other calls fail with [`VmError::Inconsistent`], and another reset mends it.
+    /// When it has stopped, the image is of another shape, or pages stay pinned: then it runs on
+    /// unchanged. After a failure half-way it is paused, other calls fail with
+    /// [`VmError::Inconsistent`], and another reset mends it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();

@@ -40,7 +40,8 @@ enum EmulatedInsn {
     Fwait,
     /// POPCNT between registers, from Linux's hweight.
     Popcnt { wide: bool, to: u8, from: u8, len: u8 },
-    /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the instruction at boot.
+    /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the
+    /// instruction at boot.
     Random { to: u8, len: u8 },
 }
 
@@ -131,8 +132,8 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 }
 
 impl Quirks {
-    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the
-    /// vCPU again.
+    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned
+    /// `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the vCPU again.
     pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
@@ -221,17 +222,18 @@ impl EmulationFailure {
         if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
             return None;
         }
-        // SAFETY: KVM fills `internal` for this exit reason, which was just checked; `emulation_failure` starts with the
-        // same `suberror` and `ndata`, all fields are plain integers, and the union is 256 bytes of initialised shared
-        // memory, so that any bit pattern is a valid value.
+        // SAFETY: KVM fills `internal` for this exit reason, which was just checked;
+        // `emulation_failure` starts with the same `suberror` and `ndata`, all fields are plain
+        // integers, and the union is 256 bytes of initialised shared memory, so that any bit
+        // pattern is a valid value.
         let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
         if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
             return None;
         }
         let has_bytes =
             failure.ndata >= 1 && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
-        // SAFETY: the only member of this union is the struct of the instruction's size and bytes: plain integers, for
-        // which any bit pattern is valid.
+        // SAFETY: the only member of this union is the struct of the instruction's size and bytes:
+        // plain integers, for which any bit pattern is valid.
         let insn = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
         let len = if has_bytes { insn.insn_size.min(MAX_INSN as u8) } else { 0 };
         Some(Self { bytes: insn.insn_bytes, len })
@@ -339,7 +341,8 @@ mod tests {
         assert_eq!(EmulationFailure { len: 0, ..failure }.to_string(), "its bytes are not known");
     }
 
-    /// INT3 reaches the guest's handler, with the address after it as the return address: by the CPU, or by the remedy.
+    /// INT3 reaches the guest's handler, with the address after it as the return address: by the
+    /// CPU, or by the remedy.
     #[test]
     fn int3_raises_a_breakpoint() {
         let Some(host) = host() else { return };

@@ -18,8 +18,8 @@ impl Vm {
         &self.identity
     }
 
-    /// Takes the interfaces, addresses and sockets of a child called `name`, before there is an image of it: that keeps
-    /// the time it takes out of the fork.
+    /// Takes the interfaces, addresses and sockets of a child called `name`, before there is an
+    /// image of it: that keeps the time it takes out of the fork.
     ///
     /// # Errors
     /// When one cannot be taken; none is taken then, and this VM runs on (I13).
@@ -27,7 +27,8 @@ impl Vm {
         Ok(Endpoints::child(self.config(), &self.identity, name, choice)?)
     }
 
-    /// Sets the target of the balloon to `mib` MiB. The guest gives up that much memory when it can, or not at all.
+    /// Sets the target of the balloon to `mib` MiB. The guest gives up that much memory when it
+    /// can, or not at all.
     ///
     /// # Errors
     /// When there is no balloon, or not so much memory.
@@ -43,7 +44,8 @@ impl Vm {
         set.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
-    /// Requests memory statistics from the guest. Its answer is in [`Vm::balloon_stats`] some time later.
+    /// Requests memory statistics from the guest. Its answer is in [`Vm::balloon_stats`] some time
+    /// later.
     ///
     /// # Errors
     /// When there is no balloon.

@@ -149,7 +149,8 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Stops all work of the devices in guest memory, except transfers that the kernel holds. Counted.
+    /// Stops all work of the devices in guest memory, except transfers that the kernel holds.
+    /// Counted.
     pub(crate) fn quiesce(&self) {
         self.virtio.iter().for_each(|device| device.quiesce());
     }
@@ -165,7 +166,8 @@ impl Devices {
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
-    /// Runs `with` on device number `number` of those that `H` handles. None if there are not so many.
+    /// Runs `with` on device number `number` of those that `H` handles. None if there are not so
+    /// many.
     pub(crate) fn with_plain<H: DeviceOps, T>(
         &self,
         number: usize,
@@ -197,13 +199,15 @@ impl Devices {
         with(self.serial.lock().unwrap_or_else(PoisonError::into_inner).irq())
     }
 
-    /// Raises pending interrupts again: a spurious interrupt does no harm, a lost one hangs its driver.
+    /// Raises pending interrupts again: a spurious interrupt does no harm, a lost one hangs its
+    /// driver.
     pub(crate) fn reraise(&self) {
         self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    /// Tells the guest that its generation has changed. After the interrupt controllers have their state, which would forget it.
+    /// Tells the guest that its generation has changed. After the interrupt controllers have their
+    /// state, which would forget it.
     pub(crate) fn notify_generation(&self) {
         if let Some(irq) = &self.generation
             && let Err(error) = irq.trigger()
@@ -222,8 +226,9 @@ impl Devices {
         Ok(self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.check(state))?)
     }
 
-    /// Ends the transfers that the kernel holds, within `timeout` in all. Only while the devices are quiesced. Returns the
-    /// place of a device whose transfers cannot be ended. Resumed, the devices submit them again.
+    /// Ends the transfers that the kernel holds, within `timeout` in all. Only while the devices
+    /// are quiesced. Returns the place of a device whose transfers cannot be ended. Resumed, the
+    /// devices submit them again.
     pub(crate) fn halt(&self, timeout: Duration) -> Option<usize> {
         let deadline = Instant::now() + timeout;
         self.virtio.iter().position(|device| !device.halt(deadline.saturating_duration_since(Instant::now())))

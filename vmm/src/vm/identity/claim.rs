@@ -12,8 +12,9 @@ use crate::vm::identity::IdentityError;
 /// Values that are tried before [`IdentityError::NoneFree`].
 const TRIES: u64 = 1 << 16;
 
-/// A value that no other VM of this host has. It is held as the name of an abstract socket: the kernel has one list of
-/// these per network namespace, as of interfaces, and frees the name however the process ends.
+/// A value that no other VM of this host has. It is held as the name of an abstract socket: the
+/// kernel has one list of these per network namespace, as of interfaces, and frees the name however
+/// the process ends.
 #[derive(Debug)]
 pub(super) struct Claim {
     _held: UnixDatagram,
@@ -61,8 +62,8 @@ pub(super) fn first_free<T>(
     Err(IdentityError::NoneFree { what, tries: TRIES })
 }
 
-/// The next free CID after the parent's. Counted for the whole process, so that a thousand children do not each try a
-/// thousand.
+/// The next free CID after the parent's. Counted for the whole process, so that a thousand children
+/// do not each try a thousand.
 pub(super) fn next_cid(parent: u64) -> Result<(u64, Claim), IdentityError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let candidate = || {

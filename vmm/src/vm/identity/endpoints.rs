@@ -15,7 +15,8 @@ use crate::vm::config::{NetSpec, VmConfig};
 use crate::vm::identity::claim::{Claim, first_free, next_cid};
 use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, VsockChoice};
 
-/// Longest name of an interface that is made up here, before its number: 15 bytes in all, and room for 9,999.
+/// Longest name of an interface that is made up here, before its number: 15 bytes in all, and room
+/// for 9,999.
 const MAX_STEM: usize = 11;
 /// How long another process may hold the lock on a directory of sockets.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -108,8 +109,8 @@ impl Endpoints {
             None => first_free("MAC address", || Mac::random().map_err(IdentityError::Random), |mac| Claim::mac(*mac))?,
         };
         self.claims.0.push(claim);
-        // A known name is claimed before the interface is opened: one more queue of an interface that has several would
-        // take part of another VM's packets.
+        // A known name is claimed before the interface is opened: one more queue of an interface
+        // that has several would take part of another VM's packets.
         let tap = if tap.contains("%d") {
             let tap = Tap::open(tap, usize::from(net.queues))?;
             self.claims.0.push(Claim::interface(tap.name())?);
@@ -125,7 +126,8 @@ impl Endpoints {
 
     fn add_vsock(&mut self, options: VsockOptions, claim: Claim, child: bool) -> Result<(), IdentityError> {
         self.claims.0.push(claim);
-        // Held while a dead socket is looked for and replaced, so that of two processes one finds the other's.
+        // Held while a dead socket is looked for and replaced, so that of two processes one finds
+        // the other's.
         let _lock = lock_directory(&options.socket);
         remove_dead(&options.socket);
         self.vsock = Some(Vsock::new(&options, child)?);
@@ -134,8 +136,9 @@ impl Endpoints {
     }
 }
 
-/// The pattern of a child's interface: its parent's, or the parent's name with another number. A restored VM has its own
-/// pattern: the name in the snapshot is of another host, or not to be trusted.
+/// The pattern of a child's interface: its parent's, or the parent's name with another number. A
+/// restored VM has its own pattern: the name in the snapshot is of another host, or not to be
+/// trusted.
 fn pattern(configured: &str, own: &str) -> String {
     if own.is_empty() {
         return "clade%d".to_owned();
@@ -149,8 +152,8 @@ fn pattern(configured: &str, own: &str) -> String {
     format!("{}%d", if stem.is_empty() { "clade" } else { stem })
 }
 
-/// Locks the directory of `socket`: one process at a time replaces dead sockets in it. None after [`TIMEOUT`]; what is at
-/// the path then stays.
+/// Locks the directory of `socket`: one process at a time replaces dead sockets in it. None after
+/// [`TIMEOUT`]; what is at the path then stays.
 fn lock_directory(socket: &Path) -> Option<File> {
     let beside = socket.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let directory = File::open(beside).ok()?;

@@ -2,11 +2,13 @@
 //!
 //! Two pages of the guest's memory, announced in ACPI:
 //!
-//! - the 128-bit generation id, from which Linux and Windows seed their random number generators anew;
+//! - the 128-bit generation id, from which Linux and Windows seed their random number generators
+//!   anew;
 //! - a VMClock, whose counter user space may map and read without a system call.
 //!
-//! Both change in every child, in every restored VM and at every reset, before its first instruction. An interrupt tells
-//! the guest so. The VMClock says that it has no time to give: precise time is the kvm-clock's.
+//! Both change in every child, in every restored VM and at every reset, before its first
+//! instruction. An interrupt tells the guest so. The VMClock says that it has no time to give:
+//! precise time is the kvm-clock's.
 
 use std::fmt;
 use std::io;
@@ -74,8 +76,8 @@ pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
         mem.write_obj(mem.read_obj::<u64>(field(at))?.wrapping_add(more), field(at))
     };
     let seq = mem.read_obj::<u32>(field(SEQ_COUNT))?;
-    // Odd in between and even after, whatever the guest has written there. No vCPU runs between the two, but a reader in
-    // the guest may have been stopped in the middle of its read.
+    // Odd in between and even after, whatever the guest has written there. No vCPU runs between the
+    // two, but a reader in the guest may have been stopped in the middle of its read.
     mem.write_obj(seq | 1, field(SEQ_COUNT))?;
     mem.write_slice(&id, GENERATION_ID)?;
     add(GENERATION_COUNTER, 1)?;

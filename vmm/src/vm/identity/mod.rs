@@ -1,7 +1,8 @@
 //! What tells a VM apart from every other on its network: interfaces, addresses, sockets.
 //!
-//! A fork copies everything but these. They are taken before the child is made, and before its parent is paused: making
-//! an interface waits for locks of the kernel, and one that cannot be taken must cost no VM anything (I13).
+//! A fork copies everything but these. They are taken before the child is made, and before its
+//! parent is paused: making an interface waits for locks of the kernel, and one that cannot be
+//! taken must cost no VM anything (I13).
 //!
 //! | file | what |
 //! |---|---|
@@ -48,9 +49,9 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Forgets what it says of the host: names of interfaces, the socket's path, and the CID that the next ones are
-    /// counted from. A snapshot is not trusted with these: its author would choose names and paths of this host. Children
-    /// have their sockets in `sockets`.
+    /// Forgets what it says of the host: names of interfaces, the socket's path, and the CID that
+    /// the next ones are counted from. A snapshot is not trusted with these: its author would
+    /// choose names and paths of this host. Children have their sockets in `sockets`.
     pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
         self.nets.iter_mut().for_each(|net| net.tap.clear());
         if let Some(vsock) = &mut self.vsock {
@@ -60,7 +61,8 @@ impl Identity {
     }
 }
 
-/// Chosen values for a child's network device. Defaults: another interface of the parent's pattern, a random address.
+/// Chosen values for a child's network device. Defaults: another interface of the parent's pattern,
+/// a random address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetChoice {
@@ -72,7 +74,8 @@ pub struct NetChoice {
     pub mac: Option<Mac>,
 }
 
-/// Chosen values for a child's socket device. Defaults: the next free CID, and `NAME.vsock` beside the parent's socket.
+/// Chosen values for a child's socket device. Defaults: the next free CID, and `NAME.vsock` beside
+/// the parent's socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockChoice {
@@ -159,7 +162,8 @@ pub enum IdentityError {
 }
 
 impl ChildIdentity {
-    /// Whether the child's socket has a path made of the child's name, so that another name is another path.
+    /// Whether the child's socket has a path made of the child's name, so that another name is
+    /// another path.
     #[must_use]
     pub fn names_socket(&self) -> bool {
         let chosen = self.vsock.as_ref().and_then(|choice| choice.socket.as_deref());

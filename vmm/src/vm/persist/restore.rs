@@ -22,8 +22,8 @@ use crate::vm::persist::{SavedAt, SnapshotError, sections};
 pub struct RestoreOptions {
     /// How memory is loaded.
     pub load: RestoreLoad,
-    /// The directory of the disks' overlays. Default: the directory of the snapshot if it is writable, or else the
-    /// temporary directory.
+    /// The directory of the disks' overlays. Default: the directory of the snapshot if it is
+    /// writable, or else the temporary directory.
     pub overlays: Option<PathBuf>,
     /// The directory of the VMs' sockets, each called `NAME.vsock`. Without it each must be chosen
     /// ([`crate::vm::VsockChoice`]).
@@ -43,12 +43,12 @@ pub enum RestoreLoad {
 }
 
 impl ForkImage {
-    /// The image in the snapshot directory `dir`, to start any number of VMs from. Everything but the data is checked now, by
-    /// name; the data too if it is preloaded.
+    /// The image in the snapshot directory `dir`, to start any number of VMs from. Everything but
+    /// the data is checked now, by name; the data too if it is preloaded.
     ///
     /// # Errors
-    /// When it is no snapshot, damaged, or of another version or machine; when this host lacks what its host had; when a
-    /// snapshot it depends on is missing.
+    /// When it is no snapshot, damaged, or of another version or machine; when this host lacks what
+    /// its host had; when a snapshot it depends on is missing.
     pub fn restore(context: &Context, dir: &Path, options: &RestoreOptions) -> Result<Arc<Self>, SnapshotError> {
         let snapshot = Snapshot::open(dir)?;
         let saved: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
@@ -97,8 +97,8 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     Ok(backends)
 }
 
-/// The directory of a restored disk's overlays: the user's choice, or beside the snapshot. The directory that the snapshot
-/// names is not trusted.
+/// The directory of a restored disk's overlays: the user's choice, or beside the snapshot. The
+/// directory that the snapshot names is not trusted.
 fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
     if let Some(dir) = &options.overlays {
         return dir.clone();

@@ -1,8 +1,9 @@
 //! A snapshot of a VM that runs on.
 //!
-//! It is a fork whose image is written to a directory: the VM is paused as a fork pauses it, and runs on while the frozen
-//! layers are written. The VM keeps the image until the next snapshot, as the base of an incremental one. The base is
-//! replaced only when the next snapshot is durable: when [`clade_snapshot::Save::to`] has returned.
+//! It is a fork whose image is written to a directory: the VM is paused as a fork pauses it, and
+//! runs on while the frozen layers are written. The VM keeps the image until the next snapshot, as
+//! the base of an incremental one. The base is replaced only when the next snapshot is durable:
+//! when [`clade_snapshot::Save::to`] has returned.
 
 use std::io;
 use std::path::Path;
@@ -110,7 +111,8 @@ impl Vm {
     /// Saves it to the directory `dir`, in place of a snapshot that is there. It runs on meanwhile.
     ///
     /// # Errors
-    /// Then it runs on all the same. What was in `dir` is unchanged, and so is the base of the next incremental snapshot.
+    /// Then it runs on all the same. What was in `dir` is unchanged, and so is the base of the next
+    /// incremental snapshot.
     pub fn snapshot(&self, dir: &Path, options: SnapshotOptions) -> Result<SnapshotReport, SnapshotError> {
         let begun = Instant::now();
         let busy = || SnapshotError::Busy { name: self.name().to_owned() };
@@ -165,11 +167,12 @@ impl Vm {
         self.saving.cancel.store(true, Ordering::Relaxed);
     }
 
-    /// Records the VM's working set in the snapshot it was restored from or last saved to: the pages it has touched since it
-    /// was started, which `--warm` reads ahead. Returns their number.
+    /// Records the VM's working set in the snapshot it was restored from or last saved to: the
+    /// pages it has touched since it was started, which `--warm` reads ahead. Returns their number.
     ///
     /// # Errors
-    /// When it has no snapshot, or the record cannot be made or written. An earlier record is then unchanged.
+    /// When it has no snapshot, or the record cannot be made or written. An earlier record is then
+    /// unchanged.
     pub fn record_warm(&self) -> Result<u64, SnapshotError> {
         let busy = || SnapshotError::Busy { name: self.name().to_owned() };
         let last = self.saving.last.try_lock().map_err(|_| busy())?;

@@ -1,25 +1,27 @@
-//! Everything of a [`ForkImage`] but its memory and its disks' contents: named sections, each a CBOR value.
+//! Everything of a [`ForkImage`] but its memory and its disks' contents: named sections, each a
+//! CBOR value.
 //!
 //! | section | what |
 //! |---|---|
 //! | `host` | what it needs of a host, compared before anything else: [`HostRequirements`] |
 //! | `config` | [`VmConfig`] |
 //! | `vcpus` | a [`VcpuState`] for each vCPU |
-//! | `vm` | interrupt controllers, PIT, clock: [`VmState`] |
+//! | `vm` | interrupt controllers, PIT, clock |
 //! | `devices` | [`DeviceState`] |
 //! | `identity` | names and addresses of the VM it was taken from, and its generation |
 //!
 //! # What may change
 //!
-//! - Fields have names. A new field has `#[serde(default)]`, with a default that means what was so before the field.
+//! - Fields have names. A new field has `#[serde(default)]`, with a default that means what was so
+//!   before the field.
 //! - Unknown fields and sections are skipped, so they must not change what the others mean.
 //! - A field keeps its meaning and its unit. A new meaning is a new name.
 //! - KVM's own structures are bytes, which only grow: shorter ones are filled up with zeros.
 //!
 //! # What is checked
 //!
-//! Each section must fit the configuration beside it. Whether the state fits the host, KVM says when it is restored;
-//! whether the queues of a device are sound, the device says.
+//! Each section must fit the configuration beside it. Whether the state fits the host, KVM says
+//! when it is restored; whether the queues of a device are sound, the device says.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,7 +48,8 @@ const VM: &str = "vm";
 const DEVICES: &str = "devices";
 const IDENTITY: &str = "identity";
 
-/// Size of the buffer for the longest byte string that is read in one piece: an XSAVE area's first part.
+/// Size of the buffer for the longest byte string that is read in one piece: an XSAVE area's first
+/// part.
 const SCRATCH: usize = 16 << 10;
 
 /// Why sections are refused, or an image cannot be written.
@@ -187,11 +190,13 @@ impl ForkImage {
         ])
     }
 
-    /// An image of what [`ForkImage::sections`] returned, with the memory and the disks of the same instant. `backends` are by
-    /// place, [`Backend::None`] for other devices. [`host_requirements`] says first whether this host will do.
+    /// An image of what [`ForkImage::sections`] returned, with the memory and the disks of the same
+    /// instant. `backends` are by place, [`Backend::None`] for other devices. [`host_requirements`]
+    /// says first whether this host will do.
     ///
     /// # Errors
-    /// When a section is missing, cannot be read, or does not fit the others, the memory or the disks.
+    /// When a section is missing, cannot be read, or does not fit the others, the memory or the
+    /// disks.
     pub fn from_sections<'a>(
         sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
         ram: RamImage,
@@ -229,7 +234,8 @@ pub fn host_requirements<'a>(
     read(&sections.into_iter().collect::<Vec<_>>(), HOST)
 }
 
-/// The configuration in the sections. Memory and disks are made for it before [`ForkImage::from_sections`].
+/// The configuration in the sections. Memory and disks are made for it before
+/// [`ForkImage::from_sections`].
 ///
 /// # Errors
 /// When there is no such section, or it cannot be read.
@@ -318,7 +324,8 @@ fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend])
     Ok(())
 }
 
-/// Each request in flight is in a queue, and no queue has more than its size: its device counts them.
+/// Each request in flight is in a queue, and no queue has more than its size: its device counts
+/// them.
 fn check_in_flight(place: usize, state: &TransportState) -> Result<(), SavedError> {
     let VirtioState::Block(block) = &state.device else { return Ok(()) };
     let mut counts: HashMap<u16, u16> = HashMap::new();

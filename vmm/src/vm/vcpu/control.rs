@@ -1,28 +1,32 @@
-//! Where the vCPU threads of a VM meet the thread that starts, pauses, saves, resets or stops it: the owner.
+//! Where the vCPU threads of a VM meet the thread that starts, pauses, saves, resets or stops it:
+//! the owner.
 //!
 //! # The order of a save
 //!
 //! 1. The state becomes [`State::Pausing`], then each vCPU is kicked, one after the other.
 //! 2. Each vCPU leaves the guest and parks. It saves nothing yet.
-//! 3. The last vCPU parks: the state becomes [`State::Paused`]. From here on no vCPU sends an interrupt to another.
+//! 3. The last vCPU parks: the state becomes [`State::Paused`]. From here on no vCPU sends an
+//!    interrupt to another.
 //! 4. Each vCPU saves itself.
 //! 5. The owner collects the states, then saves the interrupt controllers, then resumes.
 //!
-//! A vCPU that saved in step 2 would lose interrupts. A sibling still in the guest may send it an IPI, NMI, INIT or SIPI
-//! after its local APIC was read. That interrupt is in no saved state. The sender has sent it already and does not
-//! repeat it, so a child whose vCPU waits for it waits for ever.
+//! A vCPU that saved in step 2 would lose interrupts. A sibling still in the guest may send it an
+//! IPI, NMI, INIT or SIPI after its local APIC was read. That interrupt is in no saved state. The
+//! sender has sent it already and does not repeat it, so a child whose vCPU waits for it waits for
+//! ever.
 //!
-//! Loading another state in place (a reset) keeps the same order: no vCPU loads before all are parked, and none runs
-//! before all have loaded.
+//! Loading another state in place (a reset) keeps the same order: no vCPU loads before all are
+//! parked, and none runs before all have loaded.
 //!
 //! # The order of a start
 //!
 //! 1. Each vCPU takes its state.
 //! 2. The last one to do so does what the VM as a whole needs ([`VcpuControl::begin`]).
-//! 3. All enter the guest, or none does. The owner gets its answer at this moment, with the first failure if there is
-//!    one.
+//! 3. All enter the guest, or none does. The owner gets its answer at this moment, with the first
+//!    failure if there is one.
 //!
-//! No thread waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and that wakes every waiter.
+//! No thread waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and
+//! that wakes every waiter.
 
 mod state;
 
@@ -36,7 +40,8 @@ use crate::vm::vcpu::kick::Kicker;
 use crate::vm::vcpu::schedule::Schedule;
 use state::{Inner, Phase, RUN, Startup, State};
 
-/// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is broken.
+/// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is
+/// broken.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The meeting point. `O` is what a vCPU starts with, `S` what it saves.
@@ -51,7 +56,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// | Pausing, Paused | Running | the last pause is given back |
 /// | Running, Pausing, Paused | Stopped | [`VcpuControl::stop`]; the first reason stays |
 ///
-/// A pause that is taken while another is held changes no state. Only `set_state` changes it, and the wish with it.
+/// A pause that is taken while another is held changes no state. Only `set_state` changes it, and
+/// the wish with it.
 ///
 /// # A vCPU's phase
 ///
@@ -67,8 +73,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Locks and memory order
 ///
-/// All of it is under one lock but the wish, which a vCPU reads on its way into the guest. The wish is written under the
-/// lock, SeqCst, and before the kick: see [`Kicker::clear_immediate_exit`], with which it pairs.
+/// All of it is under one lock but the wish, which a vCPU reads on its way into the guest. The wish
+/// is written under the lock, SeqCst, and before the kick: see [`Kicker::clear_immediate_exit`],
+/// with which it pairs.
 pub(crate) struct VcpuControl<O, S> {
     wish: AtomicU8,
     inner: Mutex<Inner<O, S>>,
@@ -148,11 +155,12 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Says how vCPU `index` took the state it starts with, and waits until the start is decided. True when the guest may
-    /// be entered.
+    /// Says how vCPU `index` took the state it starts with, and waits until the start is decided.
+    /// True when the guest may be entered.
     ///
-    /// The last vCPU to come runs `lead`, which does what the VM as a whole needs. No vCPU enters the guest before it is
-    /// done. A failure or a panic of any of them stops the VM and is the owner's answer; no vCPU waits on.
+    /// The last vCPU to come runs `lead`, which does what the VM as a whole needs. No vCPU enters
+    /// the guest before it is done. A failure or a panic of any of them stops the VM and is the
+    /// owner's answer; no vCPU waits on.
     pub(crate) fn begin(
         &self,
         index: usize,
@@ -203,8 +211,8 @@ impl<O, S> VcpuControl<O, S> {
         self.wish.load(Ordering::SeqCst) == RUN
     }
 
-    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true after a [`Next::Save`]
-    /// or [`Next::Load`].
+    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true
+    /// after a [`Next::Save`] or [`Next::Load`].
     pub(crate) fn park(&self, index: usize, parked: bool) -> Next<O> {
         let mut inner = self.inner();
         if !parked {
@@ -246,8 +254,8 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Hands in what a vCPU has saved for `request`. Dropped if that was given up and another was made since: the vCPU's
-    /// siblings may have run in between.
+    /// Hands in what a vCPU has saved for `request`. Dropped if that was given up and another was
+    /// made since: the vCPU's siblings may have run in between.
     pub(crate) fn submit_state(&self, index: usize, request: Request, state: Result<S, VmError>) {
         let mut inner = self.inner();
         if request == Request(inner.save_asked) {
@@ -274,7 +282,8 @@ impl<O, S> VcpuControl<O, S> {
 
     // --- the owner's side ---
 
-    /// Starts the vCPUs, one order each. Returns once all of them have taken their state and may enter the guest.
+    /// Starts the vCPUs, one order each. Returns once all of them have taken their state and may
+    /// enter the guest.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
@@ -286,7 +295,8 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Gives each vCPU an order. An order to a VM that has stopped is dropped, not kept: it holds the VM's devices.
+    /// Gives each vCPU an order. An order to a VM that has stopped is dropped, not kept: it holds
+    /// the VM's devices.
     fn give(&self, orders: impl IntoIterator<Item = O>) {
         let orders: Vec<O> = orders.into_iter().collect();
         let mut inner = self.inner();
@@ -332,7 +342,8 @@ impl<O, S> VcpuControl<O, S> {
         Ok(inner)
     }
 
-    /// Takes a pause: returns once no vCPU is in the guest. With `save`, each vCPU goes on to save itself.
+    /// Takes a pause: returns once no vCPU is in the guest. With `save`, each vCPU goes on to save
+    /// itself.
     pub(crate) fn pause(&self, save: bool) -> Result<(), VmError> {
         let mut inner = self.inner();
         if let Some(reason) = inner.stop_reason() {

@@ -2,7 +2,8 @@
 //!
 //! Two things are needed, in this order:
 //!
-//! 1. `immediate_exit` is set in the vCPU's `kvm_run`: a thread that has not entered the guest yet will not.
+//! 1. `immediate_exit` is set in the vCPU's `kvm_run`: a thread that has not entered the guest yet
+//!    will not.
 //! 2. The thread is sent a signal: one that is in the guest comes out.
 
 use std::os::raw::c_int;
@@ -38,7 +39,8 @@ struct Target {
     immediate_exit: *const AtomicU8,
 }
 
-// SAFETY: `immediate_exit` points into a kvm_run page that outlives the target (see `Kicker::enrol`) and is only used atomically.
+// SAFETY: `immediate_exit` points into a kvm_run page that outlives the target (see
+// `Kicker::enrol`) and is only used atomically.
 unsafe impl Send for Target {}
 
 /// Kicks one vCPU's thread, for as long as that thread is enrolled.
@@ -51,7 +53,8 @@ impl std::fmt::Debug for Kicker {
     }
 }
 
-/// A vCPU's thread, enrolled to be kicked. Withdrawn on drop, which must come before the vCPU's own.
+/// A vCPU's thread, enrolled to be kicked. Withdrawn on drop, which must come before the vCPU's
+/// own.
 pub(crate) struct Enrolled<'a>(&'a Kicker);
 
 impl Drop for Enrolled<'_> {
@@ -61,8 +64,8 @@ impl Drop for Enrolled<'_> {
 }
 
 impl Kicker {
-    /// Enrols the calling thread, which runs `vcpu`. The guard lives on the thread's stack beside the vCPU that the thread
-    /// owns, and must be dropped before it.
+    /// Enrols the calling thread, which runs `vcpu`. The guard lives on the thread's stack beside
+    /// the vCPU that the thread owns, and must be dropped before it.
     pub(crate) fn enrol(&self, vcpu: &mut VcpuFd) -> Enrolled<'_> {
         install_handler();
         let immediate_exit: *const AtomicU8 = (&raw const vcpu.get_kvm_run().immediate_exit).cast();
@@ -74,10 +77,12 @@ impl Kicker {
 
     /// Makes the thread leave KVM_RUN, now or as soon as it would enter it.
     pub(crate) fn kick(&self) {
-        // The lock is held over both steps: the thread cannot withdraw, and so neither it nor its kvm_run can go, in between.
+        // The lock is held over both steps: the thread cannot withdraw, and so neither it nor its
+        // kvm_run can go, in between.
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {
-            // SAFETY: enrolled, so the kvm_run page is mapped; immediate_exit is a byte the kernel expects to be changed under it.
+            // SAFETY: enrolled, so the kvm_run page is mapped; immediate_exit is a byte the kernel
+            // expects to be changed under it.
             let flag = unsafe { &*target.immediate_exit };
             // SeqCst: see `clear_immediate_exit`.
             flag.store(1, Ordering::SeqCst);
@@ -86,10 +91,11 @@ impl Kicker {
         }
     }
 
-    /// Called by the vCPU's own thread before it reads whether it may run: from here on only a new kick stops it.
+    /// Called by the vCPU's own thread before it reads whether it may run: from here on only a new
+    /// kick stops it.
     ///
-    /// SeqCst on both sides: the thread clears the flag, then reads the wish; a pauser sets the wish, then the flag. One of
-    /// them sees the other.
+    /// SeqCst on both sides: the thread clears the flag, then reads the wish; a pauser sets the
+    /// wish, then the flag. One of them sees the other.
     pub(crate) fn clear_immediate_exit(&self) {
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {

@@ -1,4 +1,5 @@
-//! A vCPU's thread: takes a start command, runs the guest, answers its exits, and parks when the VM is paused.
+//! A vCPU's thread: takes a start command, runs the guest, answers its exits, and parks when the VM
+//! is paused.
 //!
 //! | file | what |
 //! |---|---|
@@ -101,8 +102,8 @@ impl VcpuThread {
         }
     }
 
-    /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of them runs. False when
-    /// the VM does not start; it has its stop reason then.
+    /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of
+    /// them runs. False when the VM does not start; it has its stop reason then.
     fn prepare(&mut self, command: &StartCommand) -> bool {
         let own = catch_panic(self.index, || self.give_state(&command.start));
         if !self.control.begin(self.index, own, || self.lead(command)) {

@@ -25,9 +25,9 @@ impl VcpuThread {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     let data: *mut [u8] = data;
                     let width = pio_width(&mut self.vcpu);
-                    // SAFETY: the bytes are behind the kvm_run structure, in the vCPU's mapping, and nothing else refers
-                    // to them. Both outlive this exit: the vCPU is this thread's, and KVM_RUN is called again only after
-                    // it.
+                    // SAFETY: the bytes are behind the kvm_run structure, in the vCPU's mapping,
+                    // and nothing else refers to them. Both outlive this exit: the vCPU is this
+                    // thread's, and KVM_RUN is called again only after it.
                     devices.pio_read(port, width, unsafe { &mut *data });
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),
@@ -46,8 +46,9 @@ impl VcpuThread {
                         return Some(reason);
                     }
                 }
-                // An exit is answered before the next KVM_RUN, and that call completes the instruction: only at EINTR is
-                // the vCPU between two instructions, and only then may it be saved.
+                // An exit is answered before the next KVM_RUN, and that call completes the
+                // instruction: only at EINTR is the vCPU between two instructions, and only then
+                // may it be saved.
                 Ok(VcpuExit::Intr) => return None,
                 Ok(exit) => return Some(StopReason::Unexpected { vcpu, exit: format!("{exit:?}") }),
                 Err(error) if error.errno() == libc::EINTR => return None,

@@ -1,11 +1,12 @@
 //! How soon a waking thread gets a processor that other threads use.
 //!
-//! Linux lets a running thread finish its slice (3 ms and more) before a thread that has just woken, unless the latter has
-//! a shorter slice. With the parent's vCPUs running on every processor, a child's first instruction would come
-//! milliseconds late. So a vCPU thread that waits to start has the shortest slice.
+//! Linux lets a running thread finish its slice (3 ms and more) before a thread that has just
+//! woken, unless the latter has a shorter slice. With the parent's vCPUs running on every
+//! processor, a child's first instruction would come milliseconds late. So a vCPU thread that waits
+//! to start has the shortest slice.
 //!
-//! A heavier weight keeps it from waiting behind threads that have had less time; that takes CAP_SYS_NICE. Both are best
-//! effort: kernels before 6.12 ignore slices.
+//! A heavier weight keeps it from waiting behind threads that have had less time; that takes
+//! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
 
 use std::cell::OnceCell;
 
@@ -34,8 +35,8 @@ pub(crate) fn unboost() {
     set(0, given());
 }
 
-/// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds in which a VM stands
-/// still, or a child starts.
+/// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds
+/// in which a VM stands still, or a child starts.
 pub(crate) struct BoostGuard(());
 
 impl BoostGuard {

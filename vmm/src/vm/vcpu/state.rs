@@ -1,4 +1,5 @@
-//! A vCPU's state on its own thread: set at a boot, restored in a child, saved at a fork, replaced at a reset.
+//! A vCPU's state on its own thread: set at a boot, restored in a child, saved at a fork, replaced
+//! at a reset.
 //!
 //! What the state consists of, and the order of its parts, is in [`VcpuState`].
 
@@ -20,8 +21,8 @@ impl VcpuThread {
             }
             Start::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
-                // An image of another host has that host's CPUID, and the guest keeps it. A vCPU that has run has it
-                // already.
+                // An image of another host has that host's CPUID, and the guest keeps it. A vCPU
+                // that has run has it already.
                 let other = state.cpuid.as_slice() != self.cpuid.as_slice();
                 if other {
                     self.cpuid = state.cpuid.clone();
@@ -39,10 +40,11 @@ impl VcpuThread {
         Ok(state)
     }
 
-    /// Parks, and saves or replaces the vCPU's state as often as the owner asks. False when the thread is to end.
+    /// Parks, and saves or replaces the vCPU's state as often as the owner asks. False when the
+    /// thread is to end.
     pub(super) fn park(&mut self) -> bool {
-        // The owner waits for this thread to save, and the guest for it to run on. Both wait for its wake-up, not for
-        // the end of another thread's slice.
+        // The owner waits for this thread to save, and the guest for it to run on. Both wait for
+        // its wake-up, not for the end of another thread's slice.
         let _boost = BoostGuard::new();
         let mut next = self.control.park(self.index, false);
         loop {
@@ -64,7 +66,8 @@ impl VcpuThread {
                     next = self.control.park(self.index, true);
                 }
                 Next::Run => {
-                    // The pause's kick is spent. The flag is cleared, and the wish read again, before the guest is entered.
+                    // The pause's kick is spent. The flag is cleared, and the wish read again,
+                    // before the guest is entered.
                     self.control.kicker(self.index).clear_immediate_exit();
                     if self.control.may_run() {
                         self.notify_paused();
@@ -77,7 +80,8 @@ impl VcpuThread {
         }
     }
 
-    /// Tells the guest that it stood still, if it has a kvm-clock: its watchdogs then do not count that time.
+    /// Tells the guest that it stood still, if it has a kvm-clock: its watchdogs then do not count
+    /// that time.
     pub(super) fn notify_paused(&self) {
         if let Err(error) = mark_paused(&self.vcpu) {
             let error = crate::error_chain(&error);
@@ -95,7 +99,8 @@ impl VcpuThread {
         Ok(())
     }
 
-    /// Sets the MSRs that firmware would set. A KVM that refuses one leaves the guest with KVM's default.
+    /// Sets the MSRs that firmware would set. A KVM that refuses one leaves the guest with KVM's
+    /// default.
     fn set_boot_msrs(&self) {
         for msr in BOOT_MSRS {
             match set_msr_bits(&self.vcpu, msr.index, msr.bits) {

@@ -1,7 +1,7 @@
 //! One operation on a VM at a time, first come first served.
 //!
-//! A plain mutex is unfair: the thread that has just unlocked it is the quickest to lock it again. A thread that pauses and
-//! resumes a VM in a loop would keep a fork waiting without limit.
+//! A plain mutex is unfair: the thread that has just unlocked it is the quickest to lock it again.
+//! A thread that pauses and resumes a VM in a loop would keep a fork waiting without limit.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 

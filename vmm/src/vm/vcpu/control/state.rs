@@ -1,4 +1,5 @@
-//! What [`VcpuControl`](super::VcpuControl) keeps under its lock: the state of the VM, and the phase of each vCPU.
+//! What [`VcpuControl`](super::VcpuControl) keeps under its lock: the state of the VM, and the
+//! phase of each vCPU.
 
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
@@ -6,7 +7,8 @@ use crate::vm::stop::StopReason;
 /// What the vCPUs of a VM may do now. See [`VcpuControl`](super::VcpuControl) for its transitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// No pause is held. A vCPU that was started may enter the guest; one that is still parked is about to leave.
+    /// No pause is held. A vCPU that was started may enter the guest; one that is still parked is
+    /// about to leave.
     Running,
     /// A pause is held, and at least one vCPU is not parked.
     Pausing,

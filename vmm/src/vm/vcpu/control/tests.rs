@@ -23,7 +23,8 @@ fn parks(control: &Arc<Control>, index: usize, told: &Sender<(usize, Next<u32>)>
     })
 }
 
-/// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is told to run.
+/// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is
+/// told to run.
 fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     let pauser = {
         let control = Arc::clone(control);
@@ -86,7 +87,8 @@ fn no_vcpu_loads_before_all_are_parked() {
     [pauser, first, second].into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-/// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of another instant.
+/// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of
+/// another instant.
 #[test]
 fn a_state_saved_for_an_earlier_pause_is_dropped() {
     let control = Arc::new(Control::new(1));
@@ -105,7 +107,8 @@ fn a_state_saved_for_an_earlier_pause_is_dropped() {
     assert_eq!(control.collect().unwrap(), [2]);
 }
 
-/// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who entered the guest.
+/// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who
+/// entered the guest.
 fn start(
     own: Vec<Result<(), VmError>>,
     lead: impl Fn() -> Result<(), VmError> + Send + Sync + 'static,
@@ -166,7 +169,8 @@ fn a_vm_stopped_while_it_starts_strands_nobody() {
     assert!(matches!(control.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
 }
 
-/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never give them back.
+/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never
+/// give them back.
 #[test]
 fn an_order_that_nobody_takes_any_more_is_dropped() {
     let (before, after) = (Arc::new(()), Arc::new(()));
