@@ -1,5 +1,5 @@
-//! `clade check host`: what of this host matters to the state of vCPUs, and a short run of what can be tried without a guest
-//! kernel. docs/vtx-checklist.md says what to look at behind each line.
+//! `clade check host`: what of this host matters to the state of vCPUs, and a short run of what can
+//! be tried without a guest kernel. docs/vtx-checklist.md says what to look at behind each line.
 
 mod facts;
 mod forks;

@@ -12,7 +12,8 @@ use thiserror::Error;
 /// The directory to take instead of building one.
 pub(crate) const GUEST_ENV: &str = "CLADE_LINUX_GUEST";
 
-/// What the guest is built from. The script hashes these, so that each state of them has a directory of its own.
+/// What the guest is built from. The script hashes these, so that each state of them has a
+/// directory of its own.
 const SOURCES: [(&str, &[u8]); 6] = [
     ("build.sh", include_bytes!("../../resources/linux/build.sh")),
     ("guest.config", include_bytes!("../../resources/linux/guest.config")),
@@ -62,7 +63,8 @@ impl LinuxGuest {
         Ok(Self { kernel: file("vmlinux")?, initrd: file("initramfs.cpio")? })
     }
 
-    /// The guest that is there: what `$CLADE_LINUX_GUEST` names, or what was built before. None if there is none.
+    /// The guest that is there: what `$CLADE_LINUX_GUEST` names, or what was built before. None if
+    /// there is none.
     ///
     /// # Errors
     /// When the variable names what is no guest, or it cannot be looked for.
@@ -73,8 +75,8 @@ impl LinuxGuest {
         run_script(&["--path"], Stdio::null())?.map(|dir| Self::of(&dir)).transpose()
     }
 
-    /// The guest, built from Debian's packages if it is not there yet: some minutes, once. What the build says goes to
-    /// standard error.
+    /// The guest, built from Debian's packages if it is not there yet: some minutes, once. What the
+    /// build says goes to standard error.
     ///
     /// # Errors
     /// As [`LinuxGuest::find`], and when the build fails.
@@ -86,7 +88,8 @@ impl LinuxGuest {
     }
 }
 
-/// Runs the script on its embedded sources. The directory it prints; None where it was only asked and there is none.
+/// Runs the script on its embedded sources. The directory it prints; None where it was only asked
+/// and there is none.
 fn run_script(args: &[&str], stderr: Stdio) -> Result<Option<PathBuf>, LinuxGuestError> {
     let sources = tempfile::tempdir().map_err(LinuxGuestError::Script)?;
     for (name, bytes) in SOURCES {

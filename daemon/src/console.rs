@@ -1,7 +1,7 @@
-//! A VM's console for people: on a Unix socket, and on a stream such as standard output.
+//! A VM's console on a Unix socket, and on a stream such as standard output.
 //!
-//! A guest never waits for a reader. What it writes goes into a bounded buffer a reader, and what does not fit is dropped:
-//! the reader is told how much.
+//! A guest never waits for a reader. Each reader has a bounded buffer. Output that does not fit is
+//! dropped, and the reader gets a line that says how much.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -89,7 +89,8 @@ impl Write for OutputWriter {
         if waiting.is_closed {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        // After a gap nothing more is taken before the reader has been told of it: output stays in order.
+        // After a gap the buffer takes nothing before the reader has the line about it: output
+        // stays in order.
         let room = if waiting.dropped == 0 { MAX_WAITING - waiting.bytes.len() } else { 0 };
         let (taken, over) = bytes.split_at(bytes.len().min(room));
         waiting.bytes.extend(taken);
@@ -174,8 +175,8 @@ pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
     }
 }
 
-/// Drops a VM on a thread of its own if this is its last handle: its end waits for threads and for the kernel, and all
-/// connections share one thread.
+/// Drops a VM on a thread of its own if this is its last handle: its end waits for threads and for
+/// the kernel, and all connections share one thread.
 fn let_go(vm: Arc<Vm>) {
     if let Some(vm) = Arc::into_inner(vm) {
         drop_elsewhere(vm);
@@ -216,7 +217,8 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let showing = async {
         while let Some(bytes) = reader.next().await {
             if to_person.write_all(&bytes).await.is_err() {
-                // Who reads no more may have typed before leaving: `typing` ends at the end of that.
+                // Who reads no more may have typed before leaving: `typing` ends at the end of
+                // that.
                 return std::future::pending().await;
             }
         }
@@ -248,7 +250,7 @@ impl OutputThread {
                     break;
                 }
             }
-            // Nobody waits for it if the process ends otherwise.
+            // No receiver is left if the process ends otherwise.
             let _ = done.send(());
         };
         thread::Builder::new().name("clade-output".into()).spawn(show)?;
@@ -256,7 +258,8 @@ impl OutputThread {
         Ok(Self(finished))
     }
 
-    /// Waits until all is written, which is soon after the VM is dropped; not for a reader that does not read.
+    /// Waits until all is written, which is soon after the VM is dropped; not for a reader that
+    /// does not read.
     pub fn finish(self) {
         let _ = self.0.recv_timeout(LAST_OUTPUT);
     }

@@ -30,7 +30,8 @@ pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
 
-/// How long a stopped VM may take to give back its interfaces, sockets and name. Disks wait for the kernel for 2 s.
+/// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
+/// kernel for 2 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
@@ -42,14 +43,15 @@ struct Member {
     _serving: Serving,
 }
 
-/// Children to be made of one instant.
+/// A request for children of one instant.
 #[derive(Clone, Debug)]
 pub struct Children<'a> {
-    /// How many.
+    /// The number of children.
     pub count: usize,
-    /// Their names, `{n}` standing for a number; the parent's name and a number if not given.
+    /// The pattern of their names, in which `{n}` stands for a number. Default: the parent's name
+    /// and a number.
     pub pattern: Option<&'a str>,
-    /// What is chosen for their devices.
+    /// Chosen values for their interfaces, addresses and sockets.
     pub identity: &'a ChildIdentity,
 }
 
@@ -58,7 +60,7 @@ pub struct Children<'a> {
 pub struct Listed {
     /// The VM.
     pub vm: Arc<Vm>,
-    /// Whose child it is.
+    /// The name of its parent, if it has one.
     pub parent: Option<String>,
 }
 
@@ -68,7 +70,7 @@ pub(crate) struct Sockets {
     pub(crate) consoles: Vec<(Line, UnixListener)>,
 }
 
-/// Dropped, no connection is accepted any more. Those there are go on.
+/// Accepts connections on the sockets of a VM until it is dropped. Open connections stay.
 pub(crate) struct Serving {
     _until_dropped: Box<dyn Send + Sync>,
 }
@@ -85,22 +87,22 @@ impl Serving {
     }
 }
 
-/// How members' sockets are served.
+/// The server of members' sockets.
 pub(crate) trait Serve: Send + Sync {
     /// Begins to serve a member's sockets.
     fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving;
-    /// Answers what has been asked, and serves nobody any more.
+    /// Answers the requests that are open, and accepts no others.
     fn finish(&self);
 }
 
-/// A child that is made, holds still, and is in no list.
+/// A child that is made and paused, but not listed yet.
 struct Unlisted {
     vm: Arc<Vm>,
     sockets: Sockets,
     release: Arc<Release>,
 }
 
-/// Clones are handles to the same fleet.
+/// The VMs of a process by name. A clone is a handle to the same fleet.
 #[derive(Clone)]
 pub struct Fleet(Arc<Inner>);
 
@@ -108,7 +110,7 @@ struct Inner {
     context: Context,
     dir: RuntimeDir,
     members: Mutex<BTreeMap<String, Member>>,
-    /// Whether it takes nobody any more. Only read and written under the lock of the members.
+    /// Whether it takes no more VMs. Only read and written under the lock of the members.
     closed: AtomicBool,
     in_use: Arc<InUse>,
     serve: Box<dyn Serve>,
@@ -120,7 +122,7 @@ impl std::fmt::Debug for Fleet {
     }
 }
 
-/// A fleet that may be gone: what its servers hold.
+/// A handle that keeps no fleet alive: its servers hold one.
 #[derive(Clone)]
 pub(crate) struct WeakFleet(Weak<Inner>);
 
@@ -131,7 +133,7 @@ impl WeakFleet {
 }
 
 impl Fleet {
-    /// An empty fleet with its sockets in `dir`, served by what `serve` makes.
+    /// An empty fleet with its sockets in `dir`, served by the result of `serve`.
     pub(crate) fn new(
         context: &Context,
         dir: &Path,
@@ -152,12 +154,13 @@ impl Fleet {
         self.0.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has what was asked answered before the process ends: who stops the last VM wants to hear that it is stopped.
+    /// Answers open requests before the process ends: a client that stops the last VM waits for its
+    /// answer.
     pub fn finish(&self) {
         self.0.serve.finish();
     }
 
-    /// Makes a VM under a name that is claimed before and given back if it fails.
+    /// Makes a VM. Its name is claimed before, and free again if the VM cannot be made.
     ///
     /// # Errors
     /// When the name is bad or taken, or the VM cannot be made.
@@ -172,7 +175,7 @@ impl Fleet {
         Ok(vm)
     }
 
-    /// Makes a VM and its sockets. Nobody is served on them yet.
+    /// Makes a VM and its sockets, on which no connection is accepted yet.
     fn make(
         &self,
         claim: NameClaim,
@@ -195,7 +198,7 @@ impl Fleet {
     fn publish(&self, made: Vec<Unlisted>, parent: Option<&str>) -> Result<(), FleetError> {
         let mut members = self.members();
         if self.0.closed.load(Ordering::Relaxed) {
-            // Not under the lock: what is made is dropped, and that takes its time.
+            // Not under the lock: dropping the VMs takes time.
             drop(members);
             return Err(FleetError::Ending);
         }
@@ -223,7 +226,8 @@ impl Fleet {
         self.members().values().map(|m| Listed { vm: Arc::clone(&m.vm), parent: m.parent.clone() }).collect()
     }
 
-    /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns it as it was when it stopped.
+    /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns
+    /// the result of `describe`, which is called when the VM has stopped.
     ///
     /// # Errors
     /// When there is no such VM, or something of it stays in use.
@@ -236,9 +240,10 @@ impl Fleet {
         };
         listed.vm.stop();
         let described = describe(&listed);
-        // The last handle is another's if not this one.
+        // Another thread may hold the last handle.
         drop(listed);
-        // Its threads are joined here, unless somebody else has taken it out or is just looking at it.
+        // Its threads are joined here, unless another thread has removed it or still holds a
+        // handle.
         drop(self.take(name, &release));
         if !release.wait(RELEASE_TIMEOUT) {
             return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
@@ -246,14 +251,15 @@ impl Fleet {
         Ok(described)
     }
 
-    /// Takes out the VM that `release` is of, if it is there: another may have its name by now.
+    /// Removes the VM of `release`, if it is listed: another VM may have its name by now.
     fn take(&self, name: &str, release: &Arc<Release>) -> Option<Member> {
         let mut members = self.members();
         let is_it = members.get(name).is_some_and(|member| Arc::ptr_eq(&member.release, release));
         if is_it { members.remove(name) } else { None }
     }
 
-    /// Takes a VM out. It ends with its last handle. Why it ended is kept ([`EndedVm`]) if it did so by itself.
+    /// Removes a VM. It ends with its last handle. If it stopped by itself, the reason is recorded
+    /// ([`EndedVm`]).
     pub fn remove(&self, vm: &Arc<Vm>) {
         let member = self.take_vm(vm);
         if let Some(member) = member {
@@ -262,7 +268,7 @@ impl Fleet {
         }
     }
 
-    /// Takes a VM out whose end was seen by whoever started it: nothing is kept.
+    /// Removes a VM without a record: its starter has seen its end.
     pub fn forget(&self, vm: &Arc<Vm>) {
         drop(self.take_vm(vm));
     }
@@ -273,7 +279,8 @@ impl Fleet {
         if is_it { members.remove(vm.name()) } else { None }
     }
 
-    /// Takes VMs out that nobody is to have had. They are gone when this returns, unless somebody is just looking at one.
+    /// Removes VMs of a request that failed. They are gone when this returns, unless another thread
+    /// holds a handle.
     fn withdraw(&self, vms: Vec<Arc<Vm>>) {
         vms.iter().for_each(|vm| vm.stop());
         for vm in vms {
@@ -285,34 +292,35 @@ impl Fleet {
         self.0.closed.load(Ordering::Relaxed)
     }
 
-    /// Waits until nothing is in use by a VM any more, listed or not, nor by a request that makes some, for at most
-    /// `patience`. Returns whether it is so: then no VM can come any more.
-    pub fn wait_until_unused(&self, patience: Duration) -> bool {
-        self.0.in_use.wait_for_none(patience)
+    /// Waits up to `timeout` until no VM, listed or not, and no request that makes VMs uses
+    /// anything of the fleet. Returns whether that is so: then no VM can come any more.
+    pub fn wait_until_unused(&self, timeout: Duration) -> bool {
+        self.0.in_use.wait_for_none(timeout)
     }
 
     fn batch<'a>(&'a self, count: usize, parent: Option<Parent>, cancel: &'a Cancel) -> Batch<'a> {
         Batch { fleet: self, count, parent, cancel, _in_use: self.0.in_use.enter() }
     }
 
-    /// Stops all VMs, and takes no more: also those that a request is just making.
+    /// Stops all VMs, and takes no more: not even those that a request is making now.
     pub fn close(&self) {
         let members = self.members();
         self.0.closed.store(true, Ordering::Relaxed);
         members.values().for_each(|member| member.vm.stop());
     }
 
-    /// Takes out the VMs that have stopped, but `except`.
+    /// Removes the VMs that have stopped, but not `except`.
     pub fn reap(&self, except: Option<&str>) {
         let gone = |listed: &Listed| listed.vm.stopped().is_some() && Some(listed.vm.name()) != except;
         self.list().into_iter().filter(gone).for_each(|listed| self.remove(&listed.vm));
     }
 
-    /// Forks a VM into children of one instant. All or none are made (I13); none runs before all are made.
+    /// Forks a VM into children of one instant. All or none are made (I13); none runs before all
+    /// are made.
     ///
     /// # Errors
-    /// When there is no room for all, a name, an interface, an address or a socket is taken, a child cannot be made, or
-    /// it is cancelled. The parent runs on.
+    /// When there is no room for all, a name, an interface, an address or a socket is taken, a
+    /// child cannot be made, or it is cancelled. The parent runs on.
     pub(crate) fn fork(
         &self,
         name: &str,
@@ -322,19 +330,19 @@ impl Fleet {
     ) -> Result<(Vec<Arc<Vm>>, ForkReport), FleetError> {
         let parent = self.get(name)?.vm;
         let batch = self.batch(wanted.count, Some(Parent::new(&parent)), cancel);
-        // Before the parent is paused: what cannot be had costs it nothing.
+        // Before the parent is paused: a request that is refused costs it nothing.
         let by_name = wanted.identity.names_socket();
         let taken = batch.take(name, wanted.pattern, parent.config(), by_name, |name| {
             parent.child_endpoints(name, wanted.identity)
         })?;
         let (image, report) = parent.fork()?;
-        // Whoever stops it does not wait for its children.
+        // Stopping the parent does not wait for its children.
         drop(parent);
         Ok((batch.launch(taken, &image, options)?, report))
     }
 
-    /// Starts VMs from an image, called `name` and a number unless a pattern is given; just `name` if it is one alone. All
-    /// or none are made (I13).
+    /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just
+    /// `name` if there is one. All or none are made (I13).
     ///
     /// # Errors
     /// As for a fork.

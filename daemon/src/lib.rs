@@ -1,10 +1,12 @@
-//! VMs by name, and the way in from outside: control sockets (HTTP) and console sockets.
+//! VMs by name, with control sockets (HTTP) and console sockets.
 //!
 //! | to learn about | read |
 //! |---|---|
 //! | the VMs of a process | [`fleet`] |
 //! | the HTTP API and its client | [`control`] |
 //! | consoles on sockets | [`console`] |
+
+#![deny(missing_docs)]
 
 pub mod console;
 pub mod control;

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use ciborium::{Value, cbor};
 use clade_vmm::kvm::VcpuState;
-use clade_vmm::vm::saved::{SECTIONS, host_requirements};
+use clade_vmm::vm::sections::{SECTIONS, host_requirements};
 use clade_vmm::vm::{ForkImage, VmConfig};
 use clade_devices::virtio::Backend;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};

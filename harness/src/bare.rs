@@ -1,54 +1,61 @@
 //! Talking to the bare guest: commands through its mailboxes, answers through its reports.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use clade_guests::BARE_ELF;
 use clade_guests::abi::{self, Command, mailbox_gpa};
 use clade_memory::GuestRam;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use clade_vmm::vm::Vm;
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{Context, StopReason, Vm, VmConfig, VmError};
 
 /// What went wrong while talking to the bare guest.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum BareError {
-    /// No answer.
+    /// The VM could not be booted.
+    #[error(transparent)]
+    Boot(#[from] VmError),
+    /// The guest did not answer in time.
     #[error("vCPU {vcpu} of {vm} did not report {wanted} within {seconds} s{}", stopped.as_ref().map(|s| format!(" ({s})")).unwrap_or_default())]
     Silent {
-        /// Which VM.
+        /// The VM's name.
         vm: String,
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: u64,
-        /// What was waited for.
+        /// The report that was waited for.
         wanted: &'static str,
-        /// How long.
+        /// How long was waited, in seconds.
         seconds: u64,
         /// Why the VM stopped, if it did.
-        stopped: Option<clade_vmm::vm::StopReason>,
+        stopped: Option<StopReason>,
     },
-    /// The guest faulted.
+    /// The guest took an exception.
     #[error("vCPU {vcpu} of {vm} faulted: vector {vector}, error {code:#x}, at {rip:#x}, address {address:#x}")]
     Fault {
-        /// Which VM.
+        /// The VM's name.
         vm: String,
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: u64,
-        /// Exception vector.
+        /// The exception's vector.
         vector: u64,
         /// Its error code.
         code: u64,
-        /// Where.
+        /// The address of the instruction.
         rip: u64,
-        /// CR2.
+        /// CR2: the address of a page fault.
         address: u64,
     },
-    /// The mailbox could not be reached.
+    /// The mailbox is not in guest memory.
     #[error("the mailbox of vCPU {vcpu} cannot be reached")]
     Mailbox {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: u64,
-        /// Why.
+        /// The error of the access.
         #[source]
         source: GuestMemoryError,
     },
@@ -76,7 +83,7 @@ impl<'a> BareMailbox<'a> {
     }
 
     fn get(self, offset: u64) -> Result<u64, BareError> {
-        // Acquire: what the guest stored before this word is there too (x86 keeps stores in order).
+        // Acquire: pairs with the guest's store of this word (x86 keeps stores in order).
         let word = self.ram.memory().load(self.word(offset), Ordering::Acquire);
         word.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
     }
@@ -87,7 +94,7 @@ impl<'a> BareMailbox<'a> {
         stored.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
     }
 
-    /// Gives the vCPU a command, in place of what it is doing. Returns the command's number.
+    /// Gives the vCPU a command, in place of the one it executes. Returns the command's number.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -102,7 +109,7 @@ impl<'a> BareMailbox<'a> {
         Ok(seq)
     }
 
-    /// How far the running command is.
+    /// Operations that the running command has completed.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -110,7 +117,7 @@ impl<'a> BareMailbox<'a> {
         self.get(abi::offset::PROGRESS)
     }
 
-    /// The number of the last command that has ended.
+    /// The number of the last command that has completed.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -135,7 +142,7 @@ impl<'a> BareMailbox<'a> {
         Ok(booted && self.get(abi::offset::STATE)? != abi::State::Booting as u64)
     }
 
-    /// What the last command found.
+    /// The results of the last command.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -143,6 +150,17 @@ impl<'a> BareMailbox<'a> {
         let at = |n: u64| self.get(abi::offset::RESULT + 8 * n);
         Ok([at(0)?, at(1)?, at(2)?, at(3)?])
     }
+}
+
+/// Boots a bare guest, and waits until all its vCPUs take commands.
+///
+/// # Errors
+/// When the VM cannot be made, or a vCPU does not become ready.
+pub fn boot_bare(context: &Context, name: &str, config: &Arc<VmConfig>) -> Result<Vm, BareError> {
+    let source = BootSource::new(Image::Bytes(BARE_ELF.into()));
+    let vm = Vm::boot(context, name, config, &source)?;
+    (0..u64::from(config.cpus())).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready())?;
+    Ok(vm)
 }
 
 /// One vCPU of a running bare guest.
@@ -187,7 +205,8 @@ impl<'a> BareVcpu<'a> {
             if left.is_zero() || self.vm.stopped().is_some() {
                 return Err(self.silent("the end of its command"));
             }
-            // A report ends the wait early; the mailbox is what is believed, since reports of other vCPUs come here too.
+            // A report only ends the wait early: it may be one of another vCPU. The mailbox
+            // decides.
             let _ = self.vm.reports().next(left.min(Duration::from_micros(500)));
         }
         Ok(())
@@ -229,7 +248,7 @@ impl<'a> BareVcpu<'a> {
         })
     }
 
-    /// Waits for a report of `event` from this vCPU, and says when it came.
+    /// Waits for a report of `event` from this vCPU. Returns the time at which it came.
     ///
     /// # Errors
     /// When the guest faults or does not report it.

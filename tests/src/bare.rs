@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, model};
-use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm, VmConfig};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -43,13 +41,7 @@ impl Guest {
     /// When it does not boot.
     #[must_use]
     pub fn boot_as(context: &Context, config: VmConfig) -> Self {
-        let (cpus, config) = (u64::from(config.cpus()), Arc::new(config));
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(context, "guest", &config, &source).expect("a bare guest boots");
-        for vcpu in 0..cpus {
-            BareVcpu::new(&vm, vcpu).await_ready().expect("a vCPU is ready");
-        }
+        let vm = boot_bare(context, "guest", &Arc::new(config)).expect("a bare guest boots");
         vm.pause().expect("a running VM pauses");
         Self { vm }
     }

@@ -81,6 +81,6 @@ impl Turn {
             Backing::Huge => Store::open(),
             Backing::Small => Store::open_small(),
         };
-        Context::new(Arc::clone(&self.host), store.expect("a store")).expect("a context")
+        Context::new(Arc::clone(&self.host), store.expect("a store")).expect("a context").with_report_port()
     }
 }

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_guests::BARE_ELF;
-use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
-use clade_harness::{BareMailbox, BareVcpu};
+use clade_guests::abi::{Command, Event, PAGE_SIZE, POLL_OPS, WORK_BASE};
+use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
 use clade_memory::{Access, Backing, GuestRam, PageRange, PinLifetime, RamError, RamLayout};
 use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
 use clade_vmm::boot::{BootSource, Image};
@@ -86,44 +86,11 @@ fn ten_generations_with_the_ancestors_gone() {
 
 // --- more than one vCPU ---
 
-/// One vCPU's pages, and what must be in them.
-struct Slice {
-    vcpu: u64,
-    start: u64,
-    words: Vec<u64>,
-    done: u64,
-}
-
 const SLICE_PAGES: u64 = 512;
 const WINDOW: u64 = 32;
 
-impl Slice {
-    fn new(vcpu: u64) -> Self {
-        let start = WORK_BASE + vcpu * SLICE_PAGES * PAGE_SIZE;
-        Self { vcpu, start, words: vec![0; (SLICE_PAGES * PAGE_WORDS) as usize], done: 0 }
-    }
-
-    fn command(&self) -> Command {
-        let seed = self.vcpu;
-        Command::Write { start: self.start, pages: SLICE_PAGES, window: WINDOW, seed, count: 0, first: 0 }
-    }
-
-    /// The prediction for `progress` operations, which only go up.
-    fn advance(&mut self, progress: u64) -> &[u64] {
-        model::apply_writes(&mut self.words, self.vcpu, WINDOW, self.done..progress);
-        self.done = progress;
-        &self.words
-    }
-}
-
-/// Makes all vCPUs of a running VM stop, and says how far each had come.
-fn stop_writing(vm: &Vm, cpus: u64) -> Vec<u64> {
-    let stop = |vcpu| {
-        let vcpu = BareVcpu::new(vm, vcpu);
-        vcpu.run(Command::Idle).unwrap();
-        vcpu.mailbox().progress().unwrap()
-    };
-    (0..cpus).map(stop).collect()
+fn slice(vcpu: u64) -> Slice {
+    Slice::zeros(vcpu, WORK_BASE + vcpu * SLICE_PAGES * PAGE_SIZE, SLICE_PAGES, WINDOW, vcpu)
 }
 
 /// A child whose vCPUs are told to stop before their first instruction, and how far each was at the fork.
@@ -151,10 +118,10 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
     for cpus in [2, 4] {
         let Some((_turn, context)) = turn() else { return };
         let parent = Guest::boot(&context, MIB, cpus);
-        let mut slices: Vec<Slice> = (0..cpus).map(Slice::new).collect();
+        let mut slices: Vec<Slice> = (0..cpus).map(slice).collect();
         parent.vm().resume().unwrap();
         for slice in &slices {
-            BareVcpu::new(parent.vm(), slice.vcpu).mailbox().order(slice.command()).unwrap();
+            BareVcpu::new(parent.vm(), slice.vcpu()).mailbox().order(slice.write_command(0)).unwrap();
         }
         let mut children = Vec::new();
         for _ in 0..20 {
@@ -162,22 +129,22 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
             let (image, _) = parent.vm().fork().unwrap();
             children.push(stopping_child(&context, &image, cpus));
         }
-        let ended = stop_writing(parent.vm(), cpus);
+        let ended = stop_writing(parent.vm(), cpus).unwrap();
         parent.vm().pause().unwrap();
         let mut moved = 0;
         for (n, (child, at_fork)) in children.iter().enumerate() {
             for (slice, at_fork) in slices.iter_mut().zip(at_fork) {
-                let progress = BareMailbox::new(child.vm().ram(), slice.vcpu).progress().unwrap();
-                let what = format!("{cpus} vCPUs, child {n}, vCPU {}", slice.vcpu);
+                let progress = BareMailbox::new(child.vm().ram(), slice.vcpu()).progress().unwrap();
+                let what = format!("{cpus} vCPUs, child {n}, vCPU {}", slice.vcpu());
                 assert!((*at_fork..=at_fork + POLL_OPS).contains(&progress), "{what}: {progress}, forked at {at_fork}");
-                moved += u64::from(progress > slice.done);
-                let start = slice.start;
+                moved += u64::from(progress > slice.done());
+                let start = slice.start();
                 child.expect_words(start, slice.advance(progress), &what);
             }
         }
         assert!(moved > 10 * cpus, "the vCPUs wrote on between the forks: {moved}");
         for (slice, progress) in slices.iter_mut().zip(ended) {
-            let start = slice.start;
+            let start = slice.start();
             parent.expect_words(start, slice.advance(progress), "parent");
         }
     }

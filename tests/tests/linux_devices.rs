@@ -18,7 +18,7 @@ use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::Backing;
 use clade_tests::{Linux, PROMPT, Subnet, Turn, can_have_taps, checked, ext4, skip};
-use clade_vmm::boot::virtio_slot;
+use clade_vmm::platform::virtio_slot;
 use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
 use tempfile::TempDir;
 

@@ -13,7 +13,7 @@ use clade_guests::abi::disk::What;
 use clade_io::{CachePolicy, IoFile};
 use clade_memory::Backing;
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, with_vcpus};
-use clade_vmm::vm::{ForkImage, saved};
+use clade_vmm::vm::{ForkImage, sections};
 
 const TIMEOUT: Duration = Duration::from_secs(120);
 const BYTES: u64 = 4 << 20;
@@ -22,8 +22,8 @@ const SECTORS: u64 = BYTES / 512;
 fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
     let sections = image.sections().unwrap();
     let named = || sections.iter().map(|(name, bytes)| (*name, bytes.as_slice()));
-    assert_eq!(saved::config(named()).unwrap(), **image.config());
-    assert_eq!(saved::host_requirements(named()).unwrap(), image.host_requirements());
+    assert_eq!(sections::config(named()).unwrap(), **image.config());
+    assert_eq!(sections::host_requirements(named()).unwrap(), image.host_requirements());
     Arc::new(ForkImage::from_sections(named(), image.ram().clone(), vec![Backend::Disk(disk)]).unwrap())
 }
 

@@ -334,7 +334,7 @@ fn a_host_that_lacks_what_the_guest_was_given_is_told_what() {
     let guest = Guest::boot(&context, MIB, 1);
     save(&guest, &dir.path().join("vm"), FULL);
     let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm")).unwrap();
-    let facts = clade_vmm::vm::saved::host_requirements(snapshot.sections().iter()).unwrap();
+    let facts = clade_vmm::vm::sections::host_requirements(snapshot.sections().iter()).unwrap();
     facts.check(context.host()).unwrap();
     let mut json = serde_json::to_value(&facts).unwrap();
     json["vendor"] = "ElbrusOfMCST".into();

@@ -1,15 +1,22 @@
-//! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset while they run.
+//! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset
+//! while they run.
 //!
 //! | to learn about | read |
 //! |---|---|
 //! | running, forking, pausing a VM | [`vm`] |
 //! | loading a guest | [`boot`] |
+//! | addresses, ports and interrupts of the guest | [`platform`] |
 //! | KVM: host checks, CPUID, saved state, quirks | [`kvm`] |
 //!
 //! Guest memory itself, and everything about sharing it, is in `clade-memory`.
 
+#![deny(missing_docs)]
+
 pub mod boot;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod kvm;
+pub mod platform;
 pub mod vm;
 
 /// An error and its causes in one line.

@@ -1,8 +1,9 @@
 //! `clade bench disk`: a guest's disk I/O beside the host's own on the same file.
 //!
-//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations given to an io_uring by this process; both past the page
-//! cache, in turn, in rounds. What is between the two is an exit and an eventfd for each notification, the device's worker, the pins, and the
-//! guest's driver, which polls.
+//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations
+//! given to an io_uring by this process; both past the page cache, in turn, in rounds. What is
+//! between the two is an exit and an eventfd for each notification, the device's worker, the pins,
+//! and the guest's driver, which polls.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
-use clade_guests::BARE_ELF;
 use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
@@ -19,8 +19,7 @@ use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
-use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
 
 /// The disk's file.
@@ -106,8 +105,8 @@ struct Host {
 }
 
 impl Host {
-    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any. (In 4 KiB pages large transfers take three times as long,
-    /// which would flatter ours.)
+    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any.
+    /// (In 4 KiB pages large transfers take three times as long, which would flatter ours.)
     fn open(store: &Store, path: &Path) -> Result<Self, Failure> {
         let file = Arc::new(IoFile::open(path, true, CachePolicy::Direct).map_err(Failure::run)?);
         if file.policy() != CachePolicy::Direct {
@@ -172,10 +171,7 @@ impl Guest {
         let mut config = VmConfig::bare(MEMORY, 1).map_err(Failure::run)?;
         let disk = DiskConfig { cache: CachePolicy::Direct, ..DiskConfig::new(path) };
         config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(context, "bench", &Arc::new(config), &source).map_err(Failure::run)?;
-        BareVcpu::new(&vm, 0).await_ready().map_err(Failure::run)?;
+        let vm = boot_bare(context, "bench", &Arc::new(config)).map_err(Failure::run)?;
         let [sectors, ..] = BareVcpu::new(&vm, 0)
             .run(Command::DiskOpen { slot: 0, area: WORK_BASE, size: 256 })
             .map_err(Failure::run)?;

@@ -1,8 +1,9 @@
 //! `clade bench fork`.
 //!
-//! Per size: a bare guest whose RAM is all written keeps writing a hot set of 64 pages and is forked again and again. Baselines, in the same
-//! run and on the same contents: copying all RAM (what a fork without copy-on-write costs), and restoring as other VMMs do: a VM
-//! made on the path, its memory a private mapping of a file in 4 KiB pages.
+//! Per size: a bare guest whose RAM is all written keeps writing a hot set of 64 pages and is
+//! forked again and again. Baselines, in the same run and on the same contents: copying all RAM
+//! (what a fork without copy-on-write costs), and restoring as other VMMs do: a VM made on the
+//! path, its memory a private mapping of a file in 4 KiB pages.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,8 +25,9 @@ const PACE: Duration = Duration::from_millis(2);
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     // The baseline's VMs share nothing with ours but the host.
-    let plain =
-        Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?).map_err(Failure::run)?;
+    let plain = Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?)
+        .map_err(Failure::run)?
+        .with_report_port();
     let mut rows = Vec::new();
     let mut smallest: Option<(u64, f64)> = None;
     for &mem in &args.mem {
@@ -122,7 +124,8 @@ impl OneSize<'_> {
         Ok(vm)
     }
 
-    /// The same memory in one file of 4 KiB pages, as a snapshot on tmpfs would be; timed, because it is also the cost of copying.
+    /// The same memory in one file of 4 KiB pages, as a snapshot on tmpfs would be; timed, because
+    /// it is also the cost of copying.
     fn copy(&self, image: &Arc<ForkImage>, full_copy: &mut Sample) -> Result<Arc<ForkImage>, Failure> {
         let mut flat = None;
         for _ in 0..self.samples.clamp(1, 3) {

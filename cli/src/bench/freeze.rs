@@ -1,8 +1,10 @@
-//! `clade bench freeze`: how long a VM's memory stands still at a freeze, by the pages written since the last one.
+//! `clade bench freeze`: how long a VM's memory stands still at a freeze, by the pages written
+//! since the last one.
 //!
-//! Ours leaves the copying to the background, the baseline copies before it returns; both in turn on one memory, which a thread
-//! writes in the guest's place. What does not flatter stands beside: the time until the background has copied everything, during which the
-//! parent's write to a page not copied yet waits for it, and a child's read likewise.
+//! Ours leaves the copying to the background, the baseline copies before it returns; both in turn
+//! on one memory, which a thread writes in the guest's place. What does not flatter stands beside:
+//! the time until the background has copied everything, during which the parent's write to a page
+//! not copied yet waits for it, and a child's read likewise.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +17,8 @@ use crate::commands::{BenchArgs, Failure};
 
 /// Pages written between two freezes, and what the row is called after.
 const DIRTY: [(&str, u64); 4] = [("0", 0), ("1k", 1 << 10), ("16k", 16 << 10), ("64k", 64 << 10)];
-/// Where the written pages begin: inside a block, so that the first and the last block are broken up.
+/// Where the written pages begin: inside a block, so that the first and the last block are broken
+/// up.
 const FIRST: u64 = 64;
 /// Like a template's, the memory has warm spare layers for an eager freeze to copy into.
 const SPARES: usize = 2;
@@ -107,7 +110,8 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
             thread::sleep(POLL_INTERVAL);
         }
         s.complete.push_us(begun.elapsed());
-        // Outside both pauses: what the background did is taken note of, and its garbage is gone before the next freeze.
+        // Outside both pauses: what the background did is taken note of, and its garbage is gone
+        // before the next freeze.
         ram.finish_background().map_err(Failure::run)?;
     }
     store.drain();

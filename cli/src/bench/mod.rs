@@ -11,14 +11,12 @@ mod sample;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
 use clade_memory::{GAP_START, GuestRam};
 use serde::Serialize;
 
 use crate::commands::{BenchArgs, BenchName, Failure, Table, print_json};
-use clade_harness::{BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareMailbox, BareVcpu, boot_bare};
 use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
@@ -117,7 +115,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     if args.samples == 0 {
         return Err(Failure::Input(anyhow::anyhow!("0 samples measure nothing")));
     }
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
@@ -143,11 +141,8 @@ fn low_pages(mem: u64) -> u64 {
 
 /// A bare guest with one vCPU that has written all its RAM above what it lies in itself.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
-    let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource::new(kernel);
-    let vm = Vm::boot(context, "bench", config, &source).map_err(Failure::run)?;
+    let vm = boot_bare(context, "bench", config).map_err(Failure::run)?;
     let vcpu = BareVcpu::new(&vm, 0);
-    vcpu.await_ready().map_err(Failure::run)?;
     for (base, pages) in config.layout().ranges() {
         let start = base.0.max(WORK_BASE);
         let pages = pages - (start - base.0) / PAGE_SIZE;

@@ -1,7 +1,8 @@
 //! `clade bench pin`: what a promise to a device costs.
 //!
-//! Pins and unpins of exclusive memory, by one thread and by two, and with the memory being frozen a hundred times a second beside. The
-//! baseline is the obvious way: a count a page in a table behind a mutex.
+//! Pins and unpins of exclusive memory, by one thread and by two, and with the memory being frozen
+//! a hundred times a second beside. The baseline is the obvious way: a count a page in a table
+//! behind a mutex.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,7 +46,8 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> 
     Ok(rows)
 }
 
-/// Short read pins of what a child shares with its parent: what each disk write from such a page takes.
+/// Short read pins of what a child shares with its parent: what each disk write from such a page
+/// takes.
 fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, Failure> {
     let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
     let child = GuestRam::reserve(ram.layout(), store).map_err(Failure::run)?;
@@ -63,7 +65,8 @@ fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, 
     Ok(rows)
 }
 
-/// Each thread has blocks of its own, as devices have their own buffers; and whole blocks are not those that smaller pins have split.
+/// Each thread has blocks of its own, as devices have their own buffers; and whole blocks are not
+/// those that smaller pins have split.
 fn own_range(thread: u64, pages: u64) -> PageRange {
     let whole = u64::from(pages == BLOCK_PAGES);
     PageRange::with_len((1 + 2 * thread + 8 * whole) * BLOCK_PAGES, pages)
@@ -121,7 +124,8 @@ fn on_threads(
     Ok(sample)
 }
 
-/// Every freeze takes the page away again, so that some pins must make it the VM's own: the p99 shows what that costs.
+/// Every freeze takes the page away again, so that some pins must make it the VM's own: the p99
+/// shows what that costs.
 fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {

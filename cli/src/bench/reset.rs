@@ -1,9 +1,10 @@
-//! `clade bench reset`: from asking for a reset of a running VM until its first instruction after it, by the pages written since the image.
+//! `clade bench reset`: the time from the request to reset a running VM to its first instruction
+//! after it, by the number of pages written since the image.
 //!
-//! A bare guest counts in as many pages, one after another, and is reset while it does. In the image it has just been
-//! told to announce itself, so its first instructions are a report. Baselines, in turn with ours and on the same image:
-//! ending the VM and starting another, in a prepared VM and in none. What does not flatter stands beside: pages as far
-//! apart as memory allows instead of one after another.
+//! A bare guest counts in that many pages, one after another, and is reset while it does. In the
+//! image it has just taken the command to announce itself, so its first instructions are a report.
+//! Baselines, in turn with ours and on the same image: ending the VM and starting another, prepared
+//! and not prepared. The worst case stands beside: pages as far apart as memory allows.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

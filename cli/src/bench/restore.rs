@@ -1,9 +1,12 @@
 //! `clade bench restore` and `clade bench save`: VMs on disk.
 //!
-//! The guest's RAM is all written, so that nothing is left out for being zeros. Restoring is measured from opening the directory to the first
-//! instruction, and to the answer to a first command that reads a word of 256 pages; beside it, in the same run and in turn, what it costs to read all
-//! of the memory in first. Saving is measured beside this process writing as many bytes past the page cache, as `dd oflag=direct conv=fsync` does, and the
-//! VM's pause beside that of a fork. That it is cold on the disk is the case that does not flatter: then every touched page is read one by one.
+//! The guest's RAM is all written, so that nothing is left out for being zeros. Restoring is
+//! measured from opening the directory to the first instruction, and to the answer to a first
+//! command that reads a word of 256 pages; beside it, in the same run and in turn, what it costs to
+//! read all of the memory in first. Saving is measured beside this process writing as many bytes
+//! past the page cache, as `dd oflag=direct conv=fsync` does, and the VM's pause beside that of a
+//! fork. That it is cold on the disk is the case that does not flatter: then every touched page is
+//! read one by one.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -51,7 +54,7 @@ impl Bench {
         let vm = written(context, &config)?;
         // Not the temporary directory, which may be memory.
         let dir = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).map_err(Failure::run)?;
-        // Sizes are told apart only if there are several.
+        // The label has the size only if there are several.
         let label = if args.mem.len() == 1 { String::new() } else { format!("_{}", label(mem)) };
         // A sample takes a second or so of the disk's time.
         Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label })
@@ -96,7 +99,7 @@ impl Bench {
             self.one(context, RestoreLoad::Preload, &mut preload)?;
             forget(&at)?;
             self.one(context, RestoreLoad::Lazy, &mut cold)?;
-            // Whoever keeps the snapshot open starts the next VM from it.
+            // With the snapshot open, the next VM starts from it.
             let image = ForkImage::restore(context, &at, &RestoreOptions::default()).map_err(Failure::run)?;
             context.prefill(&self.config, 1).map_err(Failure::run)?;
             clone.push_us(announced(context, &image, Instant::now())?);

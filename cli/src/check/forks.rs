@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
 use clade_guests::abi::Command;
 
 use super::{Check, Outcome};
 use crate::commands::Failure;
-use clade_harness::{BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 
 const MEMORY: u64 = 32 << 20;
@@ -17,7 +15,7 @@ const MEMORY: u64 = 32 << 20;
 const STUCK: Duration = Duration::from_secs(20);
 
 pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let max = u64::from(context.host().max_vcpus());
     let storm = |name, cpus: u64, begin: &dyn Fn(&Vm) -> Result<Vec<u64>, anyhow::Error>| {
         let facts = vec![("vCPUs", cpus.to_string()), ("forks", forks.to_string())];
@@ -33,7 +31,8 @@ pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
     ])
 }
 
-/// Boots, begins, and forks: each child must go on on the vCPUs that `begin` names, also after a reset.
+/// Boots, begins, and forks: each child must go on on the vCPUs that `begin` names, also after a
+/// reset.
 fn run(
     context: &Context,
     cpus: u64,
@@ -41,10 +40,7 @@ fn run(
     begin: &dyn Fn(&Vm) -> Result<Vec<u64>, anyhow::Error>,
 ) -> Result<(), anyhow::Error> {
     let config = Arc::new(VmConfig::bare(MEMORY, cpus)?);
-    let kernel = Image::Bytes(BARE_ELF.into());
-    let source = BootSource::new(kernel);
-    let parent = Vm::boot(context, "check", &config, &source)?;
-    (0..cpus).try_for_each(|vcpu| BareVcpu::new(&parent, vcpu).await_ready())?;
+    let parent = boot_bare(context, "check", &config)?;
     let watched = begin(&parent)?;
     for n in 0..forks {
         let (image, _) = parent.fork()?;

@@ -1,5 +1,7 @@
 //! Arguments, and the units they come in.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -141,7 +143,8 @@ pub(crate) struct RunArgs {
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line; where its disks are is added. If not given: console=ttyS0 reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
+    /// The kernel's command line; where its disks are is added. If not given: console=ttyS0
+    /// reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// More for the kernel's command line, behind what it is otherwise. Repeatable.
@@ -156,24 +159,30 @@ pub(crate) struct RunArgs {
     /// The VM's name; clade-PID if not given.
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// What the CPUs look like: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a snapshot moves between hosts of one vendor.
+    /// What the CPUs look like: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which
+    /// a snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
     pub(crate) cpu_template: CpuTemplate,
     /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
-    /// Performance counters, as the host has them. What they count is the host's, and a snapshot needs a host that has them too.
+    /// Performance counters, as the host has them. What they count is the host's, and a snapshot
+    /// needs a host that has them too.
     #[arg(long)]
     pub(crate) pmu: bool,
-    /// A disk: PATH[,ro|,ephemeral][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]]. Repeatable;
-    /// the guest finds them in this order. What is written to an ephemeral one goes with the VM; several VMs may have its image.
+    /// A disk:
+    /// PATH[,ro|,ephemeral][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]].
+    /// Repeatable; the guest finds them in this order. What is written to an ephemeral one goes
+    /// with the VM; several VMs may have its image.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
-    /// A network device: tap=NAME[,mac=ADDRESS][,queues=N][,rx-bytes=RATE[,rx-bytes-burst=N]][,rx-packets=..][,tx-bytes=..][,tx-packets=..]. The TAP
-    /// interface is opened or made; %d in its name is a number that is free. Repeatable.
+    /// A network device:
+    /// tap=NAME[,mac=ADDRESS][,queues=N][,rx-bytes=RATE[,rx-bytes-burst=N]][,rx-packets=..][,tx-bytes=..][,tx-packets=..].
+    /// The TAP interface is opened or made; %d in its name is a number that is free. Repeatable.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net)]
     pub(crate) net: Vec<NetSpec>,
-    /// A socket device: cid=N,socket=PATH. The host connects to PATH and says CONNECT PORT; the guest reaches who listens at PATH_PORT.
+    /// A socket device: cid=N,socket=PATH. The host connects to PATH and says CONNECT PORT; the
+    /// guest reaches who listens at PATH_PORT.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
     /// An entropy device. There is one for every guest but the bare one; this is for that.
@@ -182,13 +191,15 @@ pub(crate) struct RunArgs {
     /// No entropy device.
     #[arg(long)]
     pub(crate) no_rng: bool,
-    /// A balloon: memory that the guest gives back, when it has it free or when asked to (clade balloon).
+    /// A balloon: memory that the guest gives back, when it has it free or when asked to (clade
+    /// balloon).
     #[arg(long)]
     pub(crate) balloon: bool,
     /// A virtio console (hvc0) beside the serial one (clade console --virtio).
     #[arg(long)]
     pub(crate) virtio_console: bool,
-    /// No ACPI tables: the guest finds its devices on the command line alone, and has no generation id by which to learn that it was cloned.
+    /// No ACPI tables: the guest finds its devices on the command line alone, and has no generation
+    /// id by which to learn that it was cloned.
     #[arg(long)]
     pub(crate) no_acpi: bool,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
@@ -208,11 +219,12 @@ pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=re
 /// What a VM that goes on from another's instant has of its own, and how it starts.
 #[derive(Debug, Args)]
 pub(crate) struct CloneArgs {
-    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the original's name with another number, and a random address.
+    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the original's
+    /// name with another number, and a random address.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
     pub(crate) net: Vec<NetChoice>,
-    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. If not given: the next CID that is free, and NAME.vsock
-    /// beside the original's socket.
+    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. If not
+    /// given: the next CID that is free, and NAME.vsock beside the original's socket.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
     pub(crate) vsock: Option<VsockChoice>,
     /// Leave it paused.
@@ -276,9 +288,11 @@ pub(crate) struct SaveArgs {
     /// The VM's name.
     #[arg(value_name = "VM")]
     pub(crate) name: String,
-    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete, unless others depend on it.
+    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete,
+    /// unless others depend on it.
     pub(crate) dir: PathBuf,
-    /// Save only what changed since the VM was last saved, or restored. The snapshot depends on that one.
+    /// Save only what changed since the VM was last saved, or restored. The snapshot depends on
+    /// that one.
     #[arg(long)]
     pub(crate) incremental: bool,
     /// Compress (zstd). What is restored from it is decompressed first instead of being mapped.
@@ -316,15 +330,16 @@ pub(crate) struct RestoreArgs {
     pub(crate) overlays: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
-    /// Do not read the terminal; consoles are on their sockets. So it is for several VMs in any case.
+    /// Do not read the terminal; consoles are on their sockets. So it is for several VMs in any
+    /// case.
     #[arg(long)]
     pub(crate) detached: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
-    /// `bare` is embedded, and written to a file. `linux` is built from Debian's packages if it is not there yet; what
-    /// `clade run` needs to boot it is printed: clade run $(clade guest linux).
+    /// `bare` is embedded, and written to a file. `linux` is built from Debian's packages if it is
+    /// not there yet; what `clade run` needs to boot it is printed: clade run $(clade guest linux).
     #[arg(value_name = "bare|linux")]
     pub(crate) guest: String,
     /// The file that `bare` is written to; `-` is standard output. Its own name if not given.
@@ -367,7 +382,8 @@ pub(crate) enum BenchName {
     Disk,
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
-    /// Freezing memory, by the pages written since the last time: copied in the background, and at once.
+    /// Freezing memory, by the pages written since the last time: copied in the background, and at
+    /// once.
     Freeze,
     /// Pinning pages for DMA.
     Pin,
@@ -375,7 +391,8 @@ pub(crate) enum BenchName {
     Restore,
     /// Saving a running VM to disk, beside writing as many bytes.
     Save,
-    /// Resetting a running VM in place, by the pages written since, beside starting another from the same image.
+    /// Resetting a running VM in place, by the pages written since, beside starting another from
+    /// the same image.
     Reset,
 }
 
@@ -397,7 +414,8 @@ pub(crate) struct BenchArgs {
 /// What can be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StressName {
-    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested, discarded, reset, put back to its fork and destroyed.
+    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested,
+    /// discarded, reset, put back to its fork and destroyed.
     Dma,
 }
 
@@ -408,7 +426,8 @@ pub(crate) struct StressArgs {
     /// For how long. A run without unshare goes on until it has found wrong bytes.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) seconds: u64,
-    /// vCPUs, an even number. Two drive the disks; the others wake each other by interrupts, in pairs.
+    /// vCPUs, an even number. Two drive the disks; the others wake each other by interrupts, in
+    /// pairs.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) cpus: u64,
     /// Forks of the parent a second, as far as there is time.
@@ -420,8 +439,8 @@ pub(crate) struct StressArgs {
     /// Where the disks' files are made; the temporary directory if not given.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
-    /// The control run: freezes take pinned pages like any others. Succeeds once wrong bytes are found, and fails if none
-    /// are in 10,000 forks.
+    /// The control run: freezes take pinned pages like any others. Succeeds once wrong bytes are
+    /// found, and fails if none are in 10,000 forks.
     #[arg(long)]
     pub(crate) without_unshare: bool,
     /// Print one JSON object.

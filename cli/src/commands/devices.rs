@@ -12,16 +12,16 @@ use clade_vmm::vm::{NetChoice, NetSpec, VsockChoice};
 
 const NET: &str = "tap=, mac=, queues=, rx-bytes=, rx-bytes-burst=, rx-packets=, rx-packets-burst=, tx-bytes=, tx-bytes-burst=, tx-packets=, tx-packets-burst=";
 
-/// A device that cannot be made of what was said.
+/// Why the description of a device is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DeviceArgError {
-    /// An option nobody knows.
+    /// An option is unknown.
     #[error("{option:?} is no option of {what}: {known}")]
     Unknown { what: &'static str, option: String, known: &'static str },
-    /// A value that is none.
+    /// An option has a bad value.
     #[error("{value:?} is no value for {key} of {what}: {wanted}")]
     Value { what: &'static str, key: String, value: String, wanted: &'static str },
-    /// Not all that is needed.
+    /// A required option is missing.
     #[error("{text:?} is not {what}: {needs}")]
     Missing { what: &'static str, text: String, needs: &'static str },
     /// A burst without a rate.

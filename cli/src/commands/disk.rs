@@ -12,18 +12,18 @@ use thiserror::Error;
 use crate::commands::units::parse_size;
 use clade_vmm::vm::DiskSpec;
 
-/// A `--disk` that says nothing one can do.
+/// Why a `--disk` is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DiskArgError {
-    /// No path.
+    /// It names no file.
     #[error("{text:?} names no file: --disk PATH[,ro][,id=..][,..]")]
     NoPath { text: String },
-    /// An option nobody knows.
+    /// An option is unknown.
     #[error(
         "{option:?} is no option of a disk: ro, ephemeral, id=, cache=host|direct, overlays=, queues=, bytes=, bytes-burst=, ops=, ops-burst= and for tests latency-ms="
     )]
     Unknown { option: String },
-    /// A value that is none.
+    /// An option has a bad value.
     #[error("{value:?} is no value for {key} of a disk: {wanted}")]
     Value { key: String, value: String, wanted: &'static str },
     /// A burst without a rate.

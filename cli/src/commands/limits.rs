@@ -2,7 +2,8 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the number of open files to what is allowed: a VM has a handful of descriptors, a fork one a layer.
+/// Raises the number of open files to what is allowed: a VM has a handful of descriptors, a fork
+/// one a layer.
 pub(crate) fn raise() {
     let now = getrlimit(Resource::Nofile);
     let most = Rlimit { current: now.maximum, maximum: now.maximum };
@@ -11,13 +12,15 @@ pub(crate) fn raise() {
     }
 }
 
-/// Has large buffers given back to the kernel when they are freed. glibc's thresholds grow with what is freed: an arena keeps
-/// a snapshot's windows (12 MiB) from then on, and each thread that saves may have an arena of its own.
+/// Has large buffers given back to the kernel when they are freed. glibc's thresholds grow with
+/// what is freed: an arena keeps a snapshot's windows (12 MiB) from then on, and each thread that
+/// saves may have an arena of its own.
 #[cfg(target_env = "gnu")]
 pub(crate) fn give_back_large_buffers() {
     const THRESHOLD: libc::c_int = 1 << 20;
     for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
-        // SAFETY: the parameters are glibc's own, the value is in their range, and no other thread has been started.
+        // SAFETY: the parameters are glibc's own, the value is in their range, and no other thread
+        // has been started.
         if unsafe { libc::mallopt(parameter, THRESHOLD) } == 0 {
             tracing::debug!(parameter, "the allocator keeps its thresholds");
         }
@@ -27,9 +30,10 @@ pub(crate) fn give_back_large_buffers() {
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn give_back_large_buffers() {}
 
-/// Has a closed pipe on standard output end the process without a word, as with other tools (`clade ps | head -1`). Not for
-/// a process that runs VMs: they outlive their reader.
+/// Has a closed pipe on standard output end the process without a word, as with other tools (`clade
+/// ps | head -1`). Not for a process that runs VMs: they outlive their reader.
 pub(crate) fn end_at_closed_pipes() {
-    // SAFETY: SIG_DFL is a valid disposition, and no other thread has been started that could handle the signal.
+    // SAFETY: SIG_DFL is a valid disposition, and no other thread has been started that could
+    // handle the signal.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }

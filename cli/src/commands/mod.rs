@@ -26,14 +26,14 @@ use clap::Parser;
 use args::{Cli, Command};
 pub(crate) use output::{Table, print_json};
 
-/// How a command ends when it does not end well.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// What was asked for cannot be: exit code 2.
+    /// The input cannot be carried out: exit code 2.
     Input(anyhow::Error),
-    /// It could be, but went wrong: exit code 1.
+    /// Carrying it out failed: exit code 1.
     Run(anyhow::Error),
-    /// A signal ended it, and everything in order: exit code 128 and the signal's number, as shells have it.
+    /// A signal ended it in an orderly way: exit code 128 plus the signal's number, as in shells.
     Signal(i32),
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nobody may hear it.
+            // Standard error may be closed.
             let _ = writeln!(std::io::stderr(), "clade: {failure}");
             ExitCode::from(match failure {
                 Failure::Run(_) => 1,

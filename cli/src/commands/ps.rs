@@ -27,7 +27,7 @@ pub(super) fn by_name(left: &str, right: &str) -> Ordering {
                 text[zeros..length].to_vec()
             };
             let (a, b) = (significant(left, in_left), significant(right, in_right));
-            // The longer number is the larger; equal ones are told apart by their zeros.
+            // The longer number is the larger; equal ones are ordered by their zeros.
             let order = a.len().cmp(&b.len()).then_with(|| a.cmp(&b)).then(in_left.cmp(&in_right));
             if order != Ordering::Equal {
                 return order;
@@ -45,7 +45,8 @@ pub(super) fn by_name(left: &str, right: &str) -> Ordering {
     }
 }
 
-/// Columns with two spaces between, as wide as what is in them: the same on a terminal and in a pipe.
+/// Columns with two spaces between, as wide as what is in them: the same on a terminal and in a
+/// pipe.
 fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);

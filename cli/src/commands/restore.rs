@@ -17,7 +17,7 @@ use clade_vmm::vm::{
     ChildIdentity, ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotError, VmError,
 };
 
-/// What is wrong with a snapshot, or with what was asked for, is the caller's; what this host could not do is not.
+/// Errors of the snapshot and of the arguments are the caller's; those of this host are not.
 fn failure(error: FleetError) -> Failure {
     use clade_snapshot::Error;
     match error {

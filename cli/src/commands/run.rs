@@ -20,7 +20,8 @@ use clade_daemon::fleet::{Fleet, FleetError, runtime_dir};
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
 
-/// Says something on standard error. Nobody may hear it: a VM does not end because its terminal or log has gone.
+/// Writes a line to standard error. A failure is ignored: a VM does not end because its terminal or
+/// log has gone.
 macro_rules! say {
     ($($text:tt)*) => {
         drop(writeln!(io::stderr(), $($text)*))
@@ -53,7 +54,6 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     config.hide = args.cpu_hide.clone().unwrap_or_default();
     config.pmu = args.pmu;
     config.acpi = !(bare || args.no_acpi);
-    config.report_port = bare;
     config.irqchip = Irqchip::Full;
     config.disks.clone_from(&args.disk);
     config.nets.clone_from(&args.net);
@@ -150,7 +150,7 @@ fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &Shutdown
         say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
     wait_for_all(fleet, shutdown);
-    // After all of them: a disk that somebody else has in its map is not written to.
+    // After all of them: a disk that another VM's map refers to is not written to.
     commit_overlays(disks);
     reason
 }
@@ -177,7 +177,8 @@ fn close_at_end(fleet: &Fleet, shutdown: &ShutdownSignal) {
     }
 }
 
-/// Writes what disks have in overlays back to their files, if that can be, and says what became of it.
+/// Writes what disks have in overlays back to their files, if that can be, and says what became of
+/// it.
 fn commit_overlays(disks: Vec<Disk>) {
     for disk in disks {
         if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {

@@ -10,15 +10,17 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use clade_daemon::fleet::Cancel;
 
-/// Signals to end by, where whoever started the process did not have them ignored (`nohup`, a shell's background).
+/// Signals that end the process, unless they were ignored when it started (`nohup`, a shell's
+/// background).
 const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
-/// Whether it is to end, and by which signal.
+/// Whether the process is to end, and by which signal.
 #[derive(Clone, Debug)]
 pub(super) struct ShutdownSignal(Arc<AtomicI32>, Cancel);
 
 impl ShutdownSignal {
-    /// Listens from now on. The first signal is for the process to look at; another ends it at once.
+    /// Listens from now on. The first signal is for the process to look at; another ends it at
+    /// once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;
         let (first, making) = (Arc::new(AtomicI32::new(0)), Cancel::default());

@@ -28,7 +28,8 @@ pub(crate) fn main(args: SnapshotArgs) -> Outcome {
     }
 }
 
-/// A bar of bytes with their rate; hidden when standard error is no terminal, or the output is for a program.
+/// A bar of bytes with their rate; hidden when standard error is no terminal, or the output is for
+/// a program.
 fn bar(json: bool) -> ProgressBar {
     if json || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();

@@ -33,7 +33,7 @@ impl Drop for RawMode {
     }
 }
 
-/// What a person at a terminal asked for with Ctrl-A.
+/// A user's command after Ctrl-A.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Escape {
     Leave,

@@ -1,6 +1,7 @@
 //! Sizes as people write them, everywhere the same.
 
-/// Bytes, from a number and an optional unit: K, M, G or T, also as KiB or KB. All are powers of 1024.
+/// Bytes, from a number and an optional unit: K, M, G or T, also as KiB or KB. All are powers of
+/// 1024.
 ///
 /// A fraction is taken where it comes out as whole bytes: `0.5G`, `1.5M`.
 ///

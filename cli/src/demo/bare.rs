@@ -1,24 +1,22 @@
-//! The bare guest's part: it writes words that the host can predict; every child is compared, byte for byte, with the prediction
-//! for the instant of its fork, and every VM with the prediction for what it did later.
+//! The bare guest's part: it writes words that the host can predict. Every child is compared, byte
+//! for byte, with the prediction for the instant of its fork, and every VM with the prediction for
+//! what it did later.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_guests::BARE_ELF;
-use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, POLL_OPS, WORK_BASE, model};
+use clade_guests::abi::{Command, Event, PAGE_SIZE, POLL_OPS, WORK_BASE};
 use clade_memory::{GAP_START, GuestRam};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::bench::Sample;
 use crate::commands::{DemoArgs, Failure};
 use crate::demo::progress;
-use clade_harness::{BareError, BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareError, BareMailbox, BareVcpu, Slice, boot_bare, stop_writing};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
-/// Pages that a vCPU keeps writing; the rest of its share of memory it has written once. At native speed it writes all of them
-/// between two forks.
+/// Pages that a vCPU keeps writing; the rest of its share of memory it has written once. At native
+/// speed it writes all of them between two forks.
 const HOT_PAGES: u64 = 512;
 /// Pages among which its writes are at any moment.
 const WINDOW: u64 = 64;
@@ -28,8 +26,8 @@ const OWN_PAGES: u64 = 32;
 const PACE: Duration = Duration::from_millis(10);
 /// How long a generation writes before it is forked.
 const GENERATION: Duration = Duration::from_millis(20);
-/// Words compared at a time; they stay in the second-level cache.
-const CHUNK_WORDS: usize = 16 << 10;
+/// The seed of vCPU 0's words; the next ones follow.
+const SEED: u64 = 0xc1ade;
 
 pub(crate) struct BareReport {
     pub(crate) forks: usize,
@@ -43,66 +41,11 @@ pub(crate) struct BareReport {
     pub(crate) private_kib_after: f64,
 }
 
-/// One vCPU's share of memory, and what must be in it.
-struct Slice {
-    vcpu: u64,
-    start: u64,
-    pages: u64,
-    seed: u64,
-    words: Vec<u64>,
-    /// Operations applied to `words`.
-    done: u64,
-}
-
-impl Slice {
-    fn new(vcpu: u64, start: u64, pages: u64) -> Self {
-        let mut words = vec![0; (pages * PAGE_WORDS) as usize];
-        let seed = 0xc1ade + vcpu;
-        model::fill(&mut words, start, seed);
-        Self { vcpu, start, pages, seed, words, done: 0 }
-    }
-
-    fn hot(&self) -> u64 {
-        self.pages.min(HOT_PAGES)
-    }
-
-    fn write_command(&self, first: u64) -> Command {
-        Command::Write { start: self.start, pages: self.hot(), window: WINDOW, seed: self.seed, count: 0, first }
-    }
-
-    /// Moves the prediction on to `progress` operations.
-    fn advance(&mut self, progress: u64) {
-        let hot = (self.hot() * PAGE_WORDS) as usize;
-        model::apply_writes(&mut self.words[..hot], self.seed, WINDOW, self.done..progress);
-        self.done = progress;
-    }
-
-    /// Bytes of `ram` that differ from the prediction, leaving out `except` pages from the start.
-    fn wrong_bytes(&self, ram: &GuestRam, except: u64) -> Result<u64, vm_memory::GuestMemoryError> {
-        let skip = (except * PAGE_WORDS) as usize;
-        let mut buffer = vec![0u64; CHUNK_WORDS];
-        let mut wrong = 0;
-        let mut at = self.start + except * PAGE_SIZE;
-        for want in self.words[skip..].chunks(CHUNK_WORDS) {
-            let got = &mut buffer[..want.len()];
-            ram.memory().get_slice(GuestAddress(at), want.len() * 8)?.copy_to(got);
-            if got != want {
-                let differ = |(got, want): (&u64, &u64)| {
-                    got.to_le_bytes().iter().zip(want.to_le_bytes()).filter(|(a, b)| **a != *b).count() as u64
-                };
-                wrong += got.iter().zip(want).map(differ).sum::<u64>();
-            }
-            at += want.len() as u64 * 8;
-        }
-        Ok(wrong)
-    }
-}
-
-/// A child that is paused except while something is asked of it: the guest polls for its next command, and a hundred of them would leave
-/// the parent no processor.
+/// A child that is paused except while it executes a command: the guest polls for commands, and a
+/// hundred of them would leave the parent no processor.
 struct Child {
     vm: Vm,
-    /// How far each vCPU had come when it stopped.
+    /// Operations that each vCPU had completed when it stopped.
     progress: Vec<u64>,
 }
 
@@ -120,7 +63,9 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<BareReport, Fail
     let mut demo = Demo {
         context,
         args,
-        slices: (0..args.cpus).map(|n| Slice::new(n, WORK_BASE + n * share * PAGE_SIZE, share)).collect(),
+        slices: (0..args.cpus)
+            .map(|n| Slice::filled(n, WORK_BASE + n * share * PAGE_SIZE, share, HOT_PAGES, WINDOW, SEED + n))
+            .collect(),
         report: BareReport {
             forks: args.forks,
             generations: args.generations,
@@ -148,8 +93,9 @@ impl Demo<'_> {
     fn run(&mut self, config: &Arc<VmConfig>) -> Result<(), Failure> {
         let parent = self.boot(config)?;
         let (children, last) = self.fork_while_it_runs(&parent, config)?;
-        // The parent is stopped where it is now, and checked after its children: its operations only count up.
-        let ended = self.stop_writing(&parent)?;
+        // The parent is stopped where it is now, and checked after its children: its operations
+        // only count up.
+        let ended = stop_writing(&parent, self.args.cpus).map_err(Failure::run)?;
         self.check_children(&children)?;
         if let Some(image) = last {
             self.nest(&image)?;
@@ -162,15 +108,11 @@ impl Demo<'_> {
 
     fn boot(&self, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
         let spin = progress::spinner(self.args, "booting, filling memory");
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(self.context, "demo", config, &source).map_err(Failure::run)?;
-        let vcpus = || self.slices.iter().map(|slice| (slice, BareVcpu::new(&vm, slice.vcpu)));
-        vcpus().try_for_each(|(_, vcpu)| vcpu.await_ready()).map_err(Failure::run)?;
+        let vm = boot_bare(self.context, "demo", config).map_err(Failure::run)?;
+        let vcpus = || self.slices.iter().map(|slice| (slice, BareVcpu::new(&vm, slice.vcpu())));
         let mut filling = Vec::new();
         for (slice, vcpu) in vcpus() {
-            let fill = Command::Fill { start: slice.start, pages: slice.pages, seed: slice.seed };
-            filling.push((vcpu, vcpu.mailbox().order(fill).map_err(Failure::run)?));
+            filling.push((vcpu, vcpu.mailbox().order(slice.fill_command()).map_err(Failure::run)?));
         }
         filling.iter().try_for_each(|(vcpu, seq)| vcpu.await_done(*seq)).map_err(Failure::run)?;
         for (slice, vcpu) in vcpus() {
@@ -196,7 +138,7 @@ impl Demo<'_> {
             let (child, first) = self.start_child(&format!("child-{n}"), &image)?;
             let pause_us = times.times.pause.as_secs_f64() * 1e6;
             if n == 0 {
-                // Once in a VM's life, and dearer: told apart.
+                // Reported apart: it happens once in a VM's life, and takes longer.
                 self.report.first_pause_us = pause_us;
             }
             self.report.pause.push(pause_us);
@@ -217,9 +159,9 @@ impl Demo<'_> {
                 .slices
                 .iter()
                 .map(|slice| {
-                    let mailbox = BareMailbox::new(ram, slice.vcpu);
+                    let mailbox = BareMailbox::new(ram, slice.vcpu());
                     let progress = mailbox.progress()?;
-                    mailbox.order(if slice.vcpu == 0 { Command::Announce } else { Command::Idle })?;
+                    mailbox.order(if slice.vcpu() == 0 { Command::Announce } else { Command::Idle })?;
                     Ok(progress)
                 })
                 .collect();
@@ -228,7 +170,7 @@ impl Demo<'_> {
         let options = ChildOptions { paused: false, before_start: Some(&prepare) };
         let vm = Vm::from_image(self.context, name, image, options).map_err(Failure::run)?;
         let first = BareVcpu::new(&vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
-        let progress = self.stop_writing(&vm)?;
+        let progress = stop_writing(&vm, self.args.cpus).map_err(Failure::run)?;
         vm.pause().map_err(Failure::run)?;
         // A child stands where it stopped: at most one poll's operations past its fork.
         for (now, then) in progress.iter().zip(at_fork.into_inner().map_err(Failure::run)?) {
@@ -239,17 +181,8 @@ impl Demo<'_> {
         Ok((Child { vm, progress }, first))
     }
 
-    /// Makes every vCPU of `vm` stop, and returns how far each had come.
-    fn stop_writing(&self, vm: &Vm) -> Result<Vec<u64>, Failure> {
-        let stop = |slice: &Slice| {
-            let vcpu = BareVcpu::new(vm, slice.vcpu);
-            vcpu.run(Command::Idle)?;
-            vcpu.mailbox().progress()
-        };
-        self.slices.iter().map(stop).collect::<Result<_, BareError>>().map_err(Failure::run)
-    }
-
-    /// Compares memory with the prediction for `progress`, leaving out each slice's first `except` pages. One thread a slice.
+    /// Compares memory with the prediction for `progress`, leaving out each slice's first `except`
+    /// pages. One thread a slice.
     fn check(&mut self, ram: &GuestRam, progress: &[u64], except: u64) -> Result<(), Failure> {
         let wrong = thread::scope(|scope| {
             let compare = |(slice, progress): (&mut Slice, u64)| {
@@ -268,7 +201,7 @@ impl Demo<'_> {
             threads.into_iter().map(|t| Ok(join(t)??)).sum::<Result<u64, anyhow::Error>>()
         });
         self.report.wrong_bytes += wrong.map_err(Failure::Run)?;
-        self.report.bytes_checked += self.slices.iter().map(|s| (s.pages - except) * PAGE_SIZE).sum::<u64>();
+        self.report.bytes_checked += self.slices.iter().map(|s| (s.pages() - except) * PAGE_SIZE).sum::<u64>();
         Ok(())
     }
 
@@ -281,8 +214,8 @@ impl Demo<'_> {
             // From here on it is different from all others.
             child.vm.resume().map_err(Failure::run)?;
             for slice in &self.slices {
-                let own = Command::Fill { start: slice.start, pages: OWN_PAGES, seed: own_seed(n, slice.vcpu) };
-                BareVcpu::new(&child.vm, slice.vcpu).run(own).map_err(Failure::run)?;
+                let own = Command::Fill { start: slice.start(), pages: OWN_PAGES, seed: own_seed(n, slice.vcpu()) };
+                BareVcpu::new(&child.vm, slice.vcpu()).run(own).map_err(Failure::run)?;
             }
             child.vm.pause().map_err(Failure::run)?;
             bar.inc(1);
@@ -299,12 +232,15 @@ impl Demo<'_> {
         for n in 0..self.args.generations {
             let (child, _) = self.start_child(&format!("generation-{n}"), &image)?;
             for (slice, first) in self.slices.iter().zip(child.progress.iter().copied()) {
-                BareMailbox::new(child.vm.ram(), slice.vcpu).order(slice.write_command(first)).map_err(Failure::run)?;
+                BareMailbox::new(child.vm.ram(), slice.vcpu())
+                    .order(slice.write_command(first))
+                    .map_err(Failure::run)?;
             }
             child.vm.resume().map_err(Failure::run)?;
             thread::sleep(GENERATION);
             image = child.vm.fork().map_err(Failure::run)?.0;
-            // The next generation is checked where it stands; this one goes: a child outlives its parent.
+            // The next generation is checked where it stands; this one goes: a child outlives its
+            // parent.
             drop(child);
             let (next, _) = self.start_child(&format!("generation-{n}-check"), &image)?;
             self.check_ahead(&next)?;
@@ -314,14 +250,12 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// The generations run away from the parent, so they are compared with a prediction of their own.
+    /// The generations run away from the parent, so they are compared with a prediction of their
+    /// own.
     fn check_ahead(&mut self, child: &Child) -> Result<(), Failure> {
-        let parents: Vec<(Vec<u64>, u64)> = self.slices.iter().map(|s| (s.words.clone(), s.done)).collect();
+        let parents = self.slices.clone();
         let checked = self.check(child.vm.ram(), &child.progress, 0);
-        for (slice, (words, done)) in self.slices.iter_mut().zip(parents) {
-            slice.words = words;
-            slice.done = done;
-        }
+        self.slices = parents;
         checked
     }
 
@@ -331,8 +265,8 @@ impl Demo<'_> {
         for (n, child) in (0..).zip(children) {
             child.vm.resume().map_err(Failure::run)?;
             for slice in &self.slices {
-                let own = Command::Verify { start: slice.start, pages: OWN_PAGES, seed: own_seed(n, slice.vcpu) };
-                let [wrong_words, ..] = BareVcpu::new(&child.vm, slice.vcpu).run(own).map_err(Failure::run)?;
+                let own = Command::Verify { start: slice.start(), pages: OWN_PAGES, seed: own_seed(n, slice.vcpu()) };
+                let [wrong_words, ..] = BareVcpu::new(&child.vm, slice.vcpu()).run(own).map_err(Failure::run)?;
                 self.report.wrong_bytes += wrong_words * 8;
                 self.report.bytes_checked += OWN_PAGES * PAGE_SIZE;
             }

@@ -103,8 +103,8 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxRepo
     let children: Vec<Vm> = (1..=COMMANDS.len()).map(child).collect::<Result<_, _>>().map_err(Failure::run)?;
     let bar = progress::bar(args, "ten shells, ten commands", children.len());
     let mut answers = Vec::new();
-    // As many at a time as there are processors: where guest kernels are interpreted, a kernel with less than one of them does little but
-    // serve its timer.
+    // As many at a time as there are processors: where guest kernels are interpreted, a kernel with
+    // less than one of them does little but serve its timer.
     let at_once = std::thread::available_parallelism().map_or(1, usize::from);
     for (children, commands) in children.chunks(at_once).zip(COMMANDS.chunks(at_once)) {
         for (child, command) in children.iter().zip(commands) {

@@ -28,7 +28,7 @@ struct Report {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let bare = bare::run(&context, args)?;
     let linux = linux::run(&context, args)?;
     let report = Report {

@@ -1,4 +1,5 @@
-//! What becomes of forks: children that run on with what was in flight, and are stopped, forked, put back to their fork, destroyed and compared.
+//! What becomes of forks: children that run on with what was in flight, and are stopped, forked,
+//! put back to their fork, destroyed and compared.
 
 use std::sync::Arc;
 use std::thread;
@@ -94,7 +95,8 @@ impl Checker {
         thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
     }
 
-    /// Resets a running child to its fork, in the middle of what it and its devices do, and compares it with what it was. It runs afterwards.
+    /// Resets a running child to its fork, in the middle of what it and its devices do, and
+    /// compares it with what it was. It runs afterwards.
     fn put_back(
         &mut self,
         vm: &Vm,

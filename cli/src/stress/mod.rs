@@ -1,5 +1,5 @@
-//! `clade stress dma`: devices do DMA into a guest, and out of it, while its CPUs write beside, and the guest is forked, again and again, and
-//! every byte of every VM and disk is compared with what it must be.
+//! `clade stress dma`: a guest is forked again and again while its devices do DMA and its CPUs
+//! write beside them. Every byte of every VM and disk is compared with its predicted value.
 //!
 //! ```text
 //!            vCPU 0                       vCPU 1
@@ -10,15 +10,17 @@
 //!              page that each request's 30 KiB end in ────┘
 //! ```
 //!
-//! The host forks, on the beat; writes and discards pages nobody else uses; and on another thread lets children run on with the requests that
-//! were in flight, puts them back to their fork, stops, forks, resets their disk or destroys them in the middle, and compares. What a child must have
-//! is known: the round and how far it has come are in its own memory.
+//! One thread of the host forks at a fixed interval, and writes and discards pages that only the
+//! host uses. Another takes the children: it lets them run on with the requests that were in
+//! flight, resets, stops or forks them, resets their disk or destroys them in the middle, and
+//! compares. A child's own memory has the round and its progress, so what must be in it is known.
 //!
-//! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork or reset that loses one
-//! stops its pair for good, and that is counted as stuck.
+//! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork
+//! or reset that loses one stops its pair for good, and that is counted as stuck.
 //!
-//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong. The run goes on until it has found
-//! that, and fails if it has not within [`MAX_CONTROL_FORKS`]: a check that cannot fail proves nothing.
+//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong. The run
+//! goes on until it has found that, and fails if it has not within [`MAX_CONTROL_FORKS`]: a check
+//! that cannot fail proves nothing.
 
 mod checker;
 mod rig;
@@ -43,11 +45,13 @@ use rig::{Random, Rig};
 const WAITING: usize = 4;
 /// How long throughput is measured, each way, at least and at most.
 const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
-/// With forks and without are measured in turn, so long at a time: what else the host does meets both.
+/// With forks and without are measured in turn, so long at a time: what else the host does meets
+/// both.
 const TURN: Duration = Duration::from_millis(500);
 /// Beats that are made up for at once, at most.
 const MADE_UP: u32 = 10;
-/// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been enough.
+/// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been
+/// enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
 /// Between two looks at the parent.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
@@ -184,7 +188,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
         return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
     }
-    let context = Context::open().map_err(Failure::input)?;
+    let context = Context::open().map_err(Failure::input)?.with_report_port();
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
     let rig = Rig::boot(&context, args)?;
     let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0 };

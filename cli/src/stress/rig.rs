@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
-use clade_guests::BARE_ELF;
 use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};
 use clade_io::CachePolicy;
@@ -14,8 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Tally;
 use crate::commands::{Failure, StressArgs};
-use clade_harness::{BareMailbox, BareVcpu};
-use clade_vmm::boot::{BootSource, Image};
+use clade_harness::{BareMailbox, BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
 
 /// Guest memory.
@@ -33,14 +31,16 @@ const WRITE_AREA: u64 = WORK_BASE + 0x8000;
 /// Memory that devices and CPUs share: the reader's, then the writer's.
 const SHARED: u64 = WORK_BASE + 0x1_0000;
 const DEPTH: u64 = 32;
-/// Memory of one request: the device's bytes, and behind them, in the same page, a word that the CPU counts up.
+/// Memory of one request: the device's bytes, and behind them, in the same page, a word that the
+/// CPU counts up.
 const STRIDE: u64 = 32 << 10;
-/// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes before all of it has landed.
+/// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes
+/// before all of it has landed.
 const BLOCK: u64 = 60;
 /// Pages only the host writes and discards.
 const SCRATCH: u64 = WORK_BASE + (4 << 20);
 const SCRATCH_PAGES: u64 = 512;
-/// Pages nobody writes after boot.
+/// Pages that are not written after boot.
 const STILL: u64 = WORK_BASE + (8 << 20);
 const STILL_PAGES: u64 = 2048;
 const STILL_SEED: u64 = 0x57111;
@@ -80,7 +80,7 @@ impl Random {
     }
 }
 
-/// Nanoseconds of the clock: for a seed that nobody gave.
+/// Nanoseconds of the clock: the default seed.
 pub(super) fn clock() -> u32 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
 }
@@ -105,7 +105,7 @@ pub(super) struct Expectation {
     scratch: Vec<u64>,
 }
 
-/// The parent, its disks' files and what it has been told.
+/// The parent, its disks' files, and the commands it has.
 #[derive(Debug)]
 pub(super) struct Rig {
     vm: Vm,
@@ -170,10 +170,7 @@ impl Rig {
             spec(files.path(), "write", WRITE_BYTES, WRITE_SEED)?,
         ];
         let config = Arc::new(config);
-        let kernel = Image::Bytes(BARE_ELF.into());
-        let source = BootSource::new(kernel);
-        let vm = Vm::boot(context, "stress", &config, &source).map_err(Failure::run)?;
-        (0..args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
+        let vm = boot_bare(context, "stress", &config).map_err(Failure::run)?;
         if args.without_unshare {
             vm.ram().set_pin_policy(clade_memory::PinPolicy::Ignore);
         }
@@ -354,9 +351,10 @@ fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Stops the disk runs of a running VM, lets what is in flight end, and has the guest compare all of the writer's disk.
-/// Of what the reader has compared, only what came after `read_before` operations is counted: a child's run began in its parent. (Words found
-/// wrong before the fork are found in both.)
+/// Stops the disk runs of a running VM, lets what is in flight end, and has the guest compare all
+/// of the writer's disk. Of what the reader has compared, only what came after `read_before`
+/// operations is counted: a child's run began in its parent. (Words found wrong before the fork are
+/// found in both.)
 pub(super) fn stop_and_compare(
     vm: &Vm,
     expect: &Expectation,
@@ -371,7 +369,8 @@ pub(super) fn stop_and_compare(
     let written = idle(WRITER)?;
     note(&written, tally);
     let done = if expect.phase == Phase::Write { written[0].min(WRITE_BLOCKS) } else { WRITE_BLOCKS };
-    // Started in order, and all that were started have ended: as many blocks are this round's, the rest the last one's.
+    // Started in order, and all that were started have ended: as many blocks are this round's, the
+    // rest the last one's.
     for (round, first, blocks) in [(expect.round, 0, done), (expect.round - 1, done, WRITE_BLOCKS - done)] {
         if blocks > 0 {
             let run = Command::DiskRun(writing(What::Verify, round, first, blocks));
@@ -383,7 +382,8 @@ pub(super) fn stop_and_compare(
     compare_counts(vm.ram(), 0, tally)
 }
 
-/// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant, up to `ahead` times more.
+/// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant,
+/// up to `ahead` times more.
 pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
     let word = |at: u64| ram.memory().read_obj::<u64>(GuestAddress(at)).map_err(Failure::run);
     for run in [reading(), writing(What::Write, 1, 0, WRITE_BLOCKS)] {
@@ -399,7 +399,8 @@ pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> R
     Ok(())
 }
 
-/// What only the host writes, and what nobody does: of the latter a part chosen by `some`, or all.
+/// Compares the pages that only the host writes, and those that are not written: of the latter a
+/// part chosen by `some`, or all.
 pub(super) fn compare_memory(
     ram: &GuestRam,
     expect: &Expectation,
@@ -430,7 +431,8 @@ pub(super) fn compare_memory(
     Ok(())
 }
 
-/// In a running VM: resets the reader's disk in the middle of what it does, takes it again, and reads some of it.
+/// In a running VM: resets the reader's disk in the middle of what it does, takes it again, and
+/// reads some of it.
 pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> {
     let run = |vcpu, command| BareVcpu::new(vm, vcpu).run(command).map_err(Failure::run);
     let [status, ..] = run(WRITER, Command::DiskReset { area: READ_AREA })?;

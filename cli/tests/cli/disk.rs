@@ -32,7 +32,8 @@ fn left(dir: &Path) -> String {
     disk.submit(DiskOp::Flush, 2).unwrap();
     end(&mut disk);
     drop(disk);
-    // Another test's process may have inherited the descriptors, and so the locks, until it runs its program.
+    // Another test's process may have inherited the descriptors, and so the locks, until it runs
+    // its program.
     let inode = |path: &Path| format!(":{} ", fs::metadata(path).unwrap().ino());
     let files = [inode(&path), inode(&dir.join("disk.img.clade-journal"))];
     wait_until("nobody has locks", || {

@@ -1,4 +1,5 @@
-//! DMA under forks, for a few seconds: no byte wrong with the protocol, and wrong bytes found without.
+//! DMA under forks, for a few seconds: no byte wrong with the protocol, and wrong bytes found
+//! without.
 
 use std::process::Command;
 

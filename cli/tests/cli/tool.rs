@@ -99,7 +99,8 @@ impl Runtime {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        // A shell that runs the tests in its background has them ignore SIGINT, and what they start.
+        // A shell that runs the tests in its background has them ignore SIGINT, and what they
+        // start.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP,INT,TERM", CLADE]).args(args);
         command.env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
@@ -176,7 +177,8 @@ impl Runtime {
         kill_process(Pid::from_child(&self.processes[0]), signal).unwrap();
     }
 
-    /// Takes what the oldest process says on standard error from now on, to its end. It was started by [`Runtime::spawn_heard`].
+    /// Takes what the oldest process says on standard error from now on, to its end. It was started
+    /// by [`Runtime::spawn_heard`].
     pub(crate) fn heard(&mut self) -> String {
         let mut text = String::new();
         self.processes[0].stderr.take().unwrap().read_to_string(&mut text).unwrap();

@@ -1,4 +1,5 @@
-//! The way in under misuse: what is stopped is released, descriptors come back, limits hold, and a client that goes cancels.
+//! The way in under misuse: what is stopped is released, descriptors come back, limits hold, and a
+//! client that goes cancels.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -289,7 +289,8 @@ pub struct ForkAnswer {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
-    /// Its directory; absolute, because this process may have another working directory than who asks.
+    /// Its directory; absolute, because this process may have another working directory than who
+    /// asks.
     pub dir: PathBuf,
     /// Only what changed since the VM was last saved, or restored.
     #[serde(default)]

@@ -15,72 +15,73 @@ use tokio::net::UnixStream;
 use crate::control::api::VmInfo;
 use crate::fleet::{check_name, runtime_dir, socket_path};
 
-/// Why a VM could not be asked.
+/// Why a request to a VM failed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ClientError {
-    /// Nobody answers to that name.
+    /// There is no socket of that name.
     #[error("there is no VM {name:?} (no socket {})", path.display())]
     NoSuchVm {
-        /// The name.
+        /// The VM's name.
         name: String,
-        /// Where its socket would be.
+        /// The socket's path.
         path: PathBuf,
     },
-    /// There is a socket, and nobody behind it.
+    /// There is a socket, but no process listens on it.
     #[error("the process of {name:?} has died: nobody answers at {}", path.display())]
     Dead {
-        /// The name.
+        /// The VM's name.
         name: String,
-        /// What it left behind.
+        /// The socket's path.
         path: PathBuf,
     },
-    /// Another user's.
+    /// The socket is another user's.
     #[error("the VM {name:?} is another user's: {} may not be opened", path.display())]
     Forbidden {
-        /// The name.
+        /// The VM's name.
         name: String,
-        /// Its socket.
+        /// The socket's path.
         path: PathBuf,
     },
-    /// Not a name.
+    /// The name has characters that a name cannot have, or is too long.
     #[error(transparent)]
     Name(#[from] crate::fleet::FleetError),
     /// The socket failed.
     #[error("the control socket of {name:?} failed")]
     Socket {
-        /// The name.
+        /// The VM's name.
         name: String,
-        /// Why.
+        /// The socket's error.
         #[source]
         source: io::Error,
     },
-    /// HTTP failed.
+    /// The HTTP connection failed.
     #[error("the VM's process did not answer")]
     Http(#[from] hyper::Error),
-    /// Not what was expected.
+    /// The answer is not of the expected form.
     #[error("the VM's answer could not be read")]
     Answer(#[from] serde_json::Error),
-    /// Refused.
+    /// The VM's process refuses the request.
     #[error("{error}")]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// In the server's words.
+        /// The server's message.
         error: String,
     },
-    /// The directory of sockets.
+    /// The runtime directory cannot be read.
     #[error("{} cannot be read", path.display())]
     Directory {
-        /// Which.
+        /// The directory's path.
         path: PathBuf,
-        /// Why.
+        /// The error of reading it.
         #[source]
         source: io::Error,
     },
 }
 
 impl ClientError {
-    /// What it means that the socket of `name` at `path` cannot be connected to.
+    /// The error for a socket of `name` at `path` that cannot be connected to.
     #[must_use]
     pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
         let name = name.to_owned();

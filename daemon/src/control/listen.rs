@@ -33,9 +33,11 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes of a request's body.
 const MAX_BODY: usize = 64 << 10;
-/// Most bytes of one that is too long which are read away, so that its sender stays to read the answer.
+/// Most bytes of one that is too long which are read away, so that its sender stays to read the
+/// answer.
 const MAX_DISCARDED: usize = 16 << 20;
-/// How long to wait after a connection could not be accepted. Descriptors do not come back sooner for trying.
+/// How long to wait after a connection could not be accepted. Descriptors do not come back sooner
+/// for trying.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// How long those who have asked something may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -48,7 +50,8 @@ pub(crate) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Takes over a socket that listens; None, with an error in the log, where the runtime does not take it.
+    /// Takes over a socket that listens; None, with an error in the log, where the runtime does not
+    /// take it.
     pub(crate) fn new(listener: UnixListener, what: &'static str) -> Option<Self> {
         let listener = listener.set_nonblocking(true).and_then(|()| tokio::net::UnixListener::from_std(listener));
         match listener {
@@ -60,7 +63,8 @@ impl Acceptor {
         }
     }
 
-    /// The next connection. Where none can be accepted (no descriptors), it waits; the first failure of a row is a warning.
+    /// The next connection. Where none can be accepted (no descriptors), it waits; the first
+    /// failure of a row is a warning.
     pub(crate) async fn next(&mut self) -> UnixStream {
         let own = rustix::process::geteuid().as_raw();
         let what = self.what;
@@ -76,7 +80,8 @@ impl Acceptor {
                 }
             };
             self.is_failing = false;
-            // The socket's mode says the same; this holds also where the directory was made by other means.
+            // The socket's mode says the same; this holds also where the directory was made by
+            // other means.
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == own || peer.uid() == 0 => return stream,
                 Ok(peer) => tracing::warn!(uid = peer.uid(), what, "a connection of another user is refused"),
@@ -88,7 +93,8 @@ impl Acceptor {
 
 /// Reads a request's body before the request is looked at.
 ///
-/// A server that answers and closes with unread bytes resets the connection, and the answer is lost.
+/// A server that answers and closes with unread bytes resets the connection, and the answer is
+/// lost.
 async fn read_body(request: Request, next: Next) -> Response {
     let (head, mut body) = request.into_parts();
     let read = async {
@@ -180,10 +186,10 @@ impl Serve for Listener {
     }
 
     fn finish(&self) {
-        // Nobody to be told is as good.
+        // Without a receiver there is no connection to end.
         let _ = self.ending.send(true);
         let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
-        // Those that are not done by then are cut off.
+        // Connections that are not done by then are cut off.
         let _ = self.runtime.block_on(async { timeout(LAST_ANSWERS, all).await.map(drop) });
     }
 }

@@ -1,5 +1,5 @@
-//! The control plane: HTTP over Unix sockets. One socket per VM for now; the paths name the VM, so that a daemon can serve
-//! them for all.
+//! The control plane: HTTP over Unix sockets. One socket per VM for now; the paths name the VM, so
+//! that a daemon can serve them for all.
 //!
 //! | method and path | body | answer |
 //! |---|---|---|
@@ -16,9 +16,9 @@
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
 //! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
 //!
-//! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 408 for a body that does not
-//! come, 409 for a VM in the wrong state or a name taken, 413 for a body above 64 KiB, 507 for no room on the host, 500 for
-//! the rest.
+//! Errors are `{"error": "..."}`: 400 for a request that cannot be right, 404 for no such VM, 408
+//! for a body that does not come, 409 for a VM in the wrong state or a name taken, 413 for a body
+//! above 64 KiB, 507 for no room on the host, 500 for the rest.
 
 mod api;
 mod client;

@@ -24,7 +24,8 @@ use crate::control::api::{
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 
-/// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is paused, does not.
+/// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is
+/// paused, does not.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -130,13 +131,13 @@ fn failed(status: StatusCode, text: &str) -> ApiError {
     ApiError { status, text: text.to_owned() }
 }
 
-/// Runs blocking work on a thread, if one is free within `patience`; else not at all.
+/// Runs blocking work on a thread, if one is free within `limit`; else not at all.
 async fn on_a_thread<T: Send + 'static>(
-    patience: Duration,
+    limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
     let no_thread = || failed(StatusCode::SERVICE_UNAVAILABLE, "there is no thread for the request");
-    // Whoever sets it first decides whether the work is done.
+    // The first to set it decides whether the work is done: the thread, or the timeout.
     let taken = Arc::new(AtomicBool::new(false));
     let (begin, begun) = oneshot::channel();
     let takes = Arc::clone(&taken);
@@ -149,9 +150,10 @@ async fn on_a_thread<T: Send + 'static>(
         let _ = begin.send(());
         Some(work())
     };
-    // It panics when no thread can be made and there is none. That is this request's end, not the connection's.
+    // It panics when no thread can be made and there is none. That is this request's end, not the
+    // connection's.
     let task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
-    if timeout(patience, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
+    if timeout(limit, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
         return Err(no_thread());
     }
     let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");

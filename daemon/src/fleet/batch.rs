@@ -8,7 +8,7 @@ use super::error::{CancelReason, FleetError, MAX_CHILDREN};
 use super::{Fleet, release, room};
 use clade_vmm::vm::{ChildOptions, Endpoints, ForkImage, Vm, VmConfig, VmError};
 
-/// A request that may be broken off. Clones are the same request.
+/// Cancels a request. A clone cancels the same request.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicU8>);
 
@@ -16,18 +16,18 @@ const CLIENT_GONE: u8 = 1;
 const ENDING: u8 = 2;
 
 impl Cancel {
-    /// Who asked has gone.
+    /// The client has gone.
     pub(crate) fn client_gone(&self) {
         self.set(CLIENT_GONE);
     }
 
-    /// The process is to end.
+    /// The process ends.
     pub fn ending(&self) {
         self.set(ENDING);
     }
 
     fn set(&self, reason: u8) {
-        // Relaxed: looked at between two children; nothing else follows from it.
+        // Relaxed: read between two children, and nothing is published through it.
         self.0.store(reason, Ordering::Relaxed);
     }
 
@@ -40,7 +40,7 @@ impl Cancel {
     }
 }
 
-/// Who VMs are forked from. It may go meanwhile: a request that makes its children does not hold it.
+/// The VM that a batch is forked from. It may end meanwhile: the request holds no handle.
 pub(super) struct Parent {
     name: String,
     vm: Weak<Vm>,
@@ -67,7 +67,7 @@ pub(super) struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// Whether the making is to go on after `made` of them.
+    /// Fails if the request is cancelled, `made` VMs having been made.
     fn check(&self, made: usize) -> Result<(), FleetError> {
         let reason = if let Some(reason) = self.cancel.reason() {
             reason
@@ -81,9 +81,11 @@ impl Batch<'_> {
         Err(FleetError::Cancelled { made, count: self.count, reason })
     }
 
-    /// Takes a name and what else is its alone for each of them. `{n}` counts up from 1, past what is taken.
+    /// Takes the name and the endpoints of each VM. `{n}` counts up from 1, skipping names that are
+    /// taken.
     ///
-    /// `by_name`: a socket that is taken is another's with the same name, and the next number will do.
+    /// `by_name`: the socket's path has the name in it, so if it is taken, the next number is
+    /// tried.
     pub(super) fn take(
         &self,
         stem: &str,
@@ -116,12 +118,12 @@ impl Batch<'_> {
                 continue;
             }
             let claim = match NameClaim::new(dir, &name) {
-                // Another request's, or another process's.
+                // The name of another request's VM, or of another process's.
                 Err(FleetError::Taken { .. }) => continue,
                 other => other?,
             };
             let ends = match endpoints(&name) {
-                // Made up of the name: another's, in another runtime directory.
+                // The socket of a VM with the same name in another runtime directory.
                 Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => continue,
                 other => other?,
             };
@@ -133,15 +135,15 @@ impl Batch<'_> {
         Ok(taken)
     }
 
-    /// Makes them all, holding still, then lists them and lets them run.
+    /// Makes all of them, paused, then lists them and lets them run.
     pub(super) fn launch(
         &self,
         taken: Vec<(NameClaim, Endpoints)>,
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        // One alone has nobody to wait for. Of several, none may run while others are made: they would take the processors
-        // that the making needs.
+        // Of several, none may run while others are made: they would take the processors that the
+        // making needs.
         let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
         let mut made = Vec::with_capacity(self.count);
         for (claim, ends) in taken {
@@ -153,7 +155,7 @@ impl Batch<'_> {
         let children: Vec<Arc<Vm>> = made.iter().map(|child| Arc::clone(&child.vm)).collect();
         self.fleet.publish(made, self.parent.as_ref().map(|parent| parent.name.as_str()))?;
         if held.paused && !options.paused {
-            // None of them is anybody's before who asked is told of it.
+            // The client has no handle to any of them yet, so all of them can still be removed.
             if let Err(error) = self.run(&children) {
                 self.fleet.withdraw(children);
                 return Err(error);
@@ -162,17 +164,17 @@ impl Batch<'_> {
         Ok(children)
     }
 
-    /// Lets the children run that are listed.
+    /// Resumes the listed children.
     fn run(&self, children: &[Arc<Vm>]) -> Result<(), FleetError> {
         for child in children {
             self.check(children.len())?;
             match child.resume() {
-                // Somebody else has stopped it: it is listed.
+                // Another request has stopped it already: it is listed.
                 Err(VmError::Stopped(_)) => {}
                 other => other?,
             }
         }
-        // Not gone while they were let go.
+        // Cancelled meanwhile?
         self.check(children.len())
     }
 }

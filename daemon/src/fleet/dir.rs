@@ -1,7 +1,8 @@
-//! The runtime directory: names of VMs, their locks, their sockets, and what is kept of those that ended.
+//! The runtime directory: names of VMs, their locks, their sockets, and what is kept of those that
+//! ended.
 //!
-//! Everything below it goes through one descriptor, opened without following a link and checked once. A directory that
-//! is swapped under a running process changes nothing.
+//! Everything below it goes through one descriptor, opened without following a link and checked
+//! once. A directory that is swapped under a running process changes nothing.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
@@ -171,7 +172,8 @@ impl RuntimeDir {
     }
 }
 
-/// A name held on this host. The lock goes with the process, so a crashed owner's name is free again.
+/// A name held on this host. The lock goes with the process, so a crashed owner's name is free
+/// again.
 #[derive(Debug)]
 pub(crate) struct NameClaim {
     dir: RuntimeDir,
@@ -202,7 +204,8 @@ impl NameClaim {
                 }
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
-            // An owner that left after the file was opened has removed it: what is locked then is no longer the name's.
+            // An owner that left after the file was opened has removed it: what is locked then is
+            // no longer the name's.
             let locked = lock.metadata().map_err(failed)?;
             match statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
@@ -215,7 +218,8 @@ impl NameClaim {
         Ok(Self { dir: dir.clone(), name: name.to_owned(), _lock: lock })
     }
 
-    /// A socket of the name's, for this user alone (mode 0600). `ending` is what follows the name and a dot.
+    /// A socket of the name's, for this user alone (mode 0600). `ending` is what follows the name
+    /// and a dot.
     pub(crate) fn bind(&self, ending: &str) -> Result<UnixListener, FleetError> {
         let file = format!("{}.{ending}", self.name);
         let bound = || -> io::Result<UnixListener> {
@@ -223,7 +227,8 @@ impl NameClaim {
             self.dir.remove(&file)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // The file is made with the mode of the socket it is bound to: there is no moment at which others may connect.
+            // The file is made with the mode of the socket it is bound to: there is no moment at
+            // which others may connect.
             fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
             let path = format!("/proc/self/fd/{}/{file}", self.dir.fd.as_raw_fd());
             bind(&socket, &SocketAddrUnix::new(path)?)?;
@@ -236,7 +241,7 @@ impl NameClaim {
 
 impl Drop for NameClaim {
     fn drop(&mut self) {
-        // The lock file last: while it is locked nobody else binds these.
+        // The lock file last: while it is locked no other process binds these.
         for ending in ["sock", "console", "hvc", "lock"] {
             self.dir.forget(&format!("{}.{ending}", self.name));
         }

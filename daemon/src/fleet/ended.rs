@@ -1,7 +1,7 @@
 //! What is kept of a VM that ended by itself: why, and the last it wrote to its console.
 //!
-//! One file a name in the runtime directory, `NAME.ended`, until a VM of that name is made again. The newest
-//! [`MAX_RECORDS`] are kept.
+//! One file a name in the runtime directory, `NAME.ended`, until a VM of that name is made again.
+//! The newest [`MAX_RECORDS`] are kept.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,4 +1,4 @@
-//! What the fleet refuses.
+//! Why the fleet refuses a request, or breaks one off.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,14 +9,15 @@ use super::dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
 use super::room::RoomError;
 use clade_vmm::vm::{SnapshotError, VmError};
 
-/// Most children one request may make.
+/// The most children of one request.
 pub const MAX_CHILDREN: usize = 10_000;
 
-/// Why a fork made no children although it could have.
+/// Why a fork was cancelled.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CancelReason {
-    /// The connection that asked for it is closed.
-    #[error("who asked has gone")]
+    /// The client has closed its connection.
+    #[error("the client has gone")]
     ClientGone,
     /// The parent was stopped.
     #[error("the parent has stopped")]
@@ -26,10 +27,11 @@ pub enum CancelReason {
     Ending,
 }
 
-/// What the fleet refuses.
+/// Why the fleet refuses a request, or breaks one off.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FleetError {
-    /// Not a name.
+    /// The name has characters that a name cannot have, or is too long.
     #[error(
         "{name:?} is not a name: 1 to {LONGEST_NAME} letters, digits, '-', '_' or '.', starting with a letter or digit"
     )]
@@ -37,7 +39,7 @@ pub enum FleetError {
         /// The name given.
         name: String,
     },
-    /// Another VM has it.
+    /// Another VM has the name.
     #[error("the name {name:?} is taken by a running VM")]
     Taken {
         /// The name.
@@ -49,46 +51,46 @@ pub enum FleetError {
         /// The name.
         name: String,
     },
-    /// A pattern that makes all names equal.
+    /// The pattern gives every child the same name.
     #[error("{pattern:?} names every child the same: {{n}} stands for the child's number")]
     Pattern {
         /// The pattern given.
         pattern: String,
     },
-    /// Too many children, or none.
+    /// One request makes at least one child, and not that many.
     #[error("{count} children: one fork makes 1 to {MAX_CHILDREN}")]
     Count {
-        /// How many were asked for.
+        /// The number of children in the request.
         count: usize,
     },
     /// The host has no room for all of them.
     #[error("{count} children do not fit")]
     Room {
-        /// How many were asked for.
+        /// The number of children in the request.
         count: usize,
-        /// What there is too little of.
+        /// The resource that is too scarce.
         #[source]
         source: RoomError,
     },
-    /// Broken off; none of the children is left.
+    /// The request was cancelled; none of its children is left.
     #[error("cancelled after {made} of {count} children: {reason}")]
     Cancelled {
-        /// How many had been made.
+        /// The children that had been made.
         made: usize,
-        /// How many were asked for.
+        /// The number of children in the request.
         count: usize,
-        /// Why.
+        /// The cause.
         reason: CancelReason,
     },
-    /// No VM is made any more.
+    /// The process ends, and makes no VM any more.
     #[error("the process is ending")]
     Ending,
-    /// Stopped, but something still holds what it had.
+    /// The VM has stopped, but some of its resources are still in use.
     #[error("{name} has stopped, but its devices are not released after {seconds} s")]
     Unreleased {
         /// The VM's name.
         name: String,
-        /// How long it was waited for.
+        /// How long was waited, in seconds.
         seconds: u64,
     },
     /// A socket's path is longer than the kernel takes.
@@ -96,7 +98,7 @@ pub enum FleetError {
     LongPath {
         /// The path.
         path: PathBuf,
-        /// Its length.
+        /// Its length in bytes.
         length: usize,
     },
     /// The runtime directory is a link.
@@ -121,19 +123,19 @@ pub enum FleetError {
         /// Its mode.
         mode: u32,
     },
-    /// Sockets and their directory.
+    /// A file of the runtime directory cannot be made or used.
     #[error("{} cannot be used", path.display())]
     Runtime {
         /// The file or directory.
         path: PathBuf,
-        /// Why not.
+        /// The error of the file.
         #[source]
         source: io::Error,
     },
-    /// See [`VmError`].
+    /// The VM cannot be made, forked or started.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// See [`SnapshotError`].
+    /// The VM cannot be saved or restored.
     #[error(transparent)]
     Snapshot(Box<SnapshotError>),
 }

@@ -1,25 +1,25 @@
-//! When a VM, and the fleet, has given back everything.
+//! When a VM, and the fleet, has released all its resources.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::dir::NameClaim;
 
-/// Whether everything a VM had is given back. Set by the last thing a VM drops.
+/// Whether a VM has released all its resources. Set by the last value that a VM drops.
 #[derive(Debug, Default)]
 pub(super) struct Release(Mutex<bool>, Condvar);
 
 impl Release {
-    /// Whether it is within `patience`.
-    pub(super) fn wait(&self, patience: Duration) -> bool {
+    /// Waits up to `timeout`. Returns whether it is released.
+    pub(super) fn wait(&self, timeout: Duration) -> bool {
         let released = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.1.wait_timeout_while(released, patience, |released| !*released);
+        let waited = self.1.wait_timeout_while(released, timeout, |released| !*released);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// What uses the fleet's devices and disks: VMs until the last of them is dropped, listed or not, and requests that make
-/// VMs.
+/// Counts the users of the fleet's devices and disks: VMs until they are dropped, listed or not,
+/// and requests that make VMs.
 #[derive(Debug, Default)]
 pub(super) struct InUse(Mutex<usize>, Condvar);
 
@@ -28,20 +28,20 @@ impl InUse {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One more, until it is dropped.
+    /// Counts one more, until it is dropped.
     pub(super) fn enter(self: &Arc<Self>) -> Use {
         *self.count() += 1;
         Use(Arc::clone(self))
     }
 
-    /// Whether there is none within `patience`.
-    pub(super) fn wait_for_none(&self, patience: Duration) -> bool {
-        let waited = self.1.wait_timeout_while(self.count(), patience, |count| *count > 0);
+    /// Waits up to `timeout`. Returns whether there is no user.
+    pub(super) fn wait_for_none(&self, timeout: Duration) -> bool {
+        let waited = self.1.wait_timeout_while(self.count(), timeout, |count| *count > 0);
         *waited.unwrap_or_else(PoisonError::into_inner).0 == 0
     }
 }
 
-/// One of [`InUse`].
+/// A user counted by [`InUse`].
 #[derive(Debug)]
 pub(super) struct Use(Arc<InUse>);
 
@@ -52,8 +52,8 @@ impl Drop for Use {
     }
 }
 
-/// What a VM drops after everything else it has, in this order: its name, the word that all is given back, its place in the
-/// fleet.
+/// What a VM drops after everything else, in this order: its name, then [`Release`] is set, then
+/// [`InUse`] counts down.
 #[derive(Debug)]
 pub(super) struct Tail {
     _claim: NameClaim,

@@ -1,7 +1,8 @@
 //! Whether the host has room for a number of VMs, before the first is made.
 //!
-//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is asked of the kernel, and
-//! compared with what a VM of the configuration needs. Guest memory is not counted: a child's is shared until written.
+//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is asked
+//! of the kernel, and compared with what a VM of the configuration needs. Guest memory is not
+//! counted: a child's is shared until written.
 
 use std::fs;
 
@@ -15,23 +16,23 @@ const SPARE_DESCRIPTORS: u64 = 256;
 /// Threads left for the rest of the host.
 const SPARE_THREADS: u64 = 512;
 
-/// There is too little of something.
+/// The host has too little of a resource.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("they need about {needed} {what}, and {left} of {limit} are left ({setting})")]
 pub struct RoomError {
-    /// What.
+    /// The resource.
     pub what: &'static str,
-    /// How many are needed.
+    /// The number that is needed.
     pub needed: u64,
-    /// How many are left, less a reserve.
+    /// The number that is left, less a reserve.
     pub left: u64,
-    /// How many there may be.
+    /// The most that the host allows.
     pub limit: u64,
-    /// The limit's name.
+    /// The name of that limit.
     pub setting: &'static str,
 }
 
-/// What one VM takes of the process and the host.
+/// The resources that one VM uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Needs {
     pub(crate) descriptors: u64,
@@ -40,7 +41,8 @@ pub(crate) struct Needs {
 }
 
 impl Needs {
-    /// Of a VM with this configuration in a fleet. Measured by the test below, which holds it to the truth.
+    /// The needs of a VM with this configuration in a fleet. A test (`way_in.rs` of the command
+    /// line) compares them with measured ones.
     pub(crate) fn of(config: &VmConfig) -> Self {
         let cpus = u64::from(config.cpus());
         let disks = config.disks.len() as u64;
@@ -48,11 +50,14 @@ impl Needs {
         let queues: u64 = config.virtio_queues().map(|queues| queues as u64).sum();
         let devices = config.virtio_queues().count() as u64;
         let hvc = u64::from(config.virtio_console);
-        // The VM, the serial line's interrupt, the generation's, the lock, the control and the console socket.
+        // The VM, the serial line's interrupt, the generation's, the lock, the control and the
+        // console socket.
         let vm = 6 + cpus;
-        // An interrupt a device and a notification a queue; each is registered with its worker once it is driven.
+        // An interrupt a device and a notification a queue; each is registered with its worker once
+        // it is driven.
         let wiring = devices + queues;
-        // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and sockets.
+        // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and
+        // sockets.
         let worked = 2 * devices + 3 * disks + 2 * nets + 3 * u64::from(config.vsock.is_some()) + hvc;
         Self { descriptors: vm + wiring + worked, threads: cpus + devices, mappings: 2 * (cpus + 2) }
     }
@@ -65,7 +70,7 @@ fn number(path: &str) -> Option<u64> {
 /// Refuses `count` VMs that each need `needs` if the host has no room for all.
 ///
 /// # Errors
-/// [`RoomError`]. What the kernel does not tell is not held against anybody.
+/// [`RoomError`]. A limit that the kernel does not report is not checked.
 pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
     let count = count as u64;
     let compare = |what, setting, limit: u64, used: u64, needed: u64| {

@@ -14,7 +14,7 @@ impl Serve for Nobody {
 
 fn bare_config() -> Arc<VmConfig> {
     let mut config = VmConfig::new(32 << 20, 1).unwrap();
-    (config.report_port, config.acpi) = (true, false);
+    config.acpi = false;
     Arc::new(config)
 }
 

@@ -1,7 +1,8 @@
 //! ACPI tables: CPUs, interrupts, devices, and how the guest learns that it has been cloned.
 //!
-//! The hardware-reduced kind, because nothing here is worth emulating: no power management timer, no system control interrupt. What would be
-//! a general-purpose event comes through a Generic Event Device, whose interrupt is edge-triggered, so that there is no state to save.
+//! The hardware-reduced kind, because nothing here is worth emulating: no power management timer,
+//! no system control interrupt. What would be a general-purpose event comes through a Generic Event
+//! Device, whose interrupt is edge-triggered, so that there is no state to save.
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT: COM1, a device for each virtio-mmio one, VGEN and VCLK (pages in RAM), and GED:
@@ -20,12 +21,11 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use clade_devices::virtio::MMIO_LEN;
-use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::layout::{
-    ACPI_TABLES, ACPI_TABLES_END, GENERATION_GSI, GENERATION_ID, IOAPIC_BASE, LAPIC_BASE, PAGE_SIZE, VMCLOCK,
-    virtio_slot,
+use crate::platform::{
+    ACPI_TABLES, ACPI_TABLES_END, COM1_BASE, COM1_GSI, GENERATION_GSI, GENERATION_ID, I8042_BASE, IOAPIC_BASE,
+    LAPIC_BASE, PAGE_SIZE, VMCLOCK, virtio_slot,
 };
 
 const OEM: [u8; 6] = *b"CLADE ";
@@ -71,7 +71,7 @@ fn in_memory(name: &str, hid: &Name, uid: &Name, at: GuestAddress, more: &[&dyn 
     bytes(&Device::new(Path::new(name), vec![hid, uid, &resources]))
 }
 
-/// Devices, and what the guest does when it is told that its generation has changed.
+/// Devices, and the method that runs at the interrupt of a new generation.
 fn devices(virtio: usize) -> Vec<u8> {
     let interrupt = |gsi| Interrupt::new(true, true, false, false, gsi);
     let uid = |number: u8| Name::new(Path::new("_UID"), &number);
@@ -149,9 +149,10 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     bytes(&table.finalize())
 }
 
-/// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at [`ACPI_TABLES`]. The root pointer comes first.
+/// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at
+/// [`ACPI_TABLES`]. The root pointer comes first.
 #[must_use]
-pub fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
+pub(crate) fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(ALIGN as usize)];
     let mut add = |table: Vec<u8>| {
         all.resize(all.len().next_multiple_of(ALIGN as usize), 0);
@@ -175,7 +176,7 @@ pub fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
 ///
 /// # Errors
 /// When there is no RAM there.
-pub fn write_acpi_tables<M: GuestMemoryBackend>(
+pub(crate) fn write_acpi_tables<M: GuestMemoryBackend>(
     mem: &M,
     cpus: u8,
     virtio: usize,
@@ -186,10 +187,9 @@ pub fn write_acpi_tables<M: GuestMemoryBackend>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::layout::VIRTIO_GSIS;
-    use super::super::mptable::MAX_CPUS;
     use super::super::testutil::{sum, u32_at};
     use super::*;
+    use crate::platform::{MAX_CPUS, VIRTIO_GSIS};
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())

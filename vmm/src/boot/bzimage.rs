@@ -1,7 +1,7 @@
 //! A bzImage: the setup header in front, the compressed kernel inside.
 //!
-//! Its own decompressor, real-mode code and relocation table are not used: the payload is unpacked here and run at the
-//! address it was linked for.
+//! Its own decompressor, real-mode code and relocation table are not used: the payload is unpacked
+//! here and run at the address it was linked for.
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
@@ -14,33 +14,34 @@ const MAGIC: usize = 0x202;
 const PAYLOAD_PROTOCOL: u16 = 0x0208;
 const SECTOR: usize = 512;
 
-/// Why a bzImage could not be taken apart.
+/// Why a bzImage could not be parsed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BzImageError {
-    /// Too old.
+    /// Its boot protocol is too old.
     #[error("the bzImage speaks boot protocol {}.{:02}, at least 2.08 is needed", version >> 8, version & 0xff)]
     Protocol {
-        /// Its version.
+        /// The protocol's version.
         version: u16,
     },
     /// The payload lies outside the file.
     #[error("the bzImage is truncated: its payload of {len} bytes at {offset:#x} does not fit {file} bytes")]
     Truncated {
-        /// Where the payload starts.
+        /// The payload's offset in bytes.
         offset: u64,
-        /// Its length.
+        /// The payload's length in bytes.
         len: u32,
-        /// Length of the file.
+        /// The file's length in bytes.
         file: usize,
     },
-    /// There is none.
+    /// The payload is empty.
     #[error("the bzImage has an empty payload")]
     NoPayload,
 }
 
 /// A checked bzImage.
 #[derive(Clone, Copy, Debug)]
-pub struct BzImage<'a> {
+pub(crate) struct BzImage<'a> {
     header: setup_header,
     payload: &'a [u8],
 }
@@ -52,7 +53,7 @@ pub(super) fn looks_like_bzimage(bytes: &[u8]) -> bool {
 
 impl<'a> BzImage<'a> {
     /// Checks `bytes`, which [`looks_like_bzimage`], and finds the payload.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, BzImageError> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, BzImageError> {
         // The jump instruction skips the header, so its operand says how long the header is.
         let jump = bytes.get(JUMP_LEN).copied().unwrap_or(0);
         let mut header = setup_header::default();
@@ -83,13 +84,13 @@ impl<'a> BzImage<'a> {
 
     /// The compressed kernel.
     #[must_use]
-    pub fn payload(&self) -> &'a [u8] {
+    pub(crate) fn payload(&self) -> &'a [u8] {
         self.payload
     }
 
     /// The setup header, as the zero page takes it.
     #[must_use]
-    pub fn header(&self) -> setup_header {
+    pub(super) fn header(&self) -> setup_header {
         self.header
     }
 }

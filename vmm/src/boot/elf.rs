@@ -1,8 +1,8 @@
 //! The kernel's ELF file: what is checked, what is loaded, where it is entered.
 //!
-//! linux-loader has a loader for these; this one exists because every refusal here names the offending value, because
-//! segments are checked against the guest's RAM before anything is written, and because no arithmetic on the file's
-//! numbers can overflow.
+//! linux-loader has a loader for these; this one exists because every refusal here names the
+//! offending value, because segments are checked against the guest's RAM before anything is
+//! written, and because no arithmetic on the file's numbers can overflow.
 
 use std::ops::Range;
 
@@ -24,93 +24,94 @@ const PVH_NOTE_NAME: &[u8] = b"Xen\0";
 
 /// Why an ELF file is not a kernel that can be loaded.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ElfError {
-    /// No ELF magic.
+    /// The file has no ELF magic.
     #[error("not an ELF file: it starts with {found:02x?}")]
     NotElf {
         /// Its first bytes.
         found: Vec<u8>,
     },
-    /// Something lies past the end of the file.
+    /// A part of the file lies past its end.
     #[error("the ELF file is truncated: {what} ends at byte {end}, the file at byte {len}")]
     Truncated {
-        /// What.
+        /// The part.
         what: &'static str,
-        /// Where it would end; `u64::MAX` when that is not representable.
+        /// The part's end in bytes; `u64::MAX` when that is not representable.
         end: u64,
-        /// Length of the file.
+        /// The file's length in bytes.
         len: usize,
     },
-    /// 32-bit.
+    /// The file is not a 64-bit one.
     #[error("the kernel is a {} ELF file, only 64-bit ones can be started", match class { 1 => "32-bit".to_owned(), other => format!("class {other}") })]
     Not64Bit {
         /// `EI_CLASS`.
         class: u8,
     },
-    /// Big-endian.
+    /// The file is big-endian.
     #[error("the kernel is not little-endian (ELF data encoding {encoding})")]
     NotLittleEndian {
         /// `EI_DATA`.
         encoding: u8,
     },
-    /// For another processor.
+    /// The file is for another processor.
     #[error("the kernel is for ELF machine {machine}, this host runs x86-64 (62)")]
     WrongMachine {
         /// `e_machine`.
         machine: u16,
     },
-    /// Program headers of an unknown size.
+    /// The program headers have an unknown size.
     #[error("the ELF file's program headers are {found} bytes each, not 56")]
     ProgramHeaderSize {
         /// `e_phentsize`.
         found: u16,
     },
-    /// Nothing to load.
+    /// No segment is loadable.
     #[error("the ELF file has no loadable segment")]
     NoSegments,
-    /// A segment with more bytes in the file than in memory.
+    /// A segment has more bytes in the file than in memory.
     #[error("the ELF segment for {addr:#x} has {file} bytes in the file but {mem} in memory")]
     SegmentSizes {
-        /// Where it goes.
+        /// The segment's guest-physical address.
         addr: u64,
         /// `p_filesz`.
         file: u64,
         /// `p_memsz`.
         mem: u64,
     },
-    /// A segment outside RAM.
+    /// A segment lies outside RAM.
     #[error(
         "the kernel's segment of {len:#x} bytes at {addr:#x} does not fit: RAM below the MMIO gap ends at {ram_end:#x}"
     )]
     OutsideRam {
-        /// Where it goes.
+        /// The segment's guest-physical address.
         addr: u64,
-        /// Its length.
+        /// The segment's length in bytes.
         len: u64,
         /// End of low RAM.
         ram_end: u64,
     },
-    /// A segment past the end of the address space.
+    /// A segment leaves the address space.
     #[error("the kernel's segment of {len:#x} bytes at {addr:#x} leaves the address space")]
     AddressOverflow {
-        /// Where it goes.
+        /// The segment's guest-physical address.
         addr: u64,
-        /// Its length.
+        /// The segment's length in bytes.
         len: u64,
     },
-    /// A segment in base memory, where the boot structures are.
+    /// A segment lies in base memory, where the boot structures are.
     #[error("the kernel's segment at {addr:#x} lies below 1 MiB, where the boot structures are")]
     BelowHimem {
-        /// Where it goes.
+        /// The segment's guest-physical address.
         addr: u64,
     },
-    /// A PVH note that is too short for an address.
+    /// The PVH note is too short for an address.
     #[error("the kernel's PVH note is {len} bytes, too short for an entry address")]
     ShortPvhNote {
         /// `n_descsz`.
         len: u32,
     },
-    /// An entry point that is in no segment.
+    /// The entry point is in no segment.
     #[error("the kernel's entry point {entry:#x} is in none of its segments")]
     EntryOutside {
         /// The entry point.
@@ -119,11 +120,11 @@ pub enum ElfError {
     /// Guest memory refused a write.
     #[error("cannot copy the kernel's segment of {len:#x} bytes to guest address {addr:#x}")]
     Copy {
-        /// Where to.
+        /// The guest-physical address.
         addr: u64,
-        /// Bytes.
+        /// Bytes to copy.
         len: usize,
-        /// What guest memory said.
+        /// The error of the access.
         #[source]
         source: GuestMemoryError,
     },
@@ -137,7 +138,7 @@ struct Segment {
 
 /// A checked 64-bit x86 ELF file.
 #[derive(Debug)]
-pub struct KernelElf<'a> {
+pub(crate) struct KernelElf<'a> {
     bytes: &'a [u8],
     entry: u64,
     pvh_entry: Option<u32>,
@@ -182,7 +183,7 @@ fn file_range(bytes: &[u8], what: &'static str, offset: u64, len: u64) -> Result
 
 impl<'a> KernelElf<'a> {
     /// Checks `bytes` and finds the segments and entry points.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, ElfError> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, ElfError> {
         if !looks_like_elf(bytes) {
             return Err(ElfError::NotElf { found: bytes.iter().take(4).copied().collect() });
         }
@@ -238,19 +239,19 @@ impl<'a> KernelElf<'a> {
 
     /// The 32-bit entry point of the PVH protocol, for kernels that have one.
     #[must_use]
-    pub fn pvh_entry(&self) -> Option<GuestAddress> {
+    pub(crate) fn pvh_entry(&self) -> Option<GuestAddress> {
         self.pvh_entry.map(|entry| GuestAddress(entry.into()))
     }
 
     /// The ELF entry point: that of the 64-bit protocol.
     #[must_use]
-    pub fn entry(&self) -> GuestAddress {
+    pub(super) fn entry(&self) -> GuestAddress {
         GuestAddress(self.entry)
     }
 
     /// The guest memory it takes, from its lowest to its highest address.
     #[must_use]
-    pub fn extent(&self) -> Option<GuestRange> {
+    pub(crate) fn extent(&self) -> Option<GuestRange> {
         let start = self.segments.iter().map(|s| s.memory.start()).min()?;
         let end = self.segments.iter().map(|s| s.memory.end()).max()?;
         GuestRange::new(start, end.0 - start.0)
@@ -264,9 +265,9 @@ impl<'a> KernelElf<'a> {
 
     /// Copies the segments into `mem`, all of them or none that does not fit.
     ///
-    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is born zero, and touching
-    /// it would cost host memory for nothing.
-    pub fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
+    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is born
+    /// zero, and touching it would cost host memory for nothing.
+    pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
         for Segment { memory, .. } in &self.segments {
             if memory.start() < HIMEM_START {
                 return Err(ElfError::BelowHimem { addr: memory.start().0 });
@@ -284,7 +285,8 @@ impl<'a> KernelElf<'a> {
     }
 }
 
-/// Finds the PVH entry point in a note segment. Notes are padded to four bytes, whatever the segment's alignment.
+/// Finds the PVH entry point in a note segment. Notes are padded to four bytes, whatever the
+/// segment's alignment.
 fn pvh_note(mut notes: &[u8]) -> Result<Option<u32>, ElfError> {
     const NOTE_HEADER_LEN: usize = 12;
     while notes.len() >= NOTE_HEADER_LEN {

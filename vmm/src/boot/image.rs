@@ -1,4 +1,4 @@
-//! Where a kernel or an initramfs comes from: a file, or bytes already in memory.
+//! A kernel or an initramfs: a file, or bytes in memory.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -16,42 +16,43 @@ pub enum Image {
     Bytes(Cow<'static, [u8]>),
 }
 
-/// Why an image could not be had.
+/// Why an image could not be read or copied.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ImageError {
     /// It could not be opened or read.
     #[error("cannot read {}", path.display())]
     Read {
-        /// The file.
+        /// The file's path.
         path: PathBuf,
-        /// What the host said.
+        /// The error of the file.
         #[source]
         source: io::Error,
     },
-    /// There is nothing in it.
+    /// The image is empty.
     #[error("{image} is empty")]
     Empty {
-        /// Which image.
+        /// The image's name.
         image: String,
     },
-    /// It is too large to be read.
+    /// The image is too large.
     #[error("{image} is larger than {limit} bytes")]
     TooLarge {
-        /// Which image.
+        /// The image's name.
         image: String,
-        /// The most that is read.
+        /// The most bytes that are read.
         limit: u64,
     },
     /// It could not be copied into the guest.
     #[error("cannot copy {len} bytes of {image} to guest address {addr:#x}")]
     Copy {
-        /// Which image.
+        /// The image's name.
         image: String,
         /// Bytes to copy.
         len: u64,
-        /// Where to.
+        /// The guest-physical address.
         addr: u64,
-        /// What guest memory said.
+        /// The error of the access.
         #[source]
         source: GuestMemoryError,
     },
@@ -158,7 +159,8 @@ impl OpenImage<'_> {
     pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), ImageError> {
         let copied = match &mut self.source {
             OpenSource::Bytes(bytes) => mem.write_slice(bytes, addr),
-            // The file's length is at most the guest's RAM (checked by the caller), so it fits a usize.
+            // The file's length is at most the guest's RAM (checked by the caller), so it fits a
+            // usize.
             OpenSource::File(file) => mem.read_exact_volatile_from(addr, file, self.len as usize),
         };
         copied.map_err(|source| ImageError::Copy { image: self.image.name(), len: self.len, addr: addr.0, source })

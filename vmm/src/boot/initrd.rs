@@ -1,20 +1,23 @@
-//! Where the initramfs goes: as high as it fits, so that the kernel has the memory above itself to grow into.
+//! Where the initramfs goes: as high as it fits, so that the kernel has the memory above itself to
+//! grow into.
 
 use vm_memory::GuestAddress;
 
-use super::layout::{GuestRange, MMIO_GAP_START, PAGE_SIZE, RamLayout};
+use super::layout::{GuestRange, RamLayout};
+use crate::platform::{MMIO_GAP_START, PAGE_SIZE};
 
 /// Why there is no room for the initramfs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum InitrdError {
-    /// It is larger than what is free.
+    /// It does not fit into free memory.
     #[error(
         "the initramfs of {len} bytes does not fit: {room} bytes are free between the kernel's end at {kernel_end:#x} and {top:#x}"
     )]
     NoRoom {
-        /// Its length.
+        /// Its length in bytes.
         len: u64,
-        /// Whole pages free for it.
+        /// Bytes that are free, in whole pages.
         room: u64,
         /// End of the kernel.
         kernel_end: u64,
@@ -23,8 +26,8 @@ pub enum InitrdError {
     },
 }
 
-/// Places `len` bytes above `kernel` and below the end of low RAM, the MMIO gap and `addr_max` (the highest address the
-/// kernel says its initramfs may have, inclusive), on a page boundary.
+/// Places `len` bytes above `kernel` and below the end of low RAM, the MMIO gap and `addr_max` (the
+/// highest address the kernel says its initramfs may have, inclusive), on a page boundary.
 pub(super) fn place(len: u64, ram: &RamLayout, kernel: GuestRange, addr_max: u64) -> Result<GuestRange, InitrdError> {
     let top = ram.low_end().0.min(MMIO_GAP_START.0).min(addr_max.saturating_add(1));
     let floor = kernel.end().0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);

@@ -1,4 +1,4 @@
-//! The guest-physical map: every fixed address of the boot protocols, in one table.
+//! Guest memory at boot: the addresses of the boot protocols' structures, and which ranges are RAM.
 //!
 //! | from | to | what |
 //! |---|---|---|
@@ -12,90 +12,56 @@
 //! | `0x9000` | `0xf000` | page tables of the 64-bit protocol: PML4, PDPT, four PDs; 4 GiB in 2 MiB pages |
 //! | `0x20000` | `0x20800` | command line |
 //! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory, where kernels look |
-//! | `0xe0000` | `0xf0000` | ACPI tables, the root pointer first, where kernels look |
-//! | `0xfe000` | `0xff000` | the VM's generation id, which changes in every clone |
-//! | `0xff000` | `0x100000` | VMClock: what tells user space the same |
+//! | `0xa0000` | `0x100000` | reserved: see [`platform`](crate::platform) |
 //! | `0x100000` | | kernel, at the address it was linked for |
 //! | below the gap | | initramfs, as high as it fits |
-//! | `0xc0000000` | `0x100000000` | no RAM: virtio-mmio from `0xd0000000`, IOAPIC, LAPIC, KVM's TSS |
+//! | `0xc0000000` | `0x100000000` | no RAM: see [`platform`](crate::platform) |
 //! | `0x100000000` | | the RAM that did not fit below the gap |
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::platform::{MMIO_GAP_END, MMIO_GAP_START};
+
 /// Boot GDT.
-pub const BOOT_GDT: GuestAddress = GuestAddress(0x500);
+pub(crate) const BOOT_GDT: GuestAddress = GuestAddress(0x500);
 /// Boot IDT, empty.
-pub const BOOT_IDT: GuestAddress = GuestAddress(0x520);
+pub(crate) const BOOT_IDT: GuestAddress = GuestAddress(0x520);
 /// PVH `hvm_start_info`.
-pub const PVH_START_INFO: GuestAddress = GuestAddress(0x6000);
+pub(crate) const PVH_START_INFO: GuestAddress = GuestAddress(0x6000);
 /// PVH module list.
-pub const PVH_MODLIST: GuestAddress = GuestAddress(0x6040);
+pub(crate) const PVH_MODLIST: GuestAddress = GuestAddress(0x6040);
 /// PVH memory map.
-pub const PVH_MEMMAP: GuestAddress = GuestAddress(0x6080);
+pub(crate) const PVH_MEMMAP: GuestAddress = GuestAddress(0x6080);
 /// Zero page.
-pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+pub(crate) const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
 /// Initial stack pointer of the 64-bit protocol.
-pub const BOOT_STACK: GuestAddress = GuestAddress(0x8ff0);
+pub(crate) const BOOT_STACK: GuestAddress = GuestAddress(0x8ff0);
 /// Top level of the boot page tables.
-pub const BOOT_PML4: GuestAddress = GuestAddress(0x9000);
+pub(crate) const BOOT_PML4: GuestAddress = GuestAddress(0x9000);
 /// Second level of the boot page tables.
-pub const BOOT_PDPT: GuestAddress = GuestAddress(0xa000);
+pub(crate) const BOOT_PDPT: GuestAddress = GuestAddress(0xa000);
 /// The first of [`BOOT_PD_COUNT`] page directories.
-pub const BOOT_PD: GuestAddress = GuestAddress(0xb000);
+pub(crate) const BOOT_PD: GuestAddress = GuestAddress(0xb000);
 /// Page directories: one per GiB.
-pub const BOOT_PD_COUNT: u64 = 4;
+pub(crate) const BOOT_PD_COUNT: u64 = 4;
 /// Command line.
-pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 /// Longest command line with its terminating NUL: the x86 `COMMAND_LINE_SIZE`.
-pub const CMDLINE_CAPACITY: usize = 2048;
+pub(crate) const CMDLINE_CAPACITY: usize = 2048;
 /// MP floating pointer, followed by the table. Also the start of the extended BIOS data area.
-pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
+pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// End of base memory.
-pub const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
-/// ACPI tables, the root pointer first.
-pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
-/// End of what ACPI tables may take.
-pub const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
-/// The 16 bytes of the generation id, in a page of their own: a kernel may hand the clock's page to its users, and this is for nobody else.
-pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
-/// The VMClock structure, in a page of its own.
-pub const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
-/// The interrupt by which the guest is told that its generation has changed. Of a mouse that there is not.
-pub const GENERATION_GSI: u32 = 12;
+pub(crate) const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
 /// Start of the memory a kernel may be loaded into.
-pub const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
-/// Start of the address range without RAM.
-pub const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
-/// End of the address range without RAM.
-pub const MMIO_GAP_END: GuestAddress = GuestAddress(clade_memory::GAP_END);
-/// The IOAPIC's registers.
-pub const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
-/// Every local APIC's registers.
-pub const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
-/// Where KVM may keep its three-page TSS (`KVM_SET_TSS_ADDR`), inside the gap.
-pub const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
-/// Where virtio devices have their registers: one page each, from here on.
-pub const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
-/// The interrupts of virtio devices, in order: first those that no part of a PC ever had, then those of absent parts.
-pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
-
-/// Where the virtio device number `index` is, and its interrupt. None if there are not so many.
-#[must_use]
-pub fn virtio_slot(index: usize) -> Option<(GuestAddress, u32)> {
-    let gsi = *VIRTIO_GSIS.get(index)?;
-    Some((GuestAddress(VIRTIO_BASE.0 + index as u64 * PAGE_SIZE), gsi))
-}
-
-/// Size of a small page.
-pub const PAGE_SIZE: u64 = 4096;
-
+pub(crate) const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
 /// The most RAM ranges a layout may have, so that every protocol's memory map holds them.
-pub const MAX_RAM_RANGES: usize = 64;
+pub(crate) const MAX_RAM_RANGES: usize = 64;
 /// The least RAM a guest may have: base memory and 1 MiB for a kernel.
-pub const MIN_RAM: u64 = 0x20_0000;
+pub(crate) const MIN_RAM: u64 = 0x20_0000;
 
 /// Why a RAM layout was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// Base memory is missing or too small.
     #[error("RAM must start at address 0 and be at least {MIN_RAM:#x} bytes there, but {found:#x} bytes are there")]
@@ -106,9 +72,9 @@ pub enum LayoutError {
     /// An empty range, or one past the end of the address space.
     #[error("a RAM range of {len:#x} bytes at {start:#x} is empty or leaves the address space")]
     BadRange {
-        /// Its start.
+        /// The range's start.
         start: u64,
-        /// Its length.
+        /// The range's length in bytes.
         len: u64,
     },
     /// Two ranges overlap.
@@ -130,14 +96,14 @@ pub enum LayoutError {
     /// More ranges than a memory map holds.
     #[error("{count} RAM ranges, at most {MAX_RAM_RANGES} are supported")]
     TooMany {
-        /// How many.
+        /// The number of ranges.
         count: usize,
     },
 }
 
 /// A non-empty range of guest-physical addresses whose end is representable.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct GuestRange {
+pub(crate) struct GuestRange {
     start: u64,
     end: u64,
 }
@@ -145,39 +111,40 @@ pub struct GuestRange {
 impl GuestRange {
     /// `len` bytes at `start`; `None` when that is empty or leaves the address space.
     #[must_use]
-    pub fn new(start: GuestAddress, len: u64) -> Option<Self> {
+    pub(crate) fn new(start: GuestAddress, len: u64) -> Option<Self> {
         let end = start.0.checked_add(len)?;
         (len > 0).then_some(Self { start: start.0, end })
     }
 
     /// First address.
     #[must_use]
-    pub fn start(self) -> GuestAddress {
+    pub(crate) fn start(self) -> GuestAddress {
         GuestAddress(self.start)
     }
 
     /// The address after the last.
     #[must_use]
-    pub fn end(self) -> GuestAddress {
+    pub(crate) fn end(self) -> GuestAddress {
         GuestAddress(self.end)
     }
 
     /// Bytes; never 0.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a GuestRange is never empty")]
-    pub fn len(self) -> u64 {
+    pub(crate) fn len(self) -> u64 {
         self.end - self.start
     }
 
     /// Whether `inner` lies within.
     #[must_use]
-    pub fn contains(self, inner: Self) -> bool {
+    pub(crate) fn contains(self, inner: Self) -> bool {
         self.start <= inner.start && inner.end <= self.end
     }
 
     /// Whether the two share an address.
+    #[cfg(test)]
     #[must_use]
-    pub fn overlaps(self, other: Self) -> bool {
+    pub(crate) fn overlaps(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end
     }
 
@@ -196,11 +163,11 @@ impl std::fmt::Debug for GuestRange {
 
 /// Which guest-physical ranges are RAM: sorted, disjoint, starting at 0, none in the MMIO gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RamLayout(Vec<GuestRange>);
+pub(crate) struct RamLayout(Vec<GuestRange>);
 
 impl RamLayout {
     /// Checks and sorts `ranges` of (start, length).
-    pub fn new(ranges: impl IntoIterator<Item = (GuestAddress, u64)>) -> Result<Self, LayoutError> {
+    pub(crate) fn new(ranges: impl IntoIterator<Item = (GuestAddress, u64)>) -> Result<Self, LayoutError> {
         let mut checked = ranges
             .into_iter()
             .map(|(start, len)| GuestRange::new(start, len).ok_or(LayoutError::BadRange { start: start.0, len }))
@@ -223,7 +190,8 @@ impl RamLayout {
     }
 
     /// `bytes` of RAM: from 0 to the gap, the rest from 4 GiB.
-    pub fn around_gap(bytes: u64) -> Result<Self, LayoutError> {
+    #[cfg(test)]
+    pub(crate) fn around_gap(bytes: u64) -> Result<Self, LayoutError> {
         let low = bytes.min(MMIO_GAP_START.0);
         let high = bytes - low;
         let ranges = [(GuestAddress(0), low), (MMIO_GAP_END, high)];
@@ -231,37 +199,39 @@ impl RamLayout {
     }
 
     /// All regions of `mem`, for a guest memory that holds nothing but RAM.
-    pub fn of_memory<M: GuestMemoryBackend + ?Sized>(mem: &M) -> Result<Self, LayoutError> {
+    pub(crate) fn of_memory<M: GuestMemoryBackend + ?Sized>(mem: &M) -> Result<Self, LayoutError> {
         Self::new(mem.iter().map(|region| (region.start_addr(), region.len())))
     }
 
     /// The ranges, in order.
+    #[cfg(test)]
     #[must_use]
-    pub fn ranges(&self) -> &[GuestRange] {
+    pub(crate) fn ranges(&self) -> &[GuestRange] {
         &self.0
     }
 
     /// Bytes of RAM.
     #[must_use]
-    pub fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.0.iter().map(|range| range.len()).sum()
     }
 
     /// End of the RAM that starts at 0.
     #[must_use]
-    pub fn low_end(&self) -> GuestAddress {
+    pub(crate) fn low_end(&self) -> GuestAddress {
         self.0.first().map_or(GuestAddress(0), |range| range.end())
     }
 
     /// Whether one RAM range holds all of `range`.
     #[must_use]
-    pub fn contains(&self, range: GuestRange) -> bool {
+    pub(crate) fn contains(&self, range: GuestRange) -> bool {
         self.0.iter().any(|ram| ram.contains(range))
     }
 
-    /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is reserved.
+    /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is
+    /// reserved.
     #[must_use]
-    pub fn memory_map(&self) -> Vec<MapEntry> {
+    pub(crate) fn memory_map(&self) -> Vec<MapEntry> {
         let ram = |range| MapEntry { range, kind: MapKind::Ram };
         let hole = GuestRange { start: MP_TABLE.raw_value(), end: HIMEM_START.raw_value() };
         let below = self.0.iter().filter_map(|r| r.clip(0, hole.start)).map(ram);
@@ -273,25 +243,26 @@ impl RamLayout {
 /// What the guest may do with a range. The discriminants are those of E820 and of PVH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum MapKind {
+pub(crate) enum MapKind {
     /// Usable RAM.
     Ram = 1,
-    /// Firmware's.
+    /// Reserved for firmware.
     Reserved = 2,
 }
 
 /// One entry of the guest's memory map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MapEntry {
-    /// Where.
+pub(crate) struct MapEntry {
+    /// The range.
     pub range: GuestRange,
-    /// What.
+    /// Its kind.
     pub kind: MapKind,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::{ACPI_TABLES, ACPI_TABLES_END, GENERATION_ID, PAGE_SIZE, VMCLOCK};
 
     fn range(start: u64, end: u64) -> GuestRange {
         GuestRange::new(GuestAddress(start), end - start).unwrap()
@@ -332,23 +303,6 @@ mod tests {
         assert_eq!(new(&[(0, 4 << 30)]), Err(LayoutError::InGap { start: 0, end: 4 << 30 }));
         let many: Vec<_> = (0..65).map(|i| (i * 2 * MIN_RAM, MIN_RAM)).collect();
         assert_eq!(new(&many), Err(LayoutError::TooMany { count: 65 }));
-    }
-
-    #[test]
-    fn virtio_devices_have_pages_and_interrupts_of_their_own() {
-        let mut gsis = VIRTIO_GSIS.to_vec();
-        gsis.extend([0, 1, 2, 4, 8, GENERATION_GSI]);
-        gsis.sort_unstable();
-        gsis.dedup();
-        assert_eq!(
-            gsis.len(),
-            VIRTIO_GSIS.len() + 6,
-            "none is another's, the timer's, the keyboard's, the console's, the clock's or the generation's"
-        );
-        assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
-        let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();
-        assert!(last.0 + PAGE_SIZE <= IOAPIC_BASE.0 && VIRTIO_BASE.0 >= MMIO_GAP_START.0);
-        assert_eq!(virtio_slot(VIRTIO_GSIS.len()), None);
     }
 
     #[test]

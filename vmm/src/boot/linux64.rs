@@ -1,14 +1,14 @@
-//! What a kernel entered by the 64-bit boot protocol finds in memory: the zero page, a GDT and page tables that map the
-//! first 4 GiB to themselves.
+//! What a kernel entered by the 64-bit boot protocol finds in memory: the zero page, a GDT and page
+//! tables that map the first 4 GiB to themselves.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::layout::{
-    BOOT_GDT, BOOT_IDT, BOOT_PD, BOOT_PD_COUNT, BOOT_PDPT, BOOT_PML4, CMDLINE, GuestRange, MapEntry, PAGE_SIZE,
-    ZERO_PAGE,
+    BOOT_GDT, BOOT_IDT, BOOT_PD, BOOT_PD_COUNT, BOOT_PDPT, BOOT_PML4, CMDLINE, GuestRange, MapEntry, ZERO_PAGE,
 };
 use super::regs::{GDT_LONG_MODE, GDT_PROTECTED_MODE};
+use crate::platform::PAGE_SIZE;
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HDRS: u32 = u32::from_le_bytes(*b"HdrS");
@@ -28,7 +28,7 @@ fn plain_header() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
         header: HDRS,
-        // Not 0: the kernel takes a header of version 0 for one that nobody has copied yet.
+        // Not 0: the kernel takes a header of version 0 for one that was not copied yet.
         version: PROTOCOL,
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()
@@ -80,8 +80,8 @@ pub(super) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), Gu
     Ok(())
 }
 
-/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT; PVH kernels load their own before they use one,
-/// and a valid one spares them a fault if they do not.
+/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT; PVH kernels load their
+/// own before they use one, and a valid one spares them a fault if they do not.
 pub(super) fn write_descriptors<M: GuestMemoryBackend>(mem: &M, long_mode: bool) -> Result<(), GuestMemoryError> {
     let gdt = if long_mode { GDT_LONG_MODE } else { GDT_PROTECTED_MODE };
     for (i, descriptor) in gdt.iter().enumerate() {

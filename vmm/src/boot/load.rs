@@ -1,4 +1,4 @@
-//! Putting a guest into memory, and the entry point that results.
+//! Writing a guest into memory, and the entry point that results.
 
 use std::borrow::Cow;
 
@@ -9,25 +9,24 @@ use super::bzimage::{BzImage, BzImageError, looks_like_bzimage};
 use super::elf::{ElfError, KernelElf, looks_like_elf};
 use super::image::{Image, ImageError};
 use super::initrd::{self, InitrdError};
-use super::layout::{
-    BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRange, MMIO_GAP_START, MP_TABLE, PVH_START_INFO, RamLayout, ZERO_PAGE,
-};
+use super::layout::{BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRange, MP_TABLE, PVH_START_INFO, RamLayout, ZERO_PAGE};
 use super::linux64::{self, ZeroPage};
 use super::mptable::{MpTableError, mp_table};
 use super::pvh;
 use super::unpack::{Codec, UnpackError, unpack};
+use crate::platform::MMIO_GAP_START;
 
 /// The most a kernel may be, packed or unpacked, whatever the guest's size.
 const MAX_KERNEL: u64 = 512 << 20;
 
-/// What a guest is started from.
+/// The files that a guest boots from, and its command line.
 #[derive(Clone, Debug)]
 pub struct BootSource {
     /// The kernel.
     pub kernel: Image,
-    /// The initramfs.
+    /// The initramfs, if there is one.
     pub initrd: Option<Image>,
-    /// The command line.
+    /// The kernel's command line.
     pub cmdline: String,
 }
 
@@ -39,18 +38,18 @@ impl BootSource {
     }
 }
 
-/// What the kernel is told about the platform, as firmware would.
+/// What firmware would pass to the kernel.
 #[derive(Clone, Copy, Debug)]
-pub struct Firmware {
-    /// vCPUs, for the MP table.
+pub(crate) struct Firmware {
+    /// The number of vCPUs, for the MP table.
     pub cpus: u8,
     /// The ACPI root pointer, if there is one.
     pub rsdp: Option<GuestAddress>,
 }
 
-/// Where and how the boot vCPU starts.
+/// The boot vCPU's start: the protocol, and the addresses that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
+pub(crate) enum Entry {
     /// By the PVH protocol: 32-bit protected mode, flat segments, no paging, `ebx` = `start_info`.
     Pvh {
         /// First instruction.
@@ -69,10 +68,10 @@ pub enum Entry {
     },
 }
 
-/// What was loaded where.
+/// A guest that was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Loaded {
-    /// How to start.
+pub(crate) struct Loaded {
+    /// The boot vCPU's start.
     pub entry: Entry,
     /// The kernel, from its lowest to its highest segment.
     pub kernel: GuestRange,
@@ -82,6 +81,7 @@ pub struct Loaded {
 
 /// Why a guest could not be loaded.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BootError {
     /// The kernel or the initramfs could not be read.
     #[error(transparent)]
@@ -89,7 +89,7 @@ pub enum BootError {
     /// The kernel is neither ELF nor bzImage.
     #[error("not a kernel: {len} bytes that start with {found:02x?} are neither an ELF file nor a bzImage")]
     NotAKernel {
-        /// Its length.
+        /// The file's length in bytes.
         len: usize,
         /// Its first bytes.
         found: Vec<u8>,
@@ -106,29 +106,29 @@ pub enum BootError {
     /// There is no room for the initramfs.
     #[error(transparent)]
     Initrd(#[from] InitrdError),
-    /// There can be no such number of vCPUs.
+    /// No table can list that many vCPUs.
     #[error(transparent)]
     MpTable(#[from] MpTableError),
     /// The command line is too long.
     #[error("the command line is {len} bytes long, this kernel takes at most {max}")]
     CmdlineTooLong {
-        /// Its length.
+        /// Its length in bytes.
         len: usize,
-        /// The longest.
+        /// The most bytes that the kernel takes.
         max: usize,
     },
     /// The command line has a NUL in it, where the kernel would stop reading.
     #[error("the command line has a NUL at byte {at}")]
     CmdlineNul {
-        /// Where.
+        /// The NUL's position in bytes.
         at: usize,
     },
     /// A boot structure could not be written.
     #[error("cannot write {what} to guest memory")]
     Write {
-        /// Which.
+        /// The structure.
         what: &'static str,
-        /// What guest memory said.
+        /// The error of the access.
         #[source]
         source: GuestMemoryError,
     },
@@ -140,7 +140,7 @@ struct Unpacked<'a> {
     header: Option<setup_header>,
 }
 
-/// Finds the ELF file in whatever `image` is.
+/// Finds the ELF file in `image`, whatever its format.
 fn unpack_kernel(image: &[u8], limit: usize) -> Result<Unpacked<'_>, BootError> {
     if looks_like_elf(image) {
         return Ok(Unpacked { elf: Cow::Borrowed(image), header: None });
@@ -185,9 +185,9 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
 
 /// Loads `source` into `mem`, whose RAM is `ram` and, where the kernel goes, still zero.
 ///
-/// Everything is checked before anything is written, except that an image may turn out to be unreadable half-way: after
-/// an error, throw the memory away.
-pub fn load<M: GuestMemoryBackend>(
+/// Everything is checked before anything is written, except that an image may turn out to be
+/// unreadable half-way: after an error, throw the memory away.
+pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
     ram: &RamLayout,
     source: &BootSource,

@@ -1,18 +1,20 @@
-//! Loading a guest into memory and saying how its first vCPU starts.
+//! Loading a guest into memory, and the state in which its first vCPU starts.
 //!
-//! [`load`] writes the kernel, the initramfs, the command line, the memory map and the MP table, and returns the
-//! [`Entry`] from which the boot vCPU's registers follow. Application processors wait for INIT-SIPI and need nothing.
+//! `load` writes the kernel, the initramfs, the command line, the memory map and the MP table. It
+//! returns the `Entry` from which the boot vCPU's registers follow. Application processors wait for
+//! INIT-SIPI and need nothing.
 //!
-//! What is in a kernel image is found out by looking at it, never by its name:
+//! A kernel image is recognized by its content, never by its name:
 //!
 //! | content | how it is started |
 //! |---|---|
-//! | ELF with a PVH note | [`Entry::Pvh`]: 32-bit, no paging, memory map in `hvm_start_info` |
-//! | ELF without one | [`Entry::Linux64`]: long mode, memory map in the zero page |
+//! | ELF with a PVH note | `Entry::Pvh`: 32-bit, no paging, memory map in `hvm_start_info` |
+//! | ELF without one | `Entry::Linux64`: long mode, memory map in the zero page |
 //! | bzImage (a distribution's `vmlinuz`) | its payload is unpacked here, on the host; the ELF inside is started as above |
 //! | an ELF compressed as a whole | the same |
 //!
-//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed through), 32-bit kernels.
+//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed
+//! through), 32-bit kernels.
 
 mod acpi;
 mod bzimage;
@@ -29,13 +31,17 @@ mod regs;
 mod testutil;
 mod unpack;
 
-pub use acpi::{acpi_tables, write_acpi_tables};
-pub use bzimage::{BzImage, BzImageError};
-pub use elf::{ElfError, KernelElf};
+pub(crate) use acpi::write_acpi_tables;
+pub use bzimage::BzImageError;
+pub use elf::ElfError;
 pub use image::{Image, ImageError};
 pub use initrd::InitrdError;
-pub use layout::*;
-pub use load::{BootError, BootSource, Entry, Firmware, Loaded, load};
-pub use mptable::{MAX_CPUS, MpTableError, mp_table};
-pub use regs::{BOOT_MSRS, BootMsr};
-pub use unpack::{Codec, UnpackError, unpack};
+pub use layout::LayoutError;
+pub(crate) use layout::RamLayout;
+pub use load::{BootError, BootSource};
+pub(crate) use load::{Entry, Firmware, load};
+pub use mptable::MpTableError;
+pub(crate) use regs::BOOT_MSRS;
+#[cfg(feature = "fuzzing")]
+pub(crate) use unpack::unpack;
+pub use unpack::{Codec, UnpackError};

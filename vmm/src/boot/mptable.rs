@@ -1,15 +1,13 @@
-//! The Intel MultiProcessor table, specification 1.4: which CPUs and interrupts there are, for kernels without ACPI.
+//! The Intel MultiProcessor table, specification 1.4: which CPUs and interrupts there are, for
+//! kernels without ACPI.
 //!
-//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs; every IOAPIC pin carries the ISA interrupt of
-//! the same number (0-15 are the PC's; 16-23 are named too so that virtio-mmio devices can use them).
+//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs; every IOAPIC pin carries
+//! the ISA interrupt of the same number (0-15 are the PC's; 16-23 are named too so that virtio-mmio
+//! devices can use them).
 
-use super::layout::{BASE_MEMORY_END, IOAPIC_BASE, LAPIC_BASE, MP_TABLE};
+use super::layout::{BASE_MEMORY_END, MP_TABLE};
+use crate::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, MAX_CPUS};
 
-/// The most CPUs a table is written for.
-pub const MAX_CPUS: u8 = 32;
-
-/// Interrupts routed to the IOAPIC's pins, one to one.
-const PINS: u8 = 24;
 const FLOATING_LEN: usize = 16;
 const HEADER_LEN: usize = 44;
 const REVISION_1_4: u8 = 4;
@@ -43,7 +41,7 @@ fn set_checksum(bytes: &mut [u8], sum_at: usize) {
 }
 
 /// The floating pointer and the table for `cpus` CPUs, to be written at [`MP_TABLE`].
-pub fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
+pub(crate) fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
     if !(1..=MAX_CPUS).contains(&cpus) {
         return Err(MpTableError { cpus });
     }
@@ -65,7 +63,7 @@ pub fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
     let enabled = 1;
     entry(&[&[2, ioapic, APIC_VERSION, enabled], &(IOAPIC_BASE.0 as u32).to_le_bytes()]);
     // Polarity and trigger mode 0: as the bus has it.
-    for pin in 0..PINS {
+    for pin in 0..IOAPIC_PINS {
         entry(&[&[3, InterruptType::Normal as u8, 0, 0, ISA_BUS, pin, ioapic, pin]]);
     }
     entry(&[&[4, InterruptType::External as u8, 0, 0, ISA_BUS, 0, ALL_APICS, 0]]);
@@ -134,7 +132,7 @@ mod tests {
             assert_eq!(of(2)[0][1], cpus);
             assert_eq!(u64::from(u32_at(of(2)[0], 4)), IOAPIC_BASE.0);
             assert!(of(3).iter().all(|e| e[5] == e[7] && e[6] == cpus));
-            assert_eq!(of(3).len(), usize::from(PINS));
+            assert_eq!(of(3).len(), usize::from(IOAPIC_PINS));
             assert_eq!(of(4).iter().map(|e| (e[1], e[7])).collect::<Vec<_>>(), [(3, 0), (1, 1)]);
         }
     }

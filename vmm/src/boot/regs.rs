@@ -26,16 +26,17 @@ const RFLAGS: u64 = 1 << 1;
 
 /// Bits of an MSR that vCPUs start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BootMsr {
+pub(crate) struct BootMsr {
     /// Its number.
     pub index: u32,
     /// The bits, set beside those that KVM sets.
     pub bits: u64,
 }
 
-/// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string operations on
-/// (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
-pub const BOOT_MSRS: [BootMsr; 2] = [BootMsr { index: 0x1a0, bits: 1 }, BootMsr { index: 0x2ff, bits: 1 << 11 | 6 }];
+/// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string
+/// operations on (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
+pub(crate) const BOOT_MSRS: [BootMsr; 2] =
+    [BootMsr { index: 0x1a0, bits: 1 }, BootMsr { index: 0x2ff, bits: 1 << 11 | 6 }];
 
 /// Takes the descriptor apart, as loading it into a segment register does.
 fn segment(gdt: &[u64; 4], index: usize) -> kvm_segment {
@@ -63,7 +64,7 @@ fn segment(gdt: &[u64; 4], index: usize) -> kvm_segment {
 impl Entry {
     /// General registers.
     #[must_use]
-    pub fn regs(&self) -> kvm_regs {
+    pub(crate) fn regs(&self) -> kvm_regs {
         match *self {
             Self::Pvh { rip, start_info } => {
                 kvm_regs { rip: rip.0, rbx: start_info.0, rflags: RFLAGS, ..Default::default() }
@@ -79,9 +80,9 @@ impl Entry {
         }
     }
 
-    /// Changes the special registers of a fresh vCPU to what the protocol asks for, and leaves the rest (the APIC base
-    /// above all) as KVM made it.
-    pub fn apply_to(&self, sregs: &mut kvm_sregs) {
+    /// Changes the special registers of a fresh vCPU to what the protocol asks for, and leaves the
+    /// rest (the APIC base above all) as KVM made it.
+    pub(crate) fn apply_to(&self, sregs: &mut kvm_sregs) {
         let gdt = match self {
             Self::Pvh { .. } => &GDT_PROTECTED_MODE,
             Self::Linux64 { .. } => &GDT_LONG_MODE,

@@ -1,7 +1,7 @@
 //! Decompressing a kernel on the host, within a bound.
 //!
-//! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one stream and ignores
-//! what follows.
+//! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one
+//! stream and ignores what follows.
 
 use std::io::{self, Read};
 
@@ -26,35 +26,36 @@ pub enum Codec {
 
 /// Why a payload could not be unpacked.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UnpackError {
-    /// Not a format we know.
+    /// The format is unknown.
     #[error("the kernel's payload is in no known format: it starts with {found:02x?}")]
     UnknownFormat {
         /// Its first bytes.
         found: Vec<u8>,
     },
-    /// A format we know and cannot unpack.
+    /// The format is known, but not supported.
     #[error("the kernel is compressed with {codec}, which is not supported: recompress it, or pass its vmlinux")]
     Unsupported {
         /// The format.
         codec: Codec,
     },
-    /// More comes out than fits.
+    /// The unpacked payload is larger than the bound.
     #[error("the {codec} payload unpacks to more than {limit} bytes")]
     TooLarge {
         /// The format.
         codec: Codec,
-        /// The bound.
+        /// The bound in bytes.
         limit: usize,
     },
-    /// The decoder gave up.
+    /// The decoder reports an error.
     #[error("the {codec} payload of {len} bytes is damaged")]
     Corrupt {
         /// The format.
         codec: Codec,
-        /// Its length.
+        /// Its length in bytes.
         len: usize,
-        /// What the decoder said.
+        /// The decoder's error.
         #[source]
         source: io::Error,
     },
@@ -79,7 +80,7 @@ impl Codec {
 
     /// What `bytes` start with.
     #[must_use]
-    pub fn detect(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn detect(bytes: &[u8]) -> Option<Self> {
         Self::MAGICS.iter().find(|(_, magic)| bytes.starts_with(magic)).map(|(codec, _)| *codec)
     }
 }
@@ -99,7 +100,7 @@ impl std::fmt::Display for Codec {
 }
 
 /// Unpacks `payload`, whose format its first bytes tell, to at most `limit` bytes.
-pub fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackError> {
+pub(crate) fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackError> {
     let codec = Codec::detect(payload)
         .ok_or_else(|| UnpackError::UnknownFormat { found: payload.iter().take(6).copied().collect() })?;
     let unpacked = match codec {
@@ -133,8 +134,8 @@ fn unpack_lzma(payload: &[u8], stream: LzmaStream, limit: usize) -> io::Result<O
     read_bounded(liblzma::bufread::XzDecoder::new_stream(payload, stream?), limit)
 }
 
-/// The legacy frame: a magic, then blocks of (length, data), each unpacking to at most 8 MiB. What is left when fewer
-/// bytes than a length and a block's least remain is the appended size.
+/// The legacy frame: a magic, then blocks of (length, data), each unpacking to at most 8 MiB. What
+/// is left when fewer bytes than a length and a block's least remain is the appended size.
 fn unpack_lz4(payload: &[u8], limit: usize) -> io::Result<Option<Vec<u8>>> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
     let mut out = Vec::new();

@@ -1,7 +1,8 @@
-//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and place.
+//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and
+//! place.
 //!
-//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks like; APIC ids are
-//! vCPU indices.
+//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks
+//! like; APIC ids are vCPU indices.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -33,55 +34,56 @@ const CORE_LEVEL: u32 = 2 << 8;
 
 /// Why a CPUID could not be built.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CpuidError {
-    /// KVM left out a leaf no guest can do without.
+    /// KVM does not report a leaf that every guest needs.
     #[error("KVM reports no CPUID leaf {leaf:#x}")]
     MissingLeaf {
-        /// Which.
+        /// The leaf.
         leaf: u32,
     },
-    /// This vCPU is not one of that many.
+    /// The vCPU's index is beyond the VM's vCPUs.
     #[error("vCPU {vcpu} is not one of {vcpus}")]
     NoSuchVcpu {
-        /// Its index.
+        /// The vCPU's index.
         vcpu: u8,
-        /// How many there are.
+        /// The VM's vCPUs.
         vcpus: u8,
     },
     /// The host lacks what a template needs.
     #[error("the CPU template {template} needs {}, which guests cannot have on this host", missing.join(", "))]
     Template {
-        /// Which template.
+        /// The template.
         template: CpuTemplate,
-        /// What is missing, by the kernel's names.
+        /// The missing features, by the kernel's names.
         missing: Vec<&'static str>,
     },
     /// More entries than KVM takes.
     #[error("{entries} CPUID entries are more than KVM takes")]
     TooManyEntries {
-        /// How many.
+        /// The number of entries.
         entries: usize,
     },
 }
 
 /// What a vCPU's CPUID depends on besides the host.
 #[derive(Clone, Copy, Debug)]
-pub struct CpuidSpec<'a> {
+pub(crate) struct CpuidSpec<'a> {
     /// Index of this vCPU; its APIC id.
     pub vcpu: u8,
-    /// How many there are.
+    /// The VM's vCPUs.
     pub vcpus: u8,
-    /// What to hide.
+    /// Features to hide.
     pub hide: &'a CpuHide,
-    /// What it is to look like.
+    /// The CPU model that the guest sees.
     pub template: CpuTemplate,
     /// Whether there are performance counters.
     pub pmu: bool,
-    /// The highest basic leaf to admit to.
+    /// The highest basic leaf that the guest sees.
     pub max_leaf: Option<u32>,
     /// Whether KVM emulates the TSC deadline timer, which it does not say in its CPUID.
     pub tsc_deadline: bool,
-    /// Whether an AMD guest is told that FXSAVE saves error pointers even if KVM does not say so.
+    /// Whether an AMD guest sees that FXSAVE saves error pointers even if KVM does not report it.
     pub force_xsaveerptr: bool,
 }
 
@@ -115,13 +117,13 @@ impl Leaves {
 }
 
 /// Builds the CPUID of one vCPU from what KVM supports.
-pub fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, CpuidError> {
+pub(crate) fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, CpuidError> {
     if spec.vcpu >= spec.vcpus {
         return Err(CpuidError::NoSuchVcpu { vcpu: spec.vcpu, vcpus: spec.vcpus });
     }
     let mut leaves = Leaves(supported.as_slice().to_vec());
     let amd = leaves.is_amd();
-    // Of what the host has; what is hidden beside that is whoever hides it's own choice.
+    // Of the host's features. Those that the user hides beside them are the user's choice.
     let missing = spec.template.missing(&leaves.0);
     if !missing.is_empty() {
         return Err(CpuidError::Template { template: spec.template, missing });
@@ -165,7 +167,8 @@ fn set_basic(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError
     Ok(())
 }
 
-/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the host's topology, or zeros.
+/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the
+/// host's topology, or zeros.
 fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError> {
     let highest = leaves.required(0)?.eax;
     for function in [0xb, 0x1f] {
@@ -192,7 +195,8 @@ fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), 
     Ok(())
 }
 
-/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is everybody's.
+/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is
+/// everybody's.
 fn set_cache_sharing(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     let cores = (1 << spec.core_bits()) - 1;
     for leaf in [4, 0x8000_001d] {

@@ -1,4 +1,5 @@
-//! CPU features by the names the Linux kernel gives them, and sets of features to hide from a guest.
+//! CPU features by the names the Linux kernel gives them, and sets of features to hide from a
+//! guest.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -124,7 +125,8 @@ fn similar_text(similar: &[&str]) -> String {
 
 /// Features to hide from a guest, with everything that depends on them.
 ///
-/// Written as a comma-separated list of the kernel's names, as in `clearcpuid=`; a trailing `*` stands for any ending.
+/// Written as a comma-separated list of the kernel's names, as in `clearcpuid=`; a trailing `*`
+/// stands for any ending.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CpuHide(BTreeSet<&'static str>);
@@ -136,7 +138,8 @@ impl CpuHide {
         Self::default()
     }
 
-    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state that is saved.
+    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state
+    /// that is saved.
     pub(super) fn nested() -> Self {
         Self(["vmx", "smx", "svm"].into())
     }
@@ -148,13 +151,13 @@ impl CpuHide {
 
     /// Everything either hides.
     #[must_use]
-    pub fn union(&self, other: &Self) -> Self {
+    pub(crate) fn union(&self, other: &Self) -> Self {
         Self(self.0.union(&other.0).copied().collect())
     }
 
     /// Whether `name` is hidden.
     #[must_use]
-    pub fn hides(&self, name: &str) -> bool {
+    pub(crate) fn hides(&self, name: &str) -> bool {
         self.0.contains(name)
     }
 

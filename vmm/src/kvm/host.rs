@@ -19,78 +19,79 @@ use super::features::CpuHide;
 use super::msrs::{ARCH_CAPABILITIES, MsrError, MsrSet, read_one};
 use super::quirks::{QuirkError, Quirks};
 use super::template::CpuTemplate;
-use crate::boot::MAX_CPUS;
+use crate::platform::MAX_CPUS;
 
-/// Where the device usually is.
-pub const KVM_PATH: &str = "/dev/kvm";
+/// The path of the device.
+pub(crate) const KVM_PATH: &str = "/dev/kvm";
 
 /// Why this host cannot run VMs.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HostError {
     /// The device is not there.
     #[error("{} is missing: is the kvm module loaded, and virtualization enabled?", path.display())]
     Missing {
-        /// The device.
+        /// The device's path.
         path: PathBuf,
     },
-    /// It may not be opened.
+    /// The user has no permission to open the device.
     #[error("no permission to open {}: is this user in its group?", path.display())]
     Permission {
-        /// The device.
+        /// The device's path.
         path: PathBuf,
     },
-    /// It could not be opened for another reason.
+    /// The device could not be opened for another reason.
     #[error("cannot open {}", path.display())]
     Open {
-        /// The device.
+        /// The device's path.
         path: PathBuf,
-        /// What the host said.
+        /// The error of opening it.
         #[source]
         source: io::Error,
     },
-    /// It is not KVM, or not one we know.
+    /// The device is not KVM, or has an unknown version of its API.
     #[error("{} speaks KVM API version {found}, {KVM_API_VERSION} is needed", path.display())]
     ApiVersion {
-        /// The device.
+        /// The device's path.
         path: PathBuf,
-        /// Its answer; -1 when it is not KVM at all.
+        /// The version; -1 when the device is not KVM at all.
         found: i32,
     },
-    /// It lacks something.
+    /// KVM lacks a capability.
     #[error("this host's KVM lacks {name}")]
     MissingCapability {
         /// The capability, as the kernel calls it.
         name: &'static str,
     },
-    /// More vCPUs than it can do.
+    /// KVM supports fewer vCPUs.
     #[error("{asked} vCPUs, but this host does at most {max}")]
     TooManyVcpus {
-        /// How many.
+        /// The vCPUs that were requested.
         asked: u8,
-        /// The most.
+        /// The most vCPUs that KVM supports.
         max: u8,
     },
-    /// A question to KVM failed.
+    /// A KVM ioctl failed.
     #[error("{what} failed")]
     Ioctl {
-        /// The call.
+        /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// The quirks could not be told.
+    /// The quirks could not be detected.
     #[error(transparent)]
     Quirks(#[from] QuirkError),
-    /// No CPUID could be built.
+    /// A vCPU's CPUID could not be built.
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
-    /// The MSRs could not be told.
+    /// The MSRs of a vCPU's state could not be listed.
     #[error(transparent)]
     Msrs(#[from] MsrError),
 }
 
-/// What we cannot do without: the capability and its name.
+/// The capabilities that a VM needs, with their names.
 const REQUIRED: [(Cap, &str); 14] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -108,21 +109,21 @@ const REQUIRED: [(Cap, &str); 14] = [
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
 
-/// How often making a VM is tried. Once more has always been enough.
+/// How often making a VM is tried. A second try has always been enough.
 const CREATE_TRIES: usize = 100;
 
-/// What a vCPU's CPUID is chosen by.
+/// The choices that a vCPU's CPUID depends on.
 #[derive(Clone, Copy, Debug)]
-pub struct CpuLook<'a> {
-    /// Features to hide, beside what no guest is given here.
+pub(crate) struct CpuLook<'a> {
+    /// Features to hide, beside those that no guest has here.
     pub hide: &'a CpuHide,
-    /// What the CPU looks like.
+    /// The CPU model that the guest sees.
     pub template: CpuTemplate,
     /// Whether it has performance counters.
     pub pmu: bool,
 }
 
-/// What only a vCPU can tell.
+/// Facts that only a vCPU shows.
 #[derive(Debug)]
 struct Probed {
     msrs: MsrSet,
@@ -137,18 +138,21 @@ pub struct Host {
     quirks: Quirks,
     supported: CpuId,
     max_vcpus: u8,
-    /// Without performance counters, and with them.
+    /// Index 0 without performance counters, 1 with them.
     probed: [OnceLock<Probed>; 2],
 }
 
 impl Host {
-    /// Opens [`KVM_PATH`].
+    /// Opens `/dev/kvm`, checks it and detects its quirks.
+    ///
+    /// # Errors
+    /// When it is missing, or lacks something that a VM needs.
     pub fn open() -> Result<Self, HostError> {
         Self::open_at(Path::new(KVM_PATH))
     }
 
     /// Opens `path`, checks it and finds out which quirks it has.
-    pub fn open_at(path: &Path) -> Result<Self, HostError> {
+    pub(crate) fn open_at(path: &Path) -> Result<Self, HostError> {
         let kvm = open_device(path)?;
         let found = kvm.get_api_version();
         if u32::try_from(found) != Ok(KVM_API_VERSION) {
@@ -191,7 +195,7 @@ impl Host {
 
     /// Whether the PIC and IOAPIC can be left to userspace while the local APICs stay in KVM.
     #[must_use]
-    pub fn has_split_irqchip(&self) -> bool {
+    pub(crate) fn has_split_irqchip(&self) -> bool {
         self.kvm.check_extension(Cap::SplitIrqchip)
     }
 
@@ -214,11 +218,12 @@ impl Host {
     }
 
     /// The same, of a CPU that looks like `look`. Nested virtualization is hidden from all of them.
-    pub fn cpuid_of(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
+    pub(crate) fn cpuid_of(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
         self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
     }
 
-    /// All that a vCPU could be given here, also what none is given by default: an older state may have it.
+    /// All that a vCPU could be given here, also what none is given by default: an older state may
+    /// have it.
     pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
         self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
     }
@@ -240,24 +245,31 @@ impl Host {
         Ok(build_cpuid(&self.supported, &spec)?)
     }
 
-    /// The MSRs that make up the state of a vCPU without performance counters. Found out on a scratch VM the first time,
-    /// which takes some milliseconds: ask before it matters.
+    /// The MSRs of a vCPU's state without performance counters.
+    ///
+    /// # Errors
+    /// When they cannot be probed.
     pub fn msrs(&self) -> Result<&MsrSet, HostError> {
         self.msrs_of(false)
     }
 
-    /// The same, of a vCPU with performance counters or without.
+    /// The MSRs of a vCPU's state, with performance counters or without. Probed on a scratch VM the
+    /// first time, which takes some milliseconds.
+    ///
+    /// # Errors
+    /// When they cannot be probed.
     pub fn msrs_of(&self, pmu: bool) -> Result<&MsrSet, HostError> {
         Ok(&self.probed(pmu)?.msrs)
     }
 
-    /// The frequency of the TSC that vCPUs are born with, when KVM says. Found out together with the MSRs.
+    /// The TSC frequency of new vCPUs in kHz, if KVM reports it. Probed together with the MSRs.
     pub fn tsc_khz(&self) -> Result<Option<u32>, HostError> {
         Ok(self.probed(false)?.tsc_khz)
     }
 
-    /// What vCPUs are told in `IA32_ARCH_CAPABILITIES`, if they have it. Found out together with the MSRs.
-    pub fn arch_capabilities(&self) -> Result<Option<u64>, HostError> {
+    /// The vCPUs' value of `IA32_ARCH_CAPABILITIES`, if they have that MSR. Probed together with
+    /// the MSRs.
+    pub(crate) fn arch_capabilities(&self) -> Result<Option<u64>, HostError> {
         Ok(self.probed(false)?.arch_capabilities)
     }
 
@@ -275,7 +287,8 @@ impl Host {
         Ok(slot.get_or_init(|| probed))
     }
 
-    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID hides them all the same.
+    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID
+    /// hides them all the same.
     pub(crate) fn disable_pmu(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
         let known = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
@@ -285,8 +298,9 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread has anything else to do for the kernel: also for an
-    /// io_uring's completions, of which no signal tells. Then it is tried again.
+    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread
+    /// has anything else to do for the kernel: also for an io_uring's completions, of which no
+    /// signal tells. Then it is tried again.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {
@@ -338,8 +352,8 @@ pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
 }
 
-/// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads and writes, and no
-/// error is ever put into one.
+/// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads
+/// and writes, and no error is ever put into one.
 const MACHINE_CHECK_BANKS: u64 = 4;
 
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);

@@ -1,15 +1,16 @@
-//! The host's KVM: what it can do, what it must be told, and how a VM's state is taken and given back.
+//! The host's KVM: its capabilities and their gaps, CPUID, and the state of vCPUs and VMs.
 //!
 //! | file | what |
 //! |---|---|
 //! | `host` | `/dev/kvm`, its version and capabilities, with an error for each thing that may be missing |
 //! | `features`, `cpuid` | names of CPU features, and the CPUID each vCPU is given |
-//! | `facts` | what a state written down presupposes of its host |
-//! | `host_time` | how long ago something was saved |
+//! | `template` | CPU models that are the same on every host |
+//! | `requirements` | what a saved state needs of a host |
+//! | `host_time` | the time since a state was saved |
 //! | `quirks` | everything that adapts to a KVM which is not a hardware one |
 //! | `msrs` | which MSRs make up a vCPU's state on this host |
-//! | `pio` | how wide the accesses of a port exit are |
-//! | `pending` | what a vCPU has on its way to the guest, taken away before a reset |
+//! | `pio` | the width of the accesses of a port exit |
+//! | `pending` | a vCPU's pending events, dropped before a reset |
 //! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
 //!
 //! Not done here: creating VMs and running vCPUs.
@@ -31,17 +32,20 @@ pub(crate) mod testutil;
 mod vcpu_state;
 mod vm_state;
 
-pub use cpuid::{CpuidError, CpuidSpec, build_cpuid};
+pub use cpuid::CpuidError;
 pub use features::{CpuHide, UnknownFeature};
-pub use host::{CpuLook, Host, HostError, KVM_PATH};
-pub(crate) use host::{local_apics_alone, set_machine_check_banks};
+pub(crate) use host::{CpuLook, local_apics_alone, set_machine_check_banks};
+pub use host::{Host, HostError};
 pub use host_time::{BootTime, WallClock};
-pub use msrs::MAX_MSRS;
-pub use msrs::{MsrError, MsrSet, set_msr_bits};
-pub use pending::forget_pending;
+pub(crate) use msrs::set_msr_bits;
+pub use msrs::{MAX_MSRS, MsrError, MsrSet};
+pub(crate) use pending::forget_pending;
 pub(crate) use pio::pio_width;
-pub use quirks::{EmulateError, Emulated, EmulationFailure, QUIRKS_ENV, QuirkError, Quirks};
+pub(crate) use quirks::Emulated;
+pub use quirks::{EmulateError, EmulationFailure, QuirkError, Quirks};
 pub use requirements::{FeatureWord, HostMismatch, HostRequirements, XsaveComponent};
 pub use template::{CpuTemplate, UnknownTemplate};
-pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError, mark_paused};
-pub use vm_state::{Chips, Clock, VmState, VmStateError};
+pub(crate) use vcpu_state::mark_paused;
+pub use vcpu_state::{CpuidState, StateLayout, VcpuState, VcpuStateError};
+pub(crate) use vm_state::{Chips, VmState};
+pub use vm_state::{Clock, VmStateError};

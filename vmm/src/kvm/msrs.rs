@@ -1,7 +1,7 @@
 //! Which MSRs make up a vCPU's state on this host, in the order in which they are restored.
 //!
-//! KVM names more than can be read or written back, so each is tried once, on a scratch vCPU with the CPUID guests get.
-//! After that one `KVM_GET_MSRS` reads them all.
+//! KVM names more than can be read or written back, so each is tried once, on a scratch vCPU with
+//! the CPUID guests get. After that one `KVM_GET_MSRS` reads them all.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -26,8 +26,9 @@ const MC0_CTL: u32 = 0x400;
 const MC0_CTL2: u32 = 0x280;
 /// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME`: older numbers for what the new ones hold too.
 const DUPLICATES: [u32; 2] = [0x11, 0x12];
-/// MSRs that are state and that `KVM_GET_MSR_INDEX_LIST` does not name, or not on every kernel: `DEBUGCTL` and the last
-/// branches; the MTRRs, of which KVM has eight variable ones. The machine-check banks are counted.
+/// MSRs that are state and that `KVM_GET_MSR_INDEX_LIST` does not name, or not on every kernel:
+/// `DEBUGCTL` and the last branches; the MTRRs, of which KVM has eight variable ones. The
+/// machine-check banks are counted.
 const UNLISTED: [u32; 33] = [
     0x1d9, 0x1db, 0x1dc, 0x1dd, 0x1de, //
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f,
@@ -39,22 +40,23 @@ pub const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
 /// MSRs that are tried in one call.
 const PIECE: usize = 128;
 
-/// Why the MSRs could not be told.
+/// Why the MSRs could not be listed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MsrError {
-    /// A call failed.
+    /// A KVM ioctl failed.
     #[error("{what} failed")]
     Call {
-        /// Which.
+        /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// More than one call can carry.
+    /// There are more MSRs than one ioctl takes.
     #[error("{count} MSRs are more than one call can carry")]
     TooMany {
-        /// How many.
+        /// The number of MSRs.
         count: usize,
     },
 }
@@ -68,11 +70,14 @@ fn rank(index: u32) -> u8 {
     match index {
         // First, because everything that tells the time is computed from it.
         MSR_TSC => 0,
-        // After the TSC, because KVM fills the guest's clock page from the TSC offset when this is written.
+        // After the TSC, because KVM fills the guest's clock page from the TSC offset when this is
+        // written.
         KVM_SYSTEM_TIME => 2,
-        // After the interrupt by which it is delivered, because KVM queues an event that wakes all who wait.
+        // After the interrupt by which it is delivered, because KVM queues an event that wakes all
+        // who wait.
         KVM_ASYNC_PF_EN => 2,
-        // Last, because a deadline is compared with the TSC, and fires at once when that is still another VM's.
+        // Last, because a deadline is compared with the TSC, and fires at once when that is still
+        // another VM's.
         MSR_TSC_DEADLINE => 3,
         _ => 1,
     }
@@ -86,8 +91,9 @@ fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, MsrError> {
     Msrs::from_entries(entries).map_err(|_| MsrError::TooMany { count: entries.len() })
 }
 
-/// Sets `bits` of one MSR beside those that are set. False when this host's KVM has no such MSR, or refuses the value.
-pub fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
+/// Sets `bits` of one MSR beside those that are set. False when this host's KVM has no such MSR, or
+/// refuses the value.
+pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
     let failed = |what| move |source| MsrError::Call { what, source };
     let mut one = fam(&entries(&[index]))?;
     if vcpu.get_msrs(&mut one).map_err(failed("KVM_GET_MSRS"))? != 1 {
@@ -97,8 +103,8 @@ pub fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrErr
     Ok(vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))? == 1)
 }
 
-/// Reads `wanted`: those that could be read, and the numbers of those that could not. KVM stops at the first that it does
-/// not read, and is asked for the rest again.
+/// Reads `wanted`: those that could be read, and the numbers of those that could not. KVM stops at
+/// the first that it does not read, and is asked for the rest again.
 pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry>, Vec<u32>), MsrError> {
     let (mut found, mut refused) = (Vec::with_capacity(wanted.as_slice().len()), Vec::new());
     let mut left = wanted;
@@ -114,7 +120,8 @@ pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry
     }
 }
 
-/// Writes `all`. What is refused is returned, with its values: KVM stops there, and is given the rest again.
+/// Writes `all`. What is refused is returned, with its values: KVM stops there, and is given the
+/// rest again.
 pub(super) fn write_all(vcpu: &VcpuFd, all: &Msrs) -> Result<Vec<kvm_msr_entry>, MsrError> {
     let mut refused = Vec::new();
     let failed = |source| MsrError::Call { what: "KVM_SET_MSRS", source };
@@ -181,7 +188,7 @@ impl MsrSet {
         Ok(Self(kept))
     }
 
-    /// The MSRs.
+    /// The indices of the MSRs.
     #[must_use]
     pub fn indices(&self) -> &[u32] {
         &self.0
@@ -207,7 +214,8 @@ mod tests {
         assert_eq!(indices, wanted);
     }
 
-    /// KVM stops at the one in the middle. Those behind it are read and written all the same, and it is named.
+    /// KVM stops at the one in the middle. Those behind it are read and written all the same, and
+    /// it is named.
     #[test]
     fn one_bad_msr_hides_no_other() {
         let Some(host) = host() else { return };

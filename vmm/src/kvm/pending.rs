@@ -1,4 +1,5 @@
-//! What a vCPU has on its way to the guest, and how it is taken away before another state comes in its place.
+//! What a vCPU has on its way to the guest, and how it is taken away before another state comes in
+//! its place.
 //!
 //! Giving a vCPU a state replaces most of what is pending, but not all of it:
 //!
@@ -9,8 +10,8 @@
 //! | asynchronous page faults | they are in no state | tell the guest of a page it never waited for |
 //! | a page-ready event not acknowledged | it is in no state | keep KVM from waking a halted vCPU for the next |
 //!
-//! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after all are parked and before
-//! any state is given.
+//! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after
+//! all are parked and before any state is given.
 
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
@@ -24,10 +25,12 @@ use super::vcpu_state::VcpuStateError;
 /// `MSR_KVM_ASYNC_PF_ACK`
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
-/// Takes away all that `vcpu` has pending. The vCPU is good for nothing then but to be given a state.
-pub fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+/// Takes away all that `vcpu` has pending. The vCPU is good for nothing then but to be given a
+/// state.
+pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves System Management Mode.
+    // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves
+    // System Management Mode.
     let none = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING
             | KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -38,8 +41,9 @@ pub fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     vcpu.set_vcpu_events(&none).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
     // A start-up IPI is taken or dropped by looking: there is no other way to clear one.
     vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
-    // Off, which cancels the faults under way and drops those done. Then the acknowledgement, because an event that was
-    // delivered before waits for one. Each alone, because a guest that was not given a feature does not have its MSR.
+    // Off, which cancels the faults under way and drops those done. Then the acknowledgement,
+    // because an event that was delivered before waits for one. Each alone, because a guest that
+    // was not given a feature does not have its MSR.
     for (index, data) in [(KVM_ASYNC_PF_EN, 0), (KVM_ASYNC_PF_ACK, 1)] {
         let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
             .map_err(|_| VcpuStateError::Buffer { what: "an MSR", bytes: size_of::<kvm_msr_entry>() })?;

@@ -1,19 +1,22 @@
 //! Everything that adapts to kvm-pvm, in one place.
 //!
-//! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented VMs: guest ring 3 runs
-//! natively, guest ring 0 is interpreted by KVM's instruction emulator. What the emulator does not know ends `KVM_RUN`
-//! with `KVM_EXIT_INTERNAL_ERROR`, so a guest kernel must not be told of features that make it use such instructions.
+//! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented
+//! VMs: guest ring 3 runs natively, guest ring 0 is interpreted by KVM's instruction emulator. What
+//! the emulator does not know ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`, so a guest kernel must
+//! not see features that make it use such instructions.
 //!
-//! Ring 3 executes CPUID natively and sees the host's CPU. For the guest kernel to see the same, this KVM puts the host's
-//! bits back into leaves 1, 7 and 0xD of whatever `KVM_SET_CPUID2` is given (seen with `KVM_GET_CPUID2`; CX16 and PCID are
-//! left alone, so are leaf 0 and the leaves from 0x4000_0000 on). Hence three layers:
+//! Ring 3 executes CPUID natively and sees the host's CPU. For the guest kernel to see the same,
+//! this KVM puts the host's bits back into leaves 1, 7 and 0xD of whatever `KVM_SET_CPUID2` is
+//! given (seen with `KVM_GET_CPUID2`; CX16 and PCID are left alone, so are leaf 0 and the leaves
+//! from 0x4000_0000 on). Hence three layers:
 //!
 //! 1. [`Quirks::hide`], for the leaves it leaves alone;
-//! 2. [`Quirks::max_leaf`], because a kernel that is told there are six leaves asks for neither 7 nor 0xD;
-//! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and [`Quirks::kernel_args`], which spare
-//!    Linux the detour.
+//! 2. [`Quirks::max_leaf`], because a kernel that sees six leaves reads neither 7 nor 0xD;
+//! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and
+//!    [`Quirks::kernel_args`], which spare Linux the detour.
 //!
-//! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC is its parent's.
+//! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC
+//! is its parent's.
 //!
 //! A system call of a stock kernel arrives as a page fault, and is made one again (`syscall.rs`).
 //!
@@ -26,36 +29,40 @@ use std::path::Path;
 
 use super::features::CpuHide;
 
-pub use emulate::{EmulateError, Emulated, EmulationFailure};
+pub(crate) use emulate::Emulated;
+pub use emulate::{EmulateError, EmulationFailure};
 
 /// Overrides detection: `pvm` or `none`.
-pub const QUIRKS_ENV: &str = "CLADE_QUIRKS";
+pub(crate) const QUIRKS_ENV: &str = "CLADE_QUIRKS";
 
-/// Why the quirks could not be told.
+/// Why the quirks could not be detected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum QuirkError {
-    /// The override says something else.
+    /// The override has an unknown value.
     #[error("{QUIRKS_ENV} is {value:?}, it can be \"pvm\" or \"none\"")]
     Override {
-        /// What it says.
+        /// Its value.
         value: String,
     },
 }
 
-/// What is peculiar about this host's KVM.
+/// The kind of this host's KVM, by its peculiarities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quirks {
-    /// Hardware virtualization: nothing.
+    /// Hardware virtualization, which has none.
     None,
     /// kvm-pvm.
     Pvm,
 }
 
-/// What a guest kernel must not be told of on kvm-pvm, each line with what was seen. Most of it is in leaves that KVM
-/// overrides (see above); it is listed all the same, so that nothing depends on which those are.
+/// Features that a guest kernel must not see on kvm-pvm, each with what was observed. Most of it is
+/// in leaves that KVM overrides (see above); it is listed all the same, so that nothing depends on
+/// which those are.
 const PVM_HIDE: &[&str] = &[
-    // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an emulation failure. Takes AVX
-    // and its kin along. The guest then uses FXSAVE, which is emulated.
+    // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an
+    // emulation failure. Takes AVX and its kin along. The guest then uses FXSAVE, which is
+    // emulated.
     "xsave",
     // POPCNT at ring 0, in hweight: emulation failure.
     "popcnt",
@@ -64,7 +71,8 @@ const PVM_HIDE: &[&str] = &[
     // STAC and CLAC around every user access: emulation failure. SMEP goes with SMAP.
     "smap",
     "smep",
-    // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline segfaults.
+    // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline
+    // segfaults.
     "fsgsbase",
     // Each selects an instruction or a code path in the kernel that the emulator does not do.
     "bmi1",
@@ -89,23 +97,24 @@ const PVM_HIDE: &[&str] = &[
     "kvm_pv_tlb_flush",
 ];
 
-/// The last basic leaf a guest is told of on kvm-pvm. Linux reports "CPU feature xsave disabled, no CPUID level 0xd" and
-/// uses FXSAVE; leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...) is not asked for.
+/// The last basic leaf that a guest sees on kvm-pvm. Linux reports "CPU feature xsave disabled, no
+/// CPUID level 0xd" and uses FXSAVE; leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...) is not read.
 const PVM_MAX_LEAF: u32 = 6;
 
-/// What Linux should be told on kvm-pvm: to use none of what leaf 1 still announces.
+/// Arguments for Linux on kvm-pvm: not to use the features that leaf 1 still announces.
 ///
-/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an emulation failure.
+/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an
+/// emulation failure.
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes";
 
-/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names them: `IA32_XSS` (0xda0)
-/// can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG` (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES`
-/// (0x10a) is refused.
+/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names
+/// them: `IA32_XSS` (0xda0) can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG`
+/// (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES` (0x10a) is refused.
 const PVM_SKIP_MSRS: &[u32] = &[0xda0, 0x9e, 0xc001_1029, 0x10a];
 
 impl Quirks {
     /// Finds out, unless [`QUIRKS_ENV`] says.
-    pub fn detect() -> Result<Self, QuirkError> {
+    pub(crate) fn detect() -> Result<Self, QuirkError> {
         Self::detect_in(std::env::var(QUIRKS_ENV).ok().as_deref(), Path::new("/sys/module"))
     }
 
@@ -131,19 +140,20 @@ impl Quirks {
         }
     }
 
-    /// The highest basic CPUID leaf a guest is told of; `None` for as many as KVM supports.
+    /// The highest basic CPUID leaf that a guest sees; `None` for as many as KVM supports.
     #[must_use]
-    pub fn max_leaf(self) -> Option<u32> {
+    pub(crate) fn max_leaf(self) -> Option<u32> {
         match self {
             Self::None => None,
             Self::Pvm => Some(PVM_MAX_LEAF),
         }
     }
 
-    /// What to append to a Linux guest's command line. Not needed to boot, since [`Self::emulate_insn`] covers the
-    /// same, but each healed instruction costs an exit and three calls.
+    /// What to append to a Linux guest's command line. Not needed to boot, since
+    /// [`Self::emulate_insn`] covers the same, but each healed instruction costs an exit and three
+    /// calls.
     #[must_use]
-    pub fn kernel_args(self) -> &'static str {
+    pub(crate) fn kernel_args(self) -> &'static str {
         match self {
             Self::None => "",
             Self::Pvm => PVM_KERNEL_ARGS,
@@ -160,17 +170,17 @@ impl Quirks {
 
     /// MSRs to leave alone.
     #[must_use]
-    pub fn skip_msrs(self) -> &'static [u32] {
+    pub(crate) fn skip_msrs(self) -> &'static [u32] {
         match self {
             Self::None => &[],
             Self::Pvm => PVM_SKIP_MSRS,
         }
     }
 
-    /// Whether AMD guests must be told that FXSAVE handles error pointers: without it Linux works around an FXSAVE leak
-    /// with FNCLEX at every context switch, which the emulator does not know.
+    /// Whether AMD guests must see that FXSAVE handles error pointers: without it Linux works
+    /// around an FXSAVE leak with FNCLEX at every context switch, which the emulator does not know.
     #[must_use]
-    pub fn forces_xsaveerptr(self) -> bool {
+    pub(crate) fn forces_xsaveerptr(self) -> bool {
         self == Self::Pvm
     }
 }

@@ -1,4 +1,5 @@
-//! What a VM's state presupposes of its host, written down with it: so that a host that lacks something says what.
+//! What a VM's state presupposes of its host, written down with it: so that a host that lacks
+//! something says what.
 
 use std::fmt;
 use std::fs;
@@ -9,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::features::{Reg, features};
 use super::host::{Host, HostError};
 
-/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not better.
+/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not
+/// better.
 pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Bits of `IA32_ARCH_CAPABILITIES` that say that something is worse, not better: RSBA and RRSBA.
@@ -27,84 +29,85 @@ pub struct FeatureWord {
     bits: u32,
 }
 
-/// A state component in the XSAVE area, as leaf 0xD says.
+/// A state component of the XSAVE area, from CPUID leaf 0xD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct XsaveComponent {
     /// Its bit in XCR0 or `IA32_XSS`.
     pub bit: u32,
-    /// Bytes.
+    /// Its size in bytes.
     pub size: u32,
-    /// Where it is in the standard format; 0 for those of `IA32_XSS`.
+    /// Its offset in bytes in the standard format; 0 for those of `IA32_XSS`.
     pub offset: u32,
     /// ECX: supervisor component, alignment, XFD.
     pub flags: u32,
 }
 
-/// See the module's documentation.
+/// What a guest needs of a host: features, TSC, XSAVE layout, immunities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostRequirements {
-    /// The version of Clade.
+    /// The version of Clade that saved it. For messages only.
     pub clade: String,
-    /// The CPU's vendor, as CPUID says it.
+    /// The CPU's vendor string from CPUID.
     pub vendor: String,
     /// The features that the guest was given.
     pub features: Vec<FeatureWord>,
-    /// The frequency of its TSC, if KVM said.
+    /// The frequency of its TSC in kHz, if KVM reports it.
     pub tsc_khz: Option<u32>,
-    /// The kernel's release.
+    /// The release of the host's kernel. For messages only.
     pub kernel: String,
-    /// Where the state components are that the guest was given.
+    /// The XSAVE components that the guest was given.
     #[serde(default)]
     pub xsave: Vec<XsaveComponent>,
-    /// What the guest was told in `IA32_ARCH_CAPABILITIES`, if anything.
+    /// The guest's value of `IA32_ARCH_CAPABILITIES`, if it has that MSR.
     #[serde(default)]
     pub arch_capabilities: Option<u64>,
-    /// Bits of a physical address, if CPUID says.
+    /// The number of bits of a physical address, if CPUID reports it.
     #[serde(default)]
     pub physical_bits: Option<u8>,
 }
 
-/// A host that the state cannot go on at.
+/// Why a saved state cannot be restored on this host.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HostMismatch {
-    /// Another vendor's CPU.
+    /// The CPU is of another vendor.
     #[error("the guest ran on a CPU of {saved:?}, this one is of {here:?}")]
     Vendor {
-        /// Of the state.
+        /// The vendor in the state.
         saved: String,
-        /// Of this host.
+        /// This host's vendor.
         here: String,
     },
-    /// Features that are not there.
+    /// The host lacks CPU features.
     #[error("this host lacks CPU features that the guest was given: {}", missing.join(", "))]
     Features {
-        /// By name; those without one by their place in CPUID.
+        /// The features by name; those without one by their place in CPUID.
         missing: Vec<String>,
     },
-    /// A TSC that cannot be had.
+    /// This host cannot give the guest its TSC frequency.
     #[error("the guest was given a TSC of {saved} kHz, this host has {here} kHz and cannot scale it")]
     Tsc {
-        /// Of the state.
+        /// The frequency in the state, in kHz.
         saved: u32,
-        /// Of this host.
+        /// This host's frequency, in kHz.
         here: u32,
     },
-    /// Another layout of the XSAVE area.
+    /// The XSAVE area has another layout.
     #[error("the guest's XSAVE area has component {} as {} bytes at {}, this host's has {}", saved.bit, saved.size, saved.offset, found(here.as_ref()))]
     Xsave {
-        /// Of the state.
+        /// The component in the state.
         saved: XsaveComponent,
-        /// Of this host, if it has it.
+        /// This host's component, if it has it.
         here: Option<XsaveComponent>,
     },
-    /// The guest was told that it need not fear what it must fear here.
+    /// The guest relies on an immunity that this host lacks.
     #[error(
         "IA32_ARCH_CAPABILITIES is {here:#x} here, and {saved:#x} where the guest ran: bits {differing:#x} would deceive it"
     )]
     ArchCapabilities {
-        /// Of the state.
+        /// The MSR's value in the state.
         saved: u64,
-        /// Of this host.
+        /// The MSR's value on this host.
         here: u64,
         /// Immunities that are missing here, and behaviours that are new.
         differing: u64,
@@ -192,7 +195,8 @@ impl HostRequirements {
         Ok(Self::of(host.cpuid_at_most()?.as_slice(), host.tsc_khz()?, host.arch_capabilities()?))
     }
 
-    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is no hindrance.
+    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is
+    /// no hindrance.
     ///
     /// # Errors
     /// What is missing, all of it.
@@ -219,7 +223,7 @@ impl HostRequirements {
         {
             return Err(HostMismatch::PhysicalBits { saved, here });
         }
-        // A guest that was told nothing takes no precaution less.
+        // A guest without the MSR relies on no immunity.
         if let Some(saved) = self.arch_capabilities {
             let here = here.arch_capabilities.unwrap_or(0);
             let differing = saved & !here & !WORSE | here & !saved & WORSE;

@@ -1,12 +1,16 @@
-//! CPU templates: named baselines of CPUID and MSRs, so that a snapshot moves between hosts of one vendor.
+//! CPU templates: named baselines of CPUID and MSRs, so that a snapshot moves between hosts of one
+//! vendor.
 //!
-//! A template names the levels of the x86-64 psABI. What a level has, a host must have, or it is refused by the names of what is missing. Beside
-//! that, guests get what virtualization itself brings (x2APIC, the deadline timer, the hypervisor's leaves) and what a host has of the switches against
-//! speculative execution, which no guest should lose for being movable: a snapshot then says that it needs them. Everything else is hidden, named or
-//! not, and so are the leaves and MSRs that only a host's own model has.
+//! The templates are the levels of the x86-64 psABI. A host must have all features of the level, or
+//! it is refused with the names of those it lacks. Beside the level, guests have:
 //!
-//! The processor's signature, its caches and its name stay the host's: a guest reads them when it boots, and a restored one is given what it
-//! was booted with.
+//! - what virtualization itself adds: x2APIC, the deadline timer, the hypervisor's leaves;
+//! - the host's mitigations of speculative execution, which no guest should lose for being movable.
+//!   A snapshot records that it needs them.
+//!
+//! Everything else is hidden, and so are the leaves and MSRs of a host's own model. The processor's
+//! signature, caches and name stay the host's: a guest reads them when it boots, and a restored
+//! guest keeps those it was booted with.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,10 +20,11 @@ use serde::{Deserialize, Serialize};
 
 use super::features::{Feature, Reg, features};
 
-/// What a guest's CPU is made to look like.
+/// The CPU model that a guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum CpuTemplate {
-    /// The host's, as far as KVM can give it to a guest. Its snapshots go to hosts that have all of it.
+    /// The host's, as far as KVM can give it to a guest. Its snapshots go to hosts that have all of
+    /// it.
     #[default]
     #[serde(rename = "host")]
     Host,
@@ -42,11 +47,11 @@ const NAMES: [(CpuTemplate, &str); 4] = [
     (CpuTemplate::V3, "x86-64-v3"),
 ];
 
-/// A name that is not a template's.
+/// The name is no template's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("unknown CPU template {name:?}: there are host, x86-64-v1, x86-64-v2 and x86-64-v3")]
 pub struct UnknownTemplate {
-    /// As given.
+    /// The name.
     pub name: String,
 }
 
@@ -65,7 +70,8 @@ impl FromStr for CpuTemplate {
     }
 }
 
-/// A register of a leaf, and the bits of it that have no name in the kernel's list because every x86-64 processor has them.
+/// A register of a leaf, and the bits of it that have no name in the kernel's list because every
+/// x86-64 processor has them.
 struct Always {
     leaf: u32,
     reg: Reg,
@@ -88,8 +94,9 @@ const V3: &[&str] = &[
     "pdpe1gb",
 ];
 
-/// What guests get of it if the host has it, whatever the template: virtualization's own, and the switches against speculative execution. They
-/// are switches, not facts about a model: what a host says about itself in `arch_capabilities` is hidden.
+/// What guests get of it if the host has it, whatever the template: virtualization's own, and the
+/// switches against speculative execution. They are switches, not facts about a model: what a host
+/// says about itself in `arch_capabilities` is hidden.
 const OPTIONAL: &[&str] = &[
     "x2apic",
     "tsc_deadline_timer",
@@ -114,7 +121,8 @@ const OPTIONAL: &[&str] = &[
 
 /// Feature leaves: of every other leaf a guest of a template sees all or nothing.
 const FEATURE_LEAVES: [u32; 6] = [1, 7, 0x8000_0001, 0x8000_0007, 0x8000_0008, 0x8000_0021];
-/// The highest leaves that say anything about a template's guest. Beyond are performance counters, enclaves, tracing, tiles.
+/// The highest leaves that say anything about a template's guest. Beyond are performance counters,
+/// enclaves, tracing, tiles.
 const MAX_LEAF: u32 = 0xd;
 const MAX_EXTENDED_LEAF: u32 = 0x8000_0008;
 /// First leaves of the hypervisor's and of the extended range.
@@ -189,7 +197,8 @@ impl CpuTemplate {
     }
 
     fn mask(self, entry: &mut kvm_cpuid_entry2) {
-        // What is not features in these leaves: signature, brand and ids in leaf 1, sizes in 0x8000_0008, the number of subleaves in 7.
+        // What is not features in these leaves: signature, brand and ids in leaf 1, sizes in
+        // 0x8000_0008, the number of subleaves in 7.
         let plain = match entry.function {
             1 => [Reg::Eax, Reg::Ebx].as_slice(),
             0x8000_0001 => &[Reg::Eax, Reg::Ebx],
@@ -218,11 +227,13 @@ impl CpuTemplate {
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (eax, ebx, ecx, edx);
     }
 
-    /// Whether an MSR is among those a guest of this template has: what the architecture and the hypervisor define, and no model's own.
+    /// Whether an MSR is among those a guest of this template has: what the architecture and the
+    /// hypervisor define, and no model's own.
     pub(super) fn has_msr(self, index: u32) -> bool {
         match index {
             _ if self == Self::Host => true,
-            // TSC, APIC base, speculation control, SYSENTER, machine check, MISC_ENABLE, page attributes.
+            // TSC, APIC base, speculation control, SYSENTER, machine check, MISC_ENABLE, page
+            // attributes.
             0x10 | 0x1b | 0x3b | 0x48 | 0x49 | 0x10b | 0x174..=0x176 | 0x179..=0x17b | 0x1a0 | 0x277 => true,
             // MTRRs.
             0xfe | 0x200..=0x20f | 0x250 | 0x258 | 0x259 | 0x268..=0x26f | 0x2ff => true,
@@ -355,7 +366,8 @@ mod tests {
 
     #[test]
     fn a_models_own_msrs_are_not_a_templates() {
-        // TSC, LSTAR, the KVM clock, MTRR default; platform information, ARCH_CAPABILITIES, a performance counter.
+        // TSC, LSTAR, the KVM clock, MTRR default; platform information, ARCH_CAPABILITIES, a
+        // performance counter.
         for (index, has) in [
             (0x10, true),
             (0xc000_0082, true),

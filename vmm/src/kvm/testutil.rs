@@ -71,8 +71,8 @@ impl TestVm {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // Before the irqchip: the other way round it takes a hundred times as long.
-        // SAFETY: the mapping is `mem`'s, which the returned value owns and drops after the VM and its vCPUs.
+        // Before the irqchip: the other way round it takes a hundred times as long. SAFETY: the
+        // mapping is `mem`'s, which the returned value owns and drops after the VM and its vCPUs.
         unsafe { vm.set_user_memory_region(slot) }.unwrap();
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() })
             .unwrap();

@@ -1,9 +1,10 @@
 //! A vCPU's state: taking it, and giving it to another vCPU.
 //!
-//! Both are on the path of every fork, so the buffers are made once, CPUID is not read back from KVM, and one call reads
-//! all MSRs. Both need the vCPU to be out of `KVM_RUN`, **with its last I/O completed** (run it once more with
-//! `immediate_exit` set after an I/O or MMIO exit: KVM finishes the instruction only then), and all its siblings too,
-//! because an interrupt between two vCPUs would otherwise be in neither's state.
+//! Both are on the path of every fork, so the buffers are made once, CPUID is not read back from
+//! KVM, and one call reads all MSRs. Both need the vCPU to be out of `KVM_RUN`, **with its last I/O
+//! completed** (run it once more with `immediate_exit` set after an I/O or MMIO exit: KVM finishes
+//! the instruction only then), and all its siblings too, because an interrupt between two vCPUs
+//! would otherwise be in neither's state.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -22,51 +23,52 @@ use super::requirements::same_tsc;
 use super::template::CpuTemplate;
 use super::vm_state::Clock;
 
-/// Why a vCPU's state could not be taken or given.
+/// Why a vCPU's state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VcpuStateError {
-    /// A call failed.
+    /// A KVM ioctl failed.
     #[error("{call} failed")]
     Ioctl {
-        /// Which.
+        /// The ioctl.
         call: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// MSRs were refused.
+    /// KVM refuses to set MSRs.
     #[error("KVM refuses {}", refused_text(refused))]
     MsrWrite {
-        /// Which, with their values.
+        /// Index and value of each.
         refused: Vec<(u32, u64)>,
     },
     /// The XSAVE area has another size than this host's.
     #[error("the saved XSAVE area is {found} bytes, this host's KVM takes {expected}")]
     XsaveSize {
-        /// In the state.
+        /// Its size in bytes in the state.
         found: usize,
-        /// On this host.
+        /// Its size in bytes on this host.
         expected: usize,
     },
-    /// The TSC frequency cannot be had here.
+    /// This host cannot give the guest its TSC frequency.
     #[error("the state is from a host with a TSC of {saved} kHz, this one has {here} kHz and cannot scale it")]
     TscFrequency {
-        /// Of the state.
+        /// The frequency in the state, in kHz.
         saved: u32,
-        /// Of this host.
+        /// This host's frequency, in kHz.
         here: u32,
     },
     /// The MSRs of this host are not known.
     #[error("the MSRs of this host could not be told")]
     Msrs {
-        /// Why.
+        /// The error of probing them.
         #[source]
         source: Box<HostError>,
     },
     /// A buffer could not be made.
     #[error("no buffer for {what} of {bytes} bytes")]
     Buffer {
-        /// For what.
+        /// The structure it is for.
         what: &'static str,
         /// Its size.
         bytes: usize,
@@ -123,7 +125,7 @@ impl StateLayout {
     }
 
     /// The same, of vCPUs with performance counters or without.
-    pub fn with_pmu(host: &Host, pmu: bool) -> Result<Self, VcpuStateError> {
+    pub(crate) fn with_pmu(host: &Host, pmu: bool) -> Result<Self, VcpuStateError> {
         let size = host.xsave_size();
         Ok(Self {
             msrs: host.msrs_of(pmu)?.buffer()?,
@@ -134,7 +136,8 @@ impl StateLayout {
         })
     }
 
-    /// The same for vCPUs that look like `template`, whose state has that template's MSRs and no others.
+    /// The same for vCPUs that look like `template`, whose state has that template's MSRs and no
+    /// others.
     pub fn of(&self, template: CpuTemplate) -> Result<Self, VcpuStateError> {
         let mine: Vec<_> = self.msrs.as_slice().iter().filter(|entry| template.has_msr(entry.index)).copied().collect();
         let bytes = size_of_val(mine.as_slice());
@@ -181,8 +184,8 @@ pub struct VcpuState {
     pub xcrs: kvm_xcrs,
     /// Debug registers.
     pub debug_regs: kvm_debugregs,
-    /// MSRs in the order in which they are restored. The TSC's offset is not kept: the TSC's value is, and counts on from
-    /// there.
+    /// MSRs in the order in which they are restored. The TSC's offset is not kept: the TSC's value
+    /// is, and counts on from there.
     pub msrs: Msrs,
     /// Local APIC.
     pub lapic: kvm_lapic_state,
@@ -194,7 +197,8 @@ pub struct VcpuState {
     /// The same by the clock of the host's boot.
     #[serde(default)]
     pub taken_in_boot: Option<BootTime>,
-    /// Where its page faults are watched, if they are: not KVM's, but the vCPU thread's, which does it.
+    /// Where its page faults are watched, if they are: not KVM's, but the vCPU thread's, which does
+    /// it.
     #[serde(default)]
     pub page_fault_entry: Option<u64>,
 }
@@ -223,25 +227,27 @@ impl VcpuState {
         Ok(state)
     }
 
-    /// What it was told in `IA32_ARCH_CAPABILITIES`, if it has it.
+    /// The guest's value of `IA32_ARCH_CAPABILITIES`, if it has that MSR.
     #[must_use]
-    pub fn arch_capabilities(&self) -> Option<u64> {
+    pub(crate) fn arch_capabilities(&self) -> Option<u64> {
         self.msrs.as_slice().iter().find(|entry| entry.index == ARCH_CAPABILITIES).map(|entry| entry.data)
     }
 
-    /// Takes the state of the same vCPU again, without allocating. After an error the state is of no use.
-    pub fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
-        // Before everything else, because it makes KVM accept a pending INIT or SIPI, which changes registers and the
-        // local APIC.
+    /// Takes the state of the same vCPU again, without allocating. After an error the state is of
+    /// no use.
+    pub(crate) fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+        // Before everything else, because it makes KVM accept a pending INIT or SIPI, which changes
+        // registers and the local APIC.
         self.mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
         self.regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         self.sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         self.save_xsave(vcpu, layout)?;
         self.xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
         self.debug_regs = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
-        // Before the local APIC: the timer may fire between the two, on another CPU. This way round the interrupt is in
-        // the APIC's state and perhaps comes twice, which a guest takes for a spurious one; the other way round the
-        // deadline would already read 0 and the APIC would not have it yet, and a tickless guest would sleep forever.
+        // Before the local APIC: the timer may fire between the two, on another CPU. This way round
+        // the interrupt is in the APIC's state and perhaps comes twice, which a guest takes for a
+        // spurious one; the other way round the deadline would already read 0 and the APIC would
+        // not have it yet, and a tickless guest would sleep forever.
         (self.taken, self.taken_in_boot) = (WallClock::now(), BootTime::now());
         self.save_msrs(vcpu, layout)?;
         // Before the events, because it moves posted interrupts into the APIC's registers.
@@ -261,9 +267,10 @@ impl VcpuState {
         if self.xsave.as_slice().len() != layout.xsave_extra {
             self.xsave = layout.xsave()?;
         }
-        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says. `layout` asked the same KVM, and the area has exactly
-        // that size, checked just above. The size could only grow by this process asking for dynamic XSTATE permission
-        // (arch_prctl), which nothing in this program does.
+        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says. `layout` asked the same KVM, and
+        // the area has exactly that size, checked just above. The size could only grow by this
+        // process asking for dynamic XSTATE permission (arch_prctl), which nothing in this program
+        // does.
         unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(call("KVM_GET_XSAVE2"))
     }
 
@@ -276,7 +283,8 @@ impl VcpuState {
         if read == count {
             return Ok(());
         }
-        // This vCPU was not given all that the layout's has. The others must not be lost with what is missing.
+        // This vCPU was not given all that the layout's has. The others must not be lost with what
+        // is missing.
         let (found, refused) = read_all(vcpu, layout.msrs.clone())?;
         report_unreadable(&refused);
         let bytes = size_of_val(found.as_slice());
@@ -299,32 +307,35 @@ impl VcpuState {
         if cpuid == CpuidState::Unset {
             vcpu.set_cpuid2(&self.cpuid).map_err(call("KVM_SET_CPUID2"))?;
         }
-        // Before the MSRs, because KVM converts the TSC's value with the frequency in force when it is written.
+        // Before the MSRs, because KVM converts the TSC's value with the frequency in force when it
+        // is written.
         self.restore_tsc_frequency(vcpu, layout)?;
-        // Before the registers, because making a vCPU wait for SIPI or run again resets parts of it.
+        // Before the registers, because making a vCPU wait for SIPI or run again resets parts of
+        // it.
         vcpu.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
         // Before the events, because it drops pending exceptions.
         vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
-        // Before the local APIC and the MSRs, because it carries the APIC base (without which the local APIC refuses its
-        // registers) and EFER.
+        // Before the local APIC and the MSRs, because it carries the APIC base (without which the
+        // local APIC refuses its registers) and EFER.
         vcpu.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, or 4096 where it does not know that capability.
-        // `layout` asked the same KVM, and the area has exactly that size, checked at the top. The size could only grow
-        // by this process asking for dynamic XSTATE permission (arch_prctl), which nothing in this program does.
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, or 4096 where it does not know
+        // that capability. `layout` asked the same KVM, and the area has exactly that size, checked
+        // at the top. The size could only grow by this process asking for dynamic XSTATE permission
+        // (arch_prctl), which nothing in this program does.
         unsafe { vcpu.set_xsave2(xsave) }.map_err(call("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
-        // After the special registers because of the APIC base; before the MSRs, because a TSC deadline is taken only
-        // while the timer is in deadline mode.
+        // After the special registers because of the APIC base; before the MSRs, because a TSC
+        // deadline is taken only while the timer is in deadline mode.
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
         self.restore_msrs(vcpu, clock)?;
-        // Last, because setting registers drops pending exceptions, and special registers queue an interrupt that this
-        // replaces.
+        // Last, because setting registers drops pending exceptions, and special registers queue an
+        // interrupt that this replaces.
         vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
     }
 
-    /// The XSAVE area in this host's size, where the state's is another: a host with more state components has a larger area, of which a guest that
-    /// was not given them has used nothing.
+    /// The XSAVE area in this host's size, where the state's is another: a host with more state
+    /// components has a larger area, of which a guest that was not given them has used nothing.
     fn fitted_xsave(&self, layout: &StateLayout) -> Result<Option<Xsave>, VcpuStateError> {
         let (mine, theirs) = (self.xsave.as_slice(), layout.xsave_extra);
         if mine.len() == theirs {
@@ -346,8 +357,9 @@ impl VcpuState {
     fn restore_msrs(&self, vcpu: &VcpuFd, clock: Clock) -> Result<(), VcpuStateError> {
         let mut msrs = self.msrs.clone();
         if let (Clock::CatchUp, Some(khz)) = (clock, self.tsc_khz) {
-            // It has counted on while the VM was not there, as the guest's clock has: a guest that reads the TSC finds the same time in both. It comes
-            // first among the MSRs, so a deadline that has passed meanwhile fires when it is set.
+            // It has counted on while the VM was not there, as the guest's clock has: a guest that
+            // reads the TSC finds the same time in both. It comes first among the MSRs, so a
+            // deadline that has passed meanwhile fires when it is set.
             let ticks = (elapsed(self.taken, self.taken_in_boot).as_nanos() * u128::from(khz) / 1_000_000) as u64;
             msrs.as_mut_slice().iter_mut().filter(|entry| entry.index == MSR_TSC).for_each(|entry| {
                 entry.data = entry.data.wrapping_add(ticks);
@@ -369,9 +381,9 @@ impl VcpuState {
     }
 }
 
-/// Tells the guest that it was stopped, so that its watchdogs do not count the time. `false` when it has no kvmclock page
-/// to be told on.
-pub fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
+/// Tells the guest that it was stopped, so that its watchdogs do not count the time. `false` when
+/// it has no kvmclock page to be told on.
+pub(crate) fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
     match vcpu.kvmclock_ctrl() {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == libc::EINVAL => Ok(false),

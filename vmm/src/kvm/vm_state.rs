@@ -11,25 +11,26 @@ use serde::{Deserialize, Serialize};
 
 use super::host_time::{BootTime, WallClock, elapsed};
 
-/// Why a VM's state could not be taken or given.
+/// Why a VM's state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VmStateError {
-    /// A call failed.
+    /// A KVM ioctl failed.
     #[error("{call} failed for {what}")]
     Ioctl {
-        /// Which.
+        /// The ioctl.
         call: &'static str,
-        /// For what.
+        /// The chip or clock it is for.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
 }
 
-/// Which of the PC's chips KVM has in this VM.
+/// The chips of a PC that KVM emulates in a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Chips {
+pub(crate) enum Chips {
     /// None, or the local APICs alone (split irqchip).
     None,
     /// PICs and IOAPIC.
@@ -38,12 +39,13 @@ pub enum Chips {
     IrqchipAndPit,
 }
 
-/// How a restored VM's clock goes on.
+/// How the clock of a restored VM continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// From where it stood: no time has passed.
+    /// From its saved value: no time has passed.
     Resume,
-    /// Ahead by the time since it was saved ([`super::host_time`]): what the guest takes for the time of day is right again. What a fork and a reset want.
+    /// From its saved value plus the time since (`host_time.rs`), so that the guest's time of day
+    /// is right. A fork and a reset do this.
     CatchUp,
 }
 
@@ -64,7 +66,7 @@ impl fmt::Debug for Irqchips {
 
 /// A VM's state outside its vCPUs and its memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct VmState {
+pub(crate) struct VmState {
     irqchips: Option<Irqchips>,
     pit: Option<kvm_pit_state2>,
     clock: kvm_clock_data,
@@ -87,9 +89,10 @@ const PARTS: [(u32, &str); 3] = [
 ];
 
 impl VmState {
-    /// Takes the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the IOAPIC still holds is
-    /// delivered again by [`Self::restore_chips`], one that it has delivered is in a vCPU's local APIC.
-    pub fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
+    /// Takes the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the
+    /// IOAPIC still holds is delivered again by [`Self::restore_chips`], one that it has delivered
+    /// is in a vCPU's local APIC.
+    pub(crate) fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
         // First, because the pause should cost the guest's clock as little as possible.
         let clock = vm.get_clock().map_err(failed("KVM_GET_CLOCK", "the clock"))?;
         let (taken, taken_in_boot) = (WallClock::now(), BootTime::now());
@@ -98,7 +101,8 @@ impl VmState {
             vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP", what))?;
             Ok(chip)
         };
-        // The timer before the controllers: a tick between the two is then in the controllers' state, not lost.
+        // The timer before the controllers: a tick between the two is then in the controllers'
+        // state, not lost.
         let pit = match chips {
             Chips::IrqchipAndPit => Some(vm.get_pit2().map_err(failed("KVM_GET_PIT2", "the PIT"))?),
             Chips::None | Chips::Irqchip => None,
@@ -115,7 +119,7 @@ impl VmState {
 
     /// Which chips it is the state of.
     #[must_use]
-    pub fn chips(&self) -> Option<Chips> {
+    pub(crate) fn chips(&self) -> Option<Chips> {
         match (&self.irqchips, &self.pit) {
             (None, None) => Some(Chips::None),
             (Some(_), None) => Some(Chips::Irqchip),
@@ -127,9 +131,9 @@ impl VmState {
 
     /// Gives the controllers and the timer their state.
     ///
-    /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs, and a local APIC that is
-    /// restored later would forget it.
-    pub fn restore_chips(&self, vm: &VmFd) -> Result<(), VmStateError> {
+    /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs,
+    /// and a local APIC that is restored later would forget it.
+    pub(crate) fn restore_chips(&self, vm: &VmFd) -> Result<(), VmStateError> {
         if let Some(irqchips) = &self.irqchips {
             // The PICs before the IOAPIC, whose pin 0 may carry what they hold.
             let chips = [&irqchips.pic_master, &irqchips.pic_slave, &irqchips.ioapic];
@@ -146,10 +150,11 @@ impl VmState {
 
     /// Sets the guest's clock going.
     ///
-    /// The last step before the vCPUs run, because the clock runs from this moment; and after their MSRs, because it is
-    /// computed from their TSCs.
-    pub fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
-        // Not by KVM_CLOCK_REALTIME, which says the same more exactly but not on every host, and moves this clock without the TSCs.
+    /// The last step before the vCPUs run, because the clock runs from this moment; and after their
+    /// MSRs, because it is computed from their TSCs.
+    pub(crate) fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
+        // Not by KVM_CLOCK_REALTIME, which says the same more exactly but not on every host, and
+        // moves this clock without the TSCs.
         let ahead = match clock {
             Clock::Resume => Duration::ZERO,
             Clock::CatchUp => elapsed(self.taken, self.taken_in_boot),
@@ -161,8 +166,8 @@ impl VmState {
     }
 
     /// The guest's clock when it was saved, in nanoseconds.
-    #[must_use]
-    pub fn clock_ns(&self) -> u64 {
+    #[cfg(test)]
+    pub(crate) fn clock_ns(&self) -> u64 {
         self.clock.clock
     }
 }
@@ -191,7 +196,8 @@ mod tests {
         let (a, b) = (make(), make());
         let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
         a.get_irqchip(&mut ioapic).unwrap();
-        // SAFETY: KVM has filled the IOAPIC's member of the union, as asked; its fields are plain integers.
+        // SAFETY: KVM has filled the IOAPIC's member of the union, as asked; its fields are plain
+        // integers.
         let mut registers = unsafe { ioapic.chip.ioapic };
         registers.redirtbl[5].bits = 0x1_0000 | 0x35;
         ioapic.chip.ioapic = registers;
@@ -222,7 +228,8 @@ mod tests {
         let mut saved = VmState::save(&a, Chips::None).unwrap();
         saved.clock.clock = 3_600_000_000_000;
         let b = host.scratch_vm().unwrap();
-        // The wall clock was stepped meanwhile, which the guest must not see within one boot of the host.
+        // The wall clock was stepped meanwhile, which the guest must not see within one boot of the
+        // host.
         saved.taken = saved.taken.earlier(Duration::from_secs(100_000));
         saved.taken_in_boot = saved.taken_in_boot.map(|taken| taken.earlier(Duration::from_secs(1800)));
         for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, 1_800_000_000_000)] {

@@ -1,4 +1,5 @@
-//! The shape of a VM: what must be equal for a prepared VM to fit, and for a child to continue its parent.
+//! The configuration of a VM. A prepared VM fits, and a child continues its parent, if the
+//! configurations are equal.
 
 use std::fmt::Write as _;
 
@@ -11,45 +12,47 @@ use clade_memory::{RamError, RamLayout};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::boot::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 use crate::kvm::{Chips, CpuHide, CpuTemplate};
+use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 
 /// Which interrupt controllers KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Irqchip {
-    /// Local APICs, IOAPIC and PICs: what a kernel with a serial console needs.
+    /// Local APICs, IOAPIC and PICs: a kernel with a serial console needs them.
     Full,
-    /// Local APICs only. Made and destroyed in a fraction of the time; for guests that take no device interrupts.
+    /// Local APICs only, for guests that take no device interrupts. Made and destroyed in a
+    /// fraction of the time.
     Split,
 }
 
-/// A disk, and the device it is behind.
+/// A disk and its virtio block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
-    /// The disk.
+    /// The disk: its file and how it is used.
     pub disk: DiskConfig,
-    /// The device.
+    /// The block device: its queues and limits.
     pub device: BlockOptions,
 }
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
-    /// Its TAP interface, which is opened or made; `%d` stands for a number that is free.
+    /// The name of its TAP interface, which is opened or made; `%d` stands for a number that is
+    /// free.
     pub tap: String,
-    /// Its address; a random one if not given.
+    /// Its MAC address; a random one if not given.
     pub mac: Option<Mac>,
     /// Pairs of queues.
     pub queues: u16,
-    /// What it may receive a second.
+    /// Limits on what it receives.
     pub receive: Limits,
-    /// What it may send a second.
+    /// Limits on what it sends.
     pub send: Limits,
 }
 
 impl NetSpec {
-    /// A device on `tap` with one pair of queues, everything else by default.
+    /// A device on `tap` with one pair of queues and the defaults otherwise.
     #[must_use]
     pub fn new(tap: &str) -> Self {
         Self { tap: tap.to_owned(), mac: None, queues: 1, receive: Limits::default(), send: Limits::default() }
@@ -68,7 +71,7 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
-    /// What the state of its device is called, see [`clade_devices::virtio::DeviceState::kind`].
+    /// The kind of its device's state, see [`clade_devices::virtio::DeviceState::kind`].
     pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::Disk(_) => "block",
@@ -83,7 +86,7 @@ impl Place<'_> {
     pub(crate) fn queues(self) -> usize {
         match self {
             Self::Disk(disk) => usize::from(disk.device.queues),
-            // Two a pair, and the control queue.
+            // Two for each pair, and the control queue.
             Self::Net(net) => 2 * usize::from(net.queues) + 1,
             Self::Vsock => 3,
             Self::Rng(_) => 1,
@@ -93,9 +96,10 @@ impl Place<'_> {
     }
 }
 
-/// What a VM is made of. Its children have the same configuration, and what is theirs alone ([`crate::vm::Identity`]) beside it.
+/// The configuration of a VM. Its children have the same one, and an
+/// [`Identity`](crate::vm::Identity) of their own.
 ///
-/// Written down in snapshots: see [`crate::vm::saved`] for what may change here.
+/// Snapshots contain it: see [`crate::vm::sections`] for the changes that are allowed here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmConfig {
     #[serde(rename = "memory", with = "saved_layout")]
@@ -106,24 +110,28 @@ pub struct VmConfig {
     pub irqchip: Irqchip,
     /// Whether there is a PIT. A kernel that calibrates by the TSC or kvm-clock needs none.
     pub pit: bool,
-    /// What the CPUs look like.
+    /// The CPU model that the guest sees.
     pub cpu: CpuTemplate,
     /// CPU features to hide from the guest.
     pub hide: CpuHide,
-    /// Whether there are performance counters. Guests that were saved before there was this choice had the host's.
+    /// Whether there are performance counters. Snapshots without this field are of guests that had
+    /// the host's.
     #[serde(default = "had_pmu")]
     pub pmu: bool,
-    /// Whether the guest finds ACPI tables, and in them its generation id. Without, or without an IOAPIC, there are the command line and the MP table.
+    /// Whether the guest finds ACPI tables, and in them its generation id. Without them, or without
+    /// an IOAPIC, it has the command line and the MP table.
     pub acpi: bool,
-    /// Whether the bare guest's report port exists.
-    pub report_port: bool,
+    /// Snapshots of format 1 have a flag here, for a device of tests. Written as false, and ignored
+    /// when read.
+    #[serde(rename = "report_port", default)]
+    reserved: Reserved,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskSpec>,
     /// Network devices, in the order in which the guest finds them.
     pub nets: Vec<NetSpec>,
     /// The socket device, if there is one.
     pub vsock: Option<VsockOptions>,
-    /// What the entropy device may give, if there is one.
+    /// The limits of the entropy device, if there is one.
     pub rng: Option<Limits>,
     /// Whether there is a balloon.
     pub balloon: bool,
@@ -131,7 +139,23 @@ pub struct VmConfig {
     pub virtio_console: bool,
 }
 
-/// A layout as the number of bytes that it follows from.
+/// A flag of format 1 without a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+struct Reserved;
+
+impl Serialize for Reserved {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bool(false)
+    }
+}
+
+impl<'de> Deserialize<'de> for Reserved {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        bool::deserialize(from).map(|_| Self)
+    }
+}
+
+/// A layout, saved as its number of bytes.
 mod saved_layout {
     use super::{Deserialize, RamLayout};
     use serde::{Deserializer, Serializer, de::Error};
@@ -153,36 +177,37 @@ fn saved_cpus<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u8, D::Error>
     VmConfig::checked_cpus(u64::deserialize(from)?).map_err(serde::de::Error::custom)
 }
 
-/// A VM nobody can make.
+/// Why a configuration is refused.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ConfigError {
-    /// See [`RamError`].
+    /// No VM can have that much memory.
     #[error(transparent)]
     Memory(#[from] RamError),
-    /// No such number of vCPUs.
+    /// No VM can have that many vCPUs.
     #[error("{cpus} vCPUs: a VM has 1 to {MAX_CPUS}")]
     Cpus {
-        /// The number.
+        /// The number of vCPUs.
         cpus: u64,
     },
     /// More devices than there are places for.
     #[error("{devices} virtio devices: there are places for {}", VIRTIO_GSIS.len())]
     Devices {
-        /// How many.
+        /// The number of virtio devices.
         devices: usize,
     },
     /// More memory than the host has.
     #[error("{asked} MiB of guest memory are more than the host's {host} MiB (--overcommit allows it)")]
     Overcommit {
-        /// MiB asked for.
+        /// The VM's memory in MiB.
         asked: u64,
-        /// MiB in the host.
+        /// The host's memory in MiB.
         host: u64,
     },
 }
 
 impl VmConfig {
-    /// `memory` bytes and `cpus` vCPUs, everything else as a Linux guest needs it.
+    /// `memory` bytes and `cpus` vCPUs, and the defaults for a Linux guest otherwise.
     ///
     /// # Errors
     /// When no VM can have that much memory or that many vCPUs.
@@ -199,7 +224,7 @@ impl VmConfig {
             hide,
             pmu: false,
             acpi: true,
-            report_port: false,
+            reserved: Reserved,
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -209,27 +234,29 @@ impl VmConfig {
         })
     }
 
-    /// The same for the bare guest: a report port, and no interrupt controllers beyond the local APICs.
+    /// The same with the defaults for the bare guest: no ACPI, and no interrupt controllers but the
+    /// local APICs.
     ///
     /// # Errors
     /// As [`VmConfig::new`].
     pub fn bare(memory: u64, cpus: u64) -> Result<Self, ConfigError> {
-        Ok(Self { irqchip: Irqchip::Split, acpi: false, report_port: true, ..Self::new(memory, cpus)? })
+        Ok(Self { irqchip: Irqchip::Split, acpi: false, ..Self::new(memory, cpus)? })
     }
 
     fn checked_cpus(cpus: u64) -> Result<u8, ConfigError> {
         u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n)).ok_or(ConfigError::Cpus { cpus })
     }
 
-    /// Where RAM is.
+    /// The guest's RAM ranges.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// Whether the guest has a generation id, and an interrupt by which it learns that it has changed.
+    /// Whether the guest has a generation id, and an interrupt by which it learns that it has
+    /// changed.
     #[must_use]
-    pub fn has_generation(&self) -> bool {
+    pub(crate) fn has_generation(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
     }
 
@@ -239,7 +266,7 @@ impl VmConfig {
         self.cpus
     }
 
-    /// Which chips of a PC KVM has in it.
+    /// The chips of a PC that KVM emulates.
     pub(crate) fn chips(&self) -> Chips {
         match (self.irqchip, self.pit) {
             (Irqchip::Split, _) => Chips::None,
@@ -248,7 +275,8 @@ impl VmConfig {
         }
     }
 
-    /// The virtio devices in the order of their places: disks first, so that adding another device moves no disk.
+    /// The virtio devices in the order of their places: disks first, so that adding another device
+    /// moves no disk.
     pub(crate) fn places(&self) -> impl Iterator<Item = Place<'_>> {
         let disks = self.disks.iter().map(Place::Disk);
         disks
@@ -273,9 +301,10 @@ impl VmConfig {
         if devices > VIRTIO_GSIS.len() { Err(ConfigError::Devices { devices }) } else { Ok(()) }
     }
 
-    /// What a Linux kernel must be told on its command line to find the virtio devices, with a space before each.
+    /// The arguments by which a Linux kernel without ACPI finds the virtio devices, with a space
+    /// before each.
     #[must_use]
-    pub fn device_args(&self) -> String {
+    pub(crate) fn device_args(&self) -> String {
         let mut args = String::new();
         for (base, gsi) in (0..self.virtio_queues().count()).filter_map(virtio_slot) {
             // Writing to a String does not fail.

@@ -1,13 +1,15 @@
-//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared VMs.
+//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared
+//! VMs.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use clade_memory::{RamError, Store, StoreError};
 use thiserror::Error;
 
 use crate::kvm::{Host, HostError, StateLayout, VcpuStateError};
-use crate::vm::VmError;
 use crate::vm::config::VmConfig;
+use crate::vm::error::VmError;
+use crate::vm::pool::VmPool;
 use crate::vm::prepared::PreparedVm;
 
 /// Spare layer files that are kept populated: 8 MiB each.
@@ -15,36 +17,39 @@ const SPARES: usize = 1;
 
 /// Why this process cannot run VMs.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ContextError {
-    /// No KVM, or not a good enough one.
+    /// The host has no KVM, or one that lacks something.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// A vCPU's state cannot be told on this host.
+    /// The MSRs or the XSAVE area of a vCPU's state cannot be found out.
     #[error(transparent)]
     Layout(#[from] VcpuStateError),
-    /// No memory files.
+    /// The host makes no memory files.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Clones are handles to the same context.
+/// What the VMs of a process share. A clone is a handle to the same context.
 #[derive(Clone, Debug)]
-pub struct Context(Arc<Inner>);
+pub struct Context {
+    inner: Arc<Inner>,
+    report_port: bool,
+}
 
 #[derive(Debug)]
 struct Inner {
     host: Arc<Host>,
     layout: Arc<StateLayout>,
     store: Store,
-    /// Prepared VMs by the configuration they fit.
-    pool: Mutex<Vec<(Arc<VmConfig>, PreparedVm)>>,
+    pool: VmPool,
 }
 
 impl Context {
     /// Opens KVM and the store.
     ///
     /// # Errors
-    /// When either is not to be had on this host.
+    /// When the host lacks either.
     pub fn open() -> Result<Self, ContextError> {
         Self::new(Arc::new(Host::open()?), Store::open()?)
     }
@@ -56,30 +61,44 @@ impl Context {
     pub fn new(host: Arc<Host>, store: Store) -> Result<Self, ContextError> {
         // Here and not at the first fork, because it probes the MSRs on a scratch VM.
         let layout = Arc::new(StateLayout::new(&host)?);
-        Ok(Self(Arc::new(Inner { host, layout, store, pool: Mutex::default() })))
+        let inner = Arc::new(Inner { host, layout, store, pool: VmPool::default() });
+        Ok(Self { inner, report_port: false })
+    }
+
+    /// A handle to the same context whose VMs have the report port of the bare guest. The port is
+    /// no part of a VM's configuration: a VM has it if it was booted, forked or restored through
+    /// such a handle.
+    #[must_use]
+    pub fn with_report_port(mut self) -> Self {
+        self.report_port = true;
+        self
+    }
+
+    pub(crate) fn has_report_port(&self) -> bool {
+        self.report_port
     }
 
     /// The host's KVM.
     #[must_use]
     pub fn host(&self) -> &Arc<Host> {
-        &self.0.host
+        &self.inner.host
     }
 
-    /// Where layers come from.
+    /// The store that memory layers are made in.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.0.store
+        &self.inner.store
     }
 
-    /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next fork.
+    /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next
+    /// fork.
     ///
     /// # Errors
-    /// When one cannot be made; those that were stay.
+    /// When one cannot be made; those that were made stay.
     pub fn prefill(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         self.store().prefill(SPARES).map_err(RamError::from)?;
         while self.prepared_count(config) < count {
-            let prepared = PreparedVm::new(&self.0.host, &self.0.layout, &self.0.store, config)?;
-            self.pool().push((Arc::clone(config), prepared));
+            self.inner.pool.push(config, self.prepare(config)?);
         }
         Ok(())
     }
@@ -87,29 +106,21 @@ impl Context {
     /// Prepared VMs for `config` in the pool.
     #[must_use]
     pub fn prepared_count(&self, config: &VmConfig) -> usize {
-        self.pool().iter().filter(|(c, _)| **c == *config).count()
+        self.inner.pool.count(config)
     }
 
-    /// Empties the pool, and the store's of files.
+    /// Drops the prepared VMs of the pool and the spare files of the store.
     pub fn drain(&self) {
-        let pool = std::mem::take(&mut *self.pool());
-        drop(pool);
+        self.inner.pool.clear();
         self.store().drain();
     }
 
-    /// One from the pool if there is one, a fresh one otherwise.
+    /// A VM from the pool if it has one for `config`, a fresh one otherwise.
     pub(crate) fn take_prepared(&self, config: &VmConfig) -> Result<PreparedVm, VmError> {
-        let warm = {
-            let mut pool = self.pool();
-            pool.iter().rposition(|(c, _)| **c == *config).map(|at| pool.swap_remove(at).1)
-        };
-        match warm {
-            Some(prepared) => Ok(prepared),
-            None => PreparedVm::new(&self.0.host, &self.0.layout, &self.0.store, config),
-        }
+        self.inner.pool.take(config).map_or_else(|| self.prepare(config), Ok)
     }
 
-    fn pool(&self) -> std::sync::MutexGuard<'_, Vec<(Arc<VmConfig>, PreparedVm)>> {
-        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    fn prepare(&self, config: &VmConfig) -> Result<PreparedVm, VmError> {
+        PreparedVm::new(&self.inner.host, &self.inner.layout, &self.inner.store, config)
     }
 }

@@ -6,34 +6,205 @@
 //!  child                                                 │ map layers │ restore │── first instruction
 //! ```
 //!
-//! 1. Pause: every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device finishes what it is at: after the
-//!    vCPUs, because they activate and reset devices. What the kernel has of their requests goes on, into pinned pages.
-//! 2. Freeze memory, while the vCPU threads save their vCPUs: neither touches what the other reads. No vCPU saves before
-//!    all have left the guest ([`vcpu_control`](crate::vm::vcpu_control)).
-//! 3. Save devices and interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with
-//!    them, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both.
-//! 4. Resume the parent: all that is needed is in the image.
-//! 5. In a prepared VM: map the layers, restore devices and VM state, then let each vCPU thread restore its vCPU and run. Devices go on before the
-//!    first vCPU runs but after the interrupt controllers have their state, which would forget an interrupt raised earlier. The child is answered
-//!    for once all its vCPUs have taken their state; if one cannot, there is no child.
+//! | step | function | what, and why there |
+//! |---|---|---|
+//! | 1 | [`Vm::pause_inner`] | Every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device completes its current step: after the vCPUs, because they activate and reset devices. Requests that the kernel holds go on, into pinned pages. |
+//! | 2 | [`Vm::freeze_memory`] | Memory is frozen while the vCPU threads save their vCPUs: neither touches what the other reads. No vCPU saves before all have left the guest (`vcpu/control.rs`). |
+//! | 3 | [`Vm::save_rest`] | Devices, then vCPU states, then interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with the devices, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both. |
+//! | 4 | [`Vm::unpause`] | The parent runs on: all that is needed is in the image. |
+//! | 5 | [`Vm::from_image_as`] | In a prepared VM: map the layers, restore the devices, then let each vCPU thread restore its vCPU (`vcpu/state.rs`). The last of them restores the VM's controllers ([`ForkImage::restore_controllers`]). |
 //!
-//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still readable and writable to it (I13).
+//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still
+//! readable and writable to it (I13). A child is returned once all its vCPUs have taken their
+//! state; if one cannot, there is no child.
 
+use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskImage;
 use clade_devices::virtio::Backend;
-use clade_memory::{Backing, FreezeReport, Quiesced, RamError, RamImage, StopsWriters, Store};
+use clade_memory::{Backing, FreezeReport, GuestRam, Quiesced, RamError, RamImage, StopsWriters, Store};
+use kvm_ioctls::VmFd;
 
-use crate::kvm::{VcpuState, VmState};
-use crate::vm::VmError;
+use crate::kvm::{Clock, VcpuState, VmState};
 use crate::vm::config::VmConfig;
-use crate::vm::devices::DeviceState;
-use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
-use crate::vm::snapshot::SavedAt;
+use crate::vm::context::Context;
+use crate::vm::devices::{DeviceState, Devices};
+use crate::vm::error::VmError;
+use crate::vm::identity::{ChildIdentity, Endpoints, Identity, generation};
+use crate::vm::machine::{Parts, Vm};
+use crate::vm::persist::{SavedAt, Saving};
+use crate::vm::vcpu::Start;
+use crate::vm::vcpu::sched::BoostGuard;
 
-/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent may go on or go away.
+/// How a child starts.
+#[derive(Clone, Copy, Default)]
+pub struct ChildOptions<'a> {
+    /// Whether the child is paused until it is resumed.
+    pub paused: bool,
+    /// Called with the child's memory before its first instruction: to give it something that its
+    /// parent does not have.
+    pub before_start: Option<&'a dyn Fn(&GuestRam)>,
+}
+
+impl fmt::Debug for ChildOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ChildOptions(paused: {})", self.paused)
+    }
+}
+
+/// Where the time of a fork went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkTimes {
+    /// From the request to the vCPUs until none was in the guest.
+    pub park: Duration,
+    /// Freezing memory.
+    pub freeze: Duration,
+    /// The parent's whole pause: from the first vCPU kicked until all may run.
+    pub pause: Duration,
+}
+
+/// What a fork did and how long it took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForkReport {
+    /// Times.
+    pub times: ForkTimes,
+    /// Pages.
+    pub freeze: FreezeReport,
+    /// Requests to devices that were in flight: the parent's go on, a child submits them again.
+    pub in_flight: usize,
+}
+
+/// What step 3 saves.
+struct Rest {
+    devices: DeviceState,
+    backends: Vec<Backend>,
+    vcpus: Vec<VcpuState>,
+    vm: VmState,
+}
+
+/// Steps 1 to 4: the parent.
+impl Vm {
+    /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
+    ///
+    /// # Errors
+    /// Then it runs on as it did (I13).
+    pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
+        let _one = self.operations.take();
+        let _boost = BoostGuard::new();
+        self.expect_whole()?;
+        let begun = Instant::now();
+        let guard = self.pause_inner(true)?;
+        let parked = Instant::now();
+        let (ram, freeze) = self.freeze_memory(&guard)?;
+        let frozen = Instant::now();
+        let Rest { devices, backends, vcpus, vm } = self.save_rest(&guard)?;
+        // Step 4, by `unpause`.
+        drop(guard);
+        tracing::debug!(name = self.name(), park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
+        let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
+        let config = Arc::clone(&self.config);
+        let in_flight = devices.in_flight();
+        let (identity, generation) = (Arc::clone(&self.identity), self.generation.saturating_add(1));
+        let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation, place: None };
+        Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
+    }
+
+    /// Step 1: no vCPU is in the guest, and no device works. With `save`, the vCPUs go on to save
+    /// themselves.
+    pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
+        self.prepared.control.pause(save)?;
+        // After the vCPUs: one of them might be activating or resetting a device.
+        self.devices.quiesce();
+        Ok(PauseGuard { vm: self })
+    }
+
+    /// Step 2: memory, beside the vCPU threads that save their vCPUs.
+    fn freeze_memory(&self, paused: &PauseGuard<'_>) -> Result<(RamImage, FreezeReport), VmError> {
+        Ok(self.prepared.ram.freeze(&paused.quiesced())?)
+    }
+
+    /// Step 3: everything but memory.
+    fn save_rest(&self, _paused: &PauseGuard<'_>) -> Result<Rest, VmError> {
+        let (devices, backends) = self.devices.save()?;
+        // The controllers after the vCPUs: an interrupt they have delivered in between is in a
+        // local APIC, one they hold is delivered again.
+        let vcpus = self.prepared.control.collect()?;
+        let vm = VmState::save(&self.prepared.fd, self.config.chips())?;
+        Ok(Rest { devices, backends, vcpus, vm })
+    }
+
+    /// Step 4: devices go on, then vCPUs, unless another pause is held.
+    pub(crate) fn unpause(&self) {
+        self.devices.resume();
+        self.prepared.control.resume();
+    }
+}
+
+/// Step 5: the child.
+impl Vm {
+    /// Starts a child from an image.
+    ///
+    /// # Errors
+    /// When it cannot be made; nothing of it is left then (I13).
+    pub fn from_image(
+        context: &Context,
+        name: &str,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Self, VmError> {
+        let ends = image.endpoints(name, &ChildIdentity::default())?;
+        Self::from_image_as(context, name, image, ends, options)
+    }
+
+    /// Starts a child with the endpoints that were taken for it before: [`Vm::child_endpoints`],
+    /// [`ForkImage::endpoints`].
+    ///
+    /// # Errors
+    /// As [`Vm::from_image`].
+    pub fn from_image_as(
+        context: &Context,
+        name: &str,
+        image: &Arc<ForkImage>,
+        mut ends: Endpoints,
+        options: ChildOptions<'_>,
+    ) -> Result<Self, VmError> {
+        let _boost = BoostGuard::new();
+        let begun = Instant::now();
+        let prepared = context.take_prepared(&image.config)?;
+        let have_prepared = Instant::now();
+        prepared.ram.adopt(&image.ram)?;
+        let adopted = Instant::now();
+        // After the memory, in which rings are checked. They stand still until the last vCPU has
+        // its state.
+        let saved = Some((&image.devices, image.backends.as_slice()));
+        let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
+        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
+        let mut vm = Self::assemble(context, name, &image.config, parts)?;
+        vm.saving = Saving::of(image);
+        if image.config.has_generation() {
+            generation::renew(vm.ram().memory())?;
+        }
+        if let Some(before_start) = options.before_start {
+            before_start(vm.ram());
+        }
+        if options.paused {
+            vm.held.store(true, Ordering::Release);
+            vm.prepared.control.start_paused();
+            vm.devices.quiesce();
+        }
+        // Each vCPU thread restores its vCPU. The last one restores the controllers, and lets the
+        // devices go on.
+        vm.start(&Start::Restore(Arc::clone(image)))?;
+        tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
+        Ok(vm)
+    }
+}
+
+/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent
+/// may go on or go away.
 #[derive(Clone, Debug)]
 pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,
@@ -45,12 +216,27 @@ pub struct ForkImage {
     /// The parent's, which its children's are derived from.
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
-    /// Where it stands on disk, if it was restored from there.
+    /// Its snapshot, if it was restored from one.
     pub(crate) place: Option<SavedAt>,
 }
 
 impl ForkImage {
-    /// The shape of the VM.
+    /// The end of step 5, and of a reset: interrupt controllers, clock and pending interrupts.
+    /// After every vCPU has its own state, and before any runs.
+    pub(crate) fn restore_controllers(&self, vm: &VmFd, devices: &Devices) -> Result<(), VmError> {
+        // After every vCPU's own state: an interrupt the controllers hold is delivered to the local
+        // APICs, and the clock is computed from the TSCs.
+        self.vm.restore_chips(vm)?;
+        self.vm.restore_clock(vm, Clock::CatchUp)?;
+        // After the interrupt controllers have their state, which would forget an interrupt raised
+        // earlier. What a device of the parent had raised may have been on its way to them when
+        // that was saved.
+        devices.reraise();
+        devices.notify_generation();
+        Ok(())
+    }
+
+    /// The VM's configuration.
     #[must_use]
     pub fn config(&self) -> &Arc<VmConfig> {
         &self.config
@@ -79,11 +265,11 @@ impl ForkImage {
         })
     }
 
-    /// Takes what a child called `name` will have alone: what `choice` says, the rest as [`crate::vm::NetChoice`] and
-    /// [`crate::vm::VsockChoice`] say.
+    /// Takes the interfaces, addresses and sockets of a child called `name`: those of `choice`, the
+    /// rest as [`crate::vm::NetChoice`] and [`crate::vm::VsockChoice`] say.
     ///
     /// # Errors
-    /// When it cannot be had; nothing is taken then (I13).
+    /// When one cannot be taken; none is taken then (I13).
     pub fn endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
         Ok(Endpoints::child(&self.config, &self.identity, name, choice)?)
     }
@@ -95,41 +281,16 @@ impl ForkImage {
     }
 }
 
-/// Where the time of a fork went.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ForkTimes {
-    /// From asking the vCPUs to stop until none was in the guest.
-    pub park: Duration,
-    /// Freezing memory.
-    pub freeze: Duration,
-    /// The parent's whole pause: from the first vCPU kicked to all let go.
-    pub pause: Duration,
-}
-
-/// What a fork of memory did and how long it took.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ForkReport {
-    /// Times.
-    pub times: ForkTimes,
-    /// Pages.
-    pub freeze: FreezeReport,
-    /// Requests to devices that were in flight: the parent's go on, a child's are done again.
-    pub in_flight: usize,
-}
-
-/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through it.
+/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through
+/// it.
 #[derive(Debug)]
 pub struct PauseGuard<'a> {
-    vm: &'a crate::vm::Vm,
+    vm: &'a Vm,
 }
 
-impl<'a> PauseGuard<'a> {
-    /// Only [`crate::vm::Vm`] makes one, after the vCPUs have parked.
-    pub(crate) fn new(vm: &'a crate::vm::Vm) -> Self {
-        Self { vm }
-    }
-
-    /// Nothing of this VM writes to its memory while the guard is held but the kernel, through pins: vCPUs are parked, and devices stand still.
+impl PauseGuard<'_> {
+    /// Proof that only the kernel writes to the VM's memory while the guard is held, through pins:
+    /// vCPUs are parked, and devices stand still.
     #[must_use]
     pub fn quiesced(&self) -> Quiesced<'_> {
         Quiesced::by(self)

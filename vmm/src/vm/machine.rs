@@ -1,53 +1,39 @@
-//! A VM from boot or fork to its end.
+//! The VM itself: its boot, its parts, pausing and stopping it, and what can be asked of it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use clade_devices::Console;
 use clade_devices::disk::Disk;
 use clade_devices::virtio::block::Block;
-use clade_devices::{COM1_GSI, Console};
 use clade_memory::{GuestRam, RamStats};
 
 use crate::boot::{self, BootSource};
-use crate::kvm::VmState;
-use crate::vm::VmError;
+use crate::platform::COM1_GSI;
 use crate::vm::config::{Irqchip, VmConfig};
 use crate::vm::context::Context;
 use crate::vm::devices::{Devices, Reports};
-use crate::vm::fork::{ForkImage, ForkReport, ForkTimes, PauseGuard};
-use crate::vm::generation::{self, GenerationError};
-use crate::vm::identity::{ChildIdentity, Claims, Endpoints, Identity};
+use crate::vm::error::VmError;
+use crate::vm::fork::{ForkImage, PauseGuard};
+use crate::vm::identity::generation::{self, GenerationError};
+use crate::vm::identity::{Claims, Endpoints, Identity};
+use crate::vm::persist::Saving;
 use crate::vm::prepared::PreparedVm;
-use crate::vm::sched::BoostGuard;
-use crate::vm::snapshot::Saving;
 use crate::vm::stop::StopReason;
-use crate::vm::ticket_lock::TicketLock;
+use crate::vm::vcpu::ticket_lock::TicketLock;
 use crate::vm::vcpu::{Start, StartCommand};
 
-/// How a child starts.
-#[derive(Clone, Copy, Default)]
-pub struct ChildOptions<'a> {
-    /// Not running until it is resumed.
-    pub paused: bool,
-    /// Called with the child's memory before its first instruction: to give it something that its parent does not have.
-    pub before_start: Option<&'a dyn Fn(&GuestRam)>,
-}
-
-impl fmt::Debug for ChildOptions<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ChildOptions(paused: {})", self.paused)
-    }
-}
-
-/// What a VM is put together from.
-struct Parts {
-    prepared: PreparedVm,
-    devices: Arc<Devices>,
-    ends: Endpoints,
-    generation: u32,
-    origin: Option<Arc<ForkImage>>,
+/// The parts that a VM is assembled from.
+pub(super) struct Parts {
+    pub(super) prepared: PreparedVm,
+    pub(super) devices: Arc<Devices>,
+    pub(super) ends: Endpoints,
+    /// Forks between the VM and the one that was booted.
+    pub(super) generation: u32,
+    /// The image it is started from.
+    pub(super) origin: Option<Arc<ForkImage>>,
 }
 
 /// A virtual machine that runs, is paused, or has stopped.
@@ -59,15 +45,15 @@ pub struct Vm {
     pub(crate) prepared: PreparedVm,
     pub(crate) devices: Arc<Devices>,
     pub(crate) identity: Arc<Identity>,
-    generation: u32,
+    pub(crate) generation: u32,
     born: Instant,
-    /// After the devices, whose interfaces and addresses they hold.
+    /// Dropped after the devices, whose interfaces and addresses the claims hold.
     _claims: Claims,
-    /// Whether its owner has paused it (guards pause it beside that).
+    /// Whether its owner has paused it. Guards pause it independently.
     pub(crate) held: AtomicBool,
-    /// Whether a reset has failed half-way: memory, vCPUs and devices are of no one instant.
+    /// Whether a reset has failed half-way: memory, vCPUs and devices belong to different instants.
     pub(crate) inconsistent: AtomicBool,
-    /// What it was started from.
+    /// The image it was started from.
     pub(crate) origin: Mutex<Option<Arc<ForkImage>>>,
     /// One fork, reset, pause or resume at a time.
     pub(crate) operations: TicketLock,
@@ -98,7 +84,7 @@ impl Vm {
         prepared.ram.populate()?;
         let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
         let quirks = context.host().quirks();
-        // A kernel without ACPI or a device tree finds virtio devices in no other way.
+        // A kernel without ACPI or a device tree finds virtio devices by its command line only.
         let cmdline = format!("{}{}", quirks.extend_cmdline(&source.cmdline), config.device_args());
         let added = cmdline.len() - source.cmdline.len();
         let source = BootSource { cmdline: cmdline.trim_start().to_owned(), ..source.clone() };
@@ -111,74 +97,27 @@ impl Vm {
         }
         let loaded =
             boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
-        let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends)?);
+        let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends, context.has_report_port())?);
         let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
         vm.start(&Start::Boot(loaded.entry))?;
         Ok(vm)
     }
 
-    /// Starts a child from an image.
-    ///
-    /// # Errors
-    /// When it cannot be made; nothing of it is left then (I13).
-    pub fn from_image(
+    pub(super) fn assemble(
         context: &Context,
         name: &str,
-        image: &Arc<ForkImage>,
-        options: ChildOptions<'_>,
+        config: &Arc<VmConfig>,
+        parts: Parts,
     ) -> Result<Self, VmError> {
-        let ends = image.endpoints(name, &ChildIdentity::default())?;
-        Self::from_image_as(context, name, image, ends, options)
-    }
-
-    /// Starts a child with what was taken for it before: [`Vm::child_endpoints`], [`ForkImage::endpoints`].
-    ///
-    /// # Errors
-    /// As [`Vm::from_image`].
-    pub fn from_image_as(
-        context: &Context,
-        name: &str,
-        image: &Arc<ForkImage>,
-        mut ends: Endpoints,
-        options: ChildOptions<'_>,
-    ) -> Result<Self, VmError> {
-        let _urgent = BoostGuard::new();
-        let begun = Instant::now();
-        let prepared = context.take_prepared(&image.config)?;
-        let have_prepared = Instant::now();
-        prepared.ram.adopt(&image.ram)?;
-        let adopted = Instant::now();
-        // After the memory, in which rings are checked.
-        let saved = Some((&image.devices, image.backends.as_slice()));
-        let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends)?);
-        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
-        let mut vm = Self::assemble(context, name, &image.config, parts)?;
-        vm.saving = Saving::of(image);
-        if image.config.has_generation() {
-            generation::renew(vm.ram().memory())?;
-        }
-        if let Some(before_start) = options.before_start {
-            before_start(vm.ram());
-        }
-        if options.paused {
-            vm.held.store(true, Ordering::Release);
-            vm.prepared.control.start_paused();
-            vm.devices.quiesce();
-        }
-        vm.start(&Start::Restore(Arc::clone(image)))?;
-        tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
-        Ok(vm)
-    }
-
-    fn assemble(context: &Context, name: &str, config: &Arc<VmConfig>, parts: Parts) -> Result<Self, VmError> {
         let Parts { prepared, devices, ends, generation, origin } = parts;
         if config.irqchip == Irqchip::Full {
             devices
                 .with_serial_irq(|irq| prepared.fd.register_irqfd(irq.eventfd(), COM1_GSI))
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
-        // Its pages may still be on their way, or on a disk: if one can never come, the VM stops with the reason, and never reads zeros.
-        // Weak: memory is held by devices, which vCPUs' orders hold. A VM would hold itself.
+        // Pages may still be copied in the background, or be on a disk. If one is lost, the VM
+        // stops with the reason, and never reads zeros. Weak: the memory is held by devices, and
+        // these by the vCPUs' orders. A VM would hold itself.
         let control = Arc::downgrade(&prepared.control);
         prepared.ram.on_failure(move |error| {
             if let Some(control) = control.upgrade() {
@@ -204,55 +143,16 @@ impl Vm {
         })
     }
 
-    /// Keeps `what` until the VM is dropped, and drops it after everything else of the VM: threads, devices, interfaces, memory.
+    /// Keeps `what` until the VM is dropped, and drops it after everything else of the VM: threads,
+    /// devices, interfaces, memory.
     pub fn drop_last(&mut self, what: impl Send + Sync + 'static) {
         self.tail.0.push(Box::new(what));
     }
 
     /// Starts the vCPUs. When this returns, all have taken their state; on an error none has run.
-    fn start(&self, start: &Start) -> Result<(), VmError> {
+    pub(super) fn start(&self, start: &Start) -> Result<(), VmError> {
         let order = StartCommand { start: start.clone(), devices: Arc::clone(&self.devices) };
         self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
-    }
-
-    /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
-    ///
-    /// # Errors
-    /// Then it runs on as it did (I13).
-    pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
-        let _one = self.operations.take();
-        let _urgent = BoostGuard::new();
-        self.expect_whole()?;
-        let begun = Instant::now();
-        let guard = self.pause_inner(true)?;
-        let parked = Instant::now();
-        let (ram, freeze) = self.prepared.ram.freeze(&guard.quiesced())?;
-        let frozen = Instant::now();
-        let (devices, backends) = self.devices.save()?;
-        // The controllers after the vCPUs: an interrupt they have delivered in between is in a local APIC, one they hold is
-        // delivered again.
-        let vcpus = self.prepared.control.collect()?;
-        let vm = VmState::save(&self.prepared.fd, self.config.chips())?;
-        drop(guard);
-        tracing::debug!(name = self.name, park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
-        let times = ForkTimes { park: parked - begun, freeze: frozen - parked, pause: begun.elapsed() };
-        let config = Arc::clone(&self.config);
-        let in_flight = devices.in_flight();
-        let (identity, generation) = (Arc::clone(&self.identity), self.generation.saturating_add(1));
-        let image = ForkImage { config, ram, vcpus, vm, devices, backends, identity, generation, place: None };
-        Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
-    }
-
-    pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
-        self.prepared.control.pause(save)?;
-        // After the vCPUs: one of them might be activating or resetting a device.
-        self.devices.quiesce();
-        Ok(PauseGuard::new(self))
-    }
-
-    pub(crate) fn unpause(&self) {
-        self.devices.resume();
-        self.prepared.control.resume();
     }
 
     /// Keeps the VM paused for as long as the guard lives.
@@ -299,7 +199,8 @@ impl Vm {
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
         self.prepared.control.stop(StopReason::Requested);
-        // After it has stopped: a snapshot that begins now finds it so, one that has begun is cancelled.
+        // After it has stopped: a snapshot that begins now finds it so, one that has begun is
+        // cancelled.
         self.cancel_snapshot();
     }
 
@@ -309,10 +210,10 @@ impl Vm {
         self.prepared.control.stopped()
     }
 
-    /// Waits until it stops, up to `patience`.
+    /// Waits until it stops, up to `timeout`.
     #[must_use]
-    pub fn wait(&self, patience: Duration) -> Option<StopReason> {
-        self.prepared.control.wait_exited(patience)
+    pub fn wait(&self, timeout: Duration) -> Option<StopReason> {
+        self.prepared.control.wait_exited(timeout)
     }
 
     /// Whether its owner has paused it.
@@ -327,7 +228,7 @@ impl Vm {
         &self.name
     }
 
-    /// Its shape.
+    /// Its configuration.
     #[must_use]
     pub fn config(&self) -> &Arc<VmConfig> {
         &self.config
@@ -351,30 +252,32 @@ impl Vm {
         self.generation
     }
 
-    /// How long ago it was made.
+    /// The time since it was made.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.born.elapsed()
     }
 
-    /// What its console has written.
+    /// The output of its serial console.
     #[must_use]
     pub fn console(&self) -> &Console {
         &self.devices.console
     }
 
-    /// Types into its console. Returns how many bytes were taken.
+    /// Types into its serial console. Returns how many bytes were taken.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         self.devices.type_in(bytes)
     }
 
-    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is none.
+    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is
+    /// none.
     pub fn with_disk<T>(&self, index: usize, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
         self.devices.with_block(index, |block| block.with_disk(with)).flatten()
     }
 
-    /// Takes its disks away from a VM that has stopped, in their order: to be committed, exported or dropped. A disk whose requests do
-    /// not end is left out.
+    /// Takes the disks of a VM that has stopped, in their order: to be committed, exported or
+    /// dropped. A disk whose requests do not complete is left out. Empty while the VM has not
+    /// stopped.
     pub fn take_disks(&self) -> Vec<Disk> {
         if self.stopped().is_none() {
             return Vec::new();
@@ -382,16 +285,16 @@ impl Vm {
         (0..self.config.disks.len()).filter_map(|at| self.devices.with_block(at, Block::take_disk).flatten()).collect()
     }
 
-    /// What the bare guest has reported.
+    /// The reports of the bare guest.
     #[must_use]
     pub fn reports(&self) -> &Reports {
         &self.devices.reports
     }
 
-    /// Its pages, by kind.
+    /// The numbers of its pages, by kind.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// When the kernel does not say.
     pub fn memory_stats(&self) -> Result<RamStats, VmError> {
         Ok(self.prepared.ram.stats()?)
     }

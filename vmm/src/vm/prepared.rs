@@ -1,5 +1,5 @@
-//! A prepared VM: a VM with everything made that does not depend on what it will run, so that making it is off a fork's
-//! path (D6).
+//! A prepared VM: everything of a VM that does not depend on what it will run. Making it is off a
+//! fork's path (D6).
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -11,29 +11,32 @@ use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
-use crate::boot::{GENERATION_GSI, KVM_TSS, virtio_slot};
 use crate::kvm::{CpuLook, CpuTemplate, Host, StateLayout, local_apics_alone, set_machine_check_banks};
-use crate::vm::VmError;
+use crate::platform::{GENERATION_GSI, KVM_TSS, virtio_slot};
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
+use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
+use crate::vm::vcpu::control::VcpuControl;
 use crate::vm::vcpu::{Control, VcpuThread};
-use crate::vm::vcpu_control::VcpuControl;
 
-/// vCPU threads do little: exits and state. The default of 8 MiB would be address space for nothing, a thousand times.
+/// vCPU threads need little stack: they handle exits and state. The default of 8 MiB would waste
+/// address space, a thousand times.
 const STACK: usize = 256 << 10;
 
-/// VM, memslots, interrupt controllers, vCPUs and their threads; memory reserved, but none mapped.
+/// VM, memslots, interrupt controllers, vCPUs and their threads. Memory is reserved, but none is
+/// mapped.
 #[derive(Debug)]
 pub(crate) struct PreparedVm {
-    // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its slots point at.
+    // Dropped in this order: threads (with their vCPUs) in Drop, then the VM, then the memory its
+    // slots point at.
     threads: Vec<JoinHandle<()>>,
     pub(crate) control: Arc<Control>,
     pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: GuestRam,
-    /// The wires of each virtio device, connected.
+    /// The irqfd and ioeventfds of each virtio device, connected.
     pub(crate) wiring: Vec<Wiring>,
-    /// Tells the guest that its generation has changed, if it can be told.
+    /// The interrupt that tells the guest of a new generation, if it has a generation id.
     pub(crate) generation: Option<Arc<Irq>>,
 }
 
@@ -46,9 +49,10 @@ impl PreparedVm {
     ) -> Result<Self, VmError> {
         let ram = GuestRam::reserve(config.layout(), store)?;
         let fd = host.create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
-        // Outside RAM, below 4 GiB; Intel hosts need it before the first vCPU.
+        // Outside RAM, below 4 GiB. Intel hosts need it before the first vCPU.
         fd.set_tss_address(KVM_TSS.0 as usize).map_err(|e| VmError::kvm("set the TSS address", e))?;
-        // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace period.
+        // Before the irqchip and the vCPUs: each memslot set after them waits 7-11 ms for a grace
+        // period.
         for (slot, region) in (0u32..).zip(ram.regions()) {
             let memory = kvm_bindings::kvm_userspace_memory_region {
                 slot,
@@ -57,8 +61,8 @@ impl PreparedVm {
                 memory_size: region.len(),
                 userspace_addr: region.host_address(),
             };
-            // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd` (field order), and are never
-            // anything but guest memory.
+            // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd`
+            // (field order), and are never anything but guest memory.
             unsafe { fd.set_user_memory_region(memory) }.map_err(|e| VmError::kvm("set a memslot", e))?;
         }
         match config.irqchip {
@@ -117,8 +121,9 @@ impl PreparedVm {
     }
 }
 
-/// Connects the interrupt and the notifications of each virtio device. Here and not when the device is made, because it depends on the
-/// configuration alone, and each ioeventfd waits for readers of KVM's bus.
+/// Connects the interrupt and the notifications of each virtio device. Here and not when the device
+/// is made: it depends on the configuration alone, and each ioeventfd waits for readers of KVM's
+/// bus.
 fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
     let mut all = Vec::new();
     for (at, queues) in config.virtio_queues().enumerate() {
@@ -126,11 +131,12 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
         let wiring = Wiring::new(queues).map_err(DeviceError::Io)?;
         let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
         for (queue, event) in (0u32..).zip(&wiring.notify) {
-            // With the queue's number as the value to match: one event a queue, at the same register.
+            // With the queue's number as the value to match: one event a queue, at the same
+            // register.
             fd.register_ioevent(event, &notify, queue)
                 .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
         }
-        // Without an IOAPIC there is nobody to raise it at.
+        // Without an IOAPIC there is no GSI to raise.
         if config.irqchip == Irqchip::Full {
             fd.register_irqfd(wiring.irq.eventfd(), gsi)
                 .map_err(|e| VmError::kvm("connect a device's interrupt", e))?;

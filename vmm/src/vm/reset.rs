@@ -8,30 +8,36 @@
 //! ```
 //!
 //! 1. Pause, as for a fork: vCPUs, then devices.
-//! 2. Check that the image fits, and halt the devices: the kernel gives up what it is busy with, because its pins keep their pages (I7). What was in flight
-//!    is remembered. If the reset is refused here or in 3, the devices do it again and the VM goes on as if nothing had been (I13).
-//! 3. Memory: refused while pages stay pinned, or when mappings run out; after that pages are dropped, and there is no way back.
-//! 4. Devices: after memory, because what was in flight at the image's instant is described by rings that must be that instant's.
-//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is given the addresses of clocks.
-//! 6. Interrupt controllers and clock: after every vCPU, as for a child ([`VmState::restore_chips`](crate::kvm::VmState::restore_chips)). Then what the
-//!    devices of that instant had pending is raised again, because an interrupt that was on its way is in nobody's state.
-//! 7. The guest is told that its generation has changed, devices go on, then vCPUs, unless the VM was paused.
+//! 2. Check that the image fits, and halt the devices: the kernel gives up the requests it holds,
+//!    because its pins keep their pages (I7). What was in flight is remembered. If the reset is
+//!    refused here or in 3, the devices submit it again and the VM runs on unchanged (I13).
+//! 3. Memory: refused while pages stay pinned, or when mappings run out. After that pages are
+//!    dropped, and there is no way back.
+//! 4. Devices: after memory, because rings describe what was in flight at the image's instant, and
+//!    must be that instant's.
+//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is
+//!    given the addresses of clocks.
+//! 6. Interrupt controllers, clock and pending interrupts: after every vCPU, as for a child
+//!    ([`ForkImage::restore_controllers`]). It also tells the guest that its generation has
+//!    changed.
+//! 7. Devices go on, then vCPUs, unless the VM was paused.
 //!
-//! A failure after 3 leaves the VM paused and good for nothing but another reset. What is the VM's alone stays: name, addresses, interfaces, sockets.
+//! A failure after 3 leaves the VM paused, and only another reset mends it. The VM's identity
+//! stays: name, addresses, interfaces, sockets.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::kvm::Clock;
-use crate::vm::VmError;
+use crate::vm::error::VmError;
 use crate::vm::fork::ForkImage;
-use crate::vm::generation;
+use crate::vm::identity::generation;
 use crate::vm::machine::Vm;
-use crate::vm::sched::BoostGuard;
+use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, StartCommand};
 
-/// How long the kernel may take to give up what it is busy with. A read or write of a file that has begun cannot be given up, and ends.
+/// How long the kernel may take to give up the requests it holds. A read or write of a file that
+/// has begun cannot be given up, and completes.
 const HALT: Duration = Duration::from_secs(2);
 /// How long is waited for pins that are not the VM's devices'.
 const PINS: Duration = Duration::from_millis(100);
@@ -39,28 +45,29 @@ const PINS: Duration = Duration::from_millis(100);
 /// What a reset did, and where its time went.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ResetReport {
-    /// Pages.
+    /// What happened to the pages.
     pub memory: clade_memory::ResetReport,
-    /// From asking the vCPUs to stop until none was in the guest and the devices stood still.
+    /// From the request to the vCPUs until none was in the guest and the devices stood still.
     pub park: Duration,
-    /// Until nothing was in flight any more.
+    /// From then until no request was in flight.
     pub halt: Duration,
     /// Putting memory back.
     pub drop: Duration,
-    /// Devices, vCPUs and interrupt controllers.
+    /// Restoring devices, vCPUs and interrupt controllers.
     pub load: Duration,
-    /// All of it.
+    /// From the request to the end.
     pub total: Duration,
 }
 
 impl Vm {
-    /// The image that it was started from, and goes back to by [`Vm::reset_to_origin`]. A VM that was booted has none.
+    /// The image that it was started from, and goes back to by [`Vm::reset_to_origin`]. A VM that
+    /// was booted has none.
     #[must_use]
     pub fn origin(&self) -> Option<Arc<ForkImage>> {
         self.origin.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Lets go of the image that it was started from: layers that only that needs are given back.
+    /// Forgets the image that it was started from. Layers that only the image uses are freed.
     pub fn forget_origin(&self) {
         let forgotten = self.origin.lock().unwrap_or_else(PoisonError::into_inner).take();
         // Not under the lock: it may be the last.
@@ -76,16 +83,19 @@ impl Vm {
         self.reset(&origin)
     }
 
-    /// Puts it back to the instant of `image`, in place: the one it was started from, or one that was taken of it, or of an ancestor. Memory, vCPUs,
-    /// devices and disks are that instant's; writes since are gone. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
-    /// sockets stay its own; network and socket devices tell their drivers what a child's are told.
+    /// Puts it back to the instant of `image`, in place: the image it was started from, or one of
+    /// itself or of an ancestor. Memory, vCPUs, devices and disks are that instant's; writes since
+    /// are gone. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
+    /// sockets stay its own. Network and socket devices tell their drivers what they tell a
+    /// child's.
     ///
     /// # Errors
-    /// When it has stopped, the image is of another shape, or somebody keeps pages pinned: then it goes on as it was. When it fails
-    /// half-way ([`VmError::Inconsistent`] says every call after that): it is paused, and another reset mends it.
+    /// When it has stopped, the image is of another shape, or pages stay pinned: then it runs on
+    /// unchanged. After a failure half-way it is paused, other calls fail with
+    /// [`VmError::Inconsistent`], and another reset mends it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
-        let _urgent = BoostGuard::new();
+        let _boost = BoostGuard::new();
         let begun = Instant::now();
         if !Arc::ptr_eq(&image.config, &self.config) && *image.config != *self.config {
             return Err(VmError::OtherShape);
@@ -133,7 +143,7 @@ impl Vm {
 
     /// Everything but memory, which is the image's already.
     fn load(&self, image: &Arc<ForkImage>) -> Result<(), VmError> {
-        // The id is that of whoever else was started from the image: this is another VM than it was.
+        // The image's id is that of its other children too, and every VM needs its own.
         if self.config.has_generation() {
             generation::renew(self.ram().memory())?;
         }
@@ -146,11 +156,8 @@ impl Vm {
         // Awaited in any case: a vCPU that is still taking its state must not meet the next reset.
         self.prepared.control.await_loaded()?;
         devices?;
-        image.vm.restore_chips(&self.prepared.fd)?;
-        image.vm.restore_clock(&self.prepared.fd, Clock::CatchUp)?;
-        self.devices.reraise();
-        self.devices.tell_generation();
-        Ok(())
+        // Before it runs on, as for a child.
+        image.restore_controllers(&self.prepared.fd, &self.devices)
     }
 
     /// Refuses what only a whole VM can do.

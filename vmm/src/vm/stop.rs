@@ -6,6 +6,7 @@ use thiserror::Error;
 /// The end of a VM, as its vCPUs or its owner saw it.
 #[derive(Clone, Debug, Error, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum StopReason {
     /// Its owner stopped it.
     #[error("stopped")]
@@ -16,15 +17,15 @@ pub enum StopReason {
     /// The guest shut down, or took a triple fault.
     #[error("vCPU {vcpu} shut down (a triple fault, unless the guest meant to)")]
     Shutdown {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
     },
     /// KVM could not emulate an instruction.
     #[error("vCPU {vcpu}: KVM cannot emulate the instruction at {rip:#x} ({bytes})")]
     Emulation {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// Where.
+        /// The instruction's guest-virtual address.
         rip: u64,
         /// The instruction's bytes in hexadecimal, as far as KVM fetched them.
         bytes: String,
@@ -32,53 +33,56 @@ pub enum StopReason {
     /// KVM reported an internal error of another kind.
     #[error("vCPU {vcpu}: {error}")]
     Internal {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// What is known of it.
+        /// The error in words.
         error: String,
     },
     /// The hardware refused to enter the guest.
     #[error("vCPU {vcpu}: the guest could not be entered (hardware reason {reason:#x})")]
     FailEntry {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// The hardware's reason.
+        /// The hardware's reason, as KVM reports it.
         reason: u64,
     },
-    /// An exit that Clade does not know.
+    /// KVM_RUN returned an exit that Clade does not handle.
     #[error("vCPU {vcpu}: unexpected exit: {exit}")]
     Unexpected {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// Its description.
+        /// The exit, as `kvm-ioctls` shows it.
         exit: String,
     },
     /// KVM_RUN itself failed.
     #[error("vCPU {vcpu}: KVM_RUN failed: {error}")]
     Run {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// The error.
+        /// The ioctl's error.
         error: String,
     },
     /// The vCPU could not be given its state.
     #[error("vCPU {vcpu} could not be started: {error}")]
     Start {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
-        /// The error.
+        /// The error in words.
         error: String,
     },
     /// Memory it shares with its parent was lost while it was still being copied.
     #[error("its memory is lost: {error}")]
     MemoryLost {
-        /// Why.
+        /// The error in words.
         error: String,
     },
-    /// A thread of the VM panicked.
-    #[error("a thread of the VM panicked on vCPU {vcpu}")]
+    /// The thread of a vCPU panicked.
+    #[error("the thread of vCPU {vcpu} panicked: {message}")]
     Panic {
-        /// Which vCPU.
+        /// The vCPU's index.
         vcpu: usize,
+        /// The panic's message. Empty in records that were written before there was this field.
+        #[serde(default)]
+        message: String,
     },
 }

@@ -24,7 +24,7 @@ const ZF: u64 = 1 << 6;
 
 /// What was done in KVM's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Emulated {
+pub(crate) enum Emulated {
     /// An instruction.
     Instruction,
     /// INT3, which stock kernels execute when they test themselves at boot.
@@ -40,7 +40,8 @@ enum EmulatedInsn {
     Fwait,
     /// POPCNT between registers, from Linux's hweight.
     Popcnt { wide: bool, to: u8, from: u8, len: u8 },
-    /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the instruction at boot.
+    /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the
+    /// instruction at boot.
     Random { to: u8, len: u8 },
 }
 
@@ -101,7 +102,7 @@ fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
 /// Does to `regs` what the instruction does to the CPU's.
 fn apply(remedy: EmulatedInsn, regs: &mut kvm_regs) {
     let len = match remedy {
-        // A trap: the handler is told the address after the instruction.
+        // A trap: the handler's return address is after the instruction.
         EmulatedInsn::Int3 | EmulatedInsn::Fwait => 1,
         EmulatedInsn::Popcnt { wide, to, from, len } => {
             let value = *register(regs, from);
@@ -131,9 +132,9 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 }
 
 impl Quirks {
-    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the
-    /// vCPU again.
-    pub fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
+    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned
+    /// `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the vCPU again.
+    pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
@@ -167,8 +168,9 @@ impl Quirks {
     }
 }
 
-/// Why a vCPU cannot go on.
+/// Why a vCPU cannot continue after an exit.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EmulateError {
     /// The exit was not about an instruction.
     #[error("KVM gave up for another reason than an instruction it cannot emulate")]
@@ -176,31 +178,31 @@ pub enum EmulateError {
     /// There is no remedy for this instruction.
     #[error("KVM cannot emulate the guest's instruction at {rip:#x}: {failure}")]
     NoRemedy {
-        /// Its bytes.
+        /// The instruction's bytes.
         failure: EmulationFailure,
-        /// Its address.
+        /// The instruction's address.
         rip: u64,
     },
-    /// Nothing is mapped where something must be.
+    /// The guest has nothing mapped at an address that must be read.
     #[error("the guest has nothing at {linear:#x}, where a page fault is looked at")]
     Unmapped {
         /// The guest's linear address.
         linear: u64,
     },
-    /// The guest's handler of page faults begins otherwise than when it was found.
+    /// The guest's page fault handler does not begin as it did when it was found.
     #[error("the guest's handler of page faults at {rip:#x} begins with {insn:02x?}")]
     DeviceOps {
-        /// Where it is.
+        /// The handler's address.
         rip: u64,
-        /// How it begins.
+        /// Its first bytes.
         insn: [u8; 4],
     },
-    /// A call failed on the way.
+    /// A KVM ioctl failed.
     #[error("{what} failed")]
     Ioctl {
-        /// Which.
+        /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
@@ -214,31 +216,32 @@ pub struct EmulationFailure {
 }
 
 impl EmulationFailure {
-    /// What the vCPU's last exit says, if it was an emulation failure.
+    /// The instruction of the vCPU's last exit, if that was an emulation failure.
     pub fn of(vcpu: &mut VcpuFd) -> Option<Self> {
         let run = vcpu.get_kvm_run();
         if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
             return None;
         }
-        // SAFETY: KVM fills `internal` for this exit reason, which was just checked; `emulation_failure` starts with the
-        // same `suberror` and `ndata`, all fields are plain integers, and the union is 256 bytes of initialised shared
-        // memory, so that any bit pattern is a valid value.
+        // SAFETY: KVM fills `internal` for this exit reason, which was just checked;
+        // `emulation_failure` starts with the same `suberror` and `ndata`, all fields are plain
+        // integers, and the union is 256 bytes of initialised shared memory, so that any bit
+        // pattern is a valid value.
         let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
         if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
             return None;
         }
         let has_bytes =
             failure.ndata >= 1 && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
-        // SAFETY: the only member of this union is the struct of the instruction's size and bytes: plain integers, for
-        // which any bit pattern is valid.
+        // SAFETY: the only member of this union is the struct of the instruction's size and bytes:
+        // plain integers, for which any bit pattern is valid.
         let insn = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
         let len = if has_bytes { insn.insn_size.min(MAX_INSN as u8) } else { 0 };
         Some(Self { bytes: insn.insn_bytes, len })
     }
 
-    /// The bytes; none if KVM did not say.
+    /// The bytes; none if KVM did not report them.
     #[must_use]
-    pub fn insn(&self) -> &[u8] {
+    pub(crate) fn insn(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.len)).unwrap_or(&[])
     }
 }
@@ -338,7 +341,8 @@ mod tests {
         assert_eq!(EmulationFailure { len: 0, ..failure }.to_string(), "its bytes are not known");
     }
 
-    /// INT3 reaches the guest's handler, with the address after it as the return address: by the CPU, or by the remedy.
+    /// INT3 reaches the guest's handler, with the address after it as the return address: by the
+    /// CPU, or by the remedy.
     #[test]
     fn int3_raises_a_breakpoint() {
         let Some(host) = host() else { return };

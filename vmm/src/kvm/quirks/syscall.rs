@@ -1,12 +1,13 @@
 //! System calls of stock kernels on kvm-pvm.
 //!
-//! SYSCALL at ring 3 arrives at the kernel's entry point still at ring 3, and faults there: a page fault that the kernel
-//! takes for one of its program's. A breakpoint at the first instruction of the guest's handler of page faults shows each
-//! of them here. What is such a fault becomes the system call that it should have been; of any other that first
-//! instruction, which does nothing, is passed over.
+//! SYSCALL at ring 3 arrives at the kernel's entry point still at ring 3, and faults there: a page
+//! fault that the kernel takes for one of its program's. A breakpoint at the first instruction of
+//! the guest's handler of page faults shows each of them here. What is such a fault becomes the
+//! system call that it should have been; of any other that first instruction, which does nothing,
+//! is passed over.
 //!
-//! Only kernels that execute INT3 at boot are watched so, which stock kernels do when they test themselves. The kernel of
-//! `resources/linux` does not, and needs none of this.
+//! Only kernels that execute INT3 at boot are watched so, which stock kernels do when they test
+//! themselves. The kernel of `resources/linux` does not, and needs none of this.
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -58,7 +59,8 @@ fn handler(gate: [u8; GATE as usize]) -> u64 {
     (gate & 0xffff | (gate >> 48 & 0xffff) << 16 | (gate >> 64 & 0xffff_ffff) << 32) as u64
 }
 
-/// The length of the instruction, if it does nothing to a handler's state but what `true` says: clear DF.
+/// The length of the instruction, if it does nothing to a handler's state but what `true` says:
+/// clear DF.
 fn nothing(insn: &[u8; MAX_NOTHING]) -> Option<(u64, bool)> {
     match insn {
         // NOP, and CLAC where there is no SMAP.
@@ -96,7 +98,8 @@ fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> EmulateError {
 
 fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>) -> Result<[u8; N], EmulateError> {
     let mut bytes = [0; N];
-    // Byte by byte over the end of a page would be right everywhere; frames and gates are aligned, instructions are short.
+    // Byte by byte over the end of a page would be right everywhere; frames and gates are aligned,
+    // instructions are short.
     let first = N.min((0x1000 - linear % 0x1000) as usize);
     for (at, len) in [(0, first), (first, N - first)].into_iter().filter(|(_, len)| *len > 0) {
         let translation = vcpu.translate_gva(linear + at as u64).map_err(call("KVM_TRANSLATE"))?;
@@ -108,8 +111,9 @@ fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>)
 }
 
 impl Quirks {
-    /// Where the guest handles page faults, if those are to be watched: on kvm-pvm, once it has an IDT and takes system calls.
-    pub fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
+    /// Where the guest handles page faults, if those are to be watched: on kvm-pvm, once it has an
+    /// IDT and takes system calls.
+    pub(crate) fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
         if self == Self::None {
             return Ok(None);
         }
@@ -122,7 +126,7 @@ impl Quirks {
     }
 
     /// Has the vCPU come out of the guest where page faults are handled; nowhere with `None`.
-    pub fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
+    pub(crate) fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
         let mut debug = kvm_guest_debug::default();
         if let Some(entry) = entry {
             debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
@@ -133,7 +137,7 @@ impl Quirks {
     }
 
     /// What is to be done where page faults are handled, after `KVM_RUN` returned `KVM_EXIT_DEBUG`.
-    pub fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
+    pub(crate) fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         let frame = Frame::read(&read_linear(vcpu, regs.rsp, read)?);
@@ -141,7 +145,8 @@ impl Quirks {
         if frame.rip >> 63 == 1 && frame.cs & 3 == 3 {
             let (entry, star) = system_call_entry(vcpu)?;
             if frame.is_syscall(sregs.cr2, entry) {
-                // As SYSCALL would have left it. RCX, R11 and the flags are as they should be already.
+                // As SYSCALL would have left it. RCX, R11 and the flags are as they should be
+                // already.
                 let code = (star >> 32 & 0xfffc) as u16;
                 (sregs.cs, sregs.ss) = (segment(code, true), segment(code.wrapping_add(8), false));
                 (regs.rip, regs.rsp, regs.rflags) = (entry, frame.rsp, frame.rflags & !RFLAGS_RF);
@@ -229,7 +234,8 @@ mod tests {
         [entry & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (entry >> 16 & 0xffff) << 48, entry >> 32]
     }
 
-    /// A guest in long mode with two rings: its kernel is in the upper half, its program in the lower.
+    /// A guest in long mode with two rings: its kernel is in the upper half, its program in the
+    /// lower.
     fn two_rings(vm: &TestVm) {
         let words = |at: u64, words: &[u64]| {
             for (n, word) in words.iter().enumerate() {
@@ -276,7 +282,8 @@ mod tests {
         assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&msrs).unwrap()).unwrap(), 3);
     }
 
-    /// Runs the guest to its system call. What it wrote, and how often its handler of page faults was looked at.
+    /// Runs the guest to its system call. What it wrote, and how often its handler of page faults
+    /// was looked at.
     fn run_to_system_call(vm: &mut TestVm, quirks: Quirks) -> (String, usize) {
         let memory = vm.memory().clone();
         let read = move |at: u64, bytes: &mut [u8]| memory.read_slice(bytes, GuestAddress(at)).is_ok();

@@ -114,7 +114,8 @@ impl VcpuState {
     }
 }
 
-/// What a guest reads of the TSC is as far ahead as the wall clock, and only where that is asked for.
+/// What a guest reads of the TSC is as far ahead as the wall clock, and only where that is asked
+/// for.
 #[test]
 fn the_tsc_catches_up_with_the_wall_clock() {
     let Some(host) = host() else { return };

@@ -1,8 +1,9 @@
 //! Storms of interrupts between vCPUs while the VM is forked: none may be lost.
 //!
-//! Pairs of vCPUs wake each other by IPIs and halt in between ([`Command::Relay`]), or one restarts the other by INIT and SIPI
-//! ([`Command::Restart`]). A single interrupt that is in nobody's state stops its pair for good, in
-//! the child or after a reset. Kicks are delayed by chance, so that some vCPUs are parked long before others.
+//! Pairs of vCPUs wake each other by IPIs and halt in between ([`Command::Relay`]), or one restarts
+//! the other by INIT and SIPI ([`Command::Restart`]). A single interrupt that is in no saved state
+//! stops its pair for good, in the child or after a reset. Kicks are delayed at random, so that
+//! some vCPUs park long before others.
 
 use std::sync::Arc;
 use std::thread;
@@ -17,7 +18,8 @@ use crate::vm::{ChildOptions, Context, Vm, VmConfig};
 use clade_harness::BareMailbox;
 use clade_memory::Store;
 
-/// A pair that has not gone on for as long has lost its interrupt: it needs less than a millisecond.
+/// A pair that has not gone on for as long has lost its interrupt: it needs less than a
+/// millisecond.
 const STUCK: Duration = Duration::from_secs(8);
 /// Steps that a child must make.
 const STEPS: u64 = 3;
@@ -113,8 +115,8 @@ pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
     Ok(())
 }
 
-/// Forks, starts a child each time, and looks whether it goes on: also after a reset in the middle of its own storm.
-/// Ends at the first that is stuck. None on a host that cannot run VMs.
+/// Forks, starts a child each time, and looks whether it goes on: also after a reset in the middle
+/// of its own storm. Ends at the first that is stuck. None on a host that cannot run VMs.
 fn run(storm: Storm) -> Option<Found> {
     let context = Context::new(Arc::new(host()?), Store::open_small().unwrap()).unwrap();
     let mut parent = boot(&context, storm.pairs);
@@ -167,7 +169,8 @@ fn no_interrupt_between_vcpus_is_lost_by_a_fork() {
     }
 }
 
-/// The same storm finds its stuck child when vCPUs save beside siblings that run: a check that cannot fail proves nothing.
+/// The same storm finds its stuck child when vCPUs save beside siblings that run: a check that
+/// cannot fail proves nothing.
 #[test]
 fn a_save_that_does_not_wait_for_all_vcpus_is_noticed() {
     let Some(found) = run(Storm { saves_early: true, forks: 400, ..QUICK }) else { return };

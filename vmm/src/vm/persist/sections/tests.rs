@@ -37,7 +37,8 @@ fn vcpu(rip: u64) -> VcpuState {
     state
 }
 
-/// An image of a VM with a disk, entropy, a balloon and a console, and the directory the disk is in.
+/// An image of a VM with a disk, entropy, a balloon and a console, and the directory the disk is
+/// in.
 fn image() -> (ForkImage, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.img");

@@ -30,7 +30,7 @@ pub(crate) struct Made {
     pub(crate) hvc: Option<Hvc>,
 }
 
-/// Makes all devices of `config`, which take what they need of `ends`.
+/// Makes all devices of `config`. They take their interfaces and sockets from `ends`.
 pub(crate) fn make(
     saved: Option<(&DeviceState, &[Backend])>,
     config: &VmConfig,
@@ -89,7 +89,7 @@ impl Maker<'_> {
                     Some((VirtioState::Net(state), _)) => Some(state),
                     _ => None,
                 };
-                // Whoever goes on from a saved state has another address than the guest knows.
+                // A VM that starts from a saved state has another address than its guest knows.
                 let net = Net::new(end.tap, &options, state, state.is_some()).map_err(DeviceError::Io)?;
                 Box::new(SyncDevice::new(net))
             }
@@ -111,7 +111,7 @@ impl Maker<'_> {
                 self.hvc = Some(Hvc { output, typist: device.typist() });
                 Box::new(SyncDevice::new(device))
             }
-            // State of another kind of device.
+            // The state is of another kind of device.
             _ => return Err(DeviceError::Mismatch { found: 1, wanted: 1 }),
         })
     }

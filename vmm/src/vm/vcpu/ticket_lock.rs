@@ -1,15 +1,15 @@
-//! One operation on a VM at a time, in the order in which they were asked for.
+//! One operation on a VM at a time, first come first served.
 //!
-//! A plain mutex goes to whoever is quickest, which is the thread that has just given it back: somebody who pauses and resumes a VM in a loop would keep
-//! a fork waiting for as long as it likes.
+//! A plain mutex is unfair: the thread that has just unlocked it is the quickest to lock it again.
+//! A thread that pauses and resumes a VM in a loop would keep a fork waiting without limit.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
 struct Tickets {
-    /// The next to be drawn.
+    /// The next ticket to be drawn.
     next: u64,
-    /// The one whose turn it is.
+    /// The ticket that has the lock.
     now: u64,
 }
 
@@ -20,7 +20,7 @@ pub(crate) struct TicketLock {
     called: Condvar,
 }
 
-/// A turn, until it is dropped.
+/// The lock, held until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Turn<'a>(&'a TicketLock);
 
@@ -29,7 +29,7 @@ impl TicketLock {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until all who asked before have had their turn.
+    /// Waits until every thread that drew a ticket earlier has unlocked.
     pub(crate) fn take(&self) -> Turn<'_> {
         let mut tickets = self.tickets();
         let own = tickets.next;
@@ -44,7 +44,7 @@ impl TicketLock {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.0.tickets().now += 1;
-        // All of them: which one it is they know themselves.
+        // All of them: each compares its own ticket.
         self.0.called.notify_all();
     }
 }

@@ -1,4 +1,5 @@
-//! States that KVM refuses: a child or a reset takes all of its state or none, and says so to whoever asked.
+//! States that KVM refuses: a child or a reset takes all of its state or none, and the caller gets
+//! the error.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,8 +10,8 @@ use clade_memory::Store;
 use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::storm::{Pair, boot, boot_idle, goes_on};
 use crate::kvm::testutil::host;
+use crate::vm::tests::storm::{Pair, boot, boot_idle, goes_on};
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
 use clade_harness::BareMailbox;
 
@@ -63,8 +64,8 @@ fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
     goes_on(&vm, &PAIRS).unwrap();
 }
 
-/// vCPU 2 restarts vCPU 1 by INIT and SIPI, and is kicked long after it: the reset finds a SIPI latched. In the image vCPU 1
-/// waits for one, and nobody sends it.
+/// vCPU 2 restarts vCPU 1 by INIT and SIPI, and is kicked long after it: the reset finds a SIPI
+/// latched. In the image vCPU 1 waits for one, and nobody sends it.
 #[test]
 fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
     const WAITS: u64 = 1;
@@ -77,7 +78,8 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
     parent.pause().unwrap();
     parent.ram().memory().write_obj(0u64, magic).unwrap();
     let mut image = (*parent.fork().unwrap().0).clone();
-    // As INIT leaves a vCPU: in real mode, or a start-up IPI would start nothing that could be seen.
+    // As INIT leaves a vCPU: in real mode, or a start-up IPI would start nothing that could be
+    // seen.
     let (_vm, fresh) = context.host().lone_vcpu().unwrap();
     let waits = &mut image.vcpus[WAITS as usize];
     waits.mp_state.mp_state = KVM_MP_STATE_INIT_RECEIVED;

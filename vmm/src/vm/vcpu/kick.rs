@@ -1,7 +1,10 @@
 //! Getting a vCPU's thread out of KVM_RUN from another thread.
 //!
-//! Two things are needed, in this order: `immediate_exit` is set in the vCPU's `kvm_run`, so that a thread that has not entered the guest
-//! yet will not; and the thread is sent a signal, so that one that has comes out.
+//! Two things are needed, in this order:
+//!
+//! 1. `immediate_exit` is set in the vCPU's `kvm_run`: a thread that has not entered the guest yet
+//!    will not.
+//! 2. The thread is sent a signal: one that is in the guest comes out.
 
 use std::os::raw::c_int;
 use std::ptr;
@@ -10,7 +13,7 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use kvm_ioctls::VcpuFd;
 
-/// The signal: the first real-time one, which nobody else in the process uses.
+/// The signal: the first real-time one, which nothing else in the process uses.
 fn kick_signal() -> c_int {
     libc::SIGRTMIN()
 }
@@ -36,7 +39,8 @@ struct Target {
     immediate_exit: *const AtomicU8,
 }
 
-// SAFETY: `immediate_exit` points into a kvm_run page that outlives the target (see `Kicker::enrol`) and is only used atomically.
+// SAFETY: `immediate_exit` points into a kvm_run page that outlives the target (see
+// `Kicker::enrol`) and is only used atomically.
 unsafe impl Send for Target {}
 
 /// Kicks one vCPU's thread, for as long as that thread is enrolled.
@@ -49,7 +53,8 @@ impl std::fmt::Debug for Kicker {
     }
 }
 
-/// A vCPU's thread, enrolled to be kicked. Withdrawn on drop, which must come before the vCPU's own.
+/// A vCPU's thread, enrolled to be kicked. Withdrawn on drop, which must come before the vCPU's
+/// own.
 pub(crate) struct Enrolled<'a>(&'a Kicker);
 
 impl Drop for Enrolled<'_> {
@@ -59,8 +64,8 @@ impl Drop for Enrolled<'_> {
 }
 
 impl Kicker {
-    /// Enrols the calling thread, which runs `vcpu`. The borrow of the kicker lives on the thread's stack beside the vCPU it owns, declared
-    /// after it, so that it is withdrawn first.
+    /// Enrols the calling thread, which runs `vcpu`. The guard lives on the thread's stack beside
+    /// the vCPU that the thread owns, and must be dropped before it.
     pub(crate) fn enrol(&self, vcpu: &mut VcpuFd) -> Enrolled<'_> {
         install_handler();
         let immediate_exit: *const AtomicU8 = (&raw const vcpu.get_kvm_run().immediate_exit).cast();
@@ -72,22 +77,25 @@ impl Kicker {
 
     /// Makes the thread leave KVM_RUN, now or as soon as it would enter it.
     pub(crate) fn kick(&self) {
-        // The lock is held over both steps: the thread cannot withdraw, and so neither it nor its kvm_run can go, in between.
+        // The lock is held over both steps: the thread cannot withdraw, and so neither it nor its
+        // kvm_run can go, in between.
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {
-            // SAFETY: enrolled, so the kvm_run page is mapped; immediate_exit is a byte the kernel expects to be changed under it.
+            // SAFETY: enrolled, so the kvm_run page is mapped; immediate_exit is a byte the kernel
+            // expects to be changed under it.
             let flag = unsafe { &*target.immediate_exit };
-            // SeqCst: see `allow`.
+            // SeqCst: see `clear_immediate_exit`.
             flag.store(1, Ordering::SeqCst);
             // SAFETY: enrolled, so the thread has not ended; the signal has a handler.
             unsafe { libc::pthread_kill(target.thread, kick_signal()) };
         }
     }
 
-    /// Called by the vCPU's own thread before it looks whether it may run: from here on only a new kick stops it.
+    /// Called by the vCPU's own thread before it reads whether it may run: from here on only a new
+    /// kick stops it.
     ///
-    /// SeqCst on both sides: the thread clears the flag, then looks at the wish; a pauser sets the wish, then the flag. One of
-    /// them sees the other.
+    /// SeqCst on both sides: the thread clears the flag, then reads the wish; a pauser sets the
+    /// wish, then the flag. One of them sees the other.
     pub(crate) fn clear_immediate_exit(&self) {
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {

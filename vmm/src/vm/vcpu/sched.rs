@@ -1,27 +1,30 @@
-//! How soon a waking thread gets a processor that others are busy on.
+//! How soon a waking thread gets a processor that other threads use.
 //!
-//! Linux lets a running thread finish its slice (3 ms and more) before one that has just woken, unless that one has asked for a
-//! shorter slice. A vCPU thread that waits to start is such a one: with its parent's vCPUs running on every processor, the
-//! child's first instruction would come milliseconds late. A heavier weight beside the shorter slice keeps it from waiting behind those that have had
-//! less; that takes CAP_SYS_NICE. Best effort: kernels before 6.12 do not look at slices.
+//! Linux lets a running thread finish its slice (3 ms and more) before a thread that has just
+//! woken, unless the latter has a shorter slice. With the parent's vCPUs running on every
+//! processor, a child's first instruction would come milliseconds late. So a vCPU thread that waits
+//! to start has the shortest slice.
+//!
+//! A heavier weight keeps it from waiting behind threads that have had less time; that takes
+//! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
 
 use std::cell::OnceCell;
 
 /// The shortest slice the scheduler takes.
 const BOOST_SLICE_NS: u64 = 100_000;
 
-/// The heaviest weight there is.
+/// The nice value of the heaviest weight.
 const BOOST_NICE: i32 = -20;
 
 thread_local! {
-    /// The nice value the calling thread was given, from before it was changed here.
+    /// The nice value of the calling thread before it was changed here.
     static GIVEN: OnceCell<i32> = const { OnceCell::new() };
 }
 
 /// The calling thread gets a processor soon after it wakes.
 pub(crate) fn boost() {
     let given = given();
-    // Without the right to it, as before.
+    // Without CAP_SYS_NICE: the shorter slice alone.
     if !set(BOOST_SLICE_NS, BOOST_NICE.min(given)) {
         set(BOOST_SLICE_NS, given);
     }
@@ -32,8 +35,8 @@ pub(crate) fn unboost() {
     set(0, given());
 }
 
-/// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds in which a VM stands still, or is being
-/// born.
+/// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds
+/// in which a VM stands still, or a child starts.
 pub(crate) struct BoostGuard(());
 
 impl BoostGuard {
@@ -54,12 +57,12 @@ fn given() -> i32 {
     GIVEN.with(|given| *given.get_or_init(|| unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }))
 }
 
-/// Whether the scheduler takes it.
+/// Returns whether the scheduler took both.
 fn set(slice_ns: u64, nice: i32) -> bool {
     let attr = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_OTHER as u32,
-        // A child's vCPU threads are made by a thread that is in a hurry, and are not.
+        // A boosted thread makes a child's vCPU threads. They are not boosted themselves.
         sched_flags: if slice_ns > 0 { libc::SCHED_FLAG_RESET_ON_FORK as u64 } else { 0 },
         sched_nice: nice,
         sched_priority: 0,
@@ -85,10 +88,10 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_in_a_hurry_makes_threads_that_are_not() {
+    fn a_boosted_thread_makes_threads_that_are_not() {
         std::thread::spawn(|| {
             let before = nice();
-            let urgent = BoostGuard::new();
+            let boost = BoostGuard::new();
             let inside = nice();
             let made = std::thread::spawn(|| {
                 let before = nice();
@@ -96,10 +99,10 @@ mod tests {
                 (before, nice())
             });
             assert_eq!(made.join().unwrap(), (before.max(0), before.max(0)));
-            drop(urgent);
+            drop(boost);
             assert_eq!(nice(), before);
             if inside == before {
-                println!("skipped: without CAP_SYS_NICE nobody is in a hurry");
+                println!("skipped: without CAP_SYS_NICE no weight changes");
             }
             assert!(inside == BOOST_NICE || inside == before);
         })

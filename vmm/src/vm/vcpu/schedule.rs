@@ -1,11 +1,11 @@
-//! Schedules of a pause that tests choose. Outside this crate's tests there is nothing to choose, and this is empty.
+//! Schedules of a pause that tests choose. Outside this crate's tests this is empty.
 
 #[cfg(test)]
 mod chosen;
 
 #[cfg(not(test))]
 mod none {
-    /// No choice: kicks follow each other at once, and saves wait for all vCPUs.
+    /// Kicks follow each other at once, and saves wait for all vCPUs.
     #[derive(Debug, Default)]
     pub(crate) struct Schedule {}
 

@@ -1,9 +1,12 @@
-//! The devices of one VM, on its bus.
+//! The devices of one VM, on its buses: made, saved, restored and rewound together.
 
-use std::collections::VecDeque;
+mod control;
+mod reports;
+mod virtio;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskError;
@@ -11,90 +14,56 @@ use clade_devices::virtio::block::Block;
 use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
-    BusError, COM1_BASE, Console, I8042, I8042_BASE, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORT,
-    REPORT_PORTS, Report, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
+    BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORT, REPORT_PORTS, ReportPort,
+    SERIAL_PORTS, SerialConsole, SerialState,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
 
-use crate::boot::virtio_slot;
+use crate::platform::{COM1_BASE, I8042_BASE, virtio_slot};
 use crate::vm::config::VmConfig;
 use crate::vm::identity::Endpoints;
 use crate::vm::prepared::PreparedVm;
-use crate::vm::virtio::{self, Hvc};
-
-/// Most reports kept for a reader that does not come. A guest can write the port for ever; the oldest go first.
-const MAX_REPORTS: usize = 4_096;
-
-/// What the bare guest has reported and nobody has read yet.
-#[derive(Clone, Debug, Default)]
-pub struct Reports(Arc<(Mutex<VecDeque<Report>>, Condvar)>);
-
-impl Reports {
-    fn push(&self, report: Report) {
-        let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.len() == MAX_REPORTS {
-            queue.pop_front();
-        }
-        queue.push_back(report);
-        self.0.1.notify_all();
-    }
-
-    fn clear(&self) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-
-    /// The next report, if one comes within `patience`.
-    #[must_use]
-    pub fn next(&self, patience: Duration) -> Option<Report> {
-        let deadline = Instant::now() + patience;
-        let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(report) = queue.pop_front() {
-                return Some(report);
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            queue = self.0.1.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
+pub use reports::Reports;
+use virtio::Hvc;
 
 /// Why devices could not be made, or saved.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum DeviceError {
-    /// No descriptor, or no console.
+    /// The host has no descriptor for a device.
     #[error("the devices could not be made")]
     Io(#[source] io::Error),
-    /// Two devices at one port.
+    /// Two devices claim one port.
     #[error(transparent)]
     Ports(#[from] BusError),
-    /// Two devices at one address.
+    /// Two devices claim one address.
     #[error(transparent)]
     Addresses(#[from] MmioBusError),
-    /// See [`DiskError`].
+    /// A disk could not be opened.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// See [`RestoreError`].
+    /// The saved state of a virtio device is refused.
     #[error("a saved virtio device")]
     Restore(#[from] RestoreError),
-    /// See [`SaveError`].
+    /// A virtio device could not be saved.
     #[error(transparent)]
     Save(#[from] SaveError),
-    /// A device whose end on the host is missing.
+    /// A device has no interface or socket on the host.
     #[error("there is no interface or socket for {device} {number}")]
     NoEnd {
-        /// What kind of device.
+        /// The kind of device.
         device: &'static str,
-        /// Which of them.
+        /// Its number among devices of that kind.
         number: usize,
     },
-    /// State of another VM.
+    /// The state is of a VM with other devices.
     #[error("state of {found} virtio devices for a VM with {wanted}, or of devices of other kinds")]
     Mismatch {
-        /// In the state.
+        /// Virtio devices in the state.
         found: usize,
-        /// In the configuration.
+        /// Virtio devices in the configuration.
         wanted: usize,
     },
 }
@@ -108,14 +77,14 @@ pub struct DeviceState {
 }
 
 impl DeviceState {
-    /// Requests to devices that were in flight: popped, and not given back.
+    /// Requests to devices that were in flight: popped, and not completed.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.virtio.iter().map(|state| state.device.in_flight()).sum()
     }
 }
 
-/// Devices at one instant: what can be written down, and the disks.
+/// Devices at one instant: their serializable state, and the disks.
 pub(crate) type Saved = (DeviceState, Vec<Backend>);
 
 /// A VM's devices.
@@ -141,6 +110,7 @@ impl Devices {
         config: &VmConfig,
         prepared: &PreparedVm,
         ends: &mut Endpoints,
+        report_port: bool,
     ) -> Result<Self, DeviceError> {
         let console = Console::default();
         let irq = Irq::new().map_err(DeviceError::Io)?;
@@ -156,7 +126,7 @@ impl Devices {
         let mut bus = PioBus::default();
         bus.add(COM1_BASE, SERIAL_PORTS, serial.clone())?;
         bus.add(I8042_BASE, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
-        if config.report_port {
+        if report_port {
             let to = reports.clone();
             let port = ReportPort::new(move |report| to.push(report));
             bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
@@ -179,12 +149,13 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Lets no device do anything more in guest memory but transfers the kernel is busy with. Counted.
+    /// Stops all work of the devices in guest memory, except transfers that the kernel holds.
+    /// Counted.
     pub(crate) fn quiesce(&self) {
         self.virtio.iter().for_each(|device| device.quiesce());
     }
 
-    /// Gives one [`Devices::quiesce`] back, or what devices are made with.
+    /// Gives one [`Devices::quiesce`] back, or the one that devices are made with.
     pub(crate) fn resume(&self) {
         self.virtio.iter().for_each(|device| device.resume());
     }
@@ -195,7 +166,8 @@ impl Devices {
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
-    /// Runs `with` on the device number `number` of those that `H` handles. None if there are not so many.
+    /// Runs `with` on device number `number` of those that `H` handles. None if there are not so
+    /// many.
     pub(crate) fn with_plain<H: DeviceOps, T>(
         &self,
         number: usize,
@@ -210,7 +182,7 @@ impl Devices {
         self.bus.read(port, width, data);
     }
 
-    /// Returns whether the guest has asked for a reset by it.
+    /// Returns whether the guest has requested a reset by it.
     pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> bool {
         self.bus.write(port, width, data);
         // Relaxed: set by this very call, if at all.
@@ -227,18 +199,20 @@ impl Devices {
         with(self.serial.lock().unwrap_or_else(PoisonError::into_inner).irq())
     }
 
-    /// Raises again what the console has pending: a spurious interrupt does no harm, a lost one hangs the console.
+    /// Raises pending interrupts again: a spurious interrupt does no harm, a lost one hangs its
+    /// driver.
     pub(crate) fn reraise(&self) {
         self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    /// Tells the guest that its generation has changed. After the interrupt controllers have their state, which would forget it.
-    pub(crate) fn tell_generation(&self) {
+    /// Tells the guest that its generation has changed. After the interrupt controllers have their
+    /// state, which would forget it.
+    pub(crate) fn notify_generation(&self) {
         if let Some(irq) = &self.generation
             && let Err(error) = irq.trigger()
         {
-            // The eventfd is full of what nobody has taken: the guest is told anyway.
+            // The eventfd's counter is full, so an interrupt is pending anyway.
             tracing::debug!(%error, "a guest is not told once more that its generation has changed");
         }
     }
@@ -252,10 +226,11 @@ impl Devices {
         Ok(self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.check(state))?)
     }
 
-    /// Ends what the kernel is busy with in guest memory, up to `patience` in all. Only while they are quiesced. Returns the place of a device of which
-    /// that cannot be ended. Resumed, they do it again.
-    pub(crate) fn halt(&self, patience: Duration) -> Option<usize> {
-        let deadline = Instant::now() + patience;
+    /// Ends the transfers that the kernel holds, within `timeout` in all. Only while the devices
+    /// are quiesced. Returns the place of a device whose transfers cannot be ended. Resumed, the
+    /// devices submit them again.
+    pub(crate) fn halt(&self, timeout: Duration) -> Option<usize> {
+        let deadline = Instant::now() + timeout;
         self.virtio.iter().position(|device| !device.halt(deadline.saturating_duration_since(Instant::now())))
     }
 
@@ -265,7 +240,7 @@ impl Devices {
         for ((device, state), backend) in self.virtio.iter().zip(&state.virtio).zip(backends) {
             device.rewind(state, backend)?;
         }
-        // What was reported or asked for since was so by another VM than it is now.
+        // Reports and reset requests since belong to the instant before the reset.
         self.reports.clear();
         self.reset.store(false, Ordering::Relaxed);
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).rewind(&state.serial).map_err(DeviceError::Io)

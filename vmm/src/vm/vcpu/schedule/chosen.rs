@@ -13,13 +13,13 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
-    /// Waits up to `longest` before each kick, by chance.
+    /// Waits a random time up to `longest` before each kick.
     pub(crate) fn delay_kicks(&self, longest: Duration, seed: u64) {
         self.longest.store(longest.as_nanos() as u64, Ordering::Relaxed);
         self.random.store(seed, Ordering::Relaxed);
     }
 
-    /// Takes the rule out that nobody saves before all are parked.
+    /// Switches the rule off that no vCPU saves before all are parked.
     pub(crate) fn save_early(&self) {
         self.early.store(true, Ordering::Relaxed);
     }

@@ -1,24 +1,27 @@
-//! Everything of a [`ForkImage`] but its memory and its disks' contents, as bytes: named sections, each a CBOR value.
+//! Everything of a [`ForkImage`] but its memory and its disks' contents: named sections, each a
+//! CBOR value.
 //!
 //! | section | what |
 //! |---|---|
-//! | `host` | what it presupposes of a host, to be compared before anything else: [`HostRequirements`] |
+//! | `host` | what it needs of a host, compared before anything else: [`HostRequirements`] |
 //! | `config` | [`VmConfig`] |
-//! | `vcpus` | a [`VcpuState`] each |
-//! | `vm` | interrupt controllers, PIT, clock: [`VmState`] |
+//! | `vcpus` | a [`VcpuState`] for each vCPU |
+//! | `vm` | interrupt controllers, PIT, clock |
 //! | `devices` | [`DeviceState`] |
 //! | `identity` | names and addresses of the VM it was taken from, and its generation |
 //!
 //! # What may change
 //!
-//! Fields have names. One that is added gets `#[serde(default)]`, with a default that means what was so before there was the field; one that is not
-//! known is skipped, so it must not change what the others mean. A field does not get another meaning, or another unit: it gets another
-//! name. Sections that are not known are skipped too. KVM's own structures are bytes, which only grow: shorter ones are filled up with zeros.
+//! - Fields have names. A new field has `#[serde(default)]`, with a default that means what was so
+//!   before the field.
+//! - Unknown fields and sections are skipped, so they must not change what the others mean.
+//! - A field keeps its meaning and its unit. A new meaning is a new name.
+//! - KVM's own structures are bytes, which only grow: shorter ones are filled up with zeros.
 //!
 //! # What is checked
 //!
-//! All that can be by itself: what was written must fit the configuration it was written with. That it fits the host KVM says at
-//! the latest, when the state is given to it; what is in a device's queues the device says.
+//! Each section must fit the configuration beside it. Whether the state fits the host, KVM says
+//! when it is restored; whether the queues of a device are sound, the device says.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,7 +39,7 @@ use crate::vm::devices::DeviceState;
 use crate::vm::fork::ForkImage;
 use crate::vm::identity::Identity;
 
-/// The sections, in the order in which they are written.
+/// The names of the sections, in the order in which they are written.
 pub const SECTIONS: [&str; 6] = [HOST, CONFIG, VCPUS, VM, DEVICES, IDENTITY];
 const HOST: &str = "host";
 const CONFIG: &str = "config";
@@ -45,107 +48,109 @@ const VM: &str = "vm";
 const DEVICES: &str = "devices";
 const IDENTITY: &str = "identity";
 
-/// Room for the longest string of bytes that is read in one piece: an XSAVE area's first part.
+/// Size of the buffer for the longest byte string that is read in one piece: an XSAVE area's first
+/// part.
 const SCRATCH: usize = 16 << 10;
 
-/// Sections that are no VM, or an image that cannot be written down.
+/// Why sections are refused, or an image cannot be written.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum SavedError {
-    /// It is not there.
+    /// A section is missing.
     #[error("there is no section {section:?}")]
     Missing {
-        /// Which.
+        /// The section's name.
         section: &'static str,
     },
-    /// It is there more than once.
+    /// A section is there more than once.
     #[error("section {section:?} is there more than once")]
     Twice {
-        /// Which.
+        /// The section's name.
         section: &'static str,
     },
-    /// It is not what it should be.
+    /// A section is no CBOR value of its type.
     #[error("section {section:?}, of {bytes} bytes, cannot be read")]
     Read {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// Its length.
+        /// The section's length in bytes.
         bytes: usize,
-        /// Where and why not.
+        /// The decoder's error.
         #[source]
         source: ciborium::de::Error<std::io::Error>,
     },
-    /// There is more than it should have.
+    /// A section has bytes after its value.
     #[error("section {section:?} has {left} bytes behind its end")]
     Behind {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// How many.
+        /// The number of bytes after the value.
         left: usize,
     },
-    /// It cannot be written.
+    /// A section cannot be encoded.
     #[error("section {section:?} cannot be written")]
     Write {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// Why not.
+        /// The encoder's error.
         #[source]
         source: ciborium::ser::Error<std::io::Error>,
     },
-    /// A number that does not fit the configuration.
+    /// A number does not fit the configuration.
     #[error("section {section:?}: {what}: {found}, must be {wanted}")]
     Mismatch {
-        /// Which.
+        /// The section's name.
         section: &'static str,
         /// What is counted.
         what: String,
-        /// What is there.
+        /// The number in the section.
         found: u64,
-        /// What the configuration says.
+        /// The number in the configuration.
         wanted: u64,
     },
-    /// A device of another kind.
+    /// A device is of another kind than in the configuration.
     #[error("section {section:?}: device {place} is of kind {found:?}, must be {wanted:?}")]
     Kind {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// Its place.
+        /// The device's place.
         place: usize,
-        /// What is there.
+        /// The kind in the section.
         found: &'static str,
-        /// What the configuration says.
+        /// The kind in the configuration.
         wanted: &'static str,
     },
-    /// Chips that the configuration does not have, or has.
+    /// The state is of other interrupt controllers than the configuration's.
     #[error("section {section:?} is the state of {found}, and the configuration has {wanted}")]
     Chips {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// What is there.
+        /// The chips in the section.
         found: String,
-        /// What the configuration says.
+        /// The chips in the configuration.
         wanted: String,
     },
-    /// A configuration nobody can have.
+    /// The configuration is one that no VM can have.
     #[error("section {section:?} is no configuration of a VM")]
     Config {
-        /// Which.
+        /// The section's name.
         section: &'static str,
-        /// Why not.
+        /// The configuration's error.
         #[source]
         source: crate::vm::ConfigError,
     },
-    /// A request in flight that cannot be.
+    /// A request in flight is at no descriptor of its queue.
     #[error(
         "section {section:?}: device {place} has a request in flight at {head} of queue {queue}, which has no such, or more than it can have"
     )]
     InFlight {
-        /// Which.
+        /// The section's name.
         section: &'static str,
         /// The device's place.
         place: usize,
-        /// The queue.
+        /// The queue's index.
         queue: u16,
-        /// The request.
+        /// The index of the request's first descriptor.
         head: u16,
     },
 }
@@ -172,7 +177,7 @@ impl ForkImage {
     /// Everything but memory and disks, by the names in [`SECTIONS`] and in that order.
     ///
     /// # Errors
-    /// When something has no form to be written in: a path that is not UTF-8.
+    /// When a value has no encoding: a path that is not UTF-8.
     pub fn sections(&self) -> Result<Vec<(&'static str, Vec<u8>)>, SavedError> {
         let identity = SavedIdentity { identity: (*self.identity).clone(), generation: self.generation };
         Ok(vec![
@@ -185,11 +190,13 @@ impl ForkImage {
         ])
     }
 
-    /// An image of what [`ForkImage::sections`] returned, with the memory and, by place, the disks of the same instant ([`Backend::None`] for
-    /// other devices). Ask [`host_requirements`] first whether it can go on here.
+    /// An image of what [`ForkImage::sections`] returned, with the memory and the disks of the same
+    /// instant. `backends` are by place, [`Backend::None`] for other devices. [`host_requirements`]
+    /// says first whether this host will do.
     ///
     /// # Errors
-    /// When a section is missing, cannot be read, or does not fit the others, the memory or the disks.
+    /// When a section is missing, cannot be read, or does not fit the others, the memory or the
+    /// disks.
     pub fn from_sections<'a>(
         sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
         ram: RamImage,
@@ -217,7 +224,7 @@ impl ForkImage {
     }
 }
 
-/// What the sections presuppose of a host, to be compared by [`HostRequirements::check`].
+/// What the sections need of a host, to be compared by [`HostRequirements::check`].
 ///
 /// # Errors
 /// When there is no such section, or it cannot be read.
@@ -227,7 +234,8 @@ pub fn host_requirements<'a>(
     read(&sections.into_iter().collect::<Vec<_>>(), HOST)
 }
 
-/// The configuration in the sections: what memory and disks must be made before [`ForkImage::from_sections`].
+/// The configuration in the sections. Memory and disks are made for it before
+/// [`ForkImage::from_sections`].
 ///
 /// # Errors
 /// When there is no such section, or it cannot be read.
@@ -316,7 +324,8 @@ fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend])
     Ok(())
 }
 
-/// Each request in flight is in a queue, and no queue has more than its size: its device counts them.
+/// Each request in flight is in a queue, and no queue has more than its size: its device counts
+/// them.
 fn check_in_flight(place: usize, state: &TransportState) -> Result<(), SavedError> {
     let VirtioState::Block(block) = &state.device else { return Ok(()) };
     let mut counts: HashMap<u16, u16> = HashMap::new();

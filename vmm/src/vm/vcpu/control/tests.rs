@@ -5,8 +5,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::{Next, VcpuControl};
-use crate::vm::VmError;
+use super::{Next, Phase, State, VcpuControl};
+use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
 /// Long enough for a thread that may go on to do so.
@@ -23,7 +23,8 @@ fn parks(control: &Arc<Control>, index: usize, told: &Sender<(usize, Next<u32>)>
     })
 }
 
-/// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is told to run.
+/// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is
+/// told to run.
 fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     let pauser = {
         let control = Arc::clone(control);
@@ -86,7 +87,8 @@ fn no_vcpu_loads_before_all_are_parked() {
     [pauser, first, second].into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-/// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of another instant.
+/// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of
+/// another instant.
 #[test]
 fn a_state_saved_for_an_earlier_pause_is_dropped() {
     let control = Arc::new(Control::new(1));
@@ -105,7 +107,8 @@ fn a_state_saved_for_an_earlier_pause_is_dropped() {
     assert_eq!(control.collect().unwrap(), [2]);
 }
 
-/// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who entered the guest.
+/// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who
+/// entered the guest.
 fn start(
     own: Vec<Result<(), VmError>>,
     lead: impl Fn() -> Result<(), VmError> + Send + Sync + 'static,
@@ -166,7 +169,8 @@ fn a_vm_stopped_while_it_starts_strands_nobody() {
     assert!(matches!(control.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
 }
 
-/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never give them back.
+/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never
+/// give them back.
 #[test]
 fn an_order_that_nobody_takes_any_more_is_dropped() {
     let (before, after) = (Arc::new(()), Arc::new(()));
@@ -179,4 +183,36 @@ fn an_order_that_nobody_takes_any_more_is_dropped() {
     assert_eq!((Arc::strong_count(&before), Arc::strong_count(&after)), (1, 1));
     assert!(control.start([Arc::clone(&after), Arc::clone(&after)]).is_err());
     assert_eq!(Arc::strong_count(&after), 1);
+}
+
+/// The table of [`VcpuControl`], row by row.
+#[test]
+fn the_state_changes_as_the_table_says() {
+    let control = Control::new(2);
+    let state = || control.inner().state.clone();
+    assert_eq!(state(), State::Running);
+    control.start_paused();
+    assert_eq!(state(), State::Pausing);
+    control.start_paused();
+    control.resume();
+    assert_eq!((state(), control.may_run()), (State::Pausing, false), "one of two pauses is still held");
+    control.inner().vcpus.iter_mut().for_each(|vcpu| vcpu.phase = Phase::Parked);
+    control.resume();
+    assert_eq!((state(), control.may_run()), (State::Running, true));
+    control.start_paused();
+    assert_eq!(state(), State::Paused, "every vCPU is still parked");
+    control.inner().vcpus[1].phase = Phase::Started;
+    control.resume();
+    assert!(matches!(control.park(1, false), Next::Run));
+    assert_eq!((state(), control.inner().vcpus[1].phase), (State::Running, Phase::Started));
+    control.stop(StopReason::Reset);
+    control.stop(StopReason::Requested);
+    assert_eq!((state(), control.may_run()), (State::Stopped(StopReason::Reset), false), "the first reason stays");
+    control.resume();
+    assert!(control.pause(false).is_err());
+    assert_eq!(state(), State::Stopped(StopReason::Reset));
+    assert!(matches!(control.park(0, true), Next::Exit));
+    assert_eq!(control.wait_exited(Duration::ZERO), None);
+    [0, 1].into_iter().for_each(|index| control.thread_exited(index));
+    assert_eq!(control.wait_exited(Duration::ZERO), Some(StopReason::Reset));
 }

@@ -1,10 +1,14 @@
-//! Which generation of itself a VM is: what a guest looks at to learn that it has been cloned, or put back.
+//! The generation of a VM: what a guest reads to learn that it was cloned, or reset.
 //!
-//! Two pages of the guest's memory, announced in ACPI: the 128-bit generation id, from which Linux and Windows seed their random number
-//! generators anew, and a VMClock, whose counter user space may map and read without a system call. Both change in every child, in every restored
-//! VM and at every reset, before its first instruction, and an interrupt tells that they have.
+//! Two pages of the guest's memory, announced in ACPI:
 //!
-//! The VMClock tells of changes only. It says that it has no time to give: precise time is the kvm-clock's.
+//! - the 128-bit generation id, from which Linux and Windows seed their random number generators
+//!   anew;
+//! - a VMClock, whose counter user space may map and read without a system call.
+//!
+//! Both change in every child, in every restored VM and at every reset, before its first
+//! instruction. An interrupt tells the guest so. The VMClock says that it has no time to give:
+//! precise time is the kvm-clock's.
 
 use std::fmt;
 use std::io;
@@ -13,7 +17,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use crate::boot::{GENERATION_ID, PAGE_SIZE, VMCLOCK};
+use crate::platform::{GENERATION_ID, PAGE_SIZE, VMCLOCK};
 
 /// "VCLK".
 const MAGIC: u32 = 0x4b4c_4356;
@@ -28,24 +32,25 @@ const DISRUPTION_MARKER: u64 = 0x10;
 const FLAGS_AT: u64 = 0x18;
 const GENERATION_COUNTER: u64 = 0x68;
 
-/// A VM's generation id: random, and never the same for two VMs or for one VM put back.
+/// A VM's generation id: random, and another one in every VM and after every reset.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GenerationId(pub [u8; 16]);
 
 impl fmt::Debug for GenerationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // It seeds random numbers.
+        // Not shown: the guest seeds its random numbers from it.
         f.write_str("GenerationId(..)")
     }
 }
 
 /// Why a VM has no new generation.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum GenerationError {
-    /// No random bytes.
+    /// The host gives no random bytes.
     #[error("no random bytes for a generation id")]
     Random(#[source] io::Error),
-    /// The memory it belongs in cannot be written.
+    /// The pages of the id and the VMClock cannot be read or written.
     #[error("the generation id cannot be put into the guest's memory")]
     Memory(#[from] GuestMemoryError),
 }
@@ -71,7 +76,8 @@ pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
         mem.write_obj(mem.read_obj::<u64>(field(at))?.wrapping_add(more), field(at))
     };
     let seq = mem.read_obj::<u32>(field(SEQ_COUNT))?;
-    // Even before and after, whatever the guest has written there. No vCPU runs between the two; a reader of the guest's may have been stopped in the middle.
+    // Odd in between and even after, whatever the guest has written there. No vCPU runs between the
+    // two, but a reader in the guest may have been stopped in the middle of its read.
     mem.write_obj(seq | 1, field(SEQ_COUNT))?;
     mem.write_slice(&id, GENERATION_ID)?;
     add(GENERATION_COUNTER, 1)?;
@@ -82,7 +88,7 @@ pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
 }
 
 impl GenerationId {
-    /// What the guest finds in `mem`.
+    /// Reads the id from guest memory `mem`.
     ///
     /// # Errors
     /// When the memory cannot be read.

@@ -1,31 +1,34 @@
-//! A VM's devices from the host's side.
+//! What the host can ask a VM's devices for, and change in them, while it runs.
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
 use clade_devices::virtio::net::{Net, NetStats};
 use clade_memory::PAGE_SHIFT;
 
+use crate::vm::error::VmError;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
-use crate::vm::{Vm, VmError};
+use crate::vm::machine::Vm;
 
 const MIB_SHIFT: u32 = 20;
 
 impl Vm {
-    /// What is this VM's alone: interfaces, addresses, sockets.
+    /// The VM's interfaces, addresses and sockets, which no other VM has.
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// Takes what a child called `name` will have alone, before there is an image of it: off the way from the fork to its first instruction.
+    /// Takes the interfaces, addresses and sockets of a child called `name`, before there is an
+    /// image of it: that keeps the time it takes out of the fork.
     ///
     /// # Errors
-    /// When it cannot be had; nothing is taken then, and this VM runs on (I13).
+    /// When one cannot be taken; none is taken then, and this VM runs on (I13).
     pub fn child_endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
         Ok(Endpoints::child(self.config(), &self.identity, name, choice)?)
     }
 
-    /// Asks the guest to give up `mib` MiB of its memory in all, by its balloon. It does so when it can, or not at all.
+    /// Sets the target of the balloon to `mib` MiB. The guest gives up that much memory when it
+    /// can, or not at all.
     ///
     /// # Errors
     /// When there is no balloon, or not so much memory.
@@ -41,7 +44,8 @@ impl Vm {
         set.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
-    /// Has the guest asked how it stands with its memory: the answer is in [`Vm::balloon_stats`] some time later.
+    /// Requests memory statistics from the guest. Its answer is in [`Vm::balloon_stats`] some time
+    /// later.
     ///
     /// # Errors
     /// When there is no balloon.
@@ -50,7 +54,7 @@ impl Vm {
         asked.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
-    /// What is known of its balloon.
+    /// The balloon's size, and the newest statistics of the guest.
     ///
     /// # Errors
     /// When there is none.
@@ -59,19 +63,19 @@ impl Vm {
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
-    /// What has gone through its network device number `index`. None if there is none.
+    /// Packets and bytes of network device number `index`. None if there is none.
     #[must_use]
     pub fn net_stats(&self, index: usize) -> Option<NetStats> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
     }
 
-    /// What its virtio console has written. None if it has none.
+    /// The output of its virtio console. None if it has none.
     #[must_use]
     pub fn virtio_console(&self) -> Option<&Console> {
         self.devices.hvc.as_ref().map(|hvc| &hvc.output)
     }
 
-    /// Types into its virtio console. Returns how many bytes were taken, which is none if there is no such console.
+    /// Types into its virtio console. Returns how many bytes were taken: 0 without such a console.
     pub fn type_in_virtio(&self, bytes: &[u8]) -> usize {
         self.devices.hvc.as_ref().map_or(0, |hvc| hvc.typist.type_in(bytes))
     }

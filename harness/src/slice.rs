@@ -1,0 +1,125 @@
+//! One vCPU's share of a bare guest's memory, and the words that must be in it.
+
+use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, model};
+use clade_memory::GuestRam;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+use clade_vmm::vm::Vm;
+
+use crate::bare::{BareError, BareVcpu};
+
+/// Words compared at a time; they stay in the second-level cache.
+const CHUNK_WORDS: usize = 16 << 10;
+
+/// Pages that one vCPU writes by [`Command::Write`], and the words that must be in them. Operations
+/// are counted from 0, so the words follow from their number.
+#[derive(Clone, Debug)]
+pub struct Slice {
+    vcpu: u64,
+    start: u64,
+    pages: u64,
+    hot: u64,
+    window: u64,
+    seed: u64,
+    words: Vec<u64>,
+    done: u64,
+}
+
+impl Slice {
+    /// `pages` pages of zeros from `start` on, all of which `vcpu` writes, `window` at any moment.
+    #[must_use]
+    pub fn zeros(vcpu: u64, start: u64, pages: u64, window: u64, seed: u64) -> Self {
+        let words = vec![0; (pages * PAGE_WORDS) as usize];
+        Self { vcpu, start, pages, hot: pages, window, seed, words, done: 0 }
+    }
+
+    /// The same filled by [`Slice::fill_command`]. `vcpu` goes on to write the first `hot` pages
+    /// only.
+    #[must_use]
+    pub fn filled(vcpu: u64, start: u64, pages: u64, hot: u64, window: u64, seed: u64) -> Self {
+        let mut slice = Self { hot: pages.min(hot), ..Self::zeros(vcpu, start, pages, window, seed) };
+        model::fill(&mut slice.words, start, seed);
+        slice
+    }
+
+    /// The index of the vCPU that writes it.
+    #[must_use]
+    pub fn vcpu(&self) -> u64 {
+        self.vcpu
+    }
+
+    /// Its first guest-physical address.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Its length in pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The number of operations that the words follow from.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Fills all of it.
+    #[must_use]
+    pub fn fill_command(&self) -> Command {
+        Command::Fill { start: self.start, pages: self.pages, seed: self.seed }
+    }
+
+    /// Writes it without end, from operation `first` on.
+    #[must_use]
+    pub fn write_command(&self, first: u64) -> Command {
+        Command::Write { start: self.start, pages: self.hot, window: self.window, seed: self.seed, count: 0, first }
+    }
+
+    /// The words after `progress` operations, which only go up.
+    pub fn advance(&mut self, progress: u64) -> &[u64] {
+        let hot = (self.hot * PAGE_WORDS) as usize;
+        model::apply_writes(&mut self.words[..hot], self.seed, self.window, self.done..progress);
+        self.done = progress;
+        &self.words
+    }
+
+    /// Bytes of `ram` that differ from the words, leaving out the first `except` pages.
+    ///
+    /// # Errors
+    /// When the pages are not in `ram`.
+    pub fn wrong_bytes(&self, ram: &GuestRam, except: u64) -> Result<u64, GuestMemoryError> {
+        let skip = (except * PAGE_WORDS) as usize;
+        let mut buffer = vec![0u64; CHUNK_WORDS];
+        let mut wrong = 0;
+        let mut at = self.start + except * PAGE_SIZE;
+        for want in self.words[skip..].chunks(CHUNK_WORDS) {
+            let got = &mut buffer[..want.len()];
+            ram.memory().get_slice(GuestAddress(at), want.len() * 8)?.copy_to(got);
+            if got != want {
+                let differ = |(got, want): (&u64, &u64)| {
+                    got.to_le_bytes().iter().zip(want.to_le_bytes()).filter(|(a, b)| **a != *b).count() as u64
+                };
+                wrong += got.iter().zip(want).map(differ).sum::<u64>();
+            }
+            at += want.len() as u64 * 8;
+        }
+        Ok(wrong)
+    }
+}
+
+/// Makes the first `cpus` vCPUs of a running VM idle. Returns the operations that each had
+/// completed.
+///
+/// # Errors
+/// When the guest faults or does not answer.
+pub fn stop_writing(vm: &Vm, cpus: u64) -> Result<Vec<u64>, BareError> {
+    let stop = |vcpu| {
+        let vcpu = BareVcpu::new(vm, vcpu);
+        vcpu.run(Command::Idle)?;
+        vcpu.mailbox().progress()
+    };
+    (0..cpus).map(stop).collect()
+}

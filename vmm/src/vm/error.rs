@@ -1,0 +1,153 @@
+//! What can go wrong with a VM.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use clade_memory::RamError;
+use thiserror::Error;
+
+use crate::boot::{BootError, LayoutError};
+use crate::kvm::{EmulateError, HostError, VcpuStateError, VmStateError};
+use crate::vm::config::ConfigError;
+use crate::vm::devices::DeviceError;
+use crate::vm::identity::{GenerationError, IdentityError};
+use crate::vm::stop::StopReason;
+
+/// What can go wrong with a VM.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// Guest memory could not be made, frozen, adopted or reset.
+    #[error("guest memory")]
+    Ram(#[from] RamError),
+    /// The guest's RAM ranges are none that a guest can boot in.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The guest's kernel could not be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The host's KVM lacks something.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A vCPU's state could not be saved or restored.
+    #[error("a vCPU's state")]
+    VcpuState(#[from] VcpuStateError),
+    /// The state of interrupt controllers, timer or clock could not be saved or restored.
+    #[error("the VM's state")]
+    VmState(#[from] VmStateError),
+    /// A KVM ioctl failed.
+    #[error("KVM could not {what}")]
+    Call {
+        /// What KVM was to do.
+        what: &'static str,
+        /// The ioctl's error.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The guest's page faults cannot be watched, as its host's KVM needs.
+    #[error("the guest's page faults cannot be watched")]
+    PageFaults(#[source] EmulateError),
+    /// The host has no thread for a vCPU.
+    #[error("no thread for a vCPU")]
+    Thread(#[source] io::Error),
+    /// A device could not be made, saved or restored.
+    #[error(transparent)]
+    Devices(#[from] DeviceError),
+    /// An interface, address or socket of the VM could not be taken.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The operation is one on a device that the VM does not have.
+    #[error("the VM has no {device}")]
+    NoDevice {
+        /// The kind of device.
+        device: &'static str,
+    },
+    /// The balloon was to grow larger than the VM.
+    #[error("a balloon of {asked} MiB in a VM of {there} MiB")]
+    Balloon {
+        /// The balloon's size in MiB.
+        asked: u64,
+        /// The VM's memory in MiB.
+        there: u64,
+    },
+    /// The configuration describes no VM that can be made.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The generation id could not be made, or not be put into the guest's memory.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
+    /// The VM has stopped.
+    #[error("the VM has stopped: {0}")]
+    Stopped(StopReason),
+    /// A vCPU does not come out of the guest.
+    #[error("a vCPU did not come out of the guest within {seconds} s")]
+    Stuck {
+        /// How long was waited, in seconds.
+        seconds: u64,
+    },
+    /// The VM was booted, so there is no image to reset it to.
+    #[error("the VM was booted, not forked: there is no image it could be reset to")]
+    NoOrigin,
+    /// The image was taken of a VM with another configuration.
+    #[error("the image is of a VM of another shape")]
+    OtherShape,
+    /// The kernel does not complete the requests of a virtio device.
+    #[error("transfers of virtio device {place} did not end within {seconds} s")]
+    InFlight {
+        /// The device's place.
+        place: usize,
+        /// How long was waited, in seconds.
+        seconds: u64,
+    },
+    /// Memory, vCPUs and devices of the VM belong to different instants.
+    #[error("a reset of the VM failed half-way; only another one mends it")]
+    Inconsistent,
+    /// The image has no state for a vCPU of the VM.
+    #[error("a vCPU has no saved state")]
+    NotSaved,
+    /// The thread of a vCPU panicked while another thread waited for its result.
+    #[error("the thread of vCPU {vcpu} panicked: {message}")]
+    Panicked {
+        /// The vCPU's index.
+        vcpu: usize,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+impl VmError {
+    pub(crate) fn kvm(what: &'static str, source: kvm_ioctls::Error) -> Self {
+        Self::Call { what, source }
+    }
+}
+
+/// Runs `work` for vCPU `vcpu`. A panic becomes [`VmError::Panicked`]: another thread waits for the
+/// result.
+pub(crate) fn catch_panic<T>(vcpu: usize, work: impl FnOnce() -> Result<T, VmError>) -> Result<T, VmError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(VmError::Panicked { vcpu, message: panic_message(&*panic) }))
+}
+
+/// The message of a panic.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    literal.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_of_its_own_with_its_message() {
+        let message = |work: fn() -> Result<(), VmError>| match catch_panic(3, work) {
+            Err(VmError::Panicked { vcpu: 3, message }) => message,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(message(|| panic!("a literal")), "a literal");
+        assert_eq!(message(|| panic!("formatted: {}", 5)), "formatted: 5");
+        assert_eq!(message(|| std::panic::panic_any(7_u8)), "no message");
+        assert!(matches!(catch_panic(3, || Err::<(), _>(VmError::NotSaved)), Err(VmError::NotSaved)));
+    }
+}

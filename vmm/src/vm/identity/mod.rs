@@ -1,0 +1,186 @@
+//! What tells a VM apart from every other on its network: interfaces, addresses, sockets.
+//!
+//! A fork copies everything but these. They are taken before the child is made, and before its
+//! parent is paused: making an interface waits for locks of the kernel, and one that cannot be
+//! taken must cost no VM anything (I13).
+//!
+//! | file | what |
+//! |---|---|
+//! | `endpoints` | taking interfaces, addresses and sockets for a VM to be made |
+//! | `claim` | holding an address or a name against other VMs of the host |
+//! | `generation` | the generation id, by which a guest learns that it was cloned |
+
+mod claim;
+mod endpoints;
+pub(crate) mod generation;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::vsock::{HOST_CID, VsockError, VsockOptions};
+use clade_io::TapError;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub(crate) use endpoints::Claims;
+pub use endpoints::Endpoints;
+pub use generation::{GenerationError, GenerationId};
+
+/// Stands for a child's name in the path of its socket.
+const NAME: &str = "{name}";
+
+/// An interface and the address behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetIdentity {
+    /// The TAP interface's name on the host.
+    pub tap: String,
+    /// The MAC address that the device gives the guest.
+    pub mac: Mac,
+}
+
+/// The interfaces and addresses of a VM, which no other VM has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Interface and address of each network device.
+    pub nets: Vec<NetIdentity>,
+    /// CID and socket of the socket device, if there is one.
+    pub vsock: Option<VsockOptions>,
+}
+
+impl Identity {
+    /// Forgets what it says of the host: names of interfaces, the socket's path, and the CID that
+    /// the next ones are counted from. A snapshot is not trusted with these: its author would
+    /// choose names and paths of this host. Children have their sockets in `sockets`.
+    pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
+        self.nets.iter_mut().for_each(|net| net.tap.clear());
+        if let Some(vsock) = &mut self.vsock {
+            vsock.socket = sockets.map_or_else(PathBuf::new, |dir| dir.join("saved.vsock"));
+            vsock.cid = HOST_CID;
+        }
+    }
+}
+
+/// Chosen values for a child's network device. Defaults: another interface of the parent's pattern,
+/// a random address.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetChoice {
+    /// The TAP interface's name; `%d` stands for a number that is free.
+    #[serde(default)]
+    pub tap: Option<String>,
+    /// The MAC address.
+    #[serde(default)]
+    pub mac: Option<Mac>,
+}
+
+/// Chosen values for a child's socket device. Defaults: the next free CID, and `NAME.vsock` beside
+/// the parent's socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockChoice {
+    /// The CID.
+    #[serde(default)]
+    pub cid: Option<u64>,
+    /// The socket's path; `{name}` stands for the child's name.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
+}
+
+/// Chosen values for a child's identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChildIdentity {
+    /// By network device. Devices beyond the last entry have the defaults.
+    #[serde(default)]
+    pub nets: Vec<NetChoice>,
+    /// The socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockChoice>,
+}
+
+/// Why an interface, address or socket cannot be taken for a VM.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// Another VM of the host has it.
+    #[error("the {what} {value} is another VM's")]
+    Taken {
+        /// The kind of value: `TAP interface`, `MAC address` or `CID`.
+        what: &'static str,
+        /// The value.
+        value: String,
+    },
+    /// The host cannot say whether another VM has it.
+    #[error("the {what} {value} cannot be claimed")]
+    Claim {
+        /// The kind of value: `TAP interface`, `MAC address` or `CID`.
+        what: &'static str,
+        /// The value.
+        value: String,
+        /// The error of the socket that holds a claim.
+        #[source]
+        source: io::Error,
+    },
+    /// No free value was found.
+    #[error("no {what} is free after {tries} tries")]
+    NoneFree {
+        /// The kind of value.
+        what: &'static str,
+        /// Values that were tried.
+        tries: u64,
+    },
+    /// More interfaces are chosen than the VM has network devices.
+    #[error("{chosen} network interfaces are chosen for a VM with {there}")]
+    Interfaces {
+        /// Interfaces that are chosen.
+        chosen: usize,
+        /// Network devices of the VM.
+        there: usize,
+    },
+    /// A CID or socket is chosen for a VM without a socket device.
+    #[error("a CID or a socket ({choice:?}) is chosen for a VM without a socket device")]
+    NoVsock {
+        /// What was chosen.
+        choice: VsockChoice,
+    },
+    /// The VM is restored, so there is no parent's socket to put its own beside.
+    #[error("no socket is chosen for the socket device of {name}, which is restored: choose one (--vsock socket=PATH)")]
+    NoSocket {
+        /// The VM's name.
+        name: String,
+    },
+    /// The host gives no random bytes for a MAC address.
+    #[error("no random bytes for an address")]
+    Random(#[source] io::Error),
+    /// The TAP interface could not be opened or made.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The socket device could not be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+}
+
+impl ChildIdentity {
+    /// Whether the child's socket has a path made of the child's name, so that another name is
+    /// another path.
+    #[must_use]
+    pub fn names_socket(&self) -> bool {
+        let chosen = self.vsock.as_ref().and_then(|choice| choice.socket.as_deref());
+        chosen.is_none_or(|path| path.to_str().is_some_and(|path| path.contains(NAME)))
+    }
+}
+
+impl IdentityError {
+    /// Whether a socket's path is in use already.
+    #[must_use]
+    pub fn is_socket_taken(&self) -> bool {
+        matches!(self, Self::Vsock(VsockError::Socket { source, .. }) if source.kind() == io::ErrorKind::AddrInUse)
+    }
+
+    /// Whether another choice would do, as against a host that cannot.
+    #[must_use]
+    pub fn is_choice(&self) -> bool {
+        !matches!(self, Self::Claim { .. } | Self::Random(_))
+    }
+}

@@ -1,0 +1,106 @@
+//! VMs on disk: a snapshot of a VM that runs on, and VMs that are started from one.
+//!
+//! | file | what |
+//! |---|---|
+//! | `save` | a VM is forked, and the image written to a directory |
+//! | `restore` | the image in a directory |
+//! | `sections` | everything of an image but memory and disks, as named CBOR sections |
+//!
+//! The files themselves, and the steps that make them durable, are `clade-snapshot`'s.
+
+mod restore;
+mod save;
+pub mod sections;
+
+use std::io;
+use std::path::PathBuf;
+
+use clade_devices::disk::DiskError;
+use clade_memory::RamError;
+use clade_snapshot::SnapshotId;
+use thiserror::Error;
+
+use crate::kvm::HostMismatch;
+use crate::vm::error::VmError;
+pub use restore::{RestoreLoad, RestoreOptions};
+use save::SETTLE;
+pub(crate) use save::Saving;
+pub use save::{SnapshotOptions, SnapshotReport};
+pub use sections::SavedError;
+
+/// Why there is no snapshot, or no VM of one.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The files of the snapshot cannot be written or read.
+    #[error(transparent)]
+    Files(#[from] clade_snapshot::Error),
+    /// The VM cannot be forked, or not be started.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The saved state cannot be written or read.
+    #[error("the state in the snapshot")]
+    State(#[from] SavedError),
+    /// The host lacks something that the guest was booted with.
+    #[error(transparent)]
+    Host(#[from] HostMismatch),
+    /// A disk cannot be read or opened.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Writes to a disk do not complete.
+    #[error("writes to {} that were in flight have not ended within {} s", path.display(), SETTLE.as_secs())]
+    Unsettled {
+        /// The disk's file.
+        path: PathBuf,
+    },
+    /// There is no snapshot that an incremental one could be based on.
+    #[error("{name} was neither saved nor restored before, so nothing can be incremental to it: save it in full first")]
+    NoBase {
+        /// The VM's name.
+        name: String,
+    },
+    /// Another snapshot of the VM is being written.
+    #[error("a snapshot of {name} is being written already")]
+    Busy {
+        /// The VM's name.
+        name: String,
+    },
+    /// The snapshot has not as many disks as its configuration.
+    #[error("the snapshot has {found} disks, its configuration {wanted}")]
+    Disks {
+        /// Disks in the snapshot.
+        found: usize,
+        /// Disks in the configuration.
+        wanted: usize,
+    },
+    /// The snapshot has no record of the pages to read ahead.
+    #[error("{} has no record of what is touched first: make one with `clade snapshot warm` of a VM restored from it", path.display())]
+    Cold {
+        /// The snapshot's directory.
+        path: PathBuf,
+    },
+    /// A compressed disk cannot be unpacked: there is no file for it.
+    #[error("no unnamed file in {}", path.display())]
+    Unpack {
+        /// The directory in which the file was to be.
+        path: PathBuf,
+        /// The error of making it.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<RamError> for SnapshotError {
+    fn from(error: RamError) -> Self {
+        VmError::from(error).into()
+    }
+}
+
+/// The snapshot that a VM was saved to or restored from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedAt {
+    /// The snapshot's directory.
+    pub dir: PathBuf,
+    /// The snapshot's id: the directory may hold another one by now.
+    pub id: SnapshotId,
+}

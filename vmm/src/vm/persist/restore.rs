@@ -1,0 +1,137 @@
+//! The image in a snapshot directory, from which VMs are started.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
+use clade_devices::virtio::Backend;
+use clade_io::IoFile;
+use clade_memory::PageRange;
+use clade_snapshot::{DiskReader, Kind, Load, Snapshot};
+
+use crate::vm::config::VmConfig;
+use crate::vm::context::Context;
+use crate::vm::fork::ForkImage;
+use crate::vm::persist::{SavedAt, SnapshotError, sections};
+
+/// How VMs are started from a snapshot.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// How memory is loaded.
+    pub load: RestoreLoad,
+    /// The directory of the disks' overlays. Default: the directory of the snapshot if it is
+    /// writable, or else the temporary directory.
+    pub overlays: Option<PathBuf>,
+    /// The directory of the VMs' sockets, each called `NAME.vsock`. Without it each must be chosen
+    /// ([`crate::vm::VsockChoice`]).
+    pub sockets: Option<PathBuf>,
+}
+
+/// How memory is loaded from the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RestoreLoad {
+    /// At each page's first access, shared through the page cache.
+    #[default]
+    Lazy,
+    /// All of it at once, into huge pages, and every checksum is compared.
+    Preload,
+    /// At each page's first access, after the recorded working set was read ahead.
+    Warm,
+}
+
+impl ForkImage {
+    /// The image in the snapshot directory `dir`, to start any number of VMs from. Everything but
+    /// the data is checked now, by name; the data too if it is preloaded.
+    ///
+    /// # Errors
+    /// When it is no snapshot, damaged, or of another version or machine; when this host lacks what
+    /// its host had; when a snapshot it depends on is missing.
+    pub fn restore(context: &Context, dir: &Path, options: &RestoreOptions) -> Result<Arc<Self>, SnapshotError> {
+        let snapshot = Snapshot::open(dir)?;
+        let saved: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
+        // Before anything is made: KVM's refusals name no feature.
+        sections::host_requirements(saved.iter().copied())?.check(context.host())?;
+        let config = sections::config(saved.iter().copied())?;
+        let backends = backends(&config, &snapshot, options)?;
+        let load = match options.load {
+            RestoreLoad::Lazy => Load::Lazy,
+            RestoreLoad::Preload => Load::Preload,
+            RestoreLoad::Warm => {
+                Load::Warm(snapshot.warm()?.ok_or_else(|| SnapshotError::Cold { path: dir.to_owned() })?)
+            }
+        };
+        let ram = snapshot.restore_ram(context.store(), &load)?;
+        let mut image = Self::from_sections(saved, ram, backends)?;
+        Arc::make_mut(&mut image.identity).forget_host(options.sockets.as_deref());
+        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+        image.place = Some(SavedAt { dir, id: snapshot.id() });
+        Ok(Arc::new(image))
+    }
+
+    /// The snapshot it was restored from, if it was.
+    #[must_use]
+    pub fn place(&self) -> Option<&SavedAt> {
+        self.place.as_ref()
+    }
+}
+
+/// The backends of all devices by place: disks, and none for other devices.
+fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) -> Result<Vec<Backend>, SnapshotError> {
+    let readers = snapshot.disks();
+    let (found, wanted) = (readers.len(), config.disks.len());
+    if found != wanted {
+        return Err(SnapshotError::Disks { found, wanted });
+    }
+    let mut backends = Vec::new();
+    for (spec, reader) in config.disks.iter().zip(&readers) {
+        let mut disk = spec.disk.clone();
+        disk.overlays = Some(overlays(options, snapshot.dir()));
+        let layers = disk_layers(reader, &disk)?;
+        backends.push(Backend::Disk(DiskImage::from_layers(&disk, reader.bytes(), &layers)?));
+    }
+    // Disks have the first places.
+    backends.resize_with(config.places().count(), || Backend::None);
+    Ok(backends)
+}
+
+/// The directory of a restored disk's overlays: the user's choice, or beside the snapshot. The
+/// directory that the snapshot names is not trusted.
+fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
+    if let Some(dir) = &options.overlays {
+        return dir.clone();
+    }
+    let usable = |dir: &&Path| dir.is_dir() && rustix::fs::access(*dir, rustix::fs::Access::WRITE_OK).is_ok();
+    snapshot.parent().filter(usable).map_or_else(std::env::temp_dir, Path::to_owned)
+}
+
+fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
+    let run =
+        |(range, kind): &(PageRange, Kind)| DiskRun { clusters: range.start()..range.end(), zero: *kind == Kind::Zero };
+    let mut layers = Vec::new();
+    for layer in reader.layers()? {
+        let Some((file, path)) = layer.file else {
+            // Compressed: all of the disk is unpacked, whatever the other layers are.
+            let (file, path) = unpacked(reader, disk)?;
+            let data = reader.data_runs();
+            let runs = data.iter().map(|range| run(&(*range, Kind::Data))).collect();
+            let file = Some(Arc::new(IoFile::read_only(file, &path, disk.cache)));
+            return Ok(vec![DiskLayer { file, runs }]);
+        };
+        let file = Some(Arc::new(IoFile::read_only(file, &path, disk.cache)));
+        layers.push(DiskLayer { file, runs: layer.runs.iter().map(run).collect() });
+    }
+    Ok(layers)
+}
+
+/// A disk in an unnamed file that is open for reading only.
+fn unpacked(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<(File, PathBuf), SnapshotError> {
+    let dir = disk.overlays.clone().unwrap_or_else(std::env::temp_dir);
+    let failed = |source: io::Error| SnapshotError::Unpack { path: dir.clone(), source };
+    let file = tempfile::tempfile_in(&dir).map_err(failed)?;
+    reader.copy_to(&file, &dir)?;
+    let only_read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(failed)?;
+    Ok((only_read, dir))
+}

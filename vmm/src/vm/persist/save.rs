@@ -1,0 +1,228 @@
+//! A snapshot of a VM that runs on.
+//!
+//! It is a fork whose image is written to a directory: the VM is paused as a fork pauses it, and
+//! runs on while the frozen layers are written. The VM keeps the image until the next snapshot, as
+//! the base of an incremental one. The base is replaced only when the next snapshot is durable:
+//! when [`clade_snapshot::Save::to`] has returned.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
+
+use clade_devices::disk::{CLUSTER, DiskImage, DiskRun};
+use clade_memory::{PAGE_SIZE, PageRange};
+use clade_snapshot::{Base, Compression, DiskToSave, Kind, Save, SaveProgress, Saved, Space, linear, record_warm};
+
+use crate::vm::error::VmError;
+use crate::vm::fork::{ForkImage, ForkTimes};
+use crate::vm::machine::Vm;
+use crate::vm::persist::{SavedAt, SnapshotError};
+
+/// How long writes that were in flight at the instant may take before the snapshot fails.
+pub(super) const SETTLE: Duration = Duration::from_secs(30);
+/// The interval at which cancellation is checked meanwhile.
+const SETTLE_POLL: Duration = Duration::from_millis(100);
+
+/// The snapshot that a VM's next incremental one is based on.
+#[derive(Debug)]
+pub(crate) struct LastSave {
+    place: SavedAt,
+    image: Arc<ForkImage>,
+}
+
+/// The progress of a VM's snapshot, which other threads read and cancel.
+#[derive(Debug, Default)]
+pub(crate) struct Saving {
+    last: Mutex<Option<LastSave>>,
+    running: AtomicBool,
+    cancel: AtomicBool,
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Saving {
+    /// Of a VM that was started from `image`.
+    pub(crate) fn of(image: &Arc<ForkImage>) -> Self {
+        let last = image.place.clone().map(|place| LastSave { place, image: Arc::clone(image) });
+        Self { last: Mutex::new(last), ..Self::default() }
+    }
+}
+
+/// How a VM is saved.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SnapshotOptions {
+    /// Whether only what changed since it was last saved, or restored, is written.
+    pub incremental: bool,
+    /// Whether files are compressed: smaller, but not to be mapped.
+    pub compression: Compression,
+    /// Whether a snapshot in the directory is replaced although others depend on it.
+    pub replace: bool,
+}
+
+/// A snapshot that was made.
+#[derive(Clone, Debug)]
+pub struct SnapshotReport {
+    /// Its directory and id.
+    pub place: SavedAt,
+    /// Pages and bytes that were written.
+    pub saved: Saved,
+    /// The times of the fork, with the VM's pause.
+    pub times: ForkTimes,
+    /// From the request to the last sync.
+    pub took: Duration,
+}
+
+/// A disk at the image's instant, as pages.
+struct DiskSpace<'a> {
+    image: &'a DiskImage,
+    runs: Vec<DiskRun>,
+}
+
+impl Space for DiskSpace<'_> {
+    fn bytes(&self) -> u64 {
+        self.image.size()
+    }
+
+    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+        const { assert!(CLUSTER == PAGE_SIZE) };
+        let run = |run: &DiskRun| {
+            let kind = if run.zero { Kind::Zero } else { Kind::Data };
+            (PageRange::new(run.clusters.start, run.clusters.end), kind)
+        };
+        Ok(self.runs.iter().map(run).collect())
+    }
+
+    fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let offset = page * PAGE_SIZE;
+        let there = self.image.size().saturating_sub(offset).min(bytes.len() as u64) as usize;
+        let (data, beyond) = bytes.split_at_mut(there);
+        beyond.fill(0);
+        self.image.read_at(offset, data).map_err(io::Error::other)
+    }
+}
+
+fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+impl Vm {
+    /// Saves it to the directory `dir`, in place of a snapshot that is there. It runs on meanwhile.
+    ///
+    /// # Errors
+    /// Then it runs on all the same. What was in `dir` is unchanged, and so is the base of the next
+    /// incremental snapshot.
+    pub fn snapshot(&self, dir: &Path, options: SnapshotOptions) -> Result<SnapshotReport, SnapshotError> {
+        let begun = Instant::now();
+        let busy = || SnapshotError::Busy { name: self.name().to_owned() };
+        let mut last = match self.saving.last.try_lock() {
+            Ok(last) => last,
+            // The value under the lock is replaced in one step.
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(busy()),
+        };
+        if options.incremental && last.is_none() {
+            return Err(SnapshotError::NoBase { name: self.name().to_owned() });
+        }
+        // Relaxed, like all of these: nothing is published through them.
+        self.saving.cancel.store(false, Ordering::Relaxed);
+        self.saving.done.store(0, Ordering::Relaxed);
+        self.saving.total.store(0, Ordering::Relaxed);
+        self.saving.running.store(true, Ordering::Relaxed);
+        let base = last.as_ref().filter(|_| options.incremental);
+        let saved = self.fork().map_err(SnapshotError::from).and_then(|(image, report)| {
+            let watch = SaveProgress {
+                progress: &|done, total| {
+                    self.saving.done.store(done, Ordering::Relaxed);
+                    self.saving.total.store(total, Ordering::Relaxed);
+                },
+                cancel: &self.saving.cancel,
+            };
+            let saved = save(&image, dir, base, options, &watch)?;
+            Ok((image, report, saved))
+        });
+        self.saving.running.store(false, Ordering::Relaxed);
+        let (image, report, saved) = saved.map_err(|error| match (error, self.stopped()) {
+            // Stopping the VM cancels its snapshot, so the stop is the cause.
+            (SnapshotError::Files(clade_snapshot::Error::Cancelled), Some(reason)) => VmError::Stopped(reason).into(),
+            (error, _) => error,
+        })?;
+        // Absolute: a relative path names another directory once the working directory has changed.
+        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+        let place = SavedAt { dir, id: saved.id };
+        *last = Some(LastSave { place: place.clone(), image });
+        Ok(SnapshotReport { place, saved, times: report.times, took: begun.elapsed() })
+    }
+
+    /// Bytes written so far and in all, while it is being saved.
+    #[must_use]
+    pub fn snapshot_progress(&self) -> Option<(u64, u64)> {
+        let running = self.saving.running.load(Ordering::Relaxed);
+        running.then(|| (self.saving.done.load(Ordering::Relaxed), self.saving.total.load(Ordering::Relaxed)))
+    }
+
+    /// Cancels the snapshot that is being written, if there is one: it ends with an error.
+    pub fn cancel_snapshot(&self) {
+        self.saving.cancel.store(true, Ordering::Relaxed);
+    }
+
+    /// Records the VM's working set in the snapshot it was restored from or last saved to: the
+    /// pages it has touched since it was started, which `--warm` reads ahead. Returns their number.
+    ///
+    /// # Errors
+    /// When it has no snapshot, or the record cannot be made or written. An earlier record is then
+    /// unchanged.
+    pub fn record_warm(&self) -> Result<u64, SnapshotError> {
+        let busy = || SnapshotError::Busy { name: self.name().to_owned() };
+        let last = self.saving.last.try_lock().map_err(|_| busy())?;
+        let Some(last) = last.as_ref() else { return Err(SnapshotError::NoBase { name: self.name().to_owned() }) };
+        let runs = linear(self.config().layout(), &self.ram().touched()?);
+        record_warm(&last.place.dir, &runs)?;
+        Ok(runs.iter().map(|run| run.len()).sum())
+    }
+}
+
+fn save(
+    image: &ForkImage,
+    dir: &Path,
+    base: Option<&LastSave>,
+    options: SnapshotOptions,
+    watch: &SaveProgress<'_>,
+) -> Result<Saved, SnapshotError> {
+    let deadline = Instant::now() + SETTLE;
+    let settled = |disk: &DiskImage| loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if disk.settle(left.min(SETTLE_POLL)) {
+            return Ok(());
+        }
+        if watch.cancel.load(Ordering::Relaxed) {
+            return Err(clade_snapshot::Error::Cancelled.into());
+        }
+        if left.is_zero() {
+            return Err(SnapshotError::Unsettled { path: disk.config().path.clone() });
+        }
+    };
+    let mut spaces = Vec::new();
+    let older: Vec<Option<&DiskImage>> = match base {
+        Some(base) => base.image.disks().map(Some).collect(),
+        None => vec![None; image.disks().count()],
+    };
+    for (disk, older) in image.disks().zip(older) {
+        settled(disk)?;
+        let runs = match older {
+            Some(older) => disk.changed_since(older)?,
+            None => disk.runs()?,
+        };
+        spaces.push(DiskSpace { image: disk, runs });
+    }
+    let names: Vec<String> = (0..spaces.len()).map(disk_name).collect();
+    let disks: Vec<DiskToSave<'_>> =
+        names.iter().zip(&spaces).map(|(name, space)| DiskToSave { name, space: space as &dyn Space }).collect();
+    let sections = image.sections()?;
+    let sections: Vec<(&str, &[u8])> = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+    let base = base.map(|base| Base { dir: &base.place.dir, id: base.place.id, image: base.image.ram() });
+    let SnapshotOptions { compression, replace, .. } = options;
+    let save = Save { memory: image.ram(), disks: &disks, sections: &sections, base, compression, replace };
+    Ok(save.to(dir, watch)?)
+}

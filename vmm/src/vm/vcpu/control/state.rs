@@ -1,0 +1,119 @@
+//! What [`VcpuControl`](super::VcpuControl) keeps under its lock: the state of the VM, and the
+//! phase of each vCPU.
+
+use crate::vm::error::VmError;
+use crate::vm::stop::StopReason;
+
+/// What the vCPUs of a VM may do now. See [`VcpuControl`](super::VcpuControl) for its transitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// No pause is held. A vCPU that was started may enter the guest; one that is still parked is
+    /// about to leave.
+    Running,
+    /// A pause is held, and at least one vCPU is not parked.
+    Pausing,
+    /// A pause is held, and every vCPU is parked. It stays so until the last pause is given back.
+    Paused,
+    /// The VM has stopped for good.
+    Stopped(StopReason),
+}
+
+/// The wish in each [`State`].
+pub(super) const RUN: u8 = 0;
+pub(super) const PARK: u8 = 1;
+pub(super) const EXIT: u8 = 2;
+
+impl State {
+    pub(super) fn wish(&self) -> u8 {
+        match self {
+            Self::Running => RUN,
+            Self::Pausing | Self::Paused => PARK,
+            Self::Stopped(_) => EXIT,
+        }
+    }
+}
+
+/// How far the start of the vCPUs is. Beside [`State`], because a VM may start paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Startup {
+    /// So many vCPUs have taken their state.
+    Preparing(usize),
+    /// All have. They may enter the guest.
+    Begun,
+    /// One could not, or the VM as a whole could not. No vCPU enters the guest.
+    Failed,
+}
+
+/// Where the thread of one vCPU is. See [`VcpuControl`](super::VcpuControl) for its transitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Its thread is being made.
+    Spawned,
+    /// It waits for its start command.
+    Idle,
+    /// It takes its state, or runs the guest.
+    Started,
+    /// It is out of the guest and between two instructions: it waits, saves or loads.
+    Parked,
+    /// The VM has stopped, and it has seen that.
+    Leaving,
+    /// Its thread has given the vCPU up and ends.
+    Exited,
+}
+
+/// One vCPU. `O` is what it starts with, `S` what it saves.
+pub(super) struct Vcpu<O, S> {
+    pub(super) phase: Phase,
+    /// What it is to start with if it is idle, or to load if it is parked.
+    pub(super) order: Option<O>,
+    /// The newest request to save that it has answered.
+    pub(super) save_done: u64,
+    pub(super) saved: Option<Result<S, VmError>>,
+    /// How it took the state of the newest request to load. None while it has not.
+    pub(super) loaded: Option<Result<(), VmError>>,
+}
+
+impl<O, S> Vcpu<O, S> {
+    pub(super) fn new() -> Self {
+        Self { phase: Phase::Spawned, order: None, save_done: 0, saved: None, loaded: None }
+    }
+}
+
+pub(super) struct Inner<O, S> {
+    pub(super) state: State,
+    pub(super) startup: Startup,
+    /// Why the start failed, until the owner takes it.
+    pub(super) failure: Option<VmError>,
+    /// Pauses held. [`State::Running`] means none.
+    pub(super) pauses: u32,
+    /// The number of the newest request to save.
+    pub(super) save_asked: u64,
+    /// The number of the newest request to load.
+    pub(super) load_asked: u64,
+    pub(super) vcpus: Vec<Vcpu<O, S>>,
+}
+
+impl<O, S> Inner<O, S> {
+    pub(super) fn new(vcpus: usize) -> Self {
+        Self {
+            state: State::Running,
+            startup: Startup::Preparing(0),
+            failure: None,
+            pauses: 0,
+            save_asked: 0,
+            load_asked: 0,
+            vcpus: (0..vcpus).map(|_| Vcpu::new()).collect(),
+        }
+    }
+
+    pub(super) fn all_in(&self, phase: Phase) -> bool {
+        self.vcpus.iter().all(|vcpu| vcpu.phase == phase)
+    }
+
+    pub(super) fn stop_reason(&self) -> Option<&StopReason> {
+        match &self.state {
+            State::Stopped(reason) => Some(reason),
+            State::Running | State::Pausing | State::Paused => None,
+        }
+    }
+}

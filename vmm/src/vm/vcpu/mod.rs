@@ -1,0 +1,149 @@
+//! A vCPU's thread: takes a start command, runs the guest, answers its exits, and parks when the VM
+//! is paused.
+//!
+//! | file | what |
+//! |---|---|
+//! | `run` | the loop around `KVM_RUN`, and what answers each exit |
+//! | `state` | a vCPU's state: set at a boot, restored, saved at a fork, replaced at a reset |
+//! | `control` | where these threads meet the thread that starts, pauses, saves, resets or stops the VM |
+//! | `kick` | getting a thread out of `KVM_RUN` |
+//! | `sched` | how soon a waking thread gets a processor |
+//! | `schedule` | delays that tests put before kicks |
+//! | `ticket_lock` | one operation on a VM at a time, in order |
+
+pub(crate) mod control;
+mod kick;
+mod run;
+pub(crate) mod sched;
+mod schedule;
+mod state;
+pub(crate) mod ticket_lock;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use clade_memory::GuestMemory;
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use crate::boot::Entry;
+use crate::kvm::{Host, StateLayout, VcpuState};
+use crate::vm::devices::Devices;
+use crate::vm::error::{VmError, catch_panic, panic_message};
+use crate::vm::fork::ForkImage;
+use crate::vm::stop::StopReason;
+use control::{Next, VcpuControl};
+
+/// What a vCPU starts from.
+#[derive(Clone)]
+pub(crate) enum Start {
+    /// The boot vCPU starts at the entry; the others wait for INIT-SIPI.
+    Boot(Entry),
+    /// Where it was at the fork.
+    Restore(Arc<ForkImage>),
+}
+
+/// A command to a vCPU that has not run yet, or that is parked for a reset.
+#[derive(Clone)]
+pub(crate) struct StartCommand {
+    pub(crate) start: Start,
+    pub(crate) devices: Arc<Devices>,
+}
+
+pub(crate) type Control = VcpuControl<StartCommand, VcpuState>;
+
+/// Everything a vCPU's thread works with.
+pub(crate) struct VcpuThread {
+    pub(crate) index: usize,
+    pub(crate) host: Arc<Host>,
+    pub(crate) layout: Arc<StateLayout>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) vcpu: VcpuFd,
+    /// The CPUID that `vcpu` has.
+    pub(crate) cpuid: CpuId,
+    pub(crate) memory: GuestMemory,
+    /// The address of the guest's page fault handler, if its page faults are watched; see `quirks`.
+    pub(crate) page_fault_entry: Option<u64>,
+}
+
+impl VcpuThread {
+    /// The thread's whole life.
+    pub(crate) fn main(mut self) {
+        let (index, control) = (self.index, Arc::clone(&self.control));
+        let enrolled = control.kicker(index).enrol(&mut self.vcpu);
+        let end = end_of(index, || self.life());
+        // Withdrawn before the vCPU and its kvm_run page go.
+        drop(enrolled);
+        drop(self);
+        if let Some(reason) = end {
+            control.stop(reason);
+        }
+        control.thread_exited(index);
+    }
+
+    fn life(&mut self) -> Option<StopReason> {
+        // The owner waits for the thread to start. A thread that runs a guest is one of many.
+        sched::boost();
+        let Next::Start(command) = self.control.wait_for_order(self.index) else { return None };
+        if !self.prepare(&command) {
+            return None;
+        }
+        sched::unboost();
+        loop {
+            // Before the look, not after: see Kicker::clear_immediate_exit.
+            self.control.kicker(self.index).clear_immediate_exit();
+            if !self.control.may_run() && !self.park() {
+                return None;
+            }
+            if let Some(reason) = self.run(&command.devices) {
+                return Some(reason);
+            }
+        }
+    }
+
+    /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of
+    /// them runs. False when the VM does not start; it has its stop reason then.
+    fn prepare(&mut self, command: &StartCommand) -> bool {
+        let own = catch_panic(self.index, || self.give_state(&command.start));
+        if !self.control.begin(self.index, own, || self.lead(command)) {
+            return false;
+        }
+        if let Start::Restore(_) = command.start {
+            // After its clock was restored. The instant of the fork may be long ago.
+            self.notify_paused();
+        }
+        true
+    }
+
+    /// What the VM as a whole needs between its last vCPU's state and its first instruction.
+    fn lead(&self, command: &StartCommand) -> Result<(), VmError> {
+        match &command.start {
+            Start::Boot(_) => command.devices.reraise(),
+            Start::Restore(image) => image.restore_controllers(&self.vm, &command.devices)?,
+        }
+        command.devices.resume();
+        Ok(())
+    }
+}
+
+/// Runs the life of vCPU `vcpu`'s thread. A panic stops this VM and no other.
+fn end_of(vcpu: usize, life: impl FnOnce() -> Option<StopReason>) -> Option<StopReason> {
+    catch_unwind(AssertUnwindSafe(life))
+        .unwrap_or_else(|panic| Some(StopReason::Panic { vcpu, message: panic_message(&*panic) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_a_vcpu_thread_stops_the_vm_as_a_panic_with_its_message() {
+        let end = end_of(2, || panic!("at port {:#x}", 0x3f8));
+        let panic = StopReason::Panic { vcpu: 2, message: "at port 0x3f8".to_owned() };
+        assert_eq!(end, Some(panic.clone()));
+        assert_eq!(panic.to_string(), "the thread of vCPU 2 panicked: at port 0x3f8");
+        assert_eq!(end_of(2, || None), None);
+        assert_eq!(end_of(2, || Some(StopReason::Reset)), Some(StopReason::Reset));
+    }
+}
