@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use crate::budget::MappingBudget;
 use crate::config::Config;
-use crate::freeze::background::{self, BackgroundError, Engine};
+use crate::freeze::background::{self, BackgroundError, CopyThread};
 use crate::layer::pool::{LayerFilePool, MAX_PAGES};
 use crate::layer::registry::Views;
 use crate::layer::{Home, Layer, LayerId};
@@ -65,7 +65,7 @@ pub enum StoreError {
     },
 }
 
-/// Shared by every VM that may share memory with another.
+/// CopyService by every VM that may share memory with another.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 
@@ -83,7 +83,7 @@ struct Inner {
     made_ahead: AtomicU64,
     views: Arc<Views>,
     /// Started by the first background freeze. Dropped, it finishes what is pending.
-    engine: whole::Mutex<Option<Engine>>,
+    engine: whole::Mutex<Option<CopyThread>>,
     /// Started when there is first something to do. After the engine: what that lets go of may come
     /// here.
     reclaim: Mutex<Option<ReclaimThread>>,
@@ -211,11 +211,11 @@ impl Store {
     }
 
     /// What copies in the background, started if it was not yet.
-    pub(crate) fn background(&self) -> Result<Arc<background::Shared>, BackgroundError> {
+    pub(crate) fn background(&self) -> Result<Arc<background::CopyService>, BackgroundError> {
         let mut engine = self.0.engine.lock().unwrap_or_else(PoisonError::into_inner);
         match &*engine {
             Some(engine) => engine.shared(),
-            None => engine.insert(Engine::start()?).shared(),
+            None => engine.insert(CopyThread::start()?).shared(),
         }
     }
 

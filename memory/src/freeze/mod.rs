@@ -39,7 +39,7 @@ use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::freeze::background::{BackgroundCopy, Delta};
-use crate::freeze::protect::Shared;
+use crate::freeze::protect::SharedPages;
 use crate::layer::registry::View;
 use crate::layer::{Layer, LayerMap, Source};
 use crate::ownership::TableGuard;
@@ -121,7 +121,7 @@ struct Plan<'t> {
     owned: Vec<PageRange>,
     /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that
     /// protecting takes few calls.
-    private: Shared<'t>,
+    private: SharedPages<'t>,
     /// Base and private.
     pinned: Vec<PageRange>,
     /// What goes into the delta: `owned` with small gaps closed, and the pinned base pages.
@@ -221,7 +221,7 @@ impl GuestRegion {
         if !broken(Break::ForgetPinned) {
             copy.extend(pinned.iter().copied());
         }
-        let private = Shared::give_up(table, &subtract_runs(&together, &used_private));
+        let private = SharedPages::give_up(table, &subtract_runs(&together, &used_private));
         if !ignores_pins {
             pinned.extend(private.pinned());
             pinned.extend(used_private);

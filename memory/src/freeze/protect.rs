@@ -1,6 +1,6 @@
 //! The protect gate: the only way a page of guest memory is write-protected.
 //!
-//! R10 and R20: the gate does not look at pages. It is asked for [`Shared`] runs, and those can
+//! R10 and R20: the gate does not look at pages. It is asked for [`SharedPages`] runs, and those can
 //! only be had from the ownership table giving up their bits, under its lock. A pinned page keeps
 //! its bit, so it is in no such run, and *the gate cannot be asked for it*; a page pinned later has
 //! lost its bit, takes the locked path, and is released there before the device learns its address.
@@ -21,13 +21,13 @@ use crate::units::{PageRange, subtract_runs};
 /// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked:
 /// until then nobody pins them.
 #[derive(Debug)]
-pub(crate) struct Shared<'t> {
+pub(crate) struct SharedPages<'t> {
     runs: Vec<PageRange>,
     pinned: Vec<PageRange>,
     _locked: PhantomData<&'t TableGuard<'t>>,
 }
 
-impl<'t> Shared<'t> {
+impl<'t> SharedPages<'t> {
     /// Gives up the bits of `runs` (ascending) except where they are pinned (I2, I3).
     pub(crate) fn give_up(table: &'t TableGuard<'_>, runs: &[PageRange]) -> Self {
         let mut pinned = Vec::new();
@@ -73,7 +73,7 @@ impl ProtectGate {
 
     /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the
     /// caller releases all.
-    pub(crate) fn protect(&self, shared: &Shared<'_>) -> io::Result<()> {
+    pub(crate) fn protect(&self, shared: &SharedPages<'_>) -> io::Result<()> {
         for run in &shared.runs {
             trace!(Protected { at: self.at.addr(0) as u64, range: *run });
             self.uffd.protect(&self.at, *run)?;
@@ -115,7 +115,7 @@ mod tests {
         table.lock().split_partial(PageRange::new(0, 1));
         table.try_pin(PageRange::new(20, 23)).unwrap();
         let guard = table.lock();
-        let shared = Shared::give_up(&guard, &[PageRange::new(10, 30), PageRange::new(50, 60)]);
+        let shared = SharedPages::give_up(&guard, &[PageRange::new(10, 30), PageRange::new(50, 60)]);
         assert_eq!(shared.runs(), [PageRange::new(10, 20), PageRange::new(23, 30), PageRange::new(50, 60)]);
         assert_eq!(shared.pinned(), [PageRange::new(20, 23)]);
     }

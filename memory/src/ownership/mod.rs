@@ -74,7 +74,7 @@ impl OwnershipTable {
     /// anything.
     pub fn lock(&self) -> TableGuard<'_> {
         let held = lock(&self.lock);
-        TableGuard { table: self, _trace: trace::Locked::new(&self.trace), _held: held }
+        TableGuard { table: self, _trace: trace::TraceLocked::new(&self.trace), _held: held }
     }
 
     fn whole(&self, block: usize) -> PageRange {
@@ -218,7 +218,7 @@ impl OwnershipTable {
 pub struct TableGuard<'a> {
     table: &'a OwnershipTable,
     /// Before the lock is let go.
-    _trace: trace::Locked,
+    _trace: trace::TraceLocked,
     _held: MutexGuard<'a, ()>,
 }
 

@@ -18,7 +18,7 @@ pub(crate) mod tracked;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use state::{Freezing, Locked, State};
+pub(crate) use state::{Freezing, LockedState, State};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
@@ -30,7 +30,7 @@ use vm_memory::{
 };
 
 use crate::error::RamError;
-use crate::freeze::background::{Failure, FillError};
+use crate::freeze::background::{FillError, LostMemory};
 use crate::layer::registry::View;
 use crate::layer::{LayerMap, Source};
 use crate::ownership::{OwnershipTable, TableGuard};
@@ -71,7 +71,7 @@ pub struct GuestRegion {
     pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
     /// Whether memory it adopted was lost.
-    pub(crate) failure: Arc<Failure>,
+    pub(crate) failure: Arc<LostMemory>,
     pub(crate) pins: PinList,
     /// The short read pins that are not counted, and the views they may read.
     pub(crate) grace: Grace<View>,
@@ -128,7 +128,7 @@ impl GuestRegion {
     }
 
     /// The state, for an operation on `range`.
-    pub(crate) fn checked(&self, range: PageRange) -> Result<Locked<'_>, RamError> {
+    pub(crate) fn checked(&self, range: PageRange) -> Result<LockedState<'_>, RamError> {
         if !self.range().covers(range) {
             return Err(RamError::OutOfRange { range, pages: self.pages() });
         }
@@ -140,7 +140,7 @@ impl GuestRegion {
     }
 
     /// The state, torn or not.
-    pub(crate) fn live_state(&self) -> Result<Locked<'_>, RamError> {
+    pub(crate) fn live_state(&self) -> Result<LockedState<'_>, RamError> {
         let state = self.state();
         if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
     }
@@ -192,12 +192,12 @@ impl GuestRegion {
         self.set_live(true);
     }
 
-    pub(crate) fn state(&self) -> Locked<'_> {
+    pub(crate) fn state(&self) -> LockedState<'_> {
         // A panic under the lock leaves the state as it was after the last completed step, each of
         // which is consistent.
         let state = self.state_for_pin();
         self.grace.begin_change();
-        Locked { region: self, state }
+        LockedState { region: self, state }
     }
 
     /// The state, for a pin: it only makes pages this VM's own, so those that other pins take for

@@ -62,25 +62,25 @@ pub(crate) struct Freezing {
 /// The state under its lock. What was changed of the view is published before the lock is let go;
 /// meanwhile no page is taken for shared without it (R11, [`crate::region::grace`]).
 #[derive(Debug)]
-pub(crate) struct Locked<'a> {
+pub(crate) struct LockedState<'a> {
     pub(super) region: &'a GuestRegion,
     pub(super) state: MutexGuard<'a, State>,
 }
 
-impl Deref for Locked<'_> {
+impl Deref for LockedState<'_> {
     type Target = State;
     fn deref(&self) -> &State {
         &self.state
     }
 }
 
-impl DerefMut for Locked<'_> {
+impl DerefMut for LockedState<'_> {
     fn deref_mut(&mut self) -> &mut State {
         &mut self.state
     }
 }
 
-impl Drop for Locked<'_> {
+impl Drop for LockedState<'_> {
     fn drop(&mut self) {
         let settled = self.state.freezing.is_none() && !self.state.inconsistent && !std::thread::panicking();
         if settled && self.region.is_live() {

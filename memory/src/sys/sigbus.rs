@@ -19,7 +19,7 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::freeze::background::{Failure, FillError};
+use crate::freeze::background::{FillError, LostMemory};
 use crate::units::PAGE_SIZE;
 
 /// Regions that can be watched at a time. Others are not: their process goes as it would without
@@ -44,7 +44,7 @@ static BELL: AtomicI32 = AtomicI32::new(-1);
 #[derive(Default)]
 struct Owners {
     free: Vec<usize>,
-    failures: Vec<Weak<Failure>>,
+    failures: Vec<Weak<LostMemory>>,
 }
 
 static OWNERS: Mutex<Option<Owners>> = Mutex::new(None);
@@ -62,7 +62,7 @@ pub(crate) struct Watched(usize);
 impl Watched {
     /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure`
     /// is told when a page of them is lost. `None` when there is no room.
-    pub(crate) fn new(start: usize, end: usize, failure: &Arc<Failure>) -> Option<Self> {
+    pub(crate) fn new(start: usize, end: usize, failure: &Arc<LostMemory>) -> Option<Self> {
         install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
         let slot = owners(|owners| {
             let slot = owners.free.pop().or_else(|| {

@@ -250,16 +250,16 @@ impl Drop for Table {
 
 /// That the table's lock is held.
 #[derive(Debug)]
-pub(crate) struct Locked(u64);
+pub(crate) struct TraceLocked(u64);
 
-impl Locked {
+impl TraceLocked {
     pub(crate) fn new(table: &Table) -> Self {
         emit(|| Event::Lock { table: table.0 });
         Self(table.0)
     }
 }
 
-impl Drop for Locked {
+impl Drop for TraceLocked {
     fn drop(&mut self) {
         emit(|| Event::Unlock { table: self.0 });
     }

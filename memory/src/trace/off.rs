@@ -47,9 +47,9 @@ impl Table {
 }
 
 #[derive(Debug)]
-pub(crate) struct Locked;
+pub(crate) struct TraceLocked;
 
-impl Locked {
+impl TraceLocked {
     #[inline(always)]
     pub(crate) fn new(_table: &Table) -> Self {
         Self

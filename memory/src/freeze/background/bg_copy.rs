@@ -11,7 +11,7 @@ use crate::budget::Promise;
 use crate::freeze::background::work::{
     FILLED, PROTECTED, Part, Reader, WINDOW, Work, coalesce_if_many, make_inaccessible, runs_without,
 };
-use crate::freeze::background::{BackgroundError, Failure, FillError, Shared, Target};
+use crate::freeze::background::{BackgroundError, CopyService, FillError, LostMemory, Target};
 use crate::freeze::protect;
 use crate::layer::registry::View;
 use crate::reclaim::TaskSender;
@@ -35,7 +35,7 @@ enum Phase {
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct BackgroundCopy {
-    shared: Arc<Shared>,
+    shared: Arc<CopyService>,
     phase: Mutex<Phase>,
     /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of
     /// those who ask without the lock.
@@ -59,7 +59,11 @@ pub(crate) struct Delta {
 
 impl BackgroundCopy {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
-    pub(crate) fn new(shared: &Arc<Shared>, at: &Arc<Reservation>, delta: Delta) -> Result<Arc<Self>, BackgroundError> {
+    pub(crate) fn new(
+        shared: &Arc<CopyService>,
+        at: &Arc<Reservation>,
+        delta: Delta,
+    ) -> Result<Arc<Self>, BackgroundError> {
         let work = Work::new(shared, at, delta)?;
         let phase = Mutex::new(Phase::Pending(Box::new(work)));
         let bg_copy = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
@@ -75,7 +79,11 @@ impl BackgroundCopy {
     }
 
     /// Copies the pinned pages, then protects the others: the order is I3's.
-    pub(crate) fn protect(&self, private: &protect::Shared<'_>, pinned: &[PageRange]) -> Result<(), BackgroundError> {
+    pub(crate) fn protect(
+        &self,
+        private: &protect::SharedPages<'_>,
+        pinned: &[PageRange],
+    ) -> Result<(), BackgroundError> {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return Ok(()) };
         let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
@@ -310,7 +318,7 @@ impl BackgroundCopy {
         at: &Arc<Reservation>,
         range: PageRange,
         from: u64,
-        failure: &Arc<Failure>,
+        failure: &Arc<LostMemory>,
     ) -> Result<bool, AttachError> {
         let mut phase = self.phase();
         match &mut *phase {

@@ -38,7 +38,7 @@ type Callback = Box<dyn FnOnce(&Arc<FillError>) + Send>;
 
 /// Whether a VM's memory is lost, and who wants to know.
 #[derive(Default)]
-pub(crate) struct Failure(Mutex<Inner>);
+pub(crate) struct LostMemory(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
@@ -46,7 +46,7 @@ struct Inner {
     callbacks: Vec<Callback>,
 }
 
-impl Failure {
+impl LostMemory {
     fn with<T>(&self, f: impl FnOnce(&mut Inner) -> T) -> T {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -85,8 +85,8 @@ impl Failure {
     }
 }
 
-impl fmt::Debug for Failure {
+impl fmt::Debug for LostMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Failure({:?})", self.get())
+        write!(f, "LostMemory({:?})", self.get())
     }
 }

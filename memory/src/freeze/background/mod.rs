@@ -40,7 +40,7 @@
 //! If the copy fails, the parent is whole (it was only ever protected), and of the children the
 //! missing pages become errors to access, never zeros; [`crate::GuestRam::on_failure`] tells.
 //!
-//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`Shared`] index.
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`CopyService`] index.
 //! The thread takes the last two only, and no holder of the last two touches guest memory except
 //! through the kernel, reading: so whoever waits for the thread may hold the first two.
 //!
@@ -70,8 +70,8 @@ use crate::sys::{Fault, OpenError, Uffd};
 use crate::units::PAGE_SIZE;
 
 pub(crate) use bg_copy::{AttachError, BackgroundCopy, Delta};
-pub(crate) use failure::Failure;
 pub use failure::FillError;
+pub(crate) use failure::LostMemory;
 pub(crate) use work::{Origin, Part};
 
 /// Why nothing can be frozen in the background.
@@ -120,7 +120,7 @@ struct Index {
     targets: BTreeMap<u64, (u64, Target)>,
     jobs: VecDeque<Arc<BackgroundCopy>>,
     /// VMs whose memory was lost, to be told by the thread, which holds no lock.
-    lost_memory: Vec<Arc<Failure>>,
+    lost_memory: Vec<Arc<LostMemory>>,
     stopping: bool,
     /// The userfaultfd failed: nothing more is begun.
     lost: bool,
@@ -130,7 +130,7 @@ struct Index {
 
 /// What the thread and the background copies share. It outlives the thread for as long as a
 /// background copy does.
-pub(crate) struct Shared {
+pub(crate) struct CopyService {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
     index: Mutex<Index>,
@@ -138,13 +138,13 @@ pub(crate) struct Shared {
     pub(crate) hooks: tests::Hooks,
 }
 
-impl fmt::Debug for Shared {
+impl fmt::Debug for CopyService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Shared({} jobs)", self.index().jobs.len())
+        write!(f, "CopyService({} jobs)", self.index().jobs.len())
     }
 }
 
-impl Shared {
+impl CopyService {
     fn index(&self) -> MutexGuard<'_, Index> {
         // Each change to it is one step.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
@@ -180,7 +180,7 @@ impl Shared {
 
     /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with
     /// any lock held.
-    pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<Failure>>) {
+    pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<LostMemory>>) {
         let mut failures: Vec<_> = failures.collect();
         if failures.is_empty() {
             return;
@@ -330,23 +330,23 @@ impl Shared {
 }
 
 /// A store's background thread, which copies and answers faults.
-pub(crate) struct Engine {
-    shared: Arc<Shared>,
+pub(crate) struct CopyThread {
+    shared: Arc<CopyService>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl fmt::Debug for Engine {
+impl fmt::Debug for CopyThread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Engine({:?})", self.shared)
+        write!(f, "CopyThread({:?})", self.shared)
     }
 }
 
-impl Engine {
+impl CopyThread {
     pub(crate) fn start() -> Result<Self, BackgroundError> {
         let uffd = Arc::new(Uffd::open()?);
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| BackgroundError::Thread(e.into()))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(CopyService {
             uffd,
             bell,
             index: Mutex::default(),
@@ -371,7 +371,7 @@ impl Engine {
     }
 
     /// What background copies are made with; an error once the userfaultfd has been lost.
-    pub(crate) fn shared(&self) -> Result<Arc<Shared>, BackgroundError> {
+    pub(crate) fn shared(&self) -> Result<Arc<CopyService>, BackgroundError> {
         if self.shared.index().lost {
             return Err(BackgroundError::Watch(io::Error::other("the userfaultfd was lost")));
         }
@@ -379,7 +379,7 @@ impl Engine {
     }
 }
 
-impl Drop for Engine {
+impl Drop for CopyThread {
     /// Waits until every background copy is done: layers outlive their store.
     fn drop(&mut self) {
         self.shared.index().stopping = true;
@@ -393,7 +393,7 @@ impl Drop for Engine {
     }
 }
 
-impl AsFd for Shared {
+impl AsFd for CopyService {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.uffd.as_fd()
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::freeze::background::{FillError, Shared};
+use crate::freeze::background::{CopyService, FillError};
 use crate::region::pin::{Access, PinLifetime};
 use crate::sys::small_file;
 use crate::testing::failpoint::Call;
@@ -92,7 +92,7 @@ const BYTES: u64 = PAGES * PAGE_SIZE;
 /// copy.
 struct Rig {
     store: Store,
-    engine: Arc<Shared>,
+    engine: Arc<CopyService>,
     parent: GuestRam,
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::budget::Promise;
 use crate::freeze::background::bg_copy::Delta;
-use crate::freeze::background::{BackgroundError, Failure, FillError, Shared};
+use crate::freeze::background::{BackgroundError, CopyService, FillError, LostMemory};
 use crate::freeze::protect::ProtectGate;
 use crate::layer::Source;
 use crate::layer::registry::View;
@@ -81,7 +81,7 @@ pub(super) struct Reader {
     pub(super) at: Arc<Reservation>,
     pub(super) range: PageRange,
     pub(super) file: PageRange,
-    pub(super) failure: Arc<Failure>,
+    pub(super) failure: Arc<LostMemory>,
 }
 
 impl Reader {
@@ -149,7 +149,7 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
 ///
 /// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which
 /// would take the whole process, and this with an error from KVM_RUN, which takes the VM.
-pub(super) fn make_inaccessible(shared: &Shared, reader: &Reader, file: PageRange) {
+pub(super) fn make_inaccessible(shared: &CopyService, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
     if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
         // Never zeros: it stays watched.
@@ -180,7 +180,7 @@ fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
 
 impl Work {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
-    pub(super) fn new(shared: &Shared, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
+    pub(super) fn new(shared: &CopyService, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
         let Delta { file, parts, beneath, mapping, allowance, later } = delta;
         let count = parts.last().map_or(0, |part| part.file().end);
         let all = PageRange::new(0, count);
@@ -243,7 +243,7 @@ impl Work {
     }
 
     /// Copies what is missing of `range` of the file.
-    pub(super) fn fill(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
+    pub(super) fn fill(&mut self, shared: &CopyService, range: PageRange) -> Result<(), FillError> {
         let range = range.intersect(PageRange::new(0, self.pages.len() as u64));
         let mut next = self.parts.partition_point(|part| part.file().end <= range.start);
         while let Some(part) = self.parts.get(next).cloned() {
@@ -266,7 +266,7 @@ impl Work {
         Ok(())
     }
 
-    fn copy(&mut self, shared: &Shared, part: &Part, file: PageRange) -> io::Result<()> {
+    fn copy(&mut self, shared: &CopyService, part: &Part, file: PageRange) -> io::Result<()> {
         match &part.origin {
             Origin::Parent => {
                 let from = self.gate.at().addr(part.to_region(file).start);
@@ -304,7 +304,7 @@ impl Work {
     }
 
     /// Copies the protected pages of `range` of the region, then releases them: in this order.
-    pub(super) fn copy_and_unprotect(&mut self, shared: &Shared, range: PageRange) -> Result<(), FillError> {
+    pub(super) fn copy_and_unprotect(&mut self, shared: &CopyService, range: PageRange) -> Result<(), FillError> {
         self.for_parts(range, |work, part, cut| {
             let file = part.to_file(cut);
             // Gaps come from beneath, whatever the VM writes there.
@@ -363,7 +363,7 @@ impl Work {
     }
 
     /// One slice. True when all is done.
-    pub(super) fn step(&mut self, shared: &Shared) -> Result<bool, FillError> {
+    pub(super) fn step(&mut self, shared: &CopyService) -> Result<bool, FillError> {
         match &mut self.stage {
             Stage::Copy(next) => {
                 let slice = PageRange::with_len(*next, SLICE).intersect(PageRange::new(0, self.pages.len() as u64));

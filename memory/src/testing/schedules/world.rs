@@ -8,7 +8,7 @@ use std::sync::Arc;
 use shuttle::sync::{Condvar, Mutex};
 
 use crate::dma::splice::page_of;
-use crate::freeze::background::Shared;
+use crate::freeze::background::CopyService;
 use crate::sys::Fault;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::{GuestRam, GuestRegion, RamLayout, Store};
@@ -37,7 +37,7 @@ impl At {
     }
 }
 
-/// What every page has been given, in order. Locked between two steps of a schedule only, so never
+/// What every page has been given, in order. LockedState between two steps of a schedule only, so never
 /// waited for.
 #[derive(Debug, Default)]
 struct Record {
@@ -71,7 +71,7 @@ struct Desk {
 
 pub(super) struct World {
     pub(super) store: Store,
-    pub(super) engine: Arc<Shared>,
+    pub(super) engine: Arc<CopyService>,
     pub(super) parent: GuestRam,
     /// Held by the vCPU while it runs, and by whoever has stopped it.
     pub(super) cpu: Mutex<()>,

@@ -77,10 +77,10 @@ fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
 /// same.
 #[test]
 fn who_loses_memory_after_the_thread_has_ended_is_told() {
-    let engine = crate::freeze::background::Engine::start().unwrap();
+    let engine = crate::freeze::background::CopyThread::start().unwrap();
     let shared = engine.shared().unwrap();
     drop(engine);
-    let failure = Arc::<crate::freeze::background::Failure>::default();
+    let failure = Arc::<crate::freeze::background::LostMemory>::default();
     let (tell, told) = mpsc::channel();
     failure.on(Box::new(move |error| drop(tell.send(error.to_string()))));
     failure.set(&Arc::new(FillError::Gone));
