@@ -166,7 +166,7 @@ impl GuestRegion {
     }
 
     /// All that populating it has done, it undoes: addresses, bits, declarations. It was never
-    /// live, so nobody has a pin.
+    /// live, so there is no pin.
     fn clear(&self, state: &mut State) {
         let pinned = self.table.lock().share(self.range());
         debug_assert!(pinned.is_empty(), "a region that was never live is pinned");

@@ -139,7 +139,7 @@ impl RamImage {
     /// When there is no memory for the copy.
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
         let view = GuestRam::reserve(&self.layout, store)?;
-        // What is absent is copied as zeros, and absent again in whoever adopts the copy.
+        // What is absent is copied as zeros, and absent again in a VM that adopts the copy.
         let seen = |region: &RegionImage| RegionImage { map: Arc::clone(&region.map), no_fork: NoForkMap::new() };
         view.adopt(&Self { layout: self.layout.clone(), regions: self.regions.iter().map(seen).collect() })?;
         let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.no_fork));
@@ -185,10 +185,10 @@ impl RamImage {
 /// A guard: while it lives, nothing writes to a VM's memory but devices through pins. vCPUs are out
 /// of KVM_RUN, and devices are paused.
 ///
-/// Implemented by whoever can stop them, for the value that lets them go on when it is dropped.
+/// Implemented for the value that lets them go on when it is dropped.
 pub trait StopsWriters {}
 
-/// There are no writers to stop: the memory is nobody's but the caller's, as in tests and
+/// There are no writers to stop: only the caller has the memory, as in tests and
 /// benchmarks.
 #[derive(Clone, Copy, Debug)]
 pub struct NoWriters;

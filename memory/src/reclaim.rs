@@ -1,4 +1,4 @@
-//! The reclaim thread: what nobody waits for. It frees layers, merges chains of them, allocates
+//! The reclaim thread: work that no VM waits for. It frees layers, merges chains of them, allocates
 //! files ahead, and gives back pages that no view sees.
 
 use std::collections::VecDeque;
@@ -37,7 +37,7 @@ struct Inner {
     more: Condvar,
 }
 
-/// A way to send tasks to the thread, for those who must not keep it going.
+/// A way to send tasks to the thread, for holders that must not keep it alive.
 #[derive(Clone)]
 pub(crate) struct TaskSender(Arc<Inner>);
 

@@ -181,7 +181,7 @@ impl Store {
         self.0.warning.as_deref()
     }
 
-    /// Layers that somebody still uses.
+    /// Layers still in use.
     #[must_use]
     pub fn live_layers(&self) -> usize {
         self.0.live_layers.load(Ordering::Acquire)
@@ -259,7 +259,7 @@ impl Store {
         Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
-    /// As [`Self::layer`], for whoever writes all of it before anyone else has it: its memory may
+    /// As [`Self::layer`], for a caller that writes all of it before it is shared: its memory may
     /// be allocated already.
     pub(crate) fn delta_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         if pages > MAX_PAGES {

@@ -39,7 +39,7 @@ impl PageRange {
     }
 
     /// `len` pages from `start`. Where the end cannot be counted, a range that ends with the last
-    /// page there could be: beyond every region and never empty, so that whoever checks it refuses
+    /// page there could be: beyond every region and never empty, so that a check of it refuses
     /// it.
     #[must_use]
     pub const fn with_len(start: u64, len: u64) -> Self {

@@ -11,7 +11,7 @@
 //! The order is what keeps I1-I4, and what makes failure harmless (I13):
 //!
 //! 1. Bits are given up first, atomically against lockless pins ([`crate::ownership::word`]);
-//!    whoever pins later waits on the table's lock.
+//!    a later pin waits for the table's lock.
 //! 2. Everything that needs a copy is copied while every page still is where it was. Failing here
 //!    changes nothing.
 //! 3. Base pages are remapped. Contents do not change, so even a failure half-way leaves the VM
@@ -20,7 +20,7 @@
 //!    copied again next time. Which are is decided before 2, so that those that stay get a layer to
 //!    themselves: all of it is superseded at the next freeze, and its memory goes. In one layer
 //!    with the others it would live as long as the last of them.
-//! 5. Only then does the image exist for anyone else.
+//! 5. Only then can the image be adopted.
 //!
 //! Where there is much to copy, steps 2 and 4 are left to the background
 //! ([`crate::freeze::background`]): pinned pages are still copied here, then the others are
@@ -166,7 +166,7 @@ impl GuestRegion {
         let (mut map, report) = done?;
         region.compact_later(&mut state);
         region.store.sweep_later();
-        // The map of whoever is started from this, which is not in all the parent's own (R19).
+        // The map of a child, which is not in all the parent's own (R19).
         nofork::hide(&state.no_fork, &mut map);
         region.table.trace.image(&map, &state.no_fork);
         let map = Arc::new(View::new(region.store.views(), map));

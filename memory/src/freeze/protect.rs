@@ -1,9 +1,10 @@
 //! The protect gate: the only way a page of guest memory is write-protected.
 //!
-//! R10 and R20: the gate does not look at pages. It is asked for [`SharedPages`] runs, and those can
-//! only be had from the ownership table giving up their bits, under its lock. A pinned page keeps
-//! its bit, so it is in no such run, and *the gate cannot be asked for it*; a page pinned later has
-//! lost its bit, takes the locked path, and is released there before the device learns its address.
+//! R10 and R20: the gate does not look at pages. It is asked for [`SharedPages`] runs, and those
+//! can only be had from the ownership table giving up their bits, under its lock. A pinned page
+//! keeps its bit, so it is in no such run, and *the gate cannot be asked for it*; a page pinned
+//! later has lost its bit, takes the locked path, and is released there before the device learns
+//! its address.
 //!
 //! Protection is userfaultfd's (R16: no page-table bits of our own), so a write waits wherever it
 //! comes from: vCPU, KVM, or a system call of this process. It stays registered for the region's
@@ -19,7 +20,7 @@ use crate::sys::{Reservation, Uffd, Watch};
 use crate::units::{PageRange, subtract_runs};
 
 /// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked:
-/// until then nobody pins them.
+/// until then they cannot be pinned.
 #[derive(Debug)]
 pub(crate) struct SharedPages<'t> {
     runs: Vec<PageRange>,
@@ -81,15 +82,15 @@ impl ProtectGate {
         Ok(())
     }
 
-    /// Lifts the protection of `range` and lets those who wait to write there go on. Always safe
-    /// for the region; the caller has copied what somebody else still needs.
+    /// Lifts the protection of `range` and wakes the writes that wait there. Always safe
+    /// for the region; the caller has copied what the layer still needs.
     pub(crate) fn release(&self, range: PageRange) -> io::Result<()> {
         self.uffd.unprotect(&self.at, range)?;
         trace!(Released { at: self.at.addr(0) as u64, range });
         Ok(())
     }
 
-    /// Lets those who wait to write in `range` try again, after something else was mapped there.
+    /// Wakes the writes that wait in `range`, after something else was mapped there.
     pub(crate) fn wake(&self, range: PageRange) -> io::Result<()> {
         self.uffd.wake(&self.at, range)
     }

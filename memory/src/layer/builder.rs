@@ -3,7 +3,7 @@
 //! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads
 //! the layers by their descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers
 //! of files that are there ([`Store::file_layer`], never written) or that it fills itself
-//! ([`LayerBuilder`], which nobody sees before it is complete, I4), and an image of these
+//! ([`LayerBuilder`], which is not shared before it is complete, I4), and an image of these
 //! ([`RamImage::from_parts`]).
 
 use std::fs::File;
@@ -48,9 +48,9 @@ impl LayerBuilder {
 
 impl Store {
     /// A layer over the first `pages` pages of a file, which is mapped as it stands and never
-    /// written: pages are read from it as they are touched, and its page cache is shared by whoever
-    /// maps it. Nobody may change the file; if it is cut short, accesses to what is gone are errors
-    /// (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
+    /// written: pages are read from it as they are touched, and its page cache is shared by all
+    /// that maps it. Nobody may change the file; if it is cut short, accesses to what is gone are
+    /// errors (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
     ///
     /// # Errors
     /// When the file is shorter.
@@ -269,7 +269,7 @@ mod tests {
         assert_eq!((word(&vms[0], 0x2000), word(&vms[1], 0x2000)), (77, 0x0303_0303_0303_0303));
         assert_eq!((word(&vms[0], 0), word(&vms[0], 0x9000)), (0, 0xeeee_eeee_eeee_eeee));
         assert_eq!(word(&vms[1], 0x10_0000 + 0x3000), 0x4444_4444_4444_4444);
-        // Whoever holds a handle may read any page of it, as may whoever has the map.
+        // A holder of a handle or of the map may read any page of it.
         let map = image.maps().next().unwrap();
         for handle in [Some(draft), map.get(9).map(|source| source.layer)] {
             assert_eq!(store.sweep(), Swept::default());
@@ -278,7 +278,7 @@ mod tests {
             assert_eq!(page, [0; 4096]);
         }
         drop((map, layer));
-        // Of the draft something goes; of the file nothing does, though nobody has a handle of it.
+        // Of the draft something goes; of the file nothing does, though it has no handle.
         let swept = store.sweep();
         assert_eq!(swept, Swept { pages: 3, layers: 1 });
         assert_eq!(std::fs::read(&path).unwrap(), bytes, "the file is as it was");

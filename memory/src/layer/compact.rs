@@ -133,7 +133,7 @@ struct Merged {
     of: Arc<LayerMap>,
     /// What was copied, and where to.
     placed: Vec<(PageRange, Source)>,
-    /// The new layer's pages are seen by this until those who take it over see them.
+    /// The new layer's pages are seen by this until the views that take it over see them.
     seen: View,
 }
 

@@ -1,4 +1,4 @@
-//! The sweep: memory of layer pages that nobody can see any more is given back, though the layer
+//! The sweep: memory of layer pages that cannot be seen any more is given back, though the layer
 //! itself is still in use.
 //!
 //! A layer goes with its last user. Until then a VM that is frozen again and again leaves old
@@ -146,13 +146,13 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
 
 /// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives
 /// by its handle; in a layer that is being filled a hole is a page that is still to come; a
-/// snapshot is not ours to punch holes in, whoever sees it here.
+/// snapshot is not ours to punch holes in, whatever sees it here.
 fn is_whole(layer: &Layer) -> bool {
     layer.home() != Home::File && !layer.id().is_reference() && !layer.is_base() && layer.pending().is_none()
 }
 
-/// What of `layer` nobody sees and has not been given back: in whole blocks where its memory comes
-/// in blocks, because a block that lost a page would be mapped page by page.
+/// What of `layer` no view shows and has not been given back: in whole blocks where its memory
+/// comes in blocks, because a block that lost a page would be mapped page by page.
 fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Vec<PageRange> {
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));

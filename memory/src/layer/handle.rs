@@ -24,7 +24,7 @@ pub struct LayerHandle(Arc<Layer>);
 
 impl LayerHandle {
     /// To be called while something that shows the layer's pages is registered or the layer is
-    /// nobody else's: from then on the handle keeps them.
+    /// no other's: from then on the handle keeps them.
     pub(crate) fn new(layer: &Arc<Layer>) -> Self {
         layer.add_handle();
         Self(Arc::clone(layer))
@@ -76,7 +76,7 @@ impl LayerHandle {
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
         if self.0.home() == Home::File {
-            // What is read of it must be there: had somebody cut it short, what is gone would look
+            // What is read of it must be there: had it been cut short, what is gone would look
             // like a hole.
             return Ok(vec![range]);
         }

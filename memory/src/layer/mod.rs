@@ -60,7 +60,7 @@ pub(crate) enum Home {
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
 ///
 /// A layer made from a base file may still have pages that were pinned when it was frozen: those
-/// belong to the VM that was populated in it, are in nobody's [`LayerMap`], and are not part of the
+/// belong to the VM that was populated in it, are in no [`LayerMap`], and are not part of the
 /// layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -150,7 +150,7 @@ impl Layer {
         self.id
     }
 
-    /// Says what fills it: once, before anyone else has it.
+    /// Says what fills it: once, before it is shared.
     pub(crate) fn fill_with(&self, bg_copy: Arc<BackgroundCopy>) {
         let first = self.bg_copy.set(bg_copy).is_ok();
         debug_assert!(first, "a layer is filled once");

@@ -1,10 +1,10 @@
-//! Files for the next freezes, made ahead: their memory is allocated, and nobody has ever seen
+//! Files for the next freezes, made ahead: their memory is allocated, and they were never
 //! them.
 //!
 //! A page of a fresh file costs the kernel's finding it, and the host's behind that where this is a
 //! virtual machine itself: 0.4-5.5 us, against 0.15 to copy over one that is there. A VM that is
 //! forked a hundred times a second needs as many deltas, each about as large as the one before. So
-//! when freezes follow each other, the reclaim thread allocates the next file while nobody waits.
+//! when freezes follow each other, the reclaim thread allocates the next file while no VM waits.
 //!
 //! **No file is used again.** The file of a layer that has gone may still be read: by a device that
 //! was given its frames, by a splice, by another process. Only the kernel knows, by its page
@@ -12,7 +12,7 @@
 //! published needs none. What a layer leaves behind is freed, and frames in use outlive their file.
 //!
 //! Only a freeze that copies at once takes from here, because it writes every page of its layer
-//! before anyone sees it.
+//! before it is shared.
 
 use std::fs::File;
 use std::io;
@@ -103,7 +103,7 @@ impl LayerFilePool {
         self.with(|inner| inner.ordered -= 1);
     }
 
-    /// Makes what was ordered with `make`, and allocates its memory. On a thread that nobody waits
+    /// Makes what was ordered with `make`, and allocates its memory. On a thread that no VM waits
     /// for.
     pub(crate) fn fill(&self, order: Wanted, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
         let made = make(order.pages, order.grain).and_then(|file| {

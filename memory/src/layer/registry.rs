@@ -1,11 +1,11 @@
-//! Views: every map through which somebody may yet read a layer, known to the process.
+//! Views: every map through which a layer can still be read, known to the process.
 //!
 //! A layer's page that is in no view can be given back ([`crate::layer::gc`]). For that to be safe
-//! whoever does it must see *all* views at one instant, while VMs fork, reset and die beside it. So
-//! a view's map is an immutable value, registered before anything is read through it: who copies
-//! the registry under its lock holds every page that any view made later can have of an older
-//! layer, because such a view is made of these. (Walking the VMs one after another would miss a
-//! page that moves from one not yet visited to an image and away again.) The registry is the
+//! the sweep must see *all* views at one instant, while VMs fork, reset and die beside it. So a
+//! view's map is an immutable value, registered before anything is read through it: a thread that
+//! copies the registry under its lock holds every page that any view made later can have of an
+//! older layer, because such a view is made of these. (Walking the VMs one after another would miss
+//! a page that moves from one not yet visited to an image and away again.) The registry is the
 //! process's, not a store's: nothing keeps a VM of one store from being started from an image of
 //! another.
 //!
@@ -138,7 +138,7 @@ impl View {
         let mut registry = registered();
         registry.next += 1;
         let id = registry.next;
-        // One step: whoever copies the registry finds both.
+        // One step: a copy of the registry has both.
         registry.maps.insert(id, Arc::clone(&before));
         registry.maps.insert(self.id, Arc::clone(&self.map));
         crate::trace::view(id, &before, false);

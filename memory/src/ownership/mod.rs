@@ -138,8 +138,8 @@ impl OwnershipTable {
         Ok(())
     }
 
-    /// Whether no page of `range` is exclusive, as far as can be told without a lock. Loads are
-    /// Acquire: what is asked next is asked after them.
+    /// Whether no page of `range` is exclusive, as far as a lookup without the lock shows. Loads
+    /// are Acquire: what is asked next is asked after them.
     pub(crate) fn none_exclusive(&self, range: PageRange) -> bool {
         let mut none = true;
         for (block, piece) in range.blocks() {
@@ -234,8 +234,8 @@ impl TableGuard<'_> {
                 return;
             }
             // The pages' records are closed until the block's is split, and opened with what it
-            // said at that moment: whoever looks in between waits for the lock. A pin or unpin of
-            // the whole block that comes first makes this go round again.
+            // said at that moment: a thread that looks in between waits for the lock. A pin or
+            // unpin of the whole block that comes first makes this go round again.
             let trace = &self.table.trace;
             if trace.on(block, None, WordStep::Split, &record.word, |word| word.try_split(was)) {
                 let was = if broken(Break::SplitBare) { Ownership::new(was.is_exclusive(), 0) } else { was };
@@ -297,7 +297,7 @@ impl TableGuard<'_> {
         }
     }
 
-    /// Gives up the bit of every page of `range` that nobody pins, and returns the pinned ones,
+    /// Gives up the bit of every page of `range` that is not pinned, and returns the pinned ones,
     /// which keep it (I3). Pages that were not exclusive stay so.
     #[must_use = "the pinned pages must be copied, never shared"]
     pub(crate) fn share(&self, range: PageRange) -> Vec<PageRange> {

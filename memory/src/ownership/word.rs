@@ -13,7 +13,7 @@
 //! record, "ask the block, under the lock".
 //!
 //! Bit and count share a word (R14) so that the two questions that must not be torn apart are each
-//! one atomic step: "is it exclusive, and if so count me" (pin) and "is nobody counting, and if so
+//! one atomic step: "is it exclusive, and if so count me" (pin) and "is no pin counted, and if so
 //! it is no longer exclusive" (share). A pin that loses to a share sees the bit gone and takes the
 //! locked path, where it waits for the freeze to finish; a share that loses to a pin sees the count
 //! and leaves the page alone. That is what a sequence count around the sharing would give (I8),
@@ -105,8 +105,8 @@ impl Word {
         Self(AtomicU32::new(ownership.0))
     }
 
-    /// Acquire: pairs with the Release of whoever made the page exclusive or split the block, so
-    /// that the copied bytes and the page records are visible to whoever sees the bit.
+    /// Acquire: pairs with the Release that made the page exclusive or split the block, so
+    /// that the copied bytes and the page records are visible to a thread that sees the bit.
     pub(crate) fn load(&self) -> Ownership {
         Ownership(self.0.load(Ordering::Acquire))
     }
@@ -169,7 +169,7 @@ impl Word {
         }
     }
 
-    /// Gives up exclusive ownership if nobody pins it. Caller holds the table's lock.
+    /// Gives up exclusive ownership if there is no pin. Caller holds the table's lock.
     ///
     /// AcqRel: Acquire pairs with [`Word::unpin`] (the device is done before the bytes are frozen);
     /// Release publishes the lost bit before the layer that shares the page.
@@ -195,7 +195,7 @@ impl Word {
 
     /// Takes back that a device had it. Returns whether one did. Relaxed: a hint.
     pub(crate) fn forget_used(&self) -> bool {
-        // A closed or split record's bits are nobody's.
+        // A closed or split record's bits mean nothing.
         let seen = Ownership(self.0.load(Ordering::Relaxed));
         !seen.is_split() && seen.is_used() && Ownership(self.0.fetch_and(!RECENTLY_PINNED, Ordering::Relaxed)).is_used()
     }
@@ -217,7 +217,7 @@ impl Word {
     }
 
     /// Opens a closed page's record, or makes a block's record, all of whose pages' are closed,
-    /// stand for them again. Caller holds the table's lock; nobody else writes to such a word.
+    /// stand for them again. Caller holds the table's lock; nothing else writes to such a word.
     ///
     /// Release: pairs with [`Word::try_pin`]'s Acquire.
     pub(crate) fn reopen(&self, ownership: Ownership) {
@@ -229,7 +229,7 @@ impl Word {
     /// lock.
     ///
     /// AcqRel: Acquire, because the block's count is carried over; Release pairs with the Acquire
-    /// of whoever sees the split bit.
+    /// of a thread that sees the split bit.
     pub(crate) fn try_split(&self, was: Ownership) -> bool {
         self.0.compare_exchange(was.0, SPLIT, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }

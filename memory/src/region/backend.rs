@@ -13,7 +13,7 @@ use crate::region::pin::{Access, DmaPin, PinError, PinLifetime};
 
 /// A region's memory file, for as long as it may be mapped by another process.
 ///
-/// Drop it when the backend has unmapped the file: what it writes later is in nobody's memory or,
+/// Drop it when the backend has unmapped the file: what it writes later is in no VM's memory or,
 /// after the next freeze, in a layer that other VMs are shown.
 #[derive(Debug)]
 pub struct SharedFile {

@@ -44,9 +44,9 @@ pub struct Evicted {
 }
 
 impl GuestRegion {
-    /// Writes the pages of `range` that this VM owns and nobody pins to a file in `dir`, and drops
-    /// them from memory, as well as those that a layer on a disk provides. No-fork pages stay.
-    /// Nothing but pinned DMA may be writing to them meanwhile.
+    /// Writes the pages of `range` that this VM owns and that are not pinned to a file in `dir`,
+    /// and drops them from memory, as well as those that a layer on a disk provides. No-fork pages
+    /// stay. Nothing but pinned DMA may be writing to them meanwhile.
     ///
     /// # Errors
     /// When the file cannot be written; then nothing has changed. When a mapping fails half-way,

@@ -19,7 +19,7 @@
 //! ```
 //!
 //! The sequence is R11's write section. Inside it a page may be without its bit for a moment
-//! although nobody shares it yet, so no pin may take it for shared.
+//! although it is not shared yet, so no pin may take it for shared.
 //!
 //! Sections come in two sides, so that pins which overlap for ever do not keep a view for ever: new
 //! sections open on the current side; what was retired waits for the other side to empty, then the
@@ -145,7 +145,7 @@ impl<T> Grace<T> {
         }
     }
 
-    /// Opens a section over `range` for whoever holds the region's state lock, so that nothing is
+    /// Opens a section over `range` for the holder of the region's state lock, so that nothing is
     /// being changed.
     pub(crate) fn open_locked(&self, range: PageRange) -> Section {
         let side = self.open();
@@ -156,12 +156,12 @@ impl<T> Grace<T> {
         Section { side, noted: self.note(range).map_or_else(listed, Noted::Slot) }
     }
 
-    /// Ends a section. Returns what nobody reads any more, to be dropped outside all locks.
+    /// Ends a section. Returns what is not read any more, to be dropped outside all locks.
     #[must_use = "what is returned is dropped outside all locks"]
     #[expect(clippy::needless_pass_by_value, reason = "a section is ended once")]
     pub(crate) fn close(&self, section: Section) -> Vec<T> {
         match section.noted {
-            // Release: the device's reads come before whoever takes the slot, or the pages.
+            // Release: the device's reads come before the next use of the slot, or of the pages.
             Noted::Slot(slot) => self.slots[slot].store(0, Ordering::Release),
             Noted::Listed(range) => {
                 let mut listed = lock(&self.listed);
@@ -212,7 +212,7 @@ impl<T> Grace<T> {
     }
 
     /// Keeps `old`, which nothing new reads, until all sections that are open now have ended.
-    /// Within a change. Returns what nobody reads any more.
+    /// Within a change. Returns what is not read any more.
     #[must_use = "what is returned is dropped outside all locks"]
     pub(crate) fn retire(&self, old: T) -> Vec<T> {
         let mut retired = self.retired();

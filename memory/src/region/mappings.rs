@@ -36,7 +36,8 @@ impl Piece for Mapping {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Mappings {
     pieces: IntervalMap<Mapping>,
-    /// Pages mapped shared, counted, so that nobody walks all pieces to learn that there are none.
+    /// Pages mapped shared, counted, so that no walk over all pieces is needed to learn that there
+    /// are none.
     base: u64,
 }
 

@@ -79,7 +79,7 @@ pub struct GuestRegion {
     /// state lock. Set before the region is live.
     unfinished: whole::AtomicBool,
     /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the
-    /// mappings are there before anyone uses them.
+    /// mappings are there before they are used.
     live: AtomicBool,
     /// Ranges without memory, known before the region is live.
     absent: OnceLock<Vec<PageRange>>,
@@ -208,7 +208,7 @@ impl GuestRegion {
 
     /// Whether memory it adopted may still be missing.
     pub(crate) fn is_unfinished(&self) -> bool {
-        // Acquire: pairs with the Release of whoever has seen to it.
+        // Acquire: pairs with the Release of the thread that has done it.
         self.unfinished.load(Ordering::Acquire)
     }
 
@@ -238,8 +238,8 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Takes note of what a freeze in the background has done to the mappings; waits for it if told
-    /// to.
+    /// Takes note of what a freeze in the background has done to the mappings; waits for it on
+    /// demand.
     pub(crate) fn reap_background(&self, state: &mut State, wait: bool) {
         let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
             return;
@@ -282,7 +282,7 @@ impl GuestRegion {
         waits.into_iter().try_for_each(|bg_copy| bg_copy.wait_filled_for(&self.at, range))
     }
 
-    /// Why some of its memory is lost, told or not told yet.
+    /// Why some of its memory is lost, whether its callbacks have run or not.
     pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
         let gone = || self.watched.as_ref().is_some_and(Watched::is_lost).then(|| Arc::new(FillError::Gone));
         self.failure.get().or_else(gone)

@@ -262,7 +262,8 @@ impl GuestRegion {
             Ok(()) => (None, None),
             Err(PinMiss::Saturated) => return Err(PinError::Saturated { range }),
             Err(PinMiss::NotExclusive | PinMiss::Split) => {
-                // A part of it would be granted otherwise, and whoever reads the slice would die.
+                // A part of it would be granted otherwise, and a read of the slice would end the
+                // process.
                 if self.is_absent(range) {
                     return Err(PinError::Absent { range });
                 }
@@ -347,7 +348,7 @@ impl GuestRegion {
             table.set_exclusive(run);
         }
         table.split_partial(range);
-        // Under the lock nobody clears the bit or splits, so only saturation is left to miss.
+        // Under the lock no thread clears the bit or splits, so only saturation is left to miss.
         self.table.try_pin(range).map_err(|_| PinError::Saturated { range })?;
         Ok((None, None))
     }

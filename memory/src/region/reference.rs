@@ -117,7 +117,7 @@ impl GuestRegion {
         // What is still being copied from here is finished first: the copy reads the pages that go.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // The bit goes first, atomically against lockless pins; whoever loses takes the locked path
+        // The bit goes first, atomically against lockless pins; the loser takes the locked path
         // (I8).
         let pinned = self.share_unless_pinned(&table, range);
         if !pinned.is_empty() {
@@ -281,7 +281,7 @@ mod tests {
         assert_eq!((word(&ram, 599), word(&ram, 600), word(&ram, 601)), (0xabcd, 7, 0xabcd), "the first write copies");
         assert_eq!(ram.stats().unwrap().reference, 1099);
 
-        // Freeze and fork keep it a reference, whoever lets go of the handle.
+        // Freeze and fork keep it a reference, whichever handle is dropped.
         drop(page);
         let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let child = GuestRam::reserve(image.layout(), &store).unwrap();

@@ -3,8 +3,8 @@
 //!
 //! **I14**: *a page that the layer map does not show is shown by no mapping.* Of a page that the VM
 //! has a copy of its own of, the map says what other VMs are shown, and the mapping beneath the
-//! copy may be an older one. Of any other page the two say the same. So whoever knows all maps
-//! knows all that can be read ([`crate::layer::gc`]).
+//! copy may be an older one. Of any other page the two say the same. So all maps together name all
+//! that can be read ([`crate::layer::gc`]).
 //!
 //! | operation | kernel | record | map |
 //! |---|---|---|---|
@@ -135,7 +135,7 @@ impl AddressSpace {
 
     /// Maps each of `pieces`, calling `mapped` after it, and shows `map` in the end.
     ///
-    /// Failing half-way, some are mapped and the map is the old one: nobody may run on it.
+    /// Failing half-way, some are mapped and the map is the old one: no vCPU may run on it.
     pub(crate) fn lay_out(
         &mut self,
         pieces: &[(PageRange, Mapping)],
@@ -258,7 +258,7 @@ impl AddressSpace {
     }
 
     /// After a freeze: this VM's base file is a layer but for the pages that are still its own.
-    /// These are registered like a view's, and from then on what nobody sees of the file can be
+    /// These are registered like a view's, and from then on what no view shows of the file can be
     /// given back, though one page of it be kept for ever.
     pub(crate) fn register_base(&mut self) {
         self.retire_base_if_shared();
@@ -274,8 +274,8 @@ impl AddressSpace {
         base_file.set_base(false);
     }
 
-    /// The VM goes, or its memory does: what it still owned of its base file is nobody's. No device
-    /// has any of it, for a pin keeps the region.
+    /// The VM goes, or its memory does: what it still owned of its base file has no owner. No
+    /// device has any of it, for a pin keeps the region.
     pub(crate) fn abandon_base(&mut self) {
         if let Some(base_file) = self.base_file.take() {
             base_file.set_base(false);

@@ -296,7 +296,7 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         trace!(SpaceGone { at: self.at() });
         let len = PageRange::new(0, self.pages).bytes();
-        // SAFETY: the mapping is this type's own, and whoever was given an address holds the region
+        // SAFETY: the mapping is this type's own, and a holder of an address holds the region
         // that owns it.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), len) } {
             tracing::error!(%error, "a region's address range could not be unmapped");

@@ -64,7 +64,7 @@ impl Pagemap {
         Ok(runs)
     }
 
-    /// The pages of `range` that somebody has read or written through this mapping and that are not
+    /// The pages of `range` read or written through this mapping and that are not
     /// the zero page.
     pub(crate) fn touched_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         self.runs_without(PAGE_IS_PFNZERO, at, range)

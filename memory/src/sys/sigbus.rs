@@ -5,7 +5,7 @@
 //! system call's is EFAULT, but an access by this process is a signal, which would end every VM of
 //! it. So the page is replaced (the kernel takes the VM's own copies of a truncated file's pages
 //! too) by one of zeros **that only keeps the access from failing**, and the VM whose memory it is
-//! is told that it is lost; it is stopped, and what was made of the zeros meanwhile stops with it.
+//! learns that it is lost; it is stopped, and what was made of the zeros meanwhile stops with it.
 //!
 //! The handler may interrupt anything, so it takes no locks: it looks through a table of watched
 //! ranges, each entry of which is written in an order that makes a half-written one match nothing.
@@ -37,7 +37,7 @@ static TABLE: [Slot; SLOTS] =
     [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; SLOTS];
 /// Slots that have ever been used: how far the handler looks.
 static USED: AtomicUsize = AtomicUsize::new(0);
-/// Where the handler says that it has found something; -1 until there is somebody to hear it.
+/// The eventfd that the handler writes to when it has found a loss; -1 until there is one.
 static BELL: AtomicI32 = AtomicI32::new(-1);
 
 /// What the handler does not touch.
@@ -61,7 +61,7 @@ pub(crate) struct Watched(usize);
 
 impl Watched {
     /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure`
-    /// is told when a page of them is lost. `None` when there is no room.
+    /// learns of it when a page of them is lost. `None` when there is no room.
     pub(crate) fn new(start: usize, end: usize, failure: &Arc<LostMemory>) -> Option<Self> {
         install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
         let slot = owners(|owners| {
@@ -83,7 +83,7 @@ impl Watched {
 }
 
 impl Watched {
-    /// Whether a page of the range is lost and its owner has not been told yet.
+    /// Whether a page of the range is lost and its owner has not been notified yet.
     pub(crate) fn is_lost(&self) -> bool {
         TABLE[self.0].lost.load(Ordering::Acquire)
     }
@@ -91,11 +91,11 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // Before the addresses are anybody else's: the region drops this before its reservation.
+        // Before the addresses are used again: the region drops this before its reservation.
         TABLE[self.0].end.store(0, Ordering::SeqCst);
         owners(|owners| {
-            // Nobody is left to be told. Nothing sets it again: whoever accesses the region keeps
-            // it.
+            // There is no owner left to notify. Nothing sets it again: whoever accesses the region
+            // keeps it.
             TABLE[self.0].lost.store(false, Ordering::Relaxed);
             owners.failures[self.0] = Weak::new();
             owners.free.push(self.0);
@@ -144,7 +144,7 @@ fn tell_all(bell: &OwnedFd) {
         }
         for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
             // In one step with whose it is: a slot that is taken by another VM in between would
-            // have that one told.
+            // have its owner notified.
             let failure = owners(|owners| {
                 let lost = entry.lost.load(Ordering::Acquire);
                 let failure = owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)?;
@@ -190,7 +190,7 @@ fn mend(address: usize) -> bool {
         let page = address & !(PAGE_SIZE as usize - 1);
         let (prot, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-        // SAFETY: the page is guest memory, which whoever watches it keeps mapped; replacing a page
+        // SAFETY: the page is guest memory, which its watcher keeps mapped; replacing a page
         // of it leaves it mapped, and no Rust reference into it exists. mmap is a bare system call,
         // and safe in a handler.
         let mapped = unsafe { libc::mmap(page as *mut libc::c_void, PAGE_SIZE as usize, prot, flags, -1, 0) };
@@ -206,7 +206,8 @@ fn mend(address: usize) -> bool {
     false
 }
 
-/// Somebody else's signal: theirs to handle, and the process's end if nobody does.
+/// A signal that is not ours: the handler before this one has it, or the default, which ends the
+/// process.
 fn not_ours(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let Some(before) = BEFORE.get() else { return };
     if before.sa_sigaction == libc::SIG_DFL || before.sa_sigaction == libc::SIG_IGN {

@@ -1,4 +1,4 @@
-//! userfaultfd: write-protecting pages, filling holes, and being told who waits for either.
+//! userfaultfd: write-protecting pages, filling holes, and reading the faults that wait for either.
 //!
 //! Faults in kernel mode are wanted too (KVM's own accesses, system calls), so never
 //! UFFD_USER_MODE_ONLY; that needs `/dev/userfaultfd`, CAP_SYS_PTRACE or
@@ -103,7 +103,7 @@ pub(crate) struct Fault {
     pub(crate) write_protected: bool,
 }
 
-/// Which faults of a range are to be told.
+/// Which faults of a range are reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Watch {
     /// Accesses to pages that have no memory behind them.
@@ -153,15 +153,15 @@ impl Uffd {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel just made it and nobody else knows it.
+        // SAFETY: the kernel just made it and nothing else has it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Callers pass the argument that `request` is declared with.
     fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
         // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the
-        // call. What a request does to memory lies within a `Reservation`, which nobody has a Rust
-        // reference into.
+        // call. What a request does to memory lies within a `Reservation`, to which nothing has a
+        // Rust reference into.
         if unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -178,19 +178,19 @@ impl Uffd {
         self.ioctl(UFFDIO_REGISTER, &mut Register { range: Range::of(at, range), mode, ioctls: 0 })
     }
 
-    /// Watches `range` no longer, lifts any protection, and lets whoever waits there try again.
+    /// Watches `range` no longer, lifts any protection, and wakes the accesses that wait there.
     pub(crate) fn unregister(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         self.ioctl(UFFDIO_UNREGISTER, &mut Range::of(at, range))?;
-        // The kernel wakes those who wait for a missing page, but not those who wait to write.
+        // The kernel wakes accesses that wait for a missing page, but not writes that wait.
         self.wake(at, range)
     }
 
-    /// Lets whoever waits in `range` try again.
+    /// Wakes the accesses that wait in `range`.
     pub(crate) fn wake(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         self.ioctl(UFFDIO_WAKE, &mut Range::of(at, range))
     }
 
-    /// Lets whoever waits at the page at `address` try again. Harmless whatever is mapped there.
+    /// Wakes the accesses that wait for the page at `address`. Harmless whatever is mapped there.
     pub(crate) fn wake_page(&self, address: u64) -> io::Result<()> {
         self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
     }
@@ -202,7 +202,7 @@ impl Uffd {
         self.write_protect(at, range, WRITEPROTECT_WP)
     }
 
-    /// Lifts the protection of `range`, and lets whoever waits to write go on.
+    /// Lifts the protection of `range`, and wakes the writes that wait.
     pub(crate) fn unprotect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         self.write_protect(at, range, 0)
     }
@@ -236,7 +236,7 @@ impl Uffd {
         Ok(())
     }
 
-    /// Takes the next faults that somebody waits for, or none.
+    /// Reads the faults that wait, or none.
     pub(crate) fn faults(&self) -> io::Result<Vec<Fault>> {
         let mut bytes = [0u8; MESSAGE * BATCH];
         let got = match rustix::io::read(&self.0, &mut bytes) {

@@ -38,7 +38,7 @@ pub(crate) struct BackgroundCopy {
     shared: Arc<CopyService>,
     phase: Mutex<Phase>,
     /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of
-    /// those who ask without the lock.
+    /// readers without the lock.
     over: AtomicBool,
 }
 
@@ -155,7 +155,7 @@ impl BackgroundCopy {
         }
     }
 
-    /// A step has failed. If the delta has all its pages that costs nobody anything: the layer is
+    /// A step has failed. If the delta has all its pages that costs nothing: the layer is
     /// complete, and what was mapped over it stays so. Otherwise the layer is lost. Nothing has
     /// been mapped over it in that case, so the parent is as it was before the freeze.
     fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
@@ -170,7 +170,7 @@ impl BackgroundCopy {
     }
 
     /// Finishes on the caller's thread, beside the background thread; returns what was mapped over
-    /// the delta meanwhile. Bounded: it copies what is missing and waits for nobody.
+    /// the delta meanwhile. Bounded: it copies what is missing, and waits for nothing.
     pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
@@ -233,7 +233,7 @@ impl BackgroundCopy {
         self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
     }
 
-    /// Nobody wants the layer: releases the frozen VM's pages. A layer that somebody reads is
+    /// The layer has no user left: releases the frozen VM's pages. A layer that is read is
     /// finished instead.
     pub(crate) fn abandon(&self) {
         if self.is_over() {

@@ -36,7 +36,7 @@ pub enum FillError {
 
 type Callback = Box<dyn FnOnce(&Arc<FillError>) + Send>;
 
-/// Whether a VM's memory is lost, and who wants to know.
+/// Whether a VM's memory is lost, and the callbacks for it.
 #[derive(Default)]
 pub(crate) struct LostMemory(Mutex<Inner>);
 
@@ -62,7 +62,7 @@ impl LostMemory {
         });
     }
 
-    /// Calls back those who wanted to know; no lock may be held.
+    /// Runs the callbacks. No lock may be held.
     pub(crate) fn tell(&self) {
         let (error, callbacks) = self.with(|inner| (inner.error.clone(), std::mem::take(&mut inner.callbacks)));
         if let Some(error) = error {

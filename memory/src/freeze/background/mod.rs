@@ -40,9 +40,9 @@
 //! If the copy fails, the parent is whole (it was only ever protected), and of the children the
 //! missing pages become errors to access, never zeros; [`crate::GuestRam::on_failure`] tells.
 //!
-//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`CopyService`] index.
-//! The thread takes the last two only, and no holder of the last two touches guest memory except
-//! through the kernel, reading: so whoever waits for the thread may hold the first two.
+//! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`CopyService`]
+//! index. The thread takes the last two only, and no holder of the last two touches guest memory
+//! except through the kernel, reading: so a thread that waits for this one may hold the first two.
 //!
 //! The parent may go at any time: a background copy keeps the parent's memory until it is done. One
 //! thread a store serves all of it; it ends with the store, after the last background copy.
@@ -119,7 +119,7 @@ struct Index {
     /// By first address: the end, and whose it is.
     targets: BTreeMap<u64, (u64, Target)>,
     jobs: VecDeque<Arc<BackgroundCopy>>,
-    /// VMs whose memory was lost, to be told by the thread, which holds no lock.
+    /// VMs whose memory was lost: the thread, which holds no lock, runs their callbacks.
     lost_memory: Vec<Arc<LostMemory>>,
     stopping: bool,
     /// The userfaultfd failed: nothing more is begun.
@@ -157,7 +157,7 @@ impl CopyService {
     }
 
     fn ring(&self) {
-        // Full is as good as rung.
+        // EAGAIN: the counter is full, so it is readable already.
         let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 
@@ -178,8 +178,7 @@ impl CopyService {
         self.ring();
     }
 
-    /// Has the VMs of `failures` told that their memory is lost, by the thread. May be called with
-    /// any lock held.
+    /// Has the thread run the callbacks of `failures`. May be called with any lock held.
     pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<LostMemory>>) {
         let mut failures: Vec<_> = failures.collect();
         if failures.is_empty() {
@@ -199,7 +198,7 @@ impl CopyService {
         }
     }
 
-    /// Tells those who are to be told.
+    /// Runs the callbacks of VMs whose memory was lost.
     fn tell_now(&self) {
         let failures = std::mem::take(&mut self.index().lost_memory);
         for failure in failures {
@@ -295,13 +294,13 @@ impl CopyService {
         Ok(())
     }
 
-    /// Never returns while anybody may wait, unless told to stop.
+    /// Never returns while an access may wait, unless it is to stop.
     fn run(&self) {
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.serve())) {
                 Ok(Ok(())) => return,
                 // What it was doing may be half done: no layer of the lot is to be trusted. The
-                // thread goes on, for those who still wait.
+                // thread goes on, for the accesses that still wait.
                 Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
                 Ok(Err(error)) => {
                     self.index().lost = true;

@@ -401,7 +401,8 @@ fn the_store_waits_for_a_slow_copy() {
     assert!(!image.is_pending() && image.failure().is_none(), "the last handle of the store waits until all is copied");
 }
 
-/// A bell that blocks would stop its ringer, and one that a child process inherits would be rung by it.
+/// A bell that blocks would stop its ringer, and one that a child process inherits would be rung by
+/// it.
 #[test]
 fn the_bell_blocks_nobody_and_is_not_inherited() {
     let store = Store::open_small().unwrap();

@@ -145,7 +145,7 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
 }
 
 /// Makes a run of the file an error to access through `reader`, now and after the guest has
-/// discarded it, and lets those who wait find out.
+/// discarded it, and wakes the accesses that wait.
 ///
 /// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which
 /// would take the whole process, and this with an error from KVM_RUN, which takes the VM.
@@ -457,7 +457,7 @@ impl Work {
         runs
     }
 
-    /// Maps a copied run over the delta, unless somebody has been let write to it since.
+    /// Maps a copied run over the delta, unless a write to it has been allowed since.
     fn share_back(&mut self, run: PageRange, at: u64) -> io::Result<()> {
         let file = PageRange::with_len(at, run.len());
         let kept = self.pages[at as usize..file.end as usize].iter().all(|flags| *flags == FILLED | PROTECTED);

@@ -37,8 +37,8 @@ impl At {
     }
 }
 
-/// What every page has been given, in order. LockedState between two steps of a schedule only, so never
-/// waited for.
+/// What every page has been given, in order. LockedState between two steps of a schedule only, so
+/// never waited for.
 #[derive(Debug, Default)]
 struct Record {
     /// By page.

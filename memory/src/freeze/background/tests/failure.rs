@@ -217,8 +217,8 @@ fn a_callback_may_ask_the_vm() {
     }
 }
 
-/// The last handle of a store may go in a callback, on the store's own thread. The thread cannot wait
-/// for itself.
+/// The last handle of a store may go in a callback, on the store's own thread. The thread cannot
+/// wait for itself.
 #[test]
 fn a_callback_may_let_go_of_the_store() {
     let rig = Rig::new(Store::open_small().unwrap(), &MANY);
