@@ -196,7 +196,7 @@ impl Disk {
             } else if chain.is_movable(source) {
                 match runs.last_mut() {
                     Some(last) if last.end == range.start && chain.is_movable(&map.at(last.start)) => {
-                        last.end = range.end
+                        last.end = range.end;
                     }
                     _ => runs.push(range),
                 }
