@@ -265,8 +265,8 @@ impl<'a> KernelElf<'a> {
 
     /// Copies the segments into `mem`, all of them or none that does not fit.
     ///
-    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is born
-    /// zero, and touching it would cost host memory for nothing.
+    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is zero
+    /// already, and touching it would cost host memory for nothing.
     pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
         for Segment { memory, .. } in &self.segments {
             if memory.start() < HIMEM_START {

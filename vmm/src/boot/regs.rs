@@ -80,8 +80,8 @@ impl Entry {
         }
     }
 
-    /// Changes the special registers of a fresh vCPU to what the protocol asks for, and leaves the
-    /// rest (the APIC base above all) as KVM made it.
+    /// Changes the special registers of a fresh vCPU as the protocol requires, and leaves the rest
+    /// (the APIC base above all) as KVM made it.
     pub(crate) fn apply_to(&self, sregs: &mut kvm_sregs) {
         let gdt = match self {
             Self::Pvh { .. } => &GDT_PROTECTED_MODE,

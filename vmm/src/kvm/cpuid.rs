@@ -1,4 +1,4 @@
-//! The CPUID a vCPU is given: what KVM supports, less what is hidden, with this vCPU's identity and
+//! The CPUID of a vCPU: what KVM supports, less what is hidden, with this vCPU's identity and
 //! place.
 //!
 //! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks
@@ -195,8 +195,8 @@ fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), 
     Ok(())
 }
 
-/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 are each core's own, level 3 is
-/// everybody's.
+/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 belong to one core, level 3 is shared by
+/// all.
 fn set_cache_sharing(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     let cores = (1 << spec.core_bits()) - 1;
     for leaf in [4, 0x8000_001d] {

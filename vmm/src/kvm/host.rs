@@ -222,8 +222,8 @@ impl Host {
         self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
     }
 
-    /// All that a vCPU could be given here, also what none is given by default: an older state may
-    /// have it.
+    /// All features that a vCPU can have here, also those that none has by default: an older state
+    /// may have them.
     pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
         self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
     }
@@ -298,9 +298,9 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// A new VM. Making one takes all locks of this process's memory, and gives up if the thread
-    /// has anything else to do for the kernel: also for an io_uring's completions, of which no
-    /// signal tells. Then it is tried again.
+    /// A new VM. The ioctl takes all locks of this process's memory map, and fails if the thread
+    /// has other work pending in the kernel: a signal, or completions of an io_uring. Then it is
+    /// tried again.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {

@@ -1,11 +1,11 @@
-//! How long ago something was saved, by the host's clocks.
+//! The time since a state was saved, by the host's clocks.
 //!
 //! | saved | clock | why |
 //! |---|---|---|
 //! | in this boot of the host | `CLOCK_BOOTTIME` | it is never stepped, and it counts while the host is suspended |
 //! | in another boot, or on another host | the wall clock | it is the only clock the two have in common |
 //!
-//! The boot's id tells which.
+//! The boot's id decides which.
 
 use std::fs;
 use std::sync::OnceLock;
@@ -76,8 +76,8 @@ fn parse_id(text: &str) -> Option<(u64, u64)> {
     Some((u64::from_str_radix(high, 16).ok()?, u64::from_str_radix(low, 16).ok()?))
 }
 
-/// How long ago something was that happened at `wall`, which was `boot`. No time at all if that is
-/// not known, or if the wall clock decides and has been put back since.
+/// The time since the instant `wall`, which was `boot`. Zero if it is not known, or if the wall
+/// clock decides and was stepped back since.
 pub(super) fn elapsed(wall: WallClock, boot: Option<BootTime>) -> Duration {
     elapsed_at(wall, boot, WallClock::now(), BootTime::now())
 }

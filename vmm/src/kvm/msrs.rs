@@ -1,7 +1,7 @@
 //! Which MSRs make up a vCPU's state on this host, in the order in which they are restored.
 //!
-//! KVM names more than can be read or written back, so each is tried once, on a scratch vCPU with
-//! the CPUID guests get. After that one `KVM_GET_MSRS` reads them all.
+//! KVM lists more than can be read or written back, so each is tried once, on a scratch vCPU with a
+//! guest's CPUID. After that one `KVM_GET_MSRS` reads them all.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -74,7 +74,7 @@ fn rank(index: u32) -> u8 {
         // written.
         KVM_SYSTEM_TIME => 2,
         // After the interrupt by which it is delivered, because KVM queues an event that wakes all
-        // who wait.
+        // waiters.
         KVM_ASYNC_PF_EN => 2,
         // Last, because a deadline is compared with the TSC, and fires at once when that is still
         // another VM's.
@@ -104,7 +104,7 @@ pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool,
 }
 
 /// Reads `wanted`: those that could be read, and the numbers of those that could not. KVM stops at
-/// the first that it does not read, and is asked for the rest again.
+/// the first that it does not read; the rest is read again.
 pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry>, Vec<u32>), MsrError> {
     let (mut found, mut refused) = (Vec::with_capacity(wanted.as_slice().len()), Vec::new());
     let mut left = wanted;

@@ -1,5 +1,4 @@
-//! What a vCPU has on its way to the guest, and how it is taken away before another state comes in
-//! its place.
+//! A vCPU's pending events, and how they are dropped before another state is restored in place.
 //!
 //! Giving a vCPU a state replaces most of what is pending, but not all of it:
 //!
@@ -11,7 +10,7 @@
 //! | a page-ready event not acknowledged | it is in no state | keep KVM from waking a halted vCPU for the next |
 //!
 //! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after
-//! all are parked and before any state is given.
+//! all are parked and before any state is restored.
 
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
@@ -25,8 +24,7 @@ use super::vcpu_state::VcpuStateError;
 /// `MSR_KVM_ASYNC_PF_ACK`
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
-/// Takes away all that `vcpu` has pending. The vCPU is good for nothing then but to be given a
-/// state.
+/// Drops all pending events of `vcpu`. Only a restored state makes the vCPU usable again.
 pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
     // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves

@@ -1,10 +1,10 @@
-//! A vCPU's state: taking it, and giving it to another vCPU.
+//! A vCPU's state: saving it, and restoring it on another vCPU.
 //!
 //! Both are on the path of every fork, so the buffers are made once, CPUID is not read back from
 //! KVM, and one call reads all MSRs. Both need the vCPU to be out of `KVM_RUN`, **with its last I/O
 //! completed** (run it once more with `immediate_exit` set after an I/O or MMIO exit: KVM finishes
 //! the instruction only then), and all its siblings too, because an interrupt between two vCPUs
-//! would otherwise be in neither's state.
+//! would otherwise be in neither state.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};

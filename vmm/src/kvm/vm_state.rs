@@ -89,7 +89,7 @@ const PARTS: [(u32, &str); 3] = [
 ];
 
 impl VmState {
-    /// Takes the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the
+    /// Saves the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the
     /// IOAPIC still holds is delivered again by [`Self::restore_chips`], one that it has delivered
     /// is in a vCPU's local APIC.
     pub(crate) fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
@@ -117,7 +117,7 @@ impl VmState {
         Ok(Self { irqchips, pit, clock, taken, taken_in_boot })
     }
 
-    /// Which chips it is the state of.
+    /// The chips that it is the state of.
     #[must_use]
     pub(crate) fn chips(&self) -> Option<Chips> {
         match (&self.irqchips, &self.pit) {
@@ -129,7 +129,7 @@ impl VmState {
         }
     }
 
-    /// Gives the controllers and the timer their state.
+    /// Restores the controllers and the timer.
     ///
     /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs,
     /// and a local APIC that is restored later would forget it.

@@ -354,4 +354,15 @@ mod tests {
         let big = VmConfig::new(1 << 44, 1).unwrap();
         assert!(big.check_host_memory().unwrap_err().to_string().contains("16777216 MiB"));
     }
+
+    #[test]
+    fn the_flag_of_a_test_device_is_saved_as_false_and_ignored() {
+        let config = VmConfig::bare(1 << 20, 1).unwrap();
+        let mut saved = ciborium::Value::serialized(&config).unwrap();
+        let fields = saved.as_map_mut().unwrap();
+        let (_, flag) = fields.iter_mut().find(|(name, _)| name.as_text() == Some("report_port")).unwrap();
+        assert_eq!(*flag, false.into());
+        *flag = true.into();
+        assert_eq!(saved.deserialized::<VmConfig>().unwrap(), config);
+    }
 }

@@ -6,13 +6,20 @@
 //!  child                                                 │ map layers │ restore │── first instruction
 //! ```
 //!
-//! | step | function | what, and why there |
-//! |---|---|---|
-//! | 1 | [`Vm::pause_inner`] | Every vCPU leaves KVM_RUN, having completed the instruction it exited on. Then every device completes its current step: after the vCPUs, because they activate and reset devices. Requests that the kernel holds go on, into pinned pages. |
-//! | 2 | [`Vm::freeze_memory`] | Memory is frozen while the vCPU threads save their vCPUs: neither touches what the other reads. No vCPU saves before all have left the guest (`vcpu/control.rs`). |
-//! | 3 | [`Vm::save_rest`] | Devices, then vCPU states, then interrupt controllers: after 1, because nothing of this VM may raise an interrupt in between. Disks are cloned with the devices, at the same instant: a request is in the rings as done, or in the device's list of those in flight, never both. |
-//! | 4 | [`Vm::unpause`] | The parent runs on: all that is needed is in the image. |
-//! | 5 | [`Vm::from_image_as`] | In a prepared VM: map the layers, restore the devices, then let each vCPU thread restore its vCPU (`vcpu/state.rs`). The last of them restores the VM's controllers ([`ForkImage::restore_controllers`]). |
+//! 1. [`Vm::pause_inner`]: every vCPU leaves KVM_RUN, having completed the instruction it exited on.
+//!    Then every device completes its current step: after the vCPUs, because they activate and reset
+//!    devices. Requests that the kernel holds go on, into pinned pages.
+//! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither touches what the other
+//!    reads. No vCPU saves before all have left the guest (`vcpu/control.rs`).
+//! 3. [`Vm::save_rest`]: devices, then vCPU states, then interrupt controllers. After 1, because
+//!    nothing of this VM may raise an interrupt in between. Disks are cloned with the devices, at
+//!    the same instant: a request is in the rings as done, or in the device's list of those in
+//!    flight, never both.
+//! 4. [`Vm::unpause`]: the parent runs on. All that is needed is in the image.
+//! 5. [`Vm::from_image_as`], in a prepared VM: map the layers, restore the devices, then let each
+//!    vCPU thread restore its vCPU (`vcpu/state.rs`). The last thread to do so restores the
+//!    interrupt controllers and the clock ([`ForkImage::restore_controllers`]). Then devices go on,
+//!    because the controllers' state would replace an interrupt raised earlier; then the vCPUs run.
 //!
 //! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still
 //! readable and writable to it (I13). A child is returned once all its vCPUs have taken their

@@ -59,6 +59,14 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A pause that is taken while another is held changes no state. Only `set_state` changes it, and
 /// the wish with it.
 ///
+/// # The start
+///
+/// | from | to | when |
+/// |---|---|---|
+/// | Preparing(n) | Preparing(n + 1) | a vCPU has its state, and is not the last |
+/// | Preparing | Begun | the last vCPU has its state, and has done what the VM as a whole needs |
+/// | Preparing | Failed | a vCPU cannot take its state, or the last one fails; the VM stops |
+///
 /// # A vCPU's phase
 ///
 /// | from | to | when |
