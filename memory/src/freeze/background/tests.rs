@@ -257,6 +257,8 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
         assert_eq!(report.pinned, 10);
         assert_eq!(report.pending, report.copied - 10, "I3: pinned pages are copied before it returns");
         let pin = region.pin(PageRange::new(590, 610), Access::Write, PinLifetime::LongTerm).unwrap();
+        // A device that writes only when all is copied: no fault tells of it before.
+        let late = region.pin(PageRange::new(700, 710), Access::Write, PinLifetime::LongTerm).unwrap();
         // As a device would: through the frames, ignores_pins of protection (here the early pin's
         // and the pin's own addresses, by the kernel).
         for pin in [&early, &pin] {
@@ -268,6 +270,10 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
         rig.parent.finish_background().unwrap();
         let frame = |page| region.store.pagemap().owned_runs(&region.at, PageRange::with_len(page, 1)).unwrap();
         assert_eq!(frame(600).len(), 1, "I3: a pinned page is not shared back");
+        assert_eq!(frame(705).len(), 1, "I3: nor is one that was not written");
+        rig.parent.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        late.slice().write_slice(&vec![0x88; late.len()], 0).unwrap();
+        assert_eq!(read(&rig.parent, 705), 0x88);
         assert_eq!(read(&rig.parent, 600), 0x99);
         assert_eq!(read(&rig.parent, 55), 0x99);
     }
