@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
 use clade_snapshot::format::checksum;
-use clade_snapshot::{Compression, DiskToSave, Kind, Load, Save, Snapshot, Space, SaveProgress, record_warm, verify};
+use clade_snapshot::{Compression, DiskToSave, Kind, Load, Save, Snapshot, Space, SaveProgress, record_working_set, verify};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use vm_memory::{Bytes, GuestAddress};
@@ -81,7 +81,7 @@ fn world() -> &'static World {
         let world = World { store, image, dir };
         for (name, compression) in [("plain", Compression::None), ("packed", Compression::Zstd)] {
             world.save(&world.dir.path().join(name), compression).expect("a snapshot");
-            record_warm(&world.dir.path().join(name), &[PageRange::new(3, 5)]).expect("a record");
+            record_working_set(&world.dir.path().join(name), &[PageRange::new(3, 5)]).expect("a record");
         }
         fs::create_dir(world.dir.path().join("outside")).expect("a directory");
         for name in FILES {
@@ -237,10 +237,10 @@ fuzz_target!(|input: (bool, Vec<Change>)| {
     }
     let _ = clade_snapshot::show(&at);
     if let Ok(snapshot) = Snapshot::open(&at) {
-        let warm = snapshot.warm().ok().flatten().unwrap_or_default();
+        let warm = snapshot.working_set().ok().flatten().unwrap_or_default();
         // What it says of its memory may be more than this host is to be asked for here.
         let small = snapshot.layout().is_ok_and(|layout| layout.bytes() <= 64 << 20);
-        for load in [Load::Lazy, Load::Warm(warm), Load::Preload] {
+        for load in [Load::Lazy, Load::WorkingSet(warm), Load::Preload] {
             if small && let Ok(image) = snapshot.restore_ram(&world.store, &load) {
                 let ram = GuestRam::reserve(image.layout(), &world.store).expect("memory");
                 let _ = ram.adopt(&image);

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use clade_memory::{IntervalMap, PAGE_SHIFT, PAGE_SIZE, PageRange, Piece, RamLayout};
 
-use crate::aside::{MANIFEST, STATE, WARM, layer_name};
 use crate::dir::Dir;
 use crate::disk::DiskReader;
 use crate::error::Error;
 use crate::files::Files;
-use crate::format::{Damage, Manifest, Sections, SnapshotId, Warm};
+use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::space::Kind;
+use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
 /// Most snapshots in a chain: a full one, and those on top of it. Each adds files to hold open, and
 /// pieces to map.
@@ -22,8 +22,8 @@ pub(crate) const MAX_DEPTH: usize = 64;
 const MAX_MANIFEST: u64 = 16 << 20;
 /// Most bytes of a state file, whatever the manifest says.
 pub(crate) const MAX_STATE: u64 = 256 << 20;
-/// Most bytes of a warm file, whatever the size of the memory.
-const MAX_WARM: u64 = 256 << 20;
+/// Most bytes of a working-set file, whatever the size of the memory.
+const MAX_WORKING_SET: u64 = 256 << 20;
 
 /// The layer of the chain that has a page: 0 is the newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -246,23 +246,23 @@ impl Snapshot {
         (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
     }
 
-    /// The pages that a run touched first, if that was recorded, for [`crate::Load::Warm`].
+    /// The pages that a run touched first, if that was recorded, for [`crate::Load::WorkingSet`].
     ///
     /// # Errors
     /// When the file is damaged. The rest of the snapshot can be used all the same.
-    pub fn warm(&self) -> Result<Option<Vec<PageRange>>, Error> {
-        read_warm(&self.0.files, &self.0.members[0])
+    pub fn working_set(&self) -> Result<Option<Vec<PageRange>>, Error> {
+        read_working_set(&self.0.files, &self.0.members[0])
     }
 }
 
-pub(crate) fn read_warm(files: &Files, member: &Member) -> Result<Option<Vec<PageRange>>, Error> {
+pub(crate) fn read_working_set(files: &Files, member: &Member) -> Result<Option<Vec<PageRange>>, Error> {
     let pages = member.manifest.memory.layer.bytes >> PAGE_SHIFT;
-    let bytes = match files.read_in(&member.dir, WARM, Warm::most_bytes(pages).min(MAX_WARM)) {
+    let bytes = match files.read_in(&member.dir, WORKING_SET, WorkingSet::most_bytes(pages).min(MAX_WORKING_SET)) {
         Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
-    let damaged = |damage| Error::damaged(member.dir.path().join(WARM), damage);
-    let warm = Warm::decode(&bytes).map_err(damaged)?;
+    let damaged = |damage| Error::damaged(member.dir.path().join(WORKING_SET), damage);
+    let warm = WorkingSet::decode(&bytes).map_err(damaged)?;
     // The file is of another snapshot, which was replaced by this one during its run.
     if warm.id != member.manifest.id {
         return Ok(None);

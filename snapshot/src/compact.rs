@@ -7,16 +7,16 @@ use std::path::Path;
 
 use clade_memory::PAGE_SHIFT;
 
-use crate::aside::{MANIFEST, STATE, StagingDir, WARM, expect_replaceable, layer_name, place};
-use crate::chain::{Place, Snapshot, read_manifest, read_warm};
+use crate::chain::{Place, Snapshot, read_manifest, read_working_set};
 use crate::dependents;
 use crate::disk::Merged;
 use crate::error::Error;
 use crate::files::Files;
-use crate::format::Warm;
+use crate::format::WorkingSet;
 use crate::lock::{How, lock};
 use crate::save::{Meter, SaveProgress, Saved};
 use crate::space::checked_runs;
+use crate::staging::{MANIFEST, STATE, StagingDir, WORKING_SET, expect_replaceable, layer_name, place};
 use crate::write::write_layer;
 
 /// Merges the snapshot in `dir` with all it depends on. A full snapshot stays as it is.
@@ -36,7 +36,7 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) 
         let newest = &snapshot.0.members[0];
         let state = files.read_in(&newest.dir, STATE, manifest.state.bytes)?;
         // A hint; a damaged one is dropped.
-        let warm = read_warm(files, newest).ok().flatten();
+        let warm = read_working_set(files, newest).ok().flatten();
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
         let data = |space: &&crate::chain::ChainSpace| {
@@ -60,7 +60,7 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) 
         }
         files.write(&aside.path().join(STATE), &state)?;
         if let Some(runs) = warm {
-            files.write(&aside.path().join(WARM), &Warm { id: manifest.id, runs }.encode())?;
+            files.write(&aside.path().join(WORKING_SET), &WorkingSet { id: manifest.id, runs }.encode())?;
         }
         files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
         meter.check()?;

@@ -12,12 +12,12 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use crate::aside::{MANIFEST, NEEDED_BY, random};
 use crate::chain::read_manifest;
 use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{SnapshotId, checksum};
+use crate::staging::{MANIFEST, NEEDED_BY, random};
 
 /// Most bytes of a path in a note.
 const MAX_PATH: u64 = 4_096;

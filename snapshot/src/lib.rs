@@ -9,7 +9,7 @@
 //! | write one | [`Save`] |
 //! | read one | [`Snapshot`] |
 //! | check one, look at one, merge a chain | [`verify`], [`show`], [`compact`] |
-//! | read ahead what the last run touched first | [`record_warm`], [`Load::Warm`] |
+//! | read ahead what the last run touched first | [`record_working_set`], [`Load::WorkingSet`] |
 //!
 //! What it does not do: it does not stop the VM (it takes an image that never changes), does not
 //! know the contents of sections, and does not encrypt. Checksums detect accidents, not forgeries.
@@ -17,7 +17,6 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
-mod aside;
 mod chain;
 mod compact;
 mod dependents;
@@ -33,8 +32,9 @@ mod restore;
 mod save;
 mod show;
 mod space;
+mod staging;
 mod verify;
-mod warm;
+mod working_set;
 mod write;
 
 #[cfg(test)]
@@ -50,4 +50,4 @@ pub use save::{Base, DiskToSave, Save, SaveProgress, Saved};
 pub use show::{LayerSummary, Link, Summary, show};
 pub use space::{Kind, Space, linear};
 pub use verify::{Verified, verify};
-pub use warm::record_warm;
+pub use working_set::record_working_set;

@@ -37,7 +37,7 @@ pub enum Load {
     /// All of it now, into huge pages. Each chunk is compared with its checksum.
     Preload,
     /// As [`Load::Lazy`], but these pages are read ahead: [`Snapshot::warm`], or others.
-    Warm(Vec<PageRange>),
+    WorkingSet(Vec<PageRange>),
 }
 
 /// The owner of a piece of memory.
@@ -97,7 +97,7 @@ impl Snapshot {
         }
         fill(&self.0.files, space, &regions, mapped)?;
         let files = self.layers(store, &regions)?;
-        if let Load::Warm(runs) = load {
+        if let Load::WorkingSet(runs) = load {
             self.read_ahead(runs, mapped);
         }
         let mut maps = Vec::with_capacity(regions.len());

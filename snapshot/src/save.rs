@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
 
-use crate::aside::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
 use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
@@ -20,6 +19,7 @@ use crate::layer::sealed_sum;
 use crate::lock::{How, lock};
 use crate::ram::RamSpace;
 use crate::space::{Kind, Space, checked_runs};
+use crate::staging::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
 use crate::write::write_layer;
 
 /// Progress of a save, and its cancellation.
@@ -288,7 +288,7 @@ impl Save<'_> {
         if theirs != ours {
             return Err(wrong(format!("its disks {theirs:?} are not {ours:?}")));
         }
-        let dir = crate::aside::place(base.dir)?;
+        let dir = crate::staging::place(base.dir)?;
         let sibling = dir.parent() == place.parent();
         let name = if sibling { dir.file_name().map(|name| Path::new("..").join(name)) } else { None };
         let path = name.unwrap_or(dir);

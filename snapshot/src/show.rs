@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::aside::{STATE, WARM, layer_name};
 use crate::chain::{MAX_STATE, read_chain, read_manifest};
 use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Compression, LayerEntry, Manifest, Sections, SnapshotId, Version};
+use crate::staging::{STATE, WORKING_SET, layer_name};
 
 /// A layer of this snapshot: of memory, or of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -62,7 +62,7 @@ pub struct Summary {
     /// Names and lengths of sections. None when the state file cannot be read.
     pub sections: Vec<(String, u64)>,
     /// Whether a working set was recorded.
-    pub warm: bool,
+    pub working_set: bool,
     /// Entries of a later minor version, which were ignored.
     pub ignored: Vec<String>,
 }
@@ -100,7 +100,7 @@ pub fn show(dir: &Path) -> Result<Summary, Error> {
         memory: manifest.memory.regions.iter().map(|region| (region.guest_address, region.pages)).collect(),
         layers: layers(&files, &own, &manifest),
         sections: sections.unwrap_or_default(),
-        warm: files.open_in(&own, WARM).is_ok(),
+        working_set: files.open_in(&own, WORKING_SET).is_ok(),
         ignored: manifest.unknown.into_keys().collect(),
     })
 }

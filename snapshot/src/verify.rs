@@ -7,7 +7,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use serde::Serialize;
 
-use crate::chain::{ChainSpace, Snapshot, read_warm};
+use crate::chain::{ChainSpace, Snapshot, read_working_set};
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{CHUNK_PAGES, Damage};
@@ -35,7 +35,7 @@ pub fn verify(dir: &Path) -> Result<Verified, Error> {
 pub(crate) fn verify_with(files: &Files, dir: &Path) -> Result<Verified, Error> {
     let snapshot = Snapshot::with(files, dir)?;
     for member in &snapshot.0.members {
-        read_warm(files, member)?;
+        read_working_set(files, member)?;
     }
     let mut verified = Verified { snapshots: snapshot.depth() as u64, ..Verified::default() };
     for space in std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks) {

@@ -49,7 +49,7 @@ fn version_1_is_read() {
     assert_eq!(opened.layout().unwrap(), RamLayout::of_ranges(&[(LOW, 2), (HIGH, 18)]).unwrap());
     let sections: Vec<(&str, &[u8])> = opened.sections().iter().collect();
     assert_eq!(sections, [("config", &b"{\"cpus\":1}"[..]), ("vcpus", &[0, 255]), ("empty", &[])]);
-    assert_eq!(opened.warm().unwrap(), Some(vec![PageRange::new(19, 20), PageRange::new(0, 2)]));
+    assert_eq!(opened.working_set().unwrap(), Some(vec![PageRange::new(19, 20), PageRange::new(0, 2)]));
     let disk = &opened.disks()[0];
     let mut bytes = vec![9; 5000];
     disk.read_at(0, &mut bytes).unwrap();

@@ -193,13 +193,13 @@ fn what_is_touched_first_is_recorded_and_read_ahead() {
     let guest = Guest::boot(&context, MIB, 1);
     guest.fill(Writer::Guest, 0, PAGES, 1);
     save(&guest, &at, FULL);
-    let error = ForkImage::restore(&context, &at, &load(RestoreLoad::Warm)).unwrap_err();
+    let error = ForkImage::restore(&context, &at, &load(RestoreLoad::WorkingSet)).unwrap_err();
     assert!(matches!(error, SnapshotError::Cold { .. }), "{error}");
     let first = restored(&context, &at, &LAZY);
     first.expect(0, 32, Some(1), "touched");
-    let pages = first.vm().record_warm().unwrap();
+    let pages = first.vm().record_working_set().unwrap();
     assert!((32..PAGES).contains(&pages), "{pages} pages");
-    let second = restored(&context, &at, &load(RestoreLoad::Warm));
+    let second = restored(&context, &at, &load(RestoreLoad::WorkingSet));
     second.expect(0, PAGES, Some(1), "read ahead, and the rest as ever");
     verify(&at).unwrap();
 }

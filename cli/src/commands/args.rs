@@ -270,8 +270,8 @@ pub(crate) enum SnapshotCommand {
     Show(SnapshotDirArgs),
     /// Merge a snapshot with those it depends on, so that it depends on none.
     Compact(SnapshotDirArgs),
-    /// Record which pages a restored VM has touched, for `restore --warm`.
-    Warm(ActArgs),
+    /// Record which pages a restored VM has touched, for `restore --working-set`.
+    WorkingSet(ActArgs),
 }
 
 #[derive(Debug, Args)]
@@ -320,11 +320,11 @@ pub(crate) struct RestoreArgs {
     )]
     pub(crate) pattern: Option<String>,
     /// Read all of the memory now, into huge pages, and compare its checksums.
-    #[arg(long, conflicts_with = "warm")]
+    #[arg(long, conflicts_with = "working_set")]
     pub(crate) preload: bool,
-    /// Read ahead what was recorded to be touched first (clade snapshot warm).
+    /// Read ahead what was recorded to be touched first (clade snapshot working-set).
     #[arg(long)]
-    pub(crate) warm: bool,
+    pub(crate) working_set: bool,
     /// Where disks have their overlays. If not given: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,

@@ -44,9 +44,9 @@ fn stem(dir: &Path) -> String {
 pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     let begun = Instant::now();
     let context = Context::open().map_err(Failure::input)?;
-    let load = match (args.preload, args.warm) {
+    let load = match (args.preload, args.working_set) {
         (true, _) => RestoreLoad::Preload,
-        (_, true) => RestoreLoad::Warm,
+        (_, true) => RestoreLoad::WorkingSet,
         _ => RestoreLoad::Lazy,
     };
     let options = RestoreOptions { load, overlays: args.overlays.clone(), sockets: Some(runtime_dir()) };

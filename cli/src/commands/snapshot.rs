@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::commands::args::{ActArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 use crate::commands::remote::ask;
 use crate::commands::{Failure, Outcome, Table, print_json};
-use clade_daemon::control::{Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, WarmAnswer};
+use clade_daemon::control::{Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
 
 /// How often it is looked how far a snapshot is.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -22,7 +22,7 @@ pub(crate) fn main(args: SnapshotArgs) -> Outcome {
         (Some(SnapshotCommand::Verify(args)), _) => verify_dir(&args),
         (Some(SnapshotCommand::Show(args)), _) => show_dir(&args),
         (Some(SnapshotCommand::Compact(args)), _) => compact_dir(&args),
-        (Some(SnapshotCommand::Warm(args)), _) => warm(&args),
+        (Some(SnapshotCommand::WorkingSet(args)), _) => working_set(&args),
         (None, Some(args)) => save(&args),
         (None, None) => Err(Failure::Input(anyhow!("a snapshot of which VM, in which directory?"))),
     }
@@ -91,8 +91,9 @@ fn save(args: &SaveArgs) -> Outcome {
     Ok(())
 }
 
-fn warm(args: &ActArgs) -> Outcome {
-    let answer: WarmAnswer = ask(Client::default().request(Method::POST, &args.name, "/warm", None::<&()>))?;
+fn working_set(args: &ActArgs) -> Outcome {
+    let answer: WorkingSetAnswer =
+        ask(Client::default().request(Method::POST, &args.name, "/working-set", None::<&()>))?;
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }
@@ -150,7 +151,7 @@ fn print_summary(summary: &Summary) -> std::io::Result<()> {
     table.print()?;
     let sections: Vec<String> = summary.sections.iter().map(|(name, bytes)| format!("{name} {bytes}")).collect();
     println!("state, in bytes: {}", sections.join(", "));
-    println!("what is touched first is {}on record", if summary.warm { "" } else { "not " });
+    println!("what is touched first is {}on record", if summary.working_set { "" } else { "not " });
     if !summary.ignored.is_empty() {
         println!("not known to this version, and ignored: {}", summary.ignored.join(", "));
     }

@@ -52,7 +52,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     // They run, and what they touched is put on record.
     runtime.clade(&["resume", "w-1"]);
     assert_eq!(runtime.clade(&["pause", "w-1", "--json"]).json()["state"], "paused");
-    let warm = runtime.clade(&["snapshot", "warm", "w-1", "--json"]).json();
+    let warm = runtime.clade(&["snapshot", "working-set", "w-1", "--json"]).json();
     assert!(warm["pages"].as_u64().unwrap() > 0, "{warm}");
     assert_eq!(runtime.clade(&["reset", "w-2", "--json"]).json()["vm"]["state"], "paused");
     for name in ["w-1", "w-2"] {
@@ -60,7 +60,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     }
     assert_eq!(runtime.ended(), Some(0));
 
-    for (at, args) in [(&more, ["--warm"]), (&more, ["--preload"]), (&small, ["--paused"])] {
+    for (at, args) in [(&more, ["--working-set"]), (&more, ["--preload"]), (&small, ["--paused"])] {
         let name = at.file_name().unwrap().to_str().unwrap();
         runtime.spawn(&[&["restore", text(at)], args.as_slice(), &["--detached"]].concat());
         // By the directory's name.
@@ -85,7 +85,7 @@ fn snapshots_that_cannot_be() {
         runtime.clade(&["snapshot", command, text(&at("none"))]).expect_refusal("none");
     }
     runtime.clade(&["snapshot", "nobody", text(&at("x"))]).expect_refusal("nobody");
-    runtime.clade(&["snapshot", "warm", "nobody"]).expect_refusal("nobody");
+    runtime.clade(&["snapshot", "working-set", "nobody"]).expect_refusal("nobody");
     runtime.clade(&["restore", text(&at("none"))]).expect_refusal("none");
     runtime.clade(&["restore", text(dir.path())]).expect_refusal("manifest.json");
     runtime.clade(&["restore", text(&at("good")), "--count", "0"]).expect_refusal("0 children");
@@ -93,8 +93,9 @@ fn snapshots_that_cannot_be() {
     runtime.clade(&["restore", text(&at("good")), "--name", "vm"]).expect_refusal("vm");
     runtime.clade(&["restore", text(&at("good")), "--name", "../up"]).expect_refusal("../up");
     runtime.clade(&["restore", text(&at("good")), "--net", "tap=x"]).expect_refusal("1");
-    runtime.clade(&["restore", text(&at("good")), "--warm", "--name", "w"]).expect_refusal("good");
-    for args in [&["restore"][..], &["restore", "x", "--warm", "--preload"], &["snapshot", "vm"], &["snapshot"]] {
+    runtime.clade(&["restore", text(&at("good")), "--working-set", "--name", "w"]).expect_refusal("good");
+    for args in [&["restore"][..], &["restore", "x", "--working-set", "--preload"], &["snapshot", "vm"], &["snapshot"]]
+    {
         assert_eq!(runtime.clade(args).code, Some(2), "{args:?}");
     }
     // What is not a snapshot is not replaced, and what is damaged is named.
@@ -121,7 +122,7 @@ fn snapshots_that_cannot_be() {
         (400, "POST", path, absolute.as_str()),
         (404, "POST", "/v1/vms/nobody/snapshot", r#"{"dir":"/x"}"#),
         (404, "GET", "/v1/vms/nobody/snapshot", ""),
-        (404, "POST", "/v1/vms/nobody/warm", ""),
+        (404, "POST", "/v1/vms/nobody/working-set", ""),
         (405, "PUT", path, ""),
     ];
     for (status, method, path, body) in rows {

@@ -338,7 +338,7 @@ pub struct SnapshotProgress {
 
 /// A record of what a VM touches first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WarmAnswer {
+pub struct WorkingSetAnswer {
     /// Pages in it.
     pub pages: u64,
 }

@@ -11,7 +11,7 @@
 //! | `POST /v1/vms/{name}/snapshot` | `SnapshotRequest` | `SnapshotAnswer`, when all is on the disk |
 //! | `GET /v1/vms/{name}/snapshot` | | `SnapshotProgress` |
 //! | `DELETE /v1/vms/{name}/snapshot` | | `SnapshotProgress`; the one that is being made ends with an error |
-//! | `POST /v1/vms/{name}/warm` | | `WarmAnswer`: what it touched is written into its snapshot |
+//! | `POST /v1/vms/{name}/working-set` | | `WorkingSetAnswer`: what it touched is written into its snapshot |
 //! | `GET /v1/vms/{name}/logs` | | `LogsAnswer` |
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
 //! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
@@ -27,7 +27,8 @@ mod server;
 
 pub use api::{
     BalloonInfo, BalloonRequest, DiskInfo, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo,
-    NetInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo, WarmAnswer,
+    NetInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo,
+    WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub(crate) use listen::Acceptor;

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, LogsAnswer, ResetAnswer, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, VmInfo, WarmAnswer,
+    SnapshotProgress, SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
@@ -294,8 +294,9 @@ async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<
     Ok(Json(cancelled.await?))
 }
 
-async fn warm(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WarmAnswer> {
-    let recorded = with_fleet(fleet, move |fleet| Ok(WarmAnswer { pages: fleet.get(&name)?.vm.record_warm()? }));
+async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
+    let recorded =
+        with_fleet(fleet, move |fleet| Ok(WorkingSetAnswer { pages: fleet.get(&name)?.vm.record_working_set()? }));
     Ok(Json(recorded.await?))
 }
 
@@ -342,7 +343,7 @@ pub(super) fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}/reset", post(reset))
         .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
         .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
-        .route("/v1/vms/{name}/warm", post(warm))
+        .route("/v1/vms/{name}/working-set", post(working_set))
         .route("/v1/vms/{name}/pause", verb(Verb::Pause))
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", post(stop))

@@ -4,7 +4,7 @@
 mod index;
 mod manifest;
 mod state;
-mod warm;
+mod working_set;
 
 use std::fmt;
 use std::str::FromStr;
@@ -20,7 +20,7 @@ pub use manifest::{
     DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,
 };
 pub use state::{Sections, encode_sections};
-pub use warm::Warm;
+pub use working_set::WorkingSet;
 
 /// The version of the format that is written.
 pub const VERSION: Version = Version { major: 1, minor: 0 };

@@ -10,7 +10,7 @@ use vm_memory::Bytes;
 use super::support::*;
 use crate::*;
 
-const LOADS: [Load; 3] = [Load::Lazy, Load::Preload, Load::Warm(Vec::new())];
+const LOADS: [Load; 3] = [Load::Lazy, Load::Preload, Load::WorkingSet(Vec::new())];
 
 #[test]
 fn a_full_snapshot_comes_back_in_every_way() {
@@ -181,12 +181,12 @@ fn what_a_run_touched_is_read_ahead_in_the_next() {
     put(&run, 1000, 4);
     let touched = linear(&layout, &run.touched().unwrap());
     assert!(touched.iter().any(|run| run.contains(1000)) && !touched.iter().any(|run| run.contains(3000)));
-    record_warm(&at, &touched).unwrap();
-    let warm = Snapshot::open(&at).unwrap().warm().unwrap().unwrap();
+    record_working_set(&at, &touched).unwrap();
+    let warm = Snapshot::open(&at).unwrap().working_set().unwrap().unwrap();
     assert_eq!(warm, touched);
-    let image = snapshot.restore_ram(&store, &Load::Warm(warm)).unwrap();
+    let image = snapshot.restore_ram(&store, &Load::WorkingSet(warm)).unwrap();
     assert!(contents(&child(&image, &store)).iter().all(|byte| *byte == 3));
-    assert!(show(&at).unwrap().warm);
+    assert!(show(&at).unwrap().working_set);
 }
 
 #[test]

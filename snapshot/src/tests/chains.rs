@@ -181,13 +181,13 @@ fn children_outlive_the_merging_of_their_parent() {
     let dir = scratch();
     let made = chain(&store, dir.path());
     let at = |name: &str| dir.path().join(name);
-    record_warm(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
+    record_working_set(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
     let before: Vec<_> = ["a", "b", "c"].map(|name| restored(&at(name), &store, &Load::Lazy)).into();
     let vm = child(&Snapshot::open(&at("c")).unwrap().restore_ram(&store, &Load::Lazy).unwrap(), &store);
     let merged = compact(&at("b"), &SaveProgress::none()).unwrap();
     assert_eq!(merged.id, made[1].0, "the contents are the same, and so is its identity");
     let b = Snapshot::open(&at("b")).unwrap();
-    assert!(b.depth() == 1 && b.warm().unwrap().is_some() && b.section("vcpus").is_some());
+    assert!(b.depth() == 1 && b.working_set().unwrap().is_some() && b.section("vcpus").is_some());
     fs::remove_dir_all(at("a")).unwrap();
     for (name, before) in [("b", &before[1]), ("c", &before[2])] {
         verify(&at(name)).unwrap();
@@ -258,7 +258,9 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     let notes = || {
         std::fs::read_dir(at("base"))
             .unwrap()
-            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(crate::aside::NEEDED_BY))
+            .filter(|entry| {
+                entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(crate::staging::NEEDED_BY)
+            })
             .count()
     };
     assert_eq!(notes(), 1);

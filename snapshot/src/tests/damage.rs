@@ -20,7 +20,7 @@ fn small(compression: Compression) -> (tempfile::TempDir, PathBuf) {
     let at = dir.path().join("it");
     let disks = [DiskToSave { name: "root", space: &disk }];
     Saving { disks: &disks, compression, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
-    record_warm(&at, &[PageRange::new(2, 4)]).unwrap();
+    record_working_set(&at, &[PageRange::new(2, 4)]).unwrap();
     verify(&at).unwrap();
     (dir, at)
 }
@@ -108,18 +108,18 @@ fn files_cut_short_lengthened_or_missing_are_found_at_open() {
 fn a_damaged_hint_is_only_a_lost_hint() {
     let (_dir, at) = small(Compression::None);
     let path = at.join("warm");
-    assert_eq!(Snapshot::open(&at).unwrap().warm().unwrap(), Some(vec![PageRange::new(2, 4)]));
+    assert_eq!(Snapshot::open(&at).unwrap().working_set().unwrap(), Some(vec![PageRange::new(2, 4)]));
     for offset in 0..fs::metadata(&path).unwrap().len() {
         flip(&path, offset, 0x10);
         let snapshot = Snapshot::open(&at).unwrap();
-        assert!(matches!(snapshot.warm(), Err(error) if blames(&error, "warm")), "byte {offset}");
+        assert!(matches!(snapshot.working_set(), Err(error) if blames(&error, "warm")), "byte {offset}");
         assert!(verify(&at).is_err(), "byte {offset}");
         flip(&path, offset, 0x10);
     }
     // One of another snapshot, as sound as can be.
-    let other = format::Warm { id: SnapshotId::new(1), runs: vec![PageRange::new(1, 2)] };
+    let other = format::WorkingSet { id: SnapshotId::new(1), runs: vec![PageRange::new(1, 2)] };
     fs::write(&path, other.encode()).unwrap();
-    assert_eq!(Snapshot::open(&at).unwrap().warm().unwrap(), None);
+    assert_eq!(Snapshot::open(&at).unwrap().working_set().unwrap(), None);
 }
 
 #[test]

@@ -10,9 +10,9 @@ use rustix::io::Errno;
 
 use super::faults::Plan;
 use super::support::*;
-use crate::aside::NEEDED_BY;
 use crate::compact::compact_with;
 use crate::files::{Files, Op};
+use crate::staging::NEEDED_BY;
 use crate::{Error, SaveProgress, Saved};
 
 /// `one`, `two` on top of it, and what is to be `three` on top of that.

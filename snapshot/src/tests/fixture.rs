@@ -71,6 +71,6 @@ fn make_fixtures() {
     let save = Save { memory: &second, disks: &disks, sections, base, compression: Compression::Zstd, replace: true };
     save.to(&child, &SaveProgress::none()).unwrap();
     fix(&child, 0xb1b1, Some(0xa1a1));
-    record_warm(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
+    record_working_set(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
     assert_eq!(verify(&child).unwrap().snapshots, 2);
 }

@@ -134,7 +134,7 @@ impl World {
                 let load = match how {
                     0 => Load::Lazy,
                     1 => Load::Preload,
-                    _ => Load::Warm(linear(&layout(), &self.ram.touched().unwrap())),
+                    _ => Load::WorkingSet(linear(&layout(), &self.ram.touched().unwrap())),
                 };
                 let image = snapshot.restore_ram(&self.store, &load).unwrap();
                 self.ram = child(&image, &self.store);

@@ -29,7 +29,7 @@ fn small(dir: &Path, name: &str) -> PathBuf {
     let at = dir.join(name);
     let disks = [DiskToSave { name: "root", space: &disk }];
     Saving { disks: &disks, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
-    record_warm(&at, &[PageRange::new(2, 4)]).unwrap();
+    record_working_set(&at, &[PageRange::new(2, 4)]).unwrap();
     at
 }
 
@@ -37,7 +37,7 @@ fn small(dir: &Path, name: &str) -> PathBuf {
 fn read(at: &Path) -> Result<(), Error> {
     let (at, (told, heard)) = (at.to_owned(), channel());
     std::thread::spawn(move || {
-        let read = || Snapshot::open(&at)?.warm().map(drop);
+        let read = || Snapshot::open(&at)?.working_set().map(drop);
         let _ = told.send(read());
     });
     heard.recv_timeout(TIMEOUT).expect("it does not come to an end")
@@ -144,7 +144,7 @@ fn memory_of_any_size_costs_nothing_before_it_is_there() {
     match opened {
         Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error:?}"),
         Ok(snapshot) => {
-            for load in [Load::Lazy, Load::Preload, Load::Warm(vec![PageRange::new(0, HUGE >> 12)])] {
+            for load in [Load::Lazy, Load::Preload, Load::WorkingSet(vec![PageRange::new(0, HUGE >> 12)])] {
                 if let Ok(image) = snapshot.restore_ram(&store, &load) {
                     // Whether the host has the room or not, it says so.
                     let made = clade_memory::GuestRam::reserve(image.layout(), &store);
@@ -202,8 +202,8 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     let id = Snapshot::open(&at).unwrap().id();
     let pages = pages(&layout());
     let with = |runs: &[PageRange]| {
-        fs::write(at.join("warm"), format::Warm { id, runs: runs.to_vec() }.encode()).unwrap();
-        Snapshot::open(&at).unwrap().warm()
+        fs::write(at.join("warm"), format::WorkingSet { id, runs: runs.to_vec() }.encode()).unwrap();
+        Snapshot::open(&at).unwrap().working_set()
     };
     let damaged = |runs: &[PageRange]| {
         let found = with(runs);
@@ -219,21 +219,21 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     // More runs than there are pages are not even read.
     let plan = std::sync::Arc::new(super::faults::Plan::default());
     let files = crate::files::Files { plan: Some(plan.clone()) };
-    let many = format::Warm { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
+    let many = format::WorkingSet { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
     fs::write(at.join("warm"), many.encode()).unwrap();
     let snapshot = Snapshot::with(&files, &at).unwrap();
     let steps = plan.trace().len();
-    assert!(matches!(snapshot.warm(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
+    assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::Op::Read));
     // A count that is not that of the runs, in a file that is sealed.
-    let mut bytes = format::Warm { id, runs: vec![whole] }.encode();
+    let mut bytes = format::WorkingSet { id, runs: vec![whole] }.encode();
     bytes.truncate(bytes.len() - 8);
     bytes[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(at.join("warm"), format::seal(bytes)).unwrap();
-    assert!(matches!(snapshot.warm(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
+    assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     // What is recorded is made so.
-    record_warm(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
+    record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
     let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
-    assert_eq!(snapshot.warm().unwrap().as_deref(), Some(&wanted[..]));
+    assert_eq!(snapshot.working_set().unwrap().as_deref(), Some(&wanted[..]));
     verify(&at).unwrap();
 }

@@ -164,11 +164,11 @@ pub(crate) enum Deed {
     /// `two` is merged with `one`.
     Compact,
     /// What a run from `two` touched is written down.
-    Warm,
+    WorkingSet,
 }
 
 pub(crate) const DEEDS: [Deed; 6] =
-    [Deed::Fresh, Deed::Over, Deed::Incremental, Deed::Packed, Deed::Compact, Deed::Warm];
+    [Deed::Fresh, Deed::Over, Deed::Incremental, Deed::Packed, Deed::Compact, Deed::WorkingSet];
 
 /// The VMs that deeds are done with.
 pub(crate) struct Cast {
@@ -243,7 +243,7 @@ impl Cast {
         let mut saving = Saving { files: files.clone(), ..Saving::default() };
         match deed {
             Deed::Compact => return crate::compact::compact_with(files, &target, &SaveProgress::none()).map(drop),
-            Deed::Warm => return crate::warm::record_with(files, &target, &[PageRange::new(5, 7)]),
+            Deed::WorkingSet => return crate::working_set::record_with(files, &target, &[PageRange::new(5, 7)]),
             Deed::Fresh | Deed::Over => {}
             Deed::Incremental => saving.base = Some((&one, self.base.0, &self.base.1)),
             Deed::Packed => (saving.compression, saving.disks) = (Compression::Zstd, &disks),
@@ -256,7 +256,7 @@ impl Cast {
         match deed {
             Deed::Fresh => (None, &self.new),
             Deed::Over | Deed::Incremental | Deed::Packed => (Some(&self.two), &self.new),
-            Deed::Compact | Deed::Warm => (Some(&self.two), &self.two),
+            Deed::Compact | Deed::WorkingSet => (Some(&self.two), &self.two),
         }
     }
 

@@ -36,11 +36,11 @@ fn faulty(cast: &Cast, deed: Deed, step: u64, fault: Fault) {
     // Once more, with nothing wrong.
     cast.act(deed, &Files::default(), stage.path()).unwrap_or_else(|error| panic!("{what}: the retry: {error:?}"));
     assert!(cast.check(deed, stage.path(), &what), "{what}: the retry");
-    // A warm file sweeps only its own kind.
+    // A working-set file sweeps only its own kind.
     let mut expected = vec!["one", "two"];
     match deed {
         Deed::Fresh => expected.insert(1, "three"),
-        Deed::Warm => expected.insert(0, ".two.clade-0123456789abcdef"),
+        Deed::WorkingSet => expected.insert(0, ".two.clade-0123456789abcdef"),
         // A chain that was merged already is not written again.
         Deed::Compact if done.is_ok() || new => {
             let swept = names(stage.path()).iter().all(|name| !name.starts_with('.'));
@@ -125,7 +125,7 @@ fn what_is_published_has_been_synced_and_what_is_removed_is_known_to_be_replaced
         assert!(synced(aside) < first, "{deed:?}: the directory is synced before it is published");
         if deed == Deed::Incremental {
             let note = steps.iter().position(|(op, at)| {
-                *op == Op::Create && at.file_name().unwrap().to_string_lossy().starts_with(crate::aside::NEEDED_BY)
+                *op == Op::Create && at.file_name().unwrap().to_string_lossy().starts_with(crate::staging::NEEDED_BY)
             });
             let base = synced(&stage.path().canonicalize().unwrap().join("one"));
             assert!(note.unwrap() < base && base < first, "the note is on the disk before its dependent is");
@@ -159,7 +159,7 @@ fn one_that_is_being_written_is_not_swept() {
     let stage = cast.stage();
     let files = Files::default();
     let place = stage.path().canonicalize().unwrap().join("two");
-    let live = crate::aside::StagingDir::create(&files, place.clone()).unwrap();
+    let live = crate::staging::StagingDir::create(&files, place.clone()).unwrap();
     files.write(&live.path().join("state"), b"half").unwrap();
     cast.act(Deed::Over, &files, stage.path()).unwrap();
     assert!(live.path().join("state").exists(), "another save's directory stays");

@@ -39,7 +39,7 @@ pub enum RestoreLoad {
     /// All of it at once, into huge pages, and every checksum is compared.
     Preload,
     /// At each page's first access, after the recorded working set was read ahead.
-    Warm,
+    WorkingSet,
 }
 
 impl ForkImage {
@@ -59,8 +59,8 @@ impl ForkImage {
         let load = match options.load {
             RestoreLoad::Lazy => Load::Lazy,
             RestoreLoad::Preload => Load::Preload,
-            RestoreLoad::Warm => {
-                Load::Warm(snapshot.warm()?.ok_or_else(|| SnapshotError::Cold { path: dir.to_owned() })?)
+            RestoreLoad::WorkingSet => {
+                Load::WorkingSet(snapshot.working_set()?.ok_or_else(|| SnapshotError::Cold { path: dir.to_owned() })?)
             }
         };
         let ram = snapshot.restore_ram(context.store(), &load)?;

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::{CLUSTER, DiskImage, DiskRun};
 use clade_memory::{PAGE_SIZE, PageRange};
-use clade_snapshot::{Base, Compression, DiskToSave, Kind, Save, SaveProgress, Saved, Space, linear, record_warm};
+use clade_snapshot::{
+    Base, Compression, DiskToSave, Kind, Save, SaveProgress, Saved, Space, linear, record_working_set,
+};
 
 use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, ForkTimes};
@@ -168,17 +170,17 @@ impl Vm {
     }
 
     /// Records the VM's working set in the snapshot it was restored from or last saved to: the
-    /// pages it has touched since it was started, which `--warm` reads ahead. Returns their number.
+    /// pages it has touched since it was started, which `--working-set` reads ahead. Returns their number.
     ///
     /// # Errors
     /// When it has no snapshot, or the record cannot be made or written. An earlier record is then
     /// unchanged.
-    pub fn record_warm(&self) -> Result<u64, SnapshotError> {
+    pub fn record_working_set(&self) -> Result<u64, SnapshotError> {
         let busy = || SnapshotError::Busy { name: self.name().to_owned() };
         let last = self.saving.last.try_lock().map_err(|_| busy())?;
         let Some(last) = last.as_ref() else { return Err(SnapshotError::NoBase { name: self.name().to_owned() }) };
         let runs = linear(self.config().layout(), &self.ram().touched()?);
-        record_warm(&last.place.dir, &runs)?;
+        record_working_set(&last.place.dir, &runs)?;
         Ok(runs.iter().map(|run| run.len()).sum())
     }
 }

@@ -18,9 +18,9 @@ use crate::files::Files;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const STATE: &str = "state";
-pub(crate) const WARM: &str = "warm";
-/// The prefix of a warm file until it has its name.
-pub(crate) const WARM_ASIDE: &str = ".warm-";
+pub(crate) const WORKING_SET: &str = "warm";
+/// The prefix of a working-set file until it has its name.
+pub(crate) const WORKING_SET_ASIDE: &str = ".warm-";
 /// The prefix of a dependent's note, before 16 digits.
 pub(crate) const NEEDED_BY: &str = ".needed-by-";
 const MARK: &str = ".clade-";
@@ -50,8 +50,8 @@ fn is_ours(name: &str) -> bool {
         let number = stem.strip_prefix("disk-").unwrap_or("");
         stem == "memory" || (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
     };
-    [MANIFEST, STATE, WARM].contains(&name)
-        || name.strip_prefix(WARM_ASIDE).is_some_and(is_hex)
+    [MANIFEST, STATE, WORKING_SET].contains(&name)
+        || name.strip_prefix(WORKING_SET_ASIDE).is_some_and(is_hex)
         || name.strip_prefix(NEEDED_BY).is_some_and(is_hex)
         || name.strip_suffix(".data").or_else(|| name.strip_suffix(".index")).is_some_and(layer)
 }

@@ -1,7 +1,7 @@
-//! Any warm file: it is refused, or it makes the same bytes again.
+//! Any working-set file: it is refused, or it makes the same bytes again.
 #![no_main]
 
-use clade_snapshot::format::{Warm, seal};
+use clade_snapshot::format::{WorkingSet, seal};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -10,7 +10,7 @@ fuzz_target!(|bytes: &[u8]| {
     let with_head = seal([&head, bytes].concat());
     let fits = (bytes.len() as u64 / 16).to_le_bytes();
     let runs = seal([&head, &[0; 20][..], &fits, &bytes[..bytes.len() & !15]].concat());
-    for warm in [bytes, &with_head, &runs].map(Warm::decode).into_iter().flatten() {
-        assert_eq!(Warm::decode(&warm.encode()).as_ref(), Ok(&warm));
+    for warm in [bytes, &with_head, &runs].map(WorkingSet::decode).into_iter().flatten() {
+        assert_eq!(WorkingSet::decode(&warm.encode()).as_ref(), Ok(&warm));
     }
 });

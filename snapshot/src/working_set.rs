@@ -4,32 +4,33 @@ use std::path::Path;
 
 use clade_memory::{PAGE_SHIFT, PageRange};
 
-use crate::aside::{WARM, WARM_ASIDE, place, random};
 use crate::chain::read_manifest;
 use crate::error::Error;
 use crate::files::Files;
-use crate::format::Warm;
+use crate::format::WorkingSet;
+use crate::staging::{WORKING_SET, WORKING_SET_ASIDE, place, random};
 
 /// Records the pages of memory (see [`crate::linear`]) that a VM touched after it was started from
 /// the snapshot in `dir`, in the order of access. An earlier record is replaced.
 ///
 /// # Errors
 /// When it fails, the earlier record is as it was.
-pub fn record_warm(dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
+pub fn record_working_set(dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
     record_with(&Files::default(), dir, runs)
 }
 
 pub(crate) fn record_with(files: &Files, dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
     let dir = files.whole_dir(&place(dir)?)?;
     let manifest = read_manifest(files, &dir)?;
-    let warm = Warm::of(manifest.id, runs, manifest.memory.layer.bytes >> PAGE_SHIFT);
+    let warm = WorkingSet::of(manifest.id, runs, manifest.memory.layer.bytes >> PAGE_SHIFT);
     // Leftovers of crashes. A file being written now may be removed too: its writer then fails, and
     // only the hint is lost.
-    for name in files.names_like(&dir, WARM_ASIDE)? {
+    for name in files.names_like(&dir, WORKING_SET_ASIDE)? {
         files.unlink(&dir, &name)?;
     }
-    let aside = format!("{WARM_ASIDE}{:016x}", random()? as u64);
-    let written = files.write_in(&dir, &aside, &warm.encode()).and_then(|()| files.replace_in(&dir, &aside, WARM));
+    let aside = format!("{WORKING_SET_ASIDE}{:016x}", random()? as u64);
+    let written =
+        files.write_in(&dir, &aside, &warm.encode()).and_then(|()| files.replace_in(&dir, &aside, WORKING_SET));
     if written.is_err() {
         let _ = files.unlink(&dir, &aside);
     }

@@ -1,4 +1,4 @@
-//! The warm file: the pages of memory that a VM touched after it was started from the snapshot.
+//! The working-set file: the pages of memory that a VM touched after it was started from the snapshot.
 //!
 //! ```text
 //! "CLADEWRM"  u32 version  u32 0  u128 the snapshot  u64 runs
@@ -32,14 +32,14 @@ impl Piece for Seen {
 /// A working set. It is only a hint: a file that is missing, damaged or another snapshot's costs
 /// time alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Warm {
+pub struct WorkingSet {
     /// The snapshot it was recorded for.
     pub id: SnapshotId,
     /// The pages, in the order of their first access. All regions are one space.
     pub runs: Vec<PageRange>,
 }
 
-impl Warm {
+impl WorkingSet {
     /// The working set of a run with these accesses, in a memory of `pages`. Each page is listed
     /// once, at its first access.
     #[must_use]
@@ -102,7 +102,7 @@ impl Warm {
     /// Decodes a working set.
     ///
     /// # Errors
-    /// When the bytes are not a warm file.
+    /// When the bytes are not a working-set file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         let mut reader = unseal(bytes, MAGIC, "warm")?;
         let _reserved = reader.u32()?;
@@ -131,9 +131,9 @@ mod tests {
 
     #[test]
     fn it_comes_back_as_it_was() {
-        let warm = Warm { id: SnapshotId::new(77), runs: vec![PageRange::new(9, 12), PageRange::new(1, 2)] };
-        assert_eq!(Warm::decode(&warm.encode()), Ok(warm.clone()));
-        let empty = Warm { id: warm.id, runs: vec![PageRange::new(5, 5)] };
-        assert!(matches!(Warm::decode(&empty.encode()), Err(Damage::Value { .. })));
+        let warm = WorkingSet { id: SnapshotId::new(77), runs: vec![PageRange::new(9, 12), PageRange::new(1, 2)] };
+        assert_eq!(WorkingSet::decode(&warm.encode()), Ok(warm.clone()));
+        let empty = WorkingSet { id: warm.id, runs: vec![PageRange::new(5, 5)] };
+        assert!(matches!(WorkingSet::decode(&empty.encode()), Err(Damage::Value { .. })));
     }
 }
