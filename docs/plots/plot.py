@@ -16,7 +16,7 @@ import re
 import sys
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 48, 52
+LEFT, RIGHT, TOP, BOTTOM = 70, 40, 48, 52
 STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #57606a }
   .title { font-size: 15px; font-weight: 600; fill: #24292f }

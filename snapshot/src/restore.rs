@@ -36,7 +36,7 @@ pub enum Load {
     Lazy,
     /// All of it now, into huge pages. Each chunk is compared with its checksum.
     Preload,
-    /// As [`Load::Lazy`], but these pages are read ahead: [`Snapshot::warm`], or others.
+    /// As [`Load::Lazy`], but these pages are read ahead: [`Snapshot::working_set`], or others.
     WorkingSet(Vec<PageRange>),
 }
 

@@ -17,11 +17,17 @@ impl Table {
         Self(table)
     }
 
+    /// A row of figures, behind what they are of.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let align = |(column, text): (usize, String)| {
             Cell::new(text).set_alignment(if column == 0 { CellAlignment::Left } else { CellAlignment::Right })
         };
         self.0.add_row(cells.into_iter().enumerate().map(align));
+    }
+
+    /// A row of words, not of figures.
+    pub(crate) fn words(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.0.add_row(cells.into_iter().map(Cell::new));
     }
 
     pub(crate) fn print(&self) -> io::Result<()> {

@@ -64,7 +64,7 @@ impl LinuxReport {
         );
         let mut table = Table::new(["typed into", "command", "answer"]);
         for (n, answer) in (1..).zip(&self.answers) {
-            table.row([format!("child {n}"), answer.command.into(), shortened(&answer.answer)]);
+            table.words([format!("child {n}"), answer.command.into(), shortened(&answer.answer)]);
         }
         table.print()
     }

@@ -150,7 +150,7 @@ impl PinList {
 /// them: a layer's page does not change (I4), and one that the guest writes meanwhile is copied
 /// *away* from the device, which was asked for what was there before. Such a pin holds the views
 /// its region shows while it lasts, and with them the layers, files and frames
-/// ([`crate::region::grace`]); no reset, discard or eviction takes a page of its range away.
+/// (`region/grace.rs`); no reset, discard or eviction takes a page of its range away.
 pub struct DmaPin {
     /// Before the region may go.
     trace: trace::Device,
