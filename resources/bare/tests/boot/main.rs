@@ -188,7 +188,12 @@ fn two_vcpus_share_a_counter() {
 fn announce_interrupts_and_leaves_no_other_trace() {
     let vm = boot!(SMALL);
     vm.give(0, Command::Spin);
-    std::thread::sleep(Duration::from_millis(20));
+    // It spins, however long a busy host has kept it from that: else there is nothing to interrupt.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while vm.mailbox(0, offset::PROGRESS) == 0 {
+        assert!(Instant::now() < deadline, "the vCPU does not spin");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let start = Instant::now();
     let seq = vm.give(0, Command::Announce);
     assert_eq!(vm.report(), Report { event: Event::Announce, vcpu: 0, seq: seq as u16 });
