@@ -122,8 +122,9 @@ fn map_end(map: &LayerMap) -> u64 {
 /// time left.
 fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Config) -> bool {
     let (pieces, deep) = last_compacted;
-    map.len() > config.compact_at_pieces.max(pieces + pieces / 2)
-        || (map.len() > deep + config.compact_at_layers && layers([map]) > deep + config.compact_at_layers)
+    // No threshold is too large: it is a user's.
+    let deep = deep.saturating_add(config.compact_at_layers);
+    map.len() > config.compact_at_pieces.max(pieces + pieces / 2) || (map.len() > deep && layers([map]) > deep)
 }
 
 /// A copy of parts of a map in one layer.

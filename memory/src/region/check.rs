@@ -13,6 +13,7 @@ use crate::units::PageRange;
 
 /// Two that must agree and do not: a bug in this crate, or a writer that was not stopped.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum CheckError {
     /// The table claims what the kernel does not confirm.
     #[error("I1: {range} are called exclusive and are not the VM's own")]

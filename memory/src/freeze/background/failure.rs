@@ -8,6 +8,7 @@ use thiserror::Error;
 
 /// Why a layer was never finished.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FillError {
     /// There was no memory for a page of it, or the page could not be read.
     #[error("{range} of the frozen VM could not be copied into the layer", range = crate::units::PageRange::with_len(*.page, *.pages))]

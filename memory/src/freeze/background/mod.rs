@@ -76,6 +76,7 @@ pub(crate) use work::{Origin, Part};
 
 /// Why nothing can be frozen in the background.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum BackgroundError {
     /// No userfaultfd.
     #[error(
