@@ -39,7 +39,8 @@ impl MappingBudget {
     pub(crate) fn of_this_process(max_mappings: Option<u64>) -> Self {
         static TOTAL: LazyLock<Arc<AtomicU64>> = LazyLock::new(Arc::default);
         let max = fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|s| s.trim().parse().ok());
-        let limit = max_mappings.unwrap_or_else(|| max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE));
+        let kernel = max.unwrap_or(DEFAULT_MAX_MAP_COUNT).saturating_sub(RESERVE);
+        let limit = max_mappings.map_or(kernel, |most| most.min(kernel));
         Self { used: Arc::default(), total: Arc::clone(&TOTAL), limit }
     }
 

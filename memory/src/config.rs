@@ -20,8 +20,8 @@ pub struct Config {
     /// The page size layers live in. `None`: 2 MiB where the host allows it, else 4 KiB with a
     /// warning ([`Store::warning`](crate::Store::warning)).
     pub backing: Option<Backing>,
-    /// Memory mappings that all stores of this process may have when this one asks. `None`:
-    /// `vm.max_map_count` less 4,096.
+    /// Memory mappings that all stores of this process may have when this one asks. Never more
+    /// than `vm.max_map_count` less 4,096, which is also the default.
     pub max_mappings: Option<u64>,
     /// Private pages from which on [`FreezeMode::Auto`](crate::FreezeMode::Auto) leaves copying to
     /// the background.

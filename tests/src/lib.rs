@@ -34,7 +34,7 @@ use clade_vmm::vm::Context;
 pub struct Turn {
     host: Arc<Host>,
     _deadline: Deadline,
-    _alone: Option<MutexGuard<'static, ()>>,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Turn {
@@ -45,19 +45,7 @@ impl Turn {
     #[must_use]
     pub fn take(patience: Duration) -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
-        Self::open(patience, Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-
-    /// Beside other tests: for guests that sleep while they wait. As many run as the harness has threads, which is one
-    /// a processor.
-    ///
-    /// `None`, with the reason printed, on a host that cannot run VMs.
-    #[must_use]
-    pub fn shared(patience: Duration) -> Option<Self> {
-        Self::open(patience, None)
-    }
-
-    fn open(patience: Duration, alone: Option<MutexGuard<'static, ()>>) -> Option<Self> {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let userfaultfd = Path::new("/dev/userfaultfd");
         if required("uffd") && !userfaultfd.exists() {
             skip("uffd", "/dev/userfaultfd is missing");

@@ -1,6 +1,6 @@
 //! Linux: booted once for all tests of this file, which go on in forks of it. Where guest kernels are interpreted a boot
-//! takes half a minute, and a kernel with less than a processor to itself does little but serve its timer. So as many
-//! tests run at a time as there are processors, and each runs one guest at a time.
+//! takes half a minute, and a kernel with less than a processor to itself does little but serve its timer. So one runs at a
+//! time.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -13,8 +13,8 @@ use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
-const TIMEOUT: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(1800);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 
 /// A shell at its prompt.
@@ -83,7 +83,7 @@ fn ask(vm: &Vm, line: &str) -> String {
 
 #[test]
 fn linux_boots_to_a_shell_that_answers() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     assert!(booted.console.contains("Linux version 6.1"), "{}", booted.console);
     assert!(booted.console.contains("clade-guest ready"), "{}", booted.console);
@@ -96,7 +96,7 @@ fn linux_boots_to_a_shell_that_answers() {
 
 #[test]
 fn linux_children_are_told_apart() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     assert_eq!(ask(&one, "who=the-first; echo $who"), "the-first");
@@ -117,7 +117,7 @@ fn linux_children_are_told_apart() {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_a_line() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let parent = booted.child("typing");
     parent.resume().unwrap();
@@ -139,7 +139,7 @@ fn linux_is_forked_in_the_middle_of_a_line() {
 
 #[test]
 fn linux_time_goes_on_in_a_child() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let child = booted.child("clock");
     let uptime = |vm: &Vm| ask(vm, "read -r up idle </proc/uptime; echo $up").parse::<f64>().unwrap();
@@ -152,7 +152,7 @@ fn linux_time_goes_on_in_a_child() {
 
 #[test]
 fn linux_reboots_through_the_keyboard_controller() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let child = booted.child("rebooting");
     child.resume().unwrap();
@@ -169,7 +169,7 @@ fn linux_reboots_through_the_keyboard_controller() {
 
 #[test]
 fn linux_with_two_vcpus_is_forked() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::boot(&turn, 2) else { return };
     let child = booted.child("two-vcpus");
     assert_eq!(ask(&child, "nproc"), "2");
@@ -186,7 +186,7 @@ fn linux_with_two_vcpus_is_forked() {
 
 #[test]
 fn a_bzimage_is_unpacked_and_started() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(linux) = Linux::find() else { return };
     let context = turn.context(Backing::Huge);
     let vm = linux.boot(&context, "bzImage", 1, "earlyprintk=serial");

@@ -23,8 +23,8 @@ use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
 use tempfile::TempDir;
 
 const BOOT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
-const TIMEOUT: Duration = Duration::from_secs(900);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(1800);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
 /// What goes over the network.
 const BYTES: usize = 1 << 20;
@@ -179,7 +179,7 @@ fn private_kib(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_chooses_indirect_tables_where_it_can() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("features");
     // A character a bit, and the devices in their order. Its balloon driver declines: to report free memory it must not need any.
@@ -193,7 +193,7 @@ fn linux_chooses_indirect_tables_where_it_can() {
 
 #[test]
 fn linux_siblings_draw_random_bytes_of_their_own() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
@@ -214,7 +214,7 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
 
 #[test]
 fn linux_is_heard_and_typed_at_on_its_virtio_console() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("hvc");
     let hvc = vm.virtio_console().unwrap();
@@ -236,7 +236,7 @@ fn linux_is_heard_and_typed_at_on_its_virtio_console() {
 #[test]
 fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     const MIB: u64 = 96;
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("balloon");
     let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=24 2>/dev/null; rm /tmp/fill; echo used";
@@ -327,7 +327,7 @@ fn talk(vm: &Vm, word: &str) {
 
 #[test]
 fn linux_talks_through_sockets_both_ways() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("sockets");
     assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.path().join("sockets.vsock"));
@@ -342,7 +342,7 @@ fn linux_talks_through_sockets_both_ways() {
 
 #[test]
 fn linux_is_put_back_with_everything_it_has() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("reset");
     assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && echo mounted"), "mounted");
@@ -366,7 +366,7 @@ fn linux_is_put_back_with_everything_it_has() {
 
 #[test]
 fn linux_moves_bytes_through_its_network() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
@@ -413,7 +413,7 @@ impl Slow {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_everything() {
-    let Some(turn) = Turn::shared(TIMEOUT) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Fragment, IoFile};
+use clade_io::{AlignedBuf, Failure, Fragment, IoFile};
 
 use super::DiskError;
 use super::map::CLUSTER;
@@ -75,6 +75,14 @@ impl Job {
         }
     }
 
+    /// Notes an error. The first one stays, but a cancellation hides none: the kernel reports a
+    /// lost write once, and a flush that was given up must not forget it.
+    pub(super) fn fail(&mut self, error: DiskError) {
+        if matches!(self.error, None | Some(DiskError::Transfer(Failure::Cancelled))) {
+            self.error = Some(error);
+        }
+    }
+
     pub(super) fn end(&self) -> u64 {
         self.offset + self.len
     }
@@ -138,5 +146,30 @@ impl RmwEdges {
         all.extend_from_slice(buffers);
         all.extend(self.tail.as_ref().and_then(|edge| edge.part(end, edge.start() + edge.bytes.len() as u64)));
         (start, all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost(errno: i32) -> DiskError {
+        Failure::Io { path: "image".into(), source: std::io::Error::from_raw_os_error(errno) }.into()
+    }
+
+    #[test]
+    fn a_cancellation_hides_no_lost_write() {
+        let errno = |job: &Job| match &job.error {
+            Some(DiskError::Transfer(failure)) => failure.errno(),
+            _ => None,
+        };
+        let mut job = Job::new(1, 0, 0, Work::Flush);
+        job.fail(Failure::Cancelled.into());
+        assert_eq!(errno(&job), None);
+        job.fail(lost(libc::EIO));
+        assert_eq!(errno(&job), Some(libc::EIO));
+        job.fail(lost(libc::ENOSPC));
+        job.fail(Failure::Cancelled.into());
+        assert_eq!(errno(&job), Some(libc::EIO), "the first that the kernel has reported");
     }
 }

@@ -293,7 +293,7 @@ impl RequestTable {
         // The memory goes here, whether or not the job goes on: what it still needs it has itself.
         drop(completion.buffers);
         if let Err(failure) = completion.result {
-            job.error.get_or_insert(failure.into());
+            job.fail(failure.into());
         }
         Some((at, job))
     }

@@ -234,12 +234,12 @@ impl GuestRegion {
     /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns
     /// dropped, nothing has changed.
     fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
-        let delta = self.delta(state, plan, mode)?;
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.base, kept);
         // Promised before anything is touched (D5): each run adds itself and splits what it lies
-        // in.
+        // in. First, because what the background may map comes on top.
         state.space.reserve_runs(to_remap.len())?;
+        let delta = self.delta(state, plan, mode)?;
         Ok(Prepared { delta, to_remap })
     }
 
@@ -397,7 +397,7 @@ impl GuestRegion {
             .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
         // Mappings that the background may make when it shares copied runs back: as many as are to
         // be had, none if there are none.
-        let used = state.space.mappings().len() as u64;
+        let used = state.space.promised();
         let allowance =
             (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share().saturating_sub(used));
         let allowance = state.space.reserve(used + allowance).map_or(0, |()| allowance);
@@ -412,6 +412,7 @@ impl GuestRegion {
             beneath,
             mapping,
             allowance,
+            keep: self.store.config().keep_pages,
             later,
         };
         let bg_copy = BackgroundCopy::new(&shared, &self.at, delta)?;

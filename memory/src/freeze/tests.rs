@@ -228,6 +228,30 @@ fn d5_a_freeze_shares_copies_within_its_share_and_the_budget() {
     assert_eq!(mappings_after(10, 8), 1);
 }
 
+/// What leaves the base file and what the background may map are both promised, not the larger one.
+#[test]
+fn d5_base_remaps_take_nothing_from_the_background() {
+    let store = Store::open_small().unwrap();
+    let (ram, pins) = with_pins(&store);
+    let region = &ram.regions()[0];
+    // Private runs of the VM's own, beside base pages with pinned ones between them.
+    region.discard(PageRange::new(450, 600)).unwrap();
+    (0..5).for_each(|nth| write(&ram, PageRange::with_len(455 + 30 * nth, 12)));
+    let mut state = region.checked(region.range()).unwrap();
+    let table = region.table.lock();
+    let plan = region.plan(&state, &table).unwrap();
+    let prepared = region.prepare_freeze(&mut state, &plan, FreezeMode::Background).unwrap();
+    region.commit_freeze(&mut state, &table, &plan, prepared).unwrap();
+    let (made, promised) = (state.space.mappings().len() as u64, state.space.promised());
+    assert!(made > PINNED && promised >= made + 2 * 5, "{made} mappings were made, and {promised} promised");
+    drop(plan);
+    drop((table, state));
+    ram.finish_background().unwrap();
+    let state = region.state();
+    assert_eq!(state.space.promised(), state.space.mappings().len() as u64);
+    drop((state, pins));
+}
+
 #[test]
 fn d5_the_background_is_promised_two_mappings_a_run() {
     let store = Store::open_small().unwrap();

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use crate::layer::Layer;
 use crate::region::GuestRegion;
 use crate::region::pin::{Access, DmaPin, PinError, PinLifetime};
 
@@ -22,7 +23,8 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// The file. The region's first byte is its first, and it is as long as the region.
+    /// The file. The region's first byte is its first. It may be longer than the region: use
+    /// [`SharedFile::len`].
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
@@ -51,15 +53,23 @@ impl GuestRegion {
     /// # Errors
     /// [`PinError::NotInOneFile`] where there is no such file; the errors of a pin.
     pub fn share_file(self: &Arc<Self>) -> Result<SharedFile, PinError> {
+        if !self.is_live() {
+            return Err(PinError::Empty { base: self.base.0 });
+        }
+        // Before the pin, which would unshare all that is not in the file.
+        self.whole_file()?;
         let pin = self.pin(self.range(), Access::Write, PinLifetime::LongTerm)?;
-        // After the pin: what is mapped shared now stays so for as long as it is held.
+        // After it: what is mapped shared now stays so for as long as it is held.
+        let file = self.whole_file()?.file().try_clone().map_err(PinError::File)?;
+        Ok(SharedFile { file, pin })
+    }
+
+    /// The base file, if all of the region is mapped shared over it.
+    fn whole_file(&self) -> Result<Arc<Layer>, PinError> {
         let state = self.state_for_pin();
         let shared = state.space.mappings().base_pages();
-        let base_file = state.space.base_file().filter(|_| shared == self.pages());
-        let base_file = base_file.ok_or(PinError::NotInOneFile { base: self.base.0, pages: self.pages(), shared })?;
-        let file = base_file.file().try_clone().map_err(PinError::File)?;
-        drop(state);
-        Ok(SharedFile { file, pin })
+        let base_file = state.space.base_file().filter(|_| shared == self.pages()).cloned();
+        base_file.ok_or(PinError::NotInOneFile { base: self.base.0, pages: self.pages(), shared })
     }
 }
 
@@ -106,6 +116,7 @@ mod tests {
                     child.regions()[0].share_file(),
                     Err(PinError::NotInOneFile { pages: PAGES, shared: 0, .. })
                 ));
+                assert_eq!(child.stats().unwrap().exclusive, 0, "what is refused unshares nothing");
                 ram.check(&quiesced).unwrap();
             }
             drop(shared);

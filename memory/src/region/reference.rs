@@ -217,10 +217,8 @@ impl GuestRegion {
         if broken(Break::OwnReference) {
             table.set_exclusive(range);
         }
-        if shown.is_err() {
-            // What was not reached is still this VM's own.
-            self.reclaim(state, table, range);
-        }
+        // Failing, what was not reached is still this VM's own, but its bits are given up. Setting them
+        // again is for the caller: a discard that is refused a mapping drops the copies first (I8).
         state.space.trim();
         shown
     }
@@ -228,8 +226,10 @@ impl GuestRegion {
     fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let sources = page.sources(range);
         // Promised before anything is touched (D5): each piece adds itself and splits what it lies
-        // in.
-        state.space.reserve_runs(sources.len().max(1))?;
+        // in. Zeros are one piece, and may take the place of as many as they need.
+        if !sources.is_empty() {
+            state.space.reserve_runs(sources.len())?;
+        }
         let base = state.space.mappings().base_within(range);
         if sources.is_empty() {
             state.space.show(range, &Mapping::Zero)?;
@@ -363,6 +363,27 @@ mod tests {
         let child = GuestRam::reserve(third.layout(), &store).unwrap();
         child.adopt(&third).unwrap();
         (0..PAGES).for_each(|p| assert_eq!(word(&ram, p), word(&child, p), "page {p} of parent and child"));
+    }
+
+    /// Zeros in place of zeros that were written to take no mapping, so none has to be left.
+    #[test]
+    fn d5_a_discard_of_one_piece_needs_no_mapping_of_its_own() {
+        let store = Store::open_with_budget(crate::MappingBudget::with_limit(100));
+        let ram = base(&store);
+        let region = &ram.regions()[0];
+        region.discard(PageRange::new(0, 100)).unwrap();
+        (0..120).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE + 8)).unwrap());
+        let others = store.budget().promise(store.budget().left()).unwrap();
+        let done = region.discard(PageRange::new(0, 100)).unwrap();
+        assert_eq!(done, Discarded { discarded: 100, pinned: 0, unmapped: 0 });
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        assert_eq!((word(&ram, 0), word(&ram, 99), word(&ram, 100)), (0, 0, 101));
+        // More than a piece, and no mapping for it: the copies go, and no bit says otherwise.
+        let done = region.discard(PageRange::new(50, 110)).unwrap();
+        assert_eq!((done.discarded, done.unmapped), (60, 60));
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        assert_eq!((word(&ram, 105), word(&ram, 115)), (0, 116));
+        drop(others);
     }
 
     #[test]

@@ -126,6 +126,8 @@ impl AddressSpace {
         }
         match want {
             Mapping::Private(source) | Mapping::SharedBase(source) => self.map.insert(range, source.clone()),
+            // A map that is not changed stays the one that others have too.
+            Mapping::Zero | Mapping::Absent if self.map.within(range).is_empty() => {}
             Mapping::Zero | Mapping::Absent => {
                 self.map.remove(range);
             }
@@ -187,6 +189,10 @@ impl AddressSpace {
     /// freeze.
     pub(super) fn note_shared_back(&mut self, run: PageRange, source: Source) {
         self.mappings.insert(run, Mapping::Private(source));
+        debug_assert!(
+            self.mappings.len() as u64 <= self.promise.count(),
+            "D5: a copy has mapped more than was promised"
+        );
     }
 
     /// Shows `map` again, undoing a freeze whose copies were mapped nowhere. Returns the view that
@@ -199,7 +205,8 @@ impl AddressSpace {
     /// there ([`Self::free_base`]). Failing, nothing has changed.
     pub(crate) fn withdraw(&mut self, piece: PageRange) -> Result<(), RamError> {
         let Some(base_file) = self.base_file.clone() else { return Ok(()) };
-        self.reserve_runs(1)?;
+        // On top of what a background copy has been promised.
+        self.reserve(self.promise.count() + 2)?;
         self.at
             .replace_private(piece, base_file.as_fd(), piece.start)
             .map_err(|source| RamError::Map { range: piece, source })?;

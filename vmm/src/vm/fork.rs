@@ -298,6 +298,9 @@ pub struct PauseGuard<'a> {
 impl PauseGuard<'_> {
     /// Proof that only the kernel writes to the VM's memory while the guard is held, through pins:
     /// vCPUs are parked, and devices stand still.
+    ///
+    /// A [`Vm::reset`] by another thread is the exception: it pauses the VM too, and then replaces
+    /// its memory. Do not reset a VM while the proof is in use.
     #[must_use]
     pub fn quiesced(&self) -> Quiesced<'_> {
         Quiesced::by(self)

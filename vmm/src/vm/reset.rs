@@ -25,12 +25,13 @@
 //! A failure after 3 leaves the VM paused, and only another reset mends it. The VM's identity
 //! stays: name, addresses, interfaces, sockets.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::vm::error::VmError;
-use crate::vm::fork::ForkImage;
+use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation;
 use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
@@ -41,6 +42,12 @@ use crate::vm::vcpu::{Start, StartCommand};
 const HALT: Duration = Duration::from_secs(2);
 /// How long is waited for pins that are not the VM's devices'.
 const PINS: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+thread_local! {
+    /// Whether the next reset of this thread panics when memory is back and nothing else is.
+    pub(super) static PANIC_IN_LOAD: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
 
 /// What a reset did, and where its time went.
 #[derive(Clone, Copy, Debug, Default)]
@@ -107,22 +114,30 @@ impl Vm {
             return Err(VmError::InFlight { place, seconds: HALT.as_secs() });
         }
         let halted = Instant::now();
-        let memory = self.ram().reset(&image.ram, &guard.quiesced(), PINS);
-        let dropped = Instant::now();
-        let done = match memory {
-            // Nothing has changed: the guard lets everything go on.
-            Err(error) if !self.ram().is_inconsistent() => return Err(error.into()),
-            Err(error) => Err(error.into()),
-            Ok(memory) => self.load(image).map(|()| memory),
+        // From here on a failure leaves parts of two instants: an error, or a panic, whose caller may
+        // go on without it.
+        let put_back = || {
+            let memory = self.ram().reset(&image.ram, &guard.quiesced(), PINS);
+            let dropped = Instant::now();
+            let done = match memory {
+                Err(error) => Err((error.into(), self.ram().is_inconsistent())),
+                Ok(memory) => self.load(image).map(|()| memory).map_err(|error| (error, true)),
+            };
+            (done, dropped)
+        };
+        let (done, dropped) = match catch_unwind(AssertUnwindSafe(put_back)) {
+            Ok(done) => done,
+            Err(panic) => {
+                self.hold_inconsistent(guard);
+                resume_unwind(panic);
+            }
         };
         let memory = match done {
             Ok(memory) => memory,
-            Err(error) => {
-                self.inconsistent.store(true, Ordering::Release);
-                if !self.held.swap(true, Ordering::AcqRel) {
-                    // The guard's pause becomes the owner's.
-                    std::mem::forget(guard);
-                }
+            // Nothing has changed: the guard lets everything go on.
+            Err((error, false)) => return Err(error),
+            Err((error, true)) => {
+                self.hold_inconsistent(guard);
                 return Err(error);
             }
         };
@@ -141,8 +156,19 @@ impl Vm {
         Ok(report)
     }
 
+    /// Keeps it paused after a reset that has ended half-way.
+    fn hold_inconsistent(&self, guard: PauseGuard<'_>) {
+        self.inconsistent.store(true, Ordering::Release);
+        if !self.held.swap(true, Ordering::AcqRel) {
+            // The guard's pause becomes the owner's.
+            std::mem::forget(guard);
+        }
+    }
+
     /// Everything but memory, which is the image's already.
     fn load(&self, image: &Arc<ForkImage>) -> Result<(), VmError> {
+        #[cfg(test)]
+        assert!(!PANIC_IN_LOAD.take(), "asked to panic");
         // The image's id is that of its other children too, and every VM needs its own.
         if self.config.has_generation() {
             generation::renew(self.ram().memory())?;

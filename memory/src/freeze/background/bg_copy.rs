@@ -53,6 +53,8 @@ pub(crate) struct Delta {
     pub(crate) mapping: Promise,
     /// Mappings the region may be given.
     pub(crate) allowance: u64,
+    /// Pages that stay the region's own in any case, as in an eager freeze.
+    pub(crate) keep: u64,
     /// Who puts its blocks together when it is complete.
     pub(crate) later: Option<TaskSender>,
 }

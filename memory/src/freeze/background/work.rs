@@ -35,8 +35,6 @@ const MIN_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
 /// a moment.
 const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
 const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
-/// Pages that stay the parent's own in any case, as in an eager freeze.
-const KEEP_PAGES: u64 = if cfg!(shuttle) { 2 } else { 256 };
 
 /// The delta has it.
 pub(super) const FILLED: u8 = 1;
@@ -127,6 +125,8 @@ pub(super) struct Work {
     stage: Stage,
     /// Mappings that the region may still be given.
     allowance: u64,
+    /// Pages that stay the region's own in any case.
+    keep: u64,
     later: Option<TaskSender>,
     pub(super) remapped: Vec<(PageRange, u64)>,
     pub(super) readers: Vec<Reader>,
@@ -181,7 +181,7 @@ fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
 impl Work {
     /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
     pub(super) fn new(shared: &CopyService, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
-        let Delta { file, parts, beneath, mapping, allowance, later } = delta;
+        let Delta { file, parts, beneath, mapping, allowance, keep, later } = delta;
         let count = parts.last().map_or(0, |part| part.file().end);
         let all = PageRange::new(0, count);
         // A page that is there is taken for filled.
@@ -205,6 +205,7 @@ impl Work {
             pages: vec![0; count as usize],
             stage: Stage::Copy(0),
             allowance,
+            keep,
             later,
             remapped: Vec::new(),
             readers: Vec::new(),
@@ -447,7 +448,7 @@ impl Work {
         // Each adds itself and splits what it lies in.
         runs.truncate((self.allowance / 2) as usize);
         let wanted = runs.iter().take_while(|(run, _)| {
-            let more = left > KEEP_PAGES;
+            let more = left > self.keep;
             left = left.saturating_sub(run.len());
             more
         });

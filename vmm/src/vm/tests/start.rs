@@ -64,6 +64,24 @@ fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
     goes_on(&vm, &PAIRS).unwrap();
 }
 
+/// The caller may outlive the panic, as the daemon's requests do.
+#[test]
+fn a_reset_that_panics_half_way_keeps_the_vm_paused_and_another_reset_mends_it() {
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let vm = boot(&context, &PAIRS);
+    let (image, _) = vm.fork().unwrap();
+    crate::vm::reset::PANIC_IN_LOAD.set(true);
+    let reset = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vm.reset(&image).map(drop)));
+    assert!(reset.is_err(), "asked to panic");
+    assert!(vm.is_paused());
+    assert!(matches!(vm.resume().unwrap_err(), VmError::Inconsistent));
+    assert!(matches!(vm.fork().unwrap_err(), VmError::Inconsistent));
+    vm.reset(&image).unwrap();
+    vm.resume().unwrap();
+    goes_on(&vm, &PAIRS).unwrap();
+}
+
 /// vCPU 2 restarts vCPU 1 by INIT and SIPI, and is kicked long after it: the reset finds a SIPI
 /// latched. In the image vCPU 1 waits for one, and nobody sends it.
 #[test]
