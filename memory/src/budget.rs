@@ -147,6 +147,13 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_the_users_is_never_above_the_kernels() {
+        let kernel = MappingBudget::of_this_process(None).limit();
+        assert_eq!(MappingBudget::of_this_process(Some(u64::MAX)).limit(), kernel);
+        assert_eq!(MappingBudget::of_this_process(Some(7)).limit(), 7);
+    }
+
+    #[test]
     fn promises_add_up_and_come_back() {
         let budget = MappingBudget::with_limit(10);
         let mut a = budget.promise(6).unwrap();

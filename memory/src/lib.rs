@@ -64,8 +64,10 @@ mod units;
 pub use budget::{BudgetError, MappingBudget};
 pub use config::Config;
 pub use error::RamError;
+#[cfg(any(test, feature = "hazard"))]
+pub use freeze::PinPolicy;
 pub use freeze::background::{BackgroundError, FillError};
-pub use freeze::{FreezeMode, FreezeReport, PinPolicy};
+pub use freeze::{FreezeMode, FreezeReport};
 pub use layer::LayerId;
 pub use layer::builder::LayerBuilder;
 pub use layer::compact::CompactReport;

@@ -113,24 +113,23 @@ impl Store {
     /// had.
     pub fn with_config(config: Config) -> Result<Self, StoreError> {
         let budget = MappingBudget::of_this_process(config.max_mappings);
-        let mount = || HugeTmpfs::mount().map_err(StoreError::Huge);
-        match config.backing {
-            Some(Backing::Small) => Self::assemble(None, None, budget, config),
-            Some(Backing::Huge) => Self::assemble(Some(mount()?), None, budget, config),
-            None => match mount() {
-                Ok(fs) => Self::assemble(Some(fs), None, budget, config),
-                Err(StoreError::Huge(error)) => {
+        let (huge, warning) = match config.backing {
+            Some(Backing::Small) => (None, None),
+            Some(Backing::Huge) => (Some(HugeTmpfs::mount().map_err(StoreError::Huge)?), None),
+            None => match HugeTmpfs::mount() {
+                Ok(fs) => (Some(fs), None),
+                Err(error) => {
                     let warning = format!(
                         "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
                          shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
                          huge pages to mend it"
                     );
                     tracing::warn!("{warning}");
-                    Self::assemble(None, Some(warning), budget, config)
+                    (None, Some(warning))
                 }
-                Err(error) => Err(error),
             },
-        }
+        };
+        Self::assemble(huge, warning, budget, config)
     }
 
     /// In 4 KiB pages, with a budget of its own.

@@ -175,16 +175,16 @@ fn expect(vm: &GuestRam, want: &[u64]) {
 }
 
 #[test]
-fn a_patchwork_is_sewn_together_with_the_same_contents() {
+fn many_pieces_are_merged_with_the_same_contents() {
     for store in stores() {
         let mut images = Vec::new();
         let (ram, want) = patchwork(&store, 20, 4096, |_, image| images.push(image));
         let image = images.last().unwrap();
-        let (sewn, report) = image.compact(&store).unwrap();
+        let (merged, report) = image.compact(&store).unwrap();
         assert!(report.layers_before > 3, "{report:?}");
         assert!(report.layers <= 2 && report.pieces < report.pieces_before / 2, "{report:?}");
-        assert_eq!((sewn.layers() as u64, sewn.mappings() as u64), (report.layers, report.pieces));
-        expect(&child(&sewn, &store), &want);
+        assert_eq!((merged.layers() as u64, merged.mappings() as u64), (report.layers, report.pieces));
+        expect(&child(&merged, &store), &want);
         expect(&child(image, &store), &want);
 
         let before = ram.stats().unwrap();
@@ -194,7 +194,7 @@ fn a_patchwork_is_sewn_together_with_the_same_contents() {
         ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         assert_eq!((after.exclusive, after.shared), (before.exclusive, before.shared), "nobody owns more than before");
         expect(&ram, &want);
-        // Back to what the first image was, and forward to the sewn one.
+        // Back to what the first image was, and forward to the merged one.
         ram.reset(&images[0], &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         expect(
             &ram,
@@ -202,9 +202,9 @@ fn a_patchwork_is_sewn_together_with_the_same_contents() {
                 .map(|page| if page % 37 == 0 && page < EACH * 37 { 1 << 32 | page } else { page + 1 })
                 .collect::<Vec<_>>(),
         );
-        ram.reset(&sewn, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
+        ram.reset(&merged, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         expect(&ram, &want);
-        drop((images, sewn, ram));
+        drop((images, merged, ram));
         expect_gone(&store);
     }
 }
@@ -239,8 +239,8 @@ fn reference_pages_stay_references() {
         ram.regions()[0].map_reference(PageRange::with_len(count * 148 + 1, 3), &pattern).unwrap();
     });
     let image = freeze(&ram);
-    let (sewn, _) = image.compact(&store).unwrap();
-    let vm = child(&sewn, &store);
+    let (merged, _) = image.compact(&store).unwrap();
+    let vm = child(&merged, &store);
     assert_eq!(vm.stats().unwrap().reference, 36);
     assert!((1..=12).all(|n| word(&vm, n * 148 + 2) == 0x5a5a_5a5a_5a5a_5a5a));
 }
@@ -270,7 +270,7 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
 }
 
 /// More scattered pages than a process may have mappings: what a child cannot be given is refused
-/// before anything is done, and can be had once the image has been sewn together.
+/// before anything is done, and can be had once the image has been merged.
 #[test]
 fn d5_more_scattered_pages_than_mappings() {
     let store = Store::open().unwrap();
@@ -293,10 +293,10 @@ fn d5_more_scattered_pages_than_mappings() {
             Err(error) => {
                 assert!(patient && matches!(error, clade_memory::RamError::Budget(_)), "{error:?}");
                 assert_eq!(vm.stats().unwrap().mappings, 0, "refused, and nothing of it is left");
-                let (sewn, report) = image.compact(&store).unwrap();
+                let (merged, report) = image.compact(&store).unwrap();
                 println!("refused with {} pieces, adopted with {}", report.pieces_before, report.pieces);
-                vm.adopt(&sewn).unwrap();
-                sewn
+                vm.adopt(&merged).unwrap();
+                merged
             }
         };
         assert!(image.mappings() < 60_000);

@@ -91,7 +91,8 @@ impl Relocation {
         overlays.truncate(overlays.len() - self.most / 2);
         self.urgent = false;
         self.queue_sources(map, |source| overlays.iter().any(|(file, _)| source.is(file)));
-        tracing::debug!(path = %path.display(), overlays = overlays.len(), runs = self.queue.len(), "overlays are merged");
+        let (overlays, runs) = (overlays.len(), self.queue.len());
+        tracing::debug!(path = %path.display(), overlays, runs, "overlays are merged");
     }
 
     /// Queues the clusters of chosen sources.

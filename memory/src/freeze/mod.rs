@@ -72,6 +72,7 @@ pub enum FreezeMode {
 }
 
 /// What a freeze does with a page that is pinned for DMA.
+#[cfg(any(test, feature = "hazard"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PinPolicy {
     /// It is copied for the others, and stays the VM's own and in place (I3).
@@ -80,7 +81,6 @@ pub enum PinPolicy {
     /// It is shared and write-protected like any other, as kernels did before they told exclusive
     /// pages apart. **Memory is lost**: devices write into layers, and into frames that the guest
     /// has left. For showing that a test would notice.
-    #[cfg(any(test, feature = "hazard"))]
     Ignore,
 }
 

@@ -4,7 +4,7 @@
 use super::*;
 use crate::budget::MappingBudget;
 use crate::units::BLOCK_PAGES;
-use crate::{Access, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
+use crate::{Access, Config, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 600;
@@ -99,6 +99,20 @@ fn many_pages_are_left_to_the_background_and_few_are_not() {
     write(&ram, PageRange::with_len(100, BACKGROUND));
     assert!(freeze_in(&ram, FreezeMode::Auto).pending > 0);
     ram.finish_background().unwrap();
+}
+
+#[test]
+fn as_many_pages_stay_with_the_vm_after_a_background_as_the_config_says() {
+    for (keep_pages, stay) in [(0, 0), (256, 200)] {
+        let config = Config { backing: Some(Backing::Small), keep_pages, ..Config::default() };
+        let store = Store::with_config(config).unwrap();
+        let ram = named(&store, 600);
+        freeze_in(&ram, FreezeMode::Eager);
+        (0..3).for_each(|nth| write(&ram, PageRange::with_len(200 * nth, 100)));
+        freeze_in(&ram, FreezeMode::Background);
+        ram.finish_background().unwrap();
+        assert_eq!(ram.stats().unwrap().exclusive, stay, "{keep_pages} pages are to stay");
+    }
 }
 
 #[test]

@@ -5,10 +5,9 @@ use thiserror::Error;
 
 use crate::error::RamError;
 use crate::layer::Source;
-use crate::layer::interval::Piece;
 use crate::ram::{GuestRam, Quiesced};
 use crate::region::GuestRegion;
-use crate::region::mappings::Mapping;
+use crate::region::space::Differs;
 use crate::units::PageRange;
 
 /// Two that must agree and do not: a bug in this crate, or a writer that was not stopped.
@@ -82,20 +81,9 @@ impl GuestRegion {
             if let Some(range) = self.table.pinned_runs(*run).first().copied() {
                 return Err(CheckError::PinnedNotExclusive { range });
             }
-            for (range, mapping) in state.space.mappings().within(*run) {
-                let shown = match &mapping {
-                    Mapping::Private(source) | Mapping::SharedBase(source) => Some(source),
-                    Mapping::Zero => None,
-                    // Shows nothing, whatever an image it was reset to has there.
-                    Mapping::Absent => continue,
-                };
-                for (piece, says) in crate::region::parts_of(state.space.map(), range) {
-                    let shown = shown.map(|source| source.advance(piece.start - range.start));
-                    if !crate::region::same(says.as_ref(), shown.as_ref()) {
-                        let (shown, says) = (told(shown.as_ref()), told(says.as_ref()));
-                        return Err(CheckError::Astray { range: piece, shown, says });
-                    }
-                }
+            if let Some(Differs { range, shown, says }) = state.space.out_of_step(*run).first() {
+                let (shown, says) = (told(shown.as_ref()), told(says.as_ref()));
+                return Err(CheckError::Astray { range: *range, shown, says });
             }
         }
         let (mappings, promised) = (state.space.mappings().len() as u64, state.space.promised());

@@ -85,7 +85,6 @@ pub struct GuestRegion {
     absent: OnceLock<Vec<PageRange>>,
     /// Whether its freezes take pinned pages like any others. Relaxed: looked at by freezes only,
     /// under the state lock.
-    #[cfg(any(test, feature = "hazard"))]
     ignores_pins: AtomicBool,
     state: Mutex<State>,
 }
@@ -112,7 +111,6 @@ impl GuestRegion {
             unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
-            #[cfg(any(test, feature = "hazard"))]
             ignores_pins: AtomicBool::new(false),
             state: Mutex::new(State::new(space)),
         })
@@ -295,16 +293,8 @@ impl GuestRegion {
 
     /// Whether a freeze takes pinned pages like any others: never, but where a test is to notice
     /// it.
-    #[cfg(any(test, feature = "hazard"))]
     pub(crate) fn ignores_pins(&self) -> bool {
         self.ignores_pins.load(Ordering::Relaxed)
-    }
-
-    /// Whether a freeze takes pinned pages like any others: never.
-    #[cfg(not(any(test, feature = "hazard")))]
-    #[expect(clippy::unused_self, reason = "the twin of the function with the policy")]
-    pub(crate) fn ignores_pins(&self) -> bool {
-        false
     }
 
     pub(crate) fn is_live(&self) -> bool {

@@ -150,6 +150,12 @@ mod tests {
             assert!((0..PAGES).all(|p| word(&parent, p) == SECRET), "the parent keeps its own");
             let first = child(&image, &store);
             check_child(&first);
+            // A sweep walks each map once, however many VMs show it.
+            let shown = |ram: &GuestRam| std::sync::Arc::clone(ram.regions()[0].state().space.map());
+            assert!(
+                std::sync::Arc::ptr_eq(&shown(&first), image.regions()[0].map.map()),
+                "a child has the image's map"
+            );
             // Written by the child: its own children start fresh again.
             put(&first, 100, 1);
             put(&first, 505, 1);

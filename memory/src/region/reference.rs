@@ -217,8 +217,9 @@ impl GuestRegion {
         if broken(Break::OwnReference) {
             table.set_exclusive(range);
         }
-        // Failing, what was not reached is still this VM's own, but its bits are given up. Setting them
-        // again is for the caller: a discard that is refused a mapping drops the copies first (I8).
+        // Failing, what was not reached is still this VM's own, but its bits are given up. Setting
+        // them again is for the caller: a discard that is refused a mapping drops the copies first
+        // (I8).
         state.space.trim();
         shown
     }

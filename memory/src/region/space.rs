@@ -35,7 +35,7 @@ use crate::region::{parts_of, same};
 use crate::store::Store;
 use crate::sys::Reservation;
 use crate::testing::sabotage::{Break, broken};
-use crate::units::{PAGE_SHIFT, PageRange};
+use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 
 /// See the module's documentation. All of it is under the state lock.
 #[derive(Debug)]
@@ -53,6 +53,16 @@ pub(crate) struct AddressSpace {
     promise: Promise,
     /// Views that were replaced since the last were taken.
     replaced: Vec<View>,
+}
+
+/// A piece of which mapping and map differ. `None` stands for zeros.
+#[derive(Debug)]
+pub(crate) struct Differs {
+    pub(crate) range: PageRange,
+    /// What is mapped.
+    pub(crate) shown: Option<Source>,
+    /// What the map says.
+    pub(crate) says: Option<Source>,
 }
 
 impl AddressSpace {
@@ -218,25 +228,27 @@ impl AddressSpace {
     /// VM has no copy of its own of them.
     pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
         for gap in gaps {
-            for (piece, _) in self.out_of_step(*gap) {
-                self.map.remove(piece);
-                before.within(piece).into_iter().for_each(|(range, source)| self.map.insert(range, source));
+            for Differs { range, .. } in self.out_of_step(*gap) {
+                self.map.remove(range);
+                before.within(range).into_iter().for_each(|(range, source)| self.map.insert(range, source));
             }
         }
     }
 
-    /// The pieces of `range` of which mapping and map differ, with what is mapped: only copies of
-    /// the VM's own keep I14 there.
-    fn out_of_step(&self, range: PageRange) -> Vec<(PageRange, Option<Source>)> {
+    /// The pieces of `range` of which mapping and map differ: only copies of the VM's own keep I14
+    /// there. What has no memory shows nothing, whatever an image it was reset to has there.
+    pub(crate) fn out_of_step(&self, range: PageRange) -> Vec<Differs> {
         let mut differ = Vec::new();
         for (range, mapping) in self.mappings.within(range) {
+            let shown = match &mapping {
+                Mapping::Private(source) | Mapping::SharedBase(source) => Some(source),
+                Mapping::Zero => None,
+                Mapping::Absent => continue,
+            };
             for (piece, says) in parts_of(&self.map, range) {
-                let mapped = match &mapping {
-                    Mapping::Private(source) => Some(source.advance(piece.start - range.start)),
-                    _ => None,
-                };
-                if !same(says.as_ref(), mapped.as_ref()) {
-                    differ.push((piece, mapped));
+                let shown = shown.map(|source| source.advance(piece.start - range.start));
+                if !same(says.as_ref(), shown.as_ref()) {
+                    differ.push(Differs { range: piece, shown, says });
                 }
             }
         }
@@ -246,9 +258,9 @@ impl AddressSpace {
     /// Those pages of `range` whose copies can be dropped with nothing mapped anew: what is beneath
     /// is what the map says.
     pub(crate) fn in_step(&self, range: PageRange) -> Vec<PageRange> {
-        let mut differ: Vec<PageRange> = self.out_of_step(range).into_iter().map(|(piece, _)| piece).collect();
+        let mut differ: Vec<PageRange> = self.out_of_step(range).iter().map(|piece| piece.range).collect();
         differ.sort_unstable();
-        crate::units::subtract_runs(&[range], &differ)
+        subtract_runs(&[range], &differ)
     }
 
     /// To be called when pages have been taken from the base file: it is none any more once all

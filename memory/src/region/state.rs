@@ -82,8 +82,12 @@ impl DerefMut for LockedState<'_> {
 
 impl Drop for LockedState<'_> {
     fn drop(&mut self) {
-        let settled = self.state.freezing.is_none() && !self.state.inconsistent && !std::thread::panicking();
-        if settled && self.region.is_live() {
+        #[cfg(feature = "trace")]
+        if self.region.is_live()
+            && self.state.freezing.is_none()
+            && !self.state.inconsistent
+            && !std::thread::panicking()
+        {
             self.region.table.trace.settled(self.state.space.map());
         }
         self.state.space.publish();

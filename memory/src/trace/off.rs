@@ -41,8 +41,6 @@ impl Table {
     #[inline(always)]
     pub(crate) fn reset_begun(&self) {}
     #[inline(always)]
-    pub(crate) fn settled(&self, _map: &LayerMap) {}
-    #[inline(always)]
     pub(crate) fn image(&self, _map: &LayerMap, _declared: &NoForkMap) {}
 }
 

@@ -103,7 +103,7 @@ pub(crate) enum Op {
     Settle {
         vm: usize,
     },
-    /// A VM's view is sewn together.
+    /// A VM's view is merged.
     Compact {
         vm: usize,
     },
