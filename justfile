@@ -20,7 +20,7 @@ mutants shard="0/8":
     CLADE_MODEL_OPS=2000 cargo mutants --package clade-memory --shard {{shard}} --sharding round-robin
 
 # Mutations of the lines that changed since `base`
-mutants-diff base="":
+mutants-diff base="HEAD~1":
     .ci/mutants {{base}}
 
 # Schedules of the real code under shuttle: `just schedules 100000`

@@ -34,7 +34,7 @@ use clade_vmm::vm::Context;
 pub struct Turn {
     host: Arc<Host>,
     _deadline: Deadline,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 impl Turn {
@@ -45,7 +45,19 @@ impl Turn {
     #[must_use]
     pub fn take(patience: Duration) -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::with(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)), patience)
+    }
+
+    /// Waits for nobody: for guests that sleep while they wait, in tests that count nothing of the
+    /// process.
+    ///
+    /// `None`, with the reason printed, on a host that cannot run VMs.
+    #[must_use]
+    pub fn beside_others(patience: Duration) -> Option<Self> {
+        Self::with(None, patience)
+    }
+
+    fn with(alone: Option<MutexGuard<'static, ()>>, patience: Duration) -> Option<Self> {
         let userfaultfd = Path::new("/dev/userfaultfd");
         if required("uffd") && !userfaultfd.exists() {
             skip("uffd", "/dev/userfaultfd is missing");

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_vmm::boot::{BootSource, Image};
-use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
+use clade_vmm::vm::{Context, Vm, VmConfig};
 
 use crate::{required, skip};
 
 /// The shell's prompt.
 pub const PROMPT: &str = "clade# ";
-const MEMORY: u64 = 128 << 20;
+const MEMORY: u64 = 64 << 20;
 /// What the command line's default is.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
@@ -57,18 +57,7 @@ impl Linux {
     /// When it cannot be loaded.
     #[must_use]
     pub fn boot(&self, context: &Context, kernel: &str, cpus: u64, extra: &str) -> Vm {
-        self.boot_with(context, kernel, cpus, extra, Vec::new())
-    }
-
-    /// The same, with disks.
-    ///
-    /// # Panics
-    /// When it cannot be loaded.
-    #[must_use]
-    pub fn boot_with(&self, context: &Context, kernel: &str, cpus: u64, extra: &str, disks: Vec<DiskSpec>) -> Vm {
-        let mut config = Self::config(cpus);
-        config.disks = disks;
-        self.boot_as(context, kernel, extra, config)
+        self.boot_as(context, kernel, extra, Self::config(cpus))
     }
 
     /// What it is booted with by default.

@@ -1,46 +1,31 @@
-//! Linux on a disk: ext4 made by the host, written by a guest, forked in the middle of writes, and checked by the host.
-
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! What boots for itself: another kernel file, a disk that is no fork's, two vCPUs.
 
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clade_devices::disk::{Disk, DiskConfig};
-use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
-use clade_tests::{Linux, PROMPT, Turn, checked, ext4, skip};
-use clade_vmm::vm::{ChildOptions, DiskSpec, ForkImage, Vm};
+use clade_tests::{Linux, PROMPT, Turn, checked, ext4};
+use clade_vmm::kvm::Quirks;
+use clade_vmm::vm::{Context, ForkImage, Vm};
 
-const BOOT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
-const TIMEOUT: Duration = Duration::from_secs(900);
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
-
-fn ask(vm: &Vm, line: &str) -> String {
-    vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
-    vm.pause().unwrap();
-    // The kernel has something to say about mounts, before it.
-    answer.lines().last().unwrap_or_default().to_owned()
-}
+use crate::{ANSWER_TIMEOUT, BOOT, PAUSED, TIMEOUT, ask, formatted};
 
 #[test]
-fn linux_on_ext4_is_forked_while_it_writes() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+fn a_bzimage_on_ext4_is_forked_while_it_writes() {
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(linux) = Linux::find() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("root.img");
-    std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
-    if !ext4("mkfs.ext4", &["-q", "-F"], &path) {
-        return skip("linux", "there is no mkfs.ext4");
-    }
-    let context = turn.context(Backing::Huge);
     // A slow disk, so that a fork finds requests in flight.
-    let slow = DiskConfig { latency: Some(Duration::from_millis(30)), ..DiskConfig::new(&path) };
-    let disk = DiskSpec { disk: slow, device: BlockOptions::default() };
-    let parent = linux.boot_with(&context, "vmlinux", 1, "", vec![disk]);
+    let Some(disk) = formatted(dir.path(), Some(Duration::from_millis(30))) else { return };
+    let path = disk.disk.path.clone();
+    let context = turn.context(Backing::Huge);
+    let mut config = Linux::config(1);
+    config.disks = vec![disk];
+    let parent = linux.boot_as(&context, "bzImage", "earlyprintk=serial", config);
     let console = Linux::expect(&parent, 0, PROMPT, BOOT);
+    assert!(console.contains("Linux version 6.1"), "{console}");
     assert!(console.contains("virtio_blk"), "the disk is found:\n{console}");
     parent.pause().unwrap();
 
@@ -98,4 +83,53 @@ fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
         std::thread::sleep(Duration::from_millis(20));
     }
     panic!("it never writes");
+}
+
+/// What is on the console once the guest is at its prompt, has died, or has taken too long.
+fn until_prompt_or_panic(vm: &Vm) -> String {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        let (seen, prompt) = vm.console().wait_for(0, PROMPT, Duration::from_secs(1));
+        if prompt || seen.contains("Kernel panic") || Instant::now() > deadline {
+            return seen;
+        }
+    }
+}
+
+/// Booted with two vCPUs. On kvm-pvm, with busy processors, user space sometimes loses its FS base
+/// when it moves between the vCPUs, and the guest dies before anything was forked. That is the
+/// host's; elsewhere a boot that fails is a failure.
+fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
+    let attempts = if context.host().quirks() == Quirks::Pvm { 4 } else { 1 };
+    for attempt in 1..=attempts {
+        let vm = linux.boot(context, "vmlinux", 2, "");
+        let console = until_prompt_or_panic(&vm);
+        if console.contains("Attempted to kill init") && attempt < attempts {
+            println!("boot {attempt} of {attempts}: this host's KVM broke the guest's user space; again");
+            continue;
+        }
+        assert!(console.contains(PROMPT), "no prompt ({:?}):\n{console}", vm.stopped());
+        return vm;
+    }
+    unreachable!("the last attempt returns or fails")
+}
+
+#[test]
+fn linux_with_two_vcpus_is_forked() {
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(linux) = Linux::find() else { return };
+    let context = turn.context(Backing::Huge);
+    let parent = two_vcpus(&linux, &context);
+    let (image, _) = parent.fork().unwrap();
+    let child = Vm::from_image(&context, "two-vcpus", &image, PAUSED).unwrap();
+    assert_eq!(ask(&child, "nproc"), "2");
+    // The timers of both go on.
+    let ticks = |vm: &Vm| -> Vec<u64> {
+        let line = "while read -r kind rest; do [ $kind = LOC: ] && echo $rest; done </proc/interrupts";
+        let text = ask(vm, line);
+        text.split_whitespace().take(2).map(|word| word.parse().unwrap_or_else(|_| panic!("{text:?}"))).collect()
+    };
+    let before = ticks(&child);
+    let after = ticks(&child);
+    assert!(before.iter().zip(&after).all(|(before, after)| before < after), "{before:?} then {after:?}");
 }

@@ -1,7 +1,5 @@
 //! A distribution's stock kernel: Debian's for clouds, fetched by its package's name, to our userland, and a fork of it.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -40,7 +38,7 @@ fn fetch(dir: &Path) -> PathBuf {
 #[ignore = "a quarter of an hour where guest kernels are interpreted"]
 fn debians_cloud_kernel_boots() {
     let Some(linux) = Linux::find() else { return };
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let context = turn.context(Backing::Huge);
     let dir = tempfile::tempdir().unwrap();
     let kernel = fetch(dir.path());

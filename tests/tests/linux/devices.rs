@@ -1,92 +1,22 @@
-//! Linux with one device of every kind: booted once for all tests of this file, which go on in forks of it; the last one forks it in the middle of
-//! everything at once.
-
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! The devices, each by itself and all in the middle of a fork.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::DiskConfig;
-use clade_devices::virtio::block::BlockOptions;
-use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::vsock::VsockOptions;
-use clade_memory::Backing;
-use clade_tests::{Linux, PROMPT, Subnet, Turn, can_have_taps, checked, ext4, skip};
+use clade_tests::{Linux, PROMPT, Subnet, Turn, checked, skip};
 use clade_vmm::platform::virtio_slot;
-use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, NetSpec, Vm};
-use tempfile::TempDir;
+use clade_vmm::vm::Vm;
 
-const BOOT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
-const TIMEOUT: Duration = Duration::from_secs(1800);
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+use crate::{ANSWER_TIMEOUT, Booted, PAUSED, TIMEOUT, ask};
+
 /// What goes over the network.
-const BYTES: usize = 1 << 20;
-/// What a request to the disk takes at least, so that a fork finds some in flight.
-const LATENCY: Duration = Duration::from_millis(10);
-
-/// A shell at its prompt, in a VM with a disk, an interface, sockets, entropy, a balloon and two consoles.
-#[derive(Clone)]
-struct Booted {
-    context: Context,
-    image: Arc<ForkImage>,
-    dir: Arc<TempDir>,
-    taps: bool,
-}
-
-impl Booted {
-    /// Boots it the first time.
-    fn get(turn: &Turn) -> Option<Self> {
-        static BOOTED: Mutex<Option<Booted>> = Mutex::new(None);
-        let mut booted = BOOTED.lock().unwrap_or_else(PoisonError::into_inner);
-        if booted.is_none() {
-            *booted = Some(Self::boot(turn)?);
-        }
-        booted.clone()
-    }
-
-    fn boot(turn: &Turn) -> Option<Self> {
-        let linux = Linux::find()?;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk.img");
-        std::fs::File::create(&path).unwrap().set_len(32 << 20).unwrap();
-        if !ext4("mkfs.ext4", &["-q", "-F"], &path) {
-            skip("linux", "there is no mkfs.ext4");
-            return None;
-        }
-        let taps = can_have_taps();
-        let context = turn.context(Backing::Huge);
-        let mut config = Linux::config(1);
-        let disk = DiskConfig { latency: Some(LATENCY), ..DiskConfig::new(&path) };
-        config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
-        config.nets = if taps { vec![NetSpec::new("cladel%d")] } else { Vec::new() };
-        let cid = 0x2000_0000 + u64::from(std::process::id()) * 64;
-        config.vsock = Some(VsockOptions { cid, socket: dir.path().join("linux.vsock") });
-        (config.rng, config.balloon, config.virtio_console) = (Some(Limits::default()), true, true);
-        let vm = linux.boot_as(&context, "vmlinux", "", config);
-        let _ = Linux::expect(&vm, 0, PROMPT, BOOT);
-        let (image, _) = vm.fork().unwrap();
-        Some(Self { context, image, dir: Arc::new(dir), taps })
-    }
-
-    fn child(&self, name: &str) -> Vm {
-        Vm::from_image(&self.context, name, &self.image, PAUSED).unwrap()
-    }
-}
-
-/// Asks a paused VM's shell, and pauses it again. The last line: the kernel has something to say before it at times.
-fn ask(vm: &Vm, line: &str) -> String {
-    vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
-    vm.pause().unwrap();
-    answer.lines().last().unwrap_or_default().to_owned()
-}
+const BYTES: usize = 512 << 10;
 
 /// Waits for the end of a line that was typed into a running VM, and for the prompt behind it; returns what came.
 fn finish(vm: &Vm, from: u64) -> String {
@@ -179,7 +109,7 @@ fn private_kib(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_chooses_indirect_tables_where_it_can() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("features");
     // A character a bit, and the devices in their order. Its balloon driver declines: to report free memory it must not need any.
@@ -193,7 +123,7 @@ fn linux_chooses_indirect_tables_where_it_can() {
 
 #[test]
 fn linux_siblings_draw_random_bytes_of_their_own() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
@@ -214,7 +144,7 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
 
 #[test]
 fn linux_is_heard_and_typed_at_on_its_virtio_console() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("hvc");
     let hvc = vm.virtio_console().unwrap();
@@ -235,16 +165,16 @@ fn linux_is_heard_and_typed_at_on_its_virtio_console() {
 
 #[test]
 fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
-    const MIB: u64 = 96;
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    const MIB: u64 = 36;
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("balloon");
-    let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=24 2>/dev/null; rm /tmp/fill; echo used";
+    let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=20 2>/dev/null; rm /tmp/fill; echo used";
     assert_eq!(ask(&vm, use_memory), "used");
     let before = private_kib(&vm);
-    assert!(before > 24 << 10, "{before} KiB are the VM's own");
+    assert!(before > 20 << 10, "{before} KiB are the VM's own");
 
-    // So much that a part of what was used must be in it: 110 MiB are free.
+    // So much that a part of what was used must be in it: some 48 MiB are free.
     vm.set_balloon(MIB).unwrap();
     wait_for(&vm, "the balloon inflates", || (vm.balloon_stats().unwrap().actual == MIB as u32 * 256).then_some(()));
     let (inflated, stats) = (private_kib(&vm), vm.balloon_stats().unwrap());
@@ -255,7 +185,7 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
         let text = ask(vm, "while read -r key kib unit; do [ $key = MemFree: ] && echo $kib; done </proc/meminfo");
         text.parse::<u64>().unwrap_or_else(|_| panic!("{text:?}"))
     };
-    assert!(free(&vm) < 40 << 10, "of 116 MiB");
+    assert!(free(&vm) < 20 << 10, "of some 48 MiB");
     // Asked, the guest says the same.
     let answers = vm.balloon_stats().unwrap().answers;
     vm.ask_balloon().unwrap();
@@ -267,7 +197,7 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     assert_eq!(child.balloon_stats().unwrap().actual, MIB as u32 * 256);
     child.set_balloon(0).unwrap();
     wait_for(&child, "the balloon deflates", || (child.balloon_stats().unwrap().actual == 0).then_some(()));
-    assert!(free(&child) > 80 << 10);
+    assert!(free(&child) > 36 << 10);
     assert_eq!(vm.balloon_stats().unwrap().actual, MIB as u32 * 256, "the parent's is its own");
 
     // From now on free runs of 128 KiB are reported; the kernel wants 4 MiB in a VM with so little memory, and then more of them than it has.
@@ -327,10 +257,10 @@ fn talk(vm: &Vm, word: &str) {
 
 #[test]
 fn linux_talks_through_sockets_both_ways() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("sockets");
-    assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.path().join("sockets.vsock"));
+    assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.join("sockets.vsock"));
     talk(&vm, "one");
     // Nobody listens: refused, and nothing else.
     vm.resume().unwrap();
@@ -342,7 +272,7 @@ fn linux_talks_through_sockets_both_ways() {
 
 #[test]
 fn linux_is_put_back_with_everything_it_has() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     let vm = booted.child("reset");
     assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && echo mounted"), "mounted");
@@ -366,7 +296,7 @@ fn linux_is_put_back_with_everything_it_has() {
 
 #[test]
 fn linux_moves_bytes_through_its_network() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
@@ -413,7 +343,7 @@ impl Slow {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_everything() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
     let Some(booted) = Booted::get(&turn) else { return };
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
@@ -426,7 +356,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
     let carrier = |vm: &Vm| ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse::<u64>().unwrap();
     let changes = carrier(&parent);
     // A connection that nothing is said on.
-    let held_path = booted.dir.path().join("parent.vsock_7000");
+    let held_path = booted.dir.join("parent.vsock_7000");
     let listener = UnixListener::bind(&held_path).unwrap();
     listener.set_nonblocking(true).unwrap();
     assert_eq!(ask(&parent, "mkfifo /tmp/f; vsock connect 2 7000 <>/tmp/f & echo begun"), "begun");
@@ -474,7 +404,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
     let (own, parents) = (child.identity().clone(), parent.identity().clone());
     assert!(own.nets[0].mac != parents.nets[0].mac && own.nets[0].tap != parents.nets[0].tap, "{own:?} {parents:?}");
     let vsock = own.vsock.clone().unwrap();
-    assert_eq!(vsock.socket, booted.dir.path().join("child.vsock"));
+    assert_eq!(vsock.socket, booted.dir.join("child.vsock"));
     assert!(Some(vsock.cid) != parents.vsock.map(|vsock| vsock.cid));
     // Its file is written to the end as well, and its connection was reset.
     child.resume().unwrap();
@@ -500,11 +430,11 @@ fn linux_is_forked_in_the_middle_of_everything() {
     send_to(&child, subnet, &pattern(3));
 
     // The disk of the instant of the fork is whole, and so is what either made of it.
-    checked(&image, &booted.dir.path().join("at-the-fork"));
+    checked(&image, &booted.dir.join("at-the-fork"));
     for (vm, name) in [(&parent, "of-the-parent"), (&child, "of-the-child")] {
         assert_eq!(ask(vm, "umount /tmp/d && echo gone"), "gone");
         let (image, _) = vm.fork().unwrap();
-        checked(&image, &booted.dir.path().join(name));
+        checked(&image, &booted.dir.join(name));
     }
 }
 

@@ -1,38 +1,20 @@
-//! Linux on disk: booted once, saved, and started again fifty times, each time as somebody else.
-
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+//! Saved once, and started again fifty times, each time as somebody else.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use clade_devices::disk::DiskConfig;
-use clade_devices::virtio::block::BlockOptions;
-use clade_devices::virtio::limiter::Limits;
 use clade_memory::Backing;
-use clade_tests::{Linux, PROMPT, Turn, ext4, skip};
+use clade_tests::Turn;
 use clade_vmm::kvm::Quirks;
-use clade_vmm::vm::{ChildOptions, Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
+use clade_vmm::vm::{Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
 
-const BOOT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
-const TIMEOUT: Duration = Duration::from_secs(900);
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+use crate::{Booted, PAUSED, TIMEOUT, ask, ask_all};
+
 const CLONES: usize = 50;
 /// How wrong a clock may be, beside what is not known of when it was read.
 const CLOCK: f64 = 0.05;
 /// How long the snapshot lies there: a clock that stands still meanwhile is wrong by as much.
 const AGE: Duration = Duration::from_secs(3);
-
-fn ask_all(vm: &Vm, line: &str) -> String {
-    vm.resume().unwrap();
-    let answer = Linux::ask(vm, line, ANSWER_TIMEOUT);
-    vm.pause().unwrap();
-    answer
-}
-
-fn ask(vm: &Vm, line: &str) -> String {
-    ask_all(vm, line).lines().last().unwrap_or_default().to_owned()
-}
 
 /// Asks a program, not the shell itself. On kvm-pvm a program now and then loses its FS base and dies, saved or not: there it is asked again.
 fn ask_program(vm: &Vm, line: &str) -> String {
@@ -88,27 +70,15 @@ const IDENTITY: &str = "read -r uuid </proc/sys/kernel/random/uuid; read -r file
 
 #[test]
 fn linux_is_saved_once_and_restored_as_fifty_others() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
-    let Some(linux) = Linux::find() else { return };
-    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let disk = dir.path().join("root.img");
-    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    if !ext4("mkfs.ext4", &["-q", "-F"], &disk) {
-        return skip("linux", "there is no mkfs.ext4");
-    }
-    let context = turn.context(Backing::Huge);
-    let mut config = Linux::config(1);
-    let spec = clade_vmm::vm::DiskSpec { disk: DiskConfig::new(&disk), device: BlockOptions::default() };
-    (config.disks, config.rng) = (vec![spec], Some(Limits::default()));
-    let parent = linux.boot_as(&context, "vmlinux", "", config);
-    let _ = Linux::expect(&parent, 0, PROMPT, BOOT);
-    parent.pause().unwrap();
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let parent = booted.child("saved");
     assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
     assert_eq!(ask(&parent, "echo before >/tmp/d/before && sync && echo synced"), "synced");
     let first = [Clock::Boot, Clock::Day].map(|clock| read(&parent, clock));
 
     parent.resume().unwrap();
-    let at = dir.path().join("snapshot");
+    let at = booted.dir.join("snapshot");
     let report = parent.snapshot(&at, SnapshotOptions::default()).unwrap();
     parent.pause().unwrap();
     println!(
@@ -118,7 +88,7 @@ fn linux_is_saved_once_and_restored_as_fifty_others() {
     // Written after: in nobody's past. And the original goes away, with its memory.
     assert_eq!(ask(&parent, "echo after >/tmp/d/after && sync && echo synced"), "synced");
     let of_parent = GenerationId::of(parent.ram().memory()).unwrap();
-    drop((parent, context));
+    drop(parent);
     std::thread::sleep(AGE);
 
     let context = turn.context(Backing::Huge);
@@ -134,9 +104,9 @@ fn linux_is_saved_once_and_restored_as_fifty_others() {
         assert!(ids.insert(GenerationId::of(vm.ram().memory()).unwrap()), "clone {number} is another's twin");
         match number {
             // Two at the same time: what one writes is not the other's.
-            0 => two_write_apart(&vm, &restored(&context, &at, "twin")),
+            0 => two_write_apart(&vm, &restored(&context, &at, "clone-0-twin")),
             1 => clocks_are_right(&vm, &first),
-            2 => kernels_reseed(&vm, &restored(&context, &at, "other")),
+            2 => kernels_reseed(&vm, &restored(&context, &at, "clone-2-other")),
             3 => a_reset_is_another_too(&vm, &mut uuids, &mut ids),
             _ => {}
         }
@@ -151,7 +121,8 @@ fn linux_is_saved_once_and_restored_as_fifty_others() {
 }
 
 fn restored(context: &Context, at: &std::path::Path, name: &str) -> Vm {
-    let image = ForkImage::restore(context, at, &RestoreOptions::default()).unwrap();
+    let options = RestoreOptions { sockets: at.parent().map(Into::into), ..RestoreOptions::default() };
+    let image = ForkImage::restore(context, at, &options).unwrap();
     Vm::from_image(context, name, &image, PAUSED).unwrap()
 }
 
