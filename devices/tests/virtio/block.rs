@@ -6,7 +6,7 @@ use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::regs;
 
-use crate::driver::{File, Machine, NEEDS_RESET, OK, SOON};
+use crate::driver::{File, LATENCY, Machine, NEEDS_RESET, OK, SOON, wait_in_flight};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -39,7 +39,7 @@ fn requests_are_done_and_answered() {
 fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
     let file = File::new(1 << 20);
     let mut config = file.config();
-    config.latency = Some(Duration::from_millis(60));
+    config.latency = Some(LATENCY);
     let mut parent = Machine::started(&config);
     assert_eq!(parent.one(IN, 1, 512), (0, 513), "one is done before");
     for n in 0..8 {
@@ -50,9 +50,7 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
         parent.offer(head);
     }
     parent.kick();
-    while parent.fork().in_flight() < 8 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_in_flight(&parent, 8);
     let image = parent.fork();
     assert_eq!(image.in_flight(), 8);
     let json = serde_json::to_string(&image.state).unwrap();
@@ -77,9 +75,9 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
 
 /// A machine with 8 requests in flight: reads to even pages, writes of the byte `0xc0 + n` from odd
 /// ones.
-fn with_eight_in_flight(file: &File, latency: Duration) -> Machine {
+fn with_eight_in_flight(file: &File) -> Machine {
     let mut config = file.config();
-    config.latency = Some(latency);
+    config.latency = Some(LATENCY);
     let mut machine = Machine::started(&config);
     for n in 0..8 {
         if n % 2 == 1 {
@@ -89,16 +87,14 @@ fn with_eight_in_flight(file: &File, latency: Duration) -> Machine {
         machine.offer(head);
     }
     machine.kick();
-    while machine.fork().in_flight() < 8 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_in_flight(&machine, 8);
     machine
 }
 
 #[test]
 fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest() {
     let file = File::new(1 << 20);
-    let mut machine = with_eight_in_flight(&file, Duration::from_millis(60));
+    let mut machine = with_eight_in_flight(&file);
     let image = machine.fork();
     machine.expect_eight();
     for sector in [800, 8] {
@@ -129,7 +125,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest(
 #[test]
 fn what_was_given_up_for_nothing_is_done_again() {
     let file = File::new(1 << 20);
-    let mut machine = with_eight_in_flight(&file, Duration::from_millis(200));
+    let mut machine = with_eight_in_flight(&file);
     machine.device.quiesce();
     assert!(machine.device.halt(SOON));
     assert_eq!(machine.ram.stats().unwrap().pinned, 0, "the kernel is busy with nothing");
@@ -143,7 +139,7 @@ fn what_was_given_up_for_nothing_is_done_again() {
 fn what_the_disk_writes_to_is_pinned_and_its_own_also_where_it_was_shared() {
     let file = File::new(1 << 20);
     let mut config = file.config();
-    config.latency = Some(Duration::from_millis(100));
+    config.latency = Some(LATENCY);
     let parent = Machine::started(&config);
     parent.put(parent.data(0), &[0x11; 8192]);
     let mut child = parent.fork().child();
@@ -153,9 +149,7 @@ fn what_the_disk_writes_to_is_pinned_and_its_own_also_where_it_was_shared() {
     let head = child.request(0, IN, 8, 8192);
     child.offer(head);
     child.kick();
-    while child.fork().in_flight() < 1 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_in_flight(&child, 1);
     assert_eq!(child.ram.stats().unwrap().pinned, 2, "I3: while the kernel has their address");
     assert_eq!(child.next_used(SOON), Some((0, 8193)));
     assert_eq!(child.bytes(child.data(0), 512), [8; 512]);
@@ -173,9 +167,7 @@ fn a_reset_ends_what_is_in_flight_at_once() {
     let head = machine.request(0, IN, 8, 4096);
     machine.offer(head);
     machine.kick();
-    while machine.fork().in_flight() < 1 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_in_flight(&machine, 1);
     let begun = Instant::now();
     machine.write(regs::STATUS, 0);
     assert_eq!(machine.read(regs::STATUS), 0);

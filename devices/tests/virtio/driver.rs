@@ -19,6 +19,8 @@ pub(crate) const SIZE: u16 = 64;
 pub(crate) const OK: u32 = 15;
 pub(crate) const NEEDS_RESET: u32 = 0x40;
 
+/// What a request takes that is to be in flight when it is looked at, on a busy machine too.
+pub(crate) const LATENCY: Duration = Duration::from_millis(1500);
 /// What takes longer does not end.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
@@ -281,6 +283,15 @@ impl Machine {
         self.device.resume();
         let (options, declined) = (self.options, self.declined);
         Image { state, disk, ram, options, declined, available: self.available.clone(), used: self.used.clone() }
+    }
+}
+
+/// Waits until `count` requests of `machine` are in flight together.
+pub(crate) fn wait_in_flight(machine: &Machine, count: usize) {
+    let deadline = Instant::now() + SOON;
+    while machine.fork().in_flight() < count {
+        assert!(Instant::now() < deadline, "{count} requests are never in flight together");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -6,7 +6,7 @@ use clade_devices::virtio::regs;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{File, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, WRITE};
+use crate::driver::{File, LATENCY, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, WRITE};
 
 /// A buffer in RAM that nothing else uses.
 pub(crate) const FREE: u64 = 0x80_0000;
@@ -99,7 +99,7 @@ fn chains_that_break_the_rules_need_a_reset() {
 fn more_in_flight_than_descriptors_needs_a_reset() {
     let file = File::new(1 << 20);
     let mut config = file.config();
-    config.latency = Some(Duration::from_millis(200));
+    config.latency = Some(LATENCY);
     let mut machine = Machine::started(&config);
     let head = machine.request(0, 0, 0, 512);
     // The same chain over and over: each is in flight when the next is popped.

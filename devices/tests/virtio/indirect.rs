@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::virtio::{QueueError, QueueState, Virtqueue, regs};
 use clade_memory::{GuestRam, RamLayout, Store};
@@ -14,7 +14,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::driver::{
-    File, INDIRECT, INDIRECT_DESC, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor, ram,
+    File, INDIRECT, INDIRECT_DESC, LATENCY, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor,
+    ram, wait_in_flight,
 };
 use crate::hostile::{FREE, expect_refusal};
 
@@ -123,8 +124,7 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
 /// n` from odd ones.
 fn with_eight_in_flight(file: &File) -> Machine {
     let mut config = file.config();
-    // Long enough that they are all in flight at once on a host that has little time.
-    config.latency = Some(Duration::from_millis(400));
+    config.latency = Some(LATENCY);
     let mut machine = Machine::started(&config);
     for n in 0..8 {
         machine.put(machine.data(n), &[if n % 2 == 1 { 0xc0 + n as u8 } else { 0 }; 4096]);
@@ -133,11 +133,7 @@ fn with_eight_in_flight(file: &File) -> Machine {
         machine.offer(head);
     }
     machine.kick();
-    let deadline = Instant::now() + SOON;
-    while machine.fork().in_flight() < 8 {
-        assert!(Instant::now() < deadline, "they are never in flight together");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_in_flight(&machine, 8);
     machine
 }
 

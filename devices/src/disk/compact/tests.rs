@@ -200,7 +200,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
 fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file() {
     let (_dir, path, _) = image();
     let mut disk =
-        Disk::open(&DiskConfig { latency: Some(Duration::from_millis(300)), ..DiskConfig::new(&path) }).unwrap();
+        Disk::open(&DiskConfig { latency: Some(Duration::from_millis(1500)), ..DiskConfig::new(&path) }).unwrap();
     for at in 0..5 {
         drop(disk.fork());
         begin_write(&mut disk, at * 8 * CLUSTER, &[1; 4096], 1);

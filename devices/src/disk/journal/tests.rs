@@ -443,7 +443,7 @@ fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
 #[test]
 fn a_flush_waits_for_the_one_before_it() {
     let bench = Bench::new();
-    let latency = Some(Duration::from_millis(50));
+    let latency = Some(Duration::from_millis(500));
     let mut disk = Disk::open(&DiskConfig { latency, ..DiskConfig::new(&bench.path) }).unwrap();
     write(&mut disk, 0, &[2; 4096]);
     disk.submit(DiskOp::Flush, 1).unwrap();

@@ -231,7 +231,7 @@ fn what_is_still_being_written_is_not_read() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = file(dir.path());
     let mut config = DiskConfig::new(&path);
-    config.latency = Some(Duration::from_millis(60));
+    config.latency = Some(Duration::from_millis(1000));
     let mut disk = Disk::open(&config).unwrap();
     let buffers = buffer(&[9; 4096]);
     disk.submit(DiskOp::Write { offset: 22 * CLUSTER, buffers }, 1).unwrap();

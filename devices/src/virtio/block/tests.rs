@@ -381,7 +381,7 @@ fn a_fork_in_the_middle_of_a_long_request_hands_on_all_of_it() {
 #[test]
 fn a_child_pops_nothing_new_before_what_was_in_flight_is_done() {
     let (_dir, path) = file();
-    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(20)), ..Options::default() });
+    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(300)), ..Options::default() });
     rig.fill(DATA, &[0x77; 4096]);
     let written = rig.offer(0, OUT, 8, &[(DATA, 4096)]);
     rig.turn(Wake::Start);
@@ -469,7 +469,7 @@ fn without_flush_a_change_is_durable_when_it_is_done() {
 #[test]
 fn who_waits_for_clusters_goes_before_who_came_later() {
     let (_dir, path) = file();
-    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(20)), ..Options::default() });
+    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(300)), ..Options::default() });
     let _moment = rig.fork();
     for (n, byte, sector, len) in [(0, 1, 1, 512), (1, 2, 2, 8 * 512), (2, 3, 9, 512)] {
         rig.fill(DATA + n * 2 * PAGE, &vec![byte; len]);
@@ -486,7 +486,7 @@ fn who_waits_for_clusters_goes_before_who_came_later() {
 #[test]
 fn what_was_given_up_in_pieces_is_done_again_whole() {
     let (_dir, path) = file();
-    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(20)), ..Options::default() });
+    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(300)), ..Options::default() });
     let heads: Vec<u16> = (0..3u64).map(|n| rig.offer(0, IN, n * 4096, &[(DATA + n * (2 << 20), 2 << 20)])).collect();
     (0..3).for_each(|_| assert_eq!(rig.turn(Wake::Start), Turn::Again));
     assert!(rig.service.halt(TIMEOUT));
