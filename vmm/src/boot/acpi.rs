@@ -1,12 +1,13 @@
-//! ACPI tables: CPUs, interrupts, devices, and how the guest learns that it has been cloned.
+//! ACPI tables: CPUs, interrupts, devices, and the notification of a clone.
 //!
-//! The hardware-reduced kind, because nothing here is worth emulating: no power management timer,
-//! no system control interrupt. What would be a general-purpose event comes through a Generic Event
-//! Device, whose interrupt is edge-triggered, so that there is no state to save.
+//! The tables are hardware-reduced: there is no power management timer and no system control
+//! interrupt to emulate. Events come through a Generic Event Device. Its interrupt is
+//! edge-triggered, so there is no state to save.
 //!
 //! ```text
-//! RSDP ─► XSDT ─┬► FADT ─► DSDT: COM1, a device for each virtio-mmio one, VGEN and VCLK (pages in RAM), and GED:
-//!               └► MADT                on interrupt 12, Notify (VGEN, 0x80) and Notify (VCLK, 0x80)
+//! RSDP ─► XSDT ─┬► FADT ─► DSDT ─┬► COM1, and a device for each virtio-mmio device
+//!               └► MADT          ├► VGEN and VCLK: pages in RAM
+//!                                └► GED0: interrupt 12: Notify (VGEN, 0x80), Notify (VCLK, 0x80)
 //! ```
 
 use acpi_tables::aml::{
@@ -31,17 +32,17 @@ use crate::platform::{
 const OEM: [u8; 6] = *b"CLADE ";
 const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 const REVISION: u32 = 1;
-/// Tables begin at multiples of it.
+/// Alignment of the tables in bytes.
 const ALIGN: u64 = 16;
-/// There is no VGA, and no RTC in CMOS.
+/// IAPC_BOOT_ARCH: no VGA, and no RTC in CMOS.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 /// The keyboard controller's command port, and the command that pulses the CPU's reset line.
 const RESET_PORT: u64 = I8042_BASE as u64 + 4;
 const RESET_VALUE: u8 = 0xfe;
-/// What a Notify says when a device's state has changed; the device defines how.
+/// Notification that a device's state has changed; the device defines its meaning.
 const CHANGED: u8 = 0x80;
 
-/// Bytes of a table.
+/// Collects the bytes of a table.
 #[derive(Default)]
 struct Sink(Vec<u8>);
 
@@ -61,9 +62,9 @@ fn hid(id: &'static str) -> Name {
     Name::new(Path::new("_HID"), &id)
 }
 
-/// A device whose registers, or data, are one range of memory.
+/// A device whose registers or data are one page of memory.
 fn in_memory(name: &str, hid: &Name, uid: &Name, at: GuestAddress, more: &[&dyn Aml]) -> Vec<u8> {
-    // Everything with an address is below 4 GiB; the layout says so.
+    // The address map puts every device below 4 GiB.
     let memory = Memory32Fixed::new(true, at.0 as u32, PAGE_SIZE as u32);
     let mut resources: Vec<&dyn Aml> = vec![&memory];
     resources.extend(more);
@@ -71,7 +72,7 @@ fn in_memory(name: &str, hid: &Name, uid: &Name, at: GuestAddress, more: &[&dyn 
     bytes(&Device::new(Path::new(name), vec![hid, uid, &resources]))
 }
 
-/// Devices, and the method that runs at the interrupt of a new generation.
+/// The devices, and the method that runs on the interrupt of a new generation.
 fn devices(virtio: usize) -> Vec<u8> {
     let interrupt = |gsi| Interrupt::new(true, true, false, false, gsi);
     let uid = |number: u8| Name::new(Path::new("_UID"), &number);
@@ -84,12 +85,12 @@ fn devices(virtio: usize) -> Vec<u8> {
 
     const { assert!(MMIO_LEN == PAGE_SIZE) };
     for (number, (base, gsi)) in (0..virtio).filter_map(virtio_slot).enumerate() {
-        // At most sixteen.
+        // At most 16, the length of VIRTIO_GSIS.
         let number = number as u8;
         all.extend(in_memory(&format!("VR{number:02}"), &hid("LNRO0005"), &uid(number), base, &[&interrupt(gsi)]));
     }
 
-    // Which device it is, the guest's driver knows by the compatible id.
+    // The guest's driver binds to the compatible id.
     let compatible = Name::new(Path::new("_CID"), &"VM_Gen_Counter");
     let described = Name::new(Path::new("_DDN"), &"VM_Gen_Counter");
     let address = Package::new(vec![&(GENERATION_ID.0 as u32), &ZERO]);
@@ -117,7 +118,7 @@ fn devices(virtio: usize) -> Vec<u8> {
 fn dsdt(virtio: usize) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices(virtio)));
-    // Sleeping for good is all there is.
+    // S5, soft off, is the only sleep state.
     let off = Package::new(vec![&5u8, &ZERO, &ZERO, &ZERO]);
     table.append_slice(&bytes(&Name::new(Path::new("_S5_"), &off)));
     table.as_slice().to_vec()
@@ -149,7 +150,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     bytes(&table.finalize())
 }
 
-/// The tables for `cpus` vCPUs and `virtio` devices at their places, to be written at
+/// The tables for `cpus` vCPUs and the first `virtio` virtio-mmio devices, to be written at
 /// [`ACPI_TABLES`]. The root pointer comes first.
 #[must_use]
 pub(crate) fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
@@ -172,10 +173,10 @@ pub(crate) fn acpi_tables(cpus: u8, virtio: usize) -> Vec<u8> {
     all
 }
 
-/// Writes the tables, and returns where their root pointer is.
+/// Writes the tables, and returns the address of the root pointer.
 ///
 /// # Errors
-/// When there is no RAM there.
+/// When there is no RAM at [`ACPI_TABLES`].
 pub(crate) fn write_acpi_tables<M: GuestMemoryBackend>(
     mem: &M,
     cpus: u8,
@@ -195,7 +196,7 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
-    /// The table at an address, checked as a kernel checks it.
+    /// The table at `address`, checked as a kernel checks it.
     fn table<'a>(all: &'a [u8], address: u64, signature: &[u8; 4]) -> &'a [u8] {
         assert_eq!(address % ALIGN, 0);
         let rest = &all[(address - ACPI_TABLES.0) as usize..];

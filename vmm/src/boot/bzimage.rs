@@ -1,7 +1,7 @@
-//! A bzImage: the setup header in front, the compressed kernel inside.
+//! A bzImage: the setup header, and the compressed kernel as its payload.
 //!
-//! Its own decompressor, real-mode code and relocation table are not used: the payload is unpacked
-//! here and run at the address it was linked for.
+//! The image's decompressor, real-mode code and relocation table are not used. The payload is
+//! unpacked on the host and runs at its link address.
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
@@ -10,7 +10,7 @@ const HEADER: usize = 0x1f1;
 const BOOT_FLAG: usize = 0x1fe;
 const JUMP_LEN: usize = 0x201;
 const MAGIC: usize = 0x202;
-/// The first protocol whose header says where the payload is (Linux 2.6.24).
+/// The first boot protocol with `payload_offset` and `payload_length`: 2.08 (Linux 2.6.26).
 const PAYLOAD_PROTOCOL: u16 = 0x0208;
 const SECTOR: usize = 512;
 
@@ -18,7 +18,7 @@ const SECTOR: usize = 512;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BzImageError {
-    /// Its boot protocol is too old.
+    /// The boot protocol is too old.
     #[error("the bzImage speaks boot protocol {}.{:02}, at least 2.08 is needed", version >> 8, version & 0xff)]
     Protocol {
         /// The protocol's version.
@@ -46,15 +46,15 @@ pub(crate) struct BzImage<'a> {
     payload: &'a [u8],
 }
 
-/// Whether `bytes` start like a bzImage.
+/// Whether `bytes` have the magics of a bzImage.
 pub(super) fn looks_like_bzimage(bytes: &[u8]) -> bool {
     bytes.get(BOOT_FLAG..BOOT_FLAG + 2) == Some(b"\x55\xaa") && bytes.get(MAGIC..MAGIC + 4) == Some(b"HdrS")
 }
 
 impl<'a> BzImage<'a> {
-    /// Checks `bytes`, which [`looks_like_bzimage`], and finds the payload.
+    /// Checks `bytes`, for which [`looks_like_bzimage`] is true, and finds the payload.
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, BzImageError> {
-        // The jump instruction skips the header, so its operand says how long the header is.
+        // The jump instruction skips the header, so its operand gives the header's end.
         let jump = bytes.get(JUMP_LEN).copied().unwrap_or(0);
         let mut header = setup_header::default();
         let known = header.as_mut_slice();
@@ -67,7 +67,7 @@ impl<'a> BzImage<'a> {
         if version < PAYLOAD_PROTOCOL {
             return Err(BzImageError::Protocol { version });
         }
-        // 0 means 4, from before the field existed.
+        // 0 means 4, for backward compatibility.
         let sectors = if header.setup_sects == 0 { 4 } else { usize::from(header.setup_sects) };
         let offset = ((sectors + 1) * SECTOR) as u64 + u64::from(header.payload_offset);
         let len = header.payload_length;
@@ -88,7 +88,7 @@ impl<'a> BzImage<'a> {
         self.payload
     }
 
-    /// The setup header, as the zero page takes it.
+    /// The setup header, for the zero page.
     #[must_use]
     pub(super) fn header(&self) -> setup_header {
         self.header

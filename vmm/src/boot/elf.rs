@@ -1,8 +1,8 @@
-//! The kernel's ELF file: what is checked, what is loaded, where it is entered.
+//! The kernel's ELF file: checks, segments and entry points.
 //!
-//! linux-loader has a loader for these; this one exists because every refusal here names the
-//! offending value, because segments are checked against the guest's RAM before anything is
-//! written, and because no arithmetic on the file's numbers can overflow.
+//! It replaces linux-loader's ELF loader for three reasons. Every error names the offending value.
+//! Segments are checked against the guest's RAM before anything is written. No arithmetic on the
+//! file's numbers can overflow.
 
 use std::ops::Range;
 
@@ -22,17 +22,17 @@ const PT_NOTE: u32 = 4;
 const PVH_NOTE_TYPE: u32 = 18;
 const PVH_NOTE_NAME: &[u8] = b"Xen\0";
 
-/// Why an ELF file is not a kernel that can be loaded.
+/// Why an ELF file cannot be loaded as a kernel.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ElfError {
     /// The file has no ELF magic.
     #[error("not an ELF file: it starts with {found:02x?}")]
     NotElf {
-        /// Its first bytes.
+        /// The file's first bytes.
         found: Vec<u8>,
     },
-    /// A part of the file lies past its end.
+    /// A part of the file ends past the file's end.
     #[error("the ELF file is truncated: {what} ends at byte {end}, the file at byte {len}")]
     Truncated {
         /// The part.
@@ -42,7 +42,7 @@ pub enum ElfError {
         /// The file's length in bytes.
         len: usize,
     },
-    /// The file is not a 64-bit one.
+    /// The file is not a 64-bit ELF file.
     #[error("the kernel is a {} ELF file, only 64-bit ones can be started", match class { 1 => "32-bit".to_owned(), other => format!("class {other}") })]
     Not64Bit {
         /// `EI_CLASS`.
@@ -150,7 +150,7 @@ pub(super) fn looks_like_elf(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
 }
 
-/// The `N` bytes at `at`. The caller has checked that they are there.
+/// The `N` bytes at `at`, which the caller has bounds-checked.
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     if let Some(found) = bytes.get(at..).and_then(|rest| rest.get(..N)) {
@@ -171,7 +171,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(array(bytes, at))
 }
 
-/// `len` bytes of the file at `offset`, or the error that says where they would have ended.
+/// The `len` bytes of the file at `offset`, or an error with the end of the range.
 fn file_range(bytes: &[u8], what: &'static str, offset: u64, len: u64) -> Result<Range<usize>, ElfError> {
     let truncated = |end| ElfError::Truncated { what, end, len: bytes.len() };
     let end = offset.checked_add(len).ok_or_else(|| truncated(u64::MAX))?;
@@ -237,19 +237,19 @@ impl<'a> KernelElf<'a> {
         Ok(Some(Segment { file, memory }))
     }
 
-    /// The 32-bit entry point of the PVH protocol, for kernels that have one.
+    /// The 32-bit entry point of the PVH protocol, if the kernel has one.
     #[must_use]
     pub(crate) fn pvh_entry(&self) -> Option<GuestAddress> {
         self.pvh_entry.map(|entry| GuestAddress(entry.into()))
     }
 
-    /// The ELF entry point: that of the 64-bit protocol.
+    /// The ELF entry point, used by the 64-bit protocol.
     #[must_use]
     pub(super) fn entry(&self) -> GuestAddress {
         GuestAddress(self.entry)
     }
 
-    /// The guest memory it takes, from its lowest to its highest address.
+    /// The guest memory of the segments, from the lowest to the highest address.
     #[must_use]
     pub(crate) fn extent(&self) -> Option<GuestRange> {
         let start = self.segments.iter().map(|s| s.memory.start()).min()?;
@@ -263,10 +263,10 @@ impl<'a> KernelElf<'a> {
         if inside { Ok(entry) } else { Err(ElfError::EntryOutside { entry: entry.0 }) }
     }
 
-    /// Copies the segments into `mem`, all of them or none that does not fit.
+    /// Copies the segments into `mem`. If one does not fit, none is copied.
     ///
-    /// What a segment has in memory beyond its bytes in the file is not written: guest RAM is zero
-    /// already, and touching it would cost host memory for nothing.
+    /// The memory of a segment beyond its bytes in the file is not written. Guest RAM is already
+    /// zero, and a write would only cost host memory.
     pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
         for Segment { memory, .. } in &self.segments {
             if memory.start() < HIMEM_START {

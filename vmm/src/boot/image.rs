@@ -20,12 +20,12 @@ pub enum Image {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// It could not be opened or read.
+    /// The file could not be opened or read.
     #[error("cannot read {}", path.display())]
     Read {
         /// The file's path.
         path: PathBuf,
-        /// The error of the file.
+        /// The error of the open or read.
         #[source]
         source: io::Error,
     },
@@ -40,15 +40,15 @@ pub enum ImageError {
     TooLarge {
         /// The image's name.
         image: String,
-        /// The most bytes that are read.
+        /// The limit in bytes.
         limit: u64,
     },
-    /// It could not be copied into the guest.
+    /// The image could not be copied into the guest.
     #[error("cannot copy {len} bytes of {image} to guest address {addr:#x}")]
     Copy {
         /// The image's name.
         image: String,
-        /// Bytes to copy.
+        /// The number of bytes to copy.
         len: u64,
         /// The guest-physical address.
         addr: u64,
@@ -89,7 +89,7 @@ impl From<Vec<u8>> for Image {
 }
 
 impl Image {
-    /// How error messages call it.
+    /// The image's name in error messages.
     fn name(&self) -> String {
         match self {
             Self::File(path) => path.display().to_string(),
@@ -97,7 +97,7 @@ impl Image {
         }
     }
 
-    /// All of it, at most `limit` bytes.
+    /// The whole image. More than `limit` bytes are an error.
     pub(super) fn read(&self, limit: u64) -> Result<Cow<'_, [u8]>, ImageError> {
         let bytes = match self {
             Self::Bytes(bytes) => Cow::Borrowed(&**bytes),
@@ -116,7 +116,7 @@ impl Image {
         }
     }
 
-    /// Opens it for copying into the guest without a detour through this process's memory.
+    /// Opens the image for copying into the guest, without a buffer in this process.
     pub(super) fn open(&self) -> Result<OpenImage<'_>, ImageError> {
         let (source, len) = match self {
             Self::Bytes(bytes) => (OpenSource::Bytes(bytes), bytes.len() as u64),
@@ -142,7 +142,7 @@ enum OpenSource<'a> {
     Bytes(&'a [u8]),
 }
 
-/// An image whose length is known and which is ready to be copied.
+/// An open image of known length, ready to be copied.
 pub(super) struct OpenImage<'a> {
     image: &'a Image,
     source: OpenSource<'a>,
@@ -150,12 +150,12 @@ pub(super) struct OpenImage<'a> {
 }
 
 impl OpenImage<'_> {
-    /// Bytes; never 0.
+    /// Length in bytes, never 0.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// Copies all of it to `addr`.
+    /// Copies the whole image to `addr`.
     pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), ImageError> {
         let copied = match &mut self.source {
             OpenSource::Bytes(bytes) => mem.write_slice(bytes, addr),

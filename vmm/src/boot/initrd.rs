@@ -1,5 +1,5 @@
-//! Where the initramfs goes: as high as it fits, so that the kernel has the memory above itself to
-//! grow into.
+//! Placement of the initramfs: as high as it fits, so that the kernel can grow into the memory
+//! above itself.
 
 use vm_memory::GuestAddress;
 
@@ -10,24 +10,24 @@ use crate::platform::{MMIO_GAP_START, PAGE_SIZE};
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InitrdError {
-    /// It does not fit into free memory.
+    /// The initramfs does not fit into free memory.
     #[error(
         "the initramfs of {len} bytes does not fit: {room} bytes are free between the kernel's end at {kernel_end:#x} and {top:#x}"
     )]
     NoRoom {
-        /// Its length in bytes.
+        /// The length of the initramfs in bytes.
         len: u64,
-        /// Bytes that are free, in whole pages.
+        /// Free bytes between the kernel's last page and `top`.
         room: u64,
         /// End of the kernel.
         kernel_end: u64,
-        /// The highest address it may end at.
+        /// The highest end address of the initramfs, exclusive.
         top: u64,
     },
 }
 
-/// Places `len` bytes above `kernel` and below the end of low RAM, the MMIO gap and `addr_max` (the
-/// highest address the kernel says its initramfs may have, inclusive), on a page boundary.
+/// Places `len` bytes on a page boundary above `kernel`. They end at or below the end of low RAM,
+/// the MMIO gap and `addr_max`, the kernel's highest address for an initramfs (inclusive).
 pub(super) fn place(len: u64, ram: &RamLayout, kernel: GuestRange, addr_max: u64) -> Result<GuestRange, InitrdError> {
     let top = ram.low_end().0.min(MMIO_GAP_START.0).min(addr_max.saturating_add(1));
     let floor = kernel.end().0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);

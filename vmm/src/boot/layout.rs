@@ -1,22 +1,24 @@
-//! Guest memory at boot: the addresses of the boot protocols' structures, and which ranges are RAM.
+//! Guest memory at boot: addresses of the boot structures, and the ranges of RAM.
 //!
 //! | from | to | what |
 //! |---|---|---|
 //! | `0x0500` | `0x0520` | boot GDT: null, code, data, TSS |
-//! | `0x0520` | `0x0528` | an empty IDT (its limit is 0: an exception this early is a triple fault, as on hardware) |
+//! | `0x0520` | `0x0528` | empty IDT (limit 0): early exceptions triple-fault, as on hardware |
 //! | `0x6000` | `0x6038` | PVH `hvm_start_info` |
 //! | `0x6040` | `0x6060` | PVH module list, one entry: the initramfs |
 //! | `0x6080` | `0x7000` | PVH memory map |
 //! | `0x7000` | `0x8000` | zero page (`boot_params`) of the 64-bit protocol |
 //! | `0x8ff0` | | boot stack of the 64-bit protocol, grows down |
-//! | `0x9000` | `0xf000` | page tables of the 64-bit protocol: PML4, PDPT, four PDs; 4 GiB in 2 MiB pages |
+//! | `0x9000` | `0xf000` | boot page tables: PML4, PDPT, four PDs; 4 GiB in 2 MiB pages |
 //! | `0x20000` | `0x20800` | command line |
-//! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory, where kernels look |
+//! | `0x9fc00` | `0xa0000` | MP floating pointer and table, in the last KiB of base memory |
 //! | `0xa0000` | `0x100000` | reserved: see [`platform`](crate::platform) |
-//! | `0x100000` | | kernel, at the address it was linked for |
+//! | `0x100000` | | kernel, at its link address |
 //! | below the gap | | initramfs, as high as it fits |
 //! | `0xc0000000` | `0x100000000` | no RAM: see [`platform`](crate::platform) |
-//! | `0x100000000` | | the RAM that did not fit below the gap |
+//! | `0x100000000` | | the RAM that does not fit below the gap |
+//!
+//! Kernels search the last KiB of base memory for the MP floating pointer.
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -66,7 +68,7 @@ pub enum LayoutError {
     /// Base memory is missing or too small.
     #[error("RAM must start at address 0 and be at least {MIN_RAM:#x} bytes there, but {found:#x} bytes are there")]
     NoBaseMemory {
-        /// Length of the range at address 0.
+        /// Length in bytes of the range at address 0.
         found: u64,
     },
     /// An empty range, or one past the end of the address space.
@@ -128,13 +130,13 @@ impl GuestRange {
         GuestAddress(self.end)
     }
 
-    /// Bytes; never 0.
+    /// Length in bytes, never 0.
     #[must_use]
     pub(crate) fn len(self) -> u64 {
         self.end - self.start
     }
 
-    /// Whether `inner` lies within.
+    /// Whether `inner` lies within this range.
     #[must_use]
     pub(crate) fn contains(self, inner: Self) -> bool {
         self.start <= inner.start && inner.end <= self.end
@@ -147,7 +149,7 @@ impl GuestRange {
         self.start < other.end && other.start < self.end
     }
 
-    /// What is left of it between `low` and `high`.
+    /// The part of the range between `low` and `high`, if any.
     fn clip(self, low: u64, high: u64) -> Option<Self> {
         let (start, end) = (self.start.max(low), self.end.min(high));
         (start < end).then_some(Self { start, end })
@@ -160,7 +162,7 @@ impl std::fmt::Debug for GuestRange {
     }
 }
 
-/// Which guest-physical ranges are RAM: sorted, disjoint, starting at 0, none in the MMIO gap.
+/// The guest-physical ranges of RAM: sorted, disjoint, starting at 0, none in the MMIO gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RamLayout(Vec<GuestRange>);
 
@@ -227,8 +229,7 @@ impl RamLayout {
         self.0.iter().any(|ram| ram.contains(range))
     }
 
-    /// The memory map for the guest: RAM, less the hole between base memory and 1 MiB, which is
-    /// reserved.
+    /// The guest's memory map: RAM, except for a reserved range from the MP table to 1 MiB.
     #[must_use]
     pub(crate) fn memory_map(&self) -> Vec<MapEntry> {
         let ram = |range| MapEntry { range, kind: MapKind::Ram };
@@ -239,7 +240,7 @@ impl RamLayout {
     }
 }
 
-/// What the guest may do with a range. The discriminants are those of E820 and of PVH.
+/// The type of a range. The discriminants are those of E820 and of PVH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum MapKind {
@@ -254,7 +255,7 @@ pub(crate) enum MapKind {
 pub(crate) struct MapEntry {
     /// The range.
     pub range: GuestRange,
-    /// Its kind.
+    /// The range's type.
     pub kind: MapKind,
 }
 

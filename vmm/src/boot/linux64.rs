@@ -1,5 +1,5 @@
-//! What a kernel entered by the 64-bit boot protocol finds in memory: the zero page, a GDT and page
-//! tables that map the first 4 GiB to themselves.
+//! Memory structures of Linux's 64-bit boot protocol: the zero page, a GDT, and page tables that
+//! identity-map the first 4 GiB.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -23,19 +23,19 @@ const LARGE: u64 = 1 << 7;
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 const ENTRIES: u64 = PAGE_SIZE / 8;
 
-/// The header for a kernel that came as a bare ELF file.
+/// The setup header for a kernel from a bare ELF file.
 fn plain_header() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
         header: HDRS,
-        // Not 0: the kernel takes a header of version 0 for one that was not copied yet.
+        // Not 0: the kernel takes a header of version 0 for one that is not copied yet.
         version: PROTOCOL,
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()
     }
 }
 
-/// What goes into the zero page.
+/// The contents of the zero page (`boot_params`).
 pub(super) struct ZeroPage<'a> {
     pub(super) header: Option<setup_header>,
     pub(super) map: &'a [MapEntry],
@@ -45,11 +45,11 @@ pub(super) struct ZeroPage<'a> {
 }
 
 impl ZeroPage<'_> {
-    /// Writes it.
+    /// Writes the zero page.
     pub(super) fn write<M: GuestMemoryBackend>(&self, mem: &M) -> Result<(), GuestMemoryError> {
         let mut params = boot_params { hdr: self.header.unwrap_or_else(plain_header), ..Default::default() };
         params.hdr.type_of_loader = LOADER;
-        // Both are below 4 GiB: the layout and the placement of the initramfs say so.
+        // Both are below 4 GiB, by the layout and by the placement of the initramfs.
         params.hdr.cmd_line_ptr = CMDLINE.0 as u32;
         params.hdr.cmdline_size = self.cmdline_len;
         if let Some(initrd) = self.initrd {
@@ -60,13 +60,13 @@ impl ZeroPage<'_> {
         for (slot, MapEntry { range, kind }) in params.e820_table.iter_mut().zip(self.map) {
             *slot = boot_e820_entry { addr: range.start().0, size: range.len(), r#type: *kind as u32 };
         }
-        // At most MAX_RAM_RANGES and two more.
+        // At most MAX_RAM_RANGES + 2.
         params.e820_entries = self.map.len() as u8;
         mem.write_obj(params, ZERO_PAGE)
     }
 }
 
-/// Writes page tables that map the first 4 GiB to themselves in 2 MiB pages.
+/// Writes page tables that identity-map the first 4 GiB in 2 MiB pages.
 pub(super) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), GuestMemoryError> {
     mem.write_obj(BOOT_PDPT.0 | PRESENT | WRITABLE, BOOT_PML4)?;
     for pd in 0..BOOT_PD_COUNT {
@@ -80,8 +80,8 @@ pub(super) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), Gu
     Ok(())
 }
 
-/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT; PVH kernels load their
-/// own before they use one, and a valid one spares them a fault if they do not.
+/// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT. PVH kernels load their
+/// own before they use one. A valid GDT saves one that does not from a fault.
 pub(super) fn write_descriptors<M: GuestMemoryBackend>(mem: &M, long_mode: bool) -> Result<(), GuestMemoryError> {
     let gdt = if long_mode { GDT_LONG_MODE } else { GDT_PROTECTED_MODE };
     for (i, descriptor) in gdt.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Writing a guest into memory, and the entry point that results.
+//! Loading a guest into memory, and its entry point.
 
 use std::borrow::Cow;
 
@@ -16,7 +16,7 @@ use super::pvh;
 use super::unpack::{Codec, UnpackError, unpack};
 use crate::platform::MMIO_GAP_START;
 
-/// The most a kernel may be, packed or unpacked, whatever the guest's size.
+/// Size limit of a kernel in bytes, packed or unpacked, for guests of any size.
 const MAX_KERNEL: u64 = 512 << 20;
 
 /// The files that a guest boots from, and its command line.
@@ -24,7 +24,7 @@ const MAX_KERNEL: u64 = 512 << 20;
 pub struct BootSource {
     /// The kernel.
     pub kernel: Image,
-    /// The initramfs, if there is one.
+    /// The initramfs, if any.
     pub initrd: Option<Image>,
     /// The kernel's command line.
     pub cmdline: String,
@@ -43,39 +43,39 @@ impl BootSource {
 pub(crate) struct Firmware {
     /// The number of vCPUs, for the MP table.
     pub cpus: u8,
-    /// The ACPI root pointer, if there is one.
+    /// The address of the ACPI root pointer, if any.
     pub rsdp: Option<GuestAddress>,
 }
 
-/// The boot vCPU's start: the protocol, and the addresses that it needs.
+/// The boot vCPU's start: the boot protocol, and the addresses that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// By the PVH protocol: 32-bit protected mode, flat segments, no paging, `ebx` = `start_info`.
+    /// The PVH protocol: 32-bit protected mode, flat segments, no paging, `ebx` = `start_info`.
     Pvh {
-        /// First instruction.
+        /// Address of the first instruction.
         rip: GuestAddress,
-        /// `hvm_start_info`.
+        /// Address of `hvm_start_info`.
         start_info: GuestAddress,
     },
-    /// By Linux's 64-bit protocol: long mode, `rsi` = `boot_params`.
+    /// Linux's 64-bit protocol: long mode, `rsi` = `boot_params`.
     Linux64 {
-        /// First instruction.
+        /// Address of the first instruction.
         rip: GuestAddress,
-        /// Zero page.
+        /// Address of the zero page.
         boot_params: GuestAddress,
-        /// PML4.
+        /// Address of the PML4.
         page_tables: GuestAddress,
     },
 }
 
-/// A guest that was loaded.
+/// A loaded guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Loaded {
     /// The boot vCPU's start.
     pub entry: Entry,
     /// The kernel, from its lowest to its highest segment.
     pub kernel: GuestRange,
-    /// The initramfs.
+    /// The initramfs, if any.
     pub initrd: Option<GuestRange>,
 }
 
@@ -94,10 +94,10 @@ pub enum BootError {
         /// Its first bytes.
         found: Vec<u8>,
     },
-    /// The bzImage could not be taken apart.
+    /// The bzImage could not be parsed.
     #[error(transparent)]
     BzImage(#[from] BzImageError),
-    /// Its payload could not be unpacked.
+    /// The compressed kernel could not be unpacked.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
     /// The ELF file cannot be loaded.
@@ -117,7 +117,7 @@ pub enum BootError {
         /// The most bytes that the kernel takes.
         max: usize,
     },
-    /// The command line has a NUL in it, where the kernel would stop reading.
+    /// The command line contains a NUL, where the kernel would stop reading.
     #[error("the command line has a NUL at byte {at}")]
     CmdlineNul {
         /// The NUL's position in bytes.
@@ -126,7 +126,7 @@ pub enum BootError {
     /// A boot structure could not be written.
     #[error("cannot write {what} to guest memory")]
     Write {
-        /// The structure.
+        /// The structure's name.
         what: &'static str,
         /// The error of the access.
         #[source]
@@ -134,7 +134,7 @@ pub enum BootError {
     },
 }
 
-/// A kernel after unpacking, with what its bzImage said about it.
+/// An unpacked kernel, with the setup header of its bzImage, if any.
 struct Unpacked<'a> {
     elf: Cow<'a, [u8]>,
     header: Option<setup_header>,
@@ -147,7 +147,7 @@ fn unpack_kernel(image: &[u8], limit: usize) -> Result<Unpacked<'_>, BootError> 
     }
     if looks_like_bzimage(image) {
         let bzimage = BzImage::parse(image)?;
-        // An uncompressed payload is not built for x86 today, but nothing forbids it.
+        // No x86 kernel build has an uncompressed payload today, but nothing forbids it.
         let payload = bzimage.payload();
         let elf = if looks_like_elf(payload) { Cow::Borrowed(payload) } else { unpack(payload, limit)?.into() };
         return Ok(Unpacked { elf, header: Some(bzimage.header()) });
@@ -159,7 +159,8 @@ fn unpack_kernel(image: &[u8], limit: usize) -> Result<Unpacked<'_>, BootError> 
 }
 
 impl BootError {
-    /// The same, of a command line to which `added` bytes were appended.
+    /// Subtracts `added`, the bytes appended to the caller's command line, from the lengths in
+    /// [`Self::CmdlineTooLong`].
     pub(crate) fn without(self, added: usize) -> Self {
         match self {
             Self::CmdlineTooLong { len, max } => {
@@ -170,7 +171,7 @@ impl BootError {
     }
 }
 
-/// Checks the command line and adds its NUL.
+/// Checks the command line and appends its NUL.
 fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, BootError> {
     let kernels = header.map_or(usize::MAX, |header| usize::try_from(header.cmdline_size).unwrap_or(usize::MAX));
     let max = kernels.min(CMDLINE_CAPACITY - 1);
@@ -183,10 +184,10 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
     Ok([cmdline.as_bytes(), b"\0"].concat())
 }
 
-/// Loads `source` into `mem`, whose RAM is `ram` and, where the kernel goes, still zero.
+/// Loads `source` into `mem`. `ram` is its RAM, which must still be zero where the kernel goes.
 ///
-/// Everything is checked before anything is written, except that an image may turn out to be
-/// unreadable half-way: after an error, throw the memory away.
+/// Everything is checked before anything is written. An image may still become unreadable half-way:
+/// after an error, discard the memory.
 pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
     ram: &RamLayout,

@@ -1,20 +1,21 @@
-//! Loading a guest into memory, and the state in which its first vCPU starts.
+//! Loading a guest into memory, and the initial state of its boot vCPU.
 //!
 //! `load` writes the kernel, the initramfs, the command line, the memory map and the MP table. It
-//! returns the `Entry` from which the boot vCPU's registers follow. Application processors wait for
+//! returns the `Entry`, which determines the boot vCPU's registers. Application processors wait for
 //! INIT-SIPI and need nothing.
 //!
 //! A kernel image is recognized by its content, never by its name:
 //!
-//! | content | how it is started |
+//! | content | entry |
 //! |---|---|
 //! | ELF with a PVH note | `Entry::Pvh`: 32-bit, no paging, memory map in `hvm_start_info` |
-//! | ELF without one | `Entry::Linux64`: long mode, memory map in the zero page |
-//! | bzImage (a distribution's `vmlinuz`) | its payload is unpacked here, on the host; the ELF inside is started as above |
-//! | an ELF compressed as a whole | the same |
+//! | ELF without a PVH note | `Entry::Linux64`: long mode, memory map in the zero page |
+//! | bzImage (a distribution's `vmlinuz`) | as the ELF in its payload, unpacked on the host |
+//! | compressed ELF | as the ELF, unpacked on the host |
 //!
-//! Not done here: real-mode boot, EFI, KASLR relocation, ACPI tables (their address is passed
-//! through), 32-bit kernels.
+//! `write_acpi_tables` writes the ACPI tables; `load` passes their address to the kernel.
+//!
+//! Not done here: real-mode boot, EFI, KASLR relocation, 32-bit kernels.
 
 mod acpi;
 mod bzimage;

@@ -1,9 +1,9 @@
-//! The Intel MultiProcessor table, specification 1.4: which CPUs and interrupts there are, for
-//! kernels without ACPI.
+//! The Intel MultiProcessor table, specification 1.4: CPUs and interrupts, for kernels without
+//! ACPI.
 //!
-//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs; every IOAPIC pin carries
-//! the ISA interrupt of the same number (0-15 are the PC's; 16-23 are named too so that virtio-mmio
-//! devices can use them).
+//! Local APIC ids are 0, 1, 2, ...; the IOAPIC's id is the number of CPUs. Each IOAPIC pin carries
+//! the ISA interrupt of the same number. Pins 0-15 are the PC's; pins 16-23 are listed for
+//! virtio-mmio devices.
 
 use super::layout::{BASE_MEMORY_END, MP_TABLE};
 use crate::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, MAX_CPUS};
@@ -11,20 +11,20 @@ use crate::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, MAX_CPUS};
 const FLOATING_LEN: usize = 16;
 const HEADER_LEN: usize = 44;
 const REVISION_1_4: u8 = 4;
-/// What kernels expect of an integrated APIC.
+/// The version that kernels expect of an integrated APIC.
 const APIC_VERSION: u8 = 0x14;
-/// Family 6: what an entry must claim so that no kernel thinks it a 386.
+/// Family 6, so that no kernel takes the CPU for a 386.
 const CPU_SIGNATURE: u32 = 0x600;
 /// The CPU has an APIC and an FPU.
 const CPU_FEATURES: u32 = 0x201;
 const ISA_BUS: u8 = 0;
 const ALL_APICS: u8 = 0xff;
 
-/// A CPU count a table cannot be written for.
+/// A number of CPUs for which no table can be written.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{cpus} vCPUs, but 1 to {MAX_CPUS} are supported")]
 pub struct MpTableError {
-    /// The count.
+    /// The number of CPUs.
     pub cpus: u8,
 }
 
@@ -34,7 +34,7 @@ enum InterruptType {
     External = 3,
 }
 
-/// Makes `bytes[sum_at]` such that all of `bytes` add up to 0.
+/// Sets `bytes[sum_at]` so that the sum of `bytes` is 0 modulo 256.
 fn set_checksum(bytes: &mut [u8], sum_at: usize) {
     bytes[sum_at] = 0;
     bytes[sum_at] = bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_sub(*byte));
@@ -45,7 +45,7 @@ pub(crate) fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
     if !(1..=MAX_CPUS).contains(&cpus) {
         return Err(MpTableError { cpus });
     }
-    // At most 16 + 44 + 32 * 20 + 8 + 8 + 24 * 8 + 2 * 8 bytes: within the KiB it has.
+    // At most 16 + 44 + 32 * 20 + 8 + 8 + 24 * 8 + 2 * 8 bytes, within its 1 KiB.
     let mut entries = Vec::with_capacity((BASE_MEMORY_END.0 - MP_TABLE.0) as usize);
     let mut count = 0_u16;
     let mut entry = |bytes: &[&[u8]]| {
@@ -62,7 +62,7 @@ pub(crate) fn mp_table(cpus: u8) -> Result<Vec<u8>, MpTableError> {
     let ioapic = cpus;
     let enabled = 1;
     entry(&[&[2, ioapic, APIC_VERSION, enabled], &(IOAPIC_BASE.0 as u32).to_le_bytes()]);
-    // Polarity and trigger mode 0: as the bus has it.
+    // Polarity and trigger mode 0: those of the bus.
     for pin in 0..IOAPIC_PINS {
         entry(&[&[3, InterruptType::Normal as u8, 0, 0, ISA_BUS, pin, ioapic, pin]]);
     }

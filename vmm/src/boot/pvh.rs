@@ -1,4 +1,5 @@
-//! What a PVH kernel finds in memory: `hvm_start_info`, the module list and the memory map.
+//! Memory structures of the PVH boot protocol: `hvm_start_info`, the module list and the memory
+//! map.
 
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
@@ -7,10 +8,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::layout::{CMDLINE, GuestRange, MapEntry, PVH_MEMMAP, PVH_MODLIST, PVH_START_INFO};
 
-/// The first version with a memory map.
+/// The first version of `hvm_start_info` with a memory map.
 const VERSION: u32 = 1;
 
-/// Writes all of it.
+/// Writes the three structures. `rsdp` is the address of the ACPI root pointer.
 pub(super) fn write<M: GuestMemoryBackend>(
     mem: &M,
     map: &[MapEntry],
@@ -36,7 +37,7 @@ pub(super) fn write<M: GuestMemoryBackend>(
         cmdline_paddr: CMDLINE.0,
         rsdp_paddr: rsdp.map_or(0, |addr| addr.0),
         memmap_paddr: PVH_MEMMAP.0,
-        // At most MAX_RAM_RANGES and two more.
+        // At most MAX_RAM_RANGES + 2.
         memmap_entries: map.len() as u32,
         ..Default::default()
     };

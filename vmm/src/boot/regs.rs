@@ -1,4 +1,4 @@
-//! The boot vCPU's registers for each entry protocol.
+//! The boot vCPU's registers for each boot protocol.
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
@@ -8,7 +8,7 @@ use super::load::Entry;
 /// Null, code, data and TSS descriptors for PVH: 32-bit, base 0, limit 4 GiB.
 pub(super) const GDT_PROTECTED_MODE: [u64; 4] =
     [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
-/// The same for the 64-bit protocol: the code segment is a long-mode one.
+/// Null, code, data and TSS descriptors for the 64-bit protocol, with a long-mode code segment.
 pub(super) const GDT_LONG_MODE: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
 
 const CODE: usize = 1;
@@ -24,21 +24,22 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 is always set.
 const RFLAGS: u64 = 1 << 1;
 
-/// Bits of an MSR that vCPUs start with.
+/// Bits of an MSR that are set on new vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BootMsr {
-    /// Its number.
+    /// The MSR's index.
     pub index: u32,
-    /// The bits, set beside those that KVM sets.
+    /// The bits, set in addition to KVM's.
     pub bits: u64,
 }
 
-/// MSRs that firmware would have set and kernels take as given, for every vCPU: fast string
-/// operations on (`IA32_MISC_ENABLE`), and memory write-back by default (`IA32_MTRR_DEF_TYPE`).
+/// MSRs that firmware would set and kernels rely on, for every vCPU. They enable fast string
+/// operations (`IA32_MISC_ENABLE`) and make write-back the default memory type
+/// (`IA32_MTRR_DEF_TYPE`).
 pub(crate) const BOOT_MSRS: [BootMsr; 2] =
     [BootMsr { index: 0x1a0, bits: 1 }, BootMsr { index: 0x2ff, bits: 1 << 11 | 6 }];
 
-/// Takes the descriptor apart, as loading it into a segment register does.
+/// Decodes descriptor `index` of `gdt`, as a segment register load does.
 fn segment(gdt: &[u64; 4], index: usize) -> kvm_segment {
     let descriptor = gdt[index];
     let bits = |at: u32, width: u32| (descriptor >> at) & ((1 << width) - 1);
@@ -80,8 +81,8 @@ impl Entry {
         }
     }
 
-    /// Changes the special registers of a fresh vCPU as the protocol requires, and leaves the rest
-    /// (the APIC base above all) as KVM made it.
+    /// Sets the special registers of a new vCPU as the protocol requires. The others, above all the
+    /// APIC base, stay as KVM set them.
     pub(crate) fn apply_to(&self, sregs: &mut kvm_sregs) {
         let gdt = match self {
             Self::Pvh { .. } => &GDT_PROTECTED_MODE,

@@ -21,7 +21,7 @@ pub(super) fn bytes_at(mem: &GuestMemoryMmap<()>, addr: GuestAddress, len: usize
     out
 }
 
-/// What the bytes of a firmware table add up to.
+/// The sum of the bytes of a firmware table, modulo 256.
 pub(super) fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
@@ -90,7 +90,7 @@ impl ElfBuilder {
     }
 }
 
-/// Compresses as the kernel's build does, with the unpacked size appended where it does that.
+/// Compresses as the kernel's build does, with the unpacked size appended to every format but gzip.
 pub(super) fn compress(codec: Codec, data: &[u8]) -> Vec<u8> {
     let mut out = match codec {
         Codec::Gzip => {

@@ -1,11 +1,11 @@
-//! Decompressing a kernel on the host, within a bound.
+//! Decompressing a kernel on the host, up to a size limit.
 //!
 //! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one
 //! stream and ignores what follows.
 
 use std::io::{self, Read};
 
-/// How a kernel was compressed.
+/// The compression format of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codec {
     /// `CONFIG_KERNEL_GZIP`
@@ -31,7 +31,7 @@ pub enum UnpackError {
     /// The format is unknown.
     #[error("the kernel's payload is in no known format: it starts with {found:02x?}")]
     UnknownFormat {
-        /// Its first bytes.
+        /// The payload's first bytes.
         found: Vec<u8>,
     },
     /// The format is known, but not supported.
@@ -40,12 +40,12 @@ pub enum UnpackError {
         /// The format.
         codec: Codec,
     },
-    /// The unpacked payload is larger than the bound.
+    /// The unpacked payload is larger than the limit.
     #[error("the {codec} payload unpacks to more than {limit} bytes")]
     TooLarge {
         /// The format.
         codec: Codec,
-        /// The bound in bytes.
+        /// The limit in bytes.
         limit: usize,
     },
     /// The decoder reports an error.
@@ -53,7 +53,7 @@ pub enum UnpackError {
     Corrupt {
         /// The format.
         codec: Codec,
-        /// Its length in bytes.
+        /// The payload's length in bytes.
         len: usize,
         /// The decoder's error.
         #[source]
@@ -61,10 +61,11 @@ pub enum UnpackError {
     },
 }
 
-/// Memory a decoder may take for its dictionary: four times what the kernel's own build asks for.
+/// Memory limit of an XZ or LZMA decoder's dictionary in bytes: four times what the kernel's build
+/// uses.
 const LZMA_MEMORY: u64 = 256 << 20;
 const LZ4_MAGIC: u32 = 0x184c_2102;
-/// Unpacked size of a block in the legacy LZ4 frame.
+/// Largest unpacked size of a block in the legacy LZ4 frame.
 const LZ4_BLOCK: usize = 8 << 20;
 
 impl Codec {
@@ -78,7 +79,7 @@ impl Codec {
         (Self::Lzo, b"\x89LZO"),
     ];
 
-    /// What `bytes` start with.
+    /// The format of `bytes`, by their magic.
     #[must_use]
     pub(crate) fn detect(bytes: &[u8]) -> Option<Self> {
         Self::MAGICS.iter().find(|(_, magic)| bytes.starts_with(magic)).map(|(codec, _)| *codec)
@@ -99,7 +100,7 @@ impl std::fmt::Display for Codec {
     }
 }
 
-/// Unpacks `payload`, whose format its first bytes tell, to at most `limit` bytes.
+/// Unpacks `payload` to at most `limit` bytes. Its magic selects the format.
 pub(crate) fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackError> {
     let codec = Codec::detect(payload)
         .ok_or_else(|| UnpackError::UnknownFormat { found: payload.iter().take(6).copied().collect() })?;
@@ -121,7 +122,7 @@ pub(crate) fn unpack(payload: &[u8], limit: usize) -> Result<Vec<u8>, UnpackErro
     }
 }
 
-/// Everything `reader` gives, or `None` when that is more than `limit`.
+/// All bytes of `reader`, or `None` if they are more than `limit`.
 fn read_bounded(reader: impl Read, limit: usize) -> io::Result<Option<Vec<u8>>> {
     let mut out = Vec::new();
     reader.take((limit as u64).saturating_add(1)).read_to_end(&mut out)?;
@@ -134,8 +135,8 @@ fn unpack_lzma(payload: &[u8], stream: LzmaStream, limit: usize) -> io::Result<O
     read_bounded(liblzma::bufread::XzDecoder::new_stream(payload, stream?), limit)
 }
 
-/// The legacy frame: a magic, then blocks of (length, data), each unpacking to at most 8 MiB. What
-/// is left when fewer bytes than a length and a block's least remain is the appended size.
+/// Unpacks the legacy frame: a magic, then blocks of (length, data) that each unpack to at most 8
+/// MiB. A length without data after it is the appended size.
 fn unpack_lz4(payload: &[u8], limit: usize) -> io::Result<Option<Vec<u8>>> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
     let mut out = Vec::new();

@@ -1,8 +1,8 @@
-//! The CPUID of a vCPU: what KVM supports, less what is hidden, with this vCPU's identity and
-//! place.
+//! The CPUID of a vCPU: what KVM supports, less the hidden features, with the vCPU's APIC id and
+//! topology.
 //!
-//! The guest sees one package with one core per vCPU and no hyperthreads, whatever the host looks
-//! like; APIC ids are vCPU indices.
+//! The guest sees one package with one core per vCPU and no hyperthreads, independent of the host.
+//! APIC ids are vCPU indices.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -11,13 +11,13 @@ use super::template::CpuTemplate;
 
 /// Leaf 1 ECX: TSC deadline timer.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1 ECX: OSXSAVE. Follows CR4; KVM keeps it up to date, it starts clear.
+/// Leaf 1 ECX: OSXSAVE. KVM updates it from CR4; it starts clear.
 const OSXSAVE: u32 = 1 << 27;
-/// Leaf 1 ECX: there is a hypervisor.
+/// Leaf 1 ECX: a hypervisor is present.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: the package has more than one logical CPU.
 const HTT: u32 = 1 << 28;
-/// Leaf 7 ECX: OSPKE. Follows CR4, as OSXSAVE does.
+/// Leaf 7 ECX: OSPKE. KVM updates it from CR4.
 const OSPKE: u32 = 1 << 4;
 /// Leaf 0x8000_0001 ECX: the logical CPUs of a package are cores, not threads.
 const CMP_LEGACY: u32 = 1 << 1;
@@ -26,7 +26,7 @@ const TOPOEXT: u32 = 1 << 22;
 /// Leaf 0x8000_0008 EBX: FXSAVE and FXRSTOR always handle the x87 error pointers.
 const XSAVEERPTR: u32 = 1 << 2;
 
-/// Where the basic leaves end and the hypervisor's and the extended ones begin.
+/// The first leaf that is not basic: the hypervisor range, then the extended range.
 const FIRST_OTHER_LEAF: u32 = 0x4000_0000;
 
 const SMT_LEVEL: u32 = 1 << 8;
@@ -39,23 +39,23 @@ pub enum CpuidError {
     /// KVM does not report a leaf that every guest needs.
     #[error("KVM reports no CPUID leaf {leaf:#x}")]
     MissingLeaf {
-        /// The leaf.
+        /// The leaf's number.
         leaf: u32,
     },
-    /// The vCPU's index is beyond the VM's vCPUs.
+    /// The vCPU's index is not below the number of vCPUs.
     #[error("vCPU {vcpu} is not one of {vcpus}")]
     NoSuchVcpu {
         /// The vCPU's index.
         vcpu: u8,
-        /// The VM's vCPUs.
+        /// The number of vCPUs of the VM.
         vcpus: u8,
     },
-    /// The host lacks what a template needs.
+    /// The host lacks features of a template.
     #[error("the CPU template {template} needs {}, which guests cannot have on this host", missing.join(", "))]
     Template {
         /// The template.
         template: CpuTemplate,
-        /// The missing features, by the kernel's names.
+        /// The missing features, by their Linux names.
         missing: Vec<&'static str>,
     },
     /// More entries than KVM takes.
@@ -69,26 +69,26 @@ pub enum CpuidError {
 /// What a vCPU's CPUID depends on besides the host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CpuidSpec<'a> {
-    /// Index of this vCPU; its APIC id.
+    /// Index of this vCPU, also its APIC id.
     pub vcpu: u8,
-    /// The VM's vCPUs.
+    /// The number of vCPUs of the VM.
     pub vcpus: u8,
     /// Features to hide.
     pub hide: &'a CpuHide,
     /// The CPU model that the guest sees.
     pub template: CpuTemplate,
-    /// Whether there are performance counters.
+    /// Whether the guest has performance counters.
     pub pmu: bool,
     /// The highest basic leaf that the guest sees.
     pub max_leaf: Option<u32>,
-    /// Whether KVM emulates the TSC deadline timer, which it does not say in its CPUID.
+    /// Whether KVM emulates the TSC deadline timer, absent from `KVM_GET_SUPPORTED_CPUID`.
     pub tsc_deadline: bool,
-    /// Whether an AMD guest sees that FXSAVE saves error pointers even if KVM does not report it.
+    /// Whether an AMD guest sees XSAVEERPTR even if KVM does not report it.
     pub force_xsaveerptr: bool,
 }
 
 impl CpuidSpec<'_> {
-    /// Bits of an APIC id that number the cores of the package.
+    /// The number of APIC id bits that number the cores of the package.
     fn core_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
     }
@@ -109,7 +109,7 @@ impl Leaves {
         self.get_mut(leaf, 0).ok_or(CpuidError::MissingLeaf { leaf })
     }
 
-    /// Vendors whose leaves from 0x8000_0000 are AMD's.
+    /// Whether the extended leaves are AMD's: vendor AMD or Hygon.
     fn is_amd(&self) -> bool {
         let vendor = self.0.iter().find(|e| e.function == 0).map(|e| [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes));
         vendor.is_some_and(|v| matches!(v.as_flattened(), b"AuthenticAMD" | b"HygonGenuine"))
@@ -123,7 +123,7 @@ pub(crate) fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<Cpu
     }
     let mut leaves = Leaves(supported.as_slice().to_vec());
     let amd = leaves.is_amd();
-    // Of the host's features. Those that the user hides beside them are the user's choice.
+    // Checked before `hide` applies: a feature that the user hides is not one that the host lacks.
     let missing = spec.template.missing(&leaves.0);
     if !missing.is_empty() {
         return Err(CpuidError::Template { template: spec.template, missing });
@@ -167,8 +167,8 @@ fn set_basic(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError
     Ok(())
 }
 
-/// Leaves 0xB and 0x1F, where the vendor's highest leaf reaches them. KVM fills them with the
-/// host's topology, or zeros.
+/// Replaces leaves 0xB and 0x1F, if the highest basic leaf includes them. KVM fills them with the
+/// host's topology or with zeros.
 fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), CpuidError> {
     let highest = leaves.required(0)?.eax;
     for function in [0xb, 0x1f] {
@@ -195,8 +195,7 @@ fn set_topology_leaves(leaves: &mut Leaves, spec: &CpuidSpec<'_>) -> Result<(), 
     Ok(())
 }
 
-/// Leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 belong to one core, level 3 is shared by
-/// all.
+/// Cache leaves 4 (Intel) and 0x8000_001D (AMD): levels 1 and 2 per core, level 3 shared by all.
 fn set_cache_sharing(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     let cores = (1 << spec.core_bits()) - 1;
     for leaf in [4, 0x8000_001d] {
@@ -229,9 +228,9 @@ fn set_amd_topology(leaves: &mut Leaves, spec: &CpuidSpec<'_>) {
     }
 }
 
-/// Leaves of performance counters: Intel's architectural ones, and AMD's.
+/// Leaves of performance counters: Intel's 0xA and AMD's 0x8000_0022.
 const PMU_LEAVES: [u32; 2] = [0xa, 0x8000_0022];
-/// What AMD's nested virtualization can do.
+/// Leaf of AMD's SVM features.
 const SVM_LEAF: u32 = 0x8000_000a;
 
 fn clear(leaves: &mut Leaves, functions: &[u32]) {
@@ -240,7 +239,7 @@ fn clear(leaves: &mut Leaves, functions: &[u32]) {
     }
 }
 
-/// The state components of leaf 0xD that a feature owns, by their XCR0 bits.
+/// The XSAVE state components of a feature, as XCR0 bits of leaf 0xD.
 const STATE_COMPONENTS: [(&str, u64); 5] =
     [("avx", 1 << 2), ("mpx", 0b11 << 3), ("avx512f", 0b111 << 5), ("pku", 1 << 9), ("amx_tile", 0b11 << 17)];
 

@@ -1,5 +1,4 @@
-//! CPU features by the names the Linux kernel gives them, and sets of features to hide from a
-//! guest.
+//! CPU features by their Linux names, and sets of features to hide from a guest.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,7 +16,7 @@ pub(super) enum Reg {
     Edx,
 }
 
-/// One bit of CPUID. A name may have several.
+/// One CPUID bit. Several bits may share a name.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Feature {
     pub(super) name: &'static str,
@@ -25,11 +24,11 @@ pub(super) struct Feature {
     pub(super) subleaf: u32,
     pub(super) reg: Reg,
     pub(super) bit: u32,
-    /// What must be there for this to be usable: hiding one of them hides this too.
+    /// The features that this one depends on: hiding one of them hides this one too.
     needs: &'static [&'static str],
 }
 
-/// A register's worth of features.
+/// The features of one CPUID register.
 struct Row {
     leaf: u32,
     subleaf: u32,
@@ -83,7 +82,7 @@ const ROWS: &[Row] = &[
 
 const AVX512F: &[&str] = &["avx512f"];
 
-/// What a feature needs. The kernel's own table of dependencies, as far as hiding goes.
+/// The features that `name` depends on: the kernel's own table, as far as hiding needs it.
 fn needs(name: &str) -> &'static [&'static str] {
     match name {
         "xsaveopt" | "xsavec" | "xgetbv1" | "osxsave" | "avx" | "pku" | "mpx" | "amx_tile" => &["xsave"],
@@ -109,13 +108,13 @@ pub(super) fn features() -> impl Iterator<Item = Feature> {
     })
 }
 
-/// A name that is not a feature's.
+/// The name of an unknown CPU feature.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("unknown CPU feature {name:?}{}", similar_text(similar))]
 pub struct UnknownFeature {
-    /// As given.
+    /// The name as given.
     pub name: String,
-    /// Names like it, nearest first.
+    /// Similar feature names, nearest first.
     pub similar: Vec<&'static str>,
 }
 
@@ -125,31 +124,30 @@ fn similar_text(similar: &[&str]) -> String {
 
 /// Features to hide from a guest, with everything that depends on them.
 ///
-/// Written as a comma-separated list of the kernel's names, as in `clearcpuid=`; a trailing `*`
-/// stands for any ending.
+/// Written as a comma-separated list of Linux names, as in `clearcpuid=`. A trailing `*` matches
+/// any ending.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CpuHide(BTreeSet<&'static str>);
 
 impl CpuHide {
-    /// Nothing.
+    /// No features.
     #[must_use]
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Nested virtualization. Hidden from every guest: a VM within the guest would be in no state
-    /// that is saved.
+    /// Nested virtualization. Hidden from every guest: no saved state includes a nested VM.
     pub(super) fn nested() -> Self {
         Self(["vmx", "smx", "svm"].into())
     }
 
-    /// Performance counters, beside those of leaf 0xA.
+    /// Performance counters outside leaf 0xA.
     pub(super) fn counters() -> Self {
         Self(["pdcm", "perfctr_core", "perfctr_nb", "perfctr_llc", "perfmon_v2"].into())
     }
 
-    /// Everything either hides.
+    /// The features that either set hides.
     #[must_use]
     pub(crate) fn union(&self, other: &Self) -> Self {
         Self(self.0.union(&other.0).copied().collect())
@@ -161,7 +159,7 @@ impl CpuHide {
         self.0.contains(name)
     }
 
-    /// Adds what cannot be used without what is hidden, until there is no more of it.
+    /// Adds the features that depend on hidden ones, transitively.
     fn close(mut self) -> Self {
         loop {
             let dependents: Vec<_> = features()
@@ -223,7 +221,7 @@ impl fmt::Display for CpuHide {
     }
 }
 
-/// Up to four names within two edits of `word`, or that contain it.
+/// Up to four names, nearest first: within two edits of `word`, or one contains the other.
 fn similar(word: &str) -> Vec<&'static str> {
     let word = word.to_ascii_lowercase().replace(['-', '.'], "_");
     let mut found: Vec<_> = features()
@@ -238,7 +236,7 @@ fn similar(word: &str) -> Vec<&'static str> {
     found.into_iter().map(|(_, name)| name).take(4).collect()
 }
 
-/// Levenshtein's.
+/// The Levenshtein distance of `a` and `b` in bytes.
 fn edit_distance(a: &str, b: &str) -> usize {
     let mut previous: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

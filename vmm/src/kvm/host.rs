@@ -1,4 +1,4 @@
-//! `/dev/kvm`: whether it is there, speaks our version and can do what is needed.
+//! `/dev/kvm`: opening it, and checking its API version and capabilities.
 
 use std::ffi::CString;
 use std::io;
@@ -28,7 +28,7 @@ pub(crate) const KVM_PATH: &str = "/dev/kvm";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HostError {
-    /// The device is not there.
+    /// The device does not exist.
     #[error("{} is missing: is the kvm module loaded, and virtualization enabled?", path.display())]
     Missing {
         /// The device's path.
@@ -60,13 +60,13 @@ pub enum HostError {
     /// KVM lacks a capability.
     #[error("this host's KVM lacks {name}")]
     MissingCapability {
-        /// The capability, as the kernel calls it.
+        /// The kernel's name of the capability.
         name: &'static str,
     },
-    /// KVM supports fewer vCPUs.
+    /// More vCPUs than KVM supports.
     #[error("{asked} vCPUs, but this host does at most {max}")]
     TooManyVcpus {
-        /// The vCPUs that were requested.
+        /// The number of vCPUs requested.
         asked: u8,
         /// The most vCPUs that KVM supports.
         max: u8,
@@ -109,21 +109,21 @@ const REQUIRED: [(Cap, &str); 14] = [
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
 
-/// How often making a VM is tried. A second try has always been enough.
+/// Attempts at `KVM_CREATE_VM` that may fail with EINTR. The second has always succeeded.
 const CREATE_TRIES: usize = 100;
 
 /// The choices that a vCPU's CPUID depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CpuLook<'a> {
-    /// Features to hide, beside those that no guest has here.
+    /// Features to hide, in addition to those hidden from every guest.
     pub hide: &'a CpuHide,
     /// The CPU model that the guest sees.
     pub template: CpuTemplate,
-    /// Whether it has performance counters.
+    /// Whether the vCPU has performance counters.
     pub pmu: bool,
 }
 
-/// Facts that only a vCPU shows.
+/// Host properties that only a vCPU shows.
 #[derive(Debug)]
 struct Probed {
     msrs: MsrSet,
@@ -138,7 +138,7 @@ pub struct Host {
     quirks: Quirks,
     supported: CpuId,
     max_vcpus: u8,
-    /// Index 0 without performance counters, 1 with them.
+    /// Properties of a vCPU without (index 0) and with (1) performance counters.
     probed: [OnceLock<Probed>; 2],
 }
 
@@ -146,12 +146,12 @@ impl Host {
     /// Opens `/dev/kvm`, checks it and detects its quirks.
     ///
     /// # Errors
-    /// When it is missing, or lacks something that a VM needs.
+    /// When the device is missing, or lacks something that a VM needs.
     pub fn open() -> Result<Self, HostError> {
         Self::open_at(Path::new(KVM_PATH))
     }
 
-    /// Opens `path`, checks it and finds out which quirks it has.
+    /// Opens `path`, checks it and detects its quirks.
     pub(crate) fn open_at(path: &Path) -> Result<Self, HostError> {
         let kvm = open_device(path)?;
         let found = kvm.get_api_version();
@@ -169,13 +169,13 @@ impl Host {
         Ok(Self { kvm, quirks, supported, max_vcpus, probed: Default::default() })
     }
 
-    /// The device.
+    /// The opened device.
     #[must_use]
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// What is peculiar about it.
+    /// The quirks of this KVM.
     #[must_use]
     pub fn quirks(&self) -> Quirks {
         self.quirks
@@ -187,13 +187,13 @@ impl Host {
         self.max_vcpus
     }
 
-    /// Whether guests can be given another TSC frequency than the host's.
+    /// Whether a guest's TSC frequency can differ from the host's (`KVM_CAP_TSC_CONTROL`).
     #[must_use]
     pub fn has_tsc_control(&self) -> bool {
         self.kvm.check_extension(Cap::TscControl)
     }
 
-    /// Whether the PIC and IOAPIC can be left to userspace while the local APICs stay in KVM.
+    /// Whether the PICs and the IOAPIC can be in userspace while the local APICs stay in KVM.
     #[must_use]
     pub(crate) fn has_split_irqchip(&self) -> bool {
         self.kvm.check_extension(Cap::SplitIrqchip)
@@ -205,25 +205,26 @@ impl Host {
         self.kvm.check_extension_int(Cap::Xsave2) > 0
     }
 
-    /// Bytes of a vCPU's XSAVE area.
+    /// Size of a vCPU's XSAVE area in bytes.
     #[must_use]
     pub fn xsave_size(&self) -> usize {
         let size = usize::try_from(self.kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         size.max(size_of::<kvm_xsave>())
     }
 
-    /// The CPUID for `vcpu` of `vcpus`, without what `hide` and the host's quirks hide.
+    /// The CPUID of vCPU `vcpu` of `vcpus`, less what `hide` and the host's quirks hide.
     pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
         self.cpuid_of(vcpu, vcpus, &CpuLook { hide, template: CpuTemplate::Host, pmu: false })
     }
 
-    /// The same, of a CPU that looks like `look`. Nested virtualization is hidden from all of them.
+    /// The CPUID of vCPU `vcpu` of `vcpus` with the choices in `look`. Nested virtualization is
+    /// always hidden.
     pub(crate) fn cpuid_of(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
         self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
     }
 
-    /// All features that a vCPU can have here, also those that none has by default: an older state
-    /// may have them.
+    /// The CPUID with all features that a vCPU can have here. It includes those hidden by default,
+    /// because an older state may have them.
     pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
         self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
     }
@@ -253,8 +254,8 @@ impl Host {
         self.msrs_of(false)
     }
 
-    /// The MSRs of a vCPU's state, with performance counters or without. Probed on a scratch VM the
-    /// first time, which takes some milliseconds.
+    /// The MSRs of a vCPU's state, with performance counters or without. The first call probes them
+    /// on a scratch VM, which takes some milliseconds.
     ///
     /// # Errors
     /// When they cannot be probed.
@@ -267,8 +268,8 @@ impl Host {
         Ok(self.probed(false)?.tsc_khz)
     }
 
-    /// The vCPUs' value of `IA32_ARCH_CAPABILITIES`, if they have that MSR. Probed together with
-    /// the MSRs.
+    /// A vCPU's value of `IA32_ARCH_CAPABILITIES`, if it has that MSR. Probed together with the
+    /// MSRs.
     pub(crate) fn arch_capabilities(&self) -> Result<Option<u64>, HostError> {
         Ok(self.probed(false)?.arch_capabilities)
     }
@@ -279,16 +280,16 @@ impl Host {
             return Ok(probed);
         }
         let (_vm, vcpu) = self.scratch_vcpu(pmu)?;
-        // Fails where the host's own TSC is not usable.
+        // KVM_GET_TSC_KHZ fails where the host's TSC is not usable.
         let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
         let arch_capabilities = read_one(&vcpu, ARCH_CAPABILITIES)?;
         let probed = Probed { msrs: MsrSet::probe(self, &vcpu)?, tsc_khz, arch_capabilities };
-        // Two threads may both get here; they find the same, and the first to finish wins.
+        // Two threads may probe at once: they find the same values, and the first stores them.
         Ok(slot.get_or_init(|| probed))
     }
 
-    /// Takes performance counters away from `vm`, which has no vCPU yet. Where KVM cannot, CPUID
-    /// hides them all the same.
+    /// Disables the performance counters of `vm`, which has no vCPU yet. Does nothing where KVM
+    /// cannot disable them: CPUID hides them anyway.
     pub(crate) fn disable_pmu(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
         let known = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
@@ -298,9 +299,9 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// A new VM. The ioctl takes all locks of this process's memory map, and fails if the thread
-    /// has other work pending in the kernel: a signal, or completions of an io_uring. Then it is
-    /// tried again.
+    /// Creates a VM. `KVM_CREATE_VM` takes all locks of this process's memory map. It fails with
+    /// EINTR if the thread has other work pending in the kernel: a signal, or io_uring completions.
+    /// It is then retried.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {
@@ -311,7 +312,7 @@ impl Host {
         self.kvm.create_vm()
     }
 
-    /// A vCPU like those of guests, in a VM of its own without memory.
+    /// A vCPU with a guest's CPUID, in a VM of its own without memory.
     ///
     /// # Errors
     /// When KVM refuses the VM, the vCPU or its CPUID.
@@ -332,11 +333,11 @@ impl Host {
         Ok((vm, vcpu))
     }
 
-    /// A VM without memory whose vCPUs have local APICs, for finding things out.
+    /// A VM for probing: no memory, vCPUs with local APICs.
     pub(super) fn scratch_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         let vm = self.create_vm()?;
         if self.has_split_irqchip() {
-            // A sixtieth of the time a full irqchip takes to destroy.
+            // Destroying it takes a sixtieth of the time of a full irqchip.
             local_apics_alone(&vm)?;
         } else {
             vm.create_irq_chip()?;
@@ -345,24 +346,26 @@ impl Host {
     }
 }
 
-/// Gives the vCPUs of `vm`, which has none yet, local APICs, and the VM neither IOAPIC nor PICs.
+/// Enables the split irqchip of `vm`, which has no vCPU yet. KVM then emulates the local APICs, but
+/// neither IOAPIC nor PICs.
 pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    /// Interrupt pins of the missing IOAPIC; KVM wants the number for its routing table.
+    /// Pins of the absent IOAPIC. KVM takes the number for its routing table.
     const PINS: u64 = 24;
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
 }
 
 /// Machine-check banks of a guest. KVM's default of 32 would be half of all MSRs that a fork reads
-/// and writes, and no error is ever put into one.
+/// and writes. No error is ever injected into a bank.
 const MACHINE_CHECK_BANKS: u64 = 4;
 
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
 
-/// Gives `vcpu` fewer machine-check banks. All that it has are saved: [`MsrSet`] counts them.
+/// Reduces the number of machine-check banks of `vcpu` (`KVM_X86_SETUP_MCE`). [`MsrSet`] counts the
+/// banks, so all of them are saved.
 pub(crate) fn set_machine_check_banks(vcpu: &VcpuFd) {
-    /// `IA32_MCG_CTL` is there.
+    /// MCG_CTL_P: `IA32_MCG_CTL` is present.
     const CTL_P: u64 = 1 << 8;
-    // SAFETY: the call reads one u64, which it is given, and writes nothing of this process's.
+    // SAFETY: the ioctl reads the u64 passed to it, and writes no memory of this process.
     let rc = unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &(MACHINE_CHECK_BANKS | CTL_P)) };
     if rc != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), "KVM_X86_SETUP_MCE: the guest has KVM's banks");
@@ -407,7 +410,7 @@ mod tests {
         assert!(matches!(Host::open_at(Path::new("a\0b")), Err(HostError::Open { .. })));
     }
 
-    /// Through the one way by which vCPUs get their CPUID, on a host that offers all of it.
+    /// Goes through the only path by which vCPUs get their CPUID, on a host that offers all of it.
     #[test]
     fn guests_are_given_no_nested_virtualization_and_no_counters() {
         let Some(mut host) = host() else { return };

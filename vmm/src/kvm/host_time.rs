@@ -1,11 +1,11 @@
-//! The time since a state was saved, by the host's clocks.
+//! The time elapsed since a state was saved, by the host's clocks.
 //!
-//! | saved | clock | why |
+//! | state saved | clock | reason |
 //! |---|---|---|
-//! | in this boot of the host | `CLOCK_BOOTTIME` | it is never stepped, and it counts while the host is suspended |
-//! | in another boot, or on another host | the wall clock | it is the only clock the two have in common |
+//! | in this boot of the host | `CLOCK_BOOTTIME` | never stepped, counts during host suspend |
+//! | in another boot or on another host | the wall clock | the only clock both have in common |
 //!
-//! The boot's id decides which.
+//! The boot id (`/proc/sys/kernel/random/boot_id`) selects the clock.
 
 use std::fs;
 use std::sync::OnceLock;
@@ -13,37 +13,37 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// A moment by the host's wall clock, in nanoseconds since 1970.
+/// A time of the host's wall clock, in nanoseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct WallClock(u64);
 
 impl WallClock {
-    /// This moment.
+    /// The current time; 0 if it is not representable.
     #[must_use]
     pub fn now() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self(u64::try_from(since.as_nanos()).unwrap_or(0))
     }
 
-    /// A moment that long before.
+    /// This time less `by`.
     #[cfg(test)]
     pub(super) fn earlier(self, by: Duration) -> Self {
         Self(self.0 - by.as_nanos() as u64)
     }
 }
 
-/// A moment by the clock of one boot of the host.
+/// A time of `CLOCK_BOOTTIME`, comparable within one boot of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootTime {
-    /// The boot's id, its halves.
+    /// The boot id: upper and lower 64 bits.
     boot: (u64, u64),
-    /// `CLOCK_BOOTTIME`, in nanoseconds. May be negative: a moment before the boot's beginning.
+    /// `CLOCK_BOOTTIME` in nanoseconds. Negative for a time before the boot.
     nanoseconds: i64,
 }
 
 impl BootTime {
-    /// This moment. None on a host that does not say which boot it is.
+    /// The current time. `None` if the boot id or the clock cannot be read.
     #[must_use]
     pub fn now() -> Option<Self> {
         let boot = boot_id()?;
@@ -53,7 +53,7 @@ impl BootTime {
         (rc == 0).then(|| Self { boot, nanoseconds: now.tv_sec * 1_000_000_000 + now.tv_nsec })
     }
 
-    /// A moment that long before.
+    /// This time less `by`.
     #[cfg(test)]
     pub(super) fn earlier(self, by: Duration) -> Self {
         Self { nanoseconds: self.nanoseconds - by.as_nanos() as i64, ..self }
@@ -76,8 +76,8 @@ fn parse_id(text: &str) -> Option<(u64, u64)> {
     Some((u64::from_str_radix(high, 16).ok()?, u64::from_str_radix(low, 16).ok()?))
 }
 
-/// The time since the instant `wall`, which was `boot`. Zero if it is not known, or if the wall
-/// clock decides and was stepped back since.
+/// The time elapsed since a save at `wall` and `boot`, two readings of the same instant. Zero if
+/// the instant is unknown, or if the wall clock applies and was stepped back since.
 pub(super) fn elapsed(wall: WallClock, boot: Option<BootTime>) -> Duration {
     elapsed_at(wall, boot, WallClock::now(), BootTime::now())
 }

@@ -1,17 +1,17 @@
-//! The host's KVM: its capabilities and their gaps, CPUID, and the state of vCPUs and VMs.
+//! KVM on this host: capabilities and quirks, CPUID, and the state of vCPUs and VMs.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
-//! | `host` | `/dev/kvm`, its version and capabilities, with an error for each thing that may be missing |
-//! | `features`, `cpuid` | names of CPU features, and the CPUID each vCPU is given |
-//! | `template` | CPU models that are the same on every host |
-//! | `requirements` | what a saved state needs of a host |
-//! | `host_time` | the time since a state was saved |
-//! | `quirks` | everything that adapts to a KVM which is not a hardware one |
-//! | `msrs` | which MSRs make up a vCPU's state on this host |
-//! | `pio` | the width of the accesses of a port exit |
-//! | `pending` | a vCPU's pending events, dropped before a reset |
-//! | `vcpu_state`, `vm_state` | save and restore, each step with the reason for its place |
+//! | `host` | `/dev/kvm`: API version and required capabilities, one error for each |
+//! | `features`, `cpuid` | names of CPU features, and the CPUID of each vCPU |
+//! | `template` | CPU templates: baselines of CPUID and MSRs |
+//! | `requirements` | what a saved state requires of a host |
+//! | `host_time` | the time elapsed since a state was saved |
+//! | `quirks` | workarounds for kvm-pvm, a KVM without hardware virtualization |
+//! | `msrs` | the MSRs of a vCPU's state on this host |
+//! | `pio` | the access width of a port I/O exit |
+//! | `pending` | dropping a vCPU's pending events before a reset |
+//! | `vcpu_state`, `vm_state` | save and restore, with the reason for the order of the steps |
 //!
 //! Not done here: creating VMs and running vCPUs.
 

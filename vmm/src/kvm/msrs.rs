@@ -1,7 +1,7 @@
-//! Which MSRs make up a vCPU's state on this host, in the order in which they are restored.
+//! The MSRs of a vCPU's state on this host, in restore order.
 //!
-//! KVM lists more than can be read or written back, so each is tried once, on a scratch vCPU with a
-//! guest's CPUID. After that one `KVM_GET_MSRS` reads them all.
+//! KVM lists MSRs that cannot be read, or not be written back. Each is therefore tried once, on a
+//! scratch vCPU with a guest's CPUID. After that one `KVM_GET_MSRS` reads them all.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -16,28 +16,30 @@ pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 /// `MSR_KVM_ASYNC_PF_EN`
 pub(super) const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
-/// `IA32_ARCH_CAPABILITIES`: what this CPU need not fear.
+/// `IA32_ARCH_CAPABILITIES`: the CPU's immunities to attacks on speculative execution.
 pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
-/// `IA32_MCG_CAP`: how many machine-check banks there are, and whether their interrupt is.
+/// `IA32_MCG_CAP`: the number of machine-check banks, and whether CMCI is supported.
 const MCG_CAP: u32 = 0x179;
 const MCG_CMCI: u64 = 1 << 10;
-/// The banks' `MCi_CTL`, `MCi_STATUS`, `MCi_ADDR` and `MCi_MISC`, and their `MCi_CTL2`.
+/// The first of the banks' `MCi_CTL`, `MCi_STATUS`, `MCi_ADDR` and `MCi_MISC`, and of their
+/// `MCi_CTL2`.
 const MC0_CTL: u32 = 0x400;
 const MC0_CTL2: u32 = 0x280;
-/// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME`: older numbers for what the new ones hold too.
+/// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME`: old indices of values that the new MSRs hold
+/// too.
 const DUPLICATES: [u32; 2] = [0x11, 0x12];
-/// MSRs that are state and that `KVM_GET_MSR_INDEX_LIST` does not name, or not on every kernel:
-/// `DEBUGCTL` and the last branches; the MTRRs, of which KVM has eight variable ones. The
-/// machine-check banks are counted.
+/// State MSRs that `KVM_GET_MSR_INDEX_LIST` does not list on every kernel: `DEBUGCTL` and the last
+/// branches, and the MTRRs, of which KVM has eight variable ones. Machine-check banks are counted
+/// instead.
 const UNLISTED: [u32; 33] = [
     0x1d9, 0x1db, 0x1dc, 0x1dd, 0x1de, //
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f,
     0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, 0x2ff,
 ];
 
-/// MSRs that one call can carry.
+/// The most MSRs that one ioctl can carry.
 pub const MAX_MSRS: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
-/// MSRs that are tried in one call.
+/// MSRs probed with one ioctl.
 const PIECE: usize = 128;
 
 /// Why the MSRs could not be listed.
@@ -61,22 +63,21 @@ pub enum MsrError {
     },
 }
 
-/// MSRs in the order in which they are restored.
+/// MSRs in restore order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MsrSet(Vec<u32>);
 
-/// Where an MSR's turn is.
+/// The rank of an MSR in the restore order, lowest first.
 fn rank(index: u32) -> u8 {
     match index {
-        // First, because everything that tells the time is computed from it.
+        // First: everything that tells the time is computed from it.
         MSR_TSC => 0,
-        // After the TSC, because KVM fills the guest's clock page from the TSC offset when this is
-        // written.
+        // After the TSC: on this write KVM fills the guest's clock page from the TSC offset.
         KVM_SYSTEM_TIME => 2,
-        // After the interrupt by which it is delivered, because KVM queues an event that wakes all
-        // waiters.
+        // After the MSR of the interrupt that delivers it: on this write KVM queues an event that
+        // wakes all waiters.
         KVM_ASYNC_PF_EN => 2,
-        // Last, because a deadline is compared with the TSC, and fires at once when that is still
+        // Last: KVM compares the deadline with the TSC, and fires at once if the TSC is still
         // another VM's.
         MSR_TSC_DEADLINE => 3,
         _ => 1,
@@ -91,7 +92,7 @@ fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, MsrError> {
     Msrs::from_entries(entries).map_err(|_| MsrError::TooMany { count: entries.len() })
 }
 
-/// Sets `bits` of one MSR beside those that are set. False when this host's KVM has no such MSR, or
+/// Sets `bits` of one MSR and keeps its other bits. `false` if this host's KVM has no such MSR, or
 /// refuses the value.
 pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
     let failed = |what| move |source| MsrError::Call { what, source };
@@ -103,8 +104,8 @@ pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool,
     Ok(vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))? == 1)
 }
 
-/// Reads `wanted`: those that could be read, and the numbers of those that could not. KVM stops at
-/// the first that it does not read; the rest is read again.
+/// Reads `wanted`. Returns the entries read, and the indices that KVM refused. KVM stops at the
+/// first refused MSR; the next call reads those after it.
 pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry>, Vec<u32>), MsrError> {
     let (mut found, mut refused) = (Vec::with_capacity(wanted.as_slice().len()), Vec::new());
     let mut left = wanted;
@@ -120,8 +121,8 @@ pub(super) fn read_all(vcpu: &VcpuFd, wanted: Msrs) -> Result<(Vec<kvm_msr_entry
     }
 }
 
-/// Writes `all`. What is refused is returned, with its values: KVM stops there, and is given the
-/// rest again.
+/// Writes `all`. Returns the entries that KVM refused. KVM stops at each of them; the next call
+/// writes those after it.
 pub(super) fn write_all(vcpu: &VcpuFd, all: &Msrs) -> Result<Vec<kvm_msr_entry>, MsrError> {
     let mut refused = Vec::new();
     let failed = |source| MsrError::Call { what: "KVM_SET_MSRS", source };
@@ -153,7 +154,7 @@ fn machine_check_banks(vcpu: &VcpuFd) -> Result<Vec<u32>, MsrError> {
 }
 
 impl MsrSet {
-    /// Tries every MSR that KVM names on `vcpu`, a scratch one that has its CPUID.
+    /// Tries every MSR that KVM lists on `vcpu`, a scratch vCPU that has its CPUID.
     pub(super) fn probe(host: &Host, vcpu: &VcpuFd) -> Result<Self, MsrError> {
         let failed = |what| move |source| MsrError::Call { what, source };
         let listed = host.kvm().get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
@@ -162,12 +163,12 @@ impl MsrSet {
         indices.extend(UNLISTED);
         indices.extend(machine_check_banks(vcpu)?);
         indices.retain(|index| !DUPLICATES.contains(index) && !host.quirks().skip_msrs().contains(index));
-        // By rank, then by number, so that the order is the same on every run.
+        // By rank, then by index, so that the order is the same on every run.
         indices.sort_unstable_by_key(|&index| (rank(index), index));
         indices.dedup();
 
         let (mut readable, mut refused) = (Vec::new(), Vec::new());
-        // In pieces, because KVM may name more than one call can carry.
+        // In pieces, because KVM may list more than one ioctl can carry.
         for piece in indices.chunks(PIECE) {
             let (some, others) = read_all(vcpu, fam(&entries(piece))?)?;
             readable.extend(some);
@@ -214,8 +215,8 @@ mod tests {
         assert_eq!(indices, wanted);
     }
 
-    /// KVM stops at the one in the middle. Those behind it are read and written all the same, and
-    /// it is named.
+    /// KVM stops at a refused MSR. Those after it are still read and written, and the refused one
+    /// is reported.
     #[test]
     fn one_bad_msr_hides_no_other() {
         let Some(host) = host() else { return };

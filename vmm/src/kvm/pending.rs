@@ -1,13 +1,13 @@
-//! A vCPU's pending events, and how they are dropped before another state is restored in place.
+//! Drops a vCPU's pending events before another state is restored in place.
 //!
-//! Giving a vCPU a state replaces most of what is pending, but not all of it:
+//! A restore replaces most pending events. These survive it:
 //!
-//! | left from before | why | what it would do |
+//! | event | why it survives | effect |
 //! |---|---|---|
-//! | a start-up IPI | `KVM_SET_MP_STATE` only ever sets it | start an AP of the new state that waits for one |
-//! | an SMI, or System Management Mode | `KVM_SET_MP_STATE` comes before the events | have KVM refuse that an AP waits for INIT or SIPI |
-//! | asynchronous page faults | they are in no state | tell the guest of a page it never waited for |
-//! | a page-ready event not acknowledged | it is in no state | keep KVM from waking a halted vCPU for the next |
+//! | start-up IPI | `KVM_SET_MP_STATE` can only set it | an AP that waits for one starts |
+//! | SMI, SMM | restored after `KVM_SET_MP_STATE` | KVM refuses an AP's wait for INIT or SIPI |
+//! | async page faults | in no state | reports a page that the guest never waited for |
+//! | unacknowledged page-ready event | in no state | KVM wakes no halted vCPU for the next one |
 //!
 //! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after
 //! all are parked and before any state is restored.
@@ -24,11 +24,11 @@ use super::vcpu_state::VcpuStateError;
 /// `MSR_KVM_ASYNC_PF_ACK`
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
-/// Drops all pending events of `vcpu`. Only a restored state makes the vCPU usable again.
+/// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored.
 pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // First: it clears a latched INIT, so that the next step does not reset the vCPU, and leaves
-    // System Management Mode.
+    // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and
+    // leaves System Management Mode.
     let none = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING
             | KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -37,11 +37,11 @@ pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
         ..Default::default()
     };
     vcpu.set_vcpu_events(&none).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
-    // A start-up IPI is taken or dropped by looking: there is no other way to clear one.
+    // KVM_GET_MP_STATE accepts or drops a pending start-up IPI. There is no other way to clear one.
     vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
-    // Off, which cancels the faults under way and drops those done. Then the acknowledgement,
-    // because an event that was delivered before waits for one. Each alone, because a guest that
-    // was not given a feature does not have its MSR.
+    // Disabling cancels the page faults in flight and drops the completed ones. Then the
+    // acknowledgement, because an event delivered earlier waits for one. One MSR per call, because
+    // a guest without the feature does not have its MSR.
     for (index, data) in [(KVM_ASYNC_PF_EN, 0), (KVM_ASYNC_PF_ACK, 1)] {
         let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
             .map_err(|_| VcpuStateError::Buffer { what: "an MSR", bytes: size_of::<kvm_msr_entry>() })?;
@@ -60,7 +60,7 @@ mod tests {
     use super::super::vm_state::Clock;
     use super::*;
 
-    /// A VM, and its second vCPU's state: waiting for a start-up IPI.
+    /// A VM, and the state of its second vCPU, which waits for a start-up IPI.
     fn waiting(host: &Host) -> (TestVm, StateLayout, VcpuState) {
         let layout = StateLayout::new(host).unwrap();
         let vm = TestVm::new(host, 2, &TWO_OUTS);

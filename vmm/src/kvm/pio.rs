@@ -1,15 +1,13 @@
-//! What a port exit says beside the port and the bytes.
+//! The access width of a port I/O exit, which `VcpuExit` does not report.
 
 use kvm_ioctls::VcpuFd;
 
-/// Bytes of each access of the vCPU's last exit, which was for ports. A string instruction (`rep
-/// insb`)
-/// ends `KVM_RUN` once for many accesses, and what the exit holds is the bytes of all of them.
+/// Bytes per access of the vCPU's last exit, which was port I/O. A string instruction (`rep insb`)
+/// ends `KVM_RUN` once for several accesses: the exit holds the bytes of all of them.
 pub(crate) fn pio_width(vcpu: &mut VcpuFd) -> usize {
     let run = vcpu.get_kvm_run();
-    // SAFETY: the caller's exit was KVM_EXIT_IO, for which KVM fills `io`; and all members of the
-    // union are
-    // plain integers in 256 bytes of initialised shared memory, for which any bit pattern is valid.
+    // SAFETY: the caller's exit was KVM_EXIT_IO, for which KVM fills `io`. All members of the union
+    // are plain integers in 256 bytes of initialised shared memory: any bit pattern is valid.
     let io = unsafe { run.__bindgen_anon_1.io };
     usize::from(io.size)
 }
@@ -22,8 +20,7 @@ mod tests {
     use crate::kvm::testutil::{TestVm, host};
 
     /// `mov dx, 0x3f8; mov ecx, 5; mov rdi, 0x180000; cld; rep insb; mov ecx, 2; rep insw; mov rsi,
-    /// 0x180000; mov ecx, 5;
-    /// rep outsb; hlt`
+    /// 0x180000; mov ecx, 5; rep outsb; hlt`
     const STRINGS: [u8; 43] = [
         0x66, 0xba, 0xf8, 0x03, 0xb9, 5, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0x18, 0, 0xfc, 0xf3, 0x6c, 0xb9, 2, 0, 0, 0,
         0xf3, 0x66, 0x6d, 0x48, 0xc7, 0xc6, 0, 0, 0x18, 0, 0xb9, 5, 0, 0, 0, 0xf3, 0x6e, 0xf4, 0xf4,

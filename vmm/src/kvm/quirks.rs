@@ -1,26 +1,27 @@
-//! Everything that adapts to kvm-pvm, in one place.
+//! Workarounds for kvm-pvm, all in one place.
 //!
 //! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented
-//! VMs: guest ring 3 runs natively, guest ring 0 is interpreted by KVM's instruction emulator. What
-//! the emulator does not know ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`, so a guest kernel must
-//! not see features that make it use such instructions.
+//! VMs. Guest ring 3 runs natively; KVM's instruction emulator interprets guest ring 0. An
+//! instruction that the emulator does not know ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`. A
+//! guest kernel must therefore not see features that make it use such instructions.
 //!
-//! Ring 3 executes CPUID natively and sees the host's CPU. For the guest kernel to see the same,
-//! this KVM puts the host's bits back into leaves 1, 7 and 0xD of whatever `KVM_SET_CPUID2` is
-//! given (seen with `KVM_GET_CPUID2`; CX16 and PCID are left alone, so are leaf 0 and the leaves
-//! from 0x4000_0000 on). Hence three layers:
+//! Ring 3 executes CPUID natively and sees the host's CPU. To show the guest kernel the same, this
+//! KVM restores the host's bits in leaves 1, 7 and 0xD of every `KVM_SET_CPUID2`, as
+//! `KVM_GET_CPUID2` shows. It does not change CX16 and PCID, leaf 0 and the leaves from 0x4000_0000
+//! on. Hence three layers:
 //!
-//! 1. [`Quirks::hide`], for the leaves it leaves alone;
+//! 1. [`Quirks::hide`], for the leaves that this KVM does not change;
 //! 2. [`Quirks::max_leaf`], because a kernel that sees six leaves reads neither 7 nor 0xD;
 //! 3. [`Quirks::emulate_insn`] for the few instructions that leaf 1 still announces, and
-//!    [`Quirks::kernel_args`], which spare Linux the detour.
+//!    [`Quirks::kernel_args`], which spares Linux these exits.
 //!
-//! The TSC is the host's at every ring: writes to it succeed and change nothing, so a child's TSC
+//! The TSC is the host's at every ring. Writes to it succeed and change nothing, so a child's TSC
 //! is its parent's.
 //!
-//! A system call of a stock kernel arrives as a page fault, and is made one again (`syscall.rs`).
+//! A system call to a stock kernel arrives as a page fault. `syscall.rs` turns it back into a
+//! system call.
 //!
-//! Nothing outside this file and its children asks which KVM it runs on.
+//! No code outside this file and its submodules checks which KVM it runs on.
 
 mod emulate;
 mod syscall;
@@ -32,7 +33,7 @@ use super::features::CpuHide;
 pub(crate) use emulate::Emulated;
 pub use emulate::{EmulateError, EmulationFailure};
 
-/// Overrides detection: `pvm` or `none`.
+/// Environment variable that overrides detection: `pvm` or `none`.
 pub(crate) const QUIRKS_ENV: &str = "CLADE_QUIRKS";
 
 /// Why the quirks could not be detected.
@@ -42,27 +43,27 @@ pub enum QuirkError {
     /// The override has an unknown value.
     #[error("{QUIRKS_ENV} is {value:?}, it can be \"pvm\" or \"none\"")]
     Override {
-        /// Its value.
+        /// The variable's value.
         value: String,
     },
 }
 
-/// The kind of this host's KVM, by its peculiarities.
+/// The quirks of this host's KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quirks {
-    /// Hardware virtualization, which has none.
+    /// Hardware virtualization: no quirks.
     None,
     /// kvm-pvm.
     Pvm,
 }
 
-/// Features that a guest kernel must not see on kvm-pvm, each with what was observed. Most of it is
-/// in leaves that KVM overrides (see above); it is listed all the same, so that nothing depends on
-/// which those are.
+/// Features that a guest kernel must not see on kvm-pvm, each with the observed failure. Most are
+/// in leaves that KVM overrides (see above). They are listed anyway, so that nothing depends on
+/// which leaves those are.
 const PVM_HIDE: &[&str] = &[
     // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an
-    // emulation failure. Takes AVX and its kin along. The guest then uses FXSAVE, which is
-    // emulated.
+    // emulation failure. Hiding XSAVE also hides AVX and its dependents. The guest then uses
+    // FXSAVE, which is emulated.
     "xsave",
     // POPCNT at ring 0, in hweight: emulation failure.
     "popcnt",
@@ -74,7 +75,7 @@ const PVM_HIDE: &[&str] = &[
     // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline
     // segfaults.
     "fsgsbase",
-    // Each selects an instruction or a code path in the kernel that the emulator does not do.
+    // Each selects an instruction or a code path in the kernel that the emulator does not support.
     "bmi1",
     "bmi2",
     "movbe",
@@ -88,32 +89,32 @@ const PVM_HIDE: &[&str] = &[
     "sse4_2",
     "pclmulqdq",
     "aes",
-    // This KVM claims it and refuses MSR 0x10a, which the guest then reads.
+    // kvm-pvm reports the feature but refuses MSR 0x10a, which the guest then reads.
     "arch_capabilities",
-    // KVM_HC_SEND_IPI and its kin: SMP bring-up hangs at "Booting SMP configuration".
+    // KVM_HC_SEND_IPI and related features: SMP bring-up hangs at "Booting SMP configuration".
     "kvm_pv_ipi",
     "kvm_pv_sched_yield",
     "kvm_pv_unhalt",
     "kvm_pv_tlb_flush",
 ];
 
-/// The last basic leaf that a guest sees on kvm-pvm. Linux reports "CPU feature xsave disabled, no
-/// CPUID level 0xd" and uses FXSAVE; leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...) is not read.
+/// The highest basic leaf that a guest sees on kvm-pvm. Linux logs "CPU feature xsave disabled, no
+/// CPUID level 0xd" and uses FXSAVE. It does not read leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...).
 const PVM_MAX_LEAF: u32 = 6;
 
-/// Arguments for Linux on kvm-pvm: not to use the features that leaf 1 still announces.
+/// Linux arguments on kvm-pvm: do not use the features that leaf 1 still announces.
 ///
-/// SSSE3 is what Debian's kernels mix random numbers with, after LDMXCSR in `kernel_fpu_begin`: an
+/// Debian's kernels mix random numbers with SSSE3, after LDMXCSR in `kernel_fpu_begin`: an
 /// emulation failure.
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes";
 
-/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` names
-/// them: `IA32_XSS` (0xda0) can be read and not written, `IA32_SMBASE` (0x9e) and AMD's `DE_CFG`
-/// (0xc0011029) are absent, `IA32_ARCH_CAPABILITIES` (0x10a) is refused.
+/// MSRs that are not part of a vCPU's state on kvm-pvm although `KVM_GET_MSR_INDEX_LIST` lists
+/// them. `IA32_XSS` (0xda0) can be read but not written. `IA32_SMBASE` (0x9e) and AMD's `DE_CFG`
+/// (0xc0011029) are absent. `IA32_ARCH_CAPABILITIES` (0x10a) is refused.
 const PVM_SKIP_MSRS: &[u32] = &[0xda0, 0x9e, 0xc001_1029, 0x10a];
 
 impl Quirks {
-    /// Finds out, unless [`QUIRKS_ENV`] says.
+    /// Detects the quirks, unless [`QUIRKS_ENV`] sets them.
     pub(crate) fn detect() -> Result<Self, QuirkError> {
         Self::detect_in(std::env::var(QUIRKS_ENV).ok().as_deref(), Path::new("/sys/module"))
     }
@@ -125,7 +126,7 @@ impl Quirks {
             Some(value) => return Err(QuirkError::Override { value: value.to_owned() }),
             None => {}
         }
-        // With a hardware vendor module beside it, /dev/kvm is that one's.
+        // If a hardware vendor module is loaded too, /dev/kvm belongs to it.
         let loaded = |name: &str| modules.join(name).exists();
         Ok(if loaded("kvm_pvm") && !loaded("kvm_intel") && !loaded("kvm_amd") { Self::Pvm } else { Self::None })
     }
@@ -140,7 +141,7 @@ impl Quirks {
         }
     }
 
-    /// The highest basic CPUID leaf that a guest sees; `None` for as many as KVM supports.
+    /// The highest basic CPUID leaf that a guest sees; `None` for KVM's highest.
     #[must_use]
     pub(crate) fn max_leaf(self) -> Option<u32> {
         match self {
@@ -150,8 +151,8 @@ impl Quirks {
     }
 
     /// What to append to a Linux guest's command line. Not needed to boot, since
-    /// [`Self::emulate_insn`] covers the same, but each healed instruction costs an exit and three
-    /// calls.
+    /// [`Self::emulate_insn`] covers the same instructions. But each of these costs an exit and
+    /// three ioctls.
     #[must_use]
     pub(crate) fn kernel_args(self) -> &'static str {
         match self {
@@ -160,7 +161,7 @@ impl Quirks {
         }
     }
 
-    /// `cmdline` for a Linux guest with what helps it here.
+    /// `cmdline` of a Linux guest with [`Self::kernel_args`] appended.
     pub(crate) fn extend_cmdline(self, cmdline: &str) -> String {
         match self.kernel_args() {
             "" => cmdline.to_owned(),
@@ -168,7 +169,7 @@ impl Quirks {
         }
     }
 
-    /// MSRs to leave alone.
+    /// MSRs to leave out of a vCPU's state.
     #[must_use]
     pub(crate) fn skip_msrs(self) -> &'static [u32] {
         match self {
@@ -177,8 +178,8 @@ impl Quirks {
         }
     }
 
-    /// Whether AMD guests must see that FXSAVE handles error pointers: without it Linux works
-    /// around an FXSAVE leak with FNCLEX at every context switch, which the emulator does not know.
+    /// Whether AMD guests must see XSAVEERPTR. Without it Linux works around an FXSAVE leak with
+    /// FNCLEX at every context switch, and the emulator does not know FNCLEX.
     #[must_use]
     pub(crate) fn forces_xsaveerptr(self) -> bool {
         self == Self::Pvm

@@ -1,5 +1,5 @@
-//! What a VM's state presupposes of its host, written down with it: so that a host that lacks
-//! something says what.
+//! What a VM's state requires of its host. Saved with the state, so that a host can name what it
+//! lacks.
 
 use std::fmt;
 use std::fs;
@@ -10,17 +10,17 @@ use serde::{Deserialize, Serialize};
 use super::features::{Reg, features};
 use super::host::{Host, HostError};
 
-/// TSC frequencies that differ by less, in parts per million, are the same: calibration is not
-/// better.
+/// Tolerance within which two TSC frequencies count as equal, in parts per million. Calibration is
+/// no more exact.
 pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
 
-/// Bits of `IA32_ARCH_CAPABILITIES` that say that something is worse, not better: RSBA and RRSBA.
+/// Bits of `IA32_ARCH_CAPABILITIES` that report a vulnerability, not an immunity: RSBA and RRSBA.
 const WORSE: u64 = 1 << 2 | 1 << 19;
 
-/// Bits that say how many vCPUs there are, and nothing about the host: HTT and CMP_LEGACY.
+/// Bits that depend on the number of vCPUs, not on the host: HTT and CMP_LEGACY.
 const TOPOLOGY: [(u32, Reg, u32); 2] = [(1, Reg::Edx, 1 << 28), (0x8000_0001, Reg::Ecx, 1 << 1)];
 
-/// A register of CPUID whose bits are features.
+/// A CPUID register of feature bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FeatureWord {
     leaf: u32,
@@ -38,20 +38,20 @@ pub struct XsaveComponent {
     pub size: u32,
     /// Its offset in bytes in the standard format; 0 for those of `IA32_XSS`.
     pub offset: u32,
-    /// ECX: supervisor component, alignment, XFD.
+    /// ECX of the subleaf: supervisor component, alignment, XFD.
     pub flags: u32,
 }
 
 /// What a guest needs of a host: features, TSC, XSAVE layout, immunities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostRequirements {
-    /// The version of Clade that saved it. For messages only.
+    /// The version of Clade that saved the state. For messages only.
     pub clade: String,
     /// The CPU's vendor string from CPUID.
     pub vendor: String,
     /// The features that the guest was given.
     pub features: Vec<FeatureWord>,
-    /// The frequency of its TSC in kHz, if KVM reports it.
+    /// The frequency of the guest's TSC in kHz, if KVM reports it.
     pub tsc_khz: Option<u32>,
     /// The release of the host's kernel. For messages only.
     pub kernel: String,
@@ -81,7 +81,7 @@ pub enum HostMismatch {
     /// The host lacks CPU features.
     #[error("this host lacks CPU features that the guest was given: {}", missing.join(", "))]
     Features {
-        /// The features by name; those without one by their place in CPUID.
+        /// The features by name; unnamed ones by their bit in CPUID.
         missing: Vec<String>,
     },
     /// This host cannot give the guest its TSC frequency.
@@ -92,7 +92,7 @@ pub enum HostMismatch {
         /// This host's frequency, in kHz.
         here: u32,
     },
-    /// The XSAVE area has another layout.
+    /// This host's XSAVE area lacks a component, or has it in another layout.
     #[error("the guest's XSAVE area has component {} as {} bytes at {}, this host's has {}", saved.bit, saved.size, saved.offset, found(here.as_ref()))]
     Xsave {
         /// The component in the state.
@@ -109,18 +109,18 @@ pub enum HostMismatch {
         saved: u64,
         /// The MSR's value on this host.
         here: u64,
-        /// Immunities that are missing here, and behaviours that are new.
+        /// The bits of missing immunities and of new vulnerabilities.
         differing: u64,
     },
-    /// Fewer bits of a physical address.
+    /// This host's physical addresses have fewer bits.
     #[error("the guest was given physical addresses of {saved} bits, this host has {here}")]
     PhysicalBits {
-        /// Of the state.
+        /// Physical-address bits in the state.
         saved: u8,
-        /// Of this host.
+        /// Physical-address bits of this host.
         here: u8,
     },
-    /// This host cannot be asked.
+    /// This host's properties could not be determined.
     #[error("this host cannot be compared with the one the guest ran on")]
     Host(#[from] HostError),
 }
@@ -157,7 +157,7 @@ fn found(here: Option<&XsaveComponent>) -> String {
     here.map_or_else(|| "none".to_owned(), |here| format!("{} bytes at {}", here.size, here.offset))
 }
 
-/// The components of leaf 0xD behind x87 and SSE, which are where they are everywhere.
+/// The components of leaf 0xD after x87 and SSE, whose place is the same on every host.
 fn components(cpuid: &[kvm_cpuid_entry2]) -> Vec<XsaveComponent> {
     let all = cpuid.iter().filter(|e| e.function == 0xd && e.index >= 2 && e.eax != 0);
     all.map(|e| XsaveComponent { bit: e.index, size: e.eax, offset: e.ebx, flags: e.ecx }).collect()
@@ -170,7 +170,7 @@ fn vendor(cpuid: &[kvm_cpuid_entry2]) -> String {
 }
 
 impl HostRequirements {
-    /// Of a guest whose vCPUs were made with `cpuid`, on this host.
+    /// The requirements of a guest on this host whose vCPUs have `cpuid`.
     #[must_use]
     pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>, arch_capabilities: Option<u64>) -> Self {
         let addresses = cpuid.iter().find(|e| e.function == 0x8000_0008);
@@ -187,19 +187,19 @@ impl HostRequirements {
         }
     }
 
-    /// Of a guest that is given all that `host` has.
+    /// The requirements of a guest with all features of `host`.
     ///
     /// # Errors
-    /// When it cannot be asked.
+    /// When the host's properties cannot be determined.
     pub fn here(host: &Host) -> Result<Self, HostError> {
         Ok(Self::of(host.cpuid_at_most()?.as_slice(), host.tsc_khz()?, host.arch_capabilities()?))
     }
 
-    /// Whether a guest with these facts can go on at `host`. Another version or another kernel is
-    /// no hindrance.
+    /// Checks whether a guest with these requirements can be restored on `host`. The versions of
+    /// Clade and of the kernel do not matter.
     ///
     /// # Errors
-    /// What is missing, all of it.
+    /// The first mismatch. For CPU features, it names all that are missing.
     pub fn check(&self, host: &Host) -> Result<(), HostMismatch> {
         self.check_against(&Self::here(host)?, host.has_tsc_control())
     }
@@ -239,7 +239,7 @@ impl HostRequirements {
         }
     }
 
-    /// The features that `here` does not have, by name.
+    /// The features that `here` lacks, by name.
     #[must_use]
     pub fn missing(&self, here: &Self) -> Vec<String> {
         let mut missing = Vec::new();
@@ -256,7 +256,7 @@ impl HostRequirements {
     }
 }
 
-/// Whether two calibrations may be of one frequency.
+/// Whether two frequencies in kHz are equal within [`TSC_TOLERANCE_PPM`].
 pub(super) fn same_tsc(saved: u32, here: u32) -> bool {
     u64::from(saved.abs_diff(here)) * 1_000_000 <= u64::from(saved) * TSC_TOLERANCE_PPM
 }

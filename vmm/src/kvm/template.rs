@@ -1,16 +1,16 @@
-//! CPU templates: named baselines of CPUID and MSRs, so that a snapshot moves between hosts of one
-//! vendor.
+//! CPU templates: named baselines of CPUID and MSRs, so that a snapshot can move between hosts of
+//! one vendor.
 //!
-//! The templates are the levels of the x86-64 psABI. A host must have all features of the level, or
-//! it is refused with the names of those it lacks. Beside the level, guests have:
+//! The templates are the levels of the x86-64 psABI. A host that lacks features of the level is
+//! refused, with their names. In addition to the level, guests have:
 //!
-//! - what virtualization itself adds: x2APIC, the deadline timer, the hypervisor's leaves;
-//! - the host's mitigations of speculative execution, which no guest should lose for being movable.
-//!   A snapshot records that it needs them.
+//! - what virtualization itself adds: x2APIC, the TSC deadline timer, the hypervisor's leaves;
+//! - the host's mitigations of speculative execution, which a guest must not lose for being
+//!   movable. A snapshot records that it needs them.
 //!
-//! Everything else is hidden, and so are the leaves and MSRs of a host's own model. The processor's
-//! signature, caches and name stay the host's: a guest reads them when it boots, and a restored
-//! guest keeps those it was booted with.
+//! Everything else is hidden, including model-specific leaves and MSRs. The processor's signature,
+//! caches and name stay the host's: a guest reads them at boot, and a restored guest keeps those
+//! values.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,18 +23,18 @@ use super::features::{Feature, Reg, features};
 /// The CPU model that a guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum CpuTemplate {
-    /// The host's, as far as KVM can give it to a guest. Its snapshots go to hosts that have all of
-    /// it.
+    /// The host's model, as far as KVM supports it for guests. A snapshot needs a host with all of
+    /// its features.
     #[default]
     #[serde(rename = "host")]
     Host,
-    /// Any x86-64 processor.
+    /// x86-64-v1: any x86-64 processor.
     #[serde(rename = "x86-64-v1")]
     V1,
-    /// With SSE4.2, POPCNT and CMPXCHG16B.
+    /// x86-64-v2: v1 with SSE4.2, POPCNT and CMPXCHG16B.
     #[serde(rename = "x86-64-v2")]
     V2,
-    /// With AVX2, BMI2 and FMA.
+    /// x86-64-v3: v2 with AVX2, BMI2 and FMA.
     #[serde(rename = "x86-64-v3")]
     V3,
 }
@@ -47,11 +47,11 @@ const NAMES: [(CpuTemplate, &str); 4] = [
     (CpuTemplate::V3, "x86-64-v3"),
 ];
 
-/// The name is no template's.
+/// The name of an unknown CPU template.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("unknown CPU template {name:?}: there are host, x86-64-v1, x86-64-v2 and x86-64-v3")]
 pub struct UnknownTemplate {
-    /// The name.
+    /// The name as given.
     pub name: String,
 }
 
@@ -70,8 +70,8 @@ impl FromStr for CpuTemplate {
     }
 }
 
-/// A register of a leaf, and the bits of it that have no name in the kernel's list because every
-/// x86-64 processor has them.
+/// Bits of a CPUID register that the kernel's list does not name, because every x86-64 processor
+/// has them.
 struct Always {
     leaf: u32,
     reg: Reg,
@@ -81,7 +81,7 @@ struct Always {
 const ALWAYS: [Always; 2] = [
     // FPU, MSR, PAE, CX8, PGE, CMOV, FXSR, SSE, SSE2, HTT.
     Always { leaf: 1, reg: Reg::Edx, bits: 1 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 15 | 7 << 24 | 1 << 28 },
-    // The same again for AMD, SYSCALL, NX, LM.
+    // AMD's copy of the above, and SYSCALL, NX, LM.
     Always { leaf: 0x8000_0001, reg: Reg::Edx, bits: 0x0183_f3ff | 1 << 11 | 1 << 20 | 1 << 29 },
 ];
 
@@ -94,9 +94,9 @@ const V3: &[&str] = &[
     "pdpe1gb",
 ];
 
-/// What guests get of it if the host has it, whatever the template: virtualization's own, and the
-/// switches against speculative execution. They are switches, not facts about a model: what a host
-/// says about itself in `arch_capabilities` is hidden.
+/// Features that a guest has under every template if the host has them: those of virtualization,
+/// and the controls of speculative execution. These are controls, not properties of a model.
+/// `arch_capabilities`, in which a host describes itself, is hidden.
 const OPTIONAL: &[&str] = &[
     "x2apic",
     "tsc_deadline_timer",
@@ -119,19 +119,20 @@ const OPTIONAL: &[&str] = &[
     "virt_ssbd",
 ];
 
-/// Feature leaves: of every other leaf a guest of a template sees all or nothing.
+/// Leaves of feature bits, masked bit by bit. A template keeps or drops most other leaves whole.
 const FEATURE_LEAVES: [u32; 6] = [1, 7, 0x8000_0001, 0x8000_0007, 0x8000_0008, 0x8000_0021];
-/// The highest leaves that say anything about a template's guest. Beyond are performance counters,
-/// enclaves, tracing, tiles.
+/// The highest basic and extended leaves of a template. Beyond are performance counters, enclaves,
+/// tracing, tiles.
 const MAX_LEAF: u32 = 0xd;
 const MAX_EXTENDED_LEAF: u32 = 0x8000_0008;
-/// First leaves of the hypervisor's and of the extended range.
+/// First leaves of the hypervisor range and of the extended range.
 const HYPERVISOR_LEAVES: u32 = 0x4000_0000;
 const EXTENDED_LEAVES: u32 = 0x8000_0000;
-/// Leaf 0xD: x87, SSE and AVX, in an area of the legacy part, its header, and AVX's upper halves.
+/// Leaf 0xD: the components x87, SSE and AVX, and the bytes of their area: legacy region, header,
+/// upper halves of the AVX registers.
 const AVX_COMPONENTS: u32 = 7;
 const AVX_AREA: u32 = 512 + 64 + 256;
-/// Leaves of monitors, power, performance counters: the model's own.
+/// Model-specific leaves, such as those of MONITOR, power and performance counters.
 const MODEL_LEAVES: [u32; 5] = [2, 5, 9, 0xa, 0xc];
 
 fn register(entry: &mut kvm_cpuid_entry2, reg: Reg) -> &mut u32 {
@@ -148,7 +149,7 @@ fn value(entry: &kvm_cpuid_entry2, reg: Reg) -> u32 {
 }
 
 impl CpuTemplate {
-    /// What a host must have for it, and the guest has.
+    /// The features that the template requires of a host and gives to a guest.
     fn required(self) -> impl Iterator<Item = &'static str> {
         let levels: &[&[&str]] = match self {
             Self::Host => &[],
@@ -163,19 +164,19 @@ impl CpuTemplate {
         self.required().chain(OPTIONAL.iter().copied()).any(|name| name == feature.name)
     }
 
-    /// Features it has and `leaves` lack.
+    /// The required features that `leaves` lack.
     pub(super) fn missing(self, leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
         let has = |feature: &Feature| {
             let entry = leaves.iter().find(|entry| entry.function == feature.leaf && entry.index == feature.subleaf);
             entry.is_some_and(|entry| value(entry, feature.reg) & 1 << feature.bit != 0)
         };
-        // OSXSAVE follows CR4; not every vendor has FXSAVE's option, or a machine check to tell of.
+        // OSXSAVE follows CR4. Not every vendor has fxsr_opt, or reports machine checks.
         let told = |name: &&str| !["osxsave", "fxsr_opt", "mce", "mca"].contains(name);
         let lacks = |name: &&str| !features().filter(|feature| feature.name == *name).any(|feature| has(&feature));
         self.required().filter(told).filter(lacks).collect()
     }
 
-    /// Takes away what it does not have.
+    /// Removes from `leaves` what the template does not have.
     pub(super) fn apply(self, leaves: &mut Vec<kvm_cpuid_entry2>) {
         if self == Self::Host {
             return;
@@ -197,8 +198,8 @@ impl CpuTemplate {
     }
 
     fn mask(self, entry: &mut kvm_cpuid_entry2) {
-        // What is not features in these leaves: signature, brand and ids in leaf 1, sizes in
-        // 0x8000_0008, the number of subleaves in 7.
+        // Registers of these leaves without feature bits: signature, brand and ids in leaf 1, sizes
+        // in 0x8000_0008. EAX of leaf 7, the number of subleaves, becomes 0.
         let plain = match entry.function {
             1 => [Reg::Eax, Reg::Ebx].as_slice(),
             0x8000_0001 => &[Reg::Eax, Reg::Ebx],
@@ -227,8 +228,8 @@ impl CpuTemplate {
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (eax, ebx, ecx, edx);
     }
 
-    /// Whether an MSR is among those a guest of this template has: what the architecture and the
-    /// hypervisor define, and no model's own.
+    /// Whether a guest of this template has MSR `index`: one that the architecture or the
+    /// hypervisor defines, none that is model-specific.
     pub(super) fn has_msr(self, index: u32) -> bool {
         match index {
             _ if self == Self::Host => true,
@@ -245,7 +246,7 @@ impl CpuTemplate {
             0x11 | 0x12 | 0x4000_0000..=0x4000_0fff | 0x4b56_4d00..=0x4b56_4dff => true,
             // EFER, STAR, LSTAR, CSTAR, FMASK, FS and GS bases, TSC_AUX.
             0xc000_0080..=0xc000_0084 | 0xc000_0100..=0xc000_0103 => true,
-            // AMD: system configuration, and what SSBD is switched with.
+            // AMD: SYSCFG, HWCR, and VIRT_SPEC_CTRL, which switches SSBD.
             0xc001_0010 | 0xc001_0015 | 0xc001_011f => true,
             _ => false,
         }
@@ -260,7 +261,7 @@ mod tests {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
     }
 
-    /// A host with everything, known and unknown, of a model of its own.
+    /// A host with every feature bit set, known or unknown, and a `model` of its own.
     fn rich(model: u32) -> Vec<kvm_cpuid_entry2> {
         let all = u32::MAX;
         let mut leaves = vec![
@@ -286,7 +287,7 @@ mod tests {
         leaves
     }
 
-    /// A host with what the template needs, the optional ones, and nothing else.
+    /// A host with the features of `template`, the optional ones, and no others.
     fn poor(template: CpuTemplate, model: u32) -> Vec<kvm_cpuid_entry2> {
         let mut leaves = rich(model);
         template.apply(&mut leaves);

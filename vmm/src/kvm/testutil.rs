@@ -1,4 +1,4 @@
-//! What the tests of this module share: a host, or a reason to skip; and a small VM.
+//! Helpers for the tests of this module: the host, or a reason to skip, and a small VM.
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
@@ -10,14 +10,14 @@ use super::vcpu_state::{StateLayout, VcpuState};
 use crate::boot::{BootSource, Entry, Firmware, RamLayout, load};
 
 const RAM: usize = 4 << 20;
-/// Where a test's code is loaded and started.
+/// Load and entry address of a test's code.
 pub(crate) const CODE: u64 = 0x10_0000;
 
 /// `mov rbx, 0x12345678; mov dx, 0x3f8; mov al, 'A'; out dx, al; mov al, bl; out dx, al; hlt`
 pub(super) const TWO_OUTS: [u8; 18] =
     [0x48, 0xc7, 0xc3, 0x78, 0x56, 0x34, 0x12, 0x66, 0xba, 0xf8, 0x03, 0xb0, 0x41, 0xee, 0x88, 0xd8, 0xee, 0xf4];
 
-/// The host, or `None` after saying why the test is skipped.
+/// The host, or `None` after reporting why the test is skipped.
 pub(crate) fn host() -> Option<Host> {
     match Host::open() {
         Ok(host) => Some(host),
@@ -33,7 +33,7 @@ pub(super) struct TestVm {
     pub(super) vcpus: Vec<VcpuFd>,
     pub(super) vm: VmFd,
     entry: Entry,
-    // Last: KVM must let go of it first.
+    // Last, so that it is dropped after the VM and its vCPUs, which use it.
     mem: GuestMemoryMmap<()>,
 }
 
@@ -52,7 +52,7 @@ impl TestVm {
         vm
     }
 
-    /// Another VM with the same memory contents whose vCPUs are fresh.
+    /// Another VM with a copy of the memory and with new vCPUs.
     pub(super) fn sibling(&self, host: &Host) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
         let mut bytes = vec![0; RAM];
@@ -71,8 +71,9 @@ impl TestVm {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // Before the irqchip: the other way round it takes a hundred times as long. SAFETY: the
-        // mapping is `mem`'s, which the returned value owns and drops after the VM and its vCPUs.
+        // Before the irqchip: the other order takes a hundred times as long.
+        // SAFETY: the mapping is `mem`'s. The returned value owns it, and drops it after the VM and
+        // its vCPUs.
         unsafe { vm.set_user_memory_region(slot) }.unwrap();
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() })
             .unwrap();
@@ -91,7 +92,7 @@ impl TestVm {
         &self.mem
     }
 
-    /// Runs the boot vCPU until it writes a byte to a port, with the write completed.
+    /// Runs the boot vCPU to its next port write, completes the write and returns the byte.
     pub(super) fn run_to_out(&mut self, host: &Host) -> u8 {
         let vcpu = &mut self.vcpus[0];
         let byte = loop {
@@ -108,7 +109,7 @@ impl TestVm {
     }
 }
 
-/// Lets KVM finish the instruction whose I/O ended the last `KVM_RUN`.
+/// Completes the I/O instruction that ended the last `KVM_RUN`.
 fn complete_io(vcpu: &mut VcpuFd) {
     vcpu.set_kvm_immediate_exit(1);
     assert_eq!(vcpu.run().unwrap_err().errno(), libc::EINTR);

@@ -1,10 +1,12 @@
 //! A vCPU's state: saving it, and restoring it on another vCPU.
 //!
-//! Both are on the path of every fork, so the buffers are made once, CPUID is not read back from
-//! KVM, and one call reads all MSRs. Both need the vCPU to be out of `KVM_RUN`, **with its last I/O
-//! completed** (run it once more with `immediate_exit` set after an I/O or MMIO exit: KVM finishes
-//! the instruction only then), and all its siblings too, because an interrupt between two vCPUs
-//! would otherwise be in neither state.
+//! Both are on the path of every fork. Buffers are therefore allocated once, CPUID is not read back
+//! from KVM, and one `KVM_GET_MSRS` reads all MSRs.
+//!
+//! Both need the vCPU out of `KVM_RUN`, **with its last I/O completed**. KVM finishes the
+//! instruction of an I/O or MMIO exit only on the next `KVM_RUN`: run the vCPU once more with
+//! `immediate_exit` set. All vCPUs of the VM must be out of `KVM_RUN`. Otherwise an interrupt
+//! between two of them would be in neither state.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -36,18 +38,18 @@ pub enum VcpuStateError {
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// KVM refuses to set MSRs.
+    /// KVM refused to set MSRs.
     #[error("KVM refuses {}", refused_text(refused))]
     MsrWrite {
-        /// Index and value of each.
+        /// Index and value of each refused MSR.
         refused: Vec<(u32, u64)>,
     },
-    /// The XSAVE area has another size than this host's.
+    /// The saved XSAVE area has state past the end of this host's.
     #[error("the saved XSAVE area is {found} bytes, this host's KVM takes {expected}")]
     XsaveSize {
-        /// Its size in bytes in the state.
+        /// Size of the saved area in bytes.
         found: usize,
-        /// Its size in bytes on this host.
+        /// Size of this host's area in bytes.
         expected: usize,
     },
     /// This host cannot give the guest its TSC frequency.
@@ -58,19 +60,19 @@ pub enum VcpuStateError {
         /// This host's frequency, in kHz.
         here: u32,
     },
-    /// The MSRs of this host are not known.
+    /// The MSRs of this host could not be determined.
     #[error("the MSRs of this host could not be told")]
     Msrs {
-        /// The error of probing them.
+        /// The error of the probe.
         #[source]
         source: Box<HostError>,
     },
-    /// A buffer could not be made.
+    /// A buffer could not be allocated.
     #[error("no buffer for {what} of {bytes} bytes")]
     Buffer {
-        /// The structure it is for.
+        /// The structure that it holds.
         what: &'static str,
-        /// Its size.
+        /// Its size in bytes.
         bytes: usize,
     },
 }
@@ -92,7 +94,7 @@ fn refused_text(refused: &[(u32, u64)]) -> String {
     each.collect::<Vec<_>>().join(", ")
 }
 
-/// Says once for each MSR that it is in no state of this process.
+/// Logs, once per MSR and process, that saved states lack the MSR.
 fn report_unreadable(refused: &[u32]) {
     static TOLD: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
     let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
@@ -101,30 +103,31 @@ fn report_unreadable(refused: &[u32]) {
     }
 }
 
-/// `.map_err` for a named call.
+/// Converts the error of the ioctl `call`, for `map_err`.
 fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
     move |source| VcpuStateError::Ioctl { call, source }
 }
 
-/// The shape of a vCPU's state on this host: made once, shared by all vCPUs.
+/// The layout of a vCPU's state on this host: built once, shared by all vCPUs.
 #[derive(Clone, Debug)]
 pub struct StateLayout {
     msrs: Msrs,
     /// 32-bit words of the XSAVE area past the 4096 bytes of `kvm_xsave`.
     xsave_extra: usize,
     xsave2: bool,
-    /// Frequency of the TSC that vCPUs are born with.
+    /// TSC frequency of a new vCPU in kHz, if KVM reports it.
     tsc_khz: Option<u32>,
     tsc_control: bool,
 }
 
 impl StateLayout {
-    /// Finds out. The first call on a host probes its MSRs, see [`Host::msrs`].
+    /// The layout on `host`, without performance counters. The first call on a host probes its
+    /// MSRs, see [`Host::msrs`].
     pub fn new(host: &Host) -> Result<Self, VcpuStateError> {
         Self::with_pmu(host, false)
     }
 
-    /// The same, of vCPUs with performance counters or without.
+    /// The layout on `host` for vCPUs with (`pmu`) or without performance counters.
     pub(crate) fn with_pmu(host: &Host, pmu: bool) -> Result<Self, VcpuStateError> {
         let size = host.xsave_size();
         Ok(Self {
@@ -136,8 +139,7 @@ impl StateLayout {
         })
     }
 
-    /// The same for vCPUs that look like `template`, whose state has that template's MSRs and no
-    /// others.
+    /// The layout for vCPUs of `template`, with the MSRs of that template only.
     pub fn of(&self, template: CpuTemplate) -> Result<Self, VcpuStateError> {
         let mine: Vec<_> = self.msrs.as_slice().iter().filter(|entry| template.has_msr(entry.index)).copied().collect();
         let bytes = size_of_val(mine.as_slice());
@@ -156,23 +158,23 @@ impl StateLayout {
     }
 }
 
-/// Whether the vCPU that a state is given to already has its CPUID.
+/// Whether the vCPU to restore already has its CPUID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuidState {
-    /// It has: a VM prepared for this guest, or a reset in place.
+    /// CPUID is set: a VM prepared for this guest, or a reset in place.
     Set,
-    /// It has not: `KVM_SET_CPUID2` comes first. KVM refuses that once the vCPU has run.
+    /// CPUID is not set: `KVM_SET_CPUID2` comes first. KVM refuses it once the vCPU has run.
     Unset,
 }
 
-/// Everything that is a vCPU, except memory.
+/// The complete state of a vCPU, without guest memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What the vCPU was made with. KVM's own copy differs in the bits that follow CR4.
+    /// The CPUID that the vCPU was created with. In KVM's copy, bits such as OSXSAVE follow CR4.
     pub cpuid: CpuId,
-    /// Frequency of its TSC, when KVM says.
+    /// TSC frequency in kHz, if KVM reports it.
     pub tsc_khz: Option<u32>,
-    /// Running, halted, waiting for INIT or SIPI.
+    /// Runnable, halted, or waiting for INIT or SIPI.
     pub mp_state: kvm_mp_state,
     /// General registers.
     pub regs: kvm_regs,
@@ -184,31 +186,31 @@ pub struct VcpuState {
     pub xcrs: kvm_xcrs,
     /// Debug registers.
     pub debug_regs: kvm_debugregs,
-    /// MSRs in the order in which they are restored. The TSC's offset is not kept: the TSC's value
-    /// is, and counts on from there.
+    /// MSRs in restore order. The TSC is saved as a value, not as an offset, and continues from
+    /// that value.
     pub msrs: Msrs,
     /// Local APIC.
     pub lapic: kvm_lapic_state,
-    /// Exceptions, interrupts, NMIs and SMIs on their way.
+    /// Pending and injected exceptions, interrupts, NMIs and SMIs.
     pub events: kvm_vcpu_events,
     /// The host's wall clock when the TSC was read.
     #[serde(default)]
     pub taken: WallClock,
-    /// The same by the clock of the host's boot.
+    /// The same instant by `CLOCK_BOOTTIME`, if known.
     #[serde(default)]
     pub taken_in_boot: Option<BootTime>,
-    /// Where its page faults are watched, if they are: not KVM's, but the vCPU thread's, which does
-    /// it.
+    /// Linear address of the guest's page-fault handler, if a breakpoint is set there (kvm-pvm).
+    /// The vCPU thread saves and restores it, not this module.
     #[serde(default)]
     pub page_fault_entry: Option<u64>,
 }
 
 impl VcpuState {
-    /// Takes the state of `vcpu`, which was made with `cpuid`.
+    /// Saves the state of `vcpu`, which was created with `cpuid`.
     pub fn save(vcpu: &VcpuFd, layout: &StateLayout, cpuid: &CpuId) -> Result<Self, VcpuStateError> {
         let mut state = Self {
             cpuid: cpuid.clone(),
-            // Fixed for the vCPU's life. Fails where the host's TSC is not usable.
+            // Constant for a vCPU. KVM_GET_TSC_KHZ fails where the host's TSC is not usable.
             tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0),
             mp_state: kvm_mp_state::default(),
             regs: kvm_regs::default(),
@@ -233,26 +235,26 @@ impl VcpuState {
         self.msrs.as_slice().iter().find(|entry| entry.index == ARCH_CAPABILITIES).map(|entry| entry.data)
     }
 
-    /// Takes the state of the same vCPU again, without allocating. After an error the state is of
-    /// no use.
+    /// Saves the state of the same vCPU again, without allocating. After an error the state is
+    /// invalid.
     pub(crate) fn save_into(&mut self, vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
-        // Before everything else, because it makes KVM accept a pending INIT or SIPI, which changes
-        // registers and the local APIC.
+        // First: KVM_GET_MP_STATE makes KVM accept a pending INIT or SIPI, which changes registers
+        // and the local APIC.
         self.mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
         self.regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         self.sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         self.save_xsave(vcpu, layout)?;
         self.xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
         self.debug_regs = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
-        // Before the local APIC: the timer may fire between the two, on another CPU. This way round
-        // the interrupt is in the APIC's state and perhaps comes twice, which a guest takes for a
-        // spurious one; the other way round the deadline would already read 0 and the APIC would
-        // not have it yet, and a tickless guest would sleep forever.
+        // Before the local APIC: the APIC timer may fire between the two reads, on another CPU. In
+        // this order the interrupt is in the saved APIC and may come twice, which a guest takes for
+        // a spurious one. In the other order the deadline already reads 0 and the saved APIC lacks
+        // the interrupt. A tickless guest would then sleep forever.
         (self.taken, self.taken_in_boot) = (WallClock::now(), BootTime::now());
         self.save_msrs(vcpu, layout)?;
-        // Before the events, because it moves posted interrupts into the APIC's registers.
+        // Before the events: KVM_GET_LAPIC moves posted interrupts into the APIC's registers.
         self.lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
-        // Last, because each of the calls above may leave an event behind.
+        // Last: each call above may queue an event.
         self.events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
         Ok(())
     }
@@ -267,10 +269,10 @@ impl VcpuState {
         if self.xsave.as_slice().len() != layout.xsave_extra {
             self.xsave = layout.xsave()?;
         }
-        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says. `layout` asked the same KVM, and
-        // the area has exactly that size, checked just above. The size could only grow by this
-        // process asking for dynamic XSTATE permission (arch_prctl), which nothing in this program
-        // does.
+        // SAFETY: KVM writes the number of bytes that KVM_CAP_XSAVE2 reports. `layout` holds the
+        // report of the same KVM, and the area has exactly that size, checked just above. The size
+        // grows only if this process requests dynamic XSTATE permission (arch_prctl), which nothing
+        // in this program does.
         unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(call("KVM_GET_XSAVE2"))
     }
 
@@ -283,8 +285,7 @@ impl VcpuState {
         if read == count {
             return Ok(());
         }
-        // This vCPU was not given all that the layout's has. The others must not be lost with what
-        // is missing.
+        // KVM stopped at an MSR that this vCPU lacks. The MSRs after it must not be lost.
         let (found, refused) = read_all(vcpu, layout.msrs.clone())?;
         report_unreadable(&refused);
         let bytes = size_of_val(found.as_slice());
@@ -292,7 +293,7 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Gives the state to `vcpu`. After an error the vCPU is of no use.
+    /// Restores the state on `vcpu`. After an error the vCPU is unusable.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -300,42 +301,40 @@ impl VcpuState {
         cpuid: CpuidState,
         clock: Clock,
     ) -> Result<(), VcpuStateError> {
-        // Checked before anything is changed.
+        // Checked before any change to the vCPU.
         let fitted = self.fitted_xsave(layout)?;
         let xsave = fitted.as_ref().unwrap_or(&self.xsave);
-        // First, because KVM checks everything that follows against what the guest's CPU has.
+        // First: KVM checks all that follows against the guest's CPUID.
         if cpuid == CpuidState::Unset {
             vcpu.set_cpuid2(&self.cpuid).map_err(call("KVM_SET_CPUID2"))?;
         }
-        // Before the MSRs, because KVM converts the TSC's value with the frequency in force when it
-        // is written.
+        // Before the MSRs: KVM converts a written TSC value with the frequency then in force.
         self.restore_tsc_frequency(vcpu, layout)?;
-        // Before the registers, because making a vCPU wait for SIPI or run again resets parts of
-        // it.
+        // Before the registers: waiting for SIPI, or becoming runnable, resets parts of the vCPU.
         vcpu.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
-        // Before the events, because it drops pending exceptions.
+        // Before the events: KVM_SET_REGS drops pending exceptions.
         vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
-        // Before the local APIC and the MSRs, because it carries the APIC base (without which the
-        // local APIC refuses its registers) and EFER.
+        // Before the local APIC and the MSRs: this call sets EFER and the APIC base. Without the
+        // APIC base the local APIC refuses its registers.
         vcpu.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, or 4096 where it does not know
-        // that capability. `layout` asked the same KVM, and the area has exactly that size, checked
-        // at the top. The size could only grow by this process asking for dynamic XSTATE permission
-        // (arch_prctl), which nothing in this program does.
+        // SAFETY: KVM reads the number of bytes that KVM_CAP_XSAVE2 reports, or 4096 without that
+        // capability. `layout` holds the report of the same KVM, and the area has exactly that
+        // size, checked at the top. The size grows only if this process requests dynamic XSTATE
+        // permission (arch_prctl), which nothing in this program does.
         unsafe { vcpu.set_xsave2(xsave) }.map_err(call("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
-        // After the special registers because of the APIC base; before the MSRs, because a TSC
-        // deadline is taken only while the timer is in deadline mode.
+        // After the special registers: they set the APIC base. Before the MSRs: KVM accepts a TSC
+        // deadline only while the timer is in deadline mode.
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
         self.restore_msrs(vcpu, clock)?;
-        // Last, because setting registers drops pending exceptions, and special registers queue an
-        // interrupt that this replaces.
+        // Last: KVM_SET_REGS drops pending exceptions, and KVM_SET_SREGS queues an interrupt that
+        // this call replaces.
         vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
     }
 
-    /// The XSAVE area in this host's size, where the state's is another: a host with more state
-    /// components has a larger area, of which a guest that was not given them has used nothing.
+    /// The XSAVE area resized to this host's, or `None` if the sizes are equal. The area grows with
+    /// the host's state components. A guest without a component has left its part zero.
     fn fitted_xsave(&self, layout: &StateLayout) -> Result<Option<Xsave>, VcpuStateError> {
         let (mine, theirs) = (self.xsave.as_slice(), layout.xsave_extra);
         if mine.len() == theirs {
@@ -357,9 +356,9 @@ impl VcpuState {
     fn restore_msrs(&self, vcpu: &VcpuFd, clock: Clock) -> Result<(), VcpuStateError> {
         let mut msrs = self.msrs.clone();
         if let (Clock::CatchUp, Some(khz)) = (clock, self.tsc_khz) {
-            // It has counted on while the VM was not there, as the guest's clock has: a guest that
-            // reads the TSC finds the same time in both. It comes first among the MSRs, so a
-            // deadline that has passed meanwhile fires when it is set.
+            // The TSC advances by the time elapsed, as the guest's clock does: a guest finds the
+            // same time in both. The TSC is the first MSR written, so a deadline that has passed
+            // fires when it is set.
             let ticks = (elapsed(self.taken, self.taken_in_boot).as_nanos() * u128::from(khz) / 1_000_000) as u64;
             msrs.as_mut_slice().iter_mut().filter(|entry| entry.index == MSR_TSC).for_each(|entry| {
                 entry.data = entry.data.wrapping_add(ticks);
@@ -381,8 +380,8 @@ impl VcpuState {
     }
 }
 
-/// Tells the guest that it was stopped, so that its watchdogs do not count the time. `false` when
-/// it has no kvmclock page to be told on.
+/// Marks the guest as paused (`KVM_KVMCLOCK_CTRL`), so that its watchdogs ignore the pause. `false`
+/// if the guest has no kvmclock page.
 pub(crate) fn mark_paused(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
     match vcpu.kvmclock_ctrl() {
         Ok(()) => Ok(true),

@@ -20,7 +20,7 @@ pub enum VmStateError {
     Ioctl {
         /// The ioctl.
         call: &'static str,
-        /// The chip or clock it is for.
+        /// The chip or clock.
         what: &'static str,
         /// The ioctl's error.
         #[source]
@@ -28,7 +28,7 @@ pub enum VmStateError {
     },
 }
 
-/// The chips of a PC that KVM emulates in a VM.
+/// The PC chips that KVM emulates for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Chips {
     /// None, or the local APICs alone (split irqchip).
@@ -44,8 +44,8 @@ pub(crate) enum Chips {
 pub enum Clock {
     /// From its saved value: no time has passed.
     Resume,
-    /// From its saved value plus the time since (`host_time.rs`), so that the guest's time of day
-    /// is right. A fork and a reset do this.
+    /// From its saved value plus the time elapsed since (`host_time.rs`), so that the guest's time
+    /// of day is right. A fork and a reset use this.
     CatchUp,
 }
 
@@ -59,7 +59,7 @@ struct Irqchips {
 
 impl fmt::Debug for Irqchips {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The chips are C unions, without a form of their own to print.
+        // The chips are C unions, which have no Debug.
         f.write_str("Irqchips { .. }")
     }
 }
@@ -70,10 +70,10 @@ pub(crate) struct VmState {
     irqchips: Option<Irqchips>,
     pit: Option<kvm_pit_state2>,
     clock: kvm_clock_data,
-    /// The host's wall clock when the guest's was read.
+    /// The host's wall clock when the guest's clock was read.
     #[serde(default)]
     taken: WallClock,
-    /// The same by the clock of the host's boot.
+    /// The same instant by `CLOCK_BOOTTIME`, if known.
     #[serde(default)]
     taken_in_boot: Option<BootTime>,
 }
@@ -89,11 +89,11 @@ const PARTS: [(u32, &str); 3] = [
 ];
 
 impl VmState {
-    /// Saves the state of `vm`, all of whose vCPUs are paused and **saved**: an interrupt that the
-    /// IOAPIC still holds is delivered again by [`Self::restore_chips`], one that it has delivered
+    /// Saves the state of `vm`, all of whose vCPUs are paused and **saved**. An interrupt that the
+    /// IOAPIC still holds is delivered again by [`Self::restore_chips`]. One that it has delivered
     /// is in a vCPU's local APIC.
     pub(crate) fn save(vm: &VmFd, chips: Chips) -> Result<Self, VmStateError> {
-        // First, because the pause should cost the guest's clock as little as possible.
+        // First, so that the guest's clock loses as little as possible to the pause.
         let clock = vm.get_clock().map_err(failed("KVM_GET_CLOCK", "the clock"))?;
         let (taken, taken_in_boot) = (WallClock::now(), BootTime::now());
         let get = |(chip_id, what): (u32, &'static str)| {
@@ -101,8 +101,8 @@ impl VmState {
             vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP", what))?;
             Ok(chip)
         };
-        // The timer before the controllers: a tick between the two is then in the controllers'
-        // state, not lost.
+        // The timer before the controllers: a tick between the two reads is then in the
+        // controllers' state, not lost.
         let pit = match chips {
             Chips::IrqchipAndPit => Some(vm.get_pit2().map_err(failed("KVM_GET_PIT2", "the PIT"))?),
             Chips::None | Chips::Irqchip => None,
@@ -117,7 +117,7 @@ impl VmState {
         Ok(Self { irqchips, pit, clock, taken, taken_in_boot })
     }
 
-    /// The chips that it is the state of.
+    /// The chips of this state. `None` for a combination that KVM does not have.
     #[must_use]
     pub(crate) fn chips(&self) -> Option<Chips> {
         match (&self.irqchips, &self.pit) {
@@ -131,36 +131,36 @@ impl VmState {
 
     /// Restores the controllers and the timer.
     ///
-    /// After every vCPU's, because setting the IOAPIC delivers what it holds to the local APICs,
-    /// and a local APIC that is restored later would forget it.
+    /// After every vCPU: setting the IOAPIC delivers its pending interrupts to the local APICs. A
+    /// local APIC that is restored later would lose them.
     pub(crate) fn restore_chips(&self, vm: &VmFd) -> Result<(), VmStateError> {
         if let Some(irqchips) = &self.irqchips {
-            // The PICs before the IOAPIC, whose pin 0 may carry what they hold.
+            // The PICs before the IOAPIC, whose pin 0 may carry their pending interrupts.
             let chips = [&irqchips.pic_master, &irqchips.pic_slave, &irqchips.ioapic];
             for (chip, (_, what)) in chips.into_iter().zip(PARTS) {
                 vm.set_irqchip(chip).map_err(failed("KVM_SET_IRQCHIP", what))?;
             }
         }
-        // After the controllers, because it starts to tick at once.
+        // After the controllers: the PIT starts to tick at once.
         if let Some(pit) = &self.pit {
             vm.set_pit2(pit).map_err(failed("KVM_SET_PIT2", "the PIT"))?;
         }
         Ok(())
     }
 
-    /// Sets the guest's clock going.
+    /// Sets the guest's clock (`KVM_SET_CLOCK`), which runs from then on.
     ///
-    /// The last step before the vCPUs run, because the clock runs from this moment; and after their
-    /// MSRs, because it is computed from their TSCs.
+    /// The last step before the vCPUs run, because the clock runs from this call. After their MSRs,
+    /// because the clock is computed from their TSCs.
     pub(crate) fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
-        // Not by KVM_CLOCK_REALTIME, which says the same more exactly but not on every host, and
-        // moves this clock without the TSCs.
+        // Not by KVM_CLOCK_REALTIME. It is more exact, but not every host has it, and it advances
+        // this clock without the TSCs.
         let ahead = match clock {
             Clock::Resume => Duration::ZERO,
             Clock::CatchUp => elapsed(self.taken, self.taken_in_boot),
         };
         let clock = self.clock.clock.saturating_add(u64::try_from(ahead.as_nanos()).unwrap_or(u64::MAX));
-        // The flags it was read with are refused here.
+        // KVM_SET_CLOCK refuses the flags that KVM_GET_CLOCK returned.
         let data = kvm_clock_data { clock, ..Default::default() };
         vm.set_clock(&data).map_err(failed("KVM_SET_CLOCK", "the clock"))
     }
@@ -179,7 +179,7 @@ mod tests {
     use super::super::testutil::host;
     use super::*;
 
-    /// Bytes of the state, for comparing.
+    /// The chips as bytes, for comparison.
     fn chips(state: &VmState) -> Vec<u8> {
         serde_json::to_vec(&(state.irqchips, state.pit)).unwrap()
     }
@@ -196,8 +196,8 @@ mod tests {
         let (a, b) = (make(), make());
         let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
         a.get_irqchip(&mut ioapic).unwrap();
-        // SAFETY: KVM has filled the IOAPIC's member of the union, as asked; its fields are plain
-        // integers.
+        // SAFETY: KVM has filled the union's IOAPIC member, as `chip_id` requests. Its fields are
+        // plain integers.
         let mut registers = unsafe { ioapic.chip.ioapic };
         registers.redirtbl[5].bits = 0x1_0000 | 0x35;
         ioapic.chip.ioapic = registers;

@@ -1,4 +1,4 @@
-//! Doing in userspace what KVM's emulator could not.
+//! Emulates in userspace the instructions that KVM's emulator does not know.
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -9,12 +9,13 @@ use kvm_ioctls::VcpuFd;
 use super::Quirks;
 
 const BREAKPOINT_VECTOR: u8 = 3;
-/// #NM and #MF.
+/// #NM.
 const DEVICE_NOT_AVAILABLE_VECTOR: u8 = 7;
+/// #MF.
 const FLOATING_POINT_VECTOR: u8 = 16;
-/// CR0.MP and CR0.TS: FWAIT faults when both are set.
+/// CR0.MP and CR0.TS: FWAIT raises #NM when both are set.
 const CR0_MP_TS: u64 = 1 << 1 | 1 << 3;
-/// The six x87 exceptions, in the status word and, as masks, in the control word.
+/// The six x87 exceptions: flags in the status word, masks in the control word.
 const X87_EXCEPTIONS: u16 = 0x3f;
 const MAX_INSN: usize = 15;
 
@@ -22,16 +23,16 @@ const MAX_INSN: usize = 15;
 const ARITHMETIC_FLAGS: u64 = 0x8d5;
 const ZF: u64 = 1 << 6;
 
-/// What was done in KVM's place.
+/// What was emulated in KVM's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Emulated {
-    /// An instruction.
+    /// An instruction other than INT3.
     Instruction,
-    /// INT3, which stock kernels execute when they test themselves at boot.
+    /// INT3, which stock kernels execute in a self test at boot.
     Breakpoint,
 }
 
-/// An instruction there is a remedy for.
+/// An instruction that can be emulated here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EmulatedInsn {
     /// Linux executes it in its alternatives' self test, and for tracing and live patching.
@@ -40,7 +41,7 @@ enum EmulatedInsn {
     Fwait,
     /// POPCNT between registers, from Linux's hweight.
     Popcnt { wide: bool, to: u8, from: u8, len: u8 },
-    /// RDRAND or RDSEED, which then reports that no number was ready. Linux gives up on the
+    /// RDRAND or RDSEED, emulated as "no number is ready" (CF clear). Linux gives up on the
     /// instruction at boot.
     Random { to: u8, len: u8 },
 }
@@ -77,7 +78,7 @@ impl EmulatedInsn {
     }
 }
 
-/// The general register with the number that instructions give it.
+/// The general register with the encoding `number`.
 fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
     match number & 15 {
         0 => &mut regs.rax,
@@ -99,7 +100,7 @@ fn register(regs: &mut kvm_regs, number: u8) -> &mut u64 {
     }
 }
 
-/// Does to `regs` what the instruction does to the CPU's.
+/// Applies the instruction to `regs`, and advances RIP.
 fn apply(remedy: EmulatedInsn, regs: &mut kvm_regs) {
     let len = match remedy {
         // A trap: the handler's return address is after the instruction.
@@ -120,7 +121,7 @@ fn apply(remedy: EmulatedInsn, regs: &mut kvm_regs) {
     regs.rip = regs.rip.wrapping_add(len.into());
 }
 
-/// The exception that FWAIT raises with this CR0, x87 status word and control word.
+/// The vector that FWAIT raises with this CR0, x87 status word and control word.
 fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
     if cr0 & CR0_MP_TS == CR0_MP_TS {
         Some(DEVICE_NOT_AVAILABLE_VECTOR)
@@ -132,8 +133,8 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 }
 
 impl Quirks {
-    /// Tries to do what KVM's emulator could not, after `KVM_RUN` returned
-    /// `KVM_EXIT_INTERNAL_ERROR`. `Ok` means: run the vCPU again.
+    /// Emulates an instruction that KVM could not, after `KVM_RUN` returned
+    /// `KVM_EXIT_INTERNAL_ERROR`. After `Ok` the caller runs the vCPU again.
     pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
@@ -148,15 +149,15 @@ impl Quirks {
             }
             _ => None,
         };
-        // A fault leaves the instruction to be executed again.
+        // A fault leaves RIP at the instruction.
         if fault.is_none() {
             apply(remedy, &mut regs);
         }
-        // This also drops the #UD that KVM queued when it gave up.
+        // KVM_SET_REGS also drops the #UD that KVM queued when it gave up.
         vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
         let exception = if remedy == EmulatedInsn::Int3 { Some(BREAKPOINT_VECTOR) } else { fault };
         if let Some(vector) = exception {
-            // After the registers, because setting them drops pending exceptions.
+            // After the registers: KVM_SET_REGS drops pending exceptions.
             let mut events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
             events.exception.injected = 1;
             events.exception.pending = 0;
@@ -172,10 +173,10 @@ impl Quirks {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulateError {
-    /// The exit was not about an instruction.
+    /// The exit was not an emulation failure.
     #[error("KVM gave up for another reason than an instruction it cannot emulate")]
     NotEmulation,
-    /// There is no remedy for this instruction.
+    /// The instruction cannot be emulated here either.
     #[error("KVM cannot emulate the guest's instruction at {rip:#x}: {failure}")]
     NoRemedy {
         /// The instruction's bytes.
@@ -189,7 +190,7 @@ pub enum EmulateError {
         /// The guest's linear address.
         linear: u64,
     },
-    /// The guest's page fault handler does not begin as it did when it was found.
+    /// The guest's page-fault handler no longer begins with an instruction that can be skipped.
     #[error("the guest's handler of page faults at {rip:#x} begins with {insn:02x?}")]
     DeviceOps {
         /// The handler's address.
@@ -208,7 +209,7 @@ pub enum EmulateError {
     },
 }
 
-/// The instruction KVM could not emulate, and the bytes after it, as far as KVM fetched them.
+/// The instruction that KVM could not emulate, and the bytes after it, as far as KVM fetched them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct EmulationFailure {
     bytes: [u8; MAX_INSN],
@@ -222,10 +223,10 @@ impl EmulationFailure {
         if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
             return None;
         }
-        // SAFETY: KVM fills `internal` for this exit reason, which was just checked;
-        // `emulation_failure` starts with the same `suberror` and `ndata`, all fields are plain
-        // integers, and the union is 256 bytes of initialised shared memory, so that any bit
-        // pattern is a valid value.
+        // SAFETY: KVM fills `internal` for this exit reason, which was just checked.
+        // `emulation_failure` starts with the same `suberror` and `ndata`. All fields are plain
+        // integers, and the union is 256 bytes of initialised shared memory: any bit pattern is a
+        // valid value.
         let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
         if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
             return None;
@@ -239,7 +240,7 @@ impl EmulationFailure {
         Some(Self { bytes: insn.insn_bytes, len })
     }
 
-    /// The bytes; none if KVM did not report them.
+    /// The bytes; empty if KVM did not report them.
     #[must_use]
     pub(crate) fn insn(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.len)).unwrap_or(&[])
@@ -315,7 +316,7 @@ mod tests {
         assert_eq!(fwait_fault(0x8005_0039, 0, 0x37f), None, "without MP it does not look at TS");
     }
 
-    /// FWAIT works in the guest: by the CPU, or by the remedy.
+    /// FWAIT works in the guest, executed by the CPU or emulated here.
     #[test]
     fn fwait_runs() {
         let Some(host) = host() else { return };
@@ -324,7 +325,7 @@ mod tests {
         assert_eq!(TestVm::new(&host, 1, &code).run_to_out(&host), 7);
     }
 
-    /// POPCNT works in the guest: by the CPU, or by the remedy.
+    /// POPCNT works in the guest, executed by the CPU or emulated here.
     #[test]
     fn popcnt_runs() {
         let Some(host) = host() else { return };
@@ -341,8 +342,8 @@ mod tests {
         assert_eq!(EmulationFailure { len: 0, ..failure }.to_string(), "its bytes are not known");
     }
 
-    /// INT3 reaches the guest's handler, with the address after it as the return address: by the
-    /// CPU, or by the remedy.
+    /// INT3, executed by the CPU or emulated here, reaches the guest's handler. The return address
+    /// is the one after it.
     #[test]
     fn int3_raises_a_breakpoint() {
         let Some(host) = host() else { return };

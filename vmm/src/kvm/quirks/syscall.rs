@@ -1,13 +1,13 @@
-//! System calls of stock kernels on kvm-pvm.
+//! System calls to stock kernels on kvm-pvm.
 //!
-//! SYSCALL at ring 3 arrives at the kernel's entry point still at ring 3, and faults there: a page
-//! fault that the kernel takes for one of its program's. A breakpoint at the first instruction of
-//! the guest's handler of page faults shows each of them here. What is such a fault becomes the
-//! system call that it should have been; of any other that first instruction, which does nothing,
-//! is passed over.
+//! SYSCALL at ring 3 reaches the kernel's entry point still at ring 3, and faults there. The kernel
+//! takes the page fault for one of its program's. A breakpoint at the first instruction of the
+//! guest's page-fault handler ends `KVM_RUN` at every page fault. A fault from SYSCALL is turned
+//! into the system call. For any other fault that first instruction, which does nothing, is
+//! skipped.
 //!
-//! Only kernels that execute INT3 at boot are watched so, which stock kernels do when they test
-//! themselves. The kernel of `resources/linux` does not, and needs none of this.
+//! The breakpoint is set only for kernels that execute INT3 at boot. Stock kernels do so in a self
+//! test. The kernel of `resources/linux` does not, and needs none of this.
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -17,19 +17,19 @@ use super::{EmulateError, Quirks};
 const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
 const PAGE_FAULT_VECTOR: u64 = 14;
-/// Bytes of a gate of a 64-bit IDT.
+/// Size of a 64-bit IDT gate in bytes.
 const GATE: u64 = 16;
-/// Local breakpoint 0, when it is executed. Bit 10 is always set.
+/// DR7: local breakpoint 0, on execution. Bit 10 is always set.
 const DR7_EXECUTE_0: u64 = 1 | 1 << 10;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_DF: u64 = 1 << 10;
-/// Longest of the instructions that are passed over.
+/// Length in bytes of the longest instruction that is skipped.
 const MAX_NOTHING: usize = 4;
 
-/// Reads guest memory at a guest-physical address; false where there is none.
+/// Reads guest memory at a guest-physical address; `false` where there is no memory.
 type ReadMemory<'a> = &'a dyn Fn(u64, &mut [u8]) -> bool;
 
-/// What a page fault pushes.
+/// The part of a page fault's stack frame that is used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Frame {
     rip: u64,
@@ -41,29 +41,29 @@ struct Frame {
 impl Frame {
     const BYTES: usize = 40;
 
-    /// From the stack: an error code, then what it pushes at any exception.
+    /// Parses the stack at the handler's entry: error code, RIP, CS, RFLAGS, RSP.
     fn read(bytes: &[u8; Self::BYTES]) -> Self {
         let word = |at: usize| bytes[8 * at..].first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
         Self { rip: word(1), cs: word(2), rflags: word(3), rsp: word(4) }
     }
 
-    /// Whether ring 3 could not fetch an instruction at `entry`.
+    /// Whether ring 3 failed to fetch the instruction at `entry`.
     fn is_syscall(&self, cr2: u64, entry: u64) -> bool {
         self.cs & 3 == 3 && self.rip == entry && cr2 == entry
     }
 }
 
-/// The handler in a gate of the IDT.
+/// The handler's address in an IDT gate.
 fn handler(gate: [u8; GATE as usize]) -> u64 {
     let gate = u128::from_le_bytes(gate);
     (gate & 0xffff | (gate >> 48 & 0xffff) << 16 | (gate >> 64 & 0xffff_ffff) << 32) as u64
 }
 
-/// The length of the instruction, if it does nothing to a handler's state but what `true` says:
-/// clear DF.
+/// Length in bytes of an instruction that may be skipped, and whether it clears DF. `None` for any
+/// other instruction.
 fn nothing(insn: &[u8; MAX_NOTHING]) -> Option<(u64, bool)> {
     match insn {
-        // NOP, and CLAC where there is no SMAP.
+        // NOP, and CLAC without SMAP.
         [0x90, ..] => Some((1, false)),
         [0x66, 0x90, ..] => Some((2, false)),
         [0x0f, 0x1f, 0x00, _] | [0x0f, 0x01, 0xca, _] => Some((3, false)),
@@ -98,8 +98,7 @@ fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> EmulateError {
 
 fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>) -> Result<[u8; N], EmulateError> {
     let mut bytes = [0; N];
-    // Byte by byte over the end of a page would be right everywhere; frames and gates are aligned,
-    // instructions are short.
+    // One read per page. `N` is at most 40 bytes, so there are at most two pages.
     let first = N.min((0x1000 - linear % 0x1000) as usize);
     for (at, len) in [(0, first), (first, N - first)].into_iter().filter(|(_, len)| *len > 0) {
         let translation = vcpu.translate_gva(linear + at as u64).map_err(call("KVM_TRANSLATE"))?;
@@ -111,8 +110,9 @@ fn read_linear<const N: usize>(vcpu: &VcpuFd, linear: u64, read: ReadMemory<'_>)
 }
 
 impl Quirks {
-    /// Where the guest handles page faults, if those are to be watched: on kvm-pvm, once it has an
-    /// IDT and takes system calls.
+    /// The linear address of the guest's page-fault handler, if it needs a breakpoint: on kvm-pvm,
+    /// once the guest has an IDT and a SYSCALL entry point. `None` if the handler's first
+    /// instruction cannot be skipped.
     pub(crate) fn find_page_faults(self, vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<Option<u64>, EmulateError> {
         if self == Self::None {
             return Ok(None);
@@ -125,7 +125,8 @@ impl Quirks {
         Ok(nothing(&read_linear(vcpu, entry, read)?).map(|_| entry))
     }
 
-    /// Has the vCPU come out of the guest where page faults are handled; nowhere with `None`.
+    /// Sets a breakpoint at the page-fault handler `entry` (`KVM_SET_GUEST_DEBUG`). `None` removes
+    /// it.
     pub(crate) fn watch_page_faults(vcpu: &VcpuFd, entry: Option<u64>) -> Result<(), EmulateError> {
         let mut debug = kvm_guest_debug::default();
         if let Some(entry) = entry {
@@ -136,17 +137,16 @@ impl Quirks {
         vcpu.set_guest_debug(&debug).map_err(call("KVM_SET_GUEST_DEBUG"))
     }
 
-    /// What is to be done where page faults are handled, after `KVM_RUN` returned `KVM_EXIT_DEBUG`.
+    /// Handles the breakpoint at the page-fault handler, after `KVM_RUN` returned `KVM_EXIT_DEBUG`.
     pub(crate) fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         let frame = Frame::read(&read_linear(vcpu, regs.rsp, read)?);
-        // The kernel's half of addresses: few faults are looked at more closely.
+        // Ring 3 at a kernel address: only these few faults need KVM_GET_MSRS.
         if frame.rip >> 63 == 1 && frame.cs & 3 == 3 {
             let (entry, star) = system_call_entry(vcpu)?;
             if frame.is_syscall(sregs.cr2, entry) {
-                // As SYSCALL would have left it. RCX, R11 and the flags are as they should be
-                // already.
+                // The state that SYSCALL leaves. RCX, R11 and the flags are already correct.
                 let code = (star >> 32 & 0xfffc) as u16;
                 (sregs.cs, sregs.ss) = (segment(code, true), segment(code.wrapping_add(8), false));
                 (regs.rip, regs.rsp, regs.rflags) = (entry, frame.rsp, frame.rflags & !RFLAGS_RF);
@@ -164,7 +164,7 @@ impl Quirks {
     }
 }
 
-/// Where a system call enters the kernel, and the segments it does so with.
+/// LSTAR and STAR: the entry point of SYSCALL, and its segment selectors.
 fn system_call_entry(vcpu: &VcpuFd) -> Result<(u64, u64), EmulateError> {
     let entry = |index| kvm_msr_entry { index, ..kvm_msr_entry::default() };
     let Ok(mut msrs) = Msrs::from_entries(&[entry(LSTAR), entry(STAR)]) else { return Ok((0, 0)) };
@@ -207,18 +207,18 @@ mod tests {
         assert_eq!(nothing(&[0xe8, 0, 0, 0]), None);
     }
 
-    /// Where the kernel's half of addresses shows guest-physical memory.
+    /// Where the upper half maps guest-physical memory.
     const KERNEL: u64 = 0xffff_8000_0000_0000;
     const CODE: u64 = 0x10_0000;
     const PML4: u64 = 0x20_0000;
     const TABLES: u64 = 0x20_8000;
 
-    /// INT3; by IRETQ to ring 3 at `CODE` + 0x80.
+    /// INT3, then IRETQ to ring 3 at `CODE` + 0x80.
     const START: &[u8] = &[
         0xcc, 0x6a, 0x23, 0x68, 0x00, 0xf0, 0x1f, 0x00, 0x6a, 0x02, 0x6a, 0x2b, 0x68, 0x80, 0x00, 0x10, 0x00, 0x48,
         0xcf,
     ];
-    /// `mov eax, [0x300000]`, which faults, and a system call.
+    /// `mov eax, [0x300000]`, which faults, then SYSCALL.
     const USER: &[u8] = &[0x8b, 0x04, 0x25, 0x00, 0x00, 0x30, 0x00, 0x0f, 0x05, 0xf4];
     /// The system call's entry: `mov rbx, rsp; mov dx, 0x3f8; mov al, 'S'; out dx, al`.
     const SYSTEM_CALL: &[u8] = &[0x48, 0x89, 0xe3, 0x66, 0xba, 0xf8, 0x03, 0xb0, b'S', 0xee];
@@ -234,7 +234,7 @@ mod tests {
         [entry & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (entry >> 16 & 0xffff) << 48, entry >> 32]
     }
 
-    /// A guest in long mode with two rings: its kernel is in the upper half, its program in the
+    /// Sets up a long-mode guest with two rings: the kernel in the upper half, the program in the
     /// lower.
     fn two_rings(vm: &TestVm) {
         let words = |at: u64, words: &[u64]| {
@@ -243,14 +243,14 @@ mod tests {
             }
         };
         let bytes = |at: u64, bytes: &[u8]| vm.memory().write_slice(bytes, GuestAddress(at)).unwrap();
-        // The lower half is ring 3's but for its last pages; the upper is ring 0's.
+        // Lower half: 2 MiB for ring 3. Upper half: 4 MiB for ring 0.
         words(PML4, &[(PML4 + 0x1000) | 7]);
         words(PML4 + 8 * 256, &[(PML4 + 0x3000) | 3]);
         words(PML4 + 0x1000, &[(PML4 + 0x2000) | 7]);
         words(PML4 + 0x2000, &[0x87]);
         words(PML4 + 0x3000, &[(PML4 + 0x4000) | 3]);
         words(PML4 + 0x4000, &[0x83, 0x20_0083]);
-        // Data and code of both rings in SYSCALL's and SYSRET's order, and a TSS.
+        // Data and code segments of both rings in the order of SYSCALL and SYSRET, and a TSS.
         let tss = KERNEL + TABLES + 0x2000;
         let low = 0x67 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
         let segments =
@@ -282,8 +282,8 @@ mod tests {
         assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&msrs).unwrap()).unwrap(), 3);
     }
 
-    /// Runs the guest to its system call. What it wrote, and how often its handler of page faults
-    /// was looked at.
+    /// Runs the guest to its system call. Returns its output and the number of exits at its
+    /// page-fault handler.
     fn run_to_system_call(vm: &mut TestVm, quirks: Quirks) -> (String, usize) {
         let memory = vm.memory().clone();
         let read = move |at: u64, bytes: &mut [u8]| memory.read_slice(bytes, GuestAddress(at)).is_ok();
@@ -323,7 +323,7 @@ mod tests {
         assert_eq!(looks, if host.quirks() == Quirks::None { 0 } else { 2 });
         let (regs, sregs) = (vm.vcpus[0].get_regs().unwrap(), vm.vcpus[0].get_sregs().unwrap());
         assert_eq!((sregs.cs.selector, sregs.ss.selector), (0x10, 0x18));
-        // SYSCALL: the stack is still the program's, and RCX tells where it goes on.
+        // After SYSCALL, RSP is still the program's, and RCX is the return address.
         assert_eq!((regs.rbx, regs.rcx), (0x1f_f000, CODE + 0x80 + 9));
     }
 }

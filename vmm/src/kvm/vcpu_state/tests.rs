@@ -4,10 +4,10 @@ use super::*;
 use crate::kvm::testutil::{TWO_OUTS, TestVm, host, save_all};
 use crate::kvm::vm_state::{Chips, VmState};
 
-/// MSRs whose value goes on while nobody looks.
+/// MSRs that change while the vCPU is stopped.
 const MOVING: [u32; 1] = [crate::kvm::msrs::MSR_TSC];
 
-/// What must be equal after a round trip, as bytes.
+/// The fields that a round trip must preserve, each as JSON bytes.
 fn fixed(state: &VcpuState) -> Vec<Vec<u8>> {
     let mut state = state.clone();
     for entry in state.msrs.as_mut_slice().iter_mut().filter(|e| MOVING.contains(&e.index)) {
@@ -34,7 +34,7 @@ fn a_running_vm_goes_on_in_another() {
     assert_eq!(saved[0].regs.rbx, 0x1234_5678);
     assert_eq!(saved[1].mp_state.mp_state, kvm_bindings::KVM_MP_STATE_UNINITIALIZED);
 
-    // As it goes to another process.
+    // Serialized, as for another process.
     let sent: Vec<VcpuState> = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
     let mut child = parent.sibling(&host);
     for (vcpu, state) in child.vcpus.iter().zip(&sent) {
@@ -100,7 +100,7 @@ fn set_msr(state: &mut VcpuState, index: u32, data: u64) {
 }
 
 impl VcpuState {
-    /// FCW and XMM0's first word, marked as present in XSTATE_BV.
+    /// Sets FCW and XMM0's first word, and marks both present in XSTATE_BV.
     fn mark_xsave(&mut self) {
         self.xsave_word_mut(0, 0x027f);
         self.xsave_word_mut(40, 0xabcd_ef01);
@@ -114,8 +114,7 @@ impl VcpuState {
     }
 }
 
-/// What a guest reads of the TSC is as far ahead as the wall clock, and only where that is asked
-/// for.
+/// With [`Clock::CatchUp`], and only then, the restored TSC is ahead by the time elapsed.
 #[test]
 fn the_tsc_catches_up_with_the_wall_clock() {
     let Some(host) = host() else { return };
