@@ -1,5 +1,5 @@
-//! `clade check host`: what of this host matters to the state of vCPUs, and a short run of what can
-//! be tried without a guest kernel. docs/vtx-checklist.md says what to look at behind each line.
+//! `clade check host`: properties of this host that affect vCPU state, and short checks that need
+//! no guest kernel. docs/vtx-checklist.md says what to examine for each line.
 
 mod facts;
 mod forks;
@@ -9,12 +9,12 @@ use serde::Serialize;
 use crate::commands::{CheckArgs, CheckName, Failure, Table, print_json};
 use clade_vmm::kvm::Host;
 
-/// How a check ended.
+/// The outcome of a check.
 #[derive(Clone, Debug, Serialize, PartialEq, Eq)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 enum Outcome {
     Passed {
-        /// What was seen.
+        /// What the check observed.
         seen: String,
     },
     Failed {
@@ -28,9 +28,9 @@ enum Outcome {
 /// A line of the report, and of docs/vtx-checklist.md.
 #[derive(Clone, Debug, Serialize)]
 struct Check {
-    /// As the checklist's heading has it.
+    /// The heading in the checklist.
     name: &'static str,
-    /// What this host has to do with it.
+    /// Host properties that the check depends on, as (name, value).
     facts: Vec<(&'static str, String)>,
     #[serde(flatten)]
     outcome: Outcome,
@@ -39,7 +39,7 @@ struct Check {
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
-    /// The vendor's module: what answers /dev/kvm.
+    /// The vendor's KVM module, which provides /dev/kvm.
     module: &'static str,
     checks: Vec<Check>,
 }

@@ -1,4 +1,4 @@
-//! The Linux test guest: where its kernel and initramfs are, and how they come there.
+//! The Linux test guest: finds or builds its kernel and initramfs.
 
 use std::fs;
 use std::io;
@@ -9,11 +9,11 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 use thiserror::Error;
 
-/// The directory to take instead of building one.
+/// The variable that names a directory to use instead of building a guest.
 pub(crate) const GUEST_ENV: &str = "CLADE_LINUX_GUEST";
 
-/// What the guest is built from. The script hashes these, so that each state of them has a
-/// directory of its own.
+/// The guest's sources. The script hashes these, so that each version of them has its own
+/// directory.
 const SOURCES: [(&str, &[u8]); 6] = [
     ("build.sh", include_bytes!("../../resources/linux/build.sh")),
     ("guest.config", include_bytes!("../../resources/linux/guest.config")),
@@ -26,21 +26,21 @@ const SOURCES: [(&str, &[u8]); 6] = [
 /// Why there is no Linux guest.
 #[derive(Debug, Error)]
 pub(crate) enum LinuxGuestError {
-    /// What the variable names is no guest.
+    /// The directory that the variable names has no guest.
     #[error("{GUEST_ENV} is {}, which has no {file}", dir.display())]
     Incomplete {
         /// The directory named.
         dir: PathBuf,
-        /// What is missing in it.
+        /// The missing file.
         file: &'static str,
     },
     /// The script could not be run.
     #[error("the guest's build script cannot be run")]
     Script(#[source] io::Error),
-    /// The script failed; it has said why.
+    /// The script failed; its output has the reason.
     #[error("the guest could not be built ({status})")]
     Build {
-        /// How it ended.
+        /// The script's exit status.
         status: std::process::ExitStatus,
     },
 }
@@ -63,11 +63,11 @@ impl LinuxGuest {
         Ok(Self { kernel: file("vmlinux")?, initrd: file("initramfs.cpio")? })
     }
 
-    /// The guest that is there: what `$CLADE_LINUX_GUEST` names, or what was built before. None if
-    /// there is none.
+    /// Finds the guest that `$CLADE_LINUX_GUEST` names, or that was built before. None if there is
+    /// none.
     ///
     /// # Errors
-    /// When the variable names what is no guest, or it cannot be looked for.
+    /// When the variable names a directory without a guest, or the script cannot be run.
     pub(crate) fn find() -> Result<Option<Self>, LinuxGuestError> {
         if let Some(dir) = std::env::var_os(GUEST_ENV).filter(|dir| !dir.is_empty()) {
             return Self::of(Path::new(&dir)).map(Some);
@@ -75,8 +75,8 @@ impl LinuxGuest {
         run_script(&["--path"], Stdio::null())?.map(|dir| Self::of(&dir)).transpose()
     }
 
-    /// The guest, built from Debian's packages if it is not there yet: some minutes, once. What the
-    /// build says goes to standard error.
+    /// Finds the guest, or builds it once from Debian's packages in some minutes. The build's
+    /// output goes to standard error.
     ///
     /// # Errors
     /// As [`LinuxGuest::find`], and when the build fails.
@@ -88,8 +88,8 @@ impl LinuxGuest {
     }
 }
 
-/// Runs the script on its embedded sources. The directory it prints; None where it was only asked
-/// and there is none.
+/// Runs the script on its embedded sources. Returns the directory it prints, or None if `args` only
+/// query for one and there is none.
 fn run_script(args: &[&str], stderr: Stdio) -> Result<Option<PathBuf>, LinuxGuestError> {
     let sources = tempfile::tempdir().map_err(LinuxGuestError::Script)?;
     for (name, bytes) in SOURCES {

@@ -21,14 +21,14 @@ use tokio::sync::Notify;
 use crate::control::Acceptor;
 use clade_vmm::vm::Vm;
 
-/// Bytes that wait for a reader. More than a console replays to who attaches.
+/// The most bytes buffered for a reader. More than a console replays to a new reader.
 const MAX_WAITING: usize = 256 << 10;
 /// Connections to one console.
 const MAX_CONNECTIONS: usize = 16;
 /// How long a reader may take for the last output of a VM that has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
-/// Which of a VM's consoles.
+/// One of a VM's consoles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Line {
     Serial,
@@ -62,9 +62,9 @@ struct Waiting {
 #[derive(Default)]
 struct Shared {
     waiting: Mutex<Waiting>,
-    /// For [`OutputReader::next`].
+    /// Wakes [`OutputReader::next`].
     changed: Notify,
-    /// For [`OutputReader::overdue`].
+    /// Wakes [`OutputReader::overdue`].
     closed: Notify,
 }
 
@@ -89,7 +89,7 @@ impl Write for OutputWriter {
         if waiting.is_closed {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        // After a gap the buffer takes nothing before the reader has the line about it: output
+        // After a gap, the buffer takes nothing until the reader has the line about it. So output
         // stays in order.
         let room = if waiting.dropped == 0 { MAX_WAITING - waiting.bytes.len() } else { 0 };
         let (taken, over) = bytes.split_at(bytes.len().min(room));
@@ -142,7 +142,7 @@ impl OutputReader {
 
     /// Returns some time after the console has gone.
     async fn overdue(&self) {
-        // Notified before it is waited for is noticed all the same.
+        // A notification before the wait is not lost.
         self.0.closed.notified().await;
         tokio::time::sleep(LAST_OUTPUT).await;
     }
@@ -154,13 +154,13 @@ impl Drop for OutputReader {
     }
 }
 
-/// Accepts people on a VM's console socket until the task is aborted.
+/// Accepts connections to a VM's console socket until the task is aborted.
 pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
     let connections = Arc::<AtomicUsize>::default();
     let Some(mut acceptor) = Acceptor::new(listener, "console socket") else { return };
     loop {
         let stream = acceptor.next().await;
-        // Relaxed: a bound, and nothing else follows from it.
+        // Relaxed: only a limit depends on it.
         if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             connections.fetch_sub(1, Ordering::Relaxed);
             let refusal = format!("[clade: {MAX_CONNECTIONS} connections to this console are the limit]\r\n");
@@ -175,7 +175,7 @@ pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
     }
 }
 
-/// Drops a VM on a thread of its own if this is its last handle: its end waits for threads and for
+/// Drops a VM on a separate thread if this is its last handle. The drop waits for threads and for
 /// the kernel, and all connections share one thread.
 fn let_go(vm: Arc<Vm>) {
     if let Some(vm) = Arc::into_inner(vm) {
@@ -184,11 +184,11 @@ fn let_go(vm: Arc<Vm>) {
 }
 
 fn drop_elsewhere(what: impl Send + 'static) {
-    // Where no thread can be made it is dropped here, with the closure.
+    // If no thread can be created, it is dropped here, with the closure.
     let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
 }
 
-/// One person's connection, to its end.
+/// Serves one connection until it ends.
 async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let (mut from_person, mut to_person) = stream.into_split();
     let reader = {
@@ -217,8 +217,8 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let showing = async {
         while let Some(bytes) = reader.next().await {
             if to_person.write_all(&bytes).await.is_err() {
-                // Who reads no more may have typed before leaving: `typing` ends at the end of
-                // that.
+                // A client that no longer reads may have sent input before: `typing` ends after
+                // that input.
                 return std::future::pending().await;
             }
         }
@@ -230,15 +230,15 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     }
 }
 
-/// A console on standard output, or on whatever else may block.
+/// Copies a console to standard output, or to another stream that may block.
 #[derive(Debug)]
 pub struct OutputThread(Receiver<()>);
 
 impl OutputThread {
-    /// Writes the end of what there is, and all that follows, to `sink`.
+    /// Writes the end of the output so far, and all that follows, to `sink`.
     ///
     /// # Errors
-    /// When no thread can be made.
+    /// When no thread can be created.
     pub fn attach(console: &Console, runtime: &Handle, mut sink: impl Write + Send + 'static) -> io::Result<Self> {
         let (writer, reader) = output();
         let (done, finished) = channel();
@@ -250,7 +250,7 @@ impl OutputThread {
                     break;
                 }
             }
-            // No receiver is left if the process ends otherwise.
+            // The receiver is gone if `finish` was not called.
             let _ = done.send(());
         };
         thread::Builder::new().name("clade-output".into()).spawn(show)?;
@@ -258,8 +258,8 @@ impl OutputThread {
         Ok(Self(finished))
     }
 
-    /// Waits until all is written, which is soon after the VM is dropped; not for a reader that
-    /// does not read.
+    /// Waits until all output is written, which is soon after the VM is dropped. Gives up on a sink
+    /// that blocks.
     pub fn finish(self) {
         let _ = self.0.recv_timeout(LAST_OUTPUT);
     }
@@ -284,7 +284,7 @@ mod tests {
         console.write_all(b"lost").unwrap();
         let all = block_on(reader.next()).unwrap();
         assert_eq!(all, vec![b'a'; MAX_WAITING]);
-        // Still lost: what came after a gap must not stand before the word of it.
+        // Still lost: output after a gap must not precede the line about it.
         console.write_all(b"too").unwrap();
         let told = String::from_utf8(block_on(reader.next()).unwrap()).unwrap();
         assert!(told.contains("7 bytes of output dropped"), "{told}");
@@ -300,7 +300,7 @@ mod tests {
         let (unread, sink) = io::pipe().unwrap();
         let mut console = Console::default();
         let thread = OutputThread::attach(&console, runtime.handle(), sink).unwrap();
-        // Many times what the pipe and the buffer take. It would block for ever.
+        // Many times the capacity of pipe and buffer: a write that waited would block for ever.
         for _ in 0..1024 {
             console.write_all(&[b'x'; 4096]).unwrap();
         }

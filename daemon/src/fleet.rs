@@ -110,7 +110,8 @@ struct Inner {
     context: Context,
     dir: RuntimeDir,
     members: Mutex<BTreeMap<String, Member>>,
-    /// Whether it takes no more VMs. Only read and written under the lock of the members.
+    /// Whether it takes no more VMs. Written under the lock of the members, and read under it
+    /// before VMs are listed.
     closed: AtomicBool,
     in_use: Arc<InUse>,
     serve: Box<dyn Serve>,
@@ -122,7 +123,7 @@ impl std::fmt::Debug for Fleet {
     }
 }
 
-/// A handle that keeps no fleet alive: its servers hold one.
+/// A handle that does not keep a fleet alive: the fleet's server holds one.
 #[derive(Clone)]
 pub(crate) struct WeakFleet(Weak<Inner>);
 
@@ -160,7 +161,7 @@ impl Fleet {
         self.0.serve.finish();
     }
 
-    /// Makes a VM. Its name is claimed before, and free again if the VM cannot be made.
+    /// Makes a VM. Its name is claimed first, and free again if the VM cannot be made.
     ///
     /// # Errors
     /// When the name is bad or taken, or the VM cannot be made.
@@ -189,7 +190,7 @@ impl Fleet {
         }
         ended::forget(&self.0.dir, &claim.name);
         let release = Arc::<Release>::default();
-        // Dropped after its devices: a name is free when nothing of its VM is in use any more.
+        // Dropped after its devices: a name is free only when nothing of its VM is in use any more.
         vm.drop_last(Tail::new(claim, &release, self.0.in_use.enter()));
         Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, consoles }, release })
     }
@@ -292,8 +293,8 @@ impl Fleet {
         self.0.closed.load(Ordering::Relaxed)
     }
 
-    /// Waits up to `timeout` until no VM, listed or not, and no request that makes VMs uses
-    /// anything of the fleet. Returns whether that is so: then no VM can come any more.
+    /// Waits up to `timeout` until no VM, listed or not, and no request that makes VMs uses the
+    /// fleet. Returns whether that is so. No VM can be made then any more.
     pub fn wait_until_unused(&self, timeout: Duration) -> bool {
         self.0.in_use.wait_for_none(timeout)
     }
@@ -302,7 +303,7 @@ impl Fleet {
         Batch { fleet: self, count, parent, cancel, _in_use: self.0.in_use.enter() }
     }
 
-    /// Stops all VMs, and takes no more: not even those that a request is making now.
+    /// Stops all VMs and refuses new ones, also those that a request is making now.
     pub fn close(&self) {
         let members = self.members();
         self.0.closed.store(true, Ordering::Relaxed);
@@ -319,8 +320,8 @@ impl Fleet {
     /// are made.
     ///
     /// # Errors
-    /// When there is no room for all, a name, an interface, an address or a socket is taken, a
-    /// child cannot be made, or it is cancelled. The parent runs on.
+    /// When there is no room for all, or a name, an interface, an address or a socket is taken.
+    /// When a child cannot be made, or the request is cancelled. The parent runs on.
     pub(crate) fn fork(
         &self,
         name: &str,
@@ -330,7 +331,7 @@ impl Fleet {
     ) -> Result<(Vec<Arc<Vm>>, ForkReport), FleetError> {
         let parent = self.get(name)?.vm;
         let batch = self.batch(wanted.count, Some(Parent::new(&parent)), cancel);
-        // Before the parent is paused: a request that is refused costs it nothing.
+        // Before the parent is paused: a refused request costs it nothing.
         let by_name = wanted.identity.names_socket();
         let taken = batch.take(name, wanted.pattern, parent.config(), by_name, |name| {
             parent.child_endpoints(name, wanted.identity)

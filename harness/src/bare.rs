@@ -29,7 +29,7 @@ pub enum BareError {
         vcpu: u64,
         /// The report that was waited for.
         wanted: &'static str,
-        /// How long was waited, in seconds.
+        /// The timeout in seconds.
         seconds: u64,
         /// Why the VM stopped, if it did.
         stopped: Option<StopReason>,
@@ -205,8 +205,7 @@ impl<'a> BareVcpu<'a> {
             if left.is_zero() || self.vm.stopped().is_some() {
                 return Err(self.silent("the end of its command"));
             }
-            // A report only ends the wait early: it may be one of another vCPU. The mailbox
-            // decides.
+            // A report only ends the wait early: it may be another vCPU's. The mailbox decides.
             let _ = self.vm.reports().next(left.min(Duration::from_micros(500)));
         }
         Ok(())

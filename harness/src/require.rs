@@ -1,11 +1,11 @@
-//! Tests that a host cannot run are skipped, and say so; unless their tier is required.
+//! Skips tests that a host cannot run, with a message, unless their tier is required.
 
 use clade_vmm::kvm::Host;
 
 /// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`, `direct`, `tap`.
 const REQUIRE_ENV: &str = "CLADE_REQUIRE";
 
-/// Says why a test is skipped.
+/// Prints why a test is skipped.
 ///
 /// # Panics
 /// When the tier it belongs to is required.
@@ -20,10 +20,10 @@ pub fn required(tier: &str) -> bool {
     std::env::var(REQUIRE_ENV).is_ok_and(|tiers| tiers.split(',').any(|t| t.trim() == tier))
 }
 
-/// The host, or `None` after saying why the test is skipped.
+/// The host, or `None` after printing why the test is skipped.
 ///
 /// # Panics
-/// When KVM is required and not there.
+/// When KVM is required and missing.
 #[must_use]
 pub fn host() -> Option<Host> {
     Host::open().map_err(|error| skip("kvm", &clade_vmm::error_chain(&error))).ok()

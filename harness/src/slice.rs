@@ -1,4 +1,4 @@
-//! One vCPU's share of a bare guest's memory, and the words that must be in it.
+//! One vCPU's share of a bare guest's memory, and its expected words.
 
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, model};
 use clade_memory::GuestRam;
@@ -8,11 +8,11 @@ use clade_vmm::vm::Vm;
 
 use crate::bare::{BareError, BareVcpu};
 
-/// Words compared at a time; they stay in the second-level cache.
+/// Words compared at a time; they fit in the second-level cache.
 const CHUNK_WORDS: usize = 16 << 10;
 
-/// Pages that one vCPU writes by [`Command::Write`], and the words that must be in them. Operations
-/// are counted from 0, so the words follow from their number.
+/// Pages that one vCPU writes by [`Command::Write`], and their expected words. Operations are
+/// counted from 0, and the words follow from their number.
 #[derive(Clone, Debug)]
 pub struct Slice {
     vcpu: u64,
@@ -26,15 +26,15 @@ pub struct Slice {
 }
 
 impl Slice {
-    /// `pages` pages of zeros from `start` on, all of which `vcpu` writes, `window` at any moment.
+    /// `pages` pages of zeros from `start` on. `vcpu` writes all of them, `window` at any moment.
     #[must_use]
     pub fn zeros(vcpu: u64, start: u64, pages: u64, window: u64, seed: u64) -> Self {
         let words = vec![0; (pages * PAGE_WORDS) as usize];
         Self { vcpu, start, pages, hot: pages, window, seed, words, done: 0 }
     }
 
-    /// The same filled by [`Slice::fill_command`]. `vcpu` goes on to write the first `hot` pages
-    /// only.
+    /// As [`Slice::zeros`], but filled by [`Slice::fill_command`]. `vcpu` then writes only the
+    /// first `hot` pages.
     #[must_use]
     pub fn filled(vcpu: u64, start: u64, pages: u64, hot: u64, window: u64, seed: u64) -> Self {
         let mut slice = Self { hot: pages.min(hot), ..Self::zeros(vcpu, start, pages, window, seed) };
@@ -60,25 +60,25 @@ impl Slice {
         self.pages
     }
 
-    /// The number of operations that the words follow from.
+    /// The number of operations that produce the expected words.
     #[must_use]
     pub fn done(&self) -> u64 {
         self.done
     }
 
-    /// Fills all of it.
+    /// The command that fills all of it.
     #[must_use]
     pub fn fill_command(&self) -> Command {
         Command::Fill { start: self.start, pages: self.pages, seed: self.seed }
     }
 
-    /// Writes it without end, from operation `first` on.
+    /// The command that writes it without end, from operation `first` on.
     #[must_use]
     pub fn write_command(&self, first: u64) -> Command {
         Command::Write { start: self.start, pages: self.hot, window: self.window, seed: self.seed, count: 0, first }
     }
 
-    /// The words after `progress` operations, which only go up.
+    /// Advances to the words after `progress` operations, which never decrease.
     pub fn advance(&mut self, progress: u64) -> &[u64] {
         let hot = (self.hot * PAGE_WORDS) as usize;
         model::apply_writes(&mut self.words[..hot], self.seed, self.window, self.done..progress);
@@ -86,7 +86,8 @@ impl Slice {
         &self.words
     }
 
-    /// Bytes of `ram` that differ from the words, leaving out the first `except` pages.
+    /// Counts the bytes of `ram` that differ from the expected words, except in the first `except`
+    /// pages.
     ///
     /// # Errors
     /// When the pages are not in `ram`.

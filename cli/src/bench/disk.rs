@@ -1,9 +1,9 @@
-//! `clade bench disk`: a guest's disk I/O beside the host's own on the same file.
+//! `clade bench disk`: a guest's disk I/O against the host's own I/O on the same file.
 //!
-//! Ours is the bare guest's driver with 32 requests at a time, the baseline the same operations
-//! given to an io_uring by this process; both past the page cache, in turn, in rounds. What is
-//! between the two is an exit and an eventfd for each notification, the device's worker, the pins,
-//! and the guest's driver, which polls.
+//! The guest runs the bare guest's driver with 32 requests in flight. The baseline is this process,
+//! which submits the same operations to an io_uring. Both bypass the page cache and alternate in
+//! rounds. The guest's path adds an exit and an eventfd for each notification, the device's worker,
+//! the pins, and the guest's driver, which polls.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,17 +22,17 @@ use crate::commands::{BenchArgs, Failure};
 use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
 
-/// The disk's file.
+/// Size of the disk's file in bytes.
 const FILE: u64 = 256 << 20;
-/// Requests at a time.
+/// Requests in flight.
 const DEPTH: u64 = 32;
-/// Room for them, at 1 MiB each, and for the guest itself.
+/// Guest memory: 1 MiB for each request, and the guest itself.
 const MEMORY: u64 = 128 << 20;
 const BUFFER: u64 = WORK_BASE + AREA_PAGES * PAGE_SIZE;
-/// Samples that one round stands for: a round takes about a second.
+/// Samples that one round counts for: a round takes about a second.
 const SAMPLES_A_ROUND: usize = 5;
 
-/// One row: what is done, in blocks of how many sectors, and how often.
+/// One row: an operation, its order, its block size in sectors and how often it runs.
 struct Kind {
     name: &'static str,
     what: What,
@@ -78,7 +78,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     std::fs::write(&path, bytes).map_err(Failure::run)?;
     let mut samples: Vec<(Sample, Sample)> = KINDS.iter().map(|_| Default::default()).collect();
     for round in 0..args.samples.div_ceil(SAMPLES_A_ROUND) as u64 {
-        // One after the other: a disk's file is locked for as long as it is a VM's.
+        // One after the other: a VM locks the file of its disk.
         let mut host = Host::open(context.store(), &path)?;
         for (kind, (_, baseline)) in KINDS.iter().zip(&mut samples) {
             baseline.push(host.run(&kind.run(round), kind)?);
@@ -97,7 +97,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     Ok(KINDS.iter().zip(&samples).map(row).collect())
 }
 
-/// This process, doing the same to the same file.
+/// The baseline: this process runs the same operations on the same file.
 struct Host {
     engine: Engine<usize>,
     file: Arc<IoFile>,
@@ -105,8 +105,8 @@ struct Host {
 }
 
 impl Host {
-    /// Its buffers are what the guest's are: memory of a store, in huge pages where there are any.
-    /// (In 4 KiB pages large transfers take three times as long, which would flatter ours.)
+    /// The buffers are like the guest's: a store's memory, in huge pages if there are any. (In 4
+    /// KiB pages large transfers take three times as long, which would flatter the guest.)
     fn open(store: &Store, path: &Path) -> Result<Self, Failure> {
         let file = Arc::new(IoFile::open(path, true, CachePolicy::Direct).map_err(Failure::run)?);
         if file.policy() != CachePolicy::Direct {
@@ -136,7 +136,7 @@ impl Host {
         }
     }
 
-    /// MiB a second.
+    /// Returns the throughput in MiB/s.
     fn run(&mut self, run: &DiskRun, kind: &Kind) -> Result<f64, Failure> {
         let begun = Instant::now();
         let mut next = 0;
@@ -181,7 +181,7 @@ impl Guest {
         Ok(Self(vm))
     }
 
-    /// MiB a second.
+    /// Returns the throughput in MiB/s.
     fn run(&self, run: DiskRun, kind: &Kind) -> Result<f64, Failure> {
         let begun = Instant::now();
         let [done, errors, ..] = BareVcpu::new(&self.0, 0).run(Command::DiskRun(run)).map_err(Failure::run)?;

@@ -1,9 +1,10 @@
 //! `clade bench fork`.
 //!
-//! Per size: a bare guest whose RAM is all written keeps writing a hot set of 64 pages and is
-//! forked again and again. Baselines, in the same run and on the same contents: copying all RAM
-//! (what a fork without copy-on-write costs), and restoring as other VMMs do: a VM made on the
-//! path, its memory a private mapping of a file in 4 KiB pages.
+//! For each size, a bare guest writes all its RAM. It then keeps writing a hot set of 64 pages and
+//! is forked repeatedly. The first baseline copies all RAM: the cost of a fork without
+//! copy-on-write. The second restores as other VMMs do: it creates the VM on the path, with a
+//! private mapping of a file in 4 KiB pages. Both are measured in the same run, on the same
+//! contents.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,11 +17,11 @@ use crate::commands::{BenchArgs, Failure};
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
-/// Pages the parent goes on writing.
+/// Pages the parent keeps writing.
 const HOT_PAGES: u64 = 64;
-/// Memory a child reads to see what shared reads cost.
+/// Bytes that a child reads, which measures the cost of shared reads.
 const READ_BYTES: u64 = 256 << 20;
-/// Between forks, so that the parent has written its hot set again.
+/// Delay between forks, so that the parent writes its hot set again.
 const PACE: Duration = Duration::from_millis(2);
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
@@ -79,7 +80,8 @@ impl OneSize<'_> {
             let (image, report) = parent.fork().map_err(Failure::run)?;
             s.pause.push_us(report.times.pause);
             s.first_instruction.push_us(announced(self.context, &image, begun)?);
-            // In turn, so that both meet the same noise; made cold, as on the path of a restore.
+            // Alternate, so that both see the same noise. The VM is created cold, as on the path of
+            // a restore.
             s.plain_first_instruction.push_us(announced(self.plain, &flat, Instant::now())?);
         }
         drop(parent);
@@ -114,7 +116,7 @@ impl OneSize<'_> {
         ]
     }
 
-    /// A guest that has written all its RAM and goes on writing its hot set.
+    /// A guest that has written all its RAM and keeps writing its hot set.
     fn parent(&self) -> Result<Vm, Failure> {
         let vm = written(self.context, &self.config)?;
         BareVcpu::new(&vm, 0)
@@ -124,8 +126,8 @@ impl OneSize<'_> {
         Ok(vm)
     }
 
-    /// The same memory in one file of 4 KiB pages, as a snapshot on tmpfs would be; timed, because
-    /// it is also the cost of copying.
+    /// Copies the memory to one file of 4 KiB pages, as a snapshot on tmpfs would hold it. Timed,
+    /// because it is also the cost of copying.
     fn copy(&self, image: &Arc<ForkImage>, full_copy: &mut Sample) -> Result<Arc<ForkImage>, Failure> {
         let mut flat = None;
         for _ in 0..self.samples.clamp(1, 3) {
@@ -141,12 +143,12 @@ impl OneSize<'_> {
         READ_BYTES.min(low_pages(self.mem) * PAGE_SIZE) & !(PAGE_SIZE - 1)
     }
 
-    /// A fresh child reads a word of every page.
+    /// Returns the time in which a fresh child reads a word of every page.
     fn read(&self, context: &Context, image: &Arc<ForkImage>) -> Result<Duration, Failure> {
         let child = Vm::from_image(context, "reader", image, ChildOptions::default()).map_err(Failure::run)?;
         let vcpu = BareVcpu::new(&child, 0);
         vcpu.run(Command::Idle).map_err(Failure::run)?;
-        // From the end of the range, away from what the parent's hot set has broken up.
+        // Read the end of the range, away from the blocks that the parent's hot set has split.
         let pages = self.read_bytes() / PAGE_SIZE;
         let start = WORK_BASE + (low_pages(self.mem) - pages) * PAGE_SIZE;
         let begun = Instant::now();

@@ -1,10 +1,10 @@
-//! `clade bench freeze`: how long a VM's memory stands still at a freeze, by the pages written
-//! since the last one.
+//! `clade bench freeze`: how long a freeze stops a VM's memory, by the pages written since the last
+//! one.
 //!
-//! Ours leaves the copying to the background, the baseline copies before it returns; both in turn
-//! on one memory, which a thread writes in the guest's place. What does not flatter stands beside:
-//! the time until the background has copied everything, during which the parent's write to a page
-//! not copied yet waits for it, and a child's read likewise.
+//! Ours leaves the copying to the background; the baseline copies before it returns. Both alternate
+//! on one memory, which a thread writes in place of a guest. A second row is the time until the
+//! background has copied everything. Until then, the parent's write to a page not yet copied waits
+//! for the copy, and so does a child's read.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,16 +15,15 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
 
-/// Pages written between two freezes, and what the row is called after.
+/// Pages written between two freezes, after the suffix of the row's name.
 const DIRTY: [(&str, u64); 4] = [("0", 0), ("1k", 1 << 10), ("16k", 16 << 10), ("64k", 64 << 10)];
-/// Where the written pages begin: inside a block, so that the first and the last block are broken
-/// up.
+/// First page written. It is inside a block, so that the first and the last block are split.
 const FIRST: u64 = 64;
-/// Like a template's, the memory has warm spare layers for an eager freeze to copy into.
+/// Warm spare layers that an eager freeze copies into, as for a template.
 const SPARES: usize = 2;
-/// How often it is looked whether the background is done: far below what copying 1,024 pages takes.
+/// Interval at which the background copy is polled: far less than copying 1,024 pages takes.
 const POLL_INTERVAL: Duration = Duration::from_micros(20);
-/// Longer than any copy; a background that never ends is a failure, not a figure.
+/// Longer than any copy. A background copy that takes longer is a failure, not a figure.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
@@ -56,11 +55,11 @@ impl Samples {
     fn rows(&self, name: &str, pages: u64) -> Vec<Row> {
         let pause =
             Row::new(format!("pause_dirty_{name}"), "us", &self.background).against("copied at once", &self.eager);
-        // 64 MiB are what the design sets a limit for.
+        // The design limits the pause at 64 MiB.
         let pause =
             if pages * PAGE_SIZE == 64 << 20 { pause.target("p99 <= 5000", |r| r.p99() <= 5_000.0) } else { pause };
         let mut rows = vec![pause];
-        // With nothing to copy nothing is left to the background.
+        // Without written pages the background has nothing to copy.
         if pages > 0 {
             let complete = Row::new(format!("complete_dirty_{name}"), "us", &self.complete);
             rows.push(complete.against("copied at once", &self.eager));
@@ -69,7 +68,8 @@ impl Samples {
     }
 }
 
-/// Every page written, and frozen once: what is private from here on was written since.
+/// Memory whose pages are all written and frozen once. Pages private from here on were written
+/// since.
 fn parent(store: &Store, mem: u64) -> Result<GuestRam, Failure> {
     let ram = GuestRam::reserve(&RamLayout::new(mem).map_err(Failure::run)?, store).map_err(Failure::run)?;
     ram.populate().map_err(Failure::run)?;
@@ -110,7 +110,7 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
             thread::sleep(POLL_INTERVAL);
         }
         s.complete.push_us(begun.elapsed());
-        // Outside both pauses: what the background did is taken note of, and its garbage is gone
+        // Outside both pauses: reap the background's copies, and free what they leave behind,
         // before the next freeze.
         ram.finish_background().map_err(Failure::run)?;
     }

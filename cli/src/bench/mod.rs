@@ -73,7 +73,7 @@ impl Row {
     }
 }
 
-/// The machine a run was made on.
+/// The host that a run was made on.
 #[derive(Debug, Serialize)]
 pub(crate) struct HostInfo {
     cpus: usize,
@@ -129,17 +129,17 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
 }
 
-/// A size as it stands in a row's name.
+/// Formats a size for a row's name.
 fn label(bytes: u64) -> String {
     if bytes.is_multiple_of(1 << 30) { format!("{}G", bytes >> 30) } else { format!("{}M", bytes >> 20) }
 }
 
-/// A bare guest's pages below the gap, where one range holds them all.
+/// The number of a bare guest's work pages below the gap, all in one range.
 fn low_pages(mem: u64) -> u64 {
     (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
 }
 
-/// A bare guest with one vCPU that has written all its RAM above what it lies in itself.
+/// Boots a bare guest with one vCPU and fills all its RAM above its own image.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     let vm = boot_bare(context, "bench", config).map_err(Failure::run)?;
     let vcpu = BareVcpu::new(&vm, 0);
@@ -151,7 +151,7 @@ fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     Ok(vm)
 }
 
-/// From `begun` to a child's report, which is among its first instructions.
+/// Starts a child. Returns the time from `begun` to its report, one of its first instructions.
 fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Result<Duration, Failure> {
     let tell = |ram: &GuestRam| {
         if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {

@@ -1,8 +1,7 @@
-//! `clade bench pin`: what a promise to a device costs.
+//! `clade bench pin`: the cost of pinning memory for a device.
 //!
-//! Pins and unpins of exclusive memory, by one thread and by two, and with the memory being frozen
-//! a hundred times a second beside. The baseline is the obvious way: a count a page in a table
-//! behind a mutex.
+//! Exclusive memory is pinned and unpinned by one thread, by two, and beside 100 freezes a second.
+//! The baseline is the obvious way: a count per page in a table behind a mutex.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +15,7 @@ use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
 
 const BYTES: u64 = 64 << 20;
-/// Pins in one measurement: their mean is a sample.
+/// Pins in one measurement; their mean is one sample.
 const BATCH: u32 = 2_000;
 const FREEZE_PACE: Duration = Duration::from_millis(10);
 
@@ -46,8 +45,8 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> 
     Ok(rows)
 }
 
-/// Short read pins of what a child shares with its parent: what each disk write from such a page
-/// takes.
+/// Short read pins of pages that a child shares with its parent. Each disk write from such a page
+/// takes one.
 fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, Failure> {
     let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
     let child = GuestRam::reserve(ram.layout(), store).map_err(Failure::run)?;
@@ -65,8 +64,8 @@ fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, 
     Ok(rows)
 }
 
-/// Each thread has blocks of its own, as devices have their own buffers; and whole blocks are not
-/// those that smaller pins have split.
+/// Each thread has its own blocks, as devices have their own buffers. Pins of whole blocks use
+/// blocks that smaller pins have not split.
 fn own_range(thread: u64, pages: u64) -> PageRange {
     let whole = u64::from(pages == BLOCK_PAGES);
     PageRange::with_len((1 + 2 * thread + 8 * whole) * BLOCK_PAGES, pages)
@@ -124,8 +123,8 @@ fn on_threads(
     Ok(sample)
 }
 
-/// Every freeze takes the page away again, so that some pins must make it the VM's own: the p99
-/// shows what that costs.
+/// Every freeze shares the page again, so some pins must make it exclusive first. The p99 shows
+/// that cost.
 fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -138,7 +137,7 @@ fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
         });
         let mut sample = Sample::default();
         let mut failed = Ok(());
-        // Long enough to meet some freezes.
+        // Long enough for several freezes.
         let until = Instant::now() + FREEZE_PACE * 20;
         while failed.is_ok() && (Instant::now() < until || samples == 0) {
             match pins(&ram.regions()[0], own_range(0, 1), Access::Write) {

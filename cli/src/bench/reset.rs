@@ -1,10 +1,10 @@
-//! `clade bench reset`: the time from the request to reset a running VM to its first instruction
-//! after it, by the number of pages written since the image.
+//! `clade bench reset`: the time from a reset request to the VM's first instruction after it, by
+//! the number of pages written since the image.
 //!
 //! A bare guest counts in that many pages, one after another, and is reset while it does. In the
-//! image it has just taken the command to announce itself, so its first instructions are a report.
-//! Baselines, in turn with ours and on the same image: ending the VM and starting another, prepared
-//! and not prepared. The worst case stands beside: pages as far apart as memory allows.
+//! image it is about to take a command to announce itself, so its first instructions are a report.
+//! The baselines stop the VM and start another from the same image, in a prepared VM or not. They
+//! alternate with ours. Another row is the worst case: pages as far apart as memory allows.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,11 +19,12 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig}
 
 /// Pages written before a reset.
 const DIRTY: [u64; 4] = [10, 100, 1_000, 10_000];
-/// What the design sets a limit for, and the limit in microseconds.
+/// The pages for which the design sets a limit, and the limit in microseconds.
 const TARGET: (u64, f64) = (100, 300.0);
-/// Pages between two that are written, where they are far apart: eight to a block, each alone.
+/// Largest distance between two scattered pages, in pages: eight written pages per block, none
+/// adjacent.
 const MAX_STEP: u64 = 64;
-/// A guest that does not get on is a failure, not a figure.
+/// A guest that makes no progress for this long is a failure, not a figure.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
@@ -69,7 +70,7 @@ impl Samples {
             reset,
             Row::new(format!("reset_{name}_cold"), "us", &self.reset).against(cold, &self.cold),
             Row::new(format!("reset_{name}_scattered"), "us", &self.scattered).against(warm, &self.warm),
-            // Where it goes: what is left of the whole is the way back into the guest.
+            // Parts of the time. The rest of the total is the way back into the guest.
             Row::new(format!("park_{name}"), "us", &self.park),
             Row::new(format!("memory_{name}"), "us", &self.memory),
             Row::new(format!("state_{name}"), "us", &self.load),
@@ -83,7 +84,7 @@ impl Samples {
     }
 }
 
-/// A guest that has written all its RAM, as it is about to announce itself.
+/// The image of a guest that has written all its RAM and is about to announce itself.
 fn image(context: &Context, config: &Arc<VmConfig>) -> Result<Arc<ForkImage>, Failure> {
     let parent = written(context, config)?;
     parent.pause().map_err(Failure::run)?;
@@ -104,7 +105,7 @@ impl Subject<'_> {
         let step = (room / pages).min(MAX_STEP);
         self.restart()?;
         for _ in 0..samples {
-            // In turn, so that all meet the same noise.
+            // Alternate, so that all see the same noise.
             let (time, report) = self.reset(pages, 1)?;
             s.reset.push_us(time);
             s.note(&report);
@@ -123,7 +124,7 @@ impl Subject<'_> {
         self.vm.as_ref().ok_or_else(|| Failure::Run(anyhow::anyhow!("there is no VM")))
     }
 
-    /// Has the running guest write a word in `pages` pages, every `step`-th. It goes on doing so.
+    /// Makes the running guest write a word in `pages` pages, every `step`-th. It keeps doing so.
     fn dirty(&self, pages: u64, step: u64) -> Result<(), Failure> {
         let vm = self.vm()?;
         let mailbox = BareMailbox::new(vm.ram(), 0);
@@ -152,7 +153,7 @@ impl Subject<'_> {
         Ok((at - begun, report))
     }
 
-    /// Ends the VM if there is one, and starts another.
+    /// Stops the VM if there is one, and starts another. Returns the time until its first report.
     fn restart(&mut self) -> Result<Duration, Failure> {
         let begun = Instant::now();
         drop(self.vm.take());

@@ -1,12 +1,15 @@
-//! `clade bench restore` and `clade bench save`: VMs on disk.
+//! `clade bench restore` and `clade bench save`: snapshots on disk.
 //!
-//! The guest's RAM is all written, so that nothing is left out for being zeros. Restoring is
-//! measured from opening the directory to the first instruction, and to the answer to a first
-//! command that reads a word of 256 pages; beside it, in the same run and in turn, what it costs to
-//! read all of the memory in first. Saving is measured beside this process writing as many bytes
-//! past the page cache, as `dd oflag=direct conv=fsync` does, and the VM's pause beside that of a
-//! fork. That it is cold on the disk is the case that does not flatter: then every touched page is
-//! read one by one.
+//! The guest's RAM is all written, so no page is left out as zeros. A restore is measured from
+//! opening the directory to the first instruction. It is also measured to the answer to a first
+//! command, which reads a word of 256 pages. The baseline reads all of the memory first, in the
+//! same run and alternating.
+//!
+//! The baseline of a save is this process writing as many bytes past the page cache, as `dd
+//! oflag=direct conv=fsync` does. The VM's pause is compared with that of a fork.
+//!
+//! The unfavourable case is a snapshot that is not in the page cache: every touched page is then
+//! read separately.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -30,7 +33,7 @@ use clade_vmm::vm::{
 const ANSWER_PAGES: u64 = 256;
 /// Pages written between two incremental snapshots.
 const CHANGED: u64 = 1_000;
-/// What is written at once.
+/// Bytes per write.
 const BLOCK: usize = 1 << 20;
 const ALIGN: usize = 4096;
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: true };
@@ -52,11 +55,11 @@ impl Bench {
             return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
         }
         let vm = written(context, &config)?;
-        // Not the temporary directory, which may be memory.
+        // Not the temporary directory, which may be tmpfs.
         let dir = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).map_err(Failure::run)?;
         // The label has the size only if there are several.
         let label = if args.mem.len() == 1 { String::new() } else { format!("_{}", label(mem)) };
-        // A sample takes a second or so of the disk's time.
+        // A sample takes about a second of disk time.
         Ok(Self { vm, dir, config, samples: args.samples.clamp(1, 20), label })
     }
 
@@ -117,7 +120,8 @@ impl Bench {
         ])
     }
 
-    /// From the directory to the first instruction; and, with another VM, to the first answer.
+    /// Samples the time from the directory to the first instruction and, with another VM, to the
+    /// first answer.
     fn one(&self, context: &Context, load: RestoreLoad, into: &mut Restored) -> Result<(), Failure> {
         let options = RestoreOptions { load, overlays: None, sockets: None };
         let open = || ForkImage::restore(context, &self.at("vm"), &options).map_err(Failure::run);
@@ -172,7 +176,7 @@ impl Bench {
 
             let fill = Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 2 + round };
             vcpu.run(fill).map_err(Failure::run)?;
-            // Both take a layer that is warm: which of the two comes first must make no difference.
+            // Prefill for both, so that their order makes no difference.
             self.vm.context().prefill(&self.config, 1).map_err(Failure::run)?;
             fork_pause.push_us(self.vm.fork().map_err(Failure::run)?.1.times.pause);
             vcpu.run(Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 3 + round }).map_err(Failure::run)?;
@@ -195,7 +199,7 @@ impl Bench {
     }
 }
 
-/// Writes as many bytes as dd would, and makes them durable.
+/// Writes `bytes` bytes as dd would, and makes them durable. Returns the time taken.
 fn write_direct(path: &Path, bytes: u64) -> Result<Duration, Failure> {
     let mut room = vec![0xa5; BLOCK + ALIGN];
     let skip = room.as_ptr().align_offset(ALIGN);
@@ -203,7 +207,7 @@ fn write_direct(path: &Path, bytes: u64) -> Result<Duration, Failure> {
     let begun = Instant::now();
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true);
-    // Where there is no O_DIRECT the page cache is used, as the sync then says.
+    // Without O_DIRECT the data goes through the page cache, and the sync writes it out.
     let direct = options.clone().custom_flags(libc::O_DIRECT).open(path);
     let mut file = direct.or_else(|_| options.open(path)).map_err(Failure::run)?;
     let mut left = bytes;

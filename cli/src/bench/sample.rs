@@ -24,8 +24,7 @@ impl Sample {
         self.push(time.as_secs_f64() * 1e6);
     }
 
-    /// Percentiles by nearest rank: a value that was measured, never one in between. NaN when
-    /// nothing was.
+    /// Percentiles by nearest rank: measured values, never interpolated. NaN without samples.
     pub(crate) fn spread(&self) -> Spread {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! Facts of the host, and checks that need no guest.
+//! Host properties, and checks that need no guest.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +29,7 @@ fn skipped(why: &str) -> Outcome {
     Outcome::Skipped { why: why.to_owned() }
 }
 
-/// What was seen, or why not.
+/// Passed with what was observed, or failed with the error.
 fn tried(result: Result<String, Box<dyn std::error::Error>>) -> Outcome {
     match result {
         Ok(seen) => Outcome::Passed { seen },
@@ -121,7 +121,7 @@ fn cpuid_is_bare(host: &Host) -> bool {
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// A vCPU's whole state to another vCPU, which is then in the same state as far as MSRs go.
+/// Copies a vCPU's whole state to another vCPU and compares their MSRs, except the TSC.
 fn there_and_back(host: &Host, layout: &StateLayout) -> Fallible<()> {
     let (before, after) = pass_on(host, layout, Clock::Resume, |_| {})?;
     let moving = |index: u32| index == 0x10;
@@ -133,7 +133,7 @@ fn there_and_back(host: &Host, layout: &StateLayout) -> Fallible<()> {
     Ok(())
 }
 
-/// A TSC that is set ahead stays ahead.
+/// Checks that a TSC which is set ahead stays ahead.
 fn tsc_counts_on(host: &Host, layout: &StateLayout) -> Outcome {
     const AHEAD: u64 = 1 << 50;
     let tsc = |state: &VcpuState| state.msrs.as_slice().iter().find(|e| e.index == 0x10).map(|e| e.data);
@@ -151,7 +151,8 @@ fn tsc_counts_on(host: &Host, layout: &StateLayout) -> Outcome {
     }
 }
 
-/// The state of a fresh vCPU, changed by `change`, and that of another that was given it.
+/// Restores a fresh vCPU's state, modified by `change`, to another vCPU. Returns that state, and
+/// the state read back from the other.
 fn pass_on(
     host: &Host,
     layout: &StateLayout,

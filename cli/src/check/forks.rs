@@ -1,4 +1,4 @@
-//! Checks that fork a bare guest: storms of interrupts between its vCPUs.
+//! Checks that fork a bare guest under storms of interrupts between its vCPUs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 
 const MEMORY: u64 = 32 << 20;
-/// How long a vCPU may stand still. It needs less than a millisecond, and a busy host some seconds.
+/// How long a vCPU may make no progress. It needs less than a millisecond, or some seconds on a
+/// busy host.
 const STUCK: Duration = Duration::from_secs(20);
 
 pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
@@ -31,8 +32,8 @@ pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
     ])
 }
 
-/// Boots, begins, and forks: each child must go on on the vCPUs that `begin` names, also after a
-/// reset.
+/// Boots a guest, calls `begin` and forks it. In each child, the vCPUs that `begin` returns must
+/// make progress, also after a reset.
 fn run(
     context: &Context,
     cpus: u64,
@@ -52,11 +53,11 @@ fn run(
     go_on(&parent, &watched).map_err(|error| error.context("the parent"))
 }
 
-/// Pairs of vCPUs wake each other.
+/// Makes pairs of vCPUs wake each other. Returns the first of each pair.
 fn relays(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
     let firsts: Vec<u64> = (0..u64::from(vm.config().cpus())).step_by(2).collect();
     for first in &firsts {
-        // The one that waits must be able to take interrupts before the other sends the first.
+        // The waiting vCPU must accept interrupts before its peer sends the first.
         BareMailbox::new(vm.ram(), first + 1).order(Command::Relay { peer: *first, first: false })?;
         reach(vm, first + 1, 1)?;
         BareMailbox::new(vm.ram(), *first).order(Command::Relay { peer: first + 1, first: true })?;
@@ -64,7 +65,7 @@ fn relays(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
     Ok(firsts)
 }
 
-/// The first half of the vCPUs restarts the second half, one each.
+/// Makes the first half of the vCPUs restart the second half, one each.
 fn restarts(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
     let half = u64::from(vm.config().cpus()) / 2;
     for vcpu in 0..half {

@@ -1,4 +1,4 @@
-//! Arguments, and the units they come in.
+//! The arguments of all commands.
 
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
@@ -28,21 +28,21 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Boot a kernel with its console on this terminal (Ctrl-A x leaves).
     Run(RunArgs),
-    /// Measure, beside a baseline in the same run.
+    /// Measure, against a baseline in the same run.
     Bench(BenchArgs),
-    /// Try hard to make something go wrong, and compare every byte.
+    /// Stress a VM, and compare every byte.
     Stress(StressArgs),
-    /// Look at what of this host matters to vCPUs' state, and try what can be tried.
+    /// Show host properties that matter to vCPU state, and run short checks.
     Check(CheckArgs),
     /// A guest to run: the embedded one, or a Linux that is built once.
     Guest(GuestArgs),
     /// List the running VMs.
     Ps(PsArgs),
-    /// Show the last a VM has written to its console, and why it ended.
+    /// Show a VM's last console output, and why it ended.
     Logs(ActArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
-    /// Put a VM that was forked back to the instant of its fork, in place.
+    /// Reset a forked VM in place to the instant of its fork.
     Reset(ActArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
@@ -54,22 +54,22 @@ pub(crate) enum Command {
     Resume(ActArgs),
     /// Stop a VM for good.
     Stop(ActArgs),
-    /// Save a running VM to a directory, or look at what was saved.
+    /// Save a running VM to a directory, or inspect a snapshot.
     Snapshot(SnapshotArgs),
     /// Start VMs from a snapshot.
     Restore(RestoreArgs),
-    /// Look at the journal that a VM has left beside a disk's image, put it in, or throw it away.
+    /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DiskCommand {
-    /// Say what the journal beside an image holds, and whether it can be used. Nothing is changed.
+    /// Show what the journal beside an image holds, and whether it can be used. Changes nothing.
     Show(DiskImageArgs),
-    /// Write the journal into its image although the image has changed since, or is another.
+    /// Write the journal into its image, even if the image has changed since or is another.
     Apply(DiskImageArgs),
-    /// Throw the journal away: the image stays as it is.
+    /// Discard the journal: the image stays as it is.
     Discard(DiskImageArgs),
 }
 
@@ -82,22 +82,22 @@ pub(crate) struct DiskImageArgs {
     pub(crate) json: bool,
 }
 
-/// What a list shows.
+/// The columns of a list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ListFormat {
     /// Name, state, parent, memory, age.
     #[default]
     Short,
-    /// Everything.
+    /// All columns.
     Wide,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct PsArgs {
-    /// Also those that ended by themselves, with the reason.
+    /// Also list VMs that ended by themselves, with the reason.
     #[arg(long, short)]
     pub(crate) all: bool,
-    /// Which columns.
+    /// The columns to show.
     #[arg(long, short, value_name = "FORMAT", default_value = "short")]
     pub(crate) output: ListFormat,
     /// Print JSON instead of a table.
@@ -118,7 +118,7 @@ pub(crate) struct ConsoleArgs {
 pub(crate) struct BalloonArgs {
     /// The VM's name.
     pub(crate) name: String,
-    /// Memory the guest is to give up, in all, as in 64M. It does so when it can.
+    /// Memory the guest should give up in total, such as 64M. It does so when it can.
     #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     pub(crate) target: Option<u64>,
     /// Print JSON instead of a table.
@@ -143,63 +143,62 @@ pub(crate) struct RunArgs {
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line; where its disks are is added. If not given: console=ttyS0
+    /// The kernel's command line; the addresses of its devices are added. Default: console=ttyS0
     /// reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
-    /// More for the kernel's command line, behind what it is otherwise. Repeatable.
+    /// Text to append to the default command line of the kernel. Repeatable.
     #[arg(long, value_name = "TEXT", conflicts_with = "cmdline")]
     pub(crate) append: Vec<String>,
     /// Guest memory: bytes, or with K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub(crate) mem: u64,
-    /// vCPUs.
+    /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u64,
-    /// The VM's name; clade-PID if not given.
+    /// The VM's name. Default: clade-PID.
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// What the CPUs look like: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which
-    /// a snapshot moves between hosts of one vendor.
+    /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
+    /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
     pub(crate) cpu_template: CpuTemplate,
-    /// CPU features to hide from the guest, beside those that this host's KVM cannot do.
+    /// CPU features to hide from the guest, besides those that this host's KVM lacks.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
     /// Performance counters, as the host has them. What they count is the host's, and a snapshot
     /// needs a host that has them too.
     #[arg(long)]
     pub(crate) pmu: bool,
-    /// A disk:
-    /// PATH[,ro|,ephemeral][,id=TEXT][,cache=host|direct][,overlays=DIR][,queues=N][,bytes=RATE[,bytes-burst=N]][,ops=RATE[,ops-burst=N]].
-    /// Repeatable; the guest finds them in this order. What is written to an ephemeral one goes
-    /// with the VM; several VMs may have its image.
+    /// A disk: PATH, then options with commas between: ro or ephemeral, id=TEXT, cache=host|direct,
+    /// overlays=DIR, queues=N, bytes=RATE, bytes-burst=N, ops=RATE, ops-burst=N. Repeatable; the
+    /// guest finds disks in this order. Writes to an ephemeral disk are lost with the VM; several
+    /// VMs may use its image.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
-    /// A network device:
-    /// tap=NAME[,mac=ADDRESS][,queues=N][,rx-bytes=RATE[,rx-bytes-burst=N]][,rx-packets=..][,tx-bytes=..][,tx-packets=..].
-    /// The TAP interface is opened or made; %d in its name is a number that is free. Repeatable.
+    /// A network device: tap=NAME, then options with commas between: mac=ADDRESS, queues=N,
+    /// rx-bytes=RATE, rx-bytes-burst=N, and the same for rx-packets, tx-bytes and tx-packets. The
+    /// TAP interface is opened or created; %d in its name is a free number. Repeatable.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net)]
     pub(crate) net: Vec<NetSpec>,
-    /// A socket device: cid=N,socket=PATH. The host connects to PATH and says CONNECT PORT; the
-    /// guest reaches who listens at PATH_PORT.
+    /// A socket device: cid=N,socket=PATH. The host connects to PATH and sends CONNECT PORT; the
+    /// guest's connections go to listeners at PATH_PORT.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
-    /// An entropy device. There is one for every guest but the bare one; this is for that.
+    /// An entropy device for the bare guest. Every other guest has one by default.
     #[arg(long, conflicts_with = "no_rng")]
     pub(crate) rng: bool,
     /// No entropy device.
     #[arg(long)]
     pub(crate) no_rng: bool,
-    /// A balloon: memory that the guest gives back, when it has it free or when asked to (clade
-    /// balloon).
+    /// A balloon: the guest gives back memory that is free, or on request (clade balloon).
     #[arg(long)]
     pub(crate) balloon: bool,
     /// A virtio console (hvc0) beside the serial one (clade console --virtio).
     #[arg(long)]
     pub(crate) virtio_console: bool,
-    /// No ACPI tables: the guest finds its devices on the command line alone, and has no generation
-    /// id by which to learn that it was cloned.
+    /// No ACPI tables: the guest finds its devices by the command line only, and has no generation
+    /// id to learn that it was cloned.
     #[arg(long)]
     pub(crate) no_acpi: bool,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
@@ -213,21 +212,21 @@ pub(crate) struct RunArgs {
     pub(crate) detached: bool,
 }
 
-/// What a Linux guest on a serial console needs, and no more.
+/// The least that a Linux guest on a serial console needs.
 pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
-/// What a VM that goes on from another's instant has of its own, and how it starts.
+/// What a forked or restored VM has of its own, and how it starts.
 #[derive(Debug, Args)]
 pub(crate) struct CloneArgs {
-    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. If not given: the original's
-    /// name with another number, and a random address.
+    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. Default: the original's name
+    /// with another number, and a random address.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
     pub(crate) net: Vec<NetChoice>,
-    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. If not
-    /// given: the next CID that is free, and NAME.vsock beside the original's socket.
+    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
+    /// the next free CID, and NAME.vsock beside the original's socket.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
     pub(crate) vsock: Option<VsockChoice>,
-    /// Leave it paused.
+    /// Start it paused.
     #[arg(long)]
     pub(crate) paused: bool,
 }
@@ -236,10 +235,10 @@ pub(crate) struct CloneArgs {
 pub(crate) struct ForkArgs {
     /// The parent's name.
     pub(crate) name: String,
-    /// Children.
+    /// Number of children.
     #[arg(long, default_value_t = 1)]
     pub(crate) count: usize,
-    // clap takes {n} in a help text for a line break, unless something stands in it.
+    // clap takes {n} in a help text for a line break, unless there is something inside it.
     #[arg(
         long = "name",
         value_name = "PATTERN",
@@ -264,7 +263,7 @@ pub(crate) struct SnapshotArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
-    /// Compare all of a snapshot, and of those it depends on, with its checksums.
+    /// Verify all checksums of a snapshot and of those it depends on.
     Verify(SnapshotDirArgs),
     /// Describe a snapshot.
     Show(SnapshotDirArgs),
@@ -288,14 +287,14 @@ pub(crate) struct SaveArgs {
     /// The VM's name.
     #[arg(value_name = "VM")]
     pub(crate) name: String,
-    /// The snapshot's directory; a snapshot that is there is replaced when the new one is complete,
+    /// The snapshot's directory. An existing snapshot is replaced when the new one is complete,
     /// unless others depend on it.
     pub(crate) dir: PathBuf,
-    /// Save only what changed since the VM was last saved, or restored. The snapshot depends on
+    /// Save only what changed since the VM was last saved, or restored. The new snapshot depends on
     /// that one.
     #[arg(long)]
     pub(crate) incremental: bool,
-    /// Compress (zstd). What is restored from it is decompressed first instead of being mapped.
+    /// Compress (zstd). A restore decompresses the data first instead of mapping it.
     #[arg(long)]
     pub(crate) zstd: bool,
     /// Replace a snapshot although others depend on it. They cannot be restored then.
@@ -310,7 +309,7 @@ pub(crate) struct SaveArgs {
 pub(crate) struct RestoreArgs {
     /// The snapshot's directory.
     pub(crate) dir: PathBuf,
-    /// VMs.
+    /// Number of VMs.
     #[arg(long, default_value_t = 1)]
     pub(crate) count: usize,
     #[arg(
@@ -319,19 +318,18 @@ pub(crate) struct RestoreArgs {
         help = "Their names; {\u{1b}[0mn} stands for a number. The directory's name, and a number if there are several, if not given"
     )]
     pub(crate) pattern: Option<String>,
-    /// Read all of the memory now, into huge pages, and compare its checksums.
+    /// Read all of the memory now, into huge pages, and verify its checksums.
     #[arg(long, conflicts_with = "working_set")]
     pub(crate) preload: bool,
-    /// Read ahead what was recorded to be touched first (clade snapshot working-set).
+    /// Read ahead the recorded working set (clade snapshot working-set).
     #[arg(long)]
     pub(crate) working_set: bool,
-    /// Where disks have their overlays. If not given: beside the snapshot.
+    /// Directory of the disks' overlays. Default: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
-    /// Do not read the terminal; consoles are on their sockets. So it is for several VMs in any
-    /// case.
+    /// Do not read the terminal; consoles are on their sockets. Several VMs are always detached.
     #[arg(long)]
     pub(crate) detached: bool,
 }
@@ -339,10 +337,10 @@ pub(crate) struct RestoreArgs {
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
     /// `bare` is embedded, and written to a file. `linux` is built from Debian's packages if it is
-    /// not there yet; what `clade run` needs to boot it is printed: clade run $(clade guest linux).
+    /// missing; its arguments for `clade run` are printed: clade run $(clade guest linux).
     #[arg(value_name = "bare|linux")]
     pub(crate) guest: String,
-    /// The file that `bare` is written to; `-` is standard output. Its own name if not given.
+    /// The file that `bare` is written to; `-` is standard output. Default: bare.elf.
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Print the paths of `linux` as JSON.
@@ -355,7 +353,7 @@ pub(crate) struct DemoArgs {
     /// Guest memory: bytes, or with K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub(crate) mem: u64,
-    /// vCPUs.
+    /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) cpus: u64,
     /// Forks of the running guest.
@@ -364,10 +362,10 @@ pub(crate) struct DemoArgs {
     /// Generations to nest.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) generations: usize,
-    /// Build the Linux guest if it is not there. Where it is, it is forked too.
+    /// Build the Linux guest if it is missing. If there is one, it is forked too.
     #[arg(long)]
     pub(crate) linux: bool,
-    /// Leave the Linux guest out even if it is there.
+    /// Leave the Linux guest out even if there is one.
     #[arg(long, conflicts_with = "linux")]
     pub(crate) no_linux: bool,
     /// Print one JSON object.
@@ -378,7 +376,7 @@ pub(crate) struct DemoArgs {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
-    /// A guest's disk I/O, beside the host's own on the same file.
+    /// A guest's disk I/O, against the host's own on the same file.
     Disk,
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
@@ -387,11 +385,11 @@ pub(crate) enum BenchName {
     Freeze,
     /// Pinning pages for DMA.
     Pin,
-    /// Going on from a snapshot on disk, beside reading all of it first.
+    /// Restoring a snapshot from disk, against reading all of it first.
     Restore,
-    /// Saving a running VM to disk, beside writing as many bytes.
+    /// Saving a running VM to disk, against writing as many bytes.
     Save,
-    /// Resetting a running VM in place, by the pages written since, beside starting another from
+    /// Resetting a running VM in place, by the pages written since, against starting another from
     /// the same image.
     Reset,
 }
@@ -411,36 +409,36 @@ pub(crate) struct BenchArgs {
     pub(crate) json: bool,
 }
 
-/// What can be tried.
+/// The stress tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StressName {
-    /// Devices' DMA beside forks: disk reads and writes in flight while the VM is forked, nested,
-    /// discarded, reset, put back to its fork and destroyed.
+    /// DMA under forks: disk reads and writes in flight while VMs are forked, nested, reset in
+    /// place and destroyed, pages discarded and disks reset.
     Dma,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct StressArgs {
-    /// What to try.
+    /// The stress test to run.
     pub(crate) name: StressName,
-    /// For how long. A run without unshare goes on until it has found wrong bytes.
+    /// Duration in seconds. A run without unshare continues until it has found wrong bytes.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) seconds: u64,
     /// vCPUs, an even number. Two drive the disks; the others wake each other by interrupts, in
     /// pairs.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) cpus: u64,
-    /// Forks of the parent a second, as far as there is time.
+    /// Forks of the parent per second, as far as there is time.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) forks_per_second: u32,
-    /// The seed of all choices, as a failure prints it.
+    /// The seed of all random choices, as a failure prints it.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
-    /// Where the disks' files are made; the temporary directory if not given.
+    /// Directory for the disks' files. Default: the temporary directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
-    /// The control run: freezes take pinned pages like any others. Succeeds once wrong bytes are
-    /// found, and fails if none are in 10,000 forks.
+    /// The control run: freezes do not spare pinned pages. Succeeds once wrong bytes are found, and
+    /// fails if none are in 10,000 forks.
     #[arg(long)]
     pub(crate) without_unshare: bool,
     /// Print one JSON object.
@@ -451,7 +449,7 @@ pub(crate) struct StressArgs {
 /// What can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CheckName {
-    /// This host and its KVM: docs/vtx-checklist.md says what to do beside it.
+    /// This host and its KVM; docs/vtx-checklist.md has the further steps.
     Host,
 }
 
@@ -459,7 +457,7 @@ pub(crate) enum CheckName {
 pub(crate) struct CheckArgs {
     /// What to check.
     pub(crate) name: CheckName,
-    /// Forks of each storm of interrupts.
+    /// Forks in each storm of interrupts.
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) forks: u32,
     /// Print one JSON object.

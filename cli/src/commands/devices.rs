@@ -1,4 +1,4 @@
-//! `--net`, `--vsock` and what else says devices as `key=value`.
+//! Options that describe devices as `key=value`: `--net` and `--vsock`.
 
 use std::path::PathBuf;
 
@@ -68,7 +68,7 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// Rates and bursts of one direction, as they come.
+/// Rates and bursts of one direction, each as `[rate, burst]`.
 #[derive(Default)]
 struct Direction {
     bytes: [Option<u64>; 2],
@@ -76,7 +76,7 @@ struct Direction {
 }
 
 impl Direction {
-    /// Takes an option of this direction; false if it is none.
+    /// Parses an option of this direction. Returns false if `key` is not one.
     fn take(&mut self, key: &str, pair: Pair<'_>) -> Result<bool, DeviceArgError> {
         let place = match key {
             "bytes" => &mut self.bytes[0],
@@ -103,7 +103,7 @@ impl Direction {
     }
 }
 
-/// The network device in `text`.
+/// Parses a network device.
 pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
     let what = "a network device";
     let mut net = NetSpec::new("");
@@ -135,7 +135,7 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
     Ok(net)
 }
 
-/// The socket device in `text`.
+/// Parses a socket device.
 pub(crate) fn parse_vsock(text: &str) -> Result<VsockOptions, DeviceArgError> {
     let choice = parse_vsock_choice(text)?;
     match (choice.cid, choice.socket) {
@@ -148,7 +148,7 @@ pub(crate) fn parse_vsock(text: &str) -> Result<VsockOptions, DeviceArgError> {
     }
 }
 
-/// What `text` chooses for a child's socket device.
+/// Parses the choices for a child's socket device.
 pub(crate) fn parse_vsock_choice(text: &str) -> Result<VsockChoice, DeviceArgError> {
     let mut choice = VsockChoice::default();
     for pair in Pair::all("a socket device", text) {
@@ -161,7 +161,7 @@ pub(crate) fn parse_vsock_choice(text: &str) -> Result<VsockChoice, DeviceArgErr
     Ok(choice)
 }
 
-/// What `text` chooses for a child's network device.
+/// Parses the choices for a child's network device.
 pub(crate) fn parse_net_choice(text: &str) -> Result<NetChoice, DeviceArgError> {
     let mut choice = NetChoice::default();
     for pair in Pair::all("a child's network device", text) {

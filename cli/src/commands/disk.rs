@@ -1,4 +1,4 @@
-//! `--disk`: a path and what follows it, as `key=value` or a word.
+//! `--disk`: a path followed by options, each a `key=value` or a word.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use clade_vmm::vm::DiskSpec;
 /// Why a `--disk` is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DiskArgError {
-    /// It names no file.
+    /// There is no path.
     #[error("{text:?} names no file: --disk PATH[,ro][,id=..][,..]")]
     NoPath { text: String },
     /// An option is unknown.
@@ -31,7 +31,7 @@ pub(crate) enum DiskArgError {
     Burst { key: &'static str, needs: &'static str },
 }
 
-/// The disk in `text`.
+/// Parses a disk.
 pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, DiskArgError> {
     let mut words = text.split(',');
     let path = words.next().filter(|path| !path.is_empty() && !path.contains('='));

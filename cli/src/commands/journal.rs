@@ -39,7 +39,7 @@ pub(crate) fn main(command: &DiskCommand) -> Outcome {
     }
 }
 
-/// What the system refuses half-way is no mistake of who asked.
+/// An I/O error is no input error, unless a file is missing.
 fn failure(error: DiskError) -> Failure {
     match &error {
         DiskError::File(file) if file.source.kind() != std::io::ErrorKind::NotFound => Failure::run(error),

@@ -1,9 +1,9 @@
-//! Limits of the process that many VMs in it would meet.
+//! Process limits that many VMs would reach.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the number of open files to what is allowed: a VM has a handful of descriptors, a fork
-/// one a layer.
+/// Raises the limit of open files to the hard limit. A VM has a handful of descriptors, a fork one
+/// per layer.
 pub(crate) fn raise() {
     let now = getrlimit(Resource::Nofile);
     let most = Rlimit { current: now.maximum, maximum: now.maximum };
@@ -12,9 +12,9 @@ pub(crate) fn raise() {
     }
 }
 
-/// Has large buffers given back to the kernel when they are freed. glibc's thresholds grow with
-/// what is freed: an arena keeps a snapshot's windows (12 MiB) from then on, and each thread that
-/// saves may have an arena of its own.
+/// Makes the allocator return large buffers to the kernel when they are freed. glibc's thresholds
+/// grow with the sizes freed. From then on an arena keeps a snapshot's windows (12 MiB), and each
+/// thread that saves may have its own arena.
 #[cfg(target_env = "gnu")]
 pub(crate) fn give_back_large_buffers() {
     const THRESHOLD: libc::c_int = 1 << 20;
@@ -30,8 +30,8 @@ pub(crate) fn give_back_large_buffers() {
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn give_back_large_buffers() {}
 
-/// Has a closed pipe on standard output end the process without a word, as with other tools (`clade
-/// ps | head -1`). Not for a process that runs VMs: they outlive their reader.
+/// Makes a closed pipe on standard output end the process silently, as in other tools (`clade ps |
+/// head -1`). Not for a process that runs VMs: they outlive their reader.
 pub(crate) fn end_at_closed_pipes() {
     // SAFETY: SIG_DFL is a valid disposition, and no other thread has been started that could
     // handle the signal.

@@ -7,11 +7,11 @@ use tracing_subscriber::fmt::time::SystemTime;
 
 use crate::commands::Failure;
 
-/// Names the variable that says what is logged.
+/// The variable that selects what is logged.
 const VARIABLE: &str = "CLADE_LOG";
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// Whether it is a level, or `MODULE=LEVEL` for a module of Clade.
+/// Whether `directive` is a level, or `MODULE=LEVEL` for a module of Clade.
 fn is_directive(directive: &str) -> bool {
     let is_level = |text: &str| LEVELS.contains(&text.to_ascii_lowercase().as_str());
     match directive.split_once('=') {
@@ -35,16 +35,16 @@ fn filter(text: &str) -> Result<EnvFilter, Failure> {
     Ok(EnvFilter::new(directives))
 }
 
-/// Begins to log what `CLADE_LOG` says, warnings if it says nothing.
+/// Starts to log what `CLADE_LOG` selects, by default warnings.
 ///
-/// With colours on a terminal; with the time of day, in UTC, in a file or a pipe.
+/// On a terminal the log has colours. In a file or a pipe it has the time of day in UTC.
 ///
 /// # Errors
-/// When the variable says nothing that can be logged.
+/// When the variable has a directive that is not valid.
 pub(super) fn init() -> Result<(), Failure> {
     let text = std::env::var_os(VARIABLE).unwrap_or_default();
     let log = tracing_subscriber::fmt().with_env_filter(filter(&text.to_string_lossy())?).with_writer(io::stderr);
-    // It would say so on standard error, and panic where that is closed.
+    // The subscriber would report them on standard error, and panic if that is closed.
     let log = log.log_internal_errors(false);
     if io::stderr().is_terminal() {
         log.without_time().init();

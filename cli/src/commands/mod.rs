@@ -29,11 +29,11 @@ pub(crate) use output::{Table, print_json};
 /// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The input cannot be carried out: exit code 2.
+    /// The input is invalid or cannot be used: exit code 2.
     Input(anyhow::Error),
-    /// Carrying it out failed: exit code 1.
+    /// The command failed: exit code 1.
     Run(anyhow::Error),
-    /// A signal ended it in an orderly way: exit code 128 plus the signal's number, as in shells.
+    /// An orderly end by a signal: exit code 128 plus the signal's number, as in shells.
     Signal(i32),
 }
 
@@ -57,17 +57,17 @@ impl fmt::Display for Failure {
 
 type Outcome = Result<(), Failure>;
 
-/// Parses the arguments, runs the command, and says how it went.
+/// Parses the arguments, runs the command, and returns the exit code.
 #[must_use]
 pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // Help and version are no failures; clap knows which is which.
+        // Help and version are not failures; clap distinguishes them.
         Err(error) => error.exit(),
     };
     limits::give_back_large_buffers();
     limits::raise();
-    // One runs VMs, or has the terminal in raw mode and gives it back.
+    // These run VMs, or must restore the terminal from raw mode.
     if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_)) {
         limits::end_at_closed_pipes();
     }

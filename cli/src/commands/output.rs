@@ -1,4 +1,4 @@
-//! What is printed: tables for people, JSON for programs.
+//! Output: tables for people, JSON for programs.
 
 use std::io::{self, Write};
 
@@ -17,7 +17,7 @@ impl Table {
         Self(table)
     }
 
-    /// A row of figures, behind what they are of.
+    /// Adds a row: a label, then figures.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let align = |(column, text): (usize, String)| {
             Cell::new(text).set_alignment(if column == 0 { CellAlignment::Left } else { CellAlignment::Right })
@@ -25,7 +25,7 @@ impl Table {
         self.0.add_row(cells.into_iter().enumerate().map(align));
     }
 
-    /// A row of words, not of figures.
+    /// Adds a row of words.
     pub(crate) fn words(&mut self, cells: impl IntoIterator<Item = String>) {
         self.0.add_row(cells.into_iter().map(Cell::new));
     }
@@ -35,7 +35,7 @@ impl Table {
     }
 }
 
-/// One JSON value on standard output.
+/// Prints one JSON value on standard output.
 pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
     writeln!(io::stdout(), "{text}")

@@ -15,7 +15,7 @@ use clade_daemon::fleet::{EndedVm, ended_vms, runtime_dir};
 
 const NONE: &str = "-";
 
-/// Names with their numbers as numbers: `web-2` before `web-10`.
+/// Compares names, with digits in them as numbers: `web-2` before `web-10`.
 pub(super) fn by_name(left: &str, right: &str) -> Ordering {
     let (mut left, mut right) = (left.as_bytes(), right.as_bytes());
     let digits = |text: &[u8]| text.iter().take_while(|b| b.is_ascii_digit()).count();
@@ -45,8 +45,8 @@ pub(super) fn by_name(left: &str, right: &str) -> Ordering {
     }
 }
 
-/// Columns with two spaces between, as wide as what is in them: the same on a terminal and in a
-/// pipe.
+/// Formats columns as wide as their content, two spaces apart. The result is the same on a terminal
+/// and in a pipe.
 fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);
@@ -58,7 +58,7 @@ fn columns(rows: &[Vec<String>]) -> String {
     rows.iter().map(line).collect()
 }
 
-/// A VM's own memory of all it has.
+/// A VM's private memory and its total.
 fn memory(vm: &VmInfo) -> String {
     let show = |memory: &clade_daemon::control::MemoryInfo| {
         format!("{}/{}", show_size(memory.private_kib << 10), show_size(memory.mib << 20))
@@ -66,7 +66,7 @@ fn memory(vm: &VmInfo) -> String {
     vm.memory.as_ref().map_or_else(|| "?".into(), show)
 }
 
-/// What it does, and what is wrong with its disks.
+/// A VM's state, and the errors of its disks.
 fn state(vm: &VmInfo) -> String {
     let trouble = match (vm.disks.iter().any(|disk| disk.lost), vm.disks.iter().any(|disk| disk.no_room > 0)) {
         (true, _) => ", write lost",
@@ -131,7 +131,7 @@ impl Row<'_> {
     }
 }
 
-/// The list, without what stands on standard error.
+/// The list as printed on standard output.
 fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
     let mut rows: Vec<Row<'_>> = running.iter().map(Row::Running).chain(ended.iter().map(Row::Ended)).collect();
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
@@ -139,7 +139,7 @@ fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -
     if format == ListFormat::Wide {
         header.extend(["PID", "GEN", "CPUS", "SHARED", "INTERFACES", "CID"].map(String::from));
     }
-    // Last, because it is as long as it is.
+    // Last, because its length has no limit.
     header.extend(all.then(|| "REASON".to_owned()));
     let cells = |row: &Row<'_>| {
         let mut cells = if format == ListFormat::Wide { row.wide() } else { row.short() };

@@ -1,4 +1,4 @@
-//! Commands that ask a running VM, or need none.
+//! Requests to a running VM. `logs` also reads the records of ended VMs.
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -120,7 +120,7 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;
     eprintln!("[console of {}; Ctrl-A x leaves]", args.name);
     let raw = RawMode::enter().map_err(Failure::run)?;
-    // Reads the keyboard until the person leaves or the VM ends; it dies with the process.
+    // Reads the keyboard until the user leaves or the VM ends. The thread dies with the process.
     std::thread::spawn(move || {
         let mut filter = EscapeFilter::default();
         let mut bytes = [0; 1024];
@@ -143,7 +143,7 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     Ok(())
 }
 
-/// Shows what a VM, running or ended, has written last.
+/// Prints the last console output of a VM, running or ended.
 pub(crate) fn logs(args: &ActArgs) -> Outcome {
     let dir = runtime_dir();
     let running = ask(Client::default().request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));

@@ -1,4 +1,4 @@
-//! `clade restore`: VMs that go on from a snapshot.
+//! `clade restore`: starts VMs from a snapshot.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -17,7 +17,7 @@ use clade_vmm::vm::{
     ChildIdentity, ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotError, VmError,
 };
 
-/// Errors of the snapshot and of the arguments are the caller's; those of this host are not.
+/// Errors of the snapshot and of the arguments are input errors; errors of this host are not.
 fn failure(error: FleetError) -> Failure {
     use clade_snapshot::Error;
     match error {
@@ -33,7 +33,7 @@ fn failure(error: FleetError) -> Failure {
     }
 }
 
-/// A name made of the directory's.
+/// Derives a VM's name from the directory's name.
 fn stem(dir: &Path) -> String {
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let fits = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' };
@@ -50,7 +50,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         _ => RestoreLoad::Lazy,
     };
     let options = RestoreOptions { load, overlays: args.overlays.clone(), sockets: Some(runtime_dir()) };
-    // By a name that says which directory it is, not which it is a link to.
+    // Absolute, but links are not resolved: the path names the directory as the user does.
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
     let image = ForkImage::restore(&context, &dir, &options).map_err(|error| failure(error.into()))?;
     with_runtime(|runtime| start(args, &context, &dir, image, begun, runtime))
@@ -64,7 +64,7 @@ fn start(
     begun: Instant,
     runtime: &Handle,
 ) -> Outcome {
-    // Before there is anything to leave behind.
+    // Before there is anything to clean up.
     let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
     let fleet = serve_fleet(context, &runtime_dir(), runtime).map_err(Failure::input)?;
     let identity = ChildIdentity { nets: args.child.net.clone(), vsock: args.child.vsock.clone() };

@@ -29,17 +29,17 @@ macro_rules! say {
 }
 pub(super) use say;
 
-/// How often the end of the process's VMs is looked for.
+/// The interval at which the end of the process's VMs is polled.
 const TURN: Duration = Duration::from_millis(200);
-/// How long what is going on may take to end after a signal.
+/// How long open requests may take to end after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
 
-/// Does `work` with what serves the sockets of the process's VMs.
+/// Runs `work` with the runtime that serves the sockets of the process's VMs.
 pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
     let outcome = work(runtime.handle());
-    // Waits for no request: those that matter have ended.
+    // Does not wait for requests: those that matter have ended.
     runtime.shutdown_background();
     outcome
 }
@@ -77,7 +77,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let source = BootSource { kernel, initrd, cmdline };
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
     with_runtime(|runtime| {
-        // Before there is anything to leave behind.
+        // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
         let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
@@ -86,7 +86,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     })
 }
 
-/// Has this terminal be the VM's, unless it is `detached`, until it ends, or everything does.
+/// Connects this terminal to the VM, unless it is `detached`. Waits until the VM and its children
+/// have ended.
 pub(super) fn foreground(
     fleet: &Fleet,
     vm: Arc<Vm>,
@@ -113,7 +114,7 @@ pub(super) fn foreground(
     }
 }
 
-/// Says which file a refusal is about, where the error only knows its contents.
+/// Adds the file's name to an error that knows only its contents.
 fn refused(args: &RunArgs, error: FleetError) -> Failure {
     use BootError::{BzImage, Elf, NotAKernel, Unpack};
     match error {
@@ -127,7 +128,8 @@ fn refused(args: &RunArgs, error: FleetError) -> Failure {
 
 /// Waits for the VM, and then for the children that live in this process. A signal ends them all.
 ///
-/// The VM is dropped when it has stopped: what it had is free, also while its children run on.
+/// The VM is dropped when it has stopped. Its resources are then free, also while its children run
+/// on.
 fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &ShutdownSignal) -> StopReason {
     let reason = loop {
         fleet.reap(Some(vm.name()));
@@ -141,7 +143,7 @@ fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &Shutdown
     if detached {
         fleet.remove(&vm);
     } else {
-        // Its console was on this terminal, and its end is said here.
+        // Its console was on this terminal, and its end is reported here.
         fleet.forget(&vm);
     }
     drop(vm);
@@ -150,12 +152,12 @@ fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &Shutdown
         say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
     wait_for_all(fleet, shutdown);
-    // After all of them: a disk that another VM's map refers to is not written to.
+    // After all VMs have ended: no disk may be written that another VM's map refers to.
     commit_overlays(disks);
     reason
 }
 
-/// Waits until no VM is left, nor a request that works with one: what they had is free.
+/// Waits until no VM and no request that works with one is left. Their resources are then free.
 pub(super) fn wait_for_all(fleet: &Fleet, shutdown: &ShutdownSignal) {
     let mut until = None;
     loop {
@@ -177,8 +179,7 @@ fn close_at_end(fleet: &Fleet, shutdown: &ShutdownSignal) {
     }
 }
 
-/// Writes what disks have in overlays back to their files, if that can be, and says what became of
-/// it.
+/// Writes the overlays of disks back to their files, if possible, and reports the result.
 fn commit_overlays(disks: Vec<Disk>) {
     for disk in disks {
         if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {

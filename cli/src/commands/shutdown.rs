@@ -1,4 +1,4 @@
-//! Signals that end a process with VMs: they end in order, and nothing is left behind.
+//! Signals that shut down a process with VMs in an orderly way: nothing is left behind.
 
 use std::io;
 use std::sync::Arc;
@@ -14,13 +14,12 @@ use clade_daemon::fleet::Cancel;
 /// background).
 const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
-/// Whether the process is to end, and by which signal.
+/// Whether the process must end, and by which signal.
 #[derive(Clone, Debug)]
 pub(super) struct ShutdownSignal(Arc<AtomicI32>, Cancel);
 
 impl ShutdownSignal {
-    /// Listens from now on. The first signal is for the process to look at; another ends it at
-    /// once.
+    /// Starts to listen. The first signal is only recorded; another ends the process at once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;
         let (first, making) = (Arc::new(AtomicI32::new(0)), Cancel::default());
@@ -30,7 +29,8 @@ impl ShutdownSignal {
             let (first, making) = (Arc::clone(&first), making.clone());
             runtime.spawn(async move {
                 while arrivals.recv().await.is_some() {
-                    // Alone in its word: what follows from it is done under locks.
+                    // Relaxed: nothing is published through the word. What follows from it is done
+                    // under locks.
                     if first.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                         std::process::exit(128 + number);
                     }
@@ -41,18 +41,18 @@ impl ShutdownSignal {
         Ok(Self(first, making))
     }
 
-    /// Is cancelled by the signal: for VMs that are being made.
+    /// Cancelled by the first signal. For VMs that are being made.
     pub(super) fn making(&self) -> &Cancel {
         &self.1
     }
 
-    /// The signal, once there has been one.
+    /// The first signal, if there has been one.
     pub(super) fn signal(&self) -> Option<i32> {
         Some(self.0.load(Ordering::Relaxed)).filter(|number| *number != 0)
     }
 }
 
-/// The signals that the process ignores, a bit each.
+/// A bit mask of the signals that the process ignores.
 fn ignored() -> io::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,4 +1,4 @@
-//! `clade snapshot`: saving a running VM, and what can be done with what was saved.
+//! `clade snapshot`: saves a running VM, and inspects or compacts snapshots.
 
 use std::io::IsTerminal;
 use std::sync::atomic::AtomicBool;
@@ -14,7 +14,7 @@ use crate::commands::remote::ask;
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
 
-/// How often it is looked how far a snapshot is.
+/// The interval at which a snapshot's progress is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 pub(crate) fn main(args: SnapshotArgs) -> Outcome {
@@ -28,8 +28,7 @@ pub(crate) fn main(args: SnapshotArgs) -> Outcome {
     }
 }
 
-/// A bar of bytes with their rate; hidden when standard error is no terminal, or the output is for
-/// a program.
+/// A bar of bytes with their rate. Hidden if standard error is no terminal or the output is JSON.
 fn bar(json: bool) -> ProgressBar {
     if json || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -39,7 +38,7 @@ fn bar(json: bool) -> ProgressBar {
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// What is wrong with a snapshot is the caller's; what is wrong with the disk is not.
+/// A bad snapshot is an input error; a cancelled request or a failure of the host is not.
 fn failure(error: Error) -> Failure {
     match error {
         Error::Full { .. } | Error::Cancelled | Error::Memory(_) => Failure::run(error),
@@ -60,7 +59,7 @@ fn save(args: &SaveArgs) -> Outcome {
                 answer = &mut saved => return answer,
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
-            // Only to be shown: if it cannot be asked, the answer will say why.
+            // Progress is only shown. If it cannot be read, the save's answer has the reason.
             let progress = client.request::<SnapshotProgress>(Method::GET, &args.name, "/snapshot", None::<&()>).await;
             if let Ok(SnapshotProgress { running: true, done, total }) = progress {
                 bar.set_length(total);

@@ -1,4 +1,4 @@
-//! The terminal: in raw mode, given back however the command ends; and what is typed there.
+//! The terminal: raw mode, which is left however the command ends, and keyboard input.
 
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ impl RawMode {
         let before = tcgetattr(&stdin)?;
         let mut raw = before.clone();
         raw.make_raw();
-        // Output stays cooked, so that what Clade itself prints starts at the left.
+        // Output stays cooked, so that Clade's own lines start at the left.
         raw.output_modes = before.output_modes;
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;
         Ok(Some(Self(before)))
@@ -39,7 +39,7 @@ pub(crate) enum Escape {
     Leave,
 }
 
-/// Separates what is for the guest from Ctrl-A commands: `x` leaves, a second Ctrl-A types one.
+/// Separates input for the guest from Ctrl-A commands: `x` leaves, a second Ctrl-A types one.
 #[derive(Debug, Default)]
 pub(crate) struct EscapeFilter {
     pending: bool,
@@ -64,13 +64,13 @@ impl EscapeFilter {
 /// Types standard input into a VM until Ctrl-A x, which stops it.
 ///
 /// # Errors
-/// When no thread can be made.
+/// When no thread can be created.
 pub(crate) fn type_stdin(vm: &Arc<Vm>) -> io::Result<()> {
     let vm = Arc::downgrade(vm);
     let read = move || {
         let mut filter = EscapeFilter::default();
         let mut bytes = [0; 1024];
-        // It dies with the process: a read of a terminal cannot be broken off.
+        // The thread dies with the process: a read of a terminal cannot be cancelled.
         while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
             let Some(vm) = vm.upgrade() else { return };
             let mut to_guest = Vec::new();

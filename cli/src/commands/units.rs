@@ -1,12 +1,12 @@
-//! Sizes as people write them, everywhere the same.
+//! Sizes and ages, parsed and printed the same way everywhere.
 
-/// Bytes, from a number and an optional unit: K, M, G or T, also as KiB or KB. All are powers of
-/// 1024.
+/// Parses a size: a number and an optional unit, K, M, G or T, also as KiB or KB. All are powers of
+/// 1024. Returns bytes.
 ///
-/// A fraction is taken where it comes out as whole bytes: `0.5G`, `1.5M`.
+/// A fraction is accepted if the result is whole bytes: `0.5G`, `1.5M`.
 ///
 /// # Errors
-/// In one line that names the text.
+/// A single line that contains the text.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let no_size = || format!("{text:?} is not a size such as 512M, 512MiB or 0.5G");
     let upper = text.trim().to_ascii_uppercase();
@@ -36,10 +36,10 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     u64::try_from(scaled / scale).map_err(|_| too_large())
 }
 
-/// Whole MiB, from a size.
+/// Parses a size. Returns MiB.
 ///
 /// # Errors
-/// As [`parse_size`], and for what is no multiple of 1 MiB.
+/// As [`parse_size`], and if the size is not a multiple of 1 MiB.
 pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
     if !bytes.is_multiple_of(1 << 20) {
@@ -48,7 +48,7 @@ pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     Ok(bytes >> 20)
 }
 
-/// Bytes in three figures: `512M`, `1.5G`, `20K`.
+/// Formats bytes with up to three digits: `512M`, `1.5G`, `20K`.
 pub(crate) fn show_size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
     let mut value = bytes as f64;
@@ -64,7 +64,7 @@ pub(crate) fn show_size(bytes: u64) -> String {
     }
 }
 
-/// A duration in its two largest units: `7s`, `3m12s`, `5h2m`, `2d3h`.
+/// Formats a duration in its two largest units: `7s`, `3m12s`, `5h2m`, `2d3h`.
 pub(crate) fn show_age(seconds: f64) -> String {
     let all = seconds.max(0.0) as u64;
     let (minutes, hours, days) = (all / 60, all / 3600, all / 86400);

@@ -1,6 +1,6 @@
 //! The bare guest's part: it writes words that the host can predict. Every child is compared, byte
-//! for byte, with the prediction for the instant of its fork, and every VM with the prediction for
-//! what it did later.
+//! for byte, with the prediction for the instant of its fork. Every VM is also compared with the
+//! prediction for what it did later.
 
 use std::sync::Arc;
 use std::thread;
@@ -15,14 +15,14 @@ use crate::demo::progress;
 use clade_harness::{BareError, BareMailbox, BareVcpu, Slice, boot_bare, stop_writing};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
-/// Pages that a vCPU keeps writing; the rest of its share of memory it has written once. At native
-/// speed it writes all of them between two forks.
+/// Pages that a vCPU keeps writing; it writes the rest of its share once. At native speed it writes
+/// all of them between two forks.
 const HOT_PAGES: u64 = 512;
-/// Pages among which its writes are at any moment.
+/// The window of pages that its writes cover at any moment.
 const WINDOW: u64 = 64;
-/// Pages a child overwrites to have something of its own.
+/// Pages a child overwrites to get private pages.
 const OWN_PAGES: u64 = 32;
-/// From fork to fork.
+/// The interval between forks.
 const PACE: Duration = Duration::from_millis(10);
 /// How long a generation writes before it is forked.
 const GENERATION: Duration = Duration::from_millis(20);
@@ -41,8 +41,8 @@ pub(crate) struct BareReport {
     pub(crate) private_kib_after: f64,
 }
 
-/// A child that is paused except while it executes a command: the guest polls for commands, and a
-/// hundred of them would leave the parent no processor.
+/// A child that is paused except while it executes a command. The guest polls for commands, and a
+/// hundred polling children would leave the parent no processor.
 struct Child {
     vm: Vm,
     /// Operations that each vCPU had completed when it stopped.
@@ -93,8 +93,8 @@ impl Demo<'_> {
     fn run(&mut self, config: &Arc<VmConfig>) -> Result<(), Failure> {
         let parent = self.boot(config)?;
         let (children, last) = self.fork_while_it_runs(&parent, config)?;
-        // The parent is stopped where it is now, and checked after its children: its operations
-        // only count up.
+        // Stop the parent now, but check it after its children: its operation count is the highest,
+        // and predictions only advance.
         let ended = stop_writing(&parent, self.args.cpus).map_err(Failure::run)?;
         self.check_children(&children)?;
         if let Some(image) = last {
@@ -138,7 +138,7 @@ impl Demo<'_> {
             let (child, first) = self.start_child(&format!("child-{n}"), &image)?;
             let pause_us = times.times.pause.as_secs_f64() * 1e6;
             if n == 0 {
-                // Reported apart: it happens once in a VM's life, and takes longer.
+                // Reported separately: it happens once in a VM's life, and takes longer.
                 self.report.first_pause_us = pause_us;
             }
             self.report.pause.push(pause_us);
@@ -151,7 +151,8 @@ impl Demo<'_> {
         Ok((children, last))
     }
 
-    /// A child whose vCPUs stop writing at once, and the moment of its first instruction.
+    /// Starts a child whose vCPUs stop writing at once. Also returns the time of its first
+    /// instruction.
     fn start_child(&self, name: &str, image: &Arc<ForkImage>) -> Result<(Child, Instant), Failure> {
         let at_fork = std::cell::RefCell::new(Ok(Vec::new()));
         let prepare = |ram: &GuestRam| {
@@ -172,7 +173,7 @@ impl Demo<'_> {
         let first = BareVcpu::new(&vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
         let progress = stop_writing(&vm, self.args.cpus).map_err(Failure::run)?;
         vm.pause().map_err(Failure::run)?;
-        // A child stands where it stopped: at most one poll's operations past its fork.
+        // A child stops at most one poll's operations after its fork.
         for (now, then) in progress.iter().zip(at_fork.into_inner().map_err(Failure::run)?) {
             if *now < then || *now > then + POLL_OPS {
                 return Err(Failure::Run(anyhow::anyhow!("{name} is at operation {now}, its parent was at {then}")));
@@ -181,8 +182,8 @@ impl Demo<'_> {
         Ok((Child { vm, progress }, first))
     }
 
-    /// Compares memory with the prediction for `progress`, leaving out each slice's first `except`
-    /// pages. One thread a slice.
+    /// Compares memory with the prediction for `progress`, without each slice's first `except`
+    /// pages. Uses one thread per slice.
     fn check(&mut self, ram: &GuestRam, progress: &[u64], except: u64) -> Result<(), Failure> {
         let wrong = thread::scope(|scope| {
             let compare = |(slice, progress): (&mut Slice, u64)| {
@@ -211,7 +212,7 @@ impl Demo<'_> {
         for (n, child) in (0..).zip(children) {
             private += child.vm.memory_stats().map_err(Failure::run)?.private_kib;
             self.check(child.vm.ram(), &child.progress, 0)?;
-            // From here on it is different from all others.
+            // From here on the child differs from all others.
             child.vm.resume().map_err(Failure::run)?;
             for slice in &self.slices {
                 let own = Command::Fill { start: slice.start(), pages: OWN_PAGES, seed: own_seed(n, slice.vcpu()) };
@@ -239,8 +240,7 @@ impl Demo<'_> {
             child.vm.resume().map_err(Failure::run)?;
             thread::sleep(GENERATION);
             image = child.vm.fork().map_err(Failure::run)?.0;
-            // The next generation is checked where it stands; this one goes: a child outlives its
-            // parent.
+            // The next generation is checked without this one: a child outlives its parent.
             drop(child);
             let (next, _) = self.start_child(&format!("generation-{n}-check"), &image)?;
             self.check_ahead(&next)?;
@@ -250,8 +250,7 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// The generations run away from the parent, so they are compared with a prediction of their
-    /// own.
+    /// The generations diverge from the parent, so they are compared with their own prediction.
     fn check_ahead(&mut self, child: &Child) -> Result<(), Failure> {
         let parents = self.slices.clone();
         let checked = self.check(child.vm.ram(), &child.progress, 0);
@@ -259,7 +258,7 @@ impl Demo<'_> {
         checked
     }
 
-    /// What the children wrote since is theirs alone: each verifies its own, in the guest.
+    /// Each child verifies, in the guest, what it has written since. No other VM shares that.
     fn check_work(&mut self, children: &[Child]) -> Result<(), Failure> {
         let mut private = 0;
         for (n, child) in (0..).zip(children) {

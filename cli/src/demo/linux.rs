@@ -17,7 +17,7 @@ const BOOT: Duration = Duration::from_secs(180);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 128 << 20;
 
-/// What is typed into the children; every answer must differ.
+/// The commands typed into the children; every answer must differ.
 const COMMANDS: [&str; 10] = [
     "echo $((6 * 7))",
     "uname -r",
@@ -47,7 +47,7 @@ struct Answer {
     answer: String,
 }
 
-/// What of an answer fits a table of 80 columns.
+/// Shortens an answer to fit a table of 80 columns.
 fn shortened(answer: &str) -> String {
     const WIDTH: usize = 32;
     match answer.char_indices().nth(WIDTH) {
@@ -70,7 +70,7 @@ impl LinuxReport {
     }
 }
 
-/// The Linux guest, if it is there or may be built.
+/// The Linux guest, if it is built already or `args` allow building it.
 fn guest(args: &DemoArgs) -> Result<Option<LinuxGuest>, Failure> {
     match (args.no_linux, args.linux) {
         (true, _) => Ok(None),
@@ -96,15 +96,15 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxRepo
 
     context.prefill(&config, COMMANDS.len()).map_err(Failure::run)?;
     let (image, report) = parent.fork().map_err(Failure::run)?;
-    // The parent has nothing more to do, and the processors are few.
+    // The parent has no more work, and processors are few.
     parent.pause().map_err(Failure::run)?;
     let held = ChildOptions { paused: true, before_start: None };
     let child = |n| Vm::from_image(context, &format!("linux-{n}"), &image, held);
     let children: Vec<Vm> = (1..=COMMANDS.len()).map(child).collect::<Result<_, _>>().map_err(Failure::run)?;
     let bar = progress::bar(args, "ten shells, ten commands", children.len());
     let mut answers = Vec::new();
-    // As many at a time as there are processors: where guest kernels are interpreted, a kernel with
-    // less than one of them does little but serve its timer.
+    // As many children at a time as processors. Where guest kernels are interpreted, a kernel with
+    // less than a processor mostly serves its timer.
     let at_once = std::thread::available_parallelism().map_or(1, usize::from);
     for (children, commands) in children.chunks(at_once).zip(COMMANDS.chunks(at_once)) {
         for (child, command) in children.iter().zip(commands) {

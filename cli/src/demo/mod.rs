@@ -10,7 +10,7 @@ use crate::bench::Spread;
 use crate::commands::{DemoArgs, Failure, Table, print_json};
 use clade_vmm::vm::Context;
 
-/// What the demo saw.
+/// The demo's results.
 #[derive(Debug, Serialize)]
 struct Report {
     forks: usize,

@@ -1,4 +1,4 @@
-//! Showing that something is going on, to a person and never to a program.
+//! Progress on a terminal; nothing in a program's output.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::DemoArgs;
 
-/// A bar of `steps`; hidden when standard error is no terminal, or the output is for a program.
+/// A bar of `steps`. Hidden if standard error is no terminal or the output is JSON.
 pub(crate) fn bar(args: &DemoArgs, what: &'static str, steps: usize) -> ProgressBar {
     if args.json {
         return ProgressBar::hidden();
@@ -16,7 +16,7 @@ pub(crate) fn bar(args: &DemoArgs, what: &'static str, steps: usize) -> Progress
     ProgressBar::new(steps as u64).with_style(style).with_message(what)
 }
 
-/// A spinner for something that takes as long as it takes.
+/// A spinner for work of unknown duration.
 pub(crate) fn spinner(args: &DemoArgs, what: &'static str) -> ProgressBar {
     if args.json {
         return ProgressBar::hidden();

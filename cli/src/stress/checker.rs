@@ -1,5 +1,5 @@
-//! What becomes of forks: children that run on with what was in flight, and are stopped, forked,
-//! put back to their fork, destroyed and compared.
+//! Checks forks. Children run on with requests in flight, and are stopped, forked, reset, destroyed
+//! and compared.
 
 use std::sync::Arc;
 use std::thread;
@@ -12,13 +12,13 @@ use super::rig::{
 use crate::commands::Failure;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, ForkReport, Vm};
 
-/// A child runs for up to as long before something is done to it.
+/// The longest time that a child runs before the next action.
 const RUNS: Duration = Duration::from_millis(8);
 
-/// Of the children that are reset in place, one in as many is compared whole.
+/// One in this many children that are reset in place is compared whole.
 const WHOLE: u64 = 8;
 
-/// A fork of the parent, and what must be in it.
+/// A fork of the parent, and its expected state.
 pub(super) struct Forked {
     pub(super) image: Arc<ForkImage>,
     pub(super) expect: Expectation,
@@ -54,7 +54,7 @@ impl Checker {
         }
         self.tally.children += 1;
         self.tally.nested += u64::from(depth > 0);
-        // As it was at the fork: a CPU may be one word ahead of its count.
+        // The state at the fork: a CPU may be one word ahead of its count.
         compare_counts(vm.ram(), 1, &mut self.tally)?;
         let read_before = reads(vm.ram())?;
         compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally)?;
@@ -72,7 +72,7 @@ impl Checker {
             self.child(&image, expect, depth + 1)?;
         }
         if self.random.one_in(4) {
-            // Also over its own freeze, which the nested fork was.
+            // Also after a freeze of its own, which the nested fork was.
             self.put_back(&vm, expect, whole.as_deref(), read_before)?;
             self.run_on();
         }
@@ -95,8 +95,8 @@ impl Checker {
         thread::sleep(RUNS.mul_f64(self.random.below(1000) as f64 / 1000.0));
     }
 
-    /// Resets a running child to its fork, in the middle of what it and its devices do, and
-    /// compares it with what it was. It runs afterwards.
+    /// Resets a running child to its fork while it and its devices work, and compares it with its
+    /// state at the fork. It runs afterwards.
     fn put_back(
         &mut self,
         vm: &Vm,
@@ -107,7 +107,7 @@ impl Checker {
         self.tally.resets += 1;
         if self.random.one_in(2) {
             vm.reset_to_origin().map_err(Failure::run)?;
-            // It runs already: only what its CPUs and devices leave alone is as it was.
+            // It runs already: only memory that its CPUs and devices do not write is unchanged.
             return compare_memory(vm.ram(), expect, Some(&mut self.random), &mut self.tally);
         }
         vm.pause().map_err(Failure::run)?;

@@ -1,5 +1,5 @@
-//! `clade stress dma`: a guest is forked again and again while its devices do DMA and its CPUs
-//! write beside them. Every byte of every VM and disk is compared with its predicted value.
+//! `clade stress dma`: a guest is forked repeatedly while its devices do DMA and its CPUs write to
+//! the same pages. Every byte of every VM and disk is compared with its predicted value.
 //!
 //! ```text
 //!            vCPU 0                       vCPU 1
@@ -11,16 +11,16 @@
 //! ```
 //!
 //! One thread of the host forks at a fixed interval, and writes and discards pages that only the
-//! host uses. Another takes the children: it lets them run on with the requests that were in
-//! flight, resets, stops or forks them, resets their disk or destroys them in the middle, and
-//! compares. A child's own memory has the round and its progress, so what must be in it is known.
+//! host uses. Another thread takes the children and lets them run on with the requests in flight.
+//! It resets, stops or forks them, resets their disk or destroys them meanwhile, and compares. A
+//! child's own memory holds the round and its progress, which predict its contents.
 //!
 //! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork
-//! or reset that loses one stops its pair for good, and that is counted as stuck.
+//! or reset that loses one stops its pair for good, and the VM counts as stuck.
 //!
-//! With `--without-unshare` freezes no longer spare pinned pages. Then bytes are wrong. The run
-//! goes on until it has found that, and fails if it has not within [`MAX_CONTROL_FORKS`]: a check
-//! that cannot fail proves nothing.
+//! With `--without-unshare`, freezes no longer spare pinned pages, so bytes become wrong. The run
+//! continues until it has found that, and fails after [`MAX_CONTROL_FORKS`] without: a check that
+//! cannot fail proves nothing.
 
 mod checker;
 mod rig;
@@ -41,40 +41,41 @@ use clade_vmm::vm::{Context, ForkImage, ForkReport};
 use checker::{Checker, Forked};
 use rig::{Random, Rig};
 
-/// Forks that wait to be looked at. When as many do, the next is only made.
+/// The longest queue of forks to be checked. While it is full, a fork is made but not checked.
 const WAITING: usize = 4;
-/// How long throughput is measured, each way, at least and at most.
+/// Minimum and maximum time of each of the two throughput measurements.
 const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
-/// With forks and without are measured in turn, so long at a time: what else the host does meets
-/// both.
+/// The length of a turn. Measurements with and without forks alternate, so that other load on the
+/// host affects both.
 const TURN: Duration = Duration::from_millis(500);
-/// Beats that are made up for at once, at most.
+/// The most missed forks that are made up for at once.
 const MADE_UP: u32 = 10;
-/// Forks in which a run without unshare must have found wrong bytes. A few hundred have always been
+/// Forks within which a run without unshare must find wrong bytes. A few hundred have always been
 /// enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
-/// Between two looks at the parent.
+/// The interval at which the parent is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
-/// What was found and counted.
+/// What was checked, and the errors found.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Tally {
     bytes_checked: u64,
     wrong_bytes: u64,
-    /// Times a device gave back what it did not have, or not what it said.
+    /// Times a device returned a request that it did not have or returned one twice, or reported an
+    /// error.
     violations: u64,
     children: u64,
     nested: u64,
-    /// VMs put back to their fork, in place.
+    /// VMs reset in place to their fork.
     resets: u64,
     disk_resets: u64,
     destroyed_running: u64,
-    /// VMs of which a pair of vCPUs no longer wakes each other.
+    /// VMs with a pair of vCPUs that no longer wake each other.
     stuck: u64,
 }
 
 impl Tally {
-    /// Whether something is not as it must be.
+    /// Whether an error was found.
     fn is_wrong(&self) -> bool {
         self.wrong_bytes + self.violations + self.stuck > 0
     }
@@ -92,13 +93,13 @@ impl Tally {
     }
 }
 
-/// MiB a second that vCPU 0 reads from its disk.
+/// Reads of vCPU 0 from its disk, in MiB/s.
 #[derive(Debug, Default, Serialize)]
 struct Throughput {
     without_forks: f64,
-    /// While it is forked, and the forks are dropped.
+    /// While the VM is forked, and the forks are dropped.
     with_forks: f64,
-    /// While it is forked and its children run and are compared on the same processors.
+    /// While the VM is forked and its children run and are compared on the same processors.
     with_children: f64,
     ratio: f64,
     ratio_with_children: f64,
@@ -107,11 +108,11 @@ struct Throughput {
 /// What a fork costs the parent.
 #[derive(Debug, Serialize)]
 struct Costs {
-    /// Its whole pause.
+    /// The whole pause.
     pause_us: Spread,
-    /// Of that, until its vCPUs and devices stand still.
+    /// Part of the pause: until vCPUs and devices are quiesced.
     park_us: Spread,
-    /// And then for freezing its memory.
+    /// Part of the pause: freezing memory.
     freeze_us: Spread,
     pages_copied: Spread,
     pages_remapped: Spread,
@@ -160,14 +161,14 @@ struct Report {
     rounds_written: u64,
     #[serde(flatten)]
     tally: Tally,
-    /// Of the forks that were dropped.
+    /// Costs of the forks that were dropped.
     fork: Costs,
-    /// While children ran on the same processors.
+    /// Costs of forks while children ran on the same processors.
     fork_with_children: Costs,
     throughput_mib_s: Throughput,
 }
 
-/// What happens to the parent.
+/// Drives the parent.
 struct Stress<'a> {
     rig: Rig,
     args: &'a StressArgs,
@@ -234,7 +235,7 @@ impl Stress<'_> {
         let checking = thread.spawn(move || {
             for forked in waiting {
                 checker.check(&forked)?;
-                // Relaxed: what was found is read after the thread has ended.
+                // Relaxed: the tally is read after the thread has ended.
                 tell.fetch_or(checker.tally().is_wrong(), Ordering::Relaxed);
             }
             Ok(checker.tally())
@@ -244,7 +245,7 @@ impl Stress<'_> {
         let mut gone = false;
         let mut check = |rig: &Rig, image, forked| {
             let forked = Forked { image, expect: rig.expectation(), report: forked };
-            // The checker has ended: the reason is its result.
+            // If the checker has ended, its result has the reason.
             gone |= matches!(queue.try_send(forked), Err(TrySendError::Disconnected(_)));
             !gone
         };
@@ -291,7 +292,7 @@ impl Stress<'_> {
         })
     }
 
-    /// The parent without forks.
+    /// Measures the parent without forks.
     fn quiet(&mut self, time: Duration) -> Result<Stretch, Failure> {
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
         while begun.elapsed() < time {
@@ -301,8 +302,8 @@ impl Stress<'_> {
         Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
     }
 
-    /// The parent while it is forked on the beat; what is made of a fork is up to `then`,
-    /// which says whether to go on.
+    /// Measures the parent while it is forked at the fixed interval. `then` gets each fork, and
+    /// returns whether to continue.
     fn forking(
         &mut self,
         time: Duration,
@@ -319,7 +320,7 @@ impl Stress<'_> {
                 thread::sleep((next - now).min(POLL_INTERVAL));
                 continue;
             }
-            // Beats that were missed are made up for, but not all those of a host that stood still.
+            // Make up for missed forks, but not for all those of a host that stalled.
             next = (next + beat).max(now.checked_sub(beat * MADE_UP).unwrap_or(now));
             let (image, report) = self.rig.fork()?;
             self.forks += 1;
@@ -333,7 +334,7 @@ impl Stress<'_> {
     }
 }
 
-/// What was read, and in what time.
+/// Bytes that were read, and the time it took.
 #[derive(Debug, Default)]
 struct Stretch {
     bytes: u64,

@@ -1,4 +1,4 @@
-//! The VM under stress: what its vCPUs and devices do, and what must be true of it at any instant.
+//! The VM under stress: what its vCPUs and devices do, and its expected state at any instant.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,26 +16,27 @@ use crate::commands::{Failure, StressArgs};
 use clade_harness::{BareMailbox, BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
 
-/// Guest memory.
+/// Guest memory in bytes.
 const MEMORY: u64 = 64 << 20;
 pub(super) const READER: u64 = 0;
 pub(super) const WRITER: u64 = 1;
-/// The first vCPU that has no disk. It and those behind it are pairs.
+/// The first vCPU without a disk. It and those after it form pairs.
 const FIRST_OF_PAIRS: u64 = 2;
-/// How long a pair may stand still. It needs less than a millisecond, and a busy host some seconds.
+/// How long a pair may make no progress. It needs less than a millisecond, or some seconds on a
+/// busy host.
 const STUCK: Duration = Duration::from_secs(20);
 
-/// The drivers' areas.
+/// The disk drivers' areas.
 pub(super) const READ_AREA: u64 = WORK_BASE;
 const WRITE_AREA: u64 = WORK_BASE + 0x8000;
 /// Memory that devices and CPUs share: the reader's, then the writer's.
 const SHARED: u64 = WORK_BASE + 0x1_0000;
 const DEPTH: u64 = 32;
-/// Memory of one request: the device's bytes, and behind them, in the same page, a word that the
-/// CPU counts up.
+/// Bytes of memory of one request: the device's data and, after it in the same page, a word that
+/// the CPU increments.
 const STRIDE: u64 = 32 << 10;
 /// Sectors of a request: all but half a page of its memory. So much is in flight that a fork comes
-/// before all of it has landed.
+/// before all of it has completed.
 const BLOCK: u64 = 60;
 /// Pages only the host writes and discards.
 const SCRATCH: u64 = WORK_BASE + (4 << 20);
@@ -49,10 +50,10 @@ const READ_BYTES: u64 = 32 << 20;
 const READ_SEED: u64 = 0x4ead;
 const WRITE_BLOCKS: u64 = 64;
 const WRITE_BYTES: u64 = WRITE_BLOCKS * BLOCK * disk::SECTOR;
-/// Of the writer's disk before its first round; round `n` writes words of this and `n`.
+/// The seed of the writer's disk before its first round. Round `n` uses this seed plus `n`.
 const WRITE_SEED: u64 = 0x3117e;
 
-/// A source of choices: splitmix64, so that a seed tells all.
+/// A random number generator: splitmix64, so that one seed determines all choices.
 #[derive(Clone, Debug)]
 pub(super) struct Random(u64);
 
@@ -80,7 +81,7 @@ impl Random {
     }
 }
 
-/// Nanoseconds of the clock: the default seed.
+/// The nanoseconds of the wall clock: the default seed.
 pub(super) fn clock() -> u32 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
 }
@@ -88,18 +89,18 @@ pub(super) fn clock() -> u32 {
 /// What the writer does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Writes round's words, over those of the round before.
+    /// Writes the round's words over those of the round before.
     Write,
     /// Reads them back.
     Verify,
 }
 
-/// What must be true of a VM, or of a child forked at this instant.
+/// The expected state of a VM, or of a child forked at this instant.
 #[derive(Clone, Debug)]
 pub(super) struct Expectation {
     pub(super) phase: Phase,
     pub(super) round: u64,
-    /// The number of the writer's command.
+    /// The sequence number of the writer's command.
     pub(super) seq: u64,
     /// The first word of every scratch page; the others are zeros.
     scratch: Vec<u64>,
@@ -142,7 +143,8 @@ fn reading() -> DiskRun {
     }
 }
 
-/// A part of the writer's disk, in order: `blocks` from `first` on, with the words of a round.
+/// A command for `blocks` blocks of the writer's disk from `first` on, in order, with the words of
+/// `round`.
 pub(super) fn writing(what: What, round: u64, first: u64, blocks: u64) -> DiskRun {
     DiskRun {
         area: WRITE_AREA,
@@ -188,7 +190,7 @@ impl Rig {
         rig.order(READER, Command::DiskRun(reading()))?;
         rig.begin(Phase::Write, 1)?;
         for first in pairs(&rig.vm) {
-            // The one that waits must be able to take interrupts before the other sends the first.
+            // The waiting vCPU must accept interrupts before its peer sends the first.
             rig.order(first + 1, Command::Relay { peer: first, first: false })?;
             await_progress(&rig.vm, first + 1, 1)?;
             rig.order(first, Command::Relay { peer: first + 1, first: true })?;
@@ -227,12 +229,12 @@ impl Rig {
         self.expect.round
     }
 
-    /// Bytes the reader has got and compared.
+    /// Bytes the reader has read and compared.
     pub(super) fn read_bytes(&self) -> Result<u64, Failure> {
         Ok(reads(self.vm.ram())? * BLOCK * disk::SECTOR)
     }
 
-    /// What must be true at this instant. (Only this thread changes it.)
+    /// The expected state at this instant. (Only this thread changes it.)
     pub(super) fn expectation(&self) -> Expectation {
         self.expect.clone()
     }
@@ -241,7 +243,8 @@ impl Rig {
         self.vm.fork().map_err(Failure::run)
     }
 
-    /// The writer's next round, if this one is over, and something done to scratch pages.
+    /// Starts the writer's next command, if the last one has ended. Then writes or discards scratch
+    /// pages.
     pub(super) fn step(&mut self, random: &mut Random) -> Result<(), Failure> {
         if let Some(reason) = self.vm.stopped() {
             return Err(Failure::Run(anyhow::anyhow!("the parent stopped: {reason}")));
@@ -264,7 +267,7 @@ impl Rig {
             let Some((region, page)) = self.vm.ram().locate(gpa) else { return Ok(()) };
             let done = region.discard(PageRange::with_len(page, pages)).map_err(Failure::run)?;
             self.discards += done.discarded;
-            // Beyond the VM's share of mappings a page may show something else than zeros.
+            // Beyond the VM's share of mappings, a discarded page may not read as zeros.
             if done.unmapped == 0 && done.discarded == pages {
                 self.expect.scratch[first as usize..(first + pages) as usize].fill(0);
             } else {
@@ -285,7 +288,7 @@ impl Rig {
         Ok(())
     }
 
-    /// The end: the parent stops what it does, and is compared like a child.
+    /// Stops the parent's work, and compares it like a child.
     pub(super) fn finish(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         tally.add(&self.found);
         tally.stuck += u64::from(!pairs_go_on(&self.vm)?);
@@ -304,7 +307,7 @@ fn progress(vm: &Vm, vcpu: u64) -> Result<u64, Failure> {
     BareMailbox::new(vm.ram(), vcpu).progress().map_err(Failure::run)
 }
 
-/// Waits until `vcpu` has come as far. False if it does not.
+/// Waits until `vcpu` has made progress to `least`. Returns false if it does not.
 fn await_progress(vm: &Vm, vcpu: u64, least: u64) -> Result<bool, Failure> {
     let deadline = Instant::now() + STUCK;
     while progress(vm, vcpu)? < least {
@@ -327,7 +330,7 @@ pub(super) fn pairs_go_on(vm: &Vm) -> Result<bool, Failure> {
     Ok(true)
 }
 
-/// Operations that the reader has done.
+/// Operations that the reader has completed.
 pub(super) fn reads(ram: &GuestRam) -> Result<u64, Failure> {
     BareMailbox::new(ram, READER).progress().map_err(Failure::run)
 }
@@ -340,14 +343,14 @@ pub(super) fn all(ram: &GuestRam) -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
-/// Takes note of what a disk run says of itself.
+/// Adds the results of a disk run to the tally.
 fn note(results: &[u64; 4], tally: &mut Tally) {
     let [_, errors, wrong, _] = results;
     tally.violations += errors + u64::from(wrong & VIOLATION != 0);
     tally.wrong_bytes += (wrong & !VIOLATION) * 8;
 }
 
-/// Waits until the vCPU has taken its command `seq`, so that the next one does not take its place.
+/// Waits until the vCPU has taken its command `seq`, so that the next one does not replace it.
 fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
     let deadline = Instant::now() + Duration::from_secs(30);
     let mailbox = BareMailbox::new(vm.ram(), vcpu);
@@ -360,10 +363,10 @@ fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Stops the disk runs of a running VM, lets what is in flight end, and has the guest compare all
-/// of the writer's disk. Of what the reader has compared, only what came after `read_before`
-/// operations is counted: a child's run began in its parent. (Words found wrong before the fork are
-/// found in both.)
+/// Stops the disk runs of a running VM, waits for requests in flight, and makes the guest compare
+/// all of the writer's disk. A child's run began in its parent, so only what the reader has
+/// compared after `read_before` operations is counted. (Words found wrong before the fork are found
+/// in both.)
 pub(super) fn stop_and_compare(
     vm: &Vm,
     expect: &Expectation,
@@ -378,8 +381,8 @@ pub(super) fn stop_and_compare(
     let written = idle(WRITER)?;
     note(&written, tally);
     let done = if expect.phase == Phase::Write { written[0].min(WRITE_BLOCKS) } else { WRITE_BLOCKS };
-    // Started in order, and all that were started have ended: as many blocks are this round's, the
-    // rest the last one's.
+    // Writes start in order, and all that started have ended. So the first `done` blocks are this
+    // round's, and the rest are the last round's.
     for (round, first, blocks) in [(expect.round, 0, done), (expect.round - 1, done, WRITE_BLOCKS - done)] {
         if blocks > 0 {
             let run = Command::DiskRun(writing(What::Verify, round, first, blocks));
@@ -387,12 +390,12 @@ pub(super) fn stop_and_compare(
             tally.bytes_checked += blocks * BLOCK * disk::SECTOR;
         }
     }
-    // Nothing is counted up any more, and every word is exactly what the count says.
+    // No word is incremented any more, so each must match the count exactly.
     compare_counts(vm.ram(), 0, tally)
 }
 
-/// Every word counted up beside the devices' bytes: as often as the count says, or, at any instant,
-/// up to `ahead` times more.
+/// Checks the words that CPUs increment beside the devices' bytes. Each must match the count or, at
+/// any instant, be up to `ahead` increments further.
 pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
     let word = |at: u64| ram.memory().read_obj::<u64>(GuestAddress(at)).map_err(Failure::run);
     for run in [reading(), writing(What::Write, 1, 0, WRITE_BLOCKS)] {
@@ -408,8 +411,8 @@ pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> R
     Ok(())
 }
 
-/// Compares the pages that only the host writes, and those that are not written: of the latter a
-/// part chosen by `some`, or all.
+/// Compares the pages that only the host writes, and those that are not written: a part of the
+/// latter, chosen by `some`, or all.
 pub(super) fn compare_memory(
     ram: &GuestRam,
     expect: &Expectation,
@@ -440,8 +443,7 @@ pub(super) fn compare_memory(
     Ok(())
 }
 
-/// In a running VM: resets the reader's disk in the middle of what it does, takes it again, and
-/// reads some of it.
+/// Resets the reader's disk in a running VM while it works, opens it again, and reads some of it.
 pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> {
     let run = |vcpu, command| BareVcpu::new(vm, vcpu).run(command).map_err(Failure::run);
     let [status, ..] = run(WRITER, Command::DiskReset { area: READ_AREA })?;

@@ -1,4 +1,4 @@
-//! What goes over the control socket.
+//! The requests and answers of the control socket.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use clade_devices::virtio::net::Mac;
 use crate::fleet::Listed;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VsockChoice};
 
-/// What a VM is doing.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
@@ -27,66 +27,66 @@ pub enum VmState {
 pub struct MemoryInfo {
     /// Guest memory in MiB.
     pub mib: u64,
-    /// Pages that are zeros in no layer.
+    /// Pages in no layer, or showing a reference page.
     pub reference_pages: u64,
     /// Pages provided by a layer.
     pub shared_pages: u64,
-    /// Pages the VM owns outright.
+    /// The VM's own pages.
     pub exclusive_pages: u64,
-    /// Of them, pinned for DMA.
+    /// Exclusive pages that are pinned for DMA.
     pub pinned_pages: u64,
-    /// Memory that goes when the VM goes.
+    /// Memory that is freed with the VM, in KiB.
     pub private_kib: u64,
 }
 
-/// A network device, and what has gone through it.
+/// A network device and its traffic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetInfo {
     /// The interface on the host.
     pub tap: String,
-    /// The guest's address.
+    /// The guest's MAC address.
     pub mac: Mac,
     /// Bytes received by the guest.
     pub received_bytes: u64,
     /// Bytes sent by the guest.
     pub sent_bytes: u64,
-    /// Packets that the interface or the driver would not have.
+    /// Packets that the interface or the driver did not accept.
     pub dropped: u64,
 }
 
 /// A socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockInfo {
-    /// The guest's address.
+    /// The guest's CID.
     pub cid: u64,
-    /// Where the host connects.
+    /// The socket that programs on the host connect to.
     pub socket: PathBuf,
 }
 
-/// A disk, and what has gone wrong with it on the host.
+/// A disk and its errors on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskInfo {
     /// Its image.
     pub path: PathBuf,
     /// Writes that failed because there was no room for them on the host.
     pub no_room: u64,
-    /// Whether a write was lost: nothing more is made durable.
+    /// Whether a write was lost; nothing more is made durable then.
     pub lost: bool,
 }
 
-/// A VM as it is listed.
+/// A VM in a list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// Its process.
+    /// The pid of its process.
     pub pid: u32,
-    /// What it is doing.
+    /// Its state.
     pub state: VmState,
-    /// Why it stopped.
+    /// Why it stopped, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stopped: Option<StopReason>,
-    /// Whose child it is.
+    /// The name of its parent, if it has one.
     pub parent: Option<String>,
     /// Forks between it and the VM that was booted.
     pub generation: u32,
@@ -94,7 +94,7 @@ pub struct VmInfo {
     pub cpus: u8,
     /// Seconds since it was made.
     pub age_s: f64,
-    /// Its memory, if the kernel could be asked.
+    /// Its memory, if the kernel could be queried.
     pub memory: Option<MemoryInfo>,
     /// Its network devices.
     #[serde(default)]
@@ -164,80 +164,80 @@ impl From<&Listed> for VmInfo {
     }
 }
 
-/// A fork to be made.
+/// A request to fork a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ForkRequest {
-    /// Children, 1 if not given.
+    /// The number of children; 1 if not given.
     #[serde(default = "one")]
     pub count: usize,
     /// Their names, `{n}` standing for a number; the parent's name and a number if not given.
     #[serde(default)]
     pub name: Option<String>,
-    /// Whether they wait for a resume.
+    /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
-    /// What is chosen for their network devices, in order.
+    /// The choices for their network devices, in order.
     #[serde(default)]
     pub nets: Vec<NetChoice>,
-    /// What is chosen for their socket device.
+    /// The choices for their socket device.
     #[serde(default)]
     pub vsock: Option<VsockChoice>,
 }
 
 impl ForkRequest {
-    /// What is chosen for the children's devices.
+    /// The choices for the children's devices.
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
         ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
     }
 }
 
-/// What a balloon is to be.
+/// A request to resize a balloon.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonRequest {
-    /// MiB the guest is to give up, in all.
+    /// MiB the guest should give up in total.
     pub target_mib: u64,
 }
 
-/// A balloon, and what the guest says of its memory.
+/// A balloon, and the guest's memory statistics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BalloonInfo {
-    /// MiB the guest is asked to give up.
+    /// The balloon's target in MiB.
     pub target_mib: f64,
-    /// MiB it says it has given up.
+    /// MiB the guest reports as given up.
     pub actual_mib: f64,
-    /// Pages discarded so far: given up when asked, or free and reported.
+    /// Pages discarded so far: given up to the balloon, or reported as free.
     pub discarded_pages: u64,
-    /// Pages that stayed because a device had them pinned.
+    /// Pages that were not discarded because a device had them pinned.
     pub pinned_pages: u64,
-    /// Whether the guest has answered just now; what it says is of an earlier time otherwise.
+    /// Whether the guest answered this request; otherwise its statistics are older.
     pub answered: bool,
-    /// What the guest says; absent if it never has.
+    /// The guest's statistics; absent if it never sent any.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub guest: Option<GuestMemory>,
 }
 
-/// What a guest says of its memory.
+/// A guest's memory statistics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestMemory {
-    /// All of it.
+    /// Total memory in KiB.
     pub total_kib: u64,
-    /// Used for nothing.
+    /// Unused memory in KiB.
     pub free_kib: u64,
-    /// To be had without swapping.
+    /// Memory available without swapping, in KiB.
     pub available_kib: u64,
-    /// Disk caches.
+    /// Disk caches in KiB.
     pub caches_kib: u64,
-    /// Faults that needed a disk.
+    /// Major page faults: those that read from a disk.
     pub major_faults: u64,
-    /// Other faults.
+    /// Minor page faults.
     pub minor_faults: u64,
 }
 
 impl BalloonInfo {
-    /// From what the device knows.
+    /// Converts the device's statistics.
     #[must_use]
     pub fn new(stats: &BalloonStats, answered: bool) -> Self {
         let mib = |pages: u32| f64::from(pages) / 256.0;
@@ -265,19 +265,20 @@ fn one() -> usize {
     1
 }
 
-/// A fork that was made.
+/// The result of a fork.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ForkAnswer {
     /// The children's names.
     pub children: Vec<String>,
-    /// What is theirs alone, in the same order; empty if they have no such devices.
+    /// Their own interfaces, addresses and sockets, in the same order; empty if they have no such
+    /// devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub identities: Vec<IdentityInfo>,
     /// How long the parent was paused, in microseconds.
     pub pause_us: f64,
-    /// Of that, freezing memory.
+    /// The part of the pause that froze memory, in microseconds.
     pub freeze_us: f64,
-    /// The whole request, until the last child was started.
+    /// The whole request, until the last child was started, in microseconds.
     pub total_us: f64,
     /// Pages that became shared without being copied.
     pub remapped_pages: u64,
@@ -285,50 +286,50 @@ pub struct ForkAnswer {
     pub copied_pages: u64,
 }
 
-/// A snapshot to be made.
+/// A request to save a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
-    /// Its directory; absolute, because this process may have another working directory than who
-    /// asks.
+    /// Its directory. Absolute, because this process may have another working directory than the
+    /// client.
     pub dir: PathBuf,
-    /// Only what changed since the VM was last saved, or restored.
+    /// Whether to save only what changed since the VM was last saved, or restored.
     #[serde(default)]
     pub incremental: bool,
     /// Whether its files are compressed (zstd), and so cannot be mapped.
     #[serde(default)]
     pub zstd: bool,
-    /// Whether a snapshot that is there is replaced although others depend on it.
+    /// Whether an existing snapshot is replaced although others depend on it.
     #[serde(default)]
     pub replace: bool,
 }
 
-/// A snapshot that was made.
+/// The result of a snapshot.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SnapshotAnswer {
-    /// Where it is.
+    /// Its directory.
     pub dir: PathBuf,
-    /// Which it is.
+    /// Its id.
     pub id: String,
     /// How long the VM was paused, in microseconds.
     pub pause_us: f64,
-    /// The whole request, until all was on the disk.
+    /// The whole request, until all was on the disk, in microseconds.
     pub total_us: f64,
     /// Pages of memory and disks that were written.
     pub data_pages: u64,
-    /// Pages that are zeros.
+    /// Pages of zeros.
     pub zero_pages: u64,
     /// Bytes of the files.
     pub data_bytes: u64,
-    /// The base cannot be written to, and has no note of this one.
+    /// Whether the base is read-only, and so has no note of this dependent.
     #[serde(default)]
     pub base_untold: bool,
 }
 
-/// How far the snapshot is that is being made of a VM.
+/// The progress of a VM's snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotProgress {
-    /// Whether one is.
+    /// Whether a snapshot is being written.
     pub running: bool,
     /// Bytes done.
     pub done: u64,
@@ -336,14 +337,14 @@ pub struct SnapshotProgress {
     pub total: u64,
 }
 
-/// A record of what a VM touches first.
+/// A recorded working set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSetAnswer {
     /// Pages in it.
     pub pages: u64,
 }
 
-/// What is a child's alone.
+/// A child's own interfaces, addresses and sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityInfo {
     /// Its network devices.
@@ -354,7 +355,7 @@ pub struct IdentityInfo {
 }
 
 impl IdentityInfo {
-    /// A VM's; none if it has nothing of the kind.
+    /// The identity of `vm`; none if it has no such devices.
     #[must_use]
     pub fn of(vm: &Vm) -> Option<Self> {
         let (nets, vsock) = (nets(vm), vsock(vm.identity()));
@@ -362,22 +363,22 @@ impl IdentityInfo {
     }
 }
 
-/// A reset that was made.
+/// The result of a reset.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResetAnswer {
-    /// The VM, as it is after it.
+    /// The VM after the reset.
     pub vm: VmInfo,
-    /// Pages that had been written since, and were dropped.
+    /// Pages that were written since the image, and dropped.
     pub dropped_pages: u64,
     /// Pages mapped anew.
     pub remapped_pages: u64,
-    /// Of the whole, putting memory back, in microseconds.
+    /// The time to restore memory, in microseconds.
     pub memory_us: f64,
-    /// The whole, from asking the vCPUs to stop until they were let go.
+    /// From the request to the vCPUs until they were released, in microseconds.
     pub total_us: f64,
 }
 
-/// The last a VM has written to its console.
+/// The last output on a VM's console.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogsAnswer {
     /// At most 32 KiB, as text.

@@ -1,4 +1,4 @@
-//! Asking a VM's control socket.
+//! A client of VMs' control sockets.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -103,7 +103,7 @@ pub struct ListedVms {
     pub forbidden: usize,
 }
 
-/// Talks to VMs by name.
+/// Sends requests to VMs by name.
 #[derive(Clone, Debug)]
 pub struct Client {
     dir: PathBuf,
@@ -183,7 +183,7 @@ impl Client {
             match self.request::<VmInfo>(Method::GET, &name, "", None::<&()>).await {
                 Ok(info) => all.vms.push(info),
                 Err(ClientError::Forbidden { .. }) => all.forbidden += 1,
-                // Gone in between, or left by a process that died.
+                // It has ended meanwhile, or a dead process has left its socket.
                 Err(error) => tracing::debug!(%error, name, "does not answer"),
             }
         }

@@ -1,4 +1,4 @@
-//! Listening on the control sockets: limits, time-outs, and an end that answers what was asked.
+//! Listening on the control sockets: limits, timeouts, and a shutdown that answers open requests.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -25,21 +25,20 @@ use crate::control::server::{ApiError, router};
 use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
 use clade_vmm::vm::{Context, Vm};
 
-/// Connections to control sockets of the process. More wait in the kernel's backlog.
+/// The most connections to control sockets of the process. More wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 256;
 /// How long a request's head may take, and how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most bytes of a request's body.
+/// The largest body of a request, in bytes.
 const MAX_BODY: usize = 64 << 10;
-/// Most bytes of one that is too long which are read away, so that its sender stays to read the
+/// The most bytes that are discarded of a body that is too long, so that its sender reads the
 /// answer.
 const MAX_DISCARDED: usize = 16 << 20;
-/// How long to wait after a connection could not be accepted. Descriptors do not come back sooner
-/// for trying.
+/// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
-/// How long those who have asked something may take to read the answer when the process ends.
+/// How long clients with open requests may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// Accepts connections of this user and of root.
@@ -50,8 +49,8 @@ pub(crate) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Takes over a socket that listens; None, with an error in the log, where the runtime does not
-    /// take it.
+    /// Takes over a listening socket. Logs an error and returns None if the runtime does not accept
+    /// it.
     pub(crate) fn new(listener: UnixListener, what: &'static str) -> Option<Self> {
         let listener = listener.set_nonblocking(true).and_then(|()| tokio::net::UnixListener::from_std(listener));
         match listener {
@@ -63,8 +62,8 @@ impl Acceptor {
         }
     }
 
-    /// The next connection. Where none can be accepted (no descriptors), it waits; the first
-    /// failure of a row is a warning.
+    /// The next connection. Waits if none can be accepted (no descriptors). The first failure in a
+    /// row is a warning.
     pub(crate) async fn next(&mut self) -> UnixStream {
         let own = rustix::process::geteuid().as_raw();
         let what = self.what;
@@ -80,7 +79,7 @@ impl Acceptor {
                 }
             };
             self.is_failing = false;
-            // The socket's mode says the same; this holds also where the directory was made by
+            // The socket's mode enforces the same. This also holds if the directory was made by
             // other means.
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == own || peer.uid() == 0 => return stream,
@@ -91,7 +90,7 @@ impl Acceptor {
     }
 }
 
-/// Reads a request's body before the request is looked at.
+/// Reads a request's body before its handler runs.
 ///
 /// A server that answers and closes with unread bytes resets the connection, and the answer is
 /// lost.
@@ -131,7 +130,7 @@ struct Listener {
     ending: watch::Sender<bool>,
 }
 
-/// Ends a task with the thing that has it.
+/// Aborts a task when dropped.
 struct Abort(AbortHandle);
 
 impl Drop for Abort {
@@ -140,7 +139,8 @@ impl Drop for Abort {
     }
 }
 
-/// One connection, until its client is done or the process ends. An answer that is due is given.
+/// Serves one connection until its client is done or the process ends. A request that has begun is
+/// answered.
 async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
     let service = TowerToHyperService::new(router);
     let mut http = hyper::server::conn::http1::Builder::new();
@@ -148,14 +148,14 @@ async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,
-        // An error is the sender gone, which is the end too.
+        // An error means that the sender has gone: the process ends too.
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
     if let Err(error) = served {
-        // A client that went away, or was too slow.
+        // The client went away, or was too slow.
         tracing::debug!(%error, "control connection");
     }
 }
@@ -172,7 +172,7 @@ impl Serve for Listener {
             let Some(mut acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
             loop {
                 let stream = acceptor.next().await;
-                // Waited for before another connection is accepted. The semaphore is never closed.
+                // Wait here before accepting another connection. The semaphore is never closed.
                 let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
                 let (router, ending) = (router.clone(), ending.subscribe());
                 tokio::spawn(async move {
@@ -194,7 +194,7 @@ impl Serve for Listener {
     }
 }
 
-/// A fleet whose control sockets are served on `runtime`.
+/// Creates a fleet whose control sockets are served on `runtime`.
 ///
 /// # Errors
 /// When the sockets' directory cannot be made or used.

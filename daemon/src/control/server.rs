@@ -1,4 +1,4 @@
-//! What the control sockets answer.
+//! The handlers of the control sockets.
 
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,15 +24,15 @@ use crate::control::api::{
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 
-/// How long a guest has to say how it stands with its memory. One whose kernel is busy, or that is
-/// paused, does not.
+/// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
+/// is busy, does not send them.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often it is looked whether it has.
+/// The interval at which its answer is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// How long a request waits for a thread where no more can be made.
+/// How long a request waits for a thread if no more can be created.
 const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
-/// An error as the API gives it.
+/// An error of the API.
 pub(super) struct ApiError {
     pub(super) status: StatusCode,
     pub(super) text: String,
@@ -73,12 +73,12 @@ impl From<FleetError> for ApiError {
     }
 }
 
-/// Whose mistake it is that there is no snapshot.
+/// The status of a failed snapshot: whether the client or the host is at fault.
 fn snapshot_status(error: &SnapshotError) -> StatusCode {
     use clade_snapshot::Error;
     match error {
         SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
-        // A place where there can be none.
+        // No snapshot can be made in such a place.
         SnapshotError::Files(Error::File { source, .. })
             if matches!(
                 source.kind(),
@@ -131,7 +131,7 @@ fn failed(status: StatusCode, text: &str) -> ApiError {
     ApiError { status, text: text.to_owned() }
 }
 
-/// Runs blocking work on a thread, if one is free within `limit`; else not at all.
+/// Runs blocking work on a thread if one is free within `limit`, otherwise not at all.
 async fn on_a_thread<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -146,12 +146,12 @@ async fn on_a_thread<T: Send + 'static>(
         if takes.swap(true, Ordering::Relaxed) {
             return None;
         }
-        // Who asked may have gone.
+        // The client may have gone.
         let _ = begin.send(());
         Some(work())
     };
-    // It panics when no thread can be made and there is none. That is this request's end, not the
-    // connection's.
+    // spawn_blocking panics if there is no thread and none can be created. That fails this request,
+    // not the connection.
     let task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
     if timeout(limit, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
         return Err(no_thread());
@@ -300,7 +300,7 @@ async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<Stri
     Ok(Json(recorded.await?))
 }
 
-/// Asks the guest, and takes what it said before if it does not answer in time.
+/// Requests statistics from the guest. Returns earlier ones if it does not answer in time.
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     let before = vm.balloon_stats()?.answers;
     vm.ask_balloon()?;
@@ -375,7 +375,7 @@ mod tests {
             assert_eq!(refused.map_err(|error| error.status), Err(StatusCode::SERVICE_UNAVAILABLE));
             drop(end);
             assert!(long.await.unwrap());
-            // The one thread takes what waits in order.
+            // The one thread takes queued work in order.
             assert_eq!(on_a_thread(THREAD_PATIENCE, || 7).await.map_err(|error| error.text), Ok(7));
             assert!(!done.load(Ordering::Relaxed), "who asked was told that it is not done");
         });

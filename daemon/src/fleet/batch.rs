@@ -16,12 +16,12 @@ const CLIENT_GONE: u8 = 1;
 const ENDING: u8 = 2;
 
 impl Cancel {
-    /// The client has gone.
+    /// Cancels because the client has gone.
     pub(crate) fn client_gone(&self) {
         self.set(CLIENT_GONE);
     }
 
-    /// The process ends.
+    /// Cancels because the process ends.
     pub fn ending(&self) {
         self.set(ENDING);
     }
@@ -62,7 +62,7 @@ pub(super) struct Batch<'a> {
     pub(super) count: usize,
     pub(super) parent: Option<Parent>,
     pub(super) cancel: &'a Cancel,
-    /// The disks of their image are in use before the first of them is there.
+    /// Held because the disks of their image are in use before the first VM exists.
     pub(super) _in_use: release::Use,
 }
 
@@ -84,7 +84,7 @@ impl Batch<'_> {
     /// Takes the name and the endpoints of each VM. `{n}` counts up from 1, skipping names that are
     /// taken.
     ///
-    /// `by_name`: the socket's path has the name in it, so if it is taken, the next number is
+    /// `by_name`: the socket's path contains the name. If the path is taken, the next number is
     /// tried.
     pub(super) fn take(
         &self,
@@ -135,14 +135,14 @@ impl Batch<'_> {
         Ok(taken)
     }
 
-    /// Makes all of them, paused, then lists them and lets them run.
+    /// Makes all VMs, then lists them and lets them run.
     pub(super) fn launch(
         &self,
         taken: Vec<(NameClaim, Endpoints)>,
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
-        // Of several, none may run while others are made: they would take the processors that the
+        // Of several VMs, none may run while others are made: it would take processors that their
         // making needs.
         let held = ChildOptions { paused: options.paused || self.count > 1, ..options };
         let mut made = Vec::with_capacity(self.count);
@@ -169,7 +169,7 @@ impl Batch<'_> {
         for child in children {
             self.check(children.len())?;
             match child.resume() {
-                // Another request has stopped it already: it is listed.
+                // It is listed, so another request may have stopped it.
                 Err(VmError::Stopped(_)) => {}
                 other => other?,
             }

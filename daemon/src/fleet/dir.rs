@@ -1,5 +1,4 @@
-//! The runtime directory: names of VMs, their locks, their sockets, and what is kept of those that
-//! ended.
+//! The runtime directory: names of VMs, their locks, their sockets, and records of ended VMs.
 //!
 //! Everything below it goes through one descriptor, opened without following a link and checked
 //! once. A directory that is swapped under a running process changes nothing.
@@ -20,11 +19,11 @@ use super::FleetError;
 
 /// Longest name of a VM.
 pub const LONGEST_NAME: usize = 48;
-/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its closing zero.
+/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
 pub const LONGEST_SOCKET_PATH: usize = 107;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// Most bytes of a small file that are read.
+/// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
 /// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/tmp/clade-UID`.
@@ -59,13 +58,13 @@ pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
 
-/// Path of a VM's console.
+/// Path of a VM's console socket.
 #[must_use]
 pub fn console_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.console"))
 }
 
-/// Path of a VM's virtio console, if it has one.
+/// Path of a VM's virtio console socket, if it has one.
 #[must_use]
 pub fn virtio_console_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.hvc"))
@@ -79,7 +78,7 @@ pub(crate) struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// Opens the directory, and makes it (mode 0700) if it is not there.
+    /// Opens the directory, and creates it (mode 0700) if it is missing.
     ///
     /// # Errors
     /// When it is a link, another user's, or may be written by others.
@@ -98,12 +97,12 @@ impl RuntimeDir {
         Ok(dir)
     }
 
-    /// Opens a directory that is there.
+    /// Opens an existing directory.
     pub(crate) fn open(path: &Path) -> Result<Self, FleetError> {
         let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
-            // Either may come of a link, depending on which flag the kernel looks at first.
+            // The error for a link depends on which flag the kernel checks first.
             let link = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
             if link { FleetError::LinkedDir { path: path.to_owned() } } else { failed(error.into()) }
         })?;
@@ -131,9 +130,9 @@ impl RuntimeDir {
         }
     }
 
-    /// A regular file of at most 1 MiB. None if it is not there.
+    /// Reads a regular file of at most 1 MiB. None if it is missing.
     pub(crate) fn read(&self, file: &str) -> io::Result<Option<Vec<u8>>> {
-        // Without NONBLOCK a FIFO would be waited for.
+        // Without NONBLOCK, the open of a FIFO would block.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = match openat(&self.fd, file, flags, Mode::empty()) {
             Err(rustix::io::Errno::NOENT) => return Ok(None),
@@ -148,7 +147,7 @@ impl RuntimeDir {
         Ok(Some(bytes))
     }
 
-    /// Writes a file of this user's alone (mode 0600), whole or not at all.
+    /// Writes a file for this user alone (mode 0600), whole or not at all.
     pub(crate) fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
         let aside = format!(".{file}.new");
         self.remove(&aside)?;
@@ -159,7 +158,7 @@ impl RuntimeDir {
         renamed.inspect_err(|_| drop(self.remove(&aside)))
     }
 
-    /// When a file was last written, in seconds. None if it is not there, or no file.
+    /// The modification time of a regular file, in seconds since 1970. None if there is none.
     pub(crate) fn written_at(&self, file: &str) -> Option<i64> {
         let found = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
         (FileType::from_raw_mode(found.st_mode) == FileType::RegularFile).then_some(found.st_mtime)
@@ -172,7 +171,7 @@ impl RuntimeDir {
     }
 }
 
-/// A name held on this host. The lock goes with the process, so a crashed owner's name is free
+/// A name held on this host. The lock ends with the process, so a crashed owner's name is free
 /// again.
 #[derive(Debug)]
 pub(crate) struct NameClaim {
@@ -184,7 +183,7 @@ pub(crate) struct NameClaim {
 impl NameClaim {
     pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
         check_name(name)?;
-        // The longest of its sockets.
+        // The longest path of its sockets.
         let longest = console_path(&dir.path, name);
         let length = longest.as_os_str().len();
         if length > LONGEST_SOCKET_PATH {
@@ -199,13 +198,13 @@ impl NameClaim {
             match lock.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    // For who asks which process it is.
+                    // The lock file has the owner's pid.
                     return Err(FleetError::Taken { name: name.to_owned() });
                 }
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
-            // An owner that left after the file was opened has removed it: what is locked then is
-            // no longer the name's.
+            // An owner that ended after the open has removed the file. The lock is then on a file
+            // that no longer has the name.
             let locked = lock.metadata().map_err(failed)?;
             match statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
@@ -213,22 +212,21 @@ impl NameClaim {
                 _ => {}
             }
         };
-        // Whose it is, for a person who looks. A lock that cannot be written to holds all the same.
+        // The owner's pid, for a reader of the file. The lock holds even if the write fails.
         let _ = lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0);
         Ok(Self { dir: dir.clone(), name: name.to_owned(), _lock: lock })
     }
 
-    /// A socket of the name's, for this user alone (mode 0600). `ending` is what follows the name
-    /// and a dot.
+    /// Binds the socket `NAME.ending`, for this user alone (mode 0600).
     pub(crate) fn bind(&self, ending: &str) -> Result<UnixListener, FleetError> {
         let file = format!("{}.{ending}", self.name);
         let bound = || -> io::Result<UnixListener> {
-            // The lock is ours, so a socket that is there is a dead owner's.
+            // We hold the lock, so an existing socket is a dead owner's.
             self.dir.remove(&file)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // The file is made with the mode of the socket it is bound to: there is no moment at
-            // which others may connect.
+            // The file gets the mode of the socket that is bound to it. So at no moment can others
+            // connect.
             fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
             let path = format!("/proc/self/fd/{}/{file}", self.dir.fd.as_raw_fd());
             bind(&socket, &SocketAddrUnix::new(path)?)?;

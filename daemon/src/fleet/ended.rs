@@ -1,7 +1,7 @@
-//! What is kept of a VM that ended by itself: why, and the last it wrote to its console.
+//! Records of VMs that ended by themselves: the reason, and the last console output.
 //!
-//! One file a name in the runtime directory, `NAME.ended`, until a VM of that name is made again.
-//! The newest [`MAX_RECORDS`] are kept.
+//! Each record is a file `NAME.ended` in the runtime directory, until a VM of that name is made
+//! again. The newest [`MAX_RECORDS`] are kept.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -25,23 +25,23 @@ pub struct EndedVm {
     pub name: String,
     /// Why it ended.
     pub stopped: StopReason,
-    /// The same in words.
+    /// The reason in words.
     pub reason: String,
-    /// Whose child it was.
+    /// The name of its parent, if it had one.
     pub parent: Option<String>,
     /// Forks between it and the VM that was booted.
     pub generation: u32,
-    /// Seconds it lived.
+    /// Its age at the end, in seconds.
     pub age_s: f64,
     /// When it ended, in seconds since 1970.
     pub ended_at: u64,
-    /// Its process.
+    /// The pid of its process.
     pub pid: u32,
-    /// The last it wrote to its console.
+    /// The last output on its console.
     pub console: String,
 }
 
-/// The last of what a VM has written to its console.
+/// The last output on a VM's console, at most [`MAX_OUTPUT`] bytes.
 pub(crate) fn last_output(vm: &Vm) -> String {
     let console = vm.console();
     String::from_utf8_lossy(&console.since(console.position().saturating_sub(MAX_OUTPUT))).into_owned()
@@ -83,12 +83,13 @@ fn names(dir: &RuntimeDir) -> std::io::Result<Vec<String>> {
     Ok(dir.entries()?.into_iter().filter_map(|file| file.into_string().ok()).filter(is_record).collect())
 }
 
-/// Forgets an earlier VM of the name.
+/// Removes the record of an earlier VM of the name.
 pub(super) fn forget(dir: &RuntimeDir, name: &str) {
     dir.forget(&format!("{name}{ENDING}"));
 }
 
-/// The VMs on record in the runtime directory at `path`, by name. None are if it is not there.
+/// The VMs on record in the runtime directory at `path`, in no order. Empty if the directory is
+/// missing.
 ///
 /// # Errors
 /// When the directory cannot be read. A record that cannot be read is left out, with a warning.
@@ -133,7 +134,7 @@ mod tests {
         for n in 0..MAX_RECORDS + 3 {
             let file = format!("vm-{n}{ENDING}");
             dir.write(&file, &serde_json::to_vec(&ended).unwrap()).unwrap();
-            // A second apart, as the sort has it.
+            // One second apart: the sort compares seconds.
             let at = rustix::fs::Timespec { tv_sec: n as i64 + 1, tv_nsec: 0 };
             let times = rustix::fs::Timestamps { last_access: at, last_modification: at };
             let fd = std::fs::File::open(path.path().join(&file)).unwrap();

@@ -1,4 +1,4 @@
-//! Why the fleet refuses a request, or breaks one off.
+//! Why the fleet refuses or cancels a request.
 
 use std::io;
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ pub enum CancelReason {
     Ending,
 }
 
-/// Why the fleet refuses a request, or breaks one off.
+/// Why the fleet refuses or cancels a request.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FleetError {
@@ -57,7 +57,7 @@ pub enum FleetError {
         /// The pattern given.
         pattern: String,
     },
-    /// One request makes at least one child, and not that many.
+    /// The number of children is 0 or too large.
     #[error("{count} children: one fork makes 1 to {MAX_CHILDREN}")]
     Count {
         /// The number of children in the request.
@@ -82,7 +82,7 @@ pub enum FleetError {
         /// The cause.
         reason: CancelReason,
     },
-    /// The process ends, and makes no VM any more.
+    /// The process ends and makes no more VMs.
     #[error("the process is ending")]
     Ending,
     /// The VM has stopped, but some of its resources are still in use.
@@ -90,10 +90,10 @@ pub enum FleetError {
     Unreleased {
         /// The VM's name.
         name: String,
-        /// How long was waited, in seconds.
+        /// The timeout in seconds.
         seconds: u64,
     },
-    /// A socket's path is longer than the kernel takes.
+    /// A socket's path is longer than the kernel accepts.
     #[error("the socket {} has a path of {length} bytes; {LONGEST_SOCKET_PATH} is the limit", path.display())]
     LongPath {
         /// The path.

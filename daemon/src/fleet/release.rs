@@ -1,4 +1,4 @@
-//! When a VM, and the fleet, has released all its resources.
+//! Tracks when a VM, or the whole fleet, has released all its resources.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -1,8 +1,8 @@
-//! Whether the host has room for a number of VMs, before the first is made.
+//! Checks that the host has room for a number of VMs, before the first is made.
 //!
-//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is asked
-//! of the kernel, and compared with what a VM of the configuration needs. Guest memory is not
-//! counted: a child's is shared until written.
+//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is read
+//! from the kernel, and compared with the needs of the VMs. Guest memory is not counted: a child's
+//! is shared until written.
 
 use std::fs;
 
@@ -53,8 +53,8 @@ impl Needs {
         // The VM, the serial line's interrupt, the generation's, the lock, the control and the
         // console socket.
         let vm = 6 + cpus;
-        // An interrupt a device and a notification a queue; each is registered with its worker once
-        // it is driven.
+        // One interrupt per device and one notification per queue; each is registered with its
+        // worker once it is driven.
         let wiring = devices + queues;
         // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and
         // sockets.
@@ -81,7 +81,7 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
         let used = open.count() as u64 + SPARE_DESCRIPTORS;
         compare("descriptors", "RLIMIT_NOFILE", limit, used, count * needs.descriptors)?;
     }
-    // "running/all" is the fourth of /proc/loadavg.
+    // The fourth field of /proc/loadavg is "running/all".
     let loads = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let threads = loads.split([' ', '/']).nth(4).and_then(|all| all.parse::<u64>().ok());
     if let Some(threads) = threads {

@@ -23,7 +23,7 @@ fn bare_source() -> BootSource {
     BootSource::new(kernel)
 }
 
-/// Notes of each VM that is listed whether it ran then.
+/// Records for each listed VM whether it ran at that moment.
 struct Notes(Arc<Mutex<Vec<bool>>>);
 
 impl Serve for Notes {
@@ -51,7 +51,7 @@ fn of_several_children_none_runs_before_all_are_made() {
         fleet.fork("one", &wanted, ChildOptions { paused, before_start: None }, cancel)
     };
     let (children, _) = fork(3, false, &Cancel::default()).unwrap();
-    // The first is the parent's own.
+    // The first entry is the parent's.
     assert_eq!(*notes.lock().unwrap(), [true, false, false, false]);
     assert!(children.iter().all(|child| !child.is_paused()), "they run once all are listed");
     let (kept, _) = fork(2, true, &Cancel::default()).unwrap();
@@ -111,7 +111,7 @@ fn fork(
     fleet.fork("one", &Children { count, pattern: None, identity: &identity }, options, cancel)
 }
 
-/// Does something when the VMs of a number are listed.
+/// Calls the function when this many VMs have been listed.
 struct AtListing<F>(std::sync::atomic::AtomicUsize, usize, F);
 
 impl<F: Fn(&Arc<Vm>) + Send + Sync> Serve for AtListing<F> {
@@ -216,7 +216,7 @@ fn what_is_in_no_list_is_in_use_until_it_is_dropped() {
     drop(one);
     assert!(fleet.wait_until_unused(Duration::ZERO));
 
-    // Nor is a request that makes the first VM of an image: its disks are in that.
+    // A request that makes the first VM of an image counts too: the image has disks.
     let fleet = fleet_of_one(&dir.path().join("other"), Nobody);
     let (image, _) = fleet.get("one").unwrap().vm.fork().unwrap();
     fleet.stop("one", |_| ()).unwrap();

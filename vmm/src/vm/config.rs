@@ -1,5 +1,4 @@
-//! The configuration of a VM. A prepared VM fits, and a child continues its parent, if the
-//! configurations are equal.
+//! The configuration of a VM. Prepared VMs and images are used only for an equal configuration.
 
 use std::fmt::Write as _;
 
@@ -21,8 +20,8 @@ use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 pub enum Irqchip {
     /// Local APICs, IOAPIC and PICs: a kernel with a serial console needs them.
     Full,
-    /// Local APICs only, for guests that take no device interrupts. Made and destroyed in a
-    /// fraction of the time.
+    /// Local APICs only, for guests that take no device interrupts. Creating and destroying them
+    /// takes a fraction of the time.
     Split,
 }
 
@@ -38,28 +37,27 @@ pub struct DiskSpec {
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
-    /// The name of its TAP interface, which is opened or made; `%d` stands for a number that is
-    /// free.
+    /// The name of the TAP interface to open or create; `%d` stands for a free number.
     pub tap: String,
-    /// Its MAC address; a random one if not given.
+    /// The MAC address; a random one if not given.
     pub mac: Option<Mac>,
     /// Pairs of queues.
     pub queues: u16,
-    /// Limits on what it receives.
+    /// Limits on received traffic.
     pub receive: Limits,
-    /// Limits on what it sends.
+    /// Limits on sent traffic.
     pub send: Limits,
 }
 
 impl NetSpec {
-    /// A device on `tap` with one pair of queues and the defaults otherwise.
+    /// A device on `tap` with one pair of queues, otherwise the defaults.
     #[must_use]
     pub fn new(tap: &str) -> Self {
         Self { tap: tap.to_owned(), mac: None, queues: 1, receive: Limits::default(), send: Limits::default() }
     }
 }
 
-/// A virtio device at its place.
+/// A virtio device in its place, with its part of the configuration.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Place<'a> {
     Disk(&'a DiskSpec),
@@ -71,7 +69,7 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
-    /// The kind of its device's state, see [`clade_devices::virtio::DeviceState::kind`].
+    /// The kind of the device's state, see [`clade_devices::virtio::DeviceState::kind`].
     pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::Disk(_) => "block",
@@ -96,7 +94,7 @@ impl Place<'_> {
     }
 }
 
-/// The configuration of a VM. Its children have the same one, and an
+/// The configuration of a VM. Its children have an equal one, and an
 /// [`Identity`](crate::vm::Identity) of their own.
 ///
 /// Snapshots contain it: see [`crate::vm::sections`] for the changes that are allowed here.
@@ -114,15 +112,14 @@ pub struct VmConfig {
     pub cpu: CpuTemplate,
     /// CPU features to hide from the guest.
     pub hide: CpuHide,
-    /// Whether there are performance counters. Snapshots without this field are of guests that had
-    /// the host's.
+    /// Whether the guest has performance counters. Snapshots without this field are of guests that
+    /// had the host's.
     #[serde(default = "had_pmu")]
     pub pmu: bool,
-    /// Whether the guest finds ACPI tables, and in them its generation id. Without them, or without
+    /// Whether the guest gets ACPI tables, with its generation id in them. Without them, or without
     /// an IOAPIC, it has the command line and the MP table.
     pub acpi: bool,
-    /// Snapshots of format 1 have a flag here, for a device of tests. Written as false, and ignored
-    /// when read.
+    /// A flag of snapshot format 1, for a device of tests. Written as false, and ignored when read.
     #[serde(rename = "report_port", default)]
     reserved: Reserved,
     /// Disks, in the order in which the guest finds them.
@@ -139,7 +136,7 @@ pub struct VmConfig {
     pub virtio_console: bool,
 }
 
-/// A flag of format 1 without a meaning.
+/// A flag of snapshot format 1 that has no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Reserved;
 
@@ -155,7 +152,7 @@ impl<'de> Deserialize<'de> for Reserved {
     }
 }
 
-/// A layout, saved as its number of bytes.
+/// Saves a layout as its number of bytes.
 mod saved_layout {
     use super::{Deserialize, RamLayout};
     use serde::{Deserializer, Serializer, de::Error};
@@ -190,7 +187,7 @@ pub enum ConfigError {
         /// The number of vCPUs.
         cpus: u64,
     },
-    /// More devices than there are places for.
+    /// There are more devices than places.
     #[error("{devices} virtio devices: there are places for {}", VIRTIO_GSIS.len())]
     Devices {
         /// The number of virtio devices.
@@ -207,7 +204,8 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
-    /// `memory` bytes and `cpus` vCPUs, and the defaults for a Linux guest otherwise.
+    /// A configuration with `memory` bytes and `cpus` vCPUs, otherwise the defaults for a Linux
+    /// guest.
     ///
     /// # Errors
     /// When no VM can have that much memory or that many vCPUs.
@@ -234,8 +232,8 @@ impl VmConfig {
         })
     }
 
-    /// The same with the defaults for the bare guest: no ACPI, and no interrupt controllers but the
-    /// local APICs.
+    /// As [`VmConfig::new`], with the defaults for the bare guest: no ACPI, and local APICs as the
+    /// only interrupt controllers.
     ///
     /// # Errors
     /// As [`VmConfig::new`].
@@ -253,8 +251,7 @@ impl VmConfig {
         &self.layout
     }
 
-    /// Whether the guest has a generation id, and an interrupt by which it learns that it has
-    /// changed.
+    /// Whether the guest has a generation id, and an interrupt that announces a new one.
     #[must_use]
     pub(crate) fn has_generation(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
@@ -266,7 +263,7 @@ impl VmConfig {
         self.cpus
     }
 
-    /// The chips of a PC that KVM emulates.
+    /// The PC chips that KVM emulates.
     pub(crate) fn chips(&self) -> Chips {
         match (self.irqchip, self.pit) {
             (Irqchip::Split, _) => Chips::None,
@@ -287,7 +284,7 @@ impl VmConfig {
             .chain(self.virtio_console.then_some(Place::Console))
     }
 
-    /// Queues of each virtio device, in the order of their places.
+    /// The number of queues of each virtio device, in the order of their places.
     pub fn virtio_queues(&self) -> impl Iterator<Item = usize> {
         self.places().map(Place::queues)
     }
@@ -301,8 +298,8 @@ impl VmConfig {
         if devices > VIRTIO_GSIS.len() { Err(ConfigError::Devices { devices }) } else { Ok(()) }
     }
 
-    /// The arguments by which a Linux kernel without ACPI finds the virtio devices, with a space
-    /// before each.
+    /// The arguments by which a Linux kernel without ACPI finds the virtio devices, each after a
+    /// space.
     #[must_use]
     pub(crate) fn device_args(&self) -> String {
         let mut args = String::new();

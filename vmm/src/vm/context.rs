@@ -1,5 +1,5 @@
-//! What the VMs of a process share: the host's KVM, the store of layers, and a pool of prepared
-//! VMs.
+//! State that the VMs of a process share: the host's KVM, the store of layers, and a pool of
+//! prepared VMs.
 
 use std::sync::Arc;
 
@@ -22,15 +22,15 @@ pub enum ContextError {
     /// The host has no KVM, or one that lacks something.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// The MSRs or the XSAVE area of a vCPU's state cannot be found out.
+    /// The MSRs or the XSAVE area of a vCPU's state cannot be determined.
     #[error(transparent)]
     Layout(#[from] VcpuStateError),
-    /// The host makes no memory files.
+    /// The host cannot make memory files.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// What the VMs of a process share. A clone is a handle to the same context.
+/// State that the VMs of a process share. A clone is a handle to the same context.
 #[derive(Clone, Debug)]
 pub struct Context {
     inner: Arc<Inner>,
@@ -57,7 +57,7 @@ impl Context {
     /// A context over a host and a store.
     ///
     /// # Errors
-    /// When the shape of a vCPU's state cannot be found out.
+    /// When the layout of a vCPU's state cannot be determined.
     pub fn new(host: Arc<Host>, store: Store) -> Result<Self, ContextError> {
         // Here and not at the first fork, because it probes the MSRs on a scratch VM.
         let layout = Arc::new(StateLayout::new(&host)?);
@@ -66,7 +66,7 @@ impl Context {
     }
 
     /// A handle to the same context whose VMs have the report port of the bare guest. The port is
-    /// no part of a VM's configuration: a VM has it if it was booted, forked or restored through
+    /// not part of a VM's configuration: a VM has it if it was booted, forked or restored through
     /// such a handle.
     #[must_use]
     pub fn with_report_port(mut self) -> Self {
@@ -94,7 +94,7 @@ impl Context {
     /// fork.
     ///
     /// # Errors
-    /// When one cannot be made; those that were made stay.
+    /// When one cannot be made. Those made before stay in the pool.
     pub fn prefill(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         self.store().prefill(SPARES).map_err(RamError::from)?;
         while self.prepared_count(config) < count {
@@ -103,7 +103,7 @@ impl Context {
         Ok(())
     }
 
-    /// Prepared VMs for `config` in the pool.
+    /// The number of prepared VMs for `config` in the pool.
     #[must_use]
     pub fn prepared_count(&self, config: &VmConfig) -> usize {
         self.inner.pool.count(config)

@@ -21,7 +21,7 @@ pub enum VmError {
     /// Guest memory could not be made, frozen, adopted or reset.
     #[error("guest memory")]
     Ram(#[from] RamError),
-    /// The guest's RAM ranges are none that a guest can boot in.
+    /// No guest can boot in these RAM ranges.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The guest's kernel could not be loaded.
@@ -39,16 +39,16 @@ pub enum VmError {
     /// A KVM ioctl failed.
     #[error("KVM could not {what}")]
     Call {
-        /// What KVM was to do.
+        /// The operation that KVM did not do.
         what: &'static str,
         /// The ioctl's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// The guest's page faults cannot be watched, as its host's KVM needs.
+    /// This host's KVM requires the guest's page faults to be watched, and they cannot be.
     #[error("the guest's page faults cannot be watched")]
     PageFaults(#[source] EmulateError),
-    /// The host has no thread for a vCPU.
+    /// The thread of a vCPU could not be created.
     #[error("no thread for a vCPU")]
     Thread(#[source] io::Error),
     /// A device could not be made, saved or restored.
@@ -57,16 +57,16 @@ pub enum VmError {
     /// An interface, address or socket of the VM could not be taken.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The operation is one on a device that the VM does not have.
+    /// The VM does not have the device that the operation is for.
     #[error("the VM has no {device}")]
     NoDevice {
         /// The kind of device.
         device: &'static str,
     },
-    /// The balloon was to grow larger than the VM.
+    /// The balloon's target is not less than the VM's memory.
     #[error("a balloon of {asked} MiB in a VM of {there} MiB")]
     Balloon {
-        /// The balloon's size in MiB.
+        /// The target in MiB.
         asked: u64,
         /// The VM's memory in MiB.
         there: u64,
@@ -74,16 +74,16 @@ pub enum VmError {
     /// The configuration describes no VM that can be made.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The generation id could not be made, or not be put into the guest's memory.
+    /// The generation id could not be made, or could not be written to the guest's memory.
     #[error(transparent)]
     Generation(#[from] GenerationError),
     /// The VM has stopped.
     #[error("the VM has stopped: {0}")]
     Stopped(StopReason),
-    /// A vCPU does not come out of the guest.
+    /// A vCPU does not leave the guest.
     #[error("a vCPU did not come out of the guest within {seconds} s")]
     Stuck {
-        /// How long was waited, in seconds.
+        /// The timeout in seconds.
         seconds: u64,
     },
     /// The VM was booted, so there is no image to reset it to.
@@ -97,7 +97,7 @@ pub enum VmError {
     InFlight {
         /// The device's place.
         place: usize,
-        /// How long was waited, in seconds.
+        /// The timeout in seconds.
         seconds: u64,
     },
     /// Memory, vCPUs and devices of the VM belong to different instants.
@@ -122,8 +122,8 @@ impl VmError {
     }
 }
 
-/// Runs `work` for vCPU `vcpu`. A panic becomes [`VmError::Panicked`]: another thread waits for the
-/// result.
+/// Runs `work` for vCPU `vcpu`. Turns a panic into [`VmError::Panicked`], because another thread
+/// waits for the result.
 pub(crate) fn catch_panic<T>(vcpu: usize, work: impl FnOnce() -> Result<T, VmError>) -> Result<T, VmError> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(VmError::Panicked { vcpu, message: panic_message(&*panic) }))

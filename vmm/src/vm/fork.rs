@@ -1,29 +1,30 @@
 //! Forking a running VM.
 //!
 //! ```text
-//!  parent   ──running──┤ kick │ freeze memory          │├──running──────────────
-//!  vCPU threads               │ each saves its own vCPU ││
-//!  child                                                 │ map layers │ restore │── first instruction
+//!  parent   ──running──┤ kick │ freeze memory      │├──running──────────────
+//!  vCPU threads               │ each saves its vCPU ││
+//!  child                                             │ map layers │ restore │── first instruction
 //! ```
 //!
-//! 1. [`Vm::pause_inner`]: every vCPU leaves KVM_RUN, having completed the instruction it exited on.
-//!    Then every device completes its current step: after the vCPUs, because they activate and reset
-//!    devices. Requests that the kernel holds go on, into pinned pages.
-//! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither touches what the other
-//!    reads. No vCPU saves before all have left the guest (`vcpu/control.rs`).
+//! 1. [`Vm::pause_inner`]: every vCPU leaves KVM_RUN after it has completed the instruction it
+//!    exited on. Then every device completes its current step: after the vCPUs, because they
+//!    activate and reset devices. Requests that the kernel holds continue, into pinned pages.
+//! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither touches what the
+//!    other reads. No vCPU saves before all have left the guest (`vcpu/control.rs`).
 //! 3. [`Vm::save_rest`]: devices, then vCPU states, then interrupt controllers. After 1, because
 //!    nothing of this VM may raise an interrupt in between. Disks are cloned with the devices, at
-//!    the same instant: a request is in the rings as done, or in the device's list of those in
-//!    flight, never both.
-//! 4. [`Vm::unpause`]: the parent runs on. All that is needed is in the image.
+//!    the same instant. A request is done in the rings or in the device's list of those in flight,
+//!    never both.
+//! 4. [`Vm::unpause`]: the parent runs on. The image has all that a child needs.
 //! 5. [`Vm::from_image_as`], in a prepared VM: map the layers, restore the devices, then let each
 //!    vCPU thread restore its vCPU (`vcpu/state.rs`). The last thread to do so restores the
-//!    interrupt controllers and the clock ([`ForkImage::restore_controllers`]). Then devices go on,
-//!    because the controllers' state would replace an interrupt raised earlier; then the vCPUs run.
+//!    interrupt controllers and the clock ([`ForkImage::restore_controllers`]). Then devices
+//!    resume, because the controllers' state would replace an interrupt raised earlier. Then the
+//!    vCPUs run.
 //!
-//! Steps 1-3 fail without a trace: the guard resumes the parent, and a frozen page is still
-//! readable and writable to it (I13). A child is returned once all its vCPUs have taken their
-//! state; if one cannot, there is no child.
+//! A failure in steps 1-3 leaves no trace: the guard resumes the parent, and a frozen page is still
+//! readable and writable to it (I13). A child is returned once all its vCPUs have loaded their
+//! state. If one cannot, there is no child.
 
 use std::fmt;
 use std::sync::Arc;
@@ -51,7 +52,7 @@ use crate::vm::vcpu::sched::BoostGuard;
 pub struct ChildOptions<'a> {
     /// Whether the child is paused until it is resumed.
     pub paused: bool,
-    /// Called with the child's memory before its first instruction: to give it something that its
+    /// Called with the child's memory before its first instruction, to give it something that its
     /// parent does not have.
     pub before_start: Option<&'a dyn Fn(&GuestRam)>,
 }
@@ -62,12 +63,12 @@ impl fmt::Debug for ChildOptions<'_> {
     }
 }
 
-/// Where the time of a fork went.
+/// The parts of a fork's time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ForkTimes {
-    /// From the request to the vCPUs until none was in the guest.
+    /// From the request to the vCPUs until none was in the guest and the devices were quiesced.
     pub park: Duration,
-    /// Freezing memory.
+    /// The time to freeze memory.
     pub freeze: Duration,
     /// The parent's whole pause: from the first vCPU kicked until all may run.
     pub pause: Duration,
@@ -76,15 +77,15 @@ pub struct ForkTimes {
 /// What a fork did and how long it took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ForkReport {
-    /// Times.
+    /// The parts of its time.
     pub times: ForkTimes,
-    /// Pages.
+    /// The pages of the freeze.
     pub freeze: FreezeReport,
-    /// Requests to devices that were in flight: the parent's go on, a child submits them again.
+    /// Device requests in flight: the parent's continue, a child submits them again.
     pub in_flight: usize,
 }
 
-/// What step 3 saves.
+/// The state that step 3 saves.
 struct Rest {
     devices: DeviceState,
     backends: Vec<Backend>,
@@ -94,10 +95,10 @@ struct Rest {
 
 /// Steps 1 to 4: the parent.
 impl Vm {
-    /// Freezes the VM at one instant. It goes on running (or stays paused, if it was).
+    /// Takes an image of the VM at one instant. The VM then runs on, or stays paused if it was.
     ///
     /// # Errors
-    /// Then it runs on as it did (I13).
+    /// When the VM has stopped, or its state cannot be saved. The VM then runs on as before (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();
@@ -119,8 +120,8 @@ impl Vm {
         Ok((Arc::new(image), ForkReport { times, freeze, in_flight }))
     }
 
-    /// Step 1: no vCPU is in the guest, and no device works. With `save`, the vCPUs go on to save
-    /// themselves.
+    /// Step 1: gets every vCPU out of the guest, then quiesces the devices. With `save`, each vCPU
+    /// then saves itself.
     pub(crate) fn pause_inner(&self, save: bool) -> Result<PauseGuard<'_>, VmError> {
         self.prepared.control.pause(save)?;
         // After the vCPUs: one of them might be activating or resetting a device.
@@ -128,12 +129,12 @@ impl Vm {
         Ok(PauseGuard { vm: self })
     }
 
-    /// Step 2: memory, beside the vCPU threads that save their vCPUs.
+    /// Step 2: freezes memory, while the vCPU threads save their vCPUs.
     fn freeze_memory(&self, paused: &PauseGuard<'_>) -> Result<(RamImage, FreezeReport), VmError> {
         Ok(self.prepared.ram.freeze(&paused.quiesced())?)
     }
 
-    /// Step 3: everything but memory.
+    /// Step 3: saves everything but memory.
     fn save_rest(&self, _paused: &PauseGuard<'_>) -> Result<Rest, VmError> {
         let (devices, backends) = self.devices.save()?;
         // The controllers after the vCPUs: an interrupt they have delivered in between is in a
@@ -143,7 +144,7 @@ impl Vm {
         Ok(Rest { devices, backends, vcpus, vm })
     }
 
-    /// Step 4: devices go on, then vCPUs, unless another pause is held.
+    /// Step 4: resumes the devices, then the vCPUs, unless another pause is held.
     pub(crate) fn unpause(&self) {
         self.devices.resume();
         self.prepared.control.resume();
@@ -155,7 +156,7 @@ impl Vm {
     /// Starts a child from an image.
     ///
     /// # Errors
-    /// When it cannot be made; nothing of it is left then (I13).
+    /// When it cannot be made. Nothing of it is left then (I13).
     pub fn from_image(
         context: &Context,
         name: &str,
@@ -166,7 +167,7 @@ impl Vm {
         Self::from_image_as(context, name, image, ends, options)
     }
 
-    /// Starts a child with the endpoints that were taken for it before: [`Vm::child_endpoints`],
+    /// Starts a child with endpoints that were taken for it before: [`Vm::child_endpoints`],
     /// [`ForkImage::endpoints`].
     ///
     /// # Errors
@@ -184,8 +185,8 @@ impl Vm {
         let have_prepared = Instant::now();
         prepared.ram.adopt(&image.ram)?;
         let adopted = Instant::now();
-        // After the memory, in which rings are checked. They stand still until the last vCPU has
-        // its state.
+        // After the memory: devices check their rings there. They are quiesced until the last vCPU
+        // has its state.
         let saved = Some((&image.devices, image.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
         let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
@@ -202,16 +203,16 @@ impl Vm {
             vm.prepared.control.start_paused();
             vm.devices.quiesce();
         }
-        // Each vCPU thread restores its vCPU. The last one restores the controllers, and lets the
-        // devices go on.
+        // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
+        // the devices.
         vm.start(&Start::Restore(Arc::clone(image)))?;
         tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
 }
 
-/// A VM at one instant: starts any number of children. Plain values and shared layers; the parent
-/// may go on or go away.
+/// A VM at one instant, from which any number of children start. It has plain values and shared
+/// layers, so it does not depend on the parent.
 #[derive(Clone, Debug)]
 pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,
@@ -220,7 +221,7 @@ pub struct ForkImage {
     pub(crate) vm: VmState,
     pub(crate) devices: DeviceState,
     pub(crate) backends: Vec<Backend>,
-    /// The parent's, which its children's are derived from.
+    /// The parent's identity, from which its children's are derived.
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
     /// Its snapshot, if it was restored from one.
@@ -228,16 +229,16 @@ pub struct ForkImage {
 }
 
 impl ForkImage {
-    /// The end of step 5, and of a reset: interrupt controllers, clock and pending interrupts.
-    /// After every vCPU has its own state, and before any runs.
+    /// Ends step 5 and a reset: restores interrupt controllers, clock and pending interrupts. After
+    /// every vCPU has its own state, and before any runs.
     pub(crate) fn restore_controllers(&self, vm: &VmFd, devices: &Devices) -> Result<(), VmError> {
         // After every vCPU's own state: an interrupt the controllers hold is delivered to the local
         // APICs, and the clock is computed from the TSCs.
         self.vm.restore_chips(vm)?;
         self.vm.restore_clock(vm, Clock::CatchUp)?;
-        // After the interrupt controllers have their state, which would forget an interrupt raised
-        // earlier. What a device of the parent had raised may have been on its way to them when
-        // that was saved.
+        // After the interrupt controllers are restored, which would lose an interrupt raised
+        // earlier. An interrupt that a device of the parent had raised may not have reached them
+        // when they were saved.
         devices.reraise();
         devices.notify_generation();
         Ok(())
@@ -255,7 +256,7 @@ impl ForkImage {
         &self.ram
     }
 
-    /// The same image with its memory copied into layers of its own, in `store`.
+    /// Copies the image, with its memory in new layers in `store`.
     ///
     /// # Errors
     /// When there is no memory for the copy.
@@ -272,32 +273,31 @@ impl ForkImage {
         })
     }
 
-    /// Takes the interfaces, addresses and sockets of a child called `name`: those of `choice`, the
-    /// rest as [`crate::vm::NetChoice`] and [`crate::vm::VsockChoice`] say.
+    /// Takes the interfaces, addresses and sockets of a child called `name`: those of `choice`,
+    /// otherwise the defaults of [`crate::vm::NetChoice`] and [`crate::vm::VsockChoice`].
     ///
     /// # Errors
-    /// When one cannot be taken; none is taken then (I13).
+    /// When one cannot be taken. Then none is taken (I13).
     pub fn endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
         Ok(Endpoints::child(&self.config, &self.identity, name, choice)?)
     }
 
-    /// How many forks lie between this image and the VM that was booted, counting this one.
+    /// The number of forks between the VM that was booted and this image, counting this one.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.generation
     }
 }
 
-/// A pause held on a VM. Dropped, the VM runs again: also when an error or a panic unwinds through
-/// it.
+/// A pause of a VM. The drop releases it, also when an error or a panic unwinds through it.
 #[derive(Debug)]
 pub struct PauseGuard<'a> {
     vm: &'a Vm,
 }
 
 impl PauseGuard<'_> {
-    /// Proof that only the kernel writes to the VM's memory while the guard is held, through pins:
-    /// vCPUs are parked, and devices stand still.
+    /// Proof that only the kernel writes to the VM's memory, through pins, while the guard is held:
+    /// vCPUs are parked, and devices are quiesced.
     ///
     /// A [`Vm::reset`] by another thread is the exception: it pauses the VM too, and then replaces
     /// its memory. Do not reset a VM while the proof is in use.
@@ -307,7 +307,7 @@ impl PauseGuard<'_> {
     }
 }
 
-// vCPUs have parked and devices stand still from when it is made until it is dropped.
+// vCPUs are parked and devices are quiesced from its creation until its drop.
 impl StopsWriters for PauseGuard<'_> {}
 
 impl Drop for PauseGuard<'_> {

@@ -1,4 +1,4 @@
-//! The VM itself: its boot, its parts, pausing and stopping it, and what can be asked of it.
+//! The VM itself: boot, assembly, pause, stop, and queries.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,7 +62,7 @@ pub struct Vm {
     tail: Tail,
 }
 
-/// What is dropped after everything else of a VM.
+/// Values that are dropped after everything else of a VM.
 #[derive(Default)]
 struct Tail(Vec<Box<dyn Send + Sync>>);
 
@@ -76,7 +76,7 @@ impl Vm {
     /// Boots a guest.
     ///
     /// # Errors
-    /// When the VM cannot be made or the guest not be loaded.
+    /// When the VM cannot be made, or the guest cannot be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
         let mut ends = Endpoints::boot(config)?;
@@ -116,8 +116,8 @@ impl Vm {
                 .map_err(|e| VmError::kvm("connect the console's interrupt", e))?;
         }
         // Pages may still be copied in the background, or be on a disk. If one is lost, the VM
-        // stops with the reason, and never reads zeros. Weak: the memory is held by devices, and
-        // these by the vCPUs' orders. A VM would hold itself.
+        // stops with the reason, and never reads zeros. Weak: devices hold the memory, and the
+        // vCPUs' orders hold the devices. With a strong handle, a VM would keep itself alive.
         let control = Arc::downgrade(&prepared.control);
         prepared.ram.on_failure(move |error| {
             if let Some(control) = control.upgrade() {
@@ -149,7 +149,7 @@ impl Vm {
         self.tail.0.push(Box::new(what));
     }
 
-    /// Starts the vCPUs. When this returns, all have taken their state; on an error none has run.
+    /// Starts the vCPUs. When this returns, all have loaded their state. On an error, none has run.
     pub(super) fn start(&self, start: &Start) -> Result<(), VmError> {
         let order = StartCommand { start: start.clone(), devices: Arc::clone(&self.devices) };
         self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
@@ -158,15 +158,15 @@ impl Vm {
     /// Keeps the VM paused for as long as the guard lives.
     ///
     /// # Errors
-    /// When it has stopped, or a vCPU does not come out of the guest.
+    /// When it has stopped, or a vCPU does not leave the guest.
     pub fn pause_guard(&self) -> Result<PauseGuard<'_>, VmError> {
         self.pause_inner(false)
     }
 
-    /// Pauses the VM until [`Vm::resume`]. Pausing twice is pausing once.
+    /// Pauses the VM until [`Vm::resume`]. Pausing a paused VM has no effect.
     ///
     /// # Errors
-    /// When it has stopped, or a vCPU does not come out of the guest.
+    /// When it has stopped, or a vCPU does not leave the guest.
     pub fn pause(&self) -> Result<(), VmError> {
         let _one = self.operations.take();
         if !self.held.swap(true, Ordering::AcqRel) {
@@ -199,8 +199,7 @@ impl Vm {
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
         self.prepared.control.stop(StopReason::Requested);
-        // After it has stopped: a snapshot that begins now finds it so, one that has begun is
-        // cancelled.
+        // After the stop: a snapshot that begins now fails, and one that has begun is cancelled.
         self.cancel_snapshot();
     }
 
@@ -210,7 +209,8 @@ impl Vm {
         self.prepared.control.stopped()
     }
 
-    /// Waits until it stops, up to `timeout`.
+    /// Waits up to `timeout` until its vCPU threads have exited. Returns why it stopped, or None
+    /// after the timeout.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<StopReason> {
         self.prepared.control.wait_exited(timeout)
@@ -234,7 +234,7 @@ impl Vm {
         &self.config
     }
 
-    /// What it shares with the other VMs of the process.
+    /// The state it shares with the other VMs of the process.
     #[must_use]
     pub fn context(&self) -> &Context {
         &self.context
@@ -264,7 +264,7 @@ impl Vm {
         &self.devices.console
     }
 
-    /// Types into its serial console. Returns how many bytes were taken.
+    /// Types into its serial console. Returns the number of bytes taken.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         self.devices.type_in(bytes)
     }
@@ -294,7 +294,7 @@ impl Vm {
     /// The numbers of its pages, by kind.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// When the kernel cannot be queried.
     pub fn memory_stats(&self) -> Result<RamStats, VmError> {
         Ok(self.prepared.ram.stats()?)
     }

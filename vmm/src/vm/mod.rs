@@ -11,7 +11,7 @@
 //! | where a snapshot becomes an image again | `persist/restore.rs`, `persist/sections.rs` |
 //! | the loop around `KVM_RUN` | `vcpu/run.rs` |
 //! | where a vCPU's state is saved and restored | `vcpu/state.rs` |
-//! | where vCPUs are paused, and meet | `vcpu/control.rs` |
+//! | where vCPUs are paused and synchronized | `vcpu/control.rs` |
 //! | where a vCPU is kicked out of the guest | `vcpu/kick.rs` |
 //! | the devices on their buses | `devices/` |
 //! | what a VM does not share with its clones | `identity/` |

@@ -1,4 +1,4 @@
-//! A prepared VM: everything of a VM that does not depend on what it will run. Making it is off a
+//! A prepared VM: the parts of a VM that do not depend on what it will run. They are made off a
 //! fork's path (D6).
 
 use std::sync::Arc;
@@ -20,8 +20,8 @@ use crate::vm::stop::StopReason;
 use crate::vm::vcpu::control::VcpuControl;
 use crate::vm::vcpu::{Control, VcpuThread};
 
-/// vCPU threads need little stack: they handle exits and state. The default of 8 MiB would waste
-/// address space, a thousand times.
+/// vCPU threads need little stack: they handle exits and state. A larger default would waste
+/// address space in a thousand VMs.
 const STACK: usize = 256 << 10;
 
 /// VM, memslots, interrupt controllers, vCPUs and their threads. Memory is reserved, but none is
@@ -36,7 +36,7 @@ pub(crate) struct PreparedVm {
     pub(crate) ram: GuestRam,
     /// The irqfd and ioeventfds of each virtio device, connected.
     pub(crate) wiring: Vec<Wiring>,
-    /// The interrupt that tells the guest of a new generation, if it has a generation id.
+    /// The interrupt that notifies the guest of a new generation, if it has a generation id.
     pub(crate) generation: Option<Arc<Irq>>,
 }
 
@@ -131,8 +131,7 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
         let wiring = Wiring::new(queues).map_err(DeviceError::Io)?;
         let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
         for (queue, event) in (0u32..).zip(&wiring.notify) {
-            // With the queue's number as the value to match: one event a queue, at the same
-            // register.
+            // Matches the queue's number: one event per queue, at the same register.
             fd.register_ioevent(event, &notify, queue)
                 .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
         }

@@ -1,28 +1,28 @@
-//! Resetting a VM in place: back to the instant of an image, at a cost in what was written since.
+//! Resetting a VM in place to the instant of an image. The cost grows with what was written since.
 //!
 //! ```text
-//!  vCPUs    ──running──┤ kick                          │ each takes its state │      ├──running from the image──
-//!  devices              │ stand still, give up │       │          rewound     │ IRQs │
+//!  vCPUs    ──running──┤ kick                          │ each loads its state │      ├──running──
+//!  devices              │ quiesced, halted     │       │          rewound     │ IRQs │
 //!  memory                                      │ drop ││
 //!                       └── may be refused ────┘└───── half-way until the end ┘
 //! ```
 //!
 //! 1. Pause, as for a fork: vCPUs, then devices.
-//! 2. Check that the image fits, and halt the devices: the kernel gives up the requests it holds,
-//!    because its pins keep their pages (I7). What was in flight is remembered. If the reset is
-//!    refused here or in 3, the devices submit it again and the VM runs on unchanged (I13).
+//! 2. Check that the image fits, and halt the devices. The kernel must give up the requests it
+//!    holds, because its pins keep their pages (I7). Requests in flight are remembered. If the
+//!    reset is refused here or in 3, the devices submit them again and the VM runs on unchanged
+//!    (I13).
 //! 3. Memory: refused while pages stay pinned, or when mappings run out. After that pages are
 //!    dropped, and there is no way back.
-//! 4. Devices: after memory, because rings describe what was in flight at the image's instant, and
-//!    must be that instant's.
+//! 4. Devices: after memory, because rings describe the requests in flight at the image's instant.
+//!    They must be of that instant.
 //! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is
 //!    given the addresses of clocks.
 //! 6. Interrupt controllers, clock and pending interrupts: after every vCPU, as for a child
-//!    ([`ForkImage::restore_controllers`]). It also tells the guest that its generation has
-//!    changed.
-//! 7. Devices go on, then vCPUs, unless the VM was paused.
+//!    ([`ForkImage::restore_controllers`]). This also notifies the guest of its new generation.
+//! 7. Devices resume, then vCPUs, unless the VM was paused.
 //!
-//! A failure after 3 leaves the VM paused, and only another reset mends it. The VM's identity
+//! A failure after 3 leaves the VM paused, and only another reset repairs it. The VM's identity
 //! stays: name, addresses, interfaces, sockets.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -38,37 +38,37 @@ use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, StartCommand};
 
 /// How long the kernel may take to give up the requests it holds. A read or write of a file that
-/// has begun cannot be given up, and completes.
+/// has begun cannot be cancelled, and completes.
 const HALT: Duration = Duration::from_secs(2);
-/// How long is waited for pins that are not the VM's devices'.
+/// How long to wait for pins that are not the VM's devices'.
 const PINS: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 thread_local! {
-    /// Whether the next reset of this thread panics when memory is back and nothing else is.
+    /// Whether the next reset of this thread panics after it has restored memory and nothing else.
     pub(super) static PANIC_IN_LOAD: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// What a reset did, and where its time went.
+/// The result of a reset, and the parts of its time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ResetReport {
-    /// What happened to the pages.
+    /// The pages of the reset.
     pub memory: clade_memory::ResetReport,
-    /// From the request to the vCPUs until none was in the guest and the devices stood still.
+    /// From the request to the vCPUs until none was in the guest and the devices were quiesced.
     pub park: Duration,
     /// From then until no request was in flight.
     pub halt: Duration,
-    /// Putting memory back.
+    /// The time to restore memory.
     pub drop: Duration,
-    /// Restoring devices, vCPUs and interrupt controllers.
+    /// The time to restore devices, vCPUs and interrupt controllers.
     pub load: Duration,
     /// From the request to the end.
     pub total: Duration,
 }
 
 impl Vm {
-    /// The image that it was started from, and goes back to by [`Vm::reset_to_origin`]. A VM that
-    /// was booted has none.
+    /// The image that it was started from, which [`Vm::reset_to_origin`] restores. A VM that was
+    /// booted has none.
     #[must_use]
     pub fn origin(&self) -> Option<Arc<ForkImage>> {
         self.origin.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -77,11 +77,11 @@ impl Vm {
     /// Forgets the image that it was started from. Layers that only the image uses are freed.
     pub fn forget_origin(&self) {
         let forgotten = self.origin.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Not under the lock: it may be the last.
+        // Not under the lock: it may be the last handle.
         drop(forgotten);
     }
 
-    /// Puts it back to the instant of the image it was started from; see [`Vm::reset`].
+    /// Resets it to the instant of the image it was started from; see [`Vm::reset`].
     ///
     /// # Errors
     /// [`VmError::NoOrigin`] if there is none; otherwise as [`Vm::reset`].
@@ -90,16 +90,15 @@ impl Vm {
         self.reset(&origin)
     }
 
-    /// Puts it back to the instant of `image`, in place: the image it was started from, or one of
-    /// itself or of an ancestor. Memory, vCPUs, devices and disks are that instant's; writes since
-    /// are gone. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
-    /// sockets stay its own. Network and socket devices tell their drivers what they tell a
-    /// child's.
+    /// Resets it in place to the instant of `image`: the image it was started from, or one of
+    /// itself or of an ancestor. Memory, vCPUs, devices and disks are restored; later writes are
+    /// lost. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
+    /// sockets stay its own. Network and socket devices notify their drivers as in a child.
     ///
     /// # Errors
     /// When it has stopped, the image is of another shape, or pages stay pinned: then it runs on
     /// unchanged. After a failure half-way it is paused, other calls fail with
-    /// [`VmError::Inconsistent`], and another reset mends it.
+    /// [`VmError::Inconsistent`], and another reset repairs it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();
@@ -114,8 +113,8 @@ impl Vm {
             return Err(VmError::InFlight { place, seconds: HALT.as_secs() });
         }
         let halted = Instant::now();
-        // From here on a failure leaves parts of two instants: an error, or a panic, whose caller may
-        // go on without it.
+        // From here on, an error or a panic leaves parts of two instants. The caller may survive a
+        // panic.
         let put_back = || {
             let memory = self.ram().reset(&image.ram, &guard.quiesced(), PINS);
             let dropped = Instant::now();
@@ -134,7 +133,7 @@ impl Vm {
         };
         let memory = match done {
             Ok(memory) => memory,
-            // Nothing has changed: the guard lets everything go on.
+            // Nothing has changed: the drop of the guard resumes everything.
             Err((error, false)) => return Err(error),
             Err((error, true)) => {
                 self.hold_inconsistent(guard);
@@ -165,11 +164,11 @@ impl Vm {
         }
     }
 
-    /// Everything but memory, which is the image's already.
+    /// Restores everything but memory, which is the image's already.
     fn load(&self, image: &Arc<ForkImage>) -> Result<(), VmError> {
         #[cfg(test)]
         assert!(!PANIC_IN_LOAD.take(), "asked to panic");
-        // The image's id is that of its other children too, and every VM needs its own.
+        // The image's other children have its id too, and every VM needs its own.
         if self.config.has_generation() {
             generation::renew(self.ram().memory())?;
         }
@@ -177,16 +176,16 @@ impl Vm {
         let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
         let order = StartCommand { start, devices };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
-        // Beside the vCPUs: neither touches what the other does.
+        // While the vCPUs load: neither touches what the other does.
         let devices = self.devices.rewind(&image.devices, &image.backends);
-        // Awaited in any case: a vCPU that is still taking its state must not meet the next reset.
+        // Wait in any case: the next reset must not meet a vCPU that is still loading its state.
         self.prepared.control.await_loaded()?;
         devices?;
         // Before it runs on, as for a child.
         image.restore_controllers(&self.prepared.fd, &self.devices)
     }
 
-    /// Refuses what only a whole VM can do.
+    /// Fails with [`VmError::Inconsistent`] after a reset that failed half-way.
     pub(crate) fn expect_whole(&self) -> Result<(), VmError> {
         // Acquire: pairs with the store of the reset that failed.
         if self.inconsistent.load(Ordering::Acquire) { Err(VmError::Inconsistent) } else { Ok(()) }

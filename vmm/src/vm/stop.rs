@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The end of a VM, as its vCPUs or its owner saw it.
+/// Why a VM stopped, as seen by its vCPUs or its owner.
 #[derive(Clone, Debug, Error, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -62,7 +62,7 @@ pub enum StopReason {
         /// The ioctl's error.
         error: String,
     },
-    /// The vCPU could not be given its state.
+    /// The vCPU could not load its state.
     #[error("vCPU {vcpu} could not be started: {error}")]
     Start {
         /// The vCPU's index.
@@ -81,7 +81,7 @@ pub enum StopReason {
     Panic {
         /// The vCPU's index.
         vcpu: usize,
-        /// The panic's message. Empty in records that were written before there was this field.
+        /// The panic's message. Empty in records written before this field existed.
         #[serde(default)]
         message: String,
     },

@@ -1,4 +1,4 @@
-//! What the host can ask a VM's devices for, and change in them, while it runs.
+//! Operations of the host on the devices of a running VM.
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
@@ -18,11 +18,11 @@ impl Vm {
         &self.identity
     }
 
-    /// Takes the interfaces, addresses and sockets of a child called `name`, before there is an
-    /// image of it: that keeps the time it takes out of the fork.
+    /// Takes the interfaces, addresses and sockets of a child called `name` before its image
+    /// exists. This keeps the time it takes out of the fork.
     ///
     /// # Errors
-    /// When one cannot be taken; none is taken then, and this VM runs on (I13).
+    /// When one cannot be taken. Then none is taken, and this VM runs on (I13).
     pub fn child_endpoints(&self, name: &str, choice: &ChildIdentity) -> Result<Endpoints, VmError> {
         Ok(Endpoints::child(self.config(), &self.identity, name, choice)?)
     }
@@ -31,7 +31,7 @@ impl Vm {
     /// can, or not at all.
     ///
     /// # Errors
-    /// When there is no balloon, or not so much memory.
+    /// When there is no balloon, or `mib` is not less than the VM's memory.
     pub fn set_balloon(&self, mib: u64) -> Result<(), VmError> {
         let there = self.config().layout().bytes() >> MIB_SHIFT;
         let pages = u32::try_from(mib << (MIB_SHIFT - PAGE_SHIFT)).ok().filter(|_| mib < there);
@@ -54,10 +54,10 @@ impl Vm {
         asked.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
-    /// The balloon's size, and the newest statistics of the guest.
+    /// The balloon's size, and the newest statistics from the guest.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no balloon.
     pub fn balloon_stats(&self) -> Result<BalloonStats, VmError> {
         let stats = self.devices.with_plain(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
@@ -69,13 +69,13 @@ impl Vm {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
     }
 
-    /// The output of its virtio console. None if it has none.
+    /// The output of the virtio console. None if there is none.
     #[must_use]
     pub fn virtio_console(&self) -> Option<&Console> {
         self.devices.hvc.as_ref().map(|hvc| &hvc.output)
     }
 
-    /// Types into its virtio console. Returns how many bytes were taken: 0 without such a console.
+    /// Types into the virtio console. Returns the number of bytes taken: 0 without such a console.
     pub fn type_in_virtio(&self, bytes: &[u8]) -> usize {
         self.devices.hvc.as_ref().map_or(0, |hvc| hvc.typist.type_in(bytes))
     }

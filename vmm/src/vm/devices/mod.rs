@@ -1,4 +1,4 @@
-//! The devices of one VM, on its buses: made, saved, restored and rewound together.
+//! The devices of one VM and their buses: made, saved, restored and rewound together.
 
 mod control;
 mod reports;
@@ -72,12 +72,12 @@ pub enum DeviceError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     pub(crate) serial: SerialState,
-    /// By place.
+    /// The virtio devices, by place.
     pub(crate) virtio: Vec<TransportState>,
 }
 
 impl DeviceState {
-    /// Requests to devices that were in flight: popped, and not completed.
+    /// The number of requests in flight: popped, and not completed.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.virtio.iter().map(|state| state.device.in_flight()).sum()
@@ -92,7 +92,7 @@ pub(crate) type Saved = (DeviceState, Vec<Backend>);
 pub(crate) struct Devices {
     bus: PioBus,
     mmio: MmioBus,
-    /// By place.
+    /// The virtio devices, by place.
     virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<Mutex<SerialConsole>>,
     pub(crate) console: Console,
@@ -104,7 +104,7 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Fresh devices, or devices as they were saved. They stand still until [`Devices::resume`].
+    /// Makes fresh devices, or restores saved ones. They are quiesced until [`Devices::resume`].
     pub(crate) fn new(
         saved: Option<(&DeviceState, &[Backend])>,
         config: &VmConfig,
@@ -149,13 +149,13 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Stops all work of the devices in guest memory, except transfers that the kernel holds.
-    /// Counted.
+    /// Stops all work of the devices in guest memory, except transfers that the kernel holds. Calls
+    /// are counted.
     pub(crate) fn quiesce(&self) {
         self.virtio.iter().for_each(|device| device.quiesce());
     }
 
-    /// Gives one [`Devices::quiesce`] back, or the one that devices are made with.
+    /// Undoes one [`Devices::quiesce`], or the one that devices are made with.
     pub(crate) fn resume(&self) {
         self.virtio.iter().for_each(|device| device.resume());
     }
@@ -166,8 +166,7 @@ impl Devices {
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
-    /// Runs `with` on device number `number` of those that `H` handles. None if there are not so
-    /// many.
+    /// Runs `with` on device number `number` of those that `H` handles. None if there are fewer.
     pub(crate) fn with_plain<H: DeviceOps, T>(
         &self,
         number: usize,
@@ -182,7 +181,7 @@ impl Devices {
         self.bus.read(port, width, data);
     }
 
-    /// Returns whether the guest has requested a reset by it.
+    /// Returns whether the write has requested a reset.
     pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> bool {
         self.bus.write(port, width, data);
         // Relaxed: set by this very call, if at all.
@@ -206,8 +205,8 @@ impl Devices {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    /// Tells the guest that its generation has changed. After the interrupt controllers have their
-    /// state, which would forget it.
+    /// Notifies the guest of its new generation. Call it after the interrupt controllers are
+    /// restored: a restore would lose the interrupt.
     pub(crate) fn notify_generation(&self) {
         if let Some(irq) = &self.generation
             && let Err(error) = irq.trigger()
@@ -226,27 +225,27 @@ impl Devices {
         Ok(self.virtio.iter().zip(&state.virtio).try_for_each(|(device, state)| device.check(state))?)
     }
 
-    /// Ends the transfers that the kernel holds, within `timeout` in all. Only while the devices
-    /// are quiesced. Returns the place of a device whose transfers cannot be ended. Resumed, the
-    /// devices submit them again.
+    /// Cancels the transfers that the kernel holds, within `timeout` in total. Only while the
+    /// devices are quiesced. Returns the place of the first device whose transfers do not end.
+    /// After a resume, the devices submit them again.
     pub(crate) fn halt(&self, timeout: Duration) -> Option<usize> {
         let deadline = Instant::now() + timeout;
         self.virtio.iter().position(|device| !device.halt(deadline.saturating_duration_since(Instant::now())))
     }
 
-    /// Goes back to another instant, in place. Only while they are quiesced, and halted.
+    /// Restores another instant in place. Only while the devices are quiesced and halted.
     pub(crate) fn rewind(&self, state: &DeviceState, backends: &[Backend]) -> Result<(), DeviceError> {
         self.check(state)?;
         for ((device, state), backend) in self.virtio.iter().zip(&state.virtio).zip(backends) {
             device.rewind(state, backend)?;
         }
-        // Reports and reset requests since belong to the instant before the reset.
+        // Reports and reset requests until now belong to the time before the reset.
         self.reports.clear();
         self.reset.store(false, Ordering::Relaxed);
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).rewind(&state.serial).map_err(DeviceError::Io)
     }
 
-    /// Everything at this instant. Only while the devices are quiesced.
+    /// Saves all devices at this instant. Only while they are quiesced.
     pub(crate) fn save(&self) -> Result<Saved, DeviceError> {
         let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner).save();
         let saved = self.virtio.iter().map(|device| device.save()).collect::<Result<Vec<_>, _>>()?;

@@ -1,4 +1,4 @@
-//! Reports of the bare guest, on their way to a reader.
+//! The queue of the bare guest's reports.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clade_devices::Report;
 
-/// The most unread reports kept. A guest can write the port for ever; the oldest go first.
+/// The most unread reports kept. A guest can write the port for ever, so the oldest are dropped.
 const MAX_REPORTS: usize = 4_096;
 
-/// What the bare guest has reported and no reader has taken yet.
+/// Reports of the bare guest that no reader has taken yet.
 #[derive(Clone, Debug, Default)]
 pub struct Reports(Arc<(Mutex<VecDeque<Report>>, Condvar)>);
 

@@ -1,4 +1,4 @@
-//! The virtio devices of one VM, fresh or as they were saved.
+//! Makes the virtio devices of one VM, fresh or from their saved states.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub(crate) struct Hvc {
     pub(crate) typist: Typist,
 }
 
-/// By place.
+/// All virtio devices by place, and the console's ends on the host.
 pub(crate) struct Made {
     pub(crate) devices: Vec<Arc<VirtioMmio>>,
     pub(crate) hvc: Option<Hvc>,
@@ -44,7 +44,7 @@ pub(crate) fn make(
             return Err(DeviceError::Mismatch { found, wanted });
         }
     }
-    // Taken from the front, in the order of their places.
+    // Interfaces are taken from the front, in the order of the devices' places.
     let mut maker = Maker { ends, next_net: 0, hvc: None };
     let mut devices = Vec::with_capacity(wanted);
     for (at, (place, wiring)) in config.places().zip(&prepared.wiring).enumerate() {
@@ -94,7 +94,7 @@ impl Maker<'_> {
                 Box::new(SyncDevice::new(net))
             }
             (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
-                // Made with its socket, and knows whether it is a child's.
+                // Made with its socket; it knows whether it is a child's.
                 let vsock = self.ends.vsock.take();
                 Box::new(SyncDevice::new(vsock.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?))
             }

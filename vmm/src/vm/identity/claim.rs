@@ -1,4 +1,4 @@
-//! Claims on values of which a host has one each: interface names, MAC addresses, CIDs.
+//! Claims on values that are unique on a host: interface names, MAC addresses, CIDs.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -9,12 +9,12 @@ use clade_devices::virtio::net::Mac;
 
 use crate::vm::identity::IdentityError;
 
-/// Values that are tried before [`IdentityError::NoneFree`].
+/// The number of values tried before [`IdentityError::NoneFree`].
 const TRIES: u64 = 1 << 16;
 
-/// A value that no other VM of this host has. It is held as the name of an abstract socket: the
-/// kernel has one list of these per network namespace, as of interfaces, and frees the name however
-/// the process ends.
+/// A value that no other VM of this host has. It is held as the name of an abstract socket. The
+/// kernel keeps these per network namespace, like interfaces, and frees the name however the
+/// process ends.
 #[derive(Debug)]
 pub(super) struct Claim {
     _held: UnixDatagram,
@@ -46,7 +46,7 @@ impl Claim {
     }
 }
 
-/// Claims one candidate after the other, until one is free.
+/// Claims one candidate after another, until one is free.
 pub(super) fn first_free<T>(
     what: &'static str,
     mut candidate: impl FnMut() -> Result<T, IdentityError>,
@@ -62,8 +62,8 @@ pub(super) fn first_free<T>(
     Err(IdentityError::NoneFree { what, tries: TRIES })
 }
 
-/// The next free CID after the parent's. Counted for the whole process, so that a thousand children
-/// do not each try a thousand.
+/// Claims the next free CID after the parent's. Counted for the whole process, so that each of a
+/// thousand children does not try a thousand CIDs.
 pub(super) fn next_cid(parent: u64) -> Result<(u64, Claim), IdentityError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let candidate = || {

@@ -15,20 +15,19 @@ use crate::vm::config::{NetSpec, VmConfig};
 use crate::vm::identity::claim::{Claim, first_free, next_cid};
 use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, VsockChoice};
 
-/// Longest name of an interface that is made up here, before its number: 15 bytes in all, and room
-/// for 9,999.
+/// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
 const MAX_STEM: usize = 11;
 /// How long another process may hold the lock on a directory of sockets.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The end of a network device on the host.
+/// The host's end of a network device.
 #[derive(Debug)]
 pub(crate) struct NetEnd {
     pub(crate) tap: Tap,
     pub(crate) mac: Mac,
 }
 
-/// What was taken for a VM that is not made yet. Dropped, it is free again.
+/// Interfaces, addresses and sockets taken for a VM that is not made yet. The drop frees them.
 #[derive(Debug, Default)]
 pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
@@ -48,7 +47,7 @@ impl Endpoints {
         &self.identity
     }
 
-    /// Takes what the configuration of a VM that boots names.
+    /// Takes what the configuration of a booting VM names.
     pub(crate) fn boot(config: &VmConfig) -> Result<Self, IdentityError> {
         let mut ends = Self::default();
         for net in &config.nets {
@@ -61,7 +60,7 @@ impl Endpoints {
         Ok(ends)
     }
 
-    /// Takes what a child called `name` of the VM with the identity `parent` needs.
+    /// Takes what a child called `name` needs. `parent` is its parent's identity.
     pub(crate) fn child(
         config: &VmConfig,
         parent: &Identity,
@@ -109,8 +108,8 @@ impl Endpoints {
             None => first_free("MAC address", || Mac::random().map_err(IdentityError::Random), |mac| Claim::mac(*mac))?,
         };
         self.claims.0.push(claim);
-        // A known name is claimed before the interface is opened: one more queue of an interface
-        // that has several would take part of another VM's packets.
+        // Claim a known name before the interface is opened. Opening one more queue of a
+        // multi-queue interface would take part of another VM's packets.
         let tap = if tap.contains("%d") {
             let tap = Tap::open(tap, usize::from(net.queues))?;
             self.claims.0.push(Claim::interface(tap.name())?);
@@ -126,8 +125,8 @@ impl Endpoints {
 
     fn add_vsock(&mut self, options: VsockOptions, claim: Claim, child: bool) -> Result<(), IdentityError> {
         self.claims.0.push(claim);
-        // Held while a dead socket is looked for and replaced, so that of two processes one finds
-        // the other's.
+        // Held while a dead socket is found and replaced, so that of two processes one finds the
+        // other's live socket.
         let _lock = lock_directory(&options.socket);
         remove_dead(&options.socket);
         self.vsock = Some(Vsock::new(&options, child)?);
@@ -137,8 +136,7 @@ impl Endpoints {
 }
 
 /// The pattern of a child's interface: its parent's, or the parent's name with another number. A
-/// restored VM has its own pattern: the name in the snapshot is of another host, or not to be
-/// trusted.
+/// restored VM gets `clade%d`: the name in its snapshot is another host's, or not to be trusted.
 fn pattern(configured: &str, own: &str) -> String {
     if own.is_empty() {
         return "clade%d".to_owned();
@@ -152,8 +150,8 @@ fn pattern(configured: &str, own: &str) -> String {
     format!("{}%d", if stem.is_empty() { "clade" } else { stem })
 }
 
-/// Locks the directory of `socket`: one process at a time replaces dead sockets in it. None after
-/// [`TIMEOUT`]; what is at the path then stays.
+/// Locks the directory of `socket`: one process at a time replaces dead sockets in it. Returns None
+/// after [`TIMEOUT`], or if the directory cannot be opened.
 fn lock_directory(socket: &Path) -> Option<File> {
     let beside = socket.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let directory = File::open(beside).ok()?;
@@ -167,12 +165,12 @@ fn lock_directory(socket: &Path) -> Option<File> {
     Some(directory)
 }
 
-/// Removes a socket that no process listens at: one that was killed leaves it behind.
+/// Removes a socket on which no process listens: a killed process leaves one behind.
 fn remove_dead(socket: &Path) {
     if fs::symlink_metadata(socket).is_ok_and(|found| found.file_type().is_socket())
         && UnixStream::connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     {
-        // If it stays, the bind that follows says so.
+        // If it stays, the bind that follows fails.
         let _ = fs::remove_file(socket);
     }
 }

@@ -1,4 +1,4 @@
-//! The generation of a VM: what a guest reads to learn that it was cloned, or reset.
+//! The generation of a VM: a guest reads it to learn that it was cloned, or reset.
 //!
 //! Two pages of the guest's memory, announced in ACPI:
 //!
@@ -7,8 +7,8 @@
 //! - a VMClock, whose counter user space may map and read without a system call.
 //!
 //! Both change in every child, in every restored VM and at every reset, before its first
-//! instruction. An interrupt tells the guest so. The VMClock says that it has no time to give:
-//! precise time is the kvm-clock's.
+//! instruction. An interrupt notifies the guest. The VMClock provides no time: precise time is the
+//! kvm-clock's.
 
 use std::fmt;
 use std::io;
@@ -22,17 +22,17 @@ use crate::platform::{GENERATION_ID, PAGE_SIZE, VMCLOCK};
 /// "VCLK".
 const MAGIC: u32 = 0x4b4c_4356;
 const VERSION: u16 = 1;
-/// There is no counter from which to tell the time.
+/// No counter gives the time.
 const COUNTER_INVALID: u8 = 0xff;
 const TIME_TAI: u8 = 1;
-/// There is a generation counter, and notifications.
+/// A generation counter, and notifications.
 const FLAGS: u64 = 1 << 7 | 1 << 8;
 const SEQ_COUNT: u64 = 0x0c;
 const DISRUPTION_MARKER: u64 = 0x10;
 const FLAGS_AT: u64 = 0x18;
 const GENERATION_COUNTER: u64 = 0x68;
 
-/// A VM's generation id: random, and another one in every VM and after every reset.
+/// A VM's generation id: random, and different in every VM and after every reset.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GenerationId(pub [u8; 16]);
 
@@ -55,7 +55,7 @@ pub enum GenerationError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Puts the first generation of a VM that boots into its memory.
+/// Writes the first generation of a booting VM to its memory.
 pub(crate) fn begin<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationError> {
     let field = |at: u64| GuestAddress(VMCLOCK.0 + at);
     mem.write_obj(MAGIC, field(0))?;
@@ -66,10 +66,10 @@ pub(crate) fn begin<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
     renew(mem)
 }
 
-/// Puts another generation into the memory of a VM none of whose vCPUs runs.
+/// Writes another generation to the memory of a VM. No vCPU of it may run.
 pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationError> {
     let mut id = [0; 16];
-    // At most 256 bytes are never given in part.
+    // getrandom never returns part of up to 256 bytes.
     getrandom(&mut id, GetRandomFlags::empty()).map_err(|error| GenerationError::Random(error.into()))?;
     let field = |at: u64| GuestAddress(VMCLOCK.0 + at);
     let add = |at: u64, more: u64| -> Result<(), GuestMemoryError> {
@@ -77,11 +77,11 @@ pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
     };
     let seq = mem.read_obj::<u32>(field(SEQ_COUNT))?;
     // Odd in between and even after, whatever the guest has written there. No vCPU runs between the
-    // two, but a reader in the guest may have been stopped in the middle of its read.
+    // two writes, but the pause may have stopped a reader in the middle of its read.
     mem.write_obj(seq | 1, field(SEQ_COUNT))?;
     mem.write_slice(&id, GENERATION_ID)?;
     add(GENERATION_COUNTER, 1)?;
-    // The TSC goes on from another moment.
+    // The TSC continues from another instant.
     add(DISRUPTION_MARKER, 1)?;
     mem.write_obj((seq | 1).wrapping_add(1), field(SEQ_COUNT))?;
     Ok(())

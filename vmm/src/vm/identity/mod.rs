@@ -1,8 +1,8 @@
-//! What tells a VM apart from every other on its network: interfaces, addresses, sockets.
+//! What distinguishes a VM from every other on its network: interfaces, addresses, sockets.
 //!
 //! A fork copies everything but these. They are taken before the child is made, and before its
-//! parent is paused: making an interface waits for locks of the kernel, and one that cannot be
-//! taken must cost no VM anything (I13).
+//! parent is paused. Creating an interface waits for locks of the kernel, and a failure must cost
+//! no VM anything (I13).
 //!
 //! | file | what |
 //! |---|---|
@@ -30,7 +30,7 @@ pub use generation::{GenerationError, GenerationId};
 /// Stands for a child's name in the path of its socket.
 const NAME: &str = "{name}";
 
-/// An interface and the address behind it.
+/// An interface and the MAC address of its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetIdentity {
     /// The TAP interface's name on the host.
@@ -49,9 +49,9 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Forgets what it says of the host: names of interfaces, the socket's path, and the CID that
-    /// the next ones are counted from. A snapshot is not trusted with these: its author would
-    /// choose names and paths of this host. Children have their sockets in `sockets`.
+    /// Clears what belongs to a host: names of interfaces, the socket's path, and the CID from
+    /// which children's are counted. A snapshot is not trusted with these: its author would choose
+    /// names and paths of this host. Children have their sockets in `sockets`.
     pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
         self.nets.iter_mut().for_each(|net| net.tap.clear());
         if let Some(vsock) = &mut self.vsock {
@@ -62,11 +62,11 @@ impl Identity {
 }
 
 /// Chosen values for a child's network device. Defaults: another interface of the parent's pattern,
-/// a random address.
+/// and a random address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetChoice {
-    /// The TAP interface's name; `%d` stands for a number that is free.
+    /// The TAP interface's name; `%d` stands for a free number.
     #[serde(default)]
     pub tap: Option<String>,
     /// The MAC address.
@@ -91,7 +91,7 @@ pub struct VsockChoice {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChildIdentity {
-    /// By network device. Devices beyond the last entry have the defaults.
+    /// One entry per network device. Devices beyond the last entry have the defaults.
     #[serde(default)]
     pub nets: Vec<NetChoice>,
     /// The socket device.
@@ -111,7 +111,7 @@ pub enum IdentityError {
         /// The value.
         value: String,
     },
-    /// The host cannot say whether another VM has it.
+    /// The host cannot check whether another VM has it.
     #[error("the {what} {value} cannot be claimed")]
     Claim {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.
@@ -144,7 +144,7 @@ pub enum IdentityError {
         /// What was chosen.
         choice: VsockChoice,
     },
-    /// The VM is restored, so there is no parent's socket to put its own beside.
+    /// The VM is restored, and no directory or path is given for its socket.
     #[error("no socket is chosen for the socket device of {name}, which is restored: choose one (--vsock socket=PATH)")]
     NoSocket {
         /// The VM's name.
@@ -162,7 +162,7 @@ pub enum IdentityError {
 }
 
 impl ChildIdentity {
-    /// Whether the child's socket has a path made of the child's name, so that another name is
+    /// Whether the path of the child's socket contains the child's name, so that another name gives
     /// another path.
     #[must_use]
     pub fn names_socket(&self) -> bool {
@@ -178,7 +178,7 @@ impl IdentityError {
         matches!(self, Self::Vsock(VsockError::Socket { source, .. }) if source.kind() == io::ErrorKind::AddrInUse)
     }
 
-    /// Whether another choice would do, as against a host that cannot.
+    /// Whether another choice may succeed. False if the host itself fails.
     #[must_use]
     pub fn is_choice(&self) -> bool {
         !matches!(self, Self::Claim { .. } | Self::Random(_))

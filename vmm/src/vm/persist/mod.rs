@@ -1,9 +1,9 @@
-//! VMs on disk: a snapshot of a VM that runs on, and VMs that are started from one.
+//! VMs on disk: snapshots of running VMs, and VMs that are started from them.
 //!
 //! | file | what |
 //! |---|---|
-//! | `save` | a VM is forked, and the image written to a directory |
-//! | `restore` | the image in a directory |
+//! | `save` | forks a VM, and writes the image to a directory |
+//! | `restore` | opens the image in a directory |
 //! | `sections` | everything of an image but memory and disks, as named CBOR sections |
 //!
 //! The files themselves, and the steps that make them durable, are `clade-snapshot`'s.
@@ -28,14 +28,14 @@ pub(crate) use save::Saving;
 pub use save::{SnapshotOptions, SnapshotReport};
 pub use sections::SavedError;
 
-/// Why there is no snapshot, or no VM of one.
+/// Why a VM cannot be saved or restored.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
     /// The files of the snapshot cannot be written or read.
     #[error(transparent)]
     Files(#[from] clade_snapshot::Error),
-    /// The VM cannot be forked, or not be started.
+    /// The VM cannot be forked, or cannot be started.
     #[error(transparent)]
     Vm(#[from] VmError),
     /// The saved state cannot be written or read.
@@ -65,7 +65,7 @@ pub enum SnapshotError {
         /// The VM's name.
         name: String,
     },
-    /// The snapshot has not as many disks as its configuration.
+    /// The snapshot has more or fewer disks than its configuration.
     #[error("the snapshot has {found} disks, its configuration {wanted}")]
     Disks {
         /// Disks in the snapshot.
@@ -79,12 +79,12 @@ pub enum SnapshotError {
         /// The snapshot's directory.
         path: PathBuf,
     },
-    /// A compressed disk cannot be unpacked: there is no file for it.
+    /// A compressed disk cannot be unpacked: its file cannot be created.
     #[error("no unnamed file in {}", path.display())]
     Unpack {
-        /// The directory in which the file was to be.
+        /// The directory for the file.
         path: PathBuf,
-        /// The error of making it.
+        /// The error of creating it.
         #[source]
         source: io::Error,
     },

@@ -22,11 +22,11 @@ use crate::vm::persist::{SavedAt, SnapshotError, sections};
 pub struct RestoreOptions {
     /// How memory is loaded.
     pub load: RestoreLoad,
-    /// The directory of the disks' overlays. Default: the directory of the snapshot if it is
-    /// writable, or else the temporary directory.
+    /// The directory of the disks' overlays. Default: the directory that the snapshot is in, if it
+    /// is writable, or else the temporary directory.
     pub overlays: Option<PathBuf>,
-    /// The directory of the VMs' sockets, each called `NAME.vsock`. Without it each must be chosen
-    /// ([`crate::vm::VsockChoice`]).
+    /// The directory of the VMs' sockets, each called `NAME.vsock`. Without it, each socket must be
+    /// chosen ([`crate::vm::VsockChoice`]).
     pub sockets: Option<PathBuf>,
 }
 
@@ -36,23 +36,23 @@ pub enum RestoreLoad {
     /// At each page's first access, shared through the page cache.
     #[default]
     Lazy,
-    /// All of it at once, into huge pages, and every checksum is compared.
+    /// All of it at once, into huge pages. Every checksum is verified.
     Preload,
-    /// At each page's first access, after the recorded working set was read ahead.
+    /// At each page's first access, after the recorded working set has been read ahead.
     WorkingSet,
 }
 
 impl ForkImage {
-    /// The image in the snapshot directory `dir`, to start any number of VMs from. Everything but
-    /// the data is checked now, by name; the data too if it is preloaded.
+    /// Opens the image in the snapshot directory `dir`, to start any number of VMs from. Everything
+    /// but the data is checked now, by name; the data too if it is preloaded.
     ///
     /// # Errors
-    /// When it is no snapshot, damaged, or of another version or machine; when this host lacks what
-    /// its host had; when a snapshot it depends on is missing.
+    /// When it is not a snapshot, is damaged, or is of another version or machine. When this host
+    /// lacks something that the snapshot's host had, or a snapshot it depends on is missing.
     pub fn restore(context: &Context, dir: &Path, options: &RestoreOptions) -> Result<Arc<Self>, SnapshotError> {
         let snapshot = Snapshot::open(dir)?;
         let saved: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
-        // Before anything is made: KVM's refusals name no feature.
+        // Before anything is made: KVM's errors name no feature.
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
         let config = sections::config(saved.iter().copied())?;
         let backends = backends(&config, &snapshot, options)?;
@@ -126,7 +126,7 @@ fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> R
     Ok(layers)
 }
 
-/// A disk in an unnamed file that is open for reading only.
+/// Unpacks a disk to an unnamed file, opened read-only.
 fn unpacked(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<(File, PathBuf), SnapshotError> {
     let dir = disk.overlays.clone().unwrap_or_else(std::env::temp_dir);
     let failed = |source: io::Error| SnapshotError::Unpack { path: dir.clone(), source };

@@ -1,6 +1,6 @@
-//! A snapshot of a VM that runs on.
+//! Snapshots of running VMs.
 //!
-//! It is a fork whose image is written to a directory: the VM is paused as a fork pauses it, and
+//! A snapshot is a fork whose image is written to a directory. The VM is paused as for a fork, and
 //! runs on while the frozen layers are written. The VM keeps the image until the next snapshot, as
 //! the base of an incremental one. The base is replaced only when the next snapshot is durable:
 //! when [`clade_snapshot::Save::to`] has returned.
@@ -22,7 +22,7 @@ use crate::vm::fork::{ForkImage, ForkTimes};
 use crate::vm::machine::Vm;
 use crate::vm::persist::{SavedAt, SnapshotError};
 
-/// How long writes that were in flight at the instant may take before the snapshot fails.
+/// How long writes in flight at the fork may take before the snapshot fails.
 pub(super) const SETTLE: Duration = Duration::from_secs(30);
 /// The interval at which cancellation is checked meanwhile.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
@@ -45,7 +45,7 @@ pub(crate) struct Saving {
 }
 
 impl Saving {
-    /// Of a VM that was started from `image`.
+    /// The initial value for a VM that was started from `image`.
     pub(crate) fn of(image: &Arc<ForkImage>) -> Self {
         let last = image.place.clone().map(|place| LastSave { place, image: Arc::clone(image) });
         Self { last: Mutex::new(last), ..Self::default() }
@@ -55,11 +55,11 @@ impl Saving {
 /// How a VM is saved.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SnapshotOptions {
-    /// Whether only what changed since it was last saved, or restored, is written.
+    /// Whether to write only what changed since the VM was last saved, or restored.
     pub incremental: bool,
-    /// Whether files are compressed: smaller, but not to be mapped.
+    /// The compression of the files: compressed ones are smaller, but cannot be mapped.
     pub compression: Compression,
-    /// Whether a snapshot in the directory is replaced although others depend on it.
+    /// Whether to replace a snapshot in the directory although others depend on it.
     pub replace: bool,
 }
 
@@ -110,11 +110,12 @@ fn disk_name(index: usize) -> String {
 }
 
 impl Vm {
-    /// Saves it to the directory `dir`, in place of a snapshot that is there. It runs on meanwhile.
+    /// Saves the VM to the directory `dir`, in place of an existing snapshot. The VM runs on
+    /// meanwhile.
     ///
     /// # Errors
-    /// Then it runs on all the same. What was in `dir` is unchanged, and so is the base of the next
-    /// incremental snapshot.
+    /// On failure the VM runs on. The contents of `dir` are unchanged, and so is the base of the
+    /// next incremental snapshot.
     pub fn snapshot(&self, dir: &Path, options: SnapshotOptions) -> Result<SnapshotReport, SnapshotError> {
         let begun = Instant::now();
         let busy = || SnapshotError::Busy { name: self.name().to_owned() };
@@ -157,7 +158,7 @@ impl Vm {
         Ok(SnapshotReport { place, saved, times: report.times, took: begun.elapsed() })
     }
 
-    /// Bytes written so far and in all, while it is being saved.
+    /// Bytes written so far and in total, if a snapshot is being written.
     #[must_use]
     pub fn snapshot_progress(&self) -> Option<(u64, u64)> {
         let running = self.saving.running.load(Ordering::Relaxed);
@@ -170,7 +171,8 @@ impl Vm {
     }
 
     /// Records the VM's working set in the snapshot it was restored from or last saved to: the
-    /// pages it has touched since it was started, which `--working-set` reads ahead. Returns their number.
+    /// pages it has touched since it was started. `--working-set` reads these ahead. Returns their
+    /// number.
     ///
     /// # Errors
     /// When it has no snapshot, or the record cannot be made or written. An earlier record is then

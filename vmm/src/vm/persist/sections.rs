@@ -3,7 +3,7 @@
 //!
 //! | section | what |
 //! |---|---|
-//! | `host` | what it needs of a host, compared before anything else: [`HostRequirements`] |
+//! | `host` | its requirements on a host, checked before anything else: [`HostRequirements`] |
 //! | `config` | [`VmConfig`] |
 //! | `vcpus` | a [`VcpuState`] for each vCPU |
 //! | `vm` | interrupt controllers, PIT, clock |
@@ -12,16 +12,16 @@
 //!
 //! # What may change
 //!
-//! - Fields have names. A new field has `#[serde(default)]`, with a default that means what was so
+//! - Fields have names. A new field has `#[serde(default)]`, whose default means the behaviour
 //!   before the field.
 //! - Unknown fields and sections are skipped, so they must not change what the others mean.
 //! - A field keeps its meaning and its unit. A new meaning is a new name.
-//! - KVM's own structures are bytes, which only grow: shorter ones are filled up with zeros.
+//! - KVM's own structures are bytes. They only grow: shorter ones are filled up with zeros.
 //!
 //! # What is checked
 //!
-//! Each section must fit the configuration beside it. Whether the state fits the host, KVM says
-//! when it is restored; whether the queues of a device are sound, the device says.
+//! Each section must fit the configuration. On a restore, KVM checks whether the state fits the
+//! host, and each device checks its queues.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -48,8 +48,8 @@ const VM: &str = "vm";
 const DEVICES: &str = "devices";
 const IDENTITY: &str = "identity";
 
-/// Size of the buffer for the longest byte string that is read in one piece: an XSAVE area's first
-/// part.
+/// Size in bytes of the buffer for the longest byte string that is read in one piece: an XSAVE
+/// area's first part.
 const SCRATCH: usize = 16 << 10;
 
 /// Why sections are refused, or an image cannot be written.
@@ -68,7 +68,7 @@ pub enum SavedError {
         /// The section's name.
         section: &'static str,
     },
-    /// A section is no CBOR value of its type.
+    /// A section is not a CBOR value of its type.
     #[error("section {section:?}, of {bytes} bytes, cannot be read")]
     Read {
         /// The section's name.
@@ -139,7 +139,7 @@ pub enum SavedError {
         #[source]
         source: crate::vm::ConfigError,
     },
-    /// A request in flight is at no descriptor of its queue.
+    /// A request in flight names no descriptor of its queue, or the queue has too many.
     #[error(
         "section {section:?}: device {place} has a request in flight at {head} of queue {queue}, which has no such, or more than it can have"
     )]
@@ -162,7 +162,7 @@ struct SavedIdentity {
 }
 
 impl ForkImage {
-    /// What the guest needs of a host.
+    /// The guest's requirements on a host.
     #[must_use]
     pub fn host_requirements(&self) -> HostRequirements {
         // Every image has a first vCPU; all have the same features.
@@ -190,9 +190,9 @@ impl ForkImage {
         ])
     }
 
-    /// An image of what [`ForkImage::sections`] returned, with the memory and the disks of the same
-    /// instant. `backends` are by place, [`Backend::None`] for other devices. [`host_requirements`]
-    /// says first whether this host will do.
+    /// Builds an image from what [`ForkImage::sections`] returned, with the memory and the disks of
+    /// the same instant. `backends` are by place, [`Backend::None`] for other devices. Check first
+    /// with [`host_requirements`] whether this host will do.
     ///
     /// # Errors
     /// When a section is missing, cannot be read, or does not fit the others, the memory or the
@@ -224,7 +224,7 @@ impl ForkImage {
     }
 }
 
-/// What the sections need of a host, to be compared by [`HostRequirements::check`].
+/// The requirements on a host, to be checked by [`HostRequirements::check`].
 ///
 /// # Errors
 /// When there is no such section, or it cannot be read.
@@ -324,8 +324,8 @@ fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend])
     Ok(())
 }
 
-/// Each request in flight is in a queue, and no queue has more than its size: its device counts
-/// them.
+/// Checks that each request in flight is in a queue, and that no queue has more than its size: its
+/// device counts them.
 fn check_in_flight(place: usize, state: &TransportState) -> Result<(), SavedError> {
     let VirtioState::Block(block) = &state.device else { return Ok(()) };
     let mut counts: HashMap<u16, u16> = HashMap::new();

@@ -1,4 +1,4 @@
-//! VMs under a real KVM: interrupts across forks, states that are refused, the serial port.
+//! VMs under a real KVM: interrupts across forks, refused states, the serial port.
 
 mod serial;
 mod start;

@@ -1,4 +1,4 @@
-//! The serial port, by a guest's string instructions.
+//! The serial port, accessed by a guest's string instructions.
 
 use std::sync::Arc;
 use std::thread;
@@ -33,7 +33,7 @@ fn string_instructions_lose_no_byte_of_the_serial_port() {
     let kernel = Image::Bytes(elf(&ECHO).into());
     let source = BootSource::new(kernel);
     let vm = Vm::boot(&context, "echo", &config, &source).unwrap();
-    // At once: all of it is in the FIFO when the guest finds that there is something.
+    // All at once: the whole text is in the FIFO when the guest finds the first byte.
     assert_eq!(vm.type_in(TYPED), TYPED.len());
     let begun = Instant::now();
     while vm.console().since(0).len() < TYPED.len() {

@@ -1,4 +1,4 @@
-//! States that KVM refuses: a child or a reset takes all of its state or none, and the caller gets
+//! States that KVM refuses: a child or a reset loads all of its state or none, and the caller gets
 //! the error.
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
 use clade_harness::BareMailbox;
 
 const PAIRS: [Pair; 1] = [Pair::Relay];
-/// Long enough for a vCPU that may start to do so.
+/// Long enough for a vCPU to start, if it may.
 const SETTLE: Duration = Duration::from_millis(30);
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -41,7 +41,7 @@ fn i13_a_child_whose_state_is_refused_is_an_error_and_leaves_nothing() {
         let error = Vm::from_image(&context, "child", &bad, options).unwrap_err();
         assert!(matches!(error, VmError::VcpuState(_)), "{error:?}");
         assert!(crate::error_chain(&error).contains("0x4000ffff"), "{}", crate::error_chain(&error));
-        // A vCPU's thread that was left would hold it.
+        // A remaining vCPU thread would hold a handle.
         assert_eq!(Arc::strong_count(&bad), 1);
     }
     goes_on(&parent, &PAIRS).unwrap();
@@ -83,7 +83,7 @@ fn a_reset_that_panics_half_way_keeps_the_vm_paused_and_another_reset_mends_it()
 }
 
 /// vCPU 2 restarts vCPU 1 by INIT and SIPI, and is kicked long after it: the reset finds a SIPI
-/// latched. In the image vCPU 1 waits for one, and nobody sends it.
+/// latched. In the image vCPU 1 waits for a SIPI that no vCPU sends.
 #[test]
 fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
     const WAITS: u64 = 1;
@@ -96,8 +96,7 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
     parent.pause().unwrap();
     parent.ram().memory().write_obj(0u64, magic).unwrap();
     let mut image = (*parent.fork().unwrap().0).clone();
-    // As INIT leaves a vCPU: in real mode, or a start-up IPI would start nothing that could be
-    // seen.
+    // As INIT leaves a vCPU: in real mode. Otherwise a start-up IPI would have no visible effect.
     let (_vm, fresh) = context.host().lone_vcpu().unwrap();
     let waits = &mut image.vcpus[WAITS as usize];
     waits.mp_state.mp_state = KVM_MP_STATE_INIT_RECEIVED;

@@ -18,12 +18,11 @@ use crate::vm::{ChildOptions, Context, Vm, VmConfig};
 use clade_harness::BareMailbox;
 use clade_memory::Store;
 
-/// A pair that has not gone on for as long has lost its interrupt: it needs less than a
-/// millisecond.
+/// A pair without progress for this long has lost its interrupt: it needs less than a millisecond.
 const STUCK: Duration = Duration::from_secs(8);
 /// Steps that a child must make.
 const STEPS: u64 = 3;
-/// Every so many children, the child becomes the parent: what was restored is forked again.
+/// After this many children, the child becomes the parent: a restored VM is forked again.
 const SUCCESSION: usize = 8;
 
 /// What two vCPUs do to each other.
@@ -48,7 +47,7 @@ struct Storm {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     children: usize,
-    /// Children and resets after which a pair went on no more.
+    /// Children and resets after which a pair made no progress.
     stuck: Vec<String>,
 }
 
@@ -82,7 +81,7 @@ pub(super) fn boot(context: &Context, pairs: &[Pair]) -> Vm {
         };
         match pair {
             Pair::Relay => {
-                // It must be able to take interrupts before the first is sent.
+                // The second vCPU must accept interrupts before the first sends one.
                 begin(second, Command::Relay { peer: first, first: false });
                 begin(first, Command::Relay { peer: second, first: true });
             }
@@ -96,7 +95,7 @@ fn progress(vm: &Vm, vcpu: u64) -> u64 {
     BareMailbox::new(vm.ram(), vcpu).progress().unwrap()
 }
 
-/// Whether every pair goes on; else which does not, and where it stands.
+/// Checks that every pair makes progress. The error names the pair that does not, and its count.
 pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
     let firsts: Vec<u64> = (0..).step_by(2).take(pairs.len()).collect();
     let from: Vec<u64> = firsts.iter().map(|vcpu| progress(vm, *vcpu)).collect();
@@ -115,8 +114,9 @@ pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
     Ok(())
 }
 
-/// Forks, starts a child each time, and looks whether it goes on: also after a reset in the middle
-/// of its own storm. Ends at the first that is stuck. None on a host that cannot run VMs.
+/// Forks repeatedly, starts a child each time, and checks that it makes progress, also after a
+/// reset in the middle of its own storm. Ends at the first child that is stuck. Returns None on a
+/// host that cannot run VMs.
 fn run(storm: Storm) -> Option<Found> {
     let context = Context::new(Arc::new(host()?), Store::open_small().unwrap()).unwrap();
     let mut parent = boot(&context, storm.pairs);
@@ -169,8 +169,8 @@ fn no_interrupt_between_vcpus_is_lost_by_a_fork() {
     }
 }
 
-/// The same storm finds its stuck child when vCPUs save beside siblings that run: a check that
-/// cannot fail proves nothing.
+/// The same storm must find a stuck child when vCPUs save while siblings run: a check that cannot
+/// fail proves nothing.
 #[test]
 fn a_save_that_does_not_wait_for_all_vcpus_is_noticed() {
     let Some(found) = run(Storm { saves_early: true, forks: 400, ..QUICK }) else { return };

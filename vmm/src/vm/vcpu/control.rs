@@ -1,5 +1,5 @@
-//! Where the vCPU threads of a VM meet the thread that starts, pauses, saves, resets or stops it:
-//! the owner.
+//! Synchronizes the vCPU threads of a VM with its owner: the thread that starts, pauses, saves,
+//! resets or stops it.
 //!
 //! # The order of a save
 //!
@@ -11,18 +11,17 @@
 //! 5. The owner collects the states, then saves the interrupt controllers, then resumes.
 //!
 //! A vCPU that saved in step 2 would lose interrupts. A sibling still in the guest may send it an
-//! IPI, NMI, INIT or SIPI after its local APIC was read. That interrupt is in no saved state. The
-//! sender has sent it already and does not repeat it, so a child whose vCPU waits for it waits for
-//! ever.
+//! IPI, NMI, INIT or SIPI after its local APIC was read. That interrupt is in no saved state, and
+//! the sender does not repeat it. A child whose vCPU waits for it would wait for ever.
 //!
 //! Loading another state in place (a reset) keeps the same order: no vCPU loads before all are
 //! parked, and none runs before all have loaded.
 //!
 //! # The order of a start
 //!
-//! 1. Each vCPU takes its state.
+//! 1. Each vCPU loads its state.
 //! 2. The last one to do so does what the VM as a whole needs ([`VcpuControl::begin`]).
-//! 3. All enter the guest, or none does. The owner gets its answer at this moment, with the first
+//! 3. All enter the guest, or none does. At this moment the owner gets the result: the first
 //!    failure if there is one.
 //!
 //! No thread waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and
@@ -40,20 +39,20 @@ use crate::vm::vcpu::kick::Kicker;
 use crate::vm::vcpu::schedule::Schedule;
 use state::{Inner, Phase, RUN, Startup, State};
 
-/// How long a vCPU may take to come out of the guest. It takes microseconds; past this the host is
+/// How long a vCPU may take to leave the guest. It takes microseconds; past this the host is
 /// broken.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The meeting point. `O` is what a vCPU starts with, `S` what it saves.
+/// The synchronization point. `O` is what a vCPU starts with, `S` what it saves.
 ///
 /// # The VM's state
 ///
 /// | from | to | when |
 /// |---|---|---|
 /// | Running | Pausing | the first pause is taken, and a vCPU is not parked |
-/// | Running | Paused | the first pause is taken, and every vCPU is still parked from the last one |
+/// | Running | Paused | the first pause is taken, and every vCPU is still parked from the last |
 /// | Pausing | Paused | the last vCPU parks |
-/// | Pausing, Paused | Running | the last pause is given back |
+/// | Pausing, Paused | Running | the last pause is released |
 /// | Running, Pausing, Paused | Stopped | [`VcpuControl::stop`]; the first reason stays |
 ///
 /// A pause that is taken while another is held changes no state. Only `set_state` changes it, and
@@ -81,9 +80,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Locks and memory order
 ///
-/// All of it is under one lock but the wish, which a vCPU reads on its way into the guest. The wish
-/// is written under the lock, SeqCst, and before the kick: see [`Kicker::clear_immediate_exit`],
-/// with which it pairs.
+/// One lock protects everything except the wish, which a vCPU reads before it enters the guest. The
+/// wish is written under the lock, SeqCst, and before the kick. It pairs with
+/// [`Kicker::clear_immediate_exit`].
 pub(crate) struct VcpuControl<O, S> {
     wish: AtomicU8,
     inner: Mutex<Inner<O, S>>,
@@ -93,7 +92,7 @@ pub(crate) struct VcpuControl<O, S> {
     pub(crate) schedule: Schedule,
 }
 
-/// Which request to save or to load a vCPU works on. An answer to an older one is dropped.
+/// The number of a request to save or to load. An answer to an older request is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request(u64);
 
@@ -163,12 +162,12 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Says how vCPU `index` took the state it starts with, and waits until the start is decided.
-    /// True when the guest may be entered.
+    /// Reports whether vCPU `index` has loaded its first state, and waits until the start is
+    /// decided. Returns true if the vCPU may enter the guest.
     ///
-    /// The last vCPU to come runs `lead`, which does what the VM as a whole needs. No vCPU enters
-    /// the guest before it is done. A failure or a panic of any of them stops the VM and is the
-    /// owner's answer; no vCPU waits on.
+    /// The last vCPU to arrive runs `lead`, which does what the VM as a whole needs. No vCPU enters
+    /// the guest before that is done. A failure or a panic of any of them stops the VM and is
+    /// returned to the owner; no vCPU waits on.
     pub(crate) fn begin(
         &self,
         index: usize,
@@ -188,7 +187,7 @@ impl<O, S> VcpuControl<O, S> {
             }
             return inner.startup == Startup::Begun;
         }
-        // Not under the lock: a device that goes on may stop the VM.
+        // Not under the lock: a device that resumes may stop the VM.
         drop(inner);
         if let Err(error) = catch_panic(index, lead) {
             self.fail_start(index, error);
@@ -207,7 +206,7 @@ impl<O, S> VcpuControl<O, S> {
         };
         let mut inner = self.inner();
         inner.startup = Startup::Failed;
-        // The first stays.
+        // The first failure stays.
         inner.failure.get_or_insert(error);
         drop(inner);
         self.stop(reason);
@@ -219,7 +218,7 @@ impl<O, S> VcpuControl<O, S> {
         self.wish.load(Ordering::SeqCst) == RUN
     }
 
-    /// Parks the vCPU until there is something to do. Call with `parked` false the first time, true
+    /// Parks the vCPU until it must run, save, load or exit. `parked` is false the first time, true
     /// after a [`Next::Save`] or [`Next::Load`].
     pub(crate) fn park(&self, index: usize, parked: bool) -> Next<O> {
         let mut inner = self.inner();
@@ -228,7 +227,7 @@ impl<O, S> VcpuControl<O, S> {
             self.to_owner.notify_all();
             if inner.state == State::Pausing && inner.all_in(Phase::Parked) {
                 self.set_state(&mut inner, State::Paused);
-                // Those that parked before have waited for this one.
+                // vCPUs that parked before have waited for this one.
                 self.to_vcpus.notify_all();
             }
         }
@@ -262,8 +261,8 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Hands in what a vCPU has saved for `request`. Dropped if that was given up and another was
-    /// made since: the vCPU's siblings may have run in between.
+    /// Submits the state that a vCPU has saved for `request`. It is dropped if a newer request was
+    /// made: the vCPU's siblings may have run in between.
     pub(crate) fn submit_state(&self, index: usize, request: Request, state: Result<S, VmError>) {
         let mut inner = self.inner();
         if request == Request(inner.save_asked) {
@@ -273,7 +272,7 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Hands in how a vCPU took the state it was given for `request`.
+    /// Submits the result of loading the state of `request`.
     pub(crate) fn has_loaded(&self, index: usize, request: Request, result: Result<(), VmError>) {
         let mut inner = self.inner();
         if request == Request(inner.load_asked) {
@@ -282,7 +281,7 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// The last call of vCPU `index`'s thread: it has given its vCPU up.
+    /// The last call of vCPU `index`'s thread, which has dropped its vCPU.
     pub(crate) fn thread_exited(&self, index: usize) {
         self.inner().vcpus[index].phase = Phase::Exited;
         self.to_owner.notify_all();
@@ -290,8 +289,8 @@ impl<O, S> VcpuControl<O, S> {
 
     // --- the owner's side ---
 
-    /// Starts the vCPUs, one order each. Returns once all of them have taken their state and may
-    /// enter the guest.
+    /// Starts the vCPUs, with one order each. Returns once all of them have loaded their state and
+    /// may enter the guest.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
@@ -315,7 +314,7 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Takes a pause. The vCPUs are not kicked, and not waited for.
+    /// Takes a pause. Neither kicks the vCPUs nor waits for them.
     fn hold(&self, inner: &mut Inner<O, S>) {
         inner.pauses += 1;
         if inner.state == State::Running {
@@ -329,7 +328,7 @@ impl<O, S> VcpuControl<O, S> {
         self.hold(&mut self.inner());
     }
 
-    /// Waits until every thread is there to take an order.
+    /// Waits until every thread is ready to take an order.
     pub(crate) fn wait_idle(&self) -> Result<(), VmError> {
         self.wait(|inner| inner.all_in(Phase::Idle)).map(drop)
     }
@@ -350,7 +349,7 @@ impl<O, S> VcpuControl<O, S> {
         Ok(inner)
     }
 
-    /// Takes a pause: returns once no vCPU is in the guest. With `save`, each vCPU goes on to save
+    /// Takes a pause: returns once no vCPU is in the guest. With `save`, each vCPU then saves
     /// itself.
     pub(crate) fn pause(&self, save: bool) -> Result<(), VmError> {
         let mut inner = self.inner();
@@ -380,13 +379,13 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// The vCPUs' states, requested by [`VcpuControl::pause`].
+    /// Waits for the vCPUs' states, requested by [`VcpuControl::pause`].
     pub(crate) fn collect(&self) -> Result<Vec<S>, VmError> {
         let mut inner = self.wait(|inner| inner.vcpus.iter().all(|vcpu| vcpu.save_done == inner.save_asked))?;
         inner.vcpus.iter_mut().map(|vcpu| vcpu.saved.take().unwrap_or(Err(VmError::NotSaved))).collect()
     }
 
-    /// Gives vCPUs that are all parked another state, each an order.
+    /// Gives each vCPU an order to load another state. All of them must be parked.
     pub(crate) fn load(&self, orders: impl IntoIterator<Item = O>) {
         let mut inner = self.inner();
         inner.load_asked += 1;
@@ -396,13 +395,13 @@ impl<O, S> VcpuControl<O, S> {
         self.to_vcpus.notify_all();
     }
 
-    /// Waits until every vCPU has taken what [`VcpuControl::load`] gave it.
+    /// Waits until every vCPU has loaded the state of [`VcpuControl::load`].
     pub(crate) fn await_loaded(&self) -> Result<(), VmError> {
         let mut inner = self.wait(|inner| inner.vcpus.iter().all(|vcpu| vcpu.loaded.is_some()))?;
         inner.vcpus.iter_mut().try_for_each(|vcpu| vcpu.loaded.take().unwrap_or(Err(VmError::NotSaved)))
     }
 
-    /// Gives a pause back; the last one lets the vCPUs run.
+    /// Releases a pause; after the last one the vCPUs run.
     pub(crate) fn resume(&self) {
         let mut inner = self.inner();
         inner.pauses = inner.pauses.saturating_sub(1);
@@ -421,7 +420,7 @@ impl<O, S> VcpuControl<O, S> {
         }
         let untaken: Vec<Option<O>> = inner.vcpus.iter_mut().map(|vcpu| vcpu.order.take()).collect();
         drop(inner);
-        // Not under the lock: with the last of them go the devices.
+        // Not under the lock: the last order to be dropped drops the devices.
         drop(untaken);
         self.to_vcpus.notify_all();
         self.to_owner.notify_all();

@@ -54,7 +54,7 @@ impl std::fmt::Debug for Kicker {
 }
 
 /// A vCPU's thread, enrolled to be kicked. Withdrawn on drop, which must come before the vCPU's
-/// own.
+/// drop.
 pub(crate) struct Enrolled<'a>(&'a Kicker);
 
 impl Drop for Enrolled<'_> {
@@ -77,8 +77,8 @@ impl Kicker {
 
     /// Makes the thread leave KVM_RUN, now or as soon as it would enter it.
     pub(crate) fn kick(&self) {
-        // The lock is held over both steps: the thread cannot withdraw, and so neither it nor its
-        // kvm_run can go, in between.
+        // The lock is held over both steps. The thread cannot withdraw in between, so neither it
+        // nor its kvm_run can go away.
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {
             // SAFETY: enrolled, so the kvm_run page is mapped; immediate_exit is a byte the kernel

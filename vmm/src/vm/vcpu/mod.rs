@@ -3,11 +3,11 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `run` | the loop around `KVM_RUN`, and what answers each exit |
+//! | `run` | the loop around `KVM_RUN`, and the handling of each exit |
 //! | `state` | a vCPU's state: set at a boot, restored, saved at a fork, replaced at a reset |
-//! | `control` | where these threads meet the thread that starts, pauses, saves, resets or stops the VM |
+//! | `control` | synchronizes these threads with the owner of the VM |
 //! | `kick` | getting a thread out of `KVM_RUN` |
-//! | `sched` | how soon a waking thread gets a processor |
+//! | `sched` | makes a waking thread run soon |
 //! | `schedule` | delays that tests put before kicks |
 //! | `ticket_lock` | one operation on a VM at a time, in order |
 
@@ -39,7 +39,7 @@ use control::{Next, VcpuControl};
 pub(crate) enum Start {
     /// The boot vCPU starts at the entry; the others wait for INIT-SIPI.
     Boot(Entry),
-    /// Where it was at the fork.
+    /// The vCPU continues where it was at the fork.
     Restore(Arc<ForkImage>),
 }
 
@@ -68,12 +68,12 @@ pub(crate) struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// The thread's whole life.
+    /// The main function of the thread.
     pub(crate) fn main(mut self) {
         let (index, control) = (self.index, Arc::clone(&self.control));
         let enrolled = control.kicker(index).enrol(&mut self.vcpu);
         let end = end_of(index, || self.life());
-        // Withdrawn before the vCPU and its kvm_run page go.
+        // Withdraw before the vCPU and its kvm_run page are dropped.
         drop(enrolled);
         drop(self);
         if let Some(reason) = end {
@@ -83,7 +83,8 @@ impl VcpuThread {
     }
 
     fn life(&mut self) -> Option<StopReason> {
-        // The owner waits for the thread to start. A thread that runs a guest is one of many.
+        // The owner waits for the thread to start. Once it runs a guest, it has no priority over
+        // others.
         sched::boost();
         let Next::Start(command) = self.control.wait_for_order(self.index) else { return None };
         if !self.prepare(&command) {
@@ -91,7 +92,7 @@ impl VcpuThread {
         }
         sched::unboost();
         loop {
-            // Before the look, not after: see Kicker::clear_immediate_exit.
+            // Before `may_run`, not after: see Kicker::clear_immediate_exit.
             self.control.kicker(self.index).clear_immediate_exit();
             if !self.control.may_run() && !self.park() {
                 return None;
@@ -102,8 +103,8 @@ impl VcpuThread {
         }
     }
 
-    /// Gives the vCPU the state it starts with. All vCPUs of a VM have theirs before the first of
-    /// them runs. False when the VM does not start; it has its stop reason then.
+    /// Loads the vCPU's first state. All vCPUs of a VM have theirs before the first of them runs.
+    /// Returns false if the VM does not start; it has its stop reason then.
     fn prepare(&mut self, command: &StartCommand) -> bool {
         let own = catch_panic(self.index, || self.give_state(&command.start));
         if !self.control.begin(self.index, own, || self.lead(command)) {
@@ -116,7 +117,7 @@ impl VcpuThread {
         true
     }
 
-    /// What the VM as a whole needs between its last vCPU's state and its first instruction.
+    /// Does what the VM as a whole needs between its last vCPU's state and its first instruction.
     fn lead(&self, command: &StartCommand) -> Result<(), VmError> {
         match &command.start {
             Start::Boot(_) => command.devices.reraise(),

@@ -1,4 +1,4 @@
-//! The loop around `KVM_RUN`, and what answers each exit.
+//! The loop around `KVM_RUN`, and the handling of each exit.
 
 use kvm_ioctls::VcpuExit;
 use vm_memory::{Bytes, GuestAddress};
@@ -46,8 +46,8 @@ impl VcpuThread {
                         return Some(reason);
                     }
                 }
-                // An exit is answered before the next KVM_RUN, and that call completes the
-                // instruction: only at EINTR is the vCPU between two instructions, and only then
+                // An exit is handled before the next KVM_RUN, and that call completes the
+                // instruction. Only at EINTR is the vCPU between two instructions, and only then
                 // may it be saved.
                 Ok(VcpuExit::Intr) => return None,
                 Ok(exit) => return Some(StopReason::Unexpected { vcpu, exit: format!("{exit:?}") }),

@@ -1,11 +1,11 @@
-//! How soon a waking thread gets a processor that other threads use.
+//! Makes a waking thread run soon on a processor that other threads use.
 //!
 //! Linux lets a running thread finish its slice (3 ms and more) before a thread that has just
-//! woken, unless the latter has a shorter slice. With the parent's vCPUs running on every
-//! processor, a child's first instruction would come milliseconds late. So a vCPU thread that waits
-//! to start has the shortest slice.
+//! woken, unless the latter's slice is shorter. With the parent's vCPUs running on every processor,
+//! a child's first instruction would come milliseconds late. So a vCPU thread that waits to start
+//! has the shortest slice.
 //!
-//! A heavier weight keeps it from waiting behind threads that have had less time; that takes
+//! A heavier weight keeps it from waiting behind threads that have had less time; that needs
 //! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
 
 use std::cell::OnceCell;
@@ -21,7 +21,7 @@ thread_local! {
     static GIVEN: OnceCell<i32> = const { OnceCell::new() };
 }
 
-/// The calling thread gets a processor soon after it wakes.
+/// Makes the calling thread run soon after it wakes.
 pub(crate) fn boost() {
     let given = given();
     // Without CAP_SYS_NICE: the shorter slice alone.
@@ -30,13 +30,13 @@ pub(crate) fn boost() {
     }
 }
 
-/// The calling thread is scheduled like any other.
+/// Schedules the calling thread like any other again.
 pub(crate) fn unboost() {
     set(0, given());
 }
 
-/// The calling thread is scheduled promptly until this is dropped: for the few hundred microseconds
-/// in which a VM stands still, or a child starts.
+/// Boosts the calling thread until this is dropped: for the few hundred microseconds in which a VM
+/// is paused, or a child starts.
 pub(crate) struct BoostGuard(());
 
 impl BoostGuard {
@@ -57,12 +57,12 @@ fn given() -> i32 {
     GIVEN.with(|given| *given.get_or_init(|| unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }))
 }
 
-/// Returns whether the scheduler took both.
+/// Sets slice and nice value of the calling thread. Returns whether the scheduler took both.
 fn set(slice_ns: u64, nice: i32) -> bool {
     let attr = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_OTHER as u32,
-        // A boosted thread makes a child's vCPU threads. They are not boosted themselves.
+        // A boosted thread creates a child's vCPU threads, which must not be boosted themselves.
         sched_flags: if slice_ns > 0 { libc::SCHED_FLAG_RESET_ON_FORK as u64 } else { 0 },
         sched_nice: nice,
         sched_priority: 0,

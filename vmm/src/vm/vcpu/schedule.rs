@@ -1,4 +1,4 @@
-//! Schedules of a pause that tests choose. Outside this crate's tests this is empty.
+//! Schedules of a pause that tests choose. Empty outside this crate's tests.
 
 #[cfg(test)]
 mod chosen;

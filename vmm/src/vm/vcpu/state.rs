@@ -11,7 +11,7 @@ use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, VcpuThread};
 
 impl VcpuThread {
-    /// Gives the vCPU the state it starts with.
+    /// Loads the state that the vCPU starts with.
     pub(super) fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
         match start {
             Start::Boot(entry) => {
@@ -40,11 +40,11 @@ impl VcpuThread {
         Ok(state)
     }
 
-    /// Parks, and saves or replaces the vCPU's state as often as the owner asks. False when the
-    /// thread is to end.
+    /// Parks, and saves or replaces the vCPU's state as often as the owner requests it. Returns
+    /// false when the thread must end.
     pub(super) fn park(&mut self) -> bool {
-        // The owner waits for this thread to save, and the guest for it to run on. Both wait for
-        // its wake-up, not for the end of another thread's slice.
+        // The owner waits for this thread to save, and the guest for it to run on. Neither may wait
+        // for the end of another thread's slice.
         let _boost = BoostGuard::new();
         let mut next = self.control.park(self.index, false);
         loop {
@@ -58,7 +58,7 @@ impl VcpuThread {
                 Next::Load(request, command) => {
                     // Caught, because the owner waits for this vCPU.
                     let loaded = catch_panic(self.index, || {
-                        // Events on their way to the guest belong to the instant before the reset.
+                        // Pending events belong to the instant before the reset.
                         forget_pending(&self.vcpu)?;
                         self.give_state(&command.start)
                     });
@@ -66,7 +66,7 @@ impl VcpuThread {
                     next = self.control.park(self.index, true);
                 }
                 Next::Run => {
-                    // The pause's kick is spent. The flag is cleared, and the wish read again,
+                    // The pause's kick has done its work. Clear the flag and read the wish again
                     // before the guest is entered.
                     self.control.kicker(self.index).clear_immediate_exit();
                     if self.control.may_run() {
@@ -80,8 +80,8 @@ impl VcpuThread {
         }
     }
 
-    /// Tells the guest that it stood still, if it has a kvm-clock: its watchdogs then do not count
-    /// that time.
+    /// Notifies the guest that it was paused, if it has a kvm-clock: its watchdogs then do not
+    /// count that time.
     pub(super) fn notify_paused(&self) {
         if let Err(error) = mark_paused(&self.vcpu) {
             let error = crate::error_chain(&error);

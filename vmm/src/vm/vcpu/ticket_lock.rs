@@ -13,7 +13,7 @@ struct Tickets {
     now: u64,
 }
 
-/// See the module's documentation.
+/// A fair lock. See the module's documentation.
 #[derive(Debug, Default)]
 pub(crate) struct TicketLock {
     tickets: Mutex<Tickets>,
@@ -61,7 +61,7 @@ mod tests {
     fn who_asks_again_and_again_starves_nobody() {
         let (turns, done, others) = (TicketLock::default(), AtomicBool::new(false), AtomicUsize::new(0));
         thread::scope(|scope| {
-            // Gives its turn back only to ask for the next.
+            // Releases its turn only to take the next.
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     let _turn = turns.take();
@@ -76,7 +76,7 @@ mod tests {
                 let turn = turns.take();
                 let between = others.load(Ordering::SeqCst) - before;
                 drop(turn);
-                // The one it has, and one more if it asked in between the look and our own asking.
+                // The turn it has, and one more if it drew a ticket between our read and our draw.
                 assert!(between <= 2, "{between} turns of the other's before ours, {waiting} were drawn");
                 thread::sleep(Duration::from_micros(100));
             }

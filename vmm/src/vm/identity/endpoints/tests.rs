@@ -61,8 +61,7 @@ fn nobody_shares_an_address_or_a_socket() {
     drop(Endpoints::boot(&config).unwrap());
 }
 
-/// What a snapshot may say: a socket and interfaces of the host's choice, and an address behind
-/// which there is none.
+/// A snapshot may name any socket and interface of the host, and a CID after which there is none.
 #[test]
 fn what_a_snapshot_says_of_the_host_is_not_believed() {
     let (victim, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

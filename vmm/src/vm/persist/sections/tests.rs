@@ -87,7 +87,7 @@ fn restored(sections: &Sections, like: &ForkImage) -> Result<ForkImage, SavedErr
     ForkImage::from_sections(sections, like.ram.clone(), like.backends.clone())
 }
 
-/// The sections of `image`, one of them as `change` leaves its fields.
+/// The sections of `image`, with one of them modified by `change`.
 fn changed<T: Serialize + DeserializeOwned>(
     image: &ForkImage,
     section: &'static str,
@@ -207,7 +207,7 @@ proptest! {
             bytes.splice(at.., stuffing);
         }
         match restored(&sections, &image) {
-            // Whatever it is now, it can be written down and read again.
+            // An accepted image can be written and read again.
             Ok(read) => {
                 let again = read.sections().unwrap();
                 prop_assert_eq!(restored(&again, &image).unwrap().sections().unwrap(), again);

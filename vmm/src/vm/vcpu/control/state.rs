@@ -1,4 +1,4 @@
-//! What [`VcpuControl`](super::VcpuControl) keeps under its lock: the state of the VM, and the
+//! The data under the lock of [`VcpuControl`](super::VcpuControl): the state of the VM, and the
 //! phase of each vCPU.
 
 use crate::vm::error::VmError;
@@ -12,7 +12,7 @@ pub(super) enum State {
     Running,
     /// A pause is held, and at least one vCPU is not parked.
     Pausing,
-    /// A pause is held, and every vCPU is parked. It stays so until the last pause is given back.
+    /// A pause is held, and every vCPU is parked. It stays so until the last pause is released.
     Paused,
     /// The VM has stopped for good.
     Stopped(StopReason),
@@ -33,43 +33,43 @@ impl State {
     }
 }
 
-/// How far the start of the vCPUs is. Beside [`State`], because a VM may start paused.
+/// The progress of the start. Separate from [`State`], because a VM may start paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Startup {
-    /// So many vCPUs have taken their state.
+    /// This many vCPUs have loaded their state.
     Preparing(usize),
-    /// All have. They may enter the guest.
+    /// All vCPUs have loaded their state, and may enter the guest.
     Begun,
-    /// One could not, or the VM as a whole could not. No vCPU enters the guest.
+    /// A vCPU could not load its state, or the last one failed. No vCPU enters the guest.
     Failed,
 }
 
-/// Where the thread of one vCPU is. See [`VcpuControl`](super::VcpuControl) for its transitions.
+/// The phase of one vCPU's thread. See [`VcpuControl`](super::VcpuControl) for its transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Its thread is being made.
     Spawned,
     /// It waits for its start command.
     Idle,
-    /// It takes its state, or runs the guest.
+    /// It loads its state, or runs the guest.
     Started,
     /// It is out of the guest and between two instructions: it waits, saves or loads.
     Parked,
-    /// The VM has stopped, and it has seen that.
+    /// It has seen that the VM has stopped.
     Leaving,
-    /// Its thread has given the vCPU up and ends.
+    /// Its thread has dropped the vCPU and ends.
     Exited,
 }
 
 /// One vCPU. `O` is what it starts with, `S` what it saves.
 pub(super) struct Vcpu<O, S> {
     pub(super) phase: Phase,
-    /// What it is to start with if it is idle, or to load if it is parked.
+    /// The order to start with if it is idle, or to load if it is parked.
     pub(super) order: Option<O>,
-    /// The newest request to save that it has answered.
+    /// The number of the newest request to save that it has answered.
     pub(super) save_done: u64,
     pub(super) saved: Option<Result<S, VmError>>,
-    /// How it took the state of the newest request to load. None while it has not.
+    /// The result of the newest request to load. None until the vCPU has answered.
     pub(super) loaded: Option<Result<(), VmError>>,
 }
 

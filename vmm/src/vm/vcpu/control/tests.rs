@@ -9,7 +9,7 @@ use super::{Next, Phase, State, VcpuControl};
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
-/// Long enough for a thread that may go on to do so.
+/// Long enough for a thread to go on, if it may.
 const SETTLE: Duration = Duration::from_millis(150);
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -23,8 +23,8 @@ fn parks(control: &Arc<Control>, index: usize, told: &Sender<(usize, Next<u32>)>
     })
 }
 
-/// A thread that pauses. It has asked for it when this returns: a vCPU that parks before that is
-/// told to run.
+/// Starts a thread that pauses, and waits for its request: a vCPU that parked earlier would get
+/// [`Next::Run`].
 fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     let pauser = {
         let control = Arc::clone(control);
@@ -36,7 +36,8 @@ fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     pauser
 }
 
-/// What both vCPUs are told once both are parked, the first having parked alone for a while.
+/// What both vCPUs get from `park`. The first parks alone for a while; what it gets in that time is
+/// the error.
 fn one_then_the_other(control: &Arc<Control>) -> Result<[Next<u32>; 2], (usize, Next<u32>)> {
     let pauser = pauses(control, true);
     let (tell, told): (_, Receiver<(usize, Next<u32>)>) = channel();
@@ -87,8 +88,8 @@ fn no_vcpu_loads_before_all_are_parked() {
     [pauser, first, second].into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-/// A fork that fails in the middle resumes while a vCPU still saves. What that hands in late is of
-/// another instant.
+/// A fork that fails in the middle resumes while a vCPU still saves. Its late state is of another
+/// instant.
 #[test]
 fn a_state_saved_for_an_earlier_pause_is_dropped() {
     let control = Arc::new(Control::new(1));
@@ -107,8 +108,8 @@ fn a_state_saved_for_an_earlier_pause_is_dropped() {
     assert_eq!(control.collect().unwrap(), [2]);
 }
 
-/// vCPUs that begin with `own`, the last with `lead`. Returns what the owner is told and who
-/// entered the guest.
+/// vCPUs that begin with `own`, the last with `lead`. Returns the owner's result, which vCPUs
+/// entered the guest, and the stop reason.
 fn start(
     own: Vec<Result<(), VmError>>,
     lead: impl Fn() -> Result<(), VmError> + Send + Sync + 'static,
@@ -169,13 +170,13 @@ fn a_vm_stopped_while_it_starts_strands_nobody() {
     assert!(matches!(control.start([1, 2]), Err(VmError::Stopped(StopReason::Requested))));
 }
 
-/// An order has the VM's devices: kept, a VM that was stopped in the middle of a reset would never
-/// give them back.
+/// An order has the VM's devices. If it were kept, a VM stopped in the middle of a reset would
+/// never release them.
 #[test]
 fn an_order_that_nobody_takes_any_more_is_dropped() {
     let (before, after) = (Arc::new(()), Arc::new(()));
     let control = VcpuControl::<Arc<()>, ()>::new(2);
-    // One that was given in time, and never taken; and one that comes too late.
+    // One order is given in time and never taken; the other comes too late.
     control.load([Arc::clone(&before), Arc::clone(&before)]);
     assert_eq!(Arc::strong_count(&before), 3);
     control.stop(StopReason::Requested);

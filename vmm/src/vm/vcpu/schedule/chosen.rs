@@ -19,7 +19,7 @@ impl Schedule {
         self.random.store(seed, Ordering::Relaxed);
     }
 
-    /// Switches the rule off that no vCPU saves before all are parked.
+    /// Disables the rule that no vCPU saves before all are parked.
     pub(crate) fn save_early(&self) {
         self.early.store(true, Ordering::Relaxed);
     }
