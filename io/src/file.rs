@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -124,6 +124,8 @@ pub struct IoFile {
     /// Writes that were given to the kernel and not reaped.
     writes: Mutex<usize>,
     no_writes: Condvar,
+    /// Open as long as the file is: leases and locks of the process it comes from.
+    kept: Vec<Arc<OwnedFd>>,
 }
 
 impl IoFile {
@@ -176,10 +178,43 @@ impl IoFile {
         Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
     }
 
+    /// The file, which keeps `kept` open as long as it is open itself.
+    #[must_use]
+    pub fn keeping(mut self, kept: Vec<Arc<OwnedFd>>) -> Self {
+        self.kept = kept;
+        self
+    }
+
+    /// What it keeps open.
+    #[must_use]
+    pub fn kept(&self) -> &[Arc<OwnedFd>] {
+        &self.kept
+    }
+
+    /// The file for another process, open for reading only.
+    ///
+    /// # Errors
+    /// When it cannot be opened again (procfs is needed).
+    pub fn read_only_file(&self) -> Result<File, FileError> {
+        let path = format!("/proc/self/fd/{}", self.handles.cached.as_raw_fd());
+        File::open(path).map_err(|error| self.failed("opened for another process", error))
+    }
+
+    /// Another descriptor of the open file: as long as there is one, the file is locked as it is
+    /// here.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub fn lock_descriptor(&self) -> Result<OwnedFd, FileError> {
+        let descriptor = self.handles.cached.as_fd().try_clone_to_owned();
+        descriptor.map_err(|error| self.failed("given another descriptor", error))
+    }
+
     pub(crate) fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
         let (linked, unsynced, path) = (AtomicBool::new(false), AtomicBool::new(false), path.to_owned());
-        Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes }
+        let kept = Vec::new();
+        Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes, kept }
     }
 
     /// Whether writes to it have ended since the last call. The caller must make those writes

@@ -78,6 +78,9 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
+    /// A layer's file could not be opened again for reading.
+    #[error("a layer's file could not be opened for another process")]
+    Reopen(#[source] io::Error),
     /// Memory is already there.
     #[error("the region at {base:#x} already has memory")]
     NotEmpty {

@@ -63,9 +63,12 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// A layer of another process came in a file that can be written here.
+    #[error("the file of another process's layer must be open for reading only")]
+    Writable,
 }
 
-/// CopyService by every VM that may share memory with another.
+/// Shared by every VM that may share memory with another.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 

@@ -54,6 +54,31 @@ fn scattered(n: u64) -> u64 {
     n * 2_777 % PAGES
 }
 
+/// What another process would map: no page of the layer may be missing, for it would be zeros.
+#[test]
+fn i4_a_layer_for_another_process_is_complete() {
+    for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
+        let ram = parent(&store);
+        (0..PAGES).for_each(|page| write(&ram, page, page + 1));
+        let (image, report) = freeze(&ram, FreezeMode::Background);
+        assert!(report.pending > 0);
+        let map = image.maps().next().unwrap();
+        for (range, source) in map.iter() {
+            let file = source.layer.read_only_file().unwrap();
+            let bytes = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+            assert!(bytes >= range.len() * PAGE_SIZE, "{bytes} bytes behind {range}");
+            let lease = std::sync::Arc::new(file.try_clone().unwrap().into());
+            let layer = store.foreign_layer(file, source.layer.pages(), lease).unwrap();
+            let mut got = vec![0; (range.len() * PAGE_SIZE) as usize];
+            layer.read_pages(source.at, &mut got).unwrap();
+            for (at, page) in got.chunks(PAGE_SIZE as usize).enumerate() {
+                assert_eq!(page[..8], (range.start() + at as u64 + 1).to_ne_bytes(), "page {at} of {range}");
+            }
+        }
+        ram.finish_background().unwrap();
+    }
+}
+
 /// Rounds: all pages are written, the VM is frozen, and while the delta is filled the next round's
 /// writers are at work on the parent, and readers on two children. Every image must be exactly its
 /// round.

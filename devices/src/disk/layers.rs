@@ -15,7 +15,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::IoFile;
+use clade_io::{FileError, IoFile};
 
 use super::image::open_overlays;
 use super::map::{BlockMap, CLUSTER, Source};
@@ -38,6 +38,15 @@ pub struct DiskLayer {
     pub file: Option<Arc<IoFile>>,
     /// The clusters that the layer has.
     pub runs: Vec<DiskRun>,
+}
+
+/// `file` by a descriptor of its own, open for reading only.
+fn shared(file: &IoFile) -> Result<IoFile, FileError> {
+    let mut kept = file.kept().to_vec();
+    if file.is_named() {
+        kept.push(Arc::new(file.lock_descriptor()?));
+    }
+    Ok(IoFile::read_only(file.read_only_file()?, file.path(), file.policy()).keeping(kept))
 }
 
 /// Appends a run, joined to the last one where they are adjacent and of one kind.
@@ -142,6 +151,28 @@ impl DiskImage {
             }
         }
         Ok(())
+    }
+
+    /// The disk as layers that another process may have: files of their own, open for reading only.
+    /// While it uses them, this image must be held here. Each keeps a lock on an image file as it
+    /// is, for when this process ends first.
+    ///
+    /// # Errors
+    /// When a file cannot be opened again.
+    pub fn shared_layers(&self) -> Result<Vec<DiskLayer>, FileError> {
+        let mut layers: Vec<(&Arc<IoFile>, DiskLayer)> = Vec::new();
+        for (clusters, source) in self.map.extents() {
+            let Source::File(file) = source else { continue };
+            let at = match layers.iter().position(|(of, _)| Arc::ptr_eq(of, file)) {
+                Some(at) => at,
+                None => {
+                    layers.push((file, DiskLayer { file: Some(Arc::new(shared(file)?)), runs: Vec::new() }));
+                    layers.len() - 1
+                }
+            };
+            push(&mut layers[at].1.runs, clusters, false);
+        }
+        Ok(layers.into_iter().map(|(_, layer)| layer).collect())
     }
 
     /// A disk of `size` bytes made of a snapshot's layers, oldest first. Later runs cover earlier

@@ -8,8 +8,11 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+use rustix::fs::OFlags;
 
 use crate::error::RamError;
 use crate::freeze::RegionImage;
@@ -19,7 +22,7 @@ use crate::layer::{Home, Layer, LayerMap};
 use crate::ram::{GuestRam, RamImage, RamLayout};
 use crate::region::nofork::{NoFork, NoForkMap};
 use crate::store::{Backing, Store, StoreError};
-use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, join_runs, subtract_runs};
+use crate::units::{PAGE_SIZE, PageRange, join_runs, subtract_runs};
 
 /// A layer that is being filled by its maker.
 #[derive(Debug)]
@@ -55,12 +58,23 @@ impl Store {
     /// # Errors
     /// When the file is shorter.
     pub fn file_layer(&self, file: File, pages: u64) -> Result<LayerHandle, StoreError> {
-        let short = |source| StoreError::File { pages, source };
-        let bytes = file.metadata().map_err(short)?.len();
-        if bytes < pages << PAGE_SHIFT {
-            return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
-        }
+        check_length(&file, pages)?;
         Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::File))))
+    }
+
+    /// A layer that another process published ([`LayerHandle::read_only_file`]), in the first
+    /// `pages` pages of a file in memory. It is mapped as it stands and never written. `lease` is
+    /// open as long as anything here uses the layer: its publisher keeps the pages until then.
+    ///
+    /// # Errors
+    /// When the file is shorter, or open for writing.
+    pub fn foreign_layer(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<LayerHandle, StoreError> {
+        check_length(&file, pages)?;
+        let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
+        if mode & OFlags::ACCMODE != OFlags::RDONLY {
+            return Err(StoreError::Writable);
+        }
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::Foreign).under(lease))))
     }
 
     /// A layer of `pages` pages in memory, all zeros, to be filled.
@@ -70,6 +84,16 @@ impl Store {
     pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerBuilder, StoreError> {
         self.layer(pages, grain).map(LayerBuilder)
     }
+}
+
+/// A mapping beyond the end of a file is no memory.
+fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
+    let short = |source| StoreError::File { pages, source };
+    let bytes = file.metadata().map_err(short)?.len();
+    if pages.checked_mul(PAGE_SIZE).is_none_or(|wanted| bytes < wanted) {
+        return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
+    }
+    Ok(())
 }
 
 impl RamImage {

@@ -146,9 +146,12 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
 
 /// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives
 /// by its handle; in a layer that is being filled a hole is a page that is still to come; a
-/// snapshot is not ours to punch holes in, whatever sees it here.
+/// snapshot, or another process's layer, is not ours to punch holes in, whatever sees it here.
 fn is_whole(layer: &Layer) -> bool {
-    layer.home() != Home::File && !layer.id().is_reference() && !layer.is_base() && layer.pending().is_none()
+    !matches!(layer.home(), Home::File | Home::Foreign)
+        && !layer.id().is_reference()
+        && !layer.is_base()
+        && layer.pending().is_none()
 }
 
 /// What of `layer` no view shows and has not been given back: in whole blocks where its memory

@@ -6,8 +6,9 @@
 //! nothing of its layer is given back.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -46,6 +47,26 @@ impl LayerHandle {
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.0.failure()
+    }
+
+    /// Its file for another process, open for reading only. Waits for pages that are still being
+    /// copied: a hole is zeros to whoever maps it there.
+    ///
+    /// While the other process uses it, an image that shows those pages must be held here: what no
+    /// image and no VM of this process shows is given back.
+    ///
+    /// # Errors
+    /// When pages will never come, or the file cannot be opened again (procfs is needed).
+    pub fn read_only_file(&self) -> Result<File, RamError> {
+        self.0.wait_filled(PageRange::new(0, self.0.pages())).map_err(RamError::Lost)?;
+        File::open(format!("/proc/self/fd/{}", self.0.as_fd().as_raw_fd())).map_err(RamError::Reopen)
+    }
+
+    /// What its publisher sees it in use by, if that is another process
+    /// ([`Store::foreign_layer`](crate::Store::foreign_layer)).
+    #[must_use]
+    pub fn lease(&self) -> Option<&Arc<OwnedFd>> {
+        self.0.lease()
     }
 
     /// Bytes of memory behind its file.

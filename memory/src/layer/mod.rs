@@ -12,7 +12,7 @@ pub(crate) mod registry;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -55,6 +55,8 @@ pub(crate) enum Home {
     /// In a file that others have too, such as a snapshot's: only ever read, so nothing of it is
     /// given back.
     File,
+    /// In memory, in a file that another process published: only ever read.
+    Foreign,
 }
 
 /// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
@@ -79,6 +81,8 @@ pub(crate) struct Layer {
     /// gone. Both only grow.
     handles_made: AtomicU64,
     handles_gone: AtomicU64,
+    /// Open as long as the layer is in use, if another process published it.
+    lease: Option<Arc<OwnedFd>>,
 }
 
 impl Layer {
@@ -88,7 +92,18 @@ impl Layer {
         let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
         let (bg_copy, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
-        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone }
+        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone, lease: None }
+    }
+
+    /// Keeps `lease` open as long as the layer is in use.
+    pub(crate) fn under(mut self, lease: Arc<OwnedFd>) -> Self {
+        self.lease = Some(lease);
+        self
+    }
+
+    /// What its publisher sees it in use by.
+    pub(crate) fn lease(&self) -> Option<&Arc<OwnedFd>> {
+        self.lease.as_ref()
     }
 
     /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with
