@@ -9,6 +9,7 @@
 //! | where a VM goes back to an earlier instant, in place | `reset.rs` |
 //! | where a snapshot is written and made durable | `persist/save.rs` |
 //! | where a snapshot becomes an image again | `persist/restore.rs`, `persist/sections.rs` |
+//! | where an image goes to another process | `transfer/` |
 //! | the loop around `KVM_RUN` | `vcpu/run.rs` |
 //! | where a vCPU's state is saved and restored | `vcpu/state.rs` |
 //! | where vCPUs are paused and synchronized | `vcpu/control.rs` |
@@ -30,6 +31,7 @@ mod reset;
 mod stop;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod vcpu;
 
 pub use config::{ConfigError, DiskSpec, Irqchip, NetSpec, VmConfig};
@@ -47,3 +49,4 @@ pub use persist::{
 };
 pub use reset::ResetReport;
 pub use stop::StopReason;
+pub use transfer::{ImageParts, Leases, TransferError};

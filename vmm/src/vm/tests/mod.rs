@@ -3,3 +3,4 @@
 mod serial;
 mod start;
 mod storm;
+mod transfer;

@@ -1,0 +1,315 @@
+//! Children in other processes: they show the instant of the fork, whatever becomes of the processes that were there before,
+//! and what they show is kept as long as they are there and no longer.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_devices::disk::{CommitError, Disk};
+use clade_guests::abi::disk::What;
+use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
+use clade_memory::{Backing, PageRange};
+use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer};
+use clade_vmm::vm::{ChildOptions, ForkImage, ImageParts, Leases, Vm};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+
+const TIMEOUT: Duration = Duration::from_secs(240);
+const SOON: Duration = Duration::from_secs(30);
+const MIB: u64 = 48;
+/// Work pages that are written, and looked at.
+const PAGES: u64 = 3000;
+const SECTORS: u64 = 2048;
+/// Set in the other processes.
+const ROLE: &str = "CLADE_TEST_TRANSFER";
+
+/// What another process is told to do: a kind, a first page, a number of pages, a seed.
+type Order = [u64; 4];
+const EXPECT: u64 = 1;
+const WRITE: u64 = 2;
+const FORK: u64 = 3;
+const VERIFY_DISK: u64 = 4;
+const WRITE_DISK: u64 = 5;
+
+/// A process with a child of an image.
+struct Other {
+    socket: OwnedFd,
+    process: Child,
+}
+
+impl Other {
+    fn start(parts: &ImageParts, role: &str) -> Self {
+        let (socket, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["another_process", "--exact", "--nocapture", "--test-threads=1"]).env(ROLE, role);
+        let process = command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn().unwrap();
+        parts.send(&socket).unwrap();
+        let other = Self { socket, process };
+        other.answered("its VM");
+        other
+    }
+
+    fn answered(&self, what: &str) {
+        let mut answer = [0; 8];
+        let (got, _) = recv(&self.socket, &mut answer, RecvFlags::empty()).unwrap();
+        assert_eq!(got, 1, "the other process has ended instead of {what}");
+    }
+
+    fn ask(&self, kind: u64, first: u64, pages: u64, seed: u64) {
+        let order: Order = [kind, first, pages, seed];
+        let bytes: Vec<u8> = order.iter().flat_map(|word| word.to_le_bytes()).collect();
+        send(&self.socket, &bytes, SendFlags::NOSIGNAL).unwrap();
+        if kind != FORK {
+            self.answered(&format!("{order:?}"));
+        }
+    }
+
+    /// An image of its VM, to be given on.
+    fn fork(&self) -> ImageParts {
+        self.ask(FORK, 0, 0, 0);
+        ImageParts::receive(&self.socket).unwrap()
+    }
+
+    fn end(self) {
+        let Self { socket, mut process } = self;
+        drop(socket);
+        assert!(process.wait().unwrap().success());
+    }
+
+    fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+/// Not a test but for [`Other::start`]: what is told by the process that started it.
+#[test]
+fn another_process() {
+    let Some(role) = std::env::var_os(ROLE) else { return };
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let socket = rustix::stdio::stdin();
+    let backing = if role.to_string_lossy().contains("small") { Backing::Small } else { Backing::Huge };
+    let context = turn.context(backing);
+    let leases = Leases::default();
+    let image = ForkImage::import(&context, ImageParts::receive(socket).unwrap()).unwrap();
+    let disks = !image.config().disks.is_empty();
+    let vm = Vm::from_image(&context, "other", &image, ChildOptions { paused: true, before_start: None }).unwrap();
+    drop(image);
+    let (bare, disk) =
+        if disks { (None, Some(DiskGuest { guest: Guest::from(vm) })) } else { (Some(Guest::from(vm)), None) };
+    let answer = || send(socket, &[1], SendFlags::NOSIGNAL).unwrap();
+    answer();
+    let mut bytes = [0; 32];
+    while recv(socket, &mut bytes, RecvFlags::empty()).unwrap().0 == 32 {
+        let word = |at: usize| u64::from_le_bytes(*bytes[8 * at..].first_chunk().unwrap());
+        let (first, pages, seed) = (word(1), word(2), word(3));
+        match (word(0), &bare, &disk) {
+            (EXPECT, Some(guest), _) => {
+                guest.expect(first, pages, (seed != 0).then_some(seed), &format!("{role:?}, seed {seed}"));
+            }
+            (WRITE, Some(guest), _) => guest.fill(Writer::Guest, first, pages, seed),
+            (VERIFY_DISK, _, Some(guest)) => {
+                guest.expect(DiskGuest::whole(What::Verify, pages, seed), "the disk it has");
+            }
+            (WRITE_DISK, _, Some(guest)) => guest.expect(DiskGuest::whole(What::Write, pages, seed), "it writes"),
+            (FORK, Some(guest), _) => {
+                guest.fork().0.export(&leases).unwrap().send(socket).unwrap();
+                continue;
+            }
+            (kind, ..) => panic!("order {kind}"),
+        }
+        answer();
+    }
+}
+
+/// Waits until no other process uses anything that was given away.
+fn expect_unused(leases: &Leases) {
+    let deadline = Instant::now() + SOON;
+    while leases.count() > 0 {
+        assert!(Instant::now() < deadline, "{} images are still held", leases.count());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn exported(image: &Arc<ForkImage>, leases: &Leases) -> ImageParts {
+    image.export(leases).unwrap()
+}
+
+#[test]
+fn i4_a_child_in_another_process_shows_the_instant_of_the_fork() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    for (backing, role) in [(Backing::Huge, "huge"), (Backing::Small, "small")] {
+        let context = turn.context(backing);
+        let leases = Leases::default();
+        let parent = Guest::boot(&context, MIB, 2);
+        parent.fill(Writer::Guest, 0, PAGES, 1);
+        let (first, _) = parent.fork();
+        // In the background, by which few pages are in the layer when it is made.
+        parent.fill(Writer::Host, 0, PAGES, 2);
+        let (second, _) = parent.fork();
+        let one = Other::start(&exported(&first, &leases), role);
+        let two = Other::start(&exported(&second, &leases), role);
+        assert_eq!(leases.count(), 2);
+        drop((first, second));
+        // What the parent writes, frees and frozen again leaves behind is nothing to them.
+        for seed in 3..6 {
+            parent.fill(Writer::Guest, seed * 10, PAGES - 100, seed);
+            drop(parent.fork());
+            let unused = PageRange::with_len(WORK_BASE / PAGE_SIZE + 5000, 1000);
+            parent.vm().ram().regions()[0].discard(unused).unwrap();
+            context.store().sweep();
+        }
+        one.ask(EXPECT, 0, PAGES, 1);
+        two.ask(EXPECT, 0, PAGES, 2);
+        one.ask(WRITE, 5, 700, 9);
+        two.ask(EXPECT, 0, PAGES, 2);
+        one.ask(EXPECT, 5, 700, 9);
+        parent.expect(2960, 40, Some(2), "the parent has its own");
+        drop(parent);
+        context.store().sweep();
+        two.ask(EXPECT, 0, PAGES, 2);
+        one.ask(EXPECT, 705, PAGES - 705, 1);
+        one.end();
+        two.kill();
+        expect_unused(&leases);
+        let deadline = Instant::now() + SOON;
+        while context.store().live_layers() > 0 {
+            assert!(Instant::now() < deadline, "{} layers are left", context.store().live_layers());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Pages that the parent has written again since are given back only when no other process shows them.
+#[test]
+fn i8_what_is_given_away_is_swept_when_its_last_user_has_gone_and_not_before() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Small);
+    let leases = Leases::default();
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, PAGES, 1);
+    let (image, _) = parent.fork();
+    let other = Other::start(&exported(&image, &leases), "small");
+    drop(image);
+    // Half of the layer: the other half keeps it.
+    parent.fill(Writer::Guest, 0, PAGES / 2, 2);
+    drop(parent.fork());
+    parent.fill(Writer::Guest, 0, PAGES / 2, 3);
+    drop(parent.fork());
+    context.store().sweep();
+    let before = context.store().given_back();
+    other.ask(EXPECT, 0, PAGES, 1);
+    other.end();
+    expect_unused(&leases);
+    context.store().sweep();
+    let gave = context.store().given_back() - before;
+    assert!(gave >= PAGES / 2 - 100, "{gave} pages came back");
+    parent.expect(PAGES / 2, PAGES / 2, Some(1), "what is still shown stays");
+    parent.expect(0, PAGES / 2, Some(3), "and what is the parent's");
+}
+
+/// A grandchild in a third process shows the first's pages, though the second has gone, and the first.
+#[test]
+fn a_family_over_three_processes_outlives_its_ancestors() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Huge);
+    let leases = Leases::default();
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, PAGES, 1);
+    let (image, _) = parent.fork();
+    let child = Other::start(&exported(&image, &leases), "child");
+    drop(image);
+    child.ask(WRITE, 0, 1000, 2);
+    let grandchild = Other::start(&child.fork(), "grandchild");
+    grandchild.ask(WRITE, 100, 50, 3);
+    child.ask(WRITE, 0, 1000, 4);
+    child.end();
+    // The grandchild has layers of both.
+    parent.fill(Writer::Guest, 0, PAGES, 5);
+    drop(parent.fork());
+    context.store().sweep();
+    assert_eq!(leases.count(), 1, "the grandchild holds what its parent held");
+    grandchild.ask(EXPECT, 0, 100, 2);
+    grandchild.ask(EXPECT, 100, 50, 3);
+    grandchild.ask(EXPECT, 150, 850, 2);
+    grandchild.ask(EXPECT, 1000, PAGES - 1000, 1);
+    let great = Other::start(&grandchild.fork(), "great-grandchild");
+    grandchild.kill();
+    drop((parent, context));
+    great.ask(EXPECT, 100, 50, 3);
+    great.ask(EXPECT, 1000, PAGES - 1000, 1);
+    assert_eq!(leases.count(), 1);
+    great.end();
+    expect_unused(&leases);
+}
+
+/// A fork in the background publishes its layer before it is filled. A hole would be zeros to another process.
+#[test]
+fn pages_that_are_still_being_copied_are_there_in_another_process() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Small);
+    let leases = Leases::default();
+    let parent = Guest::boot(&context, MIB, 1);
+    parent.fill(Writer::Guest, 0, PAGES, 1);
+    drop(parent.fork());
+    parent.fill(Writer::Guest, 0, PAGES, 2);
+    let (image, _) = parent.fork();
+    let other = Other::start(&exported(&image, &leases), "small");
+    parent.fill(Writer::Guest, 0, PAGES, 3);
+    other.ask(EXPECT, 0, PAGES, 2);
+    other.end();
+}
+
+#[test]
+fn a_child_in_another_process_has_a_disk_of_its_own() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Huge);
+    let leases = Leases::default();
+    let file = DiskFile::new(SECTORS * 512, 1);
+    let parent = DiskGuest::boot(&context, file.spec(), 1);
+    parent.expect(DiskGuest::whole(What::Write, SECTORS / 2, 2), "the parent writes");
+    let image = parent.guest.fork().0;
+    let other = Other::start(&exported(&image, &leases), "disk");
+    drop(image);
+    parent.expect(DiskGuest::whole(What::Write, SECTORS / 2, 3), "and again");
+    other.ask(VERIFY_DISK, 0, SECTORS / 2, 2);
+    other.ask(WRITE_DISK, 0, SECTORS / 2, 4);
+    parent.expect(DiskGuest::whole(What::Verify, SECTORS / 2, 3), "its own");
+    // What is in overlays stays there: the other process reads the image.
+    parent.vm().stop();
+    for disk in parent.vm().take_disks() {
+        let (_, refused) = *disk.commit().unwrap_err();
+        assert!(matches!(refused, CommitError::Shared { others: 1, .. }), "{refused}");
+    }
+    // The image stays locked, with its first process gone.
+    drop(parent);
+    drop(context);
+    let refused = Disk::open(&file.spec().disk).unwrap_err();
+    assert!(refused.to_string().contains("in use") || refused.to_string().contains("lock"), "{refused}");
+    other.ask(VERIFY_DISK, 0, SECTORS / 2, 4);
+    other.end();
+    expect_unused(&leases);
+    drop(Disk::open(&file.spec().disk).unwrap());
+}
+
+#[test]
+fn a_socket_that_says_something_else_is_refused_by_what_it_says() {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let refused = |bytes: &[u8]| {
+        send(&theirs, bytes, SendFlags::NOSIGNAL).unwrap();
+        ImageParts::receive(ours.as_fd()).unwrap_err().to_string()
+    };
+    assert!(refused(b"GET / HTTP/1.1\r\n").contains("no image"));
+    let hello =
+        |version: u32, count: u32| [b"CLADEIMG".as_slice(), &version.to_le_bytes(), &count.to_le_bytes()].concat();
+    assert!(refused(&hello(7, 1)).contains("version 7"));
+    assert!(refused(&hello(1, 1 << 20)).contains("1048576 descriptors"));
+    assert!(refused(&hello(1, 1)).contains("without its bytes"));
+    assert!(refused(&[0; 64]).contains("longer"));
+    drop(theirs);
+    assert!(ImageParts::receive(ours.as_fd()).unwrap_err().to_string().contains("gone"));
+}

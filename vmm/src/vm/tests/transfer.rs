@@ -1,0 +1,119 @@
+//! Images taken apart and put together again, and what is wrong with parts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_memory::{NoFork, PageRange, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::kvm::testutil::host;
+use crate::vm::tests::storm::{Pair, boot, goes_on};
+use crate::vm::{ChildOptions, Context, ForkImage, ImageParts, Leases, TransferError, Vm};
+
+const PAIRS: [Pair; 1] = [Pair::Relay];
+/// A page that the guest does not use.
+const PAGE: u64 = 1500;
+
+impl ImageParts {
+    fn copy(&self) -> Self {
+        Self { bytes: self.bytes.clone(), files: self.files.iter().map(|file| file.try_clone().unwrap()).collect() }
+    }
+}
+
+fn context() -> Option<Context> {
+    Some(Context::new(Arc::new(host()?), Store::open_small().unwrap()).unwrap())
+}
+
+#[test]
+fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
+    let (Some(giver), Some(receiver)) = (context(), context()) else { return };
+    let parent = boot(&giver, &PAIRS);
+    let memory = parent.ram().memory();
+    let gpa = |page: u64| GuestAddress(page * 4096);
+    (0..6).for_each(|page| memory.write_obj(page + 1, gpa(PAGE + page)).unwrap());
+    let page = giver.store().reference_page(&[0x5a; 4096]).unwrap();
+    let region = &parent.ram().regions()[0];
+    for (at, what) in [(1, NoFork::Absent), (2, NoFork::Zeroed), (3, NoFork::Fresh(page))] {
+        region.set_no_fork(PageRange::with_len(PAGE + at, 1), Some(what)).unwrap();
+    }
+    let (image, _) = parent.fork().unwrap();
+    let leases = Leases::default();
+    let parts = image.export(&leases).unwrap();
+    let there = ForkImage::import(&receiver, parts).unwrap();
+    assert_eq!(there.generation(), image.generation());
+    // What its children's children do not inherit is declared there too.
+    let child = Vm::from_image(&receiver, "child", &there, ChildOptions::default()).unwrap();
+    let grandchild =
+        Vm::from_image(&receiver, "grandchild", &child.fork().unwrap().0, ChildOptions::default()).unwrap();
+    for vm in [&child, &grandchild] {
+        let word = |at: u64| vm.ram().memory().read_obj::<u64>(gpa(PAGE + at)).unwrap();
+        assert_eq!([0, 2, 3, 4, 5].map(word), [1, 0, 0x5a5a_5a5a_5a5a_5a5a, 5, 6]);
+        assert_eq!(vm.ram().regions()[0].no_fork().len(), 3);
+        goes_on(vm, &PAIRS).unwrap();
+    }
+    goes_on(&parent, &PAIRS).unwrap();
+    drop((image, there, child));
+    assert_eq!(leases.count(), 1, "the grandchild shows its layers");
+    drop(grandchild);
+    receiver.store().sweep();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while leases.count() > 0 {
+        assert!(Instant::now() < deadline, "nothing uses it any more");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn parts_that_are_cut_changed_or_mixed_up_are_refused_or_are_an_image() {
+    let Some(context) = context() else { return };
+    let parent = boot(&context, &PAIRS);
+    let (image, _) = parent.fork().unwrap();
+    let leases = Leases::default();
+    let parts = image.export(&leases).unwrap();
+    let import = |parts: ImageParts| ForkImage::import(&context, parts);
+    import(parts.copy()).unwrap();
+
+    for len in (0..parts.bytes.len()).step_by(parts.bytes.len() / 200 + 1) {
+        let mut cut = parts.copy();
+        cut.bytes.truncate(len);
+        let error = import(cut).unwrap_err();
+        assert!(matches!(error, TransferError::Malformed { .. }), "{len}: {error:?}");
+    }
+    let mut longer = parts.copy();
+    longer.bytes.push(0);
+    assert!(import(longer).unwrap_err().to_string().contains("1 bytes behind"));
+    for lost in 0..parts.files.len() {
+        let mut fewer = parts.copy();
+        fewer.files.remove(lost);
+        let error = import(fewer).unwrap_err();
+        assert!(matches!(error, TransferError::Malformed { .. } | TransferError::Layer(_)), "{lost}: {error:?}");
+    }
+    // No change of a byte may be more than an error or another image.
+    let head = u64::from_le_bytes(*parts.bytes.first_chunk().unwrap()) as usize;
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut images = 0;
+    for _ in 0..1500 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let mut changed = parts.copy();
+        let at = state as usize % (head + 8);
+        changed.bytes[at] ^= 1 << (state >> 60 & 7);
+        images += usize::from(import(changed).is_ok());
+    }
+    assert!(images < 1500, "some are refused");
+    goes_on(&parent, &PAIRS).unwrap();
+}
+
+#[test]
+fn a_layer_that_could_be_written_is_refused() {
+    let Some(context) = context() else { return };
+    let parent = boot(&context, &PAIRS);
+    let (image, _) = parent.fork().unwrap();
+    let mut parts = image.export(&Leases::default()).unwrap();
+    let layer = image.ram().maps().next().unwrap().iter().next().map(|(_, source)| source.layer.clone()).unwrap();
+    // As this process has it. The lease is the first.
+    parts.files[1] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
+    let error = ForkImage::import(&context, parts).unwrap_err();
+    assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));
+}

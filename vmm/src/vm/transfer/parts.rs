@@ -1,0 +1,361 @@
+//! An image as bytes and descriptors, and back.
+//!
+//! The bytes are a description in CBOR and behind it the sections of [`sections`](super::super::sections).
+//! The description names descriptors by their index. It comes from a process that may have been
+//! broken into, so everything in it is checked: indexes, sizes, ranges. What the descriptors are is
+//! checked where they are used: layers are mapped for reading only, and a file that is shorter than
+//! it should be is refused.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
+use clade_devices::virtio::Backend;
+use clade_io::IoFile;
+use clade_memory::{
+    ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout,
+};
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestAddress;
+
+use super::{Leases, TransferError};
+use crate::vm::config::VmConfig;
+use crate::vm::context::Context;
+use crate::vm::fork::ForkImage;
+use crate::vm::persist::sections;
+
+/// Most descriptors of one image.
+pub(super) const MAX_FILES: usize = 1 << 16;
+/// Most bytes of one image's description and state.
+pub(super) const MAX_BYTES: usize = 64 << 20;
+/// Size of the buffer for the longest byte string of a description that is read in one piece.
+const SCRATCH: usize = 8 << 10;
+
+/// An image as bytes and descriptors, of which another process makes the image again.
+#[derive(Debug)]
+pub struct ImageParts {
+    pub(in crate::vm) bytes: Vec<u8>,
+    pub(in crate::vm) files: Vec<OwnedFd>,
+}
+
+/// The description at the head of the bytes.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Description {
+    /// Names and lengths of the sections behind the description.
+    sections: Vec<(String, u64)>,
+    layers: Vec<Layer>,
+    regions: Vec<Region>,
+    disks: Vec<DiskParts>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Layer {
+    file: usize,
+    pages: u64,
+    /// The descriptor to be kept open while the layer is in use.
+    lease: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Region {
+    /// Guest physical address.
+    start: u64,
+    pages: u64,
+    map: Vec<Run>,
+    no_fork: Vec<(u64, u64, Hidden)>,
+}
+
+/// Pages `start..end` of a region are those of a layer from `at` on.
+#[derive(Debug, Serialize, Deserialize)]
+struct Run {
+    start: u64,
+    end: u64,
+    layer: usize,
+    at: u64,
+}
+
+/// What a child's children find in a range that they do not inherit.
+#[derive(Debug, Serialize, Deserialize)]
+enum Hidden {
+    Absent,
+    Zeroed,
+    /// Copies of the page that the image shows at the beginning of the range.
+    Fresh,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DiskParts {
+    bytes: u64,
+    layers: Vec<DiskPart>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DiskPart {
+    file: usize,
+    path: PathBuf,
+    /// Descriptors to be kept open while the file is in use.
+    kept: Vec<usize>,
+    /// Clusters, and whether they are zeros.
+    runs: Vec<(u64, u64, bool)>,
+}
+
+/// Descriptors, each once.
+#[derive(Default)]
+struct Files {
+    files: Vec<OwnedFd>,
+    kept: HashMap<*const OwnedFd, usize>,
+}
+
+impl Files {
+    fn add(&mut self, file: OwnedFd) -> usize {
+        self.files.push(file);
+        self.files.len() - 1
+    }
+
+    /// The index of a descriptor that stays open here too.
+    fn share(&mut self, file: &Arc<OwnedFd>) -> Result<usize, TransferError> {
+        if let Some(at) = self.kept.get(&Arc::as_ptr(file)) {
+            return Ok(*at);
+        }
+        let copy = file.try_clone().map_err(TransferError::system("given another descriptor"))?;
+        let at = self.add(copy);
+        self.kept.insert(Arc::as_ptr(file), at);
+        Ok(at)
+    }
+}
+
+impl ForkImage {
+    /// The image for another process. It is held in `leases` until no other process uses it.
+    ///
+    /// Waits until memory that is still being copied in the background is there.
+    ///
+    /// # Errors
+    /// When memory is lost, a file cannot be opened again, or there is no descriptor to be had.
+    pub fn export(self: &Arc<Self>, leases: &Leases) -> Result<ImageParts, TransferError> {
+        let mut files = Files::default();
+        let lease = leases.lease(self).map_err(TransferError::system("leased"))?;
+        let lease = files.add(lease);
+        let mut description = Description::default();
+
+        let mut seen: HashMap<LayerId, usize> = HashMap::new();
+        for (((start, pages), map), hidden) in
+            self.ram().layout().ranges().iter().zip(self.ram().maps()).zip(self.ram().no_fork())
+        {
+            let mut region = Region { start: start.0, pages: *pages, map: Vec::new(), no_fork: Vec::new() };
+            for (range, source) in map.iter() {
+                let layer = match seen.get(&source.layer.id()) {
+                    Some(layer) => *layer,
+                    None => {
+                        let layer = exported(&source.layer, lease, &mut files)?;
+                        seen.insert(source.layer.id(), description.layers.len());
+                        description.layers.push(layer);
+                        description.layers.len() - 1
+                    }
+                };
+                region.map.push(Run { start: range.start(), end: range.end(), layer, at: source.at });
+            }
+            region.no_fork =
+                hidden.into_iter().map(|(range, what)| (range.start(), range.end(), Hidden::of(&what))).collect();
+            description.regions.push(region);
+        }
+        for disk in self.disks() {
+            let layers = disk.shared_layers()?;
+            let layers =
+                layers.iter().map(|layer| exported_disk(layer, lease, &mut files)).collect::<Result<_, _>>()?;
+            description.disks.push(DiskParts { bytes: disk.size(), layers });
+        }
+        let sections = self.sections()?;
+        description.sections = sections.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.len() as u64)).collect();
+        let mut bytes = vec![0; 8];
+        ciborium::into_writer(&description, &mut bytes)
+            .map_err(|error| TransferError::malformed(format!("it has no description: {error}")))?;
+        let head = (bytes.len() - 8) as u64;
+        bytes[..8].copy_from_slice(&head.to_le_bytes());
+        sections.iter().for_each(|(_, section)| bytes.extend_from_slice(section));
+        let parts = ImageParts { bytes, files: files.files };
+        parts.check()?;
+        Ok(parts)
+    }
+
+    /// The image of parts that another process exported.
+    ///
+    /// # Errors
+    /// When the parts are no image, or one that this host cannot run; when a file is not what it
+    /// should be.
+    pub fn import(context: &Context, parts: ImageParts) -> Result<Arc<Self>, TransferError> {
+        parts.check()?;
+        let ImageParts { bytes, files } = parts;
+        let (description, saved) = described(&bytes)?;
+        // Before anything is made: KVM's refusals name no feature.
+        sections::host_requirements(saved.iter().copied())?.check(context.host())?;
+        let config = sections::config(saved.iter().copied())?;
+        let mut files = Received::new(files);
+        let ram = ram(context, &description, &mut files)?;
+        let backends = disks(&config, &description.disks, &mut files)?;
+        Ok(Arc::new(Self::from_sections(saved, ram, backends)?))
+    }
+}
+
+impl ImageParts {
+    fn check(&self) -> Result<(), TransferError> {
+        let most = |what, found: usize, most: usize| {
+            let error = TransferError::TooLarge { what, found: found as u64, most: most as u64 };
+            if found > most { Err(error) } else { Ok(()) }
+        };
+        most("descriptors", self.files.len(), MAX_FILES)?;
+        most("bytes", self.bytes.len(), MAX_BYTES)
+    }
+}
+
+impl Hidden {
+    fn of(what: &NoFork) -> Self {
+        match what {
+            NoFork::Absent => Self::Absent,
+            NoFork::Zeroed => Self::Zeroed,
+            NoFork::Fresh(_) => Self::Fresh,
+        }
+    }
+}
+
+fn exported(layer: &LayerHandle, lease: usize, files: &mut Files) -> Result<Layer, TransferError> {
+    let file = files.add(layer.read_only_file()?.into());
+    // Another process's layer is that process's to keep, not ours.
+    let lease = layer.lease().map_or(Ok(lease), |lease| files.share(lease))?;
+    Ok(Layer { file, pages: layer.pages(), lease })
+}
+
+fn exported_disk(layer: &DiskLayer, lease: usize, files: &mut Files) -> Result<DiskPart, TransferError> {
+    let file = layer.file.as_ref().ok_or_else(|| TransferError::malformed("a disk's layer without a file"))?;
+    let copy = file.as_fd().try_clone_to_owned().map_err(TransferError::system("given another descriptor"))?;
+    let at = files.add(copy);
+    let mut kept = file.kept().iter().map(|kept| files.share(kept)).collect::<Result<Vec<_>, _>>()?;
+    kept.push(lease);
+    let runs = layer.runs.iter().map(|run| (run.clusters.start, run.clusters.end, run.zero)).collect();
+    Ok(DiskPart { file: at, path: file.path().to_owned(), kept, runs })
+}
+
+/// Sections by their names.
+type Sections<'a> = Vec<(&'static str, &'a [u8])>;
+
+/// The description and the sections in `bytes`.
+fn described(bytes: &[u8]) -> Result<(Description, Sections<'_>), TransferError> {
+    let (head, rest) = bytes.split_first_chunk().ok_or_else(|| TransferError::malformed("it ends in its head"))?;
+    let head = usize::try_from(u64::from_le_bytes(*head)).unwrap_or(usize::MAX);
+    let (head, mut rest) =
+        rest.split_at_checked(head).ok_or_else(|| TransferError::malformed("it ends in its description"))?;
+    let description: Description = ciborium::de::from_reader_with_buffer(head, &mut vec![0; SCRATCH])
+        .map_err(|error| TransferError::malformed(format!("its description cannot be read: {error}")))?;
+    let mut saved = Vec::with_capacity(sections::SECTIONS.len());
+    for (name, len) in &description.sections {
+        let len = usize::try_from(*len).unwrap_or(usize::MAX);
+        let (section, behind) = rest
+            .split_at_checked(len)
+            .ok_or_else(|| TransferError::malformed(format!("it ends in its section {name:?}")))?;
+        rest = behind;
+        // Sections of a later version are skipped, as in a snapshot.
+        if let Some(known) = sections::SECTIONS.iter().find(|known| *known == name) {
+            saved.push((*known, section));
+        }
+    }
+    if !rest.is_empty() {
+        return Err(TransferError::malformed(format!("{} bytes behind its end", rest.len())));
+    }
+    Ok((description, saved))
+}
+
+/// The descriptors that came. A file is used once, a kept descriptor by any number.
+struct Received {
+    files: Vec<Option<OwnedFd>>,
+    kept: HashMap<usize, Arc<OwnedFd>>,
+}
+
+impl Received {
+    fn new(files: Vec<OwnedFd>) -> Self {
+        Self { files: files.into_iter().map(Some).collect(), kept: HashMap::new() }
+    }
+
+    fn take(&mut self, at: usize) -> Result<OwnedFd, TransferError> {
+        let file = self.files.get_mut(at).and_then(Option::take);
+        file.ok_or_else(|| TransferError::malformed(format!("there is no descriptor {at}, or it is used already")))
+    }
+
+    fn keep(&mut self, at: usize) -> Result<Arc<OwnedFd>, TransferError> {
+        if let Some(kept) = self.kept.get(&at) {
+            return Ok(Arc::clone(kept));
+        }
+        let kept = Arc::new(self.take(at)?);
+        self.kept.insert(at, Arc::clone(&kept));
+        Ok(kept)
+    }
+}
+
+fn ram(context: &Context, description: &Description, files: &mut Received) -> Result<RamImage, TransferError> {
+    let store = context.store();
+    let mut layers = Vec::with_capacity(description.layers.len());
+    for layer in &description.layers {
+        let file = File::from(files.take(layer.file)?);
+        layers.push(store.foreign_layer(file, layer.pages, files.keep(layer.lease)?)?);
+    }
+    let ranges: Vec<(GuestAddress, u64)> =
+        description.regions.iter().map(|region| (GuestAddress(region.start), region.pages)).collect();
+    let layout = RamLayout::of_ranges(&ranges)?;
+    let mut maps = Vec::with_capacity(description.regions.len());
+    for region in &description.regions {
+        let mut map = ImageMap::new();
+        let mut end = 0;
+        for run in &region.map {
+            let layer = layers.get(run.layer).filter(|_| run.start >= end && run.start < run.end);
+            let layer = layer.ok_or_else(|| TransferError::malformed(format!("a run of memory: {run:?}")))?;
+            end = run.end;
+            map.insert(PageRange::new(run.start, run.end), LayerSource { layer: layer.clone(), at: run.at });
+        }
+        let mut declared = Vec::new();
+        for (start, end, hidden) in &region.no_fork {
+            if start >= end {
+                return Err(TransferError::malformed(format!("pages {start} to {end} are not inherited")));
+            }
+            declared.push((PageRange::new(*start, *end), no_fork(context, &map, *start, hidden)?));
+        }
+        maps.push((map, declared));
+    }
+    Ok(RamImage::from_parts(store, &layout, maps)?)
+}
+
+fn no_fork(context: &Context, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<NoFork, TransferError> {
+    Ok(match hidden {
+        Hidden::Absent => NoFork::Absent,
+        Hidden::Zeroed => NoFork::Zeroed,
+        Hidden::Fresh => {
+            let mut pattern = [0; PAGE_SIZE as usize];
+            if let Some(source) = map.get(page) {
+                source.layer.read_pages(source.at, &mut pattern)?;
+            }
+            NoFork::Fresh(context.store().reference_page(&pattern).map_err(RamError::from)?)
+        }
+    })
+}
+
+/// The backends of all devices by place: disks, and none for other devices.
+fn disks(config: &VmConfig, disks: &[DiskParts], files: &mut Received) -> Result<Vec<Backend>, TransferError> {
+    if disks.len() != config.disks.len() {
+        let (found, wanted) = (disks.len(), config.disks.len());
+        return Err(TransferError::malformed(format!("{found} disks, its configuration has {wanted}")));
+    }
+    let mut backends = Vec::new();
+    for (spec, disk) in config.disks.iter().zip(disks) {
+        let mut layers = Vec::with_capacity(disk.layers.len());
+        for layer in &disk.layers {
+            let kept = layer.kept.iter().map(|at| files.keep(*at)).collect::<Result<_, _>>()?;
+            let file = IoFile::read_only(files.take(layer.file)?.into(), &layer.path, spec.disk.cache).keeping(kept);
+            let runs = layer.runs.iter().map(|(start, end, zero)| DiskRun { clusters: *start..*end, zero: *zero });
+            layers.push(DiskLayer { file: Some(Arc::new(file)), runs: runs.collect() });
+        }
+        backends.push(Backend::Disk(DiskImage::from_layers(&spec.disk, disk.bytes, &layers)?));
+    }
+    // Disks have the first places.
+    backends.resize_with(config.places().count(), || Backend::None);
+    Ok(backends)
+}
