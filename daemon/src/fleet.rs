@@ -15,9 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::console::Line;
-use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, Vm, VmError};
+use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, Leases, Vm, VmError};
 
 pub use batch::Cancel;
+pub(crate) use batch::check_names;
 use batch::{Batch, Parent};
 
 pub use dir::{
@@ -27,8 +28,9 @@ use dir::{NameClaim, RuntimeDir};
 pub(crate) use ended::last_output;
 pub use ended::{EndedVm, ended_vms};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
-use release::{InUse, Release, Tail};
+use release::{InUse, Release, Tail, Use};
 pub use room::RoomError;
+pub(crate) use room::{Needs, check as check_room};
 
 /// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
 /// kernel for 2 s.
@@ -114,6 +116,8 @@ struct Inner {
     /// before VMs are listed.
     closed: AtomicBool,
     in_use: Arc<InUse>,
+    /// Images that VMs in other processes use.
+    leases: Leases,
     serve: Box<dyn Serve>,
 }
 
@@ -147,6 +151,7 @@ impl Fleet {
             members: Mutex::default(),
             closed: AtomicBool::new(false),
             in_use: Arc::default(),
+            leases: Leases::default(),
             serve: serve(WeakFleet(weak.clone())),
         })))
     }
@@ -289,7 +294,22 @@ impl Fleet {
         }
     }
 
-    fn is_closed(&self) -> bool {
+    /// Images that VMs in other processes use.
+    pub(crate) fn leases(&self) -> &Leases {
+        &self.0.leases
+    }
+
+    /// The runtime directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.0.dir.path()
+    }
+
+    /// Keeps the process from ending for want of VMs.
+    pub(crate) fn enter(&self) -> Use {
+        self.0.in_use.enter()
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
         self.0.closed.load(Ordering::Relaxed)
     }
 
@@ -340,6 +360,25 @@ impl Fleet {
         // Stopping the parent does not wait for its children.
         drop(parent);
         Ok((batch.launch(taken, &image, options)?, report))
+    }
+
+    /// Starts one child of `parent`, a VM in another process.
+    ///
+    /// # Errors
+    /// As for a fork.
+    pub(crate) fn start_child(
+        &self,
+        parent: &str,
+        wanted: &Children<'_>,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Arc<Vm>, FleetError> {
+        let cancel = Cancel::default();
+        let batch = self.batch(1, Some(Parent::elsewhere(parent)), &cancel);
+        let by_name = wanted.identity.names_socket();
+        let taken = batch
+            .take(parent, wanted.pattern, image.config(), by_name, |name| image.endpoints(name, wanted.identity))?;
+        batch.launch(taken, image, options)?.pop().ok_or(FleetError::Ending)
     }
 
     /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just

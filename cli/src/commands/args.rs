@@ -11,6 +11,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
 use crate::commands::units::{parse_mib, parse_size};
+use clade_daemon::worker::WORKER;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
 use clade_vmm::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
 
@@ -61,6 +62,9 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Run one VM for the process that started this one, with a socket on standard input.
+    #[command(hide = true, name = WORKER)]
+    Worker,
 }
 
 #[derive(Debug, Subcommand)]
@@ -245,6 +249,9 @@ pub(crate) struct ForkArgs {
         help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
     )]
     pub(crate) pattern: Option<String>,
+    /// Run each child in a process of its own, which the end of its parent's does not end.
+    #[arg(long)]
+    pub(crate) own_process: bool,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.

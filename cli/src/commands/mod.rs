@@ -16,6 +16,7 @@ mod shutdown;
 mod snapshot;
 mod terminal;
 mod units;
+mod worker;
 
 use std::fmt;
 use std::io::Write;
@@ -68,7 +69,7 @@ pub(crate) fn main() -> ExitCode {
     limits::give_back_large_buffers();
     limits::raise();
     // These run VMs, or must restore the terminal from raw mode.
-    if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_)) {
+    if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_) | Command::Worker) {
         limits::end_at_closed_pipes();
     }
     let outcome = logging::init().and_then(|()| run(cli.command));
@@ -106,6 +107,7 @@ fn run(command: Command) -> Outcome {
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
+        Command::Worker => worker::main(),
     }
 }
 

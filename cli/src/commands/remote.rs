@@ -40,6 +40,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         count: args.count,
         name: args.pattern.clone(),
         paused: args.child.paused,
+        own_process: args.own_process,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
     };

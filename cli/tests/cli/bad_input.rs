@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::tool::{Answer, CLADE, Runtime, kvm};
@@ -262,7 +261,7 @@ fn a_user_without_permission() {
     // The binary may lie where that user cannot go.
     fs::set_permissions(runtime.dir(), fs::Permissions::from_mode(0o755)).unwrap();
     let copy = runtime.dir().join("clade");
-    fs::copy(Path::new(CLADE), &copy).unwrap();
+    crate::tool::copy_program(&copy);
     let mut command = Command::new(copy);
     let output = command.args(["run", "--kernel", "bare"]).uid(NOBODY).gid(NOBODY).current_dir("/").output();
     match output {

@@ -13,3 +13,4 @@ mod storm;
 mod stress;
 mod tool;
 mod way_in;
+mod worker;

@@ -14,6 +14,12 @@ use tempfile::TempDir;
 
 /// The binary under test.
 pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
+
+/// Copies the program to `to`. A process of its own does it: a descriptor that is open for writing
+/// here is inherited by whatever another test starts meanwhile, and then the copy cannot be run.
+pub(crate) fn copy_program(to: &std::path::Path) {
+    assert!(std::process::Command::new("cp").arg(CLADE).arg(to).status().unwrap().success());
+}
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn required(tier: &str) -> bool {

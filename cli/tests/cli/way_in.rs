@@ -361,7 +361,7 @@ fn another_users_vms_are_not_listed_as_none() {
     let outer = tempfile::tempdir().unwrap();
     fs::set_permissions(outer.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let copy = outer.path().join("clade");
-    fs::copy(crate::tool::CLADE, &copy).unwrap();
+    crate::tool::copy_program(&copy);
     let as_nobody = |args: &[&str]| -> crate::tool::Answer {
         let mut command = std::process::Command::new(&copy);
         command.args(args).env("CLADE_RUNTIME_DIR", runtime.dir()).uid(NOBODY).gid(NOBODY).current_dir("/");

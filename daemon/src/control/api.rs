@@ -177,6 +177,9 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
+    /// Whether each gets a process of its own, which ends with it and not with its parent's.
+    #[serde(default)]
+    pub own_process: bool,
     /// The choices for their network devices, in order.
     #[serde(default)]
     pub nets: Vec<NetChoice>,

@@ -34,3 +34,4 @@ pub use api::{
 pub use client::{Client, ClientError, ListedVms};
 pub(crate) use listen::Acceptor;
 pub use listen::serve_fleet;
+pub(crate) use server::status_of;

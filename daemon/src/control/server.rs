@@ -18,10 +18,11 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::control::api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, IdentityInfo, LogsAnswer, ResetAnswer, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, VmInfo, WorkingSetAnswer,
+    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
+    SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
+use crate::worker::{self, Made};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
@@ -46,30 +47,43 @@ impl IntoResponse for ApiError {
 
 impl From<FleetError> for ApiError {
     fn from(error: FleetError) -> Self {
-        let status = match &error {
-            FleetError::BadName { .. }
-            | FleetError::Pattern { .. }
-            | FleetError::Count { .. }
-            | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
-            FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
-            FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
-            FleetError::Taken { .. }
-            | FleetError::Ending
-            | FleetError::Cancelled { .. }
-            | FleetError::Vm(
-                VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent,
-            ) => StatusCode::CONFLICT,
-            FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
-            FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
-            FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
-            FleetError::Runtime { .. }
-            | FleetError::Unreleased { .. }
-            | FleetError::LinkedDir { .. }
-            | FleetError::ForeignDir { .. }
-            | FleetError::OpenDir { .. }
-            | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self { status, text: clade_vmm::error_chain(&error) }
+        Self { status: status(&error), text: clade_vmm::error_chain(&error) }
+    }
+}
+
+/// The HTTP status of an error, for another process.
+pub(crate) fn status_of(error: &FleetError) -> u16 {
+    status(error).as_u16()
+}
+
+fn status(error: &FleetError) -> StatusCode {
+    match error {
+        FleetError::BadName { .. }
+        | FleetError::Pattern { .. }
+        | FleetError::Count { .. }
+        | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
+        FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
+        FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
+        FleetError::Taken { .. }
+        | FleetError::Ending
+        | FleetError::Cancelled { .. }
+        | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent) => {
+            StatusCode::CONFLICT
+        }
+        FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
+        FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
+        FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        FleetError::Refused { status, .. } => {
+            StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        }
+        FleetError::Runtime { .. }
+        | FleetError::Unreleased { .. }
+        | FleetError::LinkedDir { .. }
+        | FleetError::ForeignDir { .. }
+        | FleetError::OpenDir { .. }
+        | FleetError::Transfer(_)
+        | FleetError::Worker { .. }
+        | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
@@ -216,11 +230,17 @@ async fn fork(
         let options = ChildOptions { paused: request.paused, before_start: None };
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
+        let (made, report) = if request.own_process {
+            worker::fork(fleet, &name, &wanted, request.paused, &cancel)?
+        } else {
+            let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
+            (children.iter().map(|vm| Made::of(vm)).collect(), report)
+        };
         let us = |d: std::time::Duration| d.as_secs_f64() * 1e6;
+        let (children, identities): (_, Vec<_>) = made.into_iter().map(|child| (child.name, child.identity)).unzip();
         Ok(ForkAnswer {
-            children: children.iter().map(|vm| vm.name().to_owned()).collect(),
-            identities: children.iter().filter_map(|vm| IdentityInfo::of(vm)).collect(),
+            children,
+            identities: identities.into_iter().flatten().collect(),
             pause_us: us(report.times.pause),
             freeze_us: us(report.times.freeze),
             total_us: us(begun.elapsed()),

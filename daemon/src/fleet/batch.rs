@@ -31,7 +31,7 @@ impl Cancel {
         self.0.store(reason, Ordering::Relaxed);
     }
 
-    fn reason(&self) -> Option<CancelReason> {
+    pub(crate) fn reason(&self) -> Option<CancelReason> {
         match self.0.load(Ordering::Relaxed) {
             CLIENT_GONE => Some(CancelReason::ClientGone),
             ENDING => Some(CancelReason::Ending),
@@ -43,16 +43,22 @@ impl Cancel {
 /// The VM that a batch is forked from. It may end meanwhile: the request holds no handle.
 pub(super) struct Parent {
     name: String,
-    vm: Weak<Vm>,
+    /// `None` if it is in another process.
+    vm: Option<Weak<Vm>>,
 }
 
 impl Parent {
     pub(super) fn new(vm: &Arc<Vm>) -> Self {
-        Self { name: vm.name().to_owned(), vm: Arc::downgrade(vm) }
+        Self { name: vm.name().to_owned(), vm: Some(Arc::downgrade(vm)) }
+    }
+
+    pub(super) fn elsewhere(name: &str) -> Self {
+        Self { name: name.to_owned(), vm: None }
     }
 
     fn has_stopped(&self) -> bool {
-        self.vm.upgrade().is_none_or(|vm| vm.stopped().is_some())
+        let stopped = |vm: &Weak<Vm>| vm.upgrade().is_none_or(|vm| vm.stopped().is_some());
+        self.vm.as_ref().is_some_and(stopped)
     }
 }
 
@@ -64,6 +70,19 @@ pub(super) struct Batch<'a> {
     pub(super) cancel: &'a Cancel,
     /// Held because the disks of their image are in use before the first VM exists.
     pub(super) _in_use: release::Use,
+}
+
+/// Refuses a number of children that cannot be, or that `pattern` has no names for.
+pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), FleetError> {
+    if !(1..=MAX_CHILDREN).contains(&count) {
+        return Err(FleetError::Count { count });
+    }
+    match pattern {
+        Some(pattern) if count > 1 && !pattern.contains("{n}") => {
+            Err(FleetError::Pattern { pattern: pattern.to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Batch<'_> {
@@ -95,15 +114,10 @@ impl Batch<'_> {
         mut endpoints: impl FnMut(&str) -> Result<Endpoints, VmError>,
     ) -> Result<Vec<(NameClaim, Endpoints)>, FleetError> {
         let count = self.count;
-        if !(1..=MAX_CHILDREN).contains(&count) {
-            return Err(FleetError::Count { count });
-        }
+        check_names(count, pattern)?;
         let numbered = format!("{stem}-{{n}}");
         let pattern = pattern.unwrap_or(&numbered);
         let is_numbered = pattern.contains("{n}");
-        if !is_numbered && count > 1 {
-            return Err(FleetError::Pattern { pattern: pattern.to_owned() });
-        }
         room::check(count, room::Needs::of(config)).map_err(|source| FleetError::Room { count, source })?;
         let dir = &self.fleet.0.dir;
         if !is_numbered {

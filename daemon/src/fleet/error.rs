@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
 use super::room::RoomError;
-use clade_vmm::vm::{SnapshotError, VmError};
+use clade_vmm::vm::{SnapshotError, TransferError, VmError};
 
 /// The most children of one request.
 pub const MAX_CHILDREN: usize = 10_000;
@@ -138,10 +138,34 @@ pub enum FleetError {
     /// The VM cannot be saved or restored.
     #[error(transparent)]
     Snapshot(Box<SnapshotError>),
+    /// The image cannot be given to another process, or be used by it.
+    #[error("a child in a process of its own")]
+    Transfer(#[from] Box<TransferError>),
+    /// A worker cannot be started, or has ended.
+    #[error("a process for a child")]
+    Worker {
+        /// The system call's error, or the end of the worker.
+        #[source]
+        source: io::Error,
+    },
+    /// A worker could not make its VM.
+    #[error("{text}")]
+    Refused {
+        /// The HTTP status of the worker's error.
+        status: u16,
+        /// The worker's error.
+        text: String,
+    },
 }
 
 impl From<SnapshotError> for FleetError {
     fn from(error: SnapshotError) -> Self {
         Self::Snapshot(Box::new(error))
+    }
+}
+
+impl From<TransferError> for FleetError {
+    fn from(error: TransferError) -> Self {
+        Self::Transfer(Box::new(error))
     }
 }

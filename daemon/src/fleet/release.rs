@@ -43,7 +43,7 @@ impl InUse {
 
 /// A user counted by [`InUse`].
 #[derive(Debug)]
-pub(super) struct Use(Arc<InUse>);
+pub(crate) struct Use(Arc<InUse>);
 
 impl Drop for Use {
     fn drop(&mut self) {

@@ -16,6 +16,9 @@ const SPARE_DESCRIPTORS: u64 = 256;
 /// Threads left for the rest of the host.
 const SPARE_THREADS: u64 = 512;
 
+/// Threads of a worker beside its VM's: its sockets, its requests, its memory's upkeep.
+const WORKER_THREADS: u64 = 8;
+
 /// The host has too little of a resource.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("they need about {needed} {what}, and {left} of {limit} are left ({setting})")]
@@ -60,6 +63,11 @@ impl Needs {
         // sockets.
         let worked = 2 * devices + 3 * disks + 2 * nets + 3 * u64::from(config.vsock.is_some()) + hvc;
         Self { descriptors: vm + wiring + worked, threads: cpus + devices, mappings: 2 * (cpus + 2) }
+    }
+
+    /// The needs of the same VM in a process of its own, as the process sees them that starts it.
+    pub(crate) fn of_worker(config: &VmConfig) -> Self {
+        Self { descriptors: 1, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
     }
 }
 
