@@ -295,7 +295,8 @@ impl Fleet {
     }
 
     /// Images that VMs in other processes use.
-    pub(crate) fn leases(&self) -> &Leases {
+    #[must_use]
+    pub fn leases(&self) -> &Leases {
         &self.0.leases
     }
 

@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown, socketpair,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -45,6 +47,9 @@ const MAX_MESSAGE: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a request that waits for workers looks whether it is cancelled.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// How long a worker that is not wanted any more may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+const END_POLL: Duration = Duration::from_millis(1);
 /// How often ended workers are reaped.
 const REAP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -100,10 +105,13 @@ impl Worker {
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|errno| failed(errno.into()))?;
         set_socket_timeout(&socket, Timeout::Recv, Some(POLL_INTERVAL)).map_err(|errno| failed(errno.into()))?;
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(|errno| failed(errno.into()))?;
         let mut command = Command::new(program);
         // The path of the program says nothing in a list of processes.
         command.arg0("clade").arg(WORKER).stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let process = Some(command.spawn().map_err(failed)?);
+        // Its end of the socket, so that its death is seen.
+        drop(command);
         // From here on it is ended if anything fails.
         let worker = Self { socket, process };
         let order = serde_json::to_vec(order).map_err(|error| failed(error.into()))?;
@@ -136,9 +144,9 @@ impl Worker {
         }
     }
 
-    fn run(&self) -> Result<(), FleetError> {
-        let told = send(&self.socket, &[1], SendFlags::NOSIGNAL);
-        told.map(|_| ()).map_err(|errno| FleetError::Worker { source: errno.into() })
+    fn run(&self) {
+        // One that has gone says so when it is asked for its answer.
+        let _ = send(&self.socket, &[1], SendFlags::NOSIGNAL);
     }
 
     /// Lets it go its own way.
@@ -149,12 +157,29 @@ impl Worker {
     }
 }
 
+/// Workers of one request that has not succeeded yet. Dropped, all are ended.
+struct Workers(Vec<Worker>);
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        // All at once, and then one is waited for after the other.
+        self.0.iter().for_each(|worker| _ = shutdown(&worker.socket, Shutdown::Both));
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            // It may have ended by itself.
-            let _ = process.kill();
-            let _ = process.wait();
+        let Some(mut process) = self.process.take() else { return };
+        // It ends by itself, and leaves no sockets behind then.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        let deadline = Instant::now() + END_TIMEOUT;
+        while matches!(process.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                let _ = process.kill();
+                let _ = process.wait();
+                return;
+            }
+            thread::sleep(END_POLL);
         }
     }
 }
@@ -232,8 +257,11 @@ pub(crate) fn fork(
     // As it is now: the file may have been replaced since this process began.
     let program = PathBuf::from("/proc/self/exe");
     let (image, report) = parent.fork()?;
+    // Stopping the parent waits for nothing of this.
+    let stopped = Arc::downgrade(&parent);
+    drop(parent);
     let parts = image.export(fleet.leases())?;
-    drop((parent, image));
+    drop(image);
     let order = Order {
         dir: fleet.dir().to_owned(),
         parent: name.to_owned(),
@@ -242,32 +270,36 @@ pub(crate) fn fork(
         paused,
     };
     let check = |made: usize| {
-        let reason = cancel.reason().or(fleet.is_closed().then_some(CancelReason::Ending));
+        let is_stopped = stopped.upgrade().is_none_or(|vm| vm.stopped().is_some());
+        let reason = cancel.reason().or(is_stopped.then_some(CancelReason::ParentStopped));
+        let reason = reason.or(fleet.is_closed().then_some(CancelReason::Ending));
         reason.map_or(Ok(()), |reason| Err(FleetError::Cancelled { made, count, reason }))
     };
-    let mut workers = Vec::with_capacity(count);
+    let mut workers = Workers(Vec::with_capacity(count));
     for at in 0..count {
         check(at)?;
-        workers.push(Worker::start(&program, &order, &parts)?);
+        workers.0.push(Worker::start(&program, &order, &parts)?);
     }
     drop(parts);
     let mut made = Vec::with_capacity(count);
-    for worker in &workers {
+    for worker in &workers.0 {
         let child = worker.made(|| check(made.len()))?;
         made.push(child);
     }
     check(made.len())?;
-    // All are there, so all may run. One that fails now ends like any VM, and is reported.
+    // All are there, so all may run. From here on each is on its own: one that fails ends like any
+    // VM.
+    let workers = std::mem::take(&mut workers.0);
     for worker in &workers {
-        worker.run()?;
+        worker.run();
     }
-    for worker in &workers {
-        match worker.answer(|| Ok(()))? {
-            Answer::Running => {}
-            other => return Err(FleetError::Worker { source: unexpected(&other) }),
+    for (worker, child) in workers.into_iter().zip(&made) {
+        match worker.answer(|| Ok(())) {
+            Ok(Answer::Running) => {}
+            other => tracing::warn!(child = child.name, ?other, "a child has ended before it ran"),
         }
+        worker.release();
     }
-    workers.into_iter().for_each(Worker::release);
     Ok((made, report))
 }
 

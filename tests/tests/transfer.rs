@@ -116,7 +116,8 @@ fn another_process() {
                 guest.expect(DiskGuest::whole(What::Verify, pages, seed), "the disk it has");
             }
             (WRITE_DISK, _, Some(guest)) => guest.expect(DiskGuest::whole(What::Write, pages, seed), "it writes"),
-            (FORK, Some(guest), _) => {
+            (FORK, ..) => {
+                let guest = bare.as_ref().or(disk.as_ref().map(|disk| &disk.guest)).unwrap();
                 guest.fork().0.export(&leases).unwrap().send(socket).unwrap();
                 continue;
             }
@@ -252,14 +253,17 @@ fn a_family_over_three_processes_outlives_its_ancestors() {
 fn pages_that_are_still_being_copied_are_there_in_another_process() {
     let Some(turn) = Turn::take(TIMEOUT) else { return };
     let context = turn.context(Backing::Small);
-    let leases = Leases::default();
     let parent = Guest::boot(&context, MIB, 1);
     parent.fill(Writer::Guest, 0, PAGES, 1);
     drop(parent.fork());
     parent.fill(Writer::Guest, 0, PAGES, 2);
     let (image, _) = parent.fork();
-    let other = Other::start(&exported(&image, &leases), "small");
+    // What is given away is held, though nothing here asks for it any more.
+    let other = Other::start(&exported(&image, &Leases::default()), "small");
+    drop(image);
     parent.fill(Writer::Guest, 0, PAGES, 3);
+    drop(parent.fork());
+    context.store().sweep();
     other.ask(EXPECT, 0, PAGES, 2);
     other.end();
 }
@@ -271,7 +275,9 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     let leases = Leases::default();
     let file = DiskFile::new(SECTORS * 512, 1);
     let parent = DiskGuest::boot(&context, file.spec(), 1);
-    parent.expect(DiskGuest::whole(What::Write, SECTORS / 2, 2), "the parent writes");
+    // All of it, after a fork: nothing of the image file is shown, and a journal has the overlays.
+    drop(parent.guest.fork());
+    parent.expect(DiskGuest::whole(What::Write, SECTORS, 2), "the parent writes");
     let image = parent.guest.fork().0;
     let other = Other::start(&exported(&image, &leases), "disk");
     drop(image);
@@ -294,6 +300,34 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     other.end();
     expect_unused(&leases);
     drop(Disk::open(&file.spec().disk).unwrap());
+}
+
+/// Each goes on from the one before, which has gone. What it holds for its ancestors does not add up.
+#[test]
+fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Huge);
+    let leases = Leases::default();
+    let file = DiskFile::new(SECTORS * 512, 1);
+    let parent = DiskGuest::boot(&context, file.spec(), 1);
+    parent.expect(DiskGuest::whole(What::Write, SECTORS, 2), "the parent writes");
+    let image = parent.guest.fork().0;
+    let mut last = Other::start(&exported(&image, &leases), "disk");
+    drop((image, parent));
+    let held = |other: &Other| std::fs::read_dir(format!("/proc/{}/fd", other.process.id())).unwrap().count();
+    let mut held_by = vec![held(&last)];
+    for generation in 3..9 {
+        // All of it: of what came before, nothing is shown.
+        last.ask(WRITE_DISK, 0, SECTORS, generation);
+        let next = Other::start(&last.fork(), "disk");
+        last.end();
+        next.ask(VERIFY_DISK, 0, SECTORS, generation);
+        held_by.push(held(&next));
+        last = next;
+    }
+    assert!(held_by.iter().all(|held| *held < held_by[0] + 12), "descriptors by generation: {held_by:?}");
+    last.end();
+    expect_unused(&leases);
 }
 
 #[test]

@@ -31,6 +31,10 @@ pub(super) use say;
 
 /// The interval at which the end of the process's VMs is polled.
 const TURN: Duration = Duration::from_millis(200);
+/// How often the end of VMs in other processes is looked for.
+const LEASE_POLL: Duration = Duration::from_millis(20);
+/// When it is said that they are waited for.
+const SAY_AFTER: Duration = Duration::from_secs(1);
 /// How long open requests may take to end after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
 
@@ -152,6 +156,7 @@ fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &Shutdown
         say!("\r\nclade: {name} has ended; {children} of its children run on in this process\r");
     }
     wait_for_all(fleet, shutdown);
+    wait_for_processes(fleet, &disks, shutdown);
     // After all VMs have ended: no disk may be written that another VM's map refers to.
     commit_overlays(disks);
     reason
@@ -173,6 +178,30 @@ pub(super) fn wait_for_all(fleet: &Fleet, shutdown: &ShutdownSignal) {
     }
 }
 
+/// Waits until no VM in another process reads files of `disks` that have overlays to be committed.
+/// A signal ends the wait, and the overlays are kept as far as they can be.
+fn wait_for_processes(fleet: &Fleet, disks: &[Disk], shutdown: &ShutdownSignal) {
+    if !disks.iter().any(has_overlays) {
+        return;
+    }
+    let begun = Instant::now();
+    let mut said = false;
+    while fleet.leases().count() > 0 && shutdown.signal().is_none() {
+        if !said && begun.elapsed() > SAY_AFTER {
+            say!(
+                "\r\nclade: disks are given what was written since the fork when the children in other processes have ended\r"
+            );
+            said = true;
+        }
+        std::thread::sleep(LEASE_POLL);
+    }
+}
+
+/// Whether a disk has overlays that belong in its image.
+fn has_overlays(disk: &Disk) -> bool {
+    disk.is_forked() && !disk.config().read_only && !disk.config().ephemeral
+}
+
 fn close_at_end(fleet: &Fleet, shutdown: &ShutdownSignal) {
     if shutdown.signal().is_some() {
         fleet.close();
@@ -182,7 +211,7 @@ fn close_at_end(fleet: &Fleet, shutdown: &ShutdownSignal) {
 /// Writes the overlays of disks back to their files, if possible, and reports the result.
 fn commit_overlays(disks: Vec<Disk>) {
     for disk in disks {
-        if !disk.is_forked() || disk.config().read_only || disk.config().ephemeral {
+        if !has_overlays(&disk) {
             continue;
         }
         let path = disk.config().path.display().to_string();

@@ -119,3 +119,31 @@ fn i13_all_children_in_processes_of_their_own_are_made_or_none() {
         assert_eq!(vm["state"], "paused", "{vm}");
     }
 }
+
+/// What the parent wrote since the fork goes into its image when nobody reads the image as it was.
+#[test]
+fn a_disk_is_given_what_was_written_when_the_children_elsewhere_have_ended() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let mut runtime = Runtime::new();
+    let disk = image.display().to_string();
+    runtime.spawn_heard(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", "web", "--disk", &disk]);
+    wait_until("the VM", || runtime.socket("web").exists() && runtime.clade(&["pause", "web"]).code == Some(0));
+    let started = runtime.pid();
+    runtime.clade(&["fork", "web", "--own-process", "--name", "child", "--paused", "--json"]).json();
+    let (workers, _) = Workers::of(&runtime, started);
+    runtime.clade(&["stop", "web"]);
+    wait_until("the parent to go", || runtime.names() == ["child"]);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(runtime.runs(), "its process waits for the child's");
+    runtime.clade(&["stop", "child"]);
+    wait_until("the end of the worker", || workers.running() == 0);
+    let said = runtime.heard();
+    assert_eq!(runtime.ended(), Some(0), "{said}");
+    assert!(said.contains("disk has been given the 0 bytes written since the VM was forked"), "{said}");
+    assert!(std::fs::read(&image).unwrap() == vec![7; 1 << 20]);
+}

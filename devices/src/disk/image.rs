@@ -158,6 +158,12 @@ impl DiskImage {
         &self.setup.config
     }
 
+    /// The directory of its overlays.
+    #[must_use]
+    pub fn overlay_dir(&self) -> &Path {
+        self.setup.overlays.path()
+    }
+
     /// Its size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -12,7 +12,9 @@
 //! again, whatever the file then holds. A cluster with two sources may still have one content; it
 //! counts as changed.
 
+use std::iter;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use clade_io::{FileError, IoFile};
@@ -40,13 +42,10 @@ pub struct DiskLayer {
     pub runs: Vec<DiskRun>,
 }
 
-/// `file` by a descriptor of its own, open for reading only.
-fn shared(file: &IoFile) -> Result<IoFile, FileError> {
-    let mut kept = file.kept().to_vec();
-    if file.is_named() {
-        kept.push(Arc::new(file.lock_descriptor()?));
-    }
-    Ok(IoFile::read_only(file.read_only_file()?, file.path(), file.policy()).keeping(kept))
+/// `file` by a descriptor of its own, open for reading only, which keeps `ours` if it is.
+fn shared(file: &IoFile, ours: &[Arc<OwnedFd>]) -> Result<IoFile, FileError> {
+    let kept = if file.kept().is_empty() { ours } else { file.kept() };
+    Ok(IoFile::read_only(file.read_only_file()?, file.path(), file.policy()).keeping(kept.to_vec()))
 }
 
 /// Appends a run, joined to the last one where they are adjacent and of one kind.
@@ -154,19 +153,23 @@ impl DiskImage {
     }
 
     /// The disk as layers that another process may have: files of their own, open for reading only.
-    /// While it uses them, this image must be held here. Each keeps a lock on an image file as it
-    /// is, for when this process ends first.
+    /// While it uses them, this image must be held here; as long as it does, it has `lease` open.
+    /// Each keeps the lock on the disk's image file, also where nothing of that file is shown: when
+    /// this process ends first, whoever opens the image file may apply a journal, which punches
+    /// overlays. A file that came from another process keeps what it came with.
     ///
     /// # Errors
     /// When a file cannot be opened again.
-    pub fn shared_layers(&self) -> Result<Vec<DiskLayer>, FileError> {
+    pub fn shared_layers(&self, lease: &Arc<OwnedFd>) -> Result<Vec<DiskLayer>, FileError> {
+        let lock = self.setup.base.as_ref().map(|base| base.lock_descriptor()).transpose()?.map(Arc::new);
+        let kept: Vec<_> = iter::once(Arc::clone(lease)).chain(lock).collect();
         let mut layers: Vec<(&Arc<IoFile>, DiskLayer)> = Vec::new();
         for (clusters, source) in self.map.extents() {
             let Source::File(file) = source else { continue };
             let at = match layers.iter().position(|(of, _)| Arc::ptr_eq(of, file)) {
                 Some(at) => at,
                 None => {
-                    layers.push((file, DiskLayer { file: Some(Arc::new(shared(file)?)), runs: Vec::new() }));
+                    layers.push((file, DiskLayer { file: Some(Arc::new(shared(file, &kept)?)), runs: Vec::new() }));
                     layers.len() - 1
                 }
             };

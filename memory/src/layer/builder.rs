@@ -87,7 +87,7 @@ impl Store {
 }
 
 /// A mapping beyond the end of a file is no memory.
-fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
+pub(crate) fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
     let short = |source| StoreError::File { pages, source };
     let bytes = file.metadata().map_err(short)?.len();
     if pages.checked_mul(PAGE_SIZE).is_none_or(|wanted| bytes < wanted) {

@@ -96,10 +96,12 @@ impl LayerHandle {
     /// When the file cannot be asked, or pages will never come.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
-        if self.0.home() == Home::File {
+        match self.0.home() {
             // What is read of it must be there: had it been cut short, what is gone would look
             // like a hole.
-            return Ok(vec![range]);
+            Home::File => return Ok(vec![range]),
+            Home::Foreign => crate::layer::builder::check_length(self.0.file(), self.0.pages())?,
+            Home::Memory(_) | Home::Disk => {}
         }
         allocated(self.0.as_fd(), range).map_err(RamError::Harvest)
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
+use rustix::fs::{MemfdFlags, Mode, OFlags, fchmod, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
 use crate::testing::failpoint::{Call, failpoint};
@@ -47,6 +47,8 @@ impl HugeTmpfs {
 pub(crate) fn small_file(pages: u64) -> io::Result<File> {
     failpoint(Call::File)?;
     let fd = memfd_create("clade-layer", MemfdFlags::CLOEXEC)?;
+    // Not for every user who gets a descriptor of it, to open again for writing.
+    fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
     failpoint(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())

@@ -49,4 +49,6 @@ pub use persist::{
 };
 pub use reset::ResetReport;
 pub use stop::StopReason;
+#[cfg(feature = "fuzzing")]
+pub(crate) use transfer::is_memory;
 pub use transfer::{ImageParts, Leases, TransferError};

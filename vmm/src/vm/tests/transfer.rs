@@ -112,8 +112,8 @@ fn a_layer_that_could_be_written_is_refused() {
     let (image, _) = parent.fork().unwrap();
     let mut parts = image.export(&Leases::default()).unwrap();
     let layer = image.ram().maps().next().unwrap().iter().next().map(|(_, source)| source.layer.clone()).unwrap();
-    // As this process has it. The lease is the first.
-    parts.files[1] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
+    // As this process has it.
+    parts.files[0] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
     let error = ForkImage::import(&context, parts).unwrap_err();
     assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));
 }

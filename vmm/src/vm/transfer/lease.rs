@@ -7,7 +7,7 @@
 
 use std::io::{self, PipeReader};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -15,15 +15,10 @@ use rustix::io::Errno;
 
 use crate::vm::fork::ForkImage;
 
-/// The images that this process has given away and that are in use. They are held until no other
-/// process uses them.
+/// The images that this process has given away and that are in use. Each is held until no other
+/// process uses it, also when every handle to this list has gone.
 #[derive(Clone, Debug, Default)]
-pub struct Leases(Arc<Inner>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    state: Mutex<State>,
-}
+pub struct Leases(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -34,7 +29,7 @@ struct State {
 
 #[derive(Debug)]
 struct Given {
-    /// Readable, with nothing to read, when the last writing end has gone.
+    /// Hung up when the last writing end has gone.
     end: Arc<PipeReader>,
     #[expect(dead_code, reason = "held, not read")]
     image: Arc<ForkImage>,
@@ -42,7 +37,7 @@ struct Given {
 
 impl Leases {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many images are in use by other processes.
@@ -55,69 +50,60 @@ impl Leases {
     pub(super) fn lease(&self, image: &Arc<ForkImage>) -> io::Result<OwnedFd> {
         let (end, lease) = io::pipe()?;
         let mut state = self.state();
-        let wake = match &state.wake {
-            Some(wake) => Arc::clone(wake),
-            None => self.watch(&mut state)?,
-        };
-        state.given.push(Given { end: Arc::new(end), image: Arc::clone(image) });
-        drop(state);
-        // The thread polls the new one too. Nobody writes as often as would fill the counter.
-        let _ = rustix::io::write(&wake, &1u64.to_ne_bytes());
+        let given = Given { end: Arc::new(end), image: Arc::clone(image) };
+        if let Some(wake) = &state.wake {
+            // The thread polls the new one too. The counter is far from full.
+            rustix::io::write(wake, &1u64.to_ne_bytes())?;
+            state.given.push(given);
+        } else {
+            let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+            let (leases, woken) = (self.clone(), Arc::clone(&wake));
+            // It begins with the lock, so it finds what is given.
+            thread::Builder::new().name("clade-leases".to_owned()).spawn(move || leases.watch(&woken))?;
+            state.wake = Some(wake);
+            state.given.push(given);
+        }
         Ok(lease.into())
     }
 
-    fn watch(&self, state: &mut State) -> io::Result<Arc<OwnedFd>> {
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        // It keeps the leases alive no longer than whoever gives images away.
-        let (leases, woken) = (Arc::downgrade(&self.0), Arc::clone(&wake));
-        thread::Builder::new().name("clade-leases".to_owned()).spawn(move || watch(&leases, &woken))?;
-        state.wake = Some(Arc::clone(&wake));
-        Ok(wake)
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        // The thread finds that there is nothing left to watch.
-        if let Some(wake) = &self.state.get_mut().unwrap_or_else(PoisonError::into_inner).wake {
-            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
-        }
-    }
-}
-
-fn watch(leases: &Weak<Inner>, wake: &OwnedFd) {
-    loop {
-        let Some(ends) = leases.upgrade().map(|inner| Leases(inner).ends()) else { return };
-        let mut polled: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
-        polled.extend(ends.iter().map(|end| PollFd::new(&**end, PollFlags::IN)));
-        match poll(&mut polled, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => {
-                // Without it images are held for longer than they must be: to the end of the process.
-                tracing::error!(%error, "the leases of images cannot be watched");
-                return;
+    /// Drops what is not in use any more, until there is nothing left.
+    fn watch(&self, wake: &OwnedFd) {
+        while let Some(ends) = self.ends() {
+            let mut polled: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
+            // Nothing is asked for: that the other end has gone is always reported, and what another
+            // process writes is nothing to us.
+            polled.extend(ends.iter().map(|end| PollFd::new(&**end, PollFlags::empty())));
+            match poll(&mut polled, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    // What is given away is held to the end of the process.
+                    tracing::error!(%error, "the leases of images cannot be watched");
+                    self.state().wake = None;
+                    return;
+                }
             }
+            let mut gone = Vec::new();
+            for (end, fd) in ends.iter().zip(&polled[1..]) {
+                if fd.revents().intersects(PollFlags::HUP | PollFlags::ERR) {
+                    gone.push(Arc::clone(end));
+                }
+            }
+            // Empty, or not to be read: then it is polled once more.
+            let _ = rustix::io::read(wake, &mut [0; 8]);
+            // Not under the lock: dropping an image may free memory and close disks.
+            drop(self.take(&gone));
         }
-        let gone: Vec<Arc<PipeReader>> = ends
-            .iter()
-            .zip(&polled[1..])
-            .filter(|(_, fd)| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR))
-            .map(|(end, _)| Arc::clone(end))
-            .collect();
-        if !polled[0].revents().is_empty() {
-            let mut count = [0; 8];
-            let _ = rustix::io::read(wake, &mut count);
-        }
-        drop(polled);
-        let Some(leases) = leases.upgrade().map(Leases) else { return };
-        // Not under the lock: dropping an image may free memory and close disks.
-        drop(leases.take(&gone));
     }
-}
 
-impl Leases {
-    fn ends(&self) -> Vec<Arc<PipeReader>> {
-        self.state().given.iter().map(|given| Arc::clone(&given.end)).collect()
+    /// The ends to be watched. `None` if there is none: then the thread ends, and the next lease
+    /// starts another.
+    fn ends(&self) -> Option<Vec<Arc<PipeReader>>> {
+        let mut state = self.state();
+        if state.given.is_empty() {
+            state.wake = None;
+            return None;
+        }
+        Some(state.given.iter().map(|given| Arc::clone(&given.end)).collect())
     }
 
     fn take(&self, gone: &[Arc<PipeReader>]) -> Vec<Given> {

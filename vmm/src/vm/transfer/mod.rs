@@ -18,6 +18,7 @@ mod parts;
 mod socket;
 
 use std::io;
+use std::path::PathBuf;
 
 use clade_devices::disk::DiskError;
 use clade_io::FileError;
@@ -26,6 +27,8 @@ use thiserror::Error;
 
 pub use lease::Leases;
 pub use parts::ImageParts;
+#[cfg(feature = "fuzzing")]
+pub(crate) use parts::is_memory;
 
 use crate::kvm::HostMismatch;
 use crate::vm::persist::SavedError;
@@ -46,6 +49,12 @@ pub enum TransferError {
     /// A file of a disk cannot be opened again.
     #[error("a disk's file")]
     File(#[from] FileError),
+    /// Writes to a disk that were in flight at the fork do not end.
+    #[error("writes to {} that were in flight have not ended", path.display())]
+    Unsettled {
+        /// The disk's file.
+        path: PathBuf,
+    },
     /// The state of vCPUs or devices cannot be written or read.
     #[error("the image's state")]
     State(#[from] SavedError),

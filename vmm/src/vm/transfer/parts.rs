@@ -9,15 +9,18 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
+use clade_devices::disk::{DiskConfig, DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::{
-    ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout,
+    ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -31,6 +34,8 @@ use crate::vm::persist::sections;
 pub(super) const MAX_FILES: usize = 1 << 16;
 /// Most bytes of one image's description and state.
 pub(super) const MAX_BYTES: usize = 64 << 20;
+/// How long the writes that were in flight at the fork may take.
+const SETTLE: Duration = Duration::from_secs(30);
 /// Size of the buffer for the longest byte string of a description that is read in one piece.
 const SCRATCH: usize = 8 << 10;
 
@@ -89,6 +94,8 @@ enum Hidden {
 #[derive(Debug, Serialize, Deserialize)]
 struct DiskParts {
     bytes: u64,
+    /// The directory of its overlays, which is not always the one that its configuration names.
+    overlays: PathBuf,
     layers: Vec<DiskPart>,
 }
 
@@ -106,7 +113,8 @@ struct DiskPart {
 #[derive(Default)]
 struct Files {
     files: Vec<OwnedFd>,
-    kept: HashMap<*const OwnedFd, usize>,
+    /// Those that stay open here too, and their indexes. Held, so that no other has their address.
+    kept: HashMap<*const OwnedFd, (Arc<OwnedFd>, usize)>,
 }
 
 impl Files {
@@ -117,12 +125,12 @@ impl Files {
 
     /// The index of a descriptor that stays open here too.
     fn share(&mut self, file: &Arc<OwnedFd>) -> Result<usize, TransferError> {
-        if let Some(at) = self.kept.get(&Arc::as_ptr(file)) {
+        if let Some((_, at)) = self.kept.get(&Arc::as_ptr(file)) {
             return Ok(*at);
         }
         let copy = file.try_clone().map_err(TransferError::system("given another descriptor"))?;
         let at = self.add(copy);
-        self.kept.insert(Arc::as_ptr(file), at);
+        self.kept.insert(Arc::as_ptr(file), (Arc::clone(file), at));
         Ok(at)
     }
 }
@@ -136,8 +144,7 @@ impl ForkImage {
     /// When memory is lost, a file cannot be opened again, or there is no descriptor to be had.
     pub fn export(self: &Arc<Self>, leases: &Leases) -> Result<ImageParts, TransferError> {
         let mut files = Files::default();
-        let lease = leases.lease(self).map_err(TransferError::system("leased"))?;
-        let lease = files.add(lease);
+        let lease = Arc::new(leases.lease(self).map_err(TransferError::system("leased"))?);
         let mut description = Description::default();
 
         let mut seen: HashMap<LayerId, usize> = HashMap::new();
@@ -149,7 +156,7 @@ impl ForkImage {
                 let layer = match seen.get(&source.layer.id()) {
                     Some(layer) => *layer,
                     None => {
-                        let layer = exported(&source.layer, lease, &mut files)?;
+                        let layer = exported(&source.layer, &lease, &mut files)?;
                         seen.insert(source.layer.id(), description.layers.len());
                         description.layers.push(layer);
                         description.layers.len() - 1
@@ -162,10 +169,14 @@ impl ForkImage {
             description.regions.push(region);
         }
         for disk in self.disks() {
-            let layers = disk.shared_layers()?;
-            let layers =
-                layers.iter().map(|layer| exported_disk(layer, lease, &mut files)).collect::<Result<_, _>>()?;
-            description.disks.push(DiskParts { bytes: disk.size(), layers });
+            // The receiver cannot wait for them.
+            if !disk.settle(SETTLE) {
+                return Err(TransferError::Unsettled { path: disk.config().path.clone() });
+            }
+            let layers = disk.shared_layers(&lease)?;
+            let layers = layers.iter().map(|layer| exported_disk(layer, &mut files)).collect::<Result<_, _>>()?;
+            let overlays = disk.overlay_dir().to_owned();
+            description.disks.push(DiskParts { bytes: disk.size(), overlays, layers });
         }
         let sections = self.sections()?;
         description.sections = sections.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.len() as u64)).collect();
@@ -193,7 +204,7 @@ impl ForkImage {
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
         let config = sections::config(saved.iter().copied())?;
         let mut files = Received::new(files);
-        let ram = ram(context, &description, &mut files)?;
+        let ram = ram(context.store(), &description, &mut files)?;
         let backends = disks(&config, &description.disks, &mut files)?;
         Ok(Arc::new(Self::from_sections(saved, ram, backends)?))
     }
@@ -220,19 +231,18 @@ impl Hidden {
     }
 }
 
-fn exported(layer: &LayerHandle, lease: usize, files: &mut Files) -> Result<Layer, TransferError> {
+fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut Files) -> Result<Layer, TransferError> {
     let file = files.add(layer.read_only_file()?.into());
     // Another process's layer is that process's to keep, not ours.
-    let lease = layer.lease().map_or(Ok(lease), |lease| files.share(lease))?;
+    let lease = files.share(layer.lease().unwrap_or(lease))?;
     Ok(Layer { file, pages: layer.pages(), lease })
 }
 
-fn exported_disk(layer: &DiskLayer, lease: usize, files: &mut Files) -> Result<DiskPart, TransferError> {
+fn exported_disk(layer: &DiskLayer, files: &mut Files) -> Result<DiskPart, TransferError> {
     let file = layer.file.as_ref().ok_or_else(|| TransferError::malformed("a disk's layer without a file"))?;
     let copy = file.as_fd().try_clone_to_owned().map_err(TransferError::system("given another descriptor"))?;
     let at = files.add(copy);
-    let mut kept = file.kept().iter().map(|kept| files.share(kept)).collect::<Result<Vec<_>, _>>()?;
-    kept.push(lease);
+    let kept = file.kept().iter().map(|kept| files.share(kept)).collect::<Result<_, _>>()?;
     let runs = layer.runs.iter().map(|run| (run.clusters.start, run.clusters.end, run.zero)).collect();
     Ok(DiskPart { file: at, path: file.path().to_owned(), kept, runs })
 }
@@ -292,8 +302,7 @@ impl Received {
     }
 }
 
-fn ram(context: &Context, description: &Description, files: &mut Received) -> Result<RamImage, TransferError> {
-    let store = context.store();
+fn ram(store: &Store, description: &Description, files: &mut Received) -> Result<RamImage, TransferError> {
     let mut layers = Vec::with_capacity(description.layers.len());
     for layer in &description.layers {
         let file = File::from(files.take(layer.file)?);
@@ -307,24 +316,29 @@ fn ram(context: &Context, description: &Description, files: &mut Received) -> Re
         let mut map = ImageMap::new();
         let mut end = 0;
         for run in &region.map {
-            let layer = layers.get(run.layer).filter(|_| run.start >= end && run.start < run.end);
+            let inside = |layer: &&LayerHandle| {
+                let last = run.at.checked_add(run.end.saturating_sub(run.start));
+                last.is_some_and(|last| last <= layer.pages())
+            };
+            let is_run = run.start >= end && run.start < run.end && run.end <= region.pages;
+            let layer = layers.get(run.layer).filter(|_| is_run).filter(inside);
             let layer = layer.ok_or_else(|| TransferError::malformed(format!("a run of memory: {run:?}")))?;
             end = run.end;
             map.insert(PageRange::new(run.start, run.end), LayerSource { layer: layer.clone(), at: run.at });
         }
         let mut declared = Vec::new();
         for (start, end, hidden) in &region.no_fork {
-            if start >= end {
+            if start >= end || *end > region.pages {
                 return Err(TransferError::malformed(format!("pages {start} to {end} are not inherited")));
             }
-            declared.push((PageRange::new(*start, *end), no_fork(context, &map, *start, hidden)?));
+            declared.push((PageRange::new(*start, *end), no_fork(store, &map, *start, hidden)?));
         }
         maps.push((map, declared));
     }
     Ok(RamImage::from_parts(store, &layout, maps)?)
 }
 
-fn no_fork(context: &Context, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<NoFork, TransferError> {
+fn no_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<NoFork, TransferError> {
     Ok(match hidden {
         Hidden::Absent => NoFork::Absent,
         Hidden::Zeroed => NoFork::Zeroed,
@@ -333,9 +347,20 @@ fn no_fork(context: &Context, map: &ImageMap, page: u64, hidden: &Hidden) -> Res
             if let Some(source) = map.get(page) {
                 source.layer.read_pages(source.at, &mut pattern)?;
             }
-            NoFork::Fresh(context.store().reference_page(&pattern).map_err(RamError::from)?)
+            NoFork::Fresh(store.reference_page(&pattern).map_err(RamError::from)?)
         }
     })
+}
+
+/// A file or a block device that is open for reading only.
+fn readable(file: OwnedFd) -> Result<File, TransferError> {
+    let file = File::from(file);
+    let kind = file.metadata().map_err(TransferError::system("looked at"))?.file_type();
+    let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+    if !(kind.is_file() || kind.is_block_device()) || mode & OFlags::ACCMODE != OFlags::RDONLY {
+        return Err(TransferError::malformed("a disk's file is none, or can be written"));
+    }
+    Ok(file)
 }
 
 /// The backends of all devices by place: disks, and none for other devices.
@@ -347,15 +372,23 @@ fn disks(config: &VmConfig, disks: &[DiskParts], files: &mut Received) -> Result
     let mut backends = Vec::new();
     for (spec, disk) in config.disks.iter().zip(disks) {
         let mut layers = Vec::with_capacity(disk.layers.len());
+        let config = DiskConfig { overlays: Some(disk.overlays.clone()), ..spec.disk.clone() };
         for layer in &disk.layers {
             let kept = layer.kept.iter().map(|at| files.keep(*at)).collect::<Result<_, _>>()?;
-            let file = IoFile::read_only(files.take(layer.file)?.into(), &layer.path, spec.disk.cache).keeping(kept);
+            let file = IoFile::read_only(readable(files.take(layer.file)?)?, &layer.path, config.cache).keeping(kept);
             let runs = layer.runs.iter().map(|(start, end, zero)| DiskRun { clusters: *start..*end, zero: *zero });
             layers.push(DiskLayer { file: Some(Arc::new(file)), runs: runs.collect() });
         }
-        backends.push(Backend::Disk(DiskImage::from_layers(&spec.disk, disk.bytes, &layers)?));
+        backends.push(Backend::Disk(DiskImage::from_layers(&config, disk.bytes, &layers)?));
     }
     // Disks have the first places.
     backends.resize_with(config.places().count(), || Backend::None);
     Ok(backends)
+}
+
+/// Whether `bytes` and `files` are the memory of an image, whatever else they are.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn is_memory(store: &Store, bytes: &[u8], files: Vec<OwnedFd>) -> bool {
+    let described = described(bytes);
+    described.and_then(|(description, _)| ram(store, &description, &mut Received::new(files))).is_ok()
 }
