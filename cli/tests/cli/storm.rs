@@ -32,6 +32,9 @@ impl Random {
 /// What a process and the host have that a VM takes.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
+    /// Of files of memory layers.
+    layers: usize,
+    /// All others.
     descriptors: usize,
     threads: usize,
     mappings: usize,
@@ -46,8 +49,10 @@ impl Held {
             let all = fs::read_dir(dir).unwrap().filter_map(Result::ok);
             all.map(|e| e.file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
         };
+        let layers = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().filter(is_layer).count();
         Self {
-            descriptors: runtime.open_files(pid),
+            layers,
+            descriptors: runtime.open_files(pid).saturating_sub(layers),
             threads: fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(),
             mappings: fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines().count(),
             files: names(runtime.dir()),
@@ -57,13 +62,22 @@ impl Held {
 
     /// Whether nothing is held that was not `before`. Allocators keep some mappings. The VM that is
     /// left has as many layers as its last forks made, and files are made ahead for the next: a
-    /// descriptor each, and a handful at most.
+    /// handful at most.
     fn is_back_to(&self, before: &Self) -> bool {
-        self.descriptors <= before.descriptors + 8
+        self.layers <= before.layers + 8
+            && self.descriptors <= before.descriptors
             && self.threads <= before.threads
             && self.mappings <= before.mappings + 64
             && (&self.files, &self.interfaces) == (&before.files, &before.interfaces)
     }
+}
+
+/// Whether a descriptor is of a memory layer: of a memfd, or of a nameless file in the tmpfs of
+/// huge pages, which is mounted nowhere.
+fn is_layer(descriptor: &fs::DirEntry) -> bool {
+    let file = fs::read_link(descriptor.path()).unwrap_or_default();
+    let file = file.to_string_lossy();
+    file.starts_with("/memfd:clade-layer") || file.starts_with("/#")
 }
 
 /// Resident KiB of a process.
