@@ -8,7 +8,7 @@
 //! | message | from | what |
 //! |---|---|---|
 //! | 1 | parent | what to make, as JSON |
-//! | 2.. | parent | the image ([`ImageParts`]) |
+//! | 2.. | parent | the image ([`SealedParts`]) |
 //! | next | worker | made, and paused; or the error |
 //! | next | parent | one byte, once all children are made: they may run |
 //! | last | worker | it runs |
@@ -37,7 +37,7 @@ use tokio::runtime::Handle;
 
 use crate::control::{IdentityInfo, serve_fleet, status_of};
 use crate::fleet::{Cancel, CancelReason, Children, Fleet, FleetError, Needs, check_names, check_room};
-use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, ImageParts, Vm};
+use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, SealedParts, Vm};
 
 /// The command-line argument that makes the program a worker.
 pub const WORKER: &str = "worker";
@@ -100,7 +100,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(program: &Path, order: &Order, parts: &ImageParts) -> Result<Self, FleetError> {
+    fn start(program: &Path, order: &Order, parts: &SealedParts) -> Result<Self, FleetError> {
         let failed = |source| FleetError::Worker { source };
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|errno| failed(errno.into()))?;
@@ -260,7 +260,7 @@ pub(crate) fn fork(
     // Stopping the parent waits for nothing of this.
     let stopped = Arc::downgrade(&parent);
     drop(parent);
-    let parts = image.export(fleet.leases())?;
+    let parts = image.export(fleet.leases())?.seal()?;
     drop(image);
     let order = Order {
         dir: fleet.dir().to_owned(),
@@ -337,7 +337,7 @@ pub fn serve(context: &Context, socket: &OwnedFd, runtime: &Handle) -> Result<Op
 }
 
 fn make(context: &Context, order: &Order, socket: &OwnedFd, runtime: &Handle) -> Result<(Fleet, Arc<Vm>), FleetError> {
-    let image = ForkImage::import(context, ImageParts::receive(socket)?)?;
+    let image = ForkImage::import(context, SealedParts::receive(socket)?.open()?)?;
     let fleet = serve_fleet(context, &order.dir, runtime)?;
     let wanted = Children { count: 1, pattern: order.pattern.as_deref(), identity: &order.identity };
     let options = ChildOptions { paused: true, before_start: None };

@@ -14,6 +14,7 @@
 //! | files by their directory's descriptor | `at.rs` |
 //! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
+//! | messages with descriptors to other processes | [`seqpacket`] |
 //!
 //! What it does not do: it does not know guests, disks or their formats, and it starts no threads.
 
@@ -25,6 +26,7 @@ mod engine;
 mod file;
 mod op;
 mod overlay_pool;
+pub mod seqpacket;
 mod tap;
 
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};

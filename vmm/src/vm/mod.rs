@@ -51,4 +51,4 @@ pub use reset::ResetReport;
 pub use stop::StopReason;
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
-pub use transfer::{ImageParts, Leases, TransferError};
+pub use transfer::{ImageParts, Leases, SealedParts, TransferError};

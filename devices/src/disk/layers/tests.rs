@@ -286,3 +286,25 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     assert_eq!(whole(&again), want);
     assert_eq!(whole(&first), model);
 }
+
+/// The image file stays locked as long as another process shows anything of the disk, also when
+/// nothing of that file is shown and whoever gave the layers away has gone.
+#[test]
+fn layers_given_away_keep_the_image_file_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = file(dir.path());
+    let config = DiskConfig::new(&path);
+    let mut disk = Disk::open(&config).unwrap();
+    drop(disk.fork());
+    let all = vec![7; SIZE as usize];
+    write(&mut disk, 0, &all);
+    let image = disk.fork();
+    let (ours, lease) = std::io::pipe().unwrap();
+    let layers = image.shared_layers(&Arc::new(lease.into())).unwrap();
+    assert!(layers.iter().all(|layer| layer.file.as_ref().unwrap().path() != path), "only overlays are shown");
+    drop((disk, image, ours));
+    let refused = Disk::open(&config).unwrap_err();
+    assert!(refused.to_string().contains("use"), "{refused}");
+    drop(layers);
+    drop(Disk::open(&config).unwrap());
+}

@@ -29,6 +29,7 @@ pub use lease::Leases;
 pub use parts::ImageParts;
 #[cfg(feature = "fuzzing")]
 pub(crate) use parts::is_memory;
+pub use socket::SealedParts;
 
 use crate::kvm::HostMismatch;
 use crate::vm::persist::SavedError;

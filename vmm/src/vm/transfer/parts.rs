@@ -197,7 +197,6 @@ impl ForkImage {
     /// When the parts are no image, or one that this host cannot run; when a file is not what it
     /// should be.
     pub fn import(context: &Context, parts: ImageParts) -> Result<Arc<Self>, TransferError> {
-        parts.check()?;
         let ImageParts { bytes, files } = parts;
         let (description, saved) = described(&bytes)?;
         // Before anything is made: KVM's refusals name no feature.

@@ -10,16 +10,11 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use clade_io::seqpacket::{self, MAX_DESCRIPTORS as BATCH, Message};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
-use rustix::io::{Errno, IoSlice, IoSliceMut};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
 
 use super::parts::{MAX_BYTES, MAX_FILES};
 use super::{ImageParts, TransferError};
@@ -27,33 +22,24 @@ use super::{ImageParts, TransferError};
 const MAGIC: [u8; 8] = *b"CLADEIMG";
 const VERSION: u32 = 1;
 const HELLO: usize = 16;
-/// Descriptors of a message. The kernel takes 253 at most.
-const BATCH: usize = 128;
 /// What may not happen to the bytes any more.
 const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 
-impl ImageParts {
-    /// Sends them over `socket`, of type `SOCK_SEQPACKET`. It may block until the other side reads.
-    ///
-    /// # Errors
-    /// When the other side has gone, or there is no memory for the bytes.
-    pub fn send(&self, socket: impl AsFd) -> Result<(), TransferError> {
-        let failed = TransferError::system("sent");
-        let bytes = sealed(&self.bytes).map_err(&failed)?;
-        let mut hello = Vec::with_capacity(HELLO);
-        hello.extend_from_slice(&MAGIC);
-        hello.extend_from_slice(&VERSION.to_le_bytes());
-        hello.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
-        send(&socket, &hello, &[bytes]).map_err(&failed)?;
-        self.files.chunks(BATCH).try_for_each(|batch| send(&socket, &[0], batch)).map_err(&failed)
-    }
+/// An image on its way: [`ImageParts`] whose bytes are in a memory file that cannot change any more.
+/// It is sent to any number of processes without being made again.
+#[derive(Debug)]
+pub struct SealedParts {
+    bytes: OwnedFd,
+    files: Vec<OwnedFd>,
+}
 
-    /// Receives what another process sent.
+impl SealedParts {
+    /// Receives what another process sent, without reading it.
     ///
     /// # Errors
     /// When the other side has gone, is of another version, or sends something else.
     pub fn receive(socket: impl AsFd) -> Result<Self, TransferError> {
-        let (hello, mut first) = receive(&socket)?;
+        let Message { bytes: hello, files: mut first } = receive(&socket)?;
         let number = |at: usize| hello[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         if hello.len() != HELLO || hello[..8] != MAGIC {
             return Err(TransferError::malformed(format!("it begins with {} other bytes", hello.len())));
@@ -68,10 +54,9 @@ impl ImageParts {
         let (Some(bytes), true) = (first.pop(), first.is_empty()) else {
             return Err(TransferError::malformed("it begins without its bytes"));
         };
-        let bytes = unsealed(&File::from(bytes))?;
         let mut files = Vec::new();
         while files.len() < count {
-            let (_, batch) = receive(&socket)?;
+            let batch = receive(&socket)?.files;
             let wanted = (count - files.len()).min(BATCH);
             if batch.len() != wanted {
                 return Err(TransferError::malformed(format!("{} descriptors of {wanted}", batch.len())));
@@ -80,6 +65,57 @@ impl ImageParts {
         }
         Ok(Self { bytes, files })
     }
+
+    /// Sends them over `socket`, of type `SOCK_SEQPACKET`. It may block until the other side reads.
+    ///
+    /// # Errors
+    /// When the other side has gone.
+    pub fn send(&self, socket: impl AsFd) -> Result<(), TransferError> {
+        let failed = TransferError::system("sent");
+        let mut hello = Vec::with_capacity(HELLO);
+        hello.extend_from_slice(&MAGIC);
+        hello.extend_from_slice(&VERSION.to_le_bytes());
+        hello.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
+        seqpacket::send(&socket, &hello, &[self.bytes.as_fd()]).map_err(&failed)?;
+        for batch in self.files.chunks(BATCH) {
+            let batch: Vec<_> = batch.iter().map(AsFd::as_fd).collect();
+            seqpacket::send(&socket, &[0], &batch).map_err(&failed)?;
+        }
+        Ok(())
+    }
+
+    /// How many descriptors it has, that of its bytes included.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.files.len() + 1
+    }
+
+    /// Reads the bytes.
+    ///
+    /// # Errors
+    /// When they can still change, or are too many.
+    pub fn open(self) -> Result<ImageParts, TransferError> {
+        Ok(ImageParts { bytes: unsealed(&File::from(self.bytes))?, files: self.files })
+    }
+}
+
+impl ImageParts {
+    /// The same in a form that is sent.
+    ///
+    /// # Errors
+    /// When there is no memory for the bytes.
+    pub fn seal(self) -> Result<SealedParts, TransferError> {
+        let bytes = sealed(&self.bytes).map_err(TransferError::system("sent"))?;
+        Ok(SealedParts { bytes, files: self.files })
+    }
+}
+
+fn receive(socket: impl AsFd) -> Result<Message, TransferError> {
+    seqpacket::receive(socket, HELLO + 1).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => TransferError::malformed("the other side has gone"),
+        io::ErrorKind::InvalidData => TransferError::malformed(error.to_string()),
+        _ => TransferError::system("received")(error),
+    })
 }
 
 fn sealed(bytes: &[u8]) -> io::Result<OwnedFd> {
@@ -104,48 +140,4 @@ fn unsealed(file: &File) -> Result<Vec<u8>, TransferError> {
     let mut bytes = vec![0; len as usize];
     file.read_exact_at(&mut bytes, 0).map_err(&failed)?;
     Ok(bytes)
-}
-
-fn send(socket: &impl AsFd, bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
-    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    // It has room for a batch.
-    let fits = files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files));
-    debug_assert!(fits, "{} descriptors in a message", files.len());
-    loop {
-        match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
-            Ok(_) => return Ok(()),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-fn receive(socket: &impl AsFd) -> Result<(Vec<u8>, Vec<OwnedFd>), TransferError> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = [0; HELLO + 1];
-    let received = loop {
-        match recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Ok(received) => break received,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(TransferError::system("received")(error.into())),
-        }
-    };
-    let mut files = Vec::new();
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-            files.extend(descriptors);
-        }
-    }
-    if received.bytes == 0 {
-        return Err(TransferError::malformed("the other side has gone"));
-    }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(TransferError::malformed(
-            "a message is longer than it may be, or its descriptors are not to be had",
-        ));
-    }
-    Ok((bytes[..received.bytes].to_vec(), files))
 }
