@@ -117,6 +117,11 @@ impl View {
         Self::register(&self.all, map, true)
     }
 
+    /// Whether there is a layer in it, or in what was published of it. Dropping it may free one then.
+    pub(crate) fn shows_layers(&self) -> bool {
+        [&self.map, &self.published].iter().any(|map| map.iter().next().is_some())
+    }
+
     /// The map as it is now: a copy costs nothing until one of the two is changed.
     pub(crate) fn map(&self) -> &Arc<LayerMap> {
         &self.map

@@ -96,7 +96,7 @@ impl Drop for LockedState<'_> {
         // a device that reads the one before keeps it.
         let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
         self.region.grace.end_change();
-        if !gone.is_empty() {
+        if gone.iter().any(View::shows_layers) {
             // They may hold the last handles of large layers, and the VM may be paused for this.
             self.region.store.dispose(gone);
         }

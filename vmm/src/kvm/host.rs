@@ -18,6 +18,7 @@ use super::cpuid::{CpuidError, CpuidSpec, build_cpuid};
 use super::features::CpuHide;
 use super::msrs::{ARCH_CAPABILITIES, MsrError, MsrSet, read_one};
 use super::quirks::{QuirkError, Quirks};
+use super::requirements::HostRequirements;
 use super::template::CpuTemplate;
 use crate::platform::MAX_CPUS;
 
@@ -140,9 +141,23 @@ pub struct Host {
     max_vcpus: u8,
     /// Properties of a vCPU without (index 0) and with (1) performance counters.
     probed: [OnceLock<Probed>; 2],
+    /// What a guest with all features of this host requires.
+    requirements: OnceLock<HostRequirements>,
 }
 
 impl Host {
+    /// What a guest with all features of this host requires. Determined once.
+    ///
+    /// # Errors
+    /// When the host's properties cannot be determined.
+    pub fn requirements(&self) -> Result<&HostRequirements, HostError> {
+        if let Some(known) = self.requirements.get() {
+            return Ok(known);
+        }
+        let here = HostRequirements::here(self)?;
+        Ok(self.requirements.get_or_init(|| here))
+    }
+
     /// Opens `/dev/kvm`, checks it and detects its quirks.
     ///
     /// # Errors
@@ -166,7 +181,7 @@ impl Host {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| HostError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let max_vcpus = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_CPUS);
-        Ok(Self { kvm, quirks, supported, max_vcpus, probed: Default::default() })
+        Ok(Self { kvm, quirks, supported, max_vcpus, probed: Default::default(), requirements: OnceLock::new() })
     }
 
     /// The opened device.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clade_memory::{RamError, Store, StoreError};
 use thiserror::Error;
 
-use crate::kvm::{Host, HostError, StateLayout, VcpuStateError};
+use crate::kvm::{BootTime, Host, HostError, StateLayout, VcpuStateError};
 use crate::vm::config::VmConfig;
 use crate::vm::error::VmError;
 use crate::vm::pool::VmPool;
@@ -90,6 +90,16 @@ impl Context {
         &self.inner.store
     }
 
+    /// Determines now what the first restore would: for a process that is copied afterwards.
+    ///
+    /// # Errors
+    /// When the host's properties cannot be determined.
+    pub fn warm_up(&self) -> Result<(), HostError> {
+        // Reads the id of this boot of the host.
+        let _ = BootTime::now();
+        self.inner.host.requirements().map(|_| ())
+    }
+
     /// Prepares VMs for `config` until the pool has `count`, and memory for the layer of the next
     /// fork.
     ///
@@ -97,6 +107,14 @@ impl Context {
     /// When one cannot be made. Those made before stay in the pool.
     pub fn prefill(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         self.store().prefill(SPARES).map_err(RamError::from)?;
+        self.prepare_vms(config, count)
+    }
+
+    /// Prepares VMs for `config` until the pool has `count`.
+    ///
+    /// # Errors
+    /// When one cannot be made. Those made before stay in the pool.
+    pub fn prepare_vms(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         while self.prepared_count(config) < count {
             self.inner.pool.push(config, self.prepare(config)?);
         }

@@ -11,6 +11,14 @@ pub enum StopReason {
     /// Its owner stopped it.
     #[error("stopped")]
     Requested,
+    /// Its process has ended without a word: it was killed, or it panicked.
+    #[error("its process has ended ({})", how(*.signal, *.code))]
+    Process {
+        /// The signal that ended it.
+        signal: Option<i32>,
+        /// Its exit code, if there was no signal.
+        code: Option<i32>,
+    },
     /// The guest reset itself through the keyboard controller.
     #[error("the guest reset itself")]
     Reset,
@@ -85,4 +93,12 @@ pub enum StopReason {
         #[serde(default)]
         message: String,
     },
+}
+
+fn how(signal: Option<i32>, code: Option<i32>) -> String {
+    match (signal, code) {
+        (Some(signal), _) => format!("signal {signal}"),
+        (None, Some(code)) => format!("exit code {code}"),
+        (None, None) => "nobody knows how".to_owned(),
+    }
 }
