@@ -54,6 +54,7 @@ bench:
     cargo run --release -- bench save
     cargo run --release -- bench pin
     cargo run --release -- bench disk
+    cargo run --release -- bench clones
 
 # Ten minutes of DMA under forks with two vCPUs and with four, and the control run, which must find wrong bytes
 stress:

@@ -8,6 +8,7 @@ mod release;
 mod room;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,18 +18,20 @@ use std::time::Duration;
 use crate::console::Line;
 use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport, Leases, Vm, VmError};
 
+use batch::Batch;
 pub use batch::Cancel;
-pub(crate) use batch::check_names;
-use batch::{Batch, Parent};
+pub(crate) use batch::{Parent, claim_names};
 
 pub use dir::{
-    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, runtime_dir, socket_path, virtio_console_path,
+    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, runtime_dir, socket_path, supervisor_path,
+    virtio_console_path,
 };
-use dir::{NameClaim, RuntimeDir};
+pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim};
 pub(crate) use ended::last_output;
+pub(crate) use ended::record_lost;
 pub use ended::{EndedVm, ended_vms};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
-use release::{InUse, Release, Tail, Use};
+use release::{InUse, Release, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
 
@@ -69,6 +72,8 @@ pub struct Listed {
 /// The sockets of a VM, bound and not yet served.
 pub(crate) struct Sockets {
     pub(crate) control: UnixListener,
+    /// Where other processes ask for its image.
+    pub(crate) image: OwnedFd,
     pub(crate) consoles: Vec<(Line, UnixListener)>,
 }
 
@@ -91,8 +96,8 @@ impl Serving {
 
 /// The server of members' sockets.
 pub(crate) trait Serve: Send + Sync {
-    /// Begins to serve a member's sockets.
-    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving;
+    /// Begins to serve a member's sockets. Images that other processes use are held in `leases`.
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, leases: &Leases) -> Serving;
     /// Answers the requests that are open, and accepts no others.
     fn finish(&self);
 }
@@ -175,10 +180,7 @@ impl Fleet {
         name: &str,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Arc<Vm>, FleetError> {
-        let made = self.make(NameClaim::new(&self.0.dir, name)?, make)?;
-        let vm = Arc::clone(&made.vm);
-        self.publish(vec![made], None)?;
-        Ok(vm)
+        self.launch_claimed(NameClaim::new(&self.0.dir, name)?, make)
     }
 
     /// Makes a VM and its sockets, on which no connection is accepted yet.
@@ -188,6 +190,7 @@ impl Fleet {
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Unlisted, FleetError> {
         let control = claim.bind("sock")?;
+        let image = claim.bind_image()?;
         let mut consoles = vec![(Line::Serial, claim.bind("console")?)];
         let mut vm = make(&self.0.context)?;
         if vm.virtio_console().is_some() {
@@ -197,7 +200,7 @@ impl Fleet {
         let release = Arc::<Release>::default();
         // Dropped after its devices: a name is free only when nothing of its VM is in use any more.
         vm.drop_last(Tail::new(claim, &release, self.0.in_use.enter()));
-        Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, consoles }, release })
+        Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, image, consoles }, release })
     }
 
     /// Lists VMs and begins to serve their sockets: all of them or none.
@@ -209,7 +212,7 @@ impl Fleet {
             return Err(FleetError::Ending);
         }
         for Unlisted { vm, sockets, release } in made {
-            let serving = self.0.serve.begin(sockets, &vm);
+            let serving = self.0.serve.begin(sockets, &vm, &self.0.leases);
             let parent = parent.map(str::to_owned);
             members.insert(vm.name().to_owned(), Member { vm, parent, release, _serving: serving });
         }
@@ -301,16 +304,11 @@ impl Fleet {
     }
 
     /// The runtime directory.
-    pub(crate) fn dir(&self) -> &Path {
-        self.0.dir.path()
+    pub(crate) fn dir(&self) -> &RuntimeDir {
+        &self.0.dir
     }
 
-    /// Keeps the process from ending for want of VMs.
-    pub(crate) fn enter(&self) -> Use {
-        self.0.in_use.enter()
-    }
-
-    pub(crate) fn is_closed(&self) -> bool {
+    fn is_closed(&self) -> bool {
         self.0.closed.load(Ordering::Relaxed)
     }
 
@@ -320,7 +318,7 @@ impl Fleet {
         self.0.in_use.wait_for_none(timeout)
     }
 
-    fn batch<'a>(&'a self, count: usize, parent: Option<Parent>, cancel: &'a Cancel) -> Batch<'a> {
+    pub(crate) fn batch<'a>(&'a self, count: usize, parent: Option<Parent>, cancel: &'a Cancel) -> Batch<'a> {
         Batch { fleet: self, count, parent, cancel, _in_use: self.0.in_use.enter() }
     }
 
@@ -363,23 +361,37 @@ impl Fleet {
         Ok((batch.launch(taken, &image, options)?, report))
     }
 
-    /// Starts one child of `parent`, a VM in another process.
+    /// Starts a VM from an image under a name that is claimed. `parent` is in another process.
     ///
     /// # Errors
     /// As for a fork.
-    pub(crate) fn start_child(
+    pub(crate) fn start_claimed(
         &self,
-        parent: &str,
-        wanted: &Children<'_>,
+        claim: NameClaim,
+        parent: Option<&str>,
+        identity: &ChildIdentity,
         image: &Arc<ForkImage>,
         options: ChildOptions<'_>,
     ) -> Result<Arc<Vm>, FleetError> {
         let cancel = Cancel::default();
-        let batch = self.batch(1, Some(Parent::elsewhere(parent)), &cancel);
-        let by_name = wanted.identity.names_socket();
-        let taken = batch
-            .take(parent, wanted.pattern, image.config(), by_name, |name| image.endpoints(name, wanted.identity))?;
-        batch.launch(taken, image, options)?.pop().ok_or(FleetError::Ending)
+        let batch = self.batch(1, parent.map(Parent::elsewhere), &cancel);
+        let ends = image.endpoints(&claim.name, identity)?;
+        batch.launch(vec![(claim, ends)], image, options)?.pop().ok_or(FleetError::Ending)
+    }
+
+    /// Boots a VM under a name that is claimed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn launch_claimed(
+        &self,
+        claim: NameClaim,
+        make: impl FnOnce(&Context) -> Result<Vm, VmError>,
+    ) -> Result<Arc<Vm>, FleetError> {
+        let made = self.make(claim, make)?;
+        let vm = Arc::clone(&made.vm);
+        self.publish(vec![made], None)?;
+        Ok(vm)
     }
 
     /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just
@@ -397,10 +409,7 @@ impl Fleet {
     ) -> Result<Vec<Arc<Vm>>, FleetError> {
         let pattern = wanted.pattern.or((wanted.count == 1).then_some(name));
         let batch = self.batch(wanted.count, None, cancel);
-        let by_name = wanted.identity.names_socket();
-        let taken =
-            batch.take(name, pattern, image.config(), by_name, |name| image.endpoints(name, wanted.identity))?;
-        batch.launch(taken, image, options)
+        batch.start(name, pattern, wanted.identity, image, options)
     }
 }
 

@@ -5,11 +5,16 @@
 //! | the VMs of a process | [`fleet`] |
 //! | the HTTP API and its client | [`control`] |
 //! | consoles on sockets | [`console`] |
-//! | VMs in processes of their own | [`worker`] |
+//! | processes with one VM each | [`worker`] |
+//! | how they are made | [`zygote`] |
+//! | checkpoints, forks and names for all processes of a directory | [`supervisor`] |
 
 #![deny(missing_docs)]
 
 pub mod console;
 pub mod control;
 pub mod fleet;
+mod image;
+pub mod supervisor;
 pub mod worker;
+pub mod zygote;

@@ -1,5 +1,6 @@
 //! `clade bench`: ours, the baseline and the ratio from one run.
 
+mod clones;
 mod disk;
 mod fork;
 mod freeze;
@@ -117,6 +118,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     }
     let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
+        BenchName::Clones => clones::run(&context, args)?,
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
@@ -142,17 +144,28 @@ fn low_pages(mem: u64) -> u64 {
 /// Boots a bare guest with one vCPU and fills all its RAM above its own image.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     let vm = boot_bare(context, "bench", config).map_err(Failure::run)?;
-    let vcpu = BareVcpu::new(&vm, 0);
+    fill(&vm, config)?;
+    Ok(vm)
+}
+
+/// Has the guest fill all its RAM above its own image.
+fn fill(vm: &Vm, config: &VmConfig) -> Result<(), Failure> {
+    let vcpu = BareVcpu::new(vm, 0);
     for (base, pages) in config.layout().ranges() {
         let start = base.0.max(WORK_BASE);
         let pages = pages - (start - base.0) / PAGE_SIZE;
         vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
     }
-    Ok(vm)
+    Ok(())
 }
 
 /// Starts a child. Returns the time from `begun` to its report, one of its first instructions.
 fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Result<Duration, Failure> {
+    Ok(announced_clone(context, image)?.1 - begun)
+}
+
+/// Starts a child. Returns it, and when it reported.
+fn announced_clone(context: &Context, image: &Arc<ForkImage>) -> Result<(Vm, Instant), Failure> {
     let tell = |ram: &GuestRam| {
         if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {
             tracing::error!(%error, "no order for the child");
@@ -161,7 +174,7 @@ fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Resul
     let options = ChildOptions { before_start: Some(&tell), ..ChildOptions::default() };
     let child = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
     let at = BareVcpu::new(&child, 0).await_event(Event::Announce).map_err(Failure::run)?;
-    Ok(at - begun)
+    Ok((child, at))
 }
 
 fn print(report: &Report) -> Result<(), Failure> {

@@ -12,6 +12,7 @@ use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_v
 use crate::commands::disk::parse_disk;
 use crate::commands::units::{parse_mib, parse_size};
 use clade_daemon::worker::WORKER;
+use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
 use clade_vmm::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
 
@@ -62,9 +63,44 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Supervise the VMs of the runtime directory: a process for each, forks from checkpoints.
+    Serve(ServeArgs),
+    /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
+    Checkpoint(CheckpointArgs),
+    /// List the checkpoints.
+    Checkpoints(PsArgs),
+    /// Remove a checkpoint. Children that were forked from it run on.
+    Rm(ActArgs),
     /// Run one VM for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = WORKER)]
     Worker,
+    /// Fork workers for the process that started this one, with a socket on standard input.
+    #[command(hide = true, name = ZYGOTE)]
+    Zygote,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Most processes that are prepared for forks of one configuration before they are asked for.
+    /// As many are kept as the last forks took.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) pool: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointArgs {
+    /// The VM's name.
+    #[arg(value_name = "VM")]
+    pub(crate) vm: String,
+    /// The checkpoint's name. Default: the VM's and a number.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Prepare as many processes for its children.
+    #[arg(long, value_name = "N")]
+    pub(crate) prepare: Option<usize>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -214,6 +250,9 @@ pub(crate) struct RunArgs {
     /// Do not read the terminal; the console is on its socket.
     #[arg(long)]
     pub(crate) detached: bool,
+    /// Leave the VM to the supervisor, which is started if there is none, and return once it runs.
+    #[arg(long, short = 'd', conflicts_with = "detached")]
+    pub(crate) background: bool,
 }
 
 /// The least that a Linux guest on a serial console needs.
@@ -237,7 +276,7 @@ pub(crate) struct CloneArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ForkArgs {
-    /// The parent's name.
+    /// The name of a VM, or of a checkpoint.
     pub(crate) name: String,
     /// Number of children.
     #[arg(long, default_value_t = 1)]
@@ -249,7 +288,8 @@ pub(crate) struct ForkArgs {
         help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
     )]
     pub(crate) pattern: Option<String>,
-    /// Run each child in a process of its own, which the end of its parent's does not end.
+    /// Run each child in a process of its own, which the end of its parent's does not end. With a
+    /// supervisor it always has one.
     #[arg(long)]
     pub(crate) own_process: bool,
     #[command(flatten)]
@@ -383,6 +423,8 @@ pub(crate) struct DemoArgs {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
+    /// Clones in processes of their own by the API, one and many, against as many in one process.
+    Clones,
     /// A guest's disk I/O, against the host's own on the same file.
     Disk,
     /// Forking a running VM: the parent's pause, and the child's first instruction.
@@ -411,6 +453,9 @@ pub(crate) struct BenchArgs {
     /// Samples of each figure.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) samples: usize,
+    /// Clones, for `clones`.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub(crate) count: usize,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

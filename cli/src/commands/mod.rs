@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod checkpoint;
 mod devices;
 mod disk;
 mod guest;
@@ -12,11 +13,13 @@ mod ps;
 mod remote;
 mod restore;
 mod run;
+mod serve;
 mod shutdown;
 mod snapshot;
 mod terminal;
 mod units;
 mod worker;
+mod zygote;
 
 use std::fmt;
 use std::io::Write;
@@ -69,7 +72,16 @@ pub(crate) fn main() -> ExitCode {
     limits::give_back_large_buffers();
     limits::raise();
     // These run VMs, or must restore the terminal from raw mode.
-    if !matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Console(_) | Command::Worker) {
+    let runs_vms = matches!(
+        cli.command,
+        Command::Run(_)
+            | Command::Restore(_)
+            | Command::Console(_)
+            | Command::Serve(_)
+            | Command::Zygote
+            | Command::Worker
+    );
+    if !runs_vms {
         limits::end_at_closed_pipes();
     }
     let outcome = logging::init().and_then(|()| run(cli.command));
@@ -107,8 +119,14 @@ fn run(command: Command) -> Outcome {
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
+        Command::Serve(args) => serve::main(&args),
+        Command::Checkpoint(args) => checkpoint::take(&args),
+        Command::Checkpoints(args) => checkpoint::list(&args),
+        Command::Rm(args) => checkpoint::remove(&args),
         Command::Worker => worker::main(),
+        Command::Zygote => zygote::main(),
     }
 }
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
+pub(crate) use worker::MEASURE;

@@ -22,6 +22,7 @@ pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> 
         | ClientError::Dead { .. }
         | ClientError::Forbidden { .. }
         | ClientError::Name(_)
+        | ClientError::NoSupervisor { .. }
         | ClientError::Refused { status: 400..500, .. } => Failure::input(error),
         _ => Failure::run(error),
     })
@@ -44,7 +45,20 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
     };
-    let answer: ForkAnswer = ask(Client::default().request(Method::POST, &args.name, "/fork", Some(&request)))?;
+    let client = Client::default();
+    let answer: ForkAnswer = ask(async {
+        // The supervisor, if there is one: it makes processes for the children, and has checkpoints.
+        let fork = |of: &str| format!("/v1/{of}/{}/fork", args.name);
+        match client.supervisor(Method::POST, &fork("vms"), Some(&request)).await {
+            Err(ClientError::NoSupervisor { .. }) => {
+                client.request(Method::POST, &args.name, "/fork", Some(&request)).await
+            }
+            Err(ClientError::Refused { status: 404, .. }) => {
+                client.supervisor(Method::POST, &fork("checkpoints"), Some(&request)).await
+            }
+            answer => answer,
+        }
+    })?;
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }

@@ -1,21 +1,25 @@
 //! `clade run`: boots a kernel with its console on this terminal.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::Disk;
 use clade_devices::virtio::limiter::Limits;
 
+use hyper::Method;
 use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::commands::remote::ask;
+use crate::commands::serve::ensure;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{RawMode, type_stdin};
+use crate::commands::worker::{BARE, kernel};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::console::OutputThread;
-use clade_daemon::control::serve_fleet;
+use clade_daemon::control::{BootRequest, Client, VmInfo, serve_fleet};
 use clade_daemon::fleet::{Fleet, FleetError, runtime_dir};
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
@@ -24,7 +28,7 @@ use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
 /// log has gone.
 macro_rules! say {
     ($($text:tt)*) => {
-        drop(writeln!(io::stderr(), $($text)*))
+        drop(::std::io::Write::write_fmt(&mut ::std::io::stderr(), format_args!("{}\n", format_args!($($text)*))))
     };
 }
 pub(super) use say;
@@ -70,16 +74,18 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
 }
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
-    let bare = args.kernel == Path::new("bare");
-    let config = Arc::new(config(args, bare)?);
-    let kernel = if bare { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(args.kernel.clone()) };
-    let initrd = args.initrd.clone().map(Image::File);
-    let context = Context::open().map_err(Failure::input)?;
+    let config = config(args, args.kernel == Path::new(BARE))?;
     let default_cmdline =
         || args.append.iter().fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"));
     let cmdline = args.cmdline.clone().unwrap_or_else(default_cmdline);
-    let source = BootSource { kernel, initrd, cmdline };
     let name = args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()));
+    if args.background {
+        return background(args, name, config, cmdline);
+    }
+    let context = Context::open().map_err(Failure::input)?;
+    let config = Arc::new(config);
+    let initrd = args.initrd.clone().map(Image::File);
+    let source = BootSource { kernel: kernel(&args.kernel), initrd, cmdline };
     with_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
@@ -88,6 +94,27 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
         foreground(&fleet, vm, args.detached, &shutdown, runtime)
     })
+}
+
+/// Has the supervisor boot the VM, in a process of its own.
+fn background(args: &RunArgs, name: String, config: VmConfig, cmdline: String) -> Outcome {
+    // It has another working directory.
+    let file = |path: &PathBuf| std::path::absolute(path).map_err(Failure::input);
+    let kernel = if args.kernel == Path::new(BARE) { args.kernel.clone() } else { file(&args.kernel)? };
+    let initrd = args.initrd.as_ref().map(file).transpose()?;
+    let mut config = config;
+    for disk in &mut config.disks {
+        disk.disk.path = file(&disk.disk.path)?;
+        disk.disk.overlays = disk.disk.overlays.as_ref().map(file).transpose()?;
+    }
+    if let Some(vsock) = &mut config.vsock {
+        vsock.socket = file(&vsock.socket)?;
+    }
+    ensure()?;
+    let request = BootRequest { name, config, kernel, initrd, cmdline };
+    let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(&request)))?;
+    drop(writeln!(io::stdout(), "{}", info.name));
+    Ok(())
 }
 
 /// Connects this terminal to the VM, unless it is `detached`. Waits until the VM and its children
@@ -134,7 +161,7 @@ fn refused(args: &RunArgs, error: FleetError) -> Failure {
 ///
 /// The VM is dropped when it has stopped. Its resources are then free, also while its children run
 /// on.
-fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &ShutdownSignal) -> StopReason {
+pub(super) fn wait_for_exit(fleet: &Fleet, vm: Arc<Vm>, detached: bool, shutdown: &ShutdownSignal) -> StopReason {
     let reason = loop {
         fleet.reap(Some(vm.name()));
         close_at_end(fleet, shutdown);

@@ -26,10 +26,10 @@ fn family(runtime: &mut Runtime, dir: &Path, number: u32) {
     });
     runtime.clade(&["fork", "web", "--count", "2", "--json"]).json();
     assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
-    // Of each: a lock, its HTTP socket and two consoles; and its own vsock beside the disk.
+    // Of each: a lock, its HTTP and its image socket, two consoles; and its vsock beside the disk.
     assert_eq!(
         (entries(runtime.dir()).len(), entries(dir).len()),
-        (12, 4),
+        (15, 4),
         "{:?} {:?}",
         entries(runtime.dir()),
         entries(dir)

@@ -11,6 +11,7 @@ mod guest;
 mod snapshot;
 mod storm;
 mod stress;
+mod supervisor;
 mod tool;
 mod way_in;
 mod worker;

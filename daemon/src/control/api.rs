@@ -8,7 +8,7 @@ use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::fleet::Listed;
-use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VsockChoice};
+use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -386,4 +386,84 @@ pub struct ResetAnswer {
 pub struct LogsAnswer {
     /// At most 32 KiB, as text.
     pub console: String,
+}
+
+/// A request to boot a VM in a process of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootRequest {
+    /// Its name.
+    pub name: String,
+    /// Its configuration.
+    pub config: VmConfig,
+    /// The kernel's file, or the name of one that the program has.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// A request for a checkpoint.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointRequest {
+    /// Its name; the VM's and a number if not given.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// A checkpoint: a VM at one instant, to fork from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Its name.
+    pub name: String,
+    /// The VM that it is of.
+    pub vm: String,
+    /// Forks between it and the VM that was booted, counting this one.
+    pub generation: u32,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Guest memory in MiB.
+    pub mib: u64,
+    /// Seconds since it was taken.
+    pub age_s: f64,
+    /// Descriptors that it holds: layers of memory and of disks, and its state.
+    pub descriptors: usize,
+    /// How long the VM was paused, in microseconds.
+    pub pause_us: f64,
+}
+
+/// A request to prepare workers for children of a checkpoint.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareRequest {
+    /// How many are to be ready.
+    pub count: usize,
+}
+
+/// Workers that are ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepared {
+    /// How many there are.
+    pub prepared: usize,
+}
+
+/// The supervisor in numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SupervisorInfo {
+    /// Its pid.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// The runtime directory.
+    pub dir: PathBuf,
+    /// VMs whose processes it has started.
+    pub vms: usize,
+    /// Checkpoints.
+    pub checkpoints: usize,
+    /// Workers that are prepared.
+    pub prepared: usize,
 }

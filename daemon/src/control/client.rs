@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 
 use crate::control::api::VmInfo;
-use crate::fleet::{check_name, runtime_dir, socket_path};
+use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
 
 /// Why a request to a VM failed.
 #[derive(Debug, Error)]
@@ -33,6 +33,12 @@ pub enum ClientError {
         /// The VM's name.
         name: String,
         /// The socket's path.
+        path: PathBuf,
+    },
+    /// No supervisor answers.
+    #[error("nobody supervises the VMs: start `clade serve` (no answer at {})", path.display())]
+    NoSupervisor {
+        /// Its socket's path.
         path: PathBuf,
     },
     /// The socket is another user's.
@@ -137,29 +143,27 @@ impl Client {
         let path = socket_path(&self.dir, name);
         let stream = UnixStream::connect(&path).await;
         let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(connection);
-        let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("/v1/vms/{name}{action}"))
-            .header("host", "clade")
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|e| ClientError::Socket { name: name.to_owned(), source: io::Error::other(e) })?;
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let bytes = response.into_body().collect().await?.to_bytes();
-        connection.abort();
-        if status != StatusCode::OK {
-            #[derive(serde::Deserialize)]
-            struct Refusal {
-                error: String,
+        exchange(stream, method, name, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// Sends a request to the supervisor.
+    ///
+    /// # Errors
+    /// When there is none, or it refuses.
+    pub async fn supervisor<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        let path = supervisor_path(&self.dir);
+        let stream = match UnixStream::connect(&path).await {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                return Err(ClientError::NoSupervisor { path });
             }
-            let error = serde_json::from_slice::<Refusal>(&bytes).map_or_else(|_| status.to_string(), |r| r.error);
-            return Err(ClientError::Refused { status: status.as_u16(), error });
-        }
-        Ok(serde_json::from_slice(&bytes)?)
+            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source })?,
+        };
+        exchange(stream, method, "the supervisor", uri, body).await
     }
 
     /// All VMs of this user that answer.
@@ -189,4 +193,37 @@ impl Client {
         }
         Ok(all)
     }
+}
+
+/// Sends one request over a connection.
+async fn exchange<T: DeserializeOwned>(
+    stream: UnixStream,
+    method: Method,
+    name: &str,
+    uri: &str,
+    body: Option<&(impl Serialize + Sync)>,
+) -> Result<T, ClientError> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+    let request = Request::builder()
+        .method(method)
+        .uri(uri)
+        .header("host", "clade")
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|e| ClientError::Socket { name: name.to_owned(), source: io::Error::other(e) })?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    let bytes = response.into_body().collect().await?.to_bytes();
+    connection.abort();
+    if status != StatusCode::OK {
+        #[derive(serde::Deserialize)]
+        struct Refusal {
+            error: String,
+        }
+        let error = serde_json::from_slice::<Refusal>(&bytes).map_or_else(|_| status.to_string(), |r| r.error);
+        return Err(ClientError::Refused { status: status.as_u16(), error });
+    }
+    Ok(serde_json::from_slice(&bytes)?)
 }

@@ -20,10 +20,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::console;
 use crate::control::server::{ApiError, router};
 use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
-use clade_vmm::vm::{Context, Vm};
+use crate::{console, image};
+use clade_vmm::vm::{Context, Leases, Vm};
 
 /// The most connections to control sockets of the process. More wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 256;
@@ -37,7 +37,7 @@ const MAX_BODY: usize = 64 << 10;
 /// answer.
 const MAX_DISCARDED: usize = 16 << 20;
 /// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
+pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// How long clients with open requests may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -160,26 +160,55 @@ async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<
     }
 }
 
+/// Accepts connections until it is dropped.
+async fn accept(
+    socket: UnixListener,
+    what: &'static str,
+    router: Router,
+    connections: &Arc<Semaphore>,
+    ending: watch::Receiver<bool>,
+) {
+    let Some(mut acceptor) = Acceptor::new(socket, what) else { return };
+    loop {
+        let stream = acceptor.next().await;
+        // Wait here before accepting another connection. The semaphore is never closed.
+        let Ok(permit) = Arc::clone(connections).acquire_owned().await else { return };
+        let (router, ending) = (router.clone(), ending.clone());
+        tokio::spawn(async move {
+            answer(stream, router, ending).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Serves a socket of a process of its own until `ending`. Requests that have begun are answered.
+pub(crate) async fn serve_http(
+    socket: UnixListener,
+    what: &'static str,
+    router: Router,
+    mut ending: watch::Receiver<bool>,
+) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let router = router.layer(from_fn(read_body));
+    let receiver = ending.clone();
+    tokio::select! {
+        () = accept(socket, what, router, &connections, receiver) => {}
+        () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
+    }
+}
+
 impl Serve for Listener {
-    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, leases: &Leases) -> Serving {
         let mut tasks = Vec::new();
+        let images = self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone()));
+        tasks.push(Abort(images.abort_handle()));
         for (line, socket) in sockets.consoles {
             let served = self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line));
             tasks.push(Abort(served.abort_handle()));
         }
         let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
         let control = self.runtime.spawn(async move {
-            let Some(mut acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
-            loop {
-                let stream = acceptor.next().await;
-                // Wait here before accepting another connection. The semaphore is never closed.
-                let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
-                let (router, ending) = (router.clone(), ending.subscribe());
-                tokio::spawn(async move {
-                    answer(stream, router, ending).await;
-                    drop(permit);
-                });
-            }
+            accept(sockets.control, "control socket", router, &connections, ending.subscribe()).await;
         });
         tasks.push(Abort(control.abort_handle()));
         Serving::new(tasks)

@@ -1,5 +1,5 @@
-//! The control plane: HTTP over Unix sockets. There is one socket per VM for now. Paths name the
-//! VM, so that a daemon can serve one socket for all.
+//! The control plane: HTTP over Unix sockets, one per VM. Paths name the VM, so that the supervisor's
+//! socket takes the same requests for all of them; its own are in `supervisor/server.rs`.
 //!
 //! | method and path | body | answer |
 //! |---|---|---|
@@ -27,11 +27,13 @@ mod listen;
 mod server;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, DiskInfo, ForkAnswer, ForkRequest, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo,
-    NetInfo, ResetAnswer, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmInfo, VmState, VsockInfo,
-    WorkingSetAnswer,
+    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
+    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, SnapshotAnswer,
+    SnapshotProgress, SnapshotRequest, SupervisorInfo, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
-pub(crate) use listen::Acceptor;
 pub use listen::serve_fleet;
-pub(crate) use server::status_of;
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
+pub(crate) use server::{
+    Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread, status_of,
+};

@@ -31,12 +31,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which its answer is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a request waits for a thread if no more can be created.
-const THREAD_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// An error of the API.
-pub(super) struct ApiError {
-    pub(super) status: StatusCode,
-    pub(super) text: String,
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    pub(crate) text: String,
 }
 
 impl IntoResponse for ApiError {
@@ -62,9 +63,13 @@ fn status(error: &FleetError) -> StatusCode {
         | FleetError::Pattern { .. }
         | FleetError::Count { .. }
         | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
-        FleetError::Vm(VmError::Balloon { .. }) => StatusCode::BAD_REQUEST,
-        FleetError::NoSuchVm { .. } => StatusCode::NOT_FOUND,
+        FleetError::Vm(VmError::Balloon { .. } | VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_)) => {
+            StatusCode::BAD_REQUEST
+        }
+        FleetError::NoSuchVm { .. } | FleetError::NoSuchCheckpoint { .. } => StatusCode::NOT_FOUND,
         FleetError::Taken { .. }
+        | FleetError::CheckpointTaken { .. }
+        | FleetError::Supervised { .. }
         | FleetError::Ending
         | FleetError::Cancelled { .. }
         | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent) => {
@@ -129,7 +134,7 @@ impl From<JsonRejection> for ApiError {
     }
 }
 
-type Answer<T> = Result<Json<T>, ApiError>;
+pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
 async fn with_fleet<T: Send + 'static>(
@@ -146,7 +151,7 @@ fn failed(status: StatusCode, text: &str) -> ApiError {
 }
 
 /// Runs blocking work on a thread if one is free within `limit`, otherwise not at all.
-async fn on_a_thread<T: Send + 'static>(
+pub(crate) async fn on_a_thread<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -209,7 +214,7 @@ async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) ->
 }
 
 /// Cancels a request when its handler is dropped, which is when the connection is closed.
-struct CancelOnDrop(Cancel);
+pub(crate) struct CancelOnDrop(pub(crate) Cancel);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -353,6 +358,16 @@ async fn set_balloon(
     Ok(Json(set.await?))
 }
 
+/// The answer at a path that there is none at.
+pub(crate) async fn fallback() -> ApiError {
+    failed(StatusCode::NOT_FOUND, "there is no such path")
+}
+
+/// The answer to a method that a path does not take.
+pub(crate) async fn not_allowed() -> ApiError {
+    failed(StatusCode::METHOD_NOT_ALLOWED, "the path is not for that method")
+}
+
 pub(super) fn router(fleet: WeakFleet) -> Router {
     let verb =
         |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
@@ -368,11 +383,8 @@ pub(super) fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", post(stop))
         .route("/v1/vms/{name}/logs", get(logs))
-        .fallback(async || ApiError { status: StatusCode::NOT_FOUND, text: "there is no such path".into() })
-        .method_not_allowed_fallback(async || ApiError {
-            status: StatusCode::METHOD_NOT_ALLOWED,
-            text: "the path is not for that method".into(),
-        })
+        .fallback(fallback)
+        .method_not_allowed_fallback(not_allowed)
         .with_state(fleet)
 }
 

@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
-use super::dir::NameClaim;
+use super::dir::{NameClaim, RuntimeDir};
 use super::error::{CancelReason, FleetError, MAX_CHILDREN};
-use super::{Fleet, release, room};
-use clade_vmm::vm::{ChildOptions, Endpoints, ForkImage, Vm, VmConfig, VmError};
+use super::{Children, Fleet, release, room};
+use clade_vmm::vm::{ChildIdentity, ChildOptions, Endpoints, ForkImage, Vm, VmConfig, VmError};
 
 /// Cancels a request. A clone cancels the same request.
 #[derive(Clone, Debug, Default)]
@@ -41,14 +41,14 @@ impl Cancel {
 }
 
 /// The VM that a batch is forked from. It may end meanwhile: the request holds no handle.
-pub(super) struct Parent {
+pub(crate) struct Parent {
     name: String,
     /// `None` if it is in another process.
     vm: Option<Weak<Vm>>,
 }
 
 impl Parent {
-    pub(super) fn new(vm: &Arc<Vm>) -> Self {
+    pub(crate) fn new(vm: &Arc<Vm>) -> Self {
         Self { name: vm.name().to_owned(), vm: Some(Arc::downgrade(vm)) }
     }
 
@@ -63,7 +63,7 @@ impl Parent {
 }
 
 /// VMs that are made together.
-pub(super) struct Batch<'a> {
+pub(crate) struct Batch<'a> {
     pub(super) fleet: &'a Fleet,
     pub(super) count: usize,
     pub(super) parent: Option<Parent>,
@@ -85,9 +85,54 @@ pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), Fle
     }
 }
 
+/// Claims the names of `wanted` children of `stem`. Those that `is_listed` are known to be taken.
+pub(crate) fn claim_names(
+    dir: &RuntimeDir,
+    stem: &str,
+    wanted: &Children<'_>,
+    is_listed: impl Fn(&str) -> bool,
+    check: impl Fn() -> Result<(), FleetError>,
+) -> Result<Vec<NameClaim>, FleetError> {
+    check_names(wanted.count, wanted.pattern)?;
+    numbered(dir, wanted.count, stem, wanted.pattern, is_listed, |claim| check().map(|()| Some(claim)))
+}
+
+/// Claims `count` names and makes something of each. `{n}` in `pattern` counts up from 1; a name
+/// that is taken, or of which nothing can be made, is skipped. A pattern without `{n}` is the name.
+fn numbered<T>(
+    dir: &RuntimeDir,
+    count: usize,
+    stem: &str,
+    pattern: Option<&str>,
+    is_listed: impl Fn(&str) -> bool,
+    mut make: impl FnMut(NameClaim) -> Result<Option<T>, FleetError>,
+) -> Result<Vec<T>, FleetError> {
+    let default = format!("{stem}-{{n}}");
+    let pattern = pattern.unwrap_or(&default);
+    if !pattern.contains("{n}") {
+        let made = make(NameClaim::new(dir, pattern)?)?;
+        return made.map(|made| vec![made]).ok_or_else(|| FleetError::Taken { name: pattern.to_owned() });
+    }
+    let mut all = Vec::with_capacity(count);
+    for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
+        if is_listed(&name) {
+            continue;
+        }
+        match NameClaim::new(dir, &name) {
+            // The name of another request's VM, or of another process's.
+            Err(FleetError::Taken { .. }) => continue,
+            claim => all.extend(make(claim?)?),
+        }
+        if all.len() == count {
+            break;
+        }
+    }
+    Ok(all)
+}
+
 impl Batch<'_> {
     /// Fails if the request is cancelled, `made` VMs having been made.
-    fn check(&self, made: usize) -> Result<(), FleetError> {
+    pub(crate) fn check(&self, made: usize) -> Result<(), FleetError> {
         let reason = if let Some(reason) = self.cancel.reason() {
             reason
         } else if self.parent.as_ref().is_some_and(Parent::has_stopped) {
@@ -115,38 +160,31 @@ impl Batch<'_> {
     ) -> Result<Vec<(NameClaim, Endpoints)>, FleetError> {
         let count = self.count;
         check_names(count, pattern)?;
-        let numbered = format!("{stem}-{{n}}");
-        let pattern = pattern.unwrap_or(&numbered);
-        let is_numbered = pattern.contains("{n}");
         room::check(count, room::Needs::of(config)).map_err(|source| FleetError::Room { count, source })?;
         let dir = &self.fleet.0.dir;
-        if !is_numbered {
-            let claim = NameClaim::new(dir, pattern)?;
-            let ends = endpoints(pattern)?;
-            return Ok(vec![(claim, ends)]);
-        }
-        let mut taken = Vec::with_capacity(count);
-        for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())) {
+        let is_listed = |name: &str| self.fleet.members().contains_key(name);
+        numbered(dir, count, stem, pattern, is_listed, |claim| {
             self.check(0)?;
-            if self.fleet.members().contains_key(&name) {
-                continue;
-            }
-            let claim = match NameClaim::new(dir, &name) {
-                // The name of another request's VM, or of another process's.
-                Err(FleetError::Taken { .. }) => continue,
-                other => other?,
-            };
-            let ends = match endpoints(&name) {
+            match endpoints(&claim.name) {
                 // The socket of a VM with the same name in another runtime directory.
-                Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => continue,
-                other => other?,
-            };
-            taken.push((claim, ends));
-            if taken.len() == count {
-                break;
+                Err(VmError::Identity(error)) if by_name && error.is_socket_taken() => Ok(None),
+                ends => Ok(Some((claim, ends?))),
             }
-        }
-        Ok(taken)
+        })
+    }
+
+    /// Starts the VMs from an image, with the defaults of the image for what `identity` does not say.
+    pub(super) fn start(
+        &self,
+        stem: &str,
+        pattern: Option<&str>,
+        identity: &ChildIdentity,
+        image: &Arc<ForkImage>,
+        options: ChildOptions<'_>,
+    ) -> Result<Vec<Arc<Vm>>, FleetError> {
+        let by_name = identity.names_socket();
+        let taken = self.take(stem, pattern, image.config(), by_name, |name| image.endpoints(name, identity))?;
+        self.launch(taken, image, options)
     }
 
     /// Makes all VMs, then lists them and lets them run.

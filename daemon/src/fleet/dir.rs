@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -23,19 +23,22 @@ pub const LONGEST_NAME: usize = 48;
 pub const LONGEST_SOCKET_PATH: usize = 107;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
+/// The supervisor's socket, and the file that only one supervisor of a directory has locked.
+const SUPERVISOR: &str = "clade.api";
+const SUPERVISOR_LOCK: &str = "clade.supervisor";
 /// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/tmp/clade-UID`.
+/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/run/clade` for
+/// root and `/tmp/clade-UID` for others.
 #[must_use]
 pub fn runtime_dir() -> PathBuf {
-    if let Some(dir) = std::env::var_os("CLADE_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        return dir.into();
-    }
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        Some(dir) => Path::new(&dir).join("clade"),
-        None => PathBuf::from(format!("/tmp/clade-{}", rustix::process::getuid().as_raw())),
-    }
+    let of = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let default = || match rustix::process::getuid() {
+        uid if uid.is_root() => PathBuf::from("/run/clade"),
+        uid => PathBuf::from(format!("/tmp/clade-{}", uid.as_raw())),
+    };
+    of("CLADE_RUNTIME_DIR").or_else(|| Some(of("XDG_RUNTIME_DIR")?.join("clade"))).unwrap_or_else(default)
 }
 
 /// Checks a name.
@@ -62,6 +65,18 @@ pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
 #[must_use]
 pub fn console_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.console"))
+}
+
+/// Path of the socket at which another process asks for a VM's image.
+#[must_use]
+pub fn image_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.image"))
+}
+
+/// Path of the supervisor's socket. No VM has such a file: their endings are others.
+#[must_use]
+pub fn supervisor_path(dir: &Path) -> PathBuf {
+    dir.join(SUPERVISOR)
 }
 
 /// Path of a VM's virtio console socket, if it has one.
@@ -169,6 +184,83 @@ impl RuntimeDir {
             tracing::debug!(%error, file, "a file of the runtime directory stays");
         }
     }
+
+    /// Locks a file, which is made if it is missing. `None` if another process has it locked.
+    fn lock(&self, file: &str) -> Result<Option<File>, FleetError> {
+        let failed = |source| FleetError::Runtime { path: self.path.join(file), source };
+        let lock = loop {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let lock = openat(&self.fd, file, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+            let lock = File::from(lock);
+            match lock.try_lock() {
+                Ok(()) => {}
+                // The lock file has the owner's pid.
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+            // An owner that ended after the open has removed the file. The lock is then on a file
+            // that no longer has the name.
+            let locked = lock.metadata().map_err(failed)?;
+            match statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
+                Err(error) if error != rustix::io::Errno::NOENT => return Err(failed(error.into())),
+                _ => {}
+            }
+        };
+        write_pid(&lock);
+        Ok(Some(lock))
+    }
+
+    /// Binds a socket of the directory, for this user alone (mode 0600). Whoever calls has a lock
+    /// that says that an existing one is a dead owner's.
+    fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, FleetError> {
+        let bound = || -> io::Result<OwnedFd> {
+            self.remove(file)?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::UNIX, kind, flags, None)?;
+            // The file gets the mode of the socket that is bound to it. So at no moment can others
+            // connect.
+            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            let path = format!("/proc/self/fd/{}/{file}", self.fd.as_raw_fd());
+            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            listen(&socket, BACKLOG)?;
+            Ok(socket)
+        };
+        bound().map_err(|source| FleetError::Runtime { path: self.path.join(file), source })
+    }
+}
+
+/// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
+fn write_pid(lock: &File) {
+    let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
+}
+
+/// A directory's supervisor: its lock and its socket.
+#[derive(Debug)]
+pub(crate) struct SupervisorClaim {
+    dir: RuntimeDir,
+    _lock: File,
+}
+
+impl SupervisorClaim {
+    /// Claims the directory and binds the socket.
+    ///
+    /// # Errors
+    /// When another process has it.
+    pub(crate) fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), FleetError> {
+        let lock = dir.lock(SUPERVISOR_LOCK)?;
+        let lock = lock.ok_or_else(|| FleetError::Supervised { path: dir.path.clone() })?;
+        let socket = dir.bind(SUPERVISOR, SocketType::STREAM)?;
+        Ok((Self { dir: dir.clone(), _lock: lock }, UnixListener::from(socket)))
+    }
+}
+
+impl Drop for SupervisorClaim {
+    fn drop(&mut self) {
+        // The lock file last.
+        self.dir.forget(SUPERVISOR);
+        self.dir.forget(SUPERVISOR_LOCK);
+    }
 }
 
 /// A name held on this host. The lock ends with the process, so a crashed owner's name is free
@@ -177,7 +269,8 @@ impl RuntimeDir {
 pub(crate) struct NameClaim {
     dir: RuntimeDir,
     pub(crate) name: String,
-    _lock: File,
+    /// None if it is left to another process.
+    lock: Option<File>,
 }
 
 impl NameClaim {
@@ -189,58 +282,63 @@ impl NameClaim {
         if length > LONGEST_SOCKET_PATH {
             return Err(FleetError::LongPath { path: longest, length });
         }
+        let lock = dir.lock(&format!("{name}.lock"))?;
+        let lock = lock.ok_or_else(|| FleetError::Taken { name: name.to_owned() })?;
+        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock) })
+    }
+
+    /// The claim of another process that has passed on its lock.
+    ///
+    /// # Errors
+    /// When it is not the lock of that name.
+    pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, FleetError> {
+        check_name(name)?;
         let file = format!("{name}.lock");
         let failed = |source| FleetError::Runtime { path: dir.path.join(&file), source };
-        let lock = loop {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            let lock = openat(&dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
-            let lock = File::from(lock);
-            match lock.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => {
-                    // The lock file has the owner's pid.
-                    return Err(FleetError::Taken { name: name.to_owned() });
-                }
-                Err(TryLockError::Error(source)) => return Err(failed(source)),
-            }
-            // An owner that ended after the open has removed the file. The lock is then on a file
-            // that no longer has the name.
-            let locked = lock.metadata().map_err(failed)?;
-            match statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
-                Err(error) if error != rustix::io::Errno::NOENT => return Err(failed(error.into())),
-                _ => {}
-            }
-        };
-        // The owner's pid, for a reader of the file. The lock holds even if the write fails.
-        let _ = lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0);
-        Ok(Self { dir: dir.clone(), name: name.to_owned(), _lock: lock })
+        let lock = File::from(lock);
+        let locked = lock.metadata().map_err(failed)?;
+        let named = statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).map_err(|error| failed(error.into()))?;
+        if (named.st_dev, named.st_ino) != (locked.dev(), locked.ino()) {
+            return Err(FleetError::Taken { name: name.to_owned() });
+        }
+        write_pid(&lock);
+        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock) })
+    }
+
+    /// The runtime directory's path.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir.path
+    }
+
+    /// The lock, to be passed on. The name stays locked as long as one process has it open.
+    pub(crate) fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.lock.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Leaves the name to the process that has the lock too.
+    pub(crate) fn leave(mut self) {
+        self.lock = None;
     }
 
     /// Binds the socket `NAME.ending`, for this user alone (mode 0600).
     pub(crate) fn bind(&self, ending: &str) -> Result<UnixListener, FleetError> {
-        let file = format!("{}.{ending}", self.name);
-        let bound = || -> io::Result<UnixListener> {
-            // We hold the lock, so an existing socket is a dead owner's.
-            self.dir.remove(&file)?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // The file gets the mode of the socket that is bound to it. So at no moment can others
-            // connect.
-            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-            let path = format!("/proc/self/fd/{}/{file}", self.dir.fd.as_raw_fd());
-            bind(&socket, &SocketAddrUnix::new(path)?)?;
-            listen(&socket, BACKLOG)?;
-            Ok(UnixListener::from(socket))
-        };
-        bound().map_err(|source| FleetError::Runtime { path: self.dir.path.join(&file), source })
+        // We hold the lock, so an existing socket is a dead owner's.
+        Ok(self.dir.bind(&format!("{}.{ending}", self.name), SocketType::STREAM)?.into())
+    }
+
+    /// Binds the socket at which other processes ask for the VM's image.
+    pub(crate) fn bind_image(&self) -> Result<OwnedFd, FleetError> {
+        self.dir.bind(&format!("{}.image", self.name), SocketType::SEQPACKET)
     }
 }
 
 impl Drop for NameClaim {
     fn drop(&mut self) {
+        if self.lock.is_none() {
+            return;
+        }
         // The lock file last: while it is locked no other process binds these.
-        for ending in ["sock", "console", "hvc", "lock"] {
+        for ending in ["sock", "console", "hvc", "image", "lock"] {
             self.dir.forget(&format!("{}.{ending}", self.name));
         }
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::FleetError;
 use super::dir::{RuntimeDir, check_name};
+use crate::zygote::Exit;
 use clade_vmm::vm::{StopReason, Vm};
 
 /// Records kept.
@@ -57,11 +58,36 @@ pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
         parent: parent.map(str::to_owned),
         generation: vm.generation(),
         age_s: vm.age().as_secs_f64(),
-        ended_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        ended_at: now(),
         pid: std::process::id(),
         console: last_output(vm),
     };
-    let written = serde_json::to_vec(&ended)
+    write(dir, &ended);
+}
+
+/// Records the end of a VM whose process has ended without a word.
+pub(crate) fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
+    let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
+    let ended = EndedVm {
+        name: name.to_owned(),
+        reason: stopped.to_string(),
+        stopped,
+        parent: None,
+        generation: 0,
+        age_s: 0.0,
+        ended_at: now(),
+        pid: exit.pid,
+        console: String::new(),
+    };
+    write(dir, &ended);
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn write(dir: &RuntimeDir, ended: &EndedVm) {
+    let written = serde_json::to_vec(ended)
         .map_err(std::io::Error::other)
         .and_then(|bytes| dir.write(&format!("{}{ENDING}", ended.name), &bytes));
     if let Err(error) = written.and_then(|()| prune(dir)) {

@@ -123,6 +123,24 @@ pub enum FleetError {
         /// Its mode.
         mode: u32,
     },
+    /// The runtime directory has a supervisor.
+    #[error("another process supervises the VMs in {}", path.display())]
+    Supervised {
+        /// The path.
+        path: PathBuf,
+    },
+    /// No checkpoint has the name.
+    #[error("there is no checkpoint {name:?}")]
+    NoSuchCheckpoint {
+        /// The name given.
+        name: String,
+    },
+    /// Another checkpoint has the name.
+    #[error("the name {name:?} is taken by a checkpoint")]
+    CheckpointTaken {
+        /// The name given.
+        name: String,
+    },
     /// A file of the runtime directory cannot be made or used.
     #[error("{} cannot be used", path.display())]
     Runtime {

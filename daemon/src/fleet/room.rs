@@ -53,9 +53,9 @@ impl Needs {
         let queues: u64 = config.virtio_queues().map(|queues| queues as u64).sum();
         let devices = config.virtio_queues().count() as u64;
         let hvc = u64::from(config.virtio_console);
-        // The VM, the serial line's interrupt, the generation's, the lock, the control and the
-        // console socket.
-        let vm = 6 + cpus;
+        // The VM, the serial line's interrupt, the generation's, the lock, and the control, the
+        // image and the console socket.
+        let vm = 7 + cpus;
         // One interrupt per device and one notification per queue; each is registered with its
         // worker once it is driven.
         let wiring = devices + queues;
@@ -67,7 +67,8 @@ impl Needs {
 
     /// The needs of the same VM in a process of its own, as the process sees them that starts it.
     pub(crate) fn of_worker(config: &VmConfig) -> Self {
-        Self { descriptors: 1, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
+        // Its socket, its process and its name's lock, until it runs.
+        Self { descriptors: 3, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
     }
 }
 

@@ -6,7 +6,7 @@ use clade_vmm::vm::VmConfig;
 pub(crate) struct Nobody;
 
 impl Serve for Nobody {
-    fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>) -> Serving {
+    fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>, _leases: &Leases) -> Serving {
         Serving::new((sockets.control, sockets.consoles))
     }
     fn finish(&self) {}
@@ -27,7 +27,7 @@ fn bare_source() -> BootSource {
 struct Notes(Arc<Mutex<Vec<bool>>>);
 
 impl Serve for Notes {
-    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, _leases: &Leases) -> Serving {
         self.0.lock().unwrap().push(!vm.is_paused());
         Serving::new((sockets.control, sockets.consoles))
     }
@@ -115,7 +115,7 @@ fn fork(
 struct AtListing<F>(std::sync::atomic::AtomicUsize, usize, F);
 
 impl<F: Fn(&Arc<Vm>) + Send + Sync> Serve for AtListing<F> {
-    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>) -> Serving {
+    fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, _leases: &Leases) -> Serving {
         if self.0.fetch_add(1, Ordering::Relaxed) + 1 == self.1 {
             (self.2)(vm);
         }

@@ -1,0 +1,313 @@
+//! `clade bench clones`: VMs in processes of their own, by the supervisor's API.
+//!
+//! A supervisor is started as a user starts it. The parent is a bare guest that has written all its
+//! RAM, and is paused. Each child says that it runs before the answer comes, and is paused then: so
+//! a time is that of the request until the last child's first instruction.
+//!
+//! The baseline are as many VMs in one process, in the same run: this one, by the library.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clade_daemon::control::{
+    CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest, Prepared,
+    SupervisorInfo, VmInfo, serve_fleet,
+};
+use clade_daemon::fleet::{Fleet, supervisor_path};
+use clade_harness::BareVcpu;
+use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
+use hyper::Method;
+use tokio::runtime::Runtime;
+
+use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
+use crate::commands::{BenchArgs, Failure, MEASURE};
+
+/// Runs of the larger figures.
+const RUNS: usize = 3;
+/// Clones with which the time of one is compared.
+const FEW: usize = 100;
+/// How long the supervisor may take to start, and to have a worker ready.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// Requests in flight that stop clones.
+const STOPS: usize = 8;
+
+const ONE_PROCESS: &str = "VMs in one process";
+
+/// A supervisor and a parent. Both end with it.
+struct Bench {
+    runtime: Runtime,
+    client: Client,
+    context: Context,
+    fleet: Fleet,
+    image: Arc<ForkImage>,
+    config: Arc<VmConfig>,
+    supervisor: Child,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.fleet.close();
+        self.fleet.reap(None);
+        self.fleet.finish();
+        let pid = rustix::process::Pid::from_child(&self.supervisor);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.supervisor.wait();
+    }
+}
+
+/// Times of one number of clones.
+#[derive(Default)]
+struct Times {
+    cold: Sample,
+    prepared: Sample,
+    one_process: Sample,
+    private: Sample,
+    kernel: Sample,
+}
+
+/// `clade bench clones`.
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let mem = args.mem[0];
+    let bench = Bench::new(context, mem)?;
+    let mut rows = vec![bench.one(args.samples)?];
+    let few = bench.many(FEW.min(args.count))?;
+    let many = if args.count > FEW { Some(bench.many(args.count)?) } else { None };
+    rows.extend(totals(FEW.min(args.count), &few));
+    if let Some(many) = &many {
+        rows.extend(totals(args.count, many));
+        let each = |sample: &Sample, count: usize| sample.spread().p50 / count as f64;
+        let growth = |of: fn(&Times) -> &Sample| {
+            let mut sample = Sample::default();
+            sample.push(each(of(many), args.count) / each(of(&few), FEW));
+            sample
+        };
+        rows.push(
+            Row::new("clones_growth", "x", &growth(|times| &times.cold))
+                .against(ONE_PROCESS, &growth(|times| &times.one_process))
+                .target("<= 1.2", |row| row.p50() <= 1.2),
+        );
+    }
+    let last = many.as_ref().unwrap_or(&few);
+    rows.push(Row::new("clone_private_kib", "KiB", &last.private).target("<= 300", |row| row.p50() <= 300.0));
+    rows.push(Row::new("clone_kernel_kib", "KiB", &last.kernel));
+    for row in &mut rows {
+        if args.mem.len() > 1 {
+            row.name = format!("{}_{}", row.name, label(mem));
+        }
+    }
+    Ok(rows)
+}
+
+fn totals(count: usize, times: &Times) -> [Row; 2] {
+    let total = |name: String, ours, most: f64| {
+        let row = Row::new(name, "ms", ours).against(ONE_PROCESS, &times.one_process);
+        if count == 1_000 { row.target(format!("<= {most}"), |row| row.p50() <= most) } else { row }
+    };
+    [
+        total(format!("clones_{count}_total"), &times.cold, 1_500.0),
+        total(format!("clones_{count}_total_prepared"), &times.prepared, 600.0),
+    ]
+}
+
+impl Bench {
+    fn new(context: &Context, mem: u64) -> Result<Self, Failure> {
+        let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
+        config.check_host_memory().map_err(Failure::input)?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+        let dir = tempfile::tempdir().map_err(Failure::run)?;
+        let mut supervisor = Command::new("/proc/self/exe")
+            .args(["serve", "--pool", "1"])
+            .env("CLADE_RUNTIME_DIR", dir.path())
+            .env(MEASURE, "1")
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(Failure::run)?;
+        if let Err(error) = answers(dir.path()) {
+            let _ = supervisor.kill();
+            let _ = supervisor.wait();
+            return Err(error);
+        }
+        let fleet = serve_fleet(context, dir.path(), runtime.handle()).map_err(Failure::run)?;
+        let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
+        let boot = |context: &Context| Vm::boot(context, "parent", &config, &source);
+        let parent = fleet.launch("parent", boot).map_err(Failure::run)?;
+        BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;
+        fill(&parent, &config)?;
+        parent.pause().map_err(Failure::run)?;
+        let image = parent.fork().map_err(Failure::run)?.0;
+        let client = Client::new(dir.path());
+        let context = context.clone();
+        Ok(Self { runtime, client, context, fleet, image, config, supervisor, _dir: dir })
+    }
+
+    fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&(impl serde::Serialize + Sync)>,
+    ) -> Result<T, Failure> {
+        self.runtime.block_on(self.client.supervisor(method, path, body)).map_err(Failure::run)
+    }
+
+    fn fork(&self, of: &str, count: usize) -> Result<(ForkAnswer, Duration), Failure> {
+        let request = ForkRequest {
+            count,
+            name: Some("clone-{n}".to_owned()),
+            paused: false,
+            own_process: true,
+            nets: Vec::new(),
+            vsock: None,
+        };
+        let begun = Instant::now();
+        let answer = self.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
+        Ok((answer, begun.elapsed()))
+    }
+
+    /// One child of a VM, from a prepared worker.
+    fn one(&self, samples: usize) -> Result<Row, Failure> {
+        let (mut ours, mut library) = (Sample::default(), Sample::default());
+        // The first has no worker that is prepared.
+        let (first, _) = self.fork("vms/parent", 1)?;
+        self.stop(&first.children)?;
+        let parent = self.fleet.get("parent").map_err(Failure::run)?.vm;
+        for _ in 0..samples {
+            self.await_prepared(1)?;
+            let (answer, took) = self.fork("vms/parent", 1)?;
+            ours.push_us(took);
+            self.stop(&answer.children)?;
+            self.context.prefill(&self.config, 1).map_err(Failure::run)?;
+            let begun = Instant::now();
+            let (image, _) = parent.fork().map_err(Failure::run)?;
+            library.push_us(announced(&self.context, &image, begun)?);
+        }
+        self.context.drain();
+        Ok(Row::new("fork_api_first_instruction", "us", &ours)
+            .against("the library, in one process", &library)
+            .target("p50 <= 1500", |row| row.p50() <= 1_500.0))
+    }
+
+    /// `count` clones of a checkpoint.
+    fn many(&self, count: usize) -> Result<Times, Failure> {
+        let mut times = Times::default();
+        let request = CheckpointRequest { name: Some("cp".to_owned()) };
+        let _: CheckpointInfo = self.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
+        for _ in 0..RUNS {
+            let free = available_kib();
+            let (answer, took) = self.fork("checkpoints/cp", count)?;
+            times.cold.push(took.as_secs_f64() * 1e3);
+            let used = free.saturating_sub(available_kib()) as f64 / count as f64;
+            let private = self.private(&answer.children)?;
+            times.kernel.push((used - private.spread().p50).max(0.0));
+            times.private = private;
+            self.stop(&answer.children)?;
+
+            let request = PrepareRequest { count };
+            let _: Prepared = self.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
+            let (answer, took) = self.fork("checkpoints/cp", count)?;
+            times.prepared.push(took.as_secs_f64() * 1e3);
+            self.stop(&answer.children)?;
+
+            let begun = Instant::now();
+            let mut clones = Vec::with_capacity(count);
+            for _ in 0..count {
+                let (clone, _) = announced_clone(&self.context, &self.image)?;
+                // As the others: it would take a processor from those that are to be made.
+                clone.pause().map_err(Failure::run)?;
+                clones.push(clone);
+            }
+            times.one_process.push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        let _: CheckpointInfo = self.ask(Method::DELETE, "/v1/checkpoints/cp", None::<&()>)?;
+        Ok(times)
+    }
+
+    /// Private memory of each clone's process, in KiB.
+    fn private(&self, names: &[String]) -> Result<Sample, Failure> {
+        let mut sample = Sample::default();
+        // Some are enough: reading it takes a while.
+        for name in names.iter().step_by(names.len().div_ceil(20)) {
+            let info: VmInfo = self.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
+            sample.push(private_kib(info.pid).map_err(Failure::run)? as f64);
+        }
+        Ok(sample)
+    }
+
+    fn await_prepared(&self, count: usize) -> Result<(), Failure> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let info: SupervisorInfo = self.ask(Method::GET, "/v1/supervisor", None::<&()>)?;
+            if info.prepared >= count {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::Run(anyhow::anyhow!("no worker is prepared within {TIMEOUT:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn stop(&self, names: &[String]) -> Result<(), Failure> {
+        let (client, names) = (&self.client, names.to_vec());
+        let all = async move {
+            let mut tasks = tokio::task::JoinSet::new();
+            for name in names {
+                if tasks.len() >= STOPS {
+                    tasks.join_next().await;
+                }
+                let client = client.clone();
+                tasks.spawn(async move {
+                    let stopped = client.request::<VmInfo>(Method::POST, &name, "/stop", None::<&()>).await;
+                    if let Err(error @ ClientError::Refused { .. }) = stopped {
+                        tracing::warn!(%error, name, "a clone is not stopped");
+                    }
+                });
+            }
+            tasks.join_all().await;
+        };
+        self.runtime.block_on(all);
+        let deadline = Instant::now() + TIMEOUT;
+        while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > 0 {
+            if Instant::now() > deadline {
+                return Err(Failure::Run(anyhow::anyhow!("clones have not ended within {TIMEOUT:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+fn answers(dir: &Path) -> Result<(), Failure> {
+    let deadline = Instant::now() + TIMEOUT;
+    while std::os::unix::net::UnixStream::connect(supervisor_path(dir)).is_err() {
+        if Instant::now() > deadline {
+            return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer within {TIMEOUT:?}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// The sum of some fields of a file of `/proc`, in KiB.
+fn kib(file: &str, fields: &[&str]) -> std::io::Result<u64> {
+    let text = fs::read_to_string(file)?;
+    let of = |line: &str| {
+        let (name, value) = line.split_once(':')?;
+        fields.contains(&name).then(|| value.trim().trim_end_matches(" kB").parse::<u64>().ok())?
+    };
+    Ok(text.lines().filter_map(of).sum())
+}
+
+fn private_kib(pid: u32) -> std::io::Result<u64> {
+    kib(&format!("/proc/{pid}/smaps_rollup"), &["Private_Clean", "Private_Dirty"])
+}
+
+fn available_kib() -> u64 {
+    kib("/proc/meminfo", &["MemAvailable"]).unwrap_or(0)
+}

@@ -1,0 +1,56 @@
+//! `clade checkpoint`, `checkpoints`, `rm`: what the supervisor holds to fork from.
+
+use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRequest, Prepared};
+use hyper::Method;
+
+use crate::commands::args::{ActArgs, CheckpointArgs, PsArgs};
+use crate::commands::remote::ask;
+use crate::commands::units::show_age;
+use crate::commands::{Failure, Outcome, Table, print_json};
+
+pub(super) fn take(args: &CheckpointArgs) -> Outcome {
+    let client = Client::default();
+    let request = CheckpointRequest { name: args.name.clone() };
+    let path = format!("/v1/vms/{}/checkpoint", args.vm);
+    let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
+    if let Some(count) = args.prepare {
+        let path = format!("/v1/checkpoints/{}/prepare", info.name);
+        let _: Prepared = ask(client.supervisor(Method::POST, &path, Some(&PrepareRequest { count })))?;
+    }
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    println!("{}", info.name);
+    eprintln!("{} was paused for {:.0} us", info.vm, info.pause_us);
+    Ok(())
+}
+
+pub(super) fn list(args: &PsArgs) -> Outcome {
+    let all: Vec<CheckpointInfo> = ask(Client::default().supervisor(Method::GET, "/v1/checkpoints", None::<&()>))?;
+    if args.json {
+        return print_json(&all).map_err(Failure::run);
+    }
+    let mut table = Table::new(["name", "of", "generation", "vCPUs", "MiB", "age", "descriptors"]);
+    for one in all {
+        table.row([
+            one.name,
+            one.vm,
+            one.generation.to_string(),
+            one.cpus.to_string(),
+            one.mib.to_string(),
+            show_age(one.age_s),
+            one.descriptors.to_string(),
+        ]);
+    }
+    table.print().map_err(Failure::run)
+}
+
+pub(super) fn remove(args: &ActArgs) -> Outcome {
+    let path = format!("/v1/checkpoints/{}", args.name);
+    let info: CheckpointInfo = ask(Client::default().supervisor(Method::DELETE, &path, None::<&()>))?;
+    if args.json {
+        return print_json(&info).map_err(Failure::run);
+    }
+    println!("{} is removed", info.name);
+    Ok(())
+}

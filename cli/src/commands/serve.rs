@@ -1,0 +1,68 @@
+//! `clade serve`: the supervisor of a runtime directory.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clade_daemon::fleet::{FleetError, runtime_dir, supervisor_path};
+use clade_daemon::supervisor::Supervisor;
+
+use crate::commands::args::ServeArgs;
+use crate::commands::run::{say, with_runtime};
+use crate::commands::shutdown::ShutdownSignal;
+use crate::commands::{Failure, Outcome};
+
+/// How often the end is looked for.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How long a supervisor that is started in the background may take.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// Where it writes its log.
+const LOG: &str = "clade.log";
+
+pub(super) fn main(args: &ServeArgs) -> Outcome {
+    with_runtime(|runtime| {
+        // Before there is anything to clean up.
+        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
+        let dir = runtime_dir();
+        let supervisor = Supervisor::start(&dir, args.pool, runtime).map_err(|error| match error {
+            FleetError::Worker { .. } => Failure::run(error),
+            _ => Failure::input(error),
+        })?;
+        say!("VMs in {} are supervised", dir.display());
+        while shutdown.signal().is_none() {
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        supervisor.close();
+        shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
+    })
+}
+
+/// Starts a supervisor in the background, unless there is one.
+pub(super) fn ensure() -> Outcome {
+    let dir = runtime_dir();
+    let answers = || std::os::unix::net::UnixStream::connect(supervisor_path(&dir)).is_ok();
+    if answers() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(&dir).map_err(Failure::input)?;
+    let log = std::fs::File::options().create(true).append(true).open(dir.join(LOG)).map_err(Failure::input)?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("clade").arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    // A key on this terminal is not for it.
+    command.process_group(0);
+    let mut started = command.spawn().map_err(Failure::run)?;
+    let deadline = Instant::now() + START_TIMEOUT;
+    while !answers() {
+        let ended = started.try_wait().map_err(Failure::run)?;
+        // Another may have been quicker.
+        if ended.is_some() && !answers() {
+            let log = dir.join(LOG);
+            return Err(Failure::Run(anyhow::anyhow!("the supervisor has ended: {} says why", log.display())));
+        }
+        if Instant::now() > deadline {
+            return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}")));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

@@ -1,0 +1,19 @@
+//! `clade zygote`: forks workers, for the process that started this one.
+
+use clade_daemon::zygote::{Forked, serve};
+
+use crate::commands::limits::one_arena;
+use crate::commands::worker::{context, standard_input, work};
+use crate::commands::{Failure, Outcome};
+
+pub(super) fn main() -> Outcome {
+    one_arena();
+    let socket = standard_input().map_err(Failure::run)?;
+    // Once, for all workers: KVM's features and the MSRs of a vCPU are probed here.
+    let context = context()?;
+    context.warm_up().map_err(Failure::input)?;
+    match serve(socket).map_err(Failure::run)? {
+        Forked::Zygote => Ok(()),
+        Forked::Worker(socket) => work(&context, socket),
+    }
+}

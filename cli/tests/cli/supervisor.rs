@@ -1,0 +1,388 @@
+//! The supervisor: VMs in processes of their own, checkpoints, and what dies.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use clade_io::seqpacket;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::Value;
+
+use crate::tool::{Runtime, kvm, wait_until};
+
+/// A runtime directory with a supervisor. All of its processes are ended when it is dropped.
+struct Supervised {
+    runtime: Runtime,
+}
+
+impl Drop for Supervised {
+    fn drop(&mut self) {
+        let processes = self.processes();
+        processes.iter().for_each(|pid| kill(*pid, Signal::KILL));
+    }
+}
+
+fn kill(pid: u32, signal: Signal) {
+    let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), signal);
+}
+
+fn runs(pid: u32) -> bool {
+    // A zombie is nobody's worry: its parent has died, and whoever has it now reaps it.
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = state.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    test_kill_process(Pid::from_raw(pid as i32).unwrap()).is_ok() && !matches!(state, None | Some('Z'))
+}
+
+impl Supervised {
+    fn start(pool: &str) -> Self {
+        let mut supervised = Self { runtime: Runtime::new() };
+        supervised.serve(pool);
+        supervised
+    }
+
+    fn serve(&mut self, pool: &str) {
+        self.runtime.spawn(&["serve", "--pool", pool]);
+        let socket = self.runtime.dir().join("clade.api");
+        wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
+    }
+
+    /// Boots a paused VM: it would spin.
+    fn boot(&self, name: &str, more: &[&str]) {
+        let args = [&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", name], more].concat();
+        let booted = self.runtime.clade(&args);
+        assert_eq!((booted.code, booted.stdout.trim()), (Some(0), name), "{booted:?}");
+        self.runtime.clade(&["pause", name, "--json"]).json();
+    }
+
+    fn fork(&self, args: &[&str]) -> Vec<String> {
+        let answer = self.runtime.clade(&[&["fork", "--paused", "--json"], args].concat()).json();
+        names(&answer["children"])
+    }
+
+    fn vms(&self) -> Vec<Value> {
+        self.runtime.clade(&["ps", "--json"]).json().as_array().unwrap().clone()
+    }
+
+    fn pid_of(&self, name: &str) -> u32 {
+        let vms = self.vms();
+        let vm = vms.iter().find(|vm| vm["name"] == name).unwrap_or_else(|| panic!("no {name} in {vms:?}"));
+        vm["pid"].as_u64().unwrap() as u32
+    }
+
+    /// One HTTP request to the supervisor.
+    fn http(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let mut stream = UnixStream::connect(self.runtime.dir().join("clade.api")).unwrap();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\nconnection: close\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let _ = stream.write_all(request.as_bytes());
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {text:?}"));
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+
+    fn info(&self, what: &str) -> u64 {
+        self.http("GET", "/v1/supervisor", "").1[what].as_u64().unwrap()
+    }
+
+    /// Processes of this runtime directory: its supervisor, zygotes and workers.
+    fn processes(&self) -> BTreeSet<u32> {
+        let dir = self.runtime.dir().display().to_string();
+        let is_ours = |entry: &fs::DirEntry| {
+            let of = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+            ["serve", "zygote"].contains(&of("cmdline").split('\0').nth(1).unwrap_or_default())
+                && of("environ").contains(&dir)
+        };
+        let all = fs::read_dir("/proc").unwrap().flatten().filter(is_ours);
+        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| runs(*pid)).collect()
+    }
+
+    fn zygotes(&self) -> Vec<u32> {
+        let workers: BTreeSet<u32> = self.vms().iter().map(|vm| vm["pid"].as_u64().unwrap() as u32).collect();
+        let supervisor = self.info("pid") as u32;
+        self.processes().into_iter().filter(|pid| *pid != supervisor && !workers.contains(pid)).collect()
+    }
+
+    /// Files but the log.
+    fn files(&self) -> Vec<String> {
+        let all = fs::read_dir(self.runtime.dir()).unwrap().flatten();
+        all.map(|entry| entry.file_name().into_string().unwrap()).filter(|name| name != "clade.log").collect()
+    }
+
+    fn stop(&self, name: &str) {
+        let stopped = self.runtime.clade(&["stop", name]);
+        assert_eq!(stopped.code, Some(0), "{stopped:?}");
+    }
+
+    /// Stops what is left, and sees that nothing of it is.
+    fn end(mut self) {
+        for vm in self.vms() {
+            self.stop(vm["name"].as_str().unwrap());
+        }
+        self.runtime.signal(Signal::TERM);
+        self.runtime.ended();
+        wait_until("the end of all processes", || self.processes().is_empty());
+        assert_eq!(self.files(), [""; 0]);
+    }
+}
+
+fn names(array: &Value) -> Vec<String> {
+    array.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn each_vm_has_a_process_and_a_checkpoint_outlives_its_vm() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    assert_eq!(all.fork(&["web", "--count", "3"]), ["web-1", "web-2", "web-3"]);
+    let vms = all.vms();
+    let pids: BTreeSet<u64> = vms.iter().map(|vm| vm["pid"].as_u64().unwrap()).collect();
+    assert_eq!((vms.len(), pids.len()), (4, 4), "{vms:?}");
+    for vm in vms.iter().filter(|vm| vm["name"] != "web") {
+        assert_eq!((vm["parent"].as_str(), vm["generation"].as_u64()), (Some("web"), Some(1)), "{vm}");
+        assert_eq!(vm["state"], "paused", "{vm}");
+    }
+    let checkpoint = all.runtime.clade(&["checkpoint", "web", "warm", "--json"]).json();
+    assert_eq!((&checkpoint["name"], &checkpoint["vm"]), (&"warm".into(), &"web".into()), "{checkpoint}");
+    let second = all.runtime.clade(&["checkpoint", "web-1", "--json"]).json();
+    assert_eq!((&second["name"], second["generation"].as_u64()), (&"web-1.1".into(), Some(2)), "{second}");
+    all.stop("web");
+    assert_eq!(all.fork(&["warm", "--count", "2"]), ["warm-1", "warm-2"]);
+    assert_eq!(all.fork(&["web-1.1", "--name", "grandchild"]), ["grandchild"]);
+    let vms = all.vms();
+    let child = vms.iter().find(|vm| vm["name"] == "grandchild").unwrap();
+    assert_eq!((child["parent"].as_str(), child["generation"].as_u64()), (Some("web-1"), Some(2)), "{child}");
+    // They run, and are parents.
+    for command in ["resume", "pause"] {
+        assert_eq!(all.runtime.clade(&[command, "grandchild"]).code, Some(0));
+    }
+    assert_eq!(all.fork(&["grandchild"]), ["grandchild-1"]);
+    // By the supervisor's socket as by their own.
+    assert_eq!(all.http("POST", "/v1/vms/grandchild/resume", "").1["state"], "running");
+    assert_eq!(all.http("GET", "/v1/vms", "").1.as_array().unwrap().len(), 7);
+    let listed = all.runtime.clade(&["checkpoints", "--json"]).json();
+    assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
+    all.runtime.clade(&["rm", "warm", "--json"]).json();
+    all.runtime.clade(&["fork", "warm"]).expect_refusal("warm");
+    all.end();
+}
+
+#[test]
+fn i13_all_children_of_a_request_are_made_or_none() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    let (before, files) = (all.processes(), all.files().len());
+    let refused = |args: &[&str], why: &str| {
+        all.runtime.clade(args).expect_refusal(why);
+        wait_until("the end of the workers", || all.processes() == before);
+        assert_eq!((all.runtime.names(), all.files().len()), (vec!["web".to_owned()], files), "{args:?}");
+    };
+    for of in ["web", "cp"] {
+        refused(&["fork", of, "--name", "web"], "taken");
+        refused(&["fork", of, "--count", "3", "--name", "same"], "names every child the same");
+        refused(&["fork", of, "--count", "0"], "0 children");
+        refused(&["fork", of, "--count", "10001"], "10001 children");
+        refused(&["fork", of, "--name", "no/name"], "is not a name");
+        refused(&["fork", of, "--count", "2", "--net", "tap=none"], "network interfaces");
+    }
+    refused(&["fork", "nobody"], "nobody");
+    refused(&["checkpoint", "nobody"], "nobody");
+    refused(&["checkpoint", "web", "cp"], "taken by a checkpoint");
+    refused(&["checkpoint", "web", "../cp"], "is not a name");
+    refused(&["rm", "nobody"], "nobody");
+    refused(&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"], "taken");
+    refused(&["run", "-d", "--kernel", "/nonexistent/kernel", "--name", "other"], "/nonexistent/kernel");
+    let disk = ["run", "-d", "--kernel", "bare", "--name", "other", "--disk", "/nonexistent/disk"];
+    refused(&disk, "/nonexistent/disk");
+    // Another supervisor of the same directory.
+    refused(&["serve"], "supervises");
+    for (method, path, body, wanted) in [
+        ("POST", "/v1/vms/web/fork", "{", 400),
+        ("POST", "/v1/vms/web/fork", r#"{"unknown": 1}"#, 400),
+        ("POST", "/v1/vms", r#"{"name": "x"}"#, 400),
+        ("GET", "/v1/vms/nobody", "", 404),
+        ("GET", "/v1/vms/..%2fweb", "", 400),
+        ("GET", "/v1/checkpoints/nobody", "", 404),
+        ("GET", "/v1/nothing", "", 404),
+        ("PUT", "/v1/checkpoints", "", 405),
+    ] {
+        let (status, answer) = all.http(method, path, body);
+        assert_eq!(status, wanted, "{method} {path}: {answer}");
+        assert!(answer["error"].is_string(), "{method} {path}: {answer}");
+    }
+    // The parent has lost nothing.
+    assert_eq!(all.fork(&["web"]), ["web-1"]);
+    all.end();
+}
+
+#[test]
+fn prepared_workers_are_used_and_one_that_has_died_costs_nothing() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("2");
+    all.boot("web", &[]);
+    let before = all.processes();
+    all.runtime.clade(&["checkpoint", "web", "cp", "--prepare", "3", "--json"]).json();
+    assert_eq!(all.info("prepared"), 3);
+    let prepared: Vec<u32> = all.processes().difference(&before).copied().collect();
+    assert_eq!(prepared.len(), 3);
+    kill(prepared[0], Signal::KILL);
+    wait_until("its end", || !runs(prepared[0]));
+    let children = all.fork(&["cp", "--count", "4"]);
+    assert_eq!(children.len(), 4);
+    let pids: BTreeSet<u32> = children.iter().map(|child| all.pid_of(child)).collect();
+    assert!(pids.contains(&prepared[1]) && pids.contains(&prepared[2]), "{pids:?} of {prepared:?}");
+    // As many as the last fork took, but two at most.
+    wait_until("the pool", || all.info("prepared") == 2);
+    all.end();
+}
+
+#[test]
+fn a_killed_worker_is_one_vm_and_is_said() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web", "--count", "2"]);
+    let pid = all.pid_of("web-1");
+    kill(pid, Signal::KILL);
+    wait_until("its files to go", || {
+        !all.files().iter().any(|file| file.starts_with("web-1.") && file != "web-1.ended")
+    });
+    assert_eq!(all.runtime.names(), ["web", "web-2"]);
+    let ended = all.runtime.clade(&["ps", "--all", "--json"]).json().to_string();
+    assert!(ended.contains("signal 9") && ended.contains(&pid.to_string()), "{ended}");
+    // The name is free.
+    assert_eq!(all.fork(&["web"]), ["web-1"]);
+    all.end();
+}
+
+#[test]
+fn a_killed_zygote_is_replaced() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    let zygotes = all.zygotes();
+    assert_eq!(zygotes.len(), 1, "{zygotes:?}");
+    kill(zygotes[0], Signal::KILL);
+    wait_until("its end", || !runs(zygotes[0]));
+    assert_eq!(all.fork(&["web", "--count", "2"]), ["web-2", "web-3"]);
+    assert_eq!(all.runtime.names().len(), 4);
+    // What the first has made is nobody's child here, and ends as well.
+    all.end();
+}
+
+#[test]
+fn a_supervisor_that_comes_back_finds_its_vms() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("2");
+    all.boot("web", &[]);
+    all.runtime.clade(&["checkpoint", "web", "cp", "--prepare", "2", "--json"]).json();
+    all.fork(&["cp"]);
+    let workers = [all.pid_of("web"), all.pid_of("cp-1")];
+    all.runtime.crash();
+    // Prepared ones go with it, and VMs run on.
+    wait_until("the end of the others", || all.processes().len() == 3);
+    assert_eq!([all.pid_of("web"), all.pid_of("cp-1")], workers);
+    all.runtime.clade(&["checkpoints"]).expect_refusal("clade serve");
+    all.serve("0");
+    assert_eq!(all.runtime.names(), ["cp-1", "web"]);
+    assert_eq!(all.fork(&["web"]), ["web-1"]);
+    all.runtime.clade(&["fork", "cp"]).expect_refusal("cp");
+    all.end();
+}
+
+/// Whoever connects to a VM's image socket and says nothing, or too much, or goes away.
+#[test]
+fn broken_clients_of_the_image_socket_cost_nothing() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    let connected = |path: &Path| {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        socket
+    };
+    let path = all.runtime.dir().join("web.image");
+    let open = fs::read_dir(format!("/proc/{}/fd", all.pid_of("web"))).unwrap().count();
+    let silent: Vec<_> = (0..3).map(|_| connected(&path)).collect();
+    let long = connected(&path);
+    seqpacket::send(&long, &[0; 4096], &[]).unwrap();
+    assert!(seqpacket::receive(&long, 4096).is_err(), "it is not answered");
+    // It asks, and goes away in the middle of the answer.
+    for _ in 0..20 {
+        let gone = connected(&path);
+        seqpacket::send(&gone, &[1], &[]).unwrap();
+    }
+    assert_eq!(all.fork(&["web"]), ["web-1"]);
+    all.stop("web-1");
+    drop((silent, long));
+    let held = || fs::read_dir(format!("/proc/{}/fd", all.pid_of("web"))).unwrap().count();
+    wait_until("what they had to be given back", || held() <= open + 4);
+    all.end();
+}
+
+/// What the booted VM wrote since a checkpoint goes into its image when the checkpoint has gone.
+#[test]
+fn a_disk_is_given_what_was_written_when_no_checkpoint_needs_it() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let all = Supervised::start("0");
+    all.boot("web", &["--disk", &image.display().to_string()]);
+    let pid = all.pid_of("web");
+    all.runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    all.stop("web");
+    assert_eq!(all.fork(&["cp"]), ["cp-1"]);
+    assert!(runs(pid), "its process waits for whoever reads the image");
+    all.stop("cp-1");
+    assert!(runs(pid));
+    all.runtime.clade(&["rm", "cp", "--json"]).json();
+    wait_until("the end of the VM's process", || !runs(pid));
+    assert!(fs::read(&image).unwrap() == vec![7; 1 << 20]);
+    all.end();
+}
+
+#[test]
+fn the_first_vm_in_the_background_starts_a_supervisor() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    let all = Supervised { runtime };
+    all.boot("web", &[]);
+    let supervisor = all.info("pid") as u32;
+    all.boot("other", &[]);
+    assert_eq!((all.info("pid") as u32, all.info("vms")), (supervisor, 2));
+    for name in ["web", "other"] {
+        all.stop(name);
+    }
+    kill(supervisor, Signal::TERM);
+    wait_until("the end of all processes", || all.processes().is_empty());
+    assert_eq!(all.files(), [""; 0]);
+}

@@ -1,0 +1,163 @@
+//! The socket at which another process asks for a VM's image.
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | 1 | client | one byte |
+//! | 2 | VM's process | how the fork went, as JSON; or the error |
+//! | 3.. | VM's process | the image ([`SealedParts`]) |
+//!
+//! The VM is forked at the client's request and runs on. Its process holds what the image shows
+//! until the last process that uses it has gone.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use clade_io::seqpacket::{self, Message};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, socket_with};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Semaphore;
+
+use crate::control::{ACCEPT_BACKOFF, status_of};
+use crate::fleet::{FleetError, check_name, image_path};
+use clade_vmm::vm::{ForkReport, Leases, SealedParts, Vm, VmConfig};
+
+/// Clients of one VM's socket at a time. A VM is forked for one after the other.
+const MAX_CLIENTS: usize = 4;
+/// Most bytes of an answer.
+const MAX_ANSWER: usize = 64 << 10;
+/// How long the other side may take for a message, or for the whole fork.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a client may take to ask.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How a fork for another process went.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Forked {
+    pub(crate) config: VmConfig,
+    /// Forks between the image and the VM that was booted.
+    pub(crate) generation: u32,
+    pub(crate) pause: Duration,
+    pub(crate) freeze: Duration,
+    pub(crate) remapped: u64,
+    pub(crate) copied: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Forked(Box<Forked>),
+    Refused {
+        /// The HTTP status that the error stands for.
+        status: u16,
+        text: String,
+    },
+}
+
+/// Answers at a VM's socket until it is dropped. The VM is not kept alive.
+pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases) {
+    // SAFETY: an owned descriptor stays the same one, and open, until it is dropped.
+    let listener = match unsafe { AsyncFd::register(listener) } {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "no image is given to other processes");
+            return;
+        }
+    };
+    let clients = Arc::new(Semaphore::new(MAX_CLIENTS));
+    loop {
+        let accepted = match listener.readable().await {
+            Ok(mut ready) => ready.try_io(|listener| Ok(accept_with(listener, SocketFlags::CLOEXEC)?)),
+            Err(error) => {
+                tracing::error!(%error, "no image is given to other processes any more");
+                return;
+            }
+        };
+        let socket = match accepted {
+            Ok(Ok(socket)) => socket,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "image socket");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+                continue;
+            }
+            // Another connection took what was there.
+            Err(_) => continue,
+        };
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&clients).acquire_owned().await else { return };
+        let (vm, leases) = (vm.clone(), leases.clone());
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = answer(&socket, &vm, &leases) {
+                // The client has gone, is another user's, or asks for nothing.
+                tracing::debug!(%error, "image socket");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases) -> io::Result<()> {
+    let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
+    if peer != own && !peer.is_root() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    set_socket_timeout(socket, Timeout::Recv, Some(REQUEST_TIMEOUT))?;
+    set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
+    seqpacket::receive(socket, 1)?;
+    let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases));
+    match made {
+        Ok((forked, parts)) => {
+            seqpacket::send(socket, &serde_json::to_vec(&Answer::Forked(Box::new(forked)))?, &[])?;
+            parts.send(socket).map_err(io::Error::other)
+        }
+        Err(error) => {
+            let refused = Answer::Refused { status: status_of(&error), text: clade_vmm::error_chain(&error) };
+            seqpacket::send(socket, &serde_json::to_vec(&refused)?, &[])
+        }
+    }
+}
+
+fn forked(vm: &Vm, leases: &Leases) -> Result<(Forked, SealedParts), FleetError> {
+    let (image, report) = vm.fork()?;
+    let ForkReport { times, freeze, .. } = report;
+    let forked = Forked {
+        config: VmConfig::clone(image.config()),
+        generation: image.generation(),
+        pause: times.pause,
+        freeze: times.freeze,
+        remapped: freeze.remapped,
+        copied: freeze.copied,
+    };
+    let begun = Instant::now();
+    let parts = image.export(leases)?.seal()?;
+    tracing::debug!(name = vm.name(), export = ?begun.elapsed(), "image");
+    Ok((forked, parts))
+}
+
+/// Forks the VM called `name` in whatever process it is, for children in other processes.
+///
+/// # Errors
+/// When there is no such VM, or it cannot be forked.
+pub(crate) fn fetch(dir: &Path, name: &str) -> Result<(Forked, SealedParts), FleetError> {
+    check_name(name)?;
+    let path = image_path(dir, name);
+    let failed = |source| FleetError::Worker { source };
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .map_err(|errno| failed(errno.into()))?;
+    let connected = SocketAddrUnix::new(&path).and_then(|address| connect(&socket, &address));
+    match connected {
+        Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
+        other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
+    }
+    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(|errno| failed(errno.into()))?;
+    seqpacket::send(&socket, &[1], &[]).map_err(failed)?;
+    let Message { bytes, .. } = seqpacket::receive(socket.as_fd(), MAX_ANSWER).map_err(failed)?;
+    match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
+        Answer::Forked(forked) => Ok((*forked, SealedParts::receive(&socket)?)),
+        Answer::Refused { status, text } => Err(FleetError::Refused { status, text }),
+    }
+}

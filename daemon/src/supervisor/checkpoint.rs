@@ -1,0 +1,191 @@
+//! Checkpoints: images of VMs at one instant, held for forks.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::control::{CheckpointInfo, ForkAnswer};
+use crate::fleet::{FleetError, check_name};
+use crate::image::{self, Forked};
+use crate::worker::Made;
+use clade_vmm::vm::{SealedParts, VmConfig};
+
+/// An image of a VM, as the descriptors of its layers and its state. It outlives the VM.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    vm: String,
+    parts: SealedParts,
+    forked: Forked,
+    made: Instant,
+}
+
+impl Checkpoint {
+    /// Forks the VM called `vm`, which runs on.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it cannot be forked.
+    pub(super) fn take(dir: &Path, vm: &str) -> Result<Self, FleetError> {
+        let (forked, parts) = image::fetch(dir, vm)?;
+        Ok(Self { vm: vm.to_owned(), parts, forked, made: Instant::now() })
+    }
+
+    /// The VM that it is of.
+    pub(super) fn vm(&self) -> &str {
+        &self.vm
+    }
+
+    pub(super) fn config(&self) -> &VmConfig {
+        &self.forked.config
+    }
+
+    pub(super) fn parts(&self) -> &SealedParts {
+        &self.parts
+    }
+
+    pub(super) fn info(&self, name: &str) -> CheckpointInfo {
+        CheckpointInfo {
+            name: name.to_owned(),
+            vm: self.vm.clone(),
+            generation: self.forked.generation,
+            cpus: self.config().cpus(),
+            mib: self.config().layout().bytes() >> 20,
+            age_s: self.made.elapsed().as_secs_f64(),
+            descriptors: self.parts.descriptors(),
+            pause_us: us(self.forked.pause),
+        }
+    }
+
+    /// The answer to a fork that has made `made` in `total`.
+    pub(super) fn answer(&self, made: Vec<Made>, total: Duration) -> ForkAnswer {
+        let Forked { pause, freeze, remapped, copied, .. } = self.forked;
+        let (children, identities): (_, Vec<_>) = made.into_iter().map(|child| (child.name, child.identity)).unzip();
+        ForkAnswer {
+            children,
+            identities: identities.into_iter().flatten().collect(),
+            pause_us: us(pause),
+            freeze_us: us(freeze),
+            total_us: us(total),
+            remapped_pages: remapped,
+            copied_pages: copied,
+        }
+    }
+}
+
+fn us(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+/// Checkpoints by name.
+#[derive(Debug, Default)]
+pub(crate) struct Checkpoints(Mutex<BTreeMap<String, Option<Arc<Checkpoint>>>>);
+
+/// A name that is reserved. It is free again when this is dropped, unless a checkpoint has it.
+#[derive(Debug)]
+pub(super) struct Reserved<'a> {
+    of: &'a Checkpoints,
+    name: String,
+}
+
+impl std::ops::Deref for Reserved<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut all = self.of.all();
+        if all.get(&self.name).is_some_and(Option::is_none) {
+            all.remove(&self.name);
+        }
+    }
+}
+
+impl Checkpoints {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Option<Arc<Checkpoint>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reserves a name; without one the VM's and a number.
+    ///
+    /// # Errors
+    /// When it is no name, or taken.
+    pub(super) fn reserve(&self, vm: &str, name: Option<&str>) -> Result<Reserved<'_>, FleetError> {
+        let mut all = self.all();
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => {
+                let free = (1u64..).map(|n| format!("{vm}.{n}")).find(|name| !all.contains_key(name));
+                free.unwrap_or_default()
+            }
+        };
+        check_name(&name)?;
+        if all.contains_key(&name) {
+            return Err(FleetError::CheckpointTaken { name });
+        }
+        all.insert(name.clone(), None);
+        Ok(Reserved { of: self, name })
+    }
+
+    pub(super) fn insert(&self, name: &str, checkpoint: Arc<Checkpoint>) {
+        self.all().insert(name.to_owned(), Some(checkpoint));
+    }
+
+    /// The checkpoint called `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(super) fn get(&self, name: &str) -> Result<Arc<Checkpoint>, FleetError> {
+        let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
+        self.all().get(name).cloned().flatten().ok_or_else(none)
+    }
+
+    /// Removes a checkpoint. Children that were forked from it run on.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(super) fn remove(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+        let found = self.get(name)?;
+        self.all().remove(name);
+        Ok(found.info(name))
+    }
+
+    pub(super) fn list(&self) -> Vec<CheckpointInfo> {
+        self.all().iter().filter_map(|(name, found)| Some(found.as_ref()?.info(name))).collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.all().len()
+    }
+
+    pub(super) fn clear(&self) {
+        // Not under the lock: closing descriptors takes time.
+        let all = std::mem::take(&mut *self.all());
+        drop(all);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_reserved_while_its_checkpoint_is_taken_and_free_if_it_fails() {
+        let all = Checkpoints::default();
+        let first = all.reserve("web", None).unwrap();
+        assert_eq!(&*first, "web.1");
+        assert_eq!(&*all.reserve("web", None).unwrap(), "web.2");
+        assert!(matches!(all.reserve("web", Some("web.1")), Err(FleetError::CheckpointTaken { .. })));
+        // It is listed once it is there.
+        assert_eq!(all.list().len(), 0);
+        assert!(matches!(all.get("web.1"), Err(FleetError::NoSuchCheckpoint { .. })));
+        assert!(all.remove("web.1").is_err());
+        drop(first);
+        assert_eq!(&*all.reserve("web", None).unwrap(), "web.1");
+        assert!(matches!(all.reserve("web", Some("a/b")), Err(FleetError::BadName { .. })));
+        assert_eq!(all.len(), 0);
+    }
+}

@@ -1,0 +1,283 @@
+//! The supervisor: names, checkpoints and forks of the VMs of a runtime directory, each VM in a
+//! worker of its own.
+//!
+//! It never maps guest memory. What it knows of VMs it asks their processes, through the runtime
+//! directory. So one that comes back after its end finds all VMs, and one that ends takes none
+//! with it: only its checkpoints go.
+//!
+//! | file | what |
+//! |---|---|
+//! | `checkpoint` | images that are held, to fork from |
+//! | `pool` | workers that are prepared before they are asked for |
+//! | `server` | the HTTP API |
+
+mod checkpoint;
+mod pool;
+mod server;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Instant;
+
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
+use crate::fleet::{
+    Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room, claim_names,
+    record_lost,
+};
+use crate::worker::{BootOrder, Made, Order, Worker, Workers};
+use crate::zygote::{Exit, Zygote};
+use checkpoint::{Checkpoint, Checkpoints};
+use clade_vmm::vm::VmConfig;
+use pool::Pool;
+
+/// The supervisor of a runtime directory. A clone is a handle to the same one.
+#[derive(Clone, Debug)]
+pub struct Supervisor(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    dir: RuntimeDir,
+    zygote: Arc<Zygote>,
+    pool: Pool,
+    checkpoints: Checkpoints,
+    /// Names of the VMs whose workers were started here, by the workers' pids.
+    vms: Mutex<BTreeMap<u32, String>>,
+    closing: AtomicBool,
+    ending: watch::Sender<bool>,
+    /// None once it has ended.
+    claim: Mutex<Option<SupervisorClaim>>,
+}
+
+impl Supervisor {
+    /// Supervises the runtime directory `dir`: answers at its socket, on `runtime`. Keeps up to
+    /// `pool` workers prepared.
+    ///
+    /// # Errors
+    /// When another process supervises it, or the zygote cannot be started.
+    pub fn start(dir: &Path, pool: usize, runtime: &Handle) -> Result<Self, FleetError> {
+        let dir = RuntimeDir::create(dir)?;
+        let (claim, socket) = SupervisorClaim::new(&dir)?;
+        let (sender, exits) = mpsc::channel();
+        let zygote = Arc::new(Zygote::start(sender)?);
+        let supervisor = Self(Arc::new(Inner {
+            pool: Pool::start(&zygote, pool)?,
+            zygote,
+            dir,
+            checkpoints: Checkpoints::default(),
+            vms: Mutex::default(),
+            closing: AtomicBool::new(false),
+            ending: watch::Sender::new(false),
+            claim: Mutex::new(Some(claim)),
+        }));
+        let weak = Arc::downgrade(&supervisor.0);
+        thread::Builder::new()
+            .name("clade-ends".to_owned())
+            .spawn(move || watch_ends(&exits, &weak))
+            .map_err(|source| FleetError::Worker { source })?;
+        runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
+        Ok(supervisor)
+    }
+
+    /// Ends it: no request is taken any more, and prepared workers go. VMs run on.
+    pub fn close(&self) {
+        self.0.closing.store(true, Ordering::Relaxed);
+        // Without a receiver there is nobody to tell.
+        let _ = self.0.ending.send(true);
+        self.0.pool.close();
+        self.0.checkpoints.clear();
+        // Last: another may supervise the directory from here on.
+        drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
+        self.0.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {
+        let ending = self.0.closing.load(Ordering::Relaxed).then_some(CancelReason::Ending);
+        let reason = cancel.reason().or(ending);
+        reason.map_or(Ok(()), |reason| Err(FleetError::Cancelled { made, count, reason }))
+    }
+
+    /// Takes a checkpoint of a VM, in whatever process it is.
+    ///
+    /// # Errors
+    /// When there is no such VM, it cannot be forked, or the name is taken.
+    pub(crate) fn checkpoint(&self, vm: &str, name: Option<&str>) -> Result<CheckpointInfo, FleetError> {
+        let name = self.0.checkpoints.reserve(vm, name)?;
+        let checkpoint = Arc::new(Checkpoint::take(self.0.dir.path(), vm)?);
+        let info = checkpoint.info(&name);
+        self.0.checkpoints.insert(&name, checkpoint);
+        Ok(info)
+    }
+
+    pub(crate) fn checkpoints(&self) -> &Checkpoints {
+        &self.0.checkpoints
+    }
+
+    /// Prepares workers for children of a checkpoint, until there are `count`.
+    ///
+    /// # Errors
+    /// When there is no such checkpoint, or no room.
+    pub(crate) fn prepare(&self, checkpoint: &str, count: usize) -> Result<usize, FleetError> {
+        let checkpoint = self.0.checkpoints.get(checkpoint)?;
+        let config = checkpoint.config();
+        check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
+        self.0.pool.prepare(config, count)
+    }
+
+    /// Forks a VM, in whatever process it is, into children of one instant.
+    ///
+    /// # Errors
+    /// When there is no such VM, or a child cannot be made: then there is none (I13). The parent
+    /// runs on.
+    pub(crate) fn fork_vm(&self, vm: &str, request: &ForkRequest, cancel: &Cancel) -> Result<ForkAnswer, FleetError> {
+        let begun = Instant::now();
+        // Before the parent is paused: a refused request costs it nothing.
+        let claims = self.claim(vm, request, cancel)?;
+        let claimed = Instant::now();
+        let checkpoint = Checkpoint::take(self.0.dir.path(), vm)?;
+        tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
+        let made = self.start_children(&checkpoint, claims, request, cancel)?;
+        Ok(checkpoint.answer(made, begun.elapsed()))
+    }
+
+    /// Starts children from a checkpoint.
+    ///
+    /// # Errors
+    /// As for a VM's.
+    pub(crate) fn fork_checkpoint(
+        &self,
+        name: &str,
+        request: &ForkRequest,
+        cancel: &Cancel,
+    ) -> Result<ForkAnswer, FleetError> {
+        let begun = Instant::now();
+        let checkpoint = self.0.checkpoints.get(name)?;
+        let claims = self.claim(name, request, cancel)?;
+        let made = self.start_children(&checkpoint, claims, request, cancel)?;
+        Ok(checkpoint.answer(made, begun.elapsed()))
+    }
+
+    fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
+        let identity = request.identity();
+        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let listed: std::collections::BTreeSet<String> = self.vms().values().cloned().collect();
+        let check = || self.check(0, request.count, cancel);
+        claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
+    }
+
+    fn start_children(
+        &self,
+        checkpoint: &Checkpoint,
+        claims: Vec<NameClaim>,
+        request: &ForkRequest,
+        cancel: &Cancel,
+    ) -> Result<Vec<Made>, FleetError> {
+        let count = claims.len();
+        let config = checkpoint.config();
+        check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
+        let identity = request.identity();
+        let order = |worker: &Worker, claim: &NameClaim| {
+            worker.fork(claim, Some(checkpoint.vm()), &identity, request.paused, checkpoint.parts())
+        };
+        let made = self.make(Some(config), &claims, order, |made| self.check(made, count, cancel))?;
+        claims.into_iter().for_each(NameClaim::leave);
+        Ok(made)
+    }
+
+    /// Boots a VM.
+    ///
+    /// # Errors
+    /// When the name is taken, or the VM cannot be made.
+    pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
+        let BootRequest { name, config, kernel, initrd, cmdline } = request;
+        let claim = NameClaim::new(&self.0.dir, &name)?;
+        check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
+        let dir = self.0.dir.path().to_owned();
+        let order = Order::Boot(Box::new(BootOrder { dir, name, config, kernel, initrd, cmdline }));
+        let claims = [claim];
+        let give = |worker: &Worker, claim: &NameClaim| worker.order(&order, claim.lock().as_slice());
+        let made = self.make(None, &claims, give, |made| self.check(made, 1, cancel))?;
+        claims.into_iter().for_each(NameClaim::leave);
+        made.into_iter().next().ok_or(FleetError::Ending)
+    }
+
+    /// Has a worker for each claim make its VM, as `order` says, and then all run. The claims must
+    /// outlive this when it fails: names are free when nothing uses them any more.
+    fn make(
+        &self,
+        config: Option<&VmConfig>,
+        claims: &[NameClaim],
+        order: impl Fn(&Worker, &NameClaim) -> Result<(), FleetError>,
+        check: impl Fn(usize) -> Result<(), FleetError>,
+    ) -> Result<Vec<Made>, FleetError> {
+        let begun = Instant::now();
+        let prepared = config.map_or_else(Vec::new, |config| self.0.pool.take(config, claims.len()));
+        let mut workers = Workers(self.0.zygote.workers(claims.len() - prepared.len())?);
+        // The prepared ones first: they are the first to be done.
+        workers.0.splice(..0, prepared);
+        let have_workers = Instant::now();
+        for (at, claim) in claims.iter().enumerate() {
+            check(0)?;
+            if order(&workers.0[at], claim).is_err() {
+                // One that was prepared may have died meanwhile. Another has no such excuse.
+                let mut fresh = self.0.zygote.workers(1)?;
+                workers.0[at] = fresh.pop().ok_or(FleetError::Ending)?;
+                order(&workers.0[at], claim)?;
+            }
+        }
+        // Before they run: one may end at once.
+        let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
+        self.vms().extend(pids.iter().copied().zip(claims.iter().map(|claim| claim.name.clone())));
+        let ordered = Instant::now();
+        let made = workers.run_together(check).inspect_err(|_| {
+            let mut vms = self.vms();
+            pids.iter().for_each(|pid| drop(vms.remove(pid)));
+        })?;
+        let (workers, orders) = (have_workers - begun, ordered - have_workers);
+        tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
+        Ok(made)
+    }
+
+    /// The supervisor in numbers.
+    pub(crate) fn info(&self) -> SupervisorInfo {
+        SupervisorInfo {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            dir: self.0.dir.path().to_owned(),
+            vms: self.vms().len(),
+            checkpoints: self.0.checkpoints.len(),
+            prepared: self.0.pool.len(),
+        }
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.0.dir.path()
+    }
+}
+
+/// Clears up after workers that have ended.
+fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
+    while let Ok(exit) = exits.recv() {
+        let Some(inner) = supervisor.upgrade() else { return };
+        let name = inner.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(&exit.pid);
+        let Some(name) = name else { continue };
+        tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
+        if exit.signal.is_none() && matches!(exit.code, Some(0..=2)) {
+            continue;
+        }
+        // It left its sockets. The lock went with it, unless another has the name by now.
+        if let Ok(claim) = NameClaim::new(&inner.dir, &name) {
+            record_lost(&inner.dir, &name, exit);
+            drop(claim);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Workers: processes with one VM each.
+//!
+//! A worker is told what to do over a socket (`SOCK_SEQPACKET`). It makes its VM with a fleet and
+//! sockets of its own in the runtime directory. From then on it depends on no other process.
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | 1.. | starter | an order as JSON. With a VM's name comes its lock |
+//! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
+//! | next | worker | ready for the next order, or made and paused, or the error |
+//! | next | starter | one byte, once all children are made: they may run. For a single one at once |
+//! | last | worker | it runs |
+//!
+//! A worker whose socket is closed before its VM runs ends, so all children of a request are made or
+//! none (I13). No child runs before all are made.
+//!
+//! | who starts it | how |
+//! |---|---|
+//! | the supervisor | its [`zygote`](crate::zygote) forks a process that has everything loaded |
+//! | a process with a fleet | the same program, with the socket as its standard input |
+
+mod fork;
+mod process;
+mod serve;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use clade_io::seqpacket::{self, Message};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::control::IdentityInfo;
+use clade_memory::GuestRam;
+use clade_vmm::boot::Image;
+use clade_vmm::vm::{ChildIdentity, Vm, VmConfig};
+
+pub(crate) use fork::fork;
+pub(crate) use process::{Process, Worker, Workers};
+pub use serve::{Served, serve};
+
+/// The command-line argument that makes the program a worker.
+pub const WORKER: &str = "worker";
+/// Most bytes of an order or an answer.
+const MAX_MESSAGE: usize = 64 << 10;
+
+/// What a worker is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Be ready for a VM of this configuration.
+    Prepare(Box<VmConfig>),
+    /// Start a child from the image that follows.
+    Fork(Box<ForkOrder>),
+    /// Boot a VM.
+    Boot(Box<BootOrder>),
+}
+
+/// A child to be started.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ForkOrder {
+    /// The runtime directory.
+    pub(crate) dir: PathBuf,
+    pub(crate) name: String,
+    pub(crate) parent: Option<String>,
+    pub(crate) identity: ChildIdentity,
+    pub(crate) paused: bool,
+}
+
+/// A VM to be booted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct BootOrder {
+    /// The runtime directory.
+    pub(crate) dir: PathBuf,
+    pub(crate) name: String,
+    pub(crate) config: VmConfig,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: Option<PathBuf>,
+    pub(crate) cmdline: String,
+}
+
+/// What a worker says.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// It is ready for the next order.
+    Ready,
+    Made {
+        name: String,
+        identity: Option<IdentityInfo>,
+    },
+    Running,
+    Failed {
+        /// The HTTP status that the error stands for.
+        status: u16,
+        text: String,
+    },
+}
+
+/// What the program that a worker runs in adds.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// The kernel at a path. A program may have kernels of its own, under names that are no files.
+    pub kernel: fn(&Path) -> Image,
+    /// Called with a child's memory before its first instruction. For measurements.
+    pub before_start: Option<fn(&GuestRam)>,
+    /// Called when a VM runs, before that is said. For measurements.
+    pub started: Option<fn(&Vm)>,
+    /// Called when that has been said. For measurements.
+    pub said: Option<fn(&Vm)>,
+}
+
+/// A VM in a process of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Made {
+    pub(crate) name: String,
+    /// Its own interfaces, addresses and sockets; `None` if it has no such devices.
+    pub(crate) identity: Option<IdentityInfo>,
+}
+
+impl Made {
+    pub(crate) fn of(vm: &Vm) -> Self {
+        Self { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) }
+    }
+}
+
+fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {
+    let Message { bytes, files } = seqpacket::receive(socket, MAX_MESSAGE)?;
+    Ok((serde_json::from_slice(&bytes)?, files))
+}
+
+fn send(socket: impl AsFd, what: &impl Serialize, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    seqpacket::send(socket, &serde_json::to_vec(what)?, files)
+}

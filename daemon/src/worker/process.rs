@@ -1,0 +1,322 @@
+//! A worker as its starter sees it.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_io::seqpacket;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{Shutdown, shutdown};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::{Answer, ForkOrder, Made, Order, WORKER, receive, send};
+use crate::fleet::{FleetError, NameClaim};
+use clade_vmm::vm::{ChildIdentity, SealedParts};
+
+/// How long a worker may take to make its VM.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a request that waits for workers looks whether it is cancelled.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// How long a worker that is not wanted any more may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+const END_POLL: Duration = Duration::from_millis(1);
+/// How often ended workers are reaped.
+const REAP_INTERVAL: Duration = Duration::from_secs(1);
+
+fn failed(source: io::Error) -> FleetError {
+    FleetError::Worker { source }
+}
+
+/// A worker's process.
+#[derive(Debug)]
+pub(crate) enum Process {
+    /// A child of this process, which reaps it.
+    Child(Child),
+    /// A child of the zygote, which reaps it.
+    OfZygote {
+        /// Its number, for people.
+        pid: u32,
+        pidfd: OwnedFd,
+    },
+}
+
+impl Process {
+    /// Waits until it has ended, and kills it if it does not.
+    fn end(self) {
+        match self {
+            Self::Child(mut process) => {
+                let deadline = Instant::now() + END_TIMEOUT;
+                while matches!(process.try_wait(), Ok(None)) {
+                    if Instant::now() > deadline {
+                        let _ = process.kill();
+                        let _ = process.wait();
+                        return;
+                    }
+                    thread::sleep(END_POLL);
+                }
+            }
+            Self::OfZygote { pidfd, .. } => {
+                if !has_ended(&pidfd, END_TIMEOUT) {
+                    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+                    has_ended(&pidfd, END_TIMEOUT);
+                }
+            }
+        }
+    }
+
+    /// Lets it go its own way.
+    fn release(self) {
+        if let Self::Child(process) = self {
+            reap_later(process);
+        }
+    }
+}
+
+/// Waits up to `timeout` for the end of a process.
+fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
+        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], left.as_ref()) {
+            Ok(ended) => return ended > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// A worker on its way. Dropped, it is ended.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    socket: OwnedFd,
+    process: Option<Process>,
+}
+
+impl Worker {
+    /// A worker that `process` is, at the other end of `socket`.
+    ///
+    /// # Errors
+    /// When the socket cannot be set up. The process ends then.
+    pub(crate) fn new(socket: OwnedFd, process: Process) -> Result<Self, FleetError> {
+        let worker = Self { socket, process: Some(process) };
+        for (which, timeout) in [(Timeout::Recv, POLL_INTERVAL), (Timeout::Send, PATIENCE)] {
+            set_socket_timeout(&worker.socket, which, Some(timeout)).map_err(|errno| failed(errno.into()))?;
+        }
+        Ok(worker)
+    }
+
+    /// Starts a worker as a child of this process.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(crate) fn start(program: &Path) -> Result<Self, FleetError> {
+        let (socket, theirs) = seqpacket::pair().map_err(failed)?;
+        let mut command = Command::new(program);
+        // The path of the program says nothing in a list of processes.
+        command.arg0("clade").arg(WORKER).stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        let process = command.spawn().map_err(failed)?;
+        // Its end of the socket, so that its death is seen.
+        drop(command);
+        Self::new(socket, Process::Child(process))
+    }
+
+    /// Its process number. 0 once it has been let go.
+    pub(crate) fn pid(&self) -> u32 {
+        match &self.process {
+            Some(Process::Child(process)) => process.id(),
+            Some(Process::OfZygote { pid, .. }) => *pid,
+            None => 0,
+        }
+    }
+
+    /// Gives it an order.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn order(&self, order: &Order, files: &[BorrowedFd<'_>]) -> Result<(), FleetError> {
+        send(&self.socket, order, files).map_err(failed)
+    }
+
+    /// Has it start a child of `parent` under a name that is claimed here.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn fork(
+        &self,
+        claim: &NameClaim,
+        parent: Option<&str>,
+        identity: &ChildIdentity,
+        paused: bool,
+        parts: &SealedParts,
+    ) -> Result<(), FleetError> {
+        let order = ForkOrder {
+            dir: claim.dir().to_owned(),
+            name: claim.name.clone(),
+            parent: parent.map(str::to_owned),
+            identity: identity.clone(),
+            paused,
+        };
+        self.order(&Order::Fork(Box::new(order)), claim.lock().as_slice())?;
+        Ok(parts.send(&self.socket)?)
+    }
+
+    /// Waits for its answer. `check` is called every [`POLL_INTERVAL`].
+    ///
+    /// # Errors
+    /// That of `check`. When the worker refuses, has ended, or does not answer in time.
+    pub(crate) fn answer(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Answer, FleetError> {
+        let begun = Instant::now();
+        loop {
+            match receive(&self.socket) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock) => {
+                    check()?;
+                    if begun.elapsed() > PATIENCE {
+                        return Err(failed(io::ErrorKind::TimedOut.into()));
+                    }
+                }
+                Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
+                answer => return answer.map(|(answer, _)| answer).map_err(failed),
+            }
+        }
+    }
+
+    /// Waits until it is ready for the next order.
+    ///
+    /// # Errors
+    /// As [`Self::answer`].
+    pub(crate) fn ready(&self) -> Result<(), FleetError> {
+        match self.answer(|| Ok(()))? {
+            Answer::Ready => Ok(()),
+            other => Err(failed(unexpected(&other))),
+        }
+    }
+
+    /// Waits until its VM is made.
+    ///
+    /// # Errors
+    /// As [`Self::answer`].
+    pub(crate) fn made(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
+        match self.answer(check)? {
+            Answer::Made { name, identity } => Ok(Made { name, identity }),
+            other => Err(failed(unexpected(&other))),
+        }
+    }
+
+    /// The same for one that may run at once. When `check` fails it is told, and then either it has
+    /// said before that its VM is made, or it will never say so, and ends.
+    fn made_or_never(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
+        self.made(check).or_else(|error| {
+            self.dismiss();
+            self.made(|| Ok(())).map_err(|_| error)
+        })
+    }
+
+    /// Lets its VM run.
+    pub(crate) fn run(&self) {
+        // One that has gone says so when it is asked for its answer.
+        let _ = seqpacket::send(&self.socket, &[1], &[]);
+    }
+
+    /// Waits until its VM runs, and lets it go its own way.
+    pub(crate) fn running(mut self, name: &str) {
+        match self.answer(|| Ok(())) {
+            Ok(Answer::Running) => {}
+            other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
+        }
+        if let Some(process) = self.process.take() {
+            process.release();
+        }
+    }
+
+    /// Has it end, without waiting for that.
+    fn dismiss(&self) {
+        // It ends by itself, and leaves no sockets behind then.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            self.dismiss();
+            process.end();
+        }
+    }
+}
+
+/// Workers of one request that has not succeeded yet. Dropped, all are ended.
+#[derive(Debug)]
+pub(crate) struct Workers(pub(crate) Vec<Worker>);
+
+impl Workers {
+    /// Waits until all have made their VMs, then lets all run, and lets them go. `check` is called
+    /// with the number that is made.
+    ///
+    /// # Errors
+    /// That of `check` or of a worker; then none has run.
+    pub(crate) fn run_together(
+        &mut self,
+        check: impl Fn(usize) -> Result<(), FleetError>,
+    ) -> Result<Vec<Made>, FleetError> {
+        let mut made = Vec::with_capacity(self.0.len());
+        if let [worker] = self.0.as_slice() {
+            // It waits for no other: each time that one process waits for another costs a wake-up.
+            worker.run();
+            made.push(worker.made_or_never(|| check(0))?);
+        } else {
+            for worker in &self.0 {
+                let child = worker.made(|| check(made.len()))?;
+                made.push(child);
+            }
+            check(made.len())?;
+            self.0.iter().for_each(Worker::run);
+        }
+        // All are there, so all may run. From here on each is on its own: one that fails ends like
+        // any VM.
+        let workers = std::mem::take(&mut self.0);
+        workers.into_iter().zip(&made).for_each(|(worker, child)| worker.running(&child.name));
+        Ok(made)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        // All at once. Then, as each is dropped, one is waited for after the other.
+        self.0.iter().for_each(Worker::dismiss);
+    }
+}
+
+fn unexpected(answer: &Answer) -> io::Error {
+    io::Error::other(format!("it answered {answer:?}"))
+}
+
+/// Reaps a process when it has ended. One thread does it for all.
+fn reap_later(process: Child) {
+    static REAPER: OnceLock<Option<Sender<Child>>> = OnceLock::new();
+    let reaper = REAPER.get_or_init(|| {
+        let (sender, processes) = mpsc::channel::<Child>();
+        let reap = move || {
+            let mut running: Vec<Child> = Vec::new();
+            loop {
+                match processes.recv_timeout(REAP_INTERVAL) {
+                    Ok(process) => running.push(process),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+                running.retain_mut(|process| matches!(process.try_wait(), Ok(None)));
+            }
+        };
+        thread::Builder::new().name("clade-reaper".to_owned()).spawn(reap).ok().map(|_| sender)
+    });
+    // Without a thread they stay zombies until this process ends.
+    if let Some(reaper) = reaper {
+        let _ = reaper.send(process);
+    }
+}

@@ -1,0 +1,340 @@
+//! The zygote: a small process with one thread that has loaded what every worker needs, and forks
+//! workers.
+//!
+//! A process with many threads cannot fork, and one that starts the program anew takes milliseconds
+//! for each worker and memory that is shared by none. The zygote is started by the same program
+//! with a socket (`SOCK_SEQPACKET`) as its standard input.
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | 1 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
+//! | request | starter | one byte, and the socket of the worker ([`worker`](crate::worker)) |
+//! | answer | zygote | pid and pidfd of the worker; or 0 and the number of the error |
+//!
+//! Requests are answered in their order. When its socket is closed its workers run on; the zygote
+//! reaps them, and ends with the last. When it is killed, they run on too, and another one is
+//! started.
+
+use std::fs;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use clade_io::seqpacket::{self, Message};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
+
+use crate::fleet::FleetError;
+use crate::worker::{Process, Worker};
+
+/// The command-line argument that makes the program a zygote.
+pub const ZYGOTE: &str = "zygote";
+/// Requests that may wait for their answers: what a socket's buffer holds for sure.
+const MAX_WAITING: usize = 64;
+
+/// A process that the zygote has reaped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit {
+    pub(crate) pid: u32,
+    /// The signal that ended it.
+    pub(crate) signal: Option<i32>,
+    /// Its exit code, if it ended by itself.
+    pub(crate) code: Option<i32>,
+}
+
+/// What [`serve`] returns in.
+#[derive(Debug)]
+pub enum Forked {
+    /// The zygote, at its end.
+    Zygote,
+    /// A worker, with its socket.
+    Worker(OwnedFd),
+}
+
+/// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
+/// and once in each worker.
+///
+/// # Errors
+/// When this process has more than one thread; when the kernel refuses what it needs.
+#[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
+pub fn serve(socket: OwnedFd) -> io::Result<Forked> {
+    let threads = fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
+    }
+    let (exits, write_exits) = io::pipe()?;
+    seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
+    drop(exits);
+    let ended = Ended::watch()?;
+    let mut is_asked = true;
+    while is_asked || ended.has_more() {
+        // A closed socket is always ready, and not looked at.
+        let mut polled = [PollFd::new(&ended.fd, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
+        match poll(&mut polled[..1 + usize::from(is_asked)], None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let [has_ended, requested] = polled.map(|fd| !fd.revents().is_empty());
+        if has_ended {
+            ended.reap(&write_exits);
+        }
+        if !requested {
+            continue;
+        }
+        let worker = match seqpacket::receive(&socket, 1) {
+            Ok(Message { mut files, .. }) => files.pop(),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                is_asked = false;
+                continue;
+            }
+            // A descriptor too many: the request is answered, so that the next has its answer.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => None,
+            Err(error) => return Err(error),
+        };
+        let made = worker.ok_or(Errno::MFILE).and_then(|theirs| {
+            let Some(pid) = fork()? else { return Ok(Err(theirs)) };
+            Ok(Ok((pid, pidfd_open(pid, PidfdFlags::empty())?)))
+        });
+        match made {
+            Ok(Err(theirs)) => {
+                ended.forget()?;
+                return Ok(Forked::Worker(theirs));
+            }
+            Ok(Ok((pid, pidfd))) => {
+                seqpacket::send(&socket, &(pid.as_raw_nonzero().get() as u64).to_ne_bytes(), &[pidfd.as_fd()])?;
+            }
+            Err(errno) => {
+                let answer = (errno.raw_os_error() as u64) << 32;
+                seqpacket::send(&socket, &answer.to_ne_bytes(), &[])?;
+            }
+        }
+    }
+    Ok(Forked::Zygote)
+}
+
+/// A new process, or `None` in it.
+fn fork() -> Result<Option<Pid>, Errno> {
+    // SAFETY: `serve` has seen that the process has one thread, and starts none. So the copy has
+    // all of it: no lock is held by a thread that is not there.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::AGAIN)),
+        pid => Ok(Pid::from_raw(pid)),
+    }
+}
+
+/// Hears of workers that have ended.
+struct Ended {
+    fd: OwnedFd,
+}
+
+impl Ended {
+    fn watch() -> io::Result<Self> {
+        let signals = child_signals();
+        // SAFETY: `signals` is initialised; the old mask is not asked for.
+        if unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `signals` is initialised, and -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &raw const signals, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call has returned a new descriptor, which nothing else owns.
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    /// In a worker: signals are as they were.
+    fn forget(&self) -> io::Result<()> {
+        let signals = child_signals();
+        // SAFETY: `signals` is initialised; the old mask is not asked for.
+        match unsafe { libc::sigprocmask(libc::SIG_UNBLOCK, &raw const signals, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Whether there is a child that has not been reaped.
+    fn has_more(&self) -> bool {
+        waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT).is_ok()
+    }
+
+    /// Reaps all that have ended.
+    fn reap(&self, mut to: &PipeWriter) {
+        // One signal may stand for many, and is taken before they are looked for.
+        let mut record = [0; size_of::<libc::signalfd_siginfo>()];
+        let _ = rustix::io::read(&self.fd, &mut record);
+        while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+            let status = status.as_raw() as u64;
+            // Whoever reads may have gone.
+            let _ = to.write_all(&(pid.as_raw_nonzero().get() as u64 | status << 32).to_ne_bytes());
+        }
+    }
+}
+
+fn child_signals() -> libc::sigset_t {
+    // SAFETY: a signal set is plain numbers, for which zeros are valid.
+    let mut signals: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `signals` is a signal set.
+    unsafe { libc::sigemptyset(&raw mut signals) };
+    // SAFETY: `signals` is a signal set, and the number is a signal's.
+    unsafe { libc::sigaddset(&raw mut signals, libc::SIGCHLD) };
+    signals
+}
+
+impl Exit {
+    fn read(mut from: &PipeReader) -> io::Result<Self> {
+        let mut record = [0; 8];
+        from.read_exact(&mut record)?;
+        let record = u64::from_ne_bytes(record);
+        let (pid, status) = (record as u32, (record >> 32) as i32);
+        let signal = libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status));
+        let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+        Ok(Self { pid, signal, code })
+    }
+}
+
+/// The process of a zygote, and its socket. It ends by itself when that is closed.
+#[derive(Debug)]
+struct Started {
+    socket: OwnedFd,
+    process: Child,
+}
+
+/// The zygote, as its starter sees it. It is started again when it has ended.
+#[derive(Debug)]
+pub(crate) struct Zygote {
+    started: Mutex<Option<Started>>,
+    exits: Sender<Exit>,
+}
+
+impl Zygote {
+    /// Starts it. Its workers' ends are sent to `exits`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(crate) fn start(exits: Sender<Exit>) -> Result<Self, FleetError> {
+        let zygote = Self { started: Mutex::new(None), exits };
+        let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
+        *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
+        Ok(zygote)
+    }
+
+    fn process(&self) -> io::Result<Started> {
+        let (socket, theirs) = seqpacket::pair()?;
+        let mut command = Command::new(PathBuf::from("/proc/self/exe"));
+        // The path of the program says nothing in a list of processes.
+        command.arg0("clade").arg(ZYGOTE).stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        let process = command.spawn()?;
+        // Its end of the socket, so that its death is seen.
+        drop(command);
+        let begun = seqpacket::receive(&socket, 1)?.files.pop();
+        let ended = PipeReader::from(begun.ok_or(io::ErrorKind::InvalidData)?);
+        let exits = self.exits.clone();
+        let forward = move || {
+            while let Ok(exit) = Exit::read(&ended) {
+                if exits.send(exit).is_err() {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new().name("clade-exits".to_owned()).spawn(forward)?;
+        Ok(Started { socket, process })
+    }
+
+    /// Makes `count` workers.
+    ///
+    /// # Errors
+    /// When one cannot be made. Those that were made end.
+    pub(crate) fn workers(&self, count: usize) -> Result<Vec<Worker>, FleetError> {
+        let failed = |source| FleetError::Worker { source };
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = Vec::with_capacity(count);
+        if let Some(zygote) = &*started {
+            match zygote.fork(count, &mut all) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof) => {
+                    tracing::warn!("the zygote has ended, and is started again");
+                }
+                other => return other.map_err(failed).map(|()| all),
+            }
+        }
+        if let Some(mut ended) = started.take() {
+            let _ = ended.process.wait();
+        }
+        let zygote = started.insert(self.process().map_err(failed)?);
+        let left = count - all.len();
+        zygote.fork(left, &mut all).map_err(failed)?;
+        Ok(all)
+    }
+}
+
+impl Started {
+    fn fork(&self, count: usize, to: &mut Vec<Worker>) -> io::Result<()> {
+        let mut asked: Vec<OwnedFd> = Vec::with_capacity(MAX_WAITING);
+        for at in (0..count).step_by(MAX_WAITING) {
+            for _ in at..count.min(at + MAX_WAITING) {
+                let (ours, theirs) = seqpacket::pair()?;
+                seqpacket::send(&self.socket, &[1], &[theirs.as_fd()])?;
+                asked.push(ours);
+            }
+            // Whatever goes wrong, each answer is taken: it belongs to its request.
+            let mut refused = None;
+            for socket in asked.drain(..) {
+                let Message { bytes, mut files } = seqpacket::receive(&self.socket, 8)?;
+                let answer = u64::from_ne_bytes(*bytes.first_chunk().ok_or(io::ErrorKind::InvalidData)?);
+                let Some(pidfd) = files.pop() else {
+                    refused = Some(io::Error::from_raw_os_error((answer >> 32) as i32));
+                    continue;
+                };
+                let process = Process::OfZygote { pid: answer as u32, pidfd };
+                to.push(Worker::new(socket, process).map_err(io::Error::other)?);
+            }
+            if let Some(refused) = refused {
+                return Err(refused);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        // It ends when its socket is closed and its last worker has ended: not waited for here.
+        drop(self.started.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_process_is_read_as_the_kernel_writes_it() {
+        let read = |status: u64| {
+            let (from, mut to) = io::pipe().unwrap();
+            to.write_all(&(7 | status << 32).to_ne_bytes()).unwrap();
+            Exit::read(&from).unwrap()
+        };
+        assert_eq!(read(3 << 8), Exit { pid: 7, signal: None, code: Some(3) });
+        assert_eq!(read(9), Exit { pid: 7, signal: Some(9), code: None });
+        let (from, mut to) = io::pipe().unwrap();
+        to.write_all(&[0; 5]).unwrap();
+        drop(to);
+        assert!(Exit::read(&from).is_err());
+    }
+
+    #[test]
+    fn a_process_with_threads_forks_nobody() {
+        // The test harness has threads.
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        let refused = serve(ours).unwrap_err().to_string();
+        assert!(refused.contains("threads"), "{refused}");
+        assert!(seqpacket::receive(&theirs, 1).is_err(), "nothing was promised");
+    }
+}
