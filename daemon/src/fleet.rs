@@ -20,11 +20,11 @@ use clade_vmm::vm::{ChildIdentity, ChildOptions, Context, ForkImage, ForkReport,
 
 use batch::Batch;
 pub use batch::Cancel;
-pub(crate) use batch::{Parent, claim_names};
+pub(crate) use batch::{Parent, check_names, claim_names};
 
 pub use dir::{
-    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, runtime_dir, socket_path, supervisor_path,
-    virtio_console_path,
+    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, open_log, runtime_dir, socket_path,
+    supervisor_path, virtio_console_path,
 };
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim};
 pub(crate) use ended::last_output;
@@ -180,7 +180,8 @@ impl Fleet {
         name: &str,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Arc<Vm>, FleetError> {
-        self.launch_claimed(NameClaim::new(&self.0.dir, name)?, make)
+        let made = self.launch_claimed(NameClaim::new(&self.0.dir, name)?, None, make, |_| true)?;
+        made.ok_or(FleetError::Ending)
     }
 
     /// Makes a VM and its sockets, on which no connection is accepted yet.
@@ -361,37 +362,26 @@ impl Fleet {
         Ok((batch.launch(taken, &image, options)?, report))
     }
 
-    /// Starts a VM from an image under a name that is claimed. `parent` is in another process.
-    ///
-    /// # Errors
-    /// As for a fork.
-    pub(crate) fn start_claimed(
-        &self,
-        claim: NameClaim,
-        parent: Option<&str>,
-        identity: &ChildIdentity,
-        image: &Arc<ForkImage>,
-        options: ChildOptions<'_>,
-    ) -> Result<Arc<Vm>, FleetError> {
-        let cancel = Cancel::default();
-        let batch = self.batch(1, parent.map(Parent::elsewhere), &cancel);
-        let ends = image.endpoints(&claim.name, identity)?;
-        batch.launch(vec![(claim, ends)], image, options)?.pop().ok_or(FleetError::Ending)
-    }
-
-    /// Boots a VM under a name that is claimed.
+    /// Makes a VM under a name that is claimed. It is listed, and its sockets are served, once
+    /// `is_wanted` says so: nobody can let it run before. `parent` is in another process.
     ///
     /// # Errors
     /// When it cannot be made.
     pub(crate) fn launch_claimed(
         &self,
         claim: NameClaim,
+        parent: Option<&str>,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
-    ) -> Result<Arc<Vm>, FleetError> {
+        is_wanted: impl FnOnce(&Vm) -> bool,
+    ) -> Result<Option<Arc<Vm>>, FleetError> {
+        let _in_use = self.0.in_use.enter();
         let made = self.make(claim, make)?;
+        if !is_wanted(&made.vm) {
+            return Ok(None);
+        }
         let vm = Arc::clone(&made.vm);
-        self.publish(vec![made], None)?;
-        Ok(vm)
+        self.publish(vec![made], parent)?;
+        Ok(Some(vm))
     }
 
     /// Starts VMs from an image. Without a pattern they are called `name` and a number, or just

@@ -33,6 +33,8 @@ const MAX_CLIENTS: usize = 4;
 const MAX_ANSWER: usize = 64 << 10;
 /// How long the other side may take for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The HTTP status of a request that another process was to answer.
+const BAD_GATEWAY: u16 = 502;
 /// How long a client may take to ask.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -148,14 +150,21 @@ pub(crate) fn fetch(dir: &Path, name: &str) -> Result<(Forked, SealedParts), Fle
     let failed = |source| FleetError::Worker { source };
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed(errno.into()))?;
+    // Before it connects: that waits too, when others are in the queue.
+    for which in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, which, Some(PATIENCE)).map_err(|errno| failed(errno.into()))?;
+    }
     let connected = SocketAddrUnix::new(&path).and_then(|address| connect(&socket, &address));
     match connected {
         Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
         other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
     }
-    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(|errno| failed(errno.into()))?;
-    seqpacket::send(&socket, &[1], &[]).map_err(failed)?;
-    let Message { bytes, .. } = seqpacket::receive(socket.as_fd(), MAX_ANSWER).map_err(failed)?;
+    let silent = |source| FleetError::Refused {
+        status: BAD_GATEWAY,
+        text: format!("the process of {name:?} does not answer: {source}"),
+    };
+    seqpacket::send(&socket, &[1], &[]).map_err(silent)?;
+    let Message { bytes, .. } = seqpacket::receive(socket.as_fd(), MAX_ANSWER).map_err(silent)?;
     match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
         Answer::Forked(forked) => Ok((*forked, SealedParts::receive(&socket)?)),
         Answer::Refused { status, text } => Err(FleetError::Refused { status, text }),

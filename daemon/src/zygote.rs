@@ -24,10 +24,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use clade_io::seqpacket::{self, Message};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
 
 use crate::fleet::FleetError;
@@ -37,6 +39,8 @@ use crate::worker::{Process, Worker};
 pub const ZYGOTE: &str = "zygote";
 /// Requests that may wait for their answers: what a socket's buffer holds for sure.
 const MAX_WAITING: usize = 64;
+/// How long it may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A process that the zygote has reaped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,6 +209,26 @@ impl Exit {
 struct Started {
     socket: OwnedFd,
     process: Child,
+    /// Whether it may go on to reap its workers when this is dropped.
+    is_wanted: bool,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if !self.is_wanted {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+}
+
+/// Why workers were not made.
+#[derive(Debug)]
+enum ForkError {
+    /// Questions and answers are not in step any more: the zygote has ended, or does not answer.
+    Broken(io::Error),
+    /// There is no room for them.
+    Refused(io::Error),
 }
 
 /// The zygote, as its starter sees it. It is started again when it has ended.
@@ -231,10 +255,14 @@ impl Zygote {
         let mut command = Command::new(PathBuf::from("/proc/self/exe"));
         // The path of the program says nothing in a list of processes.
         command.arg0("clade").arg(ZYGOTE).stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        let process = command.spawn()?;
+        for which in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(&socket, which, Some(PATIENCE))?;
+        }
+        // From here on it is killed if anything fails.
+        let mut started = Started { socket, process: command.spawn()?, is_wanted: false };
         // Its end of the socket, so that its death is seen.
         drop(command);
-        let begun = seqpacket::receive(&socket, 1)?.files.pop();
+        let begun = seqpacket::receive(&started.socket, 1)?.files.pop();
         let ended = PipeReader::from(begun.ok_or(io::ErrorKind::InvalidData)?);
         let exits = self.exits.clone();
         let forward = move || {
@@ -245,7 +273,8 @@ impl Zygote {
             }
         };
         thread::Builder::new().name("clade-exits".to_owned()).spawn(forward)?;
-        Ok(Started { socket, process })
+        started.is_wanted = true;
+        Ok(started)
     }
 
     /// Makes `count` workers.
@@ -258,45 +287,51 @@ impl Zygote {
         let mut all = Vec::with_capacity(count);
         if let Some(zygote) = &*started {
             match zygote.fork(count, &mut all) {
-                Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof) => {
-                    tracing::warn!("the zygote has ended, and is started again");
+                Err(ForkError::Broken(error)) => {
+                    tracing::warn!(%error, "the zygote does not answer, and another is started");
                 }
-                other => return other.map_err(failed).map(|()| all),
+                Err(ForkError::Refused(error)) => return Err(failed(error)),
+                Ok(()) => return Ok(all),
             }
         }
-        if let Some(mut ended) = started.take() {
-            let _ = ended.process.wait();
+        // What it may still answer belongs to requests that are forgotten.
+        if let Some(mut broken) = started.take() {
+            broken.is_wanted = false;
         }
         let zygote = started.insert(self.process().map_err(failed)?);
         let left = count - all.len();
-        zygote.fork(left, &mut all).map_err(failed)?;
+        zygote.fork(left, &mut all).map_err(|error| match error {
+            ForkError::Broken(error) | ForkError::Refused(error) => failed(error),
+        })?;
         Ok(all)
     }
 }
 
 impl Started {
-    fn fork(&self, count: usize, to: &mut Vec<Worker>) -> io::Result<()> {
-        let mut asked: Vec<OwnedFd> = Vec::with_capacity(MAX_WAITING);
+    fn fork(&self, count: usize, to: &mut Vec<Worker>) -> Result<(), ForkError> {
         for at in (0..count).step_by(MAX_WAITING) {
-            for _ in at..count.min(at + MAX_WAITING) {
-                let (ours, theirs) = seqpacket::pair()?;
-                seqpacket::send(&self.socket, &[1], &[theirs.as_fd()])?;
-                asked.push(ours);
+            // All that this process may not have room for, before anything is asked.
+            let pairs = (at..count.min(at + MAX_WAITING)).map(|_| seqpacket::pair());
+            let pairs: Vec<_> = pairs.collect::<io::Result<_>>().map_err(ForkError::Refused)?;
+            for (_, theirs) in &pairs {
+                seqpacket::send(&self.socket, &[1], &[theirs.as_fd()]).map_err(ForkError::Broken)?;
             }
-            // Whatever goes wrong, each answer is taken: it belongs to its request.
+            // Whatever is refused, each answer is taken: it belongs to its request.
             let mut refused = None;
-            for socket in asked.drain(..) {
-                let Message { bytes, mut files } = seqpacket::receive(&self.socket, 8)?;
-                let answer = u64::from_ne_bytes(*bytes.first_chunk().ok_or(io::ErrorKind::InvalidData)?);
+            for (socket, theirs) in pairs {
+                // Its end of the socket, so that its death is seen.
+                drop(theirs);
+                let Message { bytes, mut files } = seqpacket::receive(&self.socket, 8).map_err(ForkError::Broken)?;
+                let answer = u64::from_ne_bytes(*bytes.first_chunk().unwrap_or(&[0; 8]));
                 let Some(pidfd) = files.pop() else {
                     refused = Some(io::Error::from_raw_os_error((answer >> 32) as i32));
                     continue;
                 };
                 let process = Process::OfZygote { pid: answer as u32, pidfd };
-                to.push(Worker::new(socket, process).map_err(io::Error::other)?);
+                to.push(Worker::new(socket, process).map_err(|error| ForkError::Refused(io::Error::other(error)))?);
             }
             if let Some(refused) = refused {
-                return Err(refused);
+                return Err(ForkError::Refused(refused));
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clade_daemon::fleet::{FleetError, runtime_dir, supervisor_path};
+use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
 use clade_daemon::supervisor::Supervisor;
 
 use crate::commands::args::ServeArgs;
@@ -16,8 +16,6 @@ use crate::commands::{Failure, Outcome};
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a supervisor that is started in the background may take.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-/// Where it writes its log.
-const LOG: &str = "clade.log";
 
 pub(super) fn main(args: &ServeArgs) -> Outcome {
     with_runtime(|runtime| {
@@ -44,8 +42,7 @@ pub(super) fn ensure() -> Outcome {
     if answers() {
         return Ok(());
     }
-    std::fs::create_dir_all(&dir).map_err(Failure::input)?;
-    let log = std::fs::File::options().create(true).append(true).open(dir.join(LOG)).map_err(Failure::input)?;
+    let log = open_log(&dir).map_err(Failure::input)?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("clade").arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     // A key on this terminal is not for it.
@@ -56,8 +53,10 @@ pub(super) fn ensure() -> Outcome {
         let ended = started.try_wait().map_err(Failure::run)?;
         // Another may have been quicker.
         if ended.is_some() && !answers() {
-            let log = dir.join(LOG);
-            return Err(Failure::Run(anyhow::anyhow!("the supervisor has ended: {} says why", log.display())));
+            return Err(Failure::Run(anyhow::anyhow!(
+                "the supervisor has ended: clade.log in {} says why",
+                dir.display()
+            )));
         }
         if Instant::now() > deadline {
             return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}")));

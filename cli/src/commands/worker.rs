@@ -35,7 +35,6 @@ pub(super) fn context() -> Result<Context, Failure> {
 /// Runs the VM that the process behind `socket` orders.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     with_runtime(|runtime| {
-        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let mut program = Program { kernel, before_start: None, started: None, said: None };
         if measures() {
             program.before_start = Some(order_announcement);
@@ -44,6 +43,8 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         }
         let served = worker::serve(context, &socket, runtime, &program);
         let Some(Served { fleet, booted }) = served.map_err(Failure::run)? else { return Ok(()) };
+        // Until here a signal ends the process at once, and whoever ordered the VM clears up.
+        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         drop(socket);
         match booted {
             Some(vm) => drop(wait_for_exit(&fleet, vm, true, &shutdown)),

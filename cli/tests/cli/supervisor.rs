@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -128,7 +129,8 @@ impl Supervised {
         self.runtime.signal(Signal::TERM);
         self.runtime.ended();
         wait_until("the end of all processes", || self.processes().is_empty());
-        assert_eq!(self.files(), [""; 0]);
+        let left: Vec<_> = self.files().into_iter().filter(|file| !file.ends_with(".ended")).collect();
+        assert_eq!(left, [""; 0]);
     }
 }
 
@@ -173,6 +175,91 @@ fn each_vm_has_a_process_and_a_checkpoint_outlives_its_vm() {
     assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
     all.runtime.clade(&["rm", "warm", "--json"]).json();
     all.runtime.clade(&["fork", "warm"]).expect_refusal("warm");
+    all.end();
+}
+
+/// Guest memory of a VM's process, as the process itself sees it.
+struct GuestMemory {
+    file: fs::File,
+    base: u64,
+}
+
+impl GuestMemory {
+    const BYTES: u64 = 32 << 20;
+    /// Guest-physical: the bare guest leaves it alone.
+    const AT: u64 = 24 << 20;
+
+    fn of(pid: u32) -> Self {
+        // Neighbouring mappings of memory files, together as large as the guest's memory.
+        let mut spans: Vec<(u64, u64)> = Vec::new();
+        for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (start, end) = range.split_once('-').unwrap();
+            let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+            if !rest.starts_with("rw-") || !(rest.contains(" /memfd:clade") || rest.contains(" /#")) {
+                continue;
+            }
+            match spans.last_mut() {
+                Some(last) if last.1 == start => last.1 = end,
+                _ => spans.push((start, end)),
+            }
+        }
+        let found = spans.iter().find(|(start, end)| end - start == Self::BYTES);
+        let base = found.unwrap_or_else(|| panic!("no guest memory in {spans:x?}")).0;
+        let file = fs::File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
+        Self { file, base }
+    }
+
+    fn write(&self, page: u64, value: u64) {
+        self.file.write_all_at(&value.to_le_bytes(), self.base + Self::AT + page * 4096).unwrap();
+    }
+
+    fn read(&self, page: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, self.base + Self::AT + page * 4096).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+}
+
+/// Each fork shows what was written since the one before, through three generations of processes,
+/// and a reset drops it.
+#[test]
+fn i4_children_show_what_was_written_since_the_last_fork() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("1");
+    all.boot("web", &[]);
+    let memory = |name: &str| GuestMemory::of(all.pid_of(name));
+    let web = memory("web");
+    web.write(0, 1);
+    assert_eq!(all.fork(&["web"]), ["web-1"]);
+    assert_eq!(memory("web-1").read(0), 1);
+    web.write(0, 2);
+    web.write(7, 20);
+    assert_eq!(all.fork(&["web", "--count", "2"]), ["web-2", "web-3"]);
+    for name in ["web-2", "web-3"] {
+        assert_eq!((memory(name).read(0), memory(name).read(7)), (2, 20), "{name}");
+    }
+    assert_eq!((memory("web-1").read(0), memory("web-1").read(7)), (1, 0));
+    // A child's own writes, in its children and theirs.
+    memory("web-2").write(7, 21);
+    assert_eq!(all.fork(&["web-2"]), ["web-2-1"]);
+    memory("web-2-1").write(0, 3);
+    all.runtime.clade(&["checkpoint", "web-2-1", "cp", "--json"]).json();
+    memory("web-2-1").write(0, 4);
+    all.stop("web-2");
+    assert_eq!(all.fork(&["cp"]), ["cp-1"]);
+    assert_eq!((memory("cp-1").read(0), memory("cp-1").read(7)), (3, 21));
+    assert_eq!((memory("web-2-1").read(0), memory("web-3").read(0), web.read(0)), (4, 2, 2));
+    let reset = all.runtime.clade(&["reset", "web-2-1", "--json"]).json();
+    assert!(reset["dropped_pages"].as_u64() > Some(0), "{reset}");
+    assert_eq!((memory("web-2-1").read(0), memory("web-2-1").read(7)), (2, 21));
+    let stats = all.vms().into_iter().find(|vm| vm["name"] == "web").unwrap();
+    web.write(9, 1);
+    let after = all.vms().into_iter().find(|vm| vm["name"] == "web").unwrap();
+    let exclusive = |vm: &Value| vm["memory"]["exclusive_pages"].as_u64().unwrap();
+    assert_eq!(exclusive(&after), exclusive(&stats) + 1, "{stats} {after}");
     all.end();
 }
 
@@ -385,4 +472,170 @@ fn the_first_vm_in_the_background_starts_a_supervisor() {
     kill(supervisor, Signal::TERM);
     wait_until("the end of all processes", || all.processes().is_empty());
     assert_eq!(all.files(), [""; 0]);
+}
+
+/// What a storm leaves must be what was there before it.
+#[derive(Debug, PartialEq, Eq)]
+struct Left {
+    files: BTreeSet<String>,
+    descriptors: usize,
+    threads: usize,
+    /// Descriptors of the VM that is left: its layers vary.
+    of_vm: usize,
+}
+
+impl Left {
+    fn now(all: &Supervised) -> Self {
+        let count = |pid: u32, what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).map_or(0, Iterator::count);
+        let supervisor = all.info("pid") as u32;
+        // A prepared worker is a socket and a process.
+        let prepared = 2 * all.info("prepared") as usize;
+        Self {
+            files: all.files().into_iter().filter(|file| !file.ends_with(".ended")).collect(),
+            descriptors: count(supervisor, "fd").saturating_sub(prepared),
+            threads: count(supervisor, "task"),
+            of_vm: count(all.pid_of("web"), "fd"),
+        }
+    }
+
+    fn is_back_to(&self, before: &Self) -> bool {
+        self.files == before.files
+            && self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+            && self.of_vm <= before.of_vm + 8
+    }
+}
+
+/// Forks, checkpoints, stops and kills at random. Answers are counted by status.
+fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collections::BTreeMap<u16, u64> {
+    let mut random = seed;
+    let mut below = |bound: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % bound
+    };
+    let mut answers = std::collections::BTreeMap::new();
+    while std::time::Instant::now() < until {
+        let (_, vms) = all.http("GET", "/v1/vms", "");
+        let vms: Vec<(String, u32)> = vms.as_array().map_or(Vec::new(), |all| {
+            let one = |vm: &Value| (vm["name"].as_str().unwrap().to_owned(), vm["pid"].as_u64().unwrap() as u32);
+            all.iter().map(one).filter(|(name, _)| name != "web").collect()
+        });
+        let (_, checkpoints) = all.http("GET", "/v1/checkpoints", "");
+        let checkpoints: Vec<&str> =
+            checkpoints.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+        let vm = vms.get(below(vms.len().max(1) as u64) as usize);
+        let name = vm.map_or("web", |(name, _)| name.as_str());
+        let checkpoint = checkpoints.get(below(checkpoints.len().max(1) as u64) as usize).copied().unwrap_or("none");
+        let fork = format!(r#"{{"count":{},"paused":{}}}"#, 1 + below(3), below(4) > 0);
+        let act = if vms.len() > 12 { 4 } else { below(12) };
+        let (method, path, body) = match act {
+            0 => ("POST", format!("/v1/vms/{name}/fork"), fork),
+            1 => ("POST", "/v1/vms/web/fork".to_owned(), fork),
+            2 => ("POST", format!("/v1/checkpoints/{checkpoint}/fork"), fork),
+            3 if checkpoints.len() < 6 => ("POST", format!("/v1/vms/{name}/checkpoint"), "{}".to_owned()),
+            3 | 9 => ("DELETE", format!("/v1/checkpoints/{checkpoint}"), String::new()),
+            4 | 5 => ("POST", format!("/v1/vms/{name}/stop"), String::new()),
+            6 => ("POST", format!("/v1/vms/{name}/pause"), String::new()),
+            7 => ("POST", format!("/v1/checkpoints/{checkpoint}/prepare"), r#"{"count":2}"#.to_owned()),
+            8 => {
+                // Not web, and nobody else by a number that was another's.
+                if let Some((_, pid)) = vm.filter(|(_, pid)| all.processes().contains(pid)) {
+                    kill(*pid, Signal::KILL);
+                }
+                continue;
+            }
+            10 if below(8) == 0 => {
+                all.zygotes_killed();
+                continue;
+            }
+            _ => ("GET", format!("/v1/vms/{name}"), String::new()),
+        };
+        if name == "web" && ["/stop", "/pause"].iter().any(|end| path.ends_with(end)) {
+            continue;
+        }
+        let (status, answer) = all.http(method, &path, &body);
+        *answers.entry(status).or_default() += 1;
+        // Gone, in the wrong state, or its process was killed while it was asked: all of that is an
+        // answer. What is 500 must say that a process has ended.
+        let killed = answer["error"].as_str().is_some_and(|error| error.contains("process") || error.contains("gone"));
+        assert!(
+            [200, 404, 409, 502].contains(&status) || status == 500 && killed,
+            "{method} {path}: {status} {answer}"
+        );
+    }
+    answers
+}
+
+impl Supervised {
+    /// Kills the zygote, whichever it is now: the process that is the parent of workers and whose
+    /// parent is the supervisor.
+    fn zygotes_killed(&self) {
+        let supervisor = self.info("pid").to_string();
+        let parent = |pid: u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1).map(str::to_owned))
+        };
+        let zygote = self.processes().into_iter().find(|pid| parent(*pid).as_ref() == Some(&supervisor));
+        if let Some(zygote) = zygote {
+            kill(zygote, Signal::KILL);
+        }
+    }
+
+    fn storm(&self, threads: u64, seconds: u64) {
+        let run = |seconds: u64, round: u64| {
+            let until = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+            let answers = std::thread::scope(|scope| {
+                let all: Vec<_> =
+                    (0..threads).map(|thread| scope.spawn(move || storm(self, thread + 1000 * round, until))).collect();
+                all.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+            });
+            println!("answers: {answers:?}");
+            for one in self.http("GET", "/v1/checkpoints", "").1.as_array().unwrap() {
+                self.http("DELETE", &format!("/v1/checkpoints/{}", one["name"].as_str().unwrap()), "");
+            }
+            wait_until("all to be stopped", || {
+                let vms = self.vms();
+                let left = vms.iter().filter_map(|vm| vm["name"].as_str()).filter(|name| *name != "web");
+                left.filter(|name| self.runtime.clade(&["stop", name]).code.is_some()).count() == 0
+            });
+            assert!(answers.iter().any(|answers| answers.get(&200) > Some(&3)), "{answers:?}");
+        };
+        run(2, 0);
+        // Threads for blocking work go after ten idle seconds, and prepared workers stay for a minute:
+        // this one keeps none.
+        let settled = |before: Option<&Left>| {
+            wait_until("what was taken to be given back", || {
+                let left = Left::now(self);
+                let is_back = before.is_none_or(|before| left.is_back_to(before));
+                if !is_back {
+                    println!("{left:?}\nbefore: {before:?}");
+                }
+                is_back
+            });
+        };
+        // Whether or not the last zygote was killed: there is one now.
+        let probe = || {
+            self.fork(&["web", "--name", "probe"]);
+            self.stop("probe");
+        };
+        probe();
+        std::thread::sleep(std::time::Duration::from_secs(12));
+        let before = Left::now(self);
+        run(seconds, 1);
+        probe();
+        settled(Some(&before));
+        // Supervisor, zygote, web, and what is prepared.
+        wait_until("all other processes to end", || self.processes().len() == 3 + self.info("prepared") as usize);
+    }
+}
+
+#[test]
+fn forks_checkpoints_and_kills_at_random_leave_nothing() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.storm(4, 4);
+    all.end();
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -11,9 +12,17 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 
 use crate::control::api::VmInfo;
 use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
+
+/// VMs that are asked at a time when all are listed.
+const MAX_ASKED: usize = 16;
+/// How long each may take. One that is stopped by a debugger does not hold up the list.
+const LIST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a request to a VM failed.
 #[derive(Debug, Error)]
@@ -109,6 +118,22 @@ pub struct ListedVms {
     pub forbidden: usize,
 }
 
+type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
+
+impl ListedVms {
+    fn extend(&mut self, answer: Option<Result<Answered, JoinError>>) {
+        match answer {
+            Some(Ok((Ok(Ok(info)), _))) => self.vms.push(info),
+            Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
+            // It has ended meanwhile, or a dead process has left its socket.
+            Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
+            Some(Ok((Err(_), name))) => tracing::warn!(name, "does not answer within {LIST_TIMEOUT:?}"),
+            Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
+            None => {}
+        }
+    }
+}
+
 /// Sends requests to VMs by name.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -183,14 +208,21 @@ impl Client {
         }
         names.sort_unstable();
         let mut all = ListedVms::default();
+        let mut asked = JoinSet::new();
         for name in names {
-            match self.request::<VmInfo>(Method::GET, &name, "", None::<&()>).await {
-                Ok(info) => all.vms.push(info),
-                Err(ClientError::Forbidden { .. }) => all.forbidden += 1,
-                // It has ended meanwhile, or a dead process has left its socket.
-                Err(error) => tracing::debug!(%error, name, "does not answer"),
+            if asked.len() >= MAX_ASKED {
+                all.extend(asked.join_next().await);
             }
+            let client = self.clone();
+            asked.spawn(async move {
+                let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
+                (timeout(LIST_TIMEOUT, answer).await, name)
+            });
         }
+        while let Some(answer) = asked.join_next().await {
+            all.extend(Some(answer));
+        }
+        all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(all)
     }
 }

@@ -43,22 +43,16 @@ impl Cancel {
 /// The VM that a batch is forked from. It may end meanwhile: the request holds no handle.
 pub(crate) struct Parent {
     name: String,
-    /// `None` if it is in another process.
-    vm: Option<Weak<Vm>>,
+    vm: Weak<Vm>,
 }
 
 impl Parent {
     pub(crate) fn new(vm: &Arc<Vm>) -> Self {
-        Self { name: vm.name().to_owned(), vm: Some(Arc::downgrade(vm)) }
-    }
-
-    pub(super) fn elsewhere(name: &str) -> Self {
-        Self { name: name.to_owned(), vm: None }
+        Self { name: vm.name().to_owned(), vm: Arc::downgrade(vm) }
     }
 
     fn has_stopped(&self) -> bool {
-        let stopped = |vm: &Weak<Vm>| vm.upgrade().is_none_or(|vm| vm.stopped().is_some());
-        self.vm.as_ref().is_some_and(stopped)
+        self.vm.upgrade().is_none_or(|vm| vm.stopped().is_some())
     }
 }
 

@@ -8,7 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +25,7 @@ pub const LONGEST_SOCKET_PATH: usize = 107;
 const BACKLOG: i32 = 128;
 /// The supervisor's socket, and the file that only one supervisor of a directory has locked.
 const SUPERVISOR: &str = "clade.api";
+const LOG: &str = "clade.log";
 const SUPERVISOR_LOCK: &str = "clade.supervisor";
 /// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -71,6 +72,18 @@ pub fn console_path(dir: &Path, name: &str) -> PathBuf {
 #[must_use]
 pub fn image_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.image"))
+}
+
+/// Opens the log of a supervisor in the background, for this user alone (mode 0600).
+///
+/// # Errors
+/// When the runtime directory cannot be made or used, or the log is a link.
+pub fn open_log(dir: &Path) -> Result<File, FleetError> {
+    let dir = RuntimeDir::create(dir)?;
+    let flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = openat(&dir.fd, LOG, flags, Mode::RUSR | Mode::WUSR);
+    opened.map(File::from).map_err(|error| FleetError::Runtime { path: dir.path.join(LOG), source: error.into() })
 }
 
 /// Path of the supervisor's socket. No VM has such a file: their endings are others.
@@ -185,6 +198,13 @@ impl RuntimeDir {
         }
     }
 
+    /// Whether `file` is still the one that is open.
+    fn has(&self, file: &str, open: &File) -> bool {
+        let named = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW);
+        open.metadata()
+            .is_ok_and(|open| named.is_ok_and(|named| (named.st_dev, named.st_ino) == (open.dev(), open.ino())))
+    }
+
     /// Locks a file, which is made if it is missing. `None` if another process has it locked.
     fn lock(&self, file: &str) -> Result<Option<File>, FleetError> {
         let failed = |source| FleetError::Runtime { path: self.path.join(file), source };
@@ -293,12 +313,8 @@ impl NameClaim {
     /// When it is not the lock of that name.
     pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, FleetError> {
         check_name(name)?;
-        let file = format!("{name}.lock");
-        let failed = |source| FleetError::Runtime { path: dir.path.join(&file), source };
         let lock = File::from(lock);
-        let locked = lock.metadata().map_err(failed)?;
-        let named = statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).map_err(|error| failed(error.into()))?;
-        if (named.st_dev, named.st_ino) != (locked.dev(), locked.ino()) {
+        if !dir.has(&format!("{name}.lock"), &lock) {
             return Err(FleetError::Taken { name: name.to_owned() });
         }
         write_pid(&lock);
@@ -313,6 +329,25 @@ impl NameClaim {
     /// The lock, to be passed on. The name stays locked as long as one process has it open.
     pub(crate) fn lock(&self) -> Option<BorrowedFd<'_>> {
         self.lock.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Claims the names whose owners have died, each with the pid of its owner: nobody listens at
+    /// the control socket any more. Dropping the claims removes what was left.
+    pub(crate) fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
+        let mut dead = Vec::new();
+        for file in dir.entries()? {
+            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
+            if check_name(name).is_err() || UnixStream::connect(socket_path(&dir.path, name)).is_ok() {
+                continue;
+            }
+            let lock = format!("{name}.lock");
+            let pid = dir.read(&lock).ok().flatten().and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
+            // Whoever makes a VM of that name now has the lock, and binds the socket anew.
+            if let Ok(claim) = Self::new(dir, name) {
+                dead.push((claim, pid.unwrap_or(0)));
+            }
+        }
+        Ok(dead)
     }
 
     /// Leaves the name to the process that has the lock too.
@@ -334,7 +369,9 @@ impl NameClaim {
 
 impl Drop for NameClaim {
     fn drop(&mut self) {
-        if self.lock.is_none() {
+        // Another process that has the lock too may have removed the files before, and the name is
+        // somebody else's by now.
+        if !self.lock.as_ref().is_some_and(|lock| self.dir.has(&format!("{}.lock", self.name), lock)) {
             return;
         }
         // The lock file last: while it is locked no other process binds these.
@@ -386,6 +423,57 @@ mod tests {
         let listener = claim.bind("sock").unwrap();
         std::os::unix::net::UnixStream::connect(socket_path(path.path(), "a")).unwrap();
         drop(listener);
+    }
+
+    #[test]
+    fn a_claim_goes_to_another_process_with_its_lock() {
+        let (path, dir) = temporary();
+        let claim = NameClaim::new(&dir, "a").unwrap();
+        let passed = claim.lock().unwrap().try_clone_to_owned().unwrap();
+        let theirs = NameClaim::adopt(&dir, "a", passed).unwrap();
+        claim.leave();
+        assert!(path.path().join("a.lock").exists(), "it is the other's");
+        assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+        drop(theirs);
+        assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
+        // Not the lock of that name, and no lock.
+        let other = NameClaim::new(&dir, "b").unwrap();
+        let lock = || other.lock().unwrap().try_clone_to_owned().unwrap();
+        assert!(NameClaim::adopt(&dir, "a", lock()).is_err());
+        drop(NameClaim::new(&dir, "c").unwrap());
+        assert!(NameClaim::adopt(&dir, "../b", lock()).is_err());
+        assert!(NameClaim::adopt(&dir, "b", lock()).is_ok());
+    }
+
+    #[test]
+    fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
+        let (path, dir) = temporary();
+        let alive = NameClaim::new(&dir, "alive").unwrap();
+        let _listens = alive.bind("sock").unwrap();
+        let early = NameClaim::new(&dir, "early").unwrap();
+        for file in ["dead.sock", "dead.console"] {
+            drop(UnixListener::bind(path.path().join(file)).unwrap());
+        }
+        fs::write(path.path().join("dead.lock"), "123\n").unwrap();
+        fs::write(path.path().join("dead.ended"), "{}").unwrap();
+        let dead = NameClaim::of_the_dead(&dir).unwrap();
+        assert_eq!(dead.iter().map(|(claim, pid)| (claim.name.as_str(), *pid)).collect::<Vec<_>>(), [("dead", 123)]);
+        drop(dead);
+        let mut left: Vec<_> = dir.entries().unwrap();
+        left.sort();
+        left.retain(|file| file != "." && file != "..");
+        assert_eq!(left, ["alive.lock", "alive.sock", "dead.ended", "early.lock"]);
+        drop(early);
+    }
+
+    #[test]
+    fn a_directory_has_one_supervisor() {
+        let (path, dir) = temporary();
+        let (claim, _socket) = SupervisorClaim::new(&dir).unwrap();
+        assert!(matches!(SupervisorClaim::new(&dir), Err(FleetError::Supervised { .. })));
+        drop(claim);
+        assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
+        SupervisorClaim::new(&dir).unwrap();
     }
 
     #[test]

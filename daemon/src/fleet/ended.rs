@@ -67,6 +67,11 @@ pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
 
 /// Records the end of a VM whose process has ended without a word.
 pub(crate) fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
+    // It may have said why itself, and waited for others afterwards.
+    let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
+    if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
+        return;
+    }
     let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
     let ended = EndedVm {
         name: name.to_owned(),

@@ -148,9 +148,11 @@ impl Checkpoints {
     /// # Errors
     /// When there is none.
     pub(super) fn remove(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
-        let found = self.get(name)?;
-        self.all().remove(name);
-        Ok(found.info(name))
+        let mut all = self.all();
+        // A name that is only reserved is another request's.
+        let found = if all.get(name).is_some_and(Option::is_some) { all.remove(name).flatten() } else { None };
+        drop(all);
+        Ok(found.ok_or_else(|| FleetError::NoSuchCheckpoint { name: name.to_owned() })?.info(name))
     }
 
     pub(super) fn list(&self) -> Vec<CheckpointInfo> {

@@ -18,24 +18,28 @@ mod server;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, test_kill_process};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
-    Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room, claim_names,
-    record_lost,
+    Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
+    claim_names, record_lost,
 };
 use crate::worker::{BootOrder, Made, Order, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::VmConfig;
 use pool::Pool;
+
+/// How often it looks for what dead processes have left.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
 #[derive(Clone, Debug)]
@@ -50,6 +54,8 @@ struct Inner {
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
     closing: AtomicBool,
+    /// Shared by requests that make VMs, and taken alone at the end.
+    busy: RwLock<()>,
     ending: watch::Sender<bool>,
     /// None once it has ended.
     claim: Mutex<Option<SupervisorClaim>>,
@@ -73,6 +79,7 @@ impl Supervisor {
             checkpoints: Checkpoints::default(),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
+            busy: RwLock::default(),
             ending: watch::Sender::new(false),
             claim: Mutex::new(Some(claim)),
         }));
@@ -90,6 +97,8 @@ impl Supervisor {
         self.0.closing.store(true, Ordering::Relaxed);
         // Without a receiver there is nobody to tell.
         let _ = self.0.ending.send(true);
+        // Those that are under way are cancelled, and leave nothing.
+        drop(self.0.busy.write());
         self.0.pool.close();
         self.0.checkpoints.clear();
         // Last: another may supervise the directory from here on.
@@ -110,9 +119,17 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such VM, it cannot be forked, or the name is taken.
-    pub(crate) fn checkpoint(&self, vm: &str, name: Option<&str>) -> Result<CheckpointInfo, FleetError> {
+    pub(crate) fn checkpoint(
+        &self,
+        vm: &str,
+        name: Option<&str>,
+        cancel: &Cancel,
+    ) -> Result<CheckpointInfo, FleetError> {
+        let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, name)?;
         let checkpoint = Arc::new(Checkpoint::take(self.0.dir.path(), vm)?);
+        // Nobody would know of it.
+        self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
         self.0.checkpoints.insert(&name, checkpoint);
         Ok(info)
@@ -126,11 +143,12 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such checkpoint, or no room.
-    pub(crate) fn prepare(&self, checkpoint: &str, count: usize) -> Result<usize, FleetError> {
+    pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
+        let _busy = self.0.busy.read();
         let checkpoint = self.0.checkpoints.get(checkpoint)?;
         let config = checkpoint.config();
         check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
-        self.0.pool.prepare(config, count)
+        self.0.pool.prepare(config, count, || self.check(0, count, cancel))
     }
 
     /// Forks a VM, in whatever process it is, into children of one instant.
@@ -140,6 +158,7 @@ impl Supervisor {
     /// runs on.
     pub(crate) fn fork_vm(&self, vm: &str, request: &ForkRequest, cancel: &Cancel) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
+        let _busy = self.0.busy.read();
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, cancel)?;
         let claimed = Instant::now();
@@ -160,6 +179,7 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
+        let _busy = self.0.busy.read();
         let checkpoint = self.0.checkpoints.get(name)?;
         let claims = self.claim(name, request, cancel)?;
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
@@ -167,6 +187,10 @@ impl Supervisor {
     }
 
     fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
+        check_names(request.count, request.name.as_deref())?;
+        // Each name is a descriptor here. What else they need is known when the image is.
+        let (count, needs) = (request.count, Needs { descriptors: 3, threads: 1, mappings: 0 });
+        check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
         let listed: std::collections::BTreeSet<String> = self.vms().values().cloned().collect();
@@ -198,6 +222,7 @@ impl Supervisor {
     /// # Errors
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
+        let _busy = self.0.busy.read();
         let BootRequest { name, config, kernel, initrd, cmdline } = request;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
@@ -266,18 +291,50 @@ impl Supervisor {
 
 /// Clears up after workers that have ended.
 fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
-    while let Ok(exit) = exits.recv() {
+    loop {
+        let exit = match exits.recv_timeout(SWEEP_INTERVAL) {
+            Ok(exit) => Some(exit),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         let Some(inner) = supervisor.upgrade() else { return };
-        let name = inner.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(&exit.pid);
-        let Some(name) = name else { continue };
+        match exit {
+            Some(exit) => inner.ended(exit),
+            None => inner.sweep(),
+        }
+    }
+}
+
+impl Inner {
+    fn ended(&self, exit: Exit) {
+        let name = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(&exit.pid);
+        let Some(name) = name else { return };
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
-        if exit.signal.is_none() && matches!(exit.code, Some(0..=2)) {
-            continue;
+        // By itself, or by a signal that it has heard.
+        if exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143)) {
+            return;
         }
         // It left its sockets. The lock went with it, unless another has the name by now.
-        if let Ok(claim) = NameClaim::new(&inner.dir, &name) {
-            record_lost(&inner.dir, &name, exit);
+        if let Ok(claim) = NameClaim::new(&self.dir, &name) {
+            record_lost(&self.dir, &name, exit);
             drop(claim);
+        }
+    }
+
+    /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
+    /// workers, and VMs of other processes of the directory are no workers.
+    fn sweep(&self) {
+        let dead = match NameClaim::of_the_dead(&self.dir) {
+            Ok(dead) => dead,
+            Err(error) => return tracing::warn!(%error, "what dead processes have left stays"),
+        };
+        // Those that have ended in an orderly way under a zygote that was killed.
+        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|pid, _| is_there(*pid));
+        for (claim, pid) in dead {
+            tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
+            record_lost(&self.dir, &claim.name, Exit { pid, signal: None, code: None });
+            self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, name| *name != claim.name);
         }
     }
 }

@@ -77,7 +77,7 @@ impl Shared {
                 if let Some(shape) = short {
                     break (shape.config.clone(), (shape.wanted - shape.ready.len()).min(STEP));
                 }
-                let waited = self.changed.wait_timeout(state, IDLE);
+                let waited = self.changed.wait_timeout(state, IDLE / 4);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         };
@@ -160,9 +160,17 @@ impl Pool {
     /// Prepares workers for `config` until there are `count`. Returns how many there are.
     ///
     /// # Errors
-    /// When one cannot be made. Those that were made before are kept.
-    pub(super) fn prepare(&self, config: &VmConfig, count: usize) -> Result<usize, FleetError> {
+    /// When one cannot be made, or that of `check`. Those that were made before are kept.
+    pub(super) fn prepare(
+        &self,
+        config: &VmConfig,
+        count: usize,
+        check: impl Fn() -> Result<(), FleetError>,
+    ) -> Result<usize, FleetError> {
+        // Others may take them meanwhile: it makes so many, and no more.
+        let mut made = 0;
         loop {
+            check()?;
             let ready = {
                 let mut state = self.0.state();
                 if state.is_closed {
@@ -174,10 +182,12 @@ impl Pool {
                     shape.ready.len()
                 })
             };
-            if ready >= count {
+            if ready >= count || made >= count {
                 return Ok(ready);
             }
-            self.0.put(config, self.0.make(config, (count - ready).min(STEP))?);
+            let step = (count - ready).min(STEP);
+            self.0.put(config, self.0.make(config, step)?);
+            made += step;
         }
     }
 

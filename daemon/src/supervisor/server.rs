@@ -68,7 +68,7 @@ async fn checkpoint(
     request: Wanted<CheckpointRequest>,
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, _| supervisor.checkpoint(&vm, request.name.as_deref())).await
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), cancel)).await
 }
 
 async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
@@ -86,7 +86,8 @@ async fn remove_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
-    Ok(Json(supervisor.checkpoints().remove(&name)?))
+    // Closing descriptors may free memory and disks.
+    work(supervisor, move |supervisor, _| supervisor.checkpoints().remove(&name)).await
 }
 
 async fn fork_checkpoint(
@@ -104,7 +105,10 @@ async fn prepare(
     request: Wanted<PrepareRequest>,
 ) -> Answer<Prepared> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, _| Ok(Prepared { prepared: supervisor.prepare(&name, request.count)? })).await
+    let prepare = move |supervisor: &Supervisor, cancel: &Cancel| {
+        Ok(Prepared { prepared: supervisor.prepare(&name, request.count, cancel)? })
+    };
+    work(supervisor, prepare).await
 }
 
 /// Passes a request for one VM on to its process.

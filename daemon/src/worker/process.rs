@@ -181,6 +181,8 @@ impl Worker {
                         return Err(failed(io::ErrorKind::TimedOut.into()));
                     }
                 }
+                // It has ended with its permission unread. What it said before comes next.
+                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset) => {}
                 Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
                 answer => return answer.map(|(answer, _)| answer).map_err(failed),
             }

@@ -38,101 +38,106 @@ pub fn serve(
     runtime: &Handle,
     program: &Program,
 ) -> Result<Option<Served>, FleetError> {
-    let failed = |source| FleetError::Worker { source };
-    let (fleet, vm, paused, boots) = loop {
+    let worker = Worker { context, socket, runtime, program };
+    loop {
         let (order, files) = match receive(socket) {
             // It waited in a pool, and whoever kept it there has gone.
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other.map_err(failed)?,
         };
-        let paused = matches!(&order, Order::Fork(order) if order.paused);
         let boots = matches!(&order, Order::Boot(_));
         let done = match order {
-            Order::Prepare(config) => {
-                context.prepare_vms(&Arc::from(config), 1).map(|()| None).map_err(FleetError::from)
-            }
-            Order::Fork(order) => fork(context, &order, files, socket, runtime, program).map(Some),
-            Order::Boot(order) => boot(context, &order, files, runtime, program).map(Some),
+            Order::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
+                Ok(()) => {
+                    send(socket, &Answer::Ready, &[]).map_err(failed)?;
+                    continue;
+                }
+                Err(error) => Err(error.into()),
+            },
+            Order::Fork(order) => worker.fork(&order, files),
+            Order::Boot(order) => worker.boot(&order, files),
         };
-        match done {
-            Ok(Some((fleet, vm))) => break (fleet, vm, paused, boots),
-            Ok(None) => send(socket, &Answer::Ready, &[]).map_err(failed)?,
-            Err(error) => {
-                // A file that is not there, or no disk: whoever asks has named it.
-                let is_input = boots && matches!(error, FleetError::Vm(VmError::Devices(_)));
-                let status = if is_input { BAD_REQUEST } else { status_of(&error) };
-                let answer = Answer::Failed { status, text: clade_vmm::error_chain(&error) };
-                // Whoever ordered it may have gone.
-                let _ = send(socket, &answer, &[]);
-                return Err(error);
-            }
-        }
-    };
-    let answer = Answer::Made { name: vm.name().to_owned(), identity: IdentityInfo::of(&vm) };
-    if send(socket, &answer, &[]).and_then(|()| seqpacket::receive(socket, 1)).is_err() {
-        fleet.close();
-        return Ok(None);
+        return done.inspect_err(|error| {
+            // A file that is not there, or no disk: whoever asks has named it.
+            let is_input = boots && matches!(error, FleetError::Vm(VmError::Devices(_)));
+            let status = if is_input { BAD_REQUEST } else { status_of(error) };
+            let answer = Answer::Failed { status, text: clade_vmm::error_chain(error) };
+            // Whoever ordered it may have gone.
+            let _ = send(socket, &answer, &[]);
+        });
     }
-    if !paused {
-        // Another request may have stopped it already: it is listed.
-        let _ = vm.resume();
-        if let Some(started) = program.started {
-            started(&vm);
-        }
-    }
-    let _ = send(socket, &Answer::Running, &[]);
-    if let Some(said) = program.said.filter(|_| !paused) {
-        said(&vm);
-    }
-    Ok(Some(Served { fleet, booted: boots.then_some(vm) }))
+}
+
+fn failed(source: std::io::Error) -> FleetError {
+    FleetError::Worker { source }
 }
 
 /// The claim whose lock came with an order.
 fn claimed(fleet: &Fleet, name: &str, files: Vec<OwnedFd>) -> Result<NameClaim, FleetError> {
-    let [lock] = <[OwnedFd; 1]>::try_from(files).map_err(|files| FleetError::Worker {
-        source: std::io::Error::other(format!("an order with {} descriptors", files.len())),
-    })?;
+    let [lock] = <[OwnedFd; 1]>::try_from(files)
+        .map_err(|files| failed(std::io::Error::other(format!("an order with {} descriptors", files.len()))))?;
     NameClaim::adopt(fleet.dir(), name, lock)
 }
 
-fn fork(
-    context: &Context,
-    order: &ForkOrder,
-    files: Vec<OwnedFd>,
-    socket: &OwnedFd,
-    runtime: &Handle,
-    program: &Program,
-) -> Result<(Fleet, Arc<Vm>), FleetError> {
-    let begun = Instant::now();
-    let parts = SealedParts::receive(socket)?.open()?;
-    let received = Instant::now();
-    let image = ForkImage::import(context, parts)?;
-    let imported = Instant::now();
-    let fleet = serve_fleet(context, &order.dir, runtime)?;
-    let claim = claimed(&fleet, &order.name, files)?;
-    let (receive, import) = (received - begun, imported - received);
-    tracing::debug!(name = order.name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
-    let before_start = program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
-    let options = ChildOptions { paused: true, before_start };
-    let vm = fleet.start_claimed(claim, order.parent.as_deref(), &order.identity, &image, options)?;
-    Ok((fleet, vm))
+struct Worker<'a> {
+    context: &'a Context,
+    socket: &'a OwnedFd,
+    runtime: &'a Handle,
+    program: &'a Program,
 }
 
-fn boot(
-    context: &Context,
-    order: &BootOrder,
-    files: Vec<OwnedFd>,
-    runtime: &Handle,
-    program: &Program,
-) -> Result<(Fleet, Arc<Vm>), FleetError> {
-    let fleet = serve_fleet(context, &order.dir, runtime)?;
-    let claim = claimed(&fleet, &order.name, files)?;
-    let source = BootSource {
-        kernel: (program.kernel)(&order.kernel),
-        initrd: order.initrd.clone().map(Image::File),
-        cmdline: order.cmdline.clone(),
-    };
-    let config = Arc::new(order.config.clone());
-    let vm = fleet.launch_claimed(claim, |context| Vm::boot(context, &order.name, &config, &source))?;
-    Ok((fleet, vm))
+impl Worker<'_> {
+    /// Says that the VM is made. Returns whether it is wanted, once that is known: when all others
+    /// of the request are made.
+    fn is_wanted(&self, vm: &Vm) -> bool {
+        let answer = Answer::Made { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) };
+        send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1)).is_ok()
+    }
+
+    fn fork(&self, order: &ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
+        let begun = Instant::now();
+        let parts = SealedParts::receive(self.socket)?.open()?;
+        let received = Instant::now();
+        let image = ForkImage::import(self.context, parts)?;
+        let imported = Instant::now();
+        let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
+        let claim = claimed(&fleet, &order.name, files)?;
+        let (receive, import) = (received - begun, imported - received);
+        tracing::debug!(name = order.name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
+        let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
+        let options = ChildOptions { paused: true, before_start };
+        let make = |context: &Context| {
+            let ends = image.endpoints(&order.name, &order.identity)?;
+            Vm::from_image_as(context, &order.name, &image, ends, options)
+        };
+        let made = fleet.launch_claimed(claim, order.parent.as_deref(), make, |vm| self.is_wanted(vm))?;
+        let Some(vm) = made else { return Ok(None) };
+        if !order.paused {
+            // Another request may have stopped it already: it is listed.
+            let _ = vm.resume();
+            if let Some(started) = self.program.started {
+                started(&vm);
+            }
+        }
+        let _ = send(self.socket, &Answer::Running, &[]);
+        if let Some(said) = self.program.said.filter(|_| !order.paused) {
+            said(&vm);
+        }
+        Ok(Some(Served { fleet, booted: None }))
+    }
+
+    fn boot(&self, order: &BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
+        let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
+        let claim = claimed(&fleet, &order.name, files)?;
+        let source = BootSource {
+            kernel: (self.program.kernel)(&order.kernel),
+            initrd: order.initrd.clone().map(Image::File),
+            cmdline: order.cmdline.clone(),
+        };
+        let config = Arc::new(order.config.clone());
+        let make = |context: &Context| Vm::boot(context, &order.name, &config, &source);
+        let Some(vm) = fleet.launch_claimed(claim, None, make, |vm| self.is_wanted(vm))? else { return Ok(None) };
+        let _ = send(self.socket, &Answer::Running, &[]);
+        Ok(Some(Served { fleet, booted: Some(vm) }))
+    }
 }

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::sys::Reservation;
 use crate::testing::failpoint::{Call, failpoint};
@@ -43,16 +45,41 @@ const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const BATCH: usize = 512;
 
 /// /proc/self/pagemap, held open.
+///
+/// The file is of the memory of the process that opened it, also in a child that inherits it: a
+/// process that has been forked since opens it again.
 #[derive(Debug)]
-pub(crate) struct Pagemap(File);
+pub(crate) struct Pagemap(Mutex<Opened>);
+
+#[derive(Clone, Debug)]
+struct Opened {
+    by: u32,
+    file: Arc<File>,
+}
+
+impl Opened {
+    fn now() -> io::Result<Self> {
+        Ok(Self { by: process::id(), file: Arc::new(File::open("/proc/self/pagemap")?) })
+    }
+}
 
 impl Pagemap {
     /// Opens it, and makes sure that this kernel has PAGEMAP_SCAN.
     pub(crate) fn open() -> io::Result<Self> {
-        let map = Self(File::open("/proc/self/pagemap")?);
+        let map = Self(Mutex::new(Opened::now()?));
         let probe = Reservation::new(1)?;
         map.owned_runs(&probe, PageRange::new(0, 1))?;
         Ok(map)
+    }
+
+    /// The file of this process.
+    fn file(&self) -> io::Result<Arc<File>> {
+        // Replaced in one step.
+        let mut opened = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if opened.by != process::id() {
+            *opened = Opened::now()?;
+        }
+        Ok(Arc::clone(&opened.file))
     }
 
     /// The pages of `range` that are present or swapped and neither a file's nor the zero page:
@@ -76,6 +103,7 @@ impl Pagemap {
         if range.is_empty() {
             return Ok(runs);
         }
+        let pagemap = self.file()?;
         let origin = at.addr(0) as u64;
         let (mut start, end) = (at.addr(range.start) as u64, at.addr(range.end) as u64);
         let mut found = [PageRegion::default(); BATCH];
@@ -95,7 +123,7 @@ impl Pagemap {
             failpoint(Call::Scan)?;
             // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long;
             // both outlive the call.
-            let n = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             if n < 0 {
                 match io::Error::last_os_error() {
                     e if e.kind() == io::ErrorKind::Interrupted => continue,
