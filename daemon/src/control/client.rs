@@ -21,8 +21,9 @@ use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
 
 /// VMs that are asked at a time when all are listed.
 const MAX_ASKED: usize = 16;
-/// How long each may take. One that is stopped by a debugger does not hold up the list.
-const LIST_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long each may take. One that is stopped by a debugger holds up the list no longer. A process
+/// whose connections are all idle takes 10 s to cut one.
+const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Why a request to a VM failed.
 #[derive(Debug, Error)]
