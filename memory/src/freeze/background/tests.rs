@@ -312,6 +312,29 @@ fn copied_runs_are_shared_back_and_written_pages_are_not() {
     }
 }
 
+/// Runs are chosen in one step and mapped over the delta in the next, and a writer may come between.
+#[test]
+fn a_write_between_any_two_steps_is_the_parents_alone() {
+    for store in stores() {
+        for steps in 0.. {
+            let rig = Rig::new(store.clone(), &MANY);
+            let (image, _) = rig.freeze_held();
+            let bg_copy = Arc::clone(image.bg_copies().next().unwrap());
+            let is_over = (0..steps).any(|_| bg_copy.step());
+            write(&rig.parent, 600, 0x66);
+            rig.let_run();
+            rig.parent.finish_background().unwrap();
+            let expected = |page| if page == 600 { 0x66 } else { all(&MANY, page) };
+            assert!((0..PAGES).all(|page| read(&rig.parent, page) == expected(page)), "after {steps} steps");
+            expect_image(&rig, &image, &MANY);
+            if is_over {
+                assert!(steps > 4, "{steps} steps have no middle");
+                break;
+            }
+        }
+    }
+}
+
 #[test]
 fn frozen_again_while_pending() {
     for store in stores() {
