@@ -363,7 +363,7 @@ impl Fleet {
     }
 
     /// Makes a VM under a name that is claimed. It is listed, and its sockets are served, once
-    /// `is_wanted` says so: nobody can let it run before. `parent` is in another process.
+    /// `is_wanted` says so: nobody else can let it run before. `parent` is in another process.
     ///
     /// # Errors
     /// When it cannot be made.

@@ -1,5 +1,6 @@
 //! `clade worker`: one VM, for the process that started this one.
 
+use std::cell::OnceCell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -41,10 +42,11 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
             program.started = Some(await_announcement);
             program.said = Some(pause);
         }
-        let served = worker::serve(context, &socket, runtime, &program);
-        let Some(Served { fleet, booted }) = served.map_err(Failure::run)? else { return Ok(()) };
-        // Until here a signal ends the process at once, and whoever ordered the VM clears up.
-        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
+        // Until then a signal ends the process at once, and whoever ordered the VM clears up.
+        let shutdown = OnceCell::new();
+        let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
+        let served = worker::serve(context, &socket, runtime, &program, &listen).map_err(Failure::run)?;
+        let (Some(Served { fleet, booted }), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
         match booted {
             Some(vm) => drop(wait_for_exit(&fleet, vm, true, &shutdown)),

@@ -204,7 +204,12 @@ impl Runtime {
 
     /// One HTTP request to the socket of `name`: the status and the body.
     pub(crate) fn http(&self, name: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
-        let mut stream = UnixStream::connect(self.socket(name)).unwrap();
+        self.http_at(&self.socket(name), method, path, body)
+    }
+
+    /// One HTTP request to a socket.
+    pub(crate) fn http_at(&self, socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let mut stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\nconnection: close\r\n\

@@ -181,7 +181,8 @@ async fn accept(
     }
 }
 
-/// Serves a socket of a process of its own until `ending`. Requests that have begun are answered.
+/// Serves a socket of a process of its own until `ending`, and then answers the requests that have
+/// begun, for [`LAST_ANSWERS`].
 pub(crate) async fn serve_http(
     socket: UnixListener,
     what: &'static str,
@@ -195,6 +196,8 @@ pub(crate) async fn serve_http(
         () = accept(socket, what, router, &connections, receiver) => {}
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
+    // Connections that are not done by then are cut off.
+    let _ = timeout(LAST_ANSWERS, connections.acquire_many(MAX_CONNECTIONS as u32)).await.map(drop);
 }
 
 impl Serve for Listener {

@@ -8,7 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -331,20 +331,19 @@ impl NameClaim {
         self.lock.as_ref().map(AsFd::as_fd)
     }
 
-    /// Claims the names whose owners have died, each with the pid of its owner: nobody listens at
-    /// the control socket any more. Dropping the claims removes what was left.
+    /// Claims the names whose owners have died, each with the pid of its owner: there is a control
+    /// socket, and nobody has the lock. Dropping the claims removes what was left.
     pub(crate) fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
         let mut dead = Vec::new();
         for file in dir.entries()? {
             let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
-            if check_name(name).is_err() || UnixStream::connect(socket_path(&dir.path, name)).is_ok() {
-                continue;
-            }
-            let lock = format!("{name}.lock");
-            let pid = dir.read(&lock).ok().flatten().and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
-            // Whoever makes a VM of that name now has the lock, and binds the socket anew.
-            if let Ok(claim) = Self::new(dir, name) {
-                dead.push((claim, pid.unwrap_or(0)));
+            let pid = dir.read(&format!("{name}.lock")).ok().flatten();
+            let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
+            // Refused for the living, and for what is no name.
+            let Ok(claim) = Self::new(dir, name) else { continue };
+            // An owner that has ended meanwhile, as it should, has removed it first.
+            if statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                dead.push((claim, pid));
             }
         }
         Ok(dead)

@@ -15,7 +15,7 @@ mod checkpoint;
 mod pool;
 mod server;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, test_kill_process};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
@@ -57,6 +58,9 @@ struct Inner {
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
     ending: watch::Sender<bool>,
+    runtime: Handle,
+    /// Serves the socket.
+    server: Mutex<Option<JoinHandle<()>>>,
     /// None once it has ended.
     claim: Mutex<Option<SupervisorClaim>>,
 }
@@ -81,6 +85,8 @@ impl Supervisor {
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
             ending: watch::Sender::new(false),
+            runtime: runtime.clone(),
+            server: Mutex::default(),
             claim: Mutex::new(Some(claim)),
         }));
         let weak = Arc::downgrade(&supervisor.0);
@@ -88,17 +94,22 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || watch_ends(&exits, &weak))
             .map_err(|source| FleetError::Worker { source })?;
-        runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
+        let server = runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
+        *supervisor.0.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         Ok(supervisor)
     }
 
     /// Ends it: no request is taken any more, and prepared workers go. VMs run on.
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
-        // Without a receiver there is nobody to tell.
-        let _ = self.0.ending.send(true);
         // Those that are under way are cancelled, and leave nothing.
         drop(self.0.busy.write());
+        // Then their answers are sent. Without a receiver there is nobody to tell.
+        let _ = self.0.ending.send(true);
+        if let Some(server) = self.0.server.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // It ends within a second; a panic of it is logged by the runtime.
+            let _ = self.0.runtime.block_on(server);
+        }
         self.0.pool.close();
         self.0.checkpoints.clear();
         // Last: another may supervise the directory from here on.
@@ -193,7 +204,7 @@ impl Supervisor {
         check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let listed: std::collections::BTreeSet<String> = self.vms().values().cloned().collect();
+        let listed: BTreeSet<String> = self.vms().values().cloned().collect();
         let check = || self.check(0, request.count, cancel);
         claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
     }
@@ -291,16 +302,23 @@ impl Supervisor {
 
 /// Clears up after workers that have ended.
 fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
+    let mut due = Instant::now() + SWEEP_INTERVAL;
+    // Found dead by the last sweep, and nobody had said so.
+    let mut suspects = BTreeSet::new();
     loop {
-        let exit = match exits.recv_timeout(SWEEP_INTERVAL) {
+        let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(exit) => Some(exit),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let Some(inner) = supervisor.upgrade() else { return };
-        match exit {
-            Some(exit) => inner.ended(exit),
-            None => inner.sweep(),
+        if let Some(exit) = exit {
+            inner.ended(exit);
+        }
+        // However many ends come.
+        if Instant::now() >= due {
+            suspects = inner.sweep(&suspects);
+            due = Instant::now() + SWEEP_INTERVAL;
         }
     }
 }
@@ -322,19 +340,34 @@ impl Inner {
     }
 
     /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
-    /// workers, and VMs of other processes of the directory are no workers.
-    fn sweep(&self) {
+    /// workers, and VMs of other processes of the directory are no workers. Returns those of workers
+    /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
+    /// next sweep.
+    fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
             Ok(dead) => dead,
-            Err(error) => return tracing::warn!(%error, "what dead processes have left stays"),
+            Err(error) => {
+                tracing::warn!(%error, "what dead processes have left stays");
+                return found;
+            }
         };
-        // Those that have ended in an orderly way under a zygote that was killed.
-        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|pid, _| is_there(*pid));
+        let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
         for (claim, pid) in dead {
+            let worker = vms.iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
+            if worker.is_some() && !suspects.contains(&claim.name) {
+                found.insert(claim.name.clone());
+                claim.leave();
+                continue;
+            }
+            let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
             record_lost(&self.dir, &claim.name, Exit { pid, signal: None, code: None });
-            self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, name| *name != claim.name);
+            vms.remove(&pid);
         }
+        // Those that have ended in an orderly way under a zygote that was killed.
+        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
+        vms.retain(|pid, name| is_there(*pid) || found.contains(name));
+        found
     }
 }

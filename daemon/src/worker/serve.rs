@@ -1,5 +1,6 @@
 //! A worker's own side.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,7 +29,8 @@ pub struct Served {
 }
 
 /// Does what the process behind `socket` orders, until there is a VM, in a fleet of its own that
-/// `runtime` serves. Returns once the VM runs, with `None` if none is wanted any more.
+/// `runtime` serves. Returns once the VM runs, with `None` if none is wanted any more. Calls
+/// `before_it_runs` when the VM is wanted, before it is listed.
 ///
 /// # Errors
 /// When the VM cannot be made, which the other process is told.
@@ -37,12 +39,13 @@ pub fn serve(
     socket: &OwnedFd,
     runtime: &Handle,
     program: &Program,
+    before_it_runs: &dyn Fn() -> io::Result<()>,
 ) -> Result<Option<Served>, FleetError> {
-    let worker = Worker { context, socket, runtime, program };
+    let worker = Worker { context, socket, runtime, program, before_it_runs };
     loop {
         let (order, files) = match receive(socket) {
             // It waited in a pool, and whoever kept it there has gone.
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other.map_err(failed)?,
         };
         let boots = matches!(&order, Order::Boot(_));
@@ -68,14 +71,14 @@ pub fn serve(
     }
 }
 
-fn failed(source: std::io::Error) -> FleetError {
+fn failed(source: io::Error) -> FleetError {
     FleetError::Worker { source }
 }
 
 /// The claim whose lock came with an order.
 fn claimed(fleet: &Fleet, name: &str, files: Vec<OwnedFd>) -> Result<NameClaim, FleetError> {
     let [lock] = <[OwnedFd; 1]>::try_from(files)
-        .map_err(|files| failed(std::io::Error::other(format!("an order with {} descriptors", files.len()))))?;
+        .map_err(|files| failed(io::Error::other(format!("an order with {} descriptors", files.len()))))?;
     NameClaim::adopt(fleet.dir(), name, lock)
 }
 
@@ -84,6 +87,7 @@ struct Worker<'a> {
     socket: &'a OwnedFd,
     runtime: &'a Handle,
     program: &'a Program,
+    before_it_runs: &'a dyn Fn() -> io::Result<()>,
 }
 
 impl Worker<'_> {
@@ -91,7 +95,14 @@ impl Worker<'_> {
     /// of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
         let answer = Answer::Made { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) };
-        send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1)).is_ok()
+        let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
+        told.is_ok_and(|_| match (self.before_it_runs)() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(%error, "the VM cannot run");
+                false
+            }
+        })
     }
 
     fn fork(&self, order: &ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
