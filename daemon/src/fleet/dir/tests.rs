@@ -1,0 +1,170 @@
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use super::*;
+
+fn temporary() -> (tempfile::TempDir, RuntimeDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = RuntimeDir::create(dir.path()).unwrap();
+    (dir, runtime)
+}
+
+#[test]
+fn names_cannot_leave_the_directory() {
+    for bad in ["", "../x", "a/b", ".hidden", "-x", "a b", "ä", &"x".repeat(49)] {
+        assert!(check_name(bad).is_err(), "{bad:?}");
+    }
+    for good in ["a", "web-1", "A.b_c", &"x".repeat(48)] {
+        assert!(check_name(good).is_ok(), "{good:?}");
+    }
+}
+
+#[test]
+fn a_name_is_taken_once_and_free_again_after() {
+    let (path, dir) = temporary();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    claim.bind("sock").unwrap();
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+    drop(claim);
+    assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0, "nothing is left behind");
+    NameClaim::new(&dir, "a").unwrap();
+}
+
+#[test]
+fn a_dead_owners_sockets_are_replaced() {
+    let (path, dir) = temporary();
+    drop(UnixListener::bind(socket_path(path.path(), "a")).unwrap());
+    assert!(socket_path(path.path(), "a").exists());
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    let listener = claim.bind("sock").unwrap();
+    std::os::unix::net::UnixStream::connect(socket_path(path.path(), "a")).unwrap();
+    drop(listener);
+}
+
+#[test]
+fn a_claim_goes_to_another_process_with_its_lock() {
+    let (path, dir) = temporary();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    let passed = claim.lock().unwrap().try_clone_to_owned().unwrap();
+    let theirs = NameClaim::adopt(&dir, "a", passed).unwrap();
+    claim.leave();
+    assert!(path.path().join("a.lock").exists(), "it is the other's");
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+    drop(theirs);
+    assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
+    // Not the lock of that name, and no lock.
+    let other = NameClaim::new(&dir, "b").unwrap();
+    let lock = || other.lock().unwrap().try_clone_to_owned().unwrap();
+    assert!(NameClaim::adopt(&dir, "a", lock()).is_err());
+    drop(NameClaim::new(&dir, "c").unwrap());
+    assert!(NameClaim::adopt(&dir, "../b", lock()).is_err());
+    assert!(NameClaim::adopt(&dir, "b", lock()).is_ok());
+}
+
+#[test]
+fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
+    let (path, dir) = temporary();
+    let alive = NameClaim::new(&dir, "alive").unwrap();
+    let _listens = alive.bind("sock").unwrap();
+    let early = NameClaim::new(&dir, "early").unwrap();
+    for file in ["dead.sock", "dead.console"] {
+        drop(UnixListener::bind(path.path().join(file)).unwrap());
+    }
+    fs::write(path.path().join("dead.lock"), "123\n").unwrap();
+    fs::write(path.path().join("dead.ended"), "{}").unwrap();
+    let dead = NameClaim::of_the_dead(&dir).unwrap();
+    assert_eq!(dead.iter().map(|(claim, pid)| (claim.name.as_str(), *pid)).collect::<Vec<_>>(), [("dead", 123)]);
+    drop(dead);
+    let mut left: Vec<_> = dir.entries().unwrap();
+    left.sort();
+    left.retain(|file| file != "." && file != "..");
+    assert_eq!(left, ["alive.lock", "alive.sock", "dead.ended", "early.lock"]);
+    drop(early);
+}
+
+#[test]
+fn a_directory_has_one_supervisor() {
+    let (path, dir) = temporary();
+    let (claim, _socket) = SupervisorClaim::new(&dir).unwrap();
+    assert!(matches!(SupervisorClaim::new(&dir), Err(FleetError::Supervised { .. })));
+    drop(claim);
+    assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
+    SupervisorClaim::new(&dir).unwrap();
+}
+
+#[test]
+fn what_is_made_is_this_users_alone_whatever_the_umask() {
+    let (path, dir) = temporary();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    let _sockets = [claim.bind("sock").unwrap(), claim.bind("console").unwrap()];
+    dir.write("a.ended", b"x").unwrap();
+    for file in ["a.sock", "a.console", "a.lock", "a.ended"] {
+        let mode = fs::symlink_metadata(path.path().join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
+}
+
+#[test]
+fn a_directory_that_is_a_link_or_open_to_others_is_refused() {
+    let outer = tempfile::tempdir().unwrap();
+    let (real, link) = (outer.path().join("real"), outer.path().join("link"));
+    fs::create_dir(&real).unwrap();
+    symlink(&real, &link).unwrap();
+    let refused = RuntimeDir::create(&link).unwrap_err();
+    assert!(matches!(&refused, FleetError::LinkedDir { path } if *path == link), "{refused:?}");
+    for mode in [0o777, 0o770, 0o702] {
+        fs::set_permissions(&real, fs::Permissions::from_mode(mode)).unwrap();
+        let refused = RuntimeDir::create(&real).unwrap_err();
+        assert!(matches!(refused, FleetError::OpenDir { mode: found, .. } if found == mode), "{refused:?}");
+    }
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o755)).unwrap();
+    RuntimeDir::create(&real).unwrap();
+    fs::write(outer.path().join("file"), "").unwrap();
+    assert!(RuntimeDir::create(&outer.path().join("file")).is_err());
+}
+
+#[test]
+fn links_and_fifos_in_the_directory_are_not_followed_or_waited_for() {
+    let (path, dir) = temporary();
+    let outside = tempfile::tempdir().unwrap();
+    let victim = outside.path().join("victim");
+    symlink(&victim, path.path().join("a.lock")).unwrap();
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Runtime { .. })));
+    assert!(!victim.exists(), "nothing is made where the link points");
+    fs::write(&victim, "kept").unwrap();
+    for file in ["b.sock", "b.ended"] {
+        symlink(&victim, path.path().join(file)).unwrap();
+    }
+    let claim = NameClaim::new(&dir, "b").unwrap();
+    claim.bind("sock").unwrap();
+    assert!(dir.read("b.ended").is_err());
+    dir.write("b.ended", b"new").unwrap();
+    assert_eq!(dir.read("b.ended").unwrap().unwrap(), b"new");
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "kept");
+    rustix::fs::mkfifoat(&dir.fd, "c.lock", Mode::RWXU).unwrap();
+    rustix::fs::mkfifoat(&dir.fd, "c.ended", Mode::RWXU).unwrap();
+    assert!(NameClaim::new(&dir, "c").is_err() && dir.read("c.ended").is_err());
+}
+
+#[test]
+fn a_path_too_long_for_a_socket_is_named_with_its_limit() {
+    let outer = tempfile::tempdir().unwrap();
+    let long = outer.path().join("d".repeat(100));
+    let dir = RuntimeDir::create(&long).unwrap();
+    let refused = NameClaim::new(&dir, "a").unwrap_err().to_string();
+    let length = console_path(&long, "a").as_os_str().len().to_string();
+    assert!(refused.contains(&length) && refused.contains("107"), "{refused}");
+}
+
+#[test]
+fn a_directory_that_is_swapped_changes_nothing() {
+    let outer = tempfile::tempdir().unwrap();
+    let (path, moved) = (outer.path().join("run"), outer.path().join("moved"));
+    let dir = RuntimeDir::create(&path).unwrap();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    fs::rename(&path, &moved).unwrap();
+    symlink("/", &path).unwrap();
+    claim.bind("sock").unwrap();
+    assert!(moved.join("a.sock").exists());
+    drop(claim);
+    assert_eq!(fs::read_dir(&moved).unwrap().count(), 0);
+}
