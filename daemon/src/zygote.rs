@@ -54,7 +54,7 @@ pub(crate) struct Exit {
 
 /// What [`serve`] returns in.
 #[derive(Debug)]
-pub enum Forked {
+pub enum Role {
     /// The zygote, at its end.
     Zygote,
     /// A worker, with its socket.
@@ -67,7 +67,7 @@ pub enum Forked {
 /// # Errors
 /// When this process has more than one thread; when the kernel refuses what it needs.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
-pub fn serve(socket: OwnedFd) -> io::Result<Forked> {
+pub fn serve(socket: OwnedFd) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
@@ -108,7 +108,7 @@ pub fn serve(socket: OwnedFd) -> io::Result<Forked> {
         match made {
             Ok(Err(theirs)) => {
                 ended.forget()?;
-                return Ok(Forked::Worker(theirs));
+                return Ok(Role::Worker(theirs));
             }
             Ok(Ok((pid, pidfd))) => {
                 seqpacket::send(&socket, &(pid.as_raw_nonzero().get() as u64).to_ne_bytes(), &[pidfd.as_fd()])?;
@@ -119,7 +119,7 @@ pub fn serve(socket: OwnedFd) -> io::Result<Forked> {
             }
         }
     }
-    Ok(Forked::Zygote)
+    Ok(Role::Zygote)
 }
 
 /// A new process, or `None` in it.

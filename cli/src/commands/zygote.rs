@@ -1,6 +1,6 @@
 //! `clade zygote`: forks workers, for the process that started this one.
 
-use clade_daemon::zygote::{Forked, serve};
+use clade_daemon::zygote::{Role, serve};
 
 use crate::commands::limits::one_arena;
 use crate::commands::worker::{context, standard_input, work};
@@ -13,7 +13,7 @@ pub(super) fn main() -> Outcome {
     let context = context()?;
     context.warm_up().map_err(Failure::input)?;
     match serve(socket).map_err(Failure::run)? {
-        Forked::Zygote => Ok(()),
-        Forked::Worker(socket) => work(&context, socket),
+        Role::Zygote => Ok(()),
+        Role::Worker(socket) => work(&context, socket),
     }
 }

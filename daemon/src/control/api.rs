@@ -3,11 +3,13 @@
 use serde::{Deserialize, Serialize};
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::fleet::Listed;
+use crate::worker::Made;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
@@ -287,6 +289,28 @@ pub struct ForkAnswer {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
+}
+
+impl ForkAnswer {
+    /// The answer to a fork whose parent was paused for `pause`, and for `freeze` of that to freeze
+    /// memory. `pages` were remapped and copied.
+    pub(crate) fn new(
+        made: Vec<Made>,
+        (pause, freeze, total): (Duration, Duration, Duration),
+        (remapped_pages, copied_pages): (u64, u64),
+    ) -> Self {
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        let (children, identities): (_, Vec<_>) = made.into_iter().map(|child| (child.name, child.identity)).unzip();
+        Self {
+            children,
+            identities: identities.into_iter().flatten().collect(),
+            pause_us: us(pause),
+            freeze_us: us(freeze),
+            total_us: us(total),
+            remapped_pages,
+            copied_pages,
+        }
+    }
 }
 
 /// A request to save a VM.

@@ -241,17 +241,8 @@ async fn fork(
             let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
             (children.iter().map(|vm| Made::of(vm)).collect(), report)
         };
-        let us = |d: std::time::Duration| d.as_secs_f64() * 1e6;
-        let (children, identities): (_, Vec<_>) = made.into_iter().map(|child| (child.name, child.identity)).unzip();
-        Ok(ForkAnswer {
-            children,
-            identities: identities.into_iter().flatten().collect(),
-            pause_us: us(report.times.pause),
-            freeze_us: us(report.times.freeze),
-            total_us: us(begun.elapsed()),
-            remapped_pages: report.freeze.remapped,
-            copied_pages: report.freeze.copied,
-        })
+        let times = (report.times.pause, report.times.freeze, begun.elapsed());
+        Ok(ForkAnswer::new(made, times, (report.freeze.remapped, report.freeze.copied)))
     });
     Ok(Json(made.await?))
 }

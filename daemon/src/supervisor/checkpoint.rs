@@ -52,28 +52,15 @@ impl Checkpoint {
             mib: self.config().layout().bytes() >> 20,
             age_s: self.made.elapsed().as_secs_f64(),
             descriptors: self.parts.descriptors(),
-            pause_us: us(self.forked.pause),
+            pause_us: self.forked.pause.as_secs_f64() * 1e6,
         }
     }
 
     /// The answer to a fork that has made `made` in `total`.
     pub(super) fn answer(&self, made: Vec<Made>, total: Duration) -> ForkAnswer {
         let Forked { pause, freeze, remapped, copied, .. } = self.forked;
-        let (children, identities): (_, Vec<_>) = made.into_iter().map(|child| (child.name, child.identity)).unzip();
-        ForkAnswer {
-            children,
-            identities: identities.into_iter().flatten().collect(),
-            pause_us: us(pause),
-            freeze_us: us(freeze),
-            total_us: us(total),
-            remapped_pages: remapped,
-            copied_pages: copied,
-        }
+        ForkAnswer::new(made, (pause, freeze, total), (remapped, copied))
     }
-}
-
-fn us(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e6
 }
 
 /// Checkpoints by name.

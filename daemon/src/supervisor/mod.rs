@@ -116,10 +116,6 @@ impl Supervisor {
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
-        self.0.vms.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {
         let ending = self.0.closing.load(Ordering::Relaxed).then_some(CancelReason::Ending);
         let reason = cancel.reason().or(ending);
@@ -204,7 +200,7 @@ impl Supervisor {
         check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let listed: BTreeSet<String> = self.vms().values().cloned().collect();
+        let listed: BTreeSet<String> = self.0.vms().values().cloned().collect();
         let check = || self.check(0, request.count, cancel);
         claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
     }
@@ -272,10 +268,10 @@ impl Supervisor {
         }
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        self.vms().extend(pids.iter().copied().zip(claims.iter().map(|claim| claim.name.clone())));
+        self.0.vms().extend(pids.iter().copied().zip(claims.iter().map(|claim| claim.name.clone())));
         let ordered = Instant::now();
         let made = workers.run_together(check).inspect_err(|_| {
-            let mut vms = self.vms();
+            let mut vms = self.0.vms();
             pids.iter().for_each(|pid| drop(vms.remove(pid)));
         })?;
         let (workers, orders) = (have_workers - begun, ordered - have_workers);
@@ -289,7 +285,7 @@ impl Supervisor {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             dir: self.0.dir.path().to_owned(),
-            vms: self.vms().len(),
+            vms: self.0.vms().len(),
             checkpoints: self.0.checkpoints.len(),
             prepared: self.0.pool.len(),
         }
@@ -324,8 +320,12 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
 }
 
 impl Inner {
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn ended(&self, exit: Exit) {
-        let name = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(&exit.pid);
+        let name = self.vms().remove(&exit.pid);
         let Some(name) = name else { return };
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By itself, or by a signal that it has heard.
@@ -352,7 +352,7 @@ impl Inner {
                 return found;
             }
         };
-        let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut vms = self.vms();
         for (claim, pid) in dead {
             let worker = vms.iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
             if worker.is_some() && !suspects.contains(&claim.name) {

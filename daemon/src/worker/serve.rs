@@ -41,7 +41,7 @@ pub fn serve(
     program: &Program,
     before_it_runs: &dyn Fn() -> io::Result<()>,
 ) -> Result<Option<Served>, FleetError> {
-    let worker = Worker { context, socket, runtime, program, before_it_runs };
+    let maker = Maker { context, socket, runtime, program, before_it_runs };
     loop {
         let (order, files) = match receive(socket) {
             // It waited in a pool, and whoever kept it there has gone.
@@ -57,8 +57,8 @@ pub fn serve(
                 }
                 Err(error) => Err(error.into()),
             },
-            Order::Fork(order) => worker.fork(&order, files),
-            Order::Boot(order) => worker.boot(&order, files),
+            Order::Fork(order) => maker.fork(&order, files),
+            Order::Boot(order) => maker.boot(&order, files),
         };
         return done.inspect_err(|error| {
             // A file that is not there, or no disk: whoever asks has named it.
@@ -82,7 +82,8 @@ fn claimed(fleet: &Fleet, name: &str, files: Vec<OwnedFd>) -> Result<NameClaim, 
     NameClaim::adopt(fleet.dir(), name, lock)
 }
 
-struct Worker<'a> {
+/// Makes the worker's VM.
+struct Maker<'a> {
     context: &'a Context,
     socket: &'a OwnedFd,
     runtime: &'a Handle,
@@ -90,7 +91,7 @@ struct Worker<'a> {
     before_it_runs: &'a dyn Fn() -> io::Result<()>,
 }
 
-impl Worker<'_> {
+impl Maker<'_> {
     /// Says that the VM is made. Returns whether it is wanted, once that is known: when all others
     /// of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
