@@ -8,8 +8,10 @@ mod release;
 mod room;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+#[cfg(test)]
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -22,14 +24,14 @@ use batch::Batch;
 pub use batch::Cancel;
 pub(crate) use batch::{Parent, check_names, claim_names};
 
+pub(crate) use dir::about;
 pub use dir::{
     LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, open_log, runtime_dir, socket_path,
     supervisor_path, virtio_console_path,
 };
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim};
-pub(crate) use ended::last_output;
-pub(crate) use ended::record_lost;
 pub use ended::{EndedVm, ended_vms};
+pub(crate) use ended::{forget as forget_ended, last_output, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
@@ -44,6 +46,8 @@ struct Member {
     vm: Arc<Vm>,
     parent: Option<String>,
     release: Arc<Release>,
+    /// Where its end is recorded, if not in the runtime directory.
+    record: Option<File>,
     /// Its sockets are served until this is dropped.
     _serving: Serving,
 }
@@ -107,6 +111,7 @@ struct Unlisted {
     vm: Arc<Vm>,
     sockets: Sockets,
     release: Arc<Release>,
+    record: Option<File>,
 }
 
 /// The VMs of a process by name. A clone is a handle to the same fleet.
@@ -144,13 +149,18 @@ impl WeakFleet {
 
 impl Fleet {
     /// An empty fleet with its sockets in `dir`, served by the result of `serve`.
+    #[cfg(test)]
     pub(crate) fn new(
         context: &Context,
         dir: &Path,
         serve: impl FnOnce(WeakFleet) -> Box<dyn Serve>,
     ) -> Result<Self, FleetError> {
-        let dir = RuntimeDir::create(dir)?;
-        Ok(Self(Arc::new_cyclic(|weak| Inner {
+        Ok(Self::in_dir(context, RuntimeDir::create(dir)?, serve))
+    }
+
+    /// The same in a runtime directory that is open.
+    pub(crate) fn in_dir(context: &Context, dir: RuntimeDir, serve: impl FnOnce(WeakFleet) -> Box<dyn Serve>) -> Self {
+        Self(Arc::new_cyclic(|weak| Inner {
             context: context.clone(),
             dir,
             members: Mutex::default(),
@@ -158,7 +168,7 @@ impl Fleet {
             in_use: Arc::default(),
             leases: Leases::default(),
             serve: serve(WeakFleet(weak.clone())),
-        })))
+        }))
     }
 
     fn members(&self) -> MutexGuard<'_, BTreeMap<String, Member>> {
@@ -187,7 +197,7 @@ impl Fleet {
     /// Makes a VM and its sockets, on which no connection is accepted yet.
     fn make(
         &self,
-        claim: NameClaim,
+        mut claim: NameClaim,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
     ) -> Result<Unlisted, FleetError> {
         let control = claim.bind("sock")?;
@@ -197,11 +207,14 @@ impl Fleet {
         if vm.virtio_console().is_some() {
             consoles.push((Line::Virtio, claim.bind("hvc")?));
         }
-        ended::forget(&self.0.dir, &claim.name);
+        let record = claim.take_record();
+        if claim.owns_files() {
+            ended::forget(&self.0.dir, &claim.name);
+        }
         let release = Arc::<Release>::default();
         // Dropped after its devices: a name is free only when nothing of its VM is in use any more.
         vm.drop_last(Tail::new(claim, &release, self.0.in_use.enter()));
-        Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, image, consoles }, release })
+        Ok(Unlisted { vm: Arc::new(vm), sockets: Sockets { control, image, consoles }, release, record })
     }
 
     /// Lists VMs and begins to serve their sockets: all of them or none.
@@ -212,10 +225,10 @@ impl Fleet {
             drop(members);
             return Err(FleetError::Ending);
         }
-        for Unlisted { vm, sockets, release } in made {
+        for Unlisted { vm, sockets, release, record } in made {
             let serving = self.0.serve.begin(sockets, &vm, &self.0.leases);
             let parent = parent.map(str::to_owned);
-            members.insert(vm.name().to_owned(), Member { vm, parent, release, _serving: serving });
+            members.insert(vm.name().to_owned(), Member { vm, parent, release, record, _serving: serving });
         }
         Ok(())
     }
@@ -273,7 +286,7 @@ impl Fleet {
     pub fn remove(&self, vm: &Arc<Vm>) {
         let member = self.take_vm(vm);
         if let Some(member) = member {
-            ended::record(&self.0.dir, &member.vm, member.parent.as_deref());
+            ended::record(&self.0.dir, member.record.as_ref(), &member.vm, member.parent.as_deref());
             member.vm.stop();
         }
     }

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, status_of};
 use crate::fleet::{FleetError, check_name, image_path};
-use clade_vmm::vm::{ForkReport, Leases, SealedParts, Vm, VmConfig};
+use clade_vmm::vm::{ForkReport, Identity, Leases, SealedParts, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
 const MAX_CLIENTS: usize = 4;
@@ -42,6 +42,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Forked {
     pub(crate) config: VmConfig,
+    pub(crate) identity: Identity,
+    /// The directory of each disk's overlays.
+    pub(crate) overlays: Vec<PathBuf>,
     /// Forks between the image and the VM that was booted.
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
@@ -128,6 +131,8 @@ fn forked(vm: &Vm, leases: &Leases) -> Result<(Forked, SealedParts), FleetError>
     let ForkReport { times, freeze, .. } = report;
     let forked = Forked {
         config: VmConfig::clone(image.config()),
+        identity: image.identity().clone(),
+        overlays: image.disks().map(|disk| disk.overlay_dir().to_owned()).collect(),
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,

@@ -7,6 +7,7 @@
 //! | consoles on sockets | [`console`] |
 //! | processes with one VM each | [`worker`] |
 //! | how they are made | [`zygote`] |
+//! | what they may do to the host | [`jail`] |
 //! | checkpoints, forks and names for all processes of a directory | [`supervisor`] |
 
 #![deny(missing_docs)]
@@ -15,6 +16,7 @@ pub mod console;
 pub mod control;
 pub mod fleet;
 mod image;
+pub mod jail;
 pub mod supervisor;
 pub mod worker;
 pub mod zygote;

@@ -33,6 +33,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
 
 use crate::fleet::FleetError;
+use crate::jail::{self, Confinement};
 use crate::worker::{Process, Worker};
 
 /// The command-line argument that makes the program a zygote.
@@ -62,16 +63,20 @@ pub enum Role {
 }
 
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
-/// and once in each worker.
+/// and once in each worker, which is still to be confined ([`enter`](crate::worker::enter)).
 ///
 /// # Errors
 /// When this process has more than one thread; when the kernel refuses what it needs.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
-pub fn serve(socket: OwnedFd) -> io::Result<Role> {
+pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
     }
+    if confinement != Confinement::Off {
+        confinement.judge("namespaces", jail::enter_empty()).map_err(io::Error::other)?;
+    }
+    jail::prepare(confinement).map_err(io::Error::other)?;
     let (exits, write_exits) = io::pipe()?;
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);
@@ -236,6 +241,7 @@ enum ForkError {
 pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
+    confinement: Confinement,
 }
 
 impl Zygote {
@@ -243,8 +249,8 @@ impl Zygote {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(crate) fn start(exits: Sender<Exit>) -> Result<Self, FleetError> {
-        let zygote = Self { started: Mutex::new(None), exits };
+    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement) -> Result<Self, FleetError> {
+        let zygote = Self { started: Mutex::new(None), exits, confinement };
         let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
@@ -254,7 +260,13 @@ impl Zygote {
         let (socket, theirs) = seqpacket::pair()?;
         let mut command = Command::new(PathBuf::from("/proc/self/exe"));
         // The path of the program says nothing in a list of processes.
-        command.arg0("clade").arg(ZYGOTE).stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        command
+            .arg0("clade")
+            .arg(ZYGOTE)
+            .arg("--confine")
+            .arg(self.confinement.to_string())
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null());
         for which in [Timeout::Recv, Timeout::Send] {
             set_socket_timeout(&socket, which, Some(PATIENCE))?;
         }
@@ -368,7 +380,7 @@ mod tests {
     fn a_process_with_threads_forks_nobody() {
         // The test harness has threads.
         let (ours, theirs) = seqpacket::pair().unwrap();
-        let refused = serve(ours).unwrap_err().to_string();
+        let refused = serve(ours, Confinement::Off).unwrap_err().to_string();
         assert!(refused.contains("threads"), "{refused}");
         assert!(seqpacket::receive(&theirs, 1).is_err(), "nothing was promised");
     }

@@ -14,8 +14,10 @@ use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use io_uring::register::Restriction;
 use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 use thiserror::Error;
@@ -74,6 +76,31 @@ pub struct Stats {
     pub synced: u64,
 }
 
+/// What a ring may do: the operations of [`Op`], their timers, and cancellation.
+fn allowed() -> [Restriction; 7] {
+    [
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::sqe_op(opcode::Fallocate::CODE),
+        Restriction::sqe_op(opcode::Timeout::CODE),
+        Restriction::sqe_op(opcode::AsyncCancel2::CODE),
+        Restriction::sqe_flags_allowed(squeue::Flags::IO_LINK.bits()),
+    ]
+}
+
+/// A ring that takes nothing yet.
+fn ring(depth: u32) -> io::Result<IoUring> {
+    // Two entries for an operation, and one to cancel. The kernel doubles that for completions.
+    IoUring::builder().setup_clamp().setup_r_disabled().build(2 * depth + 2)
+}
+
+/// Rings that were made ahead, by the depth of their engines.
+fn prepared() -> MutexGuard<'static, Vec<(u32, IoUring)>> {
+    static PREPARED: Mutex<Vec<(u32, IoUring)>> = Mutex::new(Vec::new());
+    PREPARED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs operations; see the module's documentation.
 pub struct Engine<T> {
     ring: IoUring,
@@ -107,9 +134,17 @@ impl<T> Engine<T> {
     /// When io_uring is not available.
     pub fn new(depth: u32, event: EventFd) -> Result<Self, EngineError> {
         let failed = |source| EngineError::Setup { depth, source };
-        // Two entries for an operation, and one to cancel. The kernel doubles that for completions.
-        let ring = IoUring::builder().setup_clamp().build(2 * depth + 2).map_err(failed)?;
+        let prepared = {
+            let mut rings = prepared();
+            let at = rings.iter().position(|(of, _)| *of == depth);
+            at.map(|at| rings.swap_remove(at).1)
+        };
+        let ring = prepared.map_or_else(|| ring(depth), Ok).map_err(failed)?;
         ring.submitter().register_eventfd(event.as_raw_fd()).map_err(failed)?;
+        // For good: no seccomp filter sees what a ring does, so that a process that has been broken
+        // into could open files and sockets through it.
+        ring.submitter().register_restrictions(&mut allowed()).map_err(failed)?;
+        ring.submitter().register_enable_rings().map_err(failed)?;
         Ok(Self {
             ring,
             event,
@@ -122,6 +157,18 @@ impl<T> Engine<T> {
             latency: None,
             stats: Stats::default(),
         })
+    }
+
+    /// Makes the rings of `count` engines of `depth` now: for a process that may make none later.
+    ///
+    /// # Errors
+    /// When io_uring is not available.
+    pub fn prepare(depth: u32, count: usize) -> Result<(), EngineError> {
+        for _ in 0..count {
+            let ring = ring(depth).map_err(|source| EngineError::Setup { depth, source })?;
+            prepared().push((depth, ring));
+        }
+        Ok(())
     }
 
     /// An eventfd of the kind that [`Engine::new`] takes.

@@ -196,6 +196,10 @@ impl IoFile {
     /// # Errors
     /// When it cannot be opened again (procfs is needed).
     pub fn read_only_file(&self) -> Result<File, FileError> {
+        if !self.writable {
+            // This process may have no right to open it again.
+            return self.handles.cached.try_clone().map_err(|error| self.failed("given another descriptor", error));
+        }
         let path = format!("/proc/self/fd/{}", self.handles.cached.as_raw_fd());
         File::open(path).map_err(|error| self.failed("opened for another process", error))
     }

@@ -15,6 +15,7 @@
 //! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //! | messages with descriptors to other processes | [`seqpacket`] |
+//! | kinds of threads, to be restricted | [`thread`] |
 //!
 //! What it does not do: it does not know guests, disks or their formats, and it starts no threads.
 
@@ -28,6 +29,7 @@ mod op;
 mod overlay_pool;
 pub mod seqpacket;
 mod tap;
+pub mod thread;
 
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};

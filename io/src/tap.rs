@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use thiserror::Error;
@@ -106,6 +106,19 @@ impl Tap {
             tap.queues.push(file);
         }
         Ok(tap)
+    }
+
+    /// The interface as its name and the descriptors of its queues, for another process.
+    #[must_use]
+    pub fn into_queues(self) -> (String, Vec<OwnedFd>) {
+        (self.name, self.queues.into_iter().map(OwnedFd::from).collect())
+    }
+
+    /// An interface that another process has opened ([`Tap::into_queues`]).
+    #[must_use]
+    pub fn of_queues(name: String, queues: Vec<OwnedFd>) -> Self {
+        let attached = vec![true; queues.len()];
+        Self { name, queues: queues.into_iter().map(File::from).collect(), attached }
     }
 
     /// The interface's name.

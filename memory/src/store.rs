@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -169,6 +170,13 @@ impl Store {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.0.config
+    }
+
+    /// The directory in which files of huge pages are made, if they are. For whoever restricts what
+    /// this process may open.
+    #[must_use]
+    pub fn directory(&self) -> Option<BorrowedFd<'_>> {
+        self.0.huge.as_ref().map(HugeTmpfs::directory)
     }
 
     /// Page size of base files and large layers.

@@ -14,7 +14,7 @@ use clade_guests::abi::disk::{DiskRun, What};
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, PageRange};
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer};
-use clade_vmm::vm::{ChildOptions, ForkImage, Leases, SealedParts, Vm};
+use clade_vmm::vm::{ChildOptions, ForkImage, Leases, Overlays, SealedParts, Vm};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 
 const TIMEOUT: Duration = Duration::from_secs(240);
@@ -95,7 +95,8 @@ fn another_process() {
     let backing = if role.to_string_lossy().contains("small") { Backing::Small } else { Backing::Huge };
     let context = turn.context(backing);
     let leases = Leases::default();
-    let image = ForkImage::import(&context, SealedParts::receive(socket).unwrap().open().unwrap()).unwrap();
+    let image =
+        ForkImage::import(&context, SealedParts::receive(socket).unwrap().open().unwrap(), Overlays::AsNamed).unwrap();
     let disks = !image.config().disks.is_empty();
     let vm = Vm::from_image(&context, "other", &image, ChildOptions { paused: true, before_start: None }).unwrap();
     drop(image);

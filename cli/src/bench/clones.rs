@@ -263,7 +263,7 @@ impl Bench {
                 }
                 let client = client.clone();
                 tasks.spawn(async move {
-                    let stopped = client.request::<VmInfo>(Method::POST, &name, "/stop", None::<&()>).await;
+                    let stopped = client.stop(&name).await;
                     if let Err(error @ ClientError::Refused { .. }) = stopped {
                         tracing::warn!(%error, name, "a clone is not stopped");
                     }

@@ -11,6 +11,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
 use crate::commands::units::{parse_mib, parse_size};
+use clade_daemon::jail::Confinement;
 use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
@@ -76,7 +77,7 @@ pub(crate) enum Command {
     Worker,
     /// Fork workers for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = ZYGOTE)]
-    Zygote,
+    Zygote(ZygoteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -85,6 +86,16 @@ pub(crate) struct ServeArgs {
     /// As many are kept as the last forks took.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) pool: usize,
+    /// Confine the processes of VMs: as far as the host can (auto), wholly or not at all (require),
+    /// or leave them free (off).
+    #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
+    pub(crate) confine: Confinement,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ZygoteArgs {
+    #[arg(long, default_value_t = Confinement::Auto)]
+    pub(crate) confine: Confinement,
 }
 
 #[derive(Debug, Args)]

@@ -78,7 +78,7 @@ pub(crate) fn main() -> ExitCode {
             | Command::Restore(_)
             | Command::Console(_)
             | Command::Serve(_)
-            | Command::Zygote
+            | Command::Zygote(_)
             | Command::Worker
     );
     if !runs_vms {
@@ -124,7 +124,7 @@ fn run(command: Command) -> Outcome {
         Command::Checkpoints(args) => checkpoint::list(&args),
         Command::Rm(args) => checkpoint::remove(&args),
         Command::Worker => worker::main(),
-        Command::Zygote => zygote::main(),
+        Command::Zygote(args) => zygote::main(&args),
     }
 }
 

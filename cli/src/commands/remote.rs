@@ -118,7 +118,11 @@ pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {
 }
 
 pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
-    let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, action, None::<&()>))?;
+    let client = Client::default();
+    let info: VmInfo = match action {
+        "/stop" => ask(client.stop(&args.name))?,
+        _ => ask(client.request(Method::POST, &args.name, action, None::<&()>))?,
+    };
     if args.json {
         return print_json(&info).map_err(Failure::run);
     }

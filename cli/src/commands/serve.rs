@@ -22,7 +22,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let dir = runtime_dir();
-        let supervisor = Supervisor::start(&dir, args.pool, runtime).map_err(|error| match error {
+        let supervisor = Supervisor::start(&dir, args.pool, args.confine, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;

@@ -52,7 +52,7 @@ fn save(args: &SaveArgs) -> Outcome {
     let bar = bar(args.json);
     let client = Client::default();
     let watched = async {
-        let saved = client.request::<SnapshotAnswer>(Method::POST, &args.name, "/snapshot", Some(&request));
+        let saved = client.through_supervisor::<SnapshotAnswer>(Method::POST, &args.name, "/snapshot", Some(&request));
         let mut saved = std::pin::pin!(saved);
         loop {
             tokio::select! {
@@ -60,7 +60,8 @@ fn save(args: &SaveArgs) -> Outcome {
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
             // Progress is only shown. If it cannot be read, the save's answer has the reason.
-            let progress = client.request::<SnapshotProgress>(Method::GET, &args.name, "/snapshot", None::<&()>).await;
+            let progress =
+                client.through_supervisor::<SnapshotProgress>(Method::GET, &args.name, "/snapshot", None::<&()>).await;
             if let Ok(SnapshotProgress { running: true, done, total }) = progress {
                 bar.set_length(total);
                 bar.set_position(done);

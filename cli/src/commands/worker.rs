@@ -35,6 +35,8 @@ pub(super) fn context() -> Result<Context, Failure> {
 
 /// Runs the VM that the process behind `socket` orders.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
+    // Before there is another thread, which would not be confined.
+    let Some(entered) = worker::enter(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, started: None, said: None };
         if measures() {
@@ -45,7 +47,7 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         // Until then a signal ends the process at once, and whoever ordered the VM clears up.
         let shutdown = OnceCell::new();
         let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
-        let served = worker::serve(context, &socket, runtime, &program, &listen).map_err(Failure::run)?;
+        let served = worker::serve(context, &entered, &socket, runtime, &program, &listen).map_err(Failure::run)?;
         let (Some(Served { fleet, booted }), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
         match booted {

@@ -2,17 +2,18 @@
 
 use clade_daemon::zygote::{Role, serve};
 
+use crate::commands::args::ZygoteArgs;
 use crate::commands::limits::one_arena;
 use crate::commands::worker::{context, standard_input, work};
 use crate::commands::{Failure, Outcome};
 
-pub(super) fn main() -> Outcome {
+pub(super) fn main(args: &ZygoteArgs) -> Outcome {
     one_arena();
     let socket = standard_input().map_err(Failure::run)?;
     // Once, for all workers: KVM's features and the MSRs of a vCPU are probed here.
     let context = context()?;
     context.warm_up().map_err(Failure::input)?;
-    match serve(socket).map_err(Failure::run)? {
+    match serve(socket, args.confine).map_err(Failure::run)? {
         Role::Zygote => Ok(()),
         Role::Worker(socket) => work(&context, socket),
     }

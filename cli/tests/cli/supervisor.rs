@@ -181,22 +181,26 @@ impl GuestMemory {
     const AT: u64 = 24 << 20;
 
     fn of(pid: u32) -> Self {
-        // Neighbouring mappings of memory files, together as large as the guest's memory.
-        let mut spans: Vec<(u64, u64)> = Vec::new();
+        // Neighbouring mappings, and where those of memory files begin. Pages of zeros that were
+        // restored are in no file.
+        let (mut spans, mut starts): (Vec<(u64, u64)>, Vec<u64>) = (Vec::new(), Vec::new());
         for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
             let (range, rest) = line.split_once(' ').unwrap();
             let (start, end) = range.split_once('-').unwrap();
             let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-            if !rest.starts_with("rw-") || !(rest.contains(" /memfd:clade") || rest.contains(" /#")) {
+            if !rest.starts_with("rw-") {
                 continue;
             }
             match spans.last_mut() {
                 Some(last) if last.1 == start => last.1 = end,
                 _ => spans.push((start, end)),
             }
+            if rest.contains(" /memfd:clade") || rest.contains(" /#") {
+                starts.push(start);
+            }
         }
-        let found = spans.iter().find(|(start, end)| end - start == Self::BYTES);
-        let base = found.unwrap_or_else(|| panic!("no guest memory in {spans:x?}")).0;
+        let holds = |start: &&u64| spans.iter().any(|(from, to)| from <= *start && **start + Self::BYTES <= *to);
+        let base = *starts.iter().find(holds).unwrap_or_else(|| panic!("no guest memory in {spans:x?}"));
         let file = fs::File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
         Self { file, base }
     }
@@ -255,6 +259,81 @@ fn i4_children_show_what_was_written_since_the_last_fork() {
     let before = exclusive();
     web.write(9, 1);
     assert_eq!(exclusive(), before + 1);
+    all.end();
+}
+
+/// Lines of `/proc/PID/task/TID/status` of each thread.
+fn statuses(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok()).collect()
+}
+
+#[test]
+fn all_threads_of_a_worker_are_confined() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("1");
+    all.boot("web", &["--rng", "--balloon"]);
+    assert_eq!(all.fork(&["web", "--count", "2"]), ["web-1", "web-2"]);
+    let own = |pid: u32, of: &str| fs::read_link(format!("/proc/{pid}/ns/{of}")).unwrap();
+    for name in ["web", "web-1", "web-2"] {
+        let pid = all.pid_of(name);
+        let threads = statuses(pid);
+        assert!(threads.len() > 2, "{threads:?}");
+        for status in threads {
+            let has = |line: &str| status.lines().any(|found| found.split_whitespace().eq(line.split_whitespace()));
+            for line in ["NoNewPrivs: 1", "Seccomp: 2", "CapEff: 0000000000000000", "CapPrm: 0000000000000000"] {
+                assert!(has(line), "{name} lacks {line}: {status}");
+            }
+        }
+        for namespace in ["net", "ipc", "uts"] {
+            assert_ne!(own(pid, namespace), own(std::process::id(), namespace), "{name}: {namespace}");
+        }
+    }
+    all.end();
+}
+
+/// A worker may write no files: another process writes its snapshots, from its image.
+#[test]
+fn a_confined_vm_is_saved_and_what_changed_since_is_saved_alone() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    all.boot("web", &[]);
+    let memory = |name: &str| GuestMemory::of(all.pid_of(name));
+    memory("web").write(0, 1);
+    memory("web").write(3, 30);
+    all.runtime.clade(&["snapshot", "web", &at("inc"), "--incremental"]).expect_refusal("save it in full first");
+    all.runtime.clade(&["snapshot", "web", &at("no/where")]).expect_refusal("no/where");
+    let full = all.runtime.clade(&["snapshot", "web", &at("full"), "--json"]).json();
+    memory("web").write(0, 2);
+    let part = all.runtime.clade(&["snapshot", "web", &at("part"), "--incremental", "--json"]).json();
+    let pages = |answer: &Value| answer["data_pages"].as_u64().unwrap();
+    assert!(pages(&part) >= 1 && pages(&part) < pages(&full) && pages(&part) <= 4, "{full} {part}");
+    memory("web").write(7, 70);
+    let more = all.runtime.clade(&["snapshot", "web", &at("more"), "--incremental", "--zstd", "--json"]).json();
+    assert!(pages(&more) <= 4, "{more}");
+    for name in ["full", "part", "more"] {
+        assert_eq!(all.runtime.clade(&["snapshot", "verify", &at(name)]).code, Some(0), "{name}");
+    }
+    // Nothing else is there, and the supervisor has no other worker left.
+    let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["full", "more", "part"]);
+    // A restored VM shows it.
+    all.stop("web");
+    for (name, shown) in [("full", (1, 30, 0)), ("part", (2, 30, 0)), ("more", (2, 30, 70))] {
+        // In memory files, where it is looked for.
+        all.runtime.spawn(&["restore", &at(name), "--preload", "--paused", "--detached", "--name", name]);
+        wait_until("the restored VM", || all.runtime.names().contains(&name.to_owned()));
+        let there = GuestMemory::of(all.pid_of(name));
+        assert_eq!((there.read(0), there.read(3), there.read(7)), shown, "{name}");
+        all.stop(name);
+    }
     all.end();
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -14,16 +14,22 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::control::api::VmInfo;
-use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
+use crate::fleet::{FleetError, NameClaim, RuntimeDir, check_name, runtime_dir, socket_path, supervisor_path};
+use crate::supervisor::clear_up;
+use crate::zygote::Exit;
 
 /// VMs that are asked at a time when all are listed.
 const MAX_ASKED: usize = 16;
 /// How long each may take. One that is stopped by a debugger holds up the list no longer. A process
 /// whose connections are all idle takes 10 s to cut one.
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the process of a VM that has stopped may keep its name, and how often that is looked at.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
+const RELEASE_POLL: Duration = Duration::from_millis(2);
 
 /// Why a request to a VM failed.
 #[derive(Debug, Error)]
@@ -172,6 +178,48 @@ impl Client {
         exchange(stream, method, name, &format!("/v1/vms/{name}{action}"), body).await
     }
 
+    /// Stops a VM. Returns when its name is free. A confined process leaves its files to the
+    /// supervisor; where there is none, they are removed here.
+    ///
+    /// # Errors
+    /// As for any request. When the name is not free in time.
+    pub async fn stop(&self, name: &str) -> Result<VmInfo, ClientError> {
+        check_name(name)?;
+        match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), None::<&()>).await {
+            Err(ClientError::NoSupervisor { .. }) => {}
+            answer => return answer,
+        }
+        self.stop_and(name, |dir, claim, exit| drop(clear_up(dir, claim, exit, true))).await
+    }
+
+    /// Stops a VM by its process, and has `clear_up` remove what that may not.
+    ///
+    /// # Errors
+    /// As for [`Self::stop`].
+    pub(crate) async fn stop_and(
+        &self,
+        name: &str,
+        clear_up: impl Fn(&RuntimeDir, NameClaim, Exit),
+    ) -> Result<VmInfo, ClientError> {
+        let info: VmInfo = self.request(Method::POST, name, "/stop", None::<&()>).await?;
+        let dir = RuntimeDir::open(&self.dir)?;
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        loop {
+            match NameClaim::of_a_dead(&dir, name, info.pid) {
+                Ok(None) => return Ok(info),
+                Ok(Some(claim)) => {
+                    clear_up(&dir, claim, Exit { pid: info.pid, signal: None, code: Some(0) });
+                    return Ok(info);
+                }
+                Err(FleetError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
+                Err(FleetError::Taken { name }) => {
+                    return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// Sends a request to the supervisor.
     ///
     /// # Errors
@@ -190,6 +238,25 @@ impl Client {
             other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source })?,
         };
         exchange(stream, method, "the supervisor", uri, body).await
+    }
+
+    /// Sends a request for a VM to the supervisor; if there is none, to the VM's process. For what a
+    /// confined process cannot do.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or refuses.
+    pub async fn through_supervisor<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        match self.supervisor(method.clone(), &format!("/v1/vms/{name}{action}"), body).await {
+            Err(ClientError::NoSupervisor { .. }) => self.request(method, name, action, body).await,
+            answer => answer,
+        }
     }
 
     /// All VMs of this user that answer.

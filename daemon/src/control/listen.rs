@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::control::server::{ApiError, router};
-use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
+use crate::fleet::{Fleet, FleetError, RuntimeDir, Serve, Serving, Sockets};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
 
@@ -231,7 +231,12 @@ impl Serve for Listener {
 /// # Errors
 /// When the sockets' directory cannot be made or used.
 pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fleet, FleetError> {
-    Fleet::new(context, dir, |fleet| {
+    Ok(serve_fleet_in(context, RuntimeDir::create(dir)?, runtime))
+}
+
+/// The same in a runtime directory that is open.
+pub(crate) fn serve_fleet_in(context: &Context, dir: RuntimeDir, runtime: &Handle) -> Fleet {
+    Fleet::in_dir(context, dir, |fleet| {
         Box::new(Listener {
             runtime: runtime.clone(),
             router: router(fleet).layer(from_fn(read_body)),

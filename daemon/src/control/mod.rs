@@ -33,7 +33,7 @@ pub use api::{
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use listen::serve_fleet;
-pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_fleet_in, serve_http};
 pub(crate) use server::{
-    Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread, status_of,
+    Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, expect_absolute, fallback, not_allowed, on_a_thread, status_of,
 };

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -62,6 +63,7 @@ fn status(error: &FleetError) -> StatusCode {
         FleetError::BadName { .. }
         | FleetError::Pattern { .. }
         | FleetError::Count { .. }
+        | FleetError::Overlays { .. }
         | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
         FleetError::Vm(VmError::Balloon { .. } | VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_)) => {
             StatusCode::BAD_REQUEST
@@ -247,16 +249,21 @@ async fn fork(
     Ok(Json(made.await?))
 }
 
+/// Refuses a path that would be another process's.
+pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
+    if dir.is_absolute() {
+        return Ok(());
+    }
+    Err(failed(StatusCode::BAD_REQUEST, &format!("{} is not an absolute path", dir.display())))
+}
+
 async fn snapshot(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<SnapshotRequest>, JsonRejection>,
 ) -> Answer<SnapshotAnswer> {
     let Json(SnapshotRequest { dir, incremental, zstd, replace }) = request?;
-    if !dir.is_absolute() {
-        let text = format!("{} is not an absolute path", dir.display());
-        return Err(ApiError { status: StatusCode::BAD_REQUEST, text });
-    }
+    expect_absolute(&dir)?;
     let made = with_fleet(fleet, move |fleet| {
         let compression = if zstd { Compression::Zstd } else { Compression::None };
         let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression, replace })?;

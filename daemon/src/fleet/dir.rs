@@ -3,6 +3,7 @@
 //! Everything below it goes through one descriptor, opened without following a link and checked
 //! once. A directory that is swapped under a running process changes nothing.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
@@ -127,8 +128,20 @@ impl RuntimeDir {
 
     /// Opens an existing directory.
     pub(crate) fn open(path: &Path) -> Result<Self, FleetError> {
+        Self::open_as(path, OFlags::RDONLY)
+    }
+
+    /// The directory at `path`, not to be listed.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn reach(path: &Path) -> Result<Self, FleetError> {
+        Self::open_as(path, OFlags::PATH)
+    }
+
+    fn open_as(path: &Path, how: OFlags) -> Result<Self, FleetError> {
         let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = how | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
             // The error for a link depends on which flag the kernel checks first.
             let link = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
@@ -283,6 +296,11 @@ impl Drop for SupervisorClaim {
     }
 }
 
+/// The file that says what a supervisor knows of the VM called `name`.
+pub(crate) fn about(name: &str) -> String {
+    format!("{name}.{VM}")
+}
+
 /// A name held on this host. The lock ends with the process, so a crashed owner's name is free
 /// again.
 #[derive(Debug)]
@@ -291,7 +309,20 @@ pub(crate) struct NameClaim {
     pub(crate) name: String,
     /// None if it is left to another process.
     lock: Option<File>,
+    /// Sockets that another process has bound, by their endings.
+    handed: BTreeMap<String, OwnedFd>,
+    /// Where the VM's end is recorded, if it may not write into the directory.
+    record: Option<File>,
+    /// Whether the files go with the claim. Otherwise another process removes them.
+    removes: bool,
 }
+
+/// The ending of the file into which a confined worker writes how its VM has ended.
+pub(super) const END: &str = "end";
+/// The ending of the file that says what a supervisor knows of a VM.
+const VM: &str = "vm";
+/// The endings of a VM's files. The lock file last: while it is locked no other process makes these.
+const ENDINGS: [&str; 7] = ["sock", "console", "hvc", "image", VM, END, "lock"];
 
 impl NameClaim {
     pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
@@ -304,7 +335,12 @@ impl NameClaim {
         }
         let lock = dir.lock(&format!("{name}.lock"))?;
         let lock = lock.ok_or_else(|| FleetError::Taken { name: name.to_owned() })?;
-        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock) })
+        Ok(Self::of(dir, name, lock))
+    }
+
+    fn of(dir: &RuntimeDir, name: &str, lock: File) -> Self {
+        let (dir, name, lock) = (dir.clone(), name.to_owned(), Some(lock));
+        Self { dir, name, lock, handed: BTreeMap::new(), record: None, removes: true }
     }
 
     /// The claim of another process that has passed on its lock.
@@ -318,7 +354,50 @@ impl NameClaim {
             return Err(FleetError::Taken { name: name.to_owned() });
         }
         write_pid(&lock);
-        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock) })
+        Ok(Self::of(dir, name, lock))
+    }
+
+    /// The claim with sockets that the other process has bound, and the file for the VM's end. That
+    /// process removes them.
+    pub(crate) fn handed_in(mut self, sockets: BTreeMap<String, OwnedFd>, record: OwnedFd) -> Self {
+        (self.handed, self.record, self.removes) = (sockets, Some(record.into()), false);
+        self
+    }
+
+    /// Makes the files of a VM that may make none itself: its sockets, and that for its end.
+    ///
+    /// # Errors
+    /// When one cannot be made.
+    pub(crate) fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), FleetError> {
+        let bind =
+            |ending: &str, kind| Ok((ending.to_owned(), self.dir.bind(&format!("{}.{ending}", self.name), kind)?));
+        let mut sockets: BTreeMap<_, _> = ["sock", "console"]
+            .iter()
+            .chain(has_hvc.then_some(&"hvc"))
+            .map(|ending| bind(ending, SocketType::STREAM))
+            .collect::<Result<_, FleetError>>()?;
+        sockets.extend([bind("image", SocketType::SEQPACKET)?]);
+        let file = format!("{}.{END}", self.name);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
+        let record =
+            record.map_err(|error| FleetError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
+        Ok((sockets, record))
+    }
+
+    /// Where the VM's end is recorded, if not in the directory.
+    pub(super) fn take_record(&mut self) -> Option<File> {
+        self.record.take()
+    }
+
+    /// Whether the VM's files are this claim's to make and remove.
+    pub(super) fn owns_files(&self) -> bool {
+        self.removes
+    }
+
+    /// Writes down what a supervisor knows of the VM.
+    pub(crate) fn write_about(&self, bytes: &[u8]) -> io::Result<()> {
+        self.dir.write(&about(&self.name), bytes)
     }
 
     /// The runtime directory's path.
@@ -349,19 +428,41 @@ impl NameClaim {
         Ok(dead)
     }
 
+    /// Claims the name of a VM whose process, `pid`, has ended without removing its files. None if
+    /// they are gone, or the name is another's by now.
+    ///
+    /// # Errors
+    /// When the process still has it.
+    pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, FleetError> {
+        let failed = |source| FleetError::Runtime { path: dir.path.join(name), source };
+        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
+        let owner: Option<u32> = owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
+        if owner != Some(pid) {
+            return Ok(None);
+        }
+        // If it has gone meanwhile, this makes another, and removes that.
+        Self::new(dir, name).map(Some)
+    }
+
     /// Leaves the name to the process that has the lock too.
     pub(crate) fn leave(mut self) {
         self.lock = None;
     }
 
     /// Binds the socket `NAME.ending`, for this user alone (mode 0600).
-    pub(crate) fn bind(&self, ending: &str) -> Result<UnixListener, FleetError> {
+    pub(crate) fn bind(&mut self, ending: &str) -> Result<UnixListener, FleetError> {
+        if let Some(handed) = self.handed.remove(ending) {
+            return Ok(handed.into());
+        }
         // We hold the lock, so an existing socket is a dead owner's.
         Ok(self.dir.bind(&format!("{}.{ending}", self.name), SocketType::STREAM)?.into())
     }
 
     /// Binds the socket at which other processes ask for the VM's image.
-    pub(crate) fn bind_image(&self) -> Result<OwnedFd, FleetError> {
+    pub(crate) fn bind_image(&mut self) -> Result<OwnedFd, FleetError> {
+        if let Some(handed) = self.handed.remove("image") {
+            return Ok(handed);
+        }
         self.dir.bind(&format!("{}.image", self.name), SocketType::SEQPACKET)
     }
 }
@@ -370,11 +471,11 @@ impl Drop for NameClaim {
     fn drop(&mut self) {
         // Another process that has the lock too may have removed the files before, and the name is
         // somebody else's by now.
-        if !self.lock.as_ref().is_some_and(|lock| self.dir.has(&format!("{}.lock", self.name), lock)) {
+        let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
+        if !self.lock.as_ref().is_some_and(is_ours) {
             return;
         }
-        // The lock file last: while it is locked no other process binds these.
-        for ending in ["sock", "console", "hvc", "image", "lock"] {
+        for ending in ENDINGS {
             self.dir.forget(&format!("{}.{ending}", self.name));
         }
     }

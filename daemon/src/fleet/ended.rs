@@ -3,13 +3,15 @@
 //! Each record is a file `NAME.ended` in the runtime directory, until a VM of that name is made
 //! again. The newest [`MAX_RECORDS`] are kept.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::FleetError;
-use super::dir::{RuntimeDir, check_name};
+use super::dir::{END, RuntimeDir, check_name};
 use crate::zygote::Exit;
 use clade_vmm::vm::{StopReason, Vm};
 
@@ -48,8 +50,9 @@ pub(crate) fn last_output(vm: &Vm) -> String {
     String::from_utf8_lossy(&console.since(console.position().saturating_sub(MAX_OUTPUT))).into_owned()
 }
 
-/// Records the end of `vm`, if it ended by itself.
-pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
+/// Records the end of `vm`, if it ended by itself: in `file`, for whoever clears up after this
+/// process, otherwise in the directory.
+pub(super) fn record(dir: &RuntimeDir, file: Option<&File>, vm: &Vm, parent: Option<&str>) {
     let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Requested) else { return };
     let ended = EndedVm {
         name: vm.name().to_owned(),
@@ -62,11 +65,28 @@ pub(super) fn record(dir: &RuntimeDir, vm: &Vm, parent: Option<&str>) {
         pid: std::process::id(),
         console: last_output(vm),
     };
-    write(dir, &ended);
+    let Some(mut file) = file else { return write(dir, &ended) };
+    let written = serde_json::to_vec(&ended).map_err(std::io::Error::other).and_then(|bytes| file.write_all(&bytes));
+    if let Err(error) = written {
+        tracing::warn!(%error, name = ended.name, "the end of a VM is not on record");
+    }
+}
+
+/// Records the end of a VM whose process may not write into the directory: what it has said itself,
+/// otherwise what is known of its `exit`. Nothing if it was stopped on request.
+pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool) {
+    let said = dir.read(&format!("{name}.{END}")).ok().flatten();
+    let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
+    match said.filter(|said| said.name == name) {
+        // The process may have been broken into: its number is known better here.
+        Some(said) => write(dir, &EndedVm { pid: exit.pid, ..said }),
+        None if was_orderly => {}
+        None => record_lost(dir, name, exit),
+    }
 }
 
 /// Records the end of a VM whose process has ended without a word.
-pub(crate) fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
+fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
     // It may have said why itself, and waited for others afterwards.
     let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
@@ -115,7 +135,7 @@ fn names(dir: &RuntimeDir) -> std::io::Result<Vec<String>> {
 }
 
 /// Removes the record of an earlier VM of the name.
-pub(super) fn forget(dir: &RuntimeDir, name: &str) {
+pub(crate) fn forget(dir: &RuntimeDir, name: &str) {
     dir.forget(&format!("{name}{ENDING}"));
 }
 

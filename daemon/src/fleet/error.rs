@@ -93,6 +93,15 @@ pub enum FleetError {
         /// The timeout in seconds.
         seconds: u64,
     },
+    /// The directory for a disk's overlays cannot be made.
+    #[error("no directory for the writes of a disk: {}", path.display())]
+    Overlays {
+        /// The directory.
+        path: PathBuf,
+        /// Why it cannot be made, or used.
+        #[source]
+        source: io::Error,
+    },
     /// A socket's path is longer than the kernel accepts.
     #[error("the socket {} has a path of {length} bytes; {LONGEST_SOCKET_PATH} is the limit", path.display())]
     LongPath {

@@ -1,12 +1,12 @@
 //! Checkpoints: images of VMs at one instant, held for forks.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::about::About;
 use crate::control::{CheckpointInfo, ForkAnswer};
-use crate::fleet::{FleetError, check_name};
+use crate::fleet::{FleetError, RuntimeDir, check_name};
 use crate::image::{self, Forked};
 use crate::worker::Made;
 use clade_vmm::vm::{SealedParts, VmConfig};
@@ -15,6 +15,7 @@ use clade_vmm::vm::{SealedParts, VmConfig};
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     vm: String,
+    about: About,
     parts: SealedParts,
     forked: Forked,
     made: Instant,
@@ -25,9 +26,17 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When there is no such VM, or it cannot be forked.
-    pub(super) fn take(dir: &Path, vm: &str) -> Result<Self, FleetError> {
-        let (forked, parts) = image::fetch(dir, vm)?;
-        Ok(Self { vm: vm.to_owned(), parts, forked, made: Instant::now() })
+    pub(super) fn take(dir: &RuntimeDir, vm: &str) -> Result<Self, FleetError> {
+        // Before: the VM's files may be another's when its image is there.
+        let written = About::read(dir, vm)?;
+        let (forked, parts) = image::fetch(dir.path(), vm)?;
+        let about = About::of(written, vm, &forked)?;
+        Ok(Self { vm: vm.to_owned(), about, parts, forked, made: Instant::now() })
+    }
+
+    /// What is known of the VM, whatever its process says.
+    pub(super) fn about(&self) -> &About {
+        &self.about
     }
 
     /// The VM that it is of.
@@ -36,7 +45,7 @@ impl Checkpoint {
     }
 
     pub(super) fn config(&self) -> &VmConfig {
-        &self.forked.config
+        &self.about.shape.config
     }
 
     pub(super) fn parts(&self) -> &SealedParts {

@@ -8,12 +8,22 @@
 //! | file | what |
 //! |---|---|
 //! | `checkpoint` | images that are held, to fork from |
+//! | `about` | what is known of a VM, whatever its process says |
+//! | `hand` | what a worker may reach, and what it is handed |
+//! | `overlays` | directories for the writes of confined VMs' disks |
+//! | `broker` | guests' connections to the host |
 //! | `pool` | workers that are prepared before they are asked for |
+//! | `snapshots` | snapshots of VMs whose processes may not write files |
 //! | `server` | the HTTP API |
 
+mod about;
+mod broker;
 mod checkpoint;
+mod hand;
+mod overlays;
 mod pool;
 mod server;
+mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -31,13 +41,20 @@ use tokio::task::JoinHandle;
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
-    claim_names, record_lost,
+    claim_names,
 };
-use crate::worker::{BootOrder, Made, Order, Worker, Workers};
+use crate::jail::Confinement;
+use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
+use about::About;
+pub(crate) use about::clear_up;
+use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
-use clade_vmm::vm::VmConfig;
+use clade_vmm::vm::{Endpoints, VmError};
+use hand::{Hand, Place};
+use overlays::OverlayDirs;
 use pool::Pool;
+use snapshots::Snapshots;
 
 /// How often it looks for what dead processes have left.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
@@ -49,9 +66,13 @@ pub struct Supervisor(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     dir: RuntimeDir,
+    place: Place,
+    overlays: OverlayDirs,
+    broker: Broker,
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
+    snapshots: Snapshots,
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
     closing: AtomicBool,
@@ -67,20 +88,30 @@ struct Inner {
 
 impl Supervisor {
     /// Supervises the runtime directory `dir`: answers at its socket, on `runtime`. Keeps up to
-    /// `pool` workers prepared.
+    /// `pool` workers prepared. VMs are confined as `confinement` says.
     ///
     /// # Errors
     /// When another process supervises it, or the zygote cannot be started.
-    pub fn start(dir: &Path, pool: usize, runtime: &Handle) -> Result<Self, FleetError> {
+    pub fn start(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         let (sender, exits) = mpsc::channel();
-        let zygote = Arc::new(Zygote::start(sender)?);
+        let failed = |source| FleetError::Worker { source };
+        let zygote = Arc::new(Zygote::start(sender, confinement)?);
+        let place = Place { dir: dir.path().to_owned(), confinement };
+        let overlays = OverlayDirs::default();
+        for about in About::all(&dir)? {
+            overlays.found(&about.overlays);
+        }
         let supervisor = Self(Arc::new(Inner {
-            pool: Pool::start(&zygote, pool)?,
+            pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
+            broker: Broker::start().map_err(failed)?,
             zygote,
+            place,
+            overlays,
             dir,
             checkpoints: Checkpoints::default(),
+            snapshots: Snapshots::default(),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
@@ -93,7 +124,7 @@ impl Supervisor {
         thread::Builder::new()
             .name("clade-ends".to_owned())
             .spawn(move || watch_ends(&exits, &weak))
-            .map_err(|source| FleetError::Worker { source })?;
+            .map_err(failed)?;
         let server = runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         *supervisor.0.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         Ok(supervisor)
@@ -134,12 +165,21 @@ impl Supervisor {
     ) -> Result<CheckpointInfo, FleetError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, name)?;
-        let checkpoint = Arc::new(Checkpoint::take(self.0.dir.path(), vm)?);
+        let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm)?);
         // Nobody would know of it.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
         self.0.checkpoints.insert(&name, checkpoint);
         Ok(info)
+    }
+
+    /// Removes what is left of a VM that was stopped.
+    fn clear_up(&self, claim: NameClaim, exit: Exit) {
+        self.0.clear_up(claim, exit, true);
+    }
+
+    fn snapshots(&self) -> &Snapshots {
+        &self.0.snapshots
     }
 
     pub(crate) fn checkpoints(&self) -> &Checkpoints {
@@ -153,9 +193,9 @@ impl Supervisor {
     pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
         let _busy = self.0.busy.read();
         let checkpoint = self.0.checkpoints.get(checkpoint)?;
-        let config = checkpoint.config();
-        check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
-        self.0.pool.prepare(config, count, || self.check(0, count, cancel))
+        let shape = &checkpoint.about().shape;
+        check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
+        self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
     }
 
     /// Forks a VM, in whatever process it is, into children of one instant.
@@ -169,7 +209,7 @@ impl Supervisor {
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, cancel)?;
         let claimed = Instant::now();
-        let checkpoint = Checkpoint::take(self.0.dir.path(), vm)?;
+        let checkpoint = Checkpoint::take(&self.0.dir, vm)?;
         tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
         Ok(checkpoint.answer(made, begun.elapsed()))
@@ -213,13 +253,29 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
-        let config = checkpoint.config();
-        check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
-        let identity = request.identity();
+        let About { shape, identity, .. } = checkpoint.about();
+        check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
+        let choice = request.identity();
+        // While any is made: a worker is told of directories that are there.
+        let _overlays = self.0.overlays.hold(&shape.written())?;
         let order = |worker: &Worker, claim: &NameClaim| {
-            worker.fork(claim, Some(checkpoint.vm()), &identity, request.paused, checkpoint.parts())
+            let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
+            let overlays = self.0.overlays.hold(&shape.written())?;
+            let (mut hand, handed) = Hand::make(&self.0.dir, claim, shape, overlays, ends, &self.0.broker)?;
+            let order = ForkOrder {
+                name: claim.name.clone(),
+                shape: Some(shape.clone()),
+                handed: Some(handed),
+                parent: Some(checkpoint.vm().to_owned()),
+                identity: choice.clone(),
+                paused: request.paused,
+            };
+            worker.fork(order, &hand.files(claim), checkpoint.parts())?;
+            hand.sent();
+            Ok(hand)
         };
-        let made = self.make(Some(config), &claims, order, |made| self.check(made, count, cancel))?;
+        let enter = self.0.place.of_child(shape);
+        let made = self.make(Some(shape), &enter, &claims, order, |made| self.check(made, count, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -230,14 +286,32 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, config, kernel, initrd, cmdline } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline } = request;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
-        let dir = self.0.dir.path().to_owned();
-        let order = Order::Boot(Box::new(BootOrder { dir, name, config, kernel, initrd, cmdline }));
+        config.check_devices().map_err(VmError::from)?;
+        let shape = Shape::of_boot(&config);
+        // The writes of a disk that leaves its image as it is. Others are made beside the image.
+        let mut written = Vec::new();
+        for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays).filter(|(disk, _)| disk.disk.ephemeral) {
+            disk.disk.overlays = Some(overlays.clone());
+            written.push(overlays.clone());
+        }
+        let shape = Shape { config: config.clone(), ..shape };
+        let _overlays = self.0.overlays.hold(&written)?;
+        let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
         let claims = [claim];
-        let give = |worker: &Worker, claim: &NameClaim| worker.order(&order, claim.lock().as_slice());
-        let made = self.make(None, &claims, give, |made| self.check(made, 1, cancel))?;
+        let give = |worker: &Worker, claim: &NameClaim| {
+            let ends = Endpoints::boot(&config).map_err(VmError::from)?;
+            let overlays = self.0.overlays.hold(&written)?;
+            let (mut hand, handed) = Hand::make(&self.0.dir, claim, &shape, overlays, ends, &self.0.broker)?;
+            let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
+            let order = BootOrder { name: claim.name.clone(), handed, config: config.clone(), kernel, initrd, cmdline };
+            worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
+            hand.sent();
+            Ok(hand)
+        };
+        let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.into_iter().next().ok_or(FleetError::Ending)
     }
@@ -246,25 +320,54 @@ impl Supervisor {
     /// outlive this when it fails: names are free when nothing uses them any more.
     fn make(
         &self,
-        config: Option<&VmConfig>,
+        shape: Option<&Shape>,
+        enter: &EnterOrder,
         claims: &[NameClaim],
-        order: impl Fn(&Worker, &NameClaim) -> Result<(), FleetError>,
+        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
+        check: impl Fn(usize) -> Result<(), FleetError>,
+    ) -> Result<Vec<Made>, FleetError> {
+        let prepared = shape.map_or_else(Vec::new, |shape| self.0.pool.take(shape, claims.len()));
+        let were_prepared = !prepared.is_empty();
+        match self.make_with(prepared, enter, claims, &order, &check) {
+            // One that was prepared may have died meanwhile. Others have no such excuse.
+            Err(FleetError::Worker { source }) if were_prepared => {
+                tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
+                self.make_with(Vec::new(), enter, claims, &order, &check)
+            }
+            made => made,
+        }
+    }
+
+    fn make_with(
+        &self,
+        prepared: Vec<Worker>,
+        enter: &EnterOrder,
+        claims: &[NameClaim],
+        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let begun = Instant::now();
-        let prepared = config.map_or_else(Vec::new, |config| self.0.pool.take(config, claims.len()));
-        let mut workers = Workers(self.0.zygote.workers(claims.len() - prepared.len())?);
+        let fresh = |count| {
+            let workers = self.0.zygote.workers(count)?;
+            workers.iter().try_for_each(|worker| worker.enter(enter.clone()))?;
+            Ok::<_, FleetError>(workers)
+        };
+        let mut workers = Workers(fresh(claims.len() - prepared.len())?);
         // The prepared ones first: they are the first to be done.
         workers.0.splice(..0, prepared);
         let have_workers = Instant::now();
+        let mut hands = Vec::with_capacity(claims.len());
         for (at, claim) in claims.iter().enumerate() {
             check(0)?;
-            if order(&workers.0[at], claim).is_err() {
+            let hand = match order(&workers.0[at], claim) {
                 // One that was prepared may have died meanwhile. Another has no such excuse.
-                let mut fresh = self.0.zygote.workers(1)?;
-                workers.0[at] = fresh.pop().ok_or(FleetError::Ending)?;
-                order(&workers.0[at], claim)?;
-            }
+                Err(FleetError::Worker { .. } | FleetError::Transfer(_)) => {
+                    workers.0[at] = fresh(1)?.pop().ok_or(FleetError::Ending)?;
+                    order(&workers.0[at], claim)
+                }
+                other => other,
+            };
+            hands.push(hand?);
         }
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
@@ -274,6 +377,7 @@ impl Supervisor {
             let mut vms = self.0.vms();
             pids.iter().for_each(|pid| drop(vms.remove(pid)));
         })?;
+        hands.into_iter().for_each(Hand::keep);
         let (workers, orders) = (have_workers - begun, ordered - have_workers);
         tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
         Ok(made)
@@ -327,15 +431,21 @@ impl Inner {
     fn ended(&self, exit: Exit) {
         let name = self.vms().remove(&exit.pid);
         let Some(name) = name else { return };
+        self.snapshots.forget(&name);
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By itself, or by a signal that it has heard.
-        if exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143)) {
-            return;
-        }
-        // It left its sockets. The lock went with it, unless another has the name by now.
+        let was_orderly = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
+        // Its files are there. The lock went with it, unless another has the name by now.
         if let Ok(claim) = NameClaim::new(&self.dir, &name) {
-            record_lost(&self.dir, &name, exit);
-            drop(claim);
+            self.clear_up(claim, exit, was_orderly);
+        }
+    }
+
+    /// Records the end of a VM, and removes its files.
+    fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
+        self.snapshots.forget(&claim.name);
+        if let Some(about) = clear_up(&self.dir, claim, exit, was_orderly) {
+            self.overlays.release(&about.overlays);
         }
     }
 
@@ -344,6 +454,7 @@ impl Inner {
     /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
     /// next sweep.
     fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
+        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
         let mut found = BTreeSet::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
             Ok(dead) => dead,
@@ -355,6 +466,12 @@ impl Inner {
         let mut vms = self.vms();
         for (claim, pid) in dead {
             let worker = vms.iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
+            if let Some(pid) = worker.filter(|pid| is_there(*pid)) {
+                // Its process waits until it may give its disks what was written since a fork.
+                vms.remove(&pid);
+                self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
+                continue;
+            }
             if worker.is_some() && !suspects.contains(&claim.name) {
                 found.insert(claim.name.clone());
                 claim.leave();
@@ -362,11 +479,10 @@ impl Inner {
             }
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
-            record_lost(&self.dir, &claim.name, Exit { pid, signal: None, code: None });
+            self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
             vms.remove(&pid);
         }
         // Those that have ended in an orderly way under a zygote that was killed.
-        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
         vms.retain(|pid, name| is_there(*pid) || found.contains(name));
         found
     }

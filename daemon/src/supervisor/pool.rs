@@ -8,10 +8,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::hand::Place;
+use super::overlays::{InUse, OverlayDirs};
 use crate::fleet::FleetError;
-use crate::worker::{Order, Worker, Workers};
+use crate::worker::{Order, Shape, Worker, Workers};
 use crate::zygote::Zygote;
-use clade_vmm::vm::VmConfig;
 
 /// After this time without a fork, no worker is kept for a configuration.
 const IDLE: Duration = Duration::from_secs(60);
@@ -19,8 +20,10 @@ const IDLE: Duration = Duration::from_secs(60);
 const STEP: usize = 8;
 
 #[derive(Debug)]
-struct Shape {
-    config: VmConfig,
+struct Shelf {
+    shape: Shape,
+    /// Its workers were told of these.
+    _overlays: InUse,
     ready: Vec<Worker>,
     wanted: usize,
     used: Instant,
@@ -28,7 +31,7 @@ struct Shape {
 
 #[derive(Debug, Default)]
 struct State {
-    shapes: Vec<Shape>,
+    shelves: Vec<Shelf>,
     is_closed: bool,
 }
 
@@ -37,6 +40,8 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     zygote: Arc<Zygote>,
+    place: Place,
+    overlays: OverlayDirs,
     most: usize,
 }
 
@@ -49,63 +54,73 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Workers that are ready for `config`.
-    fn make(&self, config: &VmConfig, count: usize) -> Result<Vec<Worker>, FleetError> {
+    /// Workers that are ready for VMs of `shape`.
+    fn make(&self, shape: &Shape, count: usize) -> Result<Vec<Worker>, FleetError> {
         let workers = self.zygote.workers(count)?;
-        let order = Order::Prepare(Box::new(config.clone()));
-        workers.iter().try_for_each(|worker| worker.order(&order, &[]))?;
+        let (enter, order) = (self.place.of_child(shape), Order::Prepare(Box::new(shape.config.clone())));
+        for worker in &workers {
+            worker.enter(enter.clone())?;
+            worker.order(&order, &[])?;
+        }
         workers.iter().try_for_each(Worker::ready)?;
         Ok(workers)
     }
 
+    /// A shelf without workers. None if they would have no place for their disks' writes.
+    fn shelf(&self, shape: &Shape, wanted: usize) -> Option<Shelf> {
+        let held = self.overlays.hold(&shape.written());
+        let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
+        Some(Shelf { shape: shape.clone(), _overlays: held, ready: Vec::new(), wanted, used: Instant::now() })
+    }
+
     /// Waits until there is something to be made, and makes a few. Returns whether to go on.
     fn refill(&self) -> bool {
-        let (config, count) = {
+        let (shape, count) = {
             let mut state = self.state();
             loop {
                 if state.is_closed {
                     return false;
                 }
-                let idle = state.shapes.extract_if(.., |shape| shape.used.elapsed() > IDLE).collect::<Vec<_>>();
+                let idle = state.shelves.extract_if(.., |shelf| shelf.used.elapsed() > IDLE).collect::<Vec<_>>();
                 if !idle.is_empty() {
                     // Not under the lock: they take time to end.
                     drop(state);
-                    drop(Workers(idle.into_iter().flat_map(|shape| shape.ready).collect()));
+                    drop(Workers(idle.into_iter().flat_map(|shelf| shelf.ready).collect()));
                     return true;
                 }
-                let short = state.shapes.iter().find(|shape| shape.ready.len() < shape.wanted);
-                if let Some(shape) = short {
-                    break (shape.config.clone(), (shape.wanted - shape.ready.len()).min(STEP));
+                let short = state.shelves.iter().find(|shelf| shelf.ready.len() < shelf.wanted);
+                if let Some(shelf) = short {
+                    break (shelf.shape.clone(), (shelf.wanted - shelf.ready.len()).min(STEP));
                 }
                 let waited = self.changed.wait_timeout(state, IDLE / 4);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         };
-        match self.make(&config, count) {
-            Ok(workers) => self.put(&config, workers),
+        match self.make(&shape, count) {
+            Ok(workers) => self.put(&shape, workers),
             Err(error) => {
                 tracing::warn!(%error, "no workers are prepared");
                 // The next fork has it tried again.
-                if let Some(shape) = self.state().shapes.iter_mut().find(|shape| shape.config == config) {
-                    shape.wanted = 0;
+                if let Some(shelf) = self.state().shelves.iter_mut().find(|shelf| shelf.shape == shape) {
+                    shelf.wanted = 0;
                 }
             }
         }
         true
     }
 
-    fn put(&self, config: &VmConfig, workers: Vec<Worker>) {
+    fn put(&self, shape: &Shape, workers: Vec<Worker>) {
         let mut state = self.state();
         if state.is_closed {
             drop(state);
             drop(workers);
             return;
         }
-        match state.shapes.iter_mut().find(|shape| shape.config == *config) {
-            Some(shape) => shape.ready.extend(workers),
+        match state.shelves.iter_mut().find(|shelf| shelf.shape == *shape) {
+            Some(shelf) => shelf.ready.extend(workers),
             None => {
-                let config = config.clone();
-                state.shapes.push(Shape { config, wanted: workers.len(), ready: workers, used: Instant::now() });
+                let shelf = self.shelf(shape, workers.len());
+                state.shelves.extend(shelf.map(|shelf| Shelf { ready: workers, ..shelf }));
             }
         }
     }
@@ -116,9 +131,14 @@ impl Pool {
     ///
     /// # Errors
     /// When the thread that fills it cannot be started.
-    pub(super) fn start(zygote: &Arc<Zygote>, most: usize) -> Result<Self, FleetError> {
-        let shared =
-            Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), zygote: Arc::clone(zygote), most });
+    pub(super) fn start(
+        zygote: &Arc<Zygote>,
+        place: Place,
+        overlays: OverlayDirs,
+        most: usize,
+    ) -> Result<Self, FleetError> {
+        let (state, changed, zygote) = (Mutex::default(), Condvar::new(), Arc::clone(zygote));
+        let shared = Arc::new(Shared { state, changed, zygote, place, overlays, most });
         let weak: Weak<Shared> = Arc::downgrade(&shared);
         let fill = move || {
             while let Some(shared) = weak.upgrade() {
@@ -135,20 +155,20 @@ impl Pool {
     }
 
     /// Takes up to `count` workers for `config`, and has as many made for the next time.
-    pub(super) fn take(&self, config: &VmConfig, count: usize) -> Vec<Worker> {
+    pub(super) fn take(&self, shape: &Shape, count: usize) -> Vec<Worker> {
         let mut state = self.0.state();
         let wanted = count.min(self.0.most);
-        let taken = match state.shapes.iter_mut().find(|shape| shape.config == *config) {
-            Some(shape) => {
+        let taken = match state.shelves.iter_mut().find(|shelf| shelf.shape == *shape) {
+            Some(shelf) => {
                 // It goes down by a quarter at a time, so that one small fork in between costs little.
-                shape.wanted = wanted.max((shape.wanted * 3 / 4).min(self.0.most));
-                shape.used = Instant::now();
-                let left = shape.ready.len().saturating_sub(count);
-                shape.ready.split_off(left)
+                shelf.wanted = wanted.max((shelf.wanted * 3 / 4).min(self.0.most));
+                shelf.used = Instant::now();
+                let left = shelf.ready.len().saturating_sub(count);
+                shelf.ready.split_off(left)
             }
             None => {
-                let config = config.clone();
-                state.shapes.push(Shape { config, wanted, ready: Vec::new(), used: Instant::now() });
+                let shelf = self.0.shelf(shape, wanted);
+                state.shelves.extend(shelf);
                 Vec::new()
             }
         };
@@ -163,10 +183,12 @@ impl Pool {
     /// When one cannot be made, or that of `check`. Those that were made before are kept.
     pub(super) fn prepare(
         &self,
-        config: &VmConfig,
+        shape: &Shape,
         count: usize,
         check: impl Fn() -> Result<(), FleetError>,
     ) -> Result<usize, FleetError> {
+        // Until there is a shelf.
+        let _overlays = self.0.overlays.hold(&shape.written())?;
         // Others may take them meanwhile: it makes so many, and no more.
         let mut made = 0;
         loop {
@@ -176,34 +198,34 @@ impl Pool {
                 if state.is_closed {
                     return Err(FleetError::Ending);
                 }
-                let shape = state.shapes.iter_mut().find(|shape| shape.config == *config);
-                shape.map_or(0, |shape| {
-                    shape.used = Instant::now();
-                    shape.ready.len()
+                let shelf = state.shelves.iter_mut().find(|shelf| shelf.shape == *shape);
+                shelf.map_or(0, |shelf| {
+                    shelf.used = Instant::now();
+                    shelf.ready.len()
                 })
             };
             if ready >= count || made >= count {
                 return Ok(ready);
             }
             let step = (count - ready).min(STEP);
-            self.0.put(config, self.0.make(config, step)?);
+            self.0.put(shape, self.0.make(shape, step)?);
             made += step;
         }
     }
 
     /// How many workers are prepared.
     pub(super) fn len(&self) -> usize {
-        self.0.state().shapes.iter().map(|shape| shape.ready.len()).sum()
+        self.0.state().shelves.iter().map(|shelf| shelf.ready.len()).sum()
     }
 
     /// Ends all workers. None is made any more.
     pub(super) fn close(&self) {
         let mut state = self.0.state();
         state.is_closed = true;
-        let shapes = std::mem::take(&mut state.shapes);
+        let shelves = std::mem::take(&mut state.shelves);
         drop(state);
         self.0.changed.notify_all();
-        drop(Workers(shapes.into_iter().flat_map(|shape| shape.ready).collect()));
+        drop(Workers(shelves.into_iter().flat_map(|shelf| shelf.ready).collect()));
     }
 }
 

@@ -16,8 +16,8 @@ use tokio::sync::watch;
 use super::Supervisor;
 use crate::control::{
     Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer,
-    ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, VmInfo, fallback, not_allowed, on_a_thread,
-    serve_http,
+    ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest, SupervisorInfo,
+    THREAD_PATIENCE, VmInfo, expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, FleetError, check_name, socket_path};
 
@@ -111,6 +111,49 @@ async fn prepare(
     work(supervisor, prepare).await
 }
 
+/// Stops a VM, and removes what its process may not.
+async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    let client = Client::new(supervisor.dir());
+    Ok(Json(client.stop_and(&name, |_, claim, exit| supervisor.clear_up(claim, exit)).await?))
+}
+
+async fn snapshot(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<SnapshotRequest>,
+) -> Answer<SnapshotAnswer> {
+    let Json(request) = request?;
+    if !supervisor.saves(&name) {
+        let client = Client::new(supervisor.dir());
+        return Ok(Json(client.request(hyper::Method::POST, &name, "/snapshot", Some(&request)).await?));
+    }
+    expect_absolute(&request.dir)?;
+    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, cancel)).await
+}
+
+async fn snapshot_progress(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<SnapshotProgress> {
+    if !supervisor.saves(&name) {
+        let client = Client::new(supervisor.dir());
+        return Ok(Json(client.request(hyper::Method::GET, &name, "/snapshot", None::<&()>).await?));
+    }
+    Ok(Json(supervisor.snapshots().progress(&name)))
+}
+
+async fn cancel_snapshot(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<SnapshotProgress> {
+    if !supervisor.saves(&name) {
+        let client = Client::new(supervisor.dir());
+        return Ok(Json(client.request(hyper::Method::DELETE, &name, "/snapshot", None::<&()>).await?));
+    }
+    supervisor.snapshots().cancel(&name);
+    Ok(Json(supervisor.snapshots().progress(&name)))
+}
+
 /// Passes a request for one VM on to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let path = request.uri().path();
@@ -155,6 +198,8 @@ fn router(supervisor: Supervisor) -> Router {
         .route("/v1/vms", get(vms).post(boot))
         .route("/v1/vms/{name}/fork", post(fork_vm))
         .route("/v1/vms/{name}/checkpoint", post(checkpoint))
+        .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
         .route("/v1/vms/{name}", any(pass_on))
         .route("/v1/vms/{name}/{*rest}", any(pass_on))
         .route("/v1/checkpoints", get(checkpoints))

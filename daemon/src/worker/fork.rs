@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{Made, Worker, Workers};
+use super::{EnterOrder, ForkOrder, Made, Worker, Workers};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, NameClaim, Needs, Parent, check_room, claim_names};
+use crate::jail::{Confinement, Grants};
 use clade_vmm::vm::ForkReport;
 
 /// Forks a VM into children of one instant, each in a process of its own. All or none are made
@@ -36,7 +37,18 @@ pub(crate) fn fork(
     for (at, claim) in claims.iter().enumerate() {
         batch.check(at)?;
         let worker = Worker::start(&program)?;
-        worker.fork(claim, Some(name), wanted.identity, paused, &parts)?;
+        // In this process too, whoever is in the VM is in all of them.
+        let (confinement, grants) = (Confinement::Off, Grants::default());
+        worker.enter(EnterOrder { dir: claim.dir().to_owned(), confinement, grants, disks: 0 })?;
+        let order = ForkOrder {
+            name: claim.name.clone(),
+            shape: None,
+            handed: None,
+            parent: Some(name.to_owned()),
+            identity: wanted.identity.clone(),
+            paused,
+        };
+        worker.fork(order, claim.lock().as_slice(), &parts)?;
         workers.0.push(worker);
     }
     drop(parts);

@@ -5,7 +5,8 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1.. | starter | an order as JSON. With a VM's name comes its lock |
+//! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
+//! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
@@ -19,8 +20,10 @@
 //! | the supervisor | its [`zygote`](crate::zygote) forks a process that has everything loaded |
 //! | a process with a fleet | the same program, with the socket as its standard input |
 
+mod enter;
 mod fork;
 mod process;
+mod save;
 mod serve;
 
 use std::io;
@@ -34,10 +37,13 @@ use serde::{Deserialize, Serialize};
 use crate::control::IdentityInfo;
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
-use clade_vmm::vm::{ChildIdentity, Vm, VmConfig};
+use clade_vmm::vm::{ChildIdentity, EndpointParts, Vm, VmConfig};
 
+pub(crate) use enter::EnterOrder;
+pub use enter::{Entered, enter};
 pub(crate) use fork::fork;
 pub(crate) use process::{Process, Worker, Workers};
+pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
 
 /// The command-line argument that makes the program a worker.
@@ -48,31 +54,53 @@ const MAX_MESSAGE: usize = 64 << 10;
 /// What a worker is to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
+    /// The first one: reach only this from now on.
+    Enter(Box<EnterOrder>),
     /// Be ready for a VM of this configuration.
     Prepare(Box<VmConfig>),
     /// Start a child from the image that follows.
     Fork(Box<ForkOrder>),
     /// Boot a VM.
     Boot(Box<BootOrder>),
+    /// Write a snapshot of the images that follow.
+    Save(Box<SaveOrder>),
+}
+
+/// What comes with an order as descriptors, in this order: the name's lock; and if anything is
+/// handed in, the file for the VM's end, the sockets, and those of the interfaces.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Handed {
+    /// Endings of the sockets.
+    pub(crate) sockets: Vec<String>,
+    pub(crate) ends: EndpointParts,
+}
+
+/// What the workers of a family have in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Shape {
+    pub(crate) config: VmConfig,
+    /// The directory of each disk's overlays.
+    pub(crate) overlays: Vec<PathBuf>,
 }
 
 /// A child to be started.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ForkOrder {
-    /// The runtime directory.
-    pub(crate) dir: PathBuf,
     pub(crate) name: String,
+    /// What the image must be of, if that is known. Otherwise the image is believed.
+    pub(crate) shape: Option<Shape>,
+    /// None if the worker makes its sockets itself.
+    pub(crate) handed: Option<Handed>,
     pub(crate) parent: Option<String>,
     pub(crate) identity: ChildIdentity,
     pub(crate) paused: bool,
 }
 
 /// A VM to be booted.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct BootOrder {
-    /// The runtime directory.
-    pub(crate) dir: PathBuf,
     pub(crate) name: String,
+    pub(crate) handed: Handed,
     pub(crate) config: VmConfig,
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
@@ -89,6 +117,12 @@ pub(crate) enum Answer {
         identity: Option<IdentityInfo>,
     },
     Running,
+    /// Bytes of a snapshot that are written, of those that are to be.
+    Saving {
+        done: u64,
+        total: u64,
+    },
+    Saved(Box<SavedFiles>),
     Failed {
         /// The HTTP status that the error stands for.
         status: u16,

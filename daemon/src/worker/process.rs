@@ -16,9 +16,9 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Answer, ForkOrder, Made, Order, WORKER, receive, send};
-use crate::fleet::{FleetError, NameClaim};
-use clade_vmm::vm::{ChildIdentity, SealedParts};
+use super::{Answer, EnterOrder, ForkOrder, Made, Order, SaveOrder, SavedFiles, WORKER, receive, send};
+use crate::fleet::FleetError;
+use clade_vmm::vm::SealedParts;
 
 /// How long a worker may take to make its VM.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -144,27 +144,63 @@ impl Worker {
         send(&self.socket, order, files).map_err(failed)
     }
 
-    /// Has it start a child of `parent` under a name that is claimed here.
+    /// Tells it what it may reach: the first order.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn enter(&self, order: EnterOrder) -> Result<(), FleetError> {
+        self.order(&Order::Enter(Box::new(order)), &[])
+    }
+
+    /// Has it start a child from `parts`. `files` come with the order ([`Handed`](super::Handed)).
     ///
     /// # Errors
     /// When it has ended.
     pub(crate) fn fork(
         &self,
-        claim: &NameClaim,
-        parent: Option<&str>,
-        identity: &ChildIdentity,
-        paused: bool,
+        order: ForkOrder,
+        files: &[BorrowedFd<'_>],
         parts: &SealedParts,
     ) -> Result<(), FleetError> {
-        let order = ForkOrder {
-            dir: claim.dir().to_owned(),
-            name: claim.name.clone(),
-            parent: parent.map(str::to_owned),
-            identity: identity.clone(),
-            paused,
-        };
-        self.order(&Order::Fork(Box::new(order)), claim.lock().as_slice())?;
+        self.order(&Order::Fork(Box::new(order)), files)?;
         Ok(parts.send(&self.socket)?)
+    }
+
+    /// Has it write a snapshot of `parts`, which may be based on one of `base`.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn save(
+        &self,
+        order: SaveOrder,
+        base: Option<&SealedParts>,
+        parts: &SealedParts,
+    ) -> Result<(), FleetError> {
+        self.order(&Order::Save(Box::new(order)), &[])?;
+        base.map_or(Ok(()), |base| base.send(&self.socket))?;
+        Ok(parts.send(&self.socket)?)
+    }
+
+    /// Waits until its snapshot is written. `watch` is called with the bytes that are done and to
+    /// do; once it says so, the worker stops, which is an error.
+    ///
+    /// # Errors
+    /// When the worker refuses, or has ended.
+    pub(crate) fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<SavedFiles, FleetError> {
+        let mut is_stopped = false;
+        loop {
+            let progress = match receive(&self.socket) {
+                Ok((Answer::Saved(saved), _)) => return Ok(*saved),
+                Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
+                Ok((Answer::Saving { done, total }, _)) => Some((done, total)),
+                Ok((other, _)) => return Err(failed(unexpected(&other))),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                Err(error) => return Err(failed(error)),
+            };
+            if watch(progress) && !std::mem::replace(&mut is_stopped, true) {
+                self.run();
+            }
+        }
     }
 
     /// Waits for its answer. `check` is called every [`POLL_INTERVAL`].

@@ -1,5 +1,6 @@
 //! A worker's own side.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,11 +10,12 @@ use clade_io::seqpacket;
 use clade_memory::GuestRam;
 use tokio::runtime::Handle;
 
-use super::{Answer, BootOrder, ForkOrder, Order, Program, receive, send};
-use crate::control::{IdentityInfo, serve_fleet, status_of};
-use crate::fleet::{Fleet, FleetError, NameClaim};
+use super::save::save;
+use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, receive, send};
+use crate::control::{IdentityInfo, serve_fleet_in, status_of};
+use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir};
 use clade_vmm::boot::{BootSource, Image};
-use clade_vmm::vm::{ChildOptions, Context, ForkImage, SealedParts, Vm, VmError};
+use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
 /// The HTTP status of a request that cannot be done as it is.
 const BAD_REQUEST: u16 = 400;
@@ -36,12 +38,13 @@ pub struct Served {
 /// When the VM cannot be made, which the other process is told.
 pub fn serve(
     context: &Context,
+    entered: &Entered,
     socket: &OwnedFd,
     runtime: &Handle,
     program: &Program,
     before_it_runs: &dyn Fn() -> io::Result<()>,
 ) -> Result<Option<Served>, FleetError> {
-    let maker = Maker { context, socket, runtime, program, before_it_runs };
+    let maker = Maker { context, entered, socket, runtime, program, before_it_runs };
     loop {
         let (order, files) = match receive(socket) {
             // It waited in a pool, and whoever kept it there has gone.
@@ -50,6 +53,7 @@ pub fn serve(
         };
         let boots = matches!(&order, Order::Boot(_));
         let done = match order {
+            Order::Enter(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
             Order::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
                 Ok(()) => {
                     send(socket, &Answer::Ready, &[]).map_err(failed)?;
@@ -57,8 +61,12 @@ pub fn serve(
                 }
                 Err(error) => Err(error.into()),
             },
-            Order::Fork(order) => maker.fork(&order, files),
-            Order::Boot(order) => maker.boot(&order, files),
+            Order::Save(order) => save(context, socket, &order).and_then(|saved| {
+                send(socket, &Answer::Saved(Box::new(saved)), &[]).map_err(failed)?;
+                Ok(None)
+            }),
+            Order::Fork(order) => maker.fork(*order, files),
+            Order::Boot(order) => maker.boot(*order, files),
         };
         return done.inspect_err(|error| {
             // A file that is not there, or no disk: whoever asks has named it.
@@ -75,16 +83,28 @@ fn failed(source: io::Error) -> FleetError {
     FleetError::Worker { source }
 }
 
-/// The claim whose lock came with an order.
-fn claimed(fleet: &Fleet, name: &str, files: Vec<OwnedFd>) -> Result<NameClaim, FleetError> {
-    let [lock] = <[OwnedFd; 1]>::try_from(files)
-        .map_err(|files| failed(io::Error::other(format!("an order with {} descriptors", files.len()))))?;
-    NameClaim::adopt(fleet.dir(), name, lock)
+/// The claim whose lock came with an order, and what else came.
+fn claimed(
+    dir: &RuntimeDir,
+    name: &str,
+    handed: Option<Handed>,
+    files: Vec<OwnedFd>,
+) -> Result<(NameClaim, Option<Endpoints>), FleetError> {
+    let count = files.len();
+    let few = || failed(io::Error::other(format!("an order with {count} descriptors")));
+    let mut files = files.into_iter();
+    let claim = NameClaim::adopt(dir, name, files.next().ok_or_else(few)?)?;
+    let Some(Handed { sockets, ends }) = handed else { return Ok((claim, None)) };
+    let record = files.next().ok_or_else(few)?;
+    let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
+    let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
+    Ok((claim.handed_in(sockets, record), Some(ends)))
 }
 
 /// Makes the worker's VM.
 struct Maker<'a> {
     context: &'a Context,
+    entered: &'a Entered,
     socket: &'a OwnedFd,
     runtime: &'a Handle,
     program: &'a Program,
@@ -106,25 +126,30 @@ impl Maker<'_> {
         })
     }
 
-    fn fork(&self, order: &ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
+    fn fork(&self, order: ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
         let begun = Instant::now();
         let parts = SealedParts::receive(self.socket)?.open()?;
         let received = Instant::now();
-        let image = ForkImage::import(self.context, parts)?;
+        let ForkOrder { name, shape, handed, parent, identity, paused } = order;
+        let overlays = shape.as_ref().map_or(Overlays::AsNamed, |shape| Overlays::In(&shape.overlays));
+        let image = ForkImage::import(self.context, parts, overlays)?;
+        if shape.is_some_and(|shape| shape.config != **image.config()) {
+            return Err(failed(io::Error::other("the image is of a VM with another configuration")));
+        }
         let imported = Instant::now();
-        let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
-        let claim = claimed(&fleet, &order.name, files)?;
+        let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
+        let (claim, ends) = claimed(&self.entered.dir, &name, handed, files)?;
         let (receive, import) = (received - begun, imported - received);
-        tracing::debug!(name = order.name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
+        tracing::debug!(name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
         let options = ChildOptions { paused: true, before_start };
         let make = |context: &Context| {
-            let ends = image.endpoints(&order.name, &order.identity)?;
-            Vm::from_image_as(context, &order.name, &image, ends, options)
+            let ends = ends.map_or_else(|| image.endpoints(&name, &identity), Ok)?;
+            Vm::from_image_as(context, &name, &image, ends, options)
         };
-        let made = fleet.launch_claimed(claim, order.parent.as_deref(), make, |vm| self.is_wanted(vm))?;
+        let made = fleet.launch_claimed(claim, parent.as_deref(), make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
-        if !order.paused {
+        if !paused {
             // Another request may have stopped it already: it is listed.
             let _ = vm.resume();
             if let Some(started) = self.program.started {
@@ -132,22 +157,19 @@ impl Maker<'_> {
             }
         }
         let _ = send(self.socket, &Answer::Running, &[]);
-        if let Some(said) = self.program.said.filter(|_| !order.paused) {
+        if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
         Ok(Some(Served { fleet, booted: None }))
     }
 
-    fn boot(&self, order: &BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
-        let claim = claimed(&fleet, &order.name, files)?;
-        let source = BootSource {
-            kernel: (self.program.kernel)(&order.kernel),
-            initrd: order.initrd.clone().map(Image::File),
-            cmdline: order.cmdline.clone(),
-        };
-        let config = Arc::new(order.config.clone());
-        let make = |context: &Context| Vm::boot(context, &order.name, &config, &source);
+    fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
+        let BootOrder { name, handed, config, kernel, initrd, cmdline } = order;
+        let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
+        let (claim, ends) = claimed(&self.entered.dir, &name, Some(handed), files)?;
+        let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
+        let config = Arc::new(config);
+        let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends.unwrap_or_default());
         let Some(vm) = fleet.launch_claimed(claim, None, make, |vm| self.is_wanted(vm))? else { return Ok(None) };
         let _ = send(self.socket, &Answer::Running, &[]);
         Ok(Some(Served { fleet, booted: Some(vm) }))

@@ -23,8 +23,17 @@ impl Directory {
     /// # Errors
     /// When it cannot be opened.
     pub(super) fn open(path: &Path) -> Result<Self, FileError> {
+        Self::open_as(path, OFlags::RDONLY)
+    }
+
+    /// The directory at `path`, in which nothing is looked for.
+    pub(super) fn reach(path: &Path) -> Result<Self, FileError> {
+        Self::open_as(path, OFlags::PATH)
+    }
+
+    fn open_as(path: &Path, how: OFlags) -> Result<Self, FileError> {
         let shown = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let flags = how | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::open(shown, flags, Mode::empty());
         let opened = opened.map_err(|error| failed(shown, "opened")(error.into()))?;
         Ok(Self::of(File::from(opened), shown))

@@ -395,8 +395,9 @@ impl Disk {
     }
 }
 
-/// The directory for overlays of `config`.
-fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
+/// The directory for overlays of `config`, whose image is a block device or not.
+#[must_use]
+pub fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     match (&config.overlays, config.path.parent()) {
         (Some(dir), _) => dir.clone(),
         // The directory of a block device is in memory.
@@ -411,11 +412,14 @@ fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
 /// than at the guest's first write after a fork.
 pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) -> Result<Directory, DiskError> {
     let path = overlay_dir(config, block_device);
-    let opened = Directory::open(&path).and_then(|dir| {
-        if !config.read_only {
+    let opened = if config.read_only {
+        // This process may have no right to look into it.
+        Directory::reach(&path)
+    } else {
+        Directory::open(&path).and_then(|dir| {
             dir.try_unnamed(size)?;
-        }
-        Ok(dir)
-    });
+            Ok(dir)
+        })
+    };
     opened.map_err(|source| DiskError::Overlays { disk: config.path.clone(), dir: path, source })
 }

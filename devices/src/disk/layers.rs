@@ -15,10 +15,12 @@
 use std::iter;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use clade_io::{FileError, IoFile};
 
+use super::directory::Directory;
 use super::image::open_overlays;
 use super::map::{BlockMap, CLUSTER, Source};
 use super::overlay_chain::Setup;
@@ -185,11 +187,29 @@ impl DiskImage {
     /// # Errors
     /// When the size is not a disk's, a layer does not fit the disk, or overlays cannot be made.
     pub fn from_layers(config: &DiskConfig, size: u64, layers: &[DiskLayer]) -> Result<Self, DiskError> {
+        Self::from_layers_in(config, size, layers, || open_overlays(config, false, size))
+    }
+
+    /// The same for reading: there is nowhere for a disk that is opened from it to write to.
+    ///
+    /// # Errors
+    /// When the size is not a disk's, or a layer does not fit the disk.
+    pub fn from_layers_to_read(config: &DiskConfig, size: u64, layers: &[DiskLayer]) -> Result<Self, DiskError> {
+        // Open as a path alone: nothing can be made in it.
+        Self::from_layers_in(config, size, layers, || Ok(Directory::reach(Path::new("/"))?))
+    }
+
+    fn from_layers_in(
+        config: &DiskConfig,
+        size: u64,
+        layers: &[DiskLayer],
+        overlays: impl FnOnce() -> Result<Directory, DiskError>,
+    ) -> Result<Self, DiskError> {
         // The offset of the last byte must be a file offset.
         if size == 0 || !size.is_multiple_of(SECTOR) || i64::try_from(size).is_err() {
             return Err(DiskError::Size { size });
         }
-        let overlays = open_overlays(config, false, size)?;
+        let overlays = overlays()?;
         let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::Zero);
         for layer in layers {
             layer.check(config, size)?;

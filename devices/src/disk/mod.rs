@@ -55,12 +55,13 @@ use clade_io::{CachePolicy, EngineError, Failure, FileError, OpenError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use image::{CommitError, CommitReport, DiskImage};
+pub use image::{CommitError, CommitReport, DiskImage, overlay_dir};
 pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport};
 pub use layers::{DiskLayer, DiskRun};
 pub use live::Disk;
 pub use map::CLUSTER;
 pub use op::{DiskDone, DiskHealth, DiskOp};
+pub use request_table::prepare_engines;
 
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;

@@ -65,6 +65,15 @@ pub(super) struct RequestTable {
     zeros: Option<Arc<AlignedBuf>>,
 }
 
+/// Makes now what `disks` disks need of the kernel at their first request: for a process that may
+/// not ask for it later.
+///
+/// # Errors
+/// When io_uring is not available.
+pub fn prepare_engines(disks: usize) -> Result<(), EngineError> {
+    Engine::<usize>::prepare(DEPTH, disks)
+}
+
 impl RequestTable {
     pub(super) fn new() -> Result<Self, DiskError> {
         Ok(Self {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clade_devices::virtio::VirtioDevice;
 use clade_devices::virtio::plain::SyncDevice;
-use clade_devices::virtio::vsock::{Vsock, VsockOptions};
+use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
 
 use crate::driver::{Driver, ram, store};
 
@@ -49,7 +49,7 @@ pub(crate) struct Packet {
 
 pub(crate) fn device(dir: &Path, name: &str, cid: u64, reset: bool) -> Box<dyn VirtioDevice> {
     let options = VsockOptions { cid, socket: dir.join(name) };
-    Box::new(SyncDevice::new(Vsock::new(&options, reset).unwrap()))
+    Box::new(SyncDevice::new(Vsock::new(VsockSocket::bind(&options).unwrap(), reset).unwrap()))
 }
 
 impl Guest {

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use clade_devices::virtio::vsock::{Vsock, VsockError, VsockOptions};
+use clade_devices::virtio::vsock::{VsockError, VsockOptions, VsockSocket};
 use driver::{Driver, ram, store};
 use guest::{
     CID, CREDIT_REQUEST, CREDIT_UPDATE, DATA, EVENTS, Guest, HEADER, IN, REQUEST, RESET, RESPONSE, RX, SHUTDOWN,
@@ -206,12 +206,12 @@ fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
 fn bad_addresses_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     for cid in [0, 2, u64::from(u32::MAX), 1 << 40] {
-        let refused = Vsock::new(&VsockOptions { cid, socket: dir.path().join("x") }, false);
+        let refused = VsockSocket::bind(&VsockOptions { cid, socket: dir.path().join("x") });
         assert!(matches!(refused, Err(VsockError::Cid { cid: told }) if told == cid));
     }
     let taken = dir.path().join("taken");
     std::fs::write(&taken, "somebody's").unwrap();
-    let refused = Vsock::new(&VsockOptions { cid: 3, socket: taken.clone() }, false);
+    let refused = VsockSocket::bind(&VsockOptions { cid: 3, socket: taken.clone() });
     assert!(refused.unwrap_err().to_string().contains("taken"));
     assert_eq!(std::fs::read(&taken).unwrap(), b"somebody's");
 }

@@ -12,6 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use rustix::fs::{OFlags, fcntl_getfl};
+
 use crate::error::RamError;
 use crate::freeze::background::FillError;
 use crate::layer::interval::{IntervalMap, Piece};
@@ -22,6 +24,15 @@ use crate::units::{PAGE_SIZE, PageRange};
 /// A layer: immutable pages in a file. While there is a handle all of it stays as it was when the
 /// handle was made.
 pub struct LayerHandle(Arc<Layer>);
+
+/// Another descriptor of a file, open for reading only. One that is so already is not opened again:
+/// this process may have no right to.
+fn reopened_for_reading(file: BorrowedFd<'_>) -> io::Result<File> {
+    if fcntl_getfl(file)? & OFlags::ACCMODE == OFlags::RDONLY {
+        return Ok(file.try_clone_to_owned()?.into());
+    }
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
 
 impl LayerHandle {
     /// To be called while something that shows the layer's pages is registered or the layer is
@@ -59,7 +70,7 @@ impl LayerHandle {
     /// When pages will never come, or the file cannot be opened again (procfs is needed).
     pub fn read_only_file(&self) -> Result<File, RamError> {
         self.0.wait_filled(PageRange::new(0, self.0.pages())).map_err(RamError::Lost)?;
-        File::open(format!("/proc/self/fd/{}", self.0.as_fd().as_raw_fd())).map_err(RamError::Reopen)
+        reopened_for_reading(self.0.as_fd()).map_err(RamError::Reopen)
     }
 
     /// What its publisher sees it in use by, if that is another process

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, fchmod, ftruncate, memfd_create, openat};
@@ -30,6 +30,11 @@ impl HugeTmpfs {
         let attrs =
             MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         Ok(Self(Arc::new(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)))
+    }
+
+    /// Its root.
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// A nameless file of `pages` pages, all holes.

@@ -282,6 +282,12 @@ impl ForkImage {
         Ok(Endpoints::child(&self.config, &self.identity, name, choice)?)
     }
 
+    /// The identity of the VM it was taken from, from which its children's are derived.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     /// The number of forks between the VM that was booted and this image, counting this one.
     #[must_use]
     pub fn generation(&self) -> u32 {

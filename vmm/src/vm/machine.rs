@@ -79,7 +79,21 @@ impl Vm {
     /// When the VM cannot be made, or the guest cannot be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
-        let mut ends = Endpoints::boot(config)?;
+        Self::boot_as(context, name, config, source, Endpoints::boot(config)?)
+    }
+
+    /// Boots a guest with endpoints that were taken for it before ([`Endpoints::boot`]).
+    ///
+    /// # Errors
+    /// As [`Vm::boot`].
+    pub fn boot_as(
+        context: &Context,
+        name: &str,
+        config: &Arc<VmConfig>,
+        source: &BootSource,
+        mut ends: Endpoints,
+    ) -> Result<Self, VmError> {
+        config.check_devices()?;
         let prepared = context.take_prepared(config)?;
         prepared.ram.populate()?;
         let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;

@@ -40,8 +40,8 @@ pub use devices::{DeviceError, DeviceState, Reports};
 pub use error::VmError;
 pub use fork::{ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{
-    ChildIdentity, Endpoints, GenerationError, GenerationId, Identity, IdentityError, NetChoice, NetIdentity,
-    VsockChoice,
+    ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, Identity, IdentityError, NetChoice,
+    NetIdentity, VsockChoice,
 };
 pub use machine::Vm;
 pub use persist::{
@@ -51,4 +51,4 @@ pub use reset::ResetReport;
 pub use stop::StopReason;
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
-pub use transfer::{ImageParts, Leases, SealedParts, TransferError};
+pub use transfer::{ImageParts, Leases, Overlays, SealedParts, SharedFiles, TransferError};

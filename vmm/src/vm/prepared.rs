@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use clade_devices::Irq;
 use clade_devices::virtio::Wiring;
 use clade_devices::virtio::regs::QUEUE_NOTIFY;
+use clade_io::thread::{ThreadKind, started};
 use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
@@ -112,7 +113,10 @@ impl PreparedVm {
             let spawned = thread::Builder::new()
                 .name(format!("clade-vcpu{index}"))
                 .stack_size(STACK)
-                .spawn(move || thread.main())
+                .spawn(move || {
+                    started(ThreadKind::Vcpu);
+                    thread.main();
+                })
                 .map_err(VmError::Thread)?;
             prepared.threads.push(spawned);
         }

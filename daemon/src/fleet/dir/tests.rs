@@ -21,7 +21,7 @@ fn names_cannot_leave_the_directory() {
 #[test]
 fn a_name_is_taken_once_and_free_again_after() {
     let (path, dir) = temporary();
-    let claim = NameClaim::new(&dir, "a").unwrap();
+    let mut claim = NameClaim::new(&dir, "a").unwrap();
     claim.bind("sock").unwrap();
     assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
     drop(claim);
@@ -34,7 +34,7 @@ fn a_dead_owners_sockets_are_replaced() {
     let (path, dir) = temporary();
     drop(UnixListener::bind(socket_path(path.path(), "a")).unwrap());
     assert!(socket_path(path.path(), "a").exists());
-    let claim = NameClaim::new(&dir, "a").unwrap();
+    let mut claim = NameClaim::new(&dir, "a").unwrap();
     let listener = claim.bind("sock").unwrap();
     std::os::unix::net::UnixStream::connect(socket_path(path.path(), "a")).unwrap();
     drop(listener);
@@ -63,7 +63,7 @@ fn a_claim_goes_to_another_process_with_its_lock() {
 #[test]
 fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
     let (path, dir) = temporary();
-    let alive = NameClaim::new(&dir, "alive").unwrap();
+    let mut alive = NameClaim::new(&dir, "alive").unwrap();
     let _listens = alive.bind("sock").unwrap();
     let early = NameClaim::new(&dir, "early").unwrap();
     for file in ["dead.sock", "dead.console"] {
@@ -94,7 +94,7 @@ fn a_directory_has_one_supervisor() {
 #[test]
 fn what_is_made_is_this_users_alone_whatever_the_umask() {
     let (path, dir) = temporary();
-    let claim = NameClaim::new(&dir, "a").unwrap();
+    let mut claim = NameClaim::new(&dir, "a").unwrap();
     let _sockets = [claim.bind("sock").unwrap(), claim.bind("console").unwrap()];
     dir.write("a.ended", b"x").unwrap();
     for file in ["a.sock", "a.console", "a.lock", "a.ended"] {
@@ -134,7 +134,7 @@ fn links_and_fifos_in_the_directory_are_not_followed_or_waited_for() {
     for file in ["b.sock", "b.ended"] {
         symlink(&victim, path.path().join(file)).unwrap();
     }
-    let claim = NameClaim::new(&dir, "b").unwrap();
+    let mut claim = NameClaim::new(&dir, "b").unwrap();
     claim.bind("sock").unwrap();
     assert!(dir.read("b.ended").is_err());
     dir.write("b.ended", b"new").unwrap();
@@ -160,7 +160,7 @@ fn a_directory_that_is_swapped_changes_nothing() {
     let outer = tempfile::tempdir().unwrap();
     let (path, moved) = (outer.path().join("run"), outer.path().join("moved"));
     let dir = RuntimeDir::create(&path).unwrap();
-    let claim = NameClaim::new(&dir, "a").unwrap();
+    let mut claim = NameClaim::new(&dir, "a").unwrap();
     fs::rename(&path, &moved).unwrap();
     symlink("/", &path).unwrap();
     claim.bind("sock").unwrap();

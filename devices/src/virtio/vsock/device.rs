@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -16,6 +15,7 @@ use super::FIRST_GUEST_CID;
 use super::connection::Connection;
 use super::host::Pending;
 use super::packet::Header;
+use super::socket::VsockSocket;
 use super::state::VsockState;
 use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
@@ -80,8 +80,7 @@ pub struct VsockStats {
 pub struct Vsock {
     config: Config,
     pub(super) cid: u64,
-    pub(super) socket: PathBuf,
-    pub(super) listener: UnixListener,
+    pub(super) socket: VsockSocket,
     pub(super) epoll: Epoll,
     pub(super) connections: BTreeMap<Key, Connection>,
     /// The key of a connection, by its socket's descriptor.
@@ -109,29 +108,20 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device that listens at `options.socket`. With `reset`, its driver knows connections that
-    /// are gone.
+    /// A device with `socket` as the host's end. With `reset`, its driver knows connections that are
+    /// gone.
     ///
     /// # Errors
-    /// When the CID is reserved, or the socket cannot be made. A stale socket is not removed.
-    pub fn new(options: &VsockOptions, reset: bool) -> Result<Self, VsockError> {
-        if !(FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&options.cid) {
-            return Err(VsockError::Cid { cid: options.cid });
-        }
-        let failed = |source| VsockError::Socket { path: options.socket.clone(), source };
-        let listener = UnixListener::bind(&options.socket).map_err(failed)?;
-        let watched = (|| {
-            listener.set_nonblocking(true)?;
-            let epoll = Epoll::new()?;
-            epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), EpollEvent::new(EventSet::IN, LISTENER))?;
-            Ok(epoll)
-        })();
-        let epoll = watched.map_err(failed)?;
+    /// When the socket cannot be waited for.
+    pub fn new(socket: VsockSocket, reset: bool) -> io::Result<Self> {
+        socket.listener.set_nonblocking(true)?;
+        let epoll = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, LISTENER);
+        epoll.ctl(ControlOperation::Add, socket.listener.as_raw_fd(), event)?;
         Ok(Self {
-            config: Config::new(options.cid.to_le_bytes().to_vec()),
-            cid: options.cid,
-            socket: options.socket.clone(),
-            listener,
+            config: Config::new(socket.options.cid.to_le_bytes().to_vec()),
+            cid: socket.options.cid,
+            socket,
             epoll,
             connections: BTreeMap::new(),
             keys: HashMap::new(),
@@ -152,7 +142,7 @@ impl Vsock {
     /// The path of the Unix socket to which hosts connect.
     #[must_use]
     pub fn socket(&self) -> &Path {
-        &self.socket
+        &self.socket.options.socket
     }
 
     /// Number of connections, including those being made and those being ended.
@@ -248,13 +238,5 @@ impl DeviceOps for Vsock {
 
     fn save(&self) -> (DeviceState, Backend) {
         (DeviceState::Vsock(VsockState { cid: self.cid }), Backend::None)
-    }
-}
-
-impl Drop for Vsock {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.socket) {
-            tracing::debug!(%error, socket = %self.socket.display(), "a socket stays behind");
-        }
     }
 }

@@ -8,12 +8,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::connection::{Connection, Greeting, Stage};
 use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
 use super::packet::{Header, Op, SHUT_RECEIVE, SHUT_SEND};
+use super::socket::Attempt;
 
 /// Most connections in all stages. One more is refused.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
@@ -37,24 +37,6 @@ pub(super) struct Pending {
     /// The guest's buffer size.
     pub(super) room: u32,
     pub(super) forwarded: u32,
-}
-
-/// The result of an attempt to connect.
-enum Attempt {
-    Connected(UnixStream),
-    /// The backlog is full.
-    Full,
-}
-
-/// Connects to `path`, without blocking.
-fn attempt(path: &std::ffi::OsStr) -> io::Result<Attempt> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    match connect(&socket, &SocketAddrUnix::new(path)?) {
-        Ok(()) => Ok(Attempt::Connected(UnixStream::from(socket))),
-        Err(rustix::io::Errno::AGAIN) => Ok(Attempt::Full),
-        Err(error) => Err(error.into()),
-    }
 }
 
 impl Vsock {
@@ -117,14 +99,14 @@ impl Vsock {
 
     fn watch_listener(&self, events: EventSet) {
         let event = EpollEvent::new(events, LISTENER);
-        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), event) {
-            tracing::warn!(%error, socket = %self.socket.display(), "a socket cannot be waited for");
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, self.socket.listener.as_raw_fd(), event) {
+            tracing::warn!(%error, socket = %self.socket().display(), "a socket cannot be waited for");
         }
     }
 
     fn accept(&mut self) {
         for _ in 0..MAX_ACCEPTS {
-            let socket = match self.listener.accept() {
+            let socket = match self.socket.listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // The client has gone again, or a signal came.
@@ -150,7 +132,7 @@ impl Vsock {
         let now = Instant::now();
         if self.warned.is_none_or(|warned| now - warned >= WARN_INTERVAL) {
             self.warned = Some(now);
-            tracing::warn!(%error, socket = %self.socket.display(), "connections are not accepted for now");
+            tracing::warn!(%error, socket = %self.socket().display(), "connections are not accepted for now");
         }
         self.watch_listener(EventSet::empty());
         self.accept_at = Some(now + ACCEPT_INTERVAL);
@@ -266,9 +248,7 @@ impl Vsock {
     }
 
     fn try_connect(&mut self, key: Key, pending: Pending) {
-        let mut path = self.socket.clone().into_os_string();
-        path.push(format!("_{}", key.0));
-        let opened = attempt(&path).and_then(|attempt| match attempt {
+        let opened = self.socket.dial(key.0).and_then(|attempt| match attempt {
             Attempt::Connected(socket) => {
                 self.arm(&socket, ControlOperation::Add, true, false)?;
                 Connection::new(socket, Stage::Open).map(Some)

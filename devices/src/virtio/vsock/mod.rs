@@ -18,9 +18,11 @@ mod device;
 mod guest;
 mod host;
 mod packet;
+mod socket;
 mod state;
 
 pub use device::{Vsock, VsockError, VsockOptions, VsockStats};
+pub use socket::{VsockSocket, answer_broker};
 pub use state::VsockState;
 
 /// The host's CID.

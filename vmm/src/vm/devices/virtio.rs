@@ -10,6 +10,7 @@ use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::net::{Net, NetOptions};
 use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::vsock::Vsock;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, VirtioMmio};
 
 use crate::vm::config::{Place, VmConfig};
@@ -94,9 +95,9 @@ impl Maker<'_> {
                 Box::new(SyncDevice::new(net))
             }
             (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
-                // Made with its socket; it knows whether it is a child's.
-                let vsock = self.ends.vsock.take();
-                Box::new(SyncDevice::new(vsock.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?))
+                let end = self.ends.vsock.take();
+                let end = end.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?;
+                Box::new(SyncDevice::new(Vsock::new(end.socket, end.reset).map_err(DeviceError::Io)?))
             }
             (Place::Rng(limits), None | Some((VirtioState::Rng(_), _))) => Box::new(SyncDevice::new(Rng::new(limits))),
             (Place::Balloon, None) => {

@@ -1,6 +1,7 @@
 //! Claims on values that are unique on a host: interface names, MAC addresses, CIDs.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +32,15 @@ impl Claim {
             }
             Err(source) => Err(IdentityError::Claim { what, value: value.to_owned(), source }),
         }
+    }
+
+    /// The descriptor that holds it: it may be in any process.
+    pub(super) fn into_descriptor(self) -> OwnedFd {
+        self._held.into()
+    }
+
+    pub(super) fn of_descriptor(held: OwnedFd) -> Self {
+        Self { _held: held.into() }
     }
 
     pub(super) fn mac(mac: Mac) -> Result<Self, IdentityError> {

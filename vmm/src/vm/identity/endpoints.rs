@@ -2,14 +2,16 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::Mac;
-use clade_devices::virtio::vsock::{Vsock, VsockOptions};
+use clade_devices::virtio::vsock::{VsockOptions, VsockSocket};
 use clade_io::Tap;
+use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};
 use crate::vm::identity::claim::{Claim, first_free, next_cid};
@@ -27,13 +29,32 @@ pub(crate) struct NetEnd {
     pub(crate) mac: Mac,
 }
 
+/// The host's end of a socket device.
+#[derive(Debug)]
+pub(crate) struct VsockEnd {
+    pub(crate) socket: VsockSocket,
+    /// Whether the device's driver knows connections that are gone.
+    pub(crate) reset: bool,
+}
+
 /// Interfaces, addresses and sockets taken for a VM that is not made yet. The drop frees them.
 #[derive(Debug, Default)]
 pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
-    pub(crate) vsock: Option<Vsock>,
+    pub(crate) vsock: Option<VsockEnd>,
     pub(crate) identity: Identity,
     pub(crate) claims: Claims,
+}
+
+/// [`Endpoints`] whose descriptors go to another process.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct EndpointParts {
+    identity: Identity,
+    /// Queues of each interface.
+    queues: Vec<usize>,
+    claims: usize,
+    reset: bool,
+    broker: bool,
 }
 
 /// The claims of a VM, held for as long as it lives.
@@ -48,7 +69,10 @@ impl Endpoints {
     }
 
     /// Takes what the configuration of a booting VM names.
-    pub(crate) fn boot(config: &VmConfig) -> Result<Self, IdentityError> {
+    ///
+    /// # Errors
+    /// When one is taken, or cannot be made. Then none is taken (I13).
+    pub fn boot(config: &VmConfig) -> Result<Self, IdentityError> {
         let mut ends = Self::default();
         for net in &config.nets {
             ends.add_net(net, &net.tap, net.mac)?;
@@ -61,7 +85,10 @@ impl Endpoints {
     }
 
     /// Takes what a child called `name` needs. `parent` is its parent's identity.
-    pub(crate) fn child(
+    ///
+    /// # Errors
+    /// As for a booting VM.
+    pub fn child(
         config: &VmConfig,
         parent: &Identity,
         name: &str,
@@ -102,6 +129,59 @@ impl Endpoints {
         Ok(ends)
     }
 
+    /// The same for the process that makes the VM: a description, and the descriptors. The sockets'
+    /// files stay, and are the caller's to remove. `broker` is the end of a socket for the guest's
+    /// connections to the host ([`clade_devices::virtio::vsock::answer_broker`]).
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had. The files are removed then.
+    pub fn hand_over(self, broker: Option<OwnedFd>) -> io::Result<(EndpointParts, Vec<OwnedFd>)> {
+        let Self { nets, vsock, identity, claims } = self;
+        let mut files = Vec::new();
+        let mut parts = EndpointParts { identity, ..EndpointParts::default() };
+        for net in nets {
+            let (_, queues) = net.tap.into_queues();
+            parts.queues.push(queues.len());
+            files.extend(queues);
+        }
+        parts.claims = claims.0.len();
+        files.extend(claims.0.into_iter().map(Claim::into_descriptor));
+        if let Some(VsockEnd { socket, reset }) = vsock {
+            files.push(socket.hand_over()?);
+            parts.reset = reset;
+            parts.broker = broker.is_some();
+            files.extend(broker);
+        }
+        Ok((parts, files))
+    }
+
+    /// What another process has taken. It holds the claims as long as the VM lives; the sockets'
+    /// files are the other process's to remove.
+    ///
+    /// # Errors
+    /// When the descriptors are not those that are described.
+    pub fn handed_in(parts: EndpointParts, files: Vec<OwnedFd>) -> Result<Self, IdentityError> {
+        let EndpointParts { identity, queues, claims, reset, broker } = parts;
+        let vsock = if identity.vsock.is_some() { 1 + usize::from(broker) } else { 0 };
+        let wanted = queues.iter().sum::<usize>() + claims + vsock;
+        if wanted != files.len() || queues.len() != identity.nets.len() {
+            return Err(IdentityError::Descriptors { found: files.len(), wanted });
+        }
+        let mut files = files.into_iter();
+        let mut ends = Self::default();
+        for (own, queues) in identity.nets.iter().zip(queues) {
+            let tap = Tap::of_queues(own.tap.clone(), files.by_ref().take(queues).collect());
+            ends.nets.push(NetEnd { tap, mac: own.mac });
+        }
+        ends.claims.0 = files.by_ref().take(claims).map(Claim::of_descriptor).collect();
+        if let (Some(options), Some(listener)) = (&identity.vsock, files.next()) {
+            ends.vsock =
+                Some(VsockEnd { socket: VsockSocket::handed_in(options.clone(), listener, files.next())?, reset });
+        }
+        ends.identity = identity;
+        Ok(ends)
+    }
+
     fn add_net(&mut self, net: &NetSpec, tap: &str, mac: Option<Mac>) -> Result<(), IdentityError> {
         let (mac, claim) = match mac {
             Some(mac) => (mac, Claim::mac(mac)?),
@@ -129,7 +209,7 @@ impl Endpoints {
         // other's live socket.
         let _lock = lock_directory(&options.socket);
         remove_dead(&options.socket);
-        self.vsock = Some(Vsock::new(&options, child)?);
+        self.vsock = Some(VsockEnd { socket: VsockSocket::bind(&options)?, reset: child });
         self.identity.vsock = Some(options);
         Ok(())
     }

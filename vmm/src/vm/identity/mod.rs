@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub(crate) use endpoints::Claims;
-pub use endpoints::Endpoints;
+pub use endpoints::{EndpointParts, Endpoints};
 pub use generation::{GenerationError, GenerationId};
 
 /// Stands for a child's name in the path of its socket.
@@ -150,6 +150,14 @@ pub enum IdentityError {
         /// The VM's name.
         name: String,
     },
+    /// Another process has taken them, and does not give what it says.
+    #[error("{found} descriptors of {wanted} for interfaces and sockets")]
+    Descriptors {
+        /// Descriptors that came.
+        found: usize,
+        /// Descriptors that are described.
+        wanted: usize,
+    },
     /// The host gives no random bytes for a MAC address.
     #[error("no random bytes for an address")]
     Random(#[source] io::Error),
@@ -181,6 +189,6 @@ impl IdentityError {
     /// Whether another choice may succeed. False if the host itself fails.
     #[must_use]
     pub fn is_choice(&self) -> bool {
-        !matches!(self, Self::Claim { .. } | Self::Random(_))
+        !matches!(self, Self::Claim { .. } | Self::Random(_) | Self::Descriptors { .. })
     }
 }

@@ -142,18 +142,16 @@ impl Vm {
                 },
                 cancel: &self.saving.cancel,
             };
-            let saved = save(&image, dir, base, options, &watch)?;
-            Ok((image, report, saved))
+            let base = base.map(|base| (&base.place, &*base.image));
+            let (place, saved) = image.save(dir, base, options, &watch)?;
+            Ok((image, report, place, saved))
         });
         self.saving.running.store(false, Ordering::Relaxed);
-        let (image, report, saved) = saved.map_err(|error| match (error, self.stopped()) {
+        let (image, report, place, saved) = saved.map_err(|error| match (error, self.stopped()) {
             // Stopping the VM cancels its snapshot, so the stop is the cause.
             (SnapshotError::Files(clade_snapshot::Error::Cancelled), Some(reason)) => VmError::Stopped(reason).into(),
             (error, _) => error,
         })?;
-        // Absolute: a relative path names another directory once the working directory has changed.
-        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
-        let place = SavedAt { dir, id: saved.id };
         *last = Some(LastSave { place: place.clone(), image });
         Ok(SnapshotReport { place, saved, times: report.times, took: begun.elapsed() })
     }
@@ -187,46 +185,56 @@ impl Vm {
     }
 }
 
-fn save(
-    image: &ForkImage,
-    dir: &Path,
-    base: Option<&LastSave>,
-    options: SnapshotOptions,
-    watch: &SaveProgress<'_>,
-) -> Result<Saved, SnapshotError> {
-    let deadline = Instant::now() + SETTLE;
-    let settled = |disk: &DiskImage| loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if disk.settle(left.min(SETTLE_POLL)) {
-            return Ok(());
-        }
-        if watch.cancel.load(Ordering::Relaxed) {
-            return Err(clade_snapshot::Error::Cancelled.into());
-        }
-        if left.is_zero() {
-            return Err(SnapshotError::Unsettled { path: disk.config().path.clone() });
-        }
-    };
-    let mut spaces = Vec::new();
-    let older: Vec<Option<&DiskImage>> = match base {
-        Some(base) => base.image.disks().map(Some).collect(),
-        None => vec![None; image.disks().count()],
-    };
-    for (disk, older) in image.disks().zip(older) {
-        settled(disk)?;
-        let runs = match older {
-            Some(older) => disk.changed_since(older)?,
-            None => disk.runs()?,
+impl ForkImage {
+    /// Writes the image to `dir`. With a base, only what has changed since that image, which was
+    /// saved there. For a process that has only the image: a VM is saved by [`Vm::snapshot`].
+    ///
+    /// # Errors
+    /// The contents of `dir` are unchanged then.
+    pub fn save(
+        &self,
+        dir: &Path,
+        base: Option<(&SavedAt, &Self)>,
+        options: SnapshotOptions,
+        watch: &SaveProgress<'_>,
+    ) -> Result<(SavedAt, Saved), SnapshotError> {
+        let deadline = Instant::now() + SETTLE;
+        let settled = |disk: &DiskImage| loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if disk.settle(left.min(SETTLE_POLL)) {
+                return Ok(());
+            }
+            if watch.cancel.load(Ordering::Relaxed) {
+                return Err(clade_snapshot::Error::Cancelled.into());
+            }
+            if left.is_zero() {
+                return Err(SnapshotError::Unsettled { path: disk.config().path.clone() });
+            }
         };
-        spaces.push(DiskSpace { image: disk, runs });
+        let mut spaces = Vec::new();
+        let older: Vec<Option<&DiskImage>> = match base {
+            Some((_, base)) => base.disks().map(Some).collect(),
+            None => vec![None; self.disks().count()],
+        };
+        for (disk, older) in self.disks().zip(older) {
+            settled(disk)?;
+            let runs = match older {
+                Some(older) => disk.changed_since(older)?,
+                None => disk.runs()?,
+            };
+            spaces.push(DiskSpace { image: disk, runs });
+        }
+        let names: Vec<String> = (0..spaces.len()).map(disk_name).collect();
+        let disks: Vec<DiskToSave<'_>> =
+            names.iter().zip(&spaces).map(|(name, space)| DiskToSave { name, space: space as &dyn Space }).collect();
+        let sections = self.sections()?;
+        let sections: Vec<(&str, &[u8])> = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+        let base = base.map(|(place, image)| Base { dir: &place.dir, id: place.id, image: image.ram() });
+        let SnapshotOptions { compression, replace, .. } = options;
+        let save = Save { memory: self.ram(), disks: &disks, sections: &sections, base, compression, replace };
+        let saved = save.to(dir, watch)?;
+        // Absolute: a relative path names another directory once the working directory has changed.
+        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+        Ok((SavedAt { dir, id: saved.id }, saved))
     }
-    let names: Vec<String> = (0..spaces.len()).map(disk_name).collect();
-    let disks: Vec<DiskToSave<'_>> =
-        names.iter().zip(&spaces).map(|(name, space)| DiskToSave { name, space: space as &dyn Space }).collect();
-    let sections = image.sections()?;
-    let sections: Vec<(&str, &[u8])> = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
-    let base = base.map(|base| Base { dir: &base.place.dir, id: base.place.id, image: base.image.ram() });
-    let SnapshotOptions { compression, replace, .. } = options;
-    let save = Save { memory: image.ram(), disks: &disks, sections: &sections, base, compression, replace };
-    Ok(save.to(dir, watch)?)
 }

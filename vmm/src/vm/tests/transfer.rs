@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::kvm::testutil::host;
 use crate::vm::tests::storm::{Pair, boot, goes_on};
-use crate::vm::{ChildOptions, Context, ForkImage, ImageParts, Leases, TransferError, Vm};
+use crate::vm::{ChildOptions, Context, ForkImage, ImageParts, Leases, Overlays, TransferError, Vm};
 
 const PAIRS: [Pair; 1] = [Pair::Relay];
 /// A page that the guest does not use.
@@ -39,7 +39,7 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
     let (image, _) = parent.fork().unwrap();
     let leases = Leases::default();
     let parts = image.export(&leases).unwrap();
-    let there = ForkImage::import(&receiver, parts).unwrap();
+    let there = ForkImage::import(&receiver, parts, Overlays::AsNamed).unwrap();
     assert_eq!(there.generation(), image.generation());
     // What its children's children do not inherit is declared there too.
     let child = Vm::from_image(&receiver, "child", &there, ChildOptions::default()).unwrap();
@@ -70,7 +70,7 @@ fn parts_that_are_cut_changed_or_mixed_up_are_refused_or_are_an_image() {
     let (image, _) = parent.fork().unwrap();
     let leases = Leases::default();
     let parts = image.export(&leases).unwrap();
-    let import = |parts: ImageParts| ForkImage::import(&context, parts);
+    let import = |parts: ImageParts| ForkImage::import(&context, parts, Overlays::AsNamed);
     import(parts.copy()).unwrap();
 
     for len in (0..parts.bytes.len()).step_by(parts.bytes.len() / 200 + 1) {
@@ -114,6 +114,6 @@ fn a_layer_that_could_be_written_is_refused() {
     let layer = image.ram().maps().next().unwrap().iter().next().map(|(_, source)| source.layer.clone()).unwrap();
     // As this process has it.
     parts.files[0] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
-    let error = ForkImage::import(&context, parts).unwrap_err();
+    let error = ForkImage::import(&context, parts, Overlays::AsNamed).unwrap_err();
     assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));
 }

@@ -26,9 +26,9 @@ use clade_memory::{RamError, StoreError};
 use thiserror::Error;
 
 pub use lease::Leases;
-pub use parts::ImageParts;
 #[cfg(feature = "fuzzing")]
 pub(crate) use parts::is_memory;
+pub use parts::{ImageParts, Overlays, SharedFiles};
 pub use socket::SealedParts;
 
 use crate::kvm::HostMismatch;

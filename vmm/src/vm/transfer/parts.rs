@@ -20,7 +20,7 @@ use clade_io::IoFile;
 use clade_memory::{
     ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -191,20 +191,34 @@ impl ForkImage {
         Ok(parts)
     }
 
-    /// The image of parts that another process exported.
+    /// The image of parts that another process exported. Its disks' overlays are made in `overlays`.
     ///
     /// # Errors
     /// When the parts are no image, or one that this host cannot run; when a file is not what it
     /// should be.
-    pub fn import(context: &Context, parts: ImageParts) -> Result<Arc<Self>, TransferError> {
+    pub fn import(context: &Context, parts: ImageParts, overlays: Overlays<'_>) -> Result<Arc<Self>, TransferError> {
+        Self::import_beside(context, parts, overlays, &mut SharedFiles::default())
+    }
+
+    /// The same beside other images of the VM: a file that several show is one layer here, so that
+    /// they can be compared.
+    ///
+    /// # Errors
+    /// As for [`Self::import`].
+    pub fn import_beside(
+        context: &Context,
+        parts: ImageParts,
+        overlays: Overlays<'_>,
+        shared: &mut SharedFiles,
+    ) -> Result<Arc<Self>, TransferError> {
         let ImageParts { bytes, files } = parts;
         let (description, saved) = described(&bytes)?;
         // Before anything is made: KVM's refusals name no feature.
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
         let config = sections::config(saved.iter().copied())?;
         let mut files = Received::new(files);
-        let ram = ram(context.store(), &description, &mut files)?;
-        let backends = disks(&config, &description.disks, &mut files)?;
+        let ram = ram(context.store(), &description, &mut files, shared)?;
+        let backends = disks(&config, &description.disks, overlays, &mut files, shared)?;
         Ok(Arc::new(Self::from_sections(saved, ram, backends)?))
     }
 }
@@ -301,11 +315,51 @@ impl Received {
     }
 }
 
-fn ram(store: &Store, description: &Description, files: &mut Received) -> Result<RamImage, TransferError> {
+/// Where disks of an image write.
+#[derive(Clone, Copy, Debug)]
+pub enum Overlays<'a> {
+    /// In the directories that the image names.
+    AsNamed,
+    /// In these, one for each disk.
+    In(&'a [PathBuf]),
+    /// Nowhere: nothing is started from the image.
+    Nowhere,
+}
+
+/// Layers and disks' files of images that are already there, by the file they are.
+#[derive(Debug, Default)]
+pub struct SharedFiles {
+    layers: HashMap<FileId, LayerHandle>,
+    files: HashMap<FileId, Arc<IoFile>>,
+}
+
+/// Device, inode, and when the inode was born: numbers are used again.
+type FileId = (u32, u32, u64, i64, u32);
+
+fn file_id(file: impl AsFd) -> Result<FileId, TransferError> {
+    let stat = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)
+        .map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+    let born = stat.stx_btime;
+    Ok((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, born.tv_sec, born.tv_nsec))
+}
+
+fn ram(
+    store: &Store,
+    description: &Description,
+    files: &mut Received,
+    shared: &mut SharedFiles,
+) -> Result<RamImage, TransferError> {
     let mut layers = Vec::with_capacity(description.layers.len());
     for layer in &description.layers {
         let file = File::from(files.take(layer.file)?);
-        layers.push(store.foreign_layer(file, layer.pages, files.keep(layer.lease)?)?);
+        let (id, lease) = (file_id(&file)?, files.keep(layer.lease)?);
+        let known = shared.layers.get(&id).filter(|known| known.pages() == layer.pages).cloned();
+        let layer = match known {
+            Some(known) => known,
+            None => store.foreign_layer(file, layer.pages, lease)?,
+        };
+        shared.layers.insert(id, layer.clone());
+        layers.push(layer);
     }
     let ranges: Vec<(GuestAddress, u64)> =
         description.regions.iter().map(|region| (GuestAddress(region.start), region.pages)).collect();
@@ -363,22 +417,45 @@ fn readable(file: OwnedFd) -> Result<File, TransferError> {
 }
 
 /// The backends of all devices by place: disks, and none for other devices.
-fn disks(config: &VmConfig, disks: &[DiskParts], files: &mut Received) -> Result<Vec<Backend>, TransferError> {
+fn disks(
+    config: &VmConfig,
+    disks: &[DiskParts],
+    overlays: Overlays<'_>,
+    files: &mut Received,
+    shared: &mut SharedFiles,
+) -> Result<Vec<Backend>, TransferError> {
     if disks.len() != config.disks.len() {
         let (found, wanted) = (disks.len(), config.disks.len());
         return Err(TransferError::malformed(format!("{found} disks, its configuration has {wanted}")));
     }
     let mut backends = Vec::new();
-    for (spec, disk) in config.disks.iter().zip(disks) {
+    for (at, (spec, disk)) in config.disks.iter().zip(disks).enumerate() {
         let mut layers = Vec::with_capacity(disk.layers.len());
-        let config = DiskConfig { overlays: Some(disk.overlays.clone()), ..spec.disk.clone() };
+        let dir = match overlays {
+            Overlays::AsNamed | Overlays::Nowhere => &disk.overlays,
+            Overlays::In(dirs) => {
+                let few = || TransferError::malformed(format!("directories for the overlays of {at} disks"));
+                dirs.get(at).ok_or_else(few)?
+            }
+        };
+        let config = DiskConfig { overlays: Some(dir.clone()), ..spec.disk.clone() };
         for layer in &disk.layers {
             let kept = layer.kept.iter().map(|at| files.keep(*at)).collect::<Result<_, _>>()?;
-            let file = IoFile::read_only(readable(files.take(layer.file)?)?, &layer.path, config.cache).keeping(kept);
+            let file = readable(files.take(layer.file)?)?;
+            let id = file_id(&file)?;
+            let file = shared
+                .files
+                .entry(id)
+                .or_insert_with(|| Arc::new(IoFile::read_only(file, &layer.path, config.cache).keeping(kept)));
+            let file = Arc::clone(file);
             let runs = layer.runs.iter().map(|(start, end, zero)| DiskRun { clusters: *start..*end, zero: *zero });
-            layers.push(DiskLayer { file: Some(Arc::new(file)), runs: runs.collect() });
+            layers.push(DiskLayer { file: Some(file), runs: runs.collect() });
         }
-        backends.push(Backend::Disk(DiskImage::from_layers(&config, disk.bytes, &layers)?));
+        let image = match overlays {
+            Overlays::Nowhere => DiskImage::from_layers_to_read(&config, disk.bytes, &layers),
+            Overlays::AsNamed | Overlays::In(_) => DiskImage::from_layers(&config, disk.bytes, &layers),
+        };
+        backends.push(Backend::Disk(image?));
     }
     // Disks have the first places.
     backends.resize_with(config.places().count(), || Backend::None);
@@ -389,5 +466,7 @@ fn disks(config: &VmConfig, disks: &[DiskParts], files: &mut Received) -> Result
 #[cfg(feature = "fuzzing")]
 pub(crate) fn is_memory(store: &Store, bytes: &[u8], files: Vec<OwnedFd>) -> bool {
     let described = described(bytes);
-    described.and_then(|(description, _)| ram(store, &description, &mut Received::new(files))).is_ok()
+    described
+        .and_then(|(description, _)| ram(store, &description, &mut Received::new(files), &mut SharedFiles::default()))
+        .is_ok()
 }

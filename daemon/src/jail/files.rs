@@ -1,0 +1,121 @@
+//! Files that a worker may open, by Landlock.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use clade_devices::disk::{DiskConfig, overlay_dir};
+use clade_vmm::vm::VmConfig;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use serde::{Deserialize, Serialize};
+
+/// The version whose rights are asked for. With an older kernel there are fewer.
+const WANTED: ABI = ABI::V6;
+/// Files of the host that say what there is room for.
+const HOST_FACTS: [&str; 4] =
+    ["/proc/sys/vm/max_map_count", "/proc/loadavg", "/proc/meminfo", "/sys/kernel/mm/transparent_hugepage"];
+
+/// What a worker may reach, beside what is handed in as descriptors. All of it comes from whoever
+/// starts the VM, and nothing from an image.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Grants {
+    /// Files that are read: kernels, and the images of a child's disks.
+    pub(crate) read: Vec<PathBuf>,
+    /// Images that are written in place.
+    pub(crate) write: Vec<PathBuf>,
+    /// Directories in which files without names are made.
+    pub(crate) overlays: Vec<PathBuf>,
+    /// Directories of images that are written: a journal, or a new image, is made beside them.
+    pub(crate) beside: Vec<PathBuf>,
+}
+
+impl Grants {
+    /// For a child, whose disks write to unnamed files in `overlays`.
+    pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf]) -> Self {
+        let mut grants = Self::default();
+        for (DiskConfig { path, read_only, .. }, overlays) in config.disks.iter().map(|disk| &disk.disk).zip(overlays) {
+            grants.read.push(path.clone());
+            if !read_only {
+                grants.overlays.push(overlays.clone());
+            }
+        }
+        grants
+    }
+
+    /// For a VM that is booted.
+    pub(crate) fn of_boot(config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> Self {
+        let mut grants = Self::default();
+        grants.read.extend([Some(kernel), initrd].into_iter().flatten().map(Path::to_owned));
+        for disk in config.disks.iter().map(|disk| &disk.disk) {
+            let DiskConfig { path, read_only, ephemeral, .. } = disk;
+            if !read_only {
+                grants.overlays.push(overlay_dir(disk, is_block_device(path)));
+            }
+            if *read_only || *ephemeral {
+                grants.read.push(path.clone());
+            } else {
+                grants.write.push(path.clone());
+                grants.beside.extend(path.parent().map(Path::to_owned));
+            }
+        }
+        grants
+    }
+
+    /// Takes everything else from this thread, and from those that it starts. `memory` is the
+    /// directory of memory files, if that is a directory.
+    pub(super) fn enforce(&self, memory: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
+        let write = AccessFs::WriteFile | AccessFs::Truncate;
+        let device = read | AccessFs::WriteFile | AccessFs::IoctlDev;
+        let names =
+            AccessFs::MakeReg | AccessFs::MakeDir | AccessFs::RemoveFile | AccessFs::RemoveDir | AccessFs::Refer;
+        let made = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(WANTED))
+            .and_then(|rules| rules.handle_access(AccessNet::from_all(WANTED)))
+            .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
+            .and_then(Ruleset::create)
+            .map_err(io::Error::other)?;
+        let mut rules = made;
+        if let Some(memory) = memory {
+            let rule = PathBeneath::new(memory, read | write);
+            (&mut rules).add_rule(rule).map_err(io::Error::other)?;
+        }
+        let mut allow = |path: &Path, rights: BitFlags<AccessFs>| -> io::Result<()> {
+            let Ok(opened) = PathFd::new(path) else {
+                // What is not there is not there later: whoever needs it says so.
+                return Ok(());
+            };
+            let rights = if is_directory(opened.as_fd()) { rights } else { rights & AccessFs::from_file(WANTED) };
+            let rule = PathBeneath::new(opened, rights);
+            (&mut rules).add_rule(rule).map_err(io::Error::other).map(drop)
+        };
+        // Its own entries alone: it reads which of its pages are present, and opens its layers
+        // again for other processes.
+        allow(Path::new("/proc/self"), read | AccessFs::ReadDir)?;
+        allow(Path::new("/dev/userfaultfd"), device)?;
+        HOST_FACTS.iter().try_for_each(|path| allow(Path::new(path), read))?;
+        self.read.iter().try_for_each(|path| allow(path, read))?;
+        self.write.iter().try_for_each(|path| allow(path, read | write | AccessFs::IoctlDev))?;
+        self.overlays.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir))?;
+        self.beside.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir | names))?;
+        let status = rules.restrict_self().map_err(io::Error::other)?;
+        if status.ruleset == RulesetStatus::NotEnforced {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(())
+    }
+}
+
+fn is_directory(file: BorrowedFd<'_>) -> bool {
+    let stat = rustix::fs::fstat(file);
+    stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir())
+}
+
+pub(crate) fn is_block_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+}

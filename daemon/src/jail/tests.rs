@@ -1,0 +1,295 @@
+use std::collections::BTreeSet;
+
+use super::*;
+
+#[test]
+fn a_confinement_is_written_as_it_is_read() {
+    for confinement in [Confinement::Auto, Confinement::Require, Confinement::Off] {
+        assert_eq!(confinement.to_string().parse::<Confinement>().unwrap(), confinement);
+    }
+    let refused = "on".parse::<Confinement>().unwrap_err().to_string();
+    assert!(refused.contains("\"on\""), "{refused}");
+}
+
+#[test]
+fn a_layer_that_fails_is_an_error_only_where_it_is_required() {
+    let failed = || Err(io::Error::from_raw_os_error(libc::EPERM));
+    assert!(Confinement::Auto.judge("Landlock", failed()).is_ok());
+    let refused = Confinement::Require.judge("Landlock", failed()).unwrap_err().to_string();
+    assert!(refused.contains("Landlock"), "{refused}");
+}
+
+/// The lists as they are written.
+fn lists() -> serde_json::Value {
+    serde_json::from_str(seccomp::LISTS).unwrap()
+}
+
+#[test]
+fn each_entry_of_a_list_has_its_reason() {
+    seccomp::prepare().unwrap();
+    for (name, list) in lists().as_object().unwrap() {
+        for entry in list["filter"].as_array().unwrap() {
+            let reason = entry["comment"].as_str().unwrap_or_default();
+            assert!(!reason.is_empty(), "{name}: {entry}");
+        }
+    }
+}
+
+#[test]
+fn no_list_has_a_way_out() {
+    // Each would let a process that was broken into start another, look into one, or leave the jail.
+    let never = [
+        "execve",
+        "execveat",
+        "fork",
+        "vfork",
+        "ptrace",
+        "process_vm_readv",
+        "process_vm_writev",
+        "pidfd_getfd",
+        "pidfd_send_signal",
+        "kill",
+        "tkill",
+        "rt_sigqueueinfo",
+        "rt_tgsigqueueinfo",
+        "socket",
+        "connect",
+        "bind",
+        "listen",
+        "unshare",
+        "setns",
+        "mount",
+        "umount2",
+        "pivot_root",
+        "chroot",
+        "open_tree",
+        "move_mount",
+        "fsopen",
+        "bpf",
+        "perf_event_open",
+        "keyctl",
+        "add_key",
+        "request_key",
+        "init_module",
+        "finit_module",
+        "kexec_load",
+        "setuid",
+        "setgid",
+        "setresuid",
+        "setgroups",
+        "capset",
+        "open_by_handle_at",
+        "name_to_handle_at",
+        "reboot",
+        "swapon",
+        "acct",
+        "quotactl",
+        "iopl",
+        "ioperm",
+        "modify_ldt",
+        "personality",
+        "vmsplice",
+        "landlock_add_rule",
+    ];
+    let lists = lists();
+    for list in ["worker", "guest"] {
+        let names: BTreeSet<&str> =
+            lists[list]["filter"].as_array().unwrap().iter().map(|entry| entry["syscall"].as_str().unwrap()).collect();
+        let there: Vec<_> = never.iter().filter(|name| names.contains(**name)).collect();
+        assert!(there.is_empty(), "{list} has {there:?}");
+        assert_eq!(lists[list]["mismatch_action"], "kill_process");
+        // Rings and processes: only with what another list says of them.
+        assert!(!names.contains("io_uring_setup") || lists["made_before"]["match_action"]["errno"] == libc::EPERM);
+        assert!(!names.contains("clone3") || lists["absent"]["match_action"]["errno"] == libc::ENOSYS);
+    }
+}
+
+#[test]
+fn what_serves_a_guest_may_do_no_more_than_the_worker() {
+    let lists = lists();
+    let entries = |list: &str| -> Vec<(String, String)> {
+        let all = lists[list]["filter"].as_array().unwrap();
+        all.iter().map(|entry| (entry["syscall"].to_string(), entry["args"].to_string())).collect()
+    };
+    let worker = entries("worker");
+    let more: Vec<_> = entries("guest").into_iter().filter(|entry| !worker.contains(entry)).collect();
+    assert!(more.is_empty(), "{more:?}");
+}
+
+/// What each attempt from inside the jail must come to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    /// It is done: a jail in which nothing works would pass all else.
+    Done,
+    /// The kernel refuses it.
+    Refused(i32),
+    /// The process is ended for it.
+    Killed,
+}
+
+/// The variable that says which attempt a process is to make, and the one for the place of its files.
+const ATTEMPT: &str = "CLADE_JAIL_ATTEMPT";
+const PLACE: &str = "CLADE_JAIL_PLACE";
+
+fn attempts() -> Vec<(&'static str, Fate)> {
+    use Fate::{Done, Killed, Refused};
+    let (denied, not_permitted) = (Refused(libc::EACCES), Refused(libc::EPERM));
+    vec![
+        // What a worker lives on.
+        ("read-granted", Done),
+        ("write-image", Done),
+        ("unnamed-overlay", Done),
+        ("memory-file", Done),
+        ("own-pagemap", Done),
+        ("thread", Done),
+        ("signal-itself", Done),
+        // Files that are others'.
+        ("read-passwords", denied),
+        ("read-beside", denied),
+        ("write-granted-for-reading", denied),
+        ("name-in-overlays", denied),
+        ("remove-beside", denied),
+        ("parents-memory", denied),
+        ("list-root", denied),
+        ("raw-kvm", denied),
+        // Other processes.
+        ("signal-parent", Killed),
+        ("kill-parent", Killed),
+        ("trace-parent", Killed),
+        ("read-parent", Killed),
+        ("fork", Killed),
+        ("execute", Killed),
+        // The network, and programs that listen on this host.
+        ("unix-socket", Killed),
+        ("internet-socket", Killed),
+        ("ring", not_permitted),
+        // Ways out.
+        ("namespace", Killed),
+        ("mount", Killed),
+        ("setuid", Killed),
+        ("code", Killed),
+        ("module", Killed),
+        ("keyring", Killed),
+        ("core-file", Done),
+    ]
+}
+
+/// A system call with up to six arguments. Returns the error's number.
+fn system_call(number: libc::c_long, args: &[libc::c_long]) -> Result<(), i32> {
+    let mut all = [0; 6];
+    all[..args.len()].copy_from_slice(args);
+    let [a, b, c, d, e, f] = all;
+    // SAFETY: the calls of the attempts below are refused, or touch no memory of this process.
+    match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
+        rc if rc < 0 => Err(io::Error::last_os_error().raw_os_error().unwrap_or(-1)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes one attempt, in a process that is confined. Returns the error's number.
+#[expect(clippy::cast_lossless, reason = "arguments of system calls, whatever type they have")]
+fn attempt(which: &str, place: &std::path::Path, parent: u32) -> Result<(), i32> {
+    use std::fs::{File, OpenOptions, read_dir, remove_file};
+    use std::os::unix::fs::OpenOptionsExt;
+
+    let done = |result: io::Result<()>| result.map_err(|error| error.raw_os_error().unwrap_or(-1));
+    macro_rules! raw {
+        ($number:ident $(, $arg:expr)*) => {
+            system_call(libc::$number, &[$($arg as libc::c_long),*])
+        };
+    }
+    match which {
+        "read-granted" => done(std::fs::read(place.join("granted")).map(drop)),
+        "write-image" => done(OpenOptions::new().write(true).open(place.join("image/disk")).map(drop)),
+        "unnamed-overlay" => {
+            let flags = libc::O_TMPFILE;
+            done(OpenOptions::new().read(true).write(true).custom_flags(flags).open(place.join("overlays")).map(drop))
+        }
+        "memory-file" => {
+            done(rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).map(drop).map_err(Into::into))
+        }
+        "own-pagemap" => done(File::open("/proc/self/pagemap").map(drop)),
+        "thread" => std::thread::spawn(|| ()).join().map_err(|_| -1),
+        "signal-itself" => raw!(SYS_tgkill, std::process::id(), rustix::thread::gettid().as_raw_nonzero().get(), 0),
+        "read-passwords" => done(File::open("/etc/shadow").map(drop)),
+        "read-beside" => done(File::open(place.join("secret")).map(drop)),
+        "write-granted-for-reading" => done(OpenOptions::new().write(true).open(place.join("granted")).map(drop)),
+        "name-in-overlays" => done(File::create(place.join("overlays/named")).map(drop)),
+        "remove-beside" => done(remove_file(place.join("secret"))),
+        "parents-memory" => done(File::open(format!("/proc/{parent}/mem")).map(drop)),
+        "list-root" => done(read_dir("/").map(drop)),
+        "raw-kvm" => done(File::open("/dev/kvm").map(drop)),
+        "signal-parent" => raw!(SYS_tgkill, parent, parent, 0),
+        "kill-parent" => raw!(SYS_kill, parent, 0),
+        "trace-parent" => raw!(SYS_ptrace, libc::PTRACE_SEIZE, parent, 0, 0),
+        "read-parent" => raw!(SYS_process_vm_readv, parent, 0, 0, 0, 0, 0),
+        "fork" => raw!(SYS_clone, libc::SIGCHLD, 0, 0, 0, 0),
+        "execute" => raw!(SYS_execve, c"/bin/true".as_ptr(), 0, 0),
+        "unix-socket" => raw!(SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM, 0),
+        "internet-socket" => raw!(SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0),
+        "ring" => raw!(SYS_io_uring_setup, 4, 0),
+        "namespace" => raw!(SYS_unshare, libc::CLONE_NEWUSER),
+        "mount" => raw!(SYS_mount, 0, 0, 0, 0, 0),
+        "setuid" => raw!(SYS_setuid, 0),
+        "code" => raw!(SYS_mmap, 0, 4096, libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        "module" => raw!(SYS_init_module, 0, 0, 0),
+        "keyring" => raw!(SYS_keyctl, 0, 0, 0, 0, 0),
+        "core-file" => match getrlimit(Resource::Core) {
+            Rlimit { current: Some(0), maximum: Some(0) } => Ok(()),
+            _ => Err(-1),
+        },
+        other => panic!("no attempt {other:?}"),
+    }
+}
+
+/// Not a test by itself: what the next one runs in a process for each attempt.
+#[test]
+fn inside() {
+    use std::io::Write;
+    let (Ok(which), Some(place)) = (std::env::var(ATTEMPT), std::env::var_os(PLACE)) else { return };
+    let (place, parent) = (std::path::PathBuf::from(place), std::os::unix::process::parent_id());
+    let grants = Grants {
+        read: vec![place.join("granted")],
+        write: vec![place.join("image/disk")],
+        overlays: vec![place.join("overlays")],
+        beside: vec![place.join("image")],
+    };
+    prepare(Confinement::Require).unwrap();
+    confine(Confinement::Require, &grants, None).unwrap();
+    let outcome = attempt(&which, &place, parent);
+    let _ = writeln!(io::stderr(), "outcome {}", outcome.map_or_else(|errno| errno, |()| 0));
+}
+
+/// Each attempt in a process of its own, as one that was broken into would make it.
+#[test]
+fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["image", "overlays"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    for name in ["granted", "secret", "image/disk"] {
+        std::fs::write(dir.path().join(name), b"x").unwrap();
+    }
+    let me = std::env::current_exe().unwrap();
+    for (which, wanted) in attempts() {
+        let run = Command::new(&me)
+            .args(["--exact", "jail::tests::inside", "--nocapture", "--test-threads=1"])
+            .env(ATTEMPT, which)
+            .env(PLACE, dir.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&run.stderr);
+        let outcome = said.lines().find_map(|line| line.strip_prefix("outcome ")?.parse::<i32>().ok());
+        let fate = match (run.status.signal(), outcome) {
+            (Some(libc::SIGSYS), None) => Fate::Killed,
+            (None, Some(0)) => Fate::Done,
+            (None, Some(errno)) => Fate::Refused(errno),
+            other => panic!("{which}: {other:?} {said}"),
+        };
+        assert_eq!(fate, wanted, "{which}");
+    }
+    assert_eq!(std::fs::read(dir.path().join("secret")).unwrap(), b"x");
+}

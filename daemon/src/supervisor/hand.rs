@@ -1,0 +1,103 @@
+//! What a worker is given: where it may reach, and what it is handed as descriptors.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::about::About;
+use super::broker::Broker;
+use super::overlays::InUse;
+use crate::fleet::RuntimeDir;
+use crate::fleet::{FleetError, NameClaim, forget_ended};
+use crate::jail::{Confinement, Grants};
+use crate::worker::{EnterOrder, Handed, Shape};
+use clade_vmm::vm::{Endpoints, VmConfig};
+
+/// Where workers are, and how far they reach.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) dir: PathBuf,
+    pub(super) confinement: Confinement,
+}
+
+impl Place {
+    fn order(&self, config: &VmConfig, grants: Grants) -> EnterOrder {
+        let disks = config.disks.len();
+        EnterOrder { dir: self.dir.clone(), confinement: self.confinement, grants, disks }
+    }
+
+    /// For a child.
+    pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
+        self.order(&shape.config, Grants::of_child(&shape.config, &shape.overlays))
+    }
+
+    /// For a VM that is booted.
+    pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
+        self.order(config, Grants::of_boot(config, kernel, initrd))
+    }
+}
+
+/// The descriptors of one VM, on their way to its worker. What was made for them outside of the
+/// runtime directory goes with this, unless the VM is kept.
+#[derive(Debug)]
+pub(super) struct Hand {
+    about: About,
+    files: Vec<OwnedFd>,
+    overlays: Option<InUse>,
+    is_kept: bool,
+}
+
+impl Hand {
+    /// Makes the files of a VM of `shape` that uses `overlays`, and writes down what it is.
+    ///
+    /// # Errors
+    /// When one cannot be made. Then none stays.
+    pub(super) fn make(
+        dir: &RuntimeDir,
+        claim: &NameClaim,
+        shape: &Shape,
+        overlays: InUse,
+        ends: Endpoints,
+        broker: &Broker,
+    ) -> Result<(Self, Handed), FleetError> {
+        let failed = |source| FleetError::Worker { source };
+        let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
+        let about = About { shape: shape.clone(), identity, overlays: paths };
+        let vsock = about.identity.vsock.as_ref();
+        let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
+        let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
+        // From here on the socket's file is ours.
+        let mut hand = Self { about, files: Vec::new(), overlays: Some(overlays), is_kept: false };
+        let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
+        forget_ended(dir, &claim.name);
+        hand.about.write(claim)?;
+        let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
+        hand.files.push(record);
+        hand.files.extend(listeners);
+        hand.files.extend(devices);
+        Ok((hand, Handed { sockets, ends }))
+    }
+
+    /// The descriptors, behind the lock of `claim`.
+    pub(super) fn files<'a>(&'a self, claim: &'a NameClaim) -> Vec<BorrowedFd<'a>> {
+        claim.lock().into_iter().chain(self.files.iter().map(AsFd::as_fd)).collect()
+    }
+
+    /// Closes the descriptors: the worker has its own.
+    pub(super) fn sent(&mut self) {
+        self.files.clear();
+    }
+
+    /// Leaves what was made to the VM, which runs.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+        self.overlays.take().into_iter().for_each(InUse::keep);
+    }
+}
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.about.remove_sockets();
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Snapshots of VMs whose processes may not write files: a worker that runs nothing writes them.
+//!
+//! The supervisor keeps the image of each VM's last snapshot, as the base of an incremental one. It
+//! goes with the VM.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::Supervisor;
+use super::about::About;
+use super::checkpoint::Checkpoint;
+use crate::control::{SnapshotAnswer, SnapshotProgress, SnapshotRequest};
+use crate::fleet::{Cancel, FleetError};
+use crate::jail::Grants;
+use crate::worker::{EnterOrder, SaveOrder, SavedFiles, written_beside};
+
+const BAD_REQUEST: u16 = 400;
+const CONFLICT: u16 = 409;
+
+/// A VM that was saved.
+#[derive(Debug)]
+struct LastSave {
+    dir: PathBuf,
+    id: String,
+    image: Arc<Checkpoint>,
+    /// Directories of the snapshots that it depends on.
+    before: Vec<PathBuf>,
+}
+
+/// A snapshot that is being written.
+#[derive(Debug, Default)]
+struct Saving {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancel: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last: Option<Arc<LastSave>>,
+    saving: Option<Arc<Saving>>,
+}
+
+/// The snapshots of the VMs, by their names.
+#[derive(Debug, Default)]
+pub(super) struct Snapshots(Mutex<BTreeMap<String, State>>);
+
+/// Ends the claim on a VM's snapshots.
+struct Ours<'a>(&'a Snapshots, &'a str);
+
+impl Drop for Ours<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = self.0.states().get_mut(self.1) {
+            state.saving = None;
+        }
+    }
+}
+
+impl Snapshots {
+    fn states(&self) -> MutexGuard<'_, BTreeMap<String, State>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins one. Returns what it may be based on.
+    fn begin(&self, vm: &str, incremental: bool) -> Result<(Arc<Saving>, Option<Arc<LastSave>>), FleetError> {
+        let refused = |text| Err(FleetError::Refused { status: CONFLICT, text });
+        let mut states = self.states();
+        let state = states.entry(vm.to_owned()).or_default();
+        if state.saving.is_some() {
+            return refused(format!("a snapshot of {vm} is being written already"));
+        }
+        if incremental && state.last.is_none() {
+            return refused(format!(
+                "{vm} was not saved before under this supervisor, so nothing can be incremental to it: save it in full first"
+            ));
+        }
+        let saving = Arc::<Saving>::default();
+        state.saving = Some(Arc::clone(&saving));
+        Ok((saving, state.last.clone().filter(|_| incremental)))
+    }
+
+    pub(super) fn progress(&self, vm: &str) -> SnapshotProgress {
+        let states = self.states();
+        let saving = states.get(vm).and_then(|state| state.saving.as_ref());
+        let (done, total) =
+            saving.map_or((0, 0), |saving| (saving.done.load(Ordering::Relaxed), saving.total.load(Ordering::Relaxed)));
+        SnapshotProgress { running: saving.is_some(), done, total }
+    }
+
+    pub(super) fn cancel(&self, vm: &str) {
+        if let Some(saving) = self.states().get(vm).and_then(|state| state.saving.as_ref()) {
+            saving.cancel.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets a VM that has ended.
+    pub(super) fn forget(&self, vm: &str) {
+        // Not under the lock: closing descriptors takes time.
+        let gone = self.states().remove(vm);
+        drop(gone);
+    }
+}
+
+impl Supervisor {
+    /// Whether a VM is saved here, and not by its own process.
+    pub(super) fn saves(&self, vm: &str) -> bool {
+        About::read(&self.0.dir, vm).is_ok_and(|about| about.is_some())
+    }
+
+    /// Saves a VM, which runs on.
+    ///
+    /// # Errors
+    /// When the directory cannot be written, or holds something else; when the request is
+    /// cancelled. The directory is as it was then.
+    pub(super) fn snapshot(
+        &self,
+        vm: &str,
+        request: &SnapshotRequest,
+        cancel: &Cancel,
+    ) -> Result<SnapshotAnswer, FleetError> {
+        let begun = Instant::now();
+        let _busy = self.0.busy.read();
+        let (saving, base) = self.0.snapshots.begin(vm, request.incremental)?;
+        let _ours = Ours(&self.0.snapshots, vm);
+        let beside = written_beside(&request.dir).map_err(|error| FleetError::Refused {
+            status: BAD_REQUEST,
+            text: format!("{} cannot be made: {error}", request.dir.display()),
+        })?;
+        let dir = beside.join(request.dir.file_name().unwrap_or_default());
+        let image = Arc::new(Checkpoint::take(&self.0.dir, vm)?);
+        let before: Vec<PathBuf> =
+            base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
+        // The base gets a note of its dependent. Those before it are read.
+        let mut grants = Grants { beside: vec![beside], ..Grants::default() };
+        grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
+        let (place, config) = (self.0.place.clone(), &image.about().shape.config);
+        grants.read.extend(config.disks.iter().map(|disk| disk.disk.path.clone()));
+        let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+        worker.enter(EnterOrder { dir: place.dir, confinement: place.confinement, grants, disks: 0 })?;
+        let order = SaveOrder {
+            dir,
+            base: base.as_ref().map(|base| (base.dir.clone(), base.id.clone())),
+            zstd: request.zstd,
+            replace: request.replace,
+        };
+        worker.save(order, base.as_ref().map(|base| base.image.parts()), image.parts())?;
+        let SavedFiles { dir, id, data_pages, zero_pages, data_bytes, base_untold } = worker.saved(|progress| {
+            if let Some((done, total)) = progress {
+                saving.done.store(done, Ordering::Relaxed);
+                saving.total.store(total, Ordering::Relaxed);
+            }
+            saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
+        })?;
+        let pause_us = image.info("").pause_us;
+        let last = LastSave { dir: dir.clone(), id: id.clone(), image, before };
+        if let Some(state) = self.0.snapshots.states().get_mut(vm) {
+            state.last = Some(Arc::new(last));
+        }
+        let total_us = begun.elapsed().as_secs_f64() * 1e6;
+        Ok(SnapshotAnswer { dir, id, pause_us, total_us, data_pages, zero_pages, data_bytes, base_untold })
+    }
+}

@@ -1,0 +1,59 @@
+//! A worker's first order: what it may reach from then on.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use clade_devices::disk::prepare_engines;
+use serde::{Deserialize, Serialize};
+
+use super::{Order, receive};
+use crate::fleet::{FleetError, RuntimeDir};
+use crate::jail::{Confinement, Grants, confine};
+use clade_vmm::vm::Context;
+
+/// What a worker may reach.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EnterOrder {
+    /// The runtime directory.
+    pub(crate) dir: PathBuf,
+    pub(crate) confinement: Confinement,
+    pub(crate) grants: Grants,
+    /// Disks that it will have.
+    pub(crate) disks: usize,
+}
+
+/// A worker that is where it will stay.
+#[derive(Debug)]
+pub struct Entered {
+    pub(super) dir: RuntimeDir,
+}
+
+/// Takes the first order from the process behind `socket`, and confines this process as it says.
+/// Call it while the process has one thread. Returns `None` if no worker is wanted any more.
+///
+/// # Errors
+/// When the order is another, or the process cannot be confined.
+pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, FleetError> {
+    let failed = |source| FleetError::Worker { source };
+    let order = match receive(socket) {
+        // It waited in a pool, and whoever kept it there has gone.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        other => other.map_err(failed)?.0,
+    };
+    let Order::Enter(order) = order else {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "an order before it was told what it may reach",
+        )));
+    };
+    let EnterOrder { dir, confinement, grants, disks } = *order;
+    if confinement == Confinement::Off {
+        return Ok(Some(Entered { dir: RuntimeDir::create(&dir)? }));
+    }
+    let dir = RuntimeDir::reach(&dir)?;
+    // Rings and the namespace of abstract sockets are out of reach afterwards.
+    prepare_engines(disks).map_err(|error| failed(io::Error::other(error)))?;
+    confine(confinement, &grants, context.store().directory()).map_err(|error| failed(io::Error::other(error)))?;
+    Ok(Some(Entered { dir }))
+}

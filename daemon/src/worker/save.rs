@@ -1,0 +1,113 @@
+//! A worker that writes a snapshot of a VM in another process, and ends.
+//!
+//! The VM's own process may not open files. This one has the image and never runs it.
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | 1 | starter | [`SaveOrder`] |
+//! | 2.. | starter | the image of the snapshot that it is based on, if there is one |
+//! | .. | starter | the image |
+//! | next | worker | how far it is, every [`TELL_INTERVAL`] at most |
+//! | any time | starter | one byte: stop that |
+//! | last | worker | what was written, or the error |
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clade_io::seqpacket;
+use clade_snapshot::{Compression, SaveProgress};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+
+use super::{Answer, send};
+use crate::fleet::FleetError;
+use clade_vmm::vm::{Context, ForkImage, Overlays, SavedAt, SealedParts, SharedFiles, SnapshotOptions};
+
+/// How often it says how far it is.
+const TELL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A snapshot to be written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SaveOrder {
+    /// Its directory.
+    pub(crate) dir: PathBuf,
+    /// Directory and id of the one that it is based on.
+    pub(crate) base: Option<(PathBuf, String)>,
+    /// Whether it is compressed.
+    pub(crate) zstd: bool,
+    /// Whether it replaces one that others depend on.
+    pub(crate) replace: bool,
+}
+
+/// A snapshot that was written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SavedFiles {
+    pub(crate) dir: PathBuf,
+    pub(crate) id: String,
+    pub(crate) data_pages: u64,
+    pub(crate) zero_pages: u64,
+    pub(crate) data_bytes: u64,
+    pub(crate) base_untold: bool,
+}
+
+/// Writes a snapshot of the images that come over `socket`.
+pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Result<SavedFiles, FleetError> {
+    let failed = |source| FleetError::Worker { source };
+    // A layer that both images show must be one here, or all of it would count as changed.
+    let mut shared = SharedFiles::default();
+    let mut import = || -> Result<_, FleetError> {
+        let parts = SealedParts::receive(socket)?.open()?;
+        Ok(ForkImage::import_beside(context, parts, Overlays::Nowhere, &mut shared)?)
+    };
+    let base = match &order.base {
+        Some((dir, id)) => {
+            let id = id.parse().map_err(|error| failed(io::Error::other(error)))?;
+            Some((SavedAt { dir: dir.clone(), id }, import()?))
+        }
+        None => None,
+    };
+    let image = import()?;
+    let cancel = AtomicBool::new(false);
+    let told = Cell::new(Instant::now());
+    let tell = |done, total| {
+        if told.get().elapsed() < TELL_INTERVAL {
+            return;
+        }
+        told.set(Instant::now());
+        // Whoever has ordered it has gone, or wants it no more.
+        if send(socket, &Answer::Saving { done, total }, &[]).is_err() || has_word(socket) {
+            cancel.store(true, Ordering::Relaxed);
+        }
+    };
+    let compression = if order.zstd { Compression::Zstd } else { Compression::None };
+    let options = SnapshotOptions { incremental: base.is_some(), compression, replace: order.replace };
+    let watch = SaveProgress { progress: &tell, cancel: &cancel };
+    let of = base.as_ref().map(|(place, image)| (place, &**image));
+    let (place, saved) = image.save(&order.dir, of, options, &watch)?;
+    Ok(SavedFiles {
+        dir: place.dir,
+        id: place.id.to_string(),
+        data_pages: saved.data_pages,
+        zero_pages: saved.zero_pages,
+        data_bytes: saved.data_bytes,
+        base_untold: saved.base_untold,
+    })
+}
+
+/// Whether there is something to be read.
+fn has_word(socket: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let ready = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&now));
+    ready.is_ok_and(|ready| ready > 0)
+        && !matches!(seqpacket::receive(socket, 1), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// The directories that a snapshot in `dir` is written in: its own is made aside, and renamed.
+pub(crate) fn written_beside(dir: &Path) -> io::Result<PathBuf> {
+    let beside = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("/"));
+    std::fs::canonicalize(beside)
+}

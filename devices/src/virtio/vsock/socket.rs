@@ -1,0 +1,232 @@
+//! The host's end of a socket device: where hosts connect, and where the guest's connections go.
+//!
+//! The guest's connection to port N goes to a listener at the socket's path with `_N` behind it. A
+//! process that may open no sockets has a broker do that: another process, at the other end of a
+//! socket that keeps messages apart (`SOCK_SEQPACKET`).
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | request | device | the port, 4 bytes |
+//! | answer | broker | 0 and the connection; or the number of the error, 4 bytes |
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clade_io::seqpacket;
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::device::{VsockError, VsockOptions};
+use super::{FIRST_GUEST_CID, HOST_CID};
+
+/// How long a broker may take. The guest's other connections wait meanwhile.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of a message.
+const NUMBER: usize = 4;
+
+/// Connects the guest to ports of the host.
+#[derive(Debug)]
+enum HostPorts {
+    /// By itself.
+    Direct,
+    /// Through the broker at the other end. None once it has failed: its answers may be those to
+    /// earlier requests.
+    Broker(Option<OwnedFd>),
+}
+
+/// The host's end of a socket device, bound and not yet served.
+#[derive(Debug)]
+pub struct VsockSocket {
+    pub(super) options: VsockOptions,
+    pub(super) listener: UnixListener,
+    ports: HostPorts,
+    /// Whether the socket's file is removed with this.
+    removes: bool,
+}
+
+fn check_cid(options: &VsockOptions) -> Result<(), VsockError> {
+    const { assert!(HOST_CID < FIRST_GUEST_CID) };
+    if (FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&options.cid) {
+        Ok(())
+    } else {
+        Err(VsockError::Cid { cid: options.cid })
+    }
+}
+
+impl VsockSocket {
+    /// Listens at `options.socket`, and removes it in the end.
+    ///
+    /// # Errors
+    /// When the CID is reserved, or the socket cannot be made. A stale socket is not removed.
+    pub fn bind(options: &VsockOptions) -> Result<Self, VsockError> {
+        check_cid(options)?;
+        let listener = UnixListener::bind(&options.socket)
+            .map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
+        Ok(Self { options: options.clone(), listener, ports: HostPorts::Direct, removes: true })
+    }
+
+    /// A socket that another process has bound, and will remove. The guest's connections are made
+    /// by `broker`; without one they are refused.
+    ///
+    /// # Errors
+    /// When the CID is reserved.
+    pub fn handed_in(options: VsockOptions, listener: OwnedFd, broker: Option<OwnedFd>) -> Result<Self, VsockError> {
+        check_cid(&options)?;
+        if let Some(broker) = &broker {
+            set_socket_timeout(broker, Timeout::Recv, Some(PATIENCE))
+                .and_then(|()| set_socket_timeout(broker, Timeout::Send, Some(PATIENCE)))
+                .map_err(|errno| VsockError::Socket { path: options.socket.clone(), source: errno.into() })?;
+        }
+        Ok(Self { options, listener: listener.into(), ports: HostPorts::Broker(broker), removes: false })
+    }
+
+    /// Gives up the listener for another process. From here on the socket's file is the caller's to
+    /// remove.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub fn hand_over(mut self) -> io::Result<OwnedFd> {
+        let listener = self.listener.as_fd().try_clone_to_owned()?;
+        self.removes = false;
+        Ok(listener)
+    }
+
+    /// Connects to a port of the host, without blocking on its listener.
+    pub(super) fn dial(&mut self, port: u32) -> io::Result<Attempt> {
+        match &mut self.ports {
+            HostPorts::Direct => attempt(&port_path(&self.options.socket, port)),
+            HostPorts::Broker(None) => Err(io::ErrorKind::ConnectionRefused.into()),
+            HostPorts::Broker(broker @ Some(_)) => {
+                let asked = broker.as_ref().map_or(Err(io::ErrorKind::NotConnected.into()), |broker| ask(broker, port));
+                asked.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "guests' connections to the host are refused from here on");
+                    *broker = None;
+                    Err(io::ErrorKind::ConnectionRefused.into())
+                })
+            }
+        }
+    }
+}
+
+impl Drop for VsockSocket {
+    fn drop(&mut self) {
+        if !self.removes {
+            return;
+        }
+        let path = &self.options.socket;
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::debug!(%error, socket = %path.display(), "a socket stays behind");
+        }
+    }
+}
+
+/// The result of an attempt to connect.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    Connected(UnixStream),
+    /// The backlog is full.
+    Full,
+}
+
+fn port_path(socket: &Path, port: u32) -> PathBuf {
+    let mut path = OsString::from(socket);
+    path.push(format!("_{port}"));
+    path.into()
+}
+
+/// Connects to `path`, without blocking.
+fn attempt(path: &Path) -> io::Result<Attempt> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) => Ok(Attempt::Connected(UnixStream::from(socket))),
+        Err(Errno::AGAIN) => Ok(Attempt::Full),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Asks a broker. An error of the broker itself is the outer one.
+fn ask(broker: &OwnedFd, port: u32) -> io::Result<io::Result<Attempt>> {
+    seqpacket::send(broker, &port.to_le_bytes(), &[])?;
+    let mut answer = seqpacket::receive(broker, NUMBER)?;
+    let status = answer.bytes.first_chunk().map(|bytes| i32::from_le_bytes(*bytes));
+    match (status, answer.files.pop()) {
+        (Some(0), Some(connection)) => Ok(Ok(Attempt::Connected(connection.into()))),
+        (Some(errno), None) if errno == Errno::AGAIN.raw_os_error() => Ok(Ok(Attempt::Full)),
+        (Some(errno), None) if errno != 0 => Ok(Err(io::Error::from_raw_os_error(errno))),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// A broker's part: answers one request that has come over `device`, for the guest whose socket is
+/// at `socket`. It connects to nothing but that guest's listeners, whatever the device asks for.
+///
+/// # Errors
+/// When the device's process has gone, or asks for something else.
+pub fn answer_broker(device: impl AsFd, socket: &Path) -> io::Result<()> {
+    let request = seqpacket::receive(&device, NUMBER)?.bytes;
+    let port = u32::from_le_bytes(*request.first_chunk().ok_or(io::ErrorKind::InvalidData)?);
+    let (status, connection) = match attempt(&port_path(socket, port)) {
+        Ok(Attempt::Connected(connection)) => (0, Some(connection)),
+        Ok(Attempt::Full) => (Errno::AGAIN.raw_os_error(), None),
+        Err(error) => (error.raw_os_error().unwrap_or(libc::ECONNREFUSED), None),
+    };
+    let files: Vec<_> = connection.iter().map(AsFd::as_fd).collect();
+    seqpacket::send(device, &i32::to_le_bytes(status), &files)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn handed(dir: &Path, broker: Option<OwnedFd>) -> VsockSocket {
+        let options = VsockOptions { cid: 7, socket: dir.join("v") };
+        let bound = VsockSocket::bind(&options).unwrap();
+        let listener = bound.hand_over().unwrap();
+        VsockSocket::handed_in(options, listener, broker).unwrap()
+    }
+
+    #[test]
+    fn a_broker_connects_to_the_guests_listeners_and_to_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        let mut socket = handed(dir.path(), Some(theirs));
+        let path = dir.path().join("v");
+        let broker = thread::spawn(move || while answer_broker(&ours, &path).is_ok() {});
+        let missing = socket.dial(5).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        let listener = UnixListener::bind(dir.path().join("v_5")).unwrap();
+        assert!(matches!(socket.dial(5), Ok(Attempt::Connected(_))));
+        listener.accept().unwrap();
+        assert!(dir.path().join("v").exists(), "whoever bound it removes it");
+        drop(socket);
+        assert!(dir.path().join("v").exists());
+        broker.join().unwrap();
+    }
+
+    #[test]
+    fn without_a_broker_and_after_a_wrong_answer_connections_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut without = handed(dir.path(), None);
+        assert_eq!(without.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        drop(without);
+        std::fs::remove_file(dir.path().join("v")).unwrap();
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        let mut socket = handed(dir.path(), Some(theirs));
+        // It says that there is a connection, and sends none. The next answer is for nobody.
+        for status in [0i32, libc::ENOENT] {
+            seqpacket::send(&ours, &status.to_le_bytes(), &[]).unwrap();
+        }
+        for _ in 0..2 {
+            assert_eq!(socket.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        }
+        assert!(matches!(socket.ports, HostPorts::Broker(None)));
+    }
+}
