@@ -4,6 +4,7 @@ mod batch;
 mod dir;
 mod ended;
 mod error;
+mod problem;
 mod release;
 mod room;
 

@@ -17,6 +17,7 @@ use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use crate::control::api::VmInfo;
+use crate::control::problem::{Problem, ProblemKind};
 use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
 
 /// VMs that are asked at a time when all are listed.
@@ -78,12 +79,12 @@ pub enum ClientError {
     #[error("the VM's answer could not be read")]
     Answer(#[from] serde_json::Error),
     /// The VM's process refuses the request.
-    #[error("{error}")]
+    #[error("{}", problem.detail)]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// The server's message.
-        error: String,
+        /// The server's answer.
+        problem: Box<Problem>,
     },
     /// The runtime directory cannot be read.
     #[error("{} cannot be read", path.display())]
@@ -97,6 +98,19 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// The kind of problem that it is to a client of the supervisor.
+    pub(crate) fn problem(&self) -> ProblemKind {
+        match self {
+            Self::NoSuchVm { .. } | Self::Dead { .. } => ProblemKind::NoSuchVm,
+            Self::Name(error) => error.problem(),
+            Self::Forbidden { .. } => ProblemKind::Forbidden,
+            Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
+            // Its process ended before it answered.
+            Self::Http(_) | Self::Answer(_) => ProblemKind::VmGone,
+            Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
+        }
+    }
+
     /// The error for a socket of `name` at `path` that cannot be connected to.
     #[must_use]
     pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
@@ -251,12 +265,14 @@ async fn exchange<T: DeserializeOwned>(
     let bytes = response.into_body().collect().await?.to_bytes();
     connection.abort();
     if status != StatusCode::OK {
-        #[derive(serde::Deserialize)]
-        struct Refusal {
-            error: String,
-        }
-        let error = serde_json::from_slice::<Refusal>(&bytes).map_or_else(|_| status.to_string(), |r| r.error);
-        return Err(ClientError::Refused { status: status.as_u16(), error });
+        // An answer of HTTP itself, as to a head that is too large, has no problem in it.
+        let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
+            kind: "about:blank".to_owned(),
+            title: status.to_string(),
+            status: status.as_u16(),
+            detail: status.to_string(),
+        });
+        return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
     }
     Ok(serde_json::from_slice(&bytes)?)
 }

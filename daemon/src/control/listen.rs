@@ -8,7 +8,6 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
-use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -20,7 +19,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::control::server::{ApiError, router};
+use crate::control::problem::{ApiError, ProblemKind};
+use crate::control::server::router;
 use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
@@ -111,14 +111,12 @@ async fn read_body(request: Request, next: Next) -> Response {
         }
         Ok::<_, axum::Error>((bytes, discarded))
     };
-    let refused = |status, text: String| ApiError { status, text }.into_response();
+    let refused = |kind, text: String| ApiError::new(kind, text).into_response();
     match timeout(BODY_TIMEOUT, read).await {
         Ok(Ok((bytes, 0))) => next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await,
-        Ok(Ok(_)) => refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a body of more than {MAX_BODY} bytes")),
-        Ok(Err(error)) => refused(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}")),
-        Err(_) => {
-            refused(StatusCode::REQUEST_TIMEOUT, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()))
-        }
+        Ok(Ok(_)) => refused(ProblemKind::BodyTooLarge, format!("a body of more than {MAX_BODY} bytes")),
+        Ok(Err(error)) => refused(ProblemKind::BadRequest, format!("the body cannot be read: {error}")),
+        Err(_) => refused(ProblemKind::LateBody, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs())),
     }
 }
 

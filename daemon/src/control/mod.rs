@@ -17,13 +17,12 @@
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
 //! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
 //!
-//! Errors are `{"error": "..."}`: 400 for an invalid request, 404 for no such VM, 408 for a late
-//! body. 409 is for a VM in the wrong state or a name taken, 413 for a body above 64 KiB. 503 is
-//! for no thread, 507 for no room on the host, 500 for the rest.
+//! Errors are problem details: see `problem`.
 
 mod api;
 mod client;
 mod listen;
+mod problem;
 mod server;
 
 pub use api::{
@@ -34,6 +33,6 @@ pub use api::{
 pub use client::{Client, ClientError, ListedVms};
 pub use listen::serve_fleet;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
-pub(crate) use server::{
-    Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread, status_of,
-};
+pub(crate) use problem::ApiError;
+pub use problem::{Problem, ProblemKind};
+pub(crate) use server::{Answer, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread};

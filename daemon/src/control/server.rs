@@ -1,6 +1,5 @@
 //! The handlers of the control sockets.
 
-use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,12 +7,9 @@ use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use clade_snapshot::Compression;
-use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -21,9 +17,10 @@ use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
     SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
+use crate::control::problem::{ApiError, ProblemKind};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
-use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
+use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
 /// is busy, does not send them.
@@ -33,107 +30,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a request waits for a thread if no more can be created.
 pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
-/// An error of the API.
-#[derive(Debug)]
-pub(crate) struct ApiError {
-    pub(crate) status: StatusCode,
-    pub(crate) text: String,
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        (self.status, Json(json!({ "error": self.text }))).into_response()
-    }
-}
-
-impl From<FleetError> for ApiError {
-    fn from(error: FleetError) -> Self {
-        Self { status: status(&error), text: clade_vmm::error_chain(&error) }
-    }
-}
-
-/// The HTTP status of an error, for another process.
-pub(crate) fn status_of(error: &FleetError) -> u16 {
-    status(error).as_u16()
-}
-
-fn status(error: &FleetError) -> StatusCode {
-    match error {
-        FleetError::BadName { .. }
-        | FleetError::Pattern { .. }
-        | FleetError::Count { .. }
-        | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
-        FleetError::Vm(VmError::Balloon { .. } | VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_)) => {
-            StatusCode::BAD_REQUEST
-        }
-        FleetError::NoSuchVm { .. } | FleetError::NoSuchCheckpoint { .. } => StatusCode::NOT_FOUND,
-        FleetError::Taken { .. }
-        | FleetError::CheckpointTaken { .. }
-        | FleetError::Supervised { .. }
-        | FleetError::Ending
-        | FleetError::Cancelled { .. }
-        | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent) => {
-            StatusCode::CONFLICT
-        }
-        FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
-        FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
-        FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
-        FleetError::Refused { status, .. } => {
-            StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-        }
-        FleetError::Runtime { .. }
-        | FleetError::Unreleased { .. }
-        | FleetError::LinkedDir { .. }
-        | FleetError::ForeignDir { .. }
-        | FleetError::OpenDir { .. }
-        | FleetError::Transfer(_)
-        | FleetError::Worker { .. }
-        | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-/// The status of a failed snapshot: whether the client or the host is at fault.
-fn snapshot_status(error: &SnapshotError) -> StatusCode {
-    use clade_snapshot::Error;
-    match error {
-        SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
-        // No snapshot can be made in such a place.
-        SnapshotError::Files(Error::File { source, .. })
-            if matches!(
-                source.kind(),
-                ErrorKind::NotFound
-                    | ErrorKind::NotADirectory
-                    | ErrorKind::PermissionDenied
-                    | ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            StatusCode::BAD_REQUEST
-        }
-        SnapshotError::Files(
-            Error::NotASnapshot { .. }
-            | Error::Parent { .. }
-            | Error::WrongId { .. }
-            | Error::Cycle { .. }
-            | Error::TooDeep { .. }
-            | Error::Shape { .. }
-            | Error::Needed { .. }
-            | Error::Locked { .. }
-            | Error::OwnChain { .. }
-            | Error::Cancelled,
-        )
-        | SnapshotError::NoBase { .. }
-        | SnapshotError::Busy { .. }
-        | SnapshotError::Vm(VmError::Stopped(_) | VmError::Inconsistent) => StatusCode::CONFLICT,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-impl From<JsonRejection> for ApiError {
-    fn from(rejection: JsonRejection) -> Self {
-        Self { status: StatusCode::BAD_REQUEST, text: rejection.body_text() }
-    }
-}
-
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
@@ -141,13 +37,8 @@ async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let gone = || failed(StatusCode::INTERNAL_SERVER_ERROR, "the process is ending");
-    let fleet = fleet.upgrade().ok_or_else(gone)?;
+    let fleet = fleet.upgrade().ok_or(ProblemKind::Ending)?;
     Ok(on_a_thread(THREAD_PATIENCE, move || work(&fleet)).await??)
-}
-
-fn failed(status: StatusCode, text: &str) -> ApiError {
-    ApiError { status, text: text.to_owned() }
 }
 
 /// Runs blocking work on a thread if one is free within `limit`, otherwise not at all.
@@ -155,7 +46,7 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    let no_thread = || failed(StatusCode::SERVICE_UNAVAILABLE, "there is no thread for the request");
+    let no_thread = || ApiError::from(ProblemKind::NoThread);
     // The first to set it decides whether the work is done: the thread, or the timeout.
     let taken = Arc::new(AtomicBool::new(false));
     let (begin, begun) = oneshot::channel();
@@ -175,7 +66,7 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     if timeout(limit, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
         return Err(no_thread());
     }
-    let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");
+    let panicked = |_| ApiError::new(ProblemKind::Internal, "the request panicked; no VM was changed half-way");
     task.await.map_err(panicked)?.ok_or_else(no_thread)
 }
 
@@ -254,8 +145,7 @@ async fn snapshot(
 ) -> Answer<SnapshotAnswer> {
     let Json(SnapshotRequest { dir, incremental, zstd, replace }) = request?;
     if !dir.is_absolute() {
-        let text = format!("{} is not an absolute path", dir.display());
-        return Err(ApiError { status: StatusCode::BAD_REQUEST, text });
+        return Err(ApiError::new(ProblemKind::BadPath, format!("{} is not an absolute path", dir.display())));
     }
     let made = with_fleet(fleet, move |fleet| {
         let compression = if zstd { Compression::Zstd } else { Compression::None };
@@ -351,12 +241,12 @@ async fn set_balloon(
 
 /// The answer at a path that there is none at.
 pub(crate) async fn fallback() -> ApiError {
-    failed(StatusCode::NOT_FOUND, "there is no such path")
+    ProblemKind::NoSuchPath.into()
 }
 
 /// The answer to a method that a path does not take.
 pub(crate) async fn not_allowed() -> ApiError {
-    failed(StatusCode::METHOD_NOT_ALLOWED, "the path is not for that method")
+    ProblemKind::MethodNotAllowed.into()
 }
 
 pub(super) fn router(fleet: WeakFleet) -> Router {
@@ -395,7 +285,7 @@ mod tests {
             let done = Arc::new(AtomicBool::new(false));
             let does = Arc::clone(&done);
             let refused = on_a_thread(Duration::from_millis(10), move || does.store(true, Ordering::Relaxed)).await;
-            assert_eq!(refused.map_err(|error| error.status), Err(StatusCode::SERVICE_UNAVAILABLE));
+            assert_eq!(refused.map_err(|error| error.kind), Err(ProblemKind::NoThread));
             drop(end);
             assert!(long.await.unwrap());
             // The one thread takes queued work in order.
@@ -408,6 +298,6 @@ mod tests {
     fn a_request_that_panics_is_one_answer() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let panicked = runtime.block_on(on_a_thread(THREAD_PATIENCE, || -> u8 { panic!("on purpose") }));
-        assert_eq!(panicked.map_err(|error| error.status), Err(StatusCode::INTERNAL_SERVER_ERROR));
+        assert_eq!(panicked.map_err(|error| error.kind), Err(ProblemKind::Internal));
     }
 }

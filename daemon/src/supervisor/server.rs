@@ -5,7 +5,6 @@ use std::os::unix::net::UnixListener;
 use axum::body::Body;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
@@ -134,18 +133,7 @@ async fn forward(supervisor: &Supervisor, name: &str, request: Request) -> Resul
 
 impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
-        let status = match &error {
-            ClientError::NoSuchVm { .. } | ClientError::Dead { .. } => StatusCode::NOT_FOUND,
-            ClientError::Name(_) => StatusCode::BAD_REQUEST,
-            ClientError::Forbidden { .. } => StatusCode::FORBIDDEN,
-            ClientError::Refused { status, .. } => {
-                StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-            }
-            // Its process ended before it answered.
-            ClientError::Http(_) => StatusCode::BAD_GATEWAY,
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self { status, text: clade_vmm::error_chain(&error) }
+        Self { kind: error.problem(), text: clade_vmm::error_chain(&error) }
     }
 }
 

@@ -31,7 +31,7 @@ use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::control::IdentityInfo;
+use crate::control::{IdentityInfo, ProblemKind};
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{ChildIdentity, Vm, VmConfig};
@@ -90,8 +90,8 @@ pub(crate) enum Answer {
     },
     Running,
     Failed {
-        /// The HTTP status that the error stands for.
-        status: u16,
+        /// The kind of the error.
+        kind: ProblemKind,
         text: String,
     },
 }

@@ -183,7 +183,7 @@ impl Worker {
                 }
                 // It has ended with its permission unread. What it said before comes next.
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset) => {}
-                Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
+                Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
                 answer => return answer.map(|(answer, _)| answer).map_err(failed),
             }
         }
