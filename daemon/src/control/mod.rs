@@ -23,6 +23,7 @@ mod api;
 mod client;
 mod listen;
 mod problem;
+mod schema;
 mod server;
 
 pub use api::{
@@ -33,6 +34,12 @@ pub use api::{
 pub use client::{Client, ClientError, ListedVms};
 pub use listen::serve_fleet;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
-pub(crate) use problem::ApiError;
+pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
-pub(crate) use server::{Answer, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread};
+pub(crate) use server::{Answer, CancelOnDrop, THREAD_PATIENCE, described, fallback, not_allowed, on_a_thread};
+
+/// Whether a request makes something, and so takes an idempotency key.
+pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {
+    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
+    method == "POST" && makes
+}

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
-use axum::routing::{get, post};
 use axum::{Json, Router};
 use clade_snapshot::Compression;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
@@ -20,7 +22,7 @@ use crate::control::api::{
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
-use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm};
+use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm, VmError};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
 /// is busy, does not send them.
@@ -70,36 +72,47 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     task.await.map_err(panicked)?.ok_or_else(no_thread)
 }
 
+/// Lists the VMs of the process.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
     Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.list().iter().map(VmInfo::from).collect())).await?))
 }
 
+/// Shows a VM.
+#[utoipa::path(get, path = "/v1/vms/{name}", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(VmInfo::from(&fleet.get(&name)?))).await?))
 }
 
-#[derive(Clone, Copy)]
-enum Verb {
-    Pause,
-    Resume,
+/// Pauses a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/pause", responses((status = 200, description = "The VM.", body = VmInfo)))]
+async fn pause(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(fleet, name, Vm::pause).await
 }
 
-async fn act(fleet: WeakFleet, name: String, verb: Verb) -> Answer<VmInfo> {
+/// Lets a paused VM run on.
+#[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
+async fn resume(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(fleet, name, Vm::resume).await
+}
+
+async fn act(fleet: WeakFleet, name: String, act: fn(&Vm) -> Result<(), VmError>) -> Answer<VmInfo> {
     let info = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        match verb {
-            Verb::Pause => listed.vm.pause()?,
-            Verb::Resume => listed.vm.resume()?,
-        }
+        act(&listed.vm)?;
         Ok(VmInfo::from(&listed))
     });
     Ok(Json(info.await?))
 }
 
+/// Stops a VM. Answers when all it had is free.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn stop(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| fleet.stop(&name, |listed| VmInfo::from(listed))).await?))
 }
 
+/// Shows the last output on a VM's console.
+#[utoipa::path(get, path = "/v1/vms/{name}/logs", responses((status = 200, description = "Done.", body = LogsAnswer)))]
 async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(LogsAnswer { console: last_output(&fleet.get(&name)?.vm) })).await?))
 }
@@ -113,6 +126,8 @@ impl Drop for CancelOnDrop {
     }
 }
 
+/// Forks a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -138,6 +153,8 @@ async fn fork(
     Ok(Json(made.await?))
 }
 
+/// Saves a VM. Answers when all is on the disk.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshot", request_body = SnapshotRequest, responses((status = 200, description = "Done.", body = SnapshotAnswer)))]
 async fn snapshot(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -165,6 +182,8 @@ async fn snapshot(
     Ok(Json(made.await?))
 }
 
+/// Puts a VM that was forked back to the instant of its fork.
+#[utoipa::path(post, path = "/v1/vms/{name}/reset", responses((status = 200, description = "Done.", body = ResetAnswer)))]
 async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
     let made = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
@@ -187,10 +206,14 @@ fn progress(vm: &Vm) -> SnapshotProgress {
     SnapshotProgress { running: progress.is_some(), done, total }
 }
 
+/// Shows how far the snapshot that is being written is.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
 }
 
+/// Cancels the snapshot that is being written.
+#[utoipa::path(delete, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     let cancelled = with_fleet(fleet, move |fleet| {
         let vm = fleet.get(&name)?.vm;
@@ -200,6 +223,8 @@ async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<
     Ok(Json(cancelled.await?))
 }
 
+/// Records a VM's working set in its snapshot.
+#[utoipa::path(post, path = "/v1/vms/{name}/working-set", responses((status = 200, description = "Done.", body = WorkingSetAnswer)))]
 async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let recorded =
         with_fleet(fleet, move |fleet| Ok(WorkingSetAnswer { pages: fleet.get(&name)?.vm.record_working_set()? }));
@@ -221,10 +246,14 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     }
 }
 
+/// Shows a VM's balloon and what the guest says of its memory.
+#[utoipa::path(get, path = "/v1/vms/{name}/balloon", responses((status = 200, description = "Done.", body = BalloonInfo)))]
 async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
 }
 
+/// Sets the target of a VM's balloon.
+#[utoipa::path(post, path = "/v1/vms/{name}/balloon", request_body = BalloonRequest, responses((status = 200, description = "Done.", body = BalloonInfo)))]
 async fn set_balloon(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -249,24 +278,29 @@ pub(crate) async fn not_allowed() -> ApiError {
     ProblemKind::MethodNotAllowed.into()
 }
 
+fn routes() -> OpenApiRouter<WeakFleet> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(fork))
+        .routes(routes!(reset))
+        .routes(routes!(balloon, set_balloon))
+        .routes(routes!(snapshot_progress, snapshot, cancel_snapshot))
+        .routes(routes!(working_set))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(stop))
+        .routes(routes!(logs))
+}
+
+/// The routes of a VM's socket, described.
+pub(crate) fn described() -> OpenApi {
+    routes().into_openapi()
+}
+
 pub(super) fn router(fleet: WeakFleet) -> Router {
-    let verb =
-        |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
-    Router::new()
-        .route("/v1/vms", get(list))
-        .route("/v1/vms/{name}", get(show))
-        .route("/v1/vms/{name}/fork", post(fork))
-        .route("/v1/vms/{name}/reset", post(reset))
-        .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
-        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
-        .route("/v1/vms/{name}/working-set", post(working_set))
-        .route("/v1/vms/{name}/pause", verb(Verb::Pause))
-        .route("/v1/vms/{name}/resume", verb(Verb::Resume))
-        .route("/v1/vms/{name}/stop", post(stop))
-        .route("/v1/vms/{name}/logs", get(logs))
-        .fallback(fallback)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(fleet)
+    let (router, _) = routes().split_for_parts();
+    router.fallback(fallback).method_not_allowed_fallback(not_allowed).with_state(fleet)
 }
 
 #[cfg(test)]

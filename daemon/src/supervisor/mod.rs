@@ -8,10 +8,12 @@
 //! | file | what |
 //! |---|---|
 //! | `checkpoint` | images that are held, to fork from |
+//! | `openapi` | the description of the HTTP API |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `server` | the HTTP API |
 
 mod checkpoint;
+mod openapi;
 mod pool;
 mod server;
 

@@ -1,18 +1,25 @@
 //! The handlers of the supervisor's socket.
 
 use std::os::unix::net::UnixListener;
+use std::sync::LazyLock;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
+use axum::http::Method;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::Supervisor;
+use super::{Supervisor, openapi};
+use crate::control;
 use crate::control::{
     Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer,
     ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, VmInfo, fallback, not_allowed, on_a_thread,
@@ -37,14 +44,20 @@ async fn work<T: Send + 'static>(
     Ok(Json(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??))
 }
 
+/// Shows the supervisor in numbers.
+#[utoipa::path(get, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
 async fn info(State(supervisor): State<Supervisor>) -> Json<SupervisorInfo> {
     Json(supervisor.info())
 }
 
+/// Lists the VMs of the directory.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(Client::new(supervisor.dir()).list().await?.vms))
 }
 
+/// Boots a VM. Answers when it runs.
+#[utoipa::path(post, path = "/v1/vms", request_body = BootRequest, responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
     let Json(request) = request?;
     let dir = supervisor.dir().to_owned();
@@ -52,6 +65,8 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
     Ok(Json(Client::new(&dir).request(hyper::Method::GET, &name, "", None::<&()>).await?))
 }
 
+/// Forks a VM. Each child has a process of its own.
+#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork_vm(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -61,6 +76,8 @@ async fn fork_vm(
     work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, cancel)).await
 }
 
+/// Takes a checkpoint of a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/checkpoint", request_body = CheckpointRequest, responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(vm): UrlPath<String>,
@@ -70,10 +87,14 @@ async fn checkpoint(
     work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), cancel)).await
 }
 
+/// Lists the checkpoints.
+#[utoipa::path(get, path = "/v1/checkpoints", responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>)))]
 async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
     Json(supervisor.checkpoints().list())
 }
 
+/// Shows a checkpoint.
+#[utoipa::path(get, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn show_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -81,6 +102,8 @@ async fn show_checkpoint(
     Ok(Json(supervisor.checkpoints().get(&name)?.info(&name)))
 }
 
+/// Removes a checkpoint. Its children run on.
+#[utoipa::path(delete, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn remove_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -89,6 +112,8 @@ async fn remove_checkpoint(
     work(supervisor, move |supervisor, _| supervisor.checkpoints().remove(&name)).await
 }
 
+/// Forks a checkpoint.
+#[utoipa::path(post, path = "/v1/checkpoints/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -98,6 +123,8 @@ async fn fork_checkpoint(
     work(supervisor, move |supervisor, cancel| supervisor.fork_checkpoint(&name, &request, cancel)).await
 }
 
+/// Prepares processes for children of a checkpoint.
+#[utoipa::path(post, path = "/v1/checkpoints/{name}/prepare", request_body = PrepareRequest, responses((status = 200, description = "Done.", body = Prepared)))]
 async fn prepare(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -137,18 +164,39 @@ impl From<ClientError> for ApiError {
     }
 }
 
+/// Describes this socket (OpenAPI).
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "The document.", body = Object)))]
+async fn description() -> Response {
+    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| described().to_string().into());
+    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone()).into_response()
+}
+
+fn routes() -> OpenApiRouter<Supervisor> {
+    OpenApiRouter::new()
+        .routes(routes!(description))
+        .routes(routes!(info))
+        .routes(routes!(vms, boot))
+        .routes(routes!(fork_vm))
+        .routes(routes!(checkpoint))
+        .routes(routes!(checkpoints))
+        .routes(routes!(show_checkpoint, remove_checkpoint))
+        .routes(routes!(fork_checkpoint))
+        .routes(routes!(prepare))
+}
+
+/// The OpenAPI document.
+pub(super) fn described() -> Value {
+    openapi::document(&routes().into_openapi(), &control::described())
+}
+
 fn router(supervisor: Supervisor) -> Router {
-    Router::new()
-        .route("/v1/supervisor", get(info))
-        .route("/v1/vms", get(vms).post(boot))
-        .route("/v1/vms/{name}/fork", post(fork_vm))
-        .route("/v1/vms/{name}/checkpoint", post(checkpoint))
-        .route("/v1/vms/{name}", any(pass_on))
-        .route("/v1/vms/{name}/{*rest}", any(pass_on))
-        .route("/v1/checkpoints", get(checkpoints))
-        .route("/v1/checkpoints/{name}", get(show_checkpoint).delete(remove_checkpoint))
-        .route("/v1/checkpoints/{name}/fork", post(fork_checkpoint))
-        .route("/v1/checkpoints/{name}/prepare", post(prepare))
+    let (router, own) = routes().split_for_parts();
+    let pass_on_all = openapi::passed_on(&own, &control::described()).into_iter().filter_map(|(method, path)| {
+        let method = Method::from_bytes(method.as_bytes()).ok()?;
+        Some((path, on(MethodFilter::try_from(method).ok()?, pass_on)))
+    });
+    pass_on_all
+        .fold(router, |router, (path, handler)| router.route(&path, handler))
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
         .with_state(supervisor)
