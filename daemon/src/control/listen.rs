@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
@@ -21,6 +22,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::server::router;
+use crate::control::stall::Stalling;
 use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
@@ -29,6 +31,12 @@ use clade_vmm::vm::{Context, Leases, Vm};
 const MAX_CONNECTIONS: usize = 256;
 /// How long a request's head may take, and how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may read nothing of its answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The largest head of a request, in bytes.
+const MAX_HEAD: usize = 64 << 10;
+/// The most headers of a request.
+const MAX_HEADERS: usize = 64;
 /// How long a request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of a request, in bytes.
@@ -139,10 +147,14 @@ impl Drop for Abort {
 
 /// Serves one connection until its client is done or the process ends. A request that has begun is
 /// answered.
-async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
+async fn answer<S>(stream: S, router: Router, mut ending: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = Stalling::new(stream, WRITE_TIMEOUT);
     let service = TowerToHyperService::new(router);
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,

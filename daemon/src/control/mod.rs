@@ -25,6 +25,7 @@ mod listen;
 mod problem;
 mod schema;
 mod server;
+mod stall;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,

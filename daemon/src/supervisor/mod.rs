@@ -10,11 +10,13 @@
 //! | `checkpoint` | images that are held, to fork from |
 //! | `openapi` | the description of the HTTP API |
 //! | `pool` | workers that are prepared before they are asked for |
+//! | `proxy` | requests that are passed on to a VM's process |
 //! | `server` | the HTTP API |
 
 mod checkpoint;
 mod openapi;
 mod pool;
+mod proxy;
 mod server;
 
 use std::collections::{BTreeMap, BTreeSet};

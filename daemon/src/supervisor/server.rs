@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::sync::LazyLock;
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::Method;
@@ -11,13 +11,12 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
-use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::proxy::{Limits, forward};
 use super::{Supervisor, openapi};
 use crate::control;
 use crate::control::{
@@ -25,7 +24,7 @@ use crate::control::{
     ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, VmInfo, fallback, not_allowed, on_a_thread,
     serve_http,
 };
-use crate::fleet::{Cancel, FleetError, check_name, socket_path};
+use crate::fleet::{Cancel, FleetError};
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
@@ -141,21 +140,10 @@ async fn prepare(
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let path = request.uri().path();
     let name = path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned();
-    match forward(&supervisor, &name, request).await {
+    match forward(supervisor.dir(), &name, request, Limits::default()).await {
         Ok(response) => response,
-        Err(error) => ApiError::from(error).into_response(),
+        Err(error) => error.into_response(),
     }
-}
-
-async fn forward(supervisor: &Supervisor, name: &str, request: Request) -> Result<Response, ClientError> {
-    check_name(name)?;
-    let path = socket_path(supervisor.dir(), name);
-    let stream = UnixStream::connect(&path).await;
-    let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let response = sender.send_request(request).await?;
-    Ok(response.map(Body::new))
 }
 
 impl From<ClientError> for ApiError {
