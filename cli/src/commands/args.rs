@@ -85,6 +85,12 @@ pub(crate) struct ServeArgs {
     /// As many are kept as the last forks took.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) pool: usize,
+    /// Serve the API also at this loopback address. Port 0 is a free one.
+    #[arg(long, value_name = "ADDR", requires = "token_file")]
+    pub(crate) tcp: Option<std::net::SocketAddr>,
+    /// The file of the token that clients of that address show. Made if it is missing.
+    #[arg(long, value_name = "FILE", requires = "tcp")]
+    pub(crate) token_file: Option<std::path::PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -59,6 +59,76 @@ fn half_a_request_and_one_that_is_too_large_end_in_time() {
     assert_eq!(ask(&runtime, "GET", "/v1/vms", "").0, 200);
 }
 
+/// One request over TCP: the status and the body.
+fn over_tcp(address: &str, headers: &str) -> (u16, Value) {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    write!(stream, "GET /v1/supervisor HTTP/1.1\r\nconnection: close\r\n{headers}\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    assert_eq!(head.to_ascii_lowercase().contains("www-authenticate: bearer"), status == 401, "{head}");
+    (status, serde_json::from_str(body).unwrap())
+}
+
+#[test]
+fn a_port_asks_for_the_token_and_a_host_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let file = runtime.dir().join("token");
+    let file = file.to_str().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    runtime.spawn(&["serve", "--pool", "0", "--tcp", &address, "--token-file", file]);
+    wait_until("the port", || std::net::TcpStream::connect(&address).is_ok());
+    let token = std::fs::read_to_string(file).unwrap();
+    let token = token.trim();
+    let shown =
+        |host: &str, token: &str| over_tcp(&address, &format!("host: {host}\r\nauthorization: Bearer {token}\r\n"));
+    for host in ["localhost", "127.0.0.1", &address, "[::1]:7"] {
+        assert_eq!(shown(host, token).0, 200, "{host}");
+    }
+    for host in ["evil.example", "localhost.evil.example", ""] {
+        let (status, answer) = shown(host, token);
+        assert_eq!((status, &answer["type"]), (403, &"urn:clade:bad-host".into()), "{host}");
+    }
+    for wrong in ["", "x", &token[1..], &token.to_uppercase(), &"0".repeat(64)] {
+        let (status, answer) = shown("localhost", wrong);
+        assert_eq!((status, &answer["type"]), (401, &"urn:clade:unauthorized".into()), "{wrong}");
+    }
+    assert_eq!(over_tcp(&address, "host: localhost\r\n").0, 401);
+    assert_eq!(over_tcp(&address, &format!("authorization: Bearer {token}\r\n")).0, 403, "no host");
+    // The Unix socket needs none.
+    assert_eq!(ask(&runtime, "GET", "/v1/supervisor", "").0, 200);
+    // Commands over the port, from another runtime directory.
+    let elsewhere = Runtime::new();
+    let api = format!("tcp://{address}");
+    let command = |args: &[&str], api: &str, file: Option<&str>| {
+        let mut command = elsewhere.command(args);
+        command.env("CLADE_API", api);
+        if let Some(file) = file {
+            command.env("CLADE_TOKEN_FILE", file);
+        }
+        crate::tool::Answer::from(command.output().unwrap())
+    };
+    assert_eq!(command(&["checkpoints", "--json"], &api, Some(file)).json(), Value::Array(Vec::new()));
+    assert_eq!(command(&["ps", "--json"], &api, Some(file)).json(), Value::Array(Vec::new()));
+    command(&["pause", "nobody"], &api, Some(file)).expect_refusal("nobody");
+    command(&["ps"], &api, None).expect_refusal("CLADE_TOKEN_FILE");
+    command(&["ps"], "tcp://example.com", Some(file)).expect_refusal("tcp://example.com");
+    command(&["ps"], &api, Some("/nonexistent")).expect_refusal("/nonexistent");
+    // Bad arguments leave no supervisor behind.
+    let other = Runtime::new();
+    other.clade(&["serve", "--tcp", "0.0.0.0:0", "--token-file", file]).expect_refusal("0.0.0.0:0");
+    other.clade(&["serve", "--tcp", &address, "--token-file", file]).expect_refusal(&address);
+    std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    other.clade(&["serve", "--tcp", "127.0.0.1:0", "--token-file", file]).expect_refusal("0644");
+    assert_eq!(std::fs::read_dir(other.dir()).unwrap().count(), 0);
+}
+
 #[test]
 fn each_route_of_the_document_is_there_and_no_other_method_is() {
     if !kvm() {

@@ -1,6 +1,7 @@
 //! A client of VMs' control sockets.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,13 +12,15 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use crate::control::api::VmInfo;
 use crate::control::problem::{Problem, ProblemKind};
+use crate::control::token::{Token, TokenError};
 use crate::fleet::{check_name, runtime_dir, socket_path, supervisor_path};
 
 /// VMs that are asked at a time when all are listed.
@@ -86,6 +89,27 @@ pub enum ClientError {
         /// The server's answer.
         problem: Box<Problem>,
     },
+    /// `CLADE_API` is no address.
+    #[error("CLADE_API is {value:?}: an address as in tcp://127.0.0.1:8080 is wanted")]
+    Address {
+        /// Its value.
+        value: String,
+    },
+    /// `CLADE_TOKEN_FILE` is not set.
+    #[error("CLADE_API is set, and CLADE_TOKEN_FILE is not: it names the file of the token")]
+    NoToken,
+    /// The token cannot be read.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// No supervisor answers at the address.
+    #[error("nobody answers at {address}")]
+    NoAnswer {
+        /// The address.
+        address: SocketAddr,
+        /// The socket's error.
+        #[source]
+        source: io::Error,
+    },
     /// The runtime directory cannot be read.
     #[error("{} cannot be read", path.display())]
     Directory {
@@ -107,6 +131,8 @@ impl ClientError {
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
             // Its process ended before it answered.
             Self::Http(_) | Self::Answer(_) => ProblemKind::VmGone,
+            // A supervisor's own client has no such address.
+            Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
             Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
         }
     }
@@ -149,15 +175,40 @@ impl ListedVms {
     }
 }
 
+/// A supervisor behind a TCP port.
+#[derive(Clone, Debug)]
+struct Remote {
+    api: String,
+    token_file: Option<PathBuf>,
+}
+
 /// Sends requests to VMs by name.
 #[derive(Clone, Debug)]
 pub struct Client {
     dir: PathBuf,
+    remote: Option<Remote>,
 }
 
 impl Default for Client {
+    /// A client for the supervisor at `$CLADE_API` if that is set, else for the VMs of this user's
+    /// runtime directory.
     fn default() -> Self {
-        Self { dir: runtime_dir() }
+        let of = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let remote = of("CLADE_API").map(|api| Remote {
+            api: api.to_string_lossy().into_owned(),
+            token_file: of("CLADE_TOKEN_FILE").map(PathBuf::from),
+        });
+        Self { dir: runtime_dir(), remote }
+    }
+}
+
+impl Remote {
+    async fn connect(&self) -> Result<(TcpStream, Token), ClientError> {
+        let address = self.api.strip_prefix("tcp://").and_then(|address| address.parse().ok());
+        let address: SocketAddr = address.ok_or_else(|| ClientError::Address { value: self.api.clone() })?;
+        let token = Token::read(self.token_file.as_deref().ok_or(ClientError::NoToken)?)?;
+        let stream = TcpStream::connect(address).await;
+        Ok((stream.map_err(|source| ClientError::NoAnswer { address, source })?, token))
     }
 }
 
@@ -165,7 +216,13 @@ impl Client {
     /// A client for the VMs with their sockets in `dir`.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned() }
+        Self { dir: dir.to_owned(), remote: None }
+    }
+
+    /// Whether it asks a supervisor behind a TCP port.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.remote.is_some()
     }
 
     /// Sends a request to the process of `name`.
@@ -180,10 +237,13 @@ impl Client {
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
         check_name(name)?;
+        if self.is_remote() {
+            return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
+        }
         let path = socket_path(&self.dir, name);
         let stream = UnixStream::connect(&path).await;
         let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
-        exchange(stream, method, name, &format!("/v1/vms/{name}{action}"), body).await
+        exchange(stream, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
 
     /// Sends a request to the supervisor.
@@ -196,6 +256,10 @@ impl Client {
         uri: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
+        if let Some(remote) = &self.remote {
+            let (stream, token) = remote.connect().await?;
+            return exchange(stream, Some(&token), method, uri, body).await;
+        }
         let path = supervisor_path(&self.dir);
         let stream = match UnixStream::connect(&path).await {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -203,7 +267,7 @@ impl Client {
             }
             other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source })?,
         };
-        exchange(stream, method, "the supervisor", uri, body).await
+        exchange(stream, None, method, uri, body).await
     }
 
     /// All VMs of this user that answer.
@@ -211,6 +275,10 @@ impl Client {
     /// # Errors
     /// When the directory of sockets cannot be read.
     pub async fn list(&self) -> Result<ListedVms, ClientError> {
+        if self.is_remote() {
+            let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
+            return Ok(ListedVms { vms, forbidden: 0 });
+        }
         let failed = |source| ClientError::Directory { path: self.dir.clone(), source };
         let entries = match std::fs::read_dir(&self.dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(ListedVms::default()),
@@ -244,9 +312,9 @@ impl Client {
 
 /// Sends one request over a connection.
 async fn exchange<T: DeserializeOwned>(
-    stream: UnixStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    token: Option<&Token>,
     method: Method,
-    name: &str,
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
 ) -> Result<T, ClientError> {
@@ -256,10 +324,12 @@ async fn exchange<T: DeserializeOwned>(
     let request = Request::builder()
         .method(method)
         .uri(uri)
-        .header("host", "clade")
-        .header("content-type", "application/json")
+        .header("host", "localhost")
+        .header("content-type", "application/json");
+    let request = token.iter().fold(request, |request, token| request.header("authorization", token.header()));
+    let request = request
         .body(Full::new(Bytes::from(body)))
-        .map_err(|e| ClientError::Socket { name: name.to_owned(), source: io::Error::other(e) })?;
+        .map_err(|e| ClientError::Socket { name: uri.to_owned(), source: io::Error::other(e) })?;
     let response = sender.send_request(request).await?;
     let status = response.status();
     let bytes = response.into_body().collect().await?.to_bytes();

@@ -1,5 +1,6 @@
 //! Listening on the control sockets: limits, timeouts, and a shutdown that answers open requests.
 
+use std::future::Future;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
@@ -48,6 +49,46 @@ const MAX_DISCARDED: usize = 16 << 20;
 pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// How long clients with open requests may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Where connections come from.
+pub(crate) trait Accept: Send {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection. Waits if none can be accepted.
+    fn next(&mut self) -> impl Future<Output = Self::Stream> + Send;
+}
+
+/// Accepts connections to a TCP port.
+#[derive(Debug)]
+pub(crate) struct TcpAcceptor(pub(crate) tokio::net::TcpListener);
+
+impl Accept for TcpAcceptor {
+    type Stream = TcpStream;
+
+    async fn next(&mut self) -> TcpStream {
+        let mut is_failing = false;
+        loop {
+            match self.0.accept().await {
+                Ok((stream, _)) => return stream,
+                Err(error) => {
+                    if !std::mem::replace(&mut is_failing, true) {
+                        tracing::warn!(%error, "TCP connections cannot be accepted");
+                    }
+                    sleep(ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+}
+
+impl Accept for Acceptor {
+    type Stream = UnixStream;
+
+    async fn next(&mut self) -> UnixStream {
+        Self::next(self).await
+    }
+}
 
 /// Accepts connections of this user and of root.
 pub(crate) struct Acceptor {
@@ -172,13 +213,11 @@ where
 
 /// Accepts connections until it is dropped.
 async fn accept(
-    socket: UnixListener,
-    what: &'static str,
+    mut acceptor: impl Accept,
     router: Router,
     connections: &Arc<Semaphore>,
     ending: watch::Receiver<bool>,
 ) {
-    let Some(mut acceptor) = Acceptor::new(socket, what) else { return };
     loop {
         let stream = acceptor.next().await;
         // Wait here before accepting another connection. The semaphore is never closed.
@@ -191,19 +230,14 @@ async fn accept(
     }
 }
 
-/// Serves a socket of a process of its own until `ending`, and then answers the requests that have
+/// Serves connections of their own, beside those of other sockets, until `ending`, and then answers the requests that have
 /// begun, for [`LAST_ANSWERS`].
-pub(crate) async fn serve_http(
-    socket: UnixListener,
-    what: &'static str,
-    router: Router,
-    mut ending: watch::Receiver<bool>,
-) {
+pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let router = router.layer(from_fn(read_body));
     let receiver = ending.clone();
     tokio::select! {
-        () = accept(socket, what, router, &connections, receiver) => {}
+        () = accept(acceptor, router, &connections, receiver) => {}
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
     // Connections that are not done by then are cut off.
@@ -221,7 +255,8 @@ impl Serve for Listener {
         }
         let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
         let control = self.runtime.spawn(async move {
-            accept(sockets.control, "control socket", router, &connections, ending.subscribe()).await;
+            let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
+            accept(acceptor, router, &connections, ending.subscribe()).await;
         });
         tasks.push(Abort(control.abort_handle()));
         Serving::new(tasks)

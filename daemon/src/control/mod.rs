@@ -26,6 +26,7 @@ mod problem;
 mod schema;
 mod server;
 mod stall;
+mod token;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
@@ -34,10 +35,12 @@ pub use api::{
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use listen::serve_fleet;
-pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_http};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{Answer, CancelOnDrop, THREAD_PATIENCE, described, fallback, not_allowed, on_a_thread};
+pub(crate) use token::authorize;
+pub use token::{Token, TokenError};
 
 /// Whether a request makes something, and so takes an idempotency key.
 pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {

@@ -19,6 +19,8 @@ mod pool;
 mod proxy;
 mod server;
 
+pub use server::TcpError;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,8 +65,8 @@ struct Inner {
     busy: RwLock<()>,
     ending: watch::Sender<bool>,
     runtime: Handle,
-    /// Serves the socket.
-    server: Mutex<Option<JoinHandle<()>>>,
+    /// Serve the socket, and the port if there is one.
+    servers: Mutex<Vec<JoinHandle<()>>>,
     /// None once it has ended.
     claim: Mutex<Option<SupervisorClaim>>,
 }
@@ -90,7 +92,7 @@ impl Supervisor {
             busy: RwLock::default(),
             ending: watch::Sender::new(false),
             runtime: runtime.clone(),
-            server: Mutex::default(),
+            servers: Mutex::default(),
             claim: Mutex::new(Some(claim)),
         }));
         let weak = Arc::downgrade(&supervisor.0);
@@ -98,8 +100,7 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || watch_ends(&exits, &weak))
             .map_err(|source| FleetError::Worker { source })?;
-        let server = runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
-        *supervisor.0.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
     }
 
@@ -110,7 +111,8 @@ impl Supervisor {
         drop(self.0.busy.write());
         // Then their answers are sent. Without a receiver there is nobody to tell.
         let _ = self.0.ending.send(true);
-        if let Some(server) = self.0.server.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        for server in servers {
             // It ends within a second; a panic of it is logged by the runtime.
             let _ = self.0.runtime.block_on(server);
         }
@@ -324,6 +326,11 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
 }
 
 impl Inner {
+    fn serve(&self, server: impl Future<Output = ()> + Send + 'static) {
+        let server = self.runtime.spawn(server);
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
+    }
+
     fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,17 +1,22 @@
 //! The handlers of the supervisor's socket.
 
+use std::io;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
 use serde_json::Value;
+use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -20,15 +25,59 @@ use super::proxy::{Limits, forward};
 use super::{Supervisor, openapi};
 use crate::control;
 use crate::control::{
-    Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer,
-    ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, VmInfo, fallback, not_allowed, on_a_thread,
-    serve_http,
+    Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
+    ForkAnswer, ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, VmInfo,
+    authorize, fallback, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, FleetError};
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
-    serve_http(socket, "supervisor", router(supervisor), ending).await;
+    let Some(acceptor) = Acceptor::new(socket, "supervisor") else { return };
+    serve_http(acceptor, router(supervisor), ending).await;
+}
+
+/// Why the API is not served over TCP.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TcpError {
+    /// Others than this host's users could connect.
+    #[error("{address} is not a loopback address: the API has no encryption; forward a port by ssh instead")]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be had.
+    #[error("{address} cannot be listened on")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The socket's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Supervisor {
+    /// Serves the API also at a loopback address, for clients that show `token`. Returns the
+    /// address: port 0 stands for a free one.
+    ///
+    /// # Errors
+    /// When the address is no loopback address, or cannot be had.
+    pub fn listen(&self, address: SocketAddr, token: Token) -> Result<SocketAddr, TcpError> {
+        if !address.ip().is_loopback() {
+            return Err(TcpError::NotLoopback { address });
+        }
+        let failed = |source| TcpError::Bind { address, source };
+        let _runtime = self.0.runtime.enter();
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
+        let router = router(self.clone()).layer(from_fn_with_state(Arc::new(token), authorize));
+        self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
+        Ok(bound)
+    }
 }
 
 type Wanted<T> = Result<Json<T>, JsonRejection>;
