@@ -130,6 +130,54 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
 }
 
 #[test]
+fn a_boot_and_forks_with_a_key_are_done_once() {
+    if !kvm() {
+        return;
+    }
+    let runtime = served(&[]);
+    let keyed = |path: &str, key: &str, body: &str| {
+        let answer = raw(
+            &runtime,
+            format!(
+                "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+                 idempotency-key: {key}\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .as_bytes(),
+        );
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status: u16 = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, serde_json::from_str::<Value>(body).unwrap(), head.contains("idempotency-replayed: true"))
+    };
+    let booted = runtime.clade(&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"]);
+    assert_eq!(booted.code, Some(0), "{booted:?}");
+    assert_eq!(runtime.clade(&["pause", "web"]).code, Some(0));
+    let fork = r#"{"count": 2, "paused": true}"#;
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..8).map(|_| scope.spawn(|| keyed("/v1/vms/web/fork", "one", fork))).collect();
+        let answers: Vec<_> = asked.into_iter().map(|asked| asked.join().unwrap()).collect();
+        for (status, answer, _) in &answers {
+            assert_eq!((*status, &answer["children"]), (200, &serde_json::json!(["web-1", "web-2"])), "{answer}");
+        }
+        assert_eq!(answers.iter().filter(|(_, _, is_replayed)| !is_replayed).count(), 1);
+    });
+    assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
+    let (status, answer, _) = keyed("/v1/vms/web/fork", "one", r#"{"count": 3}"#);
+    assert_eq!((status, &answer["type"]), (422, &"urn:clade:key-reused".into()));
+    let first = keyed("/v1/vms/web/checkpoint", "two", "{}");
+    assert_eq!((first.0, &first.1["name"], first.2), (200, &"web.1".into(), false));
+    assert_eq!(keyed("/v1/vms/web/checkpoint", "two", "{}"), (200, first.1, true));
+    // A name that is taken stays taken for the same request.
+    for is_replayed in [false, true] {
+        let (status, answer, replayed) = keyed("/v1/vms/web/fork", "three", r#"{"name": "web"}"#);
+        assert_eq!((status, &answer["type"], replayed), (409, &"urn:clade:name-taken".into(), is_replayed));
+    }
+    for name in ["web", "web-1", "web-2"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+    }
+}
+
+#[test]
 fn each_route_of_the_document_is_there_and_no_other_method_is() {
     if !kvm() {
         return;

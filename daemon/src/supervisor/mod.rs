@@ -8,12 +8,14 @@
 //! | file | what |
 //! |---|---|
 //! | `checkpoint` | images that are held, to fork from |
+//! | `idempotency` | requests that are sent again |
 //! | `openapi` | the description of the HTTP API |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `proxy` | requests that are passed on to a VM's process |
 //! | `server` | the HTTP API |
 
 mod checkpoint;
+mod idempotency;
 mod openapi;
 mod pool;
 mod proxy;
@@ -43,6 +45,7 @@ use crate::worker::{BootOrder, Made, Order, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::VmConfig;
+use idempotency::Keys;
 use pool::Pool;
 
 /// How often it looks for what dead processes have left.
@@ -58,6 +61,7 @@ struct Inner {
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
+    keys: Arc<Keys>,
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
     closing: AtomicBool,
@@ -87,6 +91,7 @@ impl Supervisor {
             zygote,
             dir,
             checkpoints: Checkpoints::default(),
+            keys: Arc::default(),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),

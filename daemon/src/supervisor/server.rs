@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::idempotency::once;
 use super::proxy::{Limits, forward};
 use super::{Supervisor, openapi};
 use crate::control;
@@ -227,6 +228,7 @@ pub(super) fn described() -> Value {
 }
 
 fn router(supervisor: Supervisor) -> Router {
+    let keys = Arc::clone(&supervisor.0.keys);
     let (router, own) = routes().split_for_parts();
     let pass_on_all = openapi::passed_on(&own, &control::described()).into_iter().filter_map(|(method, path)| {
         let method = Method::from_bytes(method.as_bytes()).ok()?;
@@ -236,5 +238,6 @@ fn router(supervisor: Supervisor) -> Router {
         .fold(router, |router, (path, handler)| router.route(&path, handler))
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
+        .layer(from_fn_with_state(keys, once))
         .with_state(supervisor)
 }
