@@ -27,10 +27,10 @@ pub use dir::{
     LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, open_log, runtime_dir, socket_path,
     supervisor_path, virtio_console_path,
 };
-pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim};
+pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, vm_names};
 pub(crate) use ended::last_output;
-pub(crate) use ended::record_lost;
 pub use ended::{EndedVm, ended_vms};
+pub(crate) use ended::{record_lost, recorded_reason};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;

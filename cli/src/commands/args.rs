@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(PsArgs),
+    /// Print what happens to VMs and checkpoints, as it happens.
+    Events(EventsArgs),
     /// Remove a checkpoint. Children that were forked from it run on.
     Rm(ActArgs),
     /// Run one VM for the process that started this one, with a socket on standard input.
@@ -91,6 +93,13 @@ pub(crate) struct ServeArgs {
     /// The file of the token that clients of that address show. Made if it is missing.
     #[arg(long, value_name = "FILE", requires = "tcp")]
     pub(crate) token_file: Option<std::path::PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Print each event as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,6 @@
 //! The supervisor's API as programs meet it.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use serde_json::Value;
@@ -175,6 +175,70 @@ fn a_boot_and_forks_with_a_key_are_done_once() {
     for name in ["web", "web-1", "web-2"] {
         assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
     }
+}
+
+#[test]
+fn events_say_what_happens_also_in_other_processes() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = served(&[]);
+    let mut command = runtime.command(&["events", "--json"]);
+    let mut follows = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let lines = std::io::BufReader::new(follows.stdout.take().unwrap());
+    let (to, seen) = std::sync::mpsc::channel();
+    std::thread::spawn(move || lines.lines().map_while(Result::ok).all(|line| to.send(line).is_ok()));
+    // It follows from when it is connected: a checkpoint that is not there says nothing.
+    let next =
+        || serde_json::from_str::<Value>(&seen.recv_timeout(std::time::Duration::from_secs(60)).unwrap()).unwrap();
+    let wait = |event: &str, name: &str| loop {
+        let found = next();
+        if found["event"] == event && (found["name"] == name || found["parent"] == name) {
+            return found;
+        }
+    };
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let boot = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"];
+    assert_eq!(runtime.clade(&boot).code, Some(0));
+    assert_eq!(wait("vm.created", "web")["parent"], Value::Null);
+    wait("vm.booted", "web");
+    assert_eq!(runtime.clade(&["pause", "web"]).code, Some(0));
+    runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    assert_eq!(wait("checkpoint.created", "cp")["vm"], "web");
+    runtime.clade(&["fork", "web", "--paused", "--count", "2", "--json"]).json();
+    let forked = wait("vm.forked", "web");
+    assert_eq!(forked["children"], serde_json::json!(["web-1", "web-2"]));
+    runtime.clade(&["rm", "cp", "--json"]).json();
+    wait("checkpoint.removed", "cp");
+    // A VM of another process of the directory.
+    runtime.spawn(&["run", "--kernel", "bare", "--mem", "32M", "--detached", "--name", "other"]);
+    wait("vm.created", "other");
+    assert_eq!(runtime.clade(&["stop", "other"]).code, Some(0));
+    wait("vm.ended", "other");
+    for name in ["web", "web-1", "web-2"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+        assert_eq!(wait("vm.ended", name)["reason"], Value::Null);
+    }
+    follows.kill().unwrap();
+    follows.wait().unwrap();
+    // Where it was.
+    let from =
+        format!("GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: {}\r\n\r\n", forked["id"].as_str().unwrap());
+    let mut stream = UnixStream::connect(runtime.dir().join("clade.api")).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    stream.write_all(from.as_bytes()).unwrap();
+    let mut text = String::new();
+    while !text.contains("vm.ended") {
+        let mut bytes = [0; 4096];
+        let got = stream.read(&mut bytes).unwrap();
+        assert_ne!(got, 0, "{text}");
+        text.push_str(&String::from_utf8_lossy(&bytes[..got]));
+    }
+    assert!(text.contains("content-type: text/event-stream") && text.contains("checkpoint.removed"), "{text}");
+    assert!(!text.contains("checkpoint.created") && !text.contains("event: lost"), "{text}");
+    // A supervisor that ends does not wait for readers.
+    runtime.signal(rustix::process::Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
 }
 
 #[test]

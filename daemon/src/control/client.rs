@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -260,14 +260,45 @@ impl Client {
             let (stream, token) = remote.connect().await?;
             return exchange(stream, Some(&token), method, uri, body).await;
         }
-        let path = supervisor_path(&self.dir);
-        let stream = match UnixStream::connect(&path).await {
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                return Err(ClientError::NoSupervisor { path });
+        exchange(self.connect_supervisor().await?, None, method, uri, body).await
+    }
+
+    /// Follows the supervisor's events, until it ends or `each` returns false. `each` is given the
+    /// data of an event: JSON in one line.
+    ///
+    /// # Errors
+    /// When there is no supervisor, or it refuses.
+    pub async fn follow(&self, mut each: impl FnMut(&str) -> bool) -> Result<(), ClientError> {
+        let (uri, none) = ("/v1/events", None::<&()>);
+        let mut body = match &self.remote {
+            Some(remote) => {
+                let (stream, token) = remote.connect().await?;
+                send(stream, Some(&token), Method::GET, uri, none).await?
             }
-            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source })?,
+            None => send(self.connect_supervisor().await?, None, Method::GET, uri, none).await?,
         };
-        exchange(stream, None, method, uri, body).await
+        let mut bytes = Vec::new();
+        while let Some(frame) = body.frame().await {
+            bytes.extend_from_slice(&frame?.into_data().unwrap_or_default());
+            while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = bytes.drain(..=end).collect();
+                let data = std::str::from_utf8(&line).ok().and_then(|line| line.strip_prefix("data: "));
+                if data.is_some_and(|data| !each(data.trim_end())) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn connect_supervisor(&self) -> Result<UnixStream, ClientError> {
+        let path = supervisor_path(&self.dir);
+        match UnixStream::connect(&path).await {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                Err(ClientError::NoSupervisor { path })
+            }
+            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source }),
+        }
     }
 
     /// All VMs of this user that answer.
@@ -310,7 +341,7 @@ impl Client {
     }
 }
 
-/// Sends one request over a connection.
+/// Sends one request over a connection, and returns what it is answered.
 async fn exchange<T: DeserializeOwned>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     token: Option<&Token>,
@@ -318,8 +349,21 @@ async fn exchange<T: DeserializeOwned>(
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
 ) -> Result<T, ClientError> {
+    let bytes = send(stream, token, method, uri, body).await?.collect().await?.to_bytes();
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Sends one request over a connection, and returns the body of its answer.
+async fn send(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    token: Option<&Token>,
+    method: Method,
+    uri: &str,
+    body: Option<&(impl Serialize + Sync)>,
+) -> Result<Incoming, ClientError> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
+    // It ends when the answer has been read, or is dropped.
+    tokio::spawn(connection);
     let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
     let request = Request::builder()
         .method(method)
@@ -332,9 +376,8 @@ async fn exchange<T: DeserializeOwned>(
         .map_err(|e| ClientError::Socket { name: uri.to_owned(), source: io::Error::other(e) })?;
     let response = sender.send_request(request).await?;
     let status = response.status();
-    let bytes = response.into_body().collect().await?.to_bytes();
-    connection.abort();
     if status != StatusCode::OK {
+        let bytes = response.into_body().collect().await?.to_bytes();
         // An answer of HTTP itself, as to a head that is too large, has no problem in it.
         let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
             kind: "about:blank".to_owned(),
@@ -344,5 +387,5 @@ async fn exchange<T: DeserializeOwned>(
         });
         return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
     }
-    Ok(serde_json::from_slice(&bytes)?)
+    Ok(response.into_body())
 }

@@ -8,6 +8,7 @@
 //! | file | what |
 //! |---|---|
 //! | `checkpoint` | images that are held, to fork from |
+//! | `events` | what happens, for those who follow it |
 //! | `idempotency` | requests that are sent again |
 //! | `openapi` | the description of the HTTP API |
 //! | `pool` | workers that are prepared before they are asked for |
@@ -15,6 +16,7 @@
 //! | `server` | the HTTP API |
 
 mod checkpoint;
+mod events;
 mod idempotency;
 mod openapi;
 mod pool;
@@ -39,12 +41,13 @@ use tokio::task::JoinHandle;
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
-    claim_names, record_lost,
+    claim_names, record_lost, recorded_reason, vm_names,
 };
 use crate::worker::{BootOrder, Made, Order, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::VmConfig;
+use events::Events;
 use idempotency::Keys;
 use pool::Pool;
 
@@ -61,6 +64,7 @@ struct Inner {
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
+    events: Arc<Events>,
     keys: Arc<Keys>,
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
@@ -91,6 +95,7 @@ impl Supervisor {
             zygote,
             dir,
             checkpoints: Checkpoints::default(),
+            events: Arc::default(),
             keys: Arc::default(),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -150,6 +155,7 @@ impl Supervisor {
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
         self.0.checkpoints.insert(&name, checkpoint);
+        self.0.events.checkpoint_created(&name, vm);
         Ok(info)
     }
 
@@ -183,7 +189,9 @@ impl Supervisor {
         let checkpoint = Checkpoint::take(self.0.dir.path(), vm)?;
         tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        Ok(checkpoint.answer(made, begun.elapsed()))
+        let answer = checkpoint.answer(made, begun.elapsed());
+        self.0.events.forked(vm, &answer.children, answer.pause_us);
+        Ok(answer)
     }
 
     /// Starts children from a checkpoint.
@@ -201,7 +209,9 @@ impl Supervisor {
         let checkpoint = self.0.checkpoints.get(name)?;
         let claims = self.claim(name, request, cancel)?;
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        Ok(checkpoint.answer(made, begun.elapsed()))
+        let answer = checkpoint.answer(made, begun.elapsed());
+        self.0.events.forked(name, &answer.children, answer.pause_us);
+        Ok(answer)
     }
 
     fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
@@ -250,6 +260,7 @@ impl Supervisor {
         let give = |worker: &Worker, claim: &NameClaim| worker.order(&order, claim.lock().as_slice());
         let made = self.make(None, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
+        made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
     }
 
@@ -312,6 +323,10 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
     // Found dead by the last sweep, and nobody had said so.
     let mut suspects = BTreeSet::new();
+    // What is there already.
+    if let Some(inner) = supervisor.upgrade() {
+        inner.observe();
+    }
     loop {
         let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(exit) => Some(exit),
@@ -325,6 +340,7 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
         // However many ends come.
         if Instant::now() >= due {
             suspects = inner.sweep(&suspects);
+            inner.observe();
             due = Instant::now() + SWEEP_INTERVAL;
         }
     }
@@ -346,12 +362,33 @@ impl Inner {
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By itself, or by a signal that it has heard.
         if exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143)) {
+            self.say_ended(&name);
             return;
         }
         // It left its sockets. The lock went with it, unless another has the name by now.
         if let Ok(claim) = NameClaim::new(&self.dir, &name) {
             record_lost(&self.dir, &name, exit);
             drop(claim);
+            self.say_ended(&name);
+        }
+    }
+
+    /// Says that a VM has ended, unless another has its name by now.
+    fn say_ended(&self, name: &str) {
+        if !self.vms().values().any(|other| other == name) {
+            self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
+        }
+    }
+
+    /// Says what VMs of other processes are there, and what has ended without a report.
+    fn observe(&self) {
+        self.events.zygote_restarts(self.zygote.restarts());
+        match vm_names(&self.dir) {
+            Ok(there) => {
+                let ours: BTreeSet<String> = self.vms().values().cloned().collect();
+                self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
+            }
+            Err(error) => tracing::warn!(%error, "the directory cannot be read"),
         }
     }
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, LazyLock};
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
-use axum::http::Method;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, Method};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
@@ -158,7 +158,10 @@ async fn remove_checkpoint(
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
     // Closing descriptors may free memory and disks.
-    work(supervisor, move |supervisor, _| supervisor.checkpoints().remove(&name)).await
+    let remove = move |supervisor: &Supervisor, _: &Cancel| {
+        supervisor.checkpoints().remove(&name).inspect(|_| supervisor.0.events.checkpoint_removed(&name))
+    };
+    work(supervisor, remove).await
 }
 
 /// Forks a checkpoint.
@@ -202,6 +205,20 @@ impl From<ClientError> for ApiError {
     }
 }
 
+/// Follows what happens to VMs and checkpoints (Server-Sent Events).
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was seen.")),
+    responses((status = 200, description = "Events, without end.", body = String, content_type = "text/event-stream"))
+)]
+async fn events(State(supervisor): State<Supervisor>, headers: HeaderMap) -> Result<Response, ApiError> {
+    let last = headers.get("last-event-id").map(|id| id.to_str().unwrap_or_default());
+    let body = supervisor.0.events.follow(last, supervisor.0.ending.subscribe())?;
+    let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
+    Ok((headers, body).into_response())
+}
+
 /// Describes this socket (OpenAPI).
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "The document.", body = Object)))]
 async fn description() -> Response {
@@ -213,6 +230,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
     OpenApiRouter::new()
         .routes(routes!(description))
         .routes(routes!(info))
+        .routes(routes!(events))
         .routes(routes!(vms, boot))
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoint))
