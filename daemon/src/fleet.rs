@@ -4,6 +4,7 @@ mod batch;
 mod dir;
 mod ended;
 mod error;
+mod problem;
 mod release;
 mod room;
 
@@ -29,9 +30,9 @@ pub use dir::{
     LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, open_log, runtime_dir, socket_path,
     supervisor_path, virtio_console_path,
 };
-pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim};
+pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, vm_names};
 pub use ended::{EndedVm, ended_vms};
-pub(crate) use ended::{forget as forget_ended, last_output, settle};
+pub(crate) use ended::{forget as forget_ended, last_output, recorded_reason, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
 
-use crate::control::{ACCEPT_BACKOFF, status_of};
+use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, check_name, image_path};
 use clade_vmm::vm::{ForkReport, Identity, Leases, SealedParts, Vm, VmConfig};
 
@@ -33,8 +33,6 @@ const MAX_CLIENTS: usize = 4;
 const MAX_ANSWER: usize = 64 << 10;
 /// How long the other side may take for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The HTTP status of a request that another process was to answer.
-const BAD_GATEWAY: u16 = 502;
 /// How long a client may take to ask.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -57,8 +55,8 @@ pub(crate) struct Forked {
 enum Answer {
     Forked(Box<Forked>),
     Refused {
-        /// The HTTP status that the error stands for.
-        status: u16,
+        /// The kind of the error.
+        kind: ProblemKind,
         text: String,
     },
 }
@@ -120,7 +118,7 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases) -> io::Result<()> {
             parts.send(socket).map_err(io::Error::other)
         }
         Err(error) => {
-            let refused = Answer::Refused { status: status_of(&error), text: clade_vmm::error_chain(&error) };
+            let refused = Answer::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) };
             seqpacket::send(socket, &serde_json::to_vec(&refused)?, &[])
         }
     }
@@ -165,13 +163,13 @@ pub(crate) fn fetch(dir: &Path, name: &str) -> Result<(Forked, SealedParts), Fle
         other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
     }
     let silent = |source| FleetError::Refused {
-        status: BAD_GATEWAY,
+        kind: ProblemKind::VmGone,
         text: format!("the process of {name:?} does not answer: {source}"),
     };
     seqpacket::send(&socket, &[1], &[]).map_err(silent)?;
     let Message { bytes, .. } = seqpacket::receive(socket.as_fd(), MAX_ANSWER).map_err(silent)?;
     match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
         Answer::Forked(forked) => Ok((*forked, SealedParts::receive(&socket)?)),
-        Answer::Refused { status, text } => Err(FleetError::Refused { status, text }),
+        Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
     }
 }

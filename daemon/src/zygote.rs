@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -242,15 +243,23 @@ pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
     confinement: Confinement,
+    restarts: AtomicU64,
 }
 
 impl Zygote {
+    /// How often another was started because it had ended.
+    pub(crate) fn restarts(&self) -> u64 {
+        // Relaxed: a number to show.
+        self.restarts.load(Ordering::Relaxed)
+    }
+
     /// Starts it. Its workers' ends are sent to `exits`.
     ///
     /// # Errors
     /// When it cannot be started.
     pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement) -> Result<Self, FleetError> {
-        let zygote = Self { started: Mutex::new(None), exits, confinement };
+        let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
+        let zygote = Self { started, exits, confinement, restarts };
         let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
@@ -311,6 +320,7 @@ impl Zygote {
             broken.is_wanted = false;
         }
         let zygote = started.insert(self.process().map_err(failed)?);
+        self.restarts.fetch_add(1, Ordering::Relaxed);
         let left = count - all.len();
         zygote.fork(left, &mut all).map_err(|error| match error {
             ForkError::Broken(error) | ForkError::Refused(error) => failed(error),

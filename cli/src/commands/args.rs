@@ -70,6 +70,8 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(PsArgs),
+    /// Print what happens to VMs and checkpoints, as it happens.
+    Events(EventsArgs),
     /// Remove a checkpoint. Children that were forked from it run on.
     Rm(ActArgs),
     /// Run one VM for the process that started this one, with a socket on standard input.
@@ -90,12 +92,25 @@ pub(crate) struct ServeArgs {
     /// or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+    /// Serve the API also at this loopback address. Port 0 is a free one.
+    #[arg(long, value_name = "ADDR", requires = "token_file")]
+    pub(crate) tcp: Option<std::net::SocketAddr>,
+    /// The file of the token that clients of that address show. Made if it is missing.
+    #[arg(long, value_name = "FILE", requires = "tcp")]
+    pub(crate) token_file: Option<std::path::PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ZygoteArgs {
     #[arg(long, default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Print each event as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@ mod args;
 mod checkpoint;
 mod devices;
 mod disk;
+mod events;
 mod guest;
 mod journal;
 mod limits;
@@ -122,6 +123,7 @@ fn run(command: Command) -> Outcome {
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),
+        Command::Events(args) => events::main(&args),
         Command::Rm(args) => checkpoint::remove(&args),
         Command::Worker => worker::main(),
         Command::Zygote(args) => zygote::main(&args),

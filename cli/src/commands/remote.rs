@@ -23,6 +23,10 @@ pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> 
         | ClientError::Forbidden { .. }
         | ClientError::Name(_)
         | ClientError::NoSupervisor { .. }
+        | ClientError::Address { .. }
+        | ClientError::NoToken
+        | ClientError::Token(_)
+        | ClientError::NoAnswer { .. }
         | ClientError::Refused { status: 400..500, .. } => Failure::input(error),
         _ => Failure::run(error),
     })

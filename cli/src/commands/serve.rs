@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use clade_daemon::control::Token;
 use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
 use clade_daemon::supervisor::Supervisor;
 
@@ -22,10 +23,15 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let dir = runtime_dir();
+        let token = args.token_file.as_deref().map(Token::read_or_create).transpose().map_err(Failure::input)?;
         let supervisor = Supervisor::start(&dir, args.pool, args.confine, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;
+        if let Some((address, token)) = args.tcp.zip(token) {
+            let listening = supervisor.listen(address, token).inspect_err(|_| supervisor.close());
+            say!("the API is at tcp://{}", listening.map_err(Failure::input)?);
+        }
         say!("VMs in {} are supervised", dir.display());
         while shutdown.signal().is_none() {
             std::thread::sleep(POLL_INTERVAL);

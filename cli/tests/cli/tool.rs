@@ -89,6 +89,15 @@ impl Answer {
     }
 }
 
+/// Checks that an answer is a problem of the status.
+pub(crate) fn expect_problem(answer: &Value, status: u16) {
+    assert_eq!(answer["status"], status, "{answer}");
+    assert!(answer["type"].as_str().is_some_and(|kind| kind.starts_with("urn:clade:")), "{answer}");
+    for text in ["title", "detail"] {
+        assert!(answer[text].as_str().is_some_and(|text| !text.is_empty()), "{answer}");
+    }
+}
+
 /// A directory for sockets, and what is run over it.
 pub(crate) struct Runtime {
     dir: TempDir,
@@ -224,6 +233,8 @@ impl Runtime {
         let (head, body) =
             text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {method} {path}: {text:?}"));
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let of_a_problem = head.to_ascii_lowercase().contains("content-type: application/problem+json");
+        assert_eq!(of_a_problem, status >= 400, "{method} {path}: {head}");
         (status, serde_json::from_str(body).unwrap_or(Value::Null))
     }
 }

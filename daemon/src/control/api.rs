@@ -1,6 +1,7 @@
 //! The requests and answers of the control socket.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,12 +9,13 @@ use std::time::Duration;
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
+use crate::control::schema;
 use crate::fleet::Listed;
 use crate::worker::Made;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
     /// Its vCPUs run.
@@ -25,7 +27,7 @@ pub enum VmState {
 }
 
 /// A VM's pages by kind; see `clade_memory::RamStats`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryInfo {
     /// Guest memory in MiB.
     pub mib: u64,
@@ -42,11 +44,12 @@ pub struct MemoryInfo {
 }
 
 /// A network device and its traffic.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NetInfo {
     /// The interface on the host.
     pub tap: String,
     /// The guest's MAC address.
+    #[schema(value_type = String, pattern = "^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
     pub mac: Mac,
     /// Bytes received by the guest.
     pub received_bytes: u64,
@@ -57,18 +60,20 @@ pub struct NetInfo {
 }
 
 /// A socket device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VsockInfo {
     /// The guest's CID.
     pub cid: u64,
     /// The socket that programs on the host connect to.
+    #[schema(value_type = String)]
     pub socket: PathBuf,
 }
 
 /// A disk and its errors on the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DiskInfo {
     /// Its image.
+    #[schema(value_type = String)]
     pub path: PathBuf,
     /// Writes that failed because there was no room for them on the host.
     pub no_room: u64,
@@ -77,7 +82,7 @@ pub struct DiskInfo {
 }
 
 /// A VM in a list.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmInfo {
     /// Its name.
     pub name: String,
@@ -87,6 +92,7 @@ pub struct VmInfo {
     pub state: VmState,
     /// Why it stopped, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(value_type = Option<schema::StopReason>)]
     pub stopped: Option<StopReason>,
     /// The name of its parent, if it has one.
     pub parent: Option<String>,
@@ -167,14 +173,16 @@ impl From<&Listed> for VmInfo {
 }
 
 /// A request to fork a VM.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkRequest {
     /// The number of children; 1 if not given.
     #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 10000, default = 1)]
     pub count: usize,
     /// Their names, `{n}` standing for a number; the parent's name and a number if not given.
     #[serde(default)]
+    #[schema(pattern = r"^([A-Za-z0-9]|\{n\})([A-Za-z0-9_.-]|\{n\})*$", min_length = 1, max_length = 50)]
     pub name: Option<String>,
     /// Whether they start paused.
     #[serde(default)]
@@ -184,9 +192,11 @@ pub struct ForkRequest {
     pub own_process: bool,
     /// The choices for their network devices, in order.
     #[serde(default)]
+    #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
     /// The choices for their socket device.
     #[serde(default)]
+    #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
 }
 
@@ -199,7 +209,7 @@ impl ForkRequest {
 }
 
 /// A request to resize a balloon.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonRequest {
     /// MiB the guest should give up in total.
@@ -207,7 +217,7 @@ pub struct BalloonRequest {
 }
 
 /// A balloon, and the guest's memory statistics.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BalloonInfo {
     /// The balloon's target in MiB.
     pub target_mib: f64,
@@ -225,7 +235,7 @@ pub struct BalloonInfo {
 }
 
 /// A guest's memory statistics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestMemory {
     /// Total memory in KiB.
     pub total_kib: u64,
@@ -271,7 +281,7 @@ fn one() -> usize {
 }
 
 /// The result of a fork.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct ForkAnswer {
     /// The children's names.
     pub children: Vec<String>,
@@ -314,11 +324,12 @@ impl ForkAnswer {
 }
 
 /// A request to save a VM.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
     /// Its directory. Absolute, because this process may have another working directory than the
     /// client.
+    #[schema(value_type = String)]
     pub dir: PathBuf,
     /// Whether to save only what changed since the VM was last saved, or restored.
     #[serde(default)]
@@ -332,9 +343,10 @@ pub struct SnapshotRequest {
 }
 
 /// The result of a snapshot.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct SnapshotAnswer {
     /// Its directory.
+    #[schema(value_type = String)]
     pub dir: PathBuf,
     /// Its id.
     pub id: String,
@@ -354,7 +366,7 @@ pub struct SnapshotAnswer {
 }
 
 /// The progress of a VM's snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SnapshotProgress {
     /// Whether a snapshot is being written.
     pub running: bool,
@@ -365,14 +377,14 @@ pub struct SnapshotProgress {
 }
 
 /// A recorded working set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct WorkingSetAnswer {
     /// Pages in it.
     pub pages: u64,
 }
 
 /// A child's own interfaces, addresses and sockets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct IdentityInfo {
     /// Its network devices.
     pub nets: Vec<NetInfo>,
@@ -391,7 +403,7 @@ impl IdentityInfo {
 }
 
 /// The result of a reset.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ResetAnswer {
     /// The VM after the reset.
     pub vm: VmInfo,
@@ -406,24 +418,28 @@ pub struct ResetAnswer {
 }
 
 /// The last output on a VM's console.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LogsAnswer {
     /// At most 32 KiB, as text.
     pub console: String,
 }
 
 /// A request to boot a VM in a process of its own.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootRequest {
     /// Its name.
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub name: String,
     /// Its configuration.
+    #[schema(value_type = schema::VmConfig)]
     pub config: VmConfig,
     /// The kernel's file, or the name of one that the program has.
+    #[schema(value_type = String)]
     pub kernel: PathBuf,
     /// The initramfs.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     #[serde(default)]
@@ -431,16 +447,17 @@ pub struct BootRequest {
 }
 
 /// A request for a checkpoint.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRequest {
     /// Its name; the VM's and a number if not given.
     #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub name: Option<String>,
 }
 
 /// A checkpoint: a VM at one instant, to fork from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CheckpointInfo {
     /// Its name.
     pub name: String,
@@ -461,7 +478,7 @@ pub struct CheckpointInfo {
 }
 
 /// A request to prepare workers for children of a checkpoint.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareRequest {
     /// How many are to be ready.
@@ -469,20 +486,21 @@ pub struct PrepareRequest {
 }
 
 /// Workers that are ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Prepared {
     /// How many there are.
     pub prepared: usize,
 }
 
 /// The supervisor in numbers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SupervisorInfo {
     /// Its pid.
     pub pid: u32,
     /// Its version.
     pub version: String,
     /// The runtime directory.
+    #[schema(value_type = String)]
     pub dir: PathBuf,
     /// VMs whose processes it has started.
     pub vms: usize,

@@ -1,22 +1,26 @@
 //! A client of VMs' control sockets.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
 use tokio::time::{sleep, timeout};
 
 use crate::control::api::VmInfo;
+use crate::control::problem::{Problem, ProblemKind};
+use crate::control::token::{Token, TokenError};
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, check_name, runtime_dir, socket_path, supervisor_path};
 use crate::supervisor::clear_up;
 use crate::zygote::Exit;
@@ -84,12 +88,33 @@ pub enum ClientError {
     #[error("the VM's answer could not be read")]
     Answer(#[from] serde_json::Error),
     /// The VM's process refuses the request.
-    #[error("{error}")]
+    #[error("{}", problem.detail)]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// The server's message.
-        error: String,
+        /// The server's answer.
+        problem: Box<Problem>,
+    },
+    /// `CLADE_API` is no address.
+    #[error("CLADE_API is {value:?}: an address as in tcp://127.0.0.1:8080 is wanted")]
+    Address {
+        /// Its value.
+        value: String,
+    },
+    /// `CLADE_TOKEN_FILE` is not set.
+    #[error("CLADE_API is set, and CLADE_TOKEN_FILE is not: it names the file of the token")]
+    NoToken,
+    /// The token cannot be read.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// No supervisor answers at the address.
+    #[error("nobody answers at {address}")]
+    NoAnswer {
+        /// The address.
+        address: SocketAddr,
+        /// The socket's error.
+        #[source]
+        source: io::Error,
     },
     /// The runtime directory cannot be read.
     #[error("{} cannot be read", path.display())]
@@ -103,6 +128,21 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// The kind of problem that it is to a client of the supervisor.
+    pub(crate) fn problem(&self) -> ProblemKind {
+        match self {
+            Self::NoSuchVm { .. } | Self::Dead { .. } => ProblemKind::NoSuchVm,
+            Self::Name(error) => error.problem(),
+            Self::Forbidden { .. } => ProblemKind::Forbidden,
+            Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
+            // Its process ended before it answered.
+            Self::Http(_) | Self::Answer(_) => ProblemKind::VmGone,
+            // A supervisor's own client has no such address.
+            Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
+            Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
+        }
+    }
+
     /// The error for a socket of `name` at `path` that cannot be connected to.
     #[must_use]
     pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
@@ -141,15 +181,40 @@ impl ListedVms {
     }
 }
 
+/// A supervisor behind a TCP port.
+#[derive(Clone, Debug)]
+struct Remote {
+    api: String,
+    token_file: Option<PathBuf>,
+}
+
 /// Sends requests to VMs by name.
 #[derive(Clone, Debug)]
 pub struct Client {
     dir: PathBuf,
+    remote: Option<Remote>,
 }
 
 impl Default for Client {
+    /// A client for the supervisor at `$CLADE_API` if that is set, else for the VMs of this user's
+    /// runtime directory.
     fn default() -> Self {
-        Self { dir: runtime_dir() }
+        let of = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let remote = of("CLADE_API").map(|api| Remote {
+            api: api.to_string_lossy().into_owned(),
+            token_file: of("CLADE_TOKEN_FILE").map(PathBuf::from),
+        });
+        Self { dir: runtime_dir(), remote }
+    }
+}
+
+impl Remote {
+    async fn connect(&self) -> Result<(TcpStream, Token), ClientError> {
+        let address = self.api.strip_prefix("tcp://").and_then(|address| address.parse().ok());
+        let address: SocketAddr = address.ok_or_else(|| ClientError::Address { value: self.api.clone() })?;
+        let token = Token::read(self.token_file.as_deref().ok_or(ClientError::NoToken)?)?;
+        let stream = TcpStream::connect(address).await;
+        Ok((stream.map_err(|source| ClientError::NoAnswer { address, source })?, token))
     }
 }
 
@@ -157,7 +222,13 @@ impl Client {
     /// A client for the VMs with their sockets in `dir`.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned() }
+        Self { dir: dir.to_owned(), remote: None }
+    }
+
+    /// Whether it asks a supervisor behind a TCP port.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.remote.is_some()
     }
 
     /// Sends a request to the process of `name`.
@@ -172,10 +243,13 @@ impl Client {
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
         check_name(name)?;
+        if self.is_remote() {
+            return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
+        }
         let path = socket_path(&self.dir, name);
         let stream = UnixStream::connect(&path).await;
         let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
-        exchange(stream, method, name, &format!("/v1/vms/{name}{action}"), body).await
+        exchange(stream, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
 
     /// Stops a VM. Returns when its name is free. A confined process leaves its files to the
@@ -230,14 +304,49 @@ impl Client {
         uri: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
-        let path = supervisor_path(&self.dir);
-        let stream = match UnixStream::connect(&path).await {
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                return Err(ClientError::NoSupervisor { path });
+        if let Some(remote) = &self.remote {
+            let (stream, token) = remote.connect().await?;
+            return exchange(stream, Some(&token), method, uri, body).await;
+        }
+        exchange(self.connect_supervisor().await?, None, method, uri, body).await
+    }
+
+    /// Follows the supervisor's events, until it ends or `each` returns false. `each` is given the
+    /// data of an event: JSON in one line.
+    ///
+    /// # Errors
+    /// When there is no supervisor, or it refuses.
+    pub async fn follow(&self, mut each: impl FnMut(&str) -> bool) -> Result<(), ClientError> {
+        let (uri, none) = ("/v1/events", None::<&()>);
+        let mut body = match &self.remote {
+            Some(remote) => {
+                let (stream, token) = remote.connect().await?;
+                send(stream, Some(&token), Method::GET, uri, none).await?
             }
-            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source })?,
+            None => send(self.connect_supervisor().await?, None, Method::GET, uri, none).await?,
         };
-        exchange(stream, method, "the supervisor", uri, body).await
+        let mut bytes = Vec::new();
+        while let Some(frame) = body.frame().await {
+            bytes.extend_from_slice(&frame?.into_data().unwrap_or_default());
+            while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = bytes.drain(..=end).collect();
+                let data = std::str::from_utf8(&line).ok().and_then(|line| line.strip_prefix("data: "));
+                if data.is_some_and(|data| !each(data.trim_end())) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn connect_supervisor(&self) -> Result<UnixStream, ClientError> {
+        let path = supervisor_path(&self.dir);
+        match UnixStream::connect(&path).await {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                Err(ClientError::NoSupervisor { path })
+            }
+            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source }),
+        }
     }
 
     /// Sends a request for a VM to the supervisor; if there is none, to the VM's process. For what a
@@ -264,6 +373,10 @@ impl Client {
     /// # Errors
     /// When the directory of sockets cannot be read.
     pub async fn list(&self) -> Result<ListedVms, ClientError> {
+        if self.is_remote() {
+            let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
+            return Ok(ListedVms { vms, forbidden: 0 });
+        }
         let failed = |source| ClientError::Directory { path: self.dir.clone(), source };
         let entries = match std::fs::read_dir(&self.dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(ListedVms::default()),
@@ -295,35 +408,51 @@ impl Client {
     }
 }
 
-/// Sends one request over a connection.
+/// Sends one request over a connection, and returns what it is answered.
 async fn exchange<T: DeserializeOwned>(
-    stream: UnixStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    token: Option<&Token>,
     method: Method,
-    name: &str,
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
 ) -> Result<T, ClientError> {
+    let bytes = send(stream, token, method, uri, body).await?.collect().await?.to_bytes();
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Sends one request over a connection, and returns the body of its answer.
+async fn send(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    token: Option<&Token>,
+    method: Method,
+    uri: &str,
+    body: Option<&(impl Serialize + Sync)>,
+) -> Result<Incoming, ClientError> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
+    // It ends when the answer has been read, or is dropped.
+    tokio::spawn(connection);
     let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
     let request = Request::builder()
         .method(method)
         .uri(uri)
-        .header("host", "clade")
-        .header("content-type", "application/json")
+        .header("host", "localhost")
+        .header("content-type", "application/json");
+    let request = token.iter().fold(request, |request, token| request.header("authorization", token.header()));
+    let request = request
         .body(Full::new(Bytes::from(body)))
-        .map_err(|e| ClientError::Socket { name: name.to_owned(), source: io::Error::other(e) })?;
+        .map_err(|e| ClientError::Socket { name: uri.to_owned(), source: io::Error::other(e) })?;
     let response = sender.send_request(request).await?;
     let status = response.status();
-    let bytes = response.into_body().collect().await?.to_bytes();
-    connection.abort();
     if status != StatusCode::OK {
-        #[derive(serde::Deserialize)]
-        struct Refusal {
-            error: String,
-        }
-        let error = serde_json::from_slice::<Refusal>(&bytes).map_or_else(|_| status.to_string(), |r| r.error);
-        return Err(ClientError::Refused { status: status.as_u16(), error });
+        let bytes = response.into_body().collect().await?.to_bytes();
+        // An answer of HTTP itself, as to a head that is too large, has no problem in it.
+        let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
+            kind: "about:blank".to_owned(),
+            title: status.to_string(),
+            status: status.as_u16(),
+            detail: status.to_string(),
+        });
+        return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
     }
-    Ok(serde_json::from_slice(&bytes)?)
+    Ok(response.into_body())
 }

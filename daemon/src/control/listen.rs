@@ -1,5 +1,6 @@
 //! Listening on the control sockets: limits, timeouts, and a shutdown that answers open requests.
 
+use std::future::Future;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,19 +9,21 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
-use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::control::server::{ApiError, router};
+use crate::control::problem::{ApiError, ProblemKind};
+use crate::control::server::router;
+use crate::control::stall::Stalling;
 use crate::fleet::{Fleet, FleetError, RuntimeDir, Serve, Serving, Sockets};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
@@ -29,6 +32,12 @@ use clade_vmm::vm::{Context, Leases, Vm};
 const MAX_CONNECTIONS: usize = 256;
 /// How long a request's head may take, and how long a connection may be idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may read nothing of its answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The largest head of a request, in bytes.
+const MAX_HEAD: usize = 64 << 10;
+/// The most headers of a request.
+const MAX_HEADERS: usize = 64;
 /// How long a request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of a request, in bytes.
@@ -40,6 +49,46 @@ const MAX_DISCARDED: usize = 16 << 20;
 pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// How long clients with open requests may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Where connections come from.
+pub(crate) trait Accept: Send {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection. Waits if none can be accepted.
+    fn next(&mut self) -> impl Future<Output = Self::Stream> + Send;
+}
+
+/// Accepts connections to a TCP port.
+#[derive(Debug)]
+pub(crate) struct TcpAcceptor(pub(crate) tokio::net::TcpListener);
+
+impl Accept for TcpAcceptor {
+    type Stream = TcpStream;
+
+    async fn next(&mut self) -> TcpStream {
+        let mut is_failing = false;
+        loop {
+            match self.0.accept().await {
+                Ok((stream, _)) => return stream,
+                Err(error) => {
+                    if !std::mem::replace(&mut is_failing, true) {
+                        tracing::warn!(%error, "TCP connections cannot be accepted");
+                    }
+                    sleep(ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+}
+
+impl Accept for Acceptor {
+    type Stream = UnixStream;
+
+    async fn next(&mut self) -> UnixStream {
+        Self::next(self).await
+    }
+}
 
 /// Accepts connections of this user and of root.
 pub(crate) struct Acceptor {
@@ -111,14 +160,12 @@ async fn read_body(request: Request, next: Next) -> Response {
         }
         Ok::<_, axum::Error>((bytes, discarded))
     };
-    let refused = |status, text: String| ApiError { status, text }.into_response();
+    let refused = |kind, text: String| ApiError::new(kind, text).into_response();
     match timeout(BODY_TIMEOUT, read).await {
         Ok(Ok((bytes, 0))) => next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await,
-        Ok(Ok(_)) => refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a body of more than {MAX_BODY} bytes")),
-        Ok(Err(error)) => refused(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}")),
-        Err(_) => {
-            refused(StatusCode::REQUEST_TIMEOUT, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()))
-        }
+        Ok(Ok(_)) => refused(ProblemKind::BodyTooLarge, format!("a body of more than {MAX_BODY} bytes")),
+        Ok(Err(error)) => refused(ProblemKind::BadRequest, format!("the body cannot be read: {error}")),
+        Err(_) => refused(ProblemKind::LateBody, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs())),
     }
 }
 
@@ -141,10 +188,14 @@ impl Drop for Abort {
 
 /// Serves one connection until its client is done or the process ends. A request that has begun is
 /// answered.
-async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
+async fn answer<S>(stream: S, router: Router, mut ending: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = Stalling::new(stream, WRITE_TIMEOUT);
     let service = TowerToHyperService::new(router);
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,
@@ -162,13 +213,11 @@ async fn answer(stream: UnixStream, router: Router, mut ending: watch::Receiver<
 
 /// Accepts connections until it is dropped.
 async fn accept(
-    socket: UnixListener,
-    what: &'static str,
+    mut acceptor: impl Accept,
     router: Router,
     connections: &Arc<Semaphore>,
     ending: watch::Receiver<bool>,
 ) {
-    let Some(mut acceptor) = Acceptor::new(socket, what) else { return };
     loop {
         let stream = acceptor.next().await;
         // Wait here before accepting another connection. The semaphore is never closed.
@@ -181,19 +230,14 @@ async fn accept(
     }
 }
 
-/// Serves a socket of a process of its own until `ending`, and then answers the requests that have
+/// Serves connections of their own, beside those of other sockets, until `ending`, and then answers the requests that have
 /// begun, for [`LAST_ANSWERS`].
-pub(crate) async fn serve_http(
-    socket: UnixListener,
-    what: &'static str,
-    router: Router,
-    mut ending: watch::Receiver<bool>,
-) {
+pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let router = router.layer(from_fn(read_body));
     let receiver = ending.clone();
     tokio::select! {
-        () = accept(socket, what, router, &connections, receiver) => {}
+        () = accept(acceptor, router, &connections, receiver) => {}
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
     // Connections that are not done by then are cut off.
@@ -211,7 +255,8 @@ impl Serve for Listener {
         }
         let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
         let control = self.runtime.spawn(async move {
-            accept(sockets.control, "control socket", router, &connections, ending.subscribe()).await;
+            let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
+            accept(acceptor, router, &connections, ending.subscribe()).await;
         });
         tasks.push(Abort(control.abort_handle()));
         Serving::new(tasks)

@@ -17,14 +17,16 @@
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
 //! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
 //!
-//! Errors are `{"error": "..."}`: 400 for an invalid request, 404 for no such VM, 408 for a late
-//! body. 409 is for a VM in the wrong state or a name taken, 413 for a body above 64 KiB. 503 is
-//! for no thread, 507 for no room on the host, 500 for the rest.
+//! Errors are problem details: see `problem`.
 
 mod api;
 mod client;
 mod listen;
+mod problem;
+mod schema;
 mod server;
+mod stall;
+mod token;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
@@ -33,7 +35,17 @@ pub use api::{
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use listen::serve_fleet;
-pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_fleet_in, serve_http};
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_fleet_in, serve_http};
+pub(crate) use problem::{ApiError, PROBLEM_TYPE};
+pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{
-    Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, expect_absolute, fallback, not_allowed, on_a_thread, status_of,
+    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, not_allowed, on_a_thread,
 };
+pub(crate) use token::authorize;
+pub use token::{Token, TokenError};
+
+/// Whether a request makes something, and so takes an idempotency key.
+pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {
+    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
+    method == "POST" && makes
+}

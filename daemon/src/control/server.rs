@@ -1,6 +1,5 @@
 //! The handlers of the control sockets.
 
-use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,22 +8,22 @@ use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use axum::{Json, Router};
 use clade_snapshot::Compression;
-use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
     SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
+use crate::control::problem::{ApiError, ProblemKind};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
-use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
+use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm, VmError};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
 /// is busy, does not send them.
@@ -34,108 +33,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a request waits for a thread if no more can be created.
 pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
-/// An error of the API.
-#[derive(Debug)]
-pub(crate) struct ApiError {
-    pub(crate) status: StatusCode,
-    pub(crate) text: String,
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        (self.status, Json(json!({ "error": self.text }))).into_response()
-    }
-}
-
-impl From<FleetError> for ApiError {
-    fn from(error: FleetError) -> Self {
-        Self { status: status(&error), text: clade_vmm::error_chain(&error) }
-    }
-}
-
-/// The HTTP status of an error, for another process.
-pub(crate) fn status_of(error: &FleetError) -> u16 {
-    status(error).as_u16()
-}
-
-fn status(error: &FleetError) -> StatusCode {
-    match error {
-        FleetError::BadName { .. }
-        | FleetError::Pattern { .. }
-        | FleetError::Count { .. }
-        | FleetError::Overlays { .. }
-        | FleetError::LongPath { .. } => StatusCode::BAD_REQUEST,
-        FleetError::Vm(VmError::Balloon { .. } | VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_)) => {
-            StatusCode::BAD_REQUEST
-        }
-        FleetError::NoSuchVm { .. } | FleetError::NoSuchCheckpoint { .. } => StatusCode::NOT_FOUND,
-        FleetError::Taken { .. }
-        | FleetError::CheckpointTaken { .. }
-        | FleetError::Supervised { .. }
-        | FleetError::Ending
-        | FleetError::Cancelled { .. }
-        | FleetError::Vm(VmError::Stopped(_) | VmError::NoDevice { .. } | VmError::NoOrigin | VmError::Inconsistent) => {
-            StatusCode::CONFLICT
-        }
-        FleetError::Vm(VmError::Identity(error)) if error.is_choice() => StatusCode::CONFLICT,
-        FleetError::Snapshot(error) => snapshot_status(error.as_ref()),
-        FleetError::Room { .. } => StatusCode::INSUFFICIENT_STORAGE,
-        FleetError::Refused { status, .. } => {
-            StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-        }
-        FleetError::Runtime { .. }
-        | FleetError::Unreleased { .. }
-        | FleetError::LinkedDir { .. }
-        | FleetError::ForeignDir { .. }
-        | FleetError::OpenDir { .. }
-        | FleetError::Transfer(_)
-        | FleetError::Worker { .. }
-        | FleetError::Vm(_) => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-/// The status of a failed snapshot: whether the client or the host is at fault.
-fn snapshot_status(error: &SnapshotError) -> StatusCode {
-    use clade_snapshot::Error;
-    match error {
-        SnapshotError::Files(Error::Path { .. }) => StatusCode::BAD_REQUEST,
-        // No snapshot can be made in such a place.
-        SnapshotError::Files(Error::File { source, .. })
-            if matches!(
-                source.kind(),
-                ErrorKind::NotFound
-                    | ErrorKind::NotADirectory
-                    | ErrorKind::PermissionDenied
-                    | ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            StatusCode::BAD_REQUEST
-        }
-        SnapshotError::Files(
-            Error::NotASnapshot { .. }
-            | Error::Parent { .. }
-            | Error::WrongId { .. }
-            | Error::Cycle { .. }
-            | Error::TooDeep { .. }
-            | Error::Shape { .. }
-            | Error::Needed { .. }
-            | Error::Locked { .. }
-            | Error::OwnChain { .. }
-            | Error::Cancelled,
-        )
-        | SnapshotError::NoBase { .. }
-        | SnapshotError::Busy { .. }
-        | SnapshotError::Vm(VmError::Stopped(_) | VmError::Inconsistent) => StatusCode::CONFLICT,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-impl From<JsonRejection> for ApiError {
-    fn from(rejection: JsonRejection) -> Self {
-        Self { status: StatusCode::BAD_REQUEST, text: rejection.body_text() }
-    }
-}
-
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
@@ -143,13 +40,8 @@ async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let gone = || failed(StatusCode::INTERNAL_SERVER_ERROR, "the process is ending");
-    let fleet = fleet.upgrade().ok_or_else(gone)?;
+    let fleet = fleet.upgrade().ok_or(ProblemKind::Ending)?;
     Ok(on_a_thread(THREAD_PATIENCE, move || work(&fleet)).await??)
-}
-
-fn failed(status: StatusCode, text: &str) -> ApiError {
-    ApiError { status, text: text.to_owned() }
 }
 
 /// Runs blocking work on a thread if one is free within `limit`, otherwise not at all.
@@ -157,7 +49,7 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    let no_thread = || failed(StatusCode::SERVICE_UNAVAILABLE, "there is no thread for the request");
+    let no_thread = || ApiError::from(ProblemKind::NoThread);
     // The first to set it decides whether the work is done: the thread, or the timeout.
     let taken = Arc::new(AtomicBool::new(false));
     let (begin, begun) = oneshot::channel();
@@ -177,40 +69,51 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     if timeout(limit, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
         return Err(no_thread());
     }
-    let panicked = |_| failed(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked; no VM was changed half-way");
+    let panicked = |_| ApiError::new(ProblemKind::Internal, "the request panicked; no VM was changed half-way");
     task.await.map_err(panicked)?.ok_or_else(no_thread)
 }
 
+/// Lists the VMs of the process.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
     Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.list().iter().map(VmInfo::from).collect())).await?))
 }
 
+/// Shows a VM.
+#[utoipa::path(get, path = "/v1/vms/{name}", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(VmInfo::from(&fleet.get(&name)?))).await?))
 }
 
-#[derive(Clone, Copy)]
-enum Verb {
-    Pause,
-    Resume,
+/// Pauses a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/pause", responses((status = 200, description = "The VM.", body = VmInfo)))]
+async fn pause(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(fleet, name, Vm::pause).await
 }
 
-async fn act(fleet: WeakFleet, name: String, verb: Verb) -> Answer<VmInfo> {
+/// Lets a paused VM run on.
+#[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
+async fn resume(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(fleet, name, Vm::resume).await
+}
+
+async fn act(fleet: WeakFleet, name: String, act: fn(&Vm) -> Result<(), VmError>) -> Answer<VmInfo> {
     let info = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        match verb {
-            Verb::Pause => listed.vm.pause()?,
-            Verb::Resume => listed.vm.resume()?,
-        }
+        act(&listed.vm)?;
         Ok(VmInfo::from(&listed))
     });
     Ok(Json(info.await?))
 }
 
+/// Stops a VM. Answers when all it had is free.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn stop(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| fleet.stop(&name, |listed| VmInfo::from(listed))).await?))
 }
 
+/// Shows the last output on a VM's console.
+#[utoipa::path(get, path = "/v1/vms/{name}/logs", responses((status = 200, description = "Done.", body = LogsAnswer)))]
 async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(LogsAnswer { console: last_output(&fleet.get(&name)?.vm) })).await?))
 }
@@ -224,6 +127,8 @@ impl Drop for CancelOnDrop {
     }
 }
 
+/// Forks a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -254,9 +159,11 @@ pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
     if dir.is_absolute() {
         return Ok(());
     }
-    Err(failed(StatusCode::BAD_REQUEST, &format!("{} is not an absolute path", dir.display())))
+    Err(ApiError::new(ProblemKind::BadPath, format!("{} is not an absolute path", dir.display())))
 }
 
+/// Saves a VM. Answers when all is on the disk.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshot", request_body = SnapshotRequest, responses((status = 200, description = "Done.", body = SnapshotAnswer)))]
 async fn snapshot(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -282,6 +189,8 @@ async fn snapshot(
     Ok(Json(made.await?))
 }
 
+/// Puts a VM that was forked back to the instant of its fork.
+#[utoipa::path(post, path = "/v1/vms/{name}/reset", responses((status = 200, description = "Done.", body = ResetAnswer)))]
 async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
     let made = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
@@ -304,10 +213,14 @@ fn progress(vm: &Vm) -> SnapshotProgress {
     SnapshotProgress { running: progress.is_some(), done, total }
 }
 
+/// Shows how far the snapshot that is being written is.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
 }
 
+/// Cancels the snapshot that is being written.
+#[utoipa::path(delete, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     let cancelled = with_fleet(fleet, move |fleet| {
         let vm = fleet.get(&name)?.vm;
@@ -317,6 +230,8 @@ async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<
     Ok(Json(cancelled.await?))
 }
 
+/// Records a VM's working set in its snapshot.
+#[utoipa::path(post, path = "/v1/vms/{name}/working-set", responses((status = 200, description = "Done.", body = WorkingSetAnswer)))]
 async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let recorded =
         with_fleet(fleet, move |fleet| Ok(WorkingSetAnswer { pages: fleet.get(&name)?.vm.record_working_set()? }));
@@ -338,10 +253,14 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     }
 }
 
+/// Shows a VM's balloon and what the guest says of its memory.
+#[utoipa::path(get, path = "/v1/vms/{name}/balloon", responses((status = 200, description = "Done.", body = BalloonInfo)))]
 async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
 }
 
+/// Sets the target of a VM's balloon.
+#[utoipa::path(post, path = "/v1/vms/{name}/balloon", request_body = BalloonRequest, responses((status = 200, description = "Done.", body = BalloonInfo)))]
 async fn set_balloon(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -358,32 +277,37 @@ async fn set_balloon(
 
 /// The answer at a path that there is none at.
 pub(crate) async fn fallback() -> ApiError {
-    failed(StatusCode::NOT_FOUND, "there is no such path")
+    ProblemKind::NoSuchPath.into()
 }
 
 /// The answer to a method that a path does not take.
 pub(crate) async fn not_allowed() -> ApiError {
-    failed(StatusCode::METHOD_NOT_ALLOWED, "the path is not for that method")
+    ProblemKind::MethodNotAllowed.into()
+}
+
+fn routes() -> OpenApiRouter<WeakFleet> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(fork))
+        .routes(routes!(reset))
+        .routes(routes!(balloon, set_balloon))
+        .routes(routes!(snapshot_progress, snapshot, cancel_snapshot))
+        .routes(routes!(working_set))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(stop))
+        .routes(routes!(logs))
+}
+
+/// The routes of a VM's socket, described.
+pub(crate) fn described() -> OpenApi {
+    routes().into_openapi()
 }
 
 pub(super) fn router(fleet: WeakFleet) -> Router {
-    let verb =
-        |verb| post(move |State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>| act(fleet, name, verb));
-    Router::new()
-        .route("/v1/vms", get(list))
-        .route("/v1/vms/{name}", get(show))
-        .route("/v1/vms/{name}/fork", post(fork))
-        .route("/v1/vms/{name}/reset", post(reset))
-        .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
-        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
-        .route("/v1/vms/{name}/working-set", post(working_set))
-        .route("/v1/vms/{name}/pause", verb(Verb::Pause))
-        .route("/v1/vms/{name}/resume", verb(Verb::Resume))
-        .route("/v1/vms/{name}/stop", post(stop))
-        .route("/v1/vms/{name}/logs", get(logs))
-        .fallback(fallback)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(fleet)
+    let (router, _) = routes().split_for_parts();
+    router.fallback(fallback).method_not_allowed_fallback(not_allowed).with_state(fleet)
 }
 
 #[cfg(test)]
@@ -402,7 +326,7 @@ mod tests {
             let done = Arc::new(AtomicBool::new(false));
             let does = Arc::clone(&done);
             let refused = on_a_thread(Duration::from_millis(10), move || does.store(true, Ordering::Relaxed)).await;
-            assert_eq!(refused.map_err(|error| error.status), Err(StatusCode::SERVICE_UNAVAILABLE));
+            assert_eq!(refused.map_err(|error| error.kind), Err(ProblemKind::NoThread));
             drop(end);
             assert!(long.await.unwrap());
             // The one thread takes queued work in order.
@@ -415,6 +339,6 @@ mod tests {
     fn a_request_that_panics_is_one_answer() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let panicked = runtime.block_on(on_a_thread(THREAD_PATIENCE, || -> u8 { panic!("on purpose") }));
-        assert_eq!(panicked.map_err(|error| error.status), Err(StatusCode::INTERNAL_SERVER_ERROR));
+        assert_eq!(panicked.map_err(|error| error.kind), Err(ProblemKind::Internal));
     }
 }

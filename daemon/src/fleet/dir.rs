@@ -3,7 +3,7 @@
 //! Everything below it goes through one descriptor, opened without following a link and checked
 //! once. A directory that is swapped under a running process changes nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
@@ -61,6 +61,15 @@ pub fn check_name(name: &str) -> Result<(), FleetError> {
 #[must_use]
 pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
+}
+
+/// Names of the VMs that have sockets in the directory.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) fn vm_names(dir: &RuntimeDir) -> io::Result<BTreeSet<String>> {
+    let name = |file: OsString| Some(file.to_str()?.strip_suffix(".sock")?.to_owned());
+    Ok(dir.entries()?.into_iter().filter_map(name).filter(|name| check_name(name).is_ok()).collect())
 }
 
 /// Path of a VM's console socket.

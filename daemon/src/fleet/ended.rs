@@ -134,6 +134,12 @@ fn names(dir: &RuntimeDir) -> std::io::Result<Vec<String>> {
     Ok(dir.entries()?.into_iter().filter_map(|file| file.into_string().ok()).filter(is_record).collect())
 }
 
+/// Why the last VM of the name ended, if that is on record.
+pub(crate) fn recorded_reason(dir: &RuntimeDir, name: &str) -> Option<String> {
+    let bytes = dir.read(&format!("{name}{ENDING}")).ok().flatten()?;
+    Some(serde_json::from_slice::<EndedVm>(&bytes).ok()?.reason)
+}
+
 /// Removes the record of an earlier VM of the name.
 pub(crate) fn forget(dir: &RuntimeDir, name: &str) {
     dir.forget(&format!("{name}{ENDING}"));

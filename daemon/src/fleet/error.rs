@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
 use super::room::RoomError;
+use crate::control::ProblemKind;
 use clade_vmm::vm::{SnapshotError, TransferError, VmError};
 
 /// The most children of one request.
@@ -178,8 +179,8 @@ pub enum FleetError {
     /// A worker could not make its VM.
     #[error("{text}")]
     Refused {
-        /// The HTTP status of the worker's error.
-        status: u16,
+        /// The kind of the worker's error.
+        kind: ProblemKind,
         /// The worker's error.
         text: String,
     },

@@ -12,18 +12,28 @@
 //! | `hand` | what a worker may reach, and what it is handed |
 //! | `overlays` | directories for the writes of confined VMs' disks |
 //! | `broker` | guests' connections to the host |
-//! | `pool` | workers that are prepared before they are asked for |
 //! | `snapshots` | snapshots of VMs whose processes may not write files |
+//! | `events` | what happens, for those who follow it |
+//! | `idempotency` | requests that are sent again |
+//! | `openapi` | the description of the HTTP API |
+//! | `pool` | workers that are prepared before they are asked for |
+//! | `proxy` | requests that are passed on to a VM's process |
 //! | `server` | the HTTP API |
 
 mod about;
 mod broker;
 mod checkpoint;
+mod events;
 mod hand;
+mod idempotency;
+mod openapi;
 mod overlays;
 mod pool;
+mod proxy;
 mod server;
 mod snapshots;
+
+pub use server::TcpError;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -41,7 +51,7 @@ use tokio::task::JoinHandle;
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
-    claim_names,
+    claim_names, recorded_reason, vm_names,
 };
 use crate::jail::Confinement;
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
@@ -51,7 +61,9 @@ pub(crate) use about::clear_up;
 use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::{Endpoints, VmError};
+use events::Events;
 use hand::{Hand, Place};
+use idempotency::Keys;
 use overlays::OverlayDirs;
 use pool::Pool;
 use snapshots::Snapshots;
@@ -73,6 +85,8 @@ struct Inner {
     pool: Pool,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
+    events: Arc<Events>,
+    keys: Arc<Keys>,
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
     closing: AtomicBool,
@@ -80,8 +94,8 @@ struct Inner {
     busy: RwLock<()>,
     ending: watch::Sender<bool>,
     runtime: Handle,
-    /// Serves the socket.
-    server: Mutex<Option<JoinHandle<()>>>,
+    /// Serve the socket, and the port if there is one.
+    servers: Mutex<Vec<JoinHandle<()>>>,
     /// None once it has ended.
     claim: Mutex<Option<SupervisorClaim>>,
 }
@@ -112,12 +126,14 @@ impl Supervisor {
             dir,
             checkpoints: Checkpoints::default(),
             snapshots: Snapshots::default(),
+            events: Arc::default(),
+            keys: Arc::default(),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
             ending: watch::Sender::new(false),
             runtime: runtime.clone(),
-            server: Mutex::default(),
+            servers: Mutex::default(),
             claim: Mutex::new(Some(claim)),
         }));
         let weak = Arc::downgrade(&supervisor.0);
@@ -125,8 +141,7 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || watch_ends(&exits, &weak))
             .map_err(failed)?;
-        let server = runtime.spawn(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
-        *supervisor.0.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
     }
 
@@ -137,7 +152,8 @@ impl Supervisor {
         drop(self.0.busy.write());
         // Then their answers are sent. Without a receiver there is nobody to tell.
         let _ = self.0.ending.send(true);
-        if let Some(server) = self.0.server.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        for server in servers {
             // It ends within a second; a panic of it is logged by the runtime.
             let _ = self.0.runtime.block_on(server);
         }
@@ -170,6 +186,7 @@ impl Supervisor {
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
         self.0.checkpoints.insert(&name, checkpoint);
+        self.0.events.checkpoint_created(&name, vm);
         Ok(info)
     }
 
@@ -212,7 +229,9 @@ impl Supervisor {
         let checkpoint = Checkpoint::take(&self.0.dir, vm)?;
         tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        Ok(checkpoint.answer(made, begun.elapsed()))
+        let answer = checkpoint.answer(made, begun.elapsed());
+        self.0.events.forked(vm, &answer.children, answer.pause_us);
+        Ok(answer)
     }
 
     /// Starts children from a checkpoint.
@@ -230,7 +249,9 @@ impl Supervisor {
         let checkpoint = self.0.checkpoints.get(name)?;
         let claims = self.claim(name, request, cancel)?;
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        Ok(checkpoint.answer(made, begun.elapsed()))
+        let answer = checkpoint.answer(made, begun.elapsed());
+        self.0.events.forked(name, &answer.children, answer.pause_us);
+        Ok(answer)
     }
 
     fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
@@ -313,6 +334,7 @@ impl Supervisor {
         };
         let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
+        made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
     }
 
@@ -405,6 +427,10 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
     // Found dead by the last sweep, and nobody had said so.
     let mut suspects = BTreeSet::new();
+    // What is there already.
+    if let Some(inner) = supervisor.upgrade() {
+        inner.observe();
+    }
     loop {
         let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(exit) => Some(exit),
@@ -418,12 +444,18 @@ fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
         // However many ends come.
         if Instant::now() >= due {
             suspects = inner.sweep(&suspects);
+            inner.observe();
             due = Instant::now() + SWEEP_INTERVAL;
         }
     }
 }
 
 impl Inner {
+    fn serve(&self, server: impl Future<Output = ()> + Send + 'static) {
+        let server = self.runtime.spawn(server);
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
+    }
+
     fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -431,7 +463,6 @@ impl Inner {
     fn ended(&self, exit: Exit) {
         let name = self.vms().remove(&exit.pid);
         let Some(name) = name else { return };
-        self.snapshots.forget(&name);
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By itself, or by a signal that it has heard.
         let was_orderly = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
@@ -439,6 +470,7 @@ impl Inner {
         if let Ok(claim) = NameClaim::new(&self.dir, &name) {
             self.clear_up(claim, exit, was_orderly);
         }
+        self.say_ended(&name);
     }
 
     /// Records the end of a VM, and removes its files.
@@ -446,6 +478,25 @@ impl Inner {
         self.snapshots.forget(&claim.name);
         if let Some(about) = clear_up(&self.dir, claim, exit, was_orderly) {
             self.overlays.release(&about.overlays);
+        }
+    }
+
+    /// Says that a VM has ended, unless another has its name by now.
+    fn say_ended(&self, name: &str) {
+        if !self.vms().values().any(|other| other == name) {
+            self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
+        }
+    }
+
+    /// Says what VMs of other processes are there, and what has ended without a report.
+    fn observe(&self) {
+        self.events.zygote_restarts(self.zygote.restarts());
+        match vm_names(&self.dir) {
+            Ok(there) => {
+                let ours: BTreeSet<String> = self.vms().values().cloned().collect();
+                self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
+            }
+            Err(error) => tracing::warn!(%error, "the directory cannot be read"),
         }
     }
 

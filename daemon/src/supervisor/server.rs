@@ -1,29 +1,85 @@
 //! The handlers of the supervisor's socket.
 
+use std::io;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
+use std::sync::{Arc, LazyLock};
 
-use axum::body::Body;
+use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
-use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, Method};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use serde_json::Value;
+use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::Supervisor;
+use super::idempotency::once;
+use super::proxy::{Limits, forward};
+use super::{Supervisor, openapi};
+use crate::control;
 use crate::control::{
-    Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer,
-    ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest, SupervisorInfo,
-    THREAD_PATIENCE, VmInfo, expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
+    Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
+    ForkAnswer, ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, VmInfo, authorize, expect_absolute, fallback, not_allowed,
+    on_a_thread, serve_http,
 };
-use crate::fleet::{Cancel, FleetError, check_name, socket_path};
+use crate::fleet::{Cancel, FleetError};
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
-    serve_http(socket, "supervisor", router(supervisor), ending).await;
+    let Some(acceptor) = Acceptor::new(socket, "supervisor") else { return };
+    serve_http(acceptor, router(supervisor), ending).await;
+}
+
+/// Why the API is not served over TCP.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TcpError {
+    /// Others than this host's users could connect.
+    #[error("{address} is not a loopback address: the API has no encryption; forward a port by ssh instead")]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be had.
+    #[error("{address} cannot be listened on")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The socket's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Supervisor {
+    /// Serves the API also at a loopback address, for clients that show `token`. Returns the
+    /// address: port 0 stands for a free one.
+    ///
+    /// # Errors
+    /// When the address is no loopback address, or cannot be had.
+    pub fn listen(&self, address: SocketAddr, token: Token) -> Result<SocketAddr, TcpError> {
+        if !address.ip().is_loopback() {
+            return Err(TcpError::NotLoopback { address });
+        }
+        let failed = |source| TcpError::Bind { address, source };
+        let _runtime = self.0.runtime.enter();
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
+        let router = router(self.clone()).layer(from_fn_with_state(Arc::new(token), authorize));
+        self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
+        Ok(bound)
+    }
 }
 
 type Wanted<T> = Result<Json<T>, JsonRejection>;
@@ -38,14 +94,20 @@ async fn work<T: Send + 'static>(
     Ok(Json(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??))
 }
 
+/// Shows the supervisor in numbers.
+#[utoipa::path(get, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
 async fn info(State(supervisor): State<Supervisor>) -> Json<SupervisorInfo> {
     Json(supervisor.info())
 }
 
+/// Lists the VMs of the directory.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(Client::new(supervisor.dir()).list().await?.vms))
 }
 
+/// Boots a VM. Answers when it runs.
+#[utoipa::path(post, path = "/v1/vms", request_body = BootRequest, responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
     let Json(request) = request?;
     let dir = supervisor.dir().to_owned();
@@ -53,6 +115,8 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
     Ok(Json(Client::new(&dir).request(hyper::Method::GET, &name, "", None::<&()>).await?))
 }
 
+/// Forks a VM. Each child has a process of its own.
+#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork_vm(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -62,6 +126,8 @@ async fn fork_vm(
     work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, cancel)).await
 }
 
+/// Takes a checkpoint of a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/checkpoint", request_body = CheckpointRequest, responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(vm): UrlPath<String>,
@@ -71,10 +137,14 @@ async fn checkpoint(
     work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), cancel)).await
 }
 
+/// Lists the checkpoints.
+#[utoipa::path(get, path = "/v1/checkpoints", responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>)))]
 async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
     Json(supervisor.checkpoints().list())
 }
 
+/// Shows a checkpoint.
+#[utoipa::path(get, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn show_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -82,14 +152,21 @@ async fn show_checkpoint(
     Ok(Json(supervisor.checkpoints().get(&name)?.info(&name)))
 }
 
+/// Removes a checkpoint. Its children run on.
+#[utoipa::path(delete, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
 async fn remove_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
     // Closing descriptors may free memory and disks.
-    work(supervisor, move |supervisor, _| supervisor.checkpoints().remove(&name)).await
+    let remove = move |supervisor: &Supervisor, _: &Cancel| {
+        supervisor.checkpoints().remove(&name).inspect(|_| supervisor.0.events.checkpoint_removed(&name))
+    };
+    work(supervisor, remove).await
 }
 
+/// Forks a checkpoint.
+#[utoipa::path(post, path = "/v1/checkpoints/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
 async fn fork_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -99,6 +176,8 @@ async fn fork_checkpoint(
     work(supervisor, move |supervisor, cancel| supervisor.fork_checkpoint(&name, &request, cancel)).await
 }
 
+/// Prepares processes for children of a checkpoint.
+#[utoipa::path(post, path = "/v1/checkpoints/{name}/prepare", request_body = PrepareRequest, responses((status = 200, description = "Done.", body = Prepared)))]
 async fn prepare(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -111,12 +190,15 @@ async fn prepare(
     work(supervisor, prepare).await
 }
 
-/// Stops a VM, and removes what its process may not.
+/// Stops a VM for good. Answers when its name, interfaces and sockets are free.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     let client = Client::new(supervisor.dir());
     Ok(Json(client.stop_and(&name, |_, claim, exit| supervisor.clear_up(claim, exit)).await?))
 }
 
+/// Saves a VM. Answers when all is on the disk.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshot", request_body = SnapshotRequest, responses((status = 200, description = "Done.", body = SnapshotAnswer)))]
 async fn snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -131,6 +213,8 @@ async fn snapshot(
     work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, cancel)).await
 }
 
+/// Shows how far a VM's snapshot is.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn snapshot_progress(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -142,6 +226,8 @@ async fn snapshot_progress(
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
 
+/// Cancels a VM's snapshot.
+#[utoipa::path(delete, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
 async fn cancel_snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -158,55 +244,71 @@ async fn cancel_snapshot(
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let path = request.uri().path();
     let name = path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned();
-    match forward(&supervisor, &name, request).await {
+    match forward(supervisor.dir(), &name, request, Limits::default()).await {
         Ok(response) => response,
-        Err(error) => ApiError::from(error).into_response(),
+        Err(error) => error.into_response(),
     }
-}
-
-async fn forward(supervisor: &Supervisor, name: &str, request: Request) -> Result<Response, ClientError> {
-    check_name(name)?;
-    let path = socket_path(supervisor.dir(), name);
-    let stream = UnixStream::connect(&path).await;
-    let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let response = sender.send_request(request).await?;
-    Ok(response.map(Body::new))
 }
 
 impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
-        let status = match &error {
-            ClientError::NoSuchVm { .. } | ClientError::Dead { .. } => StatusCode::NOT_FOUND,
-            ClientError::Name(_) => StatusCode::BAD_REQUEST,
-            ClientError::Forbidden { .. } => StatusCode::FORBIDDEN,
-            ClientError::Refused { status, .. } => {
-                StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-            }
-            // Its process ended before it answered.
-            ClientError::Http(_) => StatusCode::BAD_GATEWAY,
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self { status, text: clade_vmm::error_chain(&error) }
+        Self { kind: error.problem(), text: clade_vmm::error_chain(&error) }
     }
 }
 
+/// Follows what happens to VMs and checkpoints (Server-Sent Events).
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was seen.")),
+    responses((status = 200, description = "Events, without end.", body = String, content_type = "text/event-stream"))
+)]
+async fn events(State(supervisor): State<Supervisor>, headers: HeaderMap) -> Result<Response, ApiError> {
+    let last = headers.get("last-event-id").map(|id| id.to_str().unwrap_or_default());
+    let body = supervisor.0.events.follow(last, supervisor.0.ending.subscribe())?;
+    let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-store")];
+    Ok((headers, body).into_response())
+}
+
+/// Describes this socket (OpenAPI).
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "The document.", body = Object)))]
+async fn description() -> Response {
+    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| described().to_string().into());
+    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone()).into_response()
+}
+
+fn routes() -> OpenApiRouter<Supervisor> {
+    OpenApiRouter::new()
+        .routes(routes!(description))
+        .routes(routes!(info))
+        .routes(routes!(events))
+        .routes(routes!(vms, boot))
+        .routes(routes!(fork_vm))
+        .routes(routes!(checkpoint))
+        .routes(routes!(stop))
+        .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
+        .routes(routes!(checkpoints))
+        .routes(routes!(show_checkpoint, remove_checkpoint))
+        .routes(routes!(fork_checkpoint))
+        .routes(routes!(prepare))
+}
+
+/// The OpenAPI document.
+pub(super) fn described() -> Value {
+    openapi::document(&routes().into_openapi(), &control::described())
+}
+
 fn router(supervisor: Supervisor) -> Router {
-    Router::new()
-        .route("/v1/supervisor", get(info))
-        .route("/v1/vms", get(vms).post(boot))
-        .route("/v1/vms/{name}/fork", post(fork_vm))
-        .route("/v1/vms/{name}/checkpoint", post(checkpoint))
-        .route("/v1/vms/{name}/stop", post(stop))
-        .route("/v1/vms/{name}/snapshot", get(snapshot_progress).post(snapshot).delete(cancel_snapshot))
-        .route("/v1/vms/{name}", any(pass_on))
-        .route("/v1/vms/{name}/{*rest}", any(pass_on))
-        .route("/v1/checkpoints", get(checkpoints))
-        .route("/v1/checkpoints/{name}", get(show_checkpoint).delete(remove_checkpoint))
-        .route("/v1/checkpoints/{name}/fork", post(fork_checkpoint))
-        .route("/v1/checkpoints/{name}/prepare", post(prepare))
+    let keys = Arc::clone(&supervisor.0.keys);
+    let (router, own) = routes().split_for_parts();
+    let pass_on_all = openapi::passed_on(&own, &control::described()).into_iter().filter_map(|(method, path)| {
+        let method = Method::from_bytes(method.as_bytes()).ok()?;
+        Some((path, on(MethodFilter::try_from(method).ok()?, pass_on)))
+    });
+    pass_on_all
+        .fold(router, |router, (path, handler)| router.route(&path, handler))
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
+        .layer(from_fn_with_state(keys, once))
         .with_state(supervisor)
 }

@@ -12,13 +12,10 @@ use std::time::Instant;
 use super::Supervisor;
 use super::about::About;
 use super::checkpoint::Checkpoint;
-use crate::control::{SnapshotAnswer, SnapshotProgress, SnapshotRequest};
+use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
 use crate::worker::{EnterOrder, SaveOrder, SavedFiles, written_beside};
-
-const BAD_REQUEST: u16 = 400;
-const CONFLICT: u16 = 409;
 
 /// A VM that was saved.
 #[derive(Debug)]
@@ -66,7 +63,7 @@ impl Snapshots {
 
     /// Begins one. Returns what it may be based on.
     fn begin(&self, vm: &str, incremental: bool) -> Result<(Arc<Saving>, Option<Arc<LastSave>>), FleetError> {
-        let refused = |text| Err(FleetError::Refused { status: CONFLICT, text });
+        let refused = |text| Err(FleetError::Refused { kind: ProblemKind::SnapshotConflict, text });
         let mut states = self.states();
         let state = states.entry(vm.to_owned()).or_default();
         if state.saving.is_some() {
@@ -126,7 +123,7 @@ impl Supervisor {
         let (saving, base) = self.0.snapshots.begin(vm, request.incremental)?;
         let _ours = Ours(&self.0.snapshots, vm);
         let beside = written_beside(&request.dir).map_err(|error| FleetError::Refused {
-            status: BAD_REQUEST,
+            kind: ProblemKind::BadPath,
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());

@@ -34,7 +34,7 @@ use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::control::IdentityInfo;
+use crate::control::{IdentityInfo, ProblemKind};
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{ChildIdentity, EndpointParts, Vm, VmConfig};
@@ -124,8 +124,8 @@ pub(crate) enum Answer {
     },
     Saved(Box<SavedFiles>),
     Failed {
-        /// The HTTP status that the error stands for.
-        status: u16,
+        /// The kind of the error.
+        kind: ProblemKind,
         text: String,
     },
 }

@@ -191,7 +191,7 @@ impl Worker {
         loop {
             let progress = match receive(&self.socket) {
                 Ok((Answer::Saved(saved), _)) => return Ok(*saved),
-                Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
+                Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
                 Ok((Answer::Saving { done, total }, _)) => Some((done, total)),
                 Ok((other, _)) => return Err(failed(unexpected(&other))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
@@ -219,7 +219,7 @@ impl Worker {
                 }
                 // It has ended with its permission unread. What it said before comes next.
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset) => {}
-                Ok((Answer::Failed { status, text }, _)) => return Err(FleetError::Refused { status, text }),
+                Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
                 answer => return answer.map(|(answer, _)| answer).map_err(failed),
             }
         }

@@ -12,13 +12,10 @@ use tokio::runtime::Handle;
 
 use super::save::save;
 use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, receive, send};
-use crate::control::{IdentityInfo, serve_fleet_in, status_of};
+use crate::control::{IdentityInfo, ProblemKind, serve_fleet_in};
 use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir};
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
-
-/// The HTTP status of a request that cannot be done as it is.
-const BAD_REQUEST: u16 = 400;
 
 /// A worker's VM, which runs.
 #[derive(Debug)]
@@ -71,8 +68,8 @@ pub fn serve(
         return done.inspect_err(|error| {
             // A file that is not there, or no disk: whoever asks has named it.
             let is_input = boots && matches!(error, FleetError::Vm(VmError::Devices(_)));
-            let status = if is_input { BAD_REQUEST } else { status_of(error) };
-            let answer = Answer::Failed { status, text: clade_vmm::error_chain(error) };
+            let kind = if is_input { ProblemKind::BadConfig } else { error.problem() };
+            let answer = Answer::Failed { kind, text: clade_vmm::error_chain(error) };
             // Whoever ordered it may have gone.
             let _ = send(socket, &answer, &[]);
         });

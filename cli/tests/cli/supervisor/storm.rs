@@ -85,7 +85,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
         *answers.entry(status).or_default() += 1;
         // Gone, in the wrong state, or its process was killed while it was asked: all of that is an
         // answer. What is 500 must say that a process has ended.
-        let killed = answer["error"].as_str().is_some_and(|error| error.contains("process") || error.contains("gone"));
+        let killed = answer["detail"].as_str().is_some_and(|error| error.contains("process") || error.contains("gone"));
         assert!(
             [200, 404, 409, 502].contains(&status) || status == 500 && killed,
             "{method} {path}: {status} {answer}"

@@ -1,0 +1,280 @@
+//! The supervisor's API as programs meet it.
+
+use std::io::{BufRead, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use serde_json::Value;
+
+use crate::tool::{Runtime, expect_problem, kvm, wait_until};
+
+/// A supervisor without VMs.
+fn served(args: &[&str]) -> Runtime {
+    let mut runtime = Runtime::new();
+    runtime.spawn(&[&["serve", "--pool", "0"], args].concat());
+    let socket = runtime.dir().join("clade.api");
+    wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
+    runtime
+}
+
+fn ask(runtime: &Runtime, method: &str, path: &str, body: &str) -> (u16, Value) {
+    runtime.http_at(&runtime.dir().join("clade.api"), method, path, body)
+}
+
+/// Sends bytes and returns what comes until the server closes.
+fn raw(runtime: &Runtime, bytes: &[u8]) -> String {
+    let mut stream = UnixStream::connect(runtime.dir().join("clade.api")).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    // A server that refuses early may not read all of it.
+    let _ = stream.write_all(bytes);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn half_a_request_and_one_that_is_too_large_end_in_time() {
+    if !kvm() {
+        return;
+    }
+    let runtime = served(&[]);
+    let begun = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        // Half a head has no answer; half a body has one.
+        let head = scope.spawn(|| raw(&runtime, b"GET /v1/vms HTTP/1.1\r\nhost: "));
+        let body = b"POST /v1/vms HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+        let body = scope.spawn(|| raw(&runtime, body));
+        assert_eq!(head.join().unwrap(), "");
+        let answer = body.join().unwrap();
+        assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("urn:clade:late-body"), "{answer}");
+    });
+    assert!(begun.elapsed() < std::time::Duration::from_secs(40));
+    let long = format!("GET /v1/vms HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(1 << 20));
+    let answer = raw(&runtime, long.as_bytes());
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    let many = format!("GET /v1/vms HTTP/1.1\r\nhost: x\r\n{}\r\n", "x: y\r\n".repeat(100));
+    assert!(raw(&runtime, many.as_bytes()).starts_with("HTTP/1.1 431 "));
+    let (status, answer) = ask(&runtime, "POST", "/v1/vms", &"x".repeat(65 << 10));
+    expect_problem(&answer, status);
+    assert_eq!(answer["type"], "urn:clade:body-too-large");
+    assert_eq!(ask(&runtime, "GET", "/v1/vms", "").0, 200);
+}
+
+/// One request over TCP: the status and the body.
+fn over_tcp(address: &str, headers: &str) -> (u16, Value) {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    write!(stream, "GET /v1/supervisor HTTP/1.1\r\nconnection: close\r\n{headers}\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    assert_eq!(head.to_ascii_lowercase().contains("www-authenticate: bearer"), status == 401, "{head}");
+    (status, serde_json::from_str(body).unwrap())
+}
+
+#[test]
+fn a_port_asks_for_the_token_and_a_host_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let file = runtime.dir().join("token");
+    let file = file.to_str().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    runtime.spawn(&["serve", "--pool", "0", "--tcp", &address, "--token-file", file]);
+    wait_until("the port", || std::net::TcpStream::connect(&address).is_ok());
+    let token = std::fs::read_to_string(file).unwrap();
+    let token = token.trim();
+    let shown =
+        |host: &str, token: &str| over_tcp(&address, &format!("host: {host}\r\nauthorization: Bearer {token}\r\n"));
+    for host in ["localhost", "127.0.0.1", &address, "[::1]:7"] {
+        assert_eq!(shown(host, token).0, 200, "{host}");
+    }
+    for host in ["evil.example", "localhost.evil.example", ""] {
+        let (status, answer) = shown(host, token);
+        assert_eq!((status, &answer["type"]), (403, &"urn:clade:bad-host".into()), "{host}");
+    }
+    for wrong in ["", "x", &token[1..], &token.to_uppercase(), &"0".repeat(64)] {
+        let (status, answer) = shown("localhost", wrong);
+        assert_eq!((status, &answer["type"]), (401, &"urn:clade:unauthorized".into()), "{wrong}");
+    }
+    assert_eq!(over_tcp(&address, "host: localhost\r\n").0, 401);
+    assert_eq!(over_tcp(&address, &format!("authorization: Bearer {token}\r\n")).0, 403, "no host");
+    // The Unix socket needs none.
+    assert_eq!(ask(&runtime, "GET", "/v1/supervisor", "").0, 200);
+    // Commands over the port, from another runtime directory.
+    let elsewhere = Runtime::new();
+    let api = format!("tcp://{address}");
+    let command = |args: &[&str], api: &str, file: Option<&str>| {
+        let mut command = elsewhere.command(args);
+        command.env("CLADE_API", api);
+        if let Some(file) = file {
+            command.env("CLADE_TOKEN_FILE", file);
+        }
+        crate::tool::Answer::from(command.output().unwrap())
+    };
+    assert_eq!(command(&["checkpoints", "--json"], &api, Some(file)).json(), Value::Array(Vec::new()));
+    assert_eq!(command(&["ps", "--json"], &api, Some(file)).json(), Value::Array(Vec::new()));
+    command(&["pause", "nobody"], &api, Some(file)).expect_refusal("nobody");
+    command(&["ps"], &api, None).expect_refusal("CLADE_TOKEN_FILE");
+    command(&["ps"], "tcp://example.com", Some(file)).expect_refusal("tcp://example.com");
+    command(&["ps"], &api, Some("/nonexistent")).expect_refusal("/nonexistent");
+    // Bad arguments leave no supervisor behind.
+    let other = Runtime::new();
+    other.clade(&["serve", "--tcp", "0.0.0.0:0", "--token-file", file]).expect_refusal("0.0.0.0:0");
+    other.clade(&["serve", "--tcp", &address, "--token-file", file]).expect_refusal(&address);
+    std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    other.clade(&["serve", "--tcp", "127.0.0.1:0", "--token-file", file]).expect_refusal("0644");
+    assert_eq!(std::fs::read_dir(other.dir()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_boot_and_forks_with_a_key_are_done_once() {
+    if !kvm() {
+        return;
+    }
+    let runtime = served(&[]);
+    let keyed = |path: &str, key: &str, body: &str| {
+        let answer = raw(
+            &runtime,
+            format!(
+                "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+                 idempotency-key: {key}\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .as_bytes(),
+        );
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status: u16 = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, serde_json::from_str::<Value>(body).unwrap(), head.contains("idempotency-replayed: true"))
+    };
+    let booted = runtime.clade(&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"]);
+    assert_eq!(booted.code, Some(0), "{booted:?}");
+    assert_eq!(runtime.clade(&["pause", "web"]).code, Some(0));
+    let fork = r#"{"count": 2, "paused": true}"#;
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..8).map(|_| scope.spawn(|| keyed("/v1/vms/web/fork", "one", fork))).collect();
+        let answers: Vec<_> = asked.into_iter().map(|asked| asked.join().unwrap()).collect();
+        for (status, answer, _) in &answers {
+            assert_eq!((*status, &answer["children"]), (200, &serde_json::json!(["web-1", "web-2"])), "{answer}");
+        }
+        assert_eq!(answers.iter().filter(|(_, _, is_replayed)| !is_replayed).count(), 1);
+    });
+    assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
+    let (status, answer, _) = keyed("/v1/vms/web/fork", "one", r#"{"count": 3}"#);
+    assert_eq!((status, &answer["type"]), (422, &"urn:clade:key-reused".into()));
+    let first = keyed("/v1/vms/web/checkpoint", "two", "{}");
+    assert_eq!((first.0, &first.1["name"], first.2), (200, &"web.1".into(), false));
+    assert_eq!(keyed("/v1/vms/web/checkpoint", "two", "{}"), (200, first.1, true));
+    // A name that is taken stays taken for the same request.
+    for is_replayed in [false, true] {
+        let (status, answer, replayed) = keyed("/v1/vms/web/fork", "three", r#"{"name": "web"}"#);
+        assert_eq!((status, &answer["type"], replayed), (409, &"urn:clade:name-taken".into(), is_replayed));
+    }
+    for name in ["web", "web-1", "web-2"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+    }
+}
+
+#[test]
+fn events_say_what_happens_also_in_other_processes() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = served(&[]);
+    let mut command = runtime.command(&["events", "--json"]);
+    let mut follows = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let lines = std::io::BufReader::new(follows.stdout.take().unwrap());
+    let (to, seen) = std::sync::mpsc::channel();
+    std::thread::spawn(move || lines.lines().map_while(Result::ok).all(|line| to.send(line).is_ok()));
+    // It follows from when it is connected: a checkpoint that is not there says nothing.
+    let next =
+        || serde_json::from_str::<Value>(&seen.recv_timeout(std::time::Duration::from_secs(60)).unwrap()).unwrap();
+    let wait = |event: &str, name: &str| loop {
+        let found = next();
+        if found["event"] == event && (found["name"] == name || found["parent"] == name) {
+            return found;
+        }
+    };
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let boot = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"];
+    assert_eq!(runtime.clade(&boot).code, Some(0));
+    assert_eq!(wait("vm.created", "web")["parent"], Value::Null);
+    wait("vm.booted", "web");
+    assert_eq!(runtime.clade(&["pause", "web"]).code, Some(0));
+    runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    assert_eq!(wait("checkpoint.created", "cp")["vm"], "web");
+    runtime.clade(&["fork", "web", "--paused", "--count", "2", "--json"]).json();
+    let forked = wait("vm.forked", "web");
+    assert_eq!(forked["children"], serde_json::json!(["web-1", "web-2"]));
+    runtime.clade(&["rm", "cp", "--json"]).json();
+    wait("checkpoint.removed", "cp");
+    // A VM of another process of the directory.
+    runtime.spawn(&["run", "--kernel", "bare", "--mem", "32M", "--detached", "--name", "other"]);
+    wait("vm.created", "other");
+    assert_eq!(runtime.clade(&["stop", "other"]).code, Some(0));
+    wait("vm.ended", "other");
+    for name in ["web", "web-1", "web-2"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+        assert_eq!(wait("vm.ended", name)["reason"], Value::Null);
+    }
+    follows.kill().unwrap();
+    follows.wait().unwrap();
+    // Where it was.
+    let from =
+        format!("GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: {}\r\n\r\n", forked["id"].as_str().unwrap());
+    let mut stream = UnixStream::connect(runtime.dir().join("clade.api")).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    stream.write_all(from.as_bytes()).unwrap();
+    let mut text = String::new();
+    while !text.contains("vm.ended") {
+        let mut bytes = [0; 4096];
+        let got = stream.read(&mut bytes).unwrap();
+        assert_ne!(got, 0, "{text}");
+        text.push_str(&String::from_utf8_lossy(&bytes[..got]));
+    }
+    assert!(text.contains("content-type: text/event-stream") && text.contains("checkpoint.removed"), "{text}");
+    assert!(!text.contains("checkpoint.created") && !text.contains("event: lost"), "{text}");
+    // A supervisor that ends does not wait for readers.
+    runtime.signal(rustix::process::Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
+}
+
+#[test]
+fn each_route_of_the_document_is_there_and_no_other_method_is() {
+    if !kvm() {
+        return;
+    }
+    let runtime = served(&[]);
+    let (status, document) = ask(&runtime, "GET", "/openapi.json", "");
+    assert_eq!(status, 200);
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.contains_key("/v1/vms/{name}/pause") && paths.contains_key("/openapi.json"), "{paths:?}");
+    for (path, item) in paths {
+        let url = path.replace("{name}", "nobody");
+        for method in ["get", "put", "post", "delete", "patch"] {
+            // It would be followed without end.
+            if path == "/v1/events" && method == "get" {
+                continue;
+            }
+            let (status, answer) = ask(&runtime, &method.to_uppercase(), &url, "");
+            match item.get(method) {
+                None => assert_eq!(answer["type"], "urn:clade:method-not-allowed", "{method} {path}: {answer}"),
+                Some(operation) => {
+                    assert!(
+                        operation["responses"][status.to_string()].is_object(),
+                        "{method} {path}: {status} {answer}"
+                    );
+                    assert_ne!(answer["type"], "urn:clade:no-such-path", "{method} {path}");
+                    assert_ne!(status, 405, "{method} {path}");
+                }
+            }
+        }
+    }
+    for path in ["/", "/v1", "/v1/vms/nobody/nothing", "/v1/vms/nobody/fork/x", "/v2/vms", "/openapi.yaml"] {
+        let (status, answer) = ask(&runtime, "GET", path, "");
+        expect_problem(&answer, status);
+        assert_eq!(answer["type"], "urn:clade:no-such-path", "{path}");
+    }
+}

@@ -1,0 +1,195 @@
+//! Error answers: problem details (RFC 9457) as `application/problem+json`.
+
+use axum::body::Body;
+use axum::extract::rejection::JsonRejection;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::fleet::FleetError;
+
+/// The media type of an error answer.
+pub(crate) const PROBLEM_TYPE: &str = "application/problem+json";
+/// What every problem's type begins with.
+const URN: &str = "urn:clade:";
+
+/// Declares [`ProblemKind`]: each kind's name in its URN, its status and its title.
+macro_rules! kinds {
+    ($($kind:ident $slug:literal $status:ident $title:literal,)+) => {
+        /// A kind of error. Its name in a problem's `type` does not change between versions.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        #[non_exhaustive]
+        pub enum ProblemKind {
+            $(#[doc = $title] $kind,)+
+        }
+
+        impl ProblemKind {
+            /// All kinds.
+            pub const ALL: &[Self] = &[$(Self::$kind,)+];
+
+            /// The last part of its URN.
+            #[must_use]
+            pub fn slug(self) -> &'static str {
+                match self { $(Self::$kind => $slug,)+ }
+            }
+
+            /// The HTTP status of its answers.
+            #[must_use]
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$kind => StatusCode::$status,)+ }
+            }
+
+            /// What it is in a few words.
+            #[must_use]
+            pub fn title(self) -> &'static str {
+                match self { $(Self::$kind => $title,)+ }
+            }
+        }
+    };
+}
+
+kinds! {
+    BadRequest "bad-request" BAD_REQUEST "The request is not valid.",
+    BadName "bad-name" BAD_REQUEST "The text is not a name, or names all children the same.",
+    BadCount "bad-count" BAD_REQUEST "The number is out of range.",
+    BadPath "bad-path" BAD_REQUEST "The path cannot be used.",
+    BadConfig "bad-config" BAD_REQUEST "No VM can be made of the configuration, its files or its kernel.",
+    Unauthorized "unauthorized" UNAUTHORIZED "The token is missing or wrong.",
+    BadHost "bad-host" FORBIDDEN "The Host header is neither an IP address nor localhost.",
+    Forbidden "forbidden" FORBIDDEN "The VM is another user's.",
+    NoSuchPath "no-such-path" NOT_FOUND "There is no such path.",
+    NoSuchVm "no-such-vm" NOT_FOUND "There is no such VM.",
+    NoSuchCheckpoint "no-such-checkpoint" NOT_FOUND "There is no such checkpoint.",
+    MethodNotAllowed "method-not-allowed" METHOD_NOT_ALLOWED "The path is not for that method.",
+    LateBody "late-body" REQUEST_TIMEOUT "The body did not come in time.",
+    NameTaken "name-taken" CONFLICT "The name is taken.",
+    IdentityTaken "identity-taken" CONFLICT "An interface, address or socket is taken or cannot be had.",
+    WrongState "wrong-state" CONFLICT "The VM is not in a state for the request.",
+    NoDevice "no-device" CONFLICT "The VM has no such device.",
+    SnapshotConflict "snapshot-conflict" CONFLICT "The snapshot does not fit what is in its place.",
+    Cancelled "cancelled" CONFLICT "The request was cancelled, and nothing of it is left.",
+    BodyTooLarge "body-too-large" PAYLOAD_TOO_LARGE "The body is too large.",
+    MediaType "media-type" UNSUPPORTED_MEDIA_TYPE "The body is not declared as application/json.",
+    KeyReused "key-reused" UNPROCESSABLE_ENTITY "The idempotency key is another request's.",
+    Internal "internal" INTERNAL_SERVER_ERROR "The request has failed.",
+    VmGone "vm-gone" BAD_GATEWAY "The VM's process has ended, or its answer cannot be read.",
+    NoThread "no-thread" SERVICE_UNAVAILABLE "There is no thread for the request.",
+    TooMany "too-many" SERVICE_UNAVAILABLE "There are too many such requests.",
+    Ending "ending" SERVICE_UNAVAILABLE "The process is ending.",
+    VmSilent "vm-silent" GATEWAY_TIMEOUT "The VM's process does not answer in time.",
+    NoRoom "no-room" INSUFFICIENT_STORAGE "There is no room on the host.",
+}
+
+impl ProblemKind {
+    /// The problem's `type`.
+    #[must_use]
+    pub fn urn(self) -> String {
+        format!("{URN}{}", self.slug())
+    }
+
+    /// The kind of a `type`, if there is such a kind.
+    #[must_use]
+    pub fn of_urn(urn: &str) -> Option<Self> {
+        let slug = urn.strip_prefix(URN)?;
+        Self::ALL.iter().copied().find(|kind| kind.slug() == slug)
+    }
+}
+
+/// The body of an error answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// The URN of its kind.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Its kind in words.
+    pub title: String,
+    /// The HTTP status.
+    #[schema(minimum = 400, maximum = 599)]
+    pub status: u16,
+    /// This error in words, with its causes.
+    pub detail: String,
+}
+
+/// An error of the API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    pub(crate) kind: ProblemKind,
+    pub(crate) text: String,
+}
+
+impl ApiError {
+    pub(crate) fn new(kind: ProblemKind, text: impl Into<String>) -> Self {
+        Self { kind, text: text.into() }
+    }
+}
+
+impl From<ProblemKind> for ApiError {
+    /// An error of which there is no more to say than its title.
+    fn from(kind: ProblemKind) -> Self {
+        Self::new(kind, kind.title())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Self { kind, text } = self;
+        let status = kind.status();
+        let problem =
+            Problem { kind: kind.urn(), title: kind.title().to_owned(), status: status.as_u16(), detail: text };
+        // Texts and a number: it does not fail.
+        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        let mut response = (status, Body::from(body)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_TYPE));
+        if kind == ProblemKind::Unauthorized {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"clade\""));
+        }
+        response
+    }
+}
+
+impl From<FleetError> for ApiError {
+    fn from(error: FleetError) -> Self {
+        Self { kind: error.problem(), text: clade_vmm::error_chain(&error) }
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        let kind = match rejection {
+            JsonRejection::MissingJsonContentType(_) => ProblemKind::MediaType,
+            _ => ProblemKind::BadRequest,
+        };
+        Self::new(kind, rejection.body_text())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_kind_has_a_urn_of_its_own_and_is_an_error() {
+        let urns: BTreeSet<String> = ProblemKind::ALL.iter().map(|kind| kind.urn()).collect();
+        assert_eq!(urns.len(), ProblemKind::ALL.len());
+        for kind in ProblemKind::ALL.iter().copied() {
+            assert_eq!(ProblemKind::of_urn(&kind.urn()), Some(kind));
+            assert!(kind.status().is_client_error() || kind.status().is_server_error(), "{kind:?}");
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.slug(), "between processes as in a problem");
+        }
+        assert_eq!(ProblemKind::of_urn("about:blank"), None);
+    }
+
+    #[test]
+    fn each_kind_is_in_the_documentation() {
+        let text = include_str!("../../../docs/operations.md");
+        for kind in ProblemKind::ALL {
+            let row = format!("| {} | `{}` |", kind.status().as_u16(), kind.slug());
+            assert!(text.contains(&row), "no row {row:?}");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Which kind of problem an error is to a client of the API.
+
+use std::io::ErrorKind;
+
+use super::FleetError;
+use crate::control::ProblemKind;
+use clade_vmm::vm::{SnapshotError, VmError};
+
+impl FleetError {
+    /// The kind of problem that it is to a client.
+    pub(crate) fn problem(&self) -> ProblemKind {
+        match self {
+            Self::BadName { .. } | Self::Pattern { .. } => ProblemKind::BadName,
+            Self::Count { .. } => ProblemKind::BadCount,
+            Self::LongPath { .. } | Self::Overlays { .. } => ProblemKind::BadPath,
+            Self::NoSuchVm { .. } => ProblemKind::NoSuchVm,
+            Self::NoSuchCheckpoint { .. } => ProblemKind::NoSuchCheckpoint,
+            Self::Taken { .. } | Self::CheckpointTaken { .. } | Self::Supervised { .. } => ProblemKind::NameTaken,
+            Self::Ending => ProblemKind::Ending,
+            Self::Cancelled { .. } => ProblemKind::Cancelled,
+            Self::Vm(error) => of_vm(error),
+            Self::Snapshot(error) => of_snapshot(error),
+            Self::Room { .. } => ProblemKind::NoRoom,
+            Self::Refused { kind, .. } => *kind,
+            Self::Runtime { .. }
+            | Self::Unreleased { .. }
+            | Self::LinkedDir { .. }
+            | Self::ForeignDir { .. }
+            | Self::OpenDir { .. }
+            | Self::Transfer(_)
+            | Self::Worker { .. } => ProblemKind::Internal,
+        }
+    }
+}
+
+fn of_vm(error: &VmError) -> ProblemKind {
+    match error {
+        VmError::Balloon { .. } => ProblemKind::BadRequest,
+        VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_) => ProblemKind::BadConfig,
+        VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent => ProblemKind::WrongState,
+        VmError::NoDevice { .. } => ProblemKind::NoDevice,
+        VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
+        _ => ProblemKind::Internal,
+    }
+}
+
+/// Whether the client or the host is at fault for a failed snapshot.
+fn of_snapshot(error: &SnapshotError) -> ProblemKind {
+    use clade_snapshot::Error;
+    match error {
+        SnapshotError::Files(Error::Path { .. }) => ProblemKind::BadPath,
+        // No snapshot can be made in such a place.
+        SnapshotError::Files(Error::File { source, .. })
+            if matches!(
+                source.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            ProblemKind::BadPath
+        }
+        SnapshotError::Files(Error::Cancelled) => ProblemKind::Cancelled,
+        SnapshotError::Files(
+            Error::NotASnapshot { .. }
+            | Error::Parent { .. }
+            | Error::WrongId { .. }
+            | Error::Cycle { .. }
+            | Error::TooDeep { .. }
+            | Error::Shape { .. }
+            | Error::Needed { .. }
+            | Error::Locked { .. }
+            | Error::OwnChain { .. },
+        )
+        | SnapshotError::NoBase { .. }
+        | SnapshotError::Busy { .. } => ProblemKind::SnapshotConflict,
+        SnapshotError::Vm(error @ (VmError::Stopped(_) | VmError::Inconsistent)) => of_vm(error),
+        _ => ProblemKind::Internal,
+    }
+}

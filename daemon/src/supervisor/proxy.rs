@@ -1,0 +1,127 @@
+//! Passing a request for one VM on to its process.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use hyper::Method;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
+
+use crate::control::{ApiError, Client, ClientError, ProblemKind, VmInfo};
+use crate::fleet::{check_name, socket_path};
+
+/// How long a VM's process may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Without the first byte of its answer it is asked whether it answers at all.
+    pub(super) answer: Duration,
+    /// For an answer to that.
+    pub(super) probe: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { answer: Duration::from_secs(70), probe: Duration::from_secs(15) }
+    }
+}
+
+/// Passes a request on to the process of `name`. A long request, such as a snapshot, takes the time
+/// that it needs as long as its process answers others.
+pub(super) async fn forward(dir: &Path, name: &str, request: Request, limits: Limits) -> Result<Response, ApiError> {
+    check_name(name)?;
+    let path = socket_path(dir, name);
+    let silent = || ApiError::new(ProblemKind::VmSilent, format!("the process of {name:?} does not answer"));
+    let stream = match UnixStream::connect(&path).await {
+        // Its backlog is full: it accepts nothing.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent()),
+        other => other.map_err(|source| ClientError::unreachable(name, path, source))?,
+    };
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(ClientError::from)?;
+    // It ends with the sender, or when the answer has been read.
+    tokio::spawn(connection);
+    let mut answer = std::pin::pin!(sender.send_request(request));
+    loop {
+        tokio::select! {
+            response = answer.as_mut() => return Ok(response.map_err(ClientError::from)?.map(Body::new)),
+            () = sleep(limits.answer) => {}
+        }
+        let client = Client::new(dir);
+        let probe = client.request::<VmInfo>(Method::GET, name, "", None::<&()>);
+        if timeout(limits.probe, probe).await.is_err() {
+            return Err(silent());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    const LIMITS: Limits = Limits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
+
+    fn ask(dir: &Path) -> Result<Vec<u8>, ApiError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let request = Request::post("/v1/vms/web/snapshot").header("host", "x").body(Body::empty()).unwrap();
+            let answer = forward(dir, "web", request, LIMITS).await?;
+            Ok(answer.into_body().collect().await.unwrap().to_bytes().to_vec())
+        })
+    }
+
+    #[test]
+    fn a_vm_that_never_answers_is_an_error_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        // Connections wait in its backlog.
+        let _listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
+        let begun = std::time::Instant::now();
+        assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::VmSilent));
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_vm_that_closes_or_talks_nonsense_is_gone() {
+        for said in ["", "nonsense\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-"] {
+            let dir = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
+            let serves = thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 1024]);
+                stream.write_all(said.as_bytes()).unwrap();
+            });
+            assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::VmGone), "{said:?}");
+            serves.join().unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::NoSuchVm));
+    }
+
+    #[test]
+    fn a_long_request_goes_on_while_its_process_answers_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
+        let serves = thread::spawn(move || {
+            let (mut long, _) = listener.accept().unwrap();
+            let _ = long.read(&mut [0; 1024]);
+            for _ in 0..2 {
+                let (mut probe, _) = listener.accept().unwrap();
+                let _ = probe.read(&mut [0; 1024]);
+                probe.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").unwrap();
+            }
+            long.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone").unwrap();
+        });
+        assert_eq!(ask(dir.path()), Ok(b"done".to_vec()));
+        serves.join().unwrap();
+    }
+}
