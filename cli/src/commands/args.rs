@@ -10,6 +10,9 @@ use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
+use crate::commands::pages::PagesArgs;
+use crate::commands::stats::StatsArgs;
+use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_mib, parse_size};
 use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
@@ -40,6 +43,12 @@ pub(crate) enum Command {
     Guest(GuestArgs),
     /// List the running VMs.
     Ps(PsArgs),
+    /// Show the memory of VMs in numbers: whose it is, copies, pins, pauses.
+    Stats(StatsArgs),
+    /// Draw what each page of a VM is: its own, of which layer, pinned.
+    Pages(PagesArgs),
+    /// Draw who descends from whom, and how much memory each owns.
+    Tree(TreeArgs),
     /// Show a VM's last console output, and why it ended.
     Logs(ActArgs),
     /// Fork a running VM.

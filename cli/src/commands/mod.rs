@@ -9,6 +9,7 @@ mod journal;
 mod limits;
 mod logging;
 mod output;
+mod pages;
 mod ps;
 mod remote;
 mod restore;
@@ -16,7 +17,9 @@ mod run;
 mod serve;
 mod shutdown;
 mod snapshot;
+mod stats;
 mod terminal;
+mod tree;
 mod units;
 mod worker;
 mod zygote;
@@ -108,6 +111,9 @@ fn run(command: Command) -> Outcome {
         Command::Check(args) => crate::check::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Ps(args) => ps::main(&args),
+        Command::Pages(args) => pages::main(&args),
+        Command::Stats(args) => stats::main(&args),
+        Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
         Command::Reset(args) => remote::reset(&args),
         Command::Balloon(args) => remote::balloon(&args),

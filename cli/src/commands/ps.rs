@@ -47,7 +47,7 @@ pub(super) fn by_name(left: &str, right: &str) -> Ordering {
 
 /// Formats columns as wide as their content, two spaces apart. The result is the same on a terminal
 /// and in a pipe.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count).map(width).collect();

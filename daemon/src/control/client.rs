@@ -154,6 +154,12 @@ impl Client {
         Self { dir: dir.to_owned() }
     }
 
+    /// The directory of the sockets.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Sends a request to the process of `name`.
     ///
     /// # Errors

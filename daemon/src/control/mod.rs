@@ -5,6 +5,8 @@
 //! |---|---|---|
 //! | `GET /v1/vms` | | all VMs of the process: `[VmInfo]` |
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
+//! | `GET /v1/vms/{name}/stats` | | `VmStats` |
+//! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
 //! | `POST /v1/vms/{name}/reset` | | `ResetAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
@@ -23,7 +25,10 @@
 
 mod api;
 mod client;
+mod gather;
 mod listen;
+mod memory;
+mod pages;
 mod server;
 
 pub use api::{
@@ -32,8 +37,14 @@ pub use api::{
     SnapshotProgress, SnapshotRequest, SupervisorInfo, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
+pub use gather::Gathered;
 pub use listen::serve_fleet;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, serve_http};
+pub use memory::{
+    CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
+    VmStats, pages_kib,
+};
+pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use server::{
     Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread, status_of,
 };

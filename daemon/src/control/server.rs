@@ -21,6 +21,7 @@ use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
     SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
+use crate::control::{memory, pages};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
@@ -137,7 +138,7 @@ impl From<JsonRejection> for ApiError {
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
-async fn with_fleet<T: Send + 'static>(
+pub(super) async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -365,6 +366,8 @@ pub(super) fn router(fleet: WeakFleet) -> Router {
     Router::new()
         .route("/v1/vms", get(list))
         .route("/v1/vms/{name}", get(show))
+        .route("/v1/vms/{name}/pages", get(pages::show))
+        .route("/v1/vms/{name}/stats", get(memory::show))
         .route("/v1/vms/{name}/fork", post(fork))
         .route("/v1/vms/{name}/reset", post(reset))
         .route("/v1/vms/{name}/balloon", get(balloon).post(set_balloon))
