@@ -8,6 +8,7 @@ mod control;
 mod disk;
 mod ending;
 mod guest;
+mod metrics;
 mod pages;
 mod snapshot;
 mod storm;

@@ -25,6 +25,7 @@
 
 mod api;
 mod client;
+pub(crate) mod exposition;
 mod gather;
 mod listen;
 mod memory;

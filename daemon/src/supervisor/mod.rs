@@ -8,10 +8,12 @@
 //! | file | what |
 //! |---|---|
 //! | `checkpoint` | images that are held, to fork from |
+//! | `metrics` | numbers for Prometheus |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `server` | the HTTP API |
 
 mod checkpoint;
+mod metrics;
 mod pool;
 mod server;
 

@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::Supervisor;
+use super::{Supervisor, metrics};
 use crate::control::{
     Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer,
     ForkRequest, PrepareRequest, Prepared, SupervisorInfo, THREAD_PATIENCE, VmInfo, fallback, not_allowed, on_a_thread,
@@ -150,7 +150,7 @@ impl From<ClientError> for ApiError {
 }
 
 fn router(supervisor: Supervisor) -> Router {
-    Router::new()
+    let router = Router::new()
         .route("/v1/supervisor", get(info))
         .route("/v1/vms", get(vms).post(boot))
         .route("/v1/vms/{name}/fork", post(fork_vm))
@@ -162,6 +162,6 @@ fn router(supervisor: Supervisor) -> Router {
         .route("/v1/checkpoints/{name}/fork", post(fork_checkpoint))
         .route("/v1/checkpoints/{name}/prepare", post(prepare))
         .fallback(fallback)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(supervisor)
+        .method_not_allowed_fallback(not_allowed);
+    metrics::observed(router).with_state(supervisor)
 }
