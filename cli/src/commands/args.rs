@@ -10,10 +10,13 @@ use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
+use crate::commands::generate::{CompletionsArgs, ManArgs};
+use crate::commands::many::ManyArgs;
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_mib, parse_size};
+use crate::commands::wait::WaitArgs;
 use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
@@ -53,18 +56,20 @@ pub(crate) enum Command {
     Logs(ActArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
-    /// Reset a forked VM in place to the instant of its fork.
-    Reset(ActArgs),
+    /// Reset forked VMs in place to the instant of their fork.
+    Reset(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
-    /// Pause a VM.
-    Pause(ActArgs),
-    /// Let a paused VM run.
-    Resume(ActArgs),
-    /// Stop a VM for good.
-    Stop(ActArgs),
+    /// Pause VMs.
+    Pause(ManyArgs),
+    /// Let paused VMs run.
+    Resume(ManyArgs),
+    /// Stop VMs for good.
+    Stop(ManyArgs),
+    /// Wait until VMs have ended, and show why.
+    Wait(WaitArgs),
     /// Save a running VM to a directory, or inspect a snapshot.
     Snapshot(SnapshotArgs),
     /// Start VMs from a snapshot.
@@ -78,8 +83,12 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(PsArgs),
-    /// Remove a checkpoint. Children that were forked from it run on.
-    Rm(ActArgs),
+    /// Remove checkpoints. Children that were forked from them run on.
+    Rm(ManyArgs),
+    /// Print what a shell needs to complete commands and options.
+    Completions(CompletionsArgs),
+    /// Write a man page for each command.
+    Man(ManArgs),
     /// Run one VM for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = WORKER)]
     Worker,

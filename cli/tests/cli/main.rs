@@ -8,6 +8,7 @@ mod control;
 mod disk;
 mod ending;
 mod guest;
+mod many;
 mod metrics;
 mod pages;
 mod snapshot;
