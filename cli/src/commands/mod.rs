@@ -10,6 +10,7 @@ mod journal;
 mod limits;
 mod logging;
 mod many;
+mod notify;
 mod output;
 mod pages;
 mod ps;

@@ -10,6 +10,7 @@ mod ending;
 mod guest;
 mod many;
 mod metrics;
+mod notify;
 mod pages;
 mod snapshot;
 mod storm;
