@@ -17,6 +17,7 @@ use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
+use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
@@ -82,7 +83,7 @@ pub(crate) enum Command {
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
-    Checkpoints(PsArgs),
+    Checkpoints(CheckpointsArgs),
     /// Remove checkpoints. Children that were forked from them run on.
     Rm(ManyArgs),
     /// Print what a shell needs to complete commands and options.
@@ -116,6 +117,13 @@ pub(crate) struct CheckpointArgs {
     /// Prepare as many processes for its children.
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointsArgs {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -155,6 +163,9 @@ pub(crate) struct PsArgs {
     /// Also list VMs that ended by themselves, with the reason.
     #[arg(long, short)]
     pub(crate) all: bool,
+    /// Only VMs with a label: label=KEY=VALUE. Repeatable: then with all of them.
+    #[arg(long, value_name = "label=KEY=VALUE", value_parser = parse_filter)]
+    pub(crate) filter: Vec<Label>,
     /// The columns to show.
     #[arg(long, short, value_name = "FORMAT", default_value = "short")]
     pub(crate) output: ListFormat,
@@ -217,6 +228,9 @@ pub(crate) struct RunArgs {
     /// The VM's name. Default: clade-PID.
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// A label to tell VMs apart by: key=value. Repeatable. Its children have it too.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
     /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
@@ -310,6 +324,9 @@ pub(crate) struct ForkArgs {
     /// supervisor it always has one.
     #[arg(long)]
     pub(crate) own_process: bool,
+    /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.
@@ -533,6 +550,12 @@ pub(crate) struct CheckArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn parse_filter(text: &str) -> Result<Label, String> {
+    let label =
+        text.strip_prefix("label=").ok_or_else(|| format!("{text:?} is not a filter such as label=tier=web"))?;
+    label.parse().map_err(|error: LabelError| error.to_string())
 }
 
 fn parse_hide(text: &str) -> Result<CpuHide, String> {

@@ -3,7 +3,7 @@
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRequest, Prepared};
 use hyper::Method;
 
-use crate::commands::args::{CheckpointArgs, PsArgs};
+use crate::commands::args::{CheckpointArgs, CheckpointsArgs};
 use crate::commands::remote::ask;
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -25,7 +25,7 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     Ok(())
 }
 
-pub(super) fn list(args: &PsArgs) -> Outcome {
+pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
     let all: Vec<CheckpointInfo> = ask(Client::default().supervisor(Method::GET, "/v1/checkpoints", None::<&()>))?;
     if args.json {
         return print_json(&all).map_err(Failure::run);

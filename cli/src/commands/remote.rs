@@ -15,7 +15,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{
     BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
-use clade_daemon::fleet::{check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
+use clade_daemon::fleet::{Labels, check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
 
 /// When it is shown that a fork goes on.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
@@ -77,6 +77,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         name: args.pattern.clone(),
         paused: args.child.paused,
         own_process: args.own_process,
+        labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
     };

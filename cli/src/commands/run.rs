@@ -20,7 +20,7 @@ use crate::commands::worker::{BARE, kernel};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::console::OutputThread;
 use clade_daemon::control::{BootRequest, Client, VmInfo, serve_fleet};
-use clade_daemon::fleet::{Fleet, FleetError, runtime_dir};
+use clade_daemon::fleet::{Fleet, FleetError, Labels, runtime_dir};
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
 
@@ -90,6 +90,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
+        fleet.set_labels(&name, Labels::of(&args.label).map_err(Failure::input)?);
         let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
         let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
         foreground(&fleet, vm, args.detached, &shutdown, runtime)
@@ -111,7 +112,8 @@ fn background(args: &RunArgs, name: String, config: VmConfig, cmdline: String) -
         vsock.socket = file(&vsock.socket)?;
     }
     ensure()?;
-    let request = BootRequest { name, config, kernel, initrd, cmdline };
+    let labels = Labels::of(&args.label).map_err(Failure::input)?;
+    let request = BootRequest { name, config, kernel, initrd, cmdline, labels };
     let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(&request)))?;
     drop(writeln!(io::stdout(), "{}", info.name));
     Ok(())

@@ -8,6 +8,7 @@ mod control;
 mod disk;
 mod ending;
 mod guest;
+mod labels;
 mod many;
 mod metrics;
 mod notify;

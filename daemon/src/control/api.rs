@@ -8,7 +8,7 @@ use std::time::Duration;
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
-use crate::fleet::Listed;
+use crate::fleet::{Labels, Listed};
 use crate::worker::Made;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
@@ -90,6 +90,9 @@ pub struct VmInfo {
     pub stopped: Option<StopReason>,
     /// The name of its parent, if it has one.
     pub parent: Option<String>,
+    /// Its labels.
+    #[serde(skip_serializing_if = "Labels::is_empty", default)]
+    pub labels: Labels,
     /// Forks between it and the VM that was booted.
     pub generation: u32,
     /// vCPUs.
@@ -155,6 +158,7 @@ impl From<&Listed> for VmInfo {
             state,
             stopped,
             parent: listed.parent.clone(),
+            labels: listed.labels.clone(),
             generation: vm.generation(),
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
@@ -179,6 +183,9 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
+    /// Their labels; the parent's if not given.
+    #[serde(default)]
+    pub labels: Option<Labels>,
     /// Whether each gets a process of its own, which ends with it and not with its parent's.
     #[serde(default)]
     pub own_process: bool,
@@ -428,6 +435,9 @@ pub struct BootRequest {
     /// The kernel's command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Its labels.
+    #[serde(default)]
+    pub labels: Labels,
 }
 
 /// A request for a checkpoint.

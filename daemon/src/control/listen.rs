@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::control::server::{ApiError, router};
-use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets};
+use crate::fleet::{Fleet, FleetError, Serve, Serving, Sockets, WeakFleet};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
 
@@ -125,6 +125,7 @@ async fn read_body(request: Request, next: Next) -> Response {
 /// Serves the sockets of a fleet on a runtime.
 struct Listener {
     runtime: Handle,
+    fleet: WeakFleet,
     router: Router,
     connections: Arc<Semaphore>,
     ending: watch::Sender<bool>,
@@ -203,7 +204,8 @@ pub(crate) async fn serve_http(
 impl Serve for Listener {
     fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, leases: &Leases) -> Serving {
         let mut tasks = Vec::new();
-        let images = self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone()));
+        let images =
+            self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone(), self.fleet.clone()));
         tasks.push(Abort(images.abort_handle()));
         for (line, socket) in sockets.consoles {
             let served = self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line));
@@ -234,6 +236,7 @@ pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fl
     Fleet::new(context, dir, |fleet| {
         Box::new(Listener {
             runtime: runtime.clone(),
+            fleet: fleet.clone(),
             router: router(fleet).layer(from_fn(read_body)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             ending: watch::Sender::new(false),

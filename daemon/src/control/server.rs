@@ -236,10 +236,12 @@ async fn fork(
         let options = ChildOptions { paused: request.paused, before_start: None };
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let labels = request.labels.clone().unwrap_or_else(|| fleet.labels(&name));
         let (made, report) = if request.own_process {
-            worker::fork(fleet, &name, &wanted, request.paused, &cancel)?
+            worker::fork(fleet, &name, &wanted, request.paused, &labels, &cancel)?
         } else {
             let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
+            children.iter().for_each(|vm| fleet.label(vm, labels.clone()));
             (children.iter().map(|vm| Made::of(vm)).collect(), report)
         };
         let times = (report.times.pause, report.times.freeze, begun.elapsed());

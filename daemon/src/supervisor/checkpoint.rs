@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::control::{CheckpointInfo, ForkAnswer};
-use crate::fleet::{FleetError, check_name};
+use crate::fleet::{FleetError, Labels, check_name};
 use crate::image::{self, Forked};
 use crate::worker::Made;
 use clade_vmm::vm::{SealedParts, VmConfig};
@@ -33,6 +33,11 @@ impl Checkpoint {
     /// The VM that it is of.
     pub(super) fn vm(&self) -> &str {
         &self.vm
+    }
+
+    /// Its labels.
+    pub(super) fn labels(&self) -> &Labels {
+        &self.forked.labels
     }
 
     pub(super) fn config(&self) -> &VmConfig {

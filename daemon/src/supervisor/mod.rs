@@ -218,8 +218,9 @@ impl Supervisor {
         let config = checkpoint.config();
         check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
+        let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
         let order = |worker: &Worker, claim: &NameClaim| {
-            worker.fork(claim, Some(checkpoint.vm()), &identity, request.paused, checkpoint.parts())
+            worker.fork(claim, Some(checkpoint.vm()), &identity, request.paused, labels, checkpoint.parts())
         };
         let made = self.make(Some(config), &claims, order, |made| self.check(made, count, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
@@ -232,11 +233,11 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, config, kernel, initrd, cmdline } = request;
+        let BootRequest { name, config, kernel, initrd, cmdline, labels } = request;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         let dir = self.0.dir.path().to_owned();
-        let order = Order::Boot(Box::new(BootOrder { dir, name, config, kernel, initrd, cmdline }));
+        let order = Order::Boot(Box::new(BootOrder { dir, name, config, kernel, initrd, cmdline, labels }));
         let claims = [claim];
         let give = |worker: &Worker, claim: &NameClaim| worker.order(&order, claim.lock().as_slice());
         let made = self.make(None, &claims, give, |made| self.check(made, 1, cancel))?;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Made, Worker, Workers};
-use crate::fleet::{Cancel, Children, Fleet, FleetError, NameClaim, Needs, Parent, check_room, claim_names};
+use crate::fleet::{Cancel, Children, Fleet, FleetError, Labels, NameClaim, Needs, Parent, check_room, claim_names};
 use clade_vmm::vm::ForkReport;
 
 /// Forks a VM into children of one instant, each in a process of its own. All or none are made
@@ -17,6 +17,7 @@ pub(crate) fn fork(
     name: &str,
     wanted: &Children<'_>,
     paused: bool,
+    labels: &Labels,
     cancel: &Cancel,
 ) -> Result<(Vec<Made>, ForkReport), FleetError> {
     let parent = fleet.get(name)?.vm;
@@ -36,7 +37,7 @@ pub(crate) fn fork(
     for (at, claim) in claims.iter().enumerate() {
         batch.check(at)?;
         let worker = Worker::start(&program)?;
-        worker.fork(claim, Some(name), wanted.identity, paused, &parts)?;
+        worker.fork(claim, Some(name), wanted.identity, paused, labels, &parts)?;
         workers.0.push(worker);
     }
     drop(parts);

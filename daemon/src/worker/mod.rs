@@ -32,6 +32,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::control::IdentityInfo;
+use crate::fleet::Labels;
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{ChildIdentity, Vm, VmConfig};
@@ -65,6 +66,7 @@ pub(crate) struct ForkOrder {
     pub(crate) parent: Option<String>,
     pub(crate) identity: ChildIdentity,
     pub(crate) paused: bool,
+    pub(crate) labels: Labels,
 }
 
 /// A VM to be booted.
@@ -77,6 +79,7 @@ pub(crate) struct BootOrder {
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
+    pub(crate) labels: Labels,
 }
 
 /// What a worker says.

@@ -17,7 +17,7 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{Answer, ForkOrder, Made, Order, WORKER, receive, send};
-use crate::fleet::{FleetError, NameClaim};
+use crate::fleet::{FleetError, Labels, NameClaim};
 use clade_vmm::vm::{ChildIdentity, SealedParts};
 
 /// How long a worker may take to make its VM.
@@ -154,6 +154,7 @@ impl Worker {
         parent: Option<&str>,
         identity: &ChildIdentity,
         paused: bool,
+        labels: &Labels,
         parts: &SealedParts,
     ) -> Result<(), FleetError> {
         let order = ForkOrder {
@@ -162,6 +163,7 @@ impl Worker {
             parent: parent.map(str::to_owned),
             identity: identity.clone(),
             paused,
+            labels: labels.clone(),
         };
         self.order(&Order::Fork(Box::new(order)), claim.lock().as_slice())?;
         Ok(parts.send(&self.socket)?)

@@ -114,6 +114,7 @@ impl Maker<'_> {
         let imported = Instant::now();
         let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
         let claim = claimed(&fleet, &order.name, files)?;
+        fleet.set_labels(&order.name, order.labels.clone());
         let (receive, import) = (received - begun, imported - received);
         tracing::debug!(name = order.name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
@@ -141,6 +142,7 @@ impl Maker<'_> {
     fn boot(&self, order: &BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
         let fleet = serve_fleet(self.context, &order.dir, self.runtime)?;
         let claim = claimed(&fleet, &order.name, files)?;
+        fleet.set_labels(&order.name, order.labels.clone());
         let source = BootSource {
             kernel: (self.program.kernel)(&order.kernel),
             initrd: order.initrd.clone().map(Image::File),
