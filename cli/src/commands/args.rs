@@ -3,6 +3,7 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -15,7 +16,7 @@ use crate::commands::many::ManyArgs;
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
-use crate::commands::units::{parse_mib, parse_size};
+use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
 use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::worker::WORKER;
@@ -231,6 +232,9 @@ pub(crate) struct RunArgs {
     /// A label to tell VMs apart by: key=value. Repeatable. Its children have it too.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
+    /// Stop the VM after a time, such as 90s, 10m or 1h30m. It goes on while the VM is paused.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) ttl: Option<Duration>,
     /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
@@ -324,6 +328,9 @@ pub(crate) struct ForkArgs {
     /// supervisor it always has one.
     #[arg(long)]
     pub(crate) own_process: bool,
+    /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) ttl: Option<Duration>,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,

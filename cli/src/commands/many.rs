@@ -4,8 +4,9 @@
 //! the first.
 
 use std::future::Future;
+use std::time::Duration;
 
-use clade_daemon::control::{CheckpointInfo, Client, ClientError, ResetAnswer, VmInfo};
+use clade_daemon::control::{CheckpointInfo, Client, ClientError, ResetAnswer, TtlInfo, TtlRequest, VmInfo};
 use hyper::Method;
 use serde::Serialize;
 use tokio::task::JoinSet;
@@ -122,6 +123,24 @@ pub(super) fn first_failure(failures: Vec<(&String, ClientError)>, is_alone: boo
     let first = failures.next();
     failures.for_each(|failure| eprintln!("clade: {failure}"));
     first.map_or(Ok(()), Err)
+}
+
+/// Gives each VM a time to live, if there is one.
+pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
+    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
+    let client = Client::default();
+    let results = ask(async {
+        let set = |name: String| {
+            let client = client.clone();
+            async move {
+                let request = TtlRequest { seconds };
+                client.request::<TtlInfo>(Method::PUT, &name, "/ttl", Some(&request)).await
+            }
+        };
+        Ok(for_each(names, set).await)
+    })?;
+    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
+    first_failure(failures.collect(), names.len() == 1)
 }
 
 pub(super) fn main(args: &ManyArgs, verb: Verb) -> Outcome {

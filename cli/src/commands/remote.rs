@@ -9,6 +9,7 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
+use crate::commands::many::limit;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -96,8 +97,9 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         }
     };
     let answer: ForkAnswer = ask(shown(forked, args))?;
+    let limited = limit(&answer.children, args.ttl);
     if args.json {
-        return print_json(&answer).map_err(Failure::run);
+        return print_json(&answer).map_err(Failure::run).and(limited);
     }
     for child in &answer.children {
         println!("{child}");
@@ -109,7 +111,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         args.name,
         answer.pause_us,
     );
-    Ok(())
+    limited
 }
 
 pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {

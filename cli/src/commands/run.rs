@@ -12,6 +12,7 @@ use hyper::Method;
 use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::commands::many::limit;
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
 use crate::commands::shutdown::ShutdownSignal;
@@ -115,8 +116,9 @@ fn background(args: &RunArgs, name: String, config: VmConfig, cmdline: String) -
     let labels = Labels::of(&args.label).map_err(Failure::input)?;
     let request = BootRequest { name, config, kernel, initrd, cmdline, labels };
     let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(&request)))?;
+    let limited = limit(std::slice::from_ref(&info.name), args.ttl);
     drop(writeln!(io::stdout(), "{}", info.name));
-    Ok(())
+    limited
 }
 
 /// Connects this terminal to the VM, unless it is `detached`. Waits until the VM and its children

@@ -18,5 +18,6 @@ mod storm;
 mod stress;
 mod supervisor;
 mod tool;
+mod ttl;
 mod way_in;
 mod worker;

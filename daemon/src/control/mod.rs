@@ -7,6 +7,8 @@
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
 //! | `GET /v1/vms/{name}/stats` | | `VmStats` |
 //! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
+//! | `GET /v1/vms/{name}/ttl`, `DELETE` | | `TtlInfo`: when it will be stopped |
+//! | `PUT /v1/vms/{name}/ttl` | `TtlRequest` | `TtlInfo` |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
 //! | `POST /v1/vms/{name}/reset` | | `ResetAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
@@ -31,6 +33,7 @@ mod listen;
 mod memory;
 mod pages;
 mod server;
+mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
@@ -49,3 +52,4 @@ pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use server::{
     Answer, ApiError, CancelOnDrop, THREAD_PATIENCE, fallback, not_allowed, on_a_thread, status_of,
 };
+pub use ttl::{TtlInfo, TtlRequest};

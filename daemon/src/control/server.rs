@@ -21,7 +21,7 @@ use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
     SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
-use crate::control::{memory, pages};
+use crate::control::{memory, pages, ttl};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
 use clade_vmm::vm::{ChildOptions, SnapshotError, SnapshotOptions, Vm, VmError};
@@ -379,6 +379,7 @@ pub(super) fn router(fleet: WeakFleet) -> Router {
         .route("/v1/vms/{name}/resume", verb(Verb::Resume))
         .route("/v1/vms/{name}/stop", post(stop))
         .route("/v1/vms/{name}/logs", get(logs))
+        .merge(ttl::routes())
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
         .with_state(fleet)
