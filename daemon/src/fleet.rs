@@ -4,6 +4,7 @@ mod batch;
 mod dir;
 mod ended;
 mod error;
+mod labels;
 mod problem;
 mod release;
 mod room;
@@ -34,6 +35,8 @@ pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, vm_names};
 pub use ended::{EndedVm, ended_vms};
 pub(crate) use ended::{forget as forget_ended, last_output, recorded_reason, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
+use labels::LabelBook;
+pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
@@ -72,6 +75,8 @@ pub struct Listed {
     pub vm: Arc<Vm>,
     /// The name of its parent, if it has one.
     pub parent: Option<String>,
+    /// Its labels.
+    pub labels: Labels,
 }
 
 /// The sockets of a VM, bound and not yet served.
@@ -127,6 +132,7 @@ struct Inner {
     /// before VMs are listed.
     closed: AtomicBool,
     in_use: Arc<InUse>,
+    labels: LabelBook,
     /// Images that VMs in other processes use.
     leases: Leases,
     serve: Box<dyn Serve>,
@@ -167,6 +173,7 @@ impl Fleet {
             members: Mutex::default(),
             closed: AtomicBool::new(false),
             in_use: Arc::default(),
+            labels: LabelBook::default(),
             leases: Leases::default(),
             serve: serve(WeakFleet(weak.clone())),
         }))
@@ -241,13 +248,38 @@ impl Fleet {
     pub fn get(&self, name: &str) -> Result<Listed, FleetError> {
         let members = self.members();
         let member = members.get(name).ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })?;
-        Ok(Listed { vm: Arc::clone(&member.vm), parent: member.parent.clone() })
+        Ok(self.listed(member))
+    }
+
+    fn listed(&self, member: &Member) -> Listed {
+        let labels = self.0.labels.get(member.vm.name());
+        Listed { vm: Arc::clone(&member.vm), parent: member.parent.clone(), labels }
+    }
+
+    /// The labels of the VM called `name`: none if there is none.
+    #[must_use]
+    pub fn labels(&self, name: &str) -> Labels {
+        self.0.labels.get(name)
+    }
+
+    /// Gives the VM that will be listed as `name` labels. They go with it.
+    pub fn set_labels(&self, name: &str, labels: Labels) {
+        self.0.labels.set(name, labels);
+    }
+
+    /// Gives a VM that is listed labels. One that has gone meanwhile gets none, and neither does
+    /// another with its name.
+    pub(crate) fn label(&self, vm: &Arc<Vm>, labels: Labels) {
+        let members = self.members();
+        if members.get(vm.name()).is_some_and(|member| Arc::ptr_eq(&member.vm, vm)) {
+            self.0.labels.set(vm.name(), labels);
+        }
     }
 
     /// All VMs, by name.
     #[must_use]
     pub fn list(&self) -> Vec<Listed> {
-        self.members().values().map(|m| Listed { vm: Arc::clone(&m.vm), parent: m.parent.clone() }).collect()
+        self.members().values().map(|member| self.listed(member)).collect()
     }
 
     /// Stops a VM, and waits until its name, interfaces, addresses and sockets are free. Returns
@@ -259,7 +291,7 @@ impl Fleet {
         let (listed, release) = {
             let members = self.members();
             let member = members.get(name).ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })?;
-            let listed = Listed { vm: Arc::clone(&member.vm), parent: member.parent.clone() };
+            let listed = self.listed(member);
             (listed, Arc::clone(&member.release))
         };
         listed.vm.stop();
@@ -279,7 +311,7 @@ impl Fleet {
     fn take(&self, name: &str, release: &Arc<Release>) -> Option<Member> {
         let mut members = self.members();
         let is_it = members.get(name).is_some_and(|member| Arc::ptr_eq(&member.release, release));
-        if is_it { members.remove(name) } else { None }
+        if is_it { self.unlist(&mut members, name) } else { None }
     }
 
     /// Removes a VM. It ends with its last handle. If it stopped by itself, the reason is recorded
@@ -300,7 +332,12 @@ impl Fleet {
     fn take_vm(&self, vm: &Arc<Vm>) -> Option<Member> {
         let mut members = self.members();
         let is_it = members.get(vm.name()).is_some_and(|member| Arc::ptr_eq(&member.vm, vm));
-        if is_it { members.remove(vm.name()) } else { None }
+        if is_it { self.unlist(&mut members, vm.name()) } else { None }
+    }
+
+    fn unlist(&self, members: &mut BTreeMap<String, Member>, name: &str) -> Option<Member> {
+        self.0.labels.forget(name);
+        members.remove(name)
     }
 
     /// Removes VMs of a request that failed. They are gone when this returns, unless another thread

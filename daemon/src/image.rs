@@ -24,7 +24,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
-use crate::fleet::{FleetError, check_name, image_path};
+use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
 use clade_vmm::vm::{ForkReport, Identity, Leases, SealedParts, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -43,6 +43,8 @@ pub(crate) struct Forked {
     pub(crate) identity: Identity,
     /// The directory of each disk's overlays.
     pub(crate) overlays: Vec<PathBuf>,
+    /// The VM's labels.
+    pub(crate) labels: Labels,
     /// Forks between the image and the VM that was booted.
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
@@ -62,7 +64,7 @@ enum Answer {
 }
 
 /// Answers at a VM's socket until it is dropped. The VM is not kept alive.
-pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases) {
+pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet: WeakFleet) {
     // SAFETY: an owned descriptor stays the same one, and open, until it is dropped.
     let listener = match unsafe { AsyncFd::register(listener) } {
         Ok(listener) => listener,
@@ -92,9 +94,9 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases) {
         };
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&clients).acquire_owned().await else { return };
-        let (vm, leases) = (vm.clone(), leases.clone());
+        let (vm, leases, fleet) = (vm.clone(), leases.clone(), fleet.clone());
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = answer(&socket, &vm, &leases) {
+            if let Err(error) = answer(&socket, &vm, &leases, &fleet) {
                 // The client has gone, is another user's, or asks for nothing.
                 tracing::debug!(%error, "image socket");
             }
@@ -103,7 +105,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases) {
     }
 }
 
-fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases) -> io::Result<()> {
+fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -> io::Result<()> {
     let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
     if peer != own && !peer.is_root() {
         return Err(io::ErrorKind::PermissionDenied.into());
@@ -111,7 +113,7 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases) -> io::Result<()> {
     set_socket_timeout(socket, Timeout::Recv, Some(REQUEST_TIMEOUT))?;
     set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
     seqpacket::receive(socket, 1)?;
-    let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases));
+    let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases, fleet));
     match made {
         Ok((forked, parts)) => {
             seqpacket::send(socket, &serde_json::to_vec(&Answer::Forked(Box::new(forked)))?, &[])?;
@@ -124,13 +126,14 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases) -> io::Result<()> {
     }
 }
 
-fn forked(vm: &Vm, leases: &Leases) -> Result<(Forked, SealedParts), FleetError> {
+fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
     let (image, report) = vm.fork()?;
     let ForkReport { times, freeze, .. } = report;
     let forked = Forked {
         config: VmConfig::clone(image.config()),
         identity: image.identity().clone(),
         overlays: image.disks().map(|disk| disk.overlay_dir().to_owned()).collect(),
+        labels: fleet.upgrade().map(|fleet| fleet.labels(vm.name())).unwrap_or_default(),
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,

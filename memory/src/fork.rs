@@ -139,6 +139,7 @@ impl GuestRegion {
             // I2: a copy made on fork is the child's own.
             table.set_exclusive(*range);
         }
+        self.counters.count_adopted(pages_in(&copied));
         for range in &absent {
             state.space.show(*range, &Mapping::Absent)?;
         }

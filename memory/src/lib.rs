@@ -80,8 +80,10 @@ pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, NoWriters, Quiesced, Ra
 pub use region::GuestRegion;
 pub use region::backend::SharedFile;
 pub use region::check::CheckError;
+pub use region::counts::{CowCounts, PinCounts};
 pub use region::evict::Evicted;
 pub use region::nofork::NoFork;
+pub use region::pages::{LayerPlace, PageKind, PageMap, PageRun, ShownLayer};
 pub use region::pin::{Access, DmaPin, PinError, PinInfo, PinLifetime};
 pub use region::reference::{Discarded, Pattern, RefPage};
 pub use region::reset::ResetReport;

@@ -11,7 +11,9 @@ use crate::freeze::background::FillError;
 use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
 use crate::layer::compact;
 use crate::region::GuestRegion;
+use crate::region::counts::{CowCounts, PinCounts};
 use crate::region::nofork::NoForkMap;
+use crate::region::pages::{self, PageMap};
 use crate::region::reset::{ResetError, ResetReport};
 use crate::region::stats::RamStats;
 use crate::store::{Backing, Store};
@@ -417,6 +419,36 @@ impl GuestRam {
             stats += region.stats()?;
         }
         Ok(stats)
+    }
+
+    /// What was copied so far, by cause.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn cow_counts(&self) -> Result<CowCounts, RamError> {
+        let mut counts = CowCounts::default();
+        for region in &self.regions {
+            counts += region.cow_counts()?;
+        }
+        Ok(counts)
+    }
+
+    /// Its pins.
+    #[must_use]
+    pub fn pin_counts(&self) -> PinCounts {
+        let mut counts = PinCounts::default();
+        self.regions.iter().for_each(|region| counts += region.pin_counts());
+        counts
+    }
+
+    /// What each page is, and the layers it is shown. `origin` is an image that is held for this VM
+    /// alone: what it shows is not called another's.
+    ///
+    /// # Errors
+    /// When there is no memory yet, or the kernel cannot be asked.
+    pub fn page_map(&self, origin: Option<&RamImage>) -> Result<PageMap, RamError> {
+        self.regions.iter().for_each(|region| region.reap_background(&mut region.state(), false));
+        pages::page_map(&self.regions, origin)
     }
 
     /// The memory, for rust-vmm crates.

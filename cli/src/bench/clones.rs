@@ -162,6 +162,7 @@ impl Bench {
             name: Some("clone-{n}".to_owned()),
             paused: false,
             own_process: true,
+            labels: None,
             nets: Vec::new(),
             vsock: None,
         };

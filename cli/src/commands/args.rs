@@ -3,6 +3,7 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -10,7 +11,14 @@ use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
-use crate::commands::units::{parse_mib, parse_size};
+use crate::commands::generate::{CompletionsArgs, ManArgs};
+use crate::commands::many::ManyArgs;
+use crate::commands::pages::PagesArgs;
+use crate::commands::stats::StatsArgs;
+use crate::commands::tree::TreeArgs;
+use crate::commands::units::{parse_duration, parse_mib, parse_size};
+use crate::commands::wait::WaitArgs;
+use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::jail::Confinement;
 use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
@@ -41,22 +49,30 @@ pub(crate) enum Command {
     Guest(GuestArgs),
     /// List the running VMs.
     Ps(PsArgs),
+    /// Show the memory of VMs in numbers: whose it is, copies, pins, pauses.
+    Stats(StatsArgs),
+    /// Draw what each page of a VM is: its own, of which layer, pinned.
+    Pages(PagesArgs),
+    /// Draw who descends from whom, and how much memory each owns.
+    Tree(TreeArgs),
     /// Show a VM's last console output, and why it ended.
     Logs(ActArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
-    /// Reset a forked VM in place to the instant of its fork.
-    Reset(ActArgs),
+    /// Reset forked VMs in place to the instant of their fork.
+    Reset(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
-    /// Pause a VM.
-    Pause(ActArgs),
-    /// Let a paused VM run.
-    Resume(ActArgs),
-    /// Stop a VM for good.
-    Stop(ActArgs),
+    /// Pause VMs.
+    Pause(ManyArgs),
+    /// Let paused VMs run.
+    Resume(ManyArgs),
+    /// Stop VMs for good.
+    Stop(ManyArgs),
+    /// Wait until VMs have ended, and show why.
+    Wait(WaitArgs),
     /// Save a running VM to a directory, or inspect a snapshot.
     Snapshot(SnapshotArgs),
     /// Start VMs from a snapshot.
@@ -69,11 +85,15 @@ pub(crate) enum Command {
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
-    Checkpoints(PsArgs),
+    Checkpoints(CheckpointsArgs),
     /// Print what happens to VMs and checkpoints, as it happens.
     Events(EventsArgs),
-    /// Remove a checkpoint. Children that were forked from it run on.
-    Rm(ActArgs),
+    /// Remove checkpoints. Children that were forked from them run on.
+    Rm(ManyArgs),
+    /// Print what a shell needs to complete commands and options.
+    Completions(CompletionsArgs),
+    /// Write a man page for each command.
+    Man(ManArgs),
     /// Run one VM for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = WORKER)]
     Worker,
@@ -129,6 +149,13 @@ pub(crate) struct CheckpointArgs {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointsArgs {
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum DiskCommand {
     /// Show what the journal beside an image holds, and whether it can be used. Changes nothing.
@@ -163,6 +190,9 @@ pub(crate) struct PsArgs {
     /// Also list VMs that ended by themselves, with the reason.
     #[arg(long, short)]
     pub(crate) all: bool,
+    /// Only VMs with a label: label=KEY=VALUE. Repeatable: then with all of them.
+    #[arg(long, value_name = "label=KEY=VALUE", value_parser = parse_filter)]
+    pub(crate) filter: Vec<Label>,
     /// The columns to show.
     #[arg(long, short, value_name = "FORMAT", default_value = "short")]
     pub(crate) output: ListFormat,
@@ -225,6 +255,12 @@ pub(crate) struct RunArgs {
     /// The VM's name. Default: clade-PID.
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// A label to tell VMs apart by: key=value. Repeatable. Its children have it too.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
+    /// Stop the VM after a time, such as 90s, 10m or 1h30m. It goes on while the VM is paused.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) ttl: Option<Duration>,
     /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
@@ -318,6 +354,12 @@ pub(crate) struct ForkArgs {
     /// supervisor it always has one.
     #[arg(long)]
     pub(crate) own_process: bool,
+    /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) ttl: Option<Duration>,
+    /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.
@@ -541,6 +583,12 @@ pub(crate) struct CheckArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn parse_filter(text: &str) -> Result<Label, String> {
+    let label =
+        text.strip_prefix("label=").ok_or_else(|| format!("{text:?} is not a filter such as label=tier=web"))?;
+    label.parse().map_err(|error: LabelError| error.to_string())
 }
 
 fn parse_hide(text: &str) -> Result<CpuHide, String> {

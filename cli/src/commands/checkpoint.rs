@@ -1,9 +1,9 @@
-//! `clade checkpoint`, `checkpoints`, `rm`: what the supervisor holds to fork from.
+//! `clade checkpoint`, `checkpoints`: what the supervisor holds to fork from.
 
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRequest, Prepared};
 use hyper::Method;
 
-use crate::commands::args::{ActArgs, CheckpointArgs, PsArgs};
+use crate::commands::args::{CheckpointArgs, CheckpointsArgs};
 use crate::commands::remote::ask;
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -25,7 +25,7 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     Ok(())
 }
 
-pub(super) fn list(args: &PsArgs) -> Outcome {
+pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
     let all: Vec<CheckpointInfo> = ask(Client::default().supervisor(Method::GET, "/v1/checkpoints", None::<&()>))?;
     if args.json {
         return print_json(&all).map_err(Failure::run);
@@ -43,14 +43,4 @@ pub(super) fn list(args: &PsArgs) -> Outcome {
         ]);
     }
     table.print().map_err(Failure::run)
-}
-
-pub(super) fn remove(args: &ActArgs) -> Outcome {
-    let path = format!("/v1/checkpoints/{}", args.name);
-    let info: CheckpointInfo = ask(Client::default().supervisor(Method::DELETE, &path, None::<&()>))?;
-    if args.json {
-        return print_json(&info).map_err(Failure::run);
-    }
-    println!("{} is removed", info.name);
-    Ok(())
 }

@@ -5,11 +5,15 @@ mod checkpoint;
 mod devices;
 mod disk;
 mod events;
+mod generate;
 mod guest;
 mod journal;
 mod limits;
 mod logging;
+mod many;
+mod notify;
 mod output;
+mod pages;
 mod ps;
 mod remote;
 mod restore;
@@ -17,8 +21,11 @@ mod run;
 mod serve;
 mod shutdown;
 mod snapshot;
+mod stats;
 mod terminal;
+mod tree;
 mod units;
+mod wait;
 mod worker;
 mod zygote;
 
@@ -29,6 +36,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use args::{Cli, Command};
+use many::Verb;
 pub(crate) use output::{Table, print_json};
 
 /// Why a command failed.
@@ -38,6 +46,8 @@ pub(crate) enum Failure {
     Input(anyhow::Error),
     /// The command failed: exit code 1.
     Run(anyhow::Error),
+    /// The time that was given has passed: exit code 124, as that of `timeout`.
+    Timeout(anyhow::Error),
     /// An orderly end by a signal: exit code 128 plus the signal's number, as in shells.
     Signal(i32),
 }
@@ -49,12 +59,35 @@ impl Failure {
     pub(crate) fn run(error: impl Into<anyhow::Error>) -> Self {
         Self::Run(error.into())
     }
+
+    /// The same, with the name of what it is about in front.
+    pub(crate) fn named(self, name: &str) -> Self {
+        let named = |error: anyhow::Error| error.context(name.to_owned());
+        match self {
+            Self::Input(error) => Self::Input(named(error)),
+            Self::Run(error) => Self::Run(named(error)),
+            Self::Timeout(error) => Self::Timeout(named(error)),
+            Self::Signal(number) => Self::Signal(number),
+        }
+    }
+
+    /// The process's exit code.
+    fn code(&self) -> u8 {
+        match self {
+            Self::Run(_) => 1,
+            Self::Input(_) => 2,
+            Self::Timeout(_) => 124,
+            Self::Signal(number) => 128 + *number as u8,
+        }
+    }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Input(error) | Self::Run(error) => f.write_str(&clade_vmm::error_chain(error.as_ref())),
+            Self::Input(error) | Self::Run(error) | Self::Timeout(error) => {
+                f.write_str(&clade_vmm::error_chain(error.as_ref()))
+            }
             Self::Signal(number) => write!(f, "ended by signal {number}"),
         }
     }
@@ -91,11 +124,7 @@ pub(crate) fn main() -> ExitCode {
         Err(failure) => {
             // Standard error may be closed.
             let _ = writeln!(std::io::stderr(), "clade: {failure}");
-            ExitCode::from(match failure {
-                Failure::Run(_) => 1,
-                Failure::Input(_) => 2,
-                Failure::Signal(number) => 128 + number as u8,
-            })
+            ExitCode::from(failure.code())
         }
     }
 }
@@ -109,13 +138,17 @@ fn run(command: Command) -> Outcome {
         Command::Check(args) => crate::check::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Ps(args) => ps::main(&args),
+        Command::Pages(args) => pages::main(&args),
+        Command::Stats(args) => stats::main(&args),
+        Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
-        Command::Reset(args) => remote::reset(&args),
+        Command::Reset(args) => many::main(&args, Verb::Reset),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Console(args) => remote::console(&args),
-        Command::Pause(args) => remote::act(&args, "/pause"),
-        Command::Resume(args) => remote::act(&args, "/resume"),
-        Command::Stop(args) => remote::act(&args, "/stop"),
+        Command::Pause(args) => many::main(&args, Verb::Pause),
+        Command::Resume(args) => many::main(&args, Verb::Resume),
+        Command::Stop(args) => many::main(&args, Verb::Stop),
+        Command::Wait(args) => wait::main(&args),
         Command::Logs(args) => remote::logs(&args),
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
@@ -124,7 +157,9 @@ fn run(command: Command) -> Outcome {
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),
         Command::Events(args) => events::main(&args),
-        Command::Rm(args) => checkpoint::remove(&args),
+        Command::Rm(args) => many::main(&args, Verb::Remove),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
         Command::Worker => worker::main(),
         Command::Zygote(args) => zygote::main(&args),
     }
@@ -132,3 +167,34 @@ fn run(command: Command) -> Outcome {
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
 pub(crate) use worker::MEASURE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The codes of the table in docs/operations.md, of which the last row is for signals.
+    #[test]
+    fn the_documented_exit_codes_are_those_of_failures() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (_, section) = text.split_once("\n## Exit codes\n").unwrap();
+        let section = section.split("\n## ").next().unwrap();
+        let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+        let documented: Vec<&str> = rows.skip_while(|cell| *cell != "code").skip(1).collect();
+        let error = || anyhow::anyhow!("why");
+        let codes = [Failure::Run(error()), Failure::Input(error()), Failure::Timeout(error())].map(|one| one.code());
+        let expected: Vec<String> = std::iter::once(0).chain(codes).map(|code| code.to_string()).collect();
+        let (signals, plain) = documented.split_last().unwrap();
+        assert_eq!(plain, expected);
+        assert!(signals.starts_with("128 and a signal"), "{signals}");
+        for (number, code) in [(1, 129), (2, 130), (15, 143)] {
+            assert_eq!(Failure::Signal(number).code(), code);
+        }
+    }
+
+    #[test]
+    fn a_failure_of_several_has_a_name() {
+        let failed = Failure::input(anyhow::anyhow!("it has stopped")).named("web");
+        assert_eq!((failed.to_string().as_str(), failed.code()), ("web: it has stopped", 2));
+    }
+}

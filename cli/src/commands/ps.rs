@@ -47,7 +47,7 @@ pub(super) fn by_name(left: &str, right: &str) -> Ordering {
 
 /// Formats columns as wide as their content, two spaces apart. The result is the same on a terminal
 /// and in a pipe.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count).map(width).collect();
@@ -121,11 +121,18 @@ impl Row<'_> {
                     shared,
                     or_none(nets.join(",")),
                     vm.vsock.as_ref().map_or_else(|| NONE.into(), |vsock| vsock.cid.to_string()),
+                    or_none(vm.labels.text()),
                 ]
             }
-            Self::Ended(vm) => {
-                [vm.pid.to_string(), vm.generation.to_string(), NONE.into(), NONE.into(), NONE.into(), NONE.into()]
-            }
+            Self::Ended(vm) => [
+                vm.pid.to_string(),
+                vm.generation.to_string(),
+                NONE.into(),
+                NONE.into(),
+                NONE.into(),
+                NONE.into(),
+                NONE.into(),
+            ],
         });
         row
     }
@@ -137,7 +144,7 @@ fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
     let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "MEMORY", "AGE"].map(String::from).into();
     if format == ListFormat::Wide {
-        header.extend(["PID", "GEN", "CPUS", "SHARED", "INTERFACES", "CID"].map(String::from));
+        header.extend(["PID", "GEN", "CPUS", "SHARED", "INTERFACES", "CID", "LABELS"].map(String::from));
     }
     // Last, because its length has no limit.
     header.extend(all.then(|| "REASON".to_owned()));
@@ -164,9 +171,11 @@ struct Everything<'a> {
 
 pub(super) fn main(args: &PsArgs) -> Outcome {
     let ListedVms { mut vms, forbidden } = ask(Client::default().list())?;
+    vms.retain(|vm| args.filter.iter().all(|label| vm.labels.has(label)));
     vms.sort_by(|a, b| by_name(&a.name, &b.name));
     let dir = runtime_dir();
-    let ended = if args.all { ended_vms(&dir).map_err(Failure::input)? } else { Vec::new() };
+    // What has ended has no labels any more.
+    let ended = if args.all && args.filter.is_empty() { ended_vms(&dir).map_err(Failure::input)? } else { Vec::new() };
     match (args.json, args.all) {
         (true, false) => print_json(&vms),
         (true, true) => print_json(&Everything { vms: &vms, ended: &ended }),

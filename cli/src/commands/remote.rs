@@ -1,23 +1,35 @@
 //! Requests to a running VM. `logs` also reads the records of ended VMs.
 
 use std::future::Future;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use hyper::Method;
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
+use crate::commands::many::limit;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{
-    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, VmInfo, VmState,
+    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
-use clade_daemon::fleet::{check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
+use clade_daemon::fleet::{Labels, check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
+
+/// When it is shown that a fork goes on.
+const SHOW_AFTER: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(100);
 
 pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
-    runtime.block_on(question).map_err(|error| match error {
+    runtime.block_on(question).map_err(failure)
+}
+
+/// Whether the request was wrong, or what it was sent to.
+pub(super) fn failure(error: ClientError) -> Failure {
+    match error {
         ClientError::NoSuchVm { .. }
         | ClientError::Dead { .. }
         | ClientError::Forbidden { .. }
@@ -29,7 +41,7 @@ pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> 
         | ClientError::NoAnswer { .. }
         | ClientError::Refused { status: 400..500, .. } => Failure::input(error),
         _ => Failure::run(error),
-    })
+    }
 }
 
 pub(super) fn state_name(state: VmState) -> &'static str {
@@ -40,17 +52,42 @@ pub(super) fn state_name(state: VmState) -> &'static str {
     }
 }
 
+fn children(count: usize) -> String {
+    if count == 1 { "1 child".into() } else { format!("{count} children") }
+}
+
+/// Shows on a terminal that a request goes on, if it takes longer than a second.
+async fn shown<T>(request: impl Future<Output = T>, args: &ForkArgs) -> T {
+    let mut request = std::pin::pin!(request);
+    if args.json || !io::stderr().is_terminal() {
+        return request.await;
+    }
+    tokio::select! {
+        answer = &mut request => return answer,
+        () = tokio::time::sleep(SHOW_AFTER) => {}
+    }
+    let template = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
+    let spinner = ProgressBar::new_spinner().with_style(template.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    let spinner = spinner.with_elapsed(SHOW_AFTER);
+    spinner.set_message(format!("forking {} ({} wanted)", args.name, children(args.count)));
+    spinner.enable_steady_tick(TICK);
+    let answer = request.await;
+    spinner.finish_and_clear();
+    answer
+}
+
 pub(crate) fn fork(args: &ForkArgs) -> Outcome {
     let request = ForkRequest {
         count: args.count,
         name: args.pattern.clone(),
         paused: args.child.paused,
         own_process: args.own_process,
+        labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
     };
     let client = Client::default();
-    let answer: ForkAnswer = ask(async {
+    let forked = async {
         // The supervisor, if there is one: it makes processes for the children, and has checkpoints.
         let fork = |of: &str| format!("/v1/{of}/{}/fork", args.name);
         match client.supervisor(Method::POST, &fork("vms"), Some(&request)).await {
@@ -62,34 +99,23 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
             }
             answer => answer,
         }
-    })?;
+    };
+    let answer: ForkAnswer = ask(shown(forked, args))?;
+    let limited = limit(&answer.children, args.ttl);
     if args.json {
-        return print_json(&answer).map_err(Failure::run);
+        return print_json(&answer).map_err(Failure::run).and(limited);
     }
     for child in &answer.children {
         println!("{child}");
     }
     eprintln!(
         "{} in {:.1} ms; {} was paused for {:.0} us",
-        if answer.children.len() == 1 { "1 child".into() } else { format!("{} children", answer.children.len()) },
+        children(answer.children.len()),
         answer.total_us / 1000.0,
         args.name,
         answer.pause_us,
     );
-    Ok(())
-}
-
-pub(crate) fn reset(args: &ActArgs) -> Outcome {
-    let answer: ResetAnswer = ask(Client::default().request(Method::POST, &args.name, "/reset", None::<&()>))?;
-    if args.json {
-        return print_json(&answer).map_err(Failure::run);
-    }
-    println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
-    eprintln!(
-        "reset in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
-        answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
-    );
-    Ok(())
+    limited
 }
 
 pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {
@@ -118,19 +144,6 @@ pub(crate) fn balloon(args: &BalloonArgs) -> Outcome {
     if !info.answered {
         eprintln!("{} has not answered: what it says of its memory is old, or nothing", args.name);
     }
-    Ok(())
-}
-
-pub(crate) fn act(args: &ActArgs, action: &str) -> Outcome {
-    let client = Client::default();
-    let info: VmInfo = match action {
-        "/stop" => ask(client.stop(&args.name))?,
-        _ => ask(client.request(Method::POST, &args.name, action, None::<&()>))?,
-    };
-    if args.json {
-        return print_json(&info).map_err(Failure::run);
-    }
-    println!("{} is {}", info.name, state_name(info.state));
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use hyper::Method;
 use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::commands::many::limit;
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
 use crate::commands::shutdown::ShutdownSignal;
@@ -20,7 +21,7 @@ use crate::commands::worker::{BARE, kernel};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::console::OutputThread;
 use clade_daemon::control::{BootRequest, Client, VmInfo, serve_fleet};
-use clade_daemon::fleet::{Fleet, FleetError, runtime_dir};
+use clade_daemon::fleet::{Fleet, FleetError, Labels, runtime_dir};
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
 
@@ -90,6 +91,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let fleet = serve_fleet(&context, &runtime_dir(), runtime).map_err(Failure::input)?;
+        fleet.set_labels(&name, Labels::of(&args.label).map_err(Failure::input)?);
         let boot = |context: &Context| Vm::boot(context, &name, &config, &source);
         let vm = fleet.launch(&name, boot).map_err(|error| refused(args, error))?;
         foreground(&fleet, vm, args.detached, &shutdown, runtime)
@@ -113,10 +115,12 @@ fn background(args: &RunArgs, name: String, config: VmConfig, cmdline: String) -
     if !Client::default().is_remote() {
         ensure()?;
     }
-    let request = BootRequest { name, config, kernel, initrd, cmdline };
+    let labels = Labels::of(&args.label).map_err(Failure::input)?;
+    let request = BootRequest { name, config, kernel, initrd, cmdline, labels };
     let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(&request)))?;
+    let limited = limit(std::slice::from_ref(&info.name), args.ttl);
     drop(writeln!(io::stdout(), "{}", info.name));
-    Ok(())
+    limited
 }
 
 /// Connects this terminal to the VM, unless it is `detached`. Waits until the VM and its children

@@ -9,6 +9,7 @@ use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
 use clade_daemon::supervisor::Supervisor;
 
 use crate::commands::args::ServeArgs;
+use crate::commands::notify::{READY, STOPPING, notify};
 use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
@@ -33,9 +34,11 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
             say!("the API is at tcp://{}", listening.map_err(Failure::input)?);
         }
         say!("VMs in {} are supervised", dir.display());
+        notify(READY);
         while shutdown.signal().is_none() {
             std::thread::sleep(POLL_INTERVAL);
         }
+        notify(STOPPING);
         supervisor.close();
         shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     })

@@ -1,4 +1,9 @@
-//! Sizes and ages, parsed and printed the same way everywhere.
+//! Sizes, durations and ages, parsed and printed the same way everywhere.
+
+use std::time::Duration;
+
+/// The longest duration that is taken: a century. Clocks can count it.
+const MAX_DURATION: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// Parses a size: a number and an optional unit, K, M, G or T, also as KiB or KB. All are powers of
 /// 1024. Returns bytes.
@@ -46,6 +51,37 @@ pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
         return Err(format!("{text:?} is not a number of whole MiB, such as 64M"));
     }
     Ok(bytes >> 20)
+}
+
+/// Parses a duration: numbers with a unit each, ms, s, m, h or d, as in `90s` or `1h30m`.
+///
+/// # Errors
+/// A single line that contains the text.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let no_duration = || format!("{text:?} is not a time such as 90s, 5m or 1h30m");
+    let too_long = || format!("{text:?} is more than can be counted");
+    let mut rest = text;
+    let mut all = Duration::ZERO;
+    while !rest.is_empty() {
+        let (digits, behind) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(no_duration)?);
+        let (unit, behind) = behind.split_at(behind.find(|c: char| c.is_ascii_digit()).unwrap_or(behind.len()));
+        let ms = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(no_duration()),
+        };
+        if digits.is_empty() {
+            return Err(no_duration());
+        }
+        let count: u64 = digits.parse().map_err(|_| too_long())?;
+        let part = count.checked_mul(ms).map(Duration::from_millis).ok_or_else(too_long)?;
+        all = all.checked_add(part).filter(|all| *all <= MAX_DURATION).ok_or_else(too_long)?;
+        rest = behind;
+    }
+    if all.is_zero() { Err(no_duration()) } else { Ok(all) }
 }
 
 /// Formats bytes with up to three digits: `512M`, `1.5G`, `20K`.
@@ -106,6 +142,18 @@ mod tests {
         }
         assert_eq!((parse_mib("64M"), parse_mib("1G")), (Ok(64), Ok(1024)));
         assert!(parse_mib("64").unwrap_err().contains("64M"));
+    }
+
+    #[test]
+    fn durations() {
+        let good = [("300ms", 300), ("90s", 90_000), ("5m", 300_000), ("1h30m", 5_400_000), ("1d", 86_400_000)];
+        good.iter().for_each(|(text, ms)| assert_eq!(parse_duration(text), Ok(Duration::from_millis(*ms)), "{text}"));
+        for bad in ["", "5", "m", "0s", "-1s", "1.5h", "1 h", "5x", "s5"] {
+            assert!(parse_duration(bad).unwrap_err().contains(&format!("{bad:?}")), "{bad}");
+        }
+        for long in ["99999999999999999999s", "18446744073709551615d", "40000d"] {
+            assert!(parse_duration(long).unwrap_err().contains("counted"), "{long}");
+        }
     }
 
     #[test]

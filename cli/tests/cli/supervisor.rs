@@ -16,8 +16,8 @@ use crate::tool::{Runtime, expect_problem, kvm, wait_until};
 mod storm;
 
 /// A runtime directory with a supervisor. All of its processes are ended when it is dropped.
-struct Supervised {
-    runtime: Runtime,
+pub(crate) struct Supervised {
+    pub(crate) runtime: Runtime,
 }
 
 impl Drop for Supervised {
@@ -27,7 +27,7 @@ impl Drop for Supervised {
     }
 }
 
-fn kill(pid: u32, signal: Signal) {
+pub(crate) fn kill(pid: u32, signal: Signal) {
     let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), signal);
 }
 
@@ -39,7 +39,7 @@ fn runs(pid: u32) -> bool {
 }
 
 impl Supervised {
-    fn start(pool: &str) -> Self {
+    pub(crate) fn start(pool: &str) -> Self {
         let mut supervised = Self { runtime: Runtime::new() };
         supervised.serve(pool);
         supervised
@@ -52,14 +52,14 @@ impl Supervised {
     }
 
     /// Boots a paused VM: it would spin.
-    fn boot(&self, name: &str, more: &[&str]) {
+    pub(crate) fn boot(&self, name: &str, more: &[&str]) {
         let args = [&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", name], more].concat();
         let booted = self.runtime.clade(&args);
         assert_eq!((booted.code, booted.stdout.trim()), (Some(0), name), "{booted:?}");
         self.runtime.clade(&["pause", name, "--json"]).json();
     }
 
-    fn fork(&self, args: &[&str]) -> Vec<String> {
+    pub(crate) fn fork(&self, args: &[&str]) -> Vec<String> {
         let answer = self.runtime.clade(&[&["fork", "--paused", "--json"], args].concat()).json();
         names(&answer["children"])
     }
@@ -68,14 +68,14 @@ impl Supervised {
         self.runtime.clade(&["ps", "--json"]).json().as_array().unwrap().clone()
     }
 
-    fn pid_of(&self, name: &str) -> u32 {
+    pub(crate) fn pid_of(&self, name: &str) -> u32 {
         let vms = self.vms();
         let vm = vms.iter().find(|vm| vm["name"] == name).unwrap_or_else(|| panic!("no {name} in {vms:?}"));
         vm["pid"].as_u64().unwrap() as u32
     }
 
     /// One HTTP request to the supervisor.
-    fn http(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+    pub(crate) fn http(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
         self.runtime.http_at(&self.runtime.dir().join("clade.api"), method, path, body)
     }
 
@@ -107,13 +107,13 @@ impl Supervised {
         all.map(|entry| entry.file_name().into_string().unwrap()).filter(|name| name != "clade.log").collect()
     }
 
-    fn stop(&self, name: &str) {
+    pub(crate) fn stop(&self, name: &str) {
         let stopped = self.runtime.clade(&["stop", name]);
         assert_eq!(stopped.code, Some(0), "{stopped:?}");
     }
 
     /// Stops what is left, and sees that nothing of it is.
-    fn end(mut self) {
+    pub(crate) fn end(mut self) {
         for vm in self.vms() {
             self.stop(vm["name"].as_str().unwrap());
         }
@@ -170,17 +170,17 @@ fn each_vm_has_a_process_and_a_checkpoint_outlives_its_vm() {
 }
 
 /// Guest memory of a VM's process, as the process itself sees it.
-struct GuestMemory {
+pub(crate) struct GuestMemory {
     file: fs::File,
     base: u64,
 }
 
 impl GuestMemory {
-    const BYTES: u64 = 32 << 20;
+    pub(crate) const BYTES: u64 = 32 << 20;
     /// Guest-physical: the bare guest leaves it alone.
-    const AT: u64 = 24 << 20;
+    pub(crate) const AT: u64 = 24 << 20;
 
-    fn of(pid: u32) -> Self {
+    pub(crate) fn of(pid: u32) -> Self {
         // Neighbouring mappings, and where those of memory files begin. Pages of zeros that were
         // restored are in no file.
         let (mut spans, mut starts): (Vec<(u64, u64)>, Vec<u64>) = (Vec::new(), Vec::new());
@@ -205,7 +205,12 @@ impl GuestMemory {
         Self { file, base }
     }
 
-    fn write(&self, page: u64, value: u64) {
+    /// Its address in the process.
+    pub(crate) fn base(&self) -> u64 {
+        self.base
+    }
+
+    pub(crate) fn write(&self, page: u64, value: u64) {
         self.file.write_all_at(&value.to_le_bytes(), self.base + Self::AT + page * 4096).unwrap();
     }
 

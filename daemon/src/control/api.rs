@@ -10,7 +10,7 @@ use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::control::schema;
-use crate::fleet::Listed;
+use crate::fleet::{Labels, Listed};
 use crate::worker::Made;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
@@ -96,6 +96,10 @@ pub struct VmInfo {
     pub stopped: Option<StopReason>,
     /// The name of its parent, if it has one.
     pub parent: Option<String>,
+    /// Its labels.
+    #[serde(skip_serializing_if = "Labels::is_empty", default)]
+    #[schema(value_type = std::collections::BTreeMap<String, String>)]
+    pub labels: Labels,
     /// Forks between it and the VM that was booted.
     pub generation: u32,
     /// vCPUs.
@@ -161,6 +165,7 @@ impl From<&Listed> for VmInfo {
             state,
             stopped,
             parent: listed.parent.clone(),
+            labels: listed.labels.clone(),
             generation: vm.generation(),
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
@@ -187,6 +192,10 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
+    /// Their labels; the parent's if not given.
+    #[serde(default)]
+    #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
+    pub labels: Option<Labels>,
     /// Whether each gets a process of its own, which ends with it and not with its parent's.
     #[serde(default)]
     pub own_process: bool,
@@ -444,6 +453,10 @@ pub struct BootRequest {
     /// The kernel's command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Its labels.
+    #[serde(default)]
+    #[schema(value_type = std::collections::BTreeMap<String, String>)]
+    pub labels: Labels,
 }
 
 /// A request for a checkpoint.

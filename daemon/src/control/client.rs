@@ -231,6 +231,12 @@ impl Client {
         self.remote.is_some()
     }
 
+    /// The directory of the sockets.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Sends a request to the process of `name`.
     ///
     /// # Errors

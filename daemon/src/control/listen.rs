@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::server::router;
 use crate::control::stall::Stalling;
-use crate::fleet::{Fleet, FleetError, RuntimeDir, Serve, Serving, Sockets};
+use crate::fleet::{Fleet, FleetError, RuntimeDir, Serve, Serving, Sockets, WeakFleet};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
 
@@ -172,6 +172,7 @@ async fn read_body(request: Request, next: Next) -> Response {
 /// Serves the sockets of a fleet on a runtime.
 struct Listener {
     runtime: Handle,
+    fleet: WeakFleet,
     router: Router,
     connections: Arc<Semaphore>,
     ending: watch::Sender<bool>,
@@ -247,7 +248,8 @@ pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending
 impl Serve for Listener {
     fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, leases: &Leases) -> Serving {
         let mut tasks = Vec::new();
-        let images = self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone()));
+        let images =
+            self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone(), self.fleet.clone()));
         tasks.push(Abort(images.abort_handle()));
         for (line, socket) in sockets.consoles {
             let served = self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line));
@@ -284,6 +286,7 @@ pub(crate) fn serve_fleet_in(context: &Context, dir: RuntimeDir, runtime: &Handl
     Fleet::in_dir(context, dir, |fleet| {
         Box::new(Listener {
             runtime: runtime.clone(),
+            fleet: fleet.clone(),
             router: router(fleet).layer(from_fn(read_body)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             ending: watch::Sender::new(false),

@@ -5,6 +5,10 @@
 //! |---|---|---|
 //! | `GET /v1/vms` | | all VMs of the process: `[VmInfo]` |
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
+//! | `GET /v1/vms/{name}/stats` | | `VmStats` |
+//! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
+//! | `GET /v1/vms/{name}/ttl`, `DELETE` | | `TtlInfo`: when it will be stopped |
+//! | `PUT /v1/vms/{name}/ttl` | `TtlRequest` | `TtlInfo` |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
 //! | `POST /v1/vms/{name}/reset` | | `ResetAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
@@ -21,12 +25,17 @@
 
 mod api;
 mod client;
+pub(crate) mod exposition;
+mod gather;
 mod listen;
+mod memory;
+mod pages;
 mod problem;
 mod schema;
 mod server;
 mod stall;
 mod token;
+mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
@@ -34,8 +43,14 @@ pub use api::{
     SnapshotProgress, SnapshotRequest, SupervisorInfo, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
+pub use gather::Gathered;
 pub use listen::serve_fleet;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_fleet_in, serve_http};
+pub use memory::{
+    CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
+    VmStats, pages_kib,
+};
+pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{
@@ -49,3 +64,4 @@ pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {
     let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
     method == "POST" && makes
 }
+pub use ttl::{TtlInfo, TtlRequest};

@@ -21,6 +21,7 @@ use crate::control::api::{
     SnapshotRequest, VmInfo, WorkingSetAnswer,
 };
 use crate::control::problem::{ApiError, ProblemKind};
+use crate::control::{memory, pages, ttl};
 use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
 use crate::worker::{self, Made};
 use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm, VmError};
@@ -36,7 +37,7 @@ pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
-async fn with_fleet<T: Send + 'static>(
+pub(super) async fn with_fleet<T: Send + 'static>(
     fleet: WeakFleet,
     work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -142,10 +143,12 @@ async fn fork(
         let options = ChildOptions { paused: request.paused, before_start: None };
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let labels = request.labels.clone().unwrap_or_else(|| fleet.labels(&name));
         let (made, report) = if request.own_process {
-            worker::fork(fleet, &name, &wanted, request.paused, &cancel)?
+            worker::fork(fleet, &name, &wanted, request.paused, &labels, &cancel)?
         } else {
             let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
+            children.iter().for_each(|vm| fleet.label(vm, labels.clone()));
             (children.iter().map(|vm| Made::of(vm)).collect(), report)
         };
         let times = (report.times.pause, report.times.freeze, begun.elapsed());
@@ -298,6 +301,9 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(resume))
         .routes(routes!(stop))
         .routes(routes!(logs))
+        .routes(routes!(pages::show_pages))
+        .routes(routes!(memory::show_stats))
+        .merge(ttl::routes())
 }
 
 /// The routes of a VM's socket, described.

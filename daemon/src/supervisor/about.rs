@@ -133,13 +133,15 @@ mod tests {
     use clade_devices::disk::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
 
+    use crate::fleet::Labels;
+
     use super::*;
 
     fn forked(config: &VmConfig) -> Forked {
         let overlays = config.disks.iter().map(|_| PathBuf::from("/etc")).collect();
         let none = Duration::ZERO;
-        let (identity, config) = (Identity::default(), config.clone());
-        Forked { config, identity, overlays, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
+        let (identity, config, labels) = (Identity::default(), config.clone(), Labels::default());
+        Forked { config, identity, overlays, labels, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
     }
 
     fn with_disk(path: &str) -> VmConfig {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::about::About;
 use crate::control::{CheckpointInfo, ForkAnswer};
-use crate::fleet::{FleetError, RuntimeDir, check_name};
+use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
 use crate::image::{self, Forked};
 use crate::worker::Made;
 use clade_vmm::vm::{SealedParts, VmConfig};
@@ -42,6 +42,11 @@ impl Checkpoint {
     /// The VM that it is of.
     pub(super) fn vm(&self) -> &str {
         &self.vm
+    }
+
+    /// Its labels.
+    pub(super) fn labels(&self) -> &Labels {
+        &self.forked.labels
     }
 
     pub(super) fn config(&self) -> &VmConfig {

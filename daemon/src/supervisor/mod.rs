@@ -16,6 +16,7 @@
 //! | `events` | what happens, for those who follow it |
 //! | `idempotency` | requests that are sent again |
 //! | `openapi` | the description of the HTTP API |
+//! | `metrics` | numbers for Prometheus |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `proxy` | requests that are passed on to a VM's process |
 //! | `server` | the HTTP API |
@@ -26,6 +27,7 @@ mod checkpoint;
 mod events;
 mod hand;
 mod idempotency;
+mod metrics;
 mod openapi;
 mod overlays;
 mod pool;
@@ -277,6 +279,7 @@ impl Supervisor {
         let About { shape, identity, .. } = checkpoint.about();
         check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let choice = request.identity();
+        let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
         // While any is made: a worker is told of directories that are there.
         let _overlays = self.0.overlays.hold(&shape.written())?;
         let order = |worker: &Worker, claim: &NameClaim| {
@@ -290,6 +293,7 @@ impl Supervisor {
                 parent: Some(checkpoint.vm().to_owned()),
                 identity: choice.clone(),
                 paused: request.paused,
+                labels: labels.clone(),
             };
             worker.fork(order, &hand.files(claim), checkpoint.parts())?;
             hand.sent();
@@ -307,7 +311,7 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline, labels } = request;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
@@ -327,7 +331,8 @@ impl Supervisor {
             let overlays = self.0.overlays.hold(&written)?;
             let (mut hand, handed) = Hand::make(&self.0.dir, claim, &shape, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
-            let order = BootOrder { name: claim.name.clone(), handed, config: config.clone(), kernel, initrd, cmdline };
+            let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
+            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand)

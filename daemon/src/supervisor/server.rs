@@ -23,7 +23,7 @@ use utoipa_axum::routes;
 
 use super::idempotency::once;
 use super::proxy::{Limits, forward};
-use super::{Supervisor, openapi};
+use super::{Supervisor, metrics, openapi};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
@@ -282,6 +282,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(description))
         .routes(routes!(info))
         .routes(routes!(events))
+        .routes(routes!(metrics::scrape))
         .routes(routes!(vms, boot))
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoint))
@@ -305,10 +306,10 @@ fn router(supervisor: Supervisor) -> Router {
         let method = Method::from_bytes(method.as_bytes()).ok()?;
         Some((path, on(MethodFilter::try_from(method).ok()?, pass_on)))
     });
-    pass_on_all
+    let router = pass_on_all
         .fold(router, |router, (path, handler)| router.route(&path, handler))
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
-        .layer(from_fn_with_state(keys, once))
-        .with_state(supervisor)
+        .layer(from_fn_with_state(keys, once));
+    metrics::observed(router).with_state(supervisor)
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{EnterOrder, ForkOrder, Made, Worker, Workers};
-use crate::fleet::{Cancel, Children, Fleet, FleetError, NameClaim, Needs, Parent, check_room, claim_names};
+use crate::fleet::{Cancel, Children, Fleet, FleetError, Labels, NameClaim, Needs, Parent, check_room, claim_names};
 use crate::jail::{Confinement, Grants};
 use clade_vmm::vm::ForkReport;
 
@@ -18,6 +18,7 @@ pub(crate) fn fork(
     name: &str,
     wanted: &Children<'_>,
     paused: bool,
+    labels: &Labels,
     cancel: &Cancel,
 ) -> Result<(Vec<Made>, ForkReport), FleetError> {
     let parent = fleet.get(name)?.vm;
@@ -47,6 +48,7 @@ pub(crate) fn fork(
             parent: Some(name.to_owned()),
             identity: wanted.identity.clone(),
             paused,
+            labels: labels.clone(),
         };
         worker.fork(order, claim.lock().as_slice(), &parts)?;
         workers.0.push(worker);

@@ -35,6 +35,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{IdentityInfo, ProblemKind};
+use crate::fleet::Labels;
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{ChildIdentity, EndpointParts, Vm, VmConfig};
@@ -94,6 +95,7 @@ pub(crate) struct ForkOrder {
     pub(crate) parent: Option<String>,
     pub(crate) identity: ChildIdentity,
     pub(crate) paused: bool,
+    pub(crate) labels: Labels,
 }
 
 /// A VM to be booted.
@@ -105,6 +107,7 @@ pub(crate) struct BootOrder {
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
+    pub(crate) labels: Labels,
 }
 
 /// What a worker says.

@@ -127,7 +127,7 @@ impl Maker<'_> {
         let begun = Instant::now();
         let parts = SealedParts::receive(self.socket)?.open()?;
         let received = Instant::now();
-        let ForkOrder { name, shape, handed, parent, identity, paused } = order;
+        let ForkOrder { name, shape, handed, parent, identity, paused, labels } = order;
         let overlays = shape.as_ref().map_or(Overlays::AsNamed, |shape| Overlays::In(&shape.overlays));
         let image = ForkImage::import(self.context, parts, overlays)?;
         if shape.is_some_and(|shape| shape.config != **image.config()) {
@@ -136,6 +136,7 @@ impl Maker<'_> {
         let imported = Instant::now();
         let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
         let (claim, ends) = claimed(&self.entered.dir, &name, handed, files)?;
+        fleet.set_labels(&name, labels);
         let (receive, import) = (received - begun, imported - received);
         tracing::debug!(name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
@@ -161,9 +162,10 @@ impl Maker<'_> {
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline } = order;
+        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels } = order;
         let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
         let (claim, ends) = claimed(&self.entered.dir, &name, Some(handed), files)?;
+        fleet.set_labels(&name, labels);
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends.unwrap_or_default());

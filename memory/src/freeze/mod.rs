@@ -124,6 +124,8 @@ struct Plan<'t> {
     private: SharedPages<'t>,
     /// Base and private.
     pinned: Vec<PageRange>,
+    /// Of the owned, those that the kernel has copied since they were last counted.
+    unseen: u64,
     /// What goes into the delta: `owned` with small gaps closed, and the pinned base pages.
     copy: Vec<PageRange>,
 }
@@ -194,6 +196,8 @@ impl GuestRegion {
             together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
+        // Before bits are given up.
+        let unseen = self.unseen_copies(state, &owned);
         let ignores_pins = self.ignores_pins();
         // Pages that devices had since the last freeze they will have again: copied now and left
         // where they are, like those they have. Otherwise each would be mapped anew, and copied
@@ -228,7 +232,7 @@ impl GuestRegion {
         }
         pinned.sort_unstable();
         copy.sort_unstable();
-        Ok(Plan { base, owned, private, pinned, copy })
+        Ok(Plan { base, owned, private, pinned, unseen, copy })
     }
 
     /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns
@@ -275,13 +279,18 @@ impl GuestRegion {
             pending: delta.bg_copy.as_ref().map_or(0, |bg_copy| bg_copy.missing()),
             pinned: plan.pinned.iter().map(|run| self.table.counts(*run).pinned).sum(),
         };
+        let ahead = pages_in(&plan.pinned).saturating_sub(report.pinned);
+        self.counters.count_guest(plan.unseen);
+        self.counters.count_freeze(report.copied, report.pinned, ahead);
         if let (Some(bg_copy), Some((_, source))) = (delta.bg_copy.take(), delta.staying.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the
             // state lock.
+            state.counted.clone_from(&plan.owned);
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
             bg_copy.start();
             return Ok((Arc::clone(state.space.map()), report));
         }
+        state.counted.clear();
         let image = Arc::clone(state.space.map());
         self.share_copies(state, &delta.shared);
         state.space.keep_gaps(&before, &gaps);

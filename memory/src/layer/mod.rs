@@ -30,6 +30,12 @@ impl LayerId {
     /// Set in the identity of a layer that holds a reference page.
     pub(crate) const REFERENCE: u64 = 1 << 63;
 
+    /// Its number. Layers and reference pages are counted apart.
+    #[must_use]
+    pub fn number(self) -> u64 {
+        self.0 & !Self::REFERENCE
+    }
+
     /// Whether the layer is a reference page's.
     #[must_use]
     pub fn is_reference(self) -> bool {

@@ -17,12 +17,12 @@
 //! besides is either in another view (an image's, which the caller holds), in a layer that is in no
 //! view yet, or in a base file, which is not swept while it is one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
-use crate::layer::{Layer, LayerMap};
+use crate::layer::{Layer, LayerId, LayerMap};
 
 /// Every view there is.
 static REGISTERED: LazyLock<Mutex<Registered>> = LazyLock::new(Mutex::default);
@@ -47,6 +47,18 @@ struct Registered {
 fn registered() -> MutexGuard<'static, Registered> {
     // Each change to it is one step.
     REGISTERED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The layers that views other than `own` show. None if there are more than `most` of them.
+pub(crate) fn layers_elsewhere(own: &BTreeSet<u64>, most: usize) -> Option<BTreeSet<LayerId>> {
+    // Not walked under the lock.
+    let others: Vec<Arc<LayerMap>> = {
+        let registry = registered();
+        let others = registry.maps.iter().filter(|(id, _)| !own.contains(id));
+        others.take(most + 1).map(|(_, map)| Arc::clone(map)).collect()
+    };
+    let layers = || others.iter().flat_map(|map| map.iter()).map(|(_, source)| source.layer.id()).collect();
+    (others.len() <= most).then(layers)
 }
 
 impl Views {
@@ -125,6 +137,11 @@ impl View {
     /// The map as it is now: a copy costs nothing until one of the two is changed.
     pub(crate) fn map(&self) -> &Arc<LayerMap> {
         &self.map
+    }
+
+    /// Its identity among all views.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// Shows another map. To be published.

@@ -3,10 +3,12 @@
 
 pub(crate) mod backend;
 pub(crate) mod check;
+pub(crate) mod counts;
 pub(crate) mod evict;
 pub(crate) mod grace;
 pub(crate) mod mappings;
 pub(crate) mod nofork;
+pub(crate) mod pages;
 pub(crate) mod pin;
 pub(crate) mod reference;
 pub(crate) mod reset;
@@ -34,6 +36,7 @@ use crate::freeze::background::{FillError, LostMemory};
 use crate::layer::registry::View;
 use crate::layer::{LayerMap, Source};
 use crate::ownership::{OwnershipTable, TableGuard};
+use crate::region::counts::Counters;
 use crate::region::grace::Grace;
 use crate::region::mappings::Mapping;
 use crate::region::pin::PinList;
@@ -73,6 +76,7 @@ pub struct GuestRegion {
     /// Whether memory it adopted was lost.
     pub(crate) failure: Arc<LostMemory>,
     pub(crate) pins: PinList,
+    pub(crate) counters: Counters,
     /// The short read pins that are not counted, and the views they may read.
     pub(crate) grace: Grace<View>,
     /// Whether memory it adopted may still be missing: then a pin has it brought first, under the
@@ -107,6 +111,7 @@ impl GuestRegion {
             table,
             failure,
             pins: PinList::default(),
+            counters: Counters::default(),
             grace: Grace::default(),
             unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
@@ -245,6 +250,10 @@ impl GuestRegion {
         let Freezing { layer, before, gaps } = freezing;
         let beneath = match layer.bg_copy().map_or(Ok(Vec::new()), |bg_copy| bg_copy.finish()) {
             Ok(shared_back) => {
+                let mut runs: Vec<PageRange> = shared_back.iter().map(|(run, _)| *run).collect();
+                runs.sort_unstable();
+                // What is copied of them from now on is copied anew.
+                state.counted = subtract_runs(&state.counted, &runs);
                 for (run, at) in shared_back {
                     state.space.note_shared_back(run, Source { layer: Arc::clone(&layer), at });
                 }

@@ -15,7 +15,7 @@ use crate::region::GuestRegion;
 use crate::region::grace::Section;
 use crate::testing::sabotage::{Break, broken};
 use crate::trace;
-use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
+use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
 
 /// A pin that was refused. Nothing stays pinned.
 #[derive(Debug, Error)]
@@ -115,6 +115,8 @@ pub(crate) struct PinList(Mutex<Listed>);
 #[derive(Debug, Default)]
 struct Listed {
     next: u64,
+    /// The longest that one was held which is not any more.
+    longest: Duration,
     pins: BTreeMap<u64, (PinInfo, Instant)>,
 }
 
@@ -132,7 +134,16 @@ impl PinList {
     }
 
     fn remove(&self, ticket: u64) {
-        self.listed().pins.remove(&ticket);
+        let mut listed = self.listed();
+        let held = listed.pins.remove(&ticket).map_or(Duration::ZERO, |(_, since)| since.elapsed());
+        listed.longest = listed.longest.max(held);
+    }
+
+    /// How many there are and have been, and the longest that one was or has been held.
+    pub(crate) fn counts(&self) -> (u64, u64, Duration) {
+        let listed = self.listed();
+        let held = listed.pins.values().map(|(_, since)| since.elapsed()).max().unwrap_or_default();
+        (listed.pins.len() as u64, listed.next, listed.longest.max(held))
     }
 
     /// All of them, the longest held first.
@@ -318,6 +329,7 @@ impl GuestRegion {
         // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the
         // kernel's page tables in step.
         let state = self.state_for_pin();
+        self.counters.count_locked();
         // Before the table is locked, which is never held while waiting: a page that is still being
         // copied is copied now and released, because a device heeds no protection (D4); one that
         // was adopted unfinished is made to be there.
@@ -344,8 +356,12 @@ impl GuestRegion {
                 table.set_exclusive(run);
                 continue;
             }
+            // What the guest has copied already is not copied for the pin.
+            let copied = self.store.pagemap().seen_runs(&self.at, run);
             self.at.populate_write(run).map_err(|source| PinError::Unshare { range: run, source })?;
             table.set_exclusive(run);
+            self.counters.count_guest(pages_in(&subtract_runs(&copied, &state.counted)));
+            self.counters.count_pin(run.len().saturating_sub(pages_in(&copied)));
         }
         table.split_partial(range);
         // Under the lock no thread clears the bit or splits, so only saturation is left to miss.

@@ -153,6 +153,7 @@ impl GuestRegion {
         let table = region.table.lock();
         let base = state.space.mappings().base_runs();
         let owned = region.owned_private(region.range(), &base)?;
+        let unseen = region.unseen_copies(&state, &owned);
         region.table.trace.reset_begun();
         // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one
         // that comes later waits for the lock.
@@ -175,6 +176,8 @@ impl GuestRegion {
         state.inconsistent = true;
         *report += region.put_back(&mut state, map, &base, &owned, &todo).map_err(ResetError::Inconsistent)?;
         state.inconsistent = false;
+        region.counters.count_guest(unseen);
+        state.counted.clear();
         Ok(())
     }
 

@@ -84,6 +84,11 @@ impl AddressSpace {
         self.map.map()
     }
 
+    /// The identities of its views: of what it shows, and of what is left of its base file.
+    pub(crate) fn views(&self) -> impl Iterator<Item = u64> {
+        [&self.map].into_iter().chain(&self.base).chain(&self.replaced).map(View::id)
+    }
+
     /// What is mapped where.
     pub(crate) fn mappings(&self) -> &Mappings {
         &self.mappings

@@ -24,6 +24,9 @@ pub(crate) struct State {
     /// The last freeze, while it is or was copied in the background and its outcome has not been
     /// taken note of.
     pub(crate) freezing: Option<Freezing>,
+    /// Private pages without their bit that have been counted as copies, ascending: a freeze in the
+    /// background has left them where they are.
+    pub(crate) counted: Vec<PageRange>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
     /// The merge of the view in the background, or its result.
@@ -40,6 +43,7 @@ impl State {
             space,
             no_fork: NoForkMap::new(),
             freezing: None,
+            counted: Vec::new(),
             waits: Vec::new(),
             compaction: None,
             last_compacted: (0, 0),

@@ -91,6 +91,11 @@ impl Pagemap {
         Ok(runs)
     }
 
+    /// As [`Self::owned_runs`], for a count to be shown: none if the kernel cannot be asked.
+    pub(crate) fn seen_runs(&self, at: &Reservation, range: PageRange) -> Vec<PageRange> {
+        self.scan(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range, || Ok(())).unwrap_or_default()
+    }
+
     /// The pages of `range` read or written through this mapping and that are not
     /// the zero page.
     pub(crate) fn touched_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
@@ -99,6 +104,17 @@ impl Pagemap {
 
     /// The pages of `range` that are present or swapped and in none of the categories `not`.
     fn runs_without(&self, not: u64, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
+        self.scan(not, at, range, || failpoint(Call::Scan))
+    }
+
+    /// The same, with `before` called before each call of the kernel.
+    fn scan(
+        &self,
+        not: u64,
+        at: &Reservation,
+        range: PageRange,
+        before: impl Fn() -> io::Result<()>,
+    ) -> io::Result<Vec<PageRange>> {
         let mut runs = Vec::new();
         if range.is_empty() {
             return Ok(runs);
@@ -120,7 +136,7 @@ impl Pagemap {
                 return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 ..ScanArg::default()
             };
-            failpoint(Call::Scan)?;
+            before()?;
             // SAFETY: `arg` describes itself by size and points at `found`, BATCH entries long;
             // both outlive the call.
             let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };

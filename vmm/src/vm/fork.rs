@@ -100,6 +100,11 @@ impl Vm {
     /// # Errors
     /// When the VM has stopped, or its state cannot be saved. The VM then runs on as before (I13).
     pub fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
+        self.image().inspect(|(_, report)| self.pauses.fork.record(report.times.pause))
+    }
+
+    /// Steps 1 to 4, for a fork or for a snapshot.
+    pub(crate) fn image(&self) -> Result<(Arc<ForkImage>, ForkReport), VmError> {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();
         self.expect_whole()?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clade_devices::Console;
 use clade_devices::disk::Disk;
 use clade_devices::virtio::block::Block;
-use clade_memory::{GuestRam, RamStats};
+use clade_memory::{CowCounts, GuestRam, PageMap, RamStats};
 
 use crate::boot::{self, BootSource};
 use crate::platform::COM1_GSI;
@@ -19,6 +19,7 @@ use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation::{self, GenerationError};
 use crate::vm::identity::{Claims, Endpoints, Identity};
+use crate::vm::pauses::Pauses;
 use crate::vm::persist::Saving;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;
@@ -58,6 +59,7 @@ pub struct Vm {
     /// One fork, reset, pause or resume at a time.
     pub(crate) operations: TicketLock,
     pub(crate) saving: Saving,
+    pub(crate) pauses: Pauses,
     /// Last: see [`Vm::drop_last`].
     tail: Tail,
 }
@@ -153,6 +155,7 @@ impl Vm {
             origin: Mutex::new(origin),
             operations: TicketLock::default(),
             saving: Saving::default(),
+            pauses: Pauses::default(),
             tail: Tail::default(),
         })
     }
@@ -311,5 +314,29 @@ impl Vm {
     /// When the kernel cannot be queried.
     pub fn memory_stats(&self) -> Result<RamStats, VmError> {
         Ok(self.prepared.ram.stats()?)
+    }
+
+    /// What each of its pages is, and the layers that it is shown.
+    ///
+    /// # Errors
+    /// When the kernel cannot be queried.
+    pub fn page_map(&self) -> Result<PageMap, VmError> {
+        // Siblings in this process have the same image: then it is not this VM's alone.
+        let origin = self.origin().filter(|origin| Arc::strong_count(origin) <= 2 + self.saving.holds(origin));
+        Ok(self.prepared.ram.page_map(origin.as_ref().map(|origin| origin.ram()))?)
+    }
+
+    /// The numbers of pages that were copied, by cause.
+    ///
+    /// # Errors
+    /// When the kernel cannot be queried.
+    pub fn cow_counts(&self) -> Result<CowCounts, VmError> {
+        Ok(self.prepared.ram.cow_counts()?)
+    }
+
+    /// How long it was paused.
+    #[must_use]
+    pub fn pauses(&self) -> &Pauses {
+        &self.pauses
     }
 }

@@ -14,6 +14,7 @@
 //! | where a vCPU's state is saved and restored | `vcpu/state.rs` |
 //! | where vCPUs are paused and synchronized | `vcpu/control.rs` |
 //! | where a vCPU is kicked out of the guest | `vcpu/kick.rs` |
+//! | how long pauses were | `pauses.rs` |
 //! | the devices on their buses | `devices/` |
 //! | what a VM does not share with its clones | `identity/` |
 
@@ -24,6 +25,7 @@ mod error;
 mod fork;
 mod identity;
 mod machine;
+mod pauses;
 mod persist;
 mod pool;
 mod prepared;
@@ -44,6 +46,7 @@ pub use identity::{
     NetIdentity, VsockChoice,
 };
 pub use machine::Vm;
+pub use pauses::{Histogram, HistogramCounts, Pauses};
 pub use persist::{
     RestoreLoad, RestoreOptions, SavedAt, SavedError, SnapshotError, SnapshotOptions, SnapshotReport, sections,
 };

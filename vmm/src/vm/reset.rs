@@ -151,6 +151,7 @@ impl Vm {
             load: loaded - dropped,
             total: begun.elapsed(),
         };
+        self.pauses.reset.record(report.total);
         tracing::debug!(name = self.name(), ?report, "reset");
         Ok(report)
     }

@@ -50,6 +50,12 @@ impl Saving {
         let last = image.place.clone().map(|place| LastSave { place, image: Arc::clone(image) });
         Self { last: Mutex::new(last), ..Self::default() }
     }
+
+    /// How many handles of `image` are held here. 0 while a snapshot is being written.
+    pub(crate) fn holds(&self, image: &Arc<ForkImage>) -> usize {
+        let last = self.last.try_lock();
+        usize::from(last.is_ok_and(|last| last.as_ref().is_some_and(|last| Arc::ptr_eq(&last.image, image))))
+    }
 }
 
 /// How a VM is saved.
@@ -134,7 +140,8 @@ impl Vm {
         self.saving.total.store(0, Ordering::Relaxed);
         self.saving.running.store(true, Ordering::Relaxed);
         let base = last.as_ref().filter(|_| options.incremental);
-        let saved = self.fork().map_err(SnapshotError::from).and_then(|(image, report)| {
+        let saved = self.image().map_err(SnapshotError::from).and_then(|(image, report)| {
+            self.pauses.snapshot.record(report.times.pause);
             let watch = SaveProgress {
                 progress: &|done, total| {
                     self.saving.done.store(done, Ordering::Relaxed);

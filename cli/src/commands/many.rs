@@ -1,0 +1,188 @@
+//! Commands that take several names: `pause`, `resume`, `stop`, `reset`, `rm`.
+//!
+//! All are done, whatever fails. Each failure is said with its name, and the exit code is that of
+//! the first.
+
+use std::future::Future;
+use std::time::Duration;
+
+use clade_daemon::control::{CheckpointInfo, Client, ClientError, ResetAnswer, TtlInfo, TtlRequest, VmInfo};
+use hyper::Method;
+use serde::Serialize;
+use tokio::task::JoinSet;
+
+use crate::commands::remote::{ask, failure, state_name};
+use crate::commands::{Failure, Outcome, print_json};
+
+/// Requests at a time.
+const MAX_ASKED: usize = 16;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ManyArgs {
+    /// The names.
+    #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
+    names: Vec<String>,
+    /// All there are.
+    #[arg(long)]
+    all: bool,
+    /// Print JSON: an object for one name, otherwise an array of those that succeed.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is done to each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verb {
+    Pause,
+    Resume,
+    Stop,
+    Reset,
+    Remove,
+}
+
+/// An answer.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Done {
+    Vm(Box<VmInfo>),
+    Reset(Box<ResetAnswer>),
+    Removed(CheckpointInfo),
+}
+
+impl Done {
+    fn print(&self) {
+        match self {
+            Self::Vm(vm) => println!("{} is {}", vm.name, state_name(vm.state)),
+            Self::Removed(checkpoint) => println!("{} is removed", checkpoint.name),
+            Self::Reset(answer) => {
+                println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+                eprintln!(
+                    "reset in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
+                    answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
+                );
+            }
+        }
+    }
+}
+
+async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientError> {
+    let vm = |action| client.request(Method::POST, &name, action, None::<&()>);
+    match verb {
+        Verb::Pause => vm("/pause").await.map(Done::Vm),
+        Verb::Resume => vm("/resume").await.map(Done::Vm),
+        Verb::Stop => client.stop(&name).await.map(|vm| Done::Vm(Box::new(vm))),
+        Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
+        Verb::Remove => {
+            let path = format!("/v1/checkpoints/{name}");
+            client.supervisor(Method::DELETE, &path, None::<&()>).await.map(Done::Removed)
+        }
+    }
+}
+
+/// The names of all that `verb` can be done to.
+async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientError> {
+    match verb {
+        Verb::Pause | Verb::Resume | Verb::Stop | Verb::Reset => client.names(),
+        Verb::Remove => {
+            let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+            Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())
+        }
+    }
+}
+
+/// Does `each` for all names, a few at a time. Returns the results in the names' order.
+pub(super) async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<T, ClientError>> + Send + 'static,
+{
+    let mut results: Vec<Option<Result<T, ClientError>>> = names.iter().map(|_| None).collect();
+    let (mut asked, mut waiting) = (JoinSet::new(), names.iter().enumerate());
+    loop {
+        while asked.len() < MAX_ASKED {
+            let Some((at, name)) = waiting.next() else { break };
+            let work = each(name.clone());
+            asked.spawn(async move { (at, work.await) });
+        }
+        match asked.join_next().await {
+            Some(Ok((at, result))) => results[at] = Some(result),
+            Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+            None => break,
+        }
+    }
+    results.into_iter().flatten().collect()
+}
+
+/// Says the failures, all but the first, which is returned to be said.
+pub(super) fn first_failure(failures: Vec<(&String, ClientError)>, is_alone: bool) -> Outcome {
+    let named = |(name, error): (&String, ClientError)| {
+        let failed = failure(error);
+        if is_alone { failed } else { failed.named(name) }
+    };
+    let mut failures = failures.into_iter().map(named);
+    let first = failures.next();
+    failures.for_each(|failure| eprintln!("clade: {failure}"));
+    first.map_or(Ok(()), Err)
+}
+
+/// Gives each VM a time to live, if there is one.
+pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
+    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
+    let client = Client::default();
+    let results = ask(async {
+        let set = |name: String| {
+            let client = client.clone();
+            async move {
+                let request = TtlRequest { seconds };
+                client.request::<TtlInfo>(Method::PUT, &name, "/ttl", Some(&request)).await
+            }
+        };
+        Ok(for_each(names, set).await)
+    })?;
+    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
+    first_failure(failures.collect(), names.len() == 1)
+}
+
+pub(super) fn main(args: &ManyArgs, verb: Verb) -> Outcome {
+    let client = Client::default();
+    let (names, results) = ask(async {
+        let names = if args.all { everyone(&client, verb).await? } else { args.names.clone() };
+        let results = for_each(&names, |name| one(client.clone(), verb, name)).await;
+        Ok((names, results))
+    })?;
+    let is_alone = !args.all && names.len() == 1;
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    for (name, result) in names.iter().zip(results) {
+        match result {
+            Ok(answer) => done.push(answer),
+            // It has ended meanwhile, or a dead process has left its socket.
+            Err(ClientError::NoSuchVm { .. } | ClientError::Dead { .. }) if args.all => {}
+            Err(error) => failures.push((name, error)),
+        }
+    }
+    match (args.json, done.as_slice()) {
+        (true, [one]) if is_alone => print_json(one).map_err(Failure::run)?,
+        (true, []) if is_alone => {}
+        (true, done) => print_json(&done).map_err(Failure::run)?,
+        (false, done) => done.iter().for_each(Done::print),
+    }
+    first_failure(failures, is_alone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_in_the_order_of_the_names_though_they_come_in_another() {
+        let names: Vec<String> = (0..40).map(|n| n.to_string()).collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let results = runtime.block_on(for_each(&names, |name| async move {
+            let n: u64 = name.parse().unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(40 - n)).await;
+            Ok(n)
+        }));
+        let results: Vec<u64> = results.into_iter().map(Result::unwrap).collect();
+        assert_eq!(results, (0..40).collect::<Vec<_>>());
+    }
+}

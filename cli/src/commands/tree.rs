@@ -1,0 +1,282 @@
+//! `clade tree`: who descends from whom, and how much memory each owns.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+
+use clade_daemon::control::{CheckpointInfo, Client, ClientError, LayerInfo, VmState, VmStats, pages_kib};
+use clade_daemon::fleet::{EndedVm, ended_vms, runtime_dir};
+use hyper::Method;
+use serde::Serialize;
+
+use crate::commands::ps::{by_name, columns};
+use crate::commands::remote::{ask, state_name};
+use crate::commands::units::{show_age, show_size};
+use crate::commands::{Failure, Outcome, print_json};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TreeArgs {
+    /// Print JSON instead of a drawing.
+    #[arg(long)]
+    json: bool,
+}
+
+/// VMs say how old they are within so many seconds of each other.
+const ASKED_WITHIN_S: f64 = 6.0;
+
+/// What a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    Running,
+    Paused,
+    Stopped,
+    /// It has ended, and something descends from it.
+    Ended,
+    Checkpoint,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Running => state_name(VmState::Running),
+            Self::Paused => state_name(VmState::Paused),
+            Self::Stopped => state_name(VmState::Stopped),
+            Self::Ended => "ended",
+            Self::Checkpoint => "checkpoint",
+        }
+    }
+
+    fn of(state: VmState) -> Self {
+        match state {
+            VmState::Running => Self::Running,
+            VmState::Paused => Self::Paused,
+            VmState::Stopped => Self::Stopped,
+        }
+    }
+}
+
+/// A VM or a checkpoint with what descends from it.
+#[derive(Debug, PartialEq, Serialize)]
+struct Node {
+    name: String,
+    kind: Kind,
+    /// Memory that is freed with it, in KiB; none where it has no memory of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    private_kib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared_kib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    age_s: Option<f64>,
+    children: Vec<Node>,
+}
+
+/// All that descends from one VM.
+#[derive(Debug, PartialEq, Serialize)]
+struct Clade {
+    root: Node,
+    /// VMs that have not ended.
+    vms: usize,
+    checkpoints: usize,
+    /// Private memory of all of them, in KiB.
+    private_kib: u64,
+    /// Memory of the layers that they are shown, each layer once, in KiB.
+    layers_kib: u64,
+    layers: usize,
+}
+
+/// What is known of the directory.
+struct Known<'a> {
+    vms: &'a [VmStats],
+    ended: &'a [EndedVm],
+    checkpoints: &'a [CheckpointInfo],
+}
+
+/// A place in the tree: a VM by name, or one that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Vm(String),
+    Ended(String),
+}
+
+impl Known<'_> {
+    fn vm(&self, name: &str) -> Option<&VmStats> {
+        self.vms.iter().find(|vm| vm.name == name)
+    }
+
+    /// Where the parent of something `generation` forks deep and `age_s` old is. A VM of another
+    /// depth, or that is younger, has the name by now and is not the parent.
+    fn parent(&self, parent: &str, generation: u32, age_s: f64) -> Place {
+        let is_it = |vm: &VmStats| vm.generation + 1 == generation && vm.age_s + ASKED_WITHIN_S >= age_s;
+        if self.vm(parent).is_some_and(is_it) { Place::Vm(parent.to_owned()) } else { Place::Ended(parent.to_owned()) }
+    }
+
+    fn parent_of(&self, checkpoint: &CheckpointInfo) -> Place {
+        self.parent(&checkpoint.vm, checkpoint.generation, checkpoint.age_s)
+    }
+
+    /// What descends from each place, and the roots.
+    fn descent(&self) -> (BTreeMap<Place, Vec<Place>>, Vec<Place>) {
+        let mut children: BTreeMap<Place, Vec<Place>> = BTreeMap::new();
+        let mut roots = Vec::new();
+        let mut ended: BTreeSet<String> = BTreeSet::new();
+        let mut todo: Vec<(Place, Option<Place>)> = self
+            .vms
+            .iter()
+            .map(|vm| {
+                let parent = vm.parent.as_deref().map(|parent| self.parent(parent, vm.generation, vm.age_s));
+                (Place::Vm(vm.name.clone()), parent)
+            })
+            .collect();
+        let needed: Vec<Place> = self.checkpoints.iter().map(|checkpoint| self.parent_of(checkpoint)).collect();
+        let mut ghosts: Vec<String> = Vec::new();
+        let note = |place: &Place, ghosts: &mut Vec<String>| {
+            if let Place::Ended(name) = place {
+                ghosts.push(name.clone());
+            }
+        };
+        todo.iter().filter_map(|(_, parent)| parent.as_ref()).chain(&needed).for_each(|place| note(place, &mut ghosts));
+        while let Some(name) = ghosts.pop() {
+            if !ended.insert(name.clone()) {
+                continue;
+            }
+            // What is on record of it says whose child it was.
+            let record = self.ended.iter().find(|record| record.name == name);
+            let parent = record.and_then(|record| Some(self.parent(record.parent.as_deref()?, record.generation, 0.0)));
+            let parent = parent.filter(|place| !matches!(place, Place::Ended(name) if ended.contains(name)));
+            parent.iter().for_each(|place| note(place, &mut ghosts));
+            todo.push((Place::Ended(name), parent));
+        }
+        for (place, parent) in todo {
+            match parent {
+                Some(parent) => children.entry(parent).or_default().push(place),
+                None => roots.push(place),
+            }
+        }
+        (children, roots)
+    }
+
+    fn node(&self, place: &Place, children: &BTreeMap<Place, Vec<Place>>) -> Node {
+        let checkpoints = self.checkpoints.iter().filter(|checkpoint| self.parent_of(checkpoint) == *place);
+        let mut below: Vec<Node> = checkpoints
+            .map(|checkpoint| Node {
+                name: checkpoint.name.clone(),
+                kind: Kind::Checkpoint,
+                private_kib: None,
+                shared_kib: None,
+                age_s: Some(checkpoint.age_s),
+                children: Vec::new(),
+            })
+            .collect();
+        below.extend(children.get(place).into_iter().flatten().map(|child| self.node(child, children)));
+        below.sort_by(|one, other| by_name(&one.name, &other.name));
+        match place {
+            Place::Vm(name) => {
+                let vm = self.vm(name);
+                Node {
+                    name: name.clone(),
+                    kind: vm.map_or(Kind::Ended, |vm| Kind::of(vm.state)),
+                    private_kib: vm.map(|vm| vm.memory.private_kib),
+                    shared_kib: vm.map(|vm| pages_kib(vm.memory.pages.shared)),
+                    age_s: vm.map(|vm| vm.age_s),
+                    children: below,
+                }
+            }
+            Place::Ended(name) => Node {
+                name: name.clone(),
+                kind: Kind::Ended,
+                private_kib: None,
+                shared_kib: None,
+                age_s: None,
+                children: below,
+            },
+        }
+    }
+
+    fn clades(&self) -> Vec<Clade> {
+        let (children, roots) = self.descent();
+        let mut clades: Vec<Clade> = roots.iter().map(|root| self.clade(self.node(root, &children))).collect();
+        clades.sort_by(|one, other| by_name(&one.root.name, &other.root.name));
+        clades
+    }
+
+    fn clade(&self, root: Node) -> Clade {
+        let (mut vms, mut checkpoints) = (Vec::new(), 0);
+        let mut todo = vec![&root];
+        while let Some(node) = todo.pop() {
+            match node.kind {
+                Kind::Checkpoint => checkpoints += 1,
+                Kind::Ended => {}
+                Kind::Running | Kind::Paused | Kind::Stopped => vms.extend(self.vm(&node.name)),
+            }
+            todo.extend(&node.children);
+        }
+        let layers: BTreeMap<&str, &LayerInfo> =
+            vms.iter().flat_map(|vm| &vm.memory.layers).map(|layer| (layer.file.as_str(), layer)).collect();
+        let private_kib = vms.iter().map(|vm| vm.memory.private_kib).sum();
+        let layers_kib = layers.values().filter_map(|layer| layer.resident_kib).sum();
+        let (vms, layers) = (vms.len(), layers.len());
+        Clade { vms, checkpoints, private_kib, layers_kib, layers, root }
+    }
+}
+
+/// The rows of a node and what is below it. `before` is drawn left of it, `beside` left of what is
+/// below.
+fn rows(node: &Node, before: &str, beside: &str, out: &mut Vec<Vec<String>>) {
+    let size = |kib: Option<u64>| kib.map_or_else(|| "-".to_owned(), |kib| show_size(kib << 10));
+    let age = node.age_s.map_or_else(|| "-".to_owned(), show_age);
+    let name = format!("{before}{}", node.name);
+    out.push(vec![name, node.kind.name().to_owned(), size(node.private_kib), size(node.shared_kib), age]);
+    for (at, child) in node.children.iter().enumerate() {
+        let is_last = at + 1 == node.children.len();
+        let (before, under) = if is_last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+        rows(child, &format!("{beside}{before}"), &format!("{beside}{under}"), out);
+    }
+}
+
+fn counted(count: usize, one: &str) -> String {
+    if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
+}
+
+fn drawn(clades: &[Clade]) -> String {
+    let mut table = vec![["NAME", "STATE", "PRIVATE", "SHARED", "AGE"].map(String::from).into()];
+    clades.iter().for_each(|clade| rows(&clade.root, "", "", &mut table));
+    let mut out = columns(&table);
+    for clade in clades {
+        out += &format!(
+            "{}: {}, {}, {} private, {} in {}\n",
+            clade.root.name,
+            counted(clade.vms, "VM"),
+            counted(clade.checkpoints, "checkpoint"),
+            show_size(clade.private_kib << 10),
+            show_size(clade.layers_kib << 10),
+            counted(clade.layers, "layer"),
+        );
+    }
+    out
+}
+
+pub(super) fn main(args: &TreeArgs) -> Outcome {
+    let client = Client::default();
+    let (gathered, checkpoints) = ask(async {
+        let gathered = client.gather(client.names()?).await;
+        let checkpoints = client.supervisor::<Vec<CheckpointInfo>>(Method::GET, "/v1/checkpoints", None::<&()>);
+        match checkpoints.await {
+            Err(ClientError::NoSupervisor { .. }) => Ok((gathered, Vec::new())),
+            other => other.map(|checkpoints| (gathered, checkpoints)),
+        }
+    })?;
+    let ended = ended_vms(&runtime_dir()).map_err(Failure::input)?;
+    let clades = Known { vms: &gathered.vms, ended: &ended, checkpoints: &checkpoints }.clades();
+    if args.json {
+        print_json(&clades).map_err(Failure::run)?;
+    } else {
+        io::stdout().write_all(drawn(&clades).as_bytes()).map_err(Failure::run)?;
+    }
+    if !gathered.silent.is_empty() {
+        eprintln!("clade: no answer within a second: {}", gathered.silent.join(", "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,160 @@
+//! `clade wait`: until VMs have ended, and why they did.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clade_daemon::control::{Client, ClientError, VmInfo};
+use clade_daemon::fleet::{EndedVm, check_name, ended_vms, runtime_dir};
+use clade_vmm::vm::StopReason;
+use hyper::Method;
+use serde::Serialize;
+
+use crate::commands::remote::{ask, failure};
+use crate::commands::units::parse_duration;
+use crate::commands::{Failure, Outcome, print_json};
+
+/// How often VMs are looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How long the record of a VM whose process was killed may take. The supervisor writes it.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest wait without `--timeout`: a century.
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct WaitArgs {
+    /// The VMs.
+    #[arg(value_name = "VM", required_unless_present = "all", conflicts_with = "all")]
+    names: Vec<String>,
+    /// All that run now.
+    #[arg(long)]
+    all: bool,
+    /// How long to wait at most, such as 90s, 5m or 1h30m. Then the exit code is 124.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    /// Print JSON instead of lines.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A VM that has ended.
+#[derive(Debug, Serialize)]
+struct Ended {
+    name: String,
+    /// In words.
+    reason: String,
+    /// Whether that is an end in order: asked for, or the guest has switched itself off.
+    in_order: bool,
+}
+
+/// Whether a guest or its owner has ended the VM.
+fn is_in_order(reason: &StopReason) -> bool {
+    matches!(reason, StopReason::Requested | StopReason::Reset)
+}
+
+fn record(dir: &Path, name: &str) -> Result<Option<EndedVm>, Failure> {
+    Ok(ended_vms(dir).map_err(Failure::input)?.into_iter().find(|ended| ended.name == name))
+}
+
+/// What is known of a VM's end. `was_seen`: it ran when it was looked at first.
+async fn end_of(dir: &Path, name: &str, was_seen: bool, is_dead: bool) -> Result<Option<Ended>, Failure> {
+    let deadline = Instant::now() + RECORD_TIMEOUT;
+    loop {
+        if let Some(record) = record(dir, name)? {
+            let in_order = is_in_order(&record.stopped);
+            return Ok(Some(Ended { name: name.to_owned(), reason: record.reason, in_order }));
+        }
+        if !is_dead || Instant::now() > deadline {
+            break;
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    // One that is stopped leaves no record, and nobody but a supervisor writes one of a process
+    // that has died.
+    let reason = if is_dead { "its process has died" } else { "stopped as asked" };
+    Ok(was_seen.then(|| Ended { name: name.to_owned(), reason: reason.to_owned(), in_order: !is_dead }))
+}
+
+/// Waits for the end of one VM.
+async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<Ended>, Failure> {
+    check_name(&name).map_err(Failure::input)?;
+    let mut was_seen = false;
+    loop {
+        let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
+        let left = deadline.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, answer).await {
+            Ok(Ok(VmInfo { stopped: Some(reason), .. })) => {
+                let in_order = is_in_order(&reason);
+                return Ok(Some(Ended { name, reason: reason.to_string(), in_order }));
+            }
+            Ok(Ok(_)) => was_seen = true,
+            Ok(Err(error)) => {
+                let is_dead = matches!(error, ClientError::Dead { .. } | ClientError::Http(_));
+                let is_gone = matches!(error, ClientError::NoSuchVm { .. } | ClientError::Refused { status: 404, .. });
+                if !is_dead && !is_gone {
+                    return Err(failure(error));
+                }
+                // An answer that breaks off: it is ending.
+                if matches!(error, ClientError::Http(_)) && was_seen {
+                    tokio::time::sleep(POLL_INTERVAL).await;
+                    continue;
+                }
+                let ended = end_of(client.dir(), &name, was_seen, is_dead).await?;
+                return ended.map(Some).ok_or_else(|| failure(error));
+            }
+            Err(_) => return Ok(None),
+        }
+        if Instant::now() + POLL_INTERVAL > deadline {
+            return Ok(None);
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+}
+
+pub(super) fn main(args: &WaitArgs) -> Outcome {
+    let client = Client::new(&runtime_dir());
+    let timeout = args.timeout.unwrap_or(FOR_EVER);
+    let deadline = Instant::now() + timeout;
+    let names = if args.all { client.names().map_err(failure)? } else { args.names.clone() };
+    // All at once: each takes as long as its VM runs.
+    let results = ask(async {
+        let mut waits = Vec::new();
+        for name in &names {
+            waits.push(tokio::spawn(one(client.clone(), name.clone(), deadline)));
+        }
+        let mut results = Vec::new();
+        for wait in waits {
+            results.push(wait.await);
+        }
+        Ok(results)
+    })?;
+    let (mut ended, mut first, mut late) = (Vec::new(), None, Vec::new());
+    for (name, result) in names.iter().zip(results) {
+        match result.map_err(Failure::run).and_then(|result| result) {
+            Ok(Some(end)) => ended.push(end),
+            Ok(None) => late.push(name.as_str()),
+            Err(failed) => {
+                let failed = if names.len() == 1 { failed } else { failed.named(name) };
+                match &first {
+                    None => first = Some(failed),
+                    Some(_) => eprintln!("clade: {failed}"),
+                }
+            }
+        }
+    }
+    if args.json {
+        print_json(&ended).map_err(Failure::run)?;
+    } else {
+        ended.iter().for_each(|end| println!("{}: {}", end.name, end.reason));
+    }
+    if let Some(failed) = first {
+        return Err(failed);
+    }
+    if !late.is_empty() {
+        let seconds = timeout.as_secs_f64();
+        return Err(Failure::Timeout(anyhow::anyhow!("still there after {seconds} s: {}", late.join(", "))));
+    }
+    match ended.iter().find(|end| !end.in_order) {
+        Some(end) => Err(Failure::Run(anyhow::anyhow!("{} has not ended in order: {}", end.name, end.reason))),
+        None => Ok(()),
+    }
+}

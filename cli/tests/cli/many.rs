@@ -1,0 +1,87 @@
+//! Commands with several names, and waiting for ends.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::supervisor::{Supervised, kill};
+use crate::tool::{Answer, kvm};
+
+fn lines(answer: &Answer) -> Vec<&str> {
+    answer.stdout.lines().collect()
+}
+
+#[test]
+fn each_name_is_done_and_the_first_failure_says_how_it_ends() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web", "--count", "3"]);
+    let run = |args: &[&str]| all.runtime.clade(args);
+    let resumed = run(&["resume", "web-1", "nobody", "web-2", "no/name"]);
+    assert_eq!((resumed.code, lines(&resumed)), (Some(2), vec!["web-1 is running", "web-2 is running"]), "{resumed:?}");
+    assert!(resumed.stderr.lines().all(|line| line.starts_with("clade: ")), "{resumed:?}");
+    assert!(resumed.stderr.contains("nobody: ") && resumed.stderr.contains("no/name: "), "{resumed:?}");
+    let paused = run(&["pause", "--all"]);
+    assert_eq!((paused.code, lines(&paused).len()), (Some(0), 4), "{paused:?}");
+    assert!(lines(&paused).iter().all(|line| line.ends_with(" is paused")), "{paused:?}");
+    // A VM that was booted has nothing to go back to.
+    let reset = run(&["reset", "web", "web-3", "--json"]);
+    assert_eq!(reset.code, Some(2), "{reset:?}");
+    let answers: serde_json::Value = serde_json::from_str(&reset.stdout).unwrap();
+    assert_eq!((answers.as_array().unwrap().len(), &answers[0]["vm"]["name"]), (1, &"web-3".into()));
+    for name in ["one", "two"] {
+        run(&["checkpoint", "web", name, "--json"]).json();
+    }
+    assert_eq!(lines(&run(&["rm", "--all"])), ["one is removed", "two is removed"]);
+    assert_eq!(run(&["rm", "--all", "--json"]).json(), serde_json::json!([]));
+    for bad in [&["stop"][..], &["stop", "web", "--all"], &["wait"]] {
+        assert_eq!(run(bad).code, Some(2), "{bad:?}");
+    }
+    assert_eq!(lines(&run(&["stop", "--all"])).len(), 4);
+    assert_eq!(all.runtime.names(), [""; 0]);
+    all.end();
+}
+
+#[test]
+fn waiting_ends_with_the_vms_and_says_why() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web", "--count", "3"]);
+    let run = |args: &[&str]| all.runtime.clade(args);
+    let begun = Instant::now();
+    let late = run(&["wait", "web", "web-1", "--timeout", "300ms"]);
+    assert_eq!((late.code, late.stdout.as_str()), (Some(124), ""), "{late:?}");
+    assert!(late.stderr.contains("web, web-1") && begun.elapsed() < Duration::from_secs(5), "{late:?}");
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| run(&["wait", "web-1", "web-2"]));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!waits.is_finished());
+        all.stop("web-1");
+        all.stop("web-2");
+        let ended = waits.join().unwrap();
+        assert_eq!((ended.code, lines(&ended)), (Some(0), vec!["web-1: stopped as asked", "web-2: stopped as asked"]));
+    });
+    let pid = all.pid_of("web-3");
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| run(&["wait", "web-3", "--json"]));
+        thread::sleep(Duration::from_millis(300));
+        kill(pid, Signal::KILL);
+        let ended = waits.join().unwrap();
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let said: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+        assert_eq!(said[0]["in_order"], false, "{said}");
+        assert!(said[0]["reason"].as_str().unwrap().contains("signal 9"), "{said}");
+    });
+    // It is on record.
+    assert_eq!(run(&["wait", "web-3"]).code, Some(1));
+    run(&["wait", "nobody"]).expect_refusal("nobody");
+    assert_eq!(run(&["wait", "web", "--timeout", "soon"]).code, Some(2));
+    all.end();
+}

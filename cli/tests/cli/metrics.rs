@@ -1,0 +1,204 @@
+//! The supervisor's metrics, read as strictly as the text format is written down.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::supervisor::{Supervised, kill};
+use crate::tool::kvm;
+
+type Labels = BTreeMap<String, String>;
+
+#[derive(Debug, Default)]
+struct Exposition {
+    /// By name: the type.
+    families: BTreeMap<String, String>,
+    samples: Vec<(String, Labels, f64)>,
+}
+
+fn is_name(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+/// `key="value",...}` and what is behind it. Escapes are `\\`, `\"` and `\n`.
+fn labels(mut text: &str) -> (Labels, &str) {
+    let mut labels = Labels::new();
+    loop {
+        let (key, rest) = text.split_once("=\"").expect("a label");
+        assert!(is_name(key), "{key}");
+        let (mut value, mut chars) = (String::new(), rest.char_indices());
+        let end = loop {
+            let (at, c) = chars.next().expect("an end of the label");
+            match c {
+                '"' => break at + 1,
+                '\\' => value.push(match chars.next().unwrap().1 {
+                    'n' => '\n',
+                    c @ ('\\' | '"') => c,
+                    c => panic!("an escape {c:?}"),
+                }),
+                c => value.push(c),
+            }
+        };
+        assert!(labels.insert(key.to_owned(), value).is_none(), "{key} twice");
+        text = &rest[end..];
+        match text.split_at(1) {
+            (",", rest) => text = rest,
+            ("}", rest) => return (labels, rest),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Every line is of the format; HELP and TYPE come once, in that order, before all samples of the
+/// family, which stand together; no sample is there twice; histograms add up.
+fn parse(text: &str) -> Exposition {
+    assert!(text.ends_with('\n') && !text.contains("\n\n"), "lines");
+    let mut out = Exposition::default();
+    let (mut helped, mut family, mut seen) = (None::<String>, String::new(), BTreeSet::new());
+    for line in text.lines() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            let (name, text) = help.split_once(' ').expect("a text");
+            assert!(is_name(name) && !text.is_empty() && !out.families.contains_key(name), "{line}");
+            helped = Some(name.to_owned());
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').expect("a type");
+            assert_eq!(helped.take().as_deref(), Some(name), "TYPE follows HELP");
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            if kind == "counter" {
+                assert!(name.ends_with("_total"), "{line}");
+            }
+            family = name.to_owned();
+            out.families.insert(family.clone(), kind.to_owned());
+        } else {
+            let end = line.find(['{', ' ']).expect("a name");
+            let name = &line[..end];
+            assert!(is_name(name), "{line}");
+            let (labels, rest) =
+                if line[end..].starts_with('{') { labels(&line[end + 1..]) } else { (Labels::new(), &line[end..]) };
+            let value: f64 = rest.strip_prefix(' ').expect("a space").parse().expect("a number");
+            assert!(value >= 0.0, "{line}");
+            let suffix = name.strip_prefix(&family).unwrap_or_else(|| panic!("{line} is not of {family}"));
+            let suffixes: &[&str] =
+                if out.families[&family] == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
+            assert!(suffixes.contains(&suffix), "{line} in {family}");
+            assert!(seen.insert((name.to_owned(), labels.clone())), "twice: {line}");
+            out.samples.push((name.to_owned(), labels, value));
+        }
+    }
+    histograms_add_up(&out);
+    out
+}
+
+fn histograms_add_up(out: &Exposition) {
+    for family in out.families.iter().filter(|(_, kind)| *kind == "histogram").map(|(name, _)| name) {
+        let mut series: BTreeMap<Labels, Vec<(f64, f64)>> = BTreeMap::new();
+        for (name, labels, value) in &out.samples {
+            if *name == format!("{family}_bucket") {
+                let mut labels = labels.clone();
+                let bound = labels.remove("le").unwrap();
+                let bound = if bound == "+Inf" { f64::INFINITY } else { bound.parse().unwrap() };
+                series.entry(labels).or_default().push((bound, *value));
+            }
+        }
+        for (labels, buckets) in series {
+            assert!(buckets.windows(2).all(|two| two[0].0 < two[1].0 && two[0].1 <= two[1].1), "{family} {labels:?}");
+            let count = out.samples.iter().find(|(name, of, _)| *name == format!("{family}_count") && *of == labels);
+            assert_eq!(buckets.last(), Some(&(f64::INFINITY, count.unwrap().2)), "{family} {labels:?}");
+        }
+    }
+}
+
+impl Exposition {
+    fn value(&self, name: &str, of: &[(&str, &str)]) -> Option<f64> {
+        let is_it = |labels: &Labels| of.iter().all(|(key, value)| labels.get(*key).is_some_and(|is| is == value));
+        self.samples.iter().find(|(is, labels, _)| is == name && is_it(labels)).map(|(.., value)| *value)
+    }
+}
+
+/// The metrics of the table in docs/operations.md, with their types.
+fn documented() -> BTreeMap<String, String> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (_, section) = text.split_once("\n## Metrics\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `clade_"));
+    let row = |row: &str| {
+        let mut cells = row.split(" | ");
+        let name = cells.next().unwrap().trim_end_matches('`');
+        (format!("clade_{name}"), cells.next().unwrap().to_owned())
+    };
+    rows.map(row).collect()
+}
+
+fn scrape(all: &Supervised) -> Exposition {
+    let mut stream = UnixStream::connect(all.runtime.dir().join("clade.api")).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert!(head.to_lowercase().contains("content-type: text/plain; version=0.0.4"), "{head}");
+    parse(body)
+}
+
+#[test]
+fn metrics_are_of_the_text_format_and_say_what_was_done() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let empty = scrape(&all);
+    assert_eq!(empty.value("clade_vms", &[("state", "running")]), Some(0.0));
+    all.boot("web", &[]);
+    all.fork(&["web", "--count", "2"]);
+    all.runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    assert_eq!(all.http("GET", "/v1/vms/nobody", "").0, 404);
+    let found = scrape(&all);
+    assert_eq!(found.value("clade_vms", &[("state", "paused")]), Some(3.0));
+    assert_eq!(found.value("clade_checkpoints", &[]), Some(1.0));
+    assert_eq!(found.value("clade_supervised_vms", &[]), Some(3.0));
+    assert_eq!(found.value("clade_vms_silent", &[]), Some(0.0));
+    assert_eq!(found.value("clade_fork_seconds_count", &[]), Some(1.0));
+    assert_eq!(found.value("clade_boot_seconds_count", &[]), Some(1.0));
+    assert_eq!(found.value("clade_requests_total", &[("status", "404")]), Some(1.0));
+    assert!(found.value("clade_requests_total", &[("status", "200")]) >= Some(4.0));
+    let kinds = ["absent", "reference", "shared", "exclusive", "pinned"];
+    for vm in ["web", "web-1", "web-2"] {
+        let of = |kind| found.value("clade_vm_pages", &[("vm", vm), ("clade", "web"), ("kind", kind)]).unwrap();
+        assert_eq!(kinds.map(of).iter().sum::<f64>(), 8192.0, "{vm}");
+        assert!(found.value("clade_vm_copied_pages_total", &[("vm", vm), ("cause", "guest")]).is_some());
+        assert!(found.value("clade_vm_process_bytes", &[("vm", vm), ("kind", "page_tables")]) > Some(0.0));
+    }
+    assert_eq!(found.families, documented());
+    let pauses = |vm| found.value("clade_vm_pause_seconds_count", &[("vm", vm), ("cause", "fork")]);
+    assert_eq!((pauses("web"), pauses("web-1")), (Some(2.0), None), "a fork and a checkpoint");
+    all.end();
+}
+
+#[test]
+fn a_vm_that_hangs_is_left_out_and_counted() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    let pid = all.pid_of("web-1");
+    kill(pid, Signal::STOP);
+    let begun = Instant::now();
+    let found = scrape(&all);
+    let took = begun.elapsed();
+    let stats = all.runtime.clade(&["stats", "--json"]).json();
+    kill(pid, Signal::CONT);
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert_eq!(found.value("clade_vms_silent", &[]), Some(1.0));
+    assert!(found.value("clade_vm_layers", &[("vm", "web")]).is_some());
+    assert_eq!(found.value("clade_vm_layers", &[("vm", "web-1")]), None);
+    assert_eq!((&stats["silent"][0], &stats["vms"][0]["name"]), (&"web-1".into(), &"web".into()), "{stats}");
+    assert!(scrape(&all).value("clade_vm_layers", &[("vm", "web-1")]).is_some(), "it is back");
+    all.end();
+}

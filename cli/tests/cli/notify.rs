@@ -1,0 +1,60 @@
+//! What a service manager hears of `clade serve`, and the unit that has it heard.
+
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::tool::{Runtime, kvm};
+
+#[test]
+fn a_service_manager_hears_when_the_supervisor_is_ready_and_when_it_ends() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let sockets = tempfile::tempdir().unwrap();
+    let path = sockets.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut command = runtime.command(&["serve", "--pool", "0"]);
+    command.env("NOTIFY_SOCKET", &path).stdout(Stdio::null()).stderr(Stdio::null());
+    let process = command.spawn().unwrap();
+    runtime.adopt(process);
+    let hear = || {
+        let mut text = [0; 256];
+        let length = socket.recv(&mut text).unwrap();
+        String::from_utf8(text[..length].to_vec()).unwrap()
+    };
+    assert_eq!(hear(), "READY=1");
+    // It takes requests by then.
+    let (status, _) = runtime.http_at(&runtime.dir().join("clade.api"), "GET", "/v1/supervisor", "");
+    assert_eq!(status, 200);
+    runtime.signal(Signal::TERM);
+    assert_eq!(hear(), "STOPPING=1");
+    assert_eq!(runtime.ended(), Some(143));
+}
+
+#[test]
+fn each_setting_of_the_unit_has_its_reason_above_it() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/systemd/clade.service");
+    let text = std::fs::read_to_string(path).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let (mut section, mut settings) = ("", Vec::new());
+    for (at, line) in lines.iter().enumerate() {
+        if line.starts_with('[') {
+            section = line;
+        } else if let Some((key, value)) = line.split_once('=').filter(|_| !line.starts_with('#')) {
+            assert!(lines[at - 1].starts_with("# "), "{line} has no comment");
+            assert!(!value.is_empty() && !settings.contains(&(section, key)), "{line}");
+            settings.push((section, key));
+        } else {
+            assert!(line.is_empty() || line.starts_with('#'), "{line}");
+        }
+    }
+    for (key, value) in [("Type", "notify"), ("KillMode", "process"), ("RuntimeDirectoryPreserve", "yes")] {
+        assert!(lines.contains(&format!("{key}={value}").as_str()), "{key}: VMs outlive their supervisor");
+    }
+}

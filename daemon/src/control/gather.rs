@@ -1,0 +1,99 @@
+//! The numbers of many VMs, each from its own process. One that hangs holds up nobody.
+
+use std::io;
+use std::time::Duration;
+
+use hyper::Method;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::control::client::{Client, ClientError};
+use crate::control::memory::VmStats;
+use crate::fleet::check_name;
+
+/// VMs that are asked at a time.
+const MAX_ASKED: usize = 32;
+/// How long a VM may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long all of them may take.
+const ALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The VMs that have answered.
+#[derive(Clone, Debug, Default)]
+pub struct Gathered {
+    /// Their numbers, by name.
+    pub vms: Vec<VmStats>,
+    /// The names of those that are there and have not answered in time.
+    pub silent: Vec<String>,
+}
+
+impl Gathered {
+    fn take(&mut self, name: String, answer: Option<Result<VmStats, ClientError>>) {
+        match answer {
+            Some(Ok(stats)) => self.vms.push(stats),
+            // It has ended meanwhile, a dead process has left its socket, or it is another user's.
+            Some(Err(
+                ClientError::NoSuchVm { .. }
+                | ClientError::Dead { .. }
+                | ClientError::Forbidden { .. }
+                | ClientError::Refused { status: 404, .. },
+            )) => {}
+            Some(Err(error)) => {
+                tracing::warn!(%error, name, "a VM says nothing of itself");
+                self.silent.push(name);
+            }
+            None => self.silent.push(name),
+        }
+    }
+}
+
+impl Client {
+    /// The names of VMs with a socket in the directory, sorted. Some may have died.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn names(&self) -> Result<Vec<String>, ClientError> {
+        let failed = |source| ClientError::Directory { path: self.dir().to_owned(), source };
+        let entries = match std::fs::read_dir(self.dir()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(failed)?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let file = entry.map_err(failed)?.file_name();
+            let name = file.to_str().and_then(|file| file.strip_suffix(".sock"));
+            names.extend(name.filter(|name| check_name(name).is_ok()).map(str::to_owned));
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The numbers of the VMs called `names`. One that does not answer within a second is left out
+    /// and named, as are those that are not asked within five.
+    pub async fn gather(&self, names: Vec<String>) -> Gathered {
+        let deadline = Instant::now() + ALL_TIMEOUT;
+        let mut gathered = Gathered::default();
+        let mut asked: JoinSet<(String, Option<Result<VmStats, ClientError>>)> = JoinSet::new();
+        let mut waiting = names.into_iter();
+        loop {
+            while asked.len() < MAX_ASKED && Instant::now() < deadline {
+                let Some(name) = waiting.next() else { break };
+                let client = self.clone();
+                asked.spawn(async move {
+                    let answer = client.request::<VmStats>(Method::GET, &name, "/stats", None::<&()>);
+                    let answer = timeout_at(deadline, timeout(ANSWER_TIMEOUT, answer)).await;
+                    (name, answer.ok().and_then(Result::ok))
+                });
+            }
+            match asked.join_next().await {
+                Some(Ok((name, answer))) => gathered.take(name, answer),
+                Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
+                None => break,
+            }
+        }
+        gathered.silent.extend(waiting);
+        gathered.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        gathered.silent.sort_unstable();
+        gathered
+    }
+}

@@ -1,0 +1,346 @@
+//! What a VM's memory is made of, in numbers: `GET /v1/vms/{name}/stats`.
+
+use std::fs;
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, State};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::control::api::{DiskInfo, NetInfo, VmInfo, VmState};
+use crate::control::server::{Answer, with_fleet};
+use crate::fleet::{Fleet, FleetError, Listed, WeakFleet};
+use clade_memory::{LayerPlace, PAGE_SIZE, PageMap, ShownLayer};
+use clade_vmm::vm::{HistogramCounts, Vm};
+
+const PAGE_KIB: u64 = PAGE_SIZE / 1024;
+
+/// Guest pages by what they are. Each is exactly one of these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct KindCounts {
+    /// Not inherited: there is no memory.
+    pub absent: u64,
+    /// Zeros or a pattern, which cost nothing.
+    pub reference: u64,
+    /// Of a layer.
+    pub shared: u64,
+    /// The VM's own, without the pinned ones.
+    pub exclusive: u64,
+    /// The VM's own, and pinned for DMA.
+    pub pinned: u64,
+}
+
+impl KindCounts {
+    /// All pages.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.absent + self.reference + self.shared + self.exclusive + self.pinned
+    }
+}
+
+impl From<[u64; 5]> for KindCounts {
+    fn from([absent, reference, shared, exclusive, pinned]: [u64; 5]) -> Self {
+        Self { absent, reference, shared, exclusive, pinned }
+    }
+}
+
+/// Where a layer's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerHome {
+    /// In memory of this process.
+    Memory,
+    /// On a disk, evicted.
+    Disk,
+    /// In a snapshot's file.
+    Snapshot,
+    /// In memory that another process published.
+    Foreign,
+}
+
+/// A layer that a VM is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LayerInfo {
+    /// Its number within the VM's process.
+    pub id: u64,
+    /// Its file, the same for all processes: device and inode.
+    pub file: String,
+    /// Where its bytes are.
+    pub home: LayerHome,
+    /// Pages of the VM that are shown from it now.
+    pub shown_pages: u64,
+    /// Memory behind its file, in KiB; null if the file cannot be asked.
+    pub resident_kib: Option<u64>,
+    /// Whether no other VM, checkpoint or image has it; null if that is not known.
+    pub alone: Option<bool>,
+}
+
+impl From<&ShownLayer> for LayerInfo {
+    fn from(layer: &ShownLayer) -> Self {
+        let home = match layer.place {
+            LayerPlace::Memory => LayerHome::Memory,
+            LayerPlace::Disk => LayerHome::Disk,
+            LayerPlace::Snapshot => LayerHome::Snapshot,
+            LayerPlace::Foreign => LayerHome::Foreign,
+        };
+        Self {
+            id: layer.id.number(),
+            file: format!("{:x}:{}", layer.file.0, layer.file.1),
+            home,
+            shown_pages: layer.shown,
+            resident_kib: layer.resident_bytes.map(|bytes| bytes / 1024),
+            alone: layer.is_alone,
+        }
+    }
+}
+
+/// A VM's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemoryStats {
+    /// Its pages by kind.
+    pub pages: KindCounts,
+    /// Memory that is freed with the VM, in KiB.
+    pub private_kib: u64,
+    /// Shared pages of layers that no other VM has.
+    pub alone_pages: u64,
+    /// Shared pages of layers of which that is not known.
+    pub unknown_pages: u64,
+    /// Memory mappings that it takes.
+    pub mappings: u64,
+    /// The table of owned pages, in KiB.
+    pub table_kib: u64,
+    /// The layers that it is shown.
+    pub layers: Vec<LayerInfo>,
+}
+
+/// Pages copied since the VM was made, by cause; see `clade_memory::CowCounts`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CopyStats {
+    /// Written by the guest.
+    pub guest: u64,
+    /// Copied for a pin.
+    pub pin: u64,
+    /// Copied when the VM was started, for want of mappings.
+    pub adopt: u64,
+    /// Copied into layers by forks and snapshots, because they were written.
+    pub freeze: u64,
+    /// Copied into layers because they were pinned.
+    pub freeze_pinned: u64,
+    /// Copied into layers because devices had them lately.
+    pub freeze_ahead: u64,
+}
+
+impl CopyStats {
+    /// Each with the name of its cause.
+    #[must_use]
+    pub fn by_cause(&self) -> [(&'static str, u64); 6] {
+        [
+            ("guest", self.guest),
+            ("pin", self.pin),
+            ("adopt", self.adopt),
+            ("freeze", self.freeze),
+            ("freeze_pinned", self.freeze_pinned),
+            ("freeze_ahead", self.freeze_ahead),
+        ]
+    }
+}
+
+/// Pins of a VM's pages for DMA.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PinStats {
+    /// Pins over all pages, now.
+    pub now: u64,
+    /// Shared pages that devices read now, which takes no pin.
+    pub reading: u64,
+    /// Pins so far that had to take a lock. The others are not counted.
+    pub locked: u64,
+    /// Long-term pins, now.
+    pub long: u64,
+    /// Long-term pins so far.
+    pub long_total: u64,
+    /// The longest that one was or has been held, in seconds.
+    pub longest_s: f64,
+}
+
+/// A histogram of durations.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HistogramInfo {
+    /// How many.
+    pub count: u64,
+    /// All together, in microseconds.
+    pub sum_us: u64,
+    /// Upper bounds in microseconds, and how many are up to each and above the one before.
+    pub buckets: Vec<(u64, u64)>,
+}
+
+impl From<HistogramCounts> for HistogramInfo {
+    fn from(counts: HistogramCounts) -> Self {
+        Self { count: counts.count(), sum_us: counts.sum_us, buckets: counts.buckets }
+    }
+}
+
+/// How long a VM was paused, by cause.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PauseStats {
+    /// Forks and checkpoints.
+    pub fork: HistogramInfo,
+    /// Snapshots.
+    pub snapshot: HistogramInfo,
+    /// Resets.
+    pub reset: HistogramInfo,
+}
+
+/// What the kernel says of a process with one VM, in KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ProcessStats {
+    /// Page tables (`VmPTE`).
+    pub page_tables_kib: u64,
+    /// Resident anonymous memory (`RssAnon`): the guest's private copies, and the process's own.
+    pub anonymous_kib: u64,
+    /// Resident memory of memory files (`RssShmem`): what of the layers is mapped.
+    pub memory_files_kib: u64,
+    /// The process's share of what it maps, each page divided by its users (`Pss`).
+    pub proportional_kib: u64,
+}
+
+/// A VM in numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmStats {
+    /// Its name.
+    pub name: String,
+    /// The pid of its process.
+    pub pid: u32,
+    /// Its state.
+    pub state: VmState,
+    /// The name of its parent, if it has one.
+    pub parent: Option<String>,
+    /// Forks between it and the VM that was booted.
+    pub generation: u32,
+    /// Seconds since it was made.
+    pub age_s: f64,
+    /// Its memory.
+    pub memory: MemoryStats,
+    /// Pages copied so far.
+    pub copies: CopyStats,
+    /// Its pins.
+    pub pins: PinStats,
+    /// Its pauses.
+    pub pauses: PauseStats,
+    /// Its process, if that has no other VM.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub process: Option<ProcessStats>,
+    /// Its network devices.
+    #[serde(default)]
+    pub nets: Vec<NetInfo>,
+    /// Its disks.
+    #[serde(default)]
+    pub disks: Vec<DiskInfo>,
+}
+
+/// The layers of a page map, with where they are from.
+pub(super) fn layers(map: &PageMap) -> Vec<LayerInfo> {
+    map.layers.iter().map(LayerInfo::from).collect()
+}
+
+fn memory(vm: &Vm) -> Result<MemoryStats, FleetError> {
+    let stats = vm.memory_stats()?;
+    let map = vm.page_map()?;
+    let layers = layers(&map);
+    let shown = |alone: Option<bool>| {
+        layers.iter().filter(|layer| layer.alone == alone).map(|layer| layer.shown_pages).sum::<u64>()
+    };
+    Ok(MemoryStats {
+        pages: map.totals().into(),
+        private_kib: stats.private_kib,
+        alone_pages: shown(Some(true)),
+        unknown_pages: shown(None),
+        mappings: stats.mappings,
+        table_kib: stats.table_bytes.div_ceil(1024),
+        layers,
+    })
+}
+
+/// The value of `key` in a file of `key: value kB` lines.
+fn kib(text: &str, key: &str) -> Option<u64> {
+    let value = |line: &str| line.strip_prefix(key)?.strip_prefix(':')?.split_whitespace().next()?.parse().ok();
+    text.lines().find_map(value)
+}
+
+/// What the kernel says of this process. None where it says nothing.
+fn process() -> Option<ProcessStats> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let rollup = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    Some(ProcessStats {
+        page_tables_kib: kib(&status, "VmPTE")?,
+        anonymous_kib: kib(&status, "RssAnon")?,
+        memory_files_kib: kib(&status, "RssShmem")?,
+        proportional_kib: kib(&rollup, "Pss")?,
+    })
+}
+
+fn stats(fleet: &Fleet, listed: &Listed) -> Result<VmStats, FleetError> {
+    let vm = &listed.vm;
+    let info = VmInfo::from(listed);
+    let cow = vm.cow_counts()?;
+    let pins = vm.ram().pin_counts();
+    let pauses = vm.pauses();
+    Ok(VmStats {
+        name: info.name,
+        pid: info.pid,
+        state: info.state,
+        parent: info.parent,
+        generation: info.generation,
+        age_s: info.age_s,
+        memory: memory(vm)?,
+        copies: CopyStats {
+            guest: cow.guest,
+            pin: cow.pin,
+            adopt: cow.adopt,
+            freeze: cow.freeze,
+            freeze_pinned: cow.freeze_pinned,
+            freeze_ahead: cow.freeze_ahead,
+        },
+        pins: PinStats {
+            now: pins.now,
+            reading: pins.reading,
+            locked: pins.locked,
+            long: pins.long,
+            long_total: pins.long_total,
+            longest_s: pins.longest.as_secs_f64(),
+        },
+        pauses: PauseStats {
+            fork: pauses.fork.counts().into(),
+            snapshot: pauses.snapshot.counts().into(),
+            reset: pauses.reset.counts().into(),
+        },
+        process: if fleet.list().len() == 1 { process() } else { None },
+        nets: info.nets,
+        disks: info.disks,
+    })
+}
+
+/// Shows a VM's memory, copies, pins and pauses in numbers.
+#[utoipa::path(get, path = "/v1/vms/{name}/stats", responses((status = 200, description = "Done.", body = VmStats)))]
+pub(super) async fn show_stats(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmStats> {
+    Ok(Json(with_fleet(fleet, move |fleet| stats(fleet, &fleet.get(&name)?)).await?))
+}
+
+/// Pages as KiB.
+#[must_use]
+pub fn pages_kib(pages: u64) -> u64 {
+    pages * PAGE_KIB
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_that_of_its_key_alone() {
+        let text = "VmPTE:\t     144 kB\nVmPTEs: 1 kB\nRssAnon:\t 7 kB\nPss_Dirty: 9 kB\nPss:  12 kB\n";
+        assert_eq!((kib(text, "VmPTE"), kib(text, "RssAnon"), kib(text, "Pss")), (Some(144), Some(7), Some(12)));
+        assert_eq!((kib(text, "Rss"), kib("VmPTE: x kB", "VmPTE")), (None, None));
+        let own = process().unwrap();
+        assert!(own.page_tables_kib > 0 && own.anonymous_kib > 0, "{own:?}");
+    }
+}

@@ -1,0 +1,312 @@
+//! What each page of a VM is: `GET /v1/vms/{name}/pages`.
+//!
+//! | query | answer |
+//! |---|---|
+//! | `from=GFN`, `max_runs=N` | runs of pages of one kind, from a guest frame on; where to go on |
+//! | `cells=N` | the numbers of pages by kind in each of N equal parts |
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, RawQuery, State};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use utoipa::ToSchema;
+
+use crate::control::memory::{KindCounts, LayerInfo, layers};
+use crate::control::problem::{ApiError, ProblemKind};
+use crate::control::server::{Answer, with_fleet};
+use crate::fleet::WeakFleet;
+use clade_memory::{PageKind, PageMap, PageRun};
+
+/// Most runs of an answer.
+const MAX_RUNS: usize = 65_536;
+/// Runs of an answer whose request names no number.
+const DEFAULT_RUNS: usize = 4_096;
+/// Most cells of an answer.
+pub const MAX_CELLS: u64 = 65_536;
+
+/// Why a query is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+enum QueryError {
+    #[error("{key:?} is no parameter: from, max_runs and cells are")]
+    Key { key: String },
+    #[error("{key}={value:?} is not a number")]
+    Number { key: &'static str, value: String },
+    #[error("max_runs={value}: 1 to {MAX_RUNS}")]
+    Runs { value: u64 },
+    #[error("cells={value}: 1 to {MAX_CELLS}")]
+    Cells { value: u64 },
+    #[error("cells counts all pages: it goes with neither from nor max_runs")]
+    Both,
+}
+
+impl From<QueryError> for ApiError {
+    fn from(error: QueryError) -> Self {
+        Self::new(ProblemKind::BadRequest, error.to_string())
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Query {
+    Runs { from: u64, most: usize },
+    Cells(u64),
+}
+
+impl Query {
+    fn parse(text: &str) -> Result<Self, QueryError> {
+        let (mut from, mut most, mut cells) = (None, None, None);
+        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let (key, slot) = match key {
+                "from" => ("from", &mut from),
+                "max_runs" => ("max_runs", &mut most),
+                "cells" => ("cells", &mut cells),
+                _ => return Err(QueryError::Key { key: key.to_owned() }),
+            };
+            let number = || QueryError::Number { key, value: value.to_owned() };
+            *slot = Some(value.parse::<u64>().map_err(|_| number())?);
+        }
+        match (cells, from, most) {
+            (Some(_), Some(_), _) | (Some(_), _, Some(_)) => Err(QueryError::Both),
+            (Some(value), ..) if value == 0 || value > MAX_CELLS => Err(QueryError::Cells { value }),
+            (Some(cells), ..) => Ok(Self::Cells(cells)),
+            (None, _, Some(value)) if value == 0 || value > MAX_RUNS as u64 => Err(QueryError::Runs { value }),
+            (None, from, most) => {
+                Ok(Self::Runs { from: from.unwrap_or(0), most: most.map_or(DEFAULT_RUNS, |most| most as usize) })
+            }
+        }
+    }
+}
+
+/// The kind of a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RunKind {
+    /// Not inherited: there is no memory.
+    Absent,
+    /// Zeros or a pattern.
+    Reference,
+    /// Of a layer.
+    Shared,
+    /// The VM's own.
+    Exclusive,
+    /// The VM's own, and pinned for DMA.
+    Pinned,
+}
+
+/// Pages of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunInfo {
+    /// The first guest frame number.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// What they are.
+    pub kind: RunKind,
+    /// The number of the layer, if they are of one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layer: Option<u64>,
+}
+
+impl From<&PageRun> for RunInfo {
+    fn from(run: &PageRun) -> Self {
+        let (kind, layer) = match run.kind {
+            PageKind::Absent => (RunKind::Absent, None),
+            PageKind::Reference => (RunKind::Reference, None),
+            PageKind::Shared(layer) => (RunKind::Shared, Some(layer.number())),
+            PageKind::Exclusive => (RunKind::Exclusive, None),
+            PageKind::Pinned => (RunKind::Pinned, None),
+        };
+        Self { first: run.first, count: run.count, kind, layer }
+    }
+}
+
+/// One of equal parts of a VM's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CellInfo {
+    /// Its first guest frame number.
+    pub first: u64,
+    /// Its pages by kind.
+    #[serde(flatten)]
+    pub pages: KindCounts,
+    /// The number of the layer that most of its shared pages are of.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layer: Option<u64>,
+}
+
+/// What the pages of a VM are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PagesAnswer {
+    /// All of its pages by kind.
+    pub totals: KindCounts,
+    /// The layers that it is shown.
+    pub layers: Vec<LayerInfo>,
+    /// Runs, ascending. Pages of no memory, such as the gap below 4 GiB, are in none.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub runs: Vec<RunInfo>,
+    /// Where the next request goes on, if there are more.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub next: Option<u64>,
+    /// Equal parts, ascending.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub cells: Vec<CellInfo>,
+}
+
+/// At most `most` runs from the guest frame `from` on, and where the rest begins.
+fn runs(map: &PageMap, from: u64, most: usize) -> (Vec<RunInfo>, Option<u64>) {
+    let first = map.runs.partition_point(|run| run.first + run.count <= from);
+    let rest = &map.runs[first..];
+    let mut runs: Vec<RunInfo> = rest.iter().take(most).map(RunInfo::from).collect();
+    if let Some(run) = runs.first_mut().filter(|run| run.first < from) {
+        run.count -= from - run.first;
+        run.first = from;
+    }
+    (runs, rest.get(most).map(|run| run.first))
+}
+
+/// `count` equal parts of all pages; one a page if there are fewer pages.
+fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
+    let total: u64 = map.runs.iter().map(|run| run.count).sum();
+    let count = count.min(total);
+    // The first page of each, counted over all regions.
+    let bound = |cell: u64| (u128::from(cell) * u128::from(total) / u128::from(count.max(1))) as u64;
+    let mut cells = Vec::with_capacity(count as usize);
+    let (mut at, mut run, mut within) = (0, 0, 0);
+    for cell in 0..count {
+        let mut info = CellInfo { first: map.runs[run].first + within, ..CellInfo::default() };
+        let mut of_layer: BTreeMap<u64, u64> = BTreeMap::new();
+        while at < bound(cell + 1) {
+            let now = &map.runs[run];
+            let pages = (now.count - within).min(bound(cell + 1) - at);
+            match now.kind {
+                PageKind::Absent => info.pages.absent += pages,
+                PageKind::Reference => info.pages.reference += pages,
+                PageKind::Exclusive => info.pages.exclusive += pages,
+                PageKind::Pinned => info.pages.pinned += pages,
+                PageKind::Shared(layer) => {
+                    info.pages.shared += pages;
+                    *of_layer.entry(layer.number()).or_default() += pages;
+                }
+            }
+            at += pages;
+            within += pages;
+            if within == now.count {
+                (run, within) = (run + 1, 0);
+            }
+        }
+        info.layer = of_layer.into_iter().max_by_key(|(_, pages)| *pages).map(|(layer, _)| layer);
+        cells.push(info);
+    }
+    cells
+}
+
+/// Shows what each page of a VM's memory is: as runs, or counted in parts.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/pages",
+    params(
+        ("from" = Option<u64>, Query, description = "The first guest frame number of the runs."),
+        ("max_runs" = Option<u64>, Query, description = "Most runs.", minimum = 1, maximum = 65536),
+        ("cells" = Option<u64>, Query, description = "Equal parts to count pages in, instead of runs.", minimum = 1, maximum = 65536),
+    ),
+    responses((status = 200, description = "Done.", body = PagesAnswer))
+)]
+pub(super) async fn show_pages(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    RawQuery(query): RawQuery,
+) -> Answer<PagesAnswer> {
+    let query = Query::parse(query.as_deref().unwrap_or_default())?;
+    let answer = with_fleet(fleet, move |fleet| {
+        let map = fleet.get(&name)?.vm.page_map()?;
+        let mut answer = PagesAnswer {
+            totals: map.totals().into(),
+            layers: layers(&map),
+            runs: Vec::new(),
+            next: None,
+            cells: Vec::new(),
+        };
+        match query {
+            Query::Runs { from, most } => (answer.runs, answer.next) = runs(&map, from, most),
+            Query::Cells(count) => answer.cells = cells(&map, count),
+        }
+        Ok(answer)
+    });
+    Ok(Json(answer.await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map() -> PageMap {
+        let run = |first, count, kind| PageRun { first, count, kind };
+        let runs = vec![
+            run(0, 10, PageKind::Exclusive),
+            run(10, 5, PageKind::Reference),
+            run(15, 1, PageKind::Pinned),
+            run(100, 20, PageKind::Absent),
+            run(120, 4, PageKind::Exclusive),
+        ];
+        PageMap { runs, layers: Vec::new() }
+    }
+
+    #[test]
+    fn a_query_is_numbers_within_bounds() {
+        assert_eq!(Query::parse(""), Ok(Query::Runs { from: 0, most: DEFAULT_RUNS }));
+        assert_eq!(Query::parse("from=7&max_runs=3"), Ok(Query::Runs { from: 7, most: 3 }));
+        assert_eq!(Query::parse("cells=64"), Ok(Query::Cells(64)));
+        for (text, named) in [
+            ("cells=0", "cells=0"),
+            ("cells=65537", "65537"),
+            ("max_runs=0", "max_runs=0"),
+            ("max_runs=65537", "65537"),
+            ("cells=x", "\"x\""),
+            ("from=-1", "\"-1\""),
+            ("from", "from=\"\""),
+            ("cell=3", "\"cell\""),
+            ("cells=3&from=1", "neither"),
+        ] {
+            let error = Query::parse(text).unwrap_err().to_string();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn pages_of_runs_are_all_there_however_they_are_asked_for() {
+        let map = map();
+        let whole = runs(&map, 0, MAX_RUNS).0;
+        for most in 1..=6 {
+            let (mut from, mut all) = (Some(0), Vec::new());
+            while let Some(at) = from {
+                let (some, next) = runs(&map, at, most);
+                assert!(some.len() <= most);
+                all.extend(some);
+                from = next;
+            }
+            assert_eq!(all, whole, "{most}");
+        }
+        assert_eq!(runs(&map, 12, 1).0[0], RunInfo { first: 12, count: 3, kind: RunKind::Reference, layer: None });
+        assert_eq!(runs(&map, 50, 1).0[0].first, 100, "in a gap");
+        assert_eq!(runs(&map, 124, 1), (Vec::new(), None));
+    }
+
+    #[test]
+    fn cells_are_equal_and_hold_every_page_once() {
+        let map = map();
+        for count in [1, 2, 3, 7, 39, 40, 41, 1000] {
+            let cells = cells(&map, count);
+            assert_eq!(cells.len() as u64, count.min(40));
+            let sizes: Vec<u64> = cells.iter().map(|cell| cell.pages.total()).collect();
+            assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1, "{sizes:?}");
+            let sum = |of: fn(&KindCounts) -> u64| cells.iter().map(|cell| of(&cell.pages)).sum::<u64>();
+            let totals = [sum(|p| p.absent), sum(|p| p.reference), sum(|p| p.shared), sum(|p| p.exclusive)];
+            assert_eq!((totals, sum(|p| p.pinned)), ([20, 5, 0, 14], 1));
+        }
+        let two = cells(&map, 2);
+        assert_eq!((two[0].first, two[1].first), (0, 104));
+        assert_eq!(cells(&PageMap::default(), 8), []);
+    }
+}

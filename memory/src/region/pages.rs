@@ -1,0 +1,249 @@
+//! What each page of a VM is, and the layers that it is shown.
+//!
+//! All of it is of one instant a region: it is read under the region's lock. The guest may write
+//! meanwhile, so a page that is called shared may be the VM's own by the time that it is read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::error::RamError;
+use crate::layer::{Home, Layer, LayerId, registry};
+use crate::ram::RamImage;
+use crate::region::counts::{CowCounts, PinCounts};
+use crate::region::mappings::Mapping;
+use crate::region::{GuestRegion, State};
+use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
+
+/// Views of a process beyond which it is not looked for who else shows a layer: each is walked.
+const MAX_VIEWS: usize = 64;
+
+/// What a page is. Each is exactly one of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PageKind {
+    /// It has no memory: it was not inherited.
+    Absent,
+    /// Zeros or a pattern, which cost nothing.
+    Reference,
+    /// Of a layer.
+    Shared(LayerId),
+    /// The VM's own.
+    Exclusive,
+    /// The VM's own, and pinned for DMA.
+    Pinned,
+}
+
+/// Pages of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// The first guest frame number.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// What they are.
+    pub kind: PageKind,
+}
+
+/// Where a layer's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerPlace {
+    /// In memory of this process's store.
+    Memory,
+    /// In a file on a disk that is the layer's alone: what was evicted.
+    Disk,
+    /// In a file on a disk that others have too: a snapshot.
+    Snapshot,
+    /// In memory that another process published.
+    Foreign,
+}
+
+/// A layer that a VM is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownLayer {
+    /// Its identity within this process.
+    pub id: LayerId,
+    /// Its file's device and inode: its identity among all processes.
+    pub file: (u64, u64),
+    /// Where its bytes are.
+    pub place: LayerPlace,
+    /// Pages of the VM that it provides now.
+    pub shown: u64,
+    /// Pages that it provides, or would if the VM dropped its own copies.
+    pub mapped: u64,
+    /// Pages of address space in its file.
+    pub pages: u64,
+    /// Bytes of memory behind its file, if the file can be asked.
+    pub resident_bytes: Option<u64>,
+    /// Whether no other VM and no image shows any of it. None where that is not known: another
+    /// process published it or has the file too, or this process has too many views to be walked.
+    pub is_alone: Option<bool>,
+}
+
+/// The memory of a VM, page by page.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageMap {
+    /// Ascending. What lies between two regions is in none.
+    pub runs: Vec<PageRun>,
+    /// The layers that provide pages, by identity.
+    pub layers: Vec<ShownLayer>,
+}
+
+impl PageMap {
+    /// Pages of each kind: absent, reference, shared, exclusive, pinned.
+    #[must_use]
+    pub fn totals(&self) -> [u64; 5] {
+        let mut totals = [0; 5];
+        for run in &self.runs {
+            let at = match run.kind {
+                PageKind::Absent => 0,
+                PageKind::Reference => 1,
+                PageKind::Shared(_) => 2,
+                PageKind::Exclusive => 3,
+                PageKind::Pinned => 4,
+            };
+            totals[at] += run.count;
+        }
+        totals
+    }
+}
+
+/// A layer as it is counted.
+struct Counted<'a> {
+    layer: &'a Layer,
+    shown: u64,
+    mapped: u64,
+}
+
+impl ShownLayer {
+    fn of(counted: &Counted<'_>, elsewhere: Option<&BTreeSet<LayerId>>) -> Self {
+        let Counted { layer, shown, mapped } = *counted;
+        let place = match layer.home() {
+            Home::Memory(_) => LayerPlace::Memory,
+            Home::Disk => LayerPlace::Disk,
+            Home::File => LayerPlace::Snapshot,
+            Home::Foreign => LayerPlace::Foreign,
+        };
+        let found = rustix::fs::fstat(layer.as_fd()).map(|found| (found.st_dev, found.st_ino));
+        let is_local = matches!(place, LayerPlace::Memory | LayerPlace::Disk);
+        Self {
+            id: layer.id(),
+            file: found.unwrap_or_default(),
+            place,
+            shown,
+            mapped,
+            pages: layer.pages(),
+            resident_bytes: layer.resident_bytes().ok(),
+            is_alone: elsewhere.filter(|_| is_local).map(|elsewhere| !elsewhere.contains(&layer.id())),
+        }
+    }
+}
+
+impl GuestRegion {
+    /// Of the VM's private pages `owned`, those that the kernel has copied for writes, and that
+    /// nothing here has counted or made the VM's own.
+    pub(crate) fn unseen_copies(&self, state: &State, owned: &[PageRange]) -> u64 {
+        let unseen = |runs: &[PageRange]| runs.iter().map(|run| run.len() - self.table.counts(*run).exclusive).sum();
+        // The VM may be paused for this.
+        if state.counted.is_empty() { unseen(owned) } else { unseen(&subtract_runs(owned, &state.counted)) }
+    }
+
+    /// What was copied so far, by cause.
+    pub(crate) fn cow_counts(&self) -> Result<CowCounts, RamError> {
+        let state = self.state();
+        if !self.is_live() {
+            return Ok(CowCounts::default());
+        }
+        let owned = self.owned_private(self.range(), &state.space.mappings().base_runs())?;
+        Ok(self.counters.cow(self.unseen_copies(&state, &owned)))
+    }
+
+    /// Its pins.
+    pub(crate) fn pin_counts(&self) -> PinCounts {
+        let reading = {
+            // No section opens while it is looked at.
+            let _state = self.state();
+            pages_in(&self.grace.ranges())
+        };
+        let (long, long_total, longest) = self.pins.counts();
+        let now = self.table.counts(self.range()).pins;
+        PinCounts { now, reading, locked: self.counters.locked(), long, long_total, longest }
+    }
+
+    /// The runs of the region, by its own page numbers.
+    fn kinds(&self, state: &State) -> Result<Vec<(PageRange, PageKind)>, RamError> {
+        let own = self.own(state)?;
+        let pinned = self.table.pinned_runs(self.range());
+        let absent = state.space.mappings().iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
+        let absent: Vec<PageRange> = absent.map(|(range, _)| range).collect();
+        let mut kinds = Vec::new();
+        let mut add = |runs: &[PageRange], kind| kinds.extend(runs.iter().map(|run| (*run, kind)));
+        // Pinned pages are the VM's own (I3): where the kernel has not said so, it says it by now.
+        add(&pinned, PageKind::Pinned);
+        add(&subtract_runs(&own, &pinned), PageKind::Exclusive);
+        let mut known = [own, pinned].concat();
+        known.sort_unstable();
+        let known = join_runs(&known, 0);
+        let absent = subtract_runs(&absent, &known);
+        add(&absent, PageKind::Absent);
+        let mut taken = [known, absent].concat();
+        taken.sort_unstable();
+        for rest in subtract_runs(&[self.range()], &join_runs(&taken, 0)) {
+            let mut zeros = vec![rest];
+            for (piece, source) in state.space.map().within(rest) {
+                let id = source.layer.id();
+                let kind = if id.is_reference() { PageKind::Reference } else { PageKind::Shared(id) };
+                kinds.push((piece, kind));
+                zeros = subtract_runs(&zeros, &[piece]);
+            }
+            kinds.extend(zeros.into_iter().map(|run| (run, PageKind::Reference)));
+        }
+        kinds.sort_unstable_by_key(|(run, _)| run.start);
+        Ok(kinds)
+    }
+}
+
+/// Appends a run, joined to the last one if it continues it.
+fn push(runs: &mut Vec<PageRun>, run: PageRun) {
+    match runs.last_mut() {
+        Some(last) if last.kind == run.kind && last.first + last.count == run.first => last.count += run.count,
+        _ => runs.push(run),
+    }
+}
+
+/// The page map of `regions`. Views of `origin` are the VM's own.
+pub(crate) fn page_map(regions: &[Arc<GuestRegion>], origin: Option<&RamImage>) -> Result<PageMap, RamError> {
+    let mut runs = Vec::new();
+    let mut maps = Vec::new();
+    let mut own_views: BTreeSet<u64> = origin.into_iter().flat_map(RamImage::regions).map(|r| r.map.id()).collect();
+    for region in regions {
+        let state = region.state();
+        if !region.is_live() {
+            return Err(RamError::Empty { base: region.base.0 });
+        }
+        let base = region.base.0 / PAGE_SIZE;
+        for (range, kind) in region.kinds(&state)? {
+            push(&mut runs, PageRun { first: base + range.start, count: range.len(), kind });
+        }
+        own_views.extend(state.space.views());
+        maps.push((base, Arc::clone(state.space.map())));
+    }
+    let mut shown: BTreeMap<LayerId, u64> = BTreeMap::new();
+    for run in &runs {
+        if let PageKind::Shared(id) = run.kind {
+            *shown.entry(id).or_default() += run.count;
+        }
+    }
+    let mut counted: BTreeMap<LayerId, Counted<'_>> = BTreeMap::new();
+    let sources = maps.iter().flat_map(|(_, map)| map.iter());
+    for (range, source) in sources.filter(|(_, source)| !source.layer.id().is_reference()) {
+        let id = source.layer.id();
+        let new = || Counted { layer: &source.layer, shown: shown.get(&id).copied().unwrap_or(0), mapped: 0 };
+        counted.entry(id).or_insert_with(new).mapped += range.len();
+    }
+    let elsewhere = registry::layers_elsewhere(&own_views, MAX_VIEWS);
+    let layers = counted.values().map(|counted| ShownLayer::of(counted, elsewhere.as_ref())).collect();
+    Ok(PageMap { runs, layers })
+}
+
+#[cfg(test)]
+mod tests;
