@@ -58,10 +58,4 @@ pub(crate) use server::{
 };
 pub(crate) use token::authorize;
 pub use token::{Token, TokenError};
-
-/// Whether a request makes something, and so takes an idempotency key.
-pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {
-    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
-    method == "POST" && makes
-}
 pub use ttl::{TtlInfo, TtlRequest};

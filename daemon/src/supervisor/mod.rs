@@ -52,8 +52,8 @@ use tokio::task::JoinHandle;
 
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
-    Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
-    claim_names, recorded_reason, vm_names,
+    Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
+    check_names, check_room, claim_names, recorded_reason, vm_names,
 };
 use crate::jail::Confinement;
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
@@ -211,6 +211,10 @@ impl Supervisor {
     /// When there is no such checkpoint, or no room.
     pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
         let _busy = self.0.busy.read();
+        // There is no use for more.
+        if count > MAX_CHILDREN {
+            return Err(FleetError::Count { count });
+        }
         let checkpoint = self.0.checkpoints.get(checkpoint)?;
         let shape = &checkpoint.about().shape;
         check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
