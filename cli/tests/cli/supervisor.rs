@@ -11,7 +11,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 
-use crate::tool::{Runtime, expect_problem, kvm, wait_until};
+use crate::tool::{Runtime, expect_problem, kvm, taps, wait_until};
 
 mod storm;
 
@@ -297,6 +297,51 @@ fn all_threads_of_a_worker_are_confined() {
         }
     }
     all.end();
+}
+
+/// Interfaces of this host that begin with `stem`.
+fn interfaces(stem: &str) -> BTreeSet<String> {
+    let all = fs::read_dir("/sys/class/net").unwrap().flatten();
+    all.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.starts_with(stem)).collect()
+}
+
+/// The supervisor opens interfaces and binds sockets, and a worker that is killed leaves none.
+#[test]
+fn interfaces_and_sockets_are_handed_in_and_go_with_their_vm() {
+    if !kvm() || !taps() {
+        return;
+    }
+    let all = Supervised::start("1");
+    let dir = tempfile::tempdir().unwrap();
+    let cid = 90_000 + std::process::id() % 1_000 * 10;
+    let stem = format!("cl{}x", std::process::id() % 10_000);
+    let vsock = format!("cid={cid},socket={}", dir.path().join("web.vsock").display());
+    all.boot("web", &["--net", &format!("tap={stem}%d"), "--vsock", &vsock]);
+    assert_eq!(all.fork(&["web", "--count", "2"]), ["web-1", "web-2"]);
+    assert_eq!(all.fork(&["web-1", "--name", "deep"]), ["deep"]);
+    let sockets = || -> BTreeSet<String> {
+        fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap()).collect()
+    };
+    let there = |names: &[&str]| names.iter().map(|name| format!("{name}.vsock")).collect::<BTreeSet<_>>();
+    assert_eq!(sockets(), there(&["web", "web-1", "web-2", "deep"]));
+    assert_eq!(interfaces(&stem).len(), 4);
+    let vms = all.vms();
+    let cids: BTreeSet<u64> = vms.iter().map(|vm| vm["vsock"]["cid"].as_u64().unwrap()).collect();
+    let macs: BTreeSet<&str> = vms.iter().map(|vm| vm["nets"][0]["mac"].as_str().unwrap()).collect();
+    assert_eq!((cids.len(), macs.len()), (4, 4), "{vms:?}");
+    // Somebody listens at each.
+    for socket in sockets() {
+        UnixStream::connect(dir.path().join(socket)).unwrap();
+    }
+    // The CID is claimed on the host, not in the workers' namespace.
+    let taken = format!("cid={cid},socket={}", dir.path().join("other.vsock").display());
+    let other = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "other", "--vsock", &taken];
+    all.runtime.clade(&other).expect_refusal(&cid.to_string());
+    kill(all.pid_of("web-2"), Signal::KILL);
+    wait_until("its socket to go", || sockets() == there(&["web", "web-1", "deep"]));
+    wait_until("its interface to go", || interfaces(&stem).len() == 3);
+    all.end();
+    assert_eq!((sockets(), interfaces(&stem)), (BTreeSet::new(), BTreeSet::new()));
 }
 
 /// A worker may write no files: another process writes its snapshots, from its image.
