@@ -70,6 +70,11 @@ linux-guest:
 deny:
     cargo deny check
 
+# Requests made from the OpenAPI document, two minutes (needs root, and schemathesis from PyPI)
+api-fuzz seconds="120":
+    cargo build
+    .ci/api-fuzz {{seconds}}
+
 ci:
     .ci/run
 

@@ -482,6 +482,7 @@ pub struct CheckpointInfo {
 #[serde(deny_unknown_fields)]
 pub struct PrepareRequest {
     /// How many are to be ready.
+    #[schema(minimum = 0, maximum = 10000)]
     pub count: usize,
 }
 

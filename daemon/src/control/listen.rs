@@ -70,7 +70,11 @@ impl Accept for TcpAcceptor {
         let mut is_failing = false;
         loop {
             match self.0.accept().await {
-                Ok((stream, _)) => return stream,
+                Ok((stream, _)) => {
+                    // An event is sent when it happens.
+                    let _ = stream.set_nodelay(true);
+                    return stream;
+                }
                 Err(error) => {
                     if !std::mem::replace(&mut is_failing, true) {
                         tracing::warn!(%error, "TCP connections cannot be accepted");

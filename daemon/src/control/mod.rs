@@ -41,9 +41,3 @@ pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{Answer, CancelOnDrop, THREAD_PATIENCE, described, fallback, not_allowed, on_a_thread};
 pub(crate) use token::authorize;
 pub use token::{Token, TokenError};
-
-/// Whether a request makes something, and so takes an idempotency key.
-pub(crate) fn is_idempotent(method: &str, path: &str) -> bool {
-    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
-    method == "POST" && makes
-}

@@ -70,6 +70,7 @@ kinds! {
     NoDevice "no-device" CONFLICT "The VM has no such device.",
     SnapshotConflict "snapshot-conflict" CONFLICT "The snapshot does not fit what is in its place.",
     Cancelled "cancelled" CONFLICT "The request was cancelled, and nothing of it is left.",
+    Ending "ending" CONFLICT "The process is ending.",
     BodyTooLarge "body-too-large" PAYLOAD_TOO_LARGE "The body is too large.",
     MediaType "media-type" UNSUPPORTED_MEDIA_TYPE "The body is not declared as application/json.",
     KeyReused "key-reused" UNPROCESSABLE_ENTITY "The idempotency key is another request's.",
@@ -77,7 +78,6 @@ kinds! {
     VmGone "vm-gone" BAD_GATEWAY "The VM's process has ended, or its answer cannot be read.",
     NoThread "no-thread" SERVICE_UNAVAILABLE "There is no thread for the request.",
     TooMany "too-many" SERVICE_UNAVAILABLE "There are too many such requests.",
-    Ending "ending" SERVICE_UNAVAILABLE "The process is ending.",
     VmSilent "vm-silent" GATEWAY_TIMEOUT "The VM's process does not answer in time.",
     NoRoom "no-room" INSUFFICIENT_STORAGE "There is no room on the host.",
 }

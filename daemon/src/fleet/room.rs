@@ -88,7 +88,7 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
     };
     if let (Some(limit), Ok(open)) = (getrlimit(Resource::Nofile).current, fs::read_dir("/proc/self/fd")) {
         let used = open.count() as u64 + SPARE_DESCRIPTORS;
-        compare("descriptors", "RLIMIT_NOFILE", limit, used, count * needs.descriptors)?;
+        compare("descriptors", "RLIMIT_NOFILE", limit, used, count.saturating_mul(needs.descriptors))?;
     }
     // The fourth field of /proc/loadavg is "running/all".
     let loads = fs::read_to_string("/proc/loadavg").unwrap_or_default();
@@ -99,13 +99,13 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
             [("kernel.threads-max", "/proc/sys/kernel/threads-max"), ("kernel.pid_max", "/proc/sys/kernel/pid_max")]
         {
             if let Some(limit) = number(path) {
-                compare("threads", setting, limit, used, count * needs.threads)?;
+                compare("threads", setting, limit, used, count.saturating_mul(needs.threads))?;
             }
         }
     }
     if let (Some(limit), Ok(maps)) = (number("/proc/sys/vm/max_map_count"), fs::read("/proc/self/maps")) {
         let used = maps.iter().filter(|byte| **byte == b'\n').count() as u64;
-        compare("memory mappings", "vm.max_map_count", limit, used, count * needs.mappings)?;
+        compare("memory mappings", "vm.max_map_count", limit, used, count.saturating_mul(needs.mappings))?;
     }
     Ok(())
 }

@@ -14,13 +14,13 @@ use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use tokio::sync::watch;
 
-use crate::control::{ApiError, ProblemKind, is_idempotent};
+use crate::control::{ApiError, ProblemKind};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Says that an answer is the first one again.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// Bytes of a key.
-const MAX_KEY: usize = 128;
+pub(super) const MAX_KEY: usize = 128;
 /// Keys that are remembered.
 const MAX_KEYS: usize = 1024;
 /// Bytes of all answers that are remembered.
@@ -131,6 +131,12 @@ impl Keys {
         all.insert(key.to_owned(), Entry { fingerprint, begun: Instant::now(), answer: answer.clone() });
         Ok(Turn::First(sender, answer))
     }
+}
+
+/// Whether a request makes something, and so takes an idempotency key.
+pub(super) fn is_idempotent(method: &str, path: &str) -> bool {
+    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
+    method == "POST" && makes
 }
 
 /// The key of a request.

@@ -40,8 +40,8 @@ use tokio::task::JoinHandle;
 
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
-    Cancel, CancelReason, Children, FleetError, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_names, check_room,
-    claim_names, record_lost, recorded_reason, vm_names,
+    Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
+    check_names, check_room, claim_names, record_lost, recorded_reason, vm_names,
 };
 use crate::worker::{BootOrder, Made, Order, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
@@ -169,6 +169,10 @@ impl Supervisor {
     /// When there is no such checkpoint, or no room.
     pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
         let _busy = self.0.busy.read();
+        // There is no use for more.
+        if count > MAX_CHILDREN {
+            return Err(FleetError::Count { count });
+        }
         let checkpoint = self.0.checkpoints.get(checkpoint)?;
         let config = checkpoint.config();
         check_room(count, Needs::of_worker(config)).map_err(|source| FleetError::Room { count, source })?;

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use utoipa::PartialSchema;
 use utoipa::openapi::OpenApi;
 
-use crate::control::{PROBLEM_TYPE, Problem, ProblemKind, is_idempotent};
+use super::idempotency::{MAX_KEY, is_idempotent};
+use crate::control::{PROBLEM_TYPE, Problem, ProblemKind};
 use crate::fleet::LONGEST_NAME;
 
 /// The name that the document has for the token.
@@ -93,7 +94,7 @@ fn complete(operation: &mut Value, method: &str, path: &str, passed_on: bool) {
             "in": "header",
             "required": false,
             "description": "The same key with the same body gets the first answer.",
-            "schema": { "type": "string", "pattern": "^[!-~]+$", "minLength": 1, "maxLength": 128 },
+            "schema": { "type": "string", "pattern": "^[!-~]+$", "minLength": 1, "maxLength": MAX_KEY },
         }));
     }
     if !parameters.is_empty() {
@@ -225,6 +226,8 @@ mod tests {
             (count["minimum"].as_u64(), count["maximum"].as_u64()),
             (Some(1), Some(crate::fleet::MAX_CHILDREN as u64))
         );
+        let count = &document["components"]["schemas"]["PrepareRequest"]["properties"]["count"];
+        assert_eq!(count["maximum"].as_u64(), Some(crate::fleet::MAX_CHILDREN as u64));
         let boot = &document["components"]["schemas"]["BootRequest"]["properties"]["name"];
         for field in ["pattern", "minLength", "maxLength"] {
             assert_eq!(boot[field], name_schema()[field], "{field}");

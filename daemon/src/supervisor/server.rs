@@ -221,14 +221,14 @@ async fn events(State(supervisor): State<Supervisor>, headers: HeaderMap) -> Res
 
 /// Describes this socket (OpenAPI).
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "The document.", body = Object)))]
-async fn description() -> Response {
+async fn openapi_document() -> Response {
     static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| described().to_string().into());
     ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone()).into_response()
 }
 
 fn routes() -> OpenApiRouter<Supervisor> {
     OpenApiRouter::new()
-        .routes(routes!(description))
+        .routes(routes!(openapi_document))
         .routes(routes!(info))
         .routes(routes!(events))
         .routes(routes!(vms, boot))
