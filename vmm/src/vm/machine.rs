@@ -79,6 +79,7 @@ impl Vm {
     /// When the VM cannot be made, or the guest cannot be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
+        config.check_queues()?;
         let mut ends = Endpoints::boot(config)?;
         let prepared = context.take_prepared(config)?;
         prepared.ram.populate()?;
