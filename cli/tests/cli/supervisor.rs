@@ -16,8 +16,8 @@ use crate::tool::{Runtime, expect_problem, kvm, wait_until};
 mod storm;
 
 /// A runtime directory with a supervisor. All of its processes are ended when it is dropped.
-struct Supervised {
-    runtime: Runtime,
+pub(crate) struct Supervised {
+    pub(crate) runtime: Runtime,
 }
 
 impl Drop for Supervised {
@@ -39,7 +39,7 @@ fn runs(pid: u32) -> bool {
 }
 
 impl Supervised {
-    fn start(pool: &str) -> Self {
+    pub(crate) fn start(pool: &str) -> Self {
         let mut supervised = Self { runtime: Runtime::new() };
         supervised.serve(pool);
         supervised
