@@ -5,16 +5,8 @@ use std::os::unix::net::UnixStream;
 
 use serde_json::Value;
 
+use crate::supervisor::Supervised;
 use crate::tool::{Runtime, expect_problem, kvm, wait_until};
-
-/// A supervisor without VMs.
-fn served(args: &[&str]) -> Runtime {
-    let mut runtime = Runtime::new();
-    runtime.spawn(&[&["serve", "--pool", "0"], args].concat());
-    let socket = runtime.dir().join("clade.api");
-    wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
-    runtime
-}
 
 fn ask(runtime: &Runtime, method: &str, path: &str, body: &str) -> (u16, Value) {
     runtime.http_at(&runtime.dir().join("clade.api"), method, path, body)
@@ -36,27 +28,28 @@ fn half_a_request_and_one_that_is_too_large_end_in_time() {
     if !kvm() {
         return;
     }
-    let runtime = served(&[]);
+    let all = Supervised::start("0");
+    let runtime = &all.runtime;
     let begun = std::time::Instant::now();
     std::thread::scope(|scope| {
         // Half a head has no answer; half a body has one.
-        let head = scope.spawn(|| raw(&runtime, b"GET /v1/vms HTTP/1.1\r\nhost: "));
+        let head = scope.spawn(|| raw(runtime, b"GET /v1/vms HTTP/1.1\r\nhost: "));
         let body = b"POST /v1/vms HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
-        let body = scope.spawn(|| raw(&runtime, body));
+        let body = scope.spawn(|| raw(runtime, body));
         assert_eq!(head.join().unwrap(), "");
         let answer = body.join().unwrap();
         assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("urn:clade:late-body"), "{answer}");
     });
     assert!(begun.elapsed() < std::time::Duration::from_secs(40));
     let long = format!("GET /v1/vms HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(1 << 20));
-    let answer = raw(&runtime, long.as_bytes());
+    let answer = raw(runtime, long.as_bytes());
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
     let many = format!("GET /v1/vms HTTP/1.1\r\nhost: x\r\n{}\r\n", "x: y\r\n".repeat(100));
-    assert!(raw(&runtime, many.as_bytes()).starts_with("HTTP/1.1 431 "));
-    let (status, answer) = ask(&runtime, "POST", "/v1/vms", &"x".repeat(65 << 10));
+    assert!(raw(runtime, many.as_bytes()).starts_with("HTTP/1.1 431 "));
+    let (status, answer) = ask(runtime, "POST", "/v1/vms", &"x".repeat(65 << 10));
     expect_problem(&answer, status);
     assert_eq!(answer["type"], "urn:clade:body-too-large");
-    assert_eq!(ask(&runtime, "GET", "/v1/vms", "").0, 200);
+    assert_eq!(ask(runtime, "GET", "/v1/vms", "").0, 200);
 }
 
 /// One request over TCP: the status and the body.
@@ -134,10 +127,11 @@ fn a_boot_and_forks_with_a_key_are_done_once() {
     if !kvm() {
         return;
     }
-    let runtime = served(&[]);
+    let all = Supervised::start("0");
+    let runtime = &all.runtime;
     let keyed = |path: &str, key: &str, body: &str| {
         let answer = raw(
-            &runtime,
+            runtime,
             format!(
                 "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
                  idempotency-key: {key}\r\ncontent-length: {}\r\n\r\n{body}",
@@ -167,6 +161,11 @@ fn a_boot_and_forks_with_a_key_are_done_once() {
     let first = keyed("/v1/vms/web/checkpoint", "two", "{}");
     assert_eq!((first.0, &first.1["name"], first.2), (200, &"web.1".into(), false));
     assert_eq!(keyed("/v1/vms/web/checkpoint", "two", "{}"), (200, first.1, true));
+    for count in ["10001", "7472198142884970496", "18446744073709551615"] {
+        let (status, answer) =
+            ask(runtime, "POST", "/v1/checkpoints/web.1/prepare", &format!(r#"{{"count": {count}}}"#));
+        assert_eq!((status, &answer["type"]), (400, &"urn:clade:bad-count".into()), "{count}");
+    }
     // A name that is taken stays taken for the same request.
     for is_replayed in [false, true] {
         let (status, answer, replayed) = keyed("/v1/vms/web/fork", "three", r#"{"name": "web"}"#);
@@ -182,7 +181,8 @@ fn events_say_what_happens_also_in_other_processes() {
     if !kvm() {
         return;
     }
-    let mut runtime = served(&[]);
+    let mut all = Supervised::start("0");
+    let runtime = &mut all.runtime;
     let mut command = runtime.command(&["events", "--json"]);
     let mut follows = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
     let lines = std::io::BufReader::new(follows.stdout.take().unwrap());
@@ -242,12 +242,75 @@ fn events_say_what_happens_also_in_other_processes() {
 }
 
 #[test]
+fn boots_that_cannot_be_are_refused_and_leave_nothing() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let runtime = &all.runtime;
+    let disk = |path: &str, queues: u64| {
+        serde_json::json!({
+            "disk": {"path": path, "read_only": true, "ephemeral": false, "id": null, "cache": "host",
+                     "overlays": null, "latency": null},
+            "device": {"queues": queues, "limits": {"bytes": null, "operations": null}},
+        })
+    };
+    let image = runtime.dir().join("image");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let image = image.to_str().unwrap();
+    let limits = serde_json::json!({"bytes": null, "operations": null});
+    let net = |tap: &str, queues: u64| serde_json::json!({"tap": tap, "mac": null, "queues": queues, "receive": limits, "send": limits});
+    let many: Vec<_> = (0..17).map(|_| disk(image, 1)).collect();
+    let wild = [
+        ("memory", serde_json::json!(0)),
+        ("memory", serde_json::json!(4096)),
+        ("memory", serde_json::json!(4097)),
+        ("memory", serde_json::json!(1_u64 << 60)),
+        ("memory", serde_json::json!(u64::MAX)),
+        ("memory", serde_json::json!(-1)),
+        ("cpus", serde_json::json!(0)),
+        ("cpus", serde_json::json!(33)),
+        ("cpus", serde_json::json!(256)),
+        ("cpu", serde_json::json!("z80")),
+        ("hide", serde_json::json!("no-such-feature")),
+        ("irqchip", serde_json::json!(null)),
+        ("disks", serde_json::json!([disk("/nonexistent", 1)])),
+        ("disks", serde_json::json!([disk("/", 1)])),
+        ("disks", serde_json::json!([disk("/dev/zero", 1)])),
+        ("disks", serde_json::json!([disk(image, 0)])),
+        ("disks", serde_json::json!([disk(image, 65_535)])),
+        ("disks", serde_json::json!(many)),
+        ("nets", serde_json::json!([net("a name that is much too long", 1)])),
+        ("nets", serde_json::json!([net("clade%d", 0)])),
+        ("nets", serde_json::json!([net("clade%d", 65_535)])),
+        ("vsock", serde_json::json!({"cid": 0, "socket": "/nonexistent/socket"})),
+        ("vsock", serde_json::json!({"cid": 7, "socket": "x".repeat(200)})),
+    ];
+    for (field, value) in wild {
+        let mut config = serde_json::json!({
+            "memory": 32 << 20, "cpus": 1, "irqchip": "split", "pit": false, "cpu": "host", "hide": "", "pmu": false,
+            "acpi": false, "report_port": false, "disks": [], "nets": [], "vsock": null, "rng": null,
+            "balloon": false, "virtio_console": false,
+        });
+        let what = format!("{field}: {value}");
+        config[field] = value;
+        let body = serde_json::json!({"name": "web", "config": config, "kernel": "bare"});
+        let (status, answer) = ask(runtime, "POST", "/v1/vms", &body.to_string());
+        expect_problem(&answer, status);
+        assert!((400..500).contains(&status), "{what}: {answer}");
+    }
+    assert_eq!(runtime.names(), [""; 0]);
+    assert_eq!(ask(runtime, "GET", "/v1/supervisor", "").1["vms"], 0);
+}
+
+#[test]
 fn each_route_of_the_document_is_there_and_no_other_method_is() {
     if !kvm() {
         return;
     }
-    let runtime = served(&[]);
-    let (status, document) = ask(&runtime, "GET", "/openapi.json", "");
+    let all = Supervised::start("0");
+    let runtime = &all.runtime;
+    let (status, document) = ask(runtime, "GET", "/openapi.json", "");
     assert_eq!(status, 200);
     let paths = document["paths"].as_object().unwrap();
     assert!(paths.contains_key("/v1/vms/{name}/pause") && paths.contains_key("/openapi.json"), "{paths:?}");
@@ -258,7 +321,7 @@ fn each_route_of_the_document_is_there_and_no_other_method_is() {
             if path == "/v1/events" && method == "get" {
                 continue;
             }
-            let (status, answer) = ask(&runtime, &method.to_uppercase(), &url, "");
+            let (status, answer) = ask(runtime, &method.to_uppercase(), &url, "");
             match item.get(method) {
                 None => assert_eq!(answer["type"], "urn:clade:method-not-allowed", "{method} {path}: {answer}"),
                 Some(operation) => {
@@ -273,7 +336,7 @@ fn each_route_of_the_document_is_there_and_no_other_method_is() {
         }
     }
     for path in ["/", "/v1", "/v1/vms/nobody/nothing", "/v1/vms/nobody/fork/x", "/v2/vms", "/openapi.yaml"] {
-        let (status, answer) = ask(&runtime, "GET", path, "");
+        let (status, answer) = ask(runtime, "GET", path, "");
         expect_problem(&answer, status);
         assert_eq!(answer["type"], "urn:clade:no-such-path", "{path}");
     }

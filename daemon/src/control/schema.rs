@@ -158,7 +158,7 @@ pub(crate) struct DiskConfig {
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct BlockOptions {
     /// Number of queues.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 16)]
     queues: u16,
     /// Limits of its throughput.
     limits: Limits,
@@ -182,7 +182,7 @@ pub(crate) struct NetSpec {
     #[schema(pattern = "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")]
     mac: Option<String>,
     /// Pairs of queues.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 8)]
     queues: u16,
     /// Limits on received traffic.
     receive: Limits,
@@ -322,6 +322,11 @@ mod tests {
         let most = schema["properties"]["cpus"]["maximum"].as_u64().unwrap();
         assert!(Config::new(64 << 20, most).is_ok() && Config::new(64 << 20, most + 1).is_err());
         assert!(Config::new(4096 + 1, 1).is_err());
+        let most = |schema: utoipa::openapi::RefOr<utoipa::openapi::Schema>| {
+            serde_json::to_value(schema).unwrap()["properties"]["queues"]["maximum"].as_u64()
+        };
+        assert_eq!(most(BlockOptions::schema()), Some(u64::from(clade_devices::virtio::block::MAX_QUEUES)));
+        assert_eq!(most(NetSpec::schema()), Some(u64::from(clade_devices::virtio::net::MAX_PAIRS)));
     }
 
     #[test]

@@ -6,10 +6,10 @@
 //! | layer | when | what it takes away |
 //! |---|---|---|
 //! | namespaces | once, by the zygote | the host's network, its System V objects, its host name |
-//! | [`Grants`] (Landlock) | in each worker, before it reads an image | files, signals, ptrace, abstract sockets |
+//! | Landlock (`Grants`) | in each worker, before it reads an image | files, signals, ptrace, abstract sockets |
 //! | capabilities, `no_new_privs` | likewise | privileges of root, and ways back to them |
 //! | rlimits | likewise | core files with guest memory |
-//! | [`seccomp`] | likewise; threads that serve the guest have a list of their own | system calls |
+//! | seccomp | likewise; threads that serve the guest have a list of their own | system calls |
 //!
 //! Everything is applied while the worker has one thread: what comes later inherits it. It cannot
 //! be undone. So what a worker will need is opened before, or handed in by the supervisor.

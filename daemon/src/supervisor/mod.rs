@@ -319,6 +319,7 @@ impl Supervisor {
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
+        config.check_queues().map_err(VmError::from)?;
         let shape = Shape::of_boot(&config);
         // The writes of a disk that leaves its image as it is. Others are made beside the image.
         let mut written = Vec::new();

@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use clade_devices::disk::DiskConfig;
-use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::net::{MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::{RamError, RamLayout};
 use serde::{Deserialize, Serialize};
@@ -193,6 +193,16 @@ pub enum ConfigError {
         /// The number of virtio devices.
         devices: usize,
     },
+    /// A device has no queues, or more than it can have.
+    #[error("{queues} queues of a {device} device: it has 1 to {most}")]
+    Queues {
+        /// The kind of device.
+        device: &'static str,
+        /// The number of its queues, or of pairs.
+        queues: u16,
+        /// The most it can have.
+        most: u16,
+    },
     /// More memory than the host has.
     #[error("{asked} MiB of guest memory are more than the host's {host} MiB (--overcommit allows it)")]
     Overcommit {
@@ -284,6 +294,17 @@ impl VmConfig {
             .chain(self.virtio_console.then_some(Place::Console))
     }
 
+    /// Refuses a device without queues, or with more than it can have.
+    ///
+    /// # Errors
+    /// [`ConfigError::Queues`].
+    pub fn check_queues(&self) -> Result<(), ConfigError> {
+        let disks = self.disks.iter().map(|disk| ("block", disk.device.queues, MAX_QUEUES));
+        let nets = self.nets.iter().map(|net| ("network", net.queues, MAX_PAIRS));
+        let wrong = disks.chain(nets).find(|(_, queues, most)| !(1..=*most).contains(queues));
+        wrong.map_or(Ok(()), |(device, queues, most)| Err(ConfigError::Queues { device, queues, most }))
+    }
+
     /// The number of queues of each virtio device, in the order of their places.
     pub fn virtio_queues(&self) -> impl Iterator<Item = usize> {
         self.places().map(Place::queues)
@@ -340,6 +361,12 @@ mod tests {
         assert!(many.check_devices().unwrap_err().to_string().contains("17"));
         many.disks.truncate(2);
         assert!(many.check_devices().is_ok());
+        assert!(many.check_queues().is_ok());
+        for queues in [0, MAX_QUEUES + 1] {
+            many.disks[0].device.queues = queues;
+            assert!(matches!(many.check_queues(), Err(ConfigError::Queues { device: "block", .. })));
+        }
+        many.disks[0].device.queues = 1;
         assert_eq!(many.device_args(), " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17");
         let queues = |config: &VmConfig| config.virtio_queues().collect::<Vec<_>>();
         many.nets = vec![NetSpec { queues: 4, ..NetSpec::new("tap%d") }];

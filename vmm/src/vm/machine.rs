@@ -81,6 +81,7 @@ impl Vm {
     /// When the VM cannot be made, or the guest cannot be loaded.
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
+        config.check_queues()?;
         Self::boot_as(context, name, config, source, Endpoints::boot(config)?)
     }
 
@@ -96,6 +97,7 @@ impl Vm {
         mut ends: Endpoints,
     ) -> Result<Self, VmError> {
         config.check_devices()?;
+        config.check_queues()?;
         let prepared = context.take_prepared(config)?;
         prepared.ram.populate()?;
         let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
