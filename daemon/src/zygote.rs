@@ -33,6 +33,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
 
+use crate::control;
 use crate::fleet::FleetError;
 use crate::jail::{self, Confinement};
 use crate::worker::{Process, Worker};
@@ -78,6 +79,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
         confinement.judge("namespaces", jail::enter_empty()).map_err(io::Error::other)?;
     }
     jail::prepare(confinement).map_err(io::Error::other)?;
+    control::warm_up();
     let (exits, write_exits) = io::pipe()?;
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);

@@ -54,7 +54,7 @@ pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{
-    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, not_allowed, on_a_thread,
+    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, not_allowed, on_a_thread, warm_up,
 };
 pub(crate) use token::authorize;
 pub use token::{Token, TokenError};

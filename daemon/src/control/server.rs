@@ -2,8 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
@@ -303,17 +303,29 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(logs))
         .routes(routes!(pages::show_pages))
         .routes(routes!(memory::show_stats))
-        .merge(ttl::routes())
 }
 
 /// The routes of a VM's socket, described.
 pub(crate) fn described() -> OpenApi {
-    routes().into_openapi()
+    routes().merge(ttl::routes()).into_openapi()
+}
+
+/// The routes without what describes them, which takes longer to make than a VM.
+static ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| {
+    let (router, _) = routes().split_for_parts();
+    router.fallback(fallback).method_not_allowed_fallback(not_allowed)
+});
+/// Those of times to live, whose timers are one fleet's.
+static TTL_ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| ttl::routes().split_for_parts().0);
+
+/// Makes now what each worker would make: for a process that is copied afterwards.
+pub(crate) fn warm_up() {
+    LazyLock::force(&ROUTER);
+    LazyLock::force(&TTL_ROUTER);
 }
 
 pub(super) fn router(fleet: WeakFleet) -> Router {
-    let (router, _) = routes().split_for_parts();
-    router.fallback(fallback).method_not_allowed_fallback(not_allowed).with_state(fleet)
+    ROUTER.clone().merge(ttl::with_timers(TTL_ROUTER.clone())).with_state(fleet)
 }
 
 #[cfg(test)]

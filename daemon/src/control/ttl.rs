@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
-use axum::{Extension, Json};
+use axum::{Extension, Json, Router};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::task::AbortHandle;
@@ -163,6 +163,10 @@ async fn remove_ttl(
 
 /// The paths.
 pub(super) fn routes() -> OpenApiRouter<WeakFleet> {
-    let timers = Arc::<Timers>::default();
-    OpenApiRouter::new().routes(routes!(show_ttl, set_ttl, remove_ttl)).layer(Extension(timers))
+    OpenApiRouter::new().routes(routes!(show_ttl, set_ttl, remove_ttl))
+}
+
+/// Gives the handlers the timers of one fleet.
+pub(super) fn with_timers(router: Router<WeakFleet>) -> Router<WeakFleet> {
+    router.layer(Extension(Arc::<Timers>::default()))
 }
