@@ -352,7 +352,10 @@ impl Started {
                     continue;
                 };
                 let process = Process::OfZygote { pid: answer as u32, pidfd };
-                to.push(Worker::new(socket, process).map_err(|error| ForkError::Refused(io::Error::other(error)))?);
+                match Worker::new(socket, process) {
+                    Ok(worker) => to.push(worker),
+                    Err(error) => refused = Some(io::Error::other(error)),
+                }
             }
             if let Some(refused) = refused {
                 return Err(ForkError::Refused(refused));

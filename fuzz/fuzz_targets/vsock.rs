@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::plain::SyncDevice;
-use clade_devices::virtio::vsock::{Vsock, VsockOptions};
+use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
 use clade_devices::virtio::{VirtioMmio, Wiring, regs};
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -115,7 +115,7 @@ impl Vm {
         let ram = GuestRam::reserve(image.layout(), store).expect("memory");
         ram.adopt(image).expect("memory");
         let options = VsockOptions { cid: CID, socket: dir.path().join("vm.sock") };
-        let device = SyncDevice::new(Vsock::new(&options, false).expect("a socket"));
+        let device = SyncDevice::new(Vsock::new(VsockSocket::bind(&options).expect("a socket"), false).expect("a device"));
         let device = VirtioMmio::new(Box::new(device), &ram, Wiring::new(3).expect("wires"), false);
         let mut vm = Self { ram, device, available: [0; 3], hosts: Vec::new() };
         vm.set_up();

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fchmod, linkat, openat};
 
-use crate::file::{CachePolicy, FileError, Handles, IoFile};
+use crate::file::{CachePolicy, FileError, Handles, IoFile, read_only_again};
 use crate::overlay_pool::OverlayPool;
 
 impl IoFile {
@@ -59,7 +59,20 @@ impl IoFile {
     /// # Errors
     /// When another process has locked it.
     pub fn try_lock(&self) -> std::io::Result<()> {
-        Ok(self.handles.cached.try_lock()?)
+        let lock = read_only_again(&self.handles.cached)?;
+        lock.try_lock()?;
+        // One that was locked before stays so.
+        let _ = self.lock.set(lock);
+        Ok(())
+    }
+
+    /// Has nobody open it for writing again, this process included: the descriptors that are there
+    /// are all that can write. For files without names whose descriptors go to other processes.
+    ///
+    /// # Errors
+    /// When its mode cannot be changed.
+    pub fn forbid_writers(&self) -> std::io::Result<()> {
+        Ok(fchmod(&self.handles.cached, Mode::RUSR)?)
     }
 
     /// Another descriptor of the same open file.

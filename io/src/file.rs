@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags, seek, statx};
@@ -126,6 +126,13 @@ pub struct IoFile {
     no_writes: Condvar,
     /// Open as long as the file is: leases and locks of the process it comes from.
     kept: Vec<Arc<OwnedFd>>,
+    /// The file opened for reading only, and locked, if it is.
+    pub(crate) lock: OnceLock<File>,
+}
+
+/// The same file on an open file of its own, for reading only.
+pub(crate) fn read_only_again(file: &File) -> std::io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 impl IoFile {
@@ -149,7 +156,9 @@ impl IoFile {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.to_owned() });
         }
-        let locked = if write { cached.try_lock() } else { cached.try_lock_shared() };
+        // On an open file of its own, which cannot be written through: it goes to other processes.
+        let lock = read_only_again(&cached).map_err(failed("opened again"))?;
+        let locked = if write { lock.try_lock() } else { lock.try_lock_shared() };
         match locked {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
@@ -158,7 +167,9 @@ impl IoFile {
             Err(std::fs::TryLockError::Error(source)) => return Err(failed("locked")(source).into()),
         }
         let handles = Handles::new(cached, write, policy, path);
-        Ok(Self::new(path, Arc::new(handles), write, true, kind.is_block_device()))
+        let file = Self::new(path, Arc::new(handles), write, true, kind.is_block_device());
+        let _ = file.lock.set(lock);
+        Ok(file)
     }
 
     /// An empty unnamed file of `len` bytes in `dir`. It goes with its last handle.
@@ -204,21 +215,35 @@ impl IoFile {
         File::open(path).map_err(|error| self.failed("opened for another process", error))
     }
 
-    /// Another descriptor of the open file: as long as there is one, the file is locked as it is
-    /// here.
+    /// Another descriptor of the open file that holds the lock: as long as there is one, the file is
+    /// locked as it is here. It cannot be written through.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When there is no descriptor to be had, or the file is not locked.
     pub fn lock_descriptor(&self) -> Result<OwnedFd, FileError> {
-        let descriptor = self.handles.cached.as_fd().try_clone_to_owned();
+        let lock = self.lock.get().ok_or(std::io::ErrorKind::NotFound.into());
+        let descriptor = lock.and_then(|lock| lock.as_fd().try_clone_to_owned());
         descriptor.map_err(|error| self.failed("given another descriptor", error))
     }
 
     pub(crate) fn new(path: &Path, handles: Arc<Handles>, writable: bool, named: bool, block_device: bool) -> Self {
         let (writes, no_writes) = (Mutex::new(0), Condvar::new());
         let (linked, unsynced, path) = (AtomicBool::new(false), AtomicBool::new(false), path.to_owned());
-        let kept = Vec::new();
-        Self { path, handles, pool: None, writable, named, linked, block_device, unsynced, writes, no_writes, kept }
+        let (kept, lock) = (Vec::new(), OnceLock::new());
+        Self {
+            path,
+            handles,
+            pool: None,
+            writable,
+            named,
+            linked,
+            block_device,
+            unsynced,
+            writes,
+            no_writes,
+            kept,
+            lock,
+        }
     }
 
     /// Whether writes to it have ended since the last call. The caller must make those writes

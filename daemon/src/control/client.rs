@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -31,6 +31,8 @@ const MAX_ASKED: usize = 16;
 /// whose connections are all idle takes 10 s to cut one.
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Most bytes of an answer. A map of pages has up to four million.
+const MAX_ANSWER: usize = 16 << 20;
 /// How long the process of a VM that has stopped may keep its name, and how often that is looked at.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(2);
@@ -84,6 +86,9 @@ pub enum ClientError {
     /// The HTTP connection failed.
     #[error("the VM's process did not answer")]
     Http(#[from] hyper::Error),
+    /// The answer has no end.
+    #[error("the VM's answer is longer than {MAX_ANSWER} bytes")]
+    LongAnswer,
     /// The answer is not of the expected form.
     #[error("the VM's answer could not be read")]
     Answer(#[from] serde_json::Error),
@@ -136,7 +141,7 @@ impl ClientError {
             Self::Forbidden { .. } => ProblemKind::Forbidden,
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
             // Its process ended before it answered.
-            Self::Http(_) | Self::Answer(_) => ProblemKind::VmGone,
+            Self::Http(_) | Self::Answer(_) | Self::LongAnswer => ProblemKind::VmGone,
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
             Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
@@ -170,7 +175,8 @@ type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
 impl ListedVms {
     fn extend(&mut self, answer: Option<Result<Answered, JoinError>>) {
         match answer {
-            Some(Ok((Ok(Ok(info)), _))) => self.vms.push(info),
+            // By the name that it was asked by, whatever it says.
+            Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
             Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
             // It has ended meanwhile, or a dead process has left its socket.
             Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
@@ -422,8 +428,19 @@ async fn exchange<T: DeserializeOwned>(
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
 ) -> Result<T, ClientError> {
-    let bytes = send(stream, token, method, uri, body).await?.collect().await?.to_bytes();
+    let bytes = whole(send(stream, token, method, uri, body).await?).await?;
     Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// A body. The process that sends it may have been broken into: it is so long, and no longer.
+async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
+    match Limited::new(body, MAX_ANSWER).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) => match error.downcast::<hyper::Error>() {
+            Ok(error) => Err(ClientError::Http(*error)),
+            Err(_) => Err(ClientError::LongAnswer),
+        },
+    }
 }
 
 /// Sends one request over a connection, and returns the body of its answer.
@@ -450,7 +467,7 @@ async fn send(
     let response = sender.send_request(request).await?;
     let status = response.status();
     if status != StatusCode::OK {
-        let bytes = response.into_body().collect().await?.to_bytes();
+        let bytes = whole(response.into_body()).await?;
         // An answer of HTTP itself, as to a head that is too large, has no problem in it.
         let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
             kind: "about:blank".to_owned(),

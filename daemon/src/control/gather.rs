@@ -30,7 +30,8 @@ pub struct Gathered {
 impl Gathered {
     fn take(&mut self, name: String, answer: Option<Result<VmStats, ClientError>>) {
         match answer {
-            Some(Ok(stats)) => self.vms.push(stats),
+            // By the name that it was asked by, whatever it says.
+            Some(Ok(stats)) => self.vms.push(VmStats { name, ..stats }),
             // It has ended meanwhile, a dead process has left its socket, or it is another user's.
             Some(Err(
                 ClientError::NoSuchVm { .. }

@@ -424,7 +424,15 @@ impl NameClaim {
     pub(crate) fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
         let mut dead = Vec::new();
         for file in dir.entries()? {
-            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
+            // Whatever of the two was removed, or not made yet, when it died.
+            let ending = |file: &'_ str| {
+                ["sock", VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
+            };
+            let Some(name) = file.to_str().and_then(ending) else { continue };
+            let name = name.as_str();
+            if dead.iter().any(|(claim, _): &(Self, u32)| claim.name == name) {
+                continue;
+            }
             let pid = dir.read(&format!("{name}.lock")).ok().flatten();
             let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
             // Refused for the living, and for what is no name.

@@ -56,6 +56,9 @@ impl Grants {
             }
             if *read_only || *ephemeral {
                 grants.read.push(path.clone());
+            } else if is_block_device(path) {
+                // Nothing is made beside it.
+                grants.write.push(path.clone());
             } else {
                 grants.write.push(path.clone());
                 grants.beside.extend(path.parent().map(Path::to_owned));
@@ -103,10 +106,13 @@ impl Grants {
         self.overlays.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir))?;
         self.beside.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir | names))?;
         let status = rules.restrict_self().map_err(io::Error::other)?;
-        if status.ruleset == RulesetStatus::NotEnforced {
-            return Err(io::ErrorKind::Unsupported.into());
+        match status.ruleset {
+            RulesetStatus::FullyEnforced => Ok(()),
+            RulesetStatus::PartiallyEnforced => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel knows only some of its rights"))
+            }
+            RulesetStatus::NotEnforced => Err(io::ErrorKind::Unsupported.into()),
         }
-        Ok(())
     }
 }
 

@@ -131,7 +131,7 @@ pub(crate) fn confine(
     confinement.judge("Landlock", grants.enforce(memory))?;
     confinement.judge("capabilities", drop_capabilities())?;
     // Last: it forbids some of the above.
-    confinement.judge("seccomp", seccomp::enter())
+    confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty()))
 }
 
 /// No core files, which would have the guest's memory. A thread may still be put in front for the

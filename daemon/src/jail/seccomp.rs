@@ -38,11 +38,15 @@ fn apply(list: &str) -> io::Result<()> {
 }
 
 /// Restricts this process, which has one thread, to what any thread of a worker needs. Threads of a
-/// [`ThreadKind`] are restricted further when they start.
-pub(super) fn enter() -> io::Result<()> {
+/// [`ThreadKind`] are restricted further when they start. Only a worker that `names_files` makes
+/// names, and changes what files are.
+pub(super) fn enter(names_files: bool) -> io::Result<()> {
     prepare()?;
     for list in ["absent", "made_before"] {
         apply(list)?;
+    }
+    if !names_files {
+        apply("no_names")?;
     }
     signals_to_itself()?;
     apply("worker")?;

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
 
 use super::*;
 
@@ -138,6 +139,7 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         // What a worker lives on.
         ("read-granted", Done),
         ("write-image", Done),
+        ("name-beside-image", Done),
         ("unnamed-overlay", Done),
         ("memory-file", Done),
         ("own-pagemap", Done),
@@ -148,7 +150,12 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("read-beside", denied),
         ("write-granted-for-reading", denied),
         ("name-in-overlays", denied),
-        ("remove-beside", denied),
+        ("remove-beside", Killed),
+        // What it was handed to read.
+        ("write-handed", denied),
+        ("mode-of-handed", Killed),
+        ("attribute-of-handed", Killed),
+        ("unlock-handed", Killed),
         ("parents-memory", denied),
         ("list-root", denied),
         ("raw-kvm", denied),
@@ -156,12 +163,16 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("signal-parent", Killed),
         ("kill-parent", Killed),
         ("trace-parent", Killed),
+        ("limit-parent", Killed),
+        ("slow-parent", Killed),
+        ("signals-by-descriptor", Killed),
         ("read-parent", Killed),
         ("fork", Killed),
         ("execute", Killed),
         // The network, and programs that listen on this host.
         ("unix-socket", Killed),
         ("internet-socket", Killed),
+        ("datagrams", Killed),
         ("ring", not_permitted),
         // Ways out.
         ("namespace", Killed),
@@ -188,7 +199,7 @@ fn system_call(number: libc::c_long, args: &[libc::c_long]) -> Result<(), i32> {
 
 /// Makes one attempt, in a process that is confined. Returns the error's number.
 #[expect(clippy::cast_lossless, reason = "arguments of system calls, whatever type they have")]
-fn attempt(which: &str, place: &std::path::Path, parent: u32) -> Result<(), i32> {
+fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::File) -> Result<(), i32> {
     use std::fs::{File, OpenOptions, read_dir, remove_file};
     use std::os::unix::fs::OpenOptionsExt;
 
@@ -201,6 +212,17 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32) -> Result<(), i32>
     match which {
         "read-granted" => done(std::fs::read(place.join("granted")).map(drop)),
         "write-image" => done(OpenOptions::new().write(true).open(place.join("image/disk")).map(drop)),
+        "name-beside-image" => done(File::create(place.join("image/journal")).map(drop)),
+        "write-handed" => {
+            done(OpenOptions::new().write(true).open(format!("/proc/self/fd/{}", handed.as_raw_fd())).map(drop))
+        }
+        "mode-of-handed" => raw!(SYS_fchmod, handed.as_raw_fd(), 0o666),
+        "attribute-of-handed" => raw!(SYS_fsetxattr, handed.as_raw_fd(), c"user.x".as_ptr(), c"x".as_ptr(), 1, 0),
+        "unlock-handed" => raw!(SYS_flock, handed.as_raw_fd(), libc::LOCK_UN),
+        "limit-parent" => raw!(SYS_prlimit64, parent, libc::RLIMIT_CPU, 0, 0),
+        "slow-parent" => raw!(SYS_sched_setattr, parent, 0, 0),
+        "signals-by-descriptor" => raw!(SYS_fcntl, handed.as_raw_fd(), libc::F_SETOWN, parent),
+        "datagrams" => raw!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_DGRAM, 0, 0),
         "unnamed-overlay" => {
             let flags = libc::O_TMPFILE;
             done(OpenOptions::new().read(true).write(true).custom_flags(flags).open(place.join("overlays")).map(drop))
@@ -248,15 +270,21 @@ fn inside() {
     use std::io::Write;
     let (Ok(which), Some(place)) = (std::env::var(ATTEMPT), std::env::var_os(PLACE)) else { return };
     let (place, parent) = (std::path::PathBuf::from(place), std::os::unix::process::parent_id());
+    // A layer as another process gives it: this user's, and open for reading.
+    let layer = rustix::fs::memfd_create("layer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::fchmod(&layer, rustix::fs::Mode::RUSR).unwrap();
+    let handed = std::fs::File::open(format!("/proc/self/fd/{}", layer.as_raw_fd())).unwrap();
+    // A child's worker makes no names. One of a VM that was booted does, beside its image.
+    let is_booted = ["write-image", "name-beside-image"].contains(&which.as_str());
     let grants = Grants {
         read: vec![place.join("granted")],
         write: vec![place.join("image/disk")],
         overlays: vec![place.join("overlays")],
-        beside: vec![place.join("image")],
+        beside: if is_booted { vec![place.join("image")] } else { Vec::new() },
     };
     prepare(Confinement::Require).unwrap();
     confine(Confinement::Require, &grants, None).unwrap();
-    let outcome = attempt(&which, &place, parent);
+    let outcome = attempt(&which, &place, parent, &handed);
     let _ = writeln!(io::stderr(), "outcome {}", outcome.map_or_else(|errno| errno, |()| 0));
 }
 

@@ -6,8 +6,8 @@
 //! from that. A VM of a process that is not confined has no such file, and is believed.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 use clade_devices::disk::overlay_dir;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,8 @@ pub(crate) struct About {
     pub(super) identity: Identity,
     /// Directories of overlays that it uses.
     pub(super) overlays: Vec<PathBuf>,
+    /// Device and inode of the socket of its device: its path may be another's later.
+    pub(super) socket: Option<(u64, u64)>,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -83,7 +85,7 @@ impl About {
     pub(super) fn of(written: Option<Self>, name: &str, forked: &Forked) -> Result<Self, FleetError> {
         let Some(written) = written else {
             let shape = Shape::new(&forked.config, |at| forked.overlays.get(at).cloned().unwrap_or_default());
-            return Ok(Self { shape, identity: forked.identity.clone(), overlays: Vec::new() });
+            return Ok(Self { shape, identity: forked.identity.clone(), overlays: Vec::new(), socket: None });
         };
         if written.shape.config != forked.config {
             let text =
@@ -105,11 +107,17 @@ impl About {
     /// Removes the sockets of its devices, which it could not remove itself.
     pub(super) fn remove_sockets(&self) {
         let Some(vsock) = &self.identity.vsock else { return };
-        let is_socket = fs::symlink_metadata(&vsock.socket).is_ok_and(|found| found.file_type().is_socket());
-        if is_socket && let Err(error) = fs::remove_file(&vsock.socket) {
+        let is_its = self.socket.is_some() && inode(&vsock.socket) == self.socket;
+        if is_its && let Err(error) = fs::remove_file(&vsock.socket) {
             tracing::debug!(%error, socket = %vsock.socket.display(), "a socket stays behind");
         }
     }
+}
+
+/// Device and inode of a socket.
+pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(socket).ok()?;
+    found.file_type().is_socket().then(|| (found.dev(), found.ino()))
 }
 
 /// Records the end of a VM whose process has ended, and removes what is left of it. Returns what was
@@ -127,7 +135,6 @@ pub(crate) fn clear_up(dir: &RuntimeDir, claim: NameClaim, exit: Exit, was_order
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::Duration;
 
     use clade_devices::disk::DiskConfig;
@@ -158,7 +165,7 @@ mod tests {
         let config = with_disk("/srv/disk");
         let shape = Shape::of_boot(&config);
         assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
-        let known = About { shape, identity: Identity::default(), overlays: Vec::new() };
+        let known = About { shape, identity: Identity::default(), overlays: Vec::new(), socket: None };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
         let written = || About::read(&dir, "web").unwrap();

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use super::about::About;
+use super::about::{About, inode};
 use super::broker::Broker;
 use super::overlays::InUse;
 use crate::fleet::RuntimeDir;
@@ -61,7 +61,8 @@ impl Hand {
     ) -> Result<(Self, Handed), FleetError> {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
-        let about = About { shape: shape.clone(), identity, overlays: paths };
+        let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
+        let about = About { shape: shape.clone(), identity, overlays: paths, socket };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;

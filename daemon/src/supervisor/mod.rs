@@ -55,7 +55,7 @@ use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
     check_names, check_room, claim_names, recorded_reason, vm_names,
 };
-use crate::jail::Confinement;
+use crate::jail::{Confinement, is_block_device};
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
 use about::About;
@@ -286,6 +286,7 @@ impl Supervisor {
         let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
         // While any is made: a worker is told of directories that are there.
         let _overlays = self.0.overlays.hold(&shape.written())?;
+        claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
@@ -321,16 +322,20 @@ impl Supervisor {
         config.check_devices().map_err(VmError::from)?;
         config.check_queues().map_err(VmError::from)?;
         let shape = Shape::of_boot(&config);
-        // The writes of a disk that leaves its image as it is. Others are made beside the image.
+        // The writes of a disk that keeps no journal. Others are made beside the image.
         let mut written = Vec::new();
-        for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays).filter(|(disk, _)| disk.disk.ephemeral) {
-            disk.disk.overlays = Some(overlays.clone());
-            written.push(overlays.clone());
+        for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays) {
+            let has_journal = !disk.disk.ephemeral && !is_block_device(&disk.disk.path);
+            if !disk.disk.read_only && !has_journal {
+                disk.disk.overlays = Some(overlays.clone());
+                written.push(overlays.clone());
+            }
         }
         let shape = Shape { config: config.clone(), ..shape };
         let _overlays = self.0.overlays.hold(&written)?;
         let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
         let claims = [claim];
+        self.0.forget_earlier(&claims[0].name);
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
@@ -491,6 +496,15 @@ impl Inner {
         }
     }
 
+    /// Forgets an earlier VM of a name that is claimed: it died, and nobody has cleared up.
+    fn forget_earlier(&self, name: &str) {
+        self.snapshots.forget(name);
+        if let Ok(Some(about)) = About::read(&self.dir, name) {
+            about.remove_sockets();
+            self.overlays.release(&about.overlays);
+        }
+    }
+
     /// Says that a VM has ended, unless another has its name by now.
     fn say_ended(&self, name: &str) {
         if !self.vms().values().any(|other| other == name) {
@@ -538,10 +552,11 @@ impl Inner {
                 claim.leave();
                 continue;
             }
+            // What the lock says, its owner has written.
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
             self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
-            vms.remove(&pid);
+            worker.map(|pid| vms.remove(&pid));
         }
         // Those that have ended in an orderly way under a zygote that was killed.
         vms.retain(|pid, name| is_there(*pid) || found.contains(name));

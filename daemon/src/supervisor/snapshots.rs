@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use clade_snapshot::SnapshotId;
+
 use super::Supervisor;
 use super::about::About;
 use super::checkpoint::Checkpoint;
@@ -41,16 +43,23 @@ struct State {
     saving: Option<Arc<Saving>>,
 }
 
+impl State {
+    fn is_by(&self, saving: &Arc<Saving>) -> bool {
+        self.saving.as_ref().is_some_and(|running| Arc::ptr_eq(running, saving))
+    }
+}
+
 /// The snapshots of the VMs, by their names.
 #[derive(Debug, Default)]
 pub(super) struct Snapshots(Mutex<BTreeMap<String, State>>);
 
 /// Ends the claim on a VM's snapshots.
-struct Ours<'a>(&'a Snapshots, &'a str);
+struct Ours<'a>(&'a Snapshots, &'a str, Arc<Saving>);
 
 impl Drop for Ours<'_> {
     fn drop(&mut self) {
-        if let Some(state) = self.0.states().get_mut(self.1) {
+        // Another VM may have the name by now.
+        if let Some(state) = self.0.states().get_mut(self.1).filter(|state| state.is_by(&self.2)) {
             state.saving = None;
         }
     }
@@ -121,7 +130,7 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         let (saving, base) = self.0.snapshots.begin(vm, request.incremental)?;
-        let _ours = Ours(&self.0.snapshots, vm);
+        let _ours = Ours(&self.0.snapshots, vm, Arc::clone(&saving));
         let beside = written_beside(&request.dir).map_err(|error| FleetError::Refused {
             kind: ProblemKind::BadPath,
             text: format!("{} cannot be made: {error}", request.dir.display()),
@@ -138,22 +147,28 @@ impl Supervisor {
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
         worker.enter(EnterOrder { dir: place.dir, confinement: place.confinement, grants, disks: 0 })?;
         let order = SaveOrder {
-            dir,
+            dir: dir.clone(),
+            config: config.clone(),
             base: base.as_ref().map(|base| (base.dir.clone(), base.id.clone())),
             zstd: request.zstd,
             replace: request.replace,
         };
         worker.save(order, base.as_ref().map(|base| base.image.parts()), image.parts())?;
-        let SavedFiles { dir, id, data_pages, zero_pages, data_bytes, base_untold } = worker.saved(|progress| {
+        // The directory is known better here: the next one is based on it.
+        let SavedFiles { id, data_pages, zero_pages, data_bytes, base_untold } = worker.saved(|progress| {
             if let Some((done, total)) = progress {
                 saving.done.store(done, Ordering::Relaxed);
                 saving.total.store(total, Ordering::Relaxed);
             }
             saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
         })?;
+        if id.parse::<SnapshotId>().is_err() {
+            let source = std::io::Error::other(format!("a snapshot that is called {id:?}"));
+            return Err(FleetError::Worker { source });
+        }
         let pause_us = image.info("").pause_us;
         let last = LastSave { dir: dir.clone(), id: id.clone(), image, before };
-        if let Some(state) = self.0.snapshots.states().get_mut(vm) {
+        if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {
             state.last = Some(Arc::new(last));
         }
         let total_us = begun.elapsed().as_secs_f64() * 1e6;

@@ -187,8 +187,11 @@ impl Worker {
     /// # Errors
     /// When the worker refuses, or has ended.
     pub(crate) fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<SavedFiles, FleetError> {
-        let mut is_stopped = false;
+        let mut stopped: Option<Instant> = None;
         loop {
+            if stopped.is_some_and(|at| at.elapsed() > END_TIMEOUT) {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
             let progress = match receive(&self.socket) {
                 Ok((Answer::Saved(saved), _)) => return Ok(*saved),
                 Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
@@ -197,7 +200,8 @@ impl Worker {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                 Err(error) => return Err(failed(error)),
             };
-            if watch(progress) && !std::mem::replace(&mut is_stopped, true) {
+            if watch(progress) && stopped.is_none() {
+                stopped = Some(Instant::now());
                 self.run();
             }
         }

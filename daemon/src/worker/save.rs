@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Answer, send};
 use crate::fleet::FleetError;
-use clade_vmm::vm::{Context, ForkImage, Overlays, SavedAt, SealedParts, SharedFiles, SnapshotOptions};
+use clade_vmm::vm::{Context, ForkImage, Overlays, SavedAt, SealedParts, SharedFiles, SnapshotOptions, VmConfig};
 
 /// How often it says how far it is.
 const TELL_INTERVAL: Duration = Duration::from_millis(50);
@@ -37,6 +37,8 @@ pub(crate) struct SaveOrder {
     pub(crate) dir: PathBuf,
     /// Directory and id of the one that it is based on.
     pub(crate) base: Option<(PathBuf, String)>,
+    /// What the images must be of.
+    pub(crate) config: VmConfig,
     /// Whether it is compressed.
     pub(crate) zstd: bool,
     /// Whether it replaces one that others depend on.
@@ -46,7 +48,6 @@ pub(crate) struct SaveOrder {
 /// A snapshot that was written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedFiles {
-    pub(crate) dir: PathBuf,
     pub(crate) id: String,
     pub(crate) data_pages: u64,
     pub(crate) zero_pages: u64,
@@ -61,7 +62,12 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
     let mut shared = SharedFiles::default();
     let mut import = || -> Result<_, FleetError> {
         let parts = SealedParts::receive(socket)?.open()?;
-        Ok(ForkImage::import_beside(context, parts, Overlays::Nowhere, &mut shared)?)
+        let image = ForkImage::import_beside(context, parts, Overlays::Nowhere, &mut shared)?;
+        if **image.config() == order.config {
+            Ok(image)
+        } else {
+            Err(failed(io::Error::other("an image is of a VM with another configuration")))
+        }
     };
     let base = match &order.base {
         Some((dir, id)) => {
@@ -89,7 +95,6 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
     let of = base.as_ref().map(|(place, image)| (place, &**image));
     let (place, saved) = image.save(&order.dir, of, options, &watch)?;
     Ok(SavedFiles {
-        dir: place.dir,
         id: place.id.to_string(),
         data_pages: saved.data_pages,
         zero_pages: saved.zero_pages,

@@ -169,6 +169,11 @@ impl OverlayChain {
         }
         let setup = &self.setup;
         let file = setup.overlays.unnamed(&setup.pool, setup.size, setup.config.cache)?;
+        // No journal gives it a name, to be written by whoever finds it. So nobody opens it for
+        // writing again: not a process that gets it to read.
+        if !setup.base.as_ref().is_some_and(|base| base.is_writable()) {
+            file.forbid_writers().map_err(|source| FileError { path: file.path().to_owned(), what: "kept", source })?;
+        }
         let active = Arc::clone(self.active.insert(Arc::new(file)));
         self.relocation.overlay_made(&self.map, &active, &self.setup.config.path);
         Ok(active)

@@ -41,7 +41,8 @@ impl HugeTmpfs {
     pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
         failpoint(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let fd = openat(&*self.0, ".", flags, Mode::RUSR | Mode::WUSR)?;
+        // For reading: nobody who gets a descriptor of it opens it again for writing.
+        let fd = openat(&*self.0, ".", flags, Mode::RUSR)?;
         failpoint(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
         Ok(fd.into())
@@ -52,8 +53,8 @@ impl HugeTmpfs {
 pub(crate) fn small_file(pages: u64) -> io::Result<File> {
     failpoint(Call::File)?;
     let fd = memfd_create("clade-layer", MemfdFlags::CLOEXEC)?;
-    // Not for every user who gets a descriptor of it, to open again for writing.
-    fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    // As above.
+    fchmod(&fd, Mode::RUSR)?;
     failpoint(Call::Size)?;
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())

@@ -2,11 +2,10 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use clade_devices::virtio::net::Mac;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 
 use crate::vm::identity::IdentityError;
 
@@ -18,15 +17,22 @@ const TRIES: u64 = 1 << 16;
 /// process ends.
 #[derive(Debug)]
 pub(super) struct Claim {
-    _held: UnixDatagram,
+    held: OwnedFd,
+}
+
+/// Takes an abstract name. A stream, which sends nothing anywhere: a process that may open no sockets
+/// gets it, and a datagram can be sent to any address.
+fn hold(name: &str) -> io::Result<OwnedFd> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    Ok(socket)
 }
 
 impl Claim {
     fn new(what: &'static str, value: &str) -> Result<Self, IdentityError> {
-        let held = SocketAddr::from_abstract_name(format!("clade/{what}/{value}"))
-            .and_then(|address| UnixDatagram::bind_addr(&address));
+        let held = hold(&format!("clade/{what}/{value}"));
         match held {
-            Ok(held) => Ok(Self { _held: held }),
+            Ok(held) => Ok(Self { held }),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 Err(IdentityError::Taken { what, value: value.to_owned() })
             }
@@ -36,11 +42,11 @@ impl Claim {
 
     /// The descriptor that holds it: it may be in any process.
     pub(super) fn into_descriptor(self) -> OwnedFd {
-        self._held.into()
+        self.held
     }
 
     pub(super) fn of_descriptor(held: OwnedFd) -> Self {
-        Self { _held: held.into() }
+        Self { held }
     }
 
     pub(super) fn mac(mac: Mac) -> Result<Self, IdentityError> {

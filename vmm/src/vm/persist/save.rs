@@ -219,6 +219,13 @@ impl ForkImage {
             }
         };
         let mut spaces = Vec::new();
+        if let Some((_, base)) = base
+            && base.disks().count() != self.disks().count()
+        {
+            // Another VM of the name.
+            let (found, wanted) = (base.disks().count(), self.disks().count());
+            return Err(SnapshotError::Disks { found, wanted });
+        }
         let older: Vec<Option<&DiskImage>> = match base {
             Some((_, base)) => base.disks().map(Some).collect(),
             None => vec![None; self.disks().count()],

@@ -20,7 +20,7 @@ use clade_io::IoFile;
 use clade_memory::{
     ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };
-use rustix::fs::{AtFlags, OFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fstat, statx};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -309,7 +309,14 @@ impl Received {
         if let Some(kept) = self.kept.get(&at) {
             return Ok(Arc::clone(kept));
         }
-        let kept = Arc::new(self.take(at)?);
+        let kept = self.take(at)?;
+        // A lease is the writing end of a pipe. A lock is on a file.
+        let stat = fstat(&kept).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+        let mode = fcntl_getfl(&kept).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+        if !FileType::from_raw_mode(stat.st_mode).is_fifo() && mode & OFlags::ACCMODE != OFlags::RDONLY {
+            return Err(TransferError::malformed("a descriptor to be kept can be written"));
+        }
+        let kept = Arc::new(kept);
         self.kept.insert(at, Arc::clone(&kept));
         Ok(kept)
     }
@@ -409,7 +416,7 @@ fn no_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<
 fn readable(file: OwnedFd) -> Result<File, TransferError> {
     let file = File::from(file);
     let kind = file.metadata().map_err(TransferError::system("looked at"))?.file_type();
-    let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+    let mode = fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
     if !(kind.is_file() || kind.is_block_device()) || mode & OFlags::ACCMODE != OFlags::RDONLY {
         return Err(TransferError::malformed("a disk's file is none, or can be written"));
     }
