@@ -4,11 +4,11 @@
 use std::sync::OnceLock;
 
 use ciborium::{Value, cbor};
+use clade_devices::virtio::Backend;
+use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use clade_vmm::kvm::VcpuState;
 use clade_vmm::vm::sections::{SECTIONS, host_requirements};
 use clade_vmm::vm::{ForkImage, VmConfig};
-use clade_devices::virtio::Backend;
-use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
 
 const MEMORY: u64 = 1 << 20;

@@ -8,7 +8,8 @@ fuzz_target!(|bytes: &[u8]| {
     assert!(Sections::decode(bytes).is_err() || bytes.len() >= 24);
     // With the right checksum for the whole of it.
     let head = [&b"CLADESTA"[..], &(1u32 << 16).to_le_bytes()].concat();
-    for sections in [seal(bytes.to_vec()), seal([&head, bytes].concat())].iter().flat_map(|file| Sections::decode(file)) {
+    for sections in [seal(bytes.to_vec()), seal([&head, bytes].concat())].iter().flat_map(|file| Sections::decode(file))
+    {
         let list: Vec<(&str, &[u8])> = sections.iter().collect();
         assert_eq!(Sections::decode(&encode_sections(&list)).as_ref(), Ok(&sections));
     }

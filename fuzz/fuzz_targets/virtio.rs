@@ -12,7 +12,7 @@ use clade_devices::virtio::console::ConsoleDevice;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
-use clade_devices::virtio::vsock::{Vsock, VsockOptions};
+use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
 use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
 use clade_devices::{Console, MmioDevice};
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
@@ -95,7 +95,9 @@ fn device(kind: u8, name: &str, saved: Option<(&TransportState, &Backend)>) -> B
         2 => Box::new(SyncDevice::new(ConsoleDevice::new(Console::default()).expect("a console"))),
         3 => {
             let options = VsockOptions { cid: 3, socket: world.dir.path().join(name) };
-            Box::new(SyncDevice::new(Vsock::new(&options, saved.is_some()).expect("a socket")))
+            Box::new(SyncDevice::new(
+                Vsock::new(VsockSocket::bind(&options).expect("a socket"), saved.is_some()).expect("a device"),
+            ))
         }
         _ => match saved {
             Some((TransportState { device: DeviceState::Block(state), .. }, Backend::Disk(image))) => {

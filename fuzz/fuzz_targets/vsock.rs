@@ -38,11 +38,27 @@ const MARK: u8 = 0x5a;
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Step {
     /// A packet in order: operation, host's port, guest's port, data, room, flags.
-    Packet { op: u8, host: u8, guest: u8, len: u16, room: u32, flags: u8 },
+    Packet {
+        op: u8,
+        host: u8,
+        guest: u8,
+        len: u16,
+        room: u32,
+        flags: u8,
+    },
     /// The same with a length of its own, over buffers of these lengths that overlap.
-    Lie { op: u8, host: u8, guest: u8, len: u32, buffers: Vec<u32> },
+    Lie {
+        op: u8,
+        host: u8,
+        guest: u8,
+        len: u32,
+        buffers: Vec<u32>,
+    },
     /// Any bytes for a header.
-    Raw { header: Vec<u8>, cid: u64 },
+    Raw {
+        header: Vec<u8>,
+        cid: u64,
+    },
     /// The guest posts buffers to receive into.
     Receive(u8, u16),
     Connect(Vec<u8>, bool),
@@ -115,7 +131,8 @@ impl Vm {
         let ram = GuestRam::reserve(image.layout(), store).expect("memory");
         ram.adopt(image).expect("memory");
         let options = VsockOptions { cid: CID, socket: dir.path().join("vm.sock") };
-        let device = SyncDevice::new(Vsock::new(VsockSocket::bind(&options).expect("a socket"), false).expect("a device"));
+        let device =
+            SyncDevice::new(Vsock::new(VsockSocket::bind(&options).expect("a socket"), false).expect("a device"));
         let device = VirtioMmio::new(Box::new(device), &ram, Wiring::new(3).expect("wires"), false);
         let mut vm = Self { ram, device, available: [0; 3], hosts: Vec::new() };
         vm.set_up();
@@ -241,7 +258,8 @@ impl Vm {
             }
             Step::Connect(line, proper) => {
                 let Ok(mut host) = UnixStream::connect(world().dir.path().join("vm.sock")) else { return };
-                let line = if proper { format!("CONNECT {}\n", line.first().unwrap_or(&5) % 8).into_bytes() } else { line };
+                let line =
+                    if proper { format!("CONNECT {}\n", line.first().unwrap_or(&5) % 8).into_bytes() } else { line };
                 let _ = host.write_all(&line[..line.len().min(100)]);
                 self.keep(host);
             }
