@@ -93,7 +93,7 @@ fn save(args: &SaveArgs) -> Outcome {
 
 fn working_set(args: &ActArgs) -> Outcome {
     let answer: WorkingSetAnswer =
-        ask(Client::default().request(Method::POST, &args.name, "/working-set", None::<&()>))?;
+        ask(Client::default().through_supervisor(Method::POST, &args.name, "/working-set", None::<&()>))?;
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }

@@ -358,6 +358,7 @@ fn a_confined_vm_is_saved_and_what_changed_since_is_saved_alone() {
     memory("web").write(0, 1);
     memory("web").write(3, 30);
     all.runtime.clade(&["snapshot", "web", &at("inc"), "--incremental"]).expect_refusal("save it in full first");
+    all.runtime.clade(&["snapshot", "working-set", "web"]).expect_refusal("not saved before");
     all.runtime.clade(&["snapshot", "web", &at("no/where")]).expect_refusal("no/where");
     let full = all.runtime.clade(&["snapshot", "web", &at("full"), "--json"]).json();
     memory("web").write(0, 2);
@@ -370,6 +371,10 @@ fn a_confined_vm_is_saved_and_what_changed_since_is_saved_alone() {
     for name in ["full", "part", "more"] {
         assert_eq!(all.runtime.clade(&["snapshot", "verify", &at(name)]).code, Some(0), "{name}");
     }
+    let recorded = all.runtime.clade(&["snapshot", "working-set", "web", "--json"]).json();
+    assert!(recorded["pages"].as_u64() > Some(0), "{recorded}");
+    let shown = all.runtime.clade(&["snapshot", "show", &at("more"), "--json"]).json();
+    assert_eq!(shown["working_set"], true, "{shown}");
     // Nothing else is there, and the supervisor has no other worker left.
     let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
     names.sort();

@@ -392,6 +392,14 @@ pub struct WorkingSetAnswer {
     pub pages: u64,
 }
 
+/// Pages that a VM has touched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TouchedAnswer {
+    /// Runs of pages, ascending: the first, and the one behind the last. Pages are counted over all
+    /// of memory.
+    pub runs: Vec<(u64, u64)>,
+}
+
 /// A child's own interfaces, addresses and sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct IdentityInfo {

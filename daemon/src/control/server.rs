@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, VmInfo, WorkingSetAnswer,
+    SnapshotRequest, TouchedAnswer, VmInfo, WorkingSetAnswer,
 };
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::{memory, pages, ttl};
@@ -241,6 +241,16 @@ async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<Stri
     Ok(Json(recorded.await?))
 }
 
+/// Lists the pages that a VM has touched since it was started.
+#[utoipa::path(get, path = "/v1/vms/{name}/touched", responses((status = 200, description = "Done.", body = TouchedAnswer)))]
+async fn touched(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
+    let listed = with_fleet(fleet, move |fleet| {
+        let runs = fleet.get(&name)?.vm.touched_runs()?;
+        Ok(TouchedAnswer { runs: runs.iter().map(|run| (run.start(), run.end())).collect() })
+    });
+    Ok(Json(listed.await?))
+}
+
 /// Requests statistics from the guest. Returns earlier ones if it does not answer in time.
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     let before = vm.balloon_stats()?.answers;
@@ -297,6 +307,7 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(balloon, set_balloon))
         .routes(routes!(snapshot_progress, snapshot, cancel_snapshot))
         .routes(routes!(working_set))
+        .routes(routes!(touched))
         .routes(routes!(pause))
         .routes(routes!(resume))
         .routes(routes!(stop))

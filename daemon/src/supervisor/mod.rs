@@ -91,6 +91,8 @@ struct Inner {
     keys: Arc<Keys>,
     /// Names of the VMs whose workers were started here, by the workers' pids.
     vms: Mutex<BTreeMap<u32, String>>,
+    /// VMs that have ended while their names were taken: how, and whether in an orderly way.
+    unsettled: Mutex<Vec<(String, Exit, bool)>>,
     closing: AtomicBool,
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
@@ -131,6 +133,7 @@ impl Supervisor {
             events: Arc::default(),
             keys: Arc::default(),
             vms: Mutex::default(),
+            unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
             ending: watch::Sender::new(false),
@@ -481,11 +484,33 @@ impl Inner {
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By itself, or by a signal that it has heard.
         let was_orderly = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
-        // Its files are there. The lock went with it, unless another has the name by now.
-        if let Ok(claim) = NameClaim::new(&self.dir, &name) {
-            self.clear_up(claim, exit, was_orderly);
+        // Its files are there. The lock went with it, unless another has the name by now: or this
+        // process, which has not left it to the VM yet.
+        match NameClaim::new(&self.dir, &name) {
+            Ok(claim) => self.clear_up(claim, exit, was_orderly),
+            Err(FleetError::Taken { .. }) => self.unsettled().push((name.clone(), exit, was_orderly)),
+            Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
         }
         self.say_ended(&name);
+    }
+
+    fn unsettled(&self) -> MutexGuard<'_, Vec<(String, Exit, bool)>> {
+        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clears up after VMs whose names were taken when they ended.
+    fn settle(&self) {
+        let ended = std::mem::take(&mut *self.unsettled());
+        for (name, exit, was_orderly) in ended {
+            // Another VM has the name, or somebody has cleared up.
+            let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
+            if is_gone || self.vms().values().any(|other| *other == name) {
+                continue;
+            }
+            if let Ok(claim) = NameClaim::new(&self.dir, &name) {
+                self.clear_up(claim, exit, was_orderly);
+            }
+        }
     }
 
     /// Records the end of a VM, and removes its files.
@@ -530,6 +555,7 @@ impl Inner {
     /// next sweep.
     fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
         let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
+        self.settle();
         let mut found = BTreeSet::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
             Ok(dead) => dead,
@@ -538,12 +564,12 @@ impl Inner {
                 return found;
             }
         };
-        let mut vms = self.vms();
         for (claim, pid) in dead {
-            let worker = vms.iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
+            // Not under the lock: clearing up takes time.
+            let worker = self.vms().iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
             if let Some(pid) = worker.filter(|pid| is_there(*pid)) {
                 // Its process waits until it may give its disks what was written since a fork.
-                vms.remove(&pid);
+                self.vms().remove(&pid);
                 self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
                 continue;
             }
@@ -556,10 +582,10 @@ impl Inner {
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
             self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
-            worker.map(|pid| vms.remove(&pid));
+            worker.map(|pid| self.vms().remove(&pid));
         }
         // Those that have ended in an orderly way under a zygote that was killed.
-        vms.retain(|pid, name| is_there(*pid) || found.contains(name));
+        self.vms().retain(|pid, name| is_there(*pid) || found.contains(name));
         found
     }
 }

@@ -28,8 +28,8 @@ use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
     ForkAnswer, ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
-    SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, VmInfo, authorize, expect_absolute, fallback, not_allowed,
-    on_a_thread, serve_http,
+    SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, authorize,
+    expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, FleetError};
 
@@ -240,6 +240,20 @@ async fn cancel_snapshot(
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
 
+/// Records a VM's working set in its snapshot.
+#[utoipa::path(post, path = "/v1/vms/{name}/working-set", responses((status = 200, description = "Done.", body = WorkingSetAnswer)))]
+async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
+    let client = Client::new(supervisor.dir());
+    if !supervisor.saves(&name) {
+        return Ok(Json(client.request(hyper::Method::POST, &name, "/working-set", None::<&()>).await?));
+    }
+    let touched: TouchedAnswer = client.request(hyper::Method::GET, &name, "/touched", None::<&()>).await?;
+    let record = move |supervisor: &Supervisor, _: &Cancel| {
+        Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
+    };
+    work(supervisor, record).await
+}
+
 /// Passes a request for one VM on to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let path = request.uri().path();
@@ -288,6 +302,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
         .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
+        .routes(routes!(working_set))
         .routes(routes!(checkpoints))
         .routes(routes!(show_checkpoint, remove_checkpoint))
         .routes(routes!(fork_checkpoint))

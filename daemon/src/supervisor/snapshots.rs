@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use clade_snapshot::SnapshotId;
+use clade_memory::PageRange;
+use clade_snapshot::{SnapshotId, record_working_set};
 
 use super::Supervisor;
 use super::about::About;
 use super::checkpoint::Checkpoint;
-use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest};
+use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
 use crate::worker::{EnterOrder, SaveOrder, SavedFiles, written_beside};
@@ -102,6 +103,11 @@ impl Snapshots {
         }
     }
 
+    /// The directory of a VM's last snapshot.
+    fn last_dir(&self, vm: &str) -> Option<PathBuf> {
+        Some(self.states().get(vm)?.last.as_ref()?.dir.clone())
+    }
+
     /// Forgets a VM that has ended.
     pub(super) fn forget(&self, vm: &str) {
         // Not under the lock: closing descriptors takes time.
@@ -114,6 +120,28 @@ impl Supervisor {
     /// Whether a VM is saved here, and not by its own process.
     pub(super) fn saves(&self, vm: &str) -> bool {
         About::read(&self.0.dir, vm).is_ok_and(|about| about.is_some())
+    }
+
+    /// Records the pages that a VM has touched in its last snapshot. `touched` is what its process
+    /// says. Returns their number.
+    ///
+    /// # Errors
+    /// When it was not saved here, or the record cannot be written.
+    pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, FleetError> {
+        let refused = |text| FleetError::Refused { kind: ProblemKind::SnapshotConflict, text };
+        let dir = self.0.snapshots.last_dir(vm);
+        let dir = dir.ok_or_else(|| refused(format!("{vm} was not saved before under this supervisor")))?;
+        let (mut runs, mut end) = (Vec::with_capacity(touched.runs.len()), 0);
+        for (first, behind) in touched.runs.iter().copied() {
+            if first < end || behind <= first {
+                let text = format!("the process of {vm:?} says that it has touched pages {first} to {behind}");
+                return Err(FleetError::Worker { source: std::io::Error::other(text) });
+            }
+            runs.push(PageRange::new(first, behind));
+            end = behind;
+        }
+        record_working_set(&dir, &runs).map_err(|error| FleetError::Snapshot(Box::new(error.into())))?;
+        Ok(runs.iter().map(|run| run.len()).sum())
     }
 
     /// Saves a VM, which runs on.

@@ -175,6 +175,15 @@ impl Vm {
         self.saving.cancel.store(true, Ordering::Relaxed);
     }
 
+    /// The pages that the VM has touched since it was started, as those of a snapshot's memory: for
+    /// whoever records them for it.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn touched_runs(&self) -> Result<Vec<PageRange>, SnapshotError> {
+        Ok(linear(self.config().layout(), &self.ram().touched()?))
+    }
+
     /// Records the VM's working set in the snapshot it was restored from or last saved to: the
     /// pages it has touched since it was started. `--working-set` reads these ahead. Returns their
     /// number.
@@ -186,7 +195,7 @@ impl Vm {
         let busy = || SnapshotError::Busy { name: self.name().to_owned() };
         let last = self.saving.last.try_lock().map_err(|_| busy())?;
         let Some(last) = last.as_ref() else { return Err(SnapshotError::NoBase { name: self.name().to_owned() }) };
-        let runs = linear(self.config().layout(), &self.ram().touched()?);
+        let runs = self.touched_runs()?;
         record_working_set(&last.place.dir, &runs)?;
         Ok(runs.iter().map(|run| run.len()).sum())
     }
