@@ -2,7 +2,7 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1 | client | one byte |
+//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer |
 //! | 2 | VM's process | how the fork went, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
@@ -10,7 +10,7 @@
 //! until the last process that uses it has gone.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -30,6 +30,12 @@ use clade_vmm::vm::{ForkReport, Identity, Leases, SealedParts, Vm, VmConfig};
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
 const MAX_CLIENTS: usize = 4;
 /// Most bytes of an answer.
+/// How often whoever wants an image is looked for.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// Fork the VM, and give the image.
+const FORK: u8 = 1;
+/// Have the guest's connections made by another broker ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
+const BROKER: u8 = 2;
 const MAX_ANSWER: usize = 64 << 10;
 /// How long the other side may take for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -112,7 +118,12 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
     }
     set_socket_timeout(socket, Timeout::Recv, Some(REQUEST_TIMEOUT))?;
     set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
-    seqpacket::receive(socket, 1)?;
+    let Message { bytes, mut files } = seqpacket::receive(socket, 1)?;
+    if bytes == [BROKER] {
+        let (vm, broker) =
+            (vm.upgrade().ok_or(io::ErrorKind::NotFound)?, files.pop().ok_or(io::ErrorKind::InvalidData)?);
+        return vm.connect_broker(broker);
+    }
     let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases, fleet));
     match made {
         Ok((forked, parts)) => {
@@ -150,7 +161,47 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
 ///
 /// # Errors
 /// When there is no such VM, or it cannot be forked.
-pub(crate) fn fetch(dir: &Path, name: &str) -> Result<(Forked, SealedParts), FleetError> {
+pub(crate) fn fetch(
+    dir: &Path,
+    name: &str,
+    check: &dyn Fn() -> Result<(), FleetError>,
+) -> Result<(Forked, SealedParts), FleetError> {
+    let begun = Instant::now();
+    let go_on = || begun.elapsed() < PATIENCE && check().is_ok();
+    let socket = connected(dir, name)?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL))
+        .map_err(|errno| FleetError::Worker { source: errno.into() })?;
+    let failed = |source| FleetError::Worker { source };
+    let silent = |source| FleetError::Refused {
+        kind: ProblemKind::VmGone,
+        text: format!("the process of {name:?} does not answer: {source}"),
+    };
+    seqpacket::send(&socket, &[FORK], &[]).map_err(silent)?;
+    let answer = loop {
+        match seqpacket::receive(socket.as_fd(), MAX_ANSWER) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
+            answer => break answer,
+        }
+    };
+    // Whoever wanted it may have gone.
+    check()?;
+    let Message { bytes, .. } = answer.map_err(silent)?;
+    match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
+        Answer::Forked(forked) => Ok((*forked, SealedParts::receive_while(&socket, &go_on)?)),
+        Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
+    }
+}
+
+/// Has the process of the VM called `name` use another broker for its guest's connections.
+///
+/// # Errors
+/// When there is no such VM.
+pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), FleetError> {
+    let socket = connected(dir, name)?;
+    seqpacket::send(&socket, &[BROKER], &[broker]).map_err(|source| FleetError::Worker { source })
+}
+
+fn connected(dir: &Path, name: &str) -> Result<OwnedFd, FleetError> {
     check_name(name)?;
     let path = image_path(dir, name);
     let failed = |source| FleetError::Worker { source };
@@ -165,14 +216,5 @@ pub(crate) fn fetch(dir: &Path, name: &str) -> Result<(Forked, SealedParts), Fle
         Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
         other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
     }
-    let silent = |source| FleetError::Refused {
-        kind: ProblemKind::VmGone,
-        text: format!("the process of {name:?} does not answer: {source}"),
-    };
-    seqpacket::send(&socket, &[1], &[]).map_err(silent)?;
-    let Message { bytes, .. } = seqpacket::receive(socket.as_fd(), MAX_ANSWER).map_err(silent)?;
-    match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
-        Answer::Forked(forked) => Ok((*forked, SealedParts::receive(&socket)?)),
-        Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
-    }
+    Ok(socket)
 }

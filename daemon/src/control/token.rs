@@ -154,7 +154,7 @@ fn is_local_name(authority: &Authority) -> bool {
 }
 
 /// Refuses a request without the token, or for another host.
-pub(crate) async fn authorize(State(token): State<Arc<Token>>, request: Request, next: Next) -> Response {
+pub(crate) async fn authorize(State(token): State<Arc<Token>>, mut request: Request, next: Next) -> Response {
     let host = request.headers().get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
     let of_uri = request.uri().authority().is_none_or(is_local_name);
     if !of_uri || !host.is_some_and(|host| is_local_name(&host)) {
@@ -166,6 +166,8 @@ pub(crate) async fn authorize(State(token): State<Arc<Token>>, request: Request,
         scheme.eq_ignore_ascii_case(b"Bearer ").then_some(token)
     });
     if shown.is_some_and(|shown| token.is(shown)) {
+        // It goes no further: a VM's process, to which a request may be passed on, is not trusted.
+        request.headers_mut().remove(AUTHORIZATION);
         return next.run(request).await;
     }
     ApiError::from(ProblemKind::Unauthorized).into_response()

@@ -19,7 +19,15 @@ use clade_vmm::vm::{StopReason, Vm};
 const MAX_RECORDS: usize = 100;
 /// Bytes of console output kept in each.
 const MAX_OUTPUT: u64 = 32 << 10;
+/// Bytes of a reason in words, of a process that is not trusted.
+const MAX_REASON: usize = 1 << 10;
 const ENDING: &str = ".ended";
+
+/// Keeps the beginning of a text.
+fn shorten(text: &mut String, most: usize) {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+}
 
 /// A VM that ended by itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,7 +87,12 @@ pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
         // The process may have been broken into: its number is known better here.
-        Some(said) => write(dir, &EndedVm { pid: exit.pid, ..said }),
+        Some(mut said) => {
+            said.pid = exit.pid;
+            shorten(&mut said.reason, MAX_REASON);
+            shorten(&mut said.console, MAX_OUTPUT as usize);
+            write(dir, &said);
+        }
         None if was_orderly => {}
         None => record_lost(dir, name, exit),
     }

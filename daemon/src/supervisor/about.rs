@@ -72,10 +72,10 @@ impl About {
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub(super) fn all(dir: &RuntimeDir) -> Result<Vec<Self>, FleetError> {
+    pub(super) fn all(dir: &RuntimeDir) -> Result<Vec<(String, Self)>, FleetError> {
         let names = dir.entries().map_err(failed)?;
         let names = names.iter().filter_map(|file| file.to_str()?.strip_suffix(".vm"));
-        Ok(names.filter_map(|name| Self::read(dir, name).ok().flatten()).collect())
+        Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
     }
 
     /// What is known of a VM whose process has given an image and said `forked`.
@@ -177,7 +177,7 @@ mod tests {
         // One that was not started here is believed, but for the directory.
         let believed = About::of(None, "other", &forked(&config)).unwrap();
         assert_eq!(believed.shape.overlays, [Path::new("/etc/.clade-overlays")]);
-        assert_eq!(About::all(&dir).unwrap(), [known]);
+        assert_eq!(About::all(&dir).unwrap(), [("web".to_owned(), known)]);
         drop(claim);
         assert_eq!(About::read(&dir, "web").unwrap(), None);
     }

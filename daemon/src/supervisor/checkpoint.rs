@@ -22,14 +22,18 @@ pub(crate) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Forks the VM called `vm`, which runs on.
+    /// Forks the VM called `vm`, which runs on. `check` is asked meanwhile.
     ///
     /// # Errors
     /// When there is no such VM, or it cannot be forked.
-    pub(super) fn take(dir: &RuntimeDir, vm: &str) -> Result<Self, FleetError> {
+    pub(super) fn take(
+        dir: &RuntimeDir,
+        vm: &str,
+        check: &dyn Fn() -> Result<(), FleetError>,
+    ) -> Result<Self, FleetError> {
         // Before: the VM's files may be another's when its image is there.
         let written = About::read(dir, vm)?;
-        let (forked, parts) = image::fetch(dir.path(), vm)?;
+        let (forked, parts) = image::fetch(dir.path(), vm, check)?;
         let about = About::of(written, vm, &forked)?;
         Ok(Self { vm: vm.to_owned(), about, parts, forked, made: Instant::now() })
     }

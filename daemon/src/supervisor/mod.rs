@@ -38,6 +38,7 @@ mod snapshots;
 pub use server::TcpError;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -55,6 +56,7 @@ use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
     check_names, check_room, claim_names, recorded_reason, vm_names,
 };
+use crate::image::give_broker;
 use crate::jail::{Confinement, is_block_device};
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
 use crate::zygote::{Exit, Zygote};
@@ -118,12 +120,22 @@ impl Supervisor {
         let zygote = Arc::new(Zygote::start(sender, confinement)?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
-        for about in About::all(&dir)? {
+        let broker = Broker::start().map_err(failed)?;
+        // VMs of a supervisor that has ended.
+        for (name, about) in About::all(&dir)? {
             overlays.found(&about.overlays);
+            if let Some(vsock) = &about.identity.vsock {
+                let given = broker.connect(vsock.socket.clone()).map_err(failed);
+                let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
+                if let Err(error) = given {
+                    // It has died, most likely.
+                    tracing::debug!(%error, name, "its guest is not connected to the host");
+                }
+            }
         }
         let supervisor = Self(Arc::new(Inner {
             pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
-            broker: Broker::start().map_err(failed)?,
+            broker,
             zygote,
             place,
             overlays,
@@ -186,12 +198,13 @@ impl Supervisor {
     ) -> Result<CheckpointInfo, FleetError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, name)?;
-        let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm)?);
+        let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
         // Nobody would know of it.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
-        self.0.checkpoints.insert(&name, checkpoint);
+        // First: as soon as it is there, another request may remove it, and say so.
         self.0.events.checkpoint_created(&name, vm);
+        self.0.checkpoints.insert(&name, checkpoint);
         Ok(info)
     }
 
@@ -235,7 +248,7 @@ impl Supervisor {
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, cancel)?;
         let claimed = Instant::now();
-        let checkpoint = Checkpoint::take(&self.0.dir, vm)?;
+        let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, request.count, cancel))?;
         tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
+use axum::http::HeaderName;
+use axum::http::header::{AUTHORIZATION, COOKIE};
 use axum::response::Response;
 use hyper::Method;
 use hyper_util::rt::TokioIo;
@@ -32,8 +34,17 @@ impl Default for Limits {
 
 /// Passes a request on to the process of `name`. A long request, such as a snapshot, takes the time
 /// that it needs as long as its process answers others.
-pub(super) async fn forward(dir: &Path, name: &str, request: Request, limits: Limits) -> Result<Response, ApiError> {
+pub(super) async fn forward(
+    dir: &Path,
+    name: &str,
+    mut request: Request,
+    limits: Limits,
+) -> Result<Response, ApiError> {
     check_name(name)?;
+    // What says who the client is, or means something here alone, is not for a VM's process.
+    for header in [AUTHORIZATION, COOKIE, HeaderName::from_static("idempotency-key")] {
+        request.headers_mut().remove(header);
+    }
     let path = socket_path(dir, name);
     let silent = || ApiError::new(ProblemKind::VmSilent, format!("the process of {name:?} does not answer"));
     let stream = match UnixStream::connect(&path).await {

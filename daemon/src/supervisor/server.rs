@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
@@ -194,7 +194,15 @@ async fn prepare(
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     let client = Client::new(supervisor.dir());
-    Ok(Json(client.stop_and(&name, |_, claim, exit| supervisor.clear_up(claim, exit)).await?))
+    let left = Mutex::new(None);
+    let info = client
+        .stop_and(&name, |_, claim, exit| *left.lock().unwrap_or_else(PoisonError::into_inner) = Some((claim, exit)))
+        .await?;
+    if let Some((claim, exit)) = left.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        // Closing descriptors may free memory and disks.
+        on_a_thread(THREAD_PATIENCE, move || supervisor.clear_up(claim, exit)).await?;
+    }
+    Ok(Json(info))
 }
 
 /// Saves a VM. Answers when all is on the disk.

@@ -164,7 +164,7 @@ impl Supervisor {
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
-        let image = Arc::new(Checkpoint::take(&self.0.dir, vm)?);
+        let image = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
         // The base gets a note of its dependent. Those before it are read.

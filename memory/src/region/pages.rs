@@ -149,7 +149,8 @@ impl GuestRegion {
 
     /// What was copied so far, by cause.
     pub(crate) fn cow_counts(&self) -> Result<CowCounts, RamError> {
-        let state = self.state();
+        // It changes nothing, so short reads are pinned meanwhile.
+        let state = self.state_for_pin();
         if !self.is_live() {
             return Ok(CowCounts::default());
         }
@@ -188,14 +189,20 @@ impl GuestRegion {
         let mut taken = [known, absent].concat();
         taken.sort_unstable();
         for rest in subtract_runs(&[self.range()], &join_runs(&taken, 0)) {
-            let mut zeros = vec![rest];
+            // In one pass: of a region in many pieces, this is all that takes time.
+            let mut at = rest.start;
             for (piece, source) in state.space.map().within(rest) {
                 let id = source.layer.id();
                 let kind = if id.is_reference() { PageKind::Reference } else { PageKind::Shared(id) };
+                if at < piece.start {
+                    kinds.push((PageRange::new(at, piece.start), PageKind::Reference));
+                }
                 kinds.push((piece, kind));
-                zeros = subtract_runs(&zeros, &[piece]);
+                at = piece.end;
             }
-            kinds.extend(zeros.into_iter().map(|run| (run, PageKind::Reference)));
+            if at < rest.end {
+                kinds.push((PageRange::new(at, rest.end), PageKind::Reference));
+            }
         }
         kinds.sort_unstable_by_key(|(run, _)| run.start);
         Ok(kinds)
@@ -216,7 +223,8 @@ pub(crate) fn page_map(regions: &[Arc<GuestRegion>], origin: Option<&RamImage>) 
     let mut maps = Vec::new();
     let mut own_views: BTreeSet<u64> = origin.into_iter().flat_map(RamImage::regions).map(|r| r.map.id()).collect();
     for region in regions {
-        let state = region.state();
+        // It changes nothing, so short reads are pinned meanwhile.
+        let state = region.state_for_pin();
         if !region.is_live() {
             return Err(RamError::Empty { base: region.base.0 });
         }

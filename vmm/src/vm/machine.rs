@@ -1,6 +1,8 @@
 //! The VM itself: boot, assembly, pause, stop, and queries.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 use clade_devices::Console;
 use clade_devices::disk::Disk;
 use clade_devices::virtio::block::Block;
+use clade_devices::virtio::vsock::BrokerSlot;
 use clade_memory::{CowCounts, GuestRam, PageMap, RamStats};
 
 use crate::boot::{self, BootSource};
@@ -48,6 +51,8 @@ pub struct Vm {
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
     born: Instant,
+    /// Who connects the guest to the host, if that is another process.
+    broker: Option<BrokerSlot>,
     /// Dropped after the devices, whose interfaces and addresses the claims hold.
     _claims: Claims,
     /// Whether its owner has paused it. Guards pause it independently.
@@ -150,6 +155,7 @@ impl Vm {
             devices,
             identity: Arc::new(ends.identity),
             generation,
+            broker: ends.broker,
             _claims: ends.claims,
             born: Instant::now(),
             held: AtomicBool::new(false),
@@ -213,6 +219,15 @@ impl Vm {
             self.prepared.control.resume();
         }
         Ok(())
+    }
+
+    /// Has the process behind `broker` make the guest's connections to the host from now on
+    /// ([`clade_devices::virtio::vsock::answer_broker`]).
+    ///
+    /// # Errors
+    /// When the VM makes them itself, or has no socket device.
+    pub fn connect_broker(&self, broker: OwnedFd) -> io::Result<()> {
+        self.broker.as_ref().ok_or(io::ErrorKind::Unsupported)?.put(broker)
     }
 
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.

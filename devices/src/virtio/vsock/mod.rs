@@ -22,7 +22,7 @@ mod socket;
 mod state;
 
 pub use device::{Vsock, VsockError, VsockOptions, VsockStats};
-pub use socket::{VsockSocket, answer_broker};
+pub use socket::{BrokerSlot, VsockSocket, answer_broker};
 pub use state::VsockState;
 
 /// The host's CID.

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clade_io::seqpacket;
@@ -34,9 +35,30 @@ const NUMBER: usize = 4;
 enum HostPorts {
     /// By itself.
     Direct,
-    /// Through the broker at the other end. None once it has failed: its answers may be those to
-    /// earlier requests.
-    Broker(Option<OwnedFd>),
+    /// Through the broker at the other end.
+    Broker(BrokerSlot),
+}
+
+/// The broker of a socket device. Another can take its place. None once it has failed: its answers
+/// may be those to earlier requests.
+#[derive(Clone, Debug, Default)]
+pub struct BrokerSlot(Arc<Mutex<Option<OwnedFd>>>);
+
+impl BrokerSlot {
+    fn broker(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `broker` make the guest's connections from now on.
+    ///
+    /// # Errors
+    /// When it is no socket.
+    pub fn put(&self, broker: OwnedFd) -> io::Result<()> {
+        set_socket_timeout(&broker, Timeout::Recv, Some(PATIENCE))?;
+        set_socket_timeout(&broker, Timeout::Send, Some(PATIENCE))?;
+        *self.broker() = Some(broker);
+        Ok(())
+    }
 }
 
 /// The host's end of a socket device, bound and not yet served.
@@ -77,12 +99,19 @@ impl VsockSocket {
     /// When the CID is reserved.
     pub fn handed_in(options: VsockOptions, listener: OwnedFd, broker: Option<OwnedFd>) -> Result<Self, VsockError> {
         check_cid(&options)?;
-        if let Some(broker) = &broker {
-            set_socket_timeout(broker, Timeout::Recv, Some(PATIENCE))
-                .and_then(|()| set_socket_timeout(broker, Timeout::Send, Some(PATIENCE)))
-                .map_err(|errno| VsockError::Socket { path: options.socket.clone(), source: errno.into() })?;
+        let slot = BrokerSlot::default();
+        let put = broker.map_or(Ok(()), |broker| slot.put(broker));
+        put.map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
+        Ok(Self { options, listener: listener.into(), ports: HostPorts::Broker(slot), removes: false })
+    }
+
+    /// Where its broker is, if it has one.
+    #[must_use]
+    pub fn broker(&self) -> Option<BrokerSlot> {
+        match &self.ports {
+            HostPorts::Direct => None,
+            HostPorts::Broker(slot) => Some(slot.clone()),
         }
-        Ok(Self { options, listener: listener.into(), ports: HostPorts::Broker(broker), removes: false })
     }
 
     /// Gives up the listener for another process. From here on the socket's file is the caller's to
@@ -97,14 +126,16 @@ impl VsockSocket {
     }
 
     /// Connects to a port of the host, without blocking on its listener.
-    pub(super) fn dial(&mut self, port: u32) -> io::Result<Attempt> {
-        match &mut self.ports {
+    pub(super) fn dial(&self, port: u32) -> io::Result<Attempt> {
+        match &self.ports {
             HostPorts::Direct => attempt(&port_path(&self.options.socket, port)),
-            HostPorts::Broker(None) => Err(io::ErrorKind::ConnectionRefused.into()),
-            HostPorts::Broker(broker @ Some(_)) => {
-                let asked = broker.as_ref().map_or(Err(io::ErrorKind::NotConnected.into()), |broker| ask(broker, port));
+            HostPorts::Broker(slot) => {
+                let mut broker = slot.broker();
+                let Some(asked) = broker.as_ref().map(|broker| ask(broker, port)) else {
+                    return Err(io::ErrorKind::ConnectionRefused.into());
+                };
                 asked.unwrap_or_else(|error| {
-                    tracing::warn!(%error, "guests' connections to the host are refused from here on");
+                    tracing::warn!(%error, "guests' connections to the host are refused until there is another broker");
                     *broker = None;
                     Err(io::ErrorKind::ConnectionRefused.into())
                 })
@@ -197,7 +228,7 @@ mod tests {
     fn a_broker_connects_to_the_guests_listeners_and_to_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let (ours, theirs) = seqpacket::pair().unwrap();
-        let mut socket = handed(dir.path(), Some(theirs));
+        let socket = handed(dir.path(), Some(theirs));
         let path = dir.path().join("v");
         let broker = thread::spawn(move || while answer_broker(&ours, &path).is_ok() {});
         let missing = socket.dial(5).unwrap_err();
@@ -214,12 +245,12 @@ mod tests {
     #[test]
     fn without_a_broker_and_after_a_wrong_answer_connections_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let mut without = handed(dir.path(), None);
+        let without = handed(dir.path(), None);
         assert_eq!(without.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         drop(without);
         std::fs::remove_file(dir.path().join("v")).unwrap();
         let (ours, theirs) = seqpacket::pair().unwrap();
-        let mut socket = handed(dir.path(), Some(theirs));
+        let socket = handed(dir.path(), Some(theirs));
         // It says that there is a connection, and sends none. The next answer is for nobody.
         for status in [0i32, libc::ENOENT] {
             seqpacket::send(&ours, &status.to_le_bytes(), &[]).unwrap();
@@ -227,6 +258,14 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(socket.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         }
-        assert!(matches!(socket.ports, HostPorts::Broker(None)));
+        // Another takes its place.
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        socket.broker().unwrap().put(theirs).unwrap();
+        let path = dir.path().join("v");
+        let broker = thread::spawn(move || answer_broker(&ours, &path));
+        let listener = UnixListener::bind(dir.path().join("v_5")).unwrap();
+        assert!(matches!(socket.dial(5), Ok(Attempt::Connected(_))));
+        listener.accept().unwrap();
+        broker.join().unwrap().unwrap();
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::Mac;
-use clade_devices::virtio::vsock::{VsockOptions, VsockSocket};
+use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
 use clade_io::Tap;
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +42,7 @@ pub(crate) struct VsockEnd {
 pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
     pub(crate) vsock: Option<VsockEnd>,
+    pub(crate) broker: Option<BrokerSlot>,
     pub(crate) identity: Identity,
     pub(crate) claims: Claims,
 }
@@ -136,7 +137,7 @@ impl Endpoints {
     /// # Errors
     /// When there is no descriptor to be had. The files are removed then.
     pub fn hand_over(self, broker: Option<OwnedFd>) -> io::Result<(EndpointParts, Vec<OwnedFd>)> {
-        let Self { nets, vsock, identity, claims } = self;
+        let Self { nets, vsock, identity, claims, .. } = self;
         let mut files = Vec::new();
         let mut parts = EndpointParts { identity, ..EndpointParts::default() };
         for net in nets {
@@ -175,8 +176,9 @@ impl Endpoints {
         }
         ends.claims.0 = files.by_ref().take(claims).map(Claim::of_descriptor).collect();
         if let (Some(options), Some(listener)) = (&identity.vsock, files.next()) {
-            ends.vsock =
-                Some(VsockEnd { socket: VsockSocket::handed_in(options.clone(), listener, files.next())?, reset });
+            let socket = VsockSocket::handed_in(options.clone(), listener, files.next())?;
+            ends.broker = socket.broker();
+            ends.vsock = Some(VsockEnd { socket, reset });
         }
         ends.identity = identity;
         Ok(ends)

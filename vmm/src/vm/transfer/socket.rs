@@ -39,7 +39,16 @@ impl SealedParts {
     /// # Errors
     /// When the other side has gone, is of another version, or sends something else.
     pub fn receive(socket: impl AsFd) -> Result<Self, TransferError> {
-        let Message { bytes: hello, files: mut first } = receive(&socket)?;
+        Self::receive_while(socket, &|| false)
+    }
+
+    /// The same from a process that may be slow on purpose: when nothing has come for the socket's
+    /// timeout, `go_on` says whether to wait on.
+    ///
+    /// # Errors
+    /// As for [`Self::receive`].
+    pub fn receive_while(socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Self, TransferError> {
+        let Message { bytes: hello, files: mut first } = receive(&socket, go_on)?;
         let number = |at: usize| hello[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         if hello.len() != HELLO || hello[..8] != MAGIC {
             return Err(TransferError::malformed(format!("it begins with {} other bytes", hello.len())));
@@ -56,7 +65,7 @@ impl SealedParts {
         };
         let mut files = Vec::new();
         while files.len() < count {
-            let batch = receive(&socket)?.files;
+            let batch = receive(&socket, go_on)?.files;
             let wanted = (count - files.len()).min(BATCH);
             if batch.len() != wanted {
                 return Err(TransferError::malformed(format!("{} descriptors of {wanted}", batch.len())));
@@ -110,8 +119,14 @@ impl ImageParts {
     }
 }
 
-fn receive(socket: impl AsFd) -> Result<Message, TransferError> {
-    seqpacket::receive(socket, HELLO + 1).map_err(|error| match error.kind() {
+fn receive(socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Message, TransferError> {
+    let received = loop {
+        match seqpacket::receive(&socket, HELLO + 1) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
+            received => break received,
+        }
+    };
+    received.map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => TransferError::malformed("the other side has gone"),
         io::ErrorKind::InvalidData => TransferError::malformed(error.to_string()),
         _ => TransferError::system("received")(error),
