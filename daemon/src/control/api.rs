@@ -395,9 +395,17 @@ pub struct WorkingSetAnswer {
 /// Pages that a VM has touched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TouchedAnswer {
-    /// Runs of pages, ascending: the first, and the one behind the last. Pages are counted over all
-    /// of memory.
-    pub runs: Vec<(u64, u64)>,
+    /// Runs of pages, ascending, counted over all of memory.
+    pub runs: Vec<TouchedRun>,
+}
+
+/// A run of pages that a VM has touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TouchedRun {
+    /// The first.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
 }
 
 /// A child's own interfaces, addresses and sockets.

@@ -40,7 +40,8 @@ mod ttl;
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
     GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
+    SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmState, VsockInfo,
+    WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;

@@ -21,6 +21,8 @@ use clade_memory::{PageKind, PageMap, PageRun};
 
 /// Most runs of an answer.
 const MAX_RUNS: usize = 65_536;
+/// The last guest frame number: 8 TiB of memory.
+const MAX_FROM: u64 = i32::MAX as u64;
 /// Runs of an answer whose request names no number.
 const DEFAULT_RUNS: usize = 4_096;
 /// Most cells of an answer.
@@ -33,6 +35,8 @@ enum QueryError {
     Key { key: String },
     #[error("{key}={value:?} is not a number")]
     Number { key: &'static str, value: String },
+    #[error("from={value}: guest frame numbers end at {MAX_FROM}")]
+    From { value: u64 },
     #[error("max_runs={value}: 1 to {MAX_RUNS}")]
     Runs { value: u64 },
     #[error("cells={value}: 1 to {MAX_CELLS}")]
@@ -72,6 +76,7 @@ impl Query {
             (Some(_), Some(_), _) | (Some(_), _, Some(_)) => Err(QueryError::Both),
             (Some(value), ..) if value == 0 || value > MAX_CELLS => Err(QueryError::Cells { value }),
             (Some(cells), ..) => Ok(Self::Cells(cells)),
+            (None, Some(value), _) if value > MAX_FROM => Err(QueryError::From { value }),
             (None, _, Some(value)) if value == 0 || value > MAX_RUNS as u64 => Err(QueryError::Runs { value }),
             (None, from, most) => {
                 Ok(Self::Runs { from: from.unwrap_or(0), most: most.map_or(DEFAULT_RUNS, |most| most as usize) })
@@ -207,7 +212,7 @@ fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
     get,
     path = "/v1/vms/{name}/pages",
     params(
-        ("from" = Option<u64>, Query, description = "The first guest frame number of the runs."),
+        ("from" = Option<u64>, Query, description = "The first guest frame number of the runs.", minimum = 0, maximum = 2147483647),
         ("max_runs" = Option<u64>, Query, description = "Most runs.", minimum = 1, maximum = 65536),
         ("cells" = Option<u64>, Query, description = "Equal parts to count pages in, instead of runs.", minimum = 1, maximum = 65536),
     ),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
 use axum::{Json, Router};
+use clade_memory::PageRange;
 use clade_snapshot::Compression;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -18,7 +19,7 @@ use utoipa_axum::routes;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, TouchedAnswer, VmInfo, WorkingSetAnswer,
+    SnapshotRequest, TouchedAnswer, TouchedRun, VmInfo, WorkingSetAnswer,
 };
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::{memory, pages, ttl};
@@ -246,7 +247,8 @@ async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<Stri
 async fn touched(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
     let listed = with_fleet(fleet, move |fleet| {
         let runs = fleet.get(&name)?.vm.touched_runs()?;
-        Ok(TouchedAnswer { runs: runs.iter().map(|run| (run.start(), run.end())).collect() })
+        let run = |run: &PageRange| TouchedRun { first: run.start(), count: run.len() };
+        Ok(TouchedAnswer { runs: runs.iter().map(run).collect() })
     });
     Ok(Json(listed.await?))
 }

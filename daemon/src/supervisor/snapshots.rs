@@ -15,7 +15,7 @@ use clade_snapshot::{SnapshotId, record_working_set};
 use super::Supervisor;
 use super::about::About;
 use super::checkpoint::Checkpoint;
-use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer};
+use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
 use crate::worker::{EnterOrder, SaveOrder, SavedFiles, written_beside};
@@ -132,11 +132,12 @@ impl Supervisor {
         let dir = self.0.snapshots.last_dir(vm);
         let dir = dir.ok_or_else(|| refused(format!("{vm} was not saved before under this supervisor")))?;
         let (mut runs, mut end) = (Vec::with_capacity(touched.runs.len()), 0);
-        for (first, behind) in touched.runs.iter().copied() {
-            if first < end || behind <= first {
-                let text = format!("the process of {vm:?} says that it has touched pages {first} to {behind}");
+        for TouchedRun { first, count } in touched.runs.iter().copied() {
+            let behind = first.checked_add(count).filter(|_| first >= end && count > 0);
+            let Some(behind) = behind else {
+                let text = format!("the process of {vm:?} says that it has touched {count} pages from {first} on");
                 return Err(FleetError::Worker { source: std::io::Error::other(text) });
-            }
+            };
             runs.push(PageRange::new(first, behind));
             end = behind;
         }
