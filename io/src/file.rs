@@ -211,8 +211,7 @@ impl IoFile {
             // This process may have no right to open it again.
             return self.handles.cached.try_clone().map_err(|error| self.failed("given another descriptor", error));
         }
-        let path = format!("/proc/self/fd/{}", self.handles.cached.as_raw_fd());
-        File::open(path).map_err(|error| self.failed("opened for another process", error))
+        read_only_again(&self.handles.cached).map_err(|error| self.failed("opened for another process", error))
     }
 
     /// Another descriptor of the open file that holds the lock: as long as there is one, the file is

@@ -15,7 +15,7 @@
 //! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //! | messages with descriptors to other processes | [`seqpacket`] |
-//! | kinds of threads, to be restricted | [`thread`] |
+//! | threads that serve a guest, to be restricted | [`thread`] |
 //!
 //! What it does not do: it does not know guests, disks or their formats, and it starts no threads.
 

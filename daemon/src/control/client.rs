@@ -275,28 +275,26 @@ impl Client {
             Err(ClientError::NoSupervisor { .. }) => {}
             answer => return answer,
         }
-        self.stop_and(name, |dir, claim, exit| drop(clear_up(dir, claim, exit, true))).await
+        let (info, left) = self.stop_process(name).await?;
+        if let Some((claim, exit)) = left {
+            clear_up(claim, exit, true);
+        }
+        Ok(info)
     }
 
-    /// Stops a VM by its process, and has `clear_up` remove what that may not.
+    /// Stops a VM by its process. Returns the claim to what that may not remove, if it has left
+    /// anything.
     ///
     /// # Errors
     /// As for [`Self::stop`].
-    pub(crate) async fn stop_and(
-        &self,
-        name: &str,
-        clear_up: impl Fn(&RuntimeDir, NameClaim, Exit),
-    ) -> Result<VmInfo, ClientError> {
+    pub(crate) async fn stop_process(&self, name: &str) -> Result<(VmInfo, Option<(NameClaim, Exit)>), ClientError> {
         let info: VmInfo = self.request(Method::POST, name, "/stop", None::<&()>).await?;
         let dir = RuntimeDir::open(&self.dir)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
+        let exit = Exit { pid: info.pid, signal: None, code: Some(0) };
         loop {
             match NameClaim::of_a_dead(&dir, name, info.pid) {
-                Ok(None) => return Ok(info),
-                Ok(Some(claim)) => {
-                    clear_up(&dir, claim, Exit { pid: info.pid, signal: None, code: Some(0) });
-                    return Ok(info);
-                }
+                Ok(claim) => return Ok((info, claim.map(|claim| (claim, exit)))),
                 Err(FleetError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
                 Err(FleetError::Taken { name }) => {
                     return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
@@ -389,20 +387,9 @@ impl Client {
             let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
             return Ok(ListedVms { vms, forbidden: 0 });
         }
-        let failed = |source| ClientError::Directory { path: self.dir.clone(), source };
-        let entries = match std::fs::read_dir(&self.dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(ListedVms::default()),
-            other => other.map_err(failed)?,
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            let file = entry.map_err(failed)?.file_name();
-            names.extend(file.to_str().and_then(|f| f.strip_suffix(".sock")).map(str::to_owned));
-        }
-        names.sort_unstable();
         let mut all = ListedVms::default();
         let mut asked = JoinSet::new();
-        for name in names {
+        for name in self.names()? {
             if asked.len() >= MAX_ASKED {
                 all.extend(asked.join_next().await);
             }

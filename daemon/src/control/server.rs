@@ -130,7 +130,12 @@ impl Drop for CancelOnDrop {
 }
 
 /// Forks a VM.
-#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/fork",
+    request_body = ForkRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
 async fn fork(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -167,7 +172,12 @@ pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
 }
 
 /// Saves a VM. Answers when all is on the disk.
-#[utoipa::path(post, path = "/v1/vms/{name}/snapshot", request_body = SnapshotRequest, responses((status = 200, description = "Done.", body = SnapshotAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/snapshot",
+    request_body = SnapshotRequest,
+    responses((status = 200, description = "Done.", body = SnapshotAnswer))
+)]
 async fn snapshot(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,
@@ -194,7 +204,11 @@ async fn snapshot(
 }
 
 /// Puts a VM that was forked back to the instant of its fork.
-#[utoipa::path(post, path = "/v1/vms/{name}/reset", responses((status = 200, description = "Done.", body = ResetAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/reset",
+    responses((status = 200, description = "Done.", body = ResetAnswer))
+)]
 async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
     let made = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
@@ -218,13 +232,21 @@ fn progress(vm: &Vm) -> SnapshotProgress {
 }
 
 /// Shows how far the snapshot that is being written is.
-#[utoipa::path(get, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/snapshot",
+    responses((status = 200, description = "Done.", body = SnapshotProgress))
+)]
 async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
 }
 
 /// Cancels the snapshot that is being written.
-#[utoipa::path(delete, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
+#[utoipa::path(
+    delete,
+    path = "/v1/vms/{name}/snapshot",
+    responses((status = 200, description = "Done.", body = SnapshotProgress))
+)]
 async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
     let cancelled = with_fleet(fleet, move |fleet| {
         let vm = fleet.get(&name)?.vm;
@@ -235,7 +257,11 @@ async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<
 }
 
 /// Records a VM's working set in its snapshot.
-#[utoipa::path(post, path = "/v1/vms/{name}/working-set", responses((status = 200, description = "Done.", body = WorkingSetAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/working-set",
+    responses((status = 200, description = "Done.", body = WorkingSetAnswer))
+)]
 async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let recorded =
         with_fleet(fleet, move |fleet| Ok(WorkingSetAnswer { pages: fleet.get(&name)?.vm.record_working_set()? }));
@@ -243,7 +269,11 @@ async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<Stri
 }
 
 /// Lists the pages that a VM has touched since it was started.
-#[utoipa::path(get, path = "/v1/vms/{name}/touched", responses((status = 200, description = "Done.", body = TouchedAnswer)))]
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/touched",
+    responses((status = 200, description = "Done.", body = TouchedAnswer))
+)]
 async fn touched(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
     let listed = with_fleet(fleet, move |fleet| {
         let runs = fleet.get(&name)?.vm.touched_runs()?;
@@ -269,13 +299,22 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
 }
 
 /// Shows a VM's balloon and what the guest says of its memory.
-#[utoipa::path(get, path = "/v1/vms/{name}/balloon", responses((status = 200, description = "Done.", body = BalloonInfo)))]
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/balloon",
+    responses((status = 200, description = "Done.", body = BalloonInfo))
+)]
 async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
     Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
 }
 
 /// Sets the target of a VM's balloon.
-#[utoipa::path(post, path = "/v1/vms/{name}/balloon", request_body = BalloonRequest, responses((status = 200, description = "Done.", body = BalloonInfo)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/balloon",
+    request_body = BalloonRequest,
+    responses((status = 200, description = "Done.", body = BalloonInfo))
+)]
 async fn set_balloon(
     State(fleet): State<WeakFleet>,
     UrlPath(name): UrlPath<String>,

@@ -128,7 +128,12 @@ async fn show_ttl(
 }
 
 /// Has a VM stopped after a time.
-#[utoipa::path(put, path = "/v1/vms/{name}/ttl", request_body = TtlRequest, responses((status = 200, description = "Done.", body = TtlInfo)))]
+#[utoipa::path(
+    put,
+    path = "/v1/vms/{name}/ttl",
+    request_body = TtlRequest,
+    responses((status = 200, description = "Done.", body = TtlInfo))
+)]
 async fn set_ttl(
     State(fleet): State<WeakFleet>,
     Extension(timers): Extension<Arc<Timers>>,

@@ -409,9 +409,9 @@ impl NameClaim {
         self.dir.write(&about(&self.name), bytes)
     }
 
-    /// The runtime directory's path.
-    pub(crate) fn dir(&self) -> &Path {
-        &self.dir.path
+    /// The runtime directory.
+    pub(crate) fn dir(&self) -> &RuntimeDir {
+        &self.dir
     }
 
     /// The lock, to be passed on. The name stays locked as long as one process has it open.

@@ -56,11 +56,11 @@ impl Grants {
             }
             if *read_only || *ephemeral {
                 grants.read.push(path.clone());
-            } else if is_block_device(path) {
-                // Nothing is made beside it.
-                grants.write.push(path.clone());
-            } else {
-                grants.write.push(path.clone());
+                continue;
+            }
+            grants.write.push(path.clone());
+            // Nothing is made beside a block device.
+            if !is_block_device(path) {
                 grants.beside.extend(path.parent().map(Path::to_owned));
             }
         }

@@ -32,7 +32,6 @@ use thiserror::Error;
 
 pub(crate) use files::{Grants, is_block_device};
 pub(crate) use namespaces::enter_empty;
-pub use seccomp::{ThreadKind, restrict_thread};
 
 /// Whether workers are confined.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

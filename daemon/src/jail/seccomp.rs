@@ -7,8 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::OnceLock;
 
-pub use clade_io::thread::ThreadKind;
-use clade_io::thread::set_start_hook;
+use clade_io::thread::set_guest_hook;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch, apply_filter, compile_from_json,
@@ -37,8 +36,8 @@ fn apply(list: &str) -> io::Result<()> {
     apply_filter(program.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)
 }
 
-/// Restricts this process, which has one thread, to what any thread of a worker needs. Threads of a
-/// [`ThreadKind`] are restricted further when they start. Only a worker that `names_files` makes
+/// Restricts this process, which has one thread, to what any thread of a worker needs. Threads that
+/// serve the guest are restricted further when they start. Only a worker that `names_files` makes
 /// names, and changes what files are.
 pub(super) fn enter(names_files: bool) -> io::Result<()> {
     prepare()?;
@@ -50,7 +49,7 @@ pub(super) fn enter(names_files: bool) -> io::Result<()> {
     }
     signals_to_itself()?;
     apply("worker")?;
-    set_start_hook(restrict_thread);
+    set_guest_hook(restrict_guest_thread);
     Ok(())
 }
 
@@ -59,7 +58,7 @@ pub(super) fn enter(names_files: bool) -> io::Result<()> {
 ///
 /// # Panics
 /// When the kernel refuses the filter: a thread that cannot be restricted does not run.
-pub fn restrict_thread(_kind: ThreadKind) {
+fn restrict_guest_thread() {
     if let Err(error) = apply("guest") {
         panic!("a thread that serves a guest cannot be confined: {error}");
     }

@@ -122,9 +122,9 @@ pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
 
 /// Records the end of a VM whose process has ended, and removes what is left of it. Returns what was
 /// written down of it.
-pub(crate) fn clear_up(dir: &RuntimeDir, claim: NameClaim, exit: Exit, was_orderly: bool) -> Option<About> {
-    settle(dir, &claim.name, exit, was_orderly);
-    let about = About::read(dir, &claim.name).unwrap_or_else(|error| {
+pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool) -> Option<About> {
+    settle(claim.dir(), &claim.name, exit, was_orderly);
+    let about = About::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
     });

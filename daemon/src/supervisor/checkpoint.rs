@@ -61,6 +61,11 @@ impl Checkpoint {
         &self.parts
     }
 
+    /// How long the VM was paused, in microseconds.
+    pub(super) fn pause_us(&self) -> f64 {
+        self.forked.pause.as_secs_f64() * 1e6
+    }
+
     pub(super) fn info(&self, name: &str) -> CheckpointInfo {
         CheckpointInfo {
             name: name.to_owned(),
@@ -70,7 +75,7 @@ impl Checkpoint {
             mib: self.config().layout().bytes() >> 20,
             age_s: self.made.elapsed().as_secs_f64(),
             descriptors: self.parts.descriptors(),
-            pause_us: self.forked.pause.as_secs_f64() * 1e6,
+            pause_us: self.pause_us(),
         }
     }
 

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use super::about::{About, inode};
 use super::broker::Broker;
 use super::overlays::InUse;
-use crate::fleet::RuntimeDir;
 use crate::fleet::{FleetError, NameClaim, forget_ended};
 use crate::jail::{Confinement, Grants};
 use crate::worker::{EnterOrder, Handed, Shape};
@@ -20,19 +19,19 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn order(&self, config: &VmConfig, grants: Grants) -> EnterOrder {
-        let disks = config.disks.len();
+    /// For a worker whose VM has `disks` disks.
+    pub(super) fn order(&self, disks: usize, grants: Grants) -> EnterOrder {
         EnterOrder { dir: self.dir.clone(), confinement: self.confinement, grants, disks }
     }
 
     /// For a child.
     pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
-        self.order(&shape.config, Grants::of_child(&shape.config, &shape.overlays))
+        self.order(shape.config.disks.len(), Grants::of_child(&shape.config, &shape.overlays))
     }
 
     /// For a VM that is booted.
     pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
-        self.order(config, Grants::of_boot(config, kernel, initrd))
+        self.order(config.disks.len(), Grants::of_boot(config, kernel, initrd))
     }
 }
 
@@ -42,8 +41,8 @@ impl Place {
 pub(super) struct Hand {
     about: About,
     files: Vec<OwnedFd>,
+    /// None once the VM is kept.
     overlays: Option<InUse>,
-    is_kept: bool,
 }
 
 impl Hand {
@@ -52,7 +51,6 @@ impl Hand {
     /// # Errors
     /// When one cannot be made. Then none stays.
     pub(super) fn make(
-        dir: &RuntimeDir,
         claim: &NameClaim,
         shape: &Shape,
         overlays: InUse,
@@ -67,9 +65,9 @@ impl Hand {
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on the socket's file is ours.
-        let mut hand = Self { about, files: Vec::new(), overlays: Some(overlays), is_kept: false };
+        let mut hand = Self { about, files: Vec::new(), overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
-        forget_ended(dir, &claim.name);
+        forget_ended(claim.dir(), &claim.name);
         hand.about.write(claim)?;
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         hand.files.push(record);
@@ -90,14 +88,13 @@ impl Hand {
 
     /// Leaves what was made to the VM, which runs.
     pub(super) fn keep(mut self) {
-        self.is_kept = true;
         self.overlays.take().into_iter().for_each(InUse::keep);
     }
 }
 
 impl Drop for Hand {
     fn drop(&mut self) {
-        if !self.is_kept {
+        if self.overlays.is_some() {
             self.about.remove_sockets();
         }
     }

@@ -306,7 +306,7 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let (mut hand, handed) = Hand::make(&self.0.dir, claim, shape, overlays, ends, &self.0.broker)?;
+            let (mut hand, handed) = Hand::make(claim, shape, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: Some(shape.clone()),
@@ -355,7 +355,7 @@ impl Supervisor {
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let (mut hand, handed) = Hand::make(&self.0.dir, claim, &shape, overlays, ends, &self.0.broker)?;
+            let (mut hand, handed) = Hand::make(claim, &shape, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels };
@@ -529,7 +529,7 @@ impl Inner {
     /// Records the end of a VM, and removes its files.
     fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
         self.snapshots.forget(&claim.name);
-        if let Some(about) = clear_up(&self.dir, claim, exit, was_orderly) {
+        if let Some(about) = clear_up(claim, exit, was_orderly) {
             self.overlays.release(&about.overlays);
         }
     }

@@ -20,7 +20,7 @@ const IDLE: Duration = Duration::from_secs(60);
 const STEP: usize = 8;
 
 #[derive(Debug)]
-struct Shelf {
+struct ShapePool {
     shape: Shape,
     /// Its workers were told of these.
     _overlays: InUse,
@@ -31,7 +31,7 @@ struct Shelf {
 
 #[derive(Debug, Default)]
 struct State {
-    shelves: Vec<Shelf>,
+    shapes: Vec<ShapePool>,
     is_closed: bool,
 }
 
@@ -66,11 +66,11 @@ impl Shared {
         Ok(workers)
     }
 
-    /// A shelf without workers. None if they would have no place for their disks' writes.
-    fn shelf(&self, shape: &Shape, wanted: usize) -> Option<Shelf> {
+    /// A pool without workers. None if they would have no place for their disks' writes.
+    fn shape_pool(&self, shape: &Shape, wanted: usize) -> Option<ShapePool> {
         let held = self.overlays.hold(&shape.written());
         let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
-        Some(Shelf { shape: shape.clone(), _overlays: held, ready: Vec::new(), wanted, used: Instant::now() })
+        Some(ShapePool { shape: shape.clone(), _overlays: held, ready: Vec::new(), wanted, used: Instant::now() })
     }
 
     /// Waits until there is something to be made, and makes a few. Returns whether to go on.
@@ -81,16 +81,16 @@ impl Shared {
                 if state.is_closed {
                     return false;
                 }
-                let idle = state.shelves.extract_if(.., |shelf| shelf.used.elapsed() > IDLE).collect::<Vec<_>>();
+                let idle = state.shapes.extract_if(.., |pool| pool.used.elapsed() > IDLE).collect::<Vec<_>>();
                 if !idle.is_empty() {
                     // Not under the lock: they take time to end.
                     drop(state);
-                    drop(Workers(idle.into_iter().flat_map(|shelf| shelf.ready).collect()));
+                    drop(Workers(idle.into_iter().flat_map(|pool| pool.ready).collect()));
                     return true;
                 }
-                let short = state.shelves.iter().find(|shelf| shelf.ready.len() < shelf.wanted);
-                if let Some(shelf) = short {
-                    break (shelf.shape.clone(), (shelf.wanted - shelf.ready.len()).min(STEP));
+                let short = state.shapes.iter().find(|pool| pool.ready.len() < pool.wanted);
+                if let Some(pool) = short {
+                    break (pool.shape.clone(), (pool.wanted - pool.ready.len()).min(STEP));
                 }
                 let waited = self.changed.wait_timeout(state, IDLE / 4);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -101,8 +101,8 @@ impl Shared {
             Err(error) => {
                 tracing::warn!(%error, "no workers are prepared");
                 // The next fork has it tried again.
-                if let Some(shelf) = self.state().shelves.iter_mut().find(|shelf| shelf.shape == shape) {
-                    shelf.wanted = 0;
+                if let Some(pool) = self.state().shapes.iter_mut().find(|pool| pool.shape == shape) {
+                    pool.wanted = 0;
                 }
             }
         }
@@ -116,11 +116,11 @@ impl Shared {
             drop(workers);
             return;
         }
-        match state.shelves.iter_mut().find(|shelf| shelf.shape == *shape) {
-            Some(shelf) => shelf.ready.extend(workers),
+        match state.shapes.iter_mut().find(|pool| pool.shape == *shape) {
+            Some(pool) => pool.ready.extend(workers),
             None => {
-                let shelf = self.shelf(shape, workers.len());
-                state.shelves.extend(shelf.map(|shelf| Shelf { ready: workers, ..shelf }));
+                let pool = self.shape_pool(shape, workers.len());
+                state.shapes.extend(pool.map(|pool| ShapePool { ready: workers, ..pool }));
             }
         }
     }
@@ -158,17 +158,17 @@ impl Pool {
     pub(super) fn take(&self, shape: &Shape, count: usize) -> Vec<Worker> {
         let mut state = self.0.state();
         let wanted = count.min(self.0.most);
-        let taken = match state.shelves.iter_mut().find(|shelf| shelf.shape == *shape) {
-            Some(shelf) => {
+        let taken = match state.shapes.iter_mut().find(|pool| pool.shape == *shape) {
+            Some(pool) => {
                 // It goes down by a quarter at a time, so that one small fork in between costs little.
-                shelf.wanted = wanted.max((shelf.wanted * 3 / 4).min(self.0.most));
-                shelf.used = Instant::now();
-                let left = shelf.ready.len().saturating_sub(count);
-                shelf.ready.split_off(left)
+                pool.wanted = wanted.max((pool.wanted * 3 / 4).min(self.0.most));
+                pool.used = Instant::now();
+                let left = pool.ready.len().saturating_sub(count);
+                pool.ready.split_off(left)
             }
             None => {
-                let shelf = self.0.shelf(shape, wanted);
-                state.shelves.extend(shelf);
+                let pool = self.0.shape_pool(shape, wanted);
+                state.shapes.extend(pool);
                 Vec::new()
             }
         };
@@ -187,7 +187,7 @@ impl Pool {
         count: usize,
         check: impl Fn() -> Result<(), FleetError>,
     ) -> Result<usize, FleetError> {
-        // Until there is a shelf.
+        // Until there is a pool of that shape.
         let _overlays = self.0.overlays.hold(&shape.written())?;
         // Others may take them meanwhile: it makes so many, and no more.
         let mut made = 0;
@@ -198,10 +198,10 @@ impl Pool {
                 if state.is_closed {
                     return Err(FleetError::Ending);
                 }
-                let shelf = state.shelves.iter_mut().find(|shelf| shelf.shape == *shape);
-                shelf.map_or(0, |shelf| {
-                    shelf.used = Instant::now();
-                    shelf.ready.len()
+                let pool = state.shapes.iter_mut().find(|pool| pool.shape == *shape);
+                pool.map_or(0, |pool| {
+                    pool.used = Instant::now();
+                    pool.ready.len()
                 })
             };
             if ready >= count || made >= count {
@@ -215,17 +215,17 @@ impl Pool {
 
     /// How many workers are prepared.
     pub(super) fn len(&self) -> usize {
-        self.0.state().shelves.iter().map(|shelf| shelf.ready.len()).sum()
+        self.0.state().shapes.iter().map(|pool| pool.ready.len()).sum()
     }
 
     /// Ends all workers. None is made any more.
     pub(super) fn close(&self) {
         let mut state = self.0.state();
         state.is_closed = true;
-        let shelves = std::mem::take(&mut state.shelves);
+        let shapes = std::mem::take(&mut state.shapes);
         drop(state);
         self.0.changed.notify_all();
-        drop(Workers(shelves.into_iter().flat_map(|shelf| shelf.ready).collect()));
+        drop(Workers(shapes.into_iter().flat_map(|pool| pool.ready).collect()));
     }
 }
 

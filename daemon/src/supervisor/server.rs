@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
@@ -107,7 +107,12 @@ async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
 }
 
 /// Boots a VM. Answers when it runs.
-#[utoipa::path(post, path = "/v1/vms", request_body = BootRequest, responses((status = 200, description = "Done.", body = VmInfo)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms",
+    request_body = BootRequest,
+    responses((status = 200, description = "Done.", body = VmInfo))
+)]
 async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
     let Json(request) = request?;
     let dir = supervisor.dir().to_owned();
@@ -116,7 +121,12 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
 }
 
 /// Forks a VM. Each child has a process of its own.
-#[utoipa::path(post, path = "/v1/vms/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/fork",
+    request_body = ForkRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
 async fn fork_vm(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -127,7 +137,12 @@ async fn fork_vm(
 }
 
 /// Takes a checkpoint of a VM.
-#[utoipa::path(post, path = "/v1/vms/{name}/checkpoint", request_body = CheckpointRequest, responses((status = 200, description = "Done.", body = CheckpointInfo)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/checkpoint",
+    request_body = CheckpointRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
 async fn checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(vm): UrlPath<String>,
@@ -138,13 +153,21 @@ async fn checkpoint(
 }
 
 /// Lists the checkpoints.
-#[utoipa::path(get, path = "/v1/checkpoints", responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>)))]
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints",
+    responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>))
+)]
 async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
     Json(supervisor.checkpoints().list())
 }
 
 /// Shows a checkpoint.
-#[utoipa::path(get, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
 async fn show_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -153,7 +176,11 @@ async fn show_checkpoint(
 }
 
 /// Removes a checkpoint. Its children run on.
-#[utoipa::path(delete, path = "/v1/checkpoints/{name}", responses((status = 200, description = "Done.", body = CheckpointInfo)))]
+#[utoipa::path(
+    delete,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
 async fn remove_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -166,7 +193,12 @@ async fn remove_checkpoint(
 }
 
 /// Forks a checkpoint.
-#[utoipa::path(post, path = "/v1/checkpoints/{name}/fork", request_body = ForkRequest, responses((status = 200, description = "Done.", body = ForkAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/fork",
+    request_body = ForkRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
 async fn fork_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -177,7 +209,12 @@ async fn fork_checkpoint(
 }
 
 /// Prepares processes for children of a checkpoint.
-#[utoipa::path(post, path = "/v1/checkpoints/{name}/prepare", request_body = PrepareRequest, responses((status = 200, description = "Done.", body = Prepared)))]
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/prepare",
+    request_body = PrepareRequest,
+    responses((status = 200, description = "Done.", body = Prepared))
+)]
 async fn prepare(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -193,12 +230,8 @@ async fn prepare(
 /// Stops a VM for good. Answers when its name, interfaces and sockets are free.
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
 async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    let client = Client::new(supervisor.dir());
-    let left = Mutex::new(None);
-    let info = client
-        .stop_and(&name, |_, claim, exit| *left.lock().unwrap_or_else(PoisonError::into_inner) = Some((claim, exit)))
-        .await?;
-    if let Some((claim, exit)) = left.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    let (info, left) = Client::new(supervisor.dir()).stop_process(&name).await?;
+    if let Some((claim, exit)) = left {
         // Closing descriptors may free memory and disks.
         on_a_thread(THREAD_PATIENCE, move || supervisor.clear_up(claim, exit)).await?;
     }
@@ -206,7 +239,12 @@ async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<Strin
 }
 
 /// Saves a VM. Answers when all is on the disk.
-#[utoipa::path(post, path = "/v1/vms/{name}/snapshot", request_body = SnapshotRequest, responses((status = 200, description = "Done.", body = SnapshotAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/snapshot",
+    request_body = SnapshotRequest,
+    responses((status = 200, description = "Done.", body = SnapshotAnswer))
+)]
 async fn snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -222,7 +260,11 @@ async fn snapshot(
 }
 
 /// Shows how far a VM's snapshot is.
-#[utoipa::path(get, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/snapshot",
+    responses((status = 200, description = "Done.", body = SnapshotProgress))
+)]
 async fn snapshot_progress(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -235,7 +277,11 @@ async fn snapshot_progress(
 }
 
 /// Cancels a VM's snapshot.
-#[utoipa::path(delete, path = "/v1/vms/{name}/snapshot", responses((status = 200, description = "Done.", body = SnapshotProgress)))]
+#[utoipa::path(
+    delete,
+    path = "/v1/vms/{name}/snapshot",
+    responses((status = 200, description = "Done.", body = SnapshotProgress))
+)]
 async fn cancel_snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
@@ -249,7 +295,11 @@ async fn cancel_snapshot(
 }
 
 /// Records a VM's working set in its snapshot.
-#[utoipa::path(post, path = "/v1/vms/{name}/working-set", responses((status = 200, description = "Done.", body = WorkingSetAnswer)))]
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/working-set",
+    responses((status = 200, description = "Done.", body = WorkingSetAnswer))
+)]
 async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let client = Client::new(supervisor.dir());
     if !supervisor.saves(&name) {

@@ -18,14 +18,14 @@ use super::checkpoint::Checkpoint;
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
-use crate::worker::{EnterOrder, SaveOrder, SavedFiles, written_beside};
+use crate::worker::{SaveOrder, SavedFiles, written_beside};
 
 /// A VM that was saved.
 #[derive(Debug)]
 struct LastSave {
     dir: PathBuf,
-    id: String,
-    image: Arc<Checkpoint>,
+    id: SnapshotId,
+    image: Checkpoint,
     /// Directories of the snapshots that it depends on.
     before: Vec<PathBuf>,
 }
@@ -165,20 +165,20 @@ impl Supervisor {
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
-        let image = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
+        let image = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
         // The base gets a note of its dependent. Those before it are read.
         let mut grants = Grants { beside: vec![beside], ..Grants::default() };
         grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
-        let (place, config) = (self.0.place.clone(), &image.about().shape.config);
+        let config = &image.about().shape.config;
         grants.read.extend(config.disks.iter().map(|disk| disk.disk.path.clone()));
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(EnterOrder { dir: place.dir, confinement: place.confinement, grants, disks: 0 })?;
+        worker.enter(self.0.place.order(0, grants))?;
         let order = SaveOrder {
             dir: dir.clone(),
             config: config.clone(),
-            base: base.as_ref().map(|base| (base.dir.clone(), base.id.clone())),
+            base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
             zstd: request.zstd,
             replace: request.replace,
         };
@@ -191,16 +191,13 @@ impl Supervisor {
             }
             saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
         })?;
-        if id.parse::<SnapshotId>().is_err() {
-            let source = std::io::Error::other(format!("a snapshot that is called {id:?}"));
-            return Err(FleetError::Worker { source });
-        }
-        let pause_us = image.info("").pause_us;
-        let last = LastSave { dir: dir.clone(), id: id.clone(), image, before };
+        let pause_us = image.pause_us();
+        let last = LastSave { dir: dir.clone(), id, image, before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {
             state.last = Some(Arc::new(last));
         }
         let total_us = begun.elapsed().as_secs_f64() * 1e6;
+        let id = id.to_string();
         Ok(SnapshotAnswer { dir, id, pause_us, total_us, data_pages, zero_pages, data_bytes, base_untold })
     }
 }

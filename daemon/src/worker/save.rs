@@ -18,8 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clade_io::seqpacket;
-use clade_snapshot::{Compression, SaveProgress};
+use clade_snapshot::{Compression, SaveProgress, SnapshotId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +35,7 @@ pub(crate) struct SaveOrder {
     /// Its directory.
     pub(crate) dir: PathBuf,
     /// Directory and id of the one that it is based on.
-    pub(crate) base: Option<(PathBuf, String)>,
+    pub(crate) base: Option<(PathBuf, SnapshotId)>,
     /// What the images must be of.
     pub(crate) config: VmConfig,
     /// Whether it is compressed.
@@ -48,7 +47,7 @@ pub(crate) struct SaveOrder {
 /// A snapshot that was written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SavedFiles {
-    pub(crate) id: String,
+    pub(crate) id: SnapshotId,
     pub(crate) data_pages: u64,
     pub(crate) zero_pages: u64,
     pub(crate) data_bytes: u64,
@@ -70,10 +69,7 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
         }
     };
     let base = match &order.base {
-        Some((dir, id)) => {
-            let id = id.parse().map_err(|error| failed(io::Error::other(error)))?;
-            Some((SavedAt { dir: dir.clone(), id }, import()?))
-        }
+        Some((dir, id)) => Some((SavedAt { dir: dir.clone(), id: *id }, import()?)),
         None => None,
     };
     let image = import()?;
@@ -95,7 +91,7 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
     let of = base.as_ref().map(|(place, image)| (place, &**image));
     let (place, saved) = image.save(&order.dir, of, options, &watch)?;
     Ok(SavedFiles {
-        id: place.id.to_string(),
+        id: place.id,
         data_pages: saved.data_pages,
         zero_pages: saved.zero_pages,
         data_bytes: saved.data_bytes,
@@ -103,12 +99,10 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
     })
 }
 
-/// Whether there is something to be read.
+/// Whether the other side has said something, or gone.
 fn has_word(socket: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let ready = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&now));
-    ready.is_ok_and(|ready| ready > 0)
-        && !matches!(seqpacket::receive(socket, 1), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// The directories that a snapshot in `dir` is written in: its own is made aside, and renamed.

@@ -18,7 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use clade_io::thread::{ThreadKind, started};
+use clade_io::thread::serves_guest;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -143,7 +143,7 @@ impl<S: Service> Worker<S> {
         });
         let on_thread = Arc::clone(&shared);
         let life = move || {
-            started(ThreadKind::Device);
+            serves_guest();
             let lived = catch_unwind(AssertUnwindSafe(|| on_thread.run(&epoll)));
             if lived.is_err() {
                 // The service gets no other turn, and the driver is interrupted.

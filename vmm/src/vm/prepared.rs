@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use clade_devices::Irq;
 use clade_devices::virtio::Wiring;
 use clade_devices::virtio::regs::QUEUE_NOTIFY;
-use clade_io::thread::{ThreadKind, started};
+use clade_io::thread::serves_guest;
 use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
@@ -114,7 +114,7 @@ impl PreparedVm {
                 .name(format!("clade-vcpu{index}"))
                 .stack_size(STACK)
                 .spawn(move || {
-                    started(ThreadKind::Vcpu);
+                    serves_guest();
                     thread.main();
                 })
                 .map_err(VmError::Thread)?;
