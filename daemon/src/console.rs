@@ -1,4 +1,4 @@
-//! A VM's console on a Unix socket, and on a stream such as standard output.
+//! A VM's consoles on Unix sockets.
 //!
 //! A guest never waits for a reader. Each reader has a bounded buffer. Output that does not fit is
 //! dropped, and the reader gets a line that says how much.
@@ -6,8 +6,6 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
@@ -15,18 +13,17 @@ use std::time::Duration;
 use clade_devices::Console;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::control::Acceptor;
 use clade_vmm::vm::Vm;
 
 /// The most bytes buffered for a reader. More than a console replays to a new reader.
 const MAX_WAITING: usize = 256 << 10;
-/// Connections to one console.
-const MAX_CONNECTIONS: usize = 16;
+/// Connections to the consoles of a VM.
+pub(crate) const MAX_CONNECTIONS: usize = 16;
 /// How long a reader may take for the last output of a VM that has ended.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
+pub(crate) const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// One of a VM's consoles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,22 +152,19 @@ impl Drop for OutputReader {
 }
 
 /// Accepts connections to a VM's console socket until the task is aborted.
-pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line) {
-    let connections = Arc::<AtomicUsize>::default();
+pub(crate) async fn serve(listener: UnixListener, vm: Weak<Vm>, line: Line, connections: Arc<Semaphore>) {
     let Some(mut acceptor) = Acceptor::new(listener, "console socket") else { return };
     loop {
         let stream = acceptor.next().await;
-        // Relaxed: only a limit depends on it.
-        if connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-            connections.fetch_sub(1, Ordering::Relaxed);
-            let refusal = format!("[clade: {MAX_CONNECTIONS} connections to this console are the limit]\r\n");
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            let refusal = format!("[clade: {MAX_CONNECTIONS} connections to this VM's consoles are the limit]\r\n");
             let _ = stream.try_write(refusal.as_bytes());
             continue;
-        }
-        let (vm, connections) = (Weak::clone(&vm), Arc::clone(&connections));
+        };
+        let vm = Weak::clone(&vm);
         tokio::spawn(async move {
             attend(stream, vm, line).await;
-            connections.fetch_sub(1, Ordering::Relaxed);
+            drop(permit);
         });
     }
 }
@@ -230,41 +224,6 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     }
 }
 
-/// Copies a console to standard output, or to another stream that may block.
-#[derive(Debug)]
-pub struct OutputThread(Receiver<()>);
-
-impl OutputThread {
-    /// Writes the end of the output so far, and all that follows, to `sink`.
-    ///
-    /// # Errors
-    /// When no thread can be created.
-    pub fn attach(console: &Console, runtime: &Handle, mut sink: impl Write + Send + 'static) -> io::Result<Self> {
-        let (writer, reader) = output();
-        let (done, finished) = channel();
-        let runtime = runtime.clone();
-        let show = move || {
-            while let Some(bytes) = runtime.block_on(reader.next()) {
-                // Flushed each time: a prompt has no line end.
-                if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
-                    break;
-                }
-            }
-            // The receiver is gone if `finish` was not called.
-            let _ = done.send(());
-        };
-        thread::Builder::new().name("clade-output".into()).spawn(show)?;
-        console.listen(Box::new(writer));
-        Ok(Self(finished))
-    }
-
-    /// Waits until all output is written, which is soon after the VM is dropped. Gives up on a sink
-    /// that blocks.
-    pub fn finish(self) {
-        let _ = self.0.recv_timeout(LAST_OUTPUT);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -295,47 +254,6 @@ mod tests {
     }
 
     #[test]
-    fn a_sink_that_nobody_reads_holds_nobody_up() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let (unread, sink) = io::pipe().unwrap();
-        let mut console = Console::default();
-        let thread = OutputThread::attach(&console, runtime.handle(), sink).unwrap();
-        // Many times the capacity of pipe and buffer: a write that waited would block for ever.
-        for _ in 0..1024 {
-            console.write_all(&[b'x'; 4096]).unwrap();
-        }
-        drop(console);
-        thread.finish();
-        drop(unread);
-    }
-
-    #[test]
-    fn what_is_replayed_is_flushed() {
-        #[derive(Clone, Default)]
-        struct Buffered(Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
-        impl Write for Buffered {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.lock().unwrap().0.extend_from_slice(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                let mut both = self.0.lock().unwrap();
-                let written = std::mem::take(&mut both.0);
-                both.1.extend(written);
-                Ok(())
-            }
-        }
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let sink = Buffered::default();
-        let mut console = Console::default();
-        console.write_all(b"clade# ").unwrap();
-        let thread = OutputThread::attach(&console, runtime.handle(), sink.clone()).unwrap();
-        drop(console);
-        thread.finish();
-        assert_eq!(sink.0.lock().unwrap().1, b"clade# ");
-    }
-
-    #[test]
     fn who_attaches_is_shown_the_last_lines() {
         let mut console = Console::default();
         console.write_all(b"login: ").unwrap();
@@ -354,7 +272,7 @@ mod tests {
                 self.0.send(thread::current().id()).unwrap();
             }
         }
-        let (sender, dropped) = channel();
+        let (sender, dropped) = std::sync::mpsc::channel();
         drop_elsewhere(Slow(sender));
         assert_ne!(dropped.recv().unwrap(), thread::current().id());
     }

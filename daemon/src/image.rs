@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -25,17 +25,17 @@ use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
-use clade_vmm::vm::{ForkReport, Identity, Leases, SealedParts, Vm, VmConfig};
+use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
 const MAX_CLIENTS: usize = 4;
-/// Most bytes of an answer.
 /// How often whoever wants an image is looked for.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Fork the VM, and give the image.
 const FORK: u8 = 1;
 /// Have the guest's connections made by another broker ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
 const BROKER: u8 = 2;
+/// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
 /// How long the other side may take for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -46,9 +46,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Forked {
     pub(crate) config: VmConfig,
-    pub(crate) identity: Identity,
-    /// The directory of each disk's overlays.
-    pub(crate) overlays: Vec<PathBuf>,
     /// The VM's labels.
     pub(crate) labels: Labels,
     /// Forks between the image and the VM that was booted.
@@ -142,9 +139,7 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
     let ForkReport { times, freeze, .. } = report;
     let forked = Forked {
         config: VmConfig::clone(image.config()),
-        identity: image.identity().clone(),
-        overlays: image.disks().map(|disk| disk.overlay_dir().to_owned()).collect(),
-        labels: fleet.upgrade().map(|fleet| fleet.labels(vm.name())).unwrap_or_default(),
+        labels: fleet.upgrade().and_then(|fleet| fleet.listed()).map(|listed| listed.labels).unwrap_or_default(),
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,
@@ -187,7 +182,14 @@ pub(crate) fn fetch(
     check()?;
     let Message { bytes, .. } = answer.map_err(silent)?;
     match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
-        Answer::Forked(forked) => Ok((*forked, SealedParts::receive_while(&socket, &go_on)?)),
+        Answer::Forked(forked) => match SealedParts::receive_while(&socket, &go_on) {
+            // It has ended, or does not answer.
+            Err(TransferError::System { source, .. }) => {
+                check()?;
+                Err(silent(source))
+            }
+            parts => Ok((*forked, parts?)),
+        },
         Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
     }
 }

@@ -196,6 +196,11 @@ impl Snapshot {
         Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks })))
     }
 
+    /// Its directory, and those of the snapshots that it depends on, the newest first.
+    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
+        self.0.members.iter().map(|member| member.dir.path())
+    }
+
     /// The snapshot's identity.
     #[must_use]
     pub fn id(&self) -> SnapshotId {

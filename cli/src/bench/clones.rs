@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
-    CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest, Prepared,
-    SupervisorInfo, VmInfo, serve_fleet,
+    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest,
+    Prepared, SupervisorInfo, VmInfo,
 };
-use clade_daemon::fleet::{Fleet, supervisor_path};
+use clade_daemon::fleet::{Labels, supervisor_path};
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
@@ -24,7 +24,7 @@ use hyper::Method;
 use tokio::runtime::Runtime;
 
 use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
-use crate::commands::{BenchArgs, Failure, MEASURE};
+use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
@@ -42,7 +42,8 @@ struct Bench {
     runtime: Runtime,
     client: Client,
     context: Context,
-    fleet: Fleet,
+    /// The library's.
+    parent: Vm,
     image: Arc<ForkImage>,
     config: Arc<VmConfig>,
     supervisor: Child,
@@ -51,9 +52,7 @@ struct Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        self.fleet.close();
-        self.fleet.reap(None);
-        self.fleet.finish();
+        drop(self.stop(&["parent".to_owned()]));
         let pid = rustix::process::Pid::from_child(&self.supervisor);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let _ = self.supervisor.wait();
@@ -134,17 +133,27 @@ impl Bench {
             let _ = supervisor.wait();
             return Err(error);
         }
-        let fleet = serve_fleet(context, dir.path(), runtime.handle()).map_err(Failure::run)?;
         let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
-        let boot = |context: &Context| Vm::boot(context, "parent", &config, &source);
-        let parent = fleet.launch("parent", boot).map_err(Failure::run)?;
+        let parent = Vm::boot(context, "parent", &config, &source).map_err(Failure::run)?;
         BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;
         fill(&parent, &config)?;
         parent.pause().map_err(Failure::run)?;
         let image = parent.fork().map_err(Failure::run)?.0;
-        let client = Client::new(dir.path());
-        let context = context.clone();
-        Ok(Self { runtime, client, context, fleet, image, config, supervisor, _dir: dir })
+        let (client, context) = (Client::new(dir.path()), context.clone());
+        let bench = Self { runtime, client, context, parent, image, config, supervisor, _dir: dir };
+        // Its worker has it write all its memory, and pauses it.
+        let boot = BootRequest {
+            name: "parent".to_owned(),
+            config: VmConfig::clone(&bench.config),
+            kernel: BARE.into(),
+            initrd: None,
+            cmdline: String::new(),
+            labels: Labels::default(),
+            paused: false,
+            session: None,
+        };
+        let _: VmInfo = bench.ask(Method::POST, "/v1/vms", Some(&boot))?;
+        Ok(bench)
     }
 
     fn ask<T: serde::de::DeserializeOwned>(
@@ -161,7 +170,6 @@ impl Bench {
             count,
             name: Some("clone-{n}".to_owned()),
             paused: false,
-            own_process: true,
             labels: None,
             nets: Vec::new(),
             vsock: None,
@@ -177,7 +185,6 @@ impl Bench {
         // The first has no worker that is prepared.
         let (first, _) = self.fork("vms/parent", 1)?;
         self.stop(&first.children)?;
-        let parent = self.fleet.get("parent").map_err(Failure::run)?.vm;
         for _ in 0..samples {
             self.await_prepared(1)?;
             let (answer, took) = self.fork("vms/parent", 1)?;
@@ -185,7 +192,7 @@ impl Bench {
             self.stop(&answer.children)?;
             self.context.prefill(&self.config, 1).map_err(Failure::run)?;
             let begun = Instant::now();
-            let (image, _) = parent.fork().map_err(Failure::run)?;
+            let (image, _) = self.parent.fork().map_err(Failure::run)?;
             library.push_us(announced(&self.context, &image, begun)?);
         }
         self.context.drain();
@@ -274,7 +281,7 @@ impl Bench {
         };
         self.runtime.block_on(all);
         let deadline = Instant::now() + TIMEOUT;
-        while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > 0 {
+        while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > 1 {
             if Instant::now() > deadline {
                 return Err(Failure::Run(anyhow::anyhow!("clones have not ended within {TIMEOUT:?}")));
             }

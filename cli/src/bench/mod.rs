@@ -149,7 +149,7 @@ fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
 }
 
 /// Has the guest fill all its RAM above its own image.
-fn fill(vm: &Vm, config: &VmConfig) -> Result<(), Failure> {
+pub(crate) fn fill(vm: &Vm, config: &VmConfig) -> Result<(), Failure> {
     let vcpu = BareVcpu::new(vm, 0);
     for (base, pages) in config.layout().ranges() {
         let start = base.0.max(WORK_BASE);

@@ -20,7 +20,6 @@ use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
 use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::jail::Confinement;
-use clade_daemon::worker::WORKER;
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
 use clade_vmm::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
@@ -94,9 +93,6 @@ pub(crate) enum Command {
     Completions(CompletionsArgs),
     /// Write a man page for each command.
     Man(ManArgs),
-    /// Run one VM for the process that started this one, with a socket on standard input.
-    #[command(hide = true, name = WORKER)]
-    Worker,
     /// Fork workers for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = ZYGOTE)]
     Zygote(ZygoteArgs),
@@ -124,6 +120,9 @@ pub(crate) struct ServeArgs {
 pub(crate) struct ZygoteArgs {
     #[arg(long, default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+    /// End with the process that started this one, and have workers do so.
+    #[arg(long)]
+    pub(crate) tied: bool,
 }
 
 #[derive(Debug, Args)]
@@ -315,6 +314,10 @@ pub(crate) struct RunArgs {
     /// Leave the VM to the supervisor, which is started if there is none, and return once it runs.
     #[arg(long, short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
+    /// Confine the VM's process, if no supervisor runs: as far as the host can (auto), wholly or not
+    /// at all (require), or leave it free (off).
+    #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
+    pub(crate) confine: Confinement,
 }
 
 /// The least that a Linux guest on a serial console needs.
@@ -350,10 +353,6 @@ pub(crate) struct ForkArgs {
         help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
     )]
     pub(crate) pattern: Option<String>,
-    /// Run each child in a process of its own, which the end of its parent's does not end. With a
-    /// supervisor it always has one.
-    #[arg(long)]
-    pub(crate) own_process: bool,
     /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
@@ -447,6 +446,13 @@ pub(crate) struct RestoreArgs {
     /// Do not read the terminal; consoles are on their sockets. Several VMs are always detached.
     #[arg(long)]
     pub(crate) detached: bool,
+    /// Leave the VMs to the supervisor, which is started if there is none, and return once they run.
+    #[arg(long, short = 'd', conflicts_with = "detached")]
+    pub(crate) background: bool,
+    /// Confine the VMs' processes, if no supervisor runs: as far as the host can (auto), wholly or
+    /// not at all (require), or leave them free (off).
+    #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
+    pub(crate) confine: Confinement,
 }
 
 #[derive(Debug, Args)]

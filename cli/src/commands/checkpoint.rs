@@ -4,12 +4,12 @@ use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRe
 use hyper::Method;
 
 use crate::commands::args::{CheckpointArgs, CheckpointsArgs};
-use crate::commands::remote::ask;
+use crate::commands::remote::{ask, supervised};
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
 
 pub(super) fn take(args: &CheckpointArgs) -> Outcome {
-    let client = Client::default();
+    let client = supervised(&args.vm)?;
     let request = CheckpointRequest { name: args.name.clone() };
     let path = format!("/v1/vms/{}/checkpoint", args.vm);
     let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
@@ -21,7 +21,7 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
         return print_json(&info).map_err(Failure::run);
     }
     println!("{}", info.name);
-    eprintln!("{} was paused for {:.0} us", info.vm, info.pause_us);
+    eprintln!("{} was paused for {:.0} us", args.vm, info.pause_us);
     Ok(())
 }
 
@@ -34,7 +34,7 @@ pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
     for one in all {
         table.row([
             one.name,
-            one.vm,
+            one.vm.or(one.snapshot.map(|dir| dir.display().to_string())).unwrap_or_default(),
             one.generation.to_string(),
             one.cpus.to_string(),
             one.mib.to_string(),

@@ -19,6 +19,7 @@ mod remote;
 mod restore;
 mod run;
 mod serve;
+mod session;
 mod shutdown;
 mod snapshot;
 mod stats;
@@ -108,12 +109,7 @@ pub(crate) fn main() -> ExitCode {
     // These run VMs, or must restore the terminal from raw mode.
     let runs_vms = matches!(
         cli.command,
-        Command::Run(_)
-            | Command::Restore(_)
-            | Command::Console(_)
-            | Command::Serve(_)
-            | Command::Zygote(_)
-            | Command::Worker
+        Command::Run(_) | Command::Restore(_) | Command::Console(_) | Command::Serve(_) | Command::Zygote(_)
     );
     if !runs_vms {
         limits::end_at_closed_pipes();
@@ -160,13 +156,12 @@ fn run(command: Command) -> Outcome {
         Command::Rm(args) => many::main(&args, Verb::Remove),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
-        Command::Worker => worker::main(),
         Command::Zygote(args) => zygote::main(&args),
     }
 }
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
-pub(crate) use worker::MEASURE;
+pub(crate) use worker::{BARE, MEASURE};
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
 use crate::commands::many::limit;
+use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -76,24 +77,29 @@ async fn shown<T>(request: impl Future<Output = T>, args: &ForkArgs) -> T {
     answer
 }
 
+/// A client of the supervisor, which is started if there is none, for what is called `name`.
+pub(super) fn supervised(name: &str) -> Result<Client, Failure> {
+    check_name(name).map_err(Failure::input)?;
+    let client = Client::default();
+    if !client.is_remote() {
+        ensure()?;
+    }
+    Ok(client)
+}
+
 pub(crate) fn fork(args: &ForkArgs) -> Outcome {
     let request = ForkRequest {
         count: args.count,
         name: args.pattern.clone(),
         paused: args.child.paused,
-        own_process: args.own_process,
         labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
     };
-    let client = Client::default();
+    let client = supervised(&args.name)?;
     let forked = async {
-        // The supervisor, if there is one: it makes processes for the children, and has checkpoints.
         let fork = |of: &str| format!("/v1/{of}/{}/fork", args.name);
         match client.supervisor(Method::POST, &fork("vms"), Some(&request)).await {
-            Err(ClientError::NoSupervisor { .. }) => {
-                client.request(Method::POST, &args.name, "/fork", Some(&request)).await
-            }
             Err(ClientError::Refused { status: 404, .. }) => {
                 client.supervisor(Method::POST, &fork("checkpoints"), Some(&request)).await
             }

@@ -1,6 +1,8 @@
 //! `clade serve`: the supervisor of a runtime directory.
 
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -44,10 +46,15 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
     })
 }
 
+/// Whether a supervisor answers for the runtime directory `dir`.
+pub(super) fn answers(dir: &Path) -> bool {
+    UnixStream::connect(supervisor_path(dir)).is_ok()
+}
+
 /// Starts a supervisor in the background, unless there is one.
 pub(super) fn ensure() -> Outcome {
     let dir = runtime_dir();
-    let answers = || std::os::unix::net::UnixStream::connect(supervisor_path(&dir)).is_ok();
+    let answers = || answers(&dir);
     if answers() {
         return Ok(());
     }

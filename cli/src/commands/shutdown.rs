@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::process::Signal;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-
-use clade_daemon::fleet::Cancel;
+use tokio::sync::watch;
 
 /// Signals that end the process, unless they were ignored when it started (`nohup`, a shell's
 /// background).
@@ -16,17 +15,17 @@ const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
 /// Whether the process must end, and by which signal.
 #[derive(Clone, Debug)]
-pub(super) struct ShutdownSignal(Arc<AtomicI32>, Cancel);
+pub(super) struct ShutdownSignal(Arc<AtomicI32>, watch::Receiver<bool>);
 
 impl ShutdownSignal {
     /// Starts to listen. The first signal is only recorded; another ends the process at once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;
-        let (first, making) = (Arc::new(AtomicI32::new(0)), Cancel::default());
+        let (first, (came, coming)) = (Arc::new(AtomicI32::new(0)), watch::channel(false));
         let _entered = runtime.enter();
         for number in SIGNALS.map(Signal::as_raw).into_iter().filter(|number| ignored >> (number - 1) & 1 == 0) {
             let mut arrivals = signal(SignalKind::from_raw(number))?;
-            let (first, making) = (Arc::clone(&first), making.clone());
+            let (first, came) = (Arc::clone(&first), came.clone());
             runtime.spawn(async move {
                 while arrivals.recv().await.is_some() {
                     // Relaxed: nothing is published through the word. What follows from it is done
@@ -34,16 +33,20 @@ impl ShutdownSignal {
                     if first.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                         std::process::exit(128 + number);
                     }
-                    making.ending();
+                    // Without a receiver nobody waits.
+                    let _ = came.send(true);
                 }
             });
         }
-        Ok(Self(first, making))
+        Ok(Self(first, coming))
     }
 
-    /// Cancelled by the first signal. For VMs that are being made.
-    pub(super) fn making(&self) -> &Cancel {
-        &self.1
+    /// Returns once there has been one.
+    pub(super) async fn wait(&self) {
+        // Without a sender there is no signal that could come.
+        if self.1.clone().wait_for(|has_come| *has_come).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// The first signal, if there has been one.

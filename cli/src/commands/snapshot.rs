@@ -10,9 +10,9 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{ActArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
-use crate::commands::remote::ask;
+use crate::commands::remote::{ask, supervised};
 use crate::commands::{Failure, Outcome, Table, print_json};
-use clade_daemon::control::{Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
+use clade_daemon::control::{SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
 
 /// The interval at which a snapshot's progress is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -50,9 +50,10 @@ fn save(args: &SaveArgs) -> Outcome {
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
     let request = SnapshotRequest { dir, incremental: args.incremental, zstd: args.zstd, replace: args.replace };
     let bar = bar(args.json);
-    let client = Client::default();
+    let client = supervised(&args.name)?;
+    let path = format!("/v1/vms/{}/snapshot", args.name);
     let watched = async {
-        let saved = client.through_supervisor::<SnapshotAnswer>(Method::POST, &args.name, "/snapshot", Some(&request));
+        let saved = client.supervisor::<SnapshotAnswer>(Method::POST, &path, Some(&request));
         let mut saved = std::pin::pin!(saved);
         loop {
             tokio::select! {
@@ -60,8 +61,7 @@ fn save(args: &SaveArgs) -> Outcome {
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
             // Progress is only shown. If it cannot be read, the save's answer has the reason.
-            let progress =
-                client.through_supervisor::<SnapshotProgress>(Method::GET, &args.name, "/snapshot", None::<&()>).await;
+            let progress = client.supervisor::<SnapshotProgress>(Method::GET, &path, None::<&()>).await;
             if let Ok(SnapshotProgress { running: true, done, total }) = progress {
                 bar.set_length(total);
                 bar.set_position(done);
@@ -92,8 +92,8 @@ fn save(args: &SaveArgs) -> Outcome {
 }
 
 fn working_set(args: &ActArgs) -> Outcome {
-    let answer: WorkingSetAnswer =
-        ask(Client::default().through_supervisor(Method::POST, &args.name, "/working-set", None::<&()>))?;
+    let path = format!("/v1/vms/{}/working-set", args.name);
+    let answer: WorkingSetAnswer = ask(supervised(&args.name)?.supervisor(Method::POST, &path, None::<&()>))?;
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }

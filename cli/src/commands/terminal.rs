@@ -1,10 +1,7 @@
 //! The terminal: raw mode, which is left however the command ends, and keyboard input.
 
-use std::io::{self, IsTerminal, Read};
-use std::sync::Arc;
-use std::thread;
+use std::io::{self, IsTerminal};
 
-use clade_vmm::vm::Vm;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// Standard input in raw mode until dropped.
@@ -59,30 +56,6 @@ impl EscapeFilter {
         }
         None
     }
-}
-
-/// Types standard input into a VM until Ctrl-A x, which stops it.
-///
-/// # Errors
-/// When no thread can be created.
-pub(crate) fn type_stdin(vm: &Arc<Vm>) -> io::Result<()> {
-    let vm = Arc::downgrade(vm);
-    let read = move || {
-        let mut filter = EscapeFilter::default();
-        let mut bytes = [0; 1024];
-        // The thread dies with the process: a read of a terminal cannot be cancelled.
-        while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
-            let Some(vm) = vm.upgrade() else { return };
-            let mut to_guest = Vec::new();
-            let escape = filter.feed(&bytes[..typed], &mut to_guest);
-            vm.type_in(&to_guest);
-            if escape == Some(Escape::Leave) {
-                vm.stop();
-                return;
-            }
-        }
-    };
-    thread::Builder::new().name("clade-stdin".into()).spawn(read).map(drop)
 }
 
 #[cfg(test)]

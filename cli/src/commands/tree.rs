@@ -111,7 +111,11 @@ impl Known<'_> {
     }
 
     fn parent_of(&self, checkpoint: &CheckpointInfo) -> Place {
-        self.parent(&checkpoint.vm, checkpoint.generation, checkpoint.age_s)
+        let saved = || checkpoint.snapshot.as_ref().map(|dir| dir.display().to_string());
+        match &checkpoint.vm {
+            Some(vm) => self.parent(vm, checkpoint.generation, checkpoint.age_s),
+            None => Place::Ended(saved().unwrap_or_default()),
+        }
     }
 
     /// What descends from each place, and the roots.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{Client, ClientError, VmInfo};
-use clade_daemon::fleet::{EndedVm, check_name, ended_vms, runtime_dir};
+use clade_daemon::fleet::{EndedVm, check_name, ended_vms, runtime_dir, socket_path};
 use clade_vmm::vm::StopReason;
 use hyper::Method;
 use serde::Serialize;
@@ -56,13 +56,17 @@ fn record(dir: &Path, name: &str) -> Result<Option<EndedVm>, Failure> {
 }
 
 /// What is known of a VM's end. `was_seen`: it ran when it was looked at first.
-async fn end_of(dir: &Path, name: &str, was_seen: bool, is_dead: bool) -> Result<Option<Ended>, Failure> {
+async fn end_of(dir: &Path, name: &str, was_seen: bool, mut is_dead: bool) -> Result<Option<Ended>, Failure> {
     let deadline = Instant::now() + RECORD_TIMEOUT;
     loop {
+        // Before the record is looked for, which is written before the socket goes.
+        let is_there = socket_path(dir, name).exists();
         if let Some(record) = record(dir, name)? {
             let in_order = is_in_order(&record.stopped);
             return Ok(Some(Ended { name: name.to_owned(), reason: record.reason, in_order }));
         }
+        // Without a record it has been stopped, and somebody has cleared up.
+        is_dead &= is_there;
         if !is_dead || Instant::now() > deadline {
             break;
         }

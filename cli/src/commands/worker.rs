@@ -1,31 +1,38 @@
-//! `clade worker`: one VM, for the process that started this one.
+//! A worker: one VM, for the supervisor.
 
 use std::cell::OnceCell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
+use clade_daemon::fleet::Fleet;
 use clade_daemon::worker::{self, Program, Served};
+use clade_devices::disk::Disk;
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{Context, Vm};
 
-use crate::commands::run::{wait_for_all, wait_for_exit, with_runtime};
+use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
+
+/// The interval at which the end of the VM is polled.
+const TURN: Duration = Duration::from_millis(200);
+/// How often the end of VMs in other processes is looked for.
+const LEASE_POLL: Duration = Duration::from_millis(20);
+/// When it is said that they are waited for.
+const SAY_AFTER: Duration = Duration::from_secs(1);
+/// How long open requests may take to end after a signal.
+const LAST_WORK: Duration = Duration::from_secs(10);
 
 /// Set for workers that are measured.
 pub(crate) const MEASURE: &str = "CLADE_BENCH_WORKER";
 /// The name of the embedded guest, where a kernel's file is asked for.
 pub(crate) const BARE: &str = "bare";
-
-pub(crate) fn main() -> Outcome {
-    let socket = standard_input().map_err(Failure::run)?;
-    work(&context()?, socket)
-}
 
 /// What all VMs of a worker share.
 pub(super) fn context() -> Result<Context, Failure> {
@@ -38,8 +45,9 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     // Before there is another thread, which would not be confined.
     let Some(entered) = worker::enter(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
-        let mut program = Program { kernel, before_start: None, started: None, said: None };
+        let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
         if measures() {
+            program.booted = Some(fill);
             program.before_start = Some(order_announcement);
             program.started = Some(await_announcement);
             program.said = Some(pause);
@@ -47,22 +55,99 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         // Until then a signal ends the process at once, and whoever ordered the VM clears up.
         let shutdown = OnceCell::new();
         let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
-        let served = worker::serve(context, &entered, &socket, runtime, &program, &listen).map_err(Failure::run)?;
-        let (Some(Served { fleet, booted }), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
+        let served = worker::serve(context, &entered, &socket, runtime, &program, &listen);
+        // Whoever has ordered the VM was told.
+        let served = served.inspect_err(|error| tracing::debug!(%error, "no VM")).ok().flatten();
+        let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
-        match booted {
-            Some(vm) => drop(wait_for_exit(&fleet, vm, true, &shutdown)),
-            None => wait_for_all(&fleet, &shutdown),
-        }
+        let fleet = served.fleet.clone();
+        wait_for_end(served, &shutdown);
         fleet.finish();
         shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     })
+}
+
+/// Waits until the VM has ended and nothing of it is in use. A signal ends it.
+///
+/// The VM is dropped when it has stopped. Its resources are then free, also while children in other
+/// processes read its disks.
+fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
+    let Served { fleet, vm, was_booted } = served;
+    while vm.wait(TURN).is_none() {
+        if shutdown.signal().is_some() {
+            vm.stop();
+        }
+    }
+    let disks = if was_booted { vm.take_disks() } else { Vec::new() };
+    fleet.remove();
+    drop(vm);
+    let until = Instant::now() + LAST_WORK;
+    while !fleet.wait_until_unused(TURN) {
+        if shutdown.signal().is_some() && until < Instant::now() {
+            say!("clade: a request has not ended {} s after the signal, and is cut off", LAST_WORK.as_secs());
+            return;
+        }
+    }
+    wait_for_children(&fleet, &disks, shutdown);
+    // After all have ended that read them: no disk may be written that another VM's map refers to.
+    commit_overlays(disks);
+}
+
+/// Waits until no VM in another process reads files of `disks` that have overlays to be committed.
+/// A signal ends the wait, and the overlays are kept as far as they can be.
+fn wait_for_children(fleet: &Fleet, disks: &[Disk], shutdown: &ShutdownSignal) {
+    if !disks.iter().any(has_overlays) {
+        return;
+    }
+    let begun = Instant::now();
+    let mut said = false;
+    while fleet.leases().count() > 0 && shutdown.signal().is_none() {
+        if !said && begun.elapsed() > SAY_AFTER {
+            say!("\r\nclade: disks are given what was written since the fork when the children have ended\r");
+            said = true;
+        }
+        std::thread::sleep(LEASE_POLL);
+    }
+}
+
+/// Whether a disk has overlays that belong in its image.
+fn has_overlays(disk: &Disk) -> bool {
+    disk.is_forked() && !disk.config().read_only && !disk.config().ephemeral
+}
+
+/// Writes the overlays of disks back to their files, if possible, and reports the result.
+fn commit_overlays(disks: Vec<Disk>) {
+    for disk in disks {
+        if !has_overlays(&disk) {
+            continue;
+        }
+        let path = disk.config().path.display().to_string();
+        match disk.commit() {
+            Ok(report) => {
+                let bytes = report.copied + report.zeroed;
+                say!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
+            }
+            Err(failed) => {
+                let error = clade_vmm::error_chain(&failed.1);
+                say!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
+            }
+        }
+    }
 }
 
 /// Whether `clade bench clones` has started this worker. A child of the bare guest then says that it
 /// runs before the worker does.
 fn measures() -> bool {
     std::env::var_os(MEASURE).is_some()
+}
+
+fn fill(vm: &Vm) {
+    let filled =
+        BareVcpu::new(vm, 0).await_ready().map_err(Failure::run).and_then(|_| crate::bench::fill(vm, vm.config()));
+    if let Err(error) = filled {
+        tracing::error!(%error, "the guest does not write its memory");
+    }
+    pause(vm);
 }
 
 fn order_announcement(ram: &GuestRam) {

@@ -8,10 +8,6 @@ use serde_json::{Value, json};
 
 use crate::tool::{Runtime, expect_problem, kvm, taps, wait_until};
 
-fn files(runtime: &Runtime) -> BTreeSet<String> {
-    fs::read_dir(runtime.dir()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
-}
-
 #[test]
 fn a_fleet_from_its_first_vm_to_its_last() {
     if !kvm() {
@@ -31,7 +27,7 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     assert!(forked["pause_us"].as_f64().unwrap() > 0.0);
     assert!(forked["remapped_pages"].as_u64().unwrap() > 0, "the first fork shares what was born: {forked}");
     assert_eq!(runtime.names(), ["w-1", "w-2", "w-3", "web"]);
-    let child = runtime.http("w-1", "GET", "/v1/vms/w-1", "").1;
+    let child = runtime.http("GET", "/v1/vms/w-1", "").1;
     assert_eq!((&child["parent"], &child["generation"], &child["state"]), (&json!("web"), &json!(1), &json!("paused")));
 
     let resumed = runtime.clade(&["resume", "w-2", "--json"]).json();
@@ -75,7 +71,7 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     }
     assert_eq!(runtime.ended(), Some(0));
     assert_eq!(runtime.ended(), Some(0));
-    assert_eq!(files(&runtime), BTreeSet::new(), "sockets and locks are gone");
+    assert_eq!(runtime.files(), BTreeSet::new(), "sockets and locks are gone");
 }
 
 #[test]
@@ -115,17 +111,29 @@ fn requests_that_cannot_be_right() {
         (405, "DELETE", "/v1/vms/api", ""),
     ];
     for (status, method, path, body) in rows {
-        let (got, answer) = runtime.http("api", method, path, body);
+        let (got, answer) = runtime.http(method, path, body);
         let body = &body[..body.len().min(60)];
         assert_eq!(got, status, "{method} {path} {body}: {answer}");
         expect_problem(&answer, status);
     }
     assert_eq!(runtime.names(), ["api"]);
-    let (status, answer) = runtime.http("api", "POST", fork, "{}");
+    let (status, answer) = runtime.http("POST", fork, "{}");
     assert_eq!((status, &answer["children"]), (200, &json!(["api-1"])), "after all that: {answer}");
-    runtime.http("api", "POST", "/v1/vms/api-1/pause", "");
-    let (status, all) = runtime.http("api-1", "GET", "/v1/vms", "");
-    assert_eq!((status, all.as_array().unwrap().len()), (200, 2), "each socket serves the whole process");
+    runtime.http("POST", "/v1/vms/api-1/pause", "");
+    // A VM's own socket reaches that VM only.
+    let own = runtime.socket("api-1");
+    let (status, all) = runtime.http_at(&own, "GET", "/v1/vms", "");
+    assert_eq!((status, all.as_array().unwrap().len()), (200, 1), "{all}");
+    for (status, method, path) in [
+        (404, "GET", "/v1/vms/api"),
+        (404, "POST", "/v1/vms/api/stop"),
+        (404, "POST", "/v1/vms/api-1/fork"),
+        (404, "POST", "/v1/vms/api-1/snapshot"),
+        (404, "GET", "/v1/checkpoints"),
+        (200, "GET", "/v1/vms/api-1"),
+    ] {
+        assert_eq!(runtime.http_at(&own, method, path, "{}").0, status, "{method} {path}");
+    }
 }
 
 #[test]
@@ -139,7 +147,7 @@ fn many_forks_are_asked_for_at_once() {
     let answers: Vec<(u16, Value)> = thread::scope(|scope| {
         let ask = || {
             let body = r#"{"count":2,"paused":true}"#;
-            (0..5).map(|_| runtime.http("busy", "POST", "/v1/vms/busy/fork", body)).collect::<Vec<_>>()
+            (0..5).map(|_| runtime.http("POST", "/v1/vms/busy/fork", body)).collect::<Vec<_>>()
         };
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
         threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
@@ -155,16 +163,14 @@ fn many_forks_are_asked_for_at_once() {
     // Stopped and asked for things at the same time.
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            (1..=80)
-                .map(|n| runtime.http("busy", "POST", &format!("/v1/vms/busy-{n}/fork"), "{}").0)
-                .collect::<Vec<_>>()
+            (1..=80).map(|n| runtime.http("POST", &format!("/v1/vms/busy-{n}/fork"), "{}")).collect::<Vec<_>>()
         });
         for n in 1..=80 {
-            let (status, _) = runtime.http("busy", "POST", &format!("/v1/vms/busy-{n}/stop"), "");
+            let (status, _) = runtime.http("POST", &format!("/v1/vms/busy-{n}/stop"), "");
             assert!([200, 404].contains(&status), "{status}");
         }
-        for status in asking.join().unwrap() {
-            assert!([200, 404, 409].contains(&status), "a fork of a VM that is being stopped: {status}");
+        for (status, answer) in asking.join().unwrap() {
+            assert!([200, 404, 409, 410].contains(&status), "a fork of a VM that is being stopped: {answer}");
         }
     });
 }
@@ -177,8 +183,10 @@ fn a_crashed_process_leaves_its_names_to_others() {
     let mut runtime = Runtime::new();
     runtime.start("crash");
     runtime.clade(&["fork", "crash", "--count", "2", "--paused", "--json"]).json();
+    // All of its session end with it.
     runtime.crash();
-    assert!(files(&runtime).contains("crash.sock"), "that is what a crash leaves");
+    wait_until("the end of the workers", || runtime.clades().is_empty());
+    assert!(runtime.files().contains("crash.sock"), "that is what a crash leaves");
     assert_eq!(runtime.names(), Vec::<String>::new());
     runtime.clade(&["pause", "crash"]).expect_refusal("crash");
     runtime.start("crash");
@@ -241,7 +249,7 @@ fn children_have_sockets_and_addresses_of_their_own() {
     let (own, given) = (socket("own.vsock"), socket("given-{name}"));
     let expected = [socket("eve-1.vsock"), socket("eve-2.vsock"), socket("given-eve-3")];
     runtime.start_with("eve", &["--vsock", &vsock, "--balloon", "--virtio-console"]);
-    assert!(files(&runtime).is_superset(&["eve.vsock".to_owned(), "eve.hvc".to_owned()].into()));
+    assert!(runtime.files().is_superset(&["eve.vsock".to_owned(), "eve.hvc".to_owned()].into()));
 
     let forked = runtime.clade(&["fork", "eve", "--count", "2", "--paused", "--json"]).json();
     let identity = |forked: &Value, at: usize| {
@@ -259,7 +267,7 @@ fn children_have_sockets_and_addresses_of_their_own() {
     assert!(listed.contains("CID") && listed.contains(&(cid + 50).to_string()), "{listed}");
 
     // What is taken is named, and nothing is made or ended.
-    let before = files(&runtime);
+    let before = runtime.files();
     let names = runtime.names();
     runtime.clade(&["fork", "eve", "--vsock", &format!("cid={cid}")]).expect_refusal(&cid.to_string());
     runtime.clade(&["fork", "eve", "--vsock", &format!("socket={}", one.1)]).expect_refusal(&one.1);
@@ -269,7 +277,7 @@ fn children_have_sockets_and_addresses_of_their_own() {
     runtime.clade(&both).expect_refusal(&twice.to_string());
     runtime.clade(&["fork", "eve", "--net", "tap=x"]).expect_refusal("1 network interfaces");
     runtime.clade(&["run", "--kernel", "bare", "--mem", "32M", "--vsock", &vsock]).expect_refusal(&cid.to_string());
-    assert_eq!((files(&runtime), runtime.names()), (before, names));
+    assert_eq!((runtime.files(), runtime.names()), (before, names));
     assert_eq!(runtime.clade(&["resume", "eve", "--json"]).json()["state"], "running", "the parent runs on");
 
     // Nobody drives the balloon: it is as it was asked, and no guest answers.
@@ -277,12 +285,12 @@ fn children_have_sockets_and_addresses_of_their_own() {
     assert_eq!((&balloon["target_mib"], &balloon["actual_mib"]), (&json!(8.0), &json!(0.0)), "{balloon}");
     assert_eq!((&balloon["answered"], &balloon["guest"]), (&json!(false), &Value::Null), "{balloon}");
     runtime.clade(&["balloon", "eve", "--target", "32M"]).expect_refusal("32 MiB");
-    assert_eq!(runtime.http("eve", "POST", "/v1/vms/eve/balloon", r#"{"target":1}"#).0, 400);
+    assert_eq!(runtime.http("POST", "/v1/vms/eve/balloon", r#"{"target":1}"#).0, 400);
     for name in ["eve", "eve-1", "eve-2", "eve-3"] {
         assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
     }
     assert_eq!(runtime.ended(), Some(0));
-    assert_eq!(files(&runtime), BTreeSet::new(), "sockets and locks are gone");
+    assert_eq!(runtime.files(), BTreeSet::new(), "sockets and locks are gone");
 
     runtime.start("plain");
     runtime.clade(&["balloon", "plain"]).expect_refusal("balloon");

@@ -46,23 +46,3 @@ fn children_have_their_parents_labels_unless_they_are_given_others() {
     assert_eq!(status, 400, "{answer}");
     all.end();
 }
-
-#[test]
-fn children_in_their_parents_process_have_its_labels_too() {
-    if !kvm() {
-        return;
-    }
-    let mut runtime = Runtime::new();
-    runtime.start_with("web", &["--label", "tier=front"]);
-    for args in [&["--name", "here"][..], &["--name", "there", "--own-process"]] {
-        let args = [&["fork", "web", "--paused", "--json"], args].concat();
-        runtime.clade(&args).json();
-    }
-    assert_eq!(listed(&runtime, &["label=tier=front"]), ["here", "there", "web"]);
-    runtime.clade(&["stop", "there"]);
-    // A name has the labels of the VM that has it now.
-    runtime.clade(&["stop", "here"]);
-    runtime.clade(&["fork", "web", "--paused", "--name", "here", "--label", "tier=back", "--json"]).json();
-    assert_eq!(listed(&runtime, &["label=tier=front"]), ["web"]);
-    assert_eq!(listed(&runtime, &["label=tier=back"]), ["here"]);
-}

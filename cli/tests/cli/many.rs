@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::supervisor::{Supervised, kill};
+use crate::supervisor::Supervised;
+use crate::tool::kill;
 use crate::tool::{Answer, kvm};
 
 fn lines(answer: &Answer) -> Vec<&str> {

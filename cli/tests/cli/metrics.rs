@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::supervisor::{Supervised, kill};
+use crate::supervisor::Supervised;
+use crate::tool::kill;
 use crate::tool::kvm;
 
 type Labels = BTreeMap<String, String>;

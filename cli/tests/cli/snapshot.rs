@@ -47,7 +47,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     runtime.spawn(&[&["restore", text(&more), "--count", "2", "--name", "w-{n}"], paused.as_slice()].concat());
     wait_until("two VMs", || runtime.socket("w-1").exists() && runtime.socket("w-2").exists());
     wait_until("both in the fleet", || runtime.names() == ["w-1", "w-2"]);
-    let one = runtime.http("w-1", "GET", "/v1/vms/w-1", "").1;
+    let one = runtime.http("GET", "/v1/vms/w-1", "").1;
     assert_eq!((&one["state"], &one["parent"], &one["memory"]["mib"]), (&json!("paused"), &json!(null), &json!(32)));
     // They run, and what they touched is put on record.
     runtime.clade(&["resume", "w-1"]);
@@ -126,13 +126,13 @@ fn snapshots_that_cannot_be() {
         (405, "PUT", path, ""),
     ];
     for (status, method, path, body) in rows {
-        let (got, answer) = runtime.http("vm", method, path, body);
+        let (got, answer) = runtime.http(method, path, body);
         assert_eq!(got, status, "{method} {path} {body}: {answer}");
         expect_problem(&answer, status);
     }
     let none = json!({ "running": false, "done": 0, "total": 0 });
-    assert_eq!(runtime.http("vm", "GET", path, "").1["running"], none["running"]);
-    assert_eq!(runtime.http("vm", "DELETE", path, "").0, 200, "ending what is not going on is no error");
+    assert_eq!(runtime.http("GET", path, "").1["running"], none["running"]);
+    assert_eq!(runtime.http("DELETE", path, "").0, 200, "ending what is not going on is no error");
     assert_eq!(runtime.names(), ["vm"], "no refusal made or ended a VM");
     runtime.clade(&["snapshot", "vm", text(&at("good")), "--json"]).json();
     assert_eq!(

@@ -8,34 +8,16 @@ use std::path::Path;
 
 use clade_io::seqpacket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::tool::{Runtime, expect_problem, kvm, taps, wait_until};
+use crate::tool::{Runtime, expect_problem, kill, kvm, runs, taps, wait_until};
 
 mod storm;
 
-/// A runtime directory with a supervisor. All of its processes are ended when it is dropped.
+/// A runtime directory with a supervisor.
 pub(crate) struct Supervised {
     pub(crate) runtime: Runtime,
-}
-
-impl Drop for Supervised {
-    fn drop(&mut self) {
-        let processes = self.processes();
-        processes.iter().for_each(|pid| kill(*pid, Signal::KILL));
-    }
-}
-
-pub(crate) fn kill(pid: u32, signal: Signal) {
-    let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), signal);
-}
-
-fn runs(pid: u32) -> bool {
-    // A zombie is nobody's worry: its parent has died, and whoever has it now reaps it.
-    let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = state.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    test_kill_process(Pid::from_raw(pid as i32).unwrap()).is_ok() && !matches!(state, None | Some('Z'))
 }
 
 impl Supervised {
@@ -76,23 +58,15 @@ impl Supervised {
 
     /// One HTTP request to the supervisor.
     pub(crate) fn http(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
-        self.runtime.http_at(&self.runtime.dir().join("clade.api"), method, path, body)
+        self.runtime.http(method, path, body)
     }
 
     fn info(&self, what: &str) -> u64 {
         self.http("GET", "/v1/supervisor", "").1[what].as_u64().unwrap()
     }
 
-    /// Processes of this runtime directory: its supervisor, zygotes and workers.
     fn processes(&self) -> BTreeSet<u32> {
-        let dir = self.runtime.dir().display().to_string();
-        let is_ours = |entry: &fs::DirEntry| {
-            let of = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-            ["serve", "zygote"].contains(&of("cmdline").split('\0').nth(1).unwrap_or_default())
-                && of("environ").contains(&dir)
-        };
-        let all = fs::read_dir("/proc").unwrap().flatten().filter(is_ours);
-        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| runs(*pid)).collect()
+        self.runtime.clades()
     }
 
     fn zygotes(&self) -> Vec<u32> {

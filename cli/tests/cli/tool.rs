@@ -1,6 +1,7 @@
 //! Running the binary, and talking to its sockets.
 
-use std::fs::File;
+use std::collections::BTreeSet;
+use std::fs::{DirEntry, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_io::Tap;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -211,9 +212,38 @@ impl Runtime {
         all.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// One HTTP request to the socket of `name`: the status and the body.
-    pub(crate) fn http(&self, name: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
-        self.http_at(&self.socket(name), method, path, body)
+    /// The supervisor's socket.
+    pub(crate) fn api(&self) -> PathBuf {
+        self.dir().join("clade.api")
+    }
+
+    /// One HTTP request to the supervisor: the status and the body.
+    pub(crate) fn http(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        self.http_at(&self.api(), method, path, body)
+    }
+
+    /// The process of a VM.
+    pub(crate) fn worker(&self, name: &str) -> u32 {
+        self.http("GET", &format!("/v1/vms/{name}"), "").1["pid"].as_u64().unwrap() as u32
+    }
+
+    /// Files of VMs: not those of a supervisor.
+    pub(crate) fn files(&self) -> BTreeSet<String> {
+        let all = std::fs::read_dir(self.dir()).unwrap().flatten();
+        let all = all.map(|entry| entry.file_name().into_string().unwrap());
+        all.filter(|name| !name.starts_with("clade.")).collect()
+    }
+
+    /// Processes of this runtime directory that run: supervisors, zygotes and workers.
+    pub(crate) fn clades(&self) -> BTreeSet<u32> {
+        let dir = self.dir().display().to_string();
+        let is_ours = |entry: &DirEntry| {
+            let of = |file: &str| std::fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+            ["serve", "zygote"].contains(&of("cmdline").split('\0').nth(1).unwrap_or_default())
+                && of("environ").contains(&dir)
+        };
+        let all = std::fs::read_dir("/proc").unwrap().flatten().filter(is_ours);
+        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| runs(*pid)).collect()
     }
 
     /// One HTTP request to a socket.
@@ -245,5 +275,18 @@ impl Drop for Runtime {
             let _ = process.kill();
             let _ = process.wait();
         }
+        // What runs in the background, and starts no others once it is gone.
+        self.clades().iter().for_each(|pid| kill(*pid, Signal::KILL));
     }
+}
+
+pub(crate) fn kill(pid: u32, signal: Signal) {
+    let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), signal);
+}
+
+pub(crate) fn runs(pid: u32) -> bool {
+    // A zombie is nobody's worry: its parent has died, and whoever has it now reaps it.
+    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = state.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    test_kill_process(Pid::from_raw(pid as i32).unwrap()).is_ok() && !matches!(state, None | Some('Z'))
 }

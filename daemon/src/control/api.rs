@@ -12,7 +12,7 @@ use clade_devices::virtio::net::Mac;
 use crate::control::schema;
 use crate::fleet::{Labels, Listed};
 use crate::worker::Made;
-use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
+use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -196,9 +196,6 @@ pub struct ForkRequest {
     #[serde(default)]
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
     pub labels: Option<Labels>,
-    /// Whether each gets a process of its own, which ends with it and not with its parent's.
-    #[serde(default)]
-    pub own_process: bool,
     /// The choices for their network devices, in order.
     #[serde(default)]
     #[schema(value_type = Vec<schema::NetChoice>)]
@@ -207,6 +204,13 @@ pub struct ForkRequest {
     #[serde(default)]
     #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
+}
+
+impl Default for ForkRequest {
+    /// For one child, as its parent is.
+    fn default() -> Self {
+        Self { count: 1, name: None, paused: false, labels: None, nets: Vec::new(), vsock: None }
+    }
 }
 
 impl ForkRequest {
@@ -473,6 +477,59 @@ pub struct BootRequest {
     #[serde(default)]
     #[schema(value_type = std::collections::BTreeMap<String, String>)]
     pub labels: Labels,
+    /// Whether it starts paused.
+    #[serde(default)]
+    pub paused: bool,
+    /// The session that it belongs to, with all that descend from it: whoever has begun the session
+    /// stops them at its end.
+    #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
+    pub session: Option<String>,
+}
+
+/// A snapshot, and how it is loaded.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSource {
+    /// Its directory. Absolute, because this process may have another working directory than the
+    /// client.
+    #[schema(value_type = String)]
+    pub dir: PathBuf,
+    /// How memory is loaded.
+    #[serde(default)]
+    #[schema(value_type = schema::RestoreLoad)]
+    pub load: RestoreLoad,
+    /// The directory of the disks' overlays; beside the snapshot if not given.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub overlays: Option<PathBuf>,
+}
+
+/// A request to start VMs from a snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// The snapshot.
+    pub saved: SavedSource,
+    /// The VMs. A single one without a name is called as the snapshot's directory.
+    #[serde(default)]
+    pub vms: ForkRequest,
+    /// The session that they belong to.
+    #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
+    pub session: Option<String>,
+}
+
+/// A request to hold a snapshot as a checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OpenRequest {
+    /// The snapshot.
+    pub saved: SavedSource,
+    /// Its name; the directory's and a number if not given.
+    #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
+    pub name: Option<String>,
 }
 
 /// A request for a checkpoint.
@@ -490,8 +547,12 @@ pub struct CheckpointRequest {
 pub struct CheckpointInfo {
     /// Its name.
     pub name: String,
-    /// The VM that it is of.
-    pub vm: String,
+    /// The VM that it was taken of.
+    pub vm: Option<String>,
+    /// The snapshot that it was opened from.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(value_type = Option<String>)]
+    pub snapshot: Option<PathBuf>,
     /// Forks between it and the VM that was booted, counting this one.
     pub generation: u32,
     /// vCPUs.

@@ -288,7 +288,12 @@ impl Client {
     /// # Errors
     /// As for [`Self::stop`].
     pub(crate) async fn stop_process(&self, name: &str) -> Result<(VmInfo, Option<(NameClaim, Exit)>), ClientError> {
-        let info: VmInfo = self.request(Method::POST, name, "/stop", None::<&()>).await?;
+        let gone = |error| match error {
+            // Somebody else has stopped it, and its process has ended before the answer.
+            ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
+            other => other,
+        };
+        let info: VmInfo = self.request(Method::POST, name, "/stop", None::<&()>).await.map_err(gone)?;
         let dir = RuntimeDir::open(&self.dir)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
         let exit = Exit { pid: info.pid, signal: None, code: Some(0) };
@@ -356,25 +361,6 @@ impl Client {
                 Err(ClientError::NoSupervisor { path })
             }
             other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source }),
-        }
-    }
-
-    /// Sends a request for a VM to the supervisor; if there is none, to the VM's process. For what a
-    /// confined process cannot do.
-    ///
-    /// # Errors
-    /// When it cannot be reached, or refuses.
-    pub async fn through_supervisor<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        name: &str,
-        action: &str,
-        body: Option<&(impl Serialize + Sync)>,
-    ) -> Result<T, ClientError> {
-        check_name(name)?;
-        match self.supervisor(method.clone(), &format!("/v1/vms/{name}{action}"), body).await {
-            Err(ClientError::NoSupervisor { .. }) => self.request(method, name, action, body).await,
-            answer => answer,
         }
     }
 

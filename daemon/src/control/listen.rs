@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use tokio::time::{sleep, timeout};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::server::router;
 use crate::control::stall::Stalling;
-use crate::fleet::{Fleet, FleetError, RuntimeDir, Serve, Serving, Sockets, WeakFleet};
+use crate::fleet::{Fleet, Serve, Serving, Sockets, WeakFleet};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
 
@@ -179,6 +178,7 @@ struct Listener {
     fleet: WeakFleet,
     router: Router,
     connections: Arc<Semaphore>,
+    consoles: Arc<Semaphore>,
     ending: watch::Sender<bool>,
 }
 
@@ -256,7 +256,8 @@ impl Serve for Listener {
             self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone(), self.fleet.clone()));
         tasks.push(Abort(images.abort_handle()));
         for (line, socket) in sockets.consoles {
-            let served = self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line));
+            let served =
+                self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line, Arc::clone(&self.consoles)));
             tasks.push(Abort(served.abort_handle()));
         }
         let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
@@ -272,27 +273,24 @@ impl Serve for Listener {
         // Without a receiver there is no connection to end.
         let _ = self.ending.send(true);
         let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
+        let consoles = self.consoles.acquire_many(console::MAX_CONNECTIONS as u32);
         // Connections that are not done by then are cut off.
-        let _ = self.runtime.block_on(async { timeout(LAST_ANSWERS, all).await.map(drop) });
+        self.runtime.block_on(async {
+            let _ = timeout(console::LAST_OUTPUT, consoles).await.map(drop);
+            let _ = timeout(LAST_ANSWERS, all).await.map(drop);
+        });
     }
 }
 
-/// Creates a fleet whose control sockets are served on `runtime`.
-///
-/// # Errors
-/// When the sockets' directory cannot be made or used.
-pub fn serve_fleet(context: &Context, dir: &Path, runtime: &Handle) -> Result<Fleet, FleetError> {
-    Ok(serve_fleet_in(context, RuntimeDir::create(dir)?, runtime))
-}
-
-/// The same in a runtime directory that is open.
-pub(crate) fn serve_fleet_in(context: &Context, dir: RuntimeDir, runtime: &Handle) -> Fleet {
-    Fleet::in_dir(context, dir, |fleet| {
+/// The VM of this process, once it is made: its sockets are served on `runtime`.
+pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> Fleet {
+    Fleet::new(context, |fleet| {
         Box::new(Listener {
             runtime: runtime.clone(),
             fleet: fleet.clone(),
             router: router(fleet).layer(from_fn(read_body)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            consoles: Arc::new(Semaphore::new(console::MAX_CONNECTIONS)),
             ending: watch::Sender::new(false),
         })
     })

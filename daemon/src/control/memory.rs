@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use crate::control::api::{DiskInfo, NetInfo, VmInfo, VmState};
 use crate::control::server::{Answer, with_fleet};
-use crate::fleet::{Fleet, FleetError, Listed, WeakFleet};
+use crate::fleet::{FleetError, Listed, WeakFleet};
 use clade_memory::{LayerPlace, PAGE_SIZE, PageMap, ShownLayer};
 use clade_vmm::vm::{HistogramCounts, Vm};
 
@@ -278,7 +278,7 @@ fn process() -> Option<ProcessStats> {
     })
 }
 
-fn stats(fleet: &Fleet, listed: &Listed) -> Result<VmStats, FleetError> {
+fn stats(listed: &Listed) -> Result<VmStats, FleetError> {
     let vm = &listed.vm;
     let info = VmInfo::from(listed);
     let cow = vm.cow_counts()?;
@@ -313,7 +313,7 @@ fn stats(fleet: &Fleet, listed: &Listed) -> Result<VmStats, FleetError> {
             snapshot: pauses.snapshot.counts().into(),
             reset: pauses.reset.counts().into(),
         },
-        process: if fleet.list().len() == 1 { process() } else { None },
+        process: process(),
         nets: info.nets,
         disks: info.disks,
     })
@@ -322,7 +322,7 @@ fn stats(fleet: &Fleet, listed: &Listed) -> Result<VmStats, FleetError> {
 /// Shows a VM's memory, copies, pins and pauses in numbers.
 #[utoipa::path(get, path = "/v1/vms/{name}/stats", responses((status = 200, description = "Done.", body = VmStats)))]
 pub(super) async fn show_stats(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmStats> {
-    Ok(Json(with_fleet(fleet, move |fleet| stats(fleet, &fleet.get(&name)?)).await?))
+    Ok(Json(with_fleet(fleet, move |fleet| stats(&fleet.get(&name)?)).await?))
 }
 
 /// Pages as KiB.

@@ -39,14 +39,13 @@ mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmState, VsockInfo,
-    WorkingSetAnswer,
+    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared, ResetAnswer,
+    RestoreRequest, SavedSource, SnapshotAnswer, SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer,
+    TouchedRun, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;
-pub use listen::serve_fleet;
-pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_fleet_in, serve_http};
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_http, serve_vm};
 pub use memory::{
     CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
     VmStats, pages_kib,

@@ -37,6 +37,20 @@ pub(crate) enum StopReason {
     Panic { vcpu: usize, message: String },
 }
 
+/// How memory is loaded from a snapshot.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(serde::Deserialize))]
+#[schema(as = RestoreLoad)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum RestoreLoad {
+    /// At each page's first access, shared through the page cache.
+    Lazy,
+    /// All of it at once, into huge pages. Every checksum is verified.
+    Preload,
+    /// At each page's first access, after the recorded working set has been read ahead.
+    WorkingSet,
+}
+
 /// Chosen values for a child's network device.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize))]

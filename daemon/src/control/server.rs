@@ -10,22 +10,17 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, State};
 use axum::{Json, Router};
 use clade_memory::PageRange;
-use clade_snapshot::Compression;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::control::api::{
-    BalloonInfo, BalloonRequest, ForkAnswer, ForkRequest, LogsAnswer, ResetAnswer, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, TouchedAnswer, TouchedRun, VmInfo, WorkingSetAnswer,
-};
+use crate::control::api::{BalloonInfo, BalloonRequest, LogsAnswer, ResetAnswer, TouchedAnswer, TouchedRun, VmInfo};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::{memory, pages, ttl};
-use crate::fleet::{Cancel, Children, Fleet, FleetError, WeakFleet, last_output};
-use crate::worker::{self, Made};
-use clade_vmm::vm::{ChildOptions, SnapshotOptions, Vm, VmError};
+use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
+use clade_vmm::vm::{Vm, VmError};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
 /// is busy, does not send them.
@@ -78,7 +73,7 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
 /// Lists the VMs of the process.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
-    Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.list().iter().map(VmInfo::from).collect())).await?))
+    Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.listed().iter().map(VmInfo::from).collect())).await?))
 }
 
 /// Shows a VM.
@@ -129,78 +124,12 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Forks a VM.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/fork",
-    request_body = ForkRequest,
-    responses((status = 200, description = "Done.", body = ForkAnswer))
-)]
-async fn fork(
-    State(fleet): State<WeakFleet>,
-    UrlPath(name): UrlPath<String>,
-    request: Result<Json<ForkRequest>, JsonRejection>,
-) -> Answer<ForkAnswer> {
-    let Json(request) = request?;
-    let cancel = Cancel::default();
-    let _cancel_on_drop = CancelOnDrop(cancel.clone());
-    let made = with_fleet(fleet, move |fleet| {
-        let begun = Instant::now();
-        let options = ChildOptions { paused: request.paused, before_start: None };
-        let identity = request.identity();
-        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let labels = request.labels.clone().unwrap_or_else(|| fleet.labels(&name));
-        let (made, report) = if request.own_process {
-            worker::fork(fleet, &name, &wanted, request.paused, &labels, &cancel)?
-        } else {
-            let (children, report) = fleet.fork(&name, &wanted, options, &cancel)?;
-            children.iter().for_each(|vm| fleet.label(vm, labels.clone()));
-            (children.iter().map(|vm| Made::of(vm)).collect(), report)
-        };
-        let times = (report.times.pause, report.times.freeze, begun.elapsed());
-        Ok(ForkAnswer::new(made, times, (report.freeze.remapped, report.freeze.copied)))
-    });
-    Ok(Json(made.await?))
-}
-
 /// Refuses a path that would be another process's.
 pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
     if dir.is_absolute() {
         return Ok(());
     }
     Err(ApiError::new(ProblemKind::BadPath, format!("{} is not an absolute path", dir.display())))
-}
-
-/// Saves a VM. Answers when all is on the disk.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/snapshot",
-    request_body = SnapshotRequest,
-    responses((status = 200, description = "Done.", body = SnapshotAnswer))
-)]
-async fn snapshot(
-    State(fleet): State<WeakFleet>,
-    UrlPath(name): UrlPath<String>,
-    request: Result<Json<SnapshotRequest>, JsonRejection>,
-) -> Answer<SnapshotAnswer> {
-    let Json(SnapshotRequest { dir, incremental, zstd, replace }) = request?;
-    expect_absolute(&dir)?;
-    let made = with_fleet(fleet, move |fleet| {
-        let compression = if zstd { Compression::Zstd } else { Compression::None };
-        let report = fleet.get(&name)?.vm.snapshot(&dir, SnapshotOptions { incremental, compression, replace })?;
-        let us = |d: Duration| d.as_secs_f64() * 1e6;
-        Ok(SnapshotAnswer {
-            dir: report.place.dir,
-            id: report.place.id.to_string(),
-            pause_us: us(report.times.pause),
-            total_us: us(report.took),
-            data_pages: report.saved.data_pages,
-            zero_pages: report.saved.zero_pages,
-            data_bytes: report.saved.data_bytes,
-            base_untold: report.saved.base_untold,
-        })
-    });
-    Ok(Json(made.await?))
 }
 
 /// Puts a VM that was forked back to the instant of its fork.
@@ -223,49 +152,6 @@ async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -
         })
     });
     Ok(Json(made.await?))
-}
-
-fn progress(vm: &Vm) -> SnapshotProgress {
-    let progress = vm.snapshot_progress();
-    let (done, total) = progress.unwrap_or_default();
-    SnapshotProgress { running: progress.is_some(), done, total }
-}
-
-/// Shows how far the snapshot that is being written is.
-#[utoipa::path(
-    get,
-    path = "/v1/vms/{name}/snapshot",
-    responses((status = 200, description = "Done.", body = SnapshotProgress))
-)]
-async fn snapshot_progress(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
-    Ok(Json(with_fleet(fleet, move |fleet| Ok(progress(&fleet.get(&name)?.vm))).await?))
-}
-
-/// Cancels the snapshot that is being written.
-#[utoipa::path(
-    delete,
-    path = "/v1/vms/{name}/snapshot",
-    responses((status = 200, description = "Done.", body = SnapshotProgress))
-)]
-async fn cancel_snapshot(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<SnapshotProgress> {
-    let cancelled = with_fleet(fleet, move |fleet| {
-        let vm = fleet.get(&name)?.vm;
-        vm.cancel_snapshot();
-        Ok(progress(&vm))
-    });
-    Ok(Json(cancelled.await?))
-}
-
-/// Records a VM's working set in its snapshot.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/working-set",
-    responses((status = 200, description = "Done.", body = WorkingSetAnswer))
-)]
-async fn working_set(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
-    let recorded =
-        with_fleet(fleet, move |fleet| Ok(WorkingSetAnswer { pages: fleet.get(&name)?.vm.record_working_set()? }));
-    Ok(Json(recorded.await?))
 }
 
 /// Lists the pages that a VM has touched since it was started.
@@ -343,11 +229,8 @@ fn routes() -> OpenApiRouter<WeakFleet> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(show))
-        .routes(routes!(fork))
         .routes(routes!(reset))
         .routes(routes!(balloon, set_balloon))
-        .routes(routes!(snapshot_progress, snapshot, cancel_snapshot))
-        .routes(routes!(working_set))
         .routes(routes!(touched))
         .routes(routes!(pause))
         .routes(routes!(resume))

@@ -272,6 +272,14 @@ impl RuntimeDir {
     }
 }
 
+/// Refuses a path that no client could connect to.
+fn expect_short(path: PathBuf) -> Result<(), FleetError> {
+    match path.as_os_str().len() {
+        length if length > LONGEST_SOCKET_PATH => Err(FleetError::LongPath { path, length }),
+        _ => Ok(()),
+    }
+}
+
 /// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
 fn write_pid(lock: &File) {
     let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
@@ -290,6 +298,7 @@ impl SupervisorClaim {
     /// # Errors
     /// When another process has it.
     pub(crate) fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), FleetError> {
+        expect_short(supervisor_path(&dir.path))?;
         let lock = dir.lock(SUPERVISOR_LOCK)?;
         let lock = lock.ok_or_else(|| FleetError::Supervised { path: dir.path.clone() })?;
         let socket = dir.bind(SUPERVISOR, SocketType::STREAM)?;
@@ -318,10 +327,6 @@ pub(crate) struct NameClaim {
     pub(crate) name: String,
     /// None if it is left to another process.
     lock: Option<File>,
-    /// Sockets that another process has bound, by their endings.
-    handed: BTreeMap<String, OwnedFd>,
-    /// Where the VM's end is recorded, if it may not write into the directory.
-    record: Option<File>,
     /// Whether the files go with the claim. Otherwise another process removes them.
     removes: bool,
 }
@@ -330,29 +335,29 @@ pub(crate) struct NameClaim {
 pub(super) const END: &str = "end";
 /// The ending of the file that says what a supervisor knows of a VM.
 const VM: &str = "vm";
+/// The endings of a VM's sockets.
+const CONTROL: &str = "sock";
+const CONSOLE: &str = "console";
+const HVC: &str = "hvc";
+const IMAGE: &str = "image";
 /// The endings of a VM's files. The lock file last: while it is locked no other process makes these.
-const ENDINGS: [&str; 7] = ["sock", "console", "hvc", "image", VM, END, "lock"];
+const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
 
 impl NameClaim {
     pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
         check_name(name)?;
         // The longest path of its sockets.
-        let longest = console_path(&dir.path, name);
-        let length = longest.as_os_str().len();
-        if length > LONGEST_SOCKET_PATH {
-            return Err(FleetError::LongPath { path: longest, length });
-        }
+        expect_short(console_path(&dir.path, name))?;
         let lock = dir.lock(&format!("{name}.lock"))?;
         let lock = lock.ok_or_else(|| FleetError::Taken { name: name.to_owned() })?;
         Ok(Self::of(dir, name, lock))
     }
 
     fn of(dir: &RuntimeDir, name: &str, lock: File) -> Self {
-        let (dir, name, lock) = (dir.clone(), name.to_owned(), Some(lock));
-        Self { dir, name, lock, handed: BTreeMap::new(), record: None, removes: true }
+        Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: true }
     }
 
-    /// The claim of another process that has passed on its lock.
+    /// The claim of another process that has passed on its lock. That process removes the files.
     ///
     /// # Errors
     /// When it is not the lock of that name.
@@ -363,14 +368,7 @@ impl NameClaim {
             return Err(FleetError::Taken { name: name.to_owned() });
         }
         write_pid(&lock);
-        Ok(Self::of(dir, name, lock))
-    }
-
-    /// The claim with sockets that the other process has bound, and the file for the VM's end. That
-    /// process removes them.
-    pub(crate) fn handed_in(mut self, sockets: BTreeMap<String, OwnedFd>, record: OwnedFd) -> Self {
-        (self.handed, self.record, self.removes) = (sockets, Some(record.into()), false);
-        self
+        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
     }
 
     /// Makes the files of a VM that may make none itself: its sockets, and that for its end.
@@ -378,30 +376,19 @@ impl NameClaim {
     /// # Errors
     /// When one cannot be made.
     pub(crate) fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), FleetError> {
-        let bind =
-            |ending: &str, kind| Ok((ending.to_owned(), self.dir.bind(&format!("{}.{ending}", self.name), kind)?));
-        let mut sockets: BTreeMap<_, _> = ["sock", "console"]
+        let bind = |ending: &str, kind| Ok((ending.to_owned(), self.bind(ending, kind)?));
+        let mut sockets: BTreeMap<_, _> = [CONTROL, CONSOLE]
             .iter()
-            .chain(has_hvc.then_some(&"hvc"))
+            .chain(has_hvc.then_some(&HVC))
             .map(|ending| bind(ending, SocketType::STREAM))
             .collect::<Result<_, FleetError>>()?;
-        sockets.extend([bind("image", SocketType::SEQPACKET)?]);
+        sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
         let file = format!("{}.{END}", self.name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
         let record =
             record.map_err(|error| FleetError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
         Ok((sockets, record))
-    }
-
-    /// Where the VM's end is recorded, if not in the directory.
-    pub(super) fn take_record(&mut self) -> Option<File> {
-        self.record.take()
-    }
-
-    /// Whether the VM's files are this claim's to make and remove.
-    pub(super) fn owns_files(&self) -> bool {
-        self.removes
     }
 
     /// Writes down what a supervisor knows of the VM.
@@ -426,7 +413,7 @@ impl NameClaim {
         for file in dir.entries()? {
             // Whatever of the two was removed, or not made yet, when it died.
             let ending = |file: &'_ str| {
-                ["sock", VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
+                [CONTROL, VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
             };
             let Some(name) = file.to_str().and_then(ending) else { continue };
             let name = name.as_str();
@@ -454,8 +441,11 @@ impl NameClaim {
         let failed = |source| FleetError::Runtime { path: dir.path.join(name), source };
         let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
         let owner: Option<u32> = owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
-        if owner != Some(pid) {
-            return Ok(None);
+        match owner {
+            Some(owner) if owner == pid => {}
+            // This process clears up after it already.
+            Some(owner) if owner == std::process::id() => return Err(FleetError::Taken { name: name.to_owned() }),
+            _ => return Ok(None),
         }
         // If it has gone meanwhile, this makes another, and removes that.
         Self::new(dir, name).map(Some)
@@ -466,21 +456,37 @@ impl NameClaim {
         self.lock = None;
     }
 
-    /// Binds the socket `NAME.ending`, for this user alone (mode 0600).
-    pub(crate) fn bind(&mut self, ending: &str) -> Result<UnixListener, FleetError> {
-        if let Some(handed) = self.handed.remove(ending) {
-            return Ok(handed.into());
-        }
-        // We hold the lock, so an existing socket is a dead owner's.
-        Ok(self.dir.bind(&format!("{}.{ending}", self.name), SocketType::STREAM)?.into())
+    /// Binds the socket `NAME.ending`, for this user alone (mode 0600). We hold the lock, so an
+    /// existing one is a dead owner's.
+    fn bind(&self, ending: &str, kind: SocketType) -> Result<OwnedFd, FleetError> {
+        self.dir.bind(&format!("{}.{ending}", self.name), kind)
     }
+}
 
-    /// Binds the socket at which other processes ask for the VM's image.
-    pub(crate) fn bind_image(&mut self) -> Result<OwnedFd, FleetError> {
-        if let Some(handed) = self.handed.remove("image") {
-            return Ok(handed);
-        }
-        self.dir.bind(&format!("{}.image", self.name), SocketType::SEQPACKET)
+/// The files of a VM that its process is handed: it may make none.
+#[derive(Debug)]
+pub(crate) struct VmFiles {
+    pub(super) control: UnixListener,
+    /// Where other processes ask for its image.
+    pub(super) image: OwnedFd,
+    pub(super) console: UnixListener,
+    /// The virtio console's.
+    pub(super) hvc: Option<UnixListener>,
+    /// Where its end is recorded.
+    pub(super) record: File,
+}
+
+impl VmFiles {
+    /// Of the sockets by their endings, and the file for the end.
+    ///
+    /// # Errors
+    /// When a socket is missing.
+    pub(crate) fn of(mut sockets: BTreeMap<String, OwnedFd>, record: OwnedFd) -> io::Result<Self> {
+        let missing =
+            |ending: &str| io::Error::new(io::ErrorKind::InvalidData, format!("there is no socket .{ending}"));
+        let mut take = |ending: &str| sockets.remove(ending).ok_or_else(|| missing(ending));
+        let (control, image, console) = (take(CONTROL)?.into(), take(IMAGE)?, take(CONSOLE)?.into());
+        Ok(Self { control, image, console, hvc: take(HVC).ok().map(UnixListener::from), record: record.into() })
     }
 }
 

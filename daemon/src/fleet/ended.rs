@@ -58,9 +58,9 @@ pub(crate) fn last_output(vm: &Vm) -> String {
     String::from_utf8_lossy(&console.since(console.position().saturating_sub(MAX_OUTPUT))).into_owned()
 }
 
-/// Records the end of `vm`, if it ended by itself: in `file`, for whoever clears up after this
-/// process, otherwise in the directory.
-pub(super) fn record(dir: &RuntimeDir, file: Option<&File>, vm: &Vm, parent: Option<&str>) {
+/// Records the end of `vm` in `file`, if it ended by itself: for whoever clears up after this
+/// process.
+pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
     let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Requested) else { return };
     let ended = EndedVm {
         name: vm.name().to_owned(),
@@ -73,7 +73,6 @@ pub(super) fn record(dir: &RuntimeDir, file: Option<&File>, vm: &Vm, parent: Opt
         pid: std::process::id(),
         console: last_output(vm),
     };
-    let Some(mut file) = file else { return write(dir, &ended) };
     let written = serde_json::to_vec(&ended).map_err(std::io::Error::other).and_then(|bytes| file.write_all(&bytes));
     if let Err(error) = written {
         tracing::warn!(%error, name = ended.name, "the end of a VM is not on record");

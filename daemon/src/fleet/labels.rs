@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -116,31 +115,6 @@ impl Labels {
     #[must_use]
     pub fn text(&self) -> String {
         self.0.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
-    }
-}
-
-/// The labels of a fleet's VMs, by their names.
-#[derive(Debug, Default)]
-pub(super) struct LabelBook(Mutex<BTreeMap<String, Labels>>);
-
-impl LabelBook {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Labels>> {
-        // Each change to it is one step.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn get(&self, name: &str) -> Labels {
-        self.all().get(name).cloned().unwrap_or_default()
-    }
-
-    pub(super) fn set(&self, name: &str, labels: Labels) {
-        if !labels.is_empty() {
-            self.all().insert(name.to_owned(), labels);
-        }
-    }
-
-    pub(super) fn forget(&self, name: &str) {
-        self.all().remove(name);
     }
 }
 

@@ -71,10 +71,23 @@ fn of_snapshot(error: &SnapshotError) -> ProblemKind {
             | Error::Shape { .. }
             | Error::Needed { .. }
             | Error::Locked { .. }
-            | Error::OwnChain { .. },
+            | Error::OwnChain { .. }
+            | Error::NotAFile { .. }
+            | Error::Damaged { .. }
+            | Error::Incomplete { .. }
+            | Error::Runs { .. }
+            | Error::Space { .. }
+            | Error::Twice { .. }
+            | Error::Machine { .. },
         )
         | SnapshotError::NoBase { .. }
-        | SnapshotError::Busy { .. } => ProblemKind::SnapshotConflict,
+        | SnapshotError::Busy { .. }
+        | SnapshotError::State(_)
+        | SnapshotError::Host(_)
+        | SnapshotError::Disks { .. }
+        | SnapshotError::Cold { .. } => ProblemKind::SnapshotConflict,
+        SnapshotError::Files(Error::Full { .. }) => ProblemKind::NoRoom,
+        SnapshotError::Unpack { .. } => ProblemKind::BadPath,
         SnapshotError::Vm(error @ (VmError::Stopped(_) | VmError::Inconsistent)) => of_vm(error),
         _ => ProblemKind::Internal,
     }

@@ -24,6 +24,9 @@ const HOST_FACTS: [&str; 4] =
 pub(crate) struct Grants {
     /// Files that are read: kernels, and the images of a child's disks.
     pub(crate) read: Vec<PathBuf>,
+    /// Directories whose files are read: those of snapshots.
+    #[serde(default)]
+    pub(crate) dirs: Vec<PathBuf>,
     /// Images that are written in place.
     pub(crate) write: Vec<PathBuf>,
     /// Directories in which files without names are made.
@@ -34,10 +37,13 @@ pub(crate) struct Grants {
 
 impl Grants {
     /// For a child, whose disks write to unnamed files in `overlays`.
-    pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf]) -> Self {
-        let mut grants = Self::default();
+    /// Those of a VM that was `saved` are read from there: what it says of paths is not trusted.
+    pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf], saved: &[PathBuf]) -> Self {
+        let mut grants = Self { dirs: saved.to_vec(), ..Self::default() };
         for (DiskConfig { path, read_only, .. }, overlays) in config.disks.iter().map(|disk| &disk.disk).zip(overlays) {
-            grants.read.push(path.clone());
+            if saved.is_empty() {
+                grants.read.push(path.clone());
+            }
             if !read_only {
                 grants.overlays.push(overlays.clone());
             }
@@ -102,6 +108,7 @@ impl Grants {
         allow(Path::new("/dev/userfaultfd"), device)?;
         HOST_FACTS.iter().try_for_each(|path| allow(Path::new(path), read))?;
         self.read.iter().try_for_each(|path| allow(path, read))?;
+        self.dirs.iter().try_for_each(|path| allow(path, read | AccessFs::ReadDir))?;
         self.write.iter().try_for_each(|path| allow(path, read | write | AccessFs::IoctlDev))?;
         self.overlays.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir))?;
         self.beside.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir | names))?;

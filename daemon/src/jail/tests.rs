@@ -278,6 +278,7 @@ fn inside() {
     let is_booted = ["write-image", "name-beside-image"].contains(&which.as_str());
     let grants = Grants {
         read: vec![place.join("granted")],
+        dirs: vec![place.join("saved")],
         write: vec![place.join("image/disk")],
         overlays: vec![place.join("overlays")],
         beside: if is_booted { vec![place.join("image")] } else { Vec::new() },

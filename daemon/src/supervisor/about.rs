@@ -3,7 +3,7 @@
 //! A process that has been broken into may say of its VM what it likes: that its disks' files go
 //! into `/etc`, that its interface is another VM's. So the supervisor writes down what it started
 //! (`NAME.vm` in the runtime directory, where no confined process may write), and derives children
-//! from that. A VM of a process that is not confined has no such file, and is believed.
+//! from that.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -13,7 +13,7 @@ use clade_devices::disk::overlay_dir;
 use serde::{Deserialize, Serialize};
 
 use super::overlays::unnamed_in;
-use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, settle};
+use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::image::Forked;
 use crate::jail::is_block_device;
 use crate::worker::Shape;
@@ -25,7 +25,8 @@ impl Shape {
     /// not confined.
     pub(super) fn new(config: &VmConfig, dir: impl Fn(usize) -> PathBuf) -> Self {
         let of_disk = |(at, disk): (usize, &DiskSpec)| if disk.disk.read_only { dir(at) } else { unnamed_in(&dir(at)) };
-        Self { config: config.clone(), overlays: config.disks.iter().enumerate().map(of_disk).collect() }
+        let overlays = config.disks.iter().enumerate().map(of_disk).collect();
+        Self { config: config.clone(), overlays, saved: Vec::new() }
     }
 
     /// Of the children of a VM that is booted with this configuration.
@@ -52,6 +53,9 @@ pub(crate) struct About {
     pub(super) overlays: Vec<PathBuf>,
     /// Device and inode of the socket of its device: its path may be another's later.
     pub(super) socket: Option<(u64, u64)>,
+    /// The session that it belongs to.
+    #[serde(default)]
+    pub(super) session: Option<String>,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -64,8 +68,17 @@ impl About {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn read(dir: &RuntimeDir, name: &str) -> Result<Option<Self>, FleetError> {
+        check_name(name)?;
         let bytes = dir.read(&about(name)).map_err(failed)?;
         bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))).transpose()
+    }
+
+    /// The same of a VM that must be there.
+    ///
+    /// # Errors
+    /// When it is not, or it cannot be read.
+    pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
+        Self::read(dir, name)?.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
     }
 
     /// What is written down of all VMs.
@@ -78,21 +91,17 @@ impl About {
         Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
     }
 
-    /// What is known of a VM whose process has given an image and said `forked`.
+    /// Checks what the process of a VM has said of an image: its configuration must be what was
+    /// written down.
     ///
     /// # Errors
-    /// When it says something else than what was written down.
-    pub(super) fn of(written: Option<Self>, name: &str, forked: &Forked) -> Result<Self, FleetError> {
-        let Some(written) = written else {
-            let shape = Shape::new(&forked.config, |at| forked.overlays.get(at).cloned().unwrap_or_default());
-            return Ok(Self { shape, identity: forked.identity.clone(), overlays: Vec::new(), socket: None });
-        };
-        if written.shape.config != forked.config {
-            let text =
-                format!("the process of {name:?} says that it has another configuration than it was started with");
-            return Err(failed(std::io::Error::other(text)));
+    /// When it is another.
+    pub(super) fn check(&self, name: &str, forked: &Forked) -> Result<(), FleetError> {
+        if self.shape.config == forked.config {
+            return Ok(());
         }
-        Ok(written)
+        let text = format!("the process of {name:?} says that it has another configuration than it was started with");
+        Err(failed(std::io::Error::other(text)))
     }
 
     /// Writes it down for the VM of `claim`.
@@ -111,6 +120,32 @@ impl About {
         if is_its && let Err(error) = fs::remove_file(&vsock.socket) {
             tracing::debug!(%error, socket = %vsock.socket.display(), "a socket stays behind");
         }
+    }
+}
+
+/// The VMs of a session that have not ended.
+///
+/// # Errors
+/// When the runtime directory cannot be read.
+pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> {
+    let all = About::all(&RuntimeDir::open(dir)?)?;
+    let mine = |about: &About| about.session.as_deref() == Some(session);
+    Ok(all.into_iter().filter(|(_, about)| mine(about)).map(|(name, _)| name).collect())
+}
+
+/// All VMs of a runtime directory that have not ended.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
+    Ok(About::all(&RuntimeDir::open(dir)?)?.into_iter().map(|(name, _)| name).collect())
+}
+
+/// Removes what is left of a VM whose process has ended, where no supervisor is left to do so.
+pub fn settle_dead(dir: &Path, name: &str) {
+    // Taken: its process still has it, or somebody clears up.
+    if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
+        clear_up(claim, Exit { pid: 0, signal: None, code: None }, true);
     }
 }
 
@@ -145,10 +180,8 @@ mod tests {
     use super::*;
 
     fn forked(config: &VmConfig) -> Forked {
-        let overlays = config.disks.iter().map(|_| PathBuf::from("/etc")).collect();
-        let none = Duration::ZERO;
-        let (identity, config, labels) = (Identity::default(), config.clone(), Labels::default());
-        Forked { config, identity, overlays, labels, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
+        let (none, config, labels) = (Duration::ZERO, config.clone(), Labels::default());
+        Forked { config, labels, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
     }
 
     fn with_disk(path: &str) -> VmConfig {
@@ -165,18 +198,15 @@ mod tests {
         let config = with_disk("/srv/disk");
         let shape = Shape::of_boot(&config);
         assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
-        let known = About { shape, identity: Identity::default(), overlays: Vec::new(), socket: None };
+        let known = About { shape, identity: Identity::default(), overlays: Vec::new(), socket: None, session: None };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
-        let written = || About::read(&dir, "web").unwrap();
-        // Its overlays go into /etc, it says.
-        assert_eq!(About::of(written(), "web", &forked(&config)).unwrap(), known);
+        let written = About::read(&dir, "web").unwrap().unwrap();
+        assert_eq!(written, known);
+        written.check("web", &forked(&config)).unwrap();
         // It has another disk, it says.
-        let refused = About::of(written(), "web", &forked(&with_disk("/etc/shadow"))).unwrap_err();
+        let refused = written.check("web", &forked(&with_disk("/etc/shadow"))).unwrap_err();
         assert!(clade_vmm::error_chain(&refused).contains("another configuration"), "{refused:?}");
-        // One that was not started here is believed, but for the directory.
-        let believed = About::of(None, "other", &forked(&config)).unwrap();
-        assert_eq!(believed.shape.overlays, [Path::new("/etc/.clade-overlays")]);
         assert_eq!(About::all(&dir).unwrap(), [("web".to_owned(), known)]);
         drop(claim);
         assert_eq!(About::read(&dir, "web").unwrap(), None);

@@ -9,16 +9,26 @@ use crate::control::{CheckpointInfo, ForkAnswer};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
 use crate::image::{self, Forked};
 use crate::worker::Made;
-use clade_vmm::vm::{SealedParts, VmConfig};
+use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
 
 /// An image of a VM, as the descriptors of its layers and its state. It outlives the VM.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    vm: String,
+    /// The VM, or the snapshot that it was opened from.
+    origin: Origin,
     about: About,
     parts: SealedParts,
     forked: Forked,
     made: Instant,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug)]
+pub(super) enum Origin {
+    /// A VM of this name.
+    Vm(String),
+    /// A snapshot.
+    Saved(SavedAt),
 }
 
 impl Checkpoint {
@@ -32,10 +42,24 @@ impl Checkpoint {
         check: &dyn Fn() -> Result<(), FleetError>,
     ) -> Result<Self, FleetError> {
         // Before: the VM's files may be another's when its image is there.
-        let written = About::read(dir, vm)?;
+        let about = About::expect(dir, vm)?;
         let (forked, parts) = image::fetch(dir.path(), vm, check)?;
-        let about = About::of(written, vm, &forked)?;
-        Ok(Self { vm: vm.to_owned(), about, parts, forked, made: Instant::now() })
+        about.check(vm, &forked)?;
+        Ok(Self { origin: Origin::Vm(vm.to_owned()), about, parts, forked, made: Instant::now() })
+    }
+
+    /// The image of a snapshot, of a VM as `about` says.
+    pub(super) fn of_saved(about: About, saved: &SavedVm, parts: SealedParts) -> Self {
+        let forked = Forked {
+            config: saved.config.clone(),
+            labels: Labels::default(),
+            generation: saved.generation,
+            pause: Duration::ZERO,
+            freeze: Duration::ZERO,
+            remapped: 0,
+            copied: 0,
+        };
+        Self { origin: Origin::Saved(saved.place.clone()), about, parts, forked, made: Instant::now() }
     }
 
     /// What is known of the VM, whatever its process says.
@@ -43,9 +67,20 @@ impl Checkpoint {
         &self.about
     }
 
-    /// The VM that it is of.
-    pub(super) fn vm(&self) -> &str {
-        &self.vm
+    /// The VM that it was taken of.
+    pub(super) fn vm(&self) -> Option<&str> {
+        match &self.origin {
+            Origin::Vm(name) => Some(name),
+            Origin::Saved(_) => None,
+        }
+    }
+
+    /// The snapshot that it was opened from.
+    pub(super) fn saved_at(&self) -> Option<&SavedAt> {
+        match &self.origin {
+            Origin::Vm(_) => None,
+            Origin::Saved(place) => Some(place),
+        }
     }
 
     /// Its labels.
@@ -69,7 +104,8 @@ impl Checkpoint {
     pub(super) fn info(&self, name: &str) -> CheckpointInfo {
         CheckpointInfo {
             name: name.to_owned(),
-            vm: self.vm.clone(),
+            vm: self.vm().map(str::to_owned),
+            snapshot: self.saved_at().map(|place| place.dir.clone()),
             generation: self.forked.generation,
             cpus: self.config().cpus(),
             mib: self.config().layout().bytes() >> 20,

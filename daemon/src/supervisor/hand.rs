@@ -26,7 +26,7 @@ impl Place {
 
     /// For a child.
     pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
-        self.order(shape.config.disks.len(), Grants::of_child(&shape.config, &shape.overlays))
+        self.order(shape.config.disks.len(), Grants::of_child(&shape.config, &shape.overlays, &shape.saved))
     }
 
     /// For a VM that is booted.
@@ -46,13 +46,14 @@ pub(super) struct Hand {
 }
 
 impl Hand {
-    /// Makes the files of a VM of `shape` that uses `overlays`, and writes down what it is.
+    /// Makes the files of a VM of `shape` and a session that uses `overlays`, and writes down what it
+    /// is.
     ///
     /// # Errors
     /// When one cannot be made. Then none stays.
     pub(super) fn make(
         claim: &NameClaim,
-        shape: &Shape,
+        (shape, session): (&Shape, Option<&str>),
         overlays: InUse,
         ends: Endpoints,
         broker: &Broker,
@@ -60,7 +61,8 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let about = About { shape: shape.clone(), identity, overlays: paths, socket };
+        let about =
+            About { shape: shape.clone(), identity, overlays: paths, socket, session: session.map(str::to_owned) };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;

@@ -19,6 +19,7 @@
 //! | `metrics` | numbers for Prometheus |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `proxy` | requests that are passed on to a VM's process |
+//! | `restore` | VMs from snapshots |
 //! | `server` | the HTTP API |
 
 mod about;
@@ -32,6 +33,7 @@ mod openapi;
 mod overlays;
 mod pool;
 mod proxy;
+mod restore;
 mod server;
 mod snapshots;
 
@@ -54,7 +56,7 @@ use tokio::task::JoinHandle;
 use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
-    check_names, check_room, claim_names, recorded_reason, vm_names,
+    check_name, check_names, check_room, claim_names, recorded_reason, vm_names,
 };
 use crate::image::give_broker;
 use crate::jail::{Confinement, is_block_device};
@@ -62,6 +64,7 @@ use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::clear_up;
+pub use about::{in_session, settle_dead, vms_in};
 use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::{Endpoints, VmError};
@@ -113,11 +116,28 @@ impl Supervisor {
     /// # Errors
     /// When another process supervises it, or the zygote cannot be started.
     pub fn start(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
+        Self::start_as(dir, pool, (confinement, false), runtime)
+    }
+
+    /// The same for one command. VMs of a session end with this thread, however that ends.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_tied(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
+        Self::start_as(dir, pool, (confinement, true), runtime)
+    }
+
+    fn start_as(
+        dir: &Path,
+        pool: usize,
+        (confinement, is_tied): (Confinement, bool),
+        runtime: &Handle,
+    ) -> Result<Self, FleetError> {
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
-        let zygote = Arc::new(Zygote::start(sender, confinement)?);
+        let zygote = Arc::new(Zygote::start(sender, confinement, is_tied)?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
@@ -208,9 +228,13 @@ impl Supervisor {
         Ok(info)
     }
 
-    /// Removes what is left of a VM that was stopped.
+    /// Removes what is left of a VM that was stopped. Its name is free from here on, whenever its
+    /// process is reaped.
     fn clear_up(&self, claim: NameClaim, exit: Exit) {
+        let name = claim.name.clone();
+        self.0.vms().retain(|_, other| *other != name);
         self.0.clear_up(claim, exit, true);
+        self.0.say_ended(&name);
     }
 
     fn snapshots(&self) -> &Snapshots {
@@ -296,7 +320,7 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
-        let About { shape, identity, .. } = checkpoint.about();
+        let About { shape, identity, session, .. } = checkpoint.about();
         check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let choice = request.identity();
         let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
@@ -306,13 +330,13 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let (mut hand, handed) = Hand::make(claim, shape, overlays, ends, &self.0.broker)?;
+            let (mut hand, handed) = Hand::make(claim, (shape, session.as_deref()), overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
-                shape: Some(shape.clone()),
-                handed: Some(handed),
-                parent: Some(checkpoint.vm().to_owned()),
-                identity: choice.clone(),
+                shape: shape.clone(),
+                handed,
+                parent: checkpoint.vm().map(str::to_owned),
+                is_tied: session.is_some(),
                 paused: request.paused,
                 labels: labels.clone(),
             };
@@ -332,7 +356,8 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session } = request;
+        session.as_deref().map_or(Ok(()), check_name)?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
@@ -355,10 +380,12 @@ impl Supervisor {
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let (mut hand, handed) = Hand::make(claim, &shape, overlays, ends, &self.0.broker)?;
+            let family = (&shape, session.as_deref());
+            let (mut hand, handed) = Hand::make(claim, family, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
-            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels };
+            let order =
+                BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied: session.is_some() };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand)

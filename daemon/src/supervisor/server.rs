@@ -21,15 +21,16 @@ use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::about::About;
 use super::idempotency::once;
 use super::proxy::{Limits, forward};
 use super::{Supervisor, metrics, openapi};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
-    SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, authorize,
-    expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
+    ForkAnswer, ForkRequest, OpenRequest, PrepareRequest, Prepared, RestoreRequest, SnapshotAnswer, SnapshotProgress,
+    SnapshotRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer,
+    authorize, expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, FleetError};
 
@@ -134,6 +135,32 @@ async fn fork_vm(
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
     work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, cancel)).await
+}
+
+/// Starts VMs from a snapshot: all of them or none.
+#[utoipa::path(
+    post,
+    path = "/v1/restore",
+    request_body = RestoreRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
+async fn restore(State(supervisor): State<Supervisor>, request: Wanted<RestoreRequest>) -> Answer<ForkAnswer> {
+    let Json(request) = request?;
+    expect_absolute(&request.saved.dir)?;
+    work(supervisor, move |supervisor, cancel| supervisor.restore(&request, cancel)).await
+}
+
+/// Holds the image of a snapshot as a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints",
+    request_body = OpenRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
+    let Json(request) = request?;
+    expect_absolute(&request.saved.dir)?;
+    work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
 }
 
 /// Takes a checkpoint of a VM.
@@ -251,10 +278,6 @@ async fn snapshot(
     request: Wanted<SnapshotRequest>,
 ) -> Answer<SnapshotAnswer> {
     let Json(request) = request?;
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::POST, &name, "/snapshot", Some(&request)).await?));
-    }
     expect_absolute(&request.dir)?;
     work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, cancel)).await
 }
@@ -269,10 +292,7 @@ async fn snapshot_progress(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::GET, &name, "/snapshot", None::<&()>).await?));
-    }
+    About::expect(&supervisor.0.dir, &name)?;
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
 
@@ -286,10 +306,7 @@ async fn cancel_snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::DELETE, &name, "/snapshot", None::<&()>).await?));
-    }
+    About::expect(&supervisor.0.dir, &name)?;
     supervisor.snapshots().cancel(&name);
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
@@ -302,9 +319,6 @@ async fn cancel_snapshot(
 )]
 async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let client = Client::new(supervisor.dir());
-    if !supervisor.saves(&name) {
-        return Ok(Json(client.request(hyper::Method::POST, &name, "/working-set", None::<&()>).await?));
-    }
     let touched: TouchedAnswer = client.request(hyper::Method::GET, &name, "/touched", None::<&()>).await?;
     let record = move |supervisor: &Supervisor, _: &Cancel| {
         Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
@@ -361,7 +375,8 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(stop))
         .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
         .routes(routes!(working_set))
-        .routes(routes!(checkpoints))
+        .routes(routes!(checkpoints, open))
+        .routes(routes!(restore))
         .routes(routes!(show_checkpoint, remove_checkpoint))
         .routes(routes!(fork_checkpoint))
         .routes(routes!(prepare))

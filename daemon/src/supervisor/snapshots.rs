@@ -1,4 +1,4 @@
-//! Snapshots of VMs whose processes may not write files: a worker that runs nothing writes them.
+//! Snapshots of VMs. Their processes may not write files: a worker that runs nothing writes them.
 //!
 //! The supervisor keeps the image of each VM's last snapshot, as the base of an incremental one. It
 //! goes with the VM.
@@ -13,19 +13,19 @@ use clade_memory::PageRange;
 use clade_snapshot::{SnapshotId, record_working_set};
 
 use super::Supervisor;
-use super::about::About;
 use super::checkpoint::Checkpoint;
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
 use crate::worker::{SaveOrder, SavedFiles, written_beside};
+use clade_vmm::vm::SavedVm;
 
 /// A VM that was saved.
 #[derive(Debug)]
 struct LastSave {
     dir: PathBuf,
     id: SnapshotId,
-    image: Checkpoint,
+    image: Arc<Checkpoint>,
     /// Directories of the snapshots that it depends on.
     before: Vec<PathBuf>,
 }
@@ -108,6 +108,17 @@ impl Snapshots {
         Some(self.states().get(vm)?.last.as_ref()?.dir.clone())
     }
 
+    /// Has the next snapshots of VMs that were started from one be based on it.
+    pub(super) fn restored(&self, vms: &[String], image: Checkpoint, saved: &SavedVm) {
+        let SavedVm { place, dirs, .. } = saved;
+        let before = dirs.iter().skip(1).rev().cloned().collect();
+        let last = Arc::new(LastSave { dir: place.dir.clone(), id: place.id, image: Arc::new(image), before });
+        let mut states = self.states();
+        for vm in vms {
+            states.entry(vm.clone()).or_default().last = Some(Arc::clone(&last));
+        }
+    }
+
     /// Forgets a VM that has ended.
     pub(super) fn forget(&self, vm: &str) {
         // Not under the lock: closing descriptors takes time.
@@ -117,11 +128,6 @@ impl Snapshots {
 }
 
 impl Supervisor {
-    /// Whether a VM is saved here, and not by its own process.
-    pub(super) fn saves(&self, vm: &str) -> bool {
-        About::read(&self.0.dir, vm).is_ok_and(|about| about.is_some())
-    }
-
     /// Records the pages that a VM has touched in its last snapshot. `touched` is what its process
     /// says. Returns their number.
     ///
@@ -192,7 +198,7 @@ impl Supervisor {
             saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
         })?;
         let pause_us = image.pause_us();
-        let last = LastSave { dir: dir.clone(), id, image, before };
+        let last = LastSave { dir: dir.clone(), id, image: Arc::new(image), before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {
             state.last = Some(Arc::new(last));
         }

@@ -15,13 +15,10 @@
 //! A worker whose socket is closed before its VM runs ends, so all children of a request are made or
 //! none (I13). No child runs before all are made.
 //!
-//! | who starts it | how |
-//! |---|---|
-//! | the supervisor | its [`zygote`](crate::zygote) forks a process that has everything loaded |
-//! | a process with a fleet | the same program, with the socket as its standard input |
+//! The supervisor's [`zygote`](crate::zygote) forks workers: processes that have everything loaded.
 
 mod enter;
-mod fork;
+mod open;
 mod process;
 mod save;
 mod serve;
@@ -35,20 +32,18 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{IdentityInfo, ProblemKind};
-use crate::fleet::Labels;
+use crate::fleet::{FleetError, Labels};
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
-use clade_vmm::vm::{ChildIdentity, EndpointParts, Vm, VmConfig};
+use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
 pub(crate) use enter::EnterOrder;
 pub use enter::{Entered, enter};
-pub(crate) use fork::fork;
+pub(crate) use open::OpenOrder;
 pub(crate) use process::{Process, Worker, Workers};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
 
-/// The command-line argument that makes the program a worker.
-pub const WORKER: &str = "worker";
 /// Most bytes of an order or an answer.
 const MAX_MESSAGE: usize = 64 << 10;
 
@@ -65,10 +60,12 @@ pub(crate) enum Order {
     Boot(Box<BootOrder>),
     /// Write a snapshot of the images that follow.
     Save(Box<SaveOrder>),
+    /// Open a snapshot, and give its image.
+    Open(Box<OpenOrder>),
 }
 
-/// What comes with an order as descriptors, in this order: the name's lock; and if anything is
-/// handed in, the file for the VM's end, the sockets, and those of the interfaces.
+/// What comes with an order as descriptors, in this order: the name's lock, the file for the VM's
+/// end, the sockets, and those of the interfaces.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Handed {
     /// Endings of the sockets.
@@ -82,19 +79,22 @@ pub(crate) struct Shape {
     pub(crate) config: VmConfig,
     /// The directory of each disk's overlays.
     pub(crate) overlays: Vec<PathBuf>,
+    /// Directories of the snapshots that the disks' files are in, if they were restored.
+    #[serde(default)]
+    pub(crate) saved: Vec<PathBuf>,
 }
 
 /// A child to be started.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ForkOrder {
     pub(crate) name: String,
-    /// What the image must be of, if that is known. Otherwise the image is believed.
-    pub(crate) shape: Option<Shape>,
-    /// None if the worker makes its sockets itself.
-    pub(crate) handed: Option<Handed>,
+    /// What the image must be of.
+    pub(crate) shape: Shape,
+    pub(crate) handed: Handed,
     pub(crate) parent: Option<String>,
-    pub(crate) identity: ChildIdentity,
     pub(crate) paused: bool,
+    /// Whether it ends with whoever has started its zygote.
+    pub(crate) is_tied: bool,
     pub(crate) labels: Labels,
 }
 
@@ -108,6 +108,9 @@ pub(crate) struct BootOrder {
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
     pub(crate) labels: Labels,
+    pub(crate) paused: bool,
+    /// Whether it ends with whoever has started its zygote.
+    pub(crate) is_tied: bool,
 }
 
 /// What a worker says.
@@ -126,6 +129,8 @@ pub(crate) enum Answer {
         total: u64,
     },
     Saved(Box<SavedFiles>),
+    /// The image of a snapshot follows.
+    Opened,
     Failed {
         /// The kind of the error.
         kind: ProblemKind,
@@ -140,7 +145,9 @@ pub struct Program {
     pub kernel: fn(&Path) -> Image,
     /// Called with a child's memory before its first instruction. For measurements.
     pub before_start: Option<fn(&GuestRam)>,
-    /// Called when a VM runs, before that is said. For measurements.
+    /// Called when a booted VM runs, before that is said. For measurements.
+    pub booted: Option<fn(&Vm)>,
+    /// Called when a child runs, before that is said. For measurements.
     pub started: Option<fn(&Vm)>,
     /// Called when that has been said. For measurements.
     pub said: Option<fn(&Vm)>,
@@ -154,10 +161,8 @@ pub(crate) struct Made {
     pub(crate) identity: Option<IdentityInfo>,
 }
 
-impl Made {
-    pub(crate) fn of(vm: &Vm) -> Self {
-        Self { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) }
-    }
+fn failed(source: io::Error) -> FleetError {
+    FleetError::Worker { source }
 }
 
 fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {

@@ -2,12 +2,6 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_io::seqpacket;
@@ -16,7 +10,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Answer, EnterOrder, ForkOrder, Made, Order, SaveOrder, SavedFiles, WORKER, receive, send};
+use super::{Answer, EnterOrder, ForkOrder, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
 use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
 
@@ -26,55 +20,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a worker that is not wanted any more may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
-const END_POLL: Duration = Duration::from_millis(1);
-/// How often ended workers are reaped.
-const REAP_INTERVAL: Duration = Duration::from_secs(1);
 
-fn failed(source: io::Error) -> FleetError {
-    FleetError::Worker { source }
-}
-
-/// A worker's process.
+/// A worker's process, a child of the zygote, which reaps it.
 #[derive(Debug)]
-pub(crate) enum Process {
-    /// A child of this process, which reaps it.
-    Child(Child),
-    /// A child of the zygote, which reaps it.
-    OfZygote {
-        /// Its number, for people.
-        pid: u32,
-        pidfd: OwnedFd,
-    },
+pub(crate) struct Process {
+    /// Its number, for people.
+    pub(crate) pid: u32,
+    pub(crate) pidfd: OwnedFd,
 }
 
 impl Process {
     /// Waits until it has ended, and kills it if it does not.
     fn end(self) {
-        match self {
-            Self::Child(mut process) => {
-                let deadline = Instant::now() + END_TIMEOUT;
-                while matches!(process.try_wait(), Ok(None)) {
-                    if Instant::now() > deadline {
-                        let _ = process.kill();
-                        let _ = process.wait();
-                        return;
-                    }
-                    thread::sleep(END_POLL);
-                }
-            }
-            Self::OfZygote { pidfd, .. } => {
-                if !has_ended(&pidfd, END_TIMEOUT) {
-                    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-                    has_ended(&pidfd, END_TIMEOUT);
-                }
-            }
-        }
-    }
-
-    /// Lets it go its own way.
-    fn release(self) {
-        if let Self::Child(process) = self {
-            reap_later(process);
+        if !has_ended(&self.pidfd, END_TIMEOUT) {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+            has_ended(&self.pidfd, END_TIMEOUT);
         }
     }
 }
@@ -112,28 +72,9 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Starts a worker as a child of this process.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub(crate) fn start(program: &Path) -> Result<Self, FleetError> {
-        let (socket, theirs) = seqpacket::pair().map_err(failed)?;
-        let mut command = Command::new(program);
-        // The path of the program says nothing in a list of processes.
-        command.arg0("clade").arg(WORKER).stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        let process = command.spawn().map_err(failed)?;
-        // Its end of the socket, so that its death is seen.
-        drop(command);
-        Self::new(socket, Process::Child(process))
-    }
-
     /// Its process number. 0 once it has been let go.
     pub(crate) fn pid(&self) -> u32 {
-        match &self.process {
-            Some(Process::Child(process)) => process.id(),
-            Some(Process::OfZygote { pid, .. }) => *pid,
-            None => 0,
-        }
+        self.process.as_ref().map_or(0, |process| process.pid)
     }
 
     /// Gives it an order.
@@ -181,6 +122,23 @@ impl Worker {
         Ok(parts.send(&self.socket)?)
     }
 
+    /// Has it open a snapshot. Returns the image. `check` is called every [`POLL_INTERVAL`].
+    ///
+    /// # Errors
+    /// That of `check`. When the worker refuses, or has ended.
+    pub(crate) fn open(
+        &self,
+        order: OpenOrder,
+        check: impl Fn() -> Result<(), FleetError>,
+    ) -> Result<SealedParts, FleetError> {
+        self.order(&Order::Open(Box::new(order)), &[])?;
+        // All of memory may be read.
+        match self.answer_within(Duration::MAX, &check)? {
+            Answer::Opened => Ok(SealedParts::receive_while(&self.socket, &|| check().is_ok())?),
+            other => Err(failed(unexpected(&other))),
+        }
+    }
+
     /// Waits until its snapshot is written. `watch` is called with the bytes that are done and to
     /// do; once it says so, the worker stops, which is an error.
     ///
@@ -212,12 +170,20 @@ impl Worker {
     /// # Errors
     /// That of `check`. When the worker refuses, has ended, or does not answer in time.
     pub(crate) fn answer(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Answer, FleetError> {
+        self.answer_within(PATIENCE, check)
+    }
+
+    fn answer_within(
+        &self,
+        patience: Duration,
+        check: impl Fn() -> Result<(), FleetError>,
+    ) -> Result<Answer, FleetError> {
         let begun = Instant::now();
         loop {
             match receive(&self.socket) {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock) => {
                     check()?;
-                    if begun.elapsed() > PATIENCE {
+                    if begun.elapsed() > patience {
                         return Err(failed(io::ErrorKind::TimedOut.into()));
                     }
                 }
@@ -272,9 +238,7 @@ impl Worker {
             Ok(Answer::Running) => {}
             other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
         }
-        if let Some(process) = self.process.take() {
-            process.release();
-        }
+        self.process = None;
     }
 
     /// Has it end, without waiting for that.
@@ -337,28 +301,4 @@ impl Drop for Workers {
 
 fn unexpected(answer: &Answer) -> io::Error {
     io::Error::other(format!("it answered {answer:?}"))
-}
-
-/// Reaps a process when it has ended. One thread does it for all.
-fn reap_later(process: Child) {
-    static REAPER: OnceLock<Option<Sender<Child>>> = OnceLock::new();
-    let reaper = REAPER.get_or_init(|| {
-        let (sender, processes) = mpsc::channel::<Child>();
-        let reap = move || {
-            let mut running: Vec<Child> = Vec::new();
-            loop {
-                match processes.recv_timeout(REAP_INTERVAL) {
-                    Ok(process) => running.push(process),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return,
-                }
-                running.retain_mut(|process| matches!(process.try_wait(), Ok(None)));
-            }
-        };
-        thread::Builder::new().name("clade-reaper".to_owned()).spawn(reap).ok().map(|_| sender)
-    });
-    // Without a thread they stay zombies until this process ends.
-    if let Some(reaper) = reaper {
-        let _ = reaper.send(process);
-    }
 }

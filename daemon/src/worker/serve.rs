@@ -8,23 +8,27 @@ use std::time::Instant;
 
 use clade_io::seqpacket;
 use clade_memory::GuestRam;
+use rustix::process::set_parent_process_death_signal;
 use tokio::runtime::Handle;
 
+use super::open::open;
 use super::save::save;
-use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, receive, send};
-use crate::control::{IdentityInfo, ProblemKind, serve_fleet_in};
-use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir};
-use clade_vmm::boot::{BootSource, Image};
+use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, failed, receive, send};
+use crate::control::{IdentityInfo, ProblemKind, serve_vm};
+use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir, VmFiles};
+use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
 /// A worker's VM, which runs.
 #[derive(Debug)]
 pub struct Served {
-    /// The fleet that it is in.
+    /// Its name, its sockets, its end.
     pub fleet: Fleet,
-    /// The VM, if it was booted and not forked: what it has written to its disks since its forks
-    /// belongs in their images when it ends.
-    pub booted: Option<Arc<Vm>>,
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// Whether it was booted and not forked: what it has written to its disks since its forks belongs
+    /// in their images when it ends.
+    pub was_booted: bool,
 }
 
 /// Does what the process behind `socket` orders, until there is a VM, in a fleet of its own that
@@ -48,7 +52,7 @@ pub fn serve(
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other.map_err(failed)?,
         };
-        let boots = matches!(&order, Order::Boot(_));
+        let kernel = if let Order::Boot(order) = &order { Some(order.kernel.clone()) } else { None };
         let done = match order {
             Order::Enter(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
             Order::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
@@ -62,40 +66,57 @@ pub fn serve(
                 send(socket, &Answer::Saved(Box::new(saved)), &[]).map_err(failed)?;
                 Ok(None)
             }),
+            Order::Open(order) => open(context, socket, *order).map(|()| None),
             Order::Fork(order) => maker.fork(*order, files),
             Order::Boot(order) => maker.boot(*order, files),
         };
         return done.inspect_err(|error| {
             // A file that is not there, or no disk: whoever asks has named it.
-            let is_input = boots && matches!(error, FleetError::Vm(VmError::Devices(_)));
+            let is_input = kernel.is_some() && matches!(error, FleetError::Vm(VmError::Devices(_)));
             let kind = if is_input { ProblemKind::BadConfig } else { error.problem() };
-            let answer = Answer::Failed { kind, text: clade_vmm::error_chain(error) };
+            let text = clade_vmm::error_chain(error);
+            // An error that knows only the file's contents.
+            let text = match &kernel {
+                Some(kernel) if is_of_kernel(error) => format!("{}: {text}", kernel.display()),
+                _ => text,
+            };
+            let answer = Answer::Failed { kind, text };
             // Whoever ordered it may have gone.
             let _ = send(socket, &answer, &[]);
         });
     }
 }
 
-fn failed(source: io::Error) -> FleetError {
-    FleetError::Worker { source }
+fn is_of_kernel(error: &FleetError) -> bool {
+    use BootError::{BzImage, Elf, NotAKernel, Unpack};
+    matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
 }
 
-/// The claim whose lock came with an order, and what else came.
+/// What came with an order: the claim whose lock it is, the VM's files, and its interfaces.
 fn claimed(
     dir: &RuntimeDir,
     name: &str,
-    handed: Option<Handed>,
+    handed: Handed,
     files: Vec<OwnedFd>,
-) -> Result<(NameClaim, Option<Endpoints>), FleetError> {
+) -> Result<(NameClaim, VmFiles, Endpoints), FleetError> {
     let count = files.len();
     let few = || failed(io::Error::other(format!("an order with {count} descriptors")));
     let mut files = files.into_iter();
     let claim = NameClaim::adopt(dir, name, files.next().ok_or_else(few)?)?;
-    let Some(Handed { sockets, ends }) = handed else { return Ok((claim, None)) };
+    let Handed { sockets, ends } = handed;
     let record = files.next().ok_or_else(few)?;
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
-    Ok((claim.handed_in(sockets, record), Some(ends)))
+    Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends))
+}
+
+/// Has this process outlive its zygote, which it may have been told not to
+/// ([`zygote::serve`](crate::zygote::serve)).
+fn untie_unless(is_tied: bool) -> Result<(), FleetError> {
+    if is_tied {
+        return Ok(());
+    }
+    set_parent_process_death_signal(None).map_err(|errno| failed(errno.into()))
 }
 
 /// Makes the worker's VM.
@@ -127,25 +148,21 @@ impl Maker<'_> {
         let begun = Instant::now();
         let parts = SealedParts::receive(self.socket)?.open()?;
         let received = Instant::now();
-        let ForkOrder { name, shape, handed, parent, identity, paused, labels } = order;
-        let overlays = shape.as_ref().map_or(Overlays::AsNamed, |shape| Overlays::In(&shape.overlays));
-        let image = ForkImage::import(self.context, parts, overlays)?;
-        if shape.is_some_and(|shape| shape.config != **image.config()) {
+        let ForkOrder { name, shape, handed, parent, paused, is_tied, labels } = order;
+        untie_unless(is_tied)?;
+        let image = ForkImage::import(self.context, parts, Overlays::In(&shape.overlays))?;
+        if shape.config != **image.config() {
             return Err(failed(io::Error::other("the image is of a VM with another configuration")));
         }
         let imported = Instant::now();
-        let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
-        let (claim, ends) = claimed(&self.entered.dir, &name, handed, files)?;
-        fleet.set_labels(&name, labels);
+        let fleet = serve_vm(self.context, self.runtime);
+        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
         let (receive, import) = (received - begun, imported - received);
         tracing::debug!(name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
         let options = ChildOptions { paused: true, before_start };
-        let make = |context: &Context| {
-            let ends = ends.map_or_else(|| image.endpoints(&name, &identity), Ok)?;
-            Vm::from_image_as(context, &name, &image, ends, options)
-        };
-        let made = fleet.launch_claimed(claim, parent.as_deref(), make, |vm| self.is_wanted(vm))?;
+        let make = |context: &Context| Vm::from_image_as(context, &name, &image, ends, options);
+        let made = fleet.launch(claim, files, (parent, labels), make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
         if !paused {
             // Another request may have stopped it already: it is listed.
@@ -158,19 +175,23 @@ impl Maker<'_> {
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
-        Ok(Some(Served { fleet, booted: None }))
+        Ok(Some(Served { fleet, vm, was_booted: false }))
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels } = order;
-        let fleet = serve_fleet_in(self.context, self.entered.dir.clone(), self.runtime);
-        let (claim, ends) = claimed(&self.entered.dir, &name, Some(handed), files)?;
-        fleet.set_labels(&name, labels);
+        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied } = order;
+        untie_unless(is_tied)?;
+        let fleet = serve_vm(self.context, self.runtime);
+        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);
-        let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends.unwrap_or_default());
-        let Some(vm) = fleet.launch_claimed(claim, None, make, |vm| self.is_wanted(vm))? else { return Ok(None) };
+        let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
+        let made = fleet.launch(claim, files, (None, labels), make, |vm| self.is_wanted(vm))?;
+        let Some(vm) = made else { return Ok(None) };
+        if let Some(booted) = self.program.booted {
+            booted(&vm);
+        }
         let _ = send(self.socket, &Answer::Running, &[]);
-        Ok(Some(Served { fleet, booted: Some(vm) }))
+        Ok(Some(Served { fleet, vm, was_booted: true }))
     }
 }

@@ -28,7 +28,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskImage;
@@ -204,9 +203,7 @@ impl Vm {
             before_start(vm.ram());
         }
         if options.paused {
-            vm.held.store(true, Ordering::Release);
-            vm.prepared.control.start_paused();
-            vm.devices.quiesce();
+            vm.hold();
         }
         // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
         // the devices.

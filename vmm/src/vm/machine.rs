@@ -87,10 +87,11 @@ impl Vm {
     pub fn boot(context: &Context, name: &str, config: &Arc<VmConfig>, source: &BootSource) -> Result<Self, VmError> {
         config.check_devices()?;
         config.check_queues()?;
-        Self::boot_as(context, name, config, source, Endpoints::boot(config)?)
+        Self::boot_as(context, name, config, source, Endpoints::boot(config)?, false)
     }
 
-    /// Boots a guest with endpoints that were taken for it before ([`Endpoints::boot`]).
+    /// Boots a guest with endpoints that were taken for it before ([`Endpoints::boot`]). A `paused`
+    /// one waits for [`Vm::resume`] before its first instruction.
     ///
     /// # Errors
     /// As [`Vm::boot`].
@@ -100,6 +101,7 @@ impl Vm {
         config: &Arc<VmConfig>,
         source: &BootSource,
         mut ends: Endpoints,
+        paused: bool,
     ) -> Result<Self, VmError> {
         config.check_devices()?;
         config.check_queues()?;
@@ -122,8 +124,18 @@ impl Vm {
             boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
         let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends, context.has_report_port())?);
         let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
+        if paused {
+            vm.hold();
+        }
         vm.start(&Start::Boot(loaded.entry))?;
         Ok(vm)
+    }
+
+    /// Has it start paused.
+    pub(super) fn hold(&self) {
+        self.held.store(true, Ordering::Release);
+        self.prepared.control.start_paused();
+        self.devices.quiesce();
     }
 
     pub(super) fn assemble(

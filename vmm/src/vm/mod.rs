@@ -48,7 +48,7 @@ pub use identity::{
 pub use machine::Vm;
 pub use pauses::{Histogram, HistogramCounts, Pauses};
 pub use persist::{
-    RestoreLoad, RestoreOptions, SavedAt, SavedError, SnapshotError, SnapshotOptions, SnapshotReport, sections,
+    RestoreLoad, RestoreOptions, SavedAt, SavedError, SavedVm, SnapshotError, SnapshotOptions, SnapshotReport, sections,
 };
 pub use reset::ResetReport;
 pub use stop::StopReason;

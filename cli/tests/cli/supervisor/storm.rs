@@ -87,7 +87,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
         // answer. What is 500 must say that a process has ended.
         let killed = answer["detail"].as_str().is_some_and(|error| error.contains("process") || error.contains("gone"));
         assert!(
-            [200, 404, 409, 502].contains(&status) || status == 500 && killed,
+            [200, 404, 409, 410].contains(&status) || status == 500 && killed,
             "{method} {path}: {status} {answer}"
         );
     }

@@ -21,8 +21,8 @@ fn names_cannot_leave_the_directory() {
 #[test]
 fn a_name_is_taken_once_and_free_again_after() {
     let (path, dir) = temporary();
-    let mut claim = NameClaim::new(&dir, "a").unwrap();
-    claim.bind("sock").unwrap();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    claim.bind("sock", SocketType::STREAM).unwrap();
     assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
     drop(claim);
     assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0, "nothing is left behind");
@@ -34,8 +34,8 @@ fn a_dead_owners_sockets_are_replaced() {
     let (path, dir) = temporary();
     drop(UnixListener::bind(socket_path(path.path(), "a")).unwrap());
     assert!(socket_path(path.path(), "a").exists());
-    let mut claim = NameClaim::new(&dir, "a").unwrap();
-    let listener = claim.bind("sock").unwrap();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    let listener = claim.bind("sock", SocketType::STREAM).unwrap();
     std::os::unix::net::UnixStream::connect(socket_path(path.path(), "a")).unwrap();
     drop(listener);
 }
@@ -50,6 +50,8 @@ fn a_claim_goes_to_another_process_with_its_lock() {
     assert!(path.path().join("a.lock").exists(), "it is the other's");
     assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
     drop(theirs);
+    // Its files are the starter's to remove.
+    drop(NameClaim::new(&dir, "a").unwrap());
     assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
     // Not the lock of that name, and no lock.
     let other = NameClaim::new(&dir, "b").unwrap();
@@ -63,8 +65,8 @@ fn a_claim_goes_to_another_process_with_its_lock() {
 #[test]
 fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
     let (path, dir) = temporary();
-    let mut alive = NameClaim::new(&dir, "alive").unwrap();
-    let _listens = alive.bind("sock").unwrap();
+    let alive = NameClaim::new(&dir, "alive").unwrap();
+    let _listens = alive.bind("sock", SocketType::STREAM).unwrap();
     let early = NameClaim::new(&dir, "early").unwrap();
     for file in ["dead.sock", "dead.console"] {
         drop(UnixListener::bind(path.path().join(file)).unwrap());
@@ -94,8 +96,9 @@ fn a_directory_has_one_supervisor() {
 #[test]
 fn what_is_made_is_this_users_alone_whatever_the_umask() {
     let (path, dir) = temporary();
-    let mut claim = NameClaim::new(&dir, "a").unwrap();
-    let _sockets = [claim.bind("sock").unwrap(), claim.bind("console").unwrap()];
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    let _sockets =
+        [claim.bind("sock", SocketType::STREAM).unwrap(), claim.bind("console", SocketType::STREAM).unwrap()];
     dir.write("a.ended", b"x").unwrap();
     for file in ["a.sock", "a.console", "a.lock", "a.ended"] {
         let mode = fs::symlink_metadata(path.path().join(file)).unwrap().permissions().mode();
@@ -134,8 +137,8 @@ fn links_and_fifos_in_the_directory_are_not_followed_or_waited_for() {
     for file in ["b.sock", "b.ended"] {
         symlink(&victim, path.path().join(file)).unwrap();
     }
-    let mut claim = NameClaim::new(&dir, "b").unwrap();
-    claim.bind("sock").unwrap();
+    let claim = NameClaim::new(&dir, "b").unwrap();
+    claim.bind("sock", SocketType::STREAM).unwrap();
     assert!(dir.read("b.ended").is_err());
     dir.write("b.ended", b"new").unwrap();
     assert_eq!(dir.read("b.ended").unwrap().unwrap(), b"new");
@@ -160,10 +163,10 @@ fn a_directory_that_is_swapped_changes_nothing() {
     let outer = tempfile::tempdir().unwrap();
     let (path, moved) = (outer.path().join("run"), outer.path().join("moved"));
     let dir = RuntimeDir::create(&path).unwrap();
-    let mut claim = NameClaim::new(&dir, "a").unwrap();
+    let claim = NameClaim::new(&dir, "a").unwrap();
     fs::rename(&path, &moved).unwrap();
     symlink("/", &path).unwrap();
-    claim.bind("sock").unwrap();
+    claim.bind("sock", SocketType::STREAM).unwrap();
     assert!(moved.join("a.sock").exists());
     drop(claim);
     assert_eq!(fs::read_dir(&moved).unwrap().count(), 0);

@@ -22,7 +22,7 @@ use thiserror::Error;
 
 use crate::kvm::HostMismatch;
 use crate::vm::error::VmError;
-pub use restore::{RestoreLoad, RestoreOptions};
+pub use restore::{RestoreLoad, RestoreOptions, SavedVm};
 use save::SETTLE;
 pub(crate) use save::Saving;
 pub use save::{SnapshotOptions, SnapshotReport};

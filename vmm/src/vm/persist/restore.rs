@@ -11,10 +11,12 @@ use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::PageRange;
 use clade_snapshot::{DiskReader, Kind, Load, Snapshot};
+use serde::{Deserialize, Serialize};
 
 use crate::vm::config::VmConfig;
 use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;
+use crate::vm::identity::Identity;
 use crate::vm::persist::{SavedAt, SnapshotError, sections};
 
 /// How VMs are started from a snapshot.
@@ -31,7 +33,8 @@ pub struct RestoreOptions {
 }
 
 /// How memory is loaded from the disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RestoreLoad {
     /// At each page's first access, shared through the page cache.
     #[default]
@@ -40,6 +43,53 @@ pub enum RestoreLoad {
     Preload,
     /// At each page's first access, after the recorded working set has been read ahead.
     WorkingSet,
+}
+
+/// What a snapshot says of its VM. Its data is not looked at.
+#[derive(Clone, Debug)]
+pub struct SavedVm {
+    /// The snapshot.
+    pub place: SavedAt,
+    /// The VM's configuration.
+    pub config: VmConfig,
+    /// The VM's identity, without what belongs to the host it was saved on.
+    pub identity: Identity,
+    /// Forks between it and the VM that was booted.
+    pub generation: u32,
+    /// The directories of this snapshot and of those that it depends on, the newest first.
+    pub dirs: Vec<PathBuf>,
+}
+
+impl SavedVm {
+    /// Reads the snapshot in the directory `dir`. The VMs that are started from it will have their
+    /// sockets in `sockets`.
+    ///
+    /// # Errors
+    /// When it is not a snapshot, or is damaged. When a snapshot it depends on is missing.
+    pub fn read(dir: &Path, sockets: Option<&Path>) -> Result<Self, SnapshotError> {
+        let snapshot = Snapshot::open(dir)?;
+        let config = sections::config(snapshot.sections().iter())?;
+        let (mut identity, generation) = sections::identity(snapshot.sections().iter())?;
+        identity.forget_host(sockets);
+        let dirs = snapshot.dirs().map(real).collect();
+        Ok(Self { place: SavedAt { dir: real(dir), id: snapshot.id() }, config, identity, generation, dirs })
+    }
+
+    /// The directory of its disks' overlays: `chosen`, or beside the snapshot if that is writable, or
+    /// else the temporary directory. The directory that the snapshot names is not trusted.
+    #[must_use]
+    pub fn overlays(chosen: Option<&Path>, dir: &Path) -> PathBuf {
+        if let Some(chosen) = chosen {
+            return chosen.to_owned();
+        }
+        let usable = |dir: &&Path| dir.is_dir() && rustix::fs::access(*dir, rustix::fs::Access::WRITE_OK).is_ok();
+        dir.parent().filter(usable).map_or_else(std::env::temp_dir, Path::to_owned)
+    }
+}
+
+/// A directory's path without links.
+fn real(dir: &Path) -> PathBuf {
+    std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned())
 }
 
 impl ForkImage {
@@ -66,8 +116,7 @@ impl ForkImage {
         let ram = snapshot.restore_ram(context.store(), &load)?;
         let mut image = Self::from_sections(saved, ram, backends)?;
         Arc::make_mut(&mut image.identity).forget_host(options.sockets.as_deref());
-        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
-        image.place = Some(SavedAt { dir, id: snapshot.id() });
+        image.place = Some(SavedAt { dir: real(dir), id: snapshot.id() });
         Ok(Arc::new(image))
     }
 
@@ -88,23 +137,13 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     let mut backends = Vec::new();
     for (spec, reader) in config.disks.iter().zip(&readers) {
         let mut disk = spec.disk.clone();
-        disk.overlays = Some(overlays(options, snapshot.dir()));
+        disk.overlays = Some(SavedVm::overlays(options.overlays.as_deref(), snapshot.dir()));
         let layers = disk_layers(reader, &disk)?;
         backends.push(Backend::Disk(DiskImage::from_layers(&disk, reader.bytes(), &layers)?));
     }
     // Disks have the first places.
     backends.resize_with(config.places().count(), || Backend::None);
     Ok(backends)
-}
-
-/// The directory of a restored disk's overlays: the user's choice, or beside the snapshot. The
-/// directory that the snapshot names is not trusted.
-fn overlays(options: &RestoreOptions, snapshot: &Path) -> PathBuf {
-    if let Some(dir) = &options.overlays {
-        return dir.clone();
-    }
-    let usable = |dir: &&Path| dir.is_dir() && rustix::fs::access(*dir, rustix::fs::Access::WRITE_OK).is_ok();
-    snapshot.parent().filter(usable).map_or_else(std::env::temp_dir, Path::to_owned)
 }
 
 fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {

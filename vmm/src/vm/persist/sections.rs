@@ -243,6 +243,17 @@ pub fn config<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Re
     read(&sections.into_iter().collect::<Vec<_>>(), CONFIG)
 }
 
+/// The identity of the VM that was saved, and its generation.
+///
+/// # Errors
+/// When there is no such section, or it cannot be read.
+pub(super) fn identity<'a>(
+    sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+) -> Result<(Identity, u32), SavedError> {
+    let SavedIdentity { identity, generation } = read(&sections.into_iter().collect::<Vec<_>>(), IDENTITY)?;
+    Ok((identity, generation))
+}
+
 fn write<T: Serialize>(section: &'static str, value: &T) -> Result<(&'static str, Vec<u8>), SavedError> {
     let mut bytes = Vec::new();
     ciborium::into_writer(value, &mut bytes).map_err(|source| SavedError::Write { section, source })?;

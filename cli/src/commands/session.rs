@@ -1,0 +1,298 @@
+//! VMs in the foreground: they end with the command that has started them.
+//!
+//! Each VM has a process of its own, which a supervisor starts. If there is none, the command is
+//! one itself, for as long as it runs.
+
+use std::future::Future;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
+
+use crate::commands::remote::failure;
+use crate::commands::run::say;
+use crate::commands::serve::{answers, ensure};
+use crate::commands::shutdown::ShutdownSignal;
+use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
+use crate::commands::{Failure, Outcome};
+use clade_daemon::control::{Client, ClientError};
+use clade_daemon::fleet::{FleetError, console_path, ended_vms, runtime_dir};
+use clade_daemon::jail::Confinement;
+use clade_daemon::supervisor::{Supervisor, in_session, settle_dead};
+use clade_vmm::kvm::Host;
+use clade_vmm::vm::StopReason;
+
+/// How often the end of VMs is looked for.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// The same while many run.
+const TURN: Duration = Duration::from_millis(200);
+/// How long the last output may take.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// How long VMs may take to end after a signal.
+const LAST_WORK: Duration = Duration::from_secs(10);
+/// Requests in flight that stop VMs.
+const STOPS: usize = 8;
+/// Workers that a supervisor of one command prepares at most.
+const POOL: usize = 16;
+
+/// The VMs of this command.
+pub(super) struct Session<'a> {
+    name: String,
+    client: Client,
+    runtime: &'a Handle,
+    shutdown: &'a ShutdownSignal,
+    /// If there was none.
+    supervisor: Option<Supervisor>,
+}
+
+impl<'a> Session<'a> {
+    /// Begins one. Starts a supervisor if there is none.
+    pub(super) fn begin(
+        confinement: Confinement,
+        runtime: &'a Handle,
+        shutdown: &'a ShutdownSignal,
+    ) -> Result<Self, Failure> {
+        let client = Client::default();
+        if client.is_remote() {
+            return Err(Failure::input(anyhow::anyhow!(
+                "CLADE_API is set, and the console of a VM elsewhere is not to be had: use --background"
+            )));
+        }
+        let dir = runtime_dir();
+        let start = || match Supervisor::start_tied(&dir, POOL, confinement, runtime) {
+            // Another was quicker.
+            Err(FleetError::Supervised { .. }) => Ok(None),
+            other => other.map(Some),
+        };
+        let supervisor = if answers(&dir) {
+            None
+        } else {
+            // What is missing here is better said here than by a process of its own.
+            Host::open().map_err(Failure::input)?;
+            start().map_err(started)?
+        };
+        Ok(Self { name: format!("run-{}", std::process::id()), client, runtime, shutdown, supervisor })
+    }
+
+    /// Its name.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Asks the supervisor. A signal cancels the request.
+    pub(super) fn ask<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, Failure> {
+        let request = self.client.supervisor(Method::POST, path, body);
+        match self.unless_ended(request) {
+            Some(answer) => answer.map_err(failure),
+            None => Err(Failure::Signal(self.shutdown.signal().unwrap_or_default())),
+        }
+    }
+
+    fn unless_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        self.runtime.block_on(async {
+            tokio::select! {
+                done = work => Some(done),
+                () = self.shutdown.wait() => None,
+            }
+        })
+    }
+
+    fn there(&self) -> Vec<String> {
+        let there = in_session(self.client.dir(), &self.name);
+        // It is asked again.
+        there.inspect_err(|error| tracing::warn!(%error, "the VMs cannot be listed")).unwrap_or_default()
+    }
+
+    /// Connects this terminal to a VM, unless it is `detached`. Waits until it and its children have
+    /// ended. What it has said already is shown first.
+    pub(super) fn foreground(&self, name: &str, detached: bool) -> Outcome {
+        let console = self.console(name)?;
+        let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
+        let shown = show(console.try_clone().map_err(Failure::run)?).map_err(Failure::run)?;
+        if !detached {
+            self.type_stdin(name, console).map_err(Failure::run)?;
+        }
+        self.wait_for(name, &shown);
+        let _ = shown.recv_timeout(LAST_OUTPUT);
+        drop(raw);
+        let reason = self.reason(name)?;
+        self.wait_for_all(name);
+        self.end_by_signal()?;
+        match reason {
+            None | Some(StopReason::Requested | StopReason::Reset) => Ok(()),
+            Some(reason) => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+        }
+    }
+
+    /// The signal that has ended it, as a failure. All VMs have ended then.
+    pub(super) fn end_by_signal(&self) -> Outcome {
+        self.shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
+    }
+
+    fn console(&self, name: &str) -> Result<UnixStream, Failure> {
+        let path = console_path(self.client.dir(), name);
+        UnixStream::connect(&path).map_err(|source| failure(ClientError::unreachable(name, path, source)))
+    }
+
+    /// Why a VM that has ended has done so. None if it was asked to.
+    fn reason(&self, name: &str) -> Result<Option<StopReason>, Failure> {
+        let ended = ended_vms(self.client.dir()).map_err(Failure::input)?;
+        Ok(ended.into_iter().find(|ended| ended.name == name).map(|ended| ended.stopped))
+    }
+
+    /// Waits until a VM has ended. A signal ends it.
+    fn wait_for(&self, name: &str, shown: &Receiver<()>) {
+        let mut is_over = false;
+        while self.there().iter().any(|there| there == name) {
+            if self.shutdown.signal().is_some() {
+                return self.stop_all();
+            }
+            // It has ended, most likely: its process is not there to be asked, and whoever clears up
+            // may have gone.
+            if is_over && !answers(self.client.dir()) {
+                settle_dead(self.client.dir(), name);
+            }
+            match shown.recv_timeout(POLL_INTERVAL) {
+                Err(RecvTimeoutError::Timeout) => {}
+                // No more is said; its end comes now, or somebody has cut the connection.
+                _ => {
+                    is_over = true;
+                    thread::sleep(POLL_INTERVAL);
+                }
+            }
+        }
+    }
+
+    /// Waits until all VMs have ended. A signal ends them.
+    pub(super) fn wait_for_all(&self, first: &str) {
+        let left = self.there();
+        if !left.is_empty() && self.shutdown.signal().is_none() {
+            say!("\r\nclade: {first} has ended; {} of its children run on\r", left.len());
+        }
+        self.wait_for_any();
+    }
+
+    /// The same, without a word.
+    pub(super) fn wait_for_any(&self) {
+        loop {
+            let left = self.there();
+            if left.is_empty() {
+                return;
+            }
+            if self.shutdown.signal().is_some() {
+                return self.stop_all();
+            }
+            if !answers(self.client.dir()) {
+                left.iter().for_each(|name| settle_dead(self.client.dir(), name));
+            }
+            thread::sleep(TURN);
+        }
+    }
+
+    /// Stops all VMs, for [`LAST_WORK`] at most.
+    fn stop_all(&self) {
+        let deadline = Instant::now() + LAST_WORK;
+        loop {
+            // Again, because one may be forked while others are stopped.
+            let left = self.there();
+            if left.is_empty() {
+                return;
+            }
+            for some in left.chunks(STOPS) {
+                self.runtime.block_on(async {
+                    let stops = some.iter().map(|name| {
+                        let (client, name) = (self.client.clone(), name.clone());
+                        tokio::spawn(async move { client.stop(&name).await.map(drop) })
+                    });
+                    for stop in stops.collect::<Vec<_>>() {
+                        let left = deadline.saturating_duration_since(Instant::now());
+                        // What is left is counted again.
+                        let _ = tokio::time::timeout(left, stop).await;
+                    }
+                });
+            }
+            if Instant::now() > deadline {
+                say!("\r\nclade: {} VMs have not ended {} s after the signal\r", left.len(), LAST_WORK.as_secs());
+                return;
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Types standard input into a VM until Ctrl-A x, which stops it.
+    fn type_stdin(&self, name: &str, mut console: UnixStream) -> io::Result<()> {
+        let (client, name, runtime) = (self.client.clone(), name.to_owned(), self.runtime.clone());
+        let read = move || {
+            let mut filter = EscapeFilter::default();
+            let mut bytes = [0; 1024];
+            // The thread dies with the process: a read of a terminal cannot be cancelled.
+            while let Ok(typed @ 1..) = io::stdin().lock().read(&mut bytes) {
+                let mut keys = Vec::new();
+                let escape = filter.feed(&bytes[..typed], &mut keys);
+                if console.write_all(&keys).is_err() {
+                    return;
+                }
+                if escape == Some(Escape::Leave) {
+                    if let Err(error) = runtime.block_on(client.stop(&name)) {
+                        say!("\r\nclade: {}\r", clade_vmm::error_chain(&error));
+                    }
+                    return;
+                }
+            }
+            // At the end of the input its output goes on: the connection stays.
+            thread::park();
+        };
+        thread::Builder::new().name("clade-stdin".into()).spawn(read).map(drop)
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        let Some(supervisor) = self.supervisor.take() else { return };
+        supervisor.close();
+        // VMs of others: somebody has to be asked for their forks.
+        let others = clade_daemon::supervisor::vms_in(self.client.dir());
+        if others.is_ok_and(|others| !others.is_empty())
+            && let Err(error) = ensure()
+        {
+            say!("clade: VMs run on without a supervisor: {error}");
+        }
+    }
+}
+
+fn started(error: FleetError) -> Failure {
+    match error {
+        FleetError::Worker { .. } => Failure::run(error),
+        _ => Failure::input(error),
+    }
+}
+
+/// Copies a console to standard output. At its end that is said.
+fn show(mut console: UnixStream) -> io::Result<Receiver<()>> {
+    let (done, finished) = channel();
+    let show = move || {
+        let mut bytes = [0; 4096];
+        let mut stdout = io::stdout();
+        while let Ok(got @ 1..) = console.read(&mut bytes) {
+            // Flushed each time: a prompt has no line end.
+            if stdout.write_all(&bytes[..got]).and_then(|()| stdout.flush()).is_err() {
+                // The VM runs on without a reader.
+                break;
+            }
+        }
+        // The receiver may have gone.
+        let _ = done.send(());
+    };
+    thread::Builder::new().name("clade-output".into()).spawn(show)?;
+    Ok(finished)
+}

@@ -1,0 +1,121 @@
+//! VMs in the foreground: without a supervisor the command is one, and they end with it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::process::Stdio;
+
+use rustix::process::Signal;
+
+use crate::guest::write_guest;
+use crate::tool::{Runtime, kill, kvm, runs, wait_until};
+
+fn detached(runtime: &Runtime, name: &str) {
+    let args = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", name];
+    let booted = runtime.clade(&args);
+    assert_eq!((booted.code, booted.stdout.trim()), (Some(0), name), "{booted:?}");
+    runtime.clade(&["pause", name, "--json"]).json();
+}
+
+#[test]
+fn each_vm_has_a_process_and_the_session_ends_with_the_command() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    runtime.clade(&["fork", "web", "--paused", "--json"]).json();
+    // Not of its session: the supervisor is used by others too.
+    detached(&runtime, "other");
+    runtime.clade(&["fork", "other", "--paused", "--json"]).json();
+    let pid = |name: &str| runtime.worker(name);
+    let pids = [pid("web"), pid("web-1"), pid("other"), pid("other-1"), runtime.pid()];
+    assert_eq!(pids.iter().collect::<std::collections::BTreeSet<_>>().len(), 5, "{pids:?}");
+    // Killed, it could stop nobody.
+    runtime.crash();
+    wait_until("the end of its VMs", || !runs(pids[0]) && !runs(pids[1]));
+    wait_until("its VMs to be dead", || runtime.names() == ["other", "other-1"]);
+    assert_eq!(runtime.clade(&["resume", "other", "--json"]).json()["state"], "running");
+    // The next supervisor has them, and clears up.
+    runtime.start("web");
+    runtime.clade(&["fork", "other", "--paused", "--json"]).json();
+    assert_eq!(runtime.names(), ["other", "other-1", "other-2", "web"]);
+    runtime.clade(&["pause", "other", "--json"]).json();
+    for name in ["web", "other", "other-1", "other-2"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0), "{name}");
+    }
+    assert_eq!(runtime.ended(), Some(0));
+}
+
+#[test]
+fn a_command_that_ends_leaves_a_supervisor_to_the_vms_of_others() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("web");
+    detached(&runtime, "other");
+    assert_eq!(runtime.clade(&["stop", "web"]).code, Some(0));
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(runtime.names(), ["other"]);
+    let (status, info) = runtime.http("GET", "/v1/supervisor", "");
+    assert_eq!((status, info["vms"].as_u64().is_some()), (200, true), "{info}");
+    let supervisor = info["pid"].as_u64().unwrap() as u32;
+    assert!(runtime.clades().contains(&supervisor));
+    runtime.clade(&["fork", "other", "--paused", "--json"]).json();
+    for name in ["other", "other-1"] {
+        assert_eq!(runtime.clade(&["stop", name]).code, Some(0));
+    }
+    kill(supervisor, Signal::TERM);
+    wait_until("the end of all", || runtime.clades().is_empty());
+}
+
+#[test]
+fn a_session_under_another_supervisor_ends_its_vms_alone() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.spawn(&["serve", "--pool", "0"]);
+    wait_until("the supervisor", || runtime.clade(&["checkpoints"]).code == Some(0));
+    detached(&runtime, "other");
+    let mut command = runtime.command(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", "web"]);
+    let mut session = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the VM", || runtime.names() == ["other", "web"]);
+    runtime.clade(&["pause", "web", "--json"]).json();
+    runtime.clade(&["fork", "web", "--paused", "--count", "2", "--json"]).json();
+    kill(session.id(), Signal::TERM);
+    assert_eq!(session.wait().unwrap().code(), Some(143));
+    assert_eq!(runtime.names(), ["other"]);
+    runtime.clade(&["stop", "other", "--json"]).json();
+}
+
+#[test]
+fn what_a_guest_says_from_its_first_instruction_to_its_last_is_shown() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("guest");
+    write_guest(&kernel);
+    let mut command = runtime.command(&["run", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "bell"]);
+    let mut run = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let (mut stdin, mut stdout) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
+    let mut said = String::new();
+    while !said.contains("ready") {
+        let mut bytes = [0; 64];
+        let got = stdout.read(&mut bytes).unwrap();
+        assert!(got > 0, "{said:?}");
+        said.push_str(&String::from_utf8_lossy(&bytes[..got]));
+    }
+    // What is typed reaches it. At the end of the input its output goes on.
+    stdin.write_all(b"x").unwrap();
+    drop(stdin);
+    stdout.read_to_string(&mut said).unwrap();
+    assert!(said.starts_with("ready") && said.trim_end().ends_with("bye"), "{said:?}");
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    wait_until("the end of all", || runtime.clades().is_empty());
+    let left = fs::read_dir(runtime.dir()).unwrap().flatten().map(|entry| entry.file_name()).collect::<Vec<_>>();
+    assert!(left.iter().all(|name| name.to_string_lossy().ends_with(".ended")), "{left:?}");
+    runtime.start("last");
+}
