@@ -20,6 +20,8 @@ use crate::commands::{Failure, Outcome};
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a supervisor that is started in the background may take.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long another may take that has the directory already.
+const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(super) fn main(args: &ServeArgs) -> Outcome {
     with_runtime(|runtime| {
@@ -64,18 +66,18 @@ pub(super) fn ensure() -> Outcome {
     // A key on this terminal is not for it.
     command.process_group(0);
     let mut started = command.spawn().map_err(Failure::run)?;
-    let deadline = Instant::now() + START_TIMEOUT;
+    let (mut deadline, mut has_ended) = (Instant::now() + START_TIMEOUT, false);
     while !answers() {
-        let ended = started.try_wait().map_err(Failure::run)?;
-        // Another may have been quicker.
-        if ended.is_some() && !answers() {
-            return Err(Failure::Run(anyhow::anyhow!(
-                "the supervisor has ended: clade.log in {} says why",
-                dir.display()
-            )));
+        // Another may have been quicker, and answer in a moment.
+        if !has_ended && started.try_wait().map_err(Failure::run)?.is_some() {
+            (has_ended, deadline) = (true, Instant::now() + OTHER_TIMEOUT);
         }
         if Instant::now() > deadline {
-            return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}")));
+            let dir = dir.display();
+            return Err(Failure::Run(match has_ended {
+                true => anyhow::anyhow!("the supervisor has ended: clade.log in {dir} says why"),
+                false => anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}"),
+            }));
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -24,7 +24,7 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{Client, ClientError};
 use clade_daemon::fleet::{FleetError, console_path, ended_vms, runtime_dir};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{Supervisor, in_session, settle_dead};
+use clade_daemon::supervisor::{Supervisor, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 
@@ -67,15 +67,15 @@ impl<'a> Session<'a> {
         let dir = runtime_dir();
         let start = || match Supervisor::start_tied(&dir, POOL, confinement, runtime) {
             // Another was quicker.
-            Err(FleetError::Supervised { .. }) => Ok(None),
-            other => other.map(Some),
+            Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
+            other => other.map(Some).map_err(started),
         };
         let supervisor = if answers(&dir) {
             None
         } else {
             // What is missing here is better said here than by a process of its own.
             Host::open().map_err(Failure::input)?;
-            start().map_err(started)?
+            start()?
         };
         Ok(Self { name: format!("run-{}", std::process::id()), client, runtime, shutdown, supervisor })
     }
@@ -152,15 +152,17 @@ impl<'a> Session<'a> {
 
     /// Waits until a VM has ended. A signal ends it.
     fn wait_for(&self, name: &str, shown: &Receiver<()>) {
-        let mut is_over = false;
-        while self.there().iter().any(|there| there == name) {
+        let is_there = || is_in_session(self.client.dir(), name, &self.name).unwrap_or(true);
+        let (mut is_over, mut asked) = (false, Instant::now());
+        while is_there() {
             if self.shutdown.signal().is_some() {
                 return self.stop_all();
             }
             // It has ended, most likely: its process is not there to be asked, and whoever clears up
             // may have gone.
-            if is_over && !answers(self.client.dir()) {
-                settle_dead(self.client.dir(), name);
+            if is_over && asked.elapsed() > LAST_OUTPUT {
+                self.settle(&[name.to_owned()]);
+                asked = Instant::now();
             }
             match shown.recv_timeout(POLL_INTERVAL) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -170,6 +172,13 @@ impl<'a> Session<'a> {
                     thread::sleep(POLL_INTERVAL);
                 }
             }
+        }
+    }
+
+    /// Clears up after VMs that have died, if there is no supervisor any more to do so.
+    fn settle(&self, names: &[String]) {
+        if !answers(self.client.dir()) {
+            names.iter().for_each(|name| settle_dead(self.client.dir(), name));
         }
     }
 
@@ -192,9 +201,7 @@ impl<'a> Session<'a> {
             if self.shutdown.signal().is_some() {
                 return self.stop_all();
             }
-            if !answers(self.client.dir()) {
-                left.iter().for_each(|name| settle_dead(self.client.dir(), name));
-            }
+            self.settle(&left);
             thread::sleep(TURN);
         }
     }

@@ -133,6 +133,15 @@ pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> 
     Ok(all.into_iter().filter(|(_, about)| mine(about)).map(|(name, _)| name).collect())
 }
 
+/// Whether the VM called `name` has not ended, and is of a session.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, FleetError> {
+    let about = About::read(&RuntimeDir::open(dir)?, name)?;
+    Ok(about.is_some_and(|about| about.session.as_deref() == Some(session)))
+}
+
 /// All VMs of a runtime directory that have not ended.
 ///
 /// # Errors

@@ -64,7 +64,7 @@ use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::clear_up;
-pub use about::{in_session, settle_dead, vms_in};
+pub use about::{in_session, is_in_session, settle_dead, vms_in};
 use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::{Endpoints, VmError};

@@ -17,7 +17,7 @@ use super::checkpoint::Checkpoint;
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
-use crate::worker::{SaveOrder, SavedFiles, written_beside};
+use crate::worker::{SaveOrder, SavedFiles, Shape, written_beside};
 use clade_vmm::vm::SavedVm;
 
 /// A VM that was saved.
@@ -177,8 +177,9 @@ impl Supervisor {
         // The base gets a note of its dependent. Those before it are read.
         let mut grants = Grants { beside: vec![beside], ..Grants::default() };
         grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
-        let config = &image.about().shape.config;
-        grants.read.extend(config.disks.iter().map(|disk| disk.disk.path.clone()));
+        let Shape { config, overlays, saved } = &image.about().shape;
+        let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
+        (grants.read, grants.dirs) = (read, dirs);
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
         worker.enter(self.0.place.order(0, grants))?;
         let order = SaveOrder {
