@@ -8,6 +8,7 @@ mod labels;
 mod problem;
 mod release;
 mod room;
+mod shutdown;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -40,6 +41,7 @@ pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
+pub use shutdown::Shutdown;
 
 /// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
 /// kernel for 2 s.
@@ -294,15 +296,25 @@ impl Fleet {
             let listed = self.listed(member);
             (listed, Arc::clone(&member.release))
         };
+        self.stop_listed(listed, &release, describe)
+    }
+
+    fn stop_listed<T>(
+        &self,
+        listed: Listed,
+        release: &Arc<Release>,
+        describe: impl FnOnce(&Listed) -> T,
+    ) -> Result<T, FleetError> {
+        let name = listed.vm.name().to_owned();
         listed.vm.stop();
         let described = describe(&listed);
         // Another thread may hold the last handle.
         drop(listed);
         // Its threads are joined here, unless another thread has removed it or still holds a
         // handle.
-        drop(self.take(name, &release));
+        drop(self.take(&name, release));
         if !release.wait(RELEASE_TIMEOUT) {
-            return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
+            return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() });
         }
         Ok(described)
     }

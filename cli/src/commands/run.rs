@@ -146,7 +146,7 @@ pub(super) fn foreground(
         return Err(Failure::Signal(number));
     }
     match ended {
-        StopReason::Requested | StopReason::Reset => Ok(()),
+        StopReason::Requested | StopReason::Reset | StopReason::PowerOff => Ok(()),
         reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
     }
 }

@@ -48,7 +48,7 @@ struct Ended {
 
 /// Whether a guest or its owner has ended the VM.
 fn is_in_order(reason: &StopReason) -> bool {
-    matches!(reason, StopReason::Requested | StopReason::Reset)
+    matches!(reason, StopReason::Requested | StopReason::Reset | StopReason::PowerOff)
 }
 
 fn record(dir: &Path, name: &str) -> Result<Option<EndedVm>, Failure> {

@@ -10,7 +10,7 @@ use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::control::schema;
-use crate::fleet::{Labels, Listed};
+use crate::fleet::{Labels, Listed, Shutdown};
 use crate::worker::Made;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
@@ -214,6 +214,46 @@ impl ForkRequest {
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
         ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+    }
+}
+
+/// The longest that a guest may take to power itself off, in seconds: a day.
+pub(crate) const MAX_GRACE: f64 = 86_400.0;
+
+/// A request to stop a VM. Without a body its power is cut.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Seconds that the guest has to power itself off after its power button was pressed. Its power
+    /// is cut when they are over. Null: it is cut at once.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 86400)]
+    pub graceful_s: Option<f64>,
+}
+
+/// A VM that has stopped.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StopAnswer {
+    /// The VM as it was last.
+    #[serde(flatten)]
+    pub vm: VmInfo,
+    /// How its guest took the power button, if that was pressed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub shutdown: Option<ShutdownInfo>,
+}
+
+/// How a guest took its power button.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ShutdownInfo {
+    /// Whether the guest ended by itself. Otherwise its power was cut when the time was over.
+    pub by_itself: bool,
+    /// Whether the guest's kernel noticed the button.
+    pub noticed: bool,
+}
+
+impl From<Shutdown> for ShutdownInfo {
+    fn from(Shutdown { by_itself, noticed }: Shutdown) -> Self {
+        Self { by_itself, noticed }
     }
 }
 

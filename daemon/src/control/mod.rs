@@ -19,7 +19,7 @@
 //! | `POST /v1/vms/{name}/working-set` | | `WorkingSetAnswer`; recorded in its snapshot |
 //! | `GET /v1/vms/{name}/logs` | | `LogsAnswer` |
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
-//! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
+//! | `POST /v1/vms/{name}/stop` | `StopRequest` or none | `StopAnswer`, when its name, interfaces and sockets are free |
 //!
 //! Errors are problem details: see `problem`.
 
@@ -29,6 +29,7 @@ pub(crate) mod exposition;
 mod gather;
 mod listen;
 mod memory;
+mod optional;
 mod pages;
 mod problem;
 mod schema;
@@ -39,9 +40,9 @@ mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmState, VsockInfo,
-    WorkingSetAnswer,
+    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, ShutdownInfo,
+    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer,
+    TouchedRun, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;
@@ -51,11 +52,13 @@ pub use memory::{
     CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
     VmStats, pages_kib,
 };
+pub(crate) use optional::Optional;
 pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{
-    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, not_allowed, on_a_thread, warm_up,
+    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
+    warm_up,
 };
 pub(crate) use token::authorize;
 pub use token::{Token, TokenError};

@@ -27,9 +27,9 @@ use super::{Supervisor, metrics, openapi};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
-    SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, authorize,
-    expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
+    ForkAnswer, ForkRequest, Optional, PrepareRequest, Prepared, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo,
+    WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, FleetError};
 
@@ -227,15 +227,28 @@ async fn prepare(
     work(supervisor, prepare).await
 }
 
-/// Stops a VM for good. Answers when its name, interfaces and sockets are free.
-#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
-async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    let (info, left) = Client::new(supervisor.dir()).stop_process(&name).await?;
+/// Stops a VM for good, after its guest had time to power itself off if that is asked for. Answers
+/// when its name, interfaces and sockets are free.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/stop",
+    request_body = Option<StopRequest>,
+    responses((status = 200, description = "Done.", body = StopAnswer))
+)]
+async fn stop(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    Optional(request): Optional<StopRequest>,
+) -> Answer<StopAnswer> {
+    let request = request.unwrap_or_default();
+    // Before its process is asked, which has as much time.
+    grace(request)?;
+    let (answer, left) = Client::new(supervisor.dir()).stop_process(&name, request).await?;
     if let Some((claim, exit)) = left {
         // Closing descriptors may free memory and disks.
         on_a_thread(THREAD_PATIENCE, move || supervisor.clear_up(claim, exit)).await?;
     }
-    Ok(Json(info))
+    Ok(Json(answer))
 }
 
 /// Saves a VM. Answers when all is on the disk.
