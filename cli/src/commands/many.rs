@@ -74,6 +74,9 @@ impl Done {
             Self::Vm(vm) => println!("{} is {}", vm.name, state_name(vm.state)),
             Self::Stopped(answer) => {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+                if answer.killed {
+                    eprintln!("its process did not answer, and was killed");
+                }
                 match answer.shutdown {
                     None => {}
                     Some(ShutdownInfo { by_itself: true, .. }) => eprintln!("its guest has ended by itself"),
@@ -112,7 +115,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 /// The names of all that `verb` can be done to.
 async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset => client.names(),
+        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset => client.all_names().await,
         Verb::Remove => {
             let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
             Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())

@@ -12,6 +12,7 @@ use clade_devices::virtio::net::Mac;
 use crate::control::schema;
 use crate::fleet::{Labels, Listed, Shutdown};
 use crate::worker::Made;
+use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
@@ -177,6 +178,27 @@ impl From<&Listed> for VmInfo {
     }
 }
 
+impl VmInfo {
+    /// A VM whose process was killed: what is known without it.
+    pub(crate) fn of_killed(name: &str, exit: Exit, config: &VmConfig) -> Self {
+        Self {
+            name: name.to_owned(),
+            pid: exit.pid,
+            state: VmState::Stopped,
+            stopped: Some(StopReason::Process { signal: exit.signal, code: exit.code }),
+            parent: None,
+            labels: Labels::default(),
+            generation: 0,
+            cpus: config.cpus(),
+            age_s: 0.0,
+            memory: None,
+            nets: Vec::new(),
+            disks: Vec::new(),
+            vsock: None,
+        }
+    }
+}
+
 /// A request to fork a VM.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -240,6 +262,9 @@ pub struct StopAnswer {
     /// How its guest took the power button, if that was pressed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub shutdown: Option<ShutdownInfo>,
+    /// Whether its process did not answer, and was killed: what was not on its disks is lost.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub killed: bool,
 }
 
 /// How a guest took its power button.

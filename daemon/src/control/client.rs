@@ -21,7 +21,9 @@ use tokio::time::{sleep, timeout};
 use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::{Problem, ProblemKind};
 use crate::control::token::{Token, TokenError};
-use crate::fleet::{FleetError, NameClaim, RuntimeDir, check_name, runtime_dir, socket_path, supervisor_path};
+use crate::fleet::{
+    EndedVm, FleetError, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
+};
 use crate::supervisor::clear_up;
 use crate::zygote::Exit;
 
@@ -36,6 +38,8 @@ const MAX_ANSWER: usize = 16 << 20;
 /// How long the process of a VM that has stopped may keep its name, and how often that is looked at.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(2);
+/// How often a process is connected to that accepts nothing.
+const CONNECT_POLL: Duration = Duration::from_millis(50);
 /// How long the process of a VM may take to stop it, beside the time that its guest is given: longer
 /// than it waits itself for what the VM has.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
@@ -271,8 +275,13 @@ impl Client {
             return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
         let path = socket_path(&self.dir, name);
-        let stream = UnixStream::connect(&path).await;
-        let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
+        let stream = loop {
+            match UnixStream::connect(&path).await {
+                // Its backlog is full. A connection that blocks would wait too.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
+                other => break other.map_err(|source| ClientError::unreachable(name, path, source))?,
+            }
+        };
         exchange(stream, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
 
@@ -411,6 +420,28 @@ impl Client {
             Err(ClientError::NoSupervisor { .. }) => self.request(method, name, action, body).await,
             answer => answer,
         }
+    }
+
+    /// The names of all VMs. Without a supervisor behind a port, some may have died.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn all_names(&self) -> Result<Vec<String>, ClientError> {
+        if !self.is_remote() {
+            return self.names();
+        }
+        Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
+    }
+
+    /// The VMs on record that ended by themselves.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn ended(&self) -> Result<Vec<EndedVm>, ClientError> {
+        if self.is_remote() {
+            return self.supervisor(Method::GET, "/v1/ended", None::<&()>).await;
+        }
+        Ok(ended_vms(&self.dir)?)
     }
 
     /// All VMs of this user that answer.

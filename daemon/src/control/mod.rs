@@ -32,7 +32,7 @@ mod memory;
 mod optional;
 mod pages;
 mod problem;
-mod schema;
+pub(crate) mod schema;
 mod server;
 mod stall;
 mod token;

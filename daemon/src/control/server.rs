@@ -137,10 +137,11 @@ async fn stop(
 ) -> Answer<StopAnswer> {
     let grace = grace(request.unwrap_or_default())?;
     let stopped = with_fleet(fleet, move |fleet| match grace {
-        None => fleet.stop(&name, |listed| StopAnswer { vm: VmInfo::from(listed), shutdown: None }),
+        None => fleet.stop(&name, |listed| StopAnswer { vm: VmInfo::from(listed), shutdown: None, killed: false }),
         Some(time) => fleet.shut_down(&name, time, |listed, shutdown| StopAnswer {
             vm: VmInfo::from(listed),
             shutdown: Some(shutdown.into()),
+            killed: false,
         }),
     });
     Ok(Json(stopped.await?))

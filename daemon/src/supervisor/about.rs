@@ -13,6 +13,7 @@ use clade_devices::disk::overlay_dir;
 use serde::{Deserialize, Serialize};
 
 use super::overlays::unnamed_in;
+use super::processes::ProcessId;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, settle};
 use crate::image::Forked;
 use crate::jail::is_block_device;
@@ -52,6 +53,9 @@ pub(crate) struct About {
     pub(super) overlays: Vec<PathBuf>,
     /// Device and inode of the socket of its device: its path may be another's later.
     pub(super) socket: Option<(u64, u64)>,
+    /// Its process.
+    #[serde(default)]
+    pub(super) process: Option<ProcessId>,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -85,7 +89,8 @@ impl About {
     pub(super) fn of(written: Option<Self>, name: &str, forked: &Forked) -> Result<Self, FleetError> {
         let Some(written) = written else {
             let shape = Shape::new(&forked.config, |at| forked.overlays.get(at).cloned().unwrap_or_default());
-            return Ok(Self { shape, identity: forked.identity.clone(), overlays: Vec::new(), socket: None });
+            let (identity, overlays) = (forked.identity.clone(), Vec::new());
+            return Ok(Self { shape, identity, overlays, socket: None, process: None });
         };
         if written.shape.config != forked.config {
             let text =
@@ -165,7 +170,8 @@ mod tests {
         let config = with_disk("/srv/disk");
         let shape = Shape::of_boot(&config);
         assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
-        let known = About { shape, identity: Identity::default(), overlays: Vec::new(), socket: None };
+        let identity = Identity::default();
+        let known = About { shape, identity, overlays: Vec::new(), socket: None, process: None };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
         let written = || About::read(&dir, "web").unwrap();

@@ -4,13 +4,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method};
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
@@ -31,7 +32,10 @@ use crate::control::{
     StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo,
     WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http,
 };
-use crate::fleet::{Cancel, FleetError};
+use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
+
+/// How long a VM's process may take for what it answers at once.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
@@ -106,6 +110,13 @@ async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(Client::new(supervisor.dir()).list().await?.vms))
 }
 
+/// Lists the VMs that ended by themselves, and why.
+#[utoipa::path(get, path = "/v1/ended", responses((status = 200, description = "Done.", body = Vec<EndedVm>)))]
+async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
+    let dir = supervisor.dir().to_owned();
+    Ok(Json(on_a_thread(THREAD_PATIENCE, move || ended_vms(&dir)).await??))
+}
+
 /// Boots a VM. Answers when it runs.
 #[utoipa::path(
     post,
@@ -117,7 +128,8 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
     let Json(request) = request?;
     let dir = supervisor.dir().to_owned();
     let Json(name) = work(supervisor, move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
-    Ok(Json(Client::new(&dir).request(hyper::Method::GET, &name, "", None::<&()>).await?))
+    let client = Client::new(&dir);
+    Ok(Json(client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await?))
 }
 
 /// Forks a VM. Each child has a process of its own.
@@ -133,7 +145,8 @@ async fn fork_vm(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, cancel)).await
+    let fetch = supervisor.fetch(&name).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, fetch, cancel)).await
 }
 
 /// Takes a checkpoint of a VM.
@@ -149,7 +162,8 @@ async fn checkpoint(
     request: Wanted<CheckpointRequest>,
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), cancel)).await
+    let fetch = supervisor.fetch(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), fetch, cancel)).await
 }
 
 /// Lists the checkpoints.
@@ -228,7 +242,7 @@ async fn prepare(
 }
 
 /// Stops a VM for good, after its guest had time to power itself off if that is asked for. Answers
-/// when its name, interfaces and sockets are free.
+/// when its name, interfaces and sockets are free. A process that does not answer is killed.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/stop",
@@ -243,12 +257,19 @@ async fn stop(
     let request = request.unwrap_or_default();
     // Before its process is asked, which has as much time.
     grace(request)?;
-    let (answer, left) = Client::new(supervisor.dir()).stop_process(&name, request).await?;
-    if let Some((claim, exit)) = left {
-        // Closing descriptors may free memory and disks.
-        on_a_thread(THREAD_PATIENCE, move || supervisor.clear_up(claim, exit)).await?;
+    // Not what the process says of itself.
+    let pid = supervisor.pid_of(&name);
+    match Client::new(supervisor.dir()).stop_process(&name, request).await {
+        Ok((answer, left)) => {
+            // Closing descriptors may free memory and disks.
+            on_a_thread(THREAD_PATIENCE, move || supervisor.stopped(pid, left)).await?;
+            Ok(Json(answer))
+        }
+        Err(ClientError::Silent { .. }) => {
+            Ok(Json(on_a_thread(THREAD_PATIENCE, move || supervisor.kill(&name)).await??))
+        }
+        Err(error) => Err(error.into()),
     }
-    Ok(Json(answer))
 }
 
 /// Saves a VM. Answers when all is on the disk.
@@ -264,12 +285,9 @@ async fn snapshot(
     request: Wanted<SnapshotRequest>,
 ) -> Answer<SnapshotAnswer> {
     let Json(request) = request?;
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::POST, &name, "/snapshot", Some(&request)).await?));
-    }
     expect_absolute(&request.dir)?;
-    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, cancel)).await
+    let fetch = supervisor.fetch(&name).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, fetch, cancel)).await
 }
 
 /// Shows how far a VM's snapshot is.
@@ -282,10 +300,6 @@ async fn snapshot_progress(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::GET, &name, "/snapshot", None::<&()>).await?));
-    }
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
 
@@ -299,10 +313,6 @@ async fn cancel_snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    if !supervisor.saves(&name) {
-        let client = Client::new(supervisor.dir());
-        return Ok(Json(client.request(hyper::Method::DELETE, &name, "/snapshot", None::<&()>).await?));
-    }
     supervisor.snapshots().cancel(&name);
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
@@ -315,24 +325,36 @@ async fn cancel_snapshot(
 )]
 async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let client = Client::new(supervisor.dir());
-    if !supervisor.saves(&name) {
-        return Ok(Json(client.request(hyper::Method::POST, &name, "/working-set", None::<&()>).await?));
-    }
-    let touched: TouchedAnswer = client.request(hyper::Method::GET, &name, "/touched", None::<&()>).await?;
+    let touched = client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "/touched", None::<&()>);
+    let touched: TouchedAnswer = touched.await?;
     let record = move |supervisor: &Supervisor, _: &Cancel| {
         Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
     };
     work(supervisor, record).await
 }
 
+/// The VM's name in the path of a request.
+fn name_in(request: &Request) -> String {
+    let path = request.uri().path();
+    path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned()
+}
+
 /// Passes a request for one VM on to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
-    let path = request.uri().path();
-    let name = path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned();
-    match forward(supervisor.dir(), &name, request, Limits::default()).await {
-        Ok(response) => response,
-        Err(error) => error.into_response(),
+    let name = name_in(&request);
+    let passed = async {
+        let _turn = supervisor.0.passing.begin(&name)?;
+        forward(supervisor.dir(), &name, request, Limits::default()).await
+    };
+    passed.await.unwrap_or_else(IntoResponse::into_response)
+}
+
+/// Passes a request about snapshots on, if the VM's own process writes them.
+async fn pass_on_unless_saved_here(State(supervisor): State<Supervisor>, request: Request, next: Next) -> Response {
+    if supervisor.saves(&name_in(&request)) {
+        return next.run(request).await;
     }
+    pass_on(State(supervisor), request).await
 }
 
 impl From<ClientError> for ApiError {
@@ -372,22 +394,27 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
-        .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
-        .routes(routes!(working_set))
+        .routes(routes!(ended))
         .routes(routes!(checkpoints))
         .routes(routes!(show_checkpoint, remove_checkpoint))
         .routes(routes!(fork_checkpoint))
         .routes(routes!(prepare))
 }
 
+/// The routes of VMs that are saved here.
+fn save_routes() -> OpenApiRouter<Supervisor> {
+    OpenApiRouter::new().routes(routes!(snapshot, snapshot_progress, cancel_snapshot)).routes(routes!(working_set))
+}
+
 /// The OpenAPI document.
 pub(super) fn described() -> Value {
-    openapi::document(&routes().into_openapi(), &control::described())
+    openapi::document(&routes().merge(save_routes()).into_openapi(), &control::described())
 }
 
 fn router(supervisor: Supervisor) -> Router {
     let keys = Arc::clone(&supervisor.0.keys);
-    let (router, own) = routes().split_for_parts();
+    let saving = save_routes().route_layer(from_fn_with_state(supervisor.clone(), pass_on_unless_saved_here));
+    let (router, own) = routes().merge(saving).split_for_parts();
     let pass_on_all = openapi::passed_on(&own, &control::described()).into_iter().filter_map(|(method, path)| {
         let method = Method::from_bytes(method.as_bytes()).ok()?;
         Some((path, on(MethodFilter::try_from(method).ok()?, pass_on)))

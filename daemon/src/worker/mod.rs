@@ -43,7 +43,7 @@ use clade_vmm::vm::{ChildIdentity, EndpointParts, Vm, VmConfig};
 pub(crate) use enter::EnterOrder;
 pub use enter::{Entered, enter};
 pub(crate) use fork::fork;
-pub(crate) use process::{Process, Worker, Workers};
+pub(crate) use process::{Process, Worker, Workers, has_ended};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
 

@@ -80,7 +80,7 @@ impl Process {
 }
 
 /// Waits up to `timeout` for the end of a process.
-fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
+pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
     loop {
         let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
@@ -134,6 +134,15 @@ impl Worker {
             Some(Process::OfZygote { pid, .. }) => *pid,
             None => 0,
         }
+    }
+
+    /// A descriptor of its process, if the zygote has made it.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, FleetError> {
+        let Some(Process::OfZygote { pidfd, .. }) = &self.process else { return Ok(None) };
+        pidfd.try_clone().map(Some).map_err(failed)
     }
 
     /// Gives it an order.
