@@ -9,6 +9,7 @@ mod names;
 mod problem;
 mod release;
 mod room;
+mod shutdown;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -35,6 +36,7 @@ pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Release, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
+pub use shutdown::Shutdown;
 
 /// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
 /// kernel for 2 s.
@@ -195,9 +197,7 @@ impl Fleet {
     /// # Errors
     /// When it has another name, or has ended.
     pub fn get(&self, name: &str) -> Result<Listed, FleetError> {
-        self.listed()
-            .filter(|listed| listed.vm.name() == name)
-            .ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
+        self.held(name).map(|(listed, _)| listed)
     }
 
     /// The VM, unless it has ended.
@@ -212,8 +212,25 @@ impl Fleet {
     /// # Errors
     /// When there is no such VM, or something of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
-        let listed = self.get(name)?;
-        let release = self.member().as_ref().map(|member| Arc::clone(&member.release));
+        let (listed, release) = self.held(name)?;
+        self.stop_listed(listed, &release, describe)
+    }
+
+    /// The VM called `name`, and what says that all it had is free.
+    fn held(&self, name: &str) -> Result<(Listed, Arc<Release>), FleetError> {
+        let member = self.member();
+        let found = member.as_ref().filter(|member| member.listed.vm.name() == name);
+        let found = found.map(|member| (member.listed.clone(), Arc::clone(&member.release)));
+        found.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
+    }
+
+    fn stop_listed<T>(
+        &self,
+        listed: Listed,
+        release: &Release,
+        describe: impl FnOnce(&Listed) -> T,
+    ) -> Result<T, FleetError> {
+        let name = listed.vm.name().to_owned();
         listed.vm.stop();
         let described = describe(&listed);
         // Another thread may hold the last handle.
@@ -221,8 +238,8 @@ impl Fleet {
         // Its threads are joined here, unless another thread has removed it or still holds a
         // handle.
         drop(self.take());
-        if !release.is_none_or(|release| release.wait(RELEASE_TIMEOUT)) {
-            return Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() });
+        if !release.wait(RELEASE_TIMEOUT) {
+            return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() });
         }
         Ok(described)
     }

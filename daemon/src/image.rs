@@ -161,15 +161,25 @@ pub(crate) fn fetch(
     name: &str,
     check: &dyn Fn() -> Result<(), FleetError>,
 ) -> Result<(Forked, SealedParts), FleetError> {
+    fetch_within(dir, name, PATIENCE, check)
+}
+
+fn fetch_within(
+    dir: &Path,
+    name: &str,
+    limit: Duration,
+    check: &dyn Fn() -> Result<(), FleetError>,
+) -> Result<(Forked, SealedParts), FleetError> {
     let begun = Instant::now();
-    let go_on = || begun.elapsed() < PATIENCE && check().is_ok();
-    let socket = connected(dir, name)?;
+    let go_on = || begun.elapsed() < limit && check().is_ok();
+    let socket = connected(dir, name, limit)?;
     set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL))
         .map_err(|errno| FleetError::Worker { source: errno.into() })?;
     let failed = |source| FleetError::Worker { source };
-    let silent = |source| FleetError::Refused {
-        kind: ProblemKind::VmGone,
-        text: format!("the process of {name:?} does not answer: {source}"),
+    let silent = |source: io::Error| {
+        let is_late = source.kind() == io::ErrorKind::WouldBlock;
+        let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
+        FleetError::Refused { kind, text: format!("the process of {name:?} does not answer: {source}") }
     };
     seqpacket::send(&socket, &[FORK], &[]).map_err(silent)?;
     let answer = loop {
@@ -199,11 +209,11 @@ pub(crate) fn fetch(
 /// # Errors
 /// When there is no such VM.
 pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), FleetError> {
-    let socket = connected(dir, name)?;
+    let socket = connected(dir, name, PATIENCE)?;
     seqpacket::send(&socket, &[BROKER], &[broker]).map_err(|source| FleetError::Worker { source })
 }
 
-fn connected(dir: &Path, name: &str) -> Result<OwnedFd, FleetError> {
+fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {
     check_name(name)?;
     let path = image_path(dir, name);
     let failed = |source| FleetError::Worker { source };
@@ -211,12 +221,49 @@ fn connected(dir: &Path, name: &str) -> Result<OwnedFd, FleetError> {
         .map_err(|errno| failed(errno.into()))?;
     // Before it connects: that waits too, when others are in the queue.
     for which in [Timeout::Recv, Timeout::Send] {
-        set_socket_timeout(&socket, which, Some(PATIENCE)).map_err(|errno| failed(errno.into()))?;
+        set_socket_timeout(&socket, which, Some(limit)).map_err(|errno| failed(errno.into()))?;
     }
     let connected = SocketAddrUnix::new(&path).and_then(|address| connect(&socket, &address));
     match connected {
         Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
+        // Others are in the queue, and none is accepted.
+        Err(Errno::AGAIN) => {
+            let text = format!("the process of {name:?} accepts no request for its image");
+            return Err(FleetError::Refused { kind: ProblemKind::VmSilent, text });
+        }
         other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
     }
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{bind, listen};
+
+    #[test]
+    fn a_process_that_does_not_answer_is_an_error_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let bound = |backlog| {
+            let path = image_path(dir.path(), "web");
+            let _ = std::fs::remove_file(&path);
+            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+            listen(&socket, backlog).unwrap();
+            socket
+        };
+        let limit = Duration::from_millis(300);
+        let kind = || fetch_within(dir.path(), "web", limit, &|| Ok(())).map(drop).map_err(|error| error.problem());
+        // A request waits in its queue, and then the queue is full.
+        let _stopped = bound(8);
+        let begun = Instant::now();
+        assert_eq!(kind(), Err(ProblemKind::VmSilent));
+        let full = bound(0);
+        let waits = connected(dir.path(), "web", limit).unwrap();
+        assert_eq!(kind(), Err(ProblemKind::VmSilent));
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        // One that has ended.
+        drop((full, waits));
+        assert_eq!(kind(), Err(ProblemKind::NoSuchVm));
+    }
 }

@@ -18,14 +18,15 @@
 //! |---|---|
 //! | `0x60`-`0x64` | keyboard controller: only its reset line |
 //! | `0x3f8`-`0x3ff` | COM1 |
+//! | `0x600`-`0x602` | sleep control and status, and the power button's state |
 //!
 //! | GSI | what |
 //! |---|---|
 //! | 4 | COM1 |
-//! | 12 | a new generation |
+//! | 12 | ACPI events: a new generation, the power button |
 //! | 16-23, then 5, 6, 7, 9, 10, 11, 14, 15 | virtio devices, by place |
 
-pub(crate) use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE};
+pub(crate) use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE, POWER_BASE};
 use vm_memory::GuestAddress;
 
 /// The most vCPUs of a VM.
@@ -43,9 +44,9 @@ pub(crate) const ACPI_TABLES_END: GuestAddress = GuestAddress(0xf_0000);
 pub(crate) const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
 /// The VMClock structure, in a page of its own.
 pub(crate) const VMCLOCK: GuestAddress = GuestAddress(0xf_f000);
-/// The interrupt that tells the guest of a new generation. On a PC it is the PS/2 mouse's; the VM
-/// has none.
-pub(crate) const GENERATION_GSI: u32 = 12;
+/// The interrupt of ACPI events: a new generation, or the power button. On a PC it is the PS/2
+/// mouse's; the VM has none.
+pub(crate) const EVENT_GSI: u32 = 12;
 /// Start of the address range without RAM.
 pub(crate) const MMIO_GAP_START: GuestAddress = GuestAddress(clade_memory::GAP_START);
 /// End of the address range without RAM.
@@ -80,13 +81,13 @@ mod tests {
     #[test]
     fn virtio_devices_have_pages_and_interrupts_of_their_own() {
         let mut gsis = VIRTIO_GSIS.to_vec();
-        gsis.extend([0, 1, 2, 4, 8, GENERATION_GSI]);
+        gsis.extend([0, 1, 2, 4, 8, EVENT_GSI]);
         gsis.sort_unstable();
         gsis.dedup();
         assert_eq!(
             gsis.len(),
             VIRTIO_GSIS.len() + 6,
-            "none is another's, the timer's, the keyboard's, the console's, the clock's or the generation's"
+            "none is another's, the timer's, the keyboard's, the console's, the clock's or the events'"
         );
         assert_eq!(virtio_slot(0), Some((VIRTIO_BASE, 16)));
         let (last, _) = virtio_slot(VIRTIO_GSIS.len() - 1).unwrap();

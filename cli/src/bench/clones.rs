@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest,
-    Prepared, SupervisorInfo, VmInfo,
+    Prepared, StopRequest, SupervisorInfo, VmInfo,
 };
 use clade_daemon::fleet::{Labels, supervisor_path};
 use clade_harness::BareVcpu;
@@ -271,7 +271,7 @@ impl Bench {
                 }
                 let client = client.clone();
                 tasks.spawn(async move {
-                    let stopped = client.stop(&name).await;
+                    let stopped = client.stop(&name, StopRequest::default()).await;
                     if let Err(error @ ClientError::Refused { .. }) = stopped {
                         tracing::warn!(%error, name, "a clone is not stopped");
                     }

@@ -12,7 +12,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
 use crate::commands::generate::{CompletionsArgs, ManArgs};
-use crate::commands::many::ManyArgs;
+use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
@@ -68,8 +68,8 @@ pub(crate) enum Command {
     Pause(ManyArgs),
     /// Let paused VMs run.
     Resume(ManyArgs),
-    /// Stop VMs for good.
-    Stop(ManyArgs),
+    /// Stop VMs for good: by a power cut, or after their guests had time to power off.
+    Stop(StopArgs),
     /// Wait until VMs have ended, and show why.
     Wait(WaitArgs),
     /// Save a running VM to a directory, or inspect a snapshot.

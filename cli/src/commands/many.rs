@@ -6,12 +6,16 @@
 use std::future::Future;
 use std::time::Duration;
 
-use clade_daemon::control::{CheckpointInfo, Client, ClientError, ResetAnswer, TtlInfo, TtlRequest, VmInfo};
+use clade_daemon::control::{
+    CheckpointInfo, Client, ClientError, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest, TtlInfo, TtlRequest,
+    VmInfo,
+};
 use hyper::Method;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::commands::remote::{ask, failure, state_name};
+use crate::commands::units::parse_duration;
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Requests at a time.
@@ -30,12 +34,26 @@ pub(crate) struct ManyArgs {
     json: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct StopArgs {
+    #[command(flatten)]
+    many: ManyArgs,
+    /// Press the power button first, and give the guest this time to power itself off. Its power is
+    /// cut when the time is over.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "30s")]
+    graceful: Option<Duration>,
+}
+
+pub(super) fn stop(args: &StopArgs) -> Outcome {
+    main(&args.many, Verb::Stop(StopRequest { graceful_s: args.graceful.map(|time| time.as_secs_f64()) }))
+}
+
 /// What is done to each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Verb {
     Pause,
     Resume,
-    Stop,
+    Stop(StopRequest),
     Reset,
     Remove,
 }
@@ -45,6 +63,7 @@ pub(super) enum Verb {
 #[serde(untagged)]
 enum Done {
     Vm(Box<VmInfo>),
+    Stopped(Box<StopAnswer>),
     Reset(Box<ResetAnswer>),
     Removed(CheckpointInfo),
 }
@@ -53,6 +72,20 @@ impl Done {
     fn print(&self) {
         match self {
             Self::Vm(vm) => println!("{} is {}", vm.name, state_name(vm.state)),
+            Self::Stopped(answer) => {
+                println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+                if answer.killed {
+                    eprintln!("its process did not answer, and was killed");
+                }
+                match answer.shutdown {
+                    None => {}
+                    Some(ShutdownInfo { by_itself: true, .. }) => eprintln!("its guest has ended by itself"),
+                    Some(ShutdownInfo { noticed: true, .. }) => {
+                        eprintln!("its guest was still running when the time was over: its power was cut");
+                    }
+                    Some(_) => eprintln!("its guest has not noticed the power button: its power was cut"),
+                }
+            }
             Self::Removed(checkpoint) => println!("{} is removed", checkpoint.name),
             Self::Reset(answer) => {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
@@ -70,7 +103,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
     match verb {
         Verb::Pause => vm("/pause").await.map(Done::Vm),
         Verb::Resume => vm("/resume").await.map(Done::Vm),
-        Verb::Stop => client.stop(&name).await.map(|vm| Done::Vm(Box::new(vm))),
+        Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
         Verb::Remove => {
             let path = format!("/v1/checkpoints/{name}");
@@ -82,7 +115,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 /// The names of all that `verb` can be done to.
 async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Stop | Verb::Reset => client.names(),
+        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset => client.all_names().await,
         Verb::Remove => {
             let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
             Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())

@@ -143,7 +143,7 @@ fn run(command: Command) -> Outcome {
         Command::Console(args) => remote::console(&args),
         Command::Pause(args) => many::main(&args, Verb::Pause),
         Command::Resume(args) => many::main(&args, Verb::Resume),
-        Command::Stop(args) => many::main(&args, Verb::Stop),
+        Command::Stop(args) => many::stop(&args),
         Command::Wait(args) => wait::main(&args),
         Command::Logs(args) => remote::logs(&args),
         Command::Snapshot(args) => snapshot::main(args),

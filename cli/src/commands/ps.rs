@@ -11,7 +11,7 @@ use crate::commands::remote::{ask, state_name};
 use crate::commands::units::{show_age, show_size};
 use crate::commands::{Failure, Outcome, print_json};
 use clade_daemon::control::{Client, ListedVms, VmInfo};
-use clade_daemon::fleet::{EndedVm, ended_vms, runtime_dir};
+use clade_daemon::fleet::EndedVm;
 
 const NONE: &str = "-";
 
@@ -170,12 +170,15 @@ struct Everything<'a> {
 }
 
 pub(super) fn main(args: &PsArgs) -> Outcome {
-    let ListedVms { mut vms, forbidden } = ask(Client::default().list())?;
+    let client = Client::default();
+    // What has ended has no labels any more.
+    let with_ended = args.all && args.filter.is_empty();
+    let (ListedVms { mut vms, forbidden }, ended) = ask(async {
+        let listed = client.list().await?;
+        Ok((listed, if with_ended { client.ended().await? } else { Vec::new() }))
+    })?;
     vms.retain(|vm| args.filter.iter().all(|label| vm.labels.has(label)));
     vms.sort_by(|a, b| by_name(&a.name, &b.name));
-    let dir = runtime_dir();
-    // What has ended has no labels any more.
-    let ended = if args.all && args.filter.is_empty() { ended_vms(&dir).map_err(Failure::input)? } else { Vec::new() };
     match (args.json, args.all) {
         (true, false) => print_json(&vms),
         (true, true) => print_json(&Everything { vms: &vms, ended: &ended }),
@@ -183,7 +186,7 @@ pub(super) fn main(args: &PsArgs) -> Outcome {
     }
     .map_err(Failure::run)?;
     if forbidden > 0 {
-        eprintln!("clade: {forbidden} VMs in {} are another user's", dir.display());
+        eprintln!("clade: {forbidden} VMs in {} are another user's", client.dir().display());
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{
     BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
-use clade_daemon::fleet::{Labels, check_name, console_path, ended_vms, runtime_dir, virtio_console_path};
+use clade_daemon::fleet::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 
 /// When it is shown that a fork goes on.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
@@ -187,14 +187,14 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
 
 /// Prints the last console output of a VM, running or ended.
 pub(crate) fn logs(args: &ActArgs) -> Outcome {
-    let dir = runtime_dir();
-    let running = ask(Client::default().request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
+    let client = Client::default();
+    let running = ask(client.request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
     let refused = match running {
         Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
         Ok(answer) => return io::stdout().write_all(answer.console.as_bytes()).map_err(Failure::run),
         Err(refused) => refused,
     };
-    let ended = ended_vms(&dir).map_err(Failure::input)?.into_iter().find(|ended| ended.name == args.name);
+    let ended = ask(client.ended())?.into_iter().find(|ended| ended.name == args.name);
     let Some(ended) = ended else { return Err(refused) };
     if args.json {
         return print_json(&ended).map_err(Failure::run);

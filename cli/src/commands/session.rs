@@ -21,7 +21,7 @@ use crate::commands::serve::{answers, ensure};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::{Failure, Outcome};
-use clade_daemon::control::{Client, ClientError};
+use clade_daemon::control::{Client, ClientError, StopRequest};
 use clade_daemon::fleet::{FleetError, console_path, ended_vms, runtime_dir};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{Supervisor, in_session, is_in_session, settle_dead};
@@ -129,7 +129,7 @@ impl<'a> Session<'a> {
         self.wait_for_all(name);
         self.end_by_signal()?;
         match reason {
-            None | Some(StopReason::Requested | StopReason::Reset) => Ok(()),
+            None | Some(StopReason::Requested | StopReason::Reset | StopReason::PowerOff) => Ok(()),
             Some(reason) => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
         }
     }
@@ -219,7 +219,7 @@ impl<'a> Session<'a> {
                 self.runtime.block_on(async {
                     let stops = some.iter().map(|name| {
                         let (client, name) = (self.client.clone(), name.clone());
-                        tokio::spawn(async move { client.stop(&name).await.map(drop) })
+                        tokio::spawn(async move { client.stop(&name, StopRequest::default()).await.map(drop) })
                     });
                     for stop in stops.collect::<Vec<_>>() {
                         let left = deadline.saturating_duration_since(Instant::now());
@@ -250,7 +250,7 @@ impl<'a> Session<'a> {
                     return;
                 }
                 if escape == Some(Escape::Leave) {
-                    if let Err(error) = runtime.block_on(client.stop(&name)) {
+                    if let Err(error) = runtime.block_on(client.stop(&name, StopRequest::default())) {
                         say!("\r\nclade: {}\r", clade_vmm::error_chain(&error));
                     }
                     return;

@@ -107,7 +107,7 @@ fn gather(names: &[String]) -> Result<Gathered, Failure> {
         for name in names {
             clade_daemon::fleet::check_name(name)?;
         }
-        let all = if names.is_empty() { client.names()? } else { names.to_vec() };
+        let all = if names.is_empty() { client.all_names().await? } else { names.to_vec() };
         Ok::<_, ClientError>(client.gather(all).await)
     })?;
     gathered.vms.sort_by(|one, other| by_name(&one.name, &other.name));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use clade_daemon::control::{CheckpointInfo, Client, ClientError, LayerInfo, VmState, VmStats, pages_kib};
-use clade_daemon::fleet::{EndedVm, ended_vms, runtime_dir};
+use clade_daemon::fleet::EndedVm;
 use hyper::Method;
 use serde::Serialize;
 
@@ -261,15 +261,15 @@ fn drawn(clades: &[Clade]) -> String {
 
 pub(super) fn main(args: &TreeArgs) -> Outcome {
     let client = Client::default();
-    let (gathered, checkpoints) = ask(async {
-        let gathered = client.gather(client.names()?).await;
+    let (gathered, checkpoints, ended) = ask(async {
+        let gathered = client.gather(client.all_names().await?).await;
+        let ended = client.ended().await?;
         let checkpoints = client.supervisor::<Vec<CheckpointInfo>>(Method::GET, "/v1/checkpoints", None::<&()>);
         match checkpoints.await {
-            Err(ClientError::NoSupervisor { .. }) => Ok((gathered, Vec::new())),
-            other => other.map(|checkpoints| (gathered, checkpoints)),
+            Err(ClientError::NoSupervisor { .. }) => Ok((gathered, Vec::new(), ended)),
+            other => other.map(|checkpoints| (gathered, checkpoints, ended)),
         }
     })?;
-    let ended = ended_vms(&runtime_dir()).map_err(Failure::input)?;
     let clades = Known { vms: &gathered.vms, ended: &ended, checkpoints: &checkpoints }.clades();
     if args.json {
         print_json(&clades).map_err(Failure::run)?;

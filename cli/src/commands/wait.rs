@@ -1,10 +1,9 @@
 //! `clade wait`: until VMs have ended, and why they did.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{Client, ClientError, VmInfo};
-use clade_daemon::fleet::{EndedVm, check_name, ended_vms, runtime_dir, socket_path};
+use clade_daemon::fleet::{EndedVm, check_name, socket_path};
 use clade_vmm::vm::StopReason;
 use hyper::Method;
 use serde::Serialize;
@@ -48,20 +47,26 @@ struct Ended {
 
 /// Whether a guest or its owner has ended the VM.
 fn is_in_order(reason: &StopReason) -> bool {
-    matches!(reason, StopReason::Requested | StopReason::Reset)
+    matches!(reason, StopReason::Requested | StopReason::Reset | StopReason::PowerOff)
 }
 
-fn record(dir: &Path, name: &str) -> Result<Option<EndedVm>, Failure> {
-    Ok(ended_vms(dir).map_err(Failure::input)?.into_iter().find(|ended| ended.name == name))
+async fn record(client: &Client, name: &str) -> Result<Option<EndedVm>, Failure> {
+    Ok(client.ended().await.map_err(failure)?.into_iter().find(|ended| ended.name == name))
 }
 
-/// What is known of a VM's end. `was_seen`: it ran when it was looked at first.
-async fn end_of(dir: &Path, name: &str, was_seen: bool, mut is_dead: bool) -> Result<Option<Ended>, Failure> {
-    let deadline = Instant::now() + RECORD_TIMEOUT;
+/// What is known of a VM's end, as far as it is by the `deadline`. `was_seen`: it ran when it was
+/// looked at first.
+async fn end_of(
+    client: &Client,
+    name: &str,
+    (was_seen, mut is_dead): (bool, bool),
+    deadline: Instant,
+) -> Result<Option<Ended>, Failure> {
+    let deadline = deadline.min(Instant::now() + RECORD_TIMEOUT);
     loop {
         // Before the record is looked for, which is written before the socket goes.
-        let is_there = socket_path(dir, name).exists();
-        if let Some(record) = record(dir, name)? {
+        let is_there = client.is_remote() || socket_path(client.dir(), name).exists();
+        if let Some(record) = record(client, name).await? {
             let in_order = is_in_order(&record.stopped);
             return Ok(Some(Ended { name: name.to_owned(), reason: record.reason, in_order }));
         }
@@ -92,35 +97,37 @@ async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<E
             }
             Ok(Ok(_)) => was_seen = true,
             Ok(Err(error)) => {
-                let is_dead = matches!(error, ClientError::Dead { .. } | ClientError::Http(_));
+                // An answer that breaks off: it is ending. A supervisor says so of a VM's process.
+                let breaks_off = matches!(error, ClientError::Http(_) | ClientError::Refused { status: 502, .. });
+                let is_dead = breaks_off || matches!(error, ClientError::Dead { .. });
                 let is_gone = matches!(error, ClientError::NoSuchVm { .. } | ClientError::Refused { status: 404, .. });
                 if !is_dead && !is_gone {
                     return Err(failure(error));
                 }
-                // An answer that breaks off: it is ending.
-                if matches!(error, ClientError::Http(_)) && was_seen {
+                if breaks_off && was_seen && Instant::now() < deadline {
                     tokio::time::sleep(POLL_INTERVAL).await;
                     continue;
                 }
-                let ended = end_of(client.dir(), &name, was_seen, is_dead).await?;
+                let ended = end_of(&client, &name, (was_seen, is_dead), deadline).await?;
                 return ended.map(Some).ok_or_else(|| failure(error));
             }
             Err(_) => return Ok(None),
         }
-        if Instant::now() + POLL_INTERVAL > deadline {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
             return Ok(None);
         }
-        tokio::time::sleep(POLL_INTERVAL).await;
+        tokio::time::sleep(left.min(POLL_INTERVAL)).await;
     }
 }
 
 pub(super) fn main(args: &WaitArgs) -> Outcome {
-    let client = Client::new(&runtime_dir());
+    let client = Client::default();
     let timeout = args.timeout.unwrap_or(FOR_EVER);
     let deadline = Instant::now() + timeout;
-    let names = if args.all { client.names().map_err(failure)? } else { args.names.clone() };
     // All at once: each takes as long as its VM runs.
-    let results = ask(async {
+    let (names, results) = ask(async {
+        let names = if args.all { client.all_names().await? } else { args.names.clone() };
         let mut waits = Vec::new();
         for name in &names {
             waits.push(tokio::spawn(one(client.clone(), name.clone(), deadline)));
@@ -129,7 +136,7 @@ pub(super) fn main(args: &WaitArgs) -> Outcome {
         for wait in waits {
             results.push(wait.await);
         }
-        Ok(results)
+        Ok((names, results))
     })?;
     let (mut ended, mut first, mut late) = (Vec::new(), None, Vec::new());
     for (name, result) in names.iter().zip(results) {

@@ -122,6 +122,46 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     assert_eq!(std::fs::read_dir(other.dir()).unwrap().count(), 0);
 }
 
+/// Commands that look at all VMs ask the supervisor at the port, and not the directory here.
+#[test]
+fn commands_for_all_vms_go_to_the_port() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised { runtime: Runtime::new() };
+    let token = tempfile::tempdir().unwrap();
+    let file = token.path().join("token");
+    let file = file.to_str().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    all.runtime.spawn(&["serve", "--pool", "0", "--tcp", &address, "--token-file", file]);
+    wait_until("the port", || std::net::TcpStream::connect(&address).is_ok());
+    let api = format!("tcp://{address}");
+    let elsewhere = Runtime::new();
+    let command = |args: &[&str]| {
+        let mut command = elsewhere.command(args);
+        command.env("CLADE_API", &api).env("CLADE_TOKEN_FILE", file);
+        crate::tool::Answer::from(command.output().unwrap())
+    };
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    assert_eq!(command(&["ps", "--json"]).json().as_array().unwrap().len(), 2);
+    assert_eq!(command(&["stats", "--json"]).json()["vms"].as_array().unwrap().len(), 2);
+    let tree = command(&["tree", "--json"]).json();
+    assert_eq!(tree[0]["root"]["children"][0]["name"], "web-1", "{tree}");
+    let late = command(&["wait", "--all", "--timeout", "300ms"]);
+    assert!(late.code == Some(124) && late.stderr.contains("web-1"), "{late:?}");
+    crate::tool::kill(all.pid_of("web-1"), rustix::process::Signal::KILL);
+    wait_until("the record", || command(&["ps", "-a"]).stdout.contains("signal 9"));
+    let logs = command(&["logs", "web-1"]);
+    assert!(logs.code == Some(0) && logs.stderr.contains("signal 9"), "{logs:?}");
+    let killed = command(&["wait", "web-1"]);
+    assert!(killed.code == Some(1) && killed.stdout.contains("signal 9"), "{killed:?}");
+    assert_eq!(command(&["stop", "--all", "--json"]).json().as_array().unwrap().len(), 1);
+    assert_eq!(command(&["ps", "--json"]).json(), Value::Array(Vec::new()));
+    all.end();
+}
+
 #[test]
 fn a_boot_and_forks_with_a_key_are_done_once() {
     if !kvm() {

@@ -1,6 +1,9 @@
-//! A guest that ends when it is spoken to, as an ELF with a PVH entry.
+//! Guests of a few instructions, as ELFs with a PVH entry.
 //!
-//! It writes `ready`, waits for a byte on its serial line, writes `bye`, and resets the machine.
+//! | guest | after `ready` it waits for | then |
+//! |---|---|---|
+//! | [`write_guest`] | a byte on its serial line | writes `bye`, and resets the machine |
+//! | [`write_button_guest`] | its power button | writes `bye`, and powers itself off |
 
 use std::path::Path;
 
@@ -36,9 +39,37 @@ fn code() -> Vec<u8> {
     code
 }
 
-/// Writes the guest to `path`.
+/// The power button's port, and the sleep control port with what switches off.
+const BUTTON: u16 = 0x602;
+const SLEEP_CONTROL: u16 = 0x600;
+const SOFT_OFF: u8 = 5 << 2 | 1 << 5;
+
+fn button_code() -> Vec<u8> {
+    let mut code = Vec::new();
+    write(&mut code, "ready\n");
+    // mov edx, BUTTON; again: in al, dx; test al, 1; jz again
+    code.push(0xba);
+    code.extend(u32::from(BUTTON).to_le_bytes());
+    code.extend([0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    write(&mut code, "bye\n");
+    // mov edx, SLEEP_CONTROL; mov al, SOFT_OFF; out dx, al; jmp $
+    code.push(0xba);
+    code.extend(u32::from(SLEEP_CONTROL).to_le_bytes());
+    code.extend([0xb0, SOFT_OFF, 0xee, 0xeb, 0xfe]);
+    code
+}
+
+/// Writes the guest that ends when it is spoken to.
 pub(crate) fn write_guest(path: &Path) {
-    let code = code();
+    write_elf(path, &code());
+}
+
+/// Writes the guest that ends at its power button.
+pub(crate) fn write_button_guest(path: &Path) {
+    write_elf(path, &button_code());
+}
+
+fn write_elf(path: &Path, code: &[u8]) {
     let at = HEADERS + NOTE as u64;
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     // ET_EXEC for x86-64, its entry, program headers behind the header, no sections.

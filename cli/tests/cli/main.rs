@@ -8,6 +8,7 @@ mod check;
 mod control;
 mod disk;
 mod ending;
+mod graceful;
 mod guest;
 mod labels;
 mod many;

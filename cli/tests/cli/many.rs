@@ -82,6 +82,13 @@ fn waiting_ends_with_the_vms_and_says_why() {
     });
     // It is on record.
     assert_eq!(run(&["wait", "web-3"]).code, Some(1));
+    // Nobody writes a record of one that has left its socket: it is not waited for longer than asked.
+    let left = all.runtime.dir().join("left.sock");
+    drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
+    let begun = Instant::now();
+    assert_ne!(run(&["wait", "left", "--timeout", "500ms"]).code, Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let _ = std::fs::remove_file(left);
     run(&["wait", "nobody"]).expect_refusal("nobody");
     assert_eq!(run(&["wait", "web", "--timeout", "soon"]).code, Some(2));
     all.end();

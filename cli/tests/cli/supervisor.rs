@@ -580,3 +580,49 @@ fn the_first_vm_in_the_background_starts_a_supervisor() {
     wait_until("the end of all processes", || all.processes().is_empty());
     assert_eq!(all.files(), [""; 0]);
 }
+
+/// A VM whose process is stopped is ended by a request to stop it, in bounded time, and its name is
+/// free then. Requests that only it can answer fail.
+#[test]
+fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    for (name, comes_back) in [("web-1", false), ("web", true)] {
+        if comes_back {
+            // Another supervisor, which has not started it.
+            all.runtime.crash();
+            all.serve("0");
+        }
+        let pid = all.pid_of(name);
+        kill(pid, Signal::STOP);
+        let begun = std::time::Instant::now();
+        let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
+        assert!(begun.elapsed() < std::time::Duration::from_secs(30), "{:?}", begun.elapsed());
+        assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
+        assert_eq!(stopped["pid"], pid);
+        assert!(!runs(pid));
+        assert!(!all.files().iter().any(|file| file.starts_with(&format!("{name}."))), "{:?}", all.files());
+        all.boot(name, &[]);
+    }
+    all.end();
+}
+
+/// Whoever is told that a VM is stopped may use its name at once.
+#[test]
+fn a_name_is_free_as_soon_as_its_vm_is_stopped() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("1");
+    all.boot("web", &[]);
+    for _ in 0..40 {
+        let (status, answer) = all.http("POST", "/v1/vms/web/fork", r#"{"name": "child", "paused": true}"#);
+        assert_eq!(status, 200, "{answer}");
+        assert_eq!(all.http("POST", "/v1/vms/child/stop", "").0, 200);
+    }
+    all.end();
+}

@@ -10,8 +10,9 @@ use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::control::schema;
-use crate::fleet::{Labels, Listed};
+use crate::fleet::{Labels, Listed, Shutdown};
 use crate::worker::Made;
+use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
@@ -177,6 +178,27 @@ impl From<&Listed> for VmInfo {
     }
 }
 
+impl VmInfo {
+    /// A VM whose process was killed: what is known without it.
+    pub(crate) fn of_killed(name: &str, exit: Exit, config: &VmConfig) -> Self {
+        Self {
+            name: name.to_owned(),
+            pid: exit.pid,
+            state: VmState::Stopped,
+            stopped: Some(StopReason::Process { signal: exit.signal, code: exit.code }),
+            parent: None,
+            labels: Labels::default(),
+            generation: 0,
+            cpus: config.cpus(),
+            age_s: 0.0,
+            memory: None,
+            nets: Vec::new(),
+            disks: Vec::new(),
+            vsock: None,
+        }
+    }
+}
+
 /// A request to fork a VM.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -218,6 +240,49 @@ impl ForkRequest {
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
         ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+    }
+}
+
+/// The longest that a guest may take to power itself off, in seconds: a day.
+pub(crate) const MAX_GRACE: f64 = 86_400.0;
+
+/// A request to stop a VM. Without a body its power is cut.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Seconds that the guest has to power itself off after its power button was pressed. Its power
+    /// is cut when they are over. Null: it is cut at once.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 86400)]
+    pub graceful_s: Option<f64>,
+}
+
+/// A VM that has stopped.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StopAnswer {
+    /// The VM as it was last.
+    #[serde(flatten)]
+    pub vm: VmInfo,
+    /// How its guest took the power button, if that was pressed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub shutdown: Option<ShutdownInfo>,
+    /// Whether its process did not answer, and was killed: what was not on its disks is lost.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub killed: bool,
+}
+
+/// How a guest took its power button.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ShutdownInfo {
+    /// Whether the guest ended by itself. Otherwise its power was cut when the time was over.
+    pub by_itself: bool,
+    /// Whether the guest's kernel noticed the button.
+    pub noticed: bool,
+}
+
+impl From<Shutdown> for ShutdownInfo {
+    fn from(Shutdown { by_itself, noticed }: Shutdown) -> Self {
+        Self { by_itself, noticed }
     }
 }
 

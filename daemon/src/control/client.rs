@@ -18,10 +18,12 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
 use tokio::time::{sleep, timeout};
 
-use crate::control::api::VmInfo;
+use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::{Problem, ProblemKind};
 use crate::control::token::{Token, TokenError};
-use crate::fleet::{FleetError, NameClaim, RuntimeDir, check_name, runtime_dir, socket_path, supervisor_path};
+use crate::fleet::{
+    EndedVm, FleetError, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
+};
 use crate::supervisor::clear_up;
 use crate::zygote::Exit;
 
@@ -36,6 +38,11 @@ const MAX_ANSWER: usize = 16 << 20;
 /// How long the process of a VM that has stopped may keep its name, and how often that is looked at.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(2);
+/// How often a process is connected to that accepts nothing.
+const CONNECT_POLL: Duration = Duration::from_millis(50);
+/// How long the process of a VM may take to stop it, beside the time that its guest is given: longer
+/// than it waits itself for what the VM has.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Why a request to a VM failed.
 #[derive(Debug, Error)]
@@ -82,6 +89,14 @@ pub enum ClientError {
         /// The socket's error.
         #[source]
         source: io::Error,
+    },
+    /// The VM's process did not answer in time.
+    #[error("the process of {name:?} does not answer within {seconds} s")]
+    Silent {
+        /// The VM's name.
+        name: String,
+        /// The time that it had, in seconds.
+        seconds: u64,
     },
     /// The HTTP connection failed.
     #[error("the VM's process did not answer")]
@@ -140,6 +155,7 @@ impl ClientError {
             Self::Name(error) => error.problem(),
             Self::Forbidden { .. } => ProblemKind::Forbidden,
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
+            Self::Silent { .. } => ProblemKind::VmSilent,
             // Its process ended before it answered.
             Self::Http(_) | Self::Answer(_) | Self::LongAnswer => ProblemKind::VmGone,
             // A supervisor's own client has no such address.
@@ -259,27 +275,48 @@ impl Client {
             return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
         let path = socket_path(&self.dir, name);
-        let stream = UnixStream::connect(&path).await;
-        let stream = stream.map_err(|source| ClientError::unreachable(name, path, source))?;
+        let stream = loop {
+            match UnixStream::connect(&path).await {
+                // Its backlog is full. A connection that blocks would wait too.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
+                other => break other.map_err(|source| ClientError::unreachable(name, path, source))?,
+            }
+        };
         exchange(stream, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
 
-    /// Stops a VM. Returns when its name is free. A confined process leaves its files to the
-    /// supervisor; where there is none, they are removed here.
+    /// Stops a VM, as `request` says. Returns when its name is free. A confined process leaves its
+    /// files to the supervisor; where there is none, they are removed here.
     ///
     /// # Errors
     /// As for any request. When the name is not free in time.
-    pub async fn stop(&self, name: &str) -> Result<VmInfo, ClientError> {
+    pub async fn stop(&self, name: &str, request: StopRequest) -> Result<StopAnswer, ClientError> {
         check_name(name)?;
-        match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), None::<&()>).await {
+        match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
             Err(ClientError::NoSupervisor { .. }) => {}
             answer => return answer,
         }
-        let (info, left) = self.stop_process(name).await?;
+        let (answer, left) = self.stop_process(name, request).await?;
         if let Some((claim, exit)) = left {
             clear_up(claim, exit, true);
         }
-        Ok(info)
+        Ok(answer)
+    }
+
+    /// Sends a request to the process of `name`, which has `limit` to answer.
+    ///
+    /// # Errors
+    /// As for any request. [`ClientError::Silent`] when the time is over.
+    pub(crate) async fn request_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        let answer = timeout(limit, self.request(method, name, action, body)).await;
+        answer.unwrap_or_else(|_| Err(ClientError::Silent { name: name.to_owned(), seconds: limit.as_secs() }))
     }
 
     /// Stops a VM by its process. Returns the claim to what that may not remove, if it has left
@@ -287,19 +324,27 @@ impl Client {
     ///
     /// # Errors
     /// As for [`Self::stop`].
-    pub(crate) async fn stop_process(&self, name: &str) -> Result<(VmInfo, Option<(NameClaim, Exit)>), ClientError> {
+    pub(crate) async fn stop_process(
+        &self,
+        name: &str,
+        request: StopRequest,
+    ) -> Result<(StopAnswer, Option<(NameClaim, Exit)>), ClientError> {
         let gone = |error| match error {
             // Somebody else has stopped it, and its process has ended before the answer.
             ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
             other => other,
         };
-        let info: VmInfo = self.request(Method::POST, name, "/stop", None::<&()>).await.map_err(gone)?;
+        // What it cannot be is for the process to say.
+        let grace = Duration::try_from_secs_f64(request.graceful_s.unwrap_or(0.0)).unwrap_or_default();
+        let limit = grace.saturating_add(STOP_TIMEOUT);
+        let answer = self.request_within(limit, Method::POST, name, "/stop", Some(&request)).await;
+        let answer: StopAnswer = answer.map_err(gone)?;
         let dir = RuntimeDir::open(&self.dir)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
-        let exit = Exit { pid: info.pid, signal: None, code: Some(0) };
+        let exit = Exit { pid: answer.vm.pid, signal: None, code: Some(0) };
         loop {
-            match NameClaim::of_a_dead(&dir, name, info.pid) {
-                Ok(claim) => return Ok((info, claim.map(|claim| (claim, exit)))),
+            match NameClaim::of_a_dead(&dir, name, answer.vm.pid) {
+                Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
                 Err(FleetError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
                 Err(FleetError::Taken { name }) => {
                     return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
@@ -362,6 +407,28 @@ impl Client {
             }
             other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source }),
         }
+    }
+
+    /// The names of all VMs. Without a supervisor behind a port, some may have died.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn all_names(&self) -> Result<Vec<String>, ClientError> {
+        if !self.is_remote() {
+            return self.names();
+        }
+        Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
+    }
+
+    /// The VMs on record that ended by themselves.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn ended(&self) -> Result<Vec<EndedVm>, ClientError> {
+        if self.is_remote() {
+            return self.supervisor(Method::GET, "/v1/ended", None::<&()>).await;
+        }
+        Ok(ended_vms(&self.dir)?)
     }
 
     /// All VMs of this user that answer.

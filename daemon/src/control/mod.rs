@@ -19,7 +19,7 @@
 //! | `POST /v1/vms/{name}/working-set` | | `WorkingSetAnswer`; recorded in its snapshot |
 //! | `GET /v1/vms/{name}/logs` | | `LogsAnswer` |
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
-//! | `POST /v1/vms/{name}/stop` | | `VmInfo`, when its name, interfaces and sockets are free |
+//! | `POST /v1/vms/{name}/stop` | `StopRequest` or none | `StopAnswer`, when its name, interfaces and sockets are free |
 //!
 //! Errors are problem details: see `problem`.
 
@@ -29,9 +29,10 @@ pub(crate) mod exposition;
 mod gather;
 mod listen;
 mod memory;
+mod optional;
 mod pages;
 mod problem;
-mod schema;
+pub(crate) mod schema;
 mod server;
 mod stall;
 mod token;
@@ -40,8 +41,8 @@ mod ttl;
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
     GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared, ResetAnswer,
-    RestoreRequest, SavedSource, SnapshotAnswer, SnapshotProgress, SnapshotRequest, SupervisorInfo, TouchedAnswer,
-    TouchedRun, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
+    RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
+    StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;
@@ -50,11 +51,13 @@ pub use memory::{
     CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
     VmStats, pages_kib,
 };
+pub(crate) use optional::Optional;
 pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
 pub(crate) use server::{
-    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, not_allowed, on_a_thread, warm_up,
+    Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
+    warm_up,
 };
 pub(crate) use token::authorize;
 pub use token::{Token, TokenError};

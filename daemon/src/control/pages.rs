@@ -11,6 +11,7 @@ use axum::Json;
 use axum::extract::{Path as UrlPath, RawQuery, State};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
 use crate::control::memory::{KindCounts, LayerInfo, layers};
@@ -21,6 +22,8 @@ use clade_memory::{PageKind, PageMap, PageRun};
 
 /// Most runs of an answer.
 const MAX_RUNS: usize = 65_536;
+/// Page maps that are made at a time: each looks at all of the VM's pages.
+static MAPS: Semaphore = Semaphore::const_new(4);
 /// The last guest frame number: 8 TiB of memory.
 const MAX_FROM: u64 = i32::MAX as u64;
 /// Runs of an answer whose request names no number.
@@ -224,6 +227,8 @@ pub(super) async fn show_pages(
     RawQuery(query): RawQuery,
 ) -> Answer<PagesAnswer> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
+    // It is never closed.
+    let _turn = MAPS.acquire().await;
     let answer = with_fleet(fleet, move |fleet| {
         let map = fleet.get(&name)?.vm.page_map()?;
         let mut answer = PagesAnswer {

@@ -17,6 +17,8 @@ pub(crate) enum StopReason {
     Process { signal: Option<i32>, code: Option<i32> },
     /// The guest reset itself.
     Reset,
+    /// The guest powered itself off.
+    PowerOff,
     /// The guest shut down, or took a triple fault.
     Shutdown { vcpu: usize },
     /// KVM could not emulate an instruction.

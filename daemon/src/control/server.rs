@@ -16,7 +16,11 @@ use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::control::api::{BalloonInfo, BalloonRequest, LogsAnswer, ResetAnswer, TouchedAnswer, TouchedRun, VmInfo};
+use crate::control::api::{
+    BalloonInfo, BalloonRequest, LogsAnswer, MAX_GRACE, ResetAnswer, StopAnswer, StopRequest, TouchedAnswer,
+    TouchedRun, VmInfo,
+};
+use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::{memory, pages, ttl};
 use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
@@ -103,10 +107,42 @@ async fn act(fleet: WeakFleet, name: String, act: fn(&Vm) -> Result<(), VmError>
     Ok(Json(info.await?))
 }
 
-/// Stops a VM. Answers when all it had is free.
-#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
-async fn stop(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    Ok(Json(with_fleet(fleet, move |fleet| fleet.stop(&name, |listed| VmInfo::from(listed))).await?))
+/// The time that a guest is given to end by itself. None: its power is cut.
+pub(crate) fn grace(request: StopRequest) -> Result<Option<Duration>, ApiError> {
+    let Some(seconds) = request.graceful_s else { return Ok(None) };
+    let refused = || {
+        let text = format!("graceful_s={seconds}: 0 to {MAX_GRACE} seconds");
+        ApiError::new(ProblemKind::BadRequest, text)
+    };
+    if !(0.0..=MAX_GRACE).contains(&seconds) {
+        return Err(refused());
+    }
+    Duration::try_from_secs_f64(seconds).map(Some).map_err(|_| refused())
+}
+
+/// Stops a VM, after its guest had time to power itself off if that is asked for. Answers when all
+/// it had is free. It is done though its client goes.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/stop",
+    request_body = Option<StopRequest>,
+    responses((status = 200, description = "Done.", body = StopAnswer))
+)]
+async fn stop(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    Optional(request): Optional<StopRequest>,
+) -> Answer<StopAnswer> {
+    let grace = grace(request.unwrap_or_default())?;
+    let stopped = with_fleet(fleet, move |fleet| match grace {
+        None => fleet.stop(&name, |listed| StopAnswer { vm: VmInfo::from(listed), shutdown: None, killed: false }),
+        Some(time) => fleet.shut_down(&name, time, |listed, shutdown| StopAnswer {
+            vm: VmInfo::from(listed),
+            shutdown: Some(shutdown.into()),
+            killed: false,
+        }),
+    });
+    Ok(Json(stopped.await?))
 }
 
 /// Shows the last output on a VM's console.

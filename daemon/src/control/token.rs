@@ -221,4 +221,24 @@ mod tests {
             assert!(!is_local(host), "{host}");
         }
     }
+
+    #[test]
+    fn whoever_is_behind_the_check_does_not_see_the_token() {
+        use axum::Router;
+        use axum::body::{Body, to_bytes};
+        use axum::middleware::from_fn_with_state;
+        use axum::routing::get;
+        use tower::ServiceExt;
+
+        let shown = async |headers: axum::http::HeaderMap| headers.contains_key(AUTHORIZATION).to_string();
+        let token = Arc::new(Token("0123456789abcdef".to_owned()));
+        let router = Router::new().route("/", get(shown)).layer(from_fn_with_state(Arc::clone(&token), authorize));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let request = Request::get("/").header(HOST, "localhost").header(AUTHORIZATION, token.header());
+            let answer = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(answer.status().as_u16(), 200);
+            assert_eq!(to_bytes(answer.into_body(), 64).await.unwrap(), "false");
+        });
+    }
 }

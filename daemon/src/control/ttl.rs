@@ -4,6 +4,7 @@
 //! puts the end off.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use axum::{Extension, Json, Router};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -54,21 +55,31 @@ pub struct TtlInfo {
     pub seconds_left: Option<f64>,
 }
 
+/// How soon it is tried again to stop a VM whose time is over.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Timer {
     vm: Weak<Vm>,
     at: Instant,
     task: AbortHandle,
+    number: u64,
+    /// Whether the time is over: nothing puts the end off any more.
+    is_over: bool,
 }
 
 /// The timers of a process's VMs, by name.
 #[derive(Debug, Default)]
-struct Timers(Mutex<BTreeMap<String, Timer>>);
+struct Timers {
+    by_name: Mutex<BTreeMap<String, Timer>>,
+    /// Of the next timer.
+    number: AtomicU64,
+}
 
 impl Timers {
     /// Those of VMs that are there.
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Timer>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.by_name.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, timer| {
             let is_there = timer.vm.strong_count() > 0;
             if !is_there {
@@ -84,37 +95,71 @@ impl Timers {
         TtlInfo { seconds_left: self.all().get(name).map(left) }
     }
 
-    fn end(&self, name: &str) {
-        if let Some(timer) = self.all().remove(name) {
-            timer.task.abort();
+    /// Lifts the time of a VM. Fails if it is over.
+    fn end(&self, name: &str) -> Result<(), ApiError> {
+        let mut all = self.all();
+        if all.get(name).is_some_and(|timer| timer.is_over) {
+            return Err(over(name));
         }
+        all.remove(name).into_iter().for_each(|timer| timer.task.abort());
+        Ok(())
     }
 
-    /// Has `vm` stopped after `time`.
-    fn begin(&self, fleet: WeakFleet, name: &str, vm: Weak<Vm>, time: Duration) {
+    /// Has `vm` stopped after `time`, and not after the time that it had. Fails if that is over.
+    fn begin(self: &Arc<Self>, fleet: WeakFleet, name: &str, vm: Weak<Vm>, time: Duration) -> Result<(), ApiError> {
+        let mut all = self.all();
+        if all.get(name).is_some_and(|timer| timer.is_over) {
+            return Err(over(name));
+        }
+        // Relaxed: under the lock.
+        let number = self.number.fetch_add(1, Ordering::Relaxed);
         let at = Instant::now() + time;
-        let task = tokio::spawn(stop_at(at, fleet, name.to_owned(), Weak::clone(&vm))).abort_handle();
-        let replaced = self.all().insert(name.to_owned(), Timer { vm, at, task });
-        if let Some(timer) = replaced {
-            timer.task.abort();
+        let (timers, of) = (Arc::clone(self), Weak::clone(&vm));
+        let task = tokio::spawn(timers.stop_at(at, number, fleet, name.to_owned(), of)).abort_handle();
+        let timer = Timer { vm, at, task, number, is_over: false };
+        all.insert(name.to_owned(), timer).into_iter().for_each(|timer| timer.task.abort());
+        Ok(())
+    }
+
+    /// Whether timer `number` of a VM is over now. Not if there is another by now: whoever has set
+    /// that was told so.
+    fn is_over(&self, name: &str, number: u64) -> bool {
+        let mut all = self.all();
+        let timer = all.get_mut(name).filter(|timer| timer.number == number);
+        timer.is_some_and(|timer| {
+            timer.is_over = true;
+            true
+        })
+    }
+
+    async fn stop_at(self: Arc<Self>, at: Instant, number: u64, fleet: WeakFleet, name: String, vm: Weak<Vm>) {
+        sleep_until(at).await;
+        if !self.is_over(&name, number) {
+            return;
+        }
+        loop {
+            let (of, vm) = (name.clone(), Weak::clone(&vm));
+            let stopped = with_fleet(fleet.clone(), move |fleet| {
+                // Another VM may have the name by now.
+                let is_it = fleet.get(&of).is_ok_and(|listed| Weak::ptr_eq(&Arc::downgrade(&listed.vm), &vm));
+                if !is_it {
+                    return Ok(());
+                }
+                tracing::info!(name = of, "its time is over");
+                fleet.stop(&of, |_| ())
+            });
+            match stopped.await {
+                Ok(()) => return,
+                Err(error) if error.kind == ProblemKind::Ending => return,
+                Err(error) => tracing::warn!(error = error.text, name, "a VM whose time is over"),
+            }
+            sleep(RETRY_INTERVAL).await;
         }
     }
 }
 
-async fn stop_at(at: Instant, fleet: WeakFleet, name: String, vm: Weak<Vm>) {
-    sleep_until(at).await;
-    let stopped = with_fleet(fleet, move |fleet| {
-        // Another VM may have the name by now.
-        let is_it = fleet.get(&name).is_ok_and(|listed| Weak::ptr_eq(&Arc::downgrade(&listed.vm), &vm));
-        if !is_it {
-            return Ok(());
-        }
-        tracing::info!(name, "its time is over");
-        fleet.stop(&name, |_| ())
-    });
-    if let Err(error) = stopped.await {
-        tracing::warn!(error = error.text, "a VM whose time is over");
-    }
+fn over(name: &str) -> ApiError {
+    ApiError::new(ProblemKind::WrongState, format!("the time of {name:?} is over: it is being stopped"))
 }
 
 /// Shows the time that a VM has to live.
@@ -147,7 +192,7 @@ async fn set_ttl(
     }
     let of = name.clone();
     let vm = with_fleet(fleet.clone(), move |fleet| Ok(Arc::downgrade(&fleet.get(&of)?.vm))).await?;
-    timers.begin(fleet, &name, vm, Duration::from_secs_f64(seconds));
+    timers.begin(fleet, &name, vm, Duration::from_secs_f64(seconds))?;
     Ok(Json(timers.left(&name)))
 }
 
@@ -158,12 +203,10 @@ async fn remove_ttl(
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<TtlInfo> {
-    let ended = move |fleet: &crate::fleet::Fleet| {
-        fleet.get(&name)?;
-        timers.end(&name);
-        Ok(timers.left(&name))
-    };
-    Ok(Json(with_fleet(fleet, ended).await?))
+    let of = name.clone();
+    with_fleet(fleet, move |fleet| fleet.get(&of).map(drop)).await?;
+    timers.end(&name)?;
+    Ok(Json(timers.left(&name)))
 }
 
 /// The paths.

@@ -9,9 +9,11 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::FleetError;
 use super::dir::{END, RuntimeDir, check_name};
+use crate::control;
 use crate::zygote::Exit;
 use clade_vmm::vm::{StopReason, Vm};
 
@@ -30,11 +32,12 @@ fn shorten(text: &mut String, most: usize) {
 }
 
 /// A VM that ended by itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EndedVm {
     /// Its name.
     pub name: String,
     /// Why it ended.
+    #[schema(value_type = control::schema::StopReason)]
     pub stopped: StopReason,
     /// The reason in words.
     pub reason: String,
@@ -217,5 +220,32 @@ mod tests {
         dir.write("vm-3.ended", b"{").unwrap();
         assert_eq!(ended_vms(path.path()).unwrap().len(), MAX_RECORDS - 1);
         assert_eq!(ended_vms(&path.path().join("none")).unwrap(), []);
+    }
+
+    #[test]
+    fn what_a_worker_says_of_its_end_is_shortened_and_has_the_number_of_its_process() {
+        let path = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(path.path()).unwrap();
+        let said = EndedVm {
+            name: "web".into(),
+            stopped: StopReason::Reset,
+            // Two bytes a character, so that the limit may be in the middle of one.
+            reason: format!("x{}", "ü".repeat(MAX_REASON)),
+            parent: None,
+            generation: 1,
+            age_s: 1.5,
+            ended_at: 7,
+            pid: 1,
+            console: "y".repeat(2 * MAX_OUTPUT as usize),
+        };
+        dir.write(&format!("web.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
+        settle(&dir, "web", Exit { pid: 77, signal: None, code: Some(0) }, true);
+        let record = ended_vms(path.path()).unwrap().remove(0);
+        assert_eq!((record.reason.len(), record.console.len(), record.pid), (MAX_REASON - 1, MAX_OUTPUT as usize, 77));
+        assert!(said.reason.starts_with(&record.reason));
+        // One that says that it was another VM says nothing.
+        dir.write(&format!("other.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
+        settle(&dir, "other", Exit { pid: 78, signal: Some(9), code: None }, false);
+        assert!(recorded_reason(&dir, "other").unwrap().contains("signal 9"));
     }
 }

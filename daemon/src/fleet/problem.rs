@@ -37,7 +37,7 @@ fn of_vm(error: &VmError) -> ProblemKind {
     match error {
         VmError::Balloon { .. } => ProblemKind::BadRequest,
         VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_) => ProblemKind::BadConfig,
-        VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent => ProblemKind::WrongState,
+        VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent | VmError::Paused => ProblemKind::WrongState,
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,

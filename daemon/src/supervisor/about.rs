@@ -13,6 +13,7 @@ use clade_devices::disk::overlay_dir;
 use serde::{Deserialize, Serialize};
 
 use super::overlays::unnamed_in;
+use super::processes::ProcessId;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::image::Forked;
 use crate::jail::is_block_device;
@@ -56,6 +57,9 @@ pub(crate) struct About {
     /// The session that it belongs to.
     #[serde(default)]
     pub(super) session: Option<String>,
+    /// Its process.
+    #[serde(default)]
+    pub(super) process: Option<ProcessId>,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -207,7 +211,8 @@ mod tests {
         let config = with_disk("/srv/disk");
         let shape = Shape::of_boot(&config);
         assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
-        let known = About { shape, identity: Identity::default(), overlays: Vec::new(), socket: None, session: None };
+        let identity = Identity::default();
+        let known = About { shape, identity, overlays: Vec::new(), socket: None, session: None, process: None };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
         let written = About::read(&dir, "web").unwrap().unwrap();

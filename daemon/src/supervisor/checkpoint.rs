@@ -205,6 +205,11 @@ impl Checkpoints {
         self.all().iter().filter_map(|(name, found)| Some(found.as_ref()?.info(name))).collect()
     }
 
+    /// The configurations of the VMs that they are of.
+    pub(super) fn configs(&self) -> Vec<VmConfig> {
+        self.all().values().flatten().map(|checkpoint| checkpoint.config().clone()).collect()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.all().len()
     }

@@ -133,7 +133,7 @@ impl Events {
     }
 
     /// Compares the VMs of the directory with those that are known. `is_ours` are VMs whose making
-    /// is announced elsewhere, `reason` says why one has ended.
+    /// and whose end are announced elsewhere, `reason` says why one has ended.
     pub(super) fn observe(
         &self,
         there: &BTreeSet<String>,
@@ -141,7 +141,8 @@ impl Events {
         reason: impl Fn(&str) -> Option<String>,
     ) {
         let ring = &mut *self.ring();
-        let gone: Vec<String> = ring.vms.difference(there).cloned().collect();
+        // The end of one of ours is announced when its process has ended.
+        let gone: Vec<String> = ring.vms.difference(there).filter(|name| !is_ours(name)).cloned().collect();
         for name in gone {
             ring.vms.remove(&name);
             self.add(ring, "vm.ended", json!({ "name": name, "reason": reason(&name) }));
@@ -386,6 +387,8 @@ mod tests {
             let there = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
             events.observe(&there(&["a", "ours"]), |name| name == "ours", |_| None);
             events.observe(&there(&["a", "b", "ours"]), |name| name == "ours", |_| None);
+            // One that was made after the directory was read has not ended.
+            events.observe(&there(&["b"]), |name| name == "a", |_| None);
             events.observe(&there(&["b"]), |_| false, |name| Some(format!("why {name}")));
             let seen = next(&mut body, 3).await;
             assert_eq!(names(&seen), ["vm.created", "vm.created", "vm.ended"]);

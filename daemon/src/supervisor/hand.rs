@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::about::{About, inode};
 use super::broker::Broker;
 use super::overlays::InUse;
+use super::processes::{OwnVm, ProcessId};
 use crate::fleet::{FleetError, NameClaim, forget_ended};
 use crate::jail::{Confinement, Grants};
 use crate::worker::{EnterOrder, Handed, Shape};
@@ -40,6 +41,8 @@ impl Place {
 #[derive(Debug)]
 pub(super) struct Hand {
     about: About,
+    /// Whether the VM is booted, and not forked.
+    is_booted: bool,
     files: Vec<OwnedFd>,
     /// None once the VM is kept.
     overlays: Option<InUse>,
@@ -47,12 +50,13 @@ pub(super) struct Hand {
 
 impl Hand {
     /// Makes the files of a VM of `shape` and a session that uses `overlays`, and writes down what it
-    /// is.
+    /// is: `pid` will run it.
     ///
     /// # Errors
     /// When one cannot be made. Then none stays.
     pub(super) fn make(
         claim: &NameClaim,
+        pid: u32,
         (shape, session): (&Shape, Option<&str>),
         overlays: InUse,
         ends: Endpoints,
@@ -61,13 +65,13 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let about =
-            About { shape: shape.clone(), identity, overlays: paths, socket, session: session.map(str::to_owned) };
+        let (process, session) = (ProcessId::of(pid), session.map(str::to_owned));
+        let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on the socket's file is ours.
-        let mut hand = Self { about, files: Vec::new(), overlays: Some(overlays) };
+        let mut hand = Self { about, is_booted: false, files: Vec::new(), overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         hand.about.write(claim)?;
@@ -76,6 +80,17 @@ impl Hand {
         hand.files.extend(listeners);
         hand.files.extend(devices);
         Ok((hand, Handed { sockets, ends }))
+    }
+
+    /// Of a VM that is booted: its disks' images are its to write.
+    pub(super) fn booted(mut self) -> Self {
+        self.is_booted = true;
+        self
+    }
+
+    /// The VM called `name`, which is `process`.
+    pub(super) fn own_vm(&self, name: &str, process: OwnedFd) -> OwnVm {
+        OwnVm::new(name, process, &self.about.shape.config, self.is_booted)
     }
 
     /// The descriptors, behind the lock of `claim`.

@@ -18,7 +18,7 @@ use crate::control::{ApiError, ProblemKind};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Says that an answer is the first one again.
-const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// Bytes of a key.
 pub(super) const MAX_KEY: usize = 128;
 /// Keys that are remembered.
@@ -34,13 +34,16 @@ struct Answer {
     status: StatusCode,
     media_type: Option<HeaderValue>,
     body: Bytes,
+    /// It is remembered from then on.
+    at: Instant,
 }
 
 impl Answer {
     async fn of(response: Response) -> Result<Self, axum::Error> {
         let (head, body) = response.into_parts();
         let media_type = head.headers.get(header::CONTENT_TYPE).cloned();
-        Ok(Self { status: head.status, media_type, body: body.collect().await?.to_bytes() })
+        let body = body.collect().await?.to_bytes();
+        Ok(Self { status: head.status, media_type, body, at: Instant::now() })
     }
 
     fn response(self, is_replayed: bool) -> Response {
@@ -60,12 +63,16 @@ impl Answer {
 struct Entry {
     /// Of the method, the path and the body.
     fingerprint: u64,
-    begun: Instant,
     /// Holds the answer once it is there.
     answer: watch::Receiver<Option<Answer>>,
 }
 
 impl Entry {
+    /// The age of its answer, if there is one.
+    fn age(&self) -> Option<Duration> {
+        self.answer.borrow().as_ref().map(|answer| answer.at.elapsed())
+    }
+
     /// Bytes of its answer, if there is one.
     fn bytes(&self) -> Option<usize> {
         self.answer.borrow().as_ref().map(|answer| answer.body.len())
@@ -110,7 +117,7 @@ impl Keys {
     /// Takes a turn for a request.
     fn turn(&self, key: &str, fingerprint: u64) -> Result<Turn, ApiError> {
         let mut all = self.all();
-        all.retain(|_, entry| entry.bytes().is_none() || entry.begun.elapsed() < REMEMBERED);
+        all.retain(|_, entry| entry.age().is_none_or(|age| age < REMEMBERED));
         if let Some(entry) = all.get(key) {
             if entry.fingerprint != fingerprint {
                 let text = format!("the idempotency key {key:?} was another request's, or had another body");
@@ -120,7 +127,7 @@ impl Keys {
         }
         while all.len() >= MAX_KEYS || all.values().filter_map(Entry::bytes).sum::<usize>() > MAX_BYTES {
             let done = all.iter().filter(|(_, entry)| entry.bytes().is_some());
-            let oldest = done.min_by_key(|(_, entry)| entry.begun).map(|(key, _)| key.clone());
+            let oldest = done.max_by_key(|(_, entry)| entry.age()).map(|(key, _)| key.clone());
             let Some(oldest) = oldest else {
                 let text = format!("{MAX_KEYS} requests with idempotency keys are under way");
                 return Err(ApiError::new(ProblemKind::TooMany, text));
@@ -128,7 +135,7 @@ impl Keys {
             all.remove(&oldest);
         }
         let (sender, answer) = watch::channel(None);
-        all.insert(key.to_owned(), Entry { fingerprint, begun: Instant::now(), answer: answer.clone() });
+        all.insert(key.to_owned(), Entry { fingerprint, answer: answer.clone() });
         Ok(Turn::First(sender, answer))
     }
 }
@@ -303,9 +310,23 @@ mod tests {
             let under_way: Vec<_> = (0..MAX_KEYS).map(|n| keys.turn(&n.to_string(), 0).unwrap()).collect();
             assert_eq!(ask(&all, "/v1/vms", Some("k"), "x").await.0, 503);
             let Turn::First(sender, _) = &under_way[7] else { panic!("it is the first") };
-            sender.send_replace(Some(Answer { status: StatusCode::OK, media_type: None, body: Bytes::new() }));
+            let at = Instant::now();
+            sender.send_replace(Some(Answer { status: StatusCode::OK, media_type: None, body: Bytes::new(), at }));
             assert_eq!(ask(&all, "/v1/vms", Some("k"), "x").await.0, 200);
             assert!(!keys.all().contains_key("7") && keys.all().contains_key("k"));
         });
+    }
+
+    #[test]
+    fn an_answer_is_remembered_from_when_it_is_there() {
+        let keys = Keys::default();
+        let age = |seconds| Instant::now().checked_sub(REMEMBERED + Duration::from_secs(seconds));
+        let (Some(long_ago), Ok(Turn::First(sender, _first))) = (age(1), keys.turn("k", 0)) else { return };
+        let answered = |at| Some(Answer { status: StatusCode::OK, media_type: None, body: Bytes::new(), at });
+        // However long the request took.
+        sender.send_replace(answered(Instant::now()));
+        assert!(matches!(keys.turn("k", 0), Ok(Turn::Again(_))));
+        sender.send_replace(answered(long_ago));
+        assert!(matches!(keys.turn("k", 0), Ok(Turn::First(..))));
     }
 }

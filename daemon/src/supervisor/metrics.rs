@@ -14,8 +14,9 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
 
 use super::Supervisor;
+use super::idempotency::REPLAYED;
 use crate::control::exposition::{CONTENT_TYPE, Exposition, Kind, Labels};
-use crate::control::{ApiError, Client, Gathered, HistogramInfo, VmState, VmStats, pages_kib};
+use crate::control::{ApiError, Client, Gathered, HistogramInfo, ProblemKind, VmState, VmStats, pages_kib};
 use clade_vmm::vm::Histogram;
 
 /// Requests to the supervisor so far.
@@ -44,7 +45,8 @@ async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Ne
     let is_post = request.method() == hyper::Method::POST;
     let response = next.run(request).await;
     *requests.by_status().entry(response.status().as_u16()).or_default() += 1;
-    if is_post && response.status().is_success() {
+    // The first answer again says nothing of how long it took.
+    if is_post && response.status().is_success() && !response.headers().contains_key(REPLAYED) {
         match path.as_str() {
             "/v1/vms/{name}/fork" | "/v1/checkpoints/{name}/fork" => requests.forks.record(begun.elapsed()),
             "/v1/vms" => requests.boots.record(begun.elapsed()),
@@ -64,6 +66,8 @@ pub(super) async fn scrape(
     State(supervisor): State<Supervisor>,
     Extension(requests): Extension<Arc<Requests>>,
 ) -> Result<Response, ApiError> {
+    let too_many = |_| ApiError::new(ProblemKind::TooMany, "metrics are being gathered for as many clients as may be");
+    let _turn = supervisor.0.scrapes.try_acquire().map_err(too_many)?;
     let client = Client::new(supervisor.dir());
     let gathered = client.gather(client.names()?).await;
     let mut out = Exposition::default();

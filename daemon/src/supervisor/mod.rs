@@ -10,6 +10,8 @@
 //! | `checkpoint` | images that are held, to fork from |
 //! | `about` | what is known of a VM, whatever its process says |
 //! | `hand` | what a worker may reach, and what it is handed |
+//! | `processes` | the processes of its VMs, and the end of those that do not end |
+//! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
 //! | `broker` | guests' connections to the host |
 //! | `snapshots` | snapshots of VMs whose processes may not write files |
@@ -26,12 +28,14 @@ mod about;
 mod broker;
 mod checkpoint;
 mod events;
+mod fetches;
 mod hand;
 mod idempotency;
 mod metrics;
 mod openapi;
 mod overlays;
 mod pool;
+mod processes;
 mod proxy;
 mod restore;
 mod server;
@@ -39,21 +43,23 @@ mod snapshots;
 
 pub use server::TcpError;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, test_kill_process};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
-use crate::control::{BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, SupervisorInfo};
+use crate::control::{
+    ApiError, BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
+};
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
     check_name, check_names, check_room, claim_names, recorded_reason, vm_names,
@@ -69,12 +75,17 @@ use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::{Endpoints, VmError};
 use events::Events;
+pub(crate) use fetches::Fetch;
+use fetches::{Fetches, Passing};
 use hand::{Hand, Place};
 use idempotency::Keys;
 use overlays::OverlayDirs;
 use pool::Pool;
+use processes::{Processes, kill};
 use snapshots::Snapshots;
 
+/// Clients that are given metrics at a time.
+const MAX_SCRAPES: usize = 4;
 /// How often it looks for what dead processes have left.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -94,8 +105,16 @@ struct Inner {
     snapshots: Snapshots,
     events: Arc<Events>,
     keys: Arc<Keys>,
-    /// Names of the VMs whose workers were started here, by the workers' pids.
-    vms: Mutex<BTreeMap<u32, String>>,
+    /// VMs whose workers were started here.
+    processes: Processes,
+    /// Names of VMs that are being made: they have files, and their making is not announced yet.
+    making: Mutex<BTreeSet<String>>,
+    /// Held while a VM's end is settled: whoever has been told that a name is free finds it free.
+    ends: Mutex<()>,
+    fetches: Fetches,
+    passing: Passing,
+    /// Metrics are gathered for so many clients at a time: each takes memory for all VMs' answers.
+    scrapes: Semaphore,
     /// VMs that have ended while their names were taken: how, and whether in an orderly way.
     unsettled: Mutex<Vec<(String, Exit, bool)>>,
     closing: AtomicBool,
@@ -164,7 +183,12 @@ impl Supervisor {
             snapshots: Snapshots::default(),
             events: Arc::default(),
             keys: Arc::default(),
-            vms: Mutex::default(),
+            processes: Processes::default(),
+            making: Mutex::default(),
+            ends: Mutex::default(),
+            fetches: Fetches::default(),
+            passing: Passing::default(),
+            scrapes: Semaphore::new(MAX_SCRAPES),
             unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
@@ -214,11 +238,13 @@ impl Supervisor {
         &self,
         vm: &str,
         name: Option<&str>,
+        fetch: Fetch,
         cancel: &Cancel,
     ) -> Result<CheckpointInfo, FleetError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, name)?;
         let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
+        drop(fetch);
         // Nobody would know of it.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
@@ -228,13 +254,59 @@ impl Supervisor {
         Ok(info)
     }
 
-    /// Removes what is left of a VM that was stopped. Its name is free from here on, whenever its
-    /// process is reaped.
-    fn clear_up(&self, claim: NameClaim, exit: Exit) {
-        let name = claim.name.clone();
-        self.0.vms().retain(|_, other| *other != name);
-        self.0.clear_up(claim, exit, true);
-        self.0.say_ended(&name);
+    /// Waits for permission to ask for an image of `vm`.
+    ///
+    /// # Errors
+    /// When its process does not answer those who have it.
+    pub(crate) async fn fetch(&self, vm: &str) -> Result<Fetch, ApiError> {
+        self.0.fetches.begin(vm).await
+    }
+
+    /// The number of a VM's process, if it was started here.
+    fn pid_of(&self, name: &str) -> Option<u32> {
+        self.0.processes.of(name).map(|(pid, _)| pid)
+    }
+
+    /// A VM was stopped, and its process has given the name back: `pid`, if it was started here.
+    /// Removes what is left.
+    fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, Exit)>) {
+        let _ends = self.0.ends();
+        pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
+        if let Some((claim, exit)) = left {
+            let pid = pid.unwrap_or(exit.pid);
+            self.0.clear_up(claim, Exit { pid, ..exit }, true);
+        }
+    }
+
+    /// Ends a VM by killing its process, which does not answer.
+    ///
+    /// # Errors
+    /// When it is not known which process that is, or it does not end.
+    fn kill(&self, name: &str) -> Result<StopAnswer, FleetError> {
+        let silent = |text: &str| FleetError::Refused {
+            kind: ProblemKind::VmSilent,
+            text: format!("the process of {name:?} does not answer{text}"),
+        };
+        let about = About::read(&self.0.dir, name)?.ok_or_else(|| silent(", and is not the supervisor's to kill"))?;
+        let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
+        let found = || Some((about.process?.pid(), Arc::new(about.process?.open()?)));
+        let (pid, process) = own.or_else(found).ok_or_else(|| silent(", and has ended meanwhile"))?;
+        tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
+        self.0.processes.mark_stopped(pid);
+        if !kill(&process) {
+            return Err(silent(", and does not end though it was killed"));
+        }
+        let _ends = self.0.ends();
+        self.0.processes.give_back(pid);
+        let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
+        match NameClaim::new(&self.0.dir, name) {
+            Ok(claim) => self.0.clear_up(claim, exit, true),
+            // Somebody else has cleared up, and another has the name.
+            Err(FleetError::Taken { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let vm = VmInfo::of_killed(name, exit, &about.shape.config);
+        Ok(StopAnswer { vm, shutdown: None, killed: true })
     }
 
     fn snapshots(&self) -> &Snapshots {
@@ -266,13 +338,21 @@ impl Supervisor {
     /// # Errors
     /// When there is no such VM, or a child cannot be made: then there is none (I13). The parent
     /// runs on.
-    pub(crate) fn fork_vm(&self, vm: &str, request: &ForkRequest, cancel: &Cancel) -> Result<ForkAnswer, FleetError> {
+    pub(crate) fn fork_vm(
+        &self,
+        vm: &str,
+        request: &ForkRequest,
+        fetch: Fetch,
+        cancel: &Cancel,
+    ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, cancel)?;
+        let _making = self.0.making(&claims);
         let claimed = Instant::now();
         let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, request.count, cancel))?;
+        drop(fetch);
         tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());
@@ -294,6 +374,7 @@ impl Supervisor {
         let _busy = self.0.busy.read();
         let checkpoint = self.0.checkpoints.get(name)?;
         let claims = self.claim(name, request, cancel)?;
+        let _making = self.0.making(&claims);
         let made = self.start_children(&checkpoint, claims, request, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         self.0.events.forked(name, &answer.children, answer.pause_us);
@@ -302,12 +383,12 @@ impl Supervisor {
 
     fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
         check_names(request.count, request.name.as_deref())?;
-        // Each name is a descriptor here. What else they need is known when the image is.
-        let (count, needs) = (request.count, Needs { descriptors: 3, threads: 1, mappings: 0 });
+        // Each name and each process is a descriptor here. What else they need is known when the image is.
+        let (count, needs) = (request.count, Needs { descriptors: 4, threads: 1, mappings: 0 });
         check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let listed: BTreeSet<String> = self.0.vms().values().cloned().collect();
+        let listed = self.0.processes.names();
         let check = || self.check(0, request.count, cancel);
         claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
     }
@@ -330,7 +411,8 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let (mut hand, handed) = Hand::make(claim, (shape, session.as_deref()), overlays, ends, &self.0.broker)?;
+            let family = (shape, session.as_deref());
+            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: shape.clone(),
@@ -376,19 +458,20 @@ impl Supervisor {
         let _overlays = self.0.overlays.hold(&written)?;
         let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
         let claims = [claim];
+        let _making = self.0.making(&claims);
         self.0.forget_earlier(&claims[0].name);
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
             let family = (&shape, session.as_deref());
-            let (mut hand, handed) = Hand::make(claim, family, overlays, ends, &self.0.broker)?;
+            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let order =
                 BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied: session.is_some() };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
-            Ok(hand)
+            Ok(hand.booted())
         };
         let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
@@ -451,11 +534,13 @@ impl Supervisor {
         }
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        self.0.vms().extend(pids.iter().copied().zip(claims.iter().map(|claim| claim.name.clone())));
+        for ((worker, claim), hand) in workers.0.iter().zip(claims).zip(&hands) {
+            let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
+            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process))]);
+        }
         let ordered = Instant::now();
         let made = workers.run_together(check).inspect_err(|_| {
-            let mut vms = self.0.vms();
-            pids.iter().for_each(|pid| drop(vms.remove(pid)));
+            pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         hands.into_iter().for_each(Hand::keep);
         let (workers, orders) = (have_workers - begun, ordered - have_workers);
@@ -469,7 +554,7 @@ impl Supervisor {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             dir: self.0.dir.path().to_owned(),
-            vms: self.0.vms().len(),
+            vms: self.0.processes.names().len(),
             checkpoints: self.0.checkpoints.len(),
             prepared: self.0.pool.len(),
         }
@@ -477,6 +562,20 @@ impl Supervisor {
 
     pub(crate) fn dir(&self) -> &Path {
         self.0.dir.path()
+    }
+}
+
+/// VMs that are being made, until this is dropped.
+#[derive(Debug)]
+struct Making<'a> {
+    of: &'a Inner,
+    names: Vec<String>,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        let mut making = self.of.making.lock().unwrap_or_else(PoisonError::into_inner);
+        making.retain(|name| !self.names.contains(name));
     }
 }
 
@@ -514,16 +613,36 @@ impl Inner {
         self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
     }
 
-    fn vms(&self) -> MutexGuard<'_, BTreeMap<u32, String>> {
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ends(&self) -> MutexGuard<'_, ()> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that VMs are being made, until that is dropped.
+    fn making(&self, claims: &[NameClaim]) -> Making<'_> {
+        let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
+        self.making.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
+        Making { of: self, names }
+    }
+
+    /// Names of VMs that are this supervisor's to announce.
+    fn own_names(&self) -> BTreeSet<String> {
+        let mut names = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        names.extend(self.processes.names());
+        names
     }
 
     fn ended(&self, exit: Exit) {
-        let name = self.vms().remove(&exit.pid);
-        let Some(name) = name else { return };
+        let _ends = self.ends();
+        let Some(vm) = self.processes.remove(exit.pid) else { return };
+        let name = vm.name.clone();
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
-        // By itself, or by a signal that it has heard.
-        let was_orderly = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
+        // Its name is another's by now, or free.
+        if !vm.has_name() {
+            return self.say_ended(&name);
+        }
+        // By itself, or by a signal that it has heard, or because it did not stop as asked.
+        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
+        let was_orderly = in_order || vm.is_stopped;
         // Its files are there. The lock went with it, unless another has the name by now: or this
         // process, which has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
@@ -532,6 +651,13 @@ impl Inner {
             Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
         }
         self.say_ended(&name);
+    }
+
+    /// Images of disks that VMs of this directory use, or checkpoints.
+    fn used_images(&self) -> BTreeSet<PathBuf> {
+        let of_vms = About::all(&self.dir).unwrap_or_default();
+        let configs = of_vms.into_iter().map(|(_, about)| about.shape.config).chain(self.checkpoints.configs());
+        configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
     }
 
     fn unsettled(&self) -> MutexGuard<'_, Vec<(String, Exit, bool)>> {
@@ -544,7 +670,7 @@ impl Inner {
         for (name, exit, was_orderly) in ended {
             // Another VM has the name, or somebody has cleared up.
             let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
-            if is_gone || self.vms().values().any(|other| *other == name) {
+            if is_gone || self.processes.of(&name).is_some() {
                 continue;
             }
             if let Ok(claim) = NameClaim::new(&self.dir, &name) {
@@ -572,7 +698,7 @@ impl Inner {
 
     /// Says that a VM has ended, unless another has its name by now.
     fn say_ended(&self, name: &str) {
-        if !self.vms().values().any(|other| other == name) {
+        if self.processes.of(name).is_none() {
             self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
         }
     }
@@ -580,9 +706,11 @@ impl Inner {
     /// Says what VMs of other processes are there, and what has ended without a report.
     fn observe(&self) {
         self.events.zygote_restarts(self.zygote.restarts());
+        // Before and after: one may be made, or fail, while the directory is read.
+        let mut ours = self.own_names();
         match vm_names(&self.dir) {
             Ok(there) => {
-                let ours: BTreeSet<String> = self.vms().values().cloned().collect();
+                ours.extend(self.own_names());
                 self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
             }
             Err(error) => tracing::warn!(%error, "the directory cannot be read"),
@@ -594,7 +722,7 @@ impl Inner {
     /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
     /// next sweep.
     fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
-        let is_there = |pid: u32| Pid::from_raw(pid as i32).is_some_and(|pid| test_kill_process(pid).is_ok());
+        let _ends = self.ends();
         self.settle();
         let mut found = BTreeSet::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
@@ -606,10 +734,11 @@ impl Inner {
         };
         for (claim, pid) in dead {
             // Not under the lock: clearing up takes time.
-            let worker = self.vms().iter().find(|(_, name)| **name == claim.name).map(|(pid, _)| *pid);
-            if let Some(pid) = worker.filter(|pid| is_there(*pid)) {
-                // Its process waits until it may give its disks what was written since a fork.
-                self.vms().remove(&pid);
+            let worker = self.processes.of(&claim.name).map(|(pid, _)| pid);
+            if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
+                // Its process waits until it may give its disks what was written since a fork. Or it
+                // does not end, as one does that was broken into.
+                self.processes.give_back(pid);
                 self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
                 continue;
             }
@@ -622,10 +751,12 @@ impl Inner {
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
             self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
-            worker.map(|pid| self.vms().remove(&pid));
+            worker.map(|pid| self.processes.remove(pid));
         }
         // Those that have ended in an orderly way under a zygote that was killed.
-        self.vms().retain(|pid, name| is_there(*pid) || found.contains(name));
+        self.processes.forget_ended(|name| found.contains(name));
+        let used = OnceCell::new();
+        self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
         found
     }
 }

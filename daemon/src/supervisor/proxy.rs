@@ -135,4 +135,26 @@ mod tests {
         assert_eq!(ask(dir.path()), Ok(b"done".to_vec()));
         serves.join().unwrap();
     }
+
+    #[test]
+    fn what_says_who_the_client_is_goes_to_no_vm() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
+        let serves = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut bytes = [0; 4096];
+            let got = stream.read(&mut bytes).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").unwrap();
+            String::from_utf8_lossy(&bytes[..got]).to_lowercase()
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let headers = [("authorization", "Bearer secret"), ("cookie", "secret"), ("idempotency-key", "secret")];
+            let request = Request::post("/v1/vms/web/pause").header("host", "x").header("x-mine", "kept");
+            let request = headers.into_iter().fold(request, |request, (name, value)| request.header(name, value));
+            forward(dir.path(), "web", request.body(Body::empty()).unwrap(), LIMITS).await.unwrap();
+        });
+        let head = serves.join().unwrap();
+        assert!(head.contains("x-mine: kept") && !head.contains("secret"), "{head}");
+    }
 }

@@ -57,6 +57,7 @@ impl Supervisor {
             overlays: Vec::new(),
             socket: None,
             session: session.map(str::to_owned),
+            process: None,
         };
         Ok((Checkpoint::of_saved(about, &saved, parts), saved))
     }

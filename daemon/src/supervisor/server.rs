@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
@@ -28,11 +29,15 @@ use super::{Supervisor, metrics, openapi};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, OpenRequest, PrepareRequest, Prepared, RestoreRequest, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer,
-    authorize, expect_absolute, fallback, not_allowed, on_a_thread, serve_http,
+    ForkAnswer, ForkRequest, OpenRequest, Optional, PrepareRequest, Prepared, RestoreRequest, SnapshotAnswer,
+    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token,
+    TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread,
+    serve_http,
 };
-use crate::fleet::{Cancel, FleetError};
+use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
+
+/// How long a VM's process may take for what it answers at once.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
@@ -107,6 +112,13 @@ async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(Client::new(supervisor.dir()).list().await?.vms))
 }
 
+/// Lists the VMs that ended by themselves, and why.
+#[utoipa::path(get, path = "/v1/ended", responses((status = 200, description = "Done.", body = Vec<EndedVm>)))]
+async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
+    let dir = supervisor.dir().to_owned();
+    Ok(Json(on_a_thread(THREAD_PATIENCE, move || ended_vms(&dir)).await??))
+}
+
 /// Boots a VM. Answers when it runs.
 #[utoipa::path(
     post,
@@ -118,7 +130,8 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
     let Json(request) = request?;
     let dir = supervisor.dir().to_owned();
     let Json(name) = work(supervisor, move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
-    Ok(Json(Client::new(&dir).request(hyper::Method::GET, &name, "", None::<&()>).await?))
+    let client = Client::new(&dir);
+    Ok(Json(client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await?))
 }
 
 /// Forks a VM. Each child has a process of its own.
@@ -134,7 +147,8 @@ async fn fork_vm(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, cancel)).await
+    let fetch = supervisor.fetch(&name).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, fetch, cancel)).await
 }
 
 /// Starts VMs from a snapshot: all of them or none.
@@ -176,7 +190,8 @@ async fn checkpoint(
     request: Wanted<CheckpointRequest>,
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), cancel)).await
+    let fetch = supervisor.fetch(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), fetch, cancel)).await
 }
 
 /// Lists the checkpoints.
@@ -254,15 +269,35 @@ async fn prepare(
     work(supervisor, prepare).await
 }
 
-/// Stops a VM for good. Answers when its name, interfaces and sockets are free.
-#[utoipa::path(post, path = "/v1/vms/{name}/stop", responses((status = 200, description = "Done.", body = VmInfo)))]
-async fn stop(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    let (info, left) = Client::new(supervisor.dir()).stop_process(&name).await?;
-    if let Some((claim, exit)) = left {
-        // Closing descriptors may free memory and disks.
-        on_a_thread(THREAD_PATIENCE, move || supervisor.clear_up(claim, exit)).await?;
+/// Stops a VM for good, after its guest had time to power itself off if that is asked for. Answers
+/// when its name, interfaces and sockets are free. A process that does not answer is killed.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/stop",
+    request_body = Option<StopRequest>,
+    responses((status = 200, description = "Done.", body = StopAnswer))
+)]
+async fn stop(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    Optional(request): Optional<StopRequest>,
+) -> Answer<StopAnswer> {
+    let request = request.unwrap_or_default();
+    // Before its process is asked, which has as much time.
+    grace(request)?;
+    // Not what the process says of itself.
+    let pid = supervisor.pid_of(&name);
+    match Client::new(supervisor.dir()).stop_process(&name, request).await {
+        Ok((answer, left)) => {
+            // Closing descriptors may free memory and disks.
+            on_a_thread(THREAD_PATIENCE, move || supervisor.stopped(pid, left)).await?;
+            Ok(Json(answer))
+        }
+        Err(ClientError::Silent { .. }) => {
+            Ok(Json(on_a_thread(THREAD_PATIENCE, move || supervisor.kill(&name)).await??))
+        }
+        Err(error) => Err(error.into()),
     }
-    Ok(Json(info))
 }
 
 /// Saves a VM. Answers when all is on the disk.
@@ -279,7 +314,8 @@ async fn snapshot(
 ) -> Answer<SnapshotAnswer> {
     let Json(request) = request?;
     expect_absolute(&request.dir)?;
-    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, cancel)).await
+    let fetch = supervisor.fetch(&name).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, fetch, cancel)).await
 }
 
 /// Shows how far a VM's snapshot is.
@@ -319,21 +355,28 @@ async fn cancel_snapshot(
 )]
 async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
     let client = Client::new(supervisor.dir());
-    let touched: TouchedAnswer = client.request(hyper::Method::GET, &name, "/touched", None::<&()>).await?;
+    let touched = client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "/touched", None::<&()>);
+    let touched: TouchedAnswer = touched.await?;
     let record = move |supervisor: &Supervisor, _: &Cancel| {
         Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
     };
     work(supervisor, record).await
 }
 
+/// The VM's name in the path of a request.
+fn name_in(request: &Request) -> String {
+    let path = request.uri().path();
+    path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned()
+}
+
 /// Passes a request for one VM on to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
-    let path = request.uri().path();
-    let name = path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned();
-    match forward(supervisor.dir(), &name, request, Limits::default()).await {
-        Ok(response) => response,
-        Err(error) => error.into_response(),
-    }
+    let name = name_in(&request);
+    let passed = async {
+        let _turn = supervisor.0.passing.begin(&name)?;
+        forward(supervisor.dir(), &name, request, Limits::default()).await
+    };
+    passed.await.unwrap_or_else(IntoResponse::into_response)
 }
 
 impl From<ClientError> for ApiError {
@@ -373,6 +416,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
+        .routes(routes!(ended))
         .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
         .routes(routes!(working_set))
         .routes(routes!(checkpoints, open))

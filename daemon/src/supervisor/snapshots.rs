@@ -12,8 +12,9 @@ use std::time::Instant;
 use clade_memory::PageRange;
 use clade_snapshot::{SnapshotId, record_working_set};
 
-use super::Supervisor;
+use super::about::About;
 use super::checkpoint::Checkpoint;
+use super::{Fetch, Supervisor};
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::Grants;
@@ -160,10 +161,12 @@ impl Supervisor {
         &self,
         vm: &str,
         request: &SnapshotRequest,
+        fetch: Fetch,
         cancel: &Cancel,
     ) -> Result<SnapshotAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
+        About::expect(&self.0.dir, vm)?;
         let (saving, base) = self.0.snapshots.begin(vm, request.incremental)?;
         let _ours = Ours(&self.0.snapshots, vm, Arc::clone(&saving));
         let beside = written_beside(&request.dir).map_err(|error| FleetError::Refused {
@@ -172,6 +175,7 @@ impl Supervisor {
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
         let image = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
+        drop(fetch);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
         // The base gets a note of its dependent. Those before it are read.

@@ -40,7 +40,7 @@ use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 pub(crate) use enter::EnterOrder;
 pub use enter::{Entered, enter};
 pub(crate) use open::OpenOrder;
-pub(crate) use process::{Process, Worker, Workers};
+pub(crate) use process::{Process, Worker, Workers, has_ended};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
 

@@ -40,7 +40,7 @@ impl Process {
 }
 
 /// Waits up to `timeout` for the end of a process.
-fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
+pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
     loop {
         let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
@@ -75,6 +75,14 @@ impl Worker {
     /// Its process number. 0 once it has been let go.
     pub(crate) fn pid(&self) -> u32 {
         self.process.as_ref().map_or(0, |process| process.pid)
+    }
+
+    /// A descriptor of its process. None once it has been let go.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, FleetError> {
+        self.process.as_ref().map(|process| process.pidfd.try_clone()).transpose().map_err(failed)
     }
 
     /// Gives it an order.

@@ -11,7 +11,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CowCounts {
     /// Written by the guest, or by this process for it: the kernel has copied them. A page that is
-    /// given back before it is seen here is missing.
+    /// given back before it is seen here is missing. It never becomes less.
     pub guest: u64,
     /// Copied for a pin.
     pub pin: u64,
@@ -75,6 +75,9 @@ pub(crate) struct Counters {
     freeze_pinned: AtomicU64,
     freeze_ahead: AtomicU64,
     locked: AtomicU64,
+    /// What was shown last as the guest's. Pages that a balloon gives back unseen are not copies any
+    /// more, and what is counted never becomes less.
+    shown: AtomicU64,
 }
 
 impl Counters {
@@ -113,13 +116,29 @@ impl Counters {
     /// All of them. `unseen`: what the kernel has copied since that was last counted.
     pub(crate) fn cow(&self, unseen: u64) -> CowCounts {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let guest = of(&self.guest) + unseen;
         CowCounts {
-            guest: of(&self.guest) + unseen,
+            guest: self.shown.fetch_max(guest, Ordering::Relaxed).max(guest),
             pin: of(&self.pin),
             adopt: of(&self.adopt),
             freeze: of(&self.freeze),
             freeze_pinned: of(&self.freeze_pinned),
             freeze_ahead: of(&self.freeze_ahead),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_guest_has_copied_never_becomes_less() {
+        let counters = Counters::default();
+        assert_eq!(counters.cow(10).guest, 10);
+        // A balloon has taken eight of them.
+        assert_eq!(counters.cow(2).guest, 10);
+        counters.count_guest(2);
+        assert_eq!((counters.cow(0).guest, counters.cow(9).guest), (10, 11));
     }
 }

@@ -1,7 +1,7 @@
 //! The shell: what it says, and what the shells of relatives do not hear.
 
 use clade_tests::{Linux, Turn};
-use clade_vmm::vm::{StopReason, Vm};
+use clade_vmm::vm::{StopReason, Vm, VmError};
 
 use crate::{ANSWER_TIMEOUT, Booted, PAUSED, TIMEOUT, ask};
 
@@ -89,4 +89,64 @@ fn linux_reboots_through_the_keyboard_controller() {
     );
     let other = booted.child("other");
     assert_eq!(ask(&other, "echo alive"), "alive", "it was the other's reset");
+}
+
+#[test]
+fn linux_powers_itself_off_by_acpi() {
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let child = booted.child("off");
+    child.resume().unwrap();
+    child.type_in(b"poweroff -f\n");
+    assert_eq!(
+        child.wait(ANSWER_TIMEOUT),
+        Some(StopReason::PowerOff),
+        "{}",
+        String::from_utf8_lossy(&child.console().since(0))
+    );
+    let other = booted.child("on");
+    assert_eq!(ask(&other, "echo alive"), "alive", "it was the other's power");
+}
+
+/// How often a VM's kernel was interrupted by ACPI events.
+fn events(vm: &Vm) -> u64 {
+    let line =
+        "while read -r number count rest; do case $rest in *ACPI:Ged*) echo $count;; esac; done </proc/interrupts";
+    ask(vm, line).parse().unwrap()
+}
+
+#[test]
+fn linux_notices_its_power_button_and_no_relative_does() {
+    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(booted) = Booted::get(&turn) else { return };
+    let vm = booted.child("pressed");
+    assert_eq!(ask(&vm, "[ -e /sys/bus/acpi/devices/PNP0C0C:00 ] && echo there"), "there");
+    assert!(matches!(vm.press_power_button(), Err(VmError::Paused)));
+    let before = events(&vm);
+    // Pressed while it stands still, so that the press is pending at the fork.
+    vm.resume().unwrap();
+    let still = vm.pause_guard().unwrap();
+    vm.press_power_button().unwrap();
+    let (image, _) = vm.fork().unwrap();
+    let child = Vm::from_image(&booted.context, "not-pressed", &image, PAUSED).unwrap();
+    assert!(!vm.power_button_noticed());
+    drop(still);
+    vm.pause().unwrap();
+    assert!(events(&vm) > before);
+    assert!(vm.power_button_noticed(), "its kernel has run the event's method");
+    // The child's kernel is interrupted too, by its new generation, and finds the button not pressed.
+    assert!(events(&child) > before);
+    assert!(!child.power_button_noticed());
+    child.resume().unwrap();
+    child.press_power_button().unwrap();
+    child.pause().unwrap();
+    assert_eq!((ask(&child, "echo alive").as_str(), child.power_button_noticed()), ("alive", true));
+    // A reset forgets a press.
+    child.resume().unwrap();
+    let still = child.pause_guard().unwrap();
+    child.press_power_button().unwrap();
+    drop(child.pause());
+    drop(still);
+    child.reset_to_origin().unwrap();
+    assert_eq!((ask(&child, "echo alive").as_str(), child.power_button_noticed()), ("alive", false));
 }

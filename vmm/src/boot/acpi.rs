@@ -1,4 +1,4 @@
-//! ACPI tables: CPUs, interrupts, devices, and the notification of a clone.
+//! ACPI tables: CPUs, interrupts, devices, the notification of a clone, and the power button.
 //!
 //! The tables are hardware-reduced: there is no power management timer and no system control
 //! interrupt to emulate. Events come through a Generic Event Device. Its interrupt is
@@ -7,12 +7,19 @@
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT ─┬► COM1, and a device for each virtio-mmio device
 //!               └► MADT          ├► VGEN and VCLK: pages in RAM
-//!                                └► GED0: interrupt 12: Notify (VGEN, 0x80), Notify (VCLK, 0x80)
+//!                                ├► PWRB: the power button
+//!                                └► GED0: interrupt 12: Notify (VGEN, 0x80), Notify (VCLK, 0x80),
+//!                                         and if its register is set: Notify (PWRB, 0x80)
 //! ```
+//!
+//! One interrupt serves all events. A driver that is notified though nothing has changed sees that
+//! from its page. The button has a register, which is set by a press and cleared by the read. So
+//! an interrupt that a fork finds pending is no press in the child.
 
 use acpi_tables::aml::{
-    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope, ZERO,
+    Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
+    Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path,
+    ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -22,11 +29,12 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use clade_devices::virtio::MMIO_LEN;
+use clade_devices::{BUTTON, POWER_PORTS, SLEEP_CONTROL, SLEEP_STATUS, SOFT_OFF};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::platform::{
-    ACPI_TABLES, ACPI_TABLES_END, COM1_BASE, COM1_GSI, GENERATION_GSI, GENERATION_ID, I8042_BASE, IOAPIC_BASE,
-    LAPIC_BASE, PAGE_SIZE, VMCLOCK, virtio_slot,
+    ACPI_TABLES, ACPI_TABLES_END, COM1_BASE, COM1_GSI, EVENT_GSI, GENERATION_ID, I8042_BASE, IOAPIC_BASE, LAPIC_BASE,
+    PAGE_SIZE, POWER_BASE, VMCLOCK, virtio_slot,
 };
 
 const OEM: [u8; 6] = *b"CLADE ";
@@ -39,7 +47,8 @@ const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 /// The keyboard controller's command port, and the command that pulses the CPU's reset line.
 const RESET_PORT: u64 = I8042_BASE as u64 + 4;
 const RESET_VALUE: u8 = 0xfe;
-/// Notification that a device's state has changed; the device defines its meaning.
+/// Notification that a device's state has changed; the device defines its meaning. A button's: it
+/// was pressed.
 const CHANGED: u8 = 0x80;
 
 /// Collects the bytes of a table.
@@ -72,7 +81,7 @@ fn in_memory(name: &str, hid: &Name, uid: &Name, at: GuestAddress, more: &[&dyn 
     bytes(&Device::new(Path::new(name), vec![hid, uid, &resources]))
 }
 
-/// The devices, and the method that runs on the interrupt of a new generation.
+/// The devices, and the method that runs on the interrupt of an event.
 fn devices(virtio: usize) -> Vec<u8> {
     let interrupt = |gsi| Interrupt::new(true, true, false, false, gsi);
     let uid = |number: u8| Name::new(Path::new("_UID"), &number);
@@ -104,11 +113,26 @@ fn devices(virtio: usize) -> Vec<u8> {
     let id = hid("AMZNC10C");
     all.extend(bytes(&Device::new(Path::new("VCLK"), vec![&id, &compatible, &resources])));
 
-    let resources = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt(GENERATION_GSI)]));
+    let button = Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"));
+    all.extend(bytes(&Device::new(Path::new("PWRB"), vec![&button, &uid(0)])));
+    let registers = OpRegion::new(Path::new("PWRR"), OpRegionSpace::SystemIO, &POWER_BASE, &POWER_PORTS);
+    all.extend(bytes(&registers));
+    let pressed = FieldEntry::Named(*b"BTTN", 8);
+    let fields = vec![FieldEntry::Reserved(8 * usize::from(BUTTON)), pressed];
+    let (access, rule) = (FieldAccessType::Byte, FieldUpdateRule::Preserve);
+    all.extend(bytes(&Field::new(Path::new("PWRR"), access, FieldLockRule::NoLock, rule, fields)));
+
+    let resources = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt(EVENT_GSI)]));
     let (generation, clock) = (Path::new("\\_SB_.VGEN"), Path::new("\\_SB_.VCLK"));
     let (tell_generation, tell_clock) = (Notify::new(&generation, &CHANGED), Notify::new(&clock, &CHANGED));
-    let ours = Equal::new(&Arg(0), &GENERATION_GSI);
-    let tell = If::new(&ours, vec![&tell_generation, &tell_clock]);
+    let (button, register) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.BTTN"));
+    // Once: the read clears it.
+    let read = Store::new(&Local(0), &register);
+    let tell_button = Notify::new(&button, &CHANGED);
+    let is_pressed = Equal::new(&Local(0), &ONE);
+    let if_pressed = If::new(&is_pressed, vec![&tell_button]);
+    let ours = Equal::new(&Arg(0), &EVENT_GSI);
+    let tell = If::new(&ours, vec![&tell_generation, &tell_clock, &read, &if_pressed]);
     let event = Method::new(Path::new("_EVT"), 1, true, vec![&tell]);
     let id = hid("ACPI0013");
     all.extend(bytes(&Device::new(Path::new("GED0"), vec![&id, &uid(0), &resources, &event])));
@@ -119,7 +143,7 @@ fn dsdt(virtio: usize) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices(virtio)));
     // S5, soft off, is the only sleep state.
-    let off = Package::new(vec![&5u8, &ZERO, &ZERO, &ZERO]);
+    let off = Package::new(vec![&SOFT_OFF, &ZERO, &ZERO, &ZERO]);
     table.append_slice(&bytes(&Name::new(Path::new("_S5_"), &off)));
     table.as_slice().to_vec()
 }
@@ -140,12 +164,16 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // No fixed buttons.
+        // No fixed buttons: the power button is a device.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     table.iapc_boot_arch = BOOT_ARCH.into();
     table.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_PORT);
     table.reset_value = RESET_VALUE;
+    let register =
+        |at| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(POWER_BASE) + u64::from(at));
+    table.sleep_control_reg = register(SLEEP_CONTROL);
+    table.sleep_status_reg = register(SLEEP_STATUS);
     table.hypervisor_vendor_identity = u64::from_le_bytes(*b"CLADE\0\0\0").into();
     bytes(&table.finalize())
 }
@@ -218,6 +246,8 @@ mod tests {
             let fadt = table(&all, u64_at(roots, 36), b"FACP");
             assert_eq!(u32_at(fadt, 112) & 1 << 20, 1 << 20, "hardware-reduced");
             assert_eq!((fadt[116], u64_at(fadt, 120), fadt[128]), (1, 0x64, 0xfe), "the reset register");
+            assert_eq!((fadt[244], u64_at(fadt, 248)), (1, 0x600), "the sleep control register");
+            assert_eq!((fadt[256], u64_at(fadt, 260)), (1, 0x601), "the sleep status register");
             let madt = table(&all, u64_at(roots, 44), b"APIC");
             assert_eq!(madt.len(), 44 + 8 * usize::from(cpus) + 12);
             assert_eq!(madt[44..][..8 * usize::from(cpus)].chunks(8).map(|cpu| cpu[3]).collect::<Vec<_>>(), {
@@ -227,6 +257,8 @@ mod tests {
             let count = |name: &[u8]| dsdt.windows(name.len()).filter(|window| *window == name).count();
             assert_eq!(count(b"LNRO0005"), virtio);
             assert_eq!((count(b"VM_Gen_Counter"), count(b"AMZNC10C"), count(b"ACPI0013")), (2, 1, 1));
+            // The device, and the notification.
+            assert_eq!((count(b"PWRB"), count(b"BTTN")), (2, 2));
         }
     }
 }

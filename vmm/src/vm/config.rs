@@ -261,9 +261,10 @@ impl VmConfig {
         &self.layout
     }
 
-    /// Whether the guest has a generation id, and an interrupt that announces a new one.
+    /// Whether the guest has ACPI tables: a generation id, a power button, and the interrupt of their
+    /// events.
     #[must_use]
-    pub(crate) fn has_generation(&self) -> bool {
+    pub(crate) fn has_acpi(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
     }
 

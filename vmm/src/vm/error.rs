@@ -80,6 +80,9 @@ pub enum VmError {
     /// The VM has stopped.
     #[error("the VM has stopped: {0}")]
     Stopped(StopReason),
+    /// The VM is paused, and the operation needs its guest to run.
+    #[error("the VM is paused: resume it first")]
+    Paused,
     /// A vCPU does not leave the guest.
     #[error("a vCPU did not come out of the guest within {seconds} s")]
     Stuck {

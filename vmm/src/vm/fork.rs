@@ -196,7 +196,7 @@ impl Vm {
         let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         vm.saving = Saving::of(image);
-        if image.config.has_generation() {
+        if image.config.has_acpi() {
             generation::renew(vm.ram().memory())?;
         }
         if let Some(before_start) = options.before_start {
@@ -242,7 +242,7 @@ impl ForkImage {
         // earlier. An interrupt that a device of the parent had raised may not have reached them
         // when they were saved.
         devices.reraise();
-        devices.notify_generation();
+        devices.notify_events();
         Ok(())
     }
 

@@ -114,7 +114,7 @@ impl Vm {
         let added = cmdline.len() - source.cmdline.len();
         let source = BootSource { cmdline: cmdline.trim_start().to_owned(), ..source.clone() };
         let mut firmware = boot::Firmware { cpus: config.cpus(), rsdp: None };
-        if config.has_generation() {
+        if config.has_acpi() {
             let mem = prepared.ram.memory();
             generation::begin(mem)?;
             let tables = boot::write_acpi_tables(mem, config.cpus(), config.virtio_queues().count());

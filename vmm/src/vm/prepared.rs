@@ -13,7 +13,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
 use crate::kvm::{CpuLook, CpuTemplate, Host, StateLayout, local_apics_alone, set_machine_check_banks};
-use crate::platform::{GENERATION_GSI, KVM_TSS, virtio_slot};
+use crate::platform::{EVENT_GSI, KVM_TSS, virtio_slot};
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
 use crate::vm::error::VmError;
@@ -37,8 +37,8 @@ pub(crate) struct PreparedVm {
     pub(crate) ram: GuestRam,
     /// The irqfd and ioeventfds of each virtio device, connected.
     pub(crate) wiring: Vec<Wiring>,
-    /// The interrupt that notifies the guest of a new generation, if it has a generation id.
-    pub(crate) generation: Option<Arc<Irq>>,
+    /// The interrupt of ACPI events, if the guest has ACPI.
+    pub(crate) events: Option<Arc<Irq>>,
 }
 
 impl PreparedVm {
@@ -79,7 +79,7 @@ impl PreparedVm {
             }
         }
         let wiring = wire(&fd, config)?;
-        let generation = config.has_generation().then(|| wire_generation(&fd)).transpose()?;
+        let events = config.has_acpi().then(|| wire_events(&fd)).transpose()?;
         let layout = match config.pmu {
             false => Arc::clone(layout),
             true => Arc::new(StateLayout::with_pmu(host, true)?),
@@ -92,7 +92,7 @@ impl PreparedVm {
             host.disable_pmu(&fd).map_err(|e| VmError::kvm("take performance counters away", e))?;
         }
         let control = Arc::new(VcpuControl::new(usize::from(config.cpus())));
-        let mut prepared = Self { threads: Vec::new(), control, fd: Arc::new(fd), ram, wiring, generation };
+        let mut prepared = Self { threads: Vec::new(), control, fd: Arc::new(fd), ram, wiring, events };
         for index in 0..config.cpus() {
             let vcpu = prepared.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
             set_machine_check_banks(&vcpu);
@@ -149,10 +149,9 @@ fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
     Ok(all)
 }
 
-fn wire_generation(fd: &VmFd) -> Result<Arc<Irq>, VmError> {
+fn wire_events(fd: &VmFd) -> Result<Arc<Irq>, VmError> {
     let irq = Irq::new().map_err(DeviceError::Io)?;
-    fd.register_irqfd(irq.eventfd(), GENERATION_GSI)
-        .map_err(|e| VmError::kvm("connect the generation's interrupt", e))?;
+    fd.register_irqfd(irq.eventfd(), EVENT_GSI).map_err(|e| VmError::kvm("connect the interrupt of events", e))?;
     Ok(Arc::new(irq))
 }
 

@@ -170,7 +170,7 @@ impl Vm {
         #[cfg(test)]
         assert!(!PANIC_IN_LOAD.take(), "asked to panic");
         // The image's other children have its id too, and every VM needs its own.
-        if self.config.has_generation() {
+        if self.config.has_acpi() {
             generation::renew(self.ram().memory())?;
         }
         let cpus = usize::from(self.config.cpus());

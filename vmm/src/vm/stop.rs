@@ -22,6 +22,9 @@ pub enum StopReason {
     /// The guest reset itself through the keyboard controller.
     #[error("the guest reset itself")]
     Reset,
+    /// The guest powered itself off, by ACPI.
+    #[error("the guest powered itself off")]
+    PowerOff,
     /// The guest shut down, or took a triple fault.
     #[error("vCPU {vcpu} shut down (a triple fault, unless the guest meant to)")]
     Shutdown {

@@ -63,6 +63,35 @@ impl Vm {
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
+    /// Presses the power button. A guest that listens to it shuts down in an orderly way and powers
+    /// itself off ([`StopReason::PowerOff`](crate::vm::StopReason::PowerOff)). The press is this
+    /// VM's alone: no child and no snapshot has it, and a reset forgets it. What the guest has made
+    /// of it is the guest's state, and is inherited like all of that.
+    ///
+    /// # Errors
+    /// When the VM has no ACPI, is paused, or has stopped.
+    pub fn press_power_button(&self) -> Result<(), VmError> {
+        // No reset or fork at the same time.
+        let _one = self.operations.take();
+        if let Some(reason) = self.stopped() {
+            return Err(VmError::Stopped(reason));
+        }
+        if !self.config.has_acpi() {
+            return Err(VmError::NoDevice { device: "power button" });
+        }
+        if self.is_paused() {
+            return Err(VmError::Paused);
+        }
+        self.devices.press_power_button();
+        Ok(())
+    }
+
+    /// Whether the guest's kernel has noticed the last press of the power button.
+    #[must_use]
+    pub fn power_button_noticed(&self) -> bool {
+        self.devices.power_button_noticed()
+    }
+
     /// Packets and bytes of network device number `index`. None if there is none.
     #[must_use]
     pub fn net_stats(&self, index: usize) -> Option<NetStats> {

@@ -14,17 +14,18 @@ use clade_devices::virtio::block::Block;
 use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
-    BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, PioBus, REPORT_PORT, REPORT_PORTS, ReportPort,
-    SERIAL_PORTS, SerialConsole, SerialState,
+    BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, POWER_PORTS, PioBus, PowerControl, PowerSwitch,
+    REPORT_PORT, REPORT_PORTS, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
 
-use crate::platform::{COM1_BASE, I8042_BASE, virtio_slot};
+use crate::platform::{COM1_BASE, I8042_BASE, POWER_BASE, virtio_slot};
 use crate::vm::config::VmConfig;
 use crate::vm::identity::Endpoints;
 use crate::vm::prepared::PreparedVm;
+use crate::vm::stop::StopReason;
 pub use reports::Reports;
 use virtio::Hvc;
 
@@ -100,7 +101,9 @@ pub(crate) struct Devices {
     pub(crate) hvc: Option<Hvc>,
     pub(crate) reports: Reports,
     reset: Arc<AtomicBool>,
-    generation: Option<Arc<Irq>>,
+    power: PowerSwitch,
+    /// The interrupt of ACPI events, if the guest has ACPI.
+    events: Option<Arc<Irq>>,
 }
 
 impl Devices {
@@ -126,6 +129,12 @@ impl Devices {
         let mut bus = PioBus::default();
         bus.add(COM1_BASE, SERIAL_PORTS, serial.clone())?;
         bus.add(I8042_BASE, I8042_PORTS, Arc::new(Mutex::new(i8042)))?;
+        let control = PowerControl::default();
+        let power = control.switch();
+        let events = prepared.events.clone();
+        if events.is_some() {
+            bus.add(POWER_BASE, POWER_PORTS, Arc::new(Mutex::new(control)))?;
+        }
         if report_port {
             let to = reports.clone();
             let port = ReportPort::new(move |report| to.push(report));
@@ -138,7 +147,7 @@ impl Devices {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, generation: prepared.generation.clone() })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, power, events })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -181,11 +190,26 @@ impl Devices {
         self.bus.read(port, width, data);
     }
 
-    /// Returns whether the write has requested a reset.
-    pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> bool {
+    /// Returns why the VM ends, if the write has requested that.
+    pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> Option<StopReason> {
         self.bus.write(port, width, data);
         // Relaxed: set by this very call, if at all.
-        self.reset.load(Ordering::Relaxed)
+        if self.reset.load(Ordering::Relaxed) {
+            return Some(StopReason::Reset);
+        }
+        self.power.is_off().then_some(StopReason::PowerOff)
+    }
+
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        // Before the interrupt, at which the guest reads it.
+        self.power.press();
+        self.notify_events();
+    }
+
+    /// Whether the guest has read the last press of the power button.
+    pub(crate) fn power_button_noticed(&self) -> bool {
+        self.power.is_noticed()
     }
 
     /// Types into the console.
@@ -205,14 +229,14 @@ impl Devices {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    /// Notifies the guest of its new generation. Call it after the interrupt controllers are
-    /// restored: a restore would lose the interrupt.
-    pub(crate) fn notify_generation(&self) {
-        if let Some(irq) = &self.generation
+    /// Notifies the guest of an ACPI event: its new generation, or the power button. Call it after the
+    /// interrupt controllers are restored: a restore would lose the interrupt.
+    pub(crate) fn notify_events(&self) {
+        if let Some(irq) = &self.events
             && let Err(error) = irq.trigger()
         {
             // The eventfd's counter is full, so an interrupt is pending anyway.
-            tracing::debug!(%error, "a guest is not told once more that its generation has changed");
+            tracing::debug!(%error, "a guest is not told once more of an event");
         }
     }
 
@@ -239,9 +263,10 @@ impl Devices {
         for ((device, state), backend) in self.virtio.iter().zip(&state.virtio).zip(backends) {
             device.rewind(state, backend)?;
         }
-        // Reports and reset requests until now belong to the time before the reset.
+        // Reports, reset requests and presses until now belong to the time before the reset.
         self.reports.clear();
         self.reset.store(false, Ordering::Relaxed);
+        self.power.rewind();
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).rewind(&state.serial).map_err(DeviceError::Io)
     }
 

@@ -18,8 +18,9 @@ impl VcpuThread {
                     let data: *const [u8] = data;
                     let width = pio_width(&mut self.vcpu);
                     // SAFETY: as below, and the guest does not write it meanwhile.
-                    if devices.pio_write(port, width, unsafe { &*data }) {
-                        return Some(StopReason::Reset);
+                    let ends = devices.pio_write(port, width, unsafe { &*data });
+                    if ends.is_some() {
+                        return ends;
                     }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {

@@ -1,0 +1,57 @@
+//! The power button: a VM's guest ends by itself, or its power is cut when the time is over.
+
+use std::time::{Duration, Instant};
+
+use super::{Fleet, FleetError, Listed};
+use clade_vmm::vm::{StopReason, Vm};
+
+/// How often it is looked whether the guest has powered off.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How a VM ended whose power button was pressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// Whether the guest powered itself off, or reset itself. Otherwise its power was cut.
+    pub by_itself: bool,
+    /// Whether the guest's kernel noticed that the button was pressed.
+    pub noticed: bool,
+}
+
+impl Fleet {
+    /// Presses a VM's power button, waits up to `time` until its guest has powered itself off, and
+    /// then stops it as [`Fleet::stop`] does.
+    ///
+    /// # Errors
+    /// When there is no such VM, it has no power button, or it is paused: then it is not stopped. As
+    /// [`Fleet::stop`] afterwards.
+    pub fn shut_down<T>(
+        &self,
+        name: &str,
+        time: Duration,
+        describe: impl FnOnce(&Listed, Shutdown) -> T,
+    ) -> Result<T, FleetError> {
+        let (listed, release) = self.held(name)?;
+        listed.vm.press_power_button()?;
+        let by_itself = ends_by_itself(&listed.vm, time);
+        let shutdown = Shutdown { by_itself, noticed: listed.vm.power_button_noticed() };
+        if by_itself {
+            // With a record of that, like any VM that ends by itself.
+            self.remove();
+        }
+        self.stop_listed(listed, &release, |listed| describe(listed, shutdown))
+    }
+}
+
+/// Waits up to `time` for the end of a VM. Returns whether its guest has brought that about.
+fn ends_by_itself(vm: &Vm, time: Duration) -> bool {
+    let begun = Instant::now();
+    loop {
+        let left = time.saturating_sub(begun.elapsed());
+        if let Some(reason) = vm.wait(left.min(POLL_INTERVAL)) {
+            return matches!(reason, StopReason::PowerOff | StopReason::Reset);
+        }
+        if left.is_zero() {
+            return false;
+        }
+    }
+}

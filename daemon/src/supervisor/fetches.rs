@@ -1,0 +1,138 @@
+//! How much of the supervisor one VM may take: a process that is stopped answers nothing, and
+//! whatever asks it waits.
+//!
+//! A request for an image takes a thread until it is answered. One that is passed on takes a
+//! connection.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::control::{ApiError, ProblemKind};
+
+/// As many as its process answers at a time.
+const MAX_FETCHES: usize = 4;
+/// Requests to one VM that are passed on at a time.
+const MAX_PASSED: usize = 64;
+/// How long a request for an image waits for its turn.
+const TURN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Permission to ask for an image, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Fetch(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
+
+/// Who asks for images, by VM.
+#[derive(Debug, Default)]
+pub(super) struct Fetches(Mutex<BTreeMap<String, Arc<Semaphore>>>);
+
+impl Fetches {
+    /// Waits for permission to ask for an image of `vm`. No thread waits.
+    ///
+    /// # Errors
+    /// When those who have it do not get on.
+    pub(super) async fn begin(&self, vm: &str) -> Result<Fetch, ApiError> {
+        self.begin_within(vm, TURN_TIMEOUT).await
+    }
+
+    async fn begin_within(&self, vm: &str, limit: Duration) -> Result<Fetch, ApiError> {
+        let of_vm = {
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // Those that somebody has or waits for.
+            all.retain(|_, turns| Arc::strong_count(turns) > 1);
+            let new = || Arc::new(Semaphore::new(MAX_FETCHES));
+            Arc::clone(all.entry(vm.to_owned()).or_insert_with(new))
+        };
+        let silent = || {
+            let text = format!("{MAX_FETCHES} requests wait for an image of {vm:?}, whose process does not answer");
+            ApiError::new(ProblemKind::VmSilent, text)
+        };
+        // It is never closed.
+        let permit = timeout(limit, of_vm.acquire_owned()).await.ok().and_then(Result::ok);
+        permit.map(Fetch).ok_or_else(silent)
+    }
+}
+
+/// Requests that are passed on, by VM.
+#[derive(Debug, Default)]
+pub(super) struct Passing(Mutex<BTreeMap<String, usize>>);
+
+/// A request that is passed on, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Passed<'a> {
+    of: &'a Passing,
+    vm: String,
+}
+
+impl Passing {
+    fn counts(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to pass a request on to `vm`.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub(super) fn begin(&self, vm: &str) -> Result<Passed<'_>, ApiError> {
+        let mut counts = self.counts();
+        let count = counts.entry(vm.to_owned()).or_default();
+        if *count >= MAX_PASSED {
+            let text = format!("{MAX_PASSED} requests to {vm:?} are under way");
+            return Err(ApiError::new(ProblemKind::TooMany, text));
+        }
+        *count += 1;
+        Ok(Passed { of: self, vm: vm.to_owned() })
+    }
+}
+
+impl Drop for Passed<'_> {
+    fn drop(&mut self) {
+        let mut counts = self.of.counts();
+        if let Some(count) = counts.get_mut(&self.vm) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.vm);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_does_not_answer_takes_four_threads_and_no_more() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let fetches = Fetches::default();
+            let soon = Duration::from_millis(20);
+            let mut held = Vec::new();
+            for _ in 0..MAX_FETCHES {
+                held.push(fetches.begin_within("web", soon).await.unwrap());
+            }
+            let refused = fetches.begin_within("web", soon).await.map(drop);
+            assert_eq!(refused.map_err(|error| error.kind), Err(ProblemKind::VmSilent));
+            // Another is not held up, and neither is it when one has its image.
+            fetches.begin_within("other", soon).await.map(drop).unwrap();
+            held.pop();
+            fetches.begin_within("web", soon).await.map(drop).unwrap();
+            drop(held);
+            fetches.begin_within("last", soon).await.map(drop).unwrap();
+            assert_eq!(fetches.0.lock().unwrap().len(), 1, "nobody waits for the others");
+        });
+    }
+
+    #[test]
+    fn requests_to_one_vm_are_bounded_and_counted_down() {
+        let passing = Passing::default();
+        let held: Vec<_> = (0..MAX_PASSED).map(|_| passing.begin("web").unwrap()).collect();
+        assert_eq!(passing.begin("web").map(drop).map_err(|error| error.kind), Err(ProblemKind::TooMany));
+        drop(passing.begin("other").unwrap());
+        drop(held);
+        drop(passing.begin("web").unwrap());
+        assert!(passing.counts().is_empty());
+    }
+}

@@ -1,0 +1,268 @@
+//! The processes of VMs that the supervisor has started.
+//!
+//! A process is known by its pidfd: a number may be another's later, and what a process says of
+//! itself is not believed. One that has given its name back and does not end is killed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use crate::worker::has_ended;
+use clade_vmm::vm::VmConfig;
+
+/// How long a process may run on that has given its name back.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for one that gives its disks what was written since a fork. It begins when nobody else
+/// uses the disks any more.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a process that is killed may take to end: it may have much memory.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A process as it was at its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ProcessId {
+    pid: u32,
+    /// In clock ticks since the host's start: another process of the number has another.
+    started: u64,
+}
+
+impl ProcessId {
+    /// Of the process that has the number now. None if there is none.
+    pub(super) fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // Field 22; the second is the name, which may have spaces and brackets.
+        let started = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+        Some(Self { pid, started })
+    }
+
+    pub(super) fn pid(self) -> u32 {
+        self.pid
+    }
+
+    /// A descriptor of the process. None if it has ended.
+    pub(super) fn open(self) -> Option<OwnedFd> {
+        let pidfd = pidfd_open(Pid::from_raw(self.pid as i32)?, PidfdFlags::empty()).ok()?;
+        // After it is open: from here on the number is of that process.
+        (Self::of(self.pid) == Some(self)).then_some(pidfd)
+    }
+}
+
+/// Kills a process, and waits for its end. Returns whether it has ended.
+pub(super) fn kill(pidfd: &OwnedFd) -> bool {
+    // One that has ended already is not there to be killed.
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
+    has_ended(pidfd, KILL_TIMEOUT)
+}
+
+/// A VM's process.
+#[derive(Clone, Debug)]
+pub(super) struct OwnVm {
+    pub(super) name: String,
+    pub(super) process: Arc<OwnedFd>,
+    /// Images of disks that it may give something at its end.
+    images: Vec<PathBuf>,
+    /// Since when it has no name any more.
+    given_back: Option<Instant>,
+    /// Whether a request has stopped it, so that its end is no surprise.
+    pub(super) is_stopped: bool,
+}
+
+impl OwnVm {
+    /// The process of a VM that was booted or forked.
+    pub(super) fn new(name: &str, process: OwnedFd, config: &VmConfig, is_booted: bool) -> Self {
+        let given = config.disks.iter().filter(|disk| is_booted && !disk.disk.read_only && !disk.disk.ephemeral);
+        Self {
+            name: name.to_owned(),
+            process: Arc::new(process),
+            images: given.map(|disk| disk.disk.path.clone()).collect(),
+            given_back: None,
+            is_stopped: false,
+        }
+    }
+
+    pub(super) fn has_name(&self) -> bool {
+        self.given_back.is_none()
+    }
+
+    fn is_there(&self) -> bool {
+        !has_ended(&self.process, Duration::ZERO)
+    }
+}
+
+/// The processes, by their numbers.
+#[derive(Debug, Default)]
+pub(super) struct Processes(Mutex<BTreeMap<u32, OwnVm>>);
+
+impl Processes {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u32, OwnVm>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add(&self, vms: impl IntoIterator<Item = (u32, OwnVm)>) {
+        self.all().extend(vms);
+    }
+
+    pub(super) fn remove(&self, pid: u32) -> Option<OwnVm> {
+        self.all().remove(&pid)
+    }
+
+    /// The names of VMs that have theirs.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        self.all().values().filter(|vm| vm.has_name()).map(|vm| vm.name.clone()).collect()
+    }
+
+    /// The process of a VM that has its name, and its number.
+    pub(super) fn of(&self, name: &str) -> Option<(u32, OwnVm)> {
+        let all = self.all();
+        let found = all.iter().find(|(_, vm)| vm.has_name() && vm.name == name);
+        found.map(|(pid, vm)| (*pid, vm.clone()))
+    }
+
+    pub(super) fn is_there(&self, pid: u32) -> bool {
+        self.all().get(&pid).is_some_and(OwnVm::is_there)
+    }
+
+    /// A request has stopped a VM, or is about to kill it.
+    pub(super) fn mark_stopped(&self, pid: u32) {
+        if let Some(vm) = self.all().get_mut(&pid) {
+            vm.is_stopped = true;
+        }
+    }
+
+    /// The process has given its name back. It may take some time to end.
+    pub(super) fn give_back(&self, pid: u32) {
+        if let Some(vm) = self.all().get_mut(&pid) {
+            vm.given_back.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Forgets those that have ended, but for VMs called as `is_awaited` says: their end is looked
+    /// at later.
+    pub(super) fn forget_ended(&self, is_awaited: impl Fn(&str) -> bool) {
+        self.all().retain(|_, vm| vm.is_there() || (vm.has_name() && is_awaited(&vm.name)));
+    }
+
+    /// Kills those that have given their names back and run on for too long. `is_used` says whether
+    /// another VM or a checkpoint uses an image: so long its process waits, as it should.
+    pub(super) fn kill_overdue(&self, is_used: impl Fn(&PathBuf) -> bool) {
+        let overdue: Vec<(u32, OwnVm)> = {
+            let mut all = self.all();
+            for vm in all.values_mut().filter(|vm| vm.given_back.is_some()) {
+                if vm.images.iter().any(&is_used) {
+                    vm.given_back = Some(Instant::now());
+                }
+            }
+            let found = all.iter().filter(|(_, vm)| is_overdue(vm));
+            found.map(|(pid, vm)| (*pid, vm.clone())).collect()
+        };
+        for (pid, vm) in overdue {
+            tracing::warn!(name = vm.name, pid, "a process has given its VM's name back and runs on: it is killed");
+            let _ = pidfd_send_signal(&vm.process, Signal::KILL);
+        }
+    }
+}
+
+fn is_overdue(vm: &OwnVm) -> bool {
+    let limit = if vm.images.is_empty() { LEAVE_TIMEOUT } else { COMMIT_TIMEOUT };
+    vm.given_back.is_some_and(|since| since.elapsed() > limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use clade_devices::disk::DiskConfig;
+    use clade_devices::virtio::block::BlockOptions;
+    use clade_vmm::vm::DiskSpec;
+
+    use super::*;
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            Self(Command::new("sleep").arg("60").spawn().unwrap())
+        }
+
+        fn id(&self) -> ProcessId {
+            ProcessId::of(self.0.id()).unwrap()
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn config() -> VmConfig {
+        VmConfig::bare(32 << 20, 1).unwrap()
+    }
+
+    fn long_ago() -> Option<Instant> {
+        Instant::now().checked_sub(COMMIT_TIMEOUT + Duration::from_secs(1))
+    }
+
+    #[test]
+    fn a_number_is_another_process_when_it_has_another_start() {
+        let sleeper = Sleeper::start();
+        let id = sleeper.id();
+        assert!(id.open().is_some());
+        let other = ProcessId { started: id.started + 1, ..id };
+        assert!(other.open().is_none(), "the number was another's");
+        let pidfd = id.open().unwrap();
+        drop(sleeper);
+        assert!(has_ended(&pidfd, Duration::ZERO) && id.open().is_none());
+    }
+
+    #[test]
+    fn a_process_that_gives_its_name_back_and_lives_on_is_killed() {
+        let (here, gone) = (Sleeper::start(), Sleeper::start());
+        let processes = Processes::default();
+        for (name, sleeper) in [("here", &here), ("gone", &gone)] {
+            let vm = OwnVm::new(name, sleeper.id().open().unwrap(), &config(), true);
+            processes.add([(sleeper.id().pid(), vm)]);
+        }
+        let pid = gone.id().pid();
+        processes.give_back(pid);
+        assert_eq!(processes.names(), BTreeSet::from(["here".to_owned()]));
+        assert!(processes.of("gone").is_none() && processes.of("here").is_some());
+        processes.kill_overdue(|_| false);
+        assert!(processes.is_there(pid), "it has time");
+        let Some(since) = long_ago() else { return };
+        processes.all().get_mut(&pid).unwrap().given_back = Some(since);
+        processes.kill_overdue(|_| false);
+        let ended = &processes.all()[&pid].process.clone();
+        assert!(has_ended(ended, KILL_TIMEOUT));
+        processes.forget_ended(|_| true);
+        assert!(!processes.is_there(pid) && processes.is_there(here.id().pid()));
+        assert_eq!(processes.all().len(), 1);
+    }
+
+    #[test]
+    fn a_process_waits_while_its_images_are_used_and_only_if_it_was_booted_with_them() {
+        let sleeper = Sleeper::start();
+        let (mut with_disk, pid) = (config(), sleeper.id().pid());
+        let (disk, device) = (DiskConfig::new("/srv/disk".as_ref()), BlockOptions::default());
+        with_disk.disks.push(DiskSpec { disk, device });
+        let child = OwnVm::new("child", sleeper.id().open().unwrap(), &with_disk, false);
+        assert!(child.images.is_empty());
+        let Some(since) = long_ago() else { return };
+        let mut vm = OwnVm::new("web", sleeper.id().open().unwrap(), &with_disk, true);
+        vm.given_back = Some(since);
+        let processes = Processes::default();
+        processes.add([(pid, vm)]);
+        processes.kill_overdue(|image| image.ends_with("disk"));
+        assert!(processes.is_there(pid));
+        // From then on it has time to write.
+        processes.kill_overdue(|_| false);
+        assert!(processes.is_there(pid));
+    }
+}
