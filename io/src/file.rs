@@ -530,4 +530,21 @@ mod tests {
         assert_eq!((file.size().unwrap(), file.is_named()), (1 << 20, false));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
+
+    #[test]
+    fn the_descriptor_of_a_lock_cannot_be_written_through_and_holds_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![7; 4096]).unwrap();
+        let file = IoFile::open(&path, true, CachePolicy::Host).unwrap();
+        let lock = file.lock_descriptor().unwrap();
+        let flags = rustix::fs::fcntl_getfl(&lock).unwrap();
+        assert_eq!(flags & rustix::fs::OFlags::ACCMODE, rustix::fs::OFlags::RDONLY);
+        assert!(File::from(lock.try_clone().unwrap()).set_len(0).is_err());
+        drop(file);
+        assert!(matches!(IoFile::open(&path, true, CachePolicy::Host), Err(OpenError::Locked { .. })));
+        drop(lock);
+        drop(IoFile::open(&path, true, CachePolicy::Host).unwrap());
+        assert!(IoFile::unnamed(dir.path(), 4096, CachePolicy::Host).unwrap().lock_descriptor().is_err(), "no lock");
+    }
 }

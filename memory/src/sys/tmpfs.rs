@@ -59,3 +59,21 @@ pub(crate) fn small_file(pages: u64) -> io::Result<File> {
     ftruncate(&fd, pages << PAGE_SHIFT)?;
     Ok(fd.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// A process that has one open for reading must not open it again for writing, through procfs.
+    #[test]
+    fn files_of_both_kinds_are_their_owners_to_read_alone() {
+        let mode = |file: &File| file.metadata().unwrap().mode() & 0o7777;
+        assert_eq!(mode(&small_file(1).unwrap()), 0o400);
+        let Ok(huge) = HugeTmpfs::mount() else {
+            return println!("skipped: no tmpfs in huge pages can be mounted");
+        };
+        assert_eq!(mode(&huge.file(1).unwrap()), 0o400);
+    }
+}

@@ -462,3 +462,24 @@ fn a_flush_waits_for_the_one_before_it() {
 mod order;
 mod survival;
 mod tied;
+
+/// An overlay is handed to other processes to be read, and none opens it for writing again. One of a
+/// disk that keeps a journal is given a name, and whoever finds it writes it.
+#[test]
+fn overlays_are_written_again_only_where_a_journal_names_them() {
+    let bench = Bench::new();
+    let mode = |disk: &Disk| rustix::fs::fstat(&**disk.chain.active().unwrap()).unwrap().st_mode & 0o7777;
+    let mut disk = bench.open();
+    let image = disk.fork();
+    write(&mut disk, 0, &[2; 4096]);
+    assert_eq!(mode(&disk), 0o600);
+    drop(image);
+    // In another process a disk has layers, and no image that it may write.
+    let config = DiskConfig::new(&bench.path);
+    let mut child = crate::disk::DiskImage::from_layers(&config, SIZE, &[]).unwrap().open().unwrap();
+    write(&mut child, 0, &[2; 4096]);
+    assert_eq!(mode(&child), 0o400);
+    let mut grandchild = child.fork().open().unwrap();
+    write(&mut grandchild, 0, &[3; 4096]);
+    assert_eq!(mode(&grandchild), 0o400);
+}

@@ -1,14 +1,23 @@
 //! Images taken apart and put together again, and what is wrong with parts.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_guests::BARE_ELF;
 use clade_memory::{NoFork, PageRange, Store};
+use clade_snapshot::SaveProgress;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::boot::{BootSource, Image};
 use crate::kvm::testutil::host;
 use crate::vm::tests::storm::{Pair, boot, goes_on};
-use crate::vm::{ChildOptions, Context, ForkImage, ImageParts, Leases, Overlays, TransferError, Vm};
+use crate::vm::{
+    ChildOptions, Context, DiskSpec, ForkImage, ImageParts, Leases, Overlays, SnapshotError, SnapshotOptions,
+    TransferError, Vm, VmConfig,
+};
 
 const PAIRS: [Pair; 1] = [Pair::Relay];
 /// A page that the guest does not use.
@@ -116,4 +125,30 @@ fn a_layer_that_could_be_written_is_refused() {
     parts.files[0] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
     let error = ForkImage::import(&context, parts, Overlays::AsNamed).unwrap_err();
     assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));
+}
+
+/// The base of an incremental snapshot may be of an earlier VM of the name.
+#[test]
+fn a_snapshot_based_on_an_image_with_other_disks_is_refused() {
+    let Some(context) = context() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    let mut config = VmConfig::bare(32 << 20, 1).unwrap();
+    let image = |config: &VmConfig| {
+        let source = BootSource::new(Image::Bytes(BARE_ELF.into()));
+        let vm = Vm::boot(&context, "disks", &Arc::new(config.clone()), &source).unwrap();
+        vm.fork().unwrap().0
+    };
+    let none = image(&config);
+    config.disks.push(DiskSpec { disk: DiskConfig::new(&path), device: BlockOptions::default() });
+    let one = image(&config);
+    let cancel = AtomicBool::new(false);
+    let watch = SaveProgress { progress: &|_, _| {}, cancel: &cancel };
+    let base = dir.path().join("base");
+    let (place, _) = none.save(&base, None, SnapshotOptions::default(), &watch).unwrap();
+    let options = SnapshotOptions { incremental: true, ..SnapshotOptions::default() };
+    let refused = one.save(&dir.path().join("next"), Some((&place, &none)), options, &watch).unwrap_err();
+    assert!(matches!(refused, SnapshotError::Disks { found: 0, wanted: 1 }), "{refused:?}");
+    assert!(!dir.path().join("next").exists());
 }

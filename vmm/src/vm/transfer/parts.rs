@@ -477,3 +477,26 @@ pub(crate) fn is_memory(store: &Store, bytes: &[u8], files: Vec<OwnedFd>) -> boo
         .and_then(|(description, _)| ram(store, &description, &mut Received::new(files), &mut SharedFiles::default()))
         .is_ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_that_is_kept_is_a_pipe_or_cannot_be_written() {
+        let keep = |file: OwnedFd| Received::new(vec![file]).keep(0).map(drop).map_err(|error| error.to_string());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, b"x").unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        keep(writer.into()).unwrap();
+        keep(reader.into()).unwrap();
+        keep(File::open(&path).unwrap().into()).unwrap();
+        for options in [File::options().write(true), File::options().read(true).write(true)] {
+            let refused = keep(options.open(&path).unwrap().into()).unwrap_err();
+            assert!(refused.contains("can be written"), "{refused}");
+        }
+    }
+}
