@@ -7,6 +7,8 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `make` | children and booted VMs, all of a request or none |
+//! | `ends` | what has ended is noticed, and cleared up |
 //! | `checkpoint` | images that are held, to fork from |
 //! | `about` | what is known of a VM, whatever its process says |
 //! | `hand` | what a worker may reach, and what it is handed |
@@ -27,10 +29,12 @@
 mod about;
 mod broker;
 mod checkpoint;
+mod ends;
 mod events;
 mod fetches;
 mod hand;
 mod idempotency;
+mod make;
 mod metrics;
 mod openapi;
 mod overlays;
@@ -43,41 +47,34 @@ mod snapshots;
 
 pub use server::TcpError;
 
-use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
-use crate::control::{
-    ApiError, BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
-};
+use crate::control::{ApiError, CheckpointInfo, ProblemKind, StopAnswer, SupervisorInfo, VmInfo};
 use crate::fleet::{
-    Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
-    check_name, check_names, check_room, claim_names, recorded_reason, vm_names,
+    Cancel, CancelReason, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room,
 };
 use crate::image::give_broker;
-use crate::jail::{Confinement, is_block_device};
-use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
+use crate::jail::Confinement;
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::clear_up;
 pub use about::{in_session, is_in_session, settle_dead, vms_in};
 use broker::Broker;
 use checkpoint::{Checkpoint, Checkpoints};
-use clade_vmm::vm::{Endpoints, VmError};
 use events::Events;
 pub(crate) use fetches::Fetch;
 use fetches::{Fetches, Passing};
-use hand::{Hand, Place};
+use hand::Place;
 use idempotency::Keys;
 use overlays::OverlayDirs;
 use pool::Pool;
@@ -86,8 +83,6 @@ use snapshots::Snapshots;
 
 /// Clients that are given metrics at a time.
 const MAX_SCRAPES: usize = 4;
-/// How often it looks for what dead processes have left.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
 #[derive(Clone, Debug)]
@@ -200,7 +195,7 @@ impl Supervisor {
         let weak = Arc::downgrade(&supervisor.0);
         thread::Builder::new()
             .name("clade-ends".to_owned())
-            .spawn(move || watch_ends(&exits, &weak))
+            .spawn(move || ends::watch(&exits, &weak))
             .map_err(failed)?;
         supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
@@ -333,221 +328,6 @@ impl Supervisor {
         self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
     }
 
-    /// Forks a VM, in whatever process it is, into children of one instant.
-    ///
-    /// # Errors
-    /// When there is no such VM, or a child cannot be made: then there is none (I13). The parent
-    /// runs on.
-    pub(crate) fn fork_vm(
-        &self,
-        vm: &str,
-        request: &ForkRequest,
-        fetch: Fetch,
-        cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
-        let begun = Instant::now();
-        let _busy = self.0.busy.read();
-        // Before the parent is paused: a refused request costs it nothing.
-        let claims = self.claim(vm, request, cancel)?;
-        let _making = self.0.making(&claims);
-        let claimed = Instant::now();
-        let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, request.count, cancel))?;
-        drop(fetch);
-        tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
-        let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        let answer = checkpoint.answer(made, begun.elapsed());
-        self.0.events.forked(vm, &answer.children, answer.pause_us);
-        Ok(answer)
-    }
-
-    /// Starts children from a checkpoint.
-    ///
-    /// # Errors
-    /// As for a VM's.
-    pub(crate) fn fork_checkpoint(
-        &self,
-        name: &str,
-        request: &ForkRequest,
-        cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
-        let begun = Instant::now();
-        let _busy = self.0.busy.read();
-        let checkpoint = self.0.checkpoints.get(name)?;
-        let claims = self.claim(name, request, cancel)?;
-        let _making = self.0.making(&claims);
-        let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        let answer = checkpoint.answer(made, begun.elapsed());
-        self.0.events.forked(name, &answer.children, answer.pause_us);
-        Ok(answer)
-    }
-
-    fn claim(&self, stem: &str, request: &ForkRequest, cancel: &Cancel) -> Result<Vec<NameClaim>, FleetError> {
-        check_names(request.count, request.name.as_deref())?;
-        // Each name and each process is a descriptor here. What else they need is known when the image is.
-        let (count, needs) = (request.count, Needs { descriptors: 4, threads: 1, mappings: 0 });
-        check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
-        let identity = request.identity();
-        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
-        let listed = self.0.processes.names();
-        let check = || self.check(0, request.count, cancel);
-        claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
-    }
-
-    fn start_children(
-        &self,
-        checkpoint: &Checkpoint,
-        claims: Vec<NameClaim>,
-        request: &ForkRequest,
-        cancel: &Cancel,
-    ) -> Result<Vec<Made>, FleetError> {
-        let count = claims.len();
-        let About { shape, identity, session, .. } = checkpoint.about();
-        check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
-        let choice = request.identity();
-        let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
-        // While any is made: a worker is told of directories that are there.
-        let _overlays = self.0.overlays.hold(&shape.written())?;
-        claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
-        let order = |worker: &Worker, claim: &NameClaim| {
-            let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
-            let overlays = self.0.overlays.hold(&shape.written())?;
-            let family = (shape, session.as_deref());
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
-            let order = ForkOrder {
-                name: claim.name.clone(),
-                shape: shape.clone(),
-                handed,
-                parent: checkpoint.vm().map(str::to_owned),
-                is_tied: session.is_some(),
-                paused: request.paused,
-                labels: labels.clone(),
-            };
-            worker.fork(order, &hand.files(claim), checkpoint.parts())?;
-            hand.sent();
-            Ok(hand)
-        };
-        let enter = self.0.place.of_child(shape);
-        let made = self.make(Some(shape), &enter, &claims, order, |made| self.check(made, count, cancel))?;
-        claims.into_iter().for_each(NameClaim::leave);
-        Ok(made)
-    }
-
-    /// Boots a VM.
-    ///
-    /// # Errors
-    /// When the name is taken, or the VM cannot be made.
-    pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
-        let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session } = request;
-        session.as_deref().map_or(Ok(()), check_name)?;
-        let claim = NameClaim::new(&self.0.dir, &name)?;
-        check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
-        config.check_devices().map_err(VmError::from)?;
-        config.check_queues().map_err(VmError::from)?;
-        let shape = Shape::of_boot(&config);
-        // The writes of a disk that keeps no journal. Others are made beside the image.
-        let mut written = Vec::new();
-        for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays) {
-            let has_journal = !disk.disk.ephemeral && !is_block_device(&disk.disk.path);
-            if !disk.disk.read_only && !has_journal {
-                disk.disk.overlays = Some(overlays.clone());
-                written.push(overlays.clone());
-            }
-        }
-        let shape = Shape { config: config.clone(), ..shape };
-        let _overlays = self.0.overlays.hold(&written)?;
-        let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
-        let claims = [claim];
-        let _making = self.0.making(&claims);
-        self.0.forget_earlier(&claims[0].name);
-        let give = |worker: &Worker, claim: &NameClaim| {
-            let ends = Endpoints::boot(&config).map_err(VmError::from)?;
-            let overlays = self.0.overlays.hold(&written)?;
-            let family = (&shape, session.as_deref());
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
-            let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
-            let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
-            let order =
-                BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied: session.is_some() };
-            worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
-            hand.sent();
-            Ok(hand.booted())
-        };
-        let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
-        claims.into_iter().for_each(NameClaim::leave);
-        made.iter().for_each(|vm| self.0.events.booted(&vm.name));
-        made.into_iter().next().ok_or(FleetError::Ending)
-    }
-
-    /// Has a worker for each claim make its VM, as `order` says, and then all run. The claims must
-    /// outlive this when it fails: names are free when nothing uses them any more.
-    fn make(
-        &self,
-        shape: Option<&Shape>,
-        enter: &EnterOrder,
-        claims: &[NameClaim],
-        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
-        check: impl Fn(usize) -> Result<(), FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
-        let prepared = shape.map_or_else(Vec::new, |shape| self.0.pool.take(shape, claims.len()));
-        let were_prepared = !prepared.is_empty();
-        match self.make_with(prepared, enter, claims, &order, &check) {
-            // One that was prepared may have died meanwhile. Others have no such excuse.
-            Err(FleetError::Worker { source }) if were_prepared => {
-                tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
-                self.make_with(Vec::new(), enter, claims, &order, &check)
-            }
-            made => made,
-        }
-    }
-
-    fn make_with(
-        &self,
-        prepared: Vec<Worker>,
-        enter: &EnterOrder,
-        claims: &[NameClaim],
-        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
-        check: impl Fn(usize) -> Result<(), FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
-        let begun = Instant::now();
-        let fresh = |count| {
-            let workers = self.0.zygote.workers(count)?;
-            workers.iter().try_for_each(|worker| worker.enter(enter.clone()))?;
-            Ok::<_, FleetError>(workers)
-        };
-        let mut workers = Workers(fresh(claims.len() - prepared.len())?);
-        // The prepared ones first: they are the first to be done.
-        workers.0.splice(..0, prepared);
-        let have_workers = Instant::now();
-        let mut hands = Vec::with_capacity(claims.len());
-        for (at, claim) in claims.iter().enumerate() {
-            check(0)?;
-            let hand = match order(&workers.0[at], claim) {
-                // One that was prepared may have died meanwhile. Another has no such excuse.
-                Err(FleetError::Worker { .. } | FleetError::Transfer(_)) => {
-                    workers.0[at] = fresh(1)?.pop().ok_or(FleetError::Ending)?;
-                    order(&workers.0[at], claim)
-                }
-                other => other,
-            };
-            hands.push(hand?);
-        }
-        // Before they run: one may end at once.
-        let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        for ((worker, claim), hand) in workers.0.iter().zip(claims).zip(&hands) {
-            let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
-            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process))]);
-        }
-        let ordered = Instant::now();
-        let made = workers.run_together(check).inspect_err(|_| {
-            pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
-        })?;
-        hands.into_iter().for_each(Hand::keep);
-        let (workers, orders) = (have_workers - begun, ordered - have_workers);
-        tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
-        Ok(made)
-    }
-
     /// The supervisor in numbers.
     pub(crate) fn info(&self) -> SupervisorInfo {
         SupervisorInfo {
@@ -565,198 +345,9 @@ impl Supervisor {
     }
 }
 
-/// VMs that are being made, until this is dropped.
-#[derive(Debug)]
-struct Making<'a> {
-    of: &'a Inner,
-    names: Vec<String>,
-}
-
-impl Drop for Making<'_> {
-    fn drop(&mut self) {
-        let mut making = self.of.making.lock().unwrap_or_else(PoisonError::into_inner);
-        making.retain(|name| !self.names.contains(name));
-    }
-}
-
-/// Clears up after workers that have ended.
-fn watch_ends(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
-    let mut due = Instant::now() + SWEEP_INTERVAL;
-    // Found dead by the last sweep, and nobody had said so.
-    let mut suspects = BTreeSet::new();
-    // What is there already.
-    if let Some(inner) = supervisor.upgrade() {
-        inner.observe();
-    }
-    loop {
-        let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
-            Ok(exit) => Some(exit),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        let Some(inner) = supervisor.upgrade() else { return };
-        if let Some(exit) = exit {
-            inner.ended(exit);
-        }
-        // However many ends come.
-        if Instant::now() >= due {
-            suspects = inner.sweep(&suspects);
-            inner.observe();
-            due = Instant::now() + SWEEP_INTERVAL;
-        }
-    }
-}
-
 impl Inner {
     fn serve(&self, server: impl Future<Output = ()> + Send + 'static) {
         let server = self.runtime.spawn(server);
         self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
-    }
-
-    fn ends(&self) -> MutexGuard<'_, ()> {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes that VMs are being made, until that is dropped.
-    fn making(&self, claims: &[NameClaim]) -> Making<'_> {
-        let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
-        self.making.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
-        Making { of: self, names }
-    }
-
-    /// Names of VMs that are this supervisor's to announce.
-    fn own_names(&self) -> BTreeSet<String> {
-        let mut names = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        names.extend(self.processes.names());
-        names
-    }
-
-    fn ended(&self, exit: Exit) {
-        let _ends = self.ends();
-        let Some(vm) = self.processes.remove(exit.pid) else { return };
-        let name = vm.name.clone();
-        tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
-        // Its name is another's by now, or free.
-        if !vm.has_name() {
-            return self.say_ended(&name);
-        }
-        // By itself, or by a signal that it has heard, or because it did not stop as asked.
-        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
-        let was_orderly = in_order || vm.is_stopped;
-        // Its files are there. The lock went with it, unless another has the name by now: or this
-        // process, which has not left it to the VM yet.
-        match NameClaim::new(&self.dir, &name) {
-            Ok(claim) => self.clear_up(claim, exit, was_orderly),
-            Err(FleetError::Taken { .. }) => self.unsettled().push((name.clone(), exit, was_orderly)),
-            Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
-        }
-        self.say_ended(&name);
-    }
-
-    /// Images of disks that VMs of this directory use, or checkpoints.
-    fn used_images(&self) -> BTreeSet<PathBuf> {
-        let of_vms = About::all(&self.dir).unwrap_or_default();
-        let configs = of_vms.into_iter().map(|(_, about)| about.shape.config).chain(self.checkpoints.configs());
-        configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
-    }
-
-    fn unsettled(&self) -> MutexGuard<'_, Vec<(String, Exit, bool)>> {
-        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Clears up after VMs whose names were taken when they ended.
-    fn settle(&self) {
-        let ended = std::mem::take(&mut *self.unsettled());
-        for (name, exit, was_orderly) in ended {
-            // Another VM has the name, or somebody has cleared up.
-            let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
-            if is_gone || self.processes.of(&name).is_some() {
-                continue;
-            }
-            if let Ok(claim) = NameClaim::new(&self.dir, &name) {
-                self.clear_up(claim, exit, was_orderly);
-            }
-        }
-    }
-
-    /// Records the end of a VM, and removes its files.
-    fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
-        self.snapshots.forget(&claim.name);
-        if let Some(about) = clear_up(claim, exit, was_orderly) {
-            self.overlays.release(&about.overlays);
-        }
-    }
-
-    /// Forgets an earlier VM of a name that is claimed: it died, and nobody has cleared up.
-    fn forget_earlier(&self, name: &str) {
-        self.snapshots.forget(name);
-        if let Ok(Some(about)) = About::read(&self.dir, name) {
-            about.remove_sockets();
-            self.overlays.release(&about.overlays);
-        }
-    }
-
-    /// Says that a VM has ended, unless another has its name by now.
-    fn say_ended(&self, name: &str) {
-        if self.processes.of(name).is_none() {
-            self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
-        }
-    }
-
-    /// Says what VMs of other processes are there, and what has ended without a report.
-    fn observe(&self) {
-        self.events.zygote_restarts(self.zygote.restarts());
-        // Before and after: one may be made, or fail, while the directory is read.
-        let mut ours = self.own_names();
-        match vm_names(&self.dir) {
-            Ok(there) => {
-                ours.extend(self.own_names());
-                self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
-            }
-            Err(error) => tracing::warn!(%error, "the directory cannot be read"),
-        }
-    }
-
-    /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
-    /// workers, and VMs of other processes of the directory are no workers. Returns those of workers
-    /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
-    /// next sweep.
-    fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
-        let _ends = self.ends();
-        self.settle();
-        let mut found = BTreeSet::new();
-        let dead = match NameClaim::of_the_dead(&self.dir) {
-            Ok(dead) => dead,
-            Err(error) => {
-                tracing::warn!(%error, "what dead processes have left stays");
-                return found;
-            }
-        };
-        for (claim, pid) in dead {
-            // Not under the lock: clearing up takes time.
-            let worker = self.processes.of(&claim.name).map(|(pid, _)| pid);
-            if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
-                // Its process waits until it may give its disks what was written since a fork. Or it
-                // does not end, as one does that was broken into.
-                self.processes.give_back(pid);
-                self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
-                continue;
-            }
-            if worker.is_some() && !suspects.contains(&claim.name) {
-                found.insert(claim.name.clone());
-                claim.leave();
-                continue;
-            }
-            // What the lock says, its owner has written.
-            let pid = worker.unwrap_or(pid);
-            tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
-            self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
-            worker.map(|pid| self.processes.remove(pid));
-        }
-        // Those that have ended in an orderly way under a zygote that was killed.
-        self.processes.forget_ended(|name| found.contains(name));
-        let used = OnceCell::new();
-        self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
-        found
     }
 }

@@ -1,0 +1,207 @@
+//! What has ended: VMs' processes are noticed, their names set free, their files removed.
+
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use super::Inner;
+use super::about::{About, clear_up};
+use crate::fleet::{FleetError, NameClaim, recorded_reason, vm_names};
+use crate::zygote::Exit;
+
+/// How often it looks for what dead processes have left.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
+
+/// VMs that are being made, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Making<'a> {
+    of: &'a Inner,
+    names: Vec<String>,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        let mut making = self.of.making.lock().unwrap_or_else(PoisonError::into_inner);
+        making.retain(|name| !self.names.contains(name));
+    }
+}
+
+/// Clears up after workers that have ended.
+pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
+    let mut due = Instant::now() + SWEEP_INTERVAL;
+    // Found dead by the last sweep, and nobody had said so.
+    let mut suspects = BTreeSet::new();
+    // What is there already.
+    if let Some(inner) = supervisor.upgrade() {
+        inner.observe();
+    }
+    loop {
+        let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            Ok(exit) => Some(exit),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let Some(inner) = supervisor.upgrade() else { return };
+        if let Some(exit) = exit {
+            inner.ended(exit);
+        }
+        // However many ends come.
+        if Instant::now() >= due {
+            suspects = inner.sweep(&suspects);
+            inner.observe();
+            due = Instant::now() + SWEEP_INTERVAL;
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn ends(&self) -> MutexGuard<'_, ()> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that VMs are being made, until that is dropped.
+    pub(super) fn making(&self, claims: &[NameClaim]) -> Making<'_> {
+        let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
+        self.making.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
+        Making { of: self, names }
+    }
+
+    /// Names of VMs that are this supervisor's to announce.
+    pub(super) fn own_names(&self) -> BTreeSet<String> {
+        let mut names = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        names.extend(self.processes.names());
+        names
+    }
+
+    fn ended(&self, exit: Exit) {
+        let _ends = self.ends();
+        let Some(vm) = self.processes.remove(exit.pid) else { return };
+        let name = vm.name.clone();
+        tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
+        // Its name is another's by now, or free.
+        if !vm.has_name() {
+            return self.say_ended(&name);
+        }
+        // By itself, or by a signal that it has heard, or because it did not stop as asked.
+        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
+        let was_orderly = in_order || vm.is_stopped;
+        // Its files are there. The lock went with it, unless another has the name by now: or this
+        // process, which has not left it to the VM yet.
+        match NameClaim::new(&self.dir, &name) {
+            Ok(claim) => self.clear_up(claim, exit, was_orderly),
+            Err(FleetError::Taken { .. }) => self.unsettled().push((name.clone(), exit, was_orderly)),
+            Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
+        }
+        self.say_ended(&name);
+    }
+
+    /// Images of disks that VMs of this directory use, or checkpoints.
+    pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
+        let of_vms = About::all(&self.dir).unwrap_or_default();
+        let configs = of_vms.into_iter().map(|(_, about)| about.shape.config).chain(self.checkpoints.configs());
+        configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
+    }
+
+    fn unsettled(&self) -> MutexGuard<'_, Vec<(String, Exit, bool)>> {
+        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clears up after VMs whose names were taken when they ended.
+    fn settle(&self) {
+        let ended = std::mem::take(&mut *self.unsettled());
+        for (name, exit, was_orderly) in ended {
+            // Another VM has the name, or somebody has cleared up.
+            let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
+            if is_gone || self.processes.of(&name).is_some() {
+                continue;
+            }
+            if let Ok(claim) = NameClaim::new(&self.dir, &name) {
+                self.clear_up(claim, exit, was_orderly);
+            }
+        }
+    }
+
+    /// Records the end of a VM, and removes its files.
+    pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
+        self.snapshots.forget(&claim.name);
+        if let Some(about) = clear_up(claim, exit, was_orderly) {
+            self.overlays.release(&about.overlays);
+        }
+    }
+
+    /// Forgets an earlier VM of a name that is claimed: it died, and nobody has cleared up.
+    pub(super) fn forget_earlier(&self, name: &str) {
+        self.snapshots.forget(name);
+        if let Ok(Some(about)) = About::read(&self.dir, name) {
+            about.remove_sockets();
+            self.overlays.release(&about.overlays);
+        }
+    }
+
+    /// Says that a VM has ended, unless another has its name by now.
+    pub(super) fn say_ended(&self, name: &str) {
+        if self.processes.of(name).is_none() {
+            self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
+        }
+    }
+
+    /// Says what VMs of other processes are there, and what has ended without a report.
+    fn observe(&self) {
+        self.events.zygote_restarts(self.zygote.restarts());
+        // Before and after: one may be made, or fail, while the directory is read.
+        let mut ours = self.own_names();
+        match vm_names(&self.dir) {
+            Ok(there) => {
+                ours.extend(self.own_names());
+                self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
+            }
+            Err(error) => tracing::warn!(%error, "the directory cannot be read"),
+        }
+    }
+
+    /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
+    /// workers, and VMs of other processes of the directory are no workers. Returns those of workers
+    /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
+    /// next sweep.
+    fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
+        let _ends = self.ends();
+        self.settle();
+        let mut found = BTreeSet::new();
+        let dead = match NameClaim::of_the_dead(&self.dir) {
+            Ok(dead) => dead,
+            Err(error) => {
+                tracing::warn!(%error, "what dead processes have left stays");
+                return found;
+            }
+        };
+        for (claim, pid) in dead {
+            // Not under the lock: clearing up takes time.
+            let worker = self.processes.of(&claim.name).map(|(pid, _)| pid);
+            if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
+                // Its process waits until it may give its disks what was written since a fork. Or it
+                // does not end, as one does that was broken into.
+                self.processes.give_back(pid);
+                self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
+                continue;
+            }
+            if worker.is_some() && !suspects.contains(&claim.name) {
+                found.insert(claim.name.clone());
+                claim.leave();
+                continue;
+            }
+            // What the lock says, its owner has written.
+            let pid = worker.unwrap_or(pid);
+            tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
+            self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
+            worker.map(|pid| self.processes.remove(pid));
+        }
+        // Those that have ended in an orderly way under a zygote that was killed.
+        self.processes.forget_ended(|name| found.contains(name));
+        let used = OnceCell::new();
+        self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
+        found
+    }
+}
