@@ -34,7 +34,7 @@ pub use dir::{
 };
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, vm_names};
 pub use ended::{EndedVm, ended_vms};
-pub(crate) use ended::{forget as forget_ended, last_output, recorded_reason, settle};
+pub(crate) use ended::{forget as forget_ended, last_output, record_end, recorded_reason, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 use labels::LabelBook;
 pub use labels::{Label, LabelError, Labels};

@@ -20,7 +20,7 @@ use crate::commands::terminal::{RawMode, type_stdin};
 use crate::commands::worker::{BARE, kernel};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::console::OutputThread;
-use clade_daemon::control::{BootRequest, Client, VmInfo, serve_fleet};
+use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits, serve_fleet};
 use clade_daemon::fleet::{Fleet, FleetError, Labels, runtime_dir};
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{Context, Irqchip, StopReason, Vm, VmConfig, VmError};
@@ -116,7 +116,8 @@ fn background(args: &RunArgs, name: String, config: VmConfig, cmdline: String) -
         ensure()?;
     }
     let labels = Labels::of(&args.label).map_err(Failure::input)?;
-    let request = BootRequest { name, config, kernel, initrd, cmdline, labels };
+    let limits = VmLimits { memory_mib: args.memory_limit.map(|bytes| bytes >> 20), cpus: args.cpu_limit };
+    let request = BootRequest { name, config, kernel, initrd, cmdline, labels, limits };
     let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(&request)))?;
     let limited = limit(std::slice::from_ref(&info.name), args.ttl);
     drop(writeln!(io::stdout(), "{}", info.name));

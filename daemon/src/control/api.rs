@@ -538,6 +538,23 @@ pub struct BootRequest {
     #[serde(default)]
     #[schema(value_type = std::collections::BTreeMap<String, String>)]
     pub labels: Labels,
+    /// What its process may take of the host, and those of its children.
+    #[serde(default)]
+    pub limits: VmLimits,
+}
+
+/// What a VM's process may take of the host. It needs control groups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmLimits {
+    /// Memory in MiB: the guest's RAM, what forks of it still show, and the process itself.
+    #[serde(default)]
+    #[schema(minimum = 32)]
+    pub memory_mib: Option<u64>,
+    /// Processors, also parts of one.
+    #[serde(default)]
+    #[schema(minimum = 0.01, maximum = 1024)]
+    pub cpus: Option<f64>,
 }
 
 /// A request for a checkpoint.

@@ -42,7 +42,7 @@ pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
     GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, PrepareRequest, Prepared, ResetAnswer, ShutdownInfo,
     SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer,
-    TouchedRun, VmInfo, VmState, VsockInfo, WorkingSetAnswer,
+    TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;

@@ -218,3 +218,61 @@ pub(super) fn routes() -> OpenApiRouter<WeakFleet> {
 pub(super) fn with_timers(router: Router<WeakFleet>) -> Router<WeakFleet> {
     router.layer(Extension(Arc::<Timers>::default()))
 }
+
+#[cfg(test)]
+mod tests {
+    use clade_harness::host;
+    use clade_vmm::boot::{BootSource, Image};
+    use clade_vmm::vm::{Context, VmConfig};
+
+    use super::*;
+    use crate::fleet::Fleet;
+    use crate::fleet::tests::Nobody;
+
+    /// Whoever renews a time is told so, and then the one before does not stop the VM; or is told
+    /// that it is over.
+    #[test]
+    fn a_time_is_renewed_or_over_and_not_both() {
+        if host().is_none() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut weak = None;
+        let serve = |fleet| {
+            weak = Some(fleet);
+            Box::new(Nobody) as _
+        };
+        let fleet = Fleet::new(&Context::open().unwrap(), dir.path(), serve).unwrap();
+        let weak = weak.unwrap();
+        let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
+        let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
+        let vm = fleet.launch("web", |context| Vm::boot(context, "web", &config, &source)).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let timers = Arc::<Timers>::default();
+            let begin = |seconds| {
+                let time = Duration::from_secs(seconds);
+                timers.begin(weak.clone(), "web", Arc::downgrade(&vm), time).map_err(|error| error.kind)
+            };
+            begin(3600).unwrap();
+            begin(7200).unwrap();
+            assert!(!timers.is_over("web", 0), "another has taken its place");
+            assert!(vm.stopped().is_none() && timers.left("web").seconds_left > Some(7000.0));
+            assert!(timers.is_over("web", 1));
+            assert_eq!(begin(7200), Err(ProblemKind::WrongState));
+            assert_eq!(timers.end("web").map_err(|error| error.kind), Err(ProblemKind::WrongState));
+            // It is tried until the VM has stopped: the first time, something of it is in use.
+            let of_vm = Arc::downgrade(&vm);
+            let held = Arc::clone(&vm);
+            drop(vm);
+            let stops =
+                tokio::spawn(Arc::clone(&timers).stop_at(Instant::now(), 1, weak.clone(), "web".to_owned(), of_vm));
+            while held.stopped().is_none() {
+                sleep(Duration::from_millis(5)).await;
+            }
+            drop(held);
+            stops.await.unwrap();
+            assert!(fleet.get("web").is_err());
+        });
+    }
+}

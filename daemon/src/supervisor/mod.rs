@@ -10,6 +10,8 @@
 //! | `checkpoint` | images that are held, to fork from |
 //! | `about` | what is known of a VM, whatever its process says |
 //! | `hand` | what a worker may reach, and what it is handed |
+//! | `cgroups` | what the processes of VMs may take of the host |
+//! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
 //! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
@@ -25,12 +27,14 @@
 
 mod about;
 mod broker;
+mod cgroups;
 mod checkpoint;
 mod events;
 mod fetches;
 mod hand;
 mod idempotency;
 mod metrics;
+mod net_hook;
 mod openapi;
 mod overlays;
 mod pool;
@@ -57,34 +61,57 @@ use tokio::task::JoinHandle;
 
 use crate::control::{
     ApiError, BootRequest, CheckpointInfo, ForkAnswer, ForkRequest, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
+    VmLimits,
 };
 use crate::fleet::{
     Cancel, CancelReason, Children, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim,
-    check_names, check_room, claim_names, recorded_reason, vm_names,
+    check_names, check_room, claim_names, record_end, recorded_reason, vm_names,
 };
 use crate::image::give_broker;
 use crate::jail::{Confinement, is_block_device};
-use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
+use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers, has_ended};
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::clear_up;
 use broker::Broker;
+use cgroups::{Bounds, Cgroups, Group};
+pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
-use clade_vmm::vm::{Endpoints, VmError};
+use clade_vmm::vm::{Endpoints, StopReason, VmError};
 use events::Events;
 pub(crate) use fetches::Fetch;
 use fetches::{Fetches, Passing};
-use hand::{Hand, Place};
+use hand::{Hand, Place, Start};
 use idempotency::Keys;
+pub use net_hook::HookError;
+use net_hook::{NetHook, Up};
 use overlays::OverlayDirs;
 use pool::Pool;
 use processes::{Processes, kill};
 use snapshots::Snapshots;
 
+/// The least memory of a VM's process, in MiB.
+const MIN_LIMIT_MIB: u64 = 32;
+/// How much processor time a VM's limit may be.
+const MIN_CPUS: f64 = 0.01;
+const MAX_CPUS: f64 = 1024.0;
 /// Clients that are given metrics at a time.
 const MAX_SCRAPES: usize = 4;
 /// How often it looks for what dead processes have left.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How VMs are supervised.
+#[derive(Clone, Debug, Default)]
+pub struct SupervisorOptions {
+    /// Most workers that are kept prepared for one configuration.
+    pub pool: usize,
+    /// Whether the processes of VMs are confined.
+    pub confinement: Confinement,
+    /// Where their control groups are.
+    pub cgroup: CgroupPlace,
+    /// The program that connects their interfaces to the host's network.
+    pub net_hook: Option<PathBuf>,
+}
 
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
 #[derive(Clone, Debug)]
@@ -96,6 +123,9 @@ struct Inner {
     place: Place,
     overlays: OverlayDirs,
     broker: Broker,
+    /// None if VMs have no control groups.
+    cgroups: Option<Cgroups>,
+    net_hook: Option<NetHook>,
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
@@ -132,8 +162,20 @@ impl Supervisor {
     /// # Errors
     /// When another process supervises it, or the zygote cannot be started.
     pub fn start(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
+        Self::start_with(dir, &SupervisorOptions { pool, confinement, ..SupervisorOptions::default() }, runtime)
+    }
+
+    /// The same, as `options` say.
+    ///
+    /// # Errors
+    /// As [`Self::start`]. When there are to be control groups, and they cannot be had.
+    pub fn start_with(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
+        // Before there is another process.
+        let cgroups = Cgroups::open(cgroup)?;
+        let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
         let zygote = Arc::new(Zygote::start(sender, confinement)?);
@@ -155,6 +197,8 @@ impl Supervisor {
         let supervisor = Self(Arc::new(Inner {
             pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
             broker,
+            cgroups,
+            net_hook,
             zygote,
             place,
             overlays,
@@ -381,7 +425,7 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
-        let About { shape, identity, .. } = checkpoint.about();
+        let About { shape, identity, bounds, .. } = checkpoint.about();
         check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let choice = request.identity();
         let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
@@ -391,7 +435,8 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), shape, overlays, ends, &self.0.broker)?;
+            let start = Start { shape, parent: Some(checkpoint.vm()), bounds: *bounds, pid: worker.pid() };
+            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: Some(shape.clone()),
@@ -405,8 +450,8 @@ impl Supervisor {
             hand.sent();
             Ok(hand)
         };
-        let enter = self.0.place.of_child(shape);
-        let made = self.make(Some(shape), &enter, &claims, order, |made| self.check(made, count, cancel))?;
+        let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
+        let made = self.make(Some(shape), &ground, &claims, order, |made| self.check(made, count, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -417,7 +462,8 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, limits } = request;
+        let bounds = self.bounds(limits)?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
@@ -434,14 +480,15 @@ impl Supervisor {
         }
         let shape = Shape { config: config.clone(), ..shape };
         let _overlays = self.0.overlays.hold(&written)?;
-        let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
+        let ground = Ground { enter: self.0.place.of_boot(&config, &kernel, initrd.as_deref()), bounds };
         let claims = [claim];
         let _making = self.0.making(&claims);
         self.0.forget_earlier(&claims[0].name);
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), &shape, overlays, ends, &self.0.broker)?;
+            let start = Start { shape: &shape, parent: None, bounds, pid: worker.pid() };
+            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels };
@@ -449,7 +496,7 @@ impl Supervisor {
             hand.sent();
             Ok(hand.booted())
         };
-        let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
+        let made = self.make(None, &ground, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
@@ -460,18 +507,18 @@ impl Supervisor {
     fn make(
         &self,
         shape: Option<&Shape>,
-        enter: &EnterOrder,
+        ground: &Ground,
         claims: &[NameClaim],
         order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let prepared = shape.map_or_else(Vec::new, |shape| self.0.pool.take(shape, claims.len()));
         let were_prepared = !prepared.is_empty();
-        match self.make_with(prepared, enter, claims, &order, &check) {
+        match self.make_with(prepared, ground, claims, &order, &check) {
             // One that was prepared may have died meanwhile. Others have no such excuse.
             Err(FleetError::Worker { source }) if were_prepared => {
                 tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
-                self.make_with(Vec::new(), enter, claims, &order, &check)
+                self.make_with(Vec::new(), ground, claims, &order, &check)
             }
             made => made,
         }
@@ -480,20 +527,27 @@ impl Supervisor {
     fn make_with(
         &self,
         prepared: Vec<Worker>,
-        enter: &EnterOrder,
+        ground: &Ground,
         claims: &[NameClaim],
         order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let begun = Instant::now();
-        let fresh = |count| {
-            let workers = self.0.zygote.workers(count)?;
-            workers.iter().try_for_each(|worker| worker.enter(enter.clone()))?;
-            Ok::<_, FleetError>(workers)
-        };
-        let mut workers = Workers(fresh(claims.len() - prepared.len())?);
+        let count = prepared.len();
+        let mut workers = Workers(self.0.zygote.workers(claims.len() - count)?);
         // The prepared ones first: they are the first to be done.
         workers.0.splice(..0, prepared);
+        // In its group before it is told anything, as far as that goes.
+        let settle = |worker: &Worker, claim: &NameClaim, is_prepared: bool| {
+            let group = self.0.group_for(worker, &claim.name, ground)?;
+            if !is_prepared {
+                worker.enter(ground.enter.clone())?;
+            }
+            Ok::<_, FleetError>(group)
+        };
+        let ours = workers.0.iter().zip(claims).enumerate();
+        let groups = ours.map(|(at, (worker, claim))| settle(worker, claim, at < count));
+        let mut groups: Vec<Option<Group>> = groups.collect::<Result<_, _>>()?;
         let have_workers = Instant::now();
         let mut hands = Vec::with_capacity(claims.len());
         for (at, claim) in claims.iter().enumerate() {
@@ -501,27 +555,49 @@ impl Supervisor {
             let hand = match order(&workers.0[at], claim) {
                 // One that was prepared may have died meanwhile. Another has no such excuse.
                 Err(FleetError::Worker { .. } | FleetError::Transfer(_)) => {
-                    workers.0[at] = fresh(1)?.pop().ok_or(FleetError::Ending)?;
+                    workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+                    groups[at] = settle(&workers.0[at], claim, false)?;
                     order(&workers.0[at], claim)
                 }
                 other => other,
             };
             hands.push(hand?);
         }
+        // All of them, or none of the VMs runs.
+        let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
+        let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        for ((worker, claim), hand) in workers.0.iter().zip(claims).zip(&hands) {
+        for (((worker, claim), hand), group) in workers.0.iter().zip(claims).zip(&hands).zip(groups) {
             let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
-            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process))]);
+            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group))]);
         }
         let ordered = Instant::now();
         let made = workers.run_together(check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         hands.into_iter().for_each(Hand::keep);
+        up.into_iter().for_each(Up::keep);
         let (workers, orders) = (have_workers - begun, ordered - have_workers);
         tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
         Ok(made)
+    }
+
+    /// What a VM may take, if that is asked for and can be enforced.
+    fn bounds(&self, limits: VmLimits) -> Result<Bounds, FleetError> {
+        let refused = |text: &str| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
+        let VmLimits { memory_mib, cpus } = limits;
+        let bounds = Bounds { memory_mib, cpus };
+        if memory_mib.is_some_and(|mib| mib < MIN_LIMIT_MIB) {
+            return refused(&format!("limits.memory_mib: a VM's process takes {MIN_LIMIT_MIB} MiB at least"));
+        }
+        if cpus.is_some_and(|cpus| !(MIN_CPUS..=MAX_CPUS).contains(&cpus)) {
+            return refused(&format!("limits.cpus: {MIN_CPUS} to {MAX_CPUS} processors"));
+        }
+        if !bounds.is_none() && self.0.cgroups.as_ref().is_none_or(|groups| !groups.limits_memory()) {
+            return refused("limits need control groups (v2), which this supervisor has not got: see --cgroup");
+        }
+        Ok(bounds)
     }
 
     /// The supervisor in numbers.
@@ -539,6 +615,12 @@ impl Supervisor {
     pub(crate) fn dir(&self) -> &Path {
         self.0.dir.path()
     }
+}
+
+/// Where a worker is, and what it may take.
+struct Ground {
+    enter: EnterOrder,
+    bounds: Bounds,
 }
 
 /// VMs that are being made, until this is dropped.
@@ -589,6 +671,19 @@ impl Inner {
         self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
     }
 
+    /// The group of a VM that is being made, with its worker in it.
+    fn group_for(&self, worker: &Worker, name: &str, ground: &Ground) -> Result<Option<Group>, FleetError> {
+        let Some(groups) = &self.cgroups else { return Ok(None) };
+        let group = groups.make(name, ground.bounds, ground.enter.ram)?;
+        // The number is the worker's while its descriptor says that it is there.
+        let pidfd = worker.pidfd()?.filter(|pidfd| !has_ended(pidfd, Duration::ZERO));
+        let Some(_pidfd) = pidfd else {
+            return Err(FleetError::Worker { source: std::io::ErrorKind::BrokenPipe.into() });
+        };
+        group.enter(worker.pid())?;
+        Ok(Some(group))
+    }
+
     fn ends(&self) -> MutexGuard<'_, ()> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -611,6 +706,8 @@ impl Inner {
         let _ends = self.ends();
         let Some(vm) = self.processes.remove(exit.pid) else { return };
         let name = vm.name.clone();
+        let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
+        vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // Its name is another's by now, or free.
         if !vm.has_name() {
@@ -618,7 +715,12 @@ impl Inner {
         }
         // By itself, or by a signal that it has heard, or because it did not stop as asked.
         let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
-        let was_orderly = in_order || vm.is_stopped;
+        let mut was_orderly = in_order || vm.is_stopped;
+        if let Some(mib) = exceeded.filter(|_| !was_orderly) {
+            tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
+            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib });
+            was_orderly = true;
+        }
         // Its files are there. The lock went with it, unless another has the name by now: or this
         // process, which has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
@@ -658,8 +760,9 @@ impl Inner {
     /// Records the end of a VM, and removes its files.
     fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
         self.snapshots.forget(&claim.name);
+        let name = claim.name.clone();
         if let Some(about) = clear_up(claim, exit, was_orderly) {
-            self.overlays.release(&about.overlays);
+            self.left(&name, &about);
         }
     }
 
@@ -668,8 +771,14 @@ impl Inner {
         self.snapshots.forget(name);
         if let Ok(Some(about)) = About::read(&self.dir, name) {
             about.remove_sockets();
-            self.overlays.release(&about.overlays);
+            self.left(name, &about);
         }
+    }
+
+    /// A VM has ended: what it had outside of the runtime directory goes.
+    fn left(&self, name: &str, about: &About) {
+        self.overlays.release(&about.overlays);
+        self.net_hook.iter().for_each(|hook| hook.down(about.interfaces(name)));
     }
 
     /// Says that a VM has ended, unless another has its name by now.
@@ -731,6 +840,7 @@ impl Inner {
         }
         // Those that have ended in an orderly way under a zygote that was killed.
         self.processes.forget_ended(|name| found.contains(name));
+        self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();
         self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
         found

@@ -176,7 +176,7 @@ impl Supervisor {
         let config = &image.about().shape.config;
         grants.read.extend(config.disks.iter().map(|disk| disk.disk.path.clone()));
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(0, grants))?;
+        worker.enter(self.0.place.order(config, 0, grants))?;
         let order = SaveOrder {
             dir: dir.clone(),
             config: config.clone(),

@@ -40,7 +40,7 @@ pub(crate) fn fork(
         let worker = Worker::start(&program)?;
         // In this process too, whoever is in the VM is in all of them.
         let (confinement, grants) = (Confinement::Off, Grants::default());
-        worker.enter(EnterOrder { dir: claim.dir().path().to_owned(), confinement, grants, disks: 0 })?;
+        worker.enter(EnterOrder { dir: claim.dir().path().to_owned(), confinement, grants, disks: 0, ram: 0 })?;
         let order = ForkOrder {
             name: claim.name.clone(),
             shape: None,
