@@ -30,7 +30,7 @@ pub use dir::{
 };
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, VmFiles, vm_names};
 pub use ended::{EndedVm, ended_vms};
-pub(crate) use ended::{forget as forget_ended, last_output, recorded_reason, settle};
+pub(crate) use ended::{forget as forget_ended, last_output, record_end, recorded_reason, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Release, Tail};
@@ -148,6 +148,11 @@ impl Fleet {
             leases: Leases::default(),
             serve: serve(WeakFleet(weak.clone())),
         }))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn downgrade(&self) -> WeakFleet {
+        WeakFleet(Arc::downgrade(&self.0))
     }
 
     fn member(&self) -> MutexGuard<'_, Option<Member>> {
@@ -271,4 +276,4 @@ impl Fleet {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

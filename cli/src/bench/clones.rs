@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest,
-    Prepared, StopRequest, SupervisorInfo, VmInfo,
+    Prepared, StopRequest, SupervisorInfo, VmInfo, VmLimits,
 };
 use clade_daemon::fleet::{Labels, supervisor_path};
 use clade_harness::BareVcpu;
@@ -151,6 +151,7 @@ impl Bench {
             labels: Labels::default(),
             paused: false,
             session: None,
+            limits: VmLimits::default(),
         };
         let _: VmInfo = bench.ask(Method::POST, "/v1/vms", Some(&boot))?;
         Ok(bench)

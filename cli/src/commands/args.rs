@@ -20,6 +20,7 @@ use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
 use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::jail::Confinement;
+use clade_daemon::supervisor::CgroupPlace;
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::kvm::{CpuHide, CpuTemplate};
 use clade_vmm::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
@@ -108,6 +109,14 @@ pub(crate) struct ServeArgs {
     /// or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+    /// Where VMs have control groups (v2): below this process's own if it is delegated to it (auto),
+    /// in a directory, or nowhere (off).
+    #[arg(long, value_name = "auto|off|DIR", default_value = "auto")]
+    pub(crate) cgroup: CgroupPlace,
+    /// A program that connects each interface of a VM to the host's network. It is run before the VM
+    /// runs, and after its end.
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) net_hook: Option<PathBuf>,
     /// Serve the API also at this loopback address. Port 0 is a free one.
     #[arg(long, value_name = "ADDR", requires = "token_file")]
     pub(crate) tcp: Option<std::net::SocketAddr>,
@@ -260,6 +269,13 @@ pub(crate) struct RunArgs {
     /// Stop the VM after a time, such as 90s, 10m or 1h30m. It goes on while the VM is paused.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) ttl: Option<Duration>,
+    /// Most memory of the VM's process, and of each of its children's: bytes, or with K, M, G, T.
+    /// Needs a supervisor with control groups.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "background")]
+    pub(crate) memory_limit: Option<u64>,
+    /// Most processors that the VM's process may take, and each of its children's, such as 0.5.
+    #[arg(long, value_name = "N", requires = "background")]
+    pub(crate) cpu_limit: Option<f64>,
     /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]

@@ -16,7 +16,7 @@ use crate::commands::session::Session;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
-use clade_daemon::control::{BootRequest, Client, VmInfo};
+use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
 use clade_daemon::fleet::Labels;
 use clade_vmm::vm::{Irqchip, VmConfig};
 
@@ -84,6 +84,7 @@ fn request(args: &RunArgs) -> Result<BootRequest, Failure> {
         labels: Labels::of(&args.label).map_err(Failure::input)?,
         paused: false,
         session: None,
+        limits: VmLimits { memory_mib: args.memory_limit.map(|bytes| bytes >> 20), cpus: args.cpu_limit },
     })
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clade_daemon::control::Token;
 use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
-use clade_daemon::supervisor::Supervisor;
+use clade_daemon::supervisor::{Supervisor, SupervisorOptions};
 
 use crate::commands::args::ServeArgs;
 use crate::commands::notify::{READY, STOPPING, notify};
@@ -29,7 +29,9 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let dir = runtime_dir();
         let token = args.token_file.as_deref().map(Token::read_or_create).transpose().map_err(Failure::input)?;
-        let supervisor = Supervisor::start(&dir, args.pool, args.confine, runtime).map_err(|error| match error {
+        let (confinement, cgroup, net_hook) = (args.confine, args.cgroup.clone(), args.net_hook.clone());
+        let options = SupervisorOptions { pool: args.pool, confinement, cgroup, net_hook, is_tied: false };
+        let supervisor = Supervisor::start_with(&dir, &options, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;

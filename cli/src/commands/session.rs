@@ -24,7 +24,7 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{Client, ClientError, StopRequest};
 use clade_daemon::fleet::{FleetError, console_path, ended_vms, runtime_dir};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{Supervisor, in_session, is_in_session, settle_dead};
+use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 
@@ -65,7 +65,9 @@ impl<'a> Session<'a> {
             )));
         }
         let dir = runtime_dir();
-        let start = || match Supervisor::start_tied(&dir, POOL, confinement, runtime) {
+        let options =
+            SupervisorOptions { pool: POOL, confinement, cgroup: CgroupPlace::Off, net_hook: None, is_tied: true };
+        let start = || match Supervisor::start_with(&dir, &options, runtime) {
             // Another was quicker.
             Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
             other => other.map(Some).map_err(started),

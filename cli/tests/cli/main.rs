@@ -4,6 +4,7 @@
 
 mod api;
 mod bad_input;
+mod cgroup;
 mod check;
 mod control;
 mod disk;
@@ -13,6 +14,7 @@ mod guest;
 mod labels;
 mod many;
 mod metrics;
+mod net_hook;
 mod notify;
 mod pages;
 mod session;

@@ -550,6 +550,9 @@ pub struct BootRequest {
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub session: Option<String>,
+    /// What its process may take of the host, and those of its children.
+    #[serde(default)]
+    pub limits: VmLimits,
 }
 
 /// A snapshot, and how it is loaded.
@@ -595,6 +598,20 @@ pub struct OpenRequest {
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub name: Option<String>,
+}
+
+/// What a VM's process may take of the host. It needs control groups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmLimits {
+    /// Memory in MiB: the guest's RAM, what forks of it still show, and the process itself.
+    #[serde(default)]
+    #[schema(minimum = 32)]
+    pub memory_mib: Option<u64>,
+    /// Processors, also parts of one.
+    #[serde(default)]
+    #[schema(minimum = 0.01, maximum = 1024)]
+    pub cpus: Option<f64>,
 }
 
 /// A request for a checkpoint.

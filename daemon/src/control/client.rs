@@ -158,6 +158,12 @@ impl ClientError {
             Self::Silent { .. } => ProblemKind::VmSilent,
             // Its process ended before it answered.
             Self::Http(_) | Self::Answer(_) | Self::LongAnswer => ProblemKind::VmGone,
+            // It ended while it was connected to.
+            Self::Socket { source, .. }
+                if matches!(source.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) =>
+            {
+                ProblemKind::VmGone
+            }
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
             Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,

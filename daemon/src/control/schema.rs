@@ -15,6 +15,8 @@ pub(crate) enum StopReason {
     Requested,
     /// Its process has ended without a word.
     Process { signal: Option<i32>, code: Option<i32> },
+    /// Its process took more memory than its limit, and was killed.
+    OverLimit { mib: u64 },
     /// The guest reset itself.
     Reset,
     /// The guest powered itself off.

@@ -218,3 +218,52 @@ pub(super) fn routes() -> OpenApiRouter<WeakFleet> {
 pub(super) fn with_timers(router: Router<WeakFleet>) -> Router<WeakFleet> {
     router.layer(Extension(Arc::<Timers>::default()))
 }
+
+#[cfg(test)]
+mod tests {
+    use clade_harness::host;
+
+    use super::*;
+    use crate::fleet::RuntimeDir;
+    use crate::fleet::tests::fleet_of_one;
+
+    /// Whoever renews a time is told so, and then the one before does not stop the VM; or is told
+    /// that it is over.
+    #[test]
+    fn a_time_is_renewed_or_over_and_not_both() {
+        if host().is_none() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (fleet, vm, starter) = fleet_of_one(&RuntimeDir::create(dir.path()).unwrap(), true);
+        starter.leave();
+        let (weak, vm) = (fleet.downgrade(), vm.unwrap());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let timers = Arc::<Timers>::default();
+            let begin = |seconds| {
+                let time = Duration::from_secs(seconds);
+                timers.begin(weak.clone(), "one", Arc::downgrade(&vm), time).map_err(|error| error.kind)
+            };
+            begin(3600).unwrap();
+            begin(7200).unwrap();
+            assert!(!timers.is_over("one", 0), "another has taken its place");
+            assert!(vm.stopped().is_none() && timers.left("one").seconds_left > Some(7000.0));
+            assert!(timers.is_over("one", 1));
+            assert_eq!(begin(7200), Err(ProblemKind::WrongState));
+            assert_eq!(timers.end("one").map_err(|error| error.kind), Err(ProblemKind::WrongState));
+            // It is tried until the VM has stopped: the first time, something of it is in use.
+            let of_vm = Arc::downgrade(&vm);
+            let held = Arc::clone(&vm);
+            drop(vm);
+            let stops =
+                tokio::spawn(Arc::clone(&timers).stop_at(Instant::now(), 1, weak.clone(), "one".to_owned(), of_vm));
+            while held.stopped().is_none() {
+                sleep(Duration::from_millis(5)).await;
+            }
+            drop(held);
+            stops.await.unwrap();
+            assert!(fleet.get("one").is_err());
+        });
+    }
+}

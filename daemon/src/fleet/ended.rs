@@ -107,7 +107,11 @@ fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
         return;
     }
-    let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
+    record_end(dir, name, exit, StopReason::Process { signal: exit.signal, code: exit.code });
+}
+
+/// Records the end of a VM whose process has said nothing of it, for a reason that is known.
+pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: StopReason) {
     let ended = EndedVm {
         name: name.to_owned(),
         reason: stopped.to_string(),

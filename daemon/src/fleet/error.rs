@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
 use super::room::RoomError;
 use crate::control::ProblemKind;
+use crate::supervisor::{CgroupError, HookError};
 use clade_vmm::vm::{SnapshotError, TransferError, VmError};
 
 /// The most children of one request.
@@ -103,6 +104,12 @@ pub enum FleetError {
         #[source]
         source: io::Error,
     },
+    /// There is no control group for a VM.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// An interface could not be connected to the host's network.
+    #[error(transparent)]
+    NetHook(#[from] Box<HookError>),
     /// A socket's path is longer than the kernel accepts.
     #[error("the socket {} has a path of {length} bytes; {LONGEST_SOCKET_PATH} is the limit", path.display())]
     LongPath {

@@ -21,12 +21,14 @@ impl FleetError {
             Self::Vm(error) => of_vm(error),
             Self::Snapshot(error) => of_snapshot(error),
             Self::Room { .. } => ProblemKind::NoRoom,
+            Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
             Self::Runtime { .. }
             | Self::Unreleased { .. }
             | Self::LinkedDir { .. }
             | Self::ForeignDir { .. }
             | Self::OpenDir { .. }
+            | Self::Cgroup(_)
             | Self::Transfer(_)
             | Self::Worker { .. } => ProblemKind::Internal,
         }

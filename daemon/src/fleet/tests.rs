@@ -13,7 +13,7 @@ impl Serve for Nobody {
 }
 
 /// A fleet, a bare guest `one` in it if it `is_wanted`, and what the starter has kept of its name.
-fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<Arc<Vm>>, NameClaim) {
+pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<Arc<Vm>>, NameClaim) {
     let fleet = Fleet::new(&Context::open().unwrap(), |_| Box::new(Nobody));
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
     let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));

@@ -8,7 +8,7 @@
 //! | namespaces | once, by the zygote | the host's network, its System V objects, its host name |
 //! | Landlock (`Grants`) | in each worker, before it reads an image | files, signals, ptrace, abstract sockets |
 //! | capabilities, `no_new_privs` | likewise | privileges of root, and ways back to them |
-//! | rlimits | likewise | core files with guest memory |
+//! | rlimits | likewise | core files with guest memory; private memory without end |
 //! | seccomp | likewise; threads that serve the guest have a list of their own | system calls |
 //!
 //! Everything is applied while the worker has one thread: what comes later inherits it. It cannot
@@ -112,20 +112,21 @@ pub(crate) fn prepare(confinement: Confinement) -> Result<(), JailError> {
     confinement.judge("seccomp", seccomp::prepare())
 }
 
-/// Confines this process, which has one thread, to `grants`. `memory` is the directory in which it
-/// makes files of memory, if they have one.
+/// Confines this process, which has one thread, to `grants`, and to what a VM with `ram` bytes of RAM
+/// needs. `memory` is the directory in which it makes files of memory, if they have one.
 ///
 /// # Errors
 /// When a layer is required, and refused.
 pub(crate) fn confine(
     confinement: Confinement,
     grants: &Grants,
+    ram: u64,
     memory: Option<BorrowedFd<'_>>,
 ) -> Result<(), JailError> {
     if confinement == Confinement::Off {
         return Ok(());
     }
-    confinement.judge("rlimits", limit())?;
+    confinement.judge("rlimits", limit(ram))?;
     confinement.judge("no_new_privs", set_no_new_privs(true).map_err(io::Error::from))?;
     confinement.judge("Landlock", grants.enforce(memory))?;
     confinement.judge("capabilities", drop_capabilities())?;
@@ -133,12 +134,21 @@ pub(crate) fn confine(
     confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty()))
 }
 
-/// No core files, which would have the guest's memory. A thread may still be put in front for the
-/// microseconds of a fork: without CAP_SYS_NICE that takes a limit.
-fn limit() -> io::Result<()> {
+/// Private memory that a worker may map beside twice its VM's RAM: stacks, heaps, buffers.
+const PRIVATE_OVERHEAD: u64 = 1 << 30;
+
+/// No core files, which would have the guest's memory. Private memory that can be written only up to
+/// twice the RAM and an overhead: what is beyond is refused. Files of memory are not counted by any
+/// such limit. A thread may still be put in front for the microseconds of a fork: without
+/// CAP_SYS_NICE that takes a limit.
+fn limit(ram: u64) -> io::Result<()> {
     /// 20 - nice: the limit for nice -20.
     const ANY_NICE: u64 = 40;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    let private = Some(ram.saturating_mul(2).saturating_add(PRIVATE_OVERHEAD));
+    // This process may have a lower one already.
+    let private = private.min(getrlimit(Resource::Data).maximum.or(private));
+    setrlimit(Resource::Data, Rlimit { current: private, maximum: private })?;
     let nice = Rlimit { current: Some(ANY_NICE), maximum: Some(ANY_NICE) };
     if setrlimit(Resource::Nice, nice).is_err() {
         tracing::debug!(limit = ?getrlimit(Resource::Nice), "threads are not put in front");

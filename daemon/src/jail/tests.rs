@@ -182,6 +182,10 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("module", Killed),
         ("keyring", Killed),
         ("core-file", Done),
+        // Memory.
+        ("memory-for-a-vm", Done),
+        ("memory-without-end", Refused(libc::ENOMEM)),
+        ("more-memory", Killed),
     ]
 }
 
@@ -195,6 +199,16 @@ fn system_call(number: libc::c_long, args: &[libc::c_long]) -> Result<(), i32> {
         rc if rc < 0 => Err(io::Error::last_os_error().raw_os_error().unwrap_or(-1)),
         _ => Ok(()),
     }
+}
+
+/// The RAM that the process is confined for.
+const RAM: u64 = 64 << 20;
+
+/// Maps private memory, and leaves it there.
+fn map_private(bytes: u64) -> Result<(), i32> {
+    let (read_write, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let args = [0, bytes as i64, i64::from(read_write), i64::from(private), -1, 0];
+    system_call(libc::SYS_mmap, &args)
 }
 
 /// Makes one attempt, in a process that is confined. Returns the error's number.
@@ -260,6 +274,12 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::
             Rlimit { current: Some(0), maximum: Some(0) } => Ok(()),
             _ => Err(-1),
         },
+        "memory-for-a-vm" => map_private(2 * RAM).map(drop),
+        "memory-without-end" => (0..1 << 10).try_for_each(|_| map_private(RAM)),
+        "more-memory" => {
+            let more = Rlimit { current: None, maximum: None };
+            done(setrlimit(Resource::Data, more).map_err(Into::into))
+        }
         other => panic!("no attempt {other:?}"),
     }
 }
@@ -284,7 +304,7 @@ fn inside() {
         beside: if is_booted { vec![place.join("image")] } else { Vec::new() },
     };
     prepare(Confinement::Require).unwrap();
-    confine(Confinement::Require, &grants, None).unwrap();
+    confine(Confinement::Require, &grants, RAM, None).unwrap();
     let outcome = attempt(&which, &place, parent, &handed);
     let _ = writeln!(io::stderr(), "outcome {}", outcome.map_or_else(|errno| errno, |()| 0));
 }

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use clade_devices::disk::overlay_dir;
 use serde::{Deserialize, Serialize};
 
+use super::cgroups::Bounds;
+use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
@@ -60,6 +62,12 @@ pub(crate) struct About {
     /// Its process.
     #[serde(default)]
     pub(super) process: Option<ProcessId>,
+    /// The VM or checkpoint that it was forked from.
+    #[serde(default)]
+    pub(super) parent: Option<String>,
+    /// What its process may take, and those of its children.
+    #[serde(default)]
+    pub(super) bounds: Bounds,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -115,6 +123,11 @@ impl About {
     pub(super) fn write(&self, claim: &NameClaim) -> Result<(), FleetError> {
         let bytes = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
         claim.write_about(&bytes).map_err(failed)
+    }
+
+    /// The interfaces of the VM, which is called `name`.
+    pub(super) fn interfaces(&self, name: &str) -> Interfaces {
+        Interfaces::of(name, self.parent.as_deref(), &self.identity)
     }
 
     /// Removes the sockets of its devices, which it could not remove itself.
@@ -212,7 +225,16 @@ mod tests {
         let shape = Shape::of_boot(&config);
         assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
         let identity = Identity::default();
-        let known = About { shape, identity, overlays: Vec::new(), socket: None, session: None, process: None };
+        let known = About {
+            shape,
+            identity,
+            overlays: Vec::new(),
+            socket: None,
+            session: None,
+            process: None,
+            parent: None,
+            bounds: Bounds::default(),
+        };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
         let written = About::read(&dir, "web").unwrap().unwrap();

@@ -75,6 +75,14 @@ impl Checkpoint {
         }
     }
 
+    /// What children are said to be forked from: a VM's name, or a snapshot's directory.
+    pub(super) fn origin(&self) -> &str {
+        match &self.origin {
+            Origin::Vm(name) => name,
+            Origin::Saved(place) => place.dir.to_str().unwrap_or_default(),
+        }
+    }
+
     /// The snapshot that it was opened from.
     pub(super) fn saved_at(&self) -> Option<&SavedAt> {
         match &self.origin {

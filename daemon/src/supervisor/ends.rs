@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::Inner;
 use super::about::{About, clear_up};
-use crate::fleet::{FleetError, NameClaim, recorded_reason, vm_names};
+use super::cgroups::Cgroups;
+use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::zygote::Exit;
+use clade_vmm::vm::StopReason;
 
 /// How often it looks for what dead processes have left.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
@@ -80,6 +82,8 @@ impl Inner {
         let _ends = self.ends();
         let Some(vm) = self.processes.remove(exit.pid) else { return };
         let name = vm.name.clone();
+        let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
+        vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // Its name is another's by now, or free.
         if !vm.has_name() {
@@ -87,7 +91,12 @@ impl Inner {
         }
         // By itself, or by a signal that it has heard, or because it did not stop as asked.
         let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
-        let was_orderly = in_order || vm.is_stopped;
+        let mut was_orderly = in_order || vm.is_stopped;
+        if let Some(mib) = exceeded.filter(|_| !was_orderly) {
+            tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
+            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib });
+            was_orderly = true;
+        }
         // Its files are there. The lock went with it, unless another has the name by now: or this
         // process, which has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
@@ -127,8 +136,9 @@ impl Inner {
     /// Records the end of a VM, and removes its files.
     pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
         self.snapshots.forget(&claim.name);
+        let name = claim.name.clone();
         if let Some(about) = clear_up(claim, exit, was_orderly) {
-            self.overlays.release(&about.overlays);
+            self.left(&name, &about);
         }
     }
 
@@ -137,8 +147,14 @@ impl Inner {
         self.snapshots.forget(name);
         if let Ok(Some(about)) = About::read(&self.dir, name) {
             about.remove_sockets();
-            self.overlays.release(&about.overlays);
+            self.left(name, &about);
         }
+    }
+
+    /// A VM has ended: what it had outside of the runtime directory goes.
+    fn left(&self, name: &str, about: &About) {
+        self.overlays.release(&about.overlays);
+        self.net_hook.iter().for_each(|hook| hook.down(about.interfaces(name)));
     }
 
     /// Says that a VM has ended, unless another has its name by now.
@@ -200,6 +216,7 @@ impl Inner {
         }
         // Those that have ended in an orderly way under a zygote that was killed.
         self.processes.forget_ended(|name| found.contains(name));
+        self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();
         self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
         found

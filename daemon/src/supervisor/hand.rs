@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::about::{About, inode};
 use super::broker::Broker;
+use super::cgroups::{Bounds, Group};
+use super::net_hook::Interfaces;
 use super::overlays::InUse;
 use super::processes::{OwnVm, ProcessId};
 use crate::fleet::{FleetError, NameClaim, forget_ended};
@@ -20,20 +22,34 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// For a worker whose VM has `disks` disks.
-    pub(super) fn order(&self, disks: usize, grants: Grants) -> EnterOrder {
-        EnterOrder { dir: self.dir.clone(), confinement: self.confinement, grants, disks }
+    /// For a worker that works with the memory of a VM of `config`, and opens `disks` disks.
+    pub(super) fn order(&self, config: &VmConfig, disks: usize, grants: Grants) -> EnterOrder {
+        let (dir, confinement, ram) = (self.dir.clone(), self.confinement, config.layout().bytes());
+        EnterOrder { dir, confinement, grants, disks, ram }
     }
 
     /// For a child.
     pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
-        self.order(shape.config.disks.len(), Grants::of_child(&shape.config, &shape.overlays, &shape.saved))
+        let grants = Grants::of_child(&shape.config, &shape.overlays, &shape.saved);
+        self.order(&shape.config, shape.config.disks.len(), grants)
     }
 
     /// For a VM that is booted.
     pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
-        self.order(config.disks.len(), Grants::of_boot(config, kernel, initrd))
+        self.order(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
     }
+}
+
+/// What is started.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Start<'a> {
+    pub(super) shape: &'a Shape,
+    pub(super) session: Option<&'a str>,
+    /// What it is forked from.
+    pub(super) parent: Option<&'a str>,
+    pub(super) bounds: Bounds,
+    /// The worker.
+    pub(super) pid: u32,
 }
 
 /// The descriptors of one VM, on their way to its worker. What was made for them outside of the
@@ -49,15 +65,13 @@ pub(super) struct Hand {
 }
 
 impl Hand {
-    /// Makes the files of a VM of `shape` and a session that uses `overlays`, and writes down what it
-    /// is: `pid` will run it.
+    /// Makes the files of a VM that uses `overlays`, and writes down what it is.
     ///
     /// # Errors
     /// When one cannot be made. Then none stays.
     pub(super) fn make(
         claim: &NameClaim,
-        pid: u32,
-        (shape, session): (&Shape, Option<&str>),
+        start: Start<'_>,
         overlays: InUse,
         ends: Endpoints,
         broker: &Broker,
@@ -65,8 +79,9 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let (process, session) = (ProcessId::of(pid), session.map(str::to_owned));
-        let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process };
+        let Start { shape, session, parent, bounds, pid } = start;
+        let (process, parent, session) = (ProcessId::of(pid), parent.map(str::to_owned), session.map(str::to_owned));
+        let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process, parent, bounds };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
@@ -88,9 +103,14 @@ impl Hand {
         self
     }
 
-    /// The VM called `name`, which is `process`.
-    pub(super) fn own_vm(&self, name: &str, process: OwnedFd) -> OwnVm {
-        OwnVm::new(name, process, &self.about.shape.config, self.is_booted)
+    /// The interfaces of the VM called `name`.
+    pub(super) fn interfaces(&self, name: &str) -> Interfaces {
+        self.about.interfaces(name)
+    }
+
+    /// The VM called `name`, which is `process`, in `group`.
+    pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
+        OwnVm::new(name, process, &self.about.shape.config, self.is_booted).in_group(group)
     }
 
     /// The descriptors, behind the lock of `claim`.

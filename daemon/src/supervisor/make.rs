@@ -1,16 +1,29 @@
 //! Children and booted VMs: workers that make them, all of a request or none (I13).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::about::About;
+use super::cgroups::{Bounds, Group};
 use super::checkpoint::Checkpoint;
-use super::hand::Hand;
-use super::{Fetch, Supervisor};
-use crate::control::{BootRequest, ForkAnswer, ForkRequest};
+use super::hand::{Hand, Start};
+use super::net_hook::Up;
+use super::{Fetch, Inner, Supervisor};
+use crate::control::{BootRequest, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
 use crate::fleet::{Cancel, Children, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
 use crate::jail::is_block_device;
-use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers};
+use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
+
+/// The least memory of a VM's process, in MiB.
+const MIN_LIMIT_MIB: u64 = 32;
+/// How much processor time a VM's limit may be.
+const MIN_CPUS: f64 = 0.01;
+const MAX_CPUS: f64 = 1024.0;
+/// Where a worker is, and what it may take.
+pub(super) struct Ground {
+    pub(super) enter: EnterOrder,
+    pub(super) bounds: Bounds,
+}
 
 impl Supervisor {
     /// Forks a VM, in whatever process it is, into children of one instant.
@@ -86,7 +99,7 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
-        let About { shape, identity, session, .. } = checkpoint.about();
+        let About { shape, identity, session, bounds, .. } = checkpoint.about();
         check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let choice = request.identity();
         let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
@@ -96,8 +109,9 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let family = (shape, session.as_deref());
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
+            let (session, parent, bounds) = (session.as_deref(), checkpoint.origin(), *bounds);
+            let start = Start { shape, session, parent: Some(parent), bounds, pid: worker.pid() };
+            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: shape.clone(),
@@ -111,8 +125,8 @@ impl Supervisor {
             hand.sent();
             Ok(hand)
         };
-        let enter = self.0.place.of_child(shape);
-        let made = self.make(Some(shape), &enter, &claims, order, |made| self.check(made, count, cancel))?;
+        let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
+        let made = self.make(Some(shape), &ground, &claims, order, |made| self.check(made, count, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -123,7 +137,8 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session, limits } = request;
+        let bounds = self.bounds(limits)?;
         session.as_deref().map_or(Ok(()), check_name)?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
@@ -141,15 +156,15 @@ impl Supervisor {
         }
         let shape = Shape { config: config.clone(), ..shape };
         let _overlays = self.0.overlays.hold(&written)?;
-        let enter = self.0.place.of_boot(&config, &kernel, initrd.as_deref());
+        let ground = Ground { enter: self.0.place.of_boot(&config, &kernel, initrd.as_deref()), bounds };
         let claims = [claim];
         let _making = self.0.making(&claims);
         self.0.forget_earlier(&claims[0].name);
         let give = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let family = (&shape, session.as_deref());
-            let (mut hand, handed) = Hand::make(claim, worker.pid(), family, overlays, ends, &self.0.broker)?;
+            let start = Start { shape: &shape, session: session.as_deref(), parent: None, bounds, pid: worker.pid() };
+            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let order =
@@ -158,7 +173,7 @@ impl Supervisor {
             hand.sent();
             Ok(hand.booted())
         };
-        let made = self.make(None, &enter, &claims, give, |made| self.check(made, 1, cancel))?;
+        let made = self.make(None, &ground, &claims, give, |made| self.check(made, 1, cancel))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
@@ -169,18 +184,18 @@ impl Supervisor {
     fn make(
         &self,
         shape: Option<&Shape>,
-        enter: &EnterOrder,
+        ground: &Ground,
         claims: &[NameClaim],
         order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let prepared = shape.map_or_else(Vec::new, |shape| self.0.pool.take(shape, claims.len()));
         let were_prepared = !prepared.is_empty();
-        match self.make_with(prepared, enter, claims, &order, &check) {
+        match self.make_with(prepared, ground, claims, &order, &check) {
             // One that was prepared may have died meanwhile. Others have no such excuse.
             Err(FleetError::Worker { source }) if were_prepared => {
                 tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
-                self.make_with(Vec::new(), enter, claims, &order, &check)
+                self.make_with(Vec::new(), ground, claims, &order, &check)
             }
             made => made,
         }
@@ -189,20 +204,27 @@ impl Supervisor {
     fn make_with(
         &self,
         prepared: Vec<Worker>,
-        enter: &EnterOrder,
+        ground: &Ground,
         claims: &[NameClaim],
         order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let begun = Instant::now();
-        let fresh = |count| {
-            let workers = self.0.zygote.workers(count)?;
-            workers.iter().try_for_each(|worker| worker.enter(enter.clone()))?;
-            Ok::<_, FleetError>(workers)
-        };
-        let mut workers = Workers(fresh(claims.len() - prepared.len())?);
+        let count = prepared.len();
+        let mut workers = Workers(self.0.zygote.workers(claims.len() - count)?);
         // The prepared ones first: they are the first to be done.
         workers.0.splice(..0, prepared);
+        // In its group before it is told anything, as far as that goes.
+        let settle = |worker: &Worker, claim: &NameClaim, is_prepared: bool| {
+            let group = self.0.group_for(worker, &claim.name, ground)?;
+            if !is_prepared {
+                worker.enter(ground.enter.clone())?;
+            }
+            Ok::<_, FleetError>(group)
+        };
+        let ours = workers.0.iter().zip(claims).enumerate();
+        let groups = ours.map(|(at, (worker, claim))| settle(worker, claim, at < count));
+        let mut groups: Vec<Option<Group>> = groups.collect::<Result<_, _>>()?;
         let have_workers = Instant::now();
         let mut hands = Vec::with_capacity(claims.len());
         for (at, claim) in claims.iter().enumerate() {
@@ -210,26 +232,63 @@ impl Supervisor {
             let hand = match order(&workers.0[at], claim) {
                 // One that was prepared may have died meanwhile. Another has no such excuse.
                 Err(FleetError::Worker { .. } | FleetError::Transfer(_)) => {
-                    workers.0[at] = fresh(1)?.pop().ok_or(FleetError::Ending)?;
+                    workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+                    groups[at] = settle(&workers.0[at], claim, false)?;
                     order(&workers.0[at], claim)
                 }
                 other => other,
             };
             hands.push(hand?);
         }
+        // All of them, or none of the VMs runs.
+        let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
+        let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        for ((worker, claim), hand) in workers.0.iter().zip(claims).zip(&hands) {
+        for (((worker, claim), hand), group) in workers.0.iter().zip(claims).zip(&hands).zip(groups) {
             let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
-            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process))]);
+            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group))]);
         }
         let ordered = Instant::now();
         let made = workers.run_together(check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         hands.into_iter().for_each(Hand::keep);
+        up.into_iter().for_each(Up::keep);
         let (workers, orders) = (have_workers - begun, ordered - have_workers);
         tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
         Ok(made)
+    }
+
+    /// What a VM may take, if that is asked for and can be enforced.
+    fn bounds(&self, limits: VmLimits) -> Result<Bounds, FleetError> {
+        let refused = |text: &str| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
+        let VmLimits { memory_mib, cpus } = limits;
+        let bounds = Bounds { memory_mib, cpus };
+        if memory_mib.is_some_and(|mib| mib < MIN_LIMIT_MIB) {
+            return refused(&format!("limits.memory_mib: a VM's process takes {MIN_LIMIT_MIB} MiB at least"));
+        }
+        if cpus.is_some_and(|cpus| !(MIN_CPUS..=MAX_CPUS).contains(&cpus)) {
+            return refused(&format!("limits.cpus: {MIN_CPUS} to {MAX_CPUS} processors"));
+        }
+        if !bounds.is_none() && self.0.cgroups.as_ref().is_none_or(|groups| !groups.limits_memory()) {
+            return refused("limits need control groups (v2), which this supervisor has not got: see --cgroup");
+        }
+        Ok(bounds)
+    }
+}
+
+impl Inner {
+    /// The group of a VM that is being made, with its worker in it.
+    fn group_for(&self, worker: &Worker, name: &str, ground: &Ground) -> Result<Option<Group>, FleetError> {
+        let Some(groups) = &self.cgroups else { return Ok(None) };
+        let group = groups.make(name, ground.bounds, ground.enter.ram)?;
+        // The number is the worker's while its descriptor says that it is there.
+        let pidfd = worker.pidfd()?.filter(|pidfd| !has_ended(pidfd, Duration::ZERO));
+        let Some(_pidfd) = pidfd else {
+            return Err(FleetError::Worker { source: std::io::ErrorKind::BrokenPipe.into() });
+        };
+        group.enter(worker.pid())?;
+        Ok(Some(group))
     }
 }

@@ -12,6 +12,8 @@
 //! | `checkpoint` | images that are held, to fork from |
 //! | `about` | what is known of a VM, whatever its process says |
 //! | `hand` | what a worker may reach, and what it is handed |
+//! | `cgroups` | what the processes of VMs may take of the host |
+//! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
 //! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
@@ -28,6 +30,7 @@
 
 mod about;
 mod broker;
+mod cgroups;
 mod checkpoint;
 mod ends;
 mod events;
@@ -36,6 +39,7 @@ mod hand;
 mod idempotency;
 mod make;
 mod metrics;
+mod net_hook;
 mod openapi;
 mod overlays;
 mod pool;
@@ -49,7 +53,7 @@ pub use server::TcpError;
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -70,12 +74,16 @@ use about::About;
 pub(crate) use about::clear_up;
 pub use about::{in_session, is_in_session, settle_dead, vms_in};
 use broker::Broker;
+use cgroups::Cgroups;
+pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
 use events::Events;
 pub(crate) use fetches::Fetch;
 use fetches::{Fetches, Passing};
 use hand::Place;
 use idempotency::Keys;
+pub use net_hook::HookError;
+use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
 use processes::{Processes, kill};
@@ -83,6 +91,21 @@ use snapshots::Snapshots;
 
 /// Clients that are given metrics at a time.
 const MAX_SCRAPES: usize = 4;
+
+/// How VMs are supervised.
+#[derive(Clone, Debug, Default)]
+pub struct SupervisorOptions {
+    /// Most workers that are kept prepared for one configuration.
+    pub pool: usize,
+    /// Whether the processes of VMs are confined.
+    pub confinement: Confinement,
+    /// Where their control groups are.
+    pub cgroup: CgroupPlace,
+    /// The program that connects their interfaces to the host's network.
+    pub net_hook: Option<PathBuf>,
+    /// Whether VMs of a session end with the thread that starts it, however that ends.
+    pub is_tied: bool,
+}
 
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
 #[derive(Clone, Debug)]
@@ -94,6 +117,9 @@ struct Inner {
     place: Place,
     overlays: OverlayDirs,
     broker: Broker,
+    /// None if VMs have no control groups.
+    cgroups: Option<Cgroups>,
+    net_hook: Option<NetHook>,
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
@@ -130,25 +156,20 @@ impl Supervisor {
     /// # Errors
     /// When another process supervises it, or the zygote cannot be started.
     pub fn start(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
-        Self::start_as(dir, pool, (confinement, false), runtime)
+        Self::start_with(dir, &SupervisorOptions { pool, confinement, ..SupervisorOptions::default() }, runtime)
     }
 
-    /// The same for one command. VMs of a session end with this thread, however that ends.
+    /// The same, as `options` say.
     ///
     /// # Errors
-    /// As for [`Self::start`].
-    pub fn start_tied(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
-        Self::start_as(dir, pool, (confinement, true), runtime)
-    }
-
-    fn start_as(
-        dir: &Path,
-        pool: usize,
-        (confinement, is_tied): (Confinement, bool),
-        runtime: &Handle,
-    ) -> Result<Self, FleetError> {
+    /// As [`Self::start`]. When there are to be control groups, and they cannot be had.
+    pub fn start_with(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, is_tied } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
+        // Before there is another process.
+        let cgroups = Cgroups::open(cgroup)?;
+        let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
         let zygote = Arc::new(Zygote::start(sender, confinement, is_tied)?);
@@ -170,6 +191,8 @@ impl Supervisor {
         let supervisor = Self(Arc::new(Inner {
             pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
             broker,
+            cgroups,
+            net_hook,
             zygote,
             place,
             overlays,

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use super::cgroups::Group;
 use crate::worker::has_ended;
 use clade_vmm::vm::VmConfig;
 
@@ -71,6 +72,8 @@ pub(super) struct OwnVm {
     given_back: Option<Instant>,
     /// Whether a request has stopped it, so that its end is no surprise.
     pub(super) is_stopped: bool,
+    /// Its control group, which goes with it.
+    pub(super) group: Option<Arc<Group>>,
 }
 
 impl OwnVm {
@@ -83,7 +86,12 @@ impl OwnVm {
             images: given.map(|disk| disk.disk.path.clone()).collect(),
             given_back: None,
             is_stopped: false,
+            group: None,
         }
+    }
+
+    pub(super) fn in_group(self, group: Option<Group>) -> Self {
+        Self { group: group.map(Arc::new), ..self }
     }
 
     pub(super) fn has_name(&self) -> bool {

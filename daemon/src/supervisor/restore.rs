@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::Supervisor;
 use super::about::About;
+use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::overlays::unnamed_in;
 use crate::control::{CheckpointInfo, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
@@ -47,7 +48,7 @@ impl Supervisor {
         let _overlays = self.0.overlays.hold(&unpacked)?;
         grants.overlays = unpacked;
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(0, grants))?;
+        worker.enter(self.0.place.order(&saved.config, 0, grants))?;
         let (dir, sockets) = (saved.place.dir.clone(), sockets.to_owned());
         let order = OpenOrder { dir, load: source.load, overlays, sockets };
         let parts = worker.open(order, || self.check(0, 0, cancel))?;
@@ -58,6 +59,8 @@ impl Supervisor {
             socket: None,
             session: session.map(str::to_owned),
             process: None,
+            parent: None,
+            bounds: Bounds::default(),
         };
         Ok((Checkpoint::of_saved(about, &saved, parts), saved))
     }

@@ -185,7 +185,7 @@ impl Supervisor {
         let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
         (grants.read, grants.dirs) = (read, dirs);
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(0, grants))?;
+        worker.enter(self.0.place.order(config, 0, grants))?;
         let order = SaveOrder {
             dir: dir.clone(),
             config: config.clone(),

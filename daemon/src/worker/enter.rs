@@ -21,6 +21,8 @@ pub(crate) struct EnterOrder {
     pub(crate) grants: Grants,
     /// Disks that it will have.
     pub(crate) disks: usize,
+    /// Bytes of the RAM that it works with.
+    pub(crate) ram: u64,
 }
 
 /// A worker that is where it will stay.
@@ -47,13 +49,13 @@ pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, Fle
             "an order before it was told what it may reach",
         )));
     };
-    let EnterOrder { dir, confinement, grants, disks } = *order;
+    let EnterOrder { dir, confinement, grants, disks, ram } = *order;
     if confinement == Confinement::Off {
         return Ok(Some(Entered { dir: RuntimeDir::create(&dir)? }));
     }
     let dir = RuntimeDir::reach(&dir)?;
     // Rings and the namespace of abstract sockets are out of reach afterwards.
     prepare_engines(disks).map_err(|error| failed(io::Error::other(error)))?;
-    confine(confinement, &grants, context.store().directory()).map_err(|error| failed(io::Error::other(error)))?;
+    confine(confinement, &grants, ram, context.store().directory()).map_err(|error| failed(io::Error::other(error)))?;
     Ok(Some(Entered { dir }))
 }

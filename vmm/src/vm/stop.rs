@@ -19,6 +19,12 @@ pub enum StopReason {
         /// Its exit code, if there was no signal.
         code: Option<i32>,
     },
+    /// Its process took more memory than its limit, and was killed.
+    #[error("its process took more than its limit of {mib} MiB of memory")]
+    OverLimit {
+        /// The limit in MiB.
+        mib: u64,
+    },
     /// The guest reset itself through the keyboard controller.
     #[error("the guest reset itself")]
     Reset,

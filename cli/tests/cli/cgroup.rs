@@ -1,0 +1,107 @@
+//! Limits of VMs' processes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Signal;
+
+use crate::supervisor::Supervised;
+use crate::tool::kill;
+use crate::tool::{Runtime, kvm, wait_until};
+
+/// A control group (v2) of this test, removed with all below it. What controllers it has is the
+/// host's.
+struct Group(PathBuf);
+
+impl Group {
+    fn make() -> Option<Self> {
+        let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists());
+        let dir = root.map(|root| root.join(format!("clade-cli-{}", std::process::id())));
+        let made = dir.filter(|dir| fs::create_dir(dir).is_ok());
+        if made.is_none() {
+            println!("skipped: no control group (v2) can be made here");
+        }
+        made.map(Self)
+    }
+
+    fn groups(&self) -> Vec<String> {
+        let all = fs::read_dir(&self.0).unwrap().flatten().filter(|entry| entry.path().is_dir());
+        let mut names: Vec<String> = all.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn processes(&self, group: &str) -> Vec<u32> {
+        let text = fs::read_to_string(self.0.join(group).join("cgroup.procs")).unwrap();
+        text.lines().map(|pid| pid.parse().unwrap()).collect()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for group in self.groups() {
+            let _ = fs::remove_dir(self.0.join(group));
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn each_vm_is_in_a_group_that_goes_with_it() {
+    if !kvm() {
+        return;
+    }
+    let Some(group) = Group::make() else { return };
+    let dir = group.0.display().to_string();
+    let mut all = Supervised { runtime: Runtime::new() };
+    let serve = ["serve", "--pool", "1", "--cgroup", &dir];
+    all.runtime.spawn(&serve);
+    let socket = all.runtime.dir().join("clade.api");
+    let up = || wait_until("the supervisor", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    up();
+    all.boot("web", &[]);
+    // With a prepared worker among them, the second time.
+    for name in ["a{n}", "b{n}"] {
+        all.fork(&["web", "--count", "2", "--name", name]);
+    }
+    assert_eq!(group.groups(), ["vm-a1", "vm-a2", "vm-b1", "vm-b2", "vm-web"]);
+    for name in ["web", "a1", "b1", "b2"] {
+        assert_eq!(group.processes(&format!("vm-{name}")), [all.pid_of(name)], "{name}");
+    }
+    all.stop("a1");
+    kill(all.pid_of("a2"), Signal::KILL);
+    wait_until("their groups to go", || group.groups() == ["vm-b1", "vm-b2", "vm-web"]);
+    // VMs and their groups outlive the supervisor, and the next one tidies up after them.
+    all.runtime.crash();
+    assert_eq!(group.processes("vm-web"), [all.pid_of("web")]);
+    all.runtime.spawn(&serve);
+    up();
+    all.stop("b1");
+    wait_until("its group to go", || group.groups() == ["vm-b2", "vm-web"]);
+    // A limit that nothing would enforce is refused.
+    if !fs::read_to_string(group.0.join("cgroup.controllers")).unwrap().contains("memory") {
+        let limited = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "x", "--memory-limit", "64M"];
+        all.runtime.clade(&limited).expect_refusal("cgroup");
+    }
+    for name in ["b2", "web"] {
+        all.stop(name);
+    }
+    wait_until("all groups to go", || group.groups().is_empty());
+    all.end();
+}
+
+#[test]
+fn a_group_that_is_none_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised { runtime: Runtime::new() };
+    let runtime = &all.runtime;
+    runtime.clade(&["serve", "--cgroup", "/nonexistent"]).expect_refusal("/nonexistent");
+    assert_eq!(runtime.clade(&["serve", "--cgroup", "here"]).code, Some(2));
+    for bad in [["--memory-limit", "1M"], ["--cpu-limit", "0"]] {
+        let args = [&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "x"][..], &bad].concat();
+        assert_eq!(runtime.clade(&args).code, Some(2), "{bad:?}");
+    }
+}

@@ -1,0 +1,425 @@
+//! A control group for each VM (cgroup v2): how much memory and processor time its process may take.
+//!
+//! ```text
+//! DIR                     delegated to the supervisor: it may make groups there
+//! ├── supervisor          the supervisor, its zygote, and workers that are prepared
+//! └── vm-NAME             a VM's worker, moved there before it is told what to do
+//! ```
+//!
+//! | file of a VM's group | value |
+//! |---|---|
+//! | `memory.max` | the VM's limit; without one [`RAM_TIMES`] its RAM and [`OVERHEAD`] |
+//! | `memory.swap.max` | 0: a VM beyond its limit ends, and does not slow the host down |
+//! | `memory.oom.group` | 1 |
+//! | `cpu.max` | the VM's limit, if it has one |
+//! | `pids.max` | [`MAX_THREADS`] |
+//!
+//! A group goes with its VM: what is left in it is killed. One that is beyond its memory is ended
+//! by the kernel, alone, and its record says so.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Memory of a VM's process without a limit of its own, in times the VM's RAM: its own pages, and
+/// what checkpoints, forks and a last snapshot still show of it as it was.
+const RAM_TIMES: u64 = 4;
+/// Memory of a VM's process beside that.
+const OVERHEAD: u64 = 512 << 20;
+/// Threads of a VM's process: vCPUs, devices, requests.
+const MAX_THREADS: u64 = 2048;
+/// The period of processor time, in microseconds.
+const PERIOD_US: f64 = 100_000.0;
+/// How often, and how soon, it is tried again to remove a group whose processes have been killed.
+const REMOVE_TRIES: u32 = 50;
+const REMOVE_INTERVAL: Duration = Duration::from_millis(10);
+/// Where control groups are mounted.
+const MOUNT: &str = "/sys/fs/cgroup";
+const OWN: &str = "supervisor";
+const PREFIX: &str = "vm-";
+
+/// Where the control groups of VMs are made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum CgroupPlace {
+    /// Below the supervisor's own group, if that has a memory controller and no other process: as
+    /// under systemd with `Delegate=yes`. Otherwise nowhere.
+    #[default]
+    Auto,
+    /// Nowhere.
+    Off,
+    /// In this directory.
+    Dir(PathBuf),
+}
+
+impl FromStr for CgroupPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            dir if Path::new(dir).is_absolute() => Ok(Self::Dir(dir.into())),
+            other => Err(format!("{other:?} is neither auto nor off, nor an absolute path")),
+        }
+    }
+}
+
+/// What a VM's process may take of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Bounds {
+    /// Memory in MiB.
+    pub(crate) memory_mib: Option<u64>,
+    /// Processors.
+    pub(crate) cpus: Option<f64>,
+}
+
+impl Bounds {
+    pub(crate) fn is_none(self) -> bool {
+        self == Self::default()
+    }
+
+    /// Bytes of memory of a VM with `ram`.
+    fn memory(self, ram: u64) -> u64 {
+        self.memory_mib.map_or_else(|| (RAM_TIMES * ram).saturating_add(OVERHEAD), |mib| mib.saturating_mul(1 << 20))
+    }
+}
+
+/// Why there is no control group.
+#[derive(Debug, Error)]
+#[error("the control group {}", path.display())]
+pub struct CgroupError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
+    |source| CgroupError { path: path.to_owned(), source }
+}
+
+/// The groups of a supervisor's VMs. A clone is a handle to the same ones.
+#[derive(Clone, Debug)]
+pub(super) struct Cgroups(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    dir: PathBuf,
+    /// Whether memory is limited there.
+    has_memory: bool,
+    /// Groups that are in use.
+    used: Mutex<Vec<PathBuf>>,
+}
+
+impl Shared {
+    fn used(&self) -> MutexGuard<'_, Vec<PathBuf>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The group that is the supervisor's, where groups are mounted.
+fn own_group() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = Path::new(MOUNT).join(text.lines().find_map(|line| line.strip_prefix("0::/"))?);
+    // The service manager has started it there (DelegateSubgroup=), or it is a later supervisor.
+    let is_divided = own.file_name().is_some_and(|name| name == OWN);
+    if is_divided { own.parent().map(Path::to_owned) } else { Some(own) }
+}
+
+/// Whether a group may be divided by this process alone.
+fn is_delegated(dir: &Path) -> bool {
+    let read = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
+    let own = std::process::id().to_string();
+    let is_alone = read("cgroup.procs").split_whitespace().all(|pid| pid == own);
+    is_alone && read("cgroup.controllers").split_whitespace().any(|controller| controller == "memory")
+}
+
+impl Cgroups {
+    /// Groups at `place`. None if there are to be none, or none can be had there without being asked
+    /// for.
+    ///
+    /// # Errors
+    /// When the directory is no group, or may not be divided.
+    pub(super) fn open(place: &CgroupPlace) -> Result<Option<Self>, CgroupError> {
+        match place {
+            CgroupPlace::Off => Ok(None),
+            CgroupPlace::Dir(dir) => Self::in_dir(dir).map(Some),
+            CgroupPlace::Auto => match own_group().filter(|dir| is_delegated(dir)) {
+                Some(dir) => Self::in_dir(&dir).map(Some),
+                None => {
+                    tracing::info!("VMs have no control groups: this process's own is not delegated to it");
+                    Ok(None)
+                }
+            },
+        }
+    }
+
+    fn in_dir(dir: &Path) -> Result<Self, CgroupError> {
+        let procs = fs::read_to_string(dir.join("cgroup.procs")).map_err(failed(dir))?;
+        // A group with processes gives its children no controllers. Those that it has come with
+        // this one: its zygote and its threads.
+        let own = std::process::id().to_string();
+        if procs.split_whitespace().any(|pid| pid == own) {
+            let leaf = dir.join(OWN);
+            make(&leaf).and_then(|()| fs::write(leaf.join("cgroup.procs"), &own)).map_err(failed(&leaf))?;
+        }
+        let there = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+        for controller in ["memory", "cpu", "pids"] {
+            if !there.split_whitespace().any(|found| found == controller) {
+                tracing::warn!(controller, dir = %dir.display(), "the control group has no such controller: VMs are not limited by it");
+                continue;
+            }
+            fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).map_err(failed(dir))?;
+        }
+        let has_memory = there.split_whitespace().any(|found| found == "memory");
+        let shared = Shared { dir: dir.to_owned(), has_memory, used: Mutex::default() };
+        let groups = Self(Arc::new(shared));
+        groups.tidy();
+        Ok(groups)
+    }
+
+    /// Whether the memory of VMs is limited.
+    pub(super) fn limits_memory(&self) -> bool {
+        self.0.has_memory
+    }
+
+    /// Removes the groups of VMs that have ended without this supervisor.
+    pub(super) fn tidy(&self) {
+        for entry in fs::read_dir(&self.0.dir).into_iter().flatten().flatten() {
+            let is_vm = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+            // Under the lock: one that is made meanwhile is in use.
+            let used = self.0.used();
+            if is_vm && !used.contains(&entry.path()) {
+                // Refused while there is a process in it.
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+    }
+
+    /// Makes the group of the VM called `name` with `ram` bytes of RAM.
+    ///
+    /// # Errors
+    /// When it cannot be made, or a limit cannot be set.
+    pub(super) fn make(&self, name: &str, bounds: Bounds, ram: u64) -> Result<Group, CgroupError> {
+        let group = {
+            let mut used = self.0.used();
+            let names = std::iter::once(String::new()).chain((1u64..).map(|number| format!(".{number}")));
+            let mut paths = names.map(|more| self.0.dir.join(format!("{PREFIX}{name}{more}")));
+            // An earlier VM's process may still be ending in the group of that name.
+            let path = paths.find(|path| !used.contains(path) && !path.join("cgroup.procs").exists());
+            let path = path.unwrap_or_default();
+            make(&path).map_err(failed(&path))?;
+            used.push(path.clone());
+            Group { of: Arc::clone(&self.0), path, memory: bounds.memory(ram) }
+        };
+        let set = |file: &str, value: &str| {
+            let file = group.path.join(file);
+            // Of a controller that is not there.
+            if !file.exists() { Ok(()) } else { fs::write(&file, value).map_err(failed(&file)) }
+        };
+        set("memory.max", &group.memory.to_string())?;
+        set("memory.swap.max", "0")?;
+        set("memory.oom.group", "1")?;
+        set("pids.max", &MAX_THREADS.to_string())?;
+        if let Some(cpus) = bounds.cpus {
+            set("cpu.max", &format!("{} {PERIOD_US}", (cpus * PERIOD_US).round()))?;
+        }
+        Ok(group)
+    }
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// The group of one VM. Dropped, it is removed if nothing is in it: VMs outlive their supervisor.
+#[derive(Debug)]
+pub(super) struct Group {
+    of: Arc<Shared>,
+    path: PathBuf,
+    memory: u64,
+}
+
+impl Group {
+    /// Moves a worker in, with all that it will start.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(super) fn enter(&self, pid: u32) -> Result<(), CgroupError> {
+        let procs = self.path.join("cgroup.procs");
+        fs::write(&procs, pid.to_string()).map_err(failed(&procs))
+    }
+
+    /// The limit in MiB, if a process was killed because of it.
+    pub(super) fn exceeded(&self) -> Option<u64> {
+        let events = fs::read_to_string(self.path.join("memory.events")).ok()?;
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok())?;
+        (kills > 0).then_some(self.memory >> 20)
+    }
+}
+
+impl Group {
+    /// Kills what is left in it, and removes it.
+    pub(super) fn remove(&self) {
+        // It is not there before Linux 5.14. Then the group goes when its processes have ended.
+        let kill = self.path.join("cgroup.kill");
+        if kill.exists() {
+            let _ = fs::write(kill, "1");
+        }
+        let removed = (0..REMOVE_TRIES).any(|attempt| {
+            if attempt > 0 {
+                thread::sleep(REMOVE_INTERVAL);
+            }
+            match fs::remove_dir(&self.path) {
+                Err(error) => error.kind() == io::ErrorKind::NotFound,
+                Ok(()) => true,
+            }
+        });
+        if !removed {
+            tracing::warn!(group = %self.path.display(), "a control group stays for now");
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Refused while there is a process in it. It is tidied up when that has ended.
+        let _ = fs::remove_dir(&self.path);
+        self.of.used().retain(|path| *path != self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    /// Files as the kernel would make them in a new group, in a directory that only looks like one.
+    fn imitate(group: &Path) {
+        for file in ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "cgroup.procs"] {
+            fs::write(group.join(file), "max").unwrap();
+        }
+        fs::write(group.join("memory.events"), "low 0\nmax 9\noom 1\noom_kill 0\noom_group_kill 0\n").unwrap();
+    }
+
+    fn imitation() -> (tempfile::TempDir, Cgroups) {
+        let dir = tempfile::tempdir().unwrap();
+        imitate(dir.path());
+        fs::write(dir.path().join("cgroup.procs"), "1\n2\n").unwrap();
+        fs::write(dir.path().join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+        let groups = Cgroups::open(&CgroupPlace::Dir(dir.path().to_owned())).unwrap().unwrap();
+        (dir, groups)
+    }
+
+    fn read(group: &Path, file: &str) -> String {
+        fs::read_to_string(group.join(file)).unwrap()
+    }
+
+    #[test]
+    fn a_place_is_a_word_or_a_path() {
+        assert_eq!("auto".parse(), Ok(CgroupPlace::Auto));
+        assert_eq!("off".parse(), Ok(CgroupPlace::Off));
+        assert_eq!("/sys/fs/cgroup/clade".parse(), Ok(CgroupPlace::Dir("/sys/fs/cgroup/clade".into())));
+        assert!("clade".parse::<CgroupPlace>().is_err());
+        assert!(Cgroups::open(&CgroupPlace::Off).unwrap().is_none());
+        let none = CgroupPlace::Dir("/nonexistent".into());
+        assert!(Cgroups::open(&none).unwrap_err().to_string().contains("/nonexistent"));
+    }
+
+    #[test]
+    fn a_group_has_the_limits_of_its_vm() {
+        let (dir, groups) = imitation();
+        assert!(groups.limits_memory());
+        assert_eq!(read(dir.path(), "cgroup.subtree_control"), "+pids");
+        let ram = 256 << 20;
+        // The kernel's files are there as soon as the group is: here they are made before.
+        for (name, bounds, memory, cpu) in [
+            ("web", Bounds::default(), 4 * ram + OVERHEAD, "max"),
+            ("small", Bounds { memory_mib: Some(300), cpus: Some(0.5) }, 300 << 20, "50000 100000"),
+        ] {
+            let path = dir.path().join(format!("vm-{name}"));
+            let made = {
+                fs::create_dir(&path).unwrap();
+                imitate(&path);
+                // So that the name is free.
+                fs::rename(path.join("cgroup.procs"), path.join("procs")).unwrap();
+                groups.make(name, bounds, ram).unwrap()
+            };
+            assert_eq!(made.path, path);
+            assert_eq!((read(&path, "memory.max"), read(&path, "cpu.max")), (memory.to_string(), cpu.to_owned()));
+            assert_eq!((read(&path, "memory.swap.max"), read(&path, "pids.max")), ("0".into(), "2048".into()));
+            made.enter(77).unwrap();
+            assert_eq!(read(&path, "cgroup.procs"), "77");
+            assert_eq!(made.exceeded(), None);
+            fs::write(path.join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
+            assert_eq!(made.exceeded(), Some(memory >> 20));
+            // Where it is no group its directory stays, with what was written.
+            fs::remove_dir_all(&path).unwrap();
+            drop(made);
+        }
+        assert!(groups.0.used().is_empty());
+    }
+
+    struct Sleeper(Child);
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// A directory for groups on this host: a real one, whatever controllers it has.
+    fn real() -> Option<PathBuf> {
+        let roots = [Path::new(MOUNT).to_owned(), Path::new(MOUNT).join("unified")];
+        let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists());
+        let dir = root.map(|root| root.join(format!("clade-test-{}", std::process::id())));
+        let dir = dir.filter(|dir| fs::create_dir(dir).is_ok());
+        if dir.is_none() {
+            println!("skipped: no control group (v2) can be made here");
+        }
+        dir
+    }
+
+    #[test]
+    fn a_group_goes_with_what_is_in_it() {
+        let Some(dir) = real() else { return };
+        let groups = Cgroups::open(&CgroupPlace::Dir(dir.clone())).unwrap().unwrap();
+        let left = dir.join("vm-left");
+        fs::create_dir(&left).unwrap();
+        let mut sleeper = Sleeper(Command::new("sleep").arg("60").spawn().unwrap());
+        let group = groups.make("web", Bounds::default(), 32 << 20).unwrap();
+        group.enter(sleeper.0.id()).unwrap();
+        let path = group.path.clone();
+        assert_eq!(read(&path, "cgroup.procs").trim(), sleeper.0.id().to_string());
+        // Another VM of the name while the process is there.
+        let second = groups.make("web", Bounds::default(), 32 << 20).unwrap();
+        assert_eq!((path.ends_with("vm-web"), second.path.ends_with("vm-web.1")), (true, true));
+        groups.tidy();
+        assert!(path.exists() && second.path.exists() && !left.exists(), "what a supervisor left goes, and no other");
+        let can_kill = path.join("cgroup.kill").exists();
+        if !can_kill {
+            sleeper.0.kill().unwrap();
+        }
+        drop((groups, second));
+        assert!(path.exists(), "a VM outlives its supervisor");
+        group.remove();
+        drop(group);
+        if can_kill {
+            use std::os::unix::process::ExitStatusExt;
+            assert_eq!(sleeper.0.wait().unwrap().signal(), Some(libc::SIGKILL));
+        }
+        assert!(!path.exists());
+        fs::remove_dir(&dir).unwrap();
+    }
+}
