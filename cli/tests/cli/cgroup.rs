@@ -105,3 +105,32 @@ fn a_group_that_is_none_is_refused() {
         assert_eq!(runtime.clade(&args).code, Some(2), "{bad:?}");
     }
 }
+
+/// A directory that looks like a group with all controllers: what the kernel would do in it, the test
+/// does.
+#[test]
+fn a_vm_that_is_killed_for_its_memory_says_so_and_its_children_have_its_limit() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("cgroup.procs"), "").unwrap();
+    fs::write(dir.path().join("cgroup.controllers"), "cpu io memory pids\n").unwrap();
+    let mut all = Supervised { runtime: Runtime::new() };
+    all.runtime.spawn(&["serve", "--pool", "0", "--cgroup", dir.path().to_str().unwrap()]);
+    let socket = all.runtime.dir().join("clade.api");
+    wait_until("the supervisor", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    all.boot("web", &["--memory-limit", "96M", "--cpu-limit", "0.5"]);
+    all.fork(&["web"]);
+    let (status, refused) = all.http("POST", "/v1/vms/web/fork", r#"{"limits": {"memory_mib": 1}}"#);
+    assert_eq!(status, 400, "children have their parent's: {refused}");
+    let child = dir.path().join("vm-web-1");
+    assert_eq!(fs::read_to_string(child.join("cgroup.procs")).unwrap(), all.pid_of("web-1").to_string());
+    fs::write(child.join("memory.events"), "max 12\noom 1\noom_kill 1\n").unwrap();
+    kill(all.pid_of("web-1"), Signal::KILL);
+    let ended = || all.runtime.clade(&["ps", "--all", "--json"]).json()["ended"].clone();
+    wait_until("its record", || !ended().as_array().unwrap().is_empty());
+    assert_eq!(ended()[0]["stopped"], serde_json::json!({"kind": "over_limit", "mib": 96}), "{}", ended());
+    assert_eq!(all.runtime.names(), ["web"]);
+    all.end();
+}
