@@ -7,7 +7,9 @@ use bytes::Bytes;
 use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready, Shutdown};
 use clade_agent_proto::code::EndOfStream;
 use clade_agent_proto::envelope::{END_OF_STREAM, Envelopes, seal};
-use clade_agent_proto::{KEEPALIVE_HEADER, MAX_MESSAGE, RpcError, STREAM_TYPE, TIMEOUT_HEADER, UNARY_TYPE, decode, encode};
+use clade_agent_proto::{
+    KEEPALIVE_HEADER, MAX_MESSAGE, RpcError, STREAM_TYPE, TIMEOUT_HEADER, UNARY_TYPE, decode, encode,
+};
 use hyper::header::CONTENT_TYPE;
 use hyper::http::request::Builder;
 use serde::Serialize;
@@ -114,7 +116,11 @@ impl Client {
     }
 
     /// A call with a stream of requests: each piece is a message in its envelope.
-    pub(crate) async fn send_stream<A: DeserializeOwned>(&self, method: &str, body: Outgoing) -> Result<A, ClientError> {
+    pub(crate) async fn send_stream<A: DeserializeOwned>(
+        &self,
+        method: &str,
+        body: Outgoing,
+    ) -> Result<A, ClientError> {
         let answer = self.sent(self.request("POST", &format!("/{method}")), body, STREAM_TYPE).await?;
         Messages::new(answer).next().await?.ok_or(ClientError::Truncated)
     }

@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(request.process.cmd, "ls");
         assert_eq!((request.process.cwd, request.stdin), (None, None));
         assert_eq!(decode::<StartRequest>(b" \n").unwrap(), StartRequest::default());
-        for wrong in ["[]", "3", "{", "{\"process\":[]}", "{\"stdin\":1}"] {
+        for wrong in ["[]", "3", "{", "{\"process\":3}", "{\"stdin\":1}"] {
             decode::<StartRequest>(wrong.as_bytes()).unwrap_err();
         }
     }
