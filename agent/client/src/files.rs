@@ -79,11 +79,18 @@ impl Client {
         Ok(Download { answer, length, read: 0 })
     }
 
-    /// A stream of bytes to a file, and the call that takes it. The call ends when the stream is dropped and the file is
-    /// written.
-    pub fn upload(&self, path: &str) -> (Upload, impl Future<Output = Result<Written, ClientError>> + Send + 'static) {
+    /// A stream of bytes to a file with these permissions, and the call that takes it. The call ends when the stream is
+    /// dropped and the file is written. Drop the call first to break it off.
+    pub fn upload(
+        &self,
+        path: &str,
+        mode: Option<u32>,
+    ) -> (Upload, impl Future<Output = Result<Written, ClientError>> + Send + use<>) {
         let (sender, pieces) = mpsc::channel(2);
-        let request = self.request("POST", &self.files(path)).header(CONTENT_TYPE, "application/octet-stream");
+        let mode = mode.map_or_else(String::new, |mode| format!("&mode={mode:o}"));
+        let request = self
+            .request("POST", &format!("{}{mode}", self.files(path)))
+            .header(CONTENT_TYPE, "application/octet-stream");
         let request = request.body(Outgoing::Pieces(pieces));
         let client = self.clone();
         let call = async move {

@@ -96,7 +96,7 @@ impl Client {
         &self,
         pid: u32,
         is_terminal: bool,
-    ) -> (Input, impl Future<Output = Result<(), ClientError>> + Send + 'static) {
+    ) -> (Input, impl Future<Output = Result<(), ClientError>> + Send + use<>) {
         let (sender, pieces) = mpsc::channel(2);
         let client = self.clone();
         let start = InputStart { process: Selector::pid(pid) };

@@ -147,6 +147,45 @@ pub struct EndEvent {
     pub error: Option<String>,
 }
 
+/// What envd calls the signals from 1 on.
+const SIGNALS: [&str; 15] = [
+    "hangup",
+    "interrupt",
+    "quit",
+    "illegal instruction",
+    "trace/breakpoint trap",
+    "aborted",
+    "bus error",
+    "floating point exception",
+    "killed",
+    "user defined signal 1",
+    "segmentation fault",
+    "user defined signal 2",
+    "broken pipe",
+    "alarm clock",
+    "terminated",
+];
+
+/// What envd calls a signal.
+#[must_use]
+pub fn signal_name(number: i32) -> String {
+    let known = usize::try_from(number).ok().and_then(|number| SIGNALS.get(number.checked_sub(1)?));
+    known.map_or_else(|| format!("signal {number}"), |name| (*name).to_owned())
+}
+
+impl EndEvent {
+    /// The exit code that a shell would give: 128 and its number for a signal.
+    #[must_use]
+    pub fn shell_code(&self) -> u8 {
+        if self.exited {
+            return u8::try_from(self.exit_code).unwrap_or(1);
+        }
+        let name = self.status.strip_prefix("signal: ").unwrap_or_default().trim_end_matches(" (core dumped)");
+        let number = (1..=64).find(|number| signal_name(*number) == name);
+        number.map_or(1, |number| 128 + number as u8)
+    }
+}
+
 /// Nothing has happened; the stream is alive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeepAlive {}
@@ -334,6 +373,16 @@ mod tests {
         assert_eq!(of("{}").unwrap(), 0);
         of(r#"{"signal":"SIGHUP"}"#).unwrap_err();
         assert_eq!(text(&Signal::KILL), r#""SIGNAL_SIGKILL""#);
+    }
+
+    #[test]
+    fn ends_have_the_codes_of_shells() {
+        let of = |exited, exit_code, status: &str| {
+            EndEvent { exited, exit_code, status: status.into(), error: None }.shell_code()
+        };
+        assert_eq!([of(true, 3, "exit status 3"), of(true, 0, "exit status 0"), of(true, 300, "odd")], [3, 0, 1]);
+        assert_eq!([of(false, -1, "signal: killed"), of(false, -1, "signal: signal 64")], [137, 192]);
+        assert_eq!([of(false, -1, "signal: aborted (core dumped)"), of(false, -1, "odd")], [134, 1]);
     }
 
     #[test]

@@ -24,6 +24,8 @@ struct Wanted {
     /// As the request has it; `None` if it has none.
     path: Option<String>,
     workdir: Option<String>,
+    /// The permissions that a file is to have.
+    mode: Option<u32>,
 }
 
 /// A refusal: the status, and why.
@@ -53,7 +55,10 @@ impl Wanted {
         let name = username.unwrap_or(default);
         let unknown = || (StatusCode::UNAUTHORIZED, format!("error looking up user '{name}': unknown user {name}"));
         let user = users::find(&name).ok_or_else(unknown)?;
-        Ok(Self { user, path, workdir })
+        let octal = |text: String| u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o7777);
+        let mode =
+            of("mode").map(|text| octal(text).ok_or_else(|| bad("mode: an octal number is wanted"))).transpose()?;
+        Ok(Self { user, path, workdir, mode })
     }
 
     fn resolve(&self, path: &str) -> Result<PathBuf, Refusal> {

@@ -1,9 +1,9 @@
 //! Files up: as a body, or as a form of several. Nothing but the piece that is being written is in memory.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -178,6 +178,10 @@ async fn raw(wanted: &Wanted, notes: &BTreeMap<String, String>, body: &mut Body)
     let path = wanted.path.as_deref().filter(|path| !path.is_empty());
     let path = path.ok_or_else(|| bad("path query parameter is required for raw body upload"))?;
     let mut writer = Writer::create(wanted.resolve(path)?, &wanted.user).await?;
+    if let Some(mode) = wanted.mode {
+        let set = writer.file.set_permissions(Permissions::from_mode(mode));
+        set.map_err(|error| failed("error changing permissions", &writer.path, &error))?;
+    }
     loop {
         let bytes = body.next().await?;
         if bytes.is_empty() {

@@ -11,7 +11,7 @@ use clade_agent_client::{Client, ClientError};
 use crate::{Agent, run};
 
 async fn put(client: &Client, path: &str, bytes: &[u8]) -> Result<String, ClientError> {
-    let (mut upload, call) = client.upload(path);
+    let (mut upload, call) = client.upload(path, None);
     let call = tokio::spawn(call);
     for piece in bytes.chunks(100_000) {
         upload.send(Bytes::copy_from_slice(piece)).await;

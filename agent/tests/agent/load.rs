@@ -16,7 +16,7 @@ fn a_file_of_a_gib_passes_through_little_memory() {
         let client = agent.client();
         let path = agent.path("large");
         let piece = Bytes::from((0..MIB).map(|at| (at % 251) as u8).collect::<Vec<_>>());
-        let (mut upload, call) = client.upload(&path);
+        let (mut upload, call) = client.upload(&path, Some(0o600));
         let call = tokio::spawn(call);
         let mut most = 0;
         for number in 0..1024 {

@@ -1,0 +1,61 @@
+//! The agent in a VM's guest.
+
+use std::path::PathBuf;
+
+use anyhow::anyhow;
+use clade_agent_client::proto::PORT;
+use clade_agent_client::{Client, ClientError, Endpoint};
+use clade_daemon::control::{Client as Control, VmInfo, VmState};
+use hyper::Method;
+
+use crate::commands::Failure;
+use crate::commands::remote::failure;
+
+/// Who asks the agent.
+#[derive(Debug, clap::Args)]
+pub(crate) struct AgentArgs {
+    /// The user of the guest. Default: the agent's, which is root unless it was told another.
+    #[arg(long, short, value_name = "USER")]
+    user: Option<String>,
+    /// The file of the agent's token, if it was given one.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl AgentArgs {
+    /// A client of the agent in `vm`.
+    pub(super) async fn client(&self, vm: &str) -> Result<Client, Failure> {
+        let info = Control::default().request::<VmInfo>(Method::GET, vm, "", None::<&()>).await.map_err(failure)?;
+        if info.state != VmState::Running {
+            return Err(Failure::input(anyhow!("{vm} does not run, so nothing in it answers")));
+        }
+        let device = info.vsock.ok_or_else(|| {
+            Failure::input(anyhow!("{vm} has no vsock device to reach its agent by: give it one with --vsock"))
+        })?;
+        let read = |path: &PathBuf| {
+            let text = std::fs::read_to_string(path);
+            text.map_err(|error| Failure::input(anyhow::Error::new(error).context(path.display().to_string())))
+        };
+        let token = self.token_file.as_ref().map(read).transpose()?.map(|text| text.trim().to_owned());
+        let client = Client::new(Endpoint::Vsock { socket: device.socket, port: PORT });
+        Ok(client.with_user(self.user.clone()).with_token(token))
+    }
+}
+
+/// Whether the request was wrong, or the guest is.
+pub(super) fn agent_failure(error: ClientError) -> Failure {
+    match &error {
+        ClientError::Socket { .. } | ClientError::NoAgent { .. } => Failure::input(error),
+        ClientError::Rpc(rpc) if (400..500).contains(&rpc.code.status()) => Failure::input(error),
+        ClientError::Refused { status: 400..500, .. } => Failure::input(error),
+        _ => Failure::run(error),
+    }
+}
+
+/// Does what needs the asynchronous runtime. What it left behind is not waited for: a read of the terminal may never end.
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
+    let done = runtime.block_on(work);
+    runtime.shutdown_background();
+    done
+}
