@@ -121,7 +121,8 @@ impl Multipart {
                         self.state = State::Data;
                         return Ok(Some(PartEvent::Part { name, filename }));
                     }
-                    None if self.buffer.len() <= MAX_HEADERS => return Ok(None),
+                    // The blank line may have begun.
+                    None if self.buffer.len() < MAX_HEADERS + 4 => return Ok(None),
                     _ => return Err(MultipartError::LongHeaders),
                 },
                 State::Data => {

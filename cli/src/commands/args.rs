@@ -365,6 +365,10 @@ pub(crate) struct ForkArgs {
     /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
+    /// Have the agent in each child make it another VM: its clock, random numbers, tokens and hooks.
+    /// Returns when all are ready.
+    #[arg(long, conflicts_with = "paused")]
+    pub(crate) ready: bool,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
