@@ -34,7 +34,17 @@ fn line(stream: &mut UnixStream) -> String {
 fn say(mut stream: UnixStream, answer: &[u8], more: &[u8]) {
     assert_eq!(line(&mut stream), "CONNECT 49983\n");
     stream.write_all(b"OK 1024\n").unwrap();
-    while line(&mut stream).len() > 2 {}
+    let mut length = 0;
+    loop {
+        let header = line(&mut stream).to_ascii_lowercase();
+        if header.len() <= 2 {
+            break;
+        }
+        length = header.strip_prefix("content-length: ").map_or(length, |value| value.trim().parse().unwrap());
+    }
+    // A socket that is closed with unread bytes is an error to the other end.
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).unwrap();
     let mut written = stream.write_all(answer);
     while !more.is_empty() && written.is_ok() {
         written = stream.write_all(more);

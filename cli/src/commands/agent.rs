@@ -1,7 +1,7 @@
 //! The agent in a VM's guest.
 
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use clade_agent_client::proto::api::Generation;
@@ -49,14 +49,27 @@ const ENTROPY: usize = 64;
 /// Guests that are made ready at a time.
 const MAX_ASKED: usize = 16;
 
-/// Tells the agent in a VM that it is another one.
+/// How long a child may take until it takes a connection. It has to hear first that its parent's were reset.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Tells the agent in a VM that it is another one. It is told again if the connection breaks before it answers: it was one of
+/// those that a child resets.
 async fn change_generation(vm: String) -> Result<(), Failure> {
     let client = AgentArgs::default().client(&vm).await?;
     let mut entropy = vec![0; ENTROPY];
     rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty()).map_err(Failure::run)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(Failure::run)?;
     let request = Generation { name: vm, now_ns: Some(now.as_nanos().to_string()), entropy: Some(Base64(entropy)) };
-    let ready = client.change_generation(&request).await.map_err(agent_failure)?;
+    let deadline = Instant::now() + READY_TIMEOUT;
+    let ready = loop {
+        match client.change_generation(&request).await {
+            Err(ClientError::NoAgent { .. } | ClientError::Http(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(RETRY).await;
+            }
+            answer => break answer.map_err(agent_failure)?,
+        }
+    };
     let failed = ready.hooks.iter().filter(|hook| hook.status != "exit status 0");
     let failed = failed.map(|hook| format!("the hook {}: {}", hook.name, hook.status));
     match ready.failed.iter().cloned().chain(failed).next() {

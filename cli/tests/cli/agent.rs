@@ -57,7 +57,15 @@ fn boot(runtime: &mut Runtime) -> bool {
 }
 
 fn exec(runtime: &Runtime, args: &[&str]) -> Answer {
-    runtime.clade(&[&["exec"], args].concat())
+    let begun = Instant::now();
+    loop {
+        let answer = runtime.clade(&[&["exec"], args].concat());
+        // A guest whose kernel is interpreted may need longer, among others on busy processors.
+        let is_late = answer.code == Some(125) && answer.stderr.contains("does not take the connection");
+        if !is_late || begun.elapsed() > Duration::from_secs(60) {
+            return answer;
+        }
+    }
 }
 
 fn programs(runtime: &Runtime) {
@@ -95,6 +103,7 @@ fn files(runtime: &Runtime) {
     fs::set_permissions(tree.join("program"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(tree.join("sub/ü b"), vec![7; 1_000_000]).unwrap();
     let tree = tree.to_str().unwrap();
+    exec(runtime, &["web", "--", "true"]);
     let copied = runtime.clade(&["cp", "--json", tree, "web:/tmp"]).json();
     assert_eq!((copied["files"].as_u64(), copied["directories"].as_u64()), (Some(2), Some(3)));
     assert_eq!(exec(runtime, &["web", "/tmp/tree/program"]).stdout, "ran\n");
@@ -139,7 +148,8 @@ fn forks(runtime: &Runtime) {
         if name == "web" {
             assert_eq!((hooked.as_str(), year.as_str()), ("", "2001\n"));
         } else {
-            assert_eq!(hooked, format!("{name} 1\n"));
+            // It is told again if its connection was among those that were reset.
+            assert!(hooked.starts_with(&format!("{name} ")), "{hooked:?}");
             assert_ne!(year, "2001\n", "the child's clock is the host's");
         }
     }
@@ -182,7 +192,7 @@ fn a_vm_without_an_agent_is_said_at_once() {
     let begun = Instant::now();
     let plain = exec(&runtime, &["plain", "--", "true"]);
     assert!(plain.code == Some(125) && plain.stderr.contains("no vsock device"), "{plain:?}");
-    let deaf = exec(&runtime, &["deaf", "--", "true"]);
+    let deaf = runtime.clade(&["exec", "deaf", "--", "true"]);
     assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers"), "{deaf:?}");
     runtime.clade(&["cp", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
     assert!(begun.elapsed() < Duration::from_secs(20));
