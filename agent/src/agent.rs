@@ -10,7 +10,6 @@ use crate::filesystem::Watchers;
 use crate::metrics::CpuTimes;
 use crate::process::Table;
 use crate::settings::Settings;
-use crate::shutdown::End;
 
 /// Messages and other bodies beyond 16 KiB that are in memory at a time.
 const LARGE_BODIES: usize = 8;
@@ -26,7 +25,7 @@ pub struct Agent {
     /// Counts how often the VM has become another. Connections of before end.
     pub(crate) generation: watch::Sender<u64>,
     pub(crate) cpu: Mutex<CpuTimes>,
-    pub(crate) end: watch::Sender<Option<End>>,
+    pub(crate) end: watch::Sender<bool>,
     /// One change of the generation, or `/init`, at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
@@ -50,7 +49,7 @@ impl Agent {
             large: Semaphore::new(LARGE_BODIES),
             generation: watch::Sender::new(0),
             cpu: Mutex::default(),
-            end: watch::Sender::new(None),
+            end: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
         };
         Ok(Arc::new(agent))

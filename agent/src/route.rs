@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use clade_agent_proto::api::{Generation, Init, Shutdown};
+use clade_agent_proto::api::{Generation, Init};
 use clade_agent_proto::process::Empty;
 use clade_agent_proto::{Code, RpcError, decode};
 use hyper::body::Incoming;
@@ -17,7 +17,6 @@ use crate::http::{Reply, Shared, http_error, json, no_content, whole};
 use crate::listen::{Connection, Peer};
 use crate::log::log;
 use crate::settings::Token;
-use crate::shutdown::End;
 
 /// What the clock may be off by before `/init` sets it: behind and ahead.
 const BEHIND_NS: i128 = 50_000_000;
@@ -134,13 +133,10 @@ async fn clade(agent: Shared, own: Connection, method: &Method, path: &str, requ
             Ok(request) => json(&agent.change_generation(request, &own.is_kept).await),
             Err(error) => invalid(error),
         },
-        "/clade/shutdown" => match decode::<Shutdown>(&bytes) {
-            Ok(request) => {
-                agent.ask_for_end(if request.reboot { End::Reboot } else { End::PowerOff });
-                no_content()
-            }
-            Err(error) => invalid(error),
-        },
+        "/clade/shutdown" => {
+            agent.ask_for_end();
+            no_content()
+        }
         _ => http_error(StatusCode::NOT_FOUND, format_args!("there is no {path}")),
     }
 }

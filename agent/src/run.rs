@@ -16,7 +16,7 @@ use crate::listen::{Listener, serve};
 use crate::log::log;
 use crate::options::{Options, UsageError};
 use crate::process::spawn::{Surroundings, command};
-use crate::shutdown::{End, end_guest};
+use crate::shutdown::end_guest;
 use crate::system::{Entrypoint, prepare, raise_file_limit};
 use crate::users;
 
@@ -58,15 +58,11 @@ pub fn run(options: Result<Options, UsageError>) -> ExitCode {
 
 async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -> io::Result<()> {
     let agent = Agent::new()?;
-    for (kind, end) in [
-        (SignalKind::terminate(), End::PowerOff),
-        (SignalKind::user_defined2(), End::PowerOff),
-        (SignalKind::interrupt(), End::Reboot),
-    ] {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::user_defined2()] {
         let (agent, mut signals) = (Arc::clone(&agent), signal(kind)?);
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                agent.ask_for_end(end);
+                agent.ask_for_end();
             }
         });
     }
@@ -85,10 +81,10 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     }
     log!("{} listens", env!("CARGO_PKG_VERSION"));
     tokio::spawn(serve(Arc::clone(&agent), listeners));
-    let end = agent.end().await;
+    agent.end().await;
     tokio::time::sleep(LAST_ANSWER).await;
     if is_init {
-        return Err(end_guest(end).await);
+        return Err(end_guest().await);
     }
     agent.end_processes().await;
     if let Some(path) = &options.unix {
@@ -120,7 +116,7 @@ impl Agent {
             Err(error) => log!("{program} cannot be started: {error}"),
         }
         if entrypoint.power_off {
-            self.ask_for_end(End::PowerOff);
+            self.ask_for_end();
         }
     }
 }

@@ -13,29 +13,16 @@ use crate::log::log;
 const GRACE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
-/// How it ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    PowerOff,
-    Reboot,
-}
-
 impl Agent {
-    /// Asks for the end. The first request counts.
-    pub(crate) fn ask_for_end(&self, end: End) {
-        self.end.send_if_modified(|asked| {
-            let is_first = asked.is_none();
-            asked.get_or_insert(end);
-            is_first
-        });
+    /// Asks for the end.
+    pub(crate) fn ask_for_end(&self) {
+        self.end.send_replace(true);
     }
 
-    /// The end that is asked for, when it is.
-    pub(crate) async fn end(&self) -> End {
-        let mut asked = self.end.subscribe();
+    /// Waits until the end is asked for.
+    pub(crate) async fn end(&self) {
         // The sender is `self`'s: it does not go.
-        let end = asked.wait_for(Option::is_some).await.ok().and_then(|end| *end);
-        end.unwrap_or(End::PowerOff)
+        let _ = self.end.subscribe().wait_for(|is_asked| *is_asked).await;
     }
 
     /// Ends the processes that clients have started, in order.
@@ -66,8 +53,9 @@ fn is_alone() -> bool {
     !others.any(|pid| pid != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok())
 }
 
-/// Ends all processes, writes all files to the disk, and the guest ends.
-pub(crate) async fn end_guest(end: End) -> io::Error {
+/// Ends all processes, writes all files to the disk, and resets the machine: that ends a VM of Clade, also where the kernel
+/// cannot switch it off and would halt instead.
+pub(crate) async fn end_guest() -> io::Error {
     log!("the guest ends");
     let all = |signal| Pid::from_raw(-1).map(|all| kill_process(all, signal));
     // There may be none.
@@ -78,11 +66,7 @@ pub(crate) async fn end_guest(end: End) -> io::Error {
     }
     let _ = all(Signal::KILL);
     rustix::fs::sync();
-    let command = match end {
-        End::PowerOff => RebootCommand::PowerOff,
-        End::Reboot => RebootCommand::Restart,
-    };
-    match rustix::system::reboot(command) {
+    match rustix::system::reboot(RebootCommand::Restart) {
         Ok(()) => io::Error::other("the guest goes on after its end"),
         Err(error) => error.into(),
     }

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use bytes::Bytes;
-use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready, Shutdown};
+use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready};
 use clade_agent_proto::code::EndOfStream;
 use clade_agent_proto::envelope::{END_OF_STREAM, Envelopes, seal};
 use clade_agent_proto::{
@@ -165,7 +165,7 @@ impl Client {
     ///
     /// # Errors
     /// When there is no agent, or it refuses.
-    pub async fn shut_down(&self, shutdown: Shutdown) -> Result<(), ClientError> {
-        self.plain("POST", "/clade/shutdown", encode(&shutdown)).await.map(drop)
+    pub async fn shut_down(&self) -> Result<(), ClientError> {
+        self.plain("POST", "/clade/shutdown", Vec::new()).await.map(drop)
     }
 }

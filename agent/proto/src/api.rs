@@ -114,11 +114,3 @@ pub struct Ready {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<String>,
 }
-
-/// `POST /clade/shutdown`: the guest ends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Shutdown {
-    /// It starts again.
-    pub reboot: bool,
-}
