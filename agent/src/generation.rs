@@ -38,8 +38,10 @@ const RESEED: rustix::ioctl::Opcode = opcode::none(b'R', 7);
 fn reseed(entropy: &[u8]) -> io::Result<()> {
     let device = rustix::fs::open("/dev/urandom", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(&device, entropy)?;
-    // SAFETY: the request of that number takes no argument, so the kernel neither reads nor writes memory of ours.
-    unsafe { ioctl(&device, NoArg::<RESEED>::new()) }?;
+    // SAFETY: the request of that number takes no argument.
+    let request = unsafe { NoArg::<RESEED>::new() };
+    // SAFETY: without an argument the kernel neither reads nor writes memory of ours.
+    unsafe { ioctl(&device, request) }?;
     Ok(())
 }
 

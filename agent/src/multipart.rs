@@ -217,7 +217,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn read(form: &[u8], boundary: &str, cut: usize) -> Result<Vec<(Option<String>, Vec<u8>)>, MultipartError> {
+    type Parts = Vec<(Option<String>, Vec<u8>)>;
+
+    fn read(form: &[u8], boundary: &str, cut: usize) -> Result<Parts, MultipartError> {
         let (mut reader, mut parts) = (Multipart::new(boundary), Vec::new());
         for chunk in form.chunks(cut) {
             reader.push(chunk);

@@ -95,7 +95,7 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
         }
         settings.newest_ns = time;
         let ahead = clock::now_ns() - time;
-        if (ahead < -BEHIND_NS || ahead > AHEAD_NS)
+        if !(-BEHIND_NS..=AHEAD_NS).contains(&ahead)
             && let Err(error) = clock::set(time)
         {
             log!("the clock: {error}");

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::Path;
 
 use bytes::Bytes;
 use hyper::header::{ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -30,20 +30,20 @@ fn takes_identity(headers: &HeaderMap) -> bool {
     !refused("identity") && (is_named || !refused("*"))
 }
 
-fn open(path: PathBuf) -> Result<(File, u64, bool), Refusal> {
+fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
     let missing = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, format!("path '{}' does not exist", path.display())),
-        _ => failed("error reading", &path, &error),
+        _ => failed("error reading", path, &error),
     };
     // Looked at before it is opened: a pipe without a writer would keep the thread for ever.
-    let found = std::fs::metadata(&path).map_err(missing)?;
+    let found = std::fs::metadata(path).map_err(missing)?;
     if found.is_dir() {
         return Err(bad(format_args!("path '{}' is a directory", path.display())));
     }
     if !found.is_file() {
         return Err(bad(format_args!("path '{}' is no regular file", path.display())));
     }
-    let file = File::open(&path).map_err(missing)?;
+    let file = File::open(path).map_err(missing)?;
     let length = file.metadata().map_err(missing)?.len();
     // Files of /proc and /sys have no length, and a content all the same.
     let is_exact = length > 0;
@@ -86,7 +86,7 @@ pub(crate) async fn download(agent: &Shared, head: &Parts) -> Reply {
     let opened = async {
         let wanted = Wanted::of(agent, head, "read")?;
         let path = wanted.resolve(wanted.path.as_deref().unwrap_or_default())?;
-        let opened = tokio::task::spawn_blocking(move || open(path)).await;
+        let opened = tokio::task::spawn_blocking(move || open(&path)).await;
         let opened = opened.map_err(|_| (StatusCode::INTERNAL_SERVER_ERROR, "the request has failed".to_owned()))??;
         if !takes_identity(&head.headers) {
             let why = "no acceptable encoding found, supported: [identity]".to_owned();

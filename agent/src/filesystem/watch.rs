@@ -26,16 +26,20 @@ const MAX_EVENTS: usize = 1 << 14;
 /// File systems of other machines and of programs: NFS, CIFS, SMB, SMB2, FUSE.
 const REMOTE: [i64; 5] = [0x6969, 0xFF53_4D42, 0x517B, 0xFE53_4D42, 0x6573_5546];
 
+/// What a watcher keeps until it is asked, or why it has ended.
 #[derive(Debug)]
 struct Watched {
     events: Mutex<Result<Vec<FilesystemEvent>, RpcError>>,
 }
 
+/// A watcher, and the task that hears for it.
+type Open = (Arc<Watched>, JoinHandle<()>);
+
 /// The watchers that clients have made.
 #[derive(Debug, Default)]
 pub(crate) struct Watchers {
     made: AtomicU64,
-    open: Mutex<HashMap<String, (Arc<Watched>, JoinHandle<()>)>>,
+    open: Mutex<HashMap<String, Open>>,
 }
 
 /// A watch that has begun.
@@ -84,7 +88,7 @@ fn look(path: &Path, may_be_remote: bool) -> Result<(), RpcError> {
         return Err(RpcError::invalid(format_args!("path {} not a directory", path.display())));
     }
     let of = rustix::fs::statfs(path).map_err(|error| failed(path, &error.into()))?;
-    if !may_be_remote && REMOTE.contains(&i64::from(of.f_type)) {
+    if !may_be_remote && REMOTE.contains(&of.f_type) {
         return Err(RpcError::invalid(format_args!("cannot watch path on network filesystem: {}", path.display())));
     }
     Ok(())

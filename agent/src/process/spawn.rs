@@ -59,7 +59,7 @@ pub(crate) enum Streams {
 /// The limit of open files that the agent began with: what its children get.
 pub(crate) fn first_file_limit() -> Rlimit {
     static FIRST: OnceLock<Rlimit> = OnceLock::new();
-    FIRST.get_or_init(|| getrlimit(Resource::Nofile)).clone()
+    *FIRST.get_or_init(|| getrlimit(Resource::Nofile))
 }
 
 pub(crate) fn window(size: Size) -> Winsize {
@@ -106,7 +106,7 @@ fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
         if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY, Mode::empty()) {
             let _ = rustix::io::write(&file, OOM_SCORE);
         }
-        let _ = setrlimit(Resource::Nofile, files.clone());
+        let _ = setrlimit(Resource::Nofile, files);
         if is_root {
             set_thread_groups(&groups)?;
         }
