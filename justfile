@@ -66,6 +66,10 @@ stress:
 linux-guest:
     resources/linux/build.sh
 
+# The agent of guests, as a static program
+agent:
+    resources/agent/build.sh
+
 # Advisories, licences, sources (needs cargo-deny)
 deny:
     cargo deny check

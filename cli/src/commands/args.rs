@@ -9,8 +9,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use clade_devices::virtio::vsock::VsockOptions;
 
+use crate::commands::cp::CpArgs;
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
+use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::pages::PagesArgs;
@@ -65,6 +67,12 @@ pub(crate) enum Command {
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
+    /// Run a program in a VM's guest, by the agent there.
+    Exec(ExecArgs),
+    /// Open a shell in a VM's guest, by the agent there.
+    Shell(ShellArgs),
+    /// Copy files and directories from and to a VM's guest, by the agent there.
+    Cp(CpArgs),
     /// Pause VMs.
     Pause(ManyArgs),
     /// Let paused VMs run.
@@ -372,6 +380,10 @@ pub(crate) struct ForkArgs {
     /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
+    /// Have the agent in each child make it another VM: its clock, random numbers, tokens and hooks.
+    /// Returns when all are ready.
+    #[arg(long, conflicts_with = "paused")]
+    pub(crate) ready: bool,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,

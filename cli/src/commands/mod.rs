@@ -1,10 +1,13 @@
 //! The command line.
 
+mod agent;
 mod args;
 mod checkpoint;
+mod cp;
 mod devices;
 mod disk;
 mod events;
+mod exec;
 mod generate;
 mod guest;
 mod journal;
@@ -49,6 +52,8 @@ pub(crate) enum Failure {
     Run(anyhow::Error),
     /// The time that was given has passed: exit code 124, as that of `timeout`.
     Timeout(anyhow::Error),
+    /// A program of the guest has ended with this code, or there is a code for why it did not run.
+    Exit(u8, Option<anyhow::Error>),
     /// An orderly end by a signal: exit code 128 plus the signal's number, as in shells.
     Signal(i32),
 }
@@ -68,6 +73,7 @@ impl Failure {
             Self::Input(error) => Self::Input(named(error)),
             Self::Run(error) => Self::Run(named(error)),
             Self::Timeout(error) => Self::Timeout(named(error)),
+            Self::Exit(code, error) => Self::Exit(code, error.map(named)),
             Self::Signal(number) => Self::Signal(number),
         }
     }
@@ -78,6 +84,7 @@ impl Failure {
             Self::Run(_) => 1,
             Self::Input(_) => 2,
             Self::Timeout(_) => 124,
+            Self::Exit(code, _) => *code,
             Self::Signal(number) => 128 + *number as u8,
         }
     }
@@ -86,9 +93,10 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Input(error) | Self::Run(error) | Self::Timeout(error) => {
+            Self::Input(error) | Self::Run(error) | Self::Timeout(error) | Self::Exit(_, Some(error)) => {
                 f.write_str(&clade_vmm::error_chain(error.as_ref()))
             }
+            Self::Exit(code, None) => write!(f, "ended with code {code}"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
         }
     }
@@ -106,10 +114,17 @@ pub(crate) fn main() -> ExitCode {
     };
     limits::give_back_large_buffers();
     limits::raise();
-    // These run VMs, or must restore the terminal from raw mode.
+    // These run VMs or programs in them, or must restore the terminal from raw mode.
     let runs_vms = matches!(
         cli.command,
-        Command::Run(_) | Command::Restore(_) | Command::Console(_) | Command::Serve(_) | Command::Zygote(_)
+        Command::Run(_)
+            | Command::Restore(_)
+            | Command::Console(_)
+            | Command::Exec(_)
+            | Command::Shell(_)
+            | Command::Cp(_)
+            | Command::Serve(_)
+            | Command::Zygote(_)
     );
     if !runs_vms {
         limits::end_at_closed_pipes();
@@ -117,6 +132,8 @@ pub(crate) fn main() -> ExitCode {
     let outcome = logging::init().and_then(|()| run(cli.command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        // The program has said why.
+        Err(Failure::Exit(code, None)) => ExitCode::from(code),
         Err(failure) => {
             // Standard error may be closed.
             let _ = writeln!(std::io::stderr(), "clade: {failure}");
@@ -141,6 +158,9 @@ fn run(command: Command) -> Outcome {
         Command::Reset(args) => many::main(&args, Verb::Reset),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Console(args) => remote::console(&args),
+        Command::Exec(args) => exec::main(args),
+        Command::Shell(args) => exec::shell(args),
+        Command::Cp(args) => cp::main(&args),
         Command::Pause(args) => many::main(&args, Verb::Pause),
         Command::Resume(args) => many::main(&args, Verb::Resume),
         Command::Stop(args) => many::stop(&args),

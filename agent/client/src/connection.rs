@@ -1,0 +1,212 @@
+//! Connections to the agent, and requests on them.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use clade_agent_proto::{MAX_MESSAGE, TOKEN_HEADER};
+use http_body::{Body, Frame};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::header::{AUTHORIZATION, HOST};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::{Client, ClientError};
+
+/// How long a guest may take to take a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the head of an answer may take.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the agent may be silent within an answer. It is asked to say something more often.
+pub(crate) const SILENCE: Duration = Duration::from_secs(120);
+/// Most bytes of an answer's head.
+const MAX_HEAD: usize = 64 << 10;
+const MAX_HEADERS: usize = 64;
+/// Most bytes of the line that answers CONNECT.
+const MAX_LINE: usize = 64;
+
+/// Where an agent is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A port of a VM, behind the VM's vsock socket on the host.
+    Vsock {
+        /// The socket.
+        socket: PathBuf,
+        /// The port.
+        port: u32,
+    },
+    /// A Unix socket of the agent's own.
+    Unix(PathBuf),
+    /// A TCP port.
+    Tcp(SocketAddr),
+}
+
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Endpoint {
+    fn shown(&self) -> String {
+        match self {
+            Self::Vsock { socket: path, .. } | Self::Unix(path) => path.display().to_string(),
+            Self::Tcp(address) => address.to_string(),
+        }
+    }
+
+    async fn open(&self) -> Result<Box<dyn Stream>, ClientError> {
+        let failed = |source| ClientError::Socket { at: self.shown(), source };
+        Ok(match self {
+            Self::Vsock { socket, port } => {
+                let mut stream = UnixStream::connect(socket).await.map_err(failed)?;
+                stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(failed)?;
+                accepted(&mut stream).await?;
+                Box::new(stream)
+            }
+            Self::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
+            Self::Tcp(address) => {
+                let stream = TcpStream::connect(address).await.map_err(failed)?;
+                stream.set_nodelay(true).map_err(failed)?;
+                Box::new(stream)
+            }
+        })
+    }
+
+    pub(crate) async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
+        let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
+        tokio::time::timeout(CONNECT_TIMEOUT, self.open()).await.map_err(late)?
+    }
+}
+
+/// Reads `OK`, a port and a line's end, and no byte more: what follows is the agent's.
+async fn accepted(stream: &mut UnixStream) -> Result<(), ClientError> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let refused = ClientError::NoAgent { why: "nothing listens at its port" };
+        match stream.read_u8().await {
+            Ok(byte) if line.len() < MAX_LINE => line.push(byte),
+            Ok(_) => return Err(ClientError::answer("the line that answers CONNECT has no end")),
+            Err(_) => return Err(refused),
+        }
+    }
+    if line.starts_with(b"OK ") { Ok(()) } else { Err(ClientError::answer(String::from_utf8_lossy(&line).trim_end())) }
+}
+
+/// A request's body.
+#[derive(Debug)]
+pub(crate) enum Outgoing {
+    Whole(Option<Bytes>),
+    Pieces(mpsc::Receiver<Bytes>),
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Pieces(pieces) => pieces.poll_recv(cx).map(|piece| piece.map(|piece| Ok(Frame::data(piece)))),
+        }
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        match self {
+            Self::Whole(bytes) => http_body::SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Pieces(_) => http_body::SizeHint::default(),
+        }
+    }
+}
+
+/// The task of a connection, which ends with it.
+#[derive(Debug)]
+struct Driver(JoinHandle<()>);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// An answer whose body is still to come, and its connection.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) response: Response<Incoming>,
+    _driver: Driver,
+}
+
+impl Answer {
+    /// The next bytes; none at the end.
+    pub(crate) async fn piece(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            let body = self.response.body_mut();
+            let frame = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx));
+            let Some(frame) = within(SILENCE, frame).await? else { return Ok(None) };
+            if let Ok(data) = frame?.into_data()
+                && !data.is_empty()
+            {
+                return Ok(Some(data));
+            }
+        }
+    }
+
+    /// All of the body, up to the bound of a message.
+    pub(crate) async fn whole(&mut self) -> Result<Vec<u8>, ClientError> {
+        let mut bytes = Vec::new();
+        while let Some(piece) = self.piece().await? {
+            if bytes.len() + piece.len() > MAX_MESSAGE {
+                return Err(ClientError::answer(format_args!("more than {MAX_MESSAGE} bytes")));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes)
+    }
+}
+
+pub(crate) async fn within<T>(time: Duration, work: impl Future<Output = T>) -> Result<T, ClientError> {
+    tokio::time::timeout(time, work).await.map_err(|_| ClientError::Silent { time })
+}
+
+impl Client {
+    /// A request with what all of them have.
+    pub(crate) fn request(&self, method: &str, path: &str) -> hyper::http::request::Builder {
+        let mut request = Request::builder().method(method).uri(path).header(HOST, "agent");
+        if let Some(user) = &self.user {
+            request = request.header(AUTHORIZATION, format!("Basic {}", STANDARD.encode(format!("{user}:"))));
+        }
+        if let Some(token) = &self.token {
+            request = request.header(TOKEN_HEADER, token);
+        }
+        request
+    }
+
+    pub(crate) fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// Sends a request. A body in pieces may have as much time for its answer as it takes.
+    pub(crate) async fn send(&self, request: Request<Outgoing>) -> Result<Answer, ClientError> {
+        let is_piecewise = matches!(request.body(), Outgoing::Pieces(_));
+        let stream = self.endpoint.connect().await?;
+        let mut http = http1::Builder::new();
+        http.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
+        let (mut sender, connection) = http.handshake(TokioIo::new(stream)).await?;
+        let driver = Driver(tokio::spawn(async move {
+            // What it fails of is said where the answer is waited for.
+            let _ = connection.await;
+        }));
+        let answer = sender.send_request(request);
+        let response = if is_piecewise { answer.await? } else { within(HEAD_TIMEOUT, answer).await?? };
+        Ok(Answer { response, _driver: driver })
+    }
+}

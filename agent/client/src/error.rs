@@ -1,0 +1,70 @@
+//! Errors.
+
+use std::io;
+use std::time::Duration;
+
+use clade_agent_proto::{EnvelopeError, RpcError};
+use thiserror::Error;
+
+/// Why a call failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The socket to the guest is not there, or nobody listens at it.
+    #[error("the guest's socket {at} cannot be connected to")]
+    Socket {
+        /// The socket.
+        at: String,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no agent: the guest refuses the connection, or does not answer it.
+    #[error("no agent answers in the guest: {why}")]
+    NoAgent {
+        /// What it does instead.
+        why: &'static str,
+    },
+    /// The connection broke.
+    #[error("the agent's connection has failed")]
+    Http(#[from] hyper::Error),
+    /// The guest has said nothing for too long.
+    #[error("the agent has said nothing for {} s", time.as_secs())]
+    Silent {
+        /// How long.
+        time: Duration,
+    },
+    /// What came is no answer.
+    #[error("the agent's answer cannot be read: {what}")]
+    Answer {
+        /// What it is.
+        what: String,
+    },
+    /// The stream of answers is broken.
+    #[error("the agent's answer cannot be read")]
+    Envelope(#[from] EnvelopeError),
+    /// The stream ended before its last message.
+    #[error("the agent's answer ends too early")]
+    Truncated,
+    /// The agent refuses, or could not do it.
+    #[error(transparent)]
+    Rpc(#[from] RpcError),
+    /// The same of a file.
+    #[error("{message}")]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// Why.
+        message: String,
+    },
+    /// The request cannot be written as HTTP.
+    #[error("the request cannot be sent")]
+    Request(#[source] hyper::http::Error),
+}
+
+impl ClientError {
+    pub(crate) fn answer(what: impl std::fmt::Display) -> Self {
+        // What a guest says is not passed on at any length.
+        Self::Answer { what: what.to_string().chars().take(200).collect() }
+    }
+}

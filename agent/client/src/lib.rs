@@ -1,0 +1,45 @@
+//! Asks the agent in a guest: runs programs, and copies files.
+//!
+//! The guest may be anybody's. What it answers is bounded in memory and in time, and what is no answer is a typed error.
+#![deny(missing_docs)]
+
+mod connection;
+mod error;
+mod files;
+mod process;
+mod rpc;
+
+pub use clade_agent_proto as proto;
+pub use connection::Endpoint;
+pub use error::ClientError;
+pub use files::{Download, Upload};
+pub use process::{Input, Process};
+pub use rpc::Messages;
+
+/// An agent, and who asks it.
+#[derive(Clone, Debug)]
+pub struct Client {
+    endpoint: Endpoint,
+    user: Option<String>,
+    token: Option<String>,
+}
+
+impl Client {
+    /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
+    #[must_use]
+    pub fn new(endpoint: Endpoint) -> Self {
+        Self { endpoint, user: None, token: None }
+    }
+
+    /// The same, for a user of the guest.
+    #[must_use]
+    pub fn with_user(self, user: Option<String>) -> Self {
+        Self { user, ..self }
+    }
+
+    /// The same, with the agent's token.
+    #[must_use]
+    pub fn with_token(self, token: Option<String>) -> Self {
+        Self { token, ..self }
+    }
+}

@@ -1,0 +1,165 @@
+//! Guests that refuse, are silent, flood, and say what is no answer.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_agent_client::proto::process::{ListResponse, StartRequest};
+use clade_agent_client::{Client, ClientError, Endpoint};
+
+/// A guest that does `behave` with each connection.
+fn guest(dir: &tempfile::TempDir, behave: impl Fn(UnixStream) + Send + Sync + Copy + 'static) -> Client {
+    let socket = dir.path().join("guest.vsock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || behave(stream));
+        }
+    });
+    Client::new(Endpoint::Vsock { socket, port: 49983 })
+}
+
+/// Reads a line, as the device does.
+fn line(stream: &mut UnixStream) -> String {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while bytes.last() != Some(&b'\n') && stream.read(&mut byte).unwrap_or(0) == 1 {
+        bytes.push(byte[0]);
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+/// Takes the connection and the head of the request, and then says `answer` once and `more` for ever.
+fn say(mut stream: UnixStream, answer: &[u8], more: &[u8]) {
+    assert_eq!(line(&mut stream), "CONNECT 49983\n");
+    stream.write_all(b"OK 1024\n").unwrap();
+    let mut length = 0;
+    loop {
+        let header = line(&mut stream).to_ascii_lowercase();
+        if header.len() <= 2 {
+            break;
+        }
+        length = header.strip_prefix("content-length: ").map_or(length, |value| value.trim().parse().unwrap());
+    }
+    // A socket that is closed with unread bytes is an error to the other end.
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).unwrap();
+    let mut written = stream.write_all(answer);
+    while !more.is_empty() && written.is_ok() {
+        written = stream.write_all(more);
+    }
+    if more.is_empty() && answer.is_empty() {
+        thread::sleep(Duration::from_secs(60));
+    }
+}
+
+fn failure(behave: impl Fn(UnixStream) + Send + Sync + Copy + 'static) -> ClientError {
+    let dir = tempfile::tempdir().unwrap();
+    let client = guest(&dir, behave);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { client.list().await.unwrap_err() })
+}
+
+fn stream_failure(behave: impl Fn(UnixStream) + Send + Sync + Copy + 'static) -> ClientError {
+    let dir = tempfile::tempdir().unwrap();
+    let client = guest(&dir, behave);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime
+        .block_on(async {
+            let mut process = client.start(&StartRequest::default(), None).await?;
+            while process.next().await?.is_some() {}
+            Ok::<_, ClientError>(())
+        })
+        .unwrap_err()
+}
+
+fn memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn no_agent_is_said_within_two_seconds() {
+    let begun = Instant::now();
+    let refused = failure(|mut stream| drop(line(&mut stream)));
+    assert!(matches!(refused, ClientError::NoAgent { .. }), "{refused}");
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    let silent = failure(|mut stream| {
+        line(&mut stream);
+        thread::sleep(Duration::from_secs(60));
+    });
+    assert!(matches!(silent, ClientError::NoAgent { .. }), "{silent}");
+    assert!(begun.elapsed() < Duration::from_secs(4));
+    let nobody = Client::new(Endpoint::Vsock { socket: "/nowhere".into(), port: 1 });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let error = runtime.block_on(async { nobody.health().await.unwrap_err() });
+    assert!(matches!(error, ClientError::Socket { .. }), "{error}");
+}
+
+#[test]
+fn what_is_no_answer_is_an_error_of_bounded_size() {
+    let odd_line = failure(|mut stream| {
+        line(&mut stream);
+        while stream.write_all(b"OK OK OK").is_ok() {}
+    });
+    assert!(matches!(odd_line, ClientError::Answer { .. }), "{odd_line}");
+    let wrong_word = failure(|mut stream| {
+        line(&mut stream);
+        let _ = stream.write_all(b"NO\n");
+    });
+    assert!(matches!(wrong_word, ClientError::Answer { .. }), "{wrong_word}");
+    let garbage = failure(|stream| say(stream, b"\0\x01garbage\r\n\r\n", b""));
+    assert!(matches!(garbage, ClientError::Http(_)), "{garbage}");
+    let endless_head =
+        failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\n", b"A: bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb\r\n"));
+    assert!(matches!(endless_head, ClientError::Http(_)), "{endless_head}");
+    let endless_body = failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\n\r\n", &[b' '; 4096]));
+    assert!(matches!(endless_body, ClientError::Answer { .. }), "{endless_body}");
+    let no_json = failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b""));
+    assert!(matches!(no_json, ClientError::Answer { .. }), "{no_json}");
+    let cut = failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{", b""));
+    assert!(matches!(cut, ClientError::Http(_)), "{cut}");
+    let long_reason = failure(|stream| say(stream, b"HTTP/1.1 500 No\r\n\r\n", &[b'x'; 4096]));
+    assert!(long_reason.to_string().len() < 2000, "{long_reason}");
+    assert!(memory() < 128 << 10, "{} KiB", memory());
+}
+
+#[test]
+fn broken_streams_are_told_apart() {
+    const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+json\r\n\r\n";
+    let long = stream_failure(|stream| say(stream, &[HEAD, b"\0\xff\xff\xff\xff"].concat(), &[b'x'; 4096]));
+    assert!(matches!(long, ClientError::Envelope(_)), "{long}");
+    let early = stream_failure(|stream| say(stream, &[HEAD, b"\0\0\0"].concat(), b""));
+    assert!(matches!(early, ClientError::Truncated), "{early}");
+    let ended = stream_failure(|stream| say(stream, &[HEAD, b"\x02\0\0\0\x02{}"].concat(), b""));
+    assert!(matches!(ended, ClientError::Answer { .. }), "{ended}");
+    let refusal = br#"{"error":{"code":"not_found","message":"no"}}"#;
+    let refused = stream_failure(move |stream| {
+        say(stream, &[HEAD, &[2, 0, 0, 0, refusal.len() as u8], &refusal[..]].concat(), b"");
+    });
+    assert!(matches!(refused, ClientError::Rpc(_)), "{refused}");
+}
+
+#[test]
+fn an_answer_in_pieces_is_an_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = guest(&dir, |mut stream| {
+        line(&mut stream);
+        for byte in b"OK 7\n" {
+            stream.write_all(&[*byte]).unwrap();
+        }
+        while line(&mut stream).len() > 2 {}
+        for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 34\r\n\r\n{\"processes\":[{\"pid\":7,\"new\":{}}]}" {
+            if stream.write_all(&[*byte]).is_err() {
+                return;
+            }
+        }
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let list: ListResponse = runtime.block_on(async { client.list().await.unwrap() });
+    assert_eq!(list.processes[0].pid, 7);
+}

@@ -1,0 +1,85 @@
+//! `/files`: a file down, files up.
+
+mod download;
+mod upload;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use hyper::StatusCode;
+use hyper::http::request::Parts;
+
+use crate::agent::Agent;
+use crate::auth::Signed;
+use crate::http::{Reply, http_error, query};
+use crate::paths;
+use crate::users::{self, User};
+pub(crate) use download::download;
+pub(crate) use upload::upload;
+
+/// What a request for a file says.
+#[derive(Debug)]
+struct Wanted {
+    user: User,
+    /// As the request has it; `None` if it has none.
+    path: Option<String>,
+    workdir: Option<String>,
+    /// The permissions that a file is to have.
+    mode: Option<u32>,
+}
+
+/// A refusal: the status, and why.
+type Refusal = (StatusCode, String);
+
+fn bad(why: impl std::fmt::Display) -> Refusal {
+    (StatusCode::BAD_REQUEST, why.to_string())
+}
+
+impl Wanted {
+    fn of(agent: &Agent, head: &Parts, operation: &'static str) -> Result<Self, Refusal> {
+        let of = |name: &str| query(head.uri.query(), name);
+        let (path, username) = (of("path"), of("username"));
+        let (signature, expires) = (of("signature"), of("signature_expiration"));
+        let (token, default, workdir) = {
+            let settings = agent.settings();
+            (settings.token.clone(), settings.user.clone(), settings.workdir.clone())
+        };
+        let signed = Signed {
+            path: path.as_deref().unwrap_or_default(),
+            operation,
+            user: username.as_deref().unwrap_or_default(),
+            signature: signature.as_deref(),
+            expires: expires.as_deref(),
+        };
+        signed.check(token.as_ref(), &head.headers).map_err(|why| (StatusCode::UNAUTHORIZED, why.to_owned()))?;
+        let name = username.unwrap_or(default);
+        let unknown = || (StatusCode::UNAUTHORIZED, format!("error looking up user '{name}': unknown user {name}"));
+        let user = users::find(&name).ok_or_else(unknown)?;
+        let octal = |text: String| u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o7777);
+        let mode =
+            of("mode").map(|text| octal(text).ok_or_else(|| bad("mode: an octal number is wanted"))).transpose()?;
+        Ok(Self { user, path, workdir, mode })
+    }
+
+    fn resolve(&self, path: &str) -> Result<PathBuf, Refusal> {
+        paths::resolve(path, &self.user, self.workdir.as_deref()).map_err(bad)
+    }
+}
+
+fn refusal((status, why): Refusal) -> Reply {
+    http_error(status, why)
+}
+
+/// The status for an error of a file system.
+fn failed(what: &str, path: &Path, error: &io::Error) -> Refusal {
+    let status = match error.kind() {
+        io::ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StatusCode::INSUFFICIENT_STORAGE,
+        io::ErrorKind::InvalidInput
+        | io::ErrorKind::InvalidFilename
+        | io::ErrorKind::NotADirectory
+        | io::ErrorKind::IsADirectory => StatusCode::BAD_REQUEST,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, format!("{what} '{}': {error}", path.display()))
+}

@@ -1,0 +1,164 @@
+//! Listeners and connections.
+
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
+
+use crate::agent::Agent;
+use crate::log::log;
+use crate::options::Options;
+use crate::route::route;
+
+/// Connections at a time; further ones wait.
+const MAX_CONNECTIONS: usize = 2048;
+/// How long a connection may be idle, or take for the head of a request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+const MAX_HEADERS: usize = 64;
+/// Most bytes of a head, and about as many of an answer that are on their way.
+const MAX_BUFFER: usize = 64 << 10;
+/// How long to wait when there are no descriptors.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peer {
+    /// The host, or the agent's own user: they may do what they like with the guest.
+    Trusted,
+    Other,
+}
+
+/// What a connection knows of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    pub(crate) peer: Peer,
+    /// Whether it outlives the change of the generation that it is asked for.
+    pub(crate) is_kept: Arc<AtomicBool>,
+}
+
+/// A socket that is listened on.
+#[derive(Debug)]
+pub enum Listener {
+    /// vsock.
+    Vsock(VsockListener),
+    /// A Unix socket.
+    Unix(UnixListener),
+    /// TCP.
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Opens what `options` name.
+    ///
+    /// # Errors
+    /// When one cannot be listened on.
+    pub async fn open(options: &Options) -> io::Result<Vec<Self>> {
+        let mut listeners = Vec::new();
+        if let Some(port) = options.vsock {
+            listeners.push(Self::Vsock(VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?));
+        }
+        if let Some(path) = &options.unix {
+            // A socket that an agent of before has left.
+            if std::os::unix::net::UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+            {
+                std::fs::remove_file(path)?;
+            }
+            let listener = StdUnixListener::bind(path)?;
+            listener.set_nonblocking(true)?;
+            listeners.push(Self::Unix(UnixListener::from_std(listener)?));
+        }
+        if let Some(address) = options.tcp {
+            listeners.push(Self::Tcp(TcpListener::bind(address).await?));
+        }
+        Ok(listeners)
+    }
+
+    async fn accept(&self) -> io::Result<(Box<dyn Stream>, Peer)> {
+        Ok(match self {
+            Self::Vsock(listener) => {
+                let (stream, from) = listener.accept().await?;
+                let peer = if from.cid() == VMADDR_CID_HOST { Peer::Trusted } else { Peer::Other };
+                (Box::new(stream), peer)
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let uid = stream.peer_cred()?.uid();
+                let is_own = uid == 0 || uid == rustix::process::geteuid().as_raw();
+                (Box::new(stream), if is_own { Peer::Trusted } else { Peer::Other })
+            }
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                (Box::new(stream), Peer::Other)
+            }
+        })
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Answers at all listeners, for ever.
+pub async fn serve(agent: Arc<Agent>, listeners: Vec<Listener>) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut tasks = tokio::task::JoinSet::new();
+    for listener in listeners {
+        tasks.spawn(accept(Arc::clone(&agent), listener, Arc::clone(&room)));
+    }
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn accept(agent: Arc<Agent>, listener: Listener, room: Arc<Semaphore>) {
+    loop {
+        // It is never closed.
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                log!("a connection cannot be accepted: {error}");
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        let agent = Arc::clone(&agent);
+        tokio::spawn(async move {
+            connection(agent, stream, peer).await;
+            drop(place);
+        });
+    }
+}
+
+async fn connection(agent: Arc<Agent>, stream: Box<dyn Stream>, peer: Peer) {
+    let mut generation = agent.generation.subscribe();
+    let own = Connection { peer, is_kept: Arc::default() };
+    let is_kept = Arc::clone(&own.is_kept);
+    let service = service_fn(move |request| {
+        let (agent, own) = (Arc::clone(&agent), own.clone());
+        async move { Ok::<_, Infallible>(route(agent, own, request).await) }
+    });
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_headers(MAX_HEADERS).max_buf_size(MAX_BUFFER);
+    let mut served = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    loop {
+        tokio::select! {
+            // A client that breaks the connection, or the protocol, is its own affair.
+            _ = &mut served => return,
+            changed = generation.changed() => {
+                if changed.is_err() || !is_kept.swap(false, Ordering::Relaxed) {
+                    return;
+                }
+            }
+        }
+    }
+}

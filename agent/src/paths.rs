@@ -1,0 +1,80 @@
+//! Paths of requests, and the directories on the way to them.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, chown};
+use std::path::{Component, Path, PathBuf};
+
+use crate::users::User;
+
+/// The absolute path that a request means: `~` is the user's home, and what is relative begins there. No path means
+/// `workdir`.
+///
+/// # Errors
+/// When it is the home of another user.
+pub(crate) fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf, String> {
+    let path = if path.is_empty() { workdir.unwrap_or_default() } else { path };
+    let relative = match path.strip_prefix('~') {
+        Some("") => "",
+        Some(rest) if rest.starts_with('/') => rest.trim_start_matches('/'),
+        Some(_) => return Err(format!("the path '{path}' names the home of another user")),
+        None if path.starts_with('/') => return Ok(path.into()),
+        None => path,
+    };
+    let mut absolute = PathBuf::from("/");
+    for part in Path::new(&user.home).join(relative).components() {
+        match part {
+            Component::ParentDir => drop(absolute.pop()),
+            Component::Normal(name) => absolute.push(name),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    Ok(absolute)
+}
+
+/// Gives a file to a user. Without root's rights, files stay the agent's.
+pub(crate) fn give(path: &Path, user: &User) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() { chown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
+}
+
+/// Makes a directory and those on the way to it. New ones are the user's.
+pub(crate) fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
+    let mut missing = Vec::new();
+    for dir in path.ancestors() {
+        match fs::metadata(dir) {
+            Ok(found) if found.is_dir() => break,
+            Ok(_) => {
+                let why = format!("{} is no directory", dir.display());
+                return Err(io::Error::new(io::ErrorKind::NotADirectory, why));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(dir),
+            Err(error) => return Err(error),
+        }
+    }
+    for dir in missing.into_iter().rev() {
+        match fs::DirBuilder::new().mode(0o755).create(dir) {
+            // Another request was faster, and may not have given it away yet.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Ok(()) | Err(_) => give(dir, user)?,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_begin_at_home() {
+        let user = User { name: "ann".into(), uid: 1, gid: 1, home: "/home/ann".into(), groups: vec![1] };
+        let of = |path: &str, dir: Option<&str>| resolve(path, &user, dir).map(|path| path.display().to_string());
+        assert_eq!(of("", None).unwrap(), "/home/ann");
+        assert_eq!(of("", Some("/srv")).unwrap(), "/srv");
+        assert_eq!(of("~", None).unwrap(), "/home/ann");
+        assert_eq!(of("~//a", None).unwrap(), "/home/ann/a");
+        assert_eq!(of("a/../../b", None).unwrap(), "/home/b");
+        assert_eq!(of("/a/../b", None).unwrap(), "/a/../b");
+        of("~bob/a", None).unwrap_err();
+    }
+}

@@ -1,0 +1,155 @@
+//! What a process writes, to all who follow it.
+//!
+//! A chunk is read when everybody has taken the one before. So who reads slowly slows the process down, and nothing is
+//! kept. What is written while nobody follows is dropped.
+
+use std::cell::RefCell;
+use std::io;
+use std::process::ExitStatus;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clade_agent_proto::Base64;
+use clade_agent_proto::process::{DataEvent, EndEvent, ProcessEvent};
+use rustix::io::Errno;
+use tokio::sync::oneshot;
+
+use super::Process;
+use crate::children::describe;
+use crate::stream::Stream;
+
+/// Most bytes of an event.
+const CHUNK: usize = 32 << 10;
+
+thread_local! {
+    /// What is read lies here until it is copied to a buffer of its length: 1,000 silent processes need no 1,000 buffers.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into());
+}
+
+/// Which stream something was read from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Source {
+    Stdout,
+    Stderr,
+    Pty,
+}
+
+/// One stream, until its end.
+#[derive(Debug)]
+struct Output {
+    stream: Option<Arc<Stream>>,
+    source: Source,
+}
+
+impl Output {
+    /// The next chunk; `None` at the end. Never ends if the stream has ended before.
+    async fn read(&mut self) -> Option<Bytes> {
+        let Some(stream) = &self.stream else { return std::future::pending().await };
+        let chunk = stream.async_io(tokio::io::Interest::READABLE, read_now).await;
+        let chunk = chunk.ok().filter(|chunk| !chunk.is_empty());
+        if chunk.is_none() {
+            self.stream = None;
+        }
+        chunk
+    }
+
+    /// What can be read without waiting.
+    fn read_rest(&mut self) -> Option<Bytes> {
+        let chunk = read_now(self.stream.as_ref()?.get_ref()).ok().filter(|chunk| !chunk.is_empty());
+        if chunk.is_none() {
+            self.stream = None;
+        }
+        chunk
+    }
+}
+
+fn read_now(fd: &std::os::fd::OwnedFd) -> io::Result<Bytes> {
+    SCRATCH.with_borrow_mut(|scratch| match rustix::io::read(fd, &mut scratch[..]) {
+        Ok(length) => Ok(Bytes::copy_from_slice(&scratch[..length])),
+        // The last program has closed the terminal.
+        Err(Errno::IO) => Ok(Bytes::new()),
+        Err(error) => Err(error.into()),
+    })
+}
+
+fn event(source: Source, chunk: &Bytes) -> ProcessEvent {
+    let bytes = Some(Base64(chunk.to_vec()));
+    let data = match source {
+        Source::Stdout => DataEvent { stdout: bytes, ..DataEvent::default() },
+        Source::Stderr => DataEvent { stderr: bytes, ..DataEvent::default() },
+        Source::Pty => DataEvent { pty: bytes, ..DataEvent::default() },
+    };
+    ProcessEvent { data: Some(data), ..ProcessEvent::default() }
+}
+
+/// How a process ended, for who followed it.
+fn end_event(status: Option<ExitStatus>) -> EndEvent {
+    let Some(status) = status else {
+        let status = "unknown".to_owned();
+        return EndEvent { exit_code: -1, exited: false, error: Some(status.clone()), status };
+    };
+    let described = describe(status);
+    EndEvent {
+        exit_code: status.code().unwrap_or(-1),
+        exited: status.code().is_some(),
+        error: (!status.success()).then(|| described.clone()),
+        status: described,
+    }
+}
+
+/// Passes on what a process writes, until it has ended and its streams have. Once a signal was sent to it, what others
+/// hold open of its streams is not waited for.
+pub(crate) async fn pump(
+    process: Arc<Process>,
+    streams: Vec<(Arc<Stream>, Source)>,
+    mut end: oneshot::Receiver<ExitStatus>,
+) -> EndEvent {
+    let mut outputs = streams.into_iter().map(|(stream, source)| Output { stream: Some(stream), source });
+    let none = || Output { stream: None, source: Source::Stderr };
+    let (mut first, mut second) = (outputs.next().unwrap_or_else(none), outputs.next().unwrap_or_else(none));
+    let mut status = None;
+    let mut is_reaped = false;
+    while !is_reaped || first.stream.is_some() || second.stream.is_some() {
+        if is_reaped && process.is_signalled() {
+            while let Some(chunk) = first.read_rest() {
+                process.publish(event(first.source, &chunk)).await;
+            }
+            while let Some(chunk) = second.read_rest() {
+                process.publish(event(second.source, &chunk)).await;
+            }
+            break;
+        }
+        let (source, chunk) = tokio::select! {
+            chunk = first.read() => (first.source, chunk),
+            chunk = second.read() => (second.source, chunk),
+            ended = &mut end, if !is_reaped => {
+                (status, is_reaped) = (ended.ok(), true);
+                process.set_reaped();
+                continue;
+            }
+            () = process.signalled(), if is_reaped => continue,
+        };
+        if let Some(chunk) = chunk {
+            process.publish(event(source, &chunk)).await;
+        }
+    }
+    end_event(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn ends_are_said_as_envd_says_them() {
+        let of = |raw| end_event(Some(ExitStatus::from_raw(raw)));
+        let good = of(0);
+        assert_eq!((good.exit_code, good.exited, good.status.as_str(), good.error), (0, true, "exit status 0", None));
+        let bad = of(3 << 8);
+        assert_eq!((bad.exit_code, bad.error.as_deref()), (3, Some("exit status 3")));
+        let killed = of(9);
+        assert_eq!((killed.exit_code, killed.exited, killed.status.as_str()), (-1, false, "signal: killed"));
+        assert_eq!(of(11 | 0x80).status, "signal: segmentation fault (core dumped)");
+    }
+}

@@ -1,0 +1,207 @@
+//! A child and the ends of its streams.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+
+use clade_agent_proto::process::{Size, StartRequest};
+use clade_agent_proto::{Code, RpcError};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Gid, Pid, Resource, Rlimit, Uid, getrlimit, setrlimit};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use tokio::io::Interest;
+use tokio::sync::oneshot;
+
+use crate::children::Children;
+use crate::paths;
+use crate::stream::{Stream, register};
+use crate::users::User;
+
+/// Where programs are looked for, if the agent's own environment does not say it.
+pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The kernel ends such a process before the agent, when memory runs out.
+const OOM_SCORE: &[u8] = b"100";
+
+/// What a process starts with.
+#[derive(Debug)]
+pub(crate) struct Surroundings<'a> {
+    pub(crate) user: &'a User,
+    pub(crate) envs: &'a BTreeMap<String, String>,
+    pub(crate) workdir: Option<&'a str>,
+}
+
+/// A child that has just been started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) pid: u32,
+    pub(crate) end: oneshot::Receiver<ExitStatus>,
+    pub(crate) streams: Streams,
+}
+
+/// The ends of its streams.
+#[derive(Debug)]
+pub(crate) enum Streams {
+    /// It has a terminal.
+    Pty(Stream),
+    /// It has pipes, or nothing to read from.
+    Pipes { stdin: Option<Stream>, stdout: Stream, stderr: Stream },
+}
+
+/// The limit of open files that the agent began with: what its children get.
+pub(crate) fn first_file_limit() -> Rlimit {
+    static FIRST: OnceLock<Rlimit> = OnceLock::new();
+    *FIRST.get_or_init(|| getrlimit(Resource::Nofile))
+}
+
+pub(crate) fn window(size: Size) -> Winsize {
+    let small = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+    Winsize { ws_row: small(size.rows), ws_col: small(size.cols), ws_xpixel: 0, ws_ypixel: 0 }
+}
+
+/// The command with its user, directory and environment, and without streams.
+pub(crate) fn command(
+    program: &str,
+    args: &[String],
+    envs: &BTreeMap<String, String>,
+    cwd: &Path,
+    around: &Surroundings<'_>,
+    has_terminal: bool,
+) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
+    command.args(args).env_clear().env("PATH", path.unwrap_or_else(|| DEFAULT_PATH.into()));
+    command.env("HOME", &around.user.home).env("USER", &around.user.name).env("LOGNAME", &around.user.name);
+    command.envs(around.envs).envs(envs);
+    enter(&mut command, around.user, cwd, has_terminal);
+    command
+}
+
+/// What the child does before it becomes the program: a session and a terminal, or a group of its own; then its user; then
+/// the directory, because it is the user who must be allowed to enter it.
+fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
+    let is_other = rustix::process::geteuid().as_raw() != user.uid || rustix::process::getegid().as_raw() != user.gid;
+    let is_root = rustix::process::geteuid().is_root();
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    let files = first_file_limit();
+    // A path with a NUL is refused before: it has been looked at.
+    let cwd = std::ffi::CString::new(cwd.as_os_str().as_encoded_bytes()).unwrap_or_default();
+    let prepare = move || {
+        if has_terminal {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        } else {
+            rustix::process::setpgid(None::<Pid>, None::<Pid>)?;
+        }
+        // Without these the process runs all the same.
+        if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY, Mode::empty()) {
+            let _ = rustix::io::write(&file, OOM_SCORE);
+        }
+        let _ = setrlimit(Resource::Nofile, files);
+        if is_root {
+            set_thread_groups(&groups)?;
+        }
+        if is_other {
+            set_thread_res_gid(gid, gid, gid)?;
+            set_thread_res_uid(uid, uid, uid)?;
+        }
+        rustix::process::chdir(cwd.as_c_str())?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure only makes system calls, on values it has copied before: it takes no
+    // lock and no memory. The child has one thread, so what is set for a thread is set for the process.
+    unsafe { command.pre_exec(prepare) };
+}
+
+fn pty(size: Size) -> io::Result<(OwnedFd, OwnedFd)> {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let slave = ioctl_tiocgptpeer(&master, flags)?;
+    tcsetwinsize(&slave, window(size))?;
+    Ok((master, slave))
+}
+
+fn failed(what: &str) -> impl Fn(io::Error) -> RpcError + '_ {
+    move |error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN) => {
+            RpcError::new(Code::ResourceExhausted, format_args!("{what}: {error}"))
+        }
+        _ => RpcError::internal(format_args!("{what}: {error}")),
+    }
+}
+
+fn not_started(program: &str, error: &io::Error) -> RpcError {
+    let code = match error.kind() {
+        io::ErrorKind::NotFound => Code::NotFound,
+        io::ErrorKind::PermissionDenied => Code::PermissionDenied,
+        io::ErrorKind::OutOfMemory | io::ErrorKind::WouldBlock => Code::ResourceExhausted,
+        _ => Code::InvalidArgument,
+    };
+    RpcError::new(code, format_args!("'{program}' cannot be started: {error}"))
+}
+
+fn directory(asked: Option<&str>, around: &Surroundings<'_>) -> Result<PathBuf, RpcError> {
+    let cwd = paths::resolve(asked.unwrap_or_default(), around.user, around.workdir).map_err(RpcError::invalid)?;
+    match fs::metadata(&cwd) {
+        Ok(found) if found.is_dir() => Ok(cwd),
+        Ok(_) => Err(RpcError::invalid(format_args!("cwd '{}' is no directory", cwd.display()))),
+        // A user's home need not be there.
+        Err(_) if asked.is_none_or(str::is_empty) && around.workdir.is_none() => Ok("/".into()),
+        Err(_) => Err(RpcError::invalid(format_args!("cwd '{}' does not exist", cwd.display()))),
+    }
+}
+
+/// Starts what `request` says.
+pub(crate) fn start(
+    children: &Children,
+    request: &StartRequest,
+    around: &Surroundings<'_>,
+) -> Result<Started, RpcError> {
+    let config = &request.process;
+    if config.cmd.is_empty() {
+        return Err(RpcError::invalid("no command is named"));
+    }
+    if config.envs.keys().any(|name| name.is_empty() || name.contains('=')) {
+        return Err(RpcError::invalid("a variable has an empty name, or one with '='"));
+    }
+    let cwd = directory(config.cwd.as_deref(), around)?;
+    let mut command = command(&config.cmd, &config.args, &config.envs, &cwd, around, request.pty.is_some());
+    let run = |command: &mut Command| children.spawn(command).map_err(|error| not_started(&config.cmd, &error));
+    if let Some(wanted) = request.pty {
+        let (master, slave) = pty(wanted.size).map_err(failed("no terminal can be made"))?;
+        let copy = || slave.try_clone().map(Stdio::from).map_err(failed("no terminal can be made"));
+        command.stdin(copy()?).stdout(copy()?).stderr(Stdio::from(slave));
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let streams = Streams::Pty(register(master, both).map_err(failed("no terminal can be made"))?);
+        let (pid, end) = run(&mut command)?;
+        return Ok(Started { pid, end, streams });
+    }
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("no pipe can be made")(error.into()));
+    let register = |fd, interest| register(fd, interest).map_err(failed("no pipe can be made"));
+    let stdin = if request.stdin.unwrap_or(true) {
+        let (reader, writer) = pipe()?;
+        command.stdin(Stdio::from(reader));
+        Some(register(writer, Interest::WRITABLE)?)
+    } else {
+        command.stdin(Stdio::null());
+        None
+    };
+    let (stdout, writer) = pipe()?;
+    command.stdout(Stdio::from(writer));
+    let (stderr, writer) = pipe()?;
+    command.stderr(Stdio::from(writer));
+    let (stdout, stderr) = (register(stdout, Interest::READABLE)?, register(stderr, Interest::READABLE)?);
+    let (pid, end) = run(&mut command)?;
+    Ok(Started { pid, end, streams: Streams::Pipes { stdin, stdout, stderr } })
+}

@@ -1,0 +1,122 @@
+//! The program, from its start to its end.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::agent::Agent;
+use crate::children::describe;
+use crate::listen::{Listener, serve};
+use crate::log::log;
+use crate::options::{Options, UsageError};
+use crate::process::spawn::{Surroundings, command};
+use crate::shutdown::end_guest;
+use crate::system::{Entrypoint, prepare, raise_file_limit};
+use crate::users;
+
+/// Threads for files. A file system that does not answer may hold each.
+const FILE_THREADS: usize = 16;
+/// How long an answer has to leave before the guest ends.
+const LAST_ANSWER: Duration = Duration::from_millis(100);
+const IDLE_THREAD: Duration = Duration::from_secs(5);
+
+/// Runs the agent until it ends, or the guest does.
+#[must_use]
+pub fn run(options: Result<Options, UsageError>) -> ExitCode {
+    let is_init = std::process::id() == 1;
+    let entrypoint = if is_init { prepare() } else { None };
+    raise_file_limit();
+    let options = match options {
+        Ok(options) => options,
+        // What the kernel does not know of its command line it gives to PID 1.
+        Err(_) if is_init => Options { vsock: Some(clade_agent_proto::PORT), ..Options::default() },
+        Err(error) => {
+            log!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    let runtime = Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(FILE_THREADS)
+        .thread_keep_alive(IDLE_THREAD)
+        .build();
+    let ended = runtime.and_then(|runtime| runtime.block_on(live(options, is_init, entrypoint)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -> io::Result<()> {
+    let agent = Agent::new()?;
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::user_defined2()] {
+        let (agent, mut signals) = (Arc::clone(&agent), signal(kind)?);
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                agent.ask_for_end();
+            }
+        });
+    }
+    let listeners = match Listener::open(&options).await {
+        Ok(listeners) => listeners,
+        // PID 1 goes on: its entrypoint may be all that is wanted.
+        Err(error) if is_init => {
+            log!("nobody can reach the agent: {error}");
+            Vec::new()
+        }
+        Err(error) => return Err(io::Error::new(error.kind(), format!("the agent cannot listen: {error}"))),
+    };
+    if let Some(entrypoint) = entrypoint {
+        let agent = Arc::clone(&agent);
+        tokio::spawn(async move { agent.run_entrypoint(entrypoint).await });
+    }
+    log!("{} listens", env!("CARGO_PKG_VERSION"));
+    tokio::spawn(serve(Arc::clone(&agent), listeners));
+    agent.end().await;
+    tokio::time::sleep(LAST_ANSWER).await;
+    if is_init {
+        return Err(end_guest().await);
+    }
+    agent.end_processes().await;
+    if let Some(path) = &options.unix {
+        // Another agent may have it by now.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
+}
+
+impl Agent {
+    /// Runs what is to run beside the agent, on the console.
+    async fn run_entrypoint(&self, entrypoint: Entrypoint) {
+        let name = entrypoint.user.as_deref().unwrap_or("root");
+        let Some(user) = users::find(name) else {
+            log!("the entrypoint's user {name:?} is not known");
+            return;
+        };
+        let Some((program, args)) = entrypoint.args.split_first() else { return };
+        let none = BTreeMap::new();
+        let around = Surroundings { user: &user, envs: &none, workdir: None };
+        let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
+        let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
+        command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
+        match self.children.spawn(&mut command) {
+            Ok((_, end)) => {
+                let status = end.await.map_or_else(|_| "unknown".to_owned(), describe);
+                log!("{program}: {status}");
+            }
+            Err(error) => log!("{program} cannot be started: {error}"),
+        }
+        if entrypoint.power_off {
+            self.ask_for_end();
+        }
+    }
+}

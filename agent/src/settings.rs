@@ -1,0 +1,53 @@
+//! What `/init` sets.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+/// Who runs what no request names a user for, until `/init` says another.
+const DEFAULT_USER: &str = "root";
+
+/// A token that is not shown in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Token(String);
+
+impl Token {
+    /// `None` of an empty text.
+    pub(crate) fn of(text: Option<String>) -> Option<Self> {
+        text.filter(|text| !text.is_empty()).map(Self)
+    }
+
+    /// Takes as long for each text of the same length.
+    pub(crate) fn is(&self, other: &[u8]) -> bool {
+        let own = self.0.as_bytes();
+        own.len() == other.len() && own.iter().zip(other).fold(0, |odd, (one, other)| odd | (one ^ other)) == 0
+    }
+
+    pub(crate) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+/// What `/init` sets.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) token: Option<Token>,
+    pub(crate) envs: Arc<BTreeMap<String, String>>,
+    pub(crate) user: String,
+    pub(crate) workdir: Option<String>,
+    /// The newest time that an `/init` came with.
+    pub(crate) newest_ns: i128,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let user = DEFAULT_USER.to_owned();
+        Self { token: None, envs: Arc::default(), user, workdir: None, newest_ns: i128::MIN }
+    }
+}

@@ -1,0 +1,73 @@
+//! The end: of the agent, or of the guest if the agent is PID 1.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
+use rustix::system::RebootCommand;
+
+use crate::agent::Agent;
+use crate::log::log;
+
+/// How long processes have between SIGTERM and SIGKILL.
+const GRACE: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(20);
+
+impl Agent {
+    /// Asks for the end.
+    pub(crate) fn ask_for_end(&self) {
+        self.end.send_replace(true);
+    }
+
+    /// Waits until the end is asked for.
+    pub(crate) async fn end(&self) {
+        // The sender is `self`'s: it does not go.
+        let _ = self.end.subscribe().wait_for(|is_asked| *is_asked).await;
+    }
+
+    /// Ends the processes that clients have started, in order.
+    pub(crate) async fn end_processes(&self) {
+        let list = self.processes.list();
+        let groups: Vec<Pid> = list.iter().filter_map(|info| Pid::from_raw(i32::try_from(info.pid).ok()?)).collect();
+        let send = |signal| {
+            for group in &groups {
+                // It may be at its end.
+                let _ = kill_process_group(*group, signal);
+            }
+        };
+        send(Signal::TERM);
+        let begun = Instant::now();
+        while begun.elapsed() < GRACE && groups.iter().any(|group| test_kill_process_group(*group).is_ok()) {
+            tokio::time::sleep(POLL).await;
+        }
+        send(Signal::KILL);
+    }
+}
+
+/// Whether there is a process of user space beside this one.
+fn is_alone() -> bool {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return true };
+    let own = std::process::id();
+    let mut others = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    // A thread of the kernel has no program, and so has one that is not reaped yet.
+    !others.any(|pid| pid != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok())
+}
+
+/// Ends all processes, writes all files to the disk, and resets the machine: that ends a VM of Clade, also where the kernel
+/// cannot switch it off and would halt instead.
+pub(crate) async fn end_guest() -> io::Error {
+    log!("the guest ends");
+    let all = |signal| Pid::from_raw(-1).map(|all| kill_process(all, signal));
+    // There may be none.
+    let _ = all(Signal::TERM);
+    let begun = Instant::now();
+    while begun.elapsed() < GRACE && !is_alone() {
+        tokio::time::sleep(POLL).await;
+    }
+    let _ = all(Signal::KILL);
+    rustix::fs::sync();
+    match rustix::system::reboot(RebootCommand::Restart) {
+        Ok(()) => io::Error::other("the guest goes on after its end"),
+        Err(error) => error.into(),
+    }
+}

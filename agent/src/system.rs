@@ -1,0 +1,191 @@
+//! What PID 1 does before anything else.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use rustix::fs::Mode;
+use rustix::mount::{MountFlags, mount};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
+use rustix::process::{Resource, Rlimit, setrlimit, umask};
+use serde::Deserialize;
+
+use crate::log::log;
+use crate::process::spawn::first_file_limit;
+
+/// What is run beside the agent, if the kernel's command line does not say it.
+const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";
+/// Descriptors of the agent: some for each process and each connection.
+const FILES: u64 = 65_536;
+/// What the loopback interface is called by the kernel.
+const LOOPBACK: i32 = 1;
+
+/// Directory, type, flags and data, in the order in which they are mounted.
+const MOUNTS: [(&str, &str, &str); 7] = [
+    ("/proc", "proc", ""),
+    ("/sys", "sysfs", ""),
+    ("/dev", "devtmpfs", "mode=0755"),
+    ("/dev/pts", "devpts", "mode=0620,gid=5,ptmxmode=0666"),
+    ("/dev/shm", "tmpfs", "mode=1777"),
+    ("/tmp", "tmpfs", "mode=1777"),
+    ("/run", "tmpfs", "mode=0755"),
+];
+const LINKS: [(&str, &str); 5] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+];
+
+/// A program that runs beside the agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Entrypoint {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// Its variables.
+    pub env: BTreeMap<String, String>,
+    /// Its directory.
+    pub cwd: Option<String>,
+    /// Its user. Default: root.
+    pub user: Option<String>,
+    /// Whether the guest ends with it.
+    pub power_off: bool,
+}
+
+fn warn<E: std::fmt::Display>(what: &str, done: Result<(), E>) {
+    if let Err(error) = done {
+        log!("{what}: {error}");
+    }
+}
+
+/// Whether something is mounted at a directory. Nothing is, as long as `/proc` is not.
+fn is_mounted(dir: &str) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mounts.lines().any(|line| line.split(' ').nth(1) == Some(dir))
+}
+
+fn prepare_mounts() {
+    for (dir, kind, data) in MOUNTS {
+        if is_mounted(dir) {
+            continue;
+        }
+        // It is there in most guests.
+        let _ = fs::create_dir_all(dir);
+        let flags = if dir == "/dev" { MountFlags::NOSUID } else { MountFlags::NOSUID | MountFlags::NODEV };
+        let flags = if dir == "/dev/pts" { MountFlags::NOSUID | MountFlags::NOEXEC } else { flags };
+        let data = (!data.is_empty()).then(|| std::ffi::CString::new(data).unwrap_or_default());
+        // A kernel may have no terminals, say: what needs none works.
+        warn(dir, mount(kind, dir, kind, flags, data.as_deref()));
+    }
+    for (target, link) in LINKS {
+        if !Path::new(link).exists() {
+            // A device of that name may be there, without a driver.
+            let _ = symlink(target, link);
+        }
+    }
+}
+
+/// Has the kernel bring up the loopback interface: RTM_NEWLINK by netlink.
+fn bring_up_loopback() -> io::Result<()> {
+    const RTM_NEWLINK: u16 = 16;
+    const NLM_F_REQUEST: u16 = 1;
+    const IFF_UP: u32 = 1;
+    let mut message = Vec::with_capacity(32);
+    message.extend(32u32.to_ne_bytes());
+    message.extend(RTM_NEWLINK.to_ne_bytes());
+    message.extend(NLM_F_REQUEST.to_ne_bytes());
+    // Sequence and sender; then the family and the type of the device, both any.
+    message.extend([0; 12]);
+    message.extend(LOOPBACK.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+    // The protocol 0 is that of routes.
+    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    // Without an address it goes to the kernel.
+    send(&socket, &message, SendFlags::empty())?;
+    Ok(())
+}
+
+fn set_hostname(words: &[String]) {
+    let named = words.iter().find_map(|word| word.strip_prefix("clade.hostname=")).map(str::to_owned);
+    let name = named.or_else(|| fs::read_to_string("/etc/hostname").ok()).unwrap_or_default();
+    let name = name.trim();
+    if !name.is_empty() {
+        warn("the host name", rustix::system::sethostname(name.as_bytes()));
+    }
+}
+
+/// The words of a kernel command line. Quotes keep blanks together.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut word, mut is_quoted) = (Vec::new(), None::<String>, false);
+    for letter in line.trim_end_matches('\n').chars() {
+        match letter {
+            '"' => {
+                is_quoted = !is_quoted;
+                word.get_or_insert_default();
+            }
+            blank if blank.is_whitespace() && !is_quoted => words.extend(word.take()),
+            letter => word.get_or_insert_default().push(letter),
+        }
+    }
+    words.extend(word);
+    words
+}
+
+/// What runs beside the agent: what stands behind ` -- ` on the kernel's command line, or the file.
+fn entrypoint(words: &[String], file: Option<&str>) -> Result<Option<Entrypoint>, serde_json::Error> {
+    if let Some(at) = words.iter().position(|word| word == "--")
+        && at + 1 < words.len()
+    {
+        return Ok(Some(Entrypoint { args: words[at + 1..].to_vec(), ..Entrypoint::default() }));
+    }
+    file.map(serde_json::from_str).transpose()
+}
+
+/// Raises the limit of open files. Children get the one of before.
+pub fn raise_file_limit() {
+    let first = first_file_limit();
+    let higher = Rlimit { current: Some(FILES), maximum: first.maximum.map(|most| most.max(FILES)) };
+    // Not every root may go beyond its own limit.
+    let own = Rlimit { current: first.maximum.map_or(Some(FILES), |most| Some(most.min(FILES))), ..first };
+    if let Err(error) = setrlimit(Resource::Nofile, higher).or_else(|_| setrlimit(Resource::Nofile, own)) {
+        log!("descriptors: {error}");
+    }
+}
+
+/// Mounts what is missing, brings up the loopback interface, and says what is to be run.
+#[must_use]
+pub fn prepare() -> Option<Entrypoint> {
+    umask(Mode::WGRP | Mode::WOTH);
+    prepare_mounts();
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let words = words(&line);
+    warn("the loopback interface", bring_up_loopback());
+    set_hostname(&words);
+    let file = fs::read_to_string(ENTRYPOINT).ok();
+    entrypoint(&words, file.as_deref()).unwrap_or_else(|error| {
+        log!("{ENTRYPOINT}: {error}");
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_names_what_runs() {
+        let of =
+            |line: &str| entrypoint(&words(line), Some(r#"{"args":["/init"],"power_off":true}"#)).unwrap().unwrap();
+        assert_eq!(of("quiet x=\"a b\" -- /bin/sh -c \"echo  hi\"\n").args, ["/bin/sh", "-c", "echo  hi"]);
+        assert!(of("quiet --").power_off);
+        assert_eq!(of("quiet").args, ["/init"]);
+        assert_eq!(entrypoint(&words("quiet"), None).unwrap(), None);
+        entrypoint(&[], Some(r#"{"argv":[]}"#)).unwrap_err();
+        assert_eq!(words("a \"\" b=\"c d\""), ["a", "", "b=c d"]);
+    }
+}

@@ -1,0 +1,115 @@
+//! Users and groups, from `/etc/passwd` and `/etc/group`. A static program has no other directory of them.
+
+use std::collections::HashMap;
+use std::fs;
+
+const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
+/// Most bytes read of either.
+const MAX_FILE: u64 = 1 << 20;
+
+/// A user that processes run as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) home: String,
+    /// All groups, the first one of them.
+    pub(crate) groups: Vec<u32>,
+}
+
+fn read(path: &str) -> String {
+    let text = fs::File::open(path).and_then(|file| {
+        use std::io::Read;
+        let mut text = Vec::new();
+        file.take(MAX_FILE).read_to_end(&mut text).map(|_| text)
+    });
+    // A guest may have neither.
+    String::from_utf8_lossy(&text.unwrap_or_default()).into_owned()
+}
+
+/// The user `name`, if there is one. There is always `root`, and a number is a user without a name.
+pub(crate) fn find(name: &str) -> Option<User> {
+    find_in(name, &read(PASSWD), &read(GROUP))
+}
+
+fn find_in(name: &str, passwd: &str, group: &str) -> Option<User> {
+    let listed = passwd.lines().find_map(|line| {
+        let [known, _, uid, gid, _, home, ..] = line.split(':').collect::<Vec<_>>()[..] else { return None };
+        (known == name).then_some((uid.parse().ok()?, gid.parse().ok()?, home))
+    });
+    let unlisted = || match name {
+        "root" => Some((0, 0, "/root")),
+        _ => name.parse().ok().map(|number: u32| (number, number, "/")),
+    };
+    let (uid, gid, home) = listed.or_else(unlisted)?;
+    let mut groups = vec![gid];
+    for line in group.lines() {
+        let [_, _, other, members] = line.split(':').collect::<Vec<_>>()[..] else { continue };
+        if let Ok(other) = other.parse()
+            && !groups.contains(&other)
+            && members.split(',').any(|member| member == name)
+        {
+            groups.push(other);
+        }
+    }
+    let home = if home.is_empty() { "/" } else { home };
+    Some(User { name: name.to_owned(), uid, gid, home: home.to_owned(), groups })
+}
+
+/// Names of numbers.
+#[derive(Debug)]
+pub(crate) struct Names {
+    users: HashMap<u32, String>,
+    groups: HashMap<u32, String>,
+}
+
+impl Names {
+    pub(crate) fn read() -> Self {
+        let names = |text: String| {
+            let mut names = HashMap::new();
+            for line in text.lines() {
+                let mut fields = line.split(':');
+                let (name, number) = (fields.next(), fields.nth(1).and_then(|number| number.parse().ok()));
+                if let (Some(name), Some(number)) = (name, number) {
+                    names.entry(number).or_insert_with(|| name.to_owned());
+                }
+            }
+            names
+        };
+        Self { users: names(read(PASSWD)), groups: names(read(GROUP)) }
+    }
+
+    pub(crate) fn user(&self, uid: u32) -> String {
+        self.users.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
+    }
+
+    pub(crate) fn group(&self, gid: u32) -> String {
+        self.groups.get(&gid).cloned().unwrap_or_else(|| gid.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USERS: &str = "root:x:0:0:root:/root:/bin/sh\n\nbad\nann:x:7:8::/home/ann:/bin/sh\nodd:x:y:8::/:/bin/sh\n";
+    const GROUPS: &str = "root:x:0:\nstaff:x:20:bob,ann\nann:x:8:ann\nann2:x:9:annie\n";
+
+    #[test]
+    fn users_are_found_with_their_groups() {
+        let ann = find_in("ann", USERS, GROUPS).unwrap();
+        assert_eq!((ann.uid, ann.gid, ann.home.as_str()), (7, 8, "/home/ann"));
+        assert_eq!(ann.groups, [8, 20]);
+        assert_eq!(find_in("odd", USERS, GROUPS), None);
+        assert_eq!(find_in("nobody", USERS, GROUPS), None);
+    }
+
+    #[test]
+    fn root_and_numbers_are_there_without_files() {
+        assert_eq!(find_in("root", "", "").unwrap().uid, 0);
+        assert_eq!(find_in("1000", "", "").unwrap().gid, 1000);
+        assert_eq!(find_in("-1", "", ""), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! The agent as a process of this host, on a Unix socket, and its client.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod files;
+mod hostile;
+mod load;
+mod process;
+mod sdk;
+mod settings;
+mod watch;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use clade_agent_client::proto::process::{EndEvent, ProcessConfig, StartRequest};
+use clade_agent_client::{Client, ClientError, Endpoint, Process};
+
+/// What anything here may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An agent, which ends with the test.
+struct Agent {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Agent {
+    fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("agent.sock");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_clade-agent"));
+        let child = command.arg("--unix").arg(&socket).args(arguments).spawn().unwrap();
+        let agent = Self { child, dir };
+        let begun = Instant::now();
+        while UnixStream::connect(&socket).is_err() {
+            assert!(begun.elapsed() < PATIENCE, "the agent does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        agent
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("agent.sock")
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn client(&self) -> Client {
+        Client::new(Endpoint::Unix(self.socket()))
+    }
+
+    fn raw(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// Sends bytes, and reads all that comes back until the agent closes.
+    fn say(&self, bytes: &[u8]) -> String {
+        let mut stream = self.raw();
+        // The agent may close before it has all of it.
+        let _ = stream.write_all(bytes);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// The agent's memory, in KiB.
+    fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(PATIENCE * 3, test).await.expect("the test hangs") })
+}
+
+fn shell(script: &str) -> StartRequest {
+    let args = vec!["-c".to_owned(), script.to_owned()];
+    let process = ProcessConfig { cmd: "/bin/sh".into(), args, ..ProcessConfig::default() };
+    StartRequest { process, stdin: Some(false), ..StartRequest::default() }
+}
+
+/// What a process has written, and how it has ended.
+#[derive(Debug, Default)]
+struct Outcome {
+    stdout: String,
+    stderr: String,
+    pty: String,
+    end: EndEvent,
+}
+
+async fn outcome(mut process: Process) -> Result<Outcome, ClientError> {
+    let mut outcome = Outcome::default();
+    let mut is_ended = false;
+    while let Some(event) = process.next().await? {
+        if let Some(data) = event.data {
+            let text = |bytes: Option<clade_agent_client::proto::Base64>| {
+                String::from_utf8_lossy(&bytes.unwrap_or_default().0).into_owned()
+            };
+            outcome.stdout.push_str(&text(data.stdout));
+            outcome.stderr.push_str(&text(data.stderr));
+            outcome.pty.push_str(&text(data.pty));
+        }
+        if let Some(end) = event.end {
+            outcome.end = end;
+            is_ended = true;
+        }
+    }
+    assert!(is_ended, "the stream ended without an end");
+    Ok(outcome)
+}
+
+async fn sh(client: &Client, script: &str) -> Outcome {
+    outcome(client.start(&shell(script), None).await.unwrap()).await.unwrap()
+}
+
+async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so().await {
+        assert!(begun.elapsed() < PATIENCE, "{what}: not in time");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -1,0 +1,292 @@
+//! Processes: their streams, ends, signals, terminals, users and time.
+
+use std::time::{Duration, Instant};
+
+use clade_agent_client::proto::process::{ProcessConfig, Pty, Selector, Signal, Size, StartRequest};
+use clade_agent_client::proto::{Code, RpcError};
+use clade_agent_client::{Client, ClientError};
+
+use crate::{Agent, outcome, run, sh, shell, until};
+
+fn refused<T: std::fmt::Debug>(answer: Result<T, ClientError>) -> RpcError {
+    match answer.unwrap_err() {
+        ClientError::Rpc(error) => error,
+        other => panic!("{other}"),
+    }
+}
+
+async fn refused_start(client: &Client, request: &StartRequest) -> RpcError {
+    refused(client.start(request, None).await)
+}
+
+#[test]
+fn a_command_has_its_output_and_its_end() {
+    let agent = Agent::start();
+    run(async {
+        let done = sh(&agent.client(), "echo out; echo err >&2; exit 3").await;
+        assert_eq!((done.stdout.as_str(), done.stderr.as_str()), ("out\n", "err\n"));
+        assert_eq!((done.end.exit_code, done.end.exited, done.end.status.as_str()), (3, true, "exit status 3"));
+        assert_eq!(done.end.error.as_deref(), Some("exit status 3"));
+        let killed = sh(&agent.client(), "kill -SEGV $$").await.end;
+        assert_eq!((killed.exit_code, killed.exited), (-1, false));
+        assert!(killed.status.starts_with("signal: segmentation fault"), "{}", killed.status);
+    });
+}
+
+#[test]
+fn a_command_has_its_directory_and_its_environment() {
+    let agent = Agent::start();
+    let mut request = shell("pwd; echo $A $HOME $USER; echo ${SECRET:-none}; ulimit -n; umask");
+    request.process.cwd = Some("/usr/..//tmp".into());
+    request.process.envs.insert("A".into(), "b c".into());
+    run(async {
+        let done = outcome(agent.client().start(&request, None).await.unwrap()).await.unwrap();
+        let lines: Vec<&str> = done.stdout.lines().collect();
+        assert_eq!(lines[0], "/tmp");
+        assert_eq!(lines[1], "b c /root root");
+        assert_eq!(lines[2], "none");
+        let limit = rustix_limit();
+        assert_eq!(lines[3], limit, "children have the limit of before");
+        request.process.cwd = Some("/nowhere".into());
+        assert_eq!(refused_start(&agent.client(), &request).await.code, Code::InvalidArgument);
+    });
+}
+
+/// The limit of open files of this process, which the agent had too.
+fn rustix_limit() -> String {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    line.split_whitespace().nth(3).unwrap().to_owned()
+}
+
+#[test]
+fn what_cannot_be_started_is_said() {
+    let agent = Agent::start();
+    run(async {
+        let of = |cmd: &str| {
+            let process = ProcessConfig { cmd: cmd.into(), ..ProcessConfig::default() };
+            StartRequest { process, ..StartRequest::default() }
+        };
+        let client = agent.client();
+        assert_eq!(refused_start(&client, &of("/no/such/program")).await.code, Code::NotFound);
+        assert_eq!(refused_start(&client, &of("no-such-program")).await.code, Code::NotFound);
+        assert_eq!(refused_start(&client, &of("/etc/passwd")).await.code, Code::PermissionDenied);
+        assert_eq!(refused_start(&client, &of("")).await.code, Code::InvalidArgument);
+        let mut odd = shell("true");
+        odd.process.envs.insert("a=b".into(), "c".into());
+        assert_eq!(refused_start(&client, &odd).await.code, Code::InvalidArgument);
+        let nobody = client.clone().with_user(Some("no-such-user".into()));
+        assert_eq!(refused_start(&nobody, &shell("true")).await.code, Code::Unauthenticated);
+        assert!(client.list().await.unwrap().processes.is_empty());
+    });
+}
+
+#[test]
+fn input_comes_in_order_and_ends() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let process = client.start(&StartRequest { stdin: Some(true), ..shell("cat; echo end") }, None).await.unwrap();
+        let pid = process.pid;
+        let (mut input, call) = client.input(pid, false);
+        let call = tokio::spawn(call);
+        for number in 0..500 {
+            assert!(input.send(format!("line {number}\n").as_bytes()).await);
+        }
+        drop(input);
+        call.await.unwrap().unwrap();
+        client.close_stdin(pid).await.unwrap();
+        // Closed twice is closed.
+        let done = outcome(process).await.unwrap();
+        let wanted: String = (0..500).map(|number| format!("line {number}\n")).collect();
+        assert_eq!(done.stdout, format!("{wanted}end\n"));
+        assert_eq!(refused(client.close_stdin(pid).await).code, Code::NotFound);
+    });
+}
+
+#[test]
+fn a_process_that_does_not_read_holds_only_its_writer_up() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let process = client.start(&StartRequest { stdin: Some(true), ..shell("sleep 100") }, None).await.unwrap();
+        let (mut input, call) = client.input(process.pid, false);
+        let call = tokio::spawn(call);
+        let piece = vec![b'x'; 1 << 20];
+        let flood = tokio::time::timeout(Duration::from_secs(2), async { while input.send(&piece).await {} });
+        assert!(flood.await.is_err(), "the input must wait");
+        assert!(agent.memory() < 64 << 10, "{} KiB", agent.memory());
+        assert_eq!(sh(&client, "echo hi").await.stdout, "hi\n");
+        client.signal(process.pid, Signal::KILL).await.unwrap();
+        assert_eq!(outcome(process).await.unwrap().end.status, "signal: killed");
+        call.abort();
+    });
+}
+
+#[test]
+fn signals_go_to_the_whole_group() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        // The shell waits for a child, which holds its output open.
+        let process = client.start(&shell("sleep 1000 & echo $!; wait"), None).await.unwrap();
+        client.signal(process.pid, Signal::TERM).await.unwrap();
+        let done = outcome(process).await.unwrap();
+        assert_eq!(done.end.status, "signal: terminated");
+        let child = done.stdout.trim().to_owned();
+        until("the child's end", async || !std::path::Path::new(&format!("/proc/{child}/exe")).exists()).await;
+        let hup = client.start(&shell("sleep 1000"), None).await.unwrap();
+        client.signal(hup.pid, Signal(1)).await.unwrap();
+        assert_eq!(outcome(hup).await.unwrap().end.status, "signal: hangup");
+        let odd = client.start(&shell("sleep 1000"), None).await.unwrap();
+        assert_eq!(refused(client.signal(odd.pid, Signal(0)).await).code, Code::Unimplemented);
+        assert_eq!(refused(client.signal(odd.pid, Signal(1000)).await).code, Code::Unimplemented);
+        client.signal(odd.pid, Signal::KILL).await.unwrap();
+    });
+}
+
+#[test]
+fn what_was_left_behind_is_killed_after_its_leader() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let mut process = client.start(&shell("sleep 1000 & echo $!"), None).await.unwrap();
+        let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
+        let child = String::from_utf8(first).unwrap().trim().to_owned();
+        // The shell has ended, and the child holds its output: the stream goes on.
+        until("the shell's end", async || !std::path::Path::new(&format!("/proc/{}", process.pid)).exists()).await;
+        assert_eq!(client.list().await.unwrap().processes.len(), 1);
+        client.signal(process.pid, Signal::KILL).await.unwrap();
+        assert_eq!(outcome(process).await.unwrap().end.exit_code, 0);
+        until("the child's end", async || !std::path::Path::new(&format!("/proc/{child}/exe")).exists()).await;
+    });
+}
+
+#[test]
+fn a_terminal_is_one_and_has_its_size() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let script = "test -t 0 && test -t 1 && test -t 2 && tty; stty size; read line; echo \"got $line\"; \
+                      trap 'stty size; exit 7' WINCH; echo ready; while :; do sleep 0.05; done";
+        let pty = Some(Pty { size: Size { cols: 100, rows: 40 } });
+        let mut process = client.start(&StartRequest { pty, ..shell(script) }, None).await.unwrap();
+        let pid = process.pid;
+        let (mut input, call) = client.input(pid, true);
+        let call = tokio::spawn(call);
+        assert!(input.send(b"hello\r").await);
+        let mut text = String::new();
+        while !text.contains("ready") {
+            let event = process.next().await.unwrap().unwrap();
+            text.push_str(&String::from_utf8_lossy(&event.data.unwrap().pty.unwrap().0));
+        }
+        assert!(text.contains("/dev/pts/") && text.contains("40 100") && text.contains("got hello"), "{text}");
+        assert_eq!(refused(client.close_stdin(pid).await).code, Code::FailedPrecondition);
+        client.resize(pid, Size { cols: 20, rows: 10 }).await.unwrap();
+        let done = outcome(process).await.unwrap();
+        assert!(done.pty.contains("10 20"), "{}", done.pty);
+        assert_eq!(done.end.exit_code, 7);
+        drop(input);
+        // The process has gone before its input has ended.
+        let _ = call.await;
+        let plain = client.start(&shell("sleep 1000"), None).await.unwrap();
+        assert_eq!(refused(client.resize(plain.pid, Size::default()).await).code, Code::FailedPrecondition);
+        client.signal(plain.pid, Signal::KILL).await.unwrap();
+    });
+}
+
+#[test]
+fn time_ends_a_process_and_its_children() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let time = Duration::from_millis(300);
+        let begun = Instant::now();
+        let mut process = client.start(&shell("sleep 1000 & echo $!; wait"), Some(time)).await.unwrap();
+        let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
+        let child = String::from_utf8(first).unwrap().trim().to_owned();
+        let error = loop {
+            match process.next().await {
+                Ok(Some(event)) => assert!(event.end.is_none() || event.end.unwrap().status == "signal: killed"),
+                Ok(None) => panic!("the time-out is not said"),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(&error, ClientError::Rpc(error) if error.code == Code::DeadlineExceeded), "{error}");
+        assert!(begun.elapsed() >= time);
+        until("the child's end", async || !std::path::Path::new(&format!("/proc/{child}/exe")).exists()).await;
+        until("the list", async || client.list().await.unwrap().processes.is_empty()).await;
+    });
+}
+
+#[test]
+fn users_are_who_they_say() {
+    let agent = Agent::start();
+    if sh_user(&agent) != "root" {
+        println!("skipped: users are changed by root only");
+        return;
+    }
+    run(async {
+        let client = agent.client().with_user(Some("nobody".into()));
+        let done = sh(&client, "id -un; id -G; cat /proc/self/oom_score_adj; echo $HOME").await;
+        let lines: Vec<&str> = done.stdout.lines().collect();
+        assert_eq!((lines[0], lines[1], lines[2]), ("nobody", "65534", "100"), "{done:?}");
+        let number = agent.client().with_user(Some("4321".into()));
+        assert_eq!(sh(&number, "id -u; id -G; pwd").await.stdout, "4321\n4321\n/\n");
+        // The directory is entered as the user.
+        let mut secret = shell("pwd");
+        secret.process.cwd = Some("/root".into());
+        use std::os::unix::fs::PermissionsExt;
+        if std::fs::metadata("/root").unwrap().permissions().mode() & 0o007 == 0 {
+            assert_eq!(refused_start(&client, &secret).await.code, Code::PermissionDenied);
+        }
+    });
+}
+
+fn sh_user(agent: &Agent) -> String {
+    run(async { sh(&agent.client(), "id -un").await.stdout.trim().to_owned() })
+}
+
+#[test]
+fn a_process_outlives_its_client_and_is_found_again() {
+    let agent = Agent::start();
+    let flag = agent.path("go");
+    run(async {
+        let client = agent.client();
+        let script = format!("while ! test -e {flag}; do sleep 0.02; done; echo late; exit 5");
+        let request = StartRequest { tag: Some("job".into()), ..shell(&script) };
+        let process = client.start(&request, None).await.unwrap();
+        let pid = process.pid;
+        drop(process);
+        let list = client.list().await.unwrap().processes;
+        assert_eq!((list[0].pid, list[0].tag.as_deref()), (pid, Some("job")));
+        assert_eq!(list[0].config.cmd, "/bin/sh");
+        let by_tag = Selector { tag: Some("job".into()), pid: None };
+        let again = client.follow(by_tag.clone()).await.unwrap();
+        let third = client.follow(Selector::pid(pid)).await.unwrap();
+        std::fs::write(&flag, "").unwrap();
+        for follower in [again, third] {
+            let done = outcome(follower).await.unwrap();
+            assert_eq!((done.stdout.as_str(), done.end.exit_code), ("late\n", 5));
+        }
+        // Its end is remembered for a while.
+        let after = outcome(client.follow(by_tag).await.unwrap()).await.unwrap();
+        assert_eq!(after.end.exit_code, 5);
+        assert_eq!(refused(client.follow(Selector::pid(u32::MAX)).await).code, Code::NotFound);
+        assert_eq!(refused(client.follow(Selector::default()).await).code, Code::InvalidArgument);
+        assert!(client.list().await.unwrap().processes.is_empty());
+    });
+}
+
+#[test]
+fn orphans_that_are_the_agents_are_reaped() {
+    let agent = Agent::start();
+    run(async {
+        // A process in the background whose parent ends is init's, so what is counted here is the agent's own children.
+        for _ in 0..20 {
+            sh(&agent.client(), "true").await;
+        }
+        let children = format!("/proc/{0}/task/{0}/children", agent.child.id());
+        until("no children", async || std::fs::read_to_string(&children).unwrap().is_empty()).await;
+    });
+}

@@ -1,0 +1,32 @@
+//! The agent as the Python SDK of E2B sees it. Skipped where that is not installed: `pip install e2b`.
+//!
+//! `CLADE_E2B_PYTHON` names a Python that has it; else `python3` is tried.
+
+use std::process::Command;
+
+use crate::Agent;
+
+const SCRIPT: &str = include_str!("sdk.py");
+/// Where the SDK looks for an agent in its debug mode.
+const ADDRESS: &str = "127.0.0.1:49983";
+
+#[test]
+fn the_python_sdk_works_unchanged() {
+    let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
+    if !has_sdk {
+        println!("skipped: {python} has no e2b");
+        return;
+    }
+    if std::net::TcpListener::bind(ADDRESS).is_err() {
+        println!("skipped: {ADDRESS} is taken");
+        return;
+    }
+    let agent = Agent::start_with(&["--tcp", ADDRESS]);
+    let mut command = Command::new(&python);
+    command.args(["-c", SCRIPT]).arg(agent.dir.path()).env("E2B_DEBUG", "true").env("E2B_API_KEY", "none");
+    let done = command.output().unwrap();
+    let text = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
+    print!("{text}");
+}

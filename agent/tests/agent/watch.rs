@@ -1,0 +1,97 @@
+//! Watches.
+
+use std::time::Duration;
+
+use clade_agent_client::proto::Code;
+use clade_agent_client::proto::filesystem::{EventType, WatchDirResponse, WatchRequest, Watcher, WatcherEvents};
+use clade_agent_client::proto::process::Empty;
+use clade_agent_client::{ClientError, Messages};
+
+use crate::{Agent, run, until};
+
+async fn wait_for(stream: &mut Messages<WatchDirResponse>, kind: EventType, name: &str) -> WatchDirResponse {
+    loop {
+        let message = stream.next().await.unwrap().expect("the watch goes on");
+        if message.filesystem.as_ref().is_some_and(|event| event.kind == kind && event.name == name) {
+            return message;
+        }
+    }
+}
+
+#[test]
+fn what_happens_in_a_directory_is_told() {
+    let agent = Agent::start();
+    run(async {
+        let dir = agent.path("dir");
+        std::fs::create_dir_all(format!("{dir}/sub")).unwrap();
+        let request =
+            WatchRequest { path: dir.clone(), recursive: true, include_entry: true, ..WatchRequest::default() };
+        let client = agent.client();
+        let mut stream: Messages<WatchDirResponse> =
+            client.stream("filesystem.Filesystem/WatchDir", &request, None).await.unwrap();
+        assert!(stream.next().await.unwrap().unwrap().start.is_some());
+        std::fs::write(format!("{dir}/sub/a"), "1").unwrap();
+        let made = wait_for(&mut stream, EventType::Create, "sub/a").await.filesystem.unwrap();
+        assert_eq!(made.entry.unwrap().path, format!("{dir}/sub/a"));
+        wait_for(&mut stream, EventType::Write, "sub/a").await;
+        std::fs::rename(format!("{dir}/sub/a"), format!("{dir}/b")).unwrap();
+        let away = wait_for(&mut stream, EventType::Rename, "sub/a").await.filesystem.unwrap();
+        assert_eq!(away.entry, None);
+        wait_for(&mut stream, EventType::Create, "b").await;
+        // In a directory that was not there before, however soon.
+        std::fs::create_dir_all(format!("{dir}/new/deep")).unwrap();
+        std::fs::write(format!("{dir}/new/deep/c"), "1").unwrap();
+        wait_for(&mut stream, EventType::Create, "new/deep/c").await;
+        std::fs::remove_file(format!("{dir}/b")).unwrap();
+        wait_for(&mut stream, EventType::Remove, "b").await;
+    });
+}
+
+#[test]
+fn watchers_are_asked_for_what_has_happened() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let dir = agent.path("dir");
+        std::fs::create_dir_all(format!("{dir}/sub")).unwrap();
+        let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
+        let watcher: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        std::fs::write(format!("{dir}/a"), "1").unwrap();
+        std::fs::write(format!("{dir}/sub/b"), "1").unwrap();
+        let mut names = Vec::new();
+        until("events", async || {
+            let events: WatcherEvents = client.call("filesystem.Filesystem/GetWatcherEvents", &watcher).await.unwrap();
+            names.extend(events.events.into_iter().map(|event| event.name));
+            names.contains(&"a".to_owned())
+        })
+        .await;
+        assert!(!names.contains(&"sub/b".to_owned()), "not recursive: {names:?}");
+        client.call::<_, Empty>("filesystem.Filesystem/RemoveWatcher", &watcher).await.unwrap();
+        let gone = client.call::<_, Empty>("filesystem.Filesystem/RemoveWatcher", &watcher).await.unwrap_err();
+        assert!(matches!(&gone, ClientError::Rpc(error) if error.code == Code::NotFound));
+        let missing = WatchRequest { path: "/nowhere".into(), ..WatchRequest::default() };
+        let error = client.call::<_, Watcher>("filesystem.Filesystem/CreateWatcher", &missing).await.unwrap_err();
+        assert!(matches!(&error, ClientError::Rpc(error) if error.code == Code::NotFound), "{error}");
+    });
+}
+
+#[test]
+fn a_watcher_that_nobody_asks_is_bounded() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let dir = agent.path("dir");
+        std::fs::create_dir(&dir).unwrap();
+        let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
+        let watcher: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        for number in 0..20_000 {
+            std::fs::create_dir(format!("{dir}/{number}")).unwrap();
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let error =
+            client.call::<_, WatcherEvents>("filesystem.Filesystem/GetWatcherEvents", &watcher).await.unwrap_err();
+        // The agent's bound, or the kernel's.
+        let ClientError::Rpc(error) = error else { panic!("{error}") };
+        assert!(matches!(error.code, Code::ResourceExhausted | Code::Internal), "{error}");
+    });
+}

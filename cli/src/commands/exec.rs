@@ -1,0 +1,319 @@
+//! `clade exec` and `clade shell`: programs in a guest, with this terminal's input and output.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal, Read, Write};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use clade_agent_client::proto::process::{DataEvent, EndEvent, ProcessConfig, Pty, Signal, Size, StartRequest};
+use clade_agent_client::proto::{Base64, Code};
+use clade_agent_client::{Client, ClientError, Input, Process};
+use rustix::termios::tcgetwinsize;
+use serde::Serialize;
+use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::commands::agent::{AgentArgs, block_on};
+use crate::commands::terminal::RawMode;
+use crate::commands::units::parse_duration;
+use crate::commands::{Failure, Outcome, print_json};
+
+/// The program did not run: no VM, no agent, or it refused.
+const NOT_RUN: u8 = 125;
+/// There is such a program, and it may not be run.
+const NOT_EXECUTABLE: u8 = 126;
+/// There is no such program.
+const NOT_FOUND: u8 = 127;
+/// Most bytes of output in an answer of `--json`.
+const MAX_OUTPUT: usize = 16 << 20;
+/// A terminal that does not say its size.
+const SIZE: Size = Size { cols: 80, rows: 24 };
+const CTRL_D: u8 = 4;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ExecArgs {
+    /// The VM.
+    #[arg(value_name = "VM")]
+    name: String,
+    #[command(flatten)]
+    agent: AgentArgs,
+    /// Give the program a terminal.
+    #[arg(long, short)]
+    tty: bool,
+    /// Pass on standard input.
+    #[arg(long, short)]
+    interactive: bool,
+    /// The working directory. Default: the user's home.
+    #[arg(long, short = 'w', value_name = "DIR")]
+    workdir: Option<String>,
+    /// A variable of the environment. Repeatable.
+    #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_env)]
+    env: Vec<(String, String)>,
+    /// How long it may take, such as 90s, 5m or 1h30m. Then it is killed, and the exit code is 124.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    /// Print its end and its output as JSON when it has ended.
+    #[arg(long, conflicts_with_all = ["tty", "interactive"])]
+    json: bool,
+    /// The program and its arguments.
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShellArgs {
+    /// The VM.
+    #[arg(value_name = "VM")]
+    name: String,
+    #[command(flatten)]
+    agent: AgentArgs,
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("KEY=VALUE is wanted".to_owned()),
+    }
+}
+
+/// What `--json` prints.
+#[derive(Debug, Default, Serialize)]
+struct Printed {
+    exit_code: i32,
+    status: String,
+    stdout: String,
+    stderr: String,
+}
+
+/// How a program that did not come to its end is said.
+fn not_ended(error: ClientError) -> Failure {
+    let code = match &error {
+        ClientError::Rpc(rpc) if rpc.code == Code::DeadlineExceeded => return Failure::Timeout(error.into()),
+        _ => NOT_RUN,
+    };
+    Failure::Exit(code, Some(error.into()))
+}
+
+fn not_started(error: ClientError) -> Failure {
+    let code = match &error {
+        ClientError::Rpc(rpc) if rpc.code == Code::NotFound => NOT_FOUND,
+        ClientError::Rpc(rpc) if rpc.code == Code::PermissionDenied => NOT_EXECUTABLE,
+        _ => return not_ended(error),
+    };
+    Failure::Exit(code, Some(error.into()))
+}
+
+/// A failure before the program has run.
+fn not_run(failure: Failure) -> Failure {
+    match failure {
+        Failure::Input(error) | Failure::Run(error) => Failure::Exit(NOT_RUN, Some(error)),
+        other => other,
+    }
+}
+
+fn size() -> Size {
+    let own = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin()));
+    match own {
+        Ok(own) if own.ws_col > 0 && own.ws_row > 0 => Size { cols: own.ws_col.into(), rows: own.ws_row.into() },
+        _ => SIZE,
+    }
+}
+
+/// What is typed, until its end. The thread ends with the process: a read of a terminal cannot be cancelled.
+fn typed() -> io::Result<mpsc::Receiver<Vec<u8>>> {
+    let (sender, receiver) = mpsc::channel(1);
+    let read = move || {
+        let mut bytes = vec![0; 32 << 10];
+        while let Ok(length @ 1..) = io::stdin().lock().read(&mut bytes) {
+            if sender.blocking_send(bytes[..length].to_vec()).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("clade-stdin".into()).spawn(read)?;
+    Ok(receiver)
+}
+
+/// Passes standard input on until it ends, and then says so.
+async fn feed(client: Client, pid: u32, is_terminal: bool, mut from: mpsc::Receiver<Vec<u8>>) {
+    let (input, call) = client.input(pid, is_terminal);
+    let send = async move {
+        let mut input: Input = input;
+        while let Some(bytes) = from.recv().await {
+            if !input.send(&bytes).await {
+                return;
+            }
+        }
+        if is_terminal {
+            input.send(&[CTRL_D]).await;
+        }
+    };
+    // A program that reads no more, or has ended, is no failure of the command.
+    let (_, _) = tokio::join!(send, call);
+    if !is_terminal {
+        let _ = client.close_stdin(pid).await;
+    }
+}
+
+/// Signals to this process that are the program's.
+struct Passed {
+    signals: Vec<(i32, Signals)>,
+    resized: Signals,
+}
+
+impl Passed {
+    fn new() -> io::Result<Self> {
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
+        let signals = kinds.iter().map(|kind| Ok((kind.as_raw_value(), signal(*kind)?))).collect::<io::Result<_>>()?;
+        Ok(Self { signals, resized: signal(SignalKind::window_change())? })
+    }
+
+    /// The next signal; `None` when the terminal has another size.
+    async fn next(&mut self) -> Option<i32> {
+        let [(one, interrupt), (two, terminate), (three, hangup), (four, quit)] = &mut self.signals[..] else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = interrupt.recv() => Some(*one),
+            _ = terminate.recv() => Some(*two),
+            _ = hangup.recv() => Some(*three),
+            _ = quit.recv() => Some(*four),
+            _ = self.resized.recv() => None,
+        }
+    }
+}
+
+/// Where output goes.
+enum Output {
+    Here,
+    Kept(Box<Printed>),
+}
+
+impl Output {
+    fn take(&mut self, data: DataEvent) -> Result<(), Failure> {
+        let bytes = |bytes: Option<Base64>| bytes.map(|bytes| bytes.0).unwrap_or_default();
+        let (stderr, stdout) = (bytes(data.stderr), [bytes(data.stdout), bytes(data.pty)].concat());
+        match self {
+            Self::Here => {
+                let written = io::stdout().write_all(&stdout).and_then(|()| io::stdout().flush());
+                written.and_then(|()| io::stderr().write_all(&stderr)).map_err(Failure::run)
+            }
+            Self::Kept(kept) => {
+                if kept.stdout.len() + kept.stderr.len() + stdout.len() + stderr.len() > MAX_OUTPUT {
+                    return Err(Failure::run(anyhow!("the program has written more than {MAX_OUTPUT} bytes")));
+                }
+                kept.stdout.push_str(&String::from_utf8_lossy(&stdout));
+                kept.stderr.push_str(&String::from_utf8_lossy(&stderr));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Follows a process to its end.
+async fn follow(
+    client: &Client,
+    mut process: Process,
+    is_terminal: bool,
+    output: &mut Output,
+) -> Result<EndEvent, Failure> {
+    let mut passed = Passed::new().map_err(Failure::run)?;
+    let mut end = None;
+    loop {
+        tokio::select! {
+            event = process.next() => match event.map_err(not_ended)? {
+                Some(event) => {
+                    if let Some(data) = event.data && let Err(failure) = output.take(data) {
+                        // Nobody takes its output: it is not left behind.
+                        let _ = client.signal(process.pid, Signal::KILL).await;
+                        return Err(failure);
+                    }
+                    end = event.end.or(end);
+                }
+                None => return end.ok_or_else(|| not_ended(ClientError::Truncated)),
+            },
+            signal = passed.next() => match signal {
+                // It may be at its end.
+                Some(number) => drop(client.signal(process.pid, Signal(number)).await),
+                None if is_terminal => drop(client.resize(process.pid, size()).await),
+                None => {}
+            },
+        }
+    }
+}
+
+async fn exec(args: ExecArgs) -> Outcome {
+    let client = args.agent.client(&args.name).await.map_err(not_run)?;
+    let mut envs: BTreeMap<String, String> = args.env.into_iter().collect();
+    if args.tty
+        && let Ok(term) = std::env::var("TERM")
+    {
+        envs.entry("TERM".to_owned()).or_insert(term);
+    }
+    let (cmd, arguments) = args.command.split_first().ok_or_else(|| Failure::input(anyhow!("no command is named")))?;
+    let request = StartRequest {
+        process: ProcessConfig { cmd: cmd.clone(), args: arguments.to_vec(), envs, cwd: args.workdir },
+        pty: args.tty.then(|| Pty { size: size() }),
+        tag: None,
+        stdin: Some(args.interactive),
+    };
+    let process = client.start(&request, args.timeout).await.map_err(not_started)?;
+    let raw = if args.tty && args.interactive { RawMode::enter().map_err(Failure::run)? } else { None };
+    let fed = if args.interactive {
+        let from = typed().map_err(Failure::run)?;
+        Some(tokio::spawn(feed(client.clone(), process.pid, args.tty, from)))
+    } else {
+        None
+    };
+    let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Here };
+    let end = follow(&client, process, args.tty, &mut output).await;
+    drop(raw);
+    if let Some(fed) = fed {
+        fed.abort();
+    }
+    let end = end?;
+    if let Output::Kept(kept) = output {
+        print_json(&Printed { exit_code: end.exit_code, status: end.status.clone(), ..*kept }).map_err(Failure::run)?;
+    }
+    match end.shell_code() {
+        0 => Ok(()),
+        code => Err(Failure::Exit(code, None)),
+    }
+}
+
+pub(super) fn main(args: ExecArgs) -> Outcome {
+    block_on(exec(args))
+}
+
+/// A login shell: bash where there is one.
+pub(super) fn shell(args: ShellArgs) -> Outcome {
+    let script = "command -v bash >/dev/null && exec bash -l; exec sh -l";
+    let has_terminal = io::stdin().is_terminal();
+    main(ExecArgs {
+        name: args.name,
+        agent: args.agent,
+        tty: has_terminal,
+        interactive: true,
+        workdir: None,
+        env: Vec::new(),
+        timeout: None,
+        json: false,
+        command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clade_agent_client::proto::RpcError;
+
+    #[test]
+    fn what_did_not_run_has_a_code_that_says_why() {
+        let code = |code| not_started(RpcError::new(code, "").into()).code();
+        assert_eq!([code(Code::NotFound), code(Code::PermissionDenied)], [127, 126]);
+        assert_eq!([code(Code::InvalidArgument), code(Code::DeadlineExceeded)], [125, 124]);
+        assert_eq!(not_run(Failure::input(anyhow!("no VM"))).code(), 125);
+        assert_eq!(parse_env("A=b=c").unwrap(), ("A".to_owned(), "b=c".to_owned()));
+        parse_env("=c").unwrap_err();
+    }
+}

@@ -1,0 +1,199 @@
+//! The agent in a guest: programs, files, forks, and what is said where there is none.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::tool::{Answer, Runtime, kvm};
+
+/// How long a boot may take, where guest kernels are interpreted and the processors are busy.
+const BOOT: Duration = Duration::from_secs(300);
+
+/// A CID that no other test has.
+fn cid() -> u32 {
+    0x6000_0000 + std::process::id() * 32
+}
+
+fn output(script: &str, args: &[&str]) -> Option<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
+    let done = Command::new(path).args(args).stdin(Stdio::null()).output().ok()?;
+    let text = String::from_utf8_lossy(&done.stdout).trim().lines().last().map(str::to_owned);
+    text.filter(|_| done.status.success())
+}
+
+/// A kernel, and an initramfs with the agent in it. `CLADE_AGENT` names an agent that is built already.
+fn guest(dir: &Path) -> Option<(PathBuf, PathBuf)> {
+    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "linux"));
+    let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let linux = named("CLADE_LINUX_GUEST").or_else(|| output("linux/build.sh", &["--path"]));
+    let agent = linux.is_some().then(|| named("CLADE_AGENT").or_else(|| output("agent/build.sh", &[]))).flatten();
+    let initrd = dir.join("initramfs.cpio");
+    let made = linux.as_ref().zip(agent.as_ref()).and_then(|(linux, agent)| {
+        output("agent/initramfs.sh", &[linux, agent, initrd.to_str()?])?;
+        Some((Path::new(linux).join("vmlinux"), initrd))
+    });
+    if made.is_none() {
+        assert!(!required, "linux is required: guest {linux:?}, agent {agent:?}");
+        println!("skipped: the guest is {linux:?}, its agent {agent:?}");
+    }
+    made
+}
+
+fn boot(runtime: &mut Runtime) -> bool {
+    let Some((kernel, initrd)) = guest(runtime.dir()) else { return false };
+    let vsock = format!("cid={},socket={}", cid(), runtime.dir().join("web.vsock").display());
+    let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
+    let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
+    runtime.spawn(&[&args[..], &["--vsock", &vsock]].concat());
+    let begun = Instant::now();
+    while runtime.clade(&["exec", "web", "--", "true"]).code != Some(0) {
+        assert!(begun.elapsed() < BOOT, "the agent does not answer: {:?}", runtime.clade(&["logs", "web"]));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    true
+}
+
+fn exec(runtime: &Runtime, args: &[&str]) -> Answer {
+    let begun = Instant::now();
+    loop {
+        let answer = runtime.clade(&[&["exec"], args].concat());
+        // A guest whose kernel is interpreted may need longer, among others on busy processors.
+        let is_late = answer.code == Some(125) && answer.stderr.contains("does not take the connection");
+        if !is_late || begun.elapsed() > Duration::from_secs(60) {
+            return answer;
+        }
+    }
+}
+
+fn programs(runtime: &Runtime) {
+    let done = exec(runtime, &["web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!((done.code, done.stdout.as_str(), done.stderr.as_str()), (Some(7), "out\n", "err\n"));
+    let printed = exec(
+        runtime,
+        &["-u", "user", "-w", "/tmp", "-e", "A=b c", "--json", "web", "sh", "-c", "id -un; pwd; echo $A"],
+    );
+    assert_eq!(printed.json()["stdout"], "user\n/tmp\nb c\n");
+    assert_eq!(exec(runtime, &["web", "--", "sh", "-c", "kill -9 $$"]).code, Some(137));
+    assert_eq!(exec(runtime, &["web", "--", "no-such-program"]).code, Some(127));
+    assert_eq!(exec(runtime, &["web", "--", "/etc/passwd"]).code, Some(126));
+    assert_eq!(exec(runtime, &["--timeout", "1s", "web", "--", "sleep", "1000"]).code, Some(124));
+    assert_eq!(exec(runtime, &["nobody", "--", "true"]).code, Some(125));
+    assert!(exec(runtime, &["-t", "web", "tty"]).stdout.starts_with("/dev/pts/"));
+    let mut command = runtime.command(&["exec", "-i", "web", "--", "sha256sum"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let bytes = vec![b'x'; 3_000_000];
+    child.stdin.take().unwrap().write_all(&bytes).unwrap();
+    let done: Answer = child.wait_with_output().unwrap().into();
+    let own = runtime.dir().join("bytes");
+    fs::write(&own, &bytes).unwrap();
+    let own = String::from_utf8(Command::new("sha256sum").arg(own).output().unwrap().stdout).unwrap();
+    assert_eq!(done.stdout.split(' ').next(), own.split(' ').next());
+    let memory = exec(runtime, &["web", "--", "cat", "/proc/meminfo"]).stdout;
+    assert!(memory.starts_with("MemTotal:"), "{memory}");
+    assert_eq!(exec(runtime, &["web", "--", "cat", "/proc/1/comm"]).stdout, "init\n");
+}
+
+fn files(runtime: &Runtime) {
+    let tree = runtime.dir().join("tree");
+    fs::create_dir_all(tree.join("sub/empty")).unwrap();
+    fs::write(tree.join("program"), "#!/bin/sh\necho ran\n").unwrap();
+    fs::set_permissions(tree.join("program"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(tree.join("sub/ü b"), vec![7; 1_000_000]).unwrap();
+    let tree = tree.to_str().unwrap();
+    exec(runtime, &["web", "--", "true"]);
+    let copied = runtime.clade(&["cp", "--json", tree, "web:/tmp"]).json();
+    assert_eq!((copied["files"].as_u64(), copied["directories"].as_u64()), (Some(2), Some(3)));
+    assert_eq!(exec(runtime, &["web", "/tmp/tree/program"]).stdout, "ran\n");
+    exec(runtime, &["web", "--", "sh", "-c", "ln -s / /tmp/tree/circle; ln -s /etc/passwd /tmp/tree/users"]);
+    let back = runtime.dir().join("back");
+    let answer = runtime.clade(&["cp", "web:/tmp/tree", back.to_str().unwrap()]);
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert!(answer.stderr.contains("/tmp/tree/circle"), "{answer:?}");
+    assert_eq!(fs::read(back.join("sub/ü b")).unwrap(), vec![7; 1_000_000]);
+    assert!(back.join("sub/empty").is_dir() && back.join("users").is_file() && !back.join("circle").exists());
+    assert_eq!(fs::metadata(back.join("program")).unwrap().permissions().mode() & 0o777, 0o755);
+    assert_eq!(runtime.clade(&["cp", "web:/tmp/tree/program", "-"]).stdout, "#!/bin/sh\necho ran\n");
+    runtime.clade(&["cp", "web:/nowhere", "-"]).expect_refusal("/nowhere");
+    runtime.clade(&["cp", "/nowhere", "web:/tmp"]).expect_refusal("/nowhere");
+    runtime.clade(&["cp", "web:/a", "web:/b"]).expect_refusal("this host");
+}
+
+fn forks(runtime: &Runtime) {
+    let hook = "#!/bin/sh\necho $CLADE_VM $CLADE_GENERATION > /tmp/hook\n";
+    let path = runtime.dir().join("10-name");
+    fs::write(&path, hook).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let copied = runtime.clade(&["cp", path.to_str().unwrap(), "web:/etc/clade/fork.d/"]);
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    // A process that goes on in each, undisturbed; and the clock is wrong.
+    let script =
+        "trap 'echo hit >> /tmp/hit' HUP INT TERM; (while :; do sleep 1; done) >/dev/null 2>&1 </dev/null & echo $!";
+    let pid = exec(runtime, &["web", "--", "sh", "-c", script]).stdout.trim().to_owned();
+    exec(runtime, &["web", "--", "date", "-s", "2001-01-01 00:00:00"]);
+    let forked = runtime.clade(&["fork", "web", "--count", "2", "--ready", "--json"]).json();
+    assert_eq!(forked["children"].as_array().unwrap().len(), 2);
+    let mut drawn = Vec::new();
+    for name in ["web", "web-1", "web-2"] {
+        let draw = exec(runtime, &[name, "--", "head", "-c", "16", "/dev/urandom"]);
+        drawn.push(draw.stdout);
+        exec(runtime, &[name, "--", "sh", "-c", &format!("echo {name} >> /tmp/who")]);
+        assert_eq!(exec(runtime, &[name, "--", "cat", "/tmp/who"]).stdout, format!("{name}\n"), "alone in its memory");
+        let alive = exec(runtime, &[name, "--", "sh", "-c", &format!("kill -0 {pid} && ! test -e /tmp/hit")]);
+        assert_eq!(alive.code, Some(0), "{alive:?}");
+        let hooked = exec(runtime, &[name, "--", "cat", "/tmp/hook"]).stdout;
+        let year = exec(runtime, &[name, "--", "date", "+%Y"]).stdout;
+        if name == "web" {
+            assert_eq!((hooked.as_str(), year.as_str()), ("", "2001\n"));
+        } else {
+            // It is told again if its connection was among those that were reset.
+            assert!(hooked.starts_with(&format!("{name} ")), "{hooked:?}");
+            assert_ne!(year, "2001\n", "the child's clock is the host's");
+        }
+    }
+    assert!(drawn[0] != drawn[1] && drawn[1] != drawn[2] && drawn[0] != drawn[2]);
+    // The agent is PID 1: it ends the guest in order.
+    exec(runtime, &["web-1", "--", "kill", "-TERM", "1"]);
+    assert_eq!(runtime.clade(&["wait", "web-1", "--timeout", "60s"]).code, Some(0));
+}
+
+#[test]
+fn an_agent_serves_its_guest_and_its_forks() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    if !boot(&mut runtime) {
+        return;
+    }
+    programs(&runtime);
+    files(&runtime);
+    forks(&runtime);
+    runtime.clade(&["pause", "web"]);
+    let paused = exec(&runtime, &["web", "--", "true"]);
+    assert!(paused.code == Some(125) && paused.stderr.contains("does not run"), "{paused:?}");
+    runtime.clade(&["stop", "--all"]);
+}
+
+#[test]
+fn a_vm_without_an_agent_is_said_at_once() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("plain");
+    let vsock = format!("cid={},socket={}", cid() + 1, runtime.dir().join("deaf.vsock").display());
+    runtime.start_with("deaf", &["--vsock", &vsock]);
+    for name in ["plain", "deaf"] {
+        runtime.clade(&["resume", name, "--json"]).json();
+    }
+    let begun = Instant::now();
+    let plain = exec(&runtime, &["plain", "--", "true"]);
+    assert!(plain.code == Some(125) && plain.stderr.contains("no vsock device"), "{plain:?}");
+    let deaf = runtime.clade(&["exec", "deaf", "--", "true"]);
+    assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers"), "{deaf:?}");
+    runtime.clade(&["cp", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+}
