@@ -11,7 +11,7 @@ use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::overlays::unnamed_in;
 use crate::control::{CheckpointInfo, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
-use crate::fleet::{Cancel, FleetError, LONGEST_NAME};
+use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name};
 use crate::jail::Grants;
 use crate::worker::{OpenOrder, Shape};
 use clade_vmm::vm::{SavedVm, SnapshotError};
@@ -90,6 +90,7 @@ impl Supervisor {
     pub(super) fn restore(&self, request: &RestoreRequest, cancel: &Cancel) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
+        request.session.as_deref().map_or(Ok(()), check_name)?;
         let stem = stem(&request.saved.dir);
         let mut vms = request.vms.clone();
         if vms.count == 1 && vms.name.is_none() {
@@ -110,7 +111,6 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::check_name;
 
     #[test]
     fn a_snapshots_directory_names_its_vms() {
