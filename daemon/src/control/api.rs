@@ -9,7 +9,7 @@ use std::time::Duration;
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
-use crate::control::schema;
+use crate::control::{object, schema};
 use crate::fleet::{Labels, Listed, Shutdown};
 use crate::worker::Made;
 use crate::zygote::Exit;
@@ -219,11 +219,11 @@ pub struct ForkRequest {
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
     pub labels: Option<Labels>,
     /// The choices for their network devices, in order.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::list")]
     #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
     /// The choices for their socket device.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
 }
@@ -551,7 +551,7 @@ pub struct BootRequest {
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub session: Option<String>,
     /// What its process may take of the host, and those of its children.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::object")]
     pub limits: VmLimits,
 }
 
@@ -578,9 +578,10 @@ pub struct SavedSource {
 #[serde(deny_unknown_fields)]
 pub struct RestoreRequest {
     /// The snapshot.
+    #[serde(deserialize_with = "object::object")]
     pub saved: SavedSource,
     /// The VMs. A single one without a name is called as the snapshot's directory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::object")]
     pub vms: ForkRequest,
     /// The session that they belong to.
     #[serde(default)]
@@ -593,6 +594,7 @@ pub struct RestoreRequest {
 #[serde(deny_unknown_fields)]
 pub struct OpenRequest {
     /// The snapshot.
+    #[serde(deserialize_with = "object::object")]
     pub saved: SavedSource,
     /// Its name; the directory's and a number if not given.
     #[serde(default)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
+use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -20,6 +21,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::server::router;
 use crate::control::stall::Stalling;
@@ -148,6 +150,8 @@ impl Acceptor {
 /// lost.
 async fn read_body(request: Request, next: Next) -> Response {
     let (head, mut body) = request.into_parts();
+    let media = head.headers.get(CONTENT_TYPE).and_then(|media| media.to_str().ok()).unwrap_or_default();
+    let is_json = media.starts_with("application/json");
     let read = async {
         let (mut bytes, mut discarded) = (Vec::new(), 0);
         while let Some(frame) = body.frame().await {
@@ -165,6 +169,9 @@ async fn read_body(request: Request, next: Next) -> Response {
     };
     let refused = |kind, text: String| ApiError::new(kind, text).into_response();
     match timeout(BODY_TIMEOUT, read).await {
+        Ok(Ok((bytes, 0))) if is_json && !bytes.is_empty() && !begins_object(&bytes) => {
+            refused(ProblemKind::BadRequest, "the body is no JSON object".to_owned())
+        }
         Ok(Ok((bytes, 0))) => next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await,
         Ok(Ok(_)) => refused(ProblemKind::BodyTooLarge, format!("a body of more than {MAX_BODY} bytes")),
         Ok(Err(error)) => refused(ProblemKind::BadRequest, format!("the body cannot be read: {error}")),

@@ -29,6 +29,7 @@ pub(crate) mod exposition;
 mod gather;
 mod listen;
 mod memory;
+mod object;
 mod optional;
 mod pages;
 mod problem;
