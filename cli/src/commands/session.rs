@@ -6,9 +6,11 @@
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper::Method;
 use serde::Serialize;
@@ -22,7 +24,7 @@ use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{Client, ClientError, StopRequest};
-use clade_daemon::fleet::{FleetError, console_path, ended_vms, runtime_dir};
+use clade_daemon::fleet::{EndedVm, FleetError, console_path, ended_vms, runtime_dir};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
@@ -79,7 +81,10 @@ impl<'a> Session<'a> {
             Host::open().map_err(Failure::input)?;
             start()?
         };
-        Ok(Self { name: format!("run-{}", std::process::id()), client, runtime, shutdown, supervisor })
+        // The number may have been another command's, some of whose VMs are still there.
+        let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
+        let name = format!("run-{}-{begun:x}", std::process::id());
+        Ok(Self { name, client, runtime, shutdown, supervisor })
     }
 
     /// Its name.
@@ -118,21 +123,39 @@ impl<'a> Session<'a> {
     /// Connects this terminal to a VM, unless it is `detached`. Waits until it and its children have
     /// ended. What it has said already is shown first.
     pub(super) fn foreground(&self, name: &str, detached: bool) -> Outcome {
-        let console = self.console(name)?;
+        let console = match self.console(name) {
+            Ok(console) => console,
+            // It may have ended at once.
+            Err(error) => {
+                return self.ended_soon(name)?.map_or(Err(error), |ended| {
+                    print_last(&ended);
+                    self.outcome(name, ended.stopped)
+                });
+            }
+        };
         let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
         let shown = show(console.try_clone().map_err(Failure::run)?).map_err(Failure::run)?;
         if !detached {
             self.type_stdin(name, console).map_err(Failure::run)?;
         }
         self.wait_for(name, &shown);
-        let _ = shown.recv_timeout(LAST_OUTPUT);
+        let _ = shown.done.recv_timeout(LAST_OUTPUT);
+        let ended = self.ended(name)?;
+        // Its process has ended before it took the connection.
+        if let Some(ended) = ended.as_ref().filter(|_| !shown.is_any.load(Ordering::Relaxed)) {
+            print_last(ended);
+        }
         drop(raw);
-        let reason = self.reason(name)?;
+        self.outcome(name, ended.map_or(StopReason::Requested, |ended| ended.stopped))
+    }
+
+    /// Waits for the children of a VM that has ended, and says what that means for the command.
+    fn outcome(&self, name: &str, stopped: StopReason) -> Outcome {
         self.wait_for_all(name);
         self.end_by_signal()?;
-        match reason {
-            None | Some(StopReason::Requested | StopReason::Reset | StopReason::PowerOff) => Ok(()),
-            Some(reason) => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
+        match stopped {
+            StopReason::Requested | StopReason::Reset | StopReason::PowerOff => Ok(()),
+            reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
         }
     }
 
@@ -146,14 +169,26 @@ impl<'a> Session<'a> {
         UnixStream::connect(&path).map_err(|source| failure(ClientError::unreachable(name, path, source)))
     }
 
-    /// Why a VM that has ended has done so. None if it was asked to.
-    fn reason(&self, name: &str) -> Result<Option<StopReason>, Failure> {
+    /// How a VM has ended. None if it was asked to, or runs.
+    fn ended(&self, name: &str) -> Result<Option<EndedVm>, Failure> {
         let ended = ended_vms(self.client.dir()).map_err(Failure::input)?;
-        Ok(ended.into_iter().find(|ended| ended.name == name).map(|ended| ended.stopped))
+        Ok(ended.into_iter().find(|ended| ended.name == name))
+    }
+
+    /// The same of one that cannot be reached: its end may not be on record yet.
+    fn ended_soon(&self, name: &str) -> Result<Option<EndedVm>, Failure> {
+        let deadline = Instant::now() + LAST_OUTPUT;
+        loop {
+            let ended = self.ended(name)?;
+            if ended.is_some() || Instant::now() > deadline {
+                return Ok(ended);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
     }
 
     /// Waits until a VM has ended. A signal ends it.
-    fn wait_for(&self, name: &str, shown: &Receiver<()>) {
+    fn wait_for(&self, name: &str, shown: &Shown) {
         let is_there = || is_in_session(self.client.dir(), name, &self.name).unwrap_or(true);
         let (mut is_over, mut asked) = (false, Instant::now());
         while is_there() {
@@ -166,7 +201,7 @@ impl<'a> Session<'a> {
                 self.settle(&[name.to_owned()]);
                 asked = Instant::now();
             }
-            match shown.recv_timeout(POLL_INTERVAL) {
+            match shown.done.recv_timeout(POLL_INTERVAL) {
                 Err(RecvTimeoutError::Timeout) => {}
                 // No more is said; its end comes now, or somebody has cut the connection.
                 _ => {
@@ -286,22 +321,44 @@ fn started(error: FleetError) -> Failure {
     }
 }
 
-/// Copies a console to standard output. At its end that is said.
-fn show(mut console: UnixStream) -> io::Result<Receiver<()>> {
-    let (done, finished) = channel();
+/// A console that is copied to standard output.
+struct Shown {
+    /// Says when it is over.
+    done: Receiver<()>,
+    /// Whether there was any output.
+    is_any: Arc<AtomicBool>,
+}
+
+/// Copies a console to standard output.
+fn show(mut console: UnixStream) -> io::Result<Shown> {
+    let (ended, done) = channel();
+    let is_any = Arc::new(AtomicBool::new(false));
+    let shows = Arc::clone(&is_any);
     let show = move || {
         let mut bytes = [0; 4096];
-        let mut stdout = io::stdout();
         while let Ok(got @ 1..) = console.read(&mut bytes) {
-            // Flushed each time: a prompt has no line end.
-            if stdout.write_all(&bytes[..got]).and_then(|()| stdout.flush()).is_err() {
+            // Relaxed: read when the end has been said, or in vain.
+            shows.store(true, Ordering::Relaxed);
+            if print(&bytes[..got]).is_err() {
                 // The VM runs on without a reader.
                 break;
             }
         }
         // The receiver may have gone.
-        let _ = done.send(());
+        let _ = ended.send(());
     };
     thread::Builder::new().name("clade-output".into()).spawn(show)?;
-    Ok(finished)
+    Ok(Shown { done, is_any })
+}
+
+/// Writes to standard output, and flushes it: a prompt has no line end.
+fn print(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(bytes).and_then(|()| stdout.flush())
+}
+
+/// Shows the last output of a VM that nobody has seen.
+fn print_last(ended: &EndedVm) {
+    // Nobody may read it.
+    let _ = print(ended.console.as_bytes());
 }

@@ -10,7 +10,7 @@ use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
 
 use crate::control::{object, schema};
-use crate::fleet::{Labels, Listed, Shutdown};
+use crate::fleet::{EndedVm, Labels, Listed, Shutdown};
 use crate::worker::Made;
 use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
@@ -181,11 +181,22 @@ impl From<&Listed> for VmInfo {
 impl VmInfo {
     /// A VM whose process was killed: what is known without it.
     pub(crate) fn of_killed(name: &str, exit: Exit, config: &VmConfig) -> Self {
+        let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
+        Self::of_stopped(name, exit.pid, stopped, config)
+    }
+
+    /// A VM that has ended by itself, with this configuration.
+    pub(crate) fn of_ended(ended: EndedVm, config: &VmConfig) -> Self {
+        let EndedVm { name, stopped, parent, generation, age_s, pid, .. } = ended;
+        Self { parent, generation, age_s, ..Self::of_stopped(&name, pid, stopped, config) }
+    }
+
+    fn of_stopped(name: &str, pid: u32, stopped: StopReason, config: &VmConfig) -> Self {
         Self {
             name: name.to_owned(),
-            pid: exit.pid,
+            pid,
             state: VmState::Stopped,
-            stopped: Some(StopReason::Process { signal: exit.signal, code: exit.code }),
+            stopped: Some(stopped),
             parent: None,
             labels: Labels::default(),
             generation: 0,

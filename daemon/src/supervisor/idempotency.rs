@@ -142,8 +142,8 @@ impl Keys {
 
 /// Whether a request makes something, and so takes an idempotency key.
 pub(super) fn is_idempotent(method: &str, path: &str) -> bool {
-    let makes = path == "/v1/vms" || path.ends_with("/fork") || path.ends_with("/checkpoint");
-    method == "POST" && makes
+    let is_one_of_all = matches!(path, "/v1/vms" | "/v1/restore" | "/v1/checkpoints");
+    method == "POST" && (is_one_of_all || path.ends_with("/fork") || path.ends_with("/checkpoint"))
 }
 
 /// The key of a request.

@@ -159,7 +159,7 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     }
     if is_idempotent(&method.to_uppercase(), path) {
         all.extend([Kind::NoRoom, Kind::KeyReused, Kind::VmGone]);
-    } else if path.ends_with("/prepare") {
+    } else if method == "post" && ["/prepare", "/snapshot", "/working-set"].iter().any(|end| path.ends_with(end)) {
         all.push(Kind::NoRoom);
     }
     all
@@ -216,6 +216,29 @@ mod tests {
                 assert_eq!(of_path.count(), names, "{what}");
             }
         }
+    }
+
+    #[test]
+    fn what_makes_something_takes_a_key_and_may_find_no_room() {
+        let document = described();
+        let mut found = 0;
+        for (path, item) in paths(&document) {
+            for (method, operation) in item.as_object().unwrap() {
+                let answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].as_str();
+                let makes = ["VmInfo", "ForkAnswer", "CheckpointInfo"].iter().any(|name| {
+                    method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}")))
+                });
+                // These answer with what they have changed.
+                if !makes || ["/pause", "/resume", "/labels", "/ttl"].iter().any(|end| path.ends_with(end)) {
+                    continue;
+                }
+                found += 1;
+                let header = |one: &Value| one["in"] == "header" && one["name"] == "Idempotency-Key";
+                assert!(operation["parameters"].as_array().unwrap().iter().any(header), "{path}");
+                assert!(operation["responses"].get("507").is_some(), "{path}");
+            }
+        }
+        assert_eq!(found, 6);
     }
 
     #[test]

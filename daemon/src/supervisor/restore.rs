@@ -98,6 +98,7 @@ impl Supervisor {
         }
         // Before it is opened, which takes longer: a refused request costs little.
         let claims = self.claim(&stem, &vms, cancel)?;
+        let _making = self.0.making(&claims);
         let (checkpoint, saved) = self.open(&request.saved, request.session.as_deref(), cancel)?;
         let made = self.start_children(&checkpoint, claims, &vms, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());

@@ -3,8 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
@@ -38,6 +40,10 @@ use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
 /// How long a VM's process may take for what it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the end of a VM that does not answer may take to be on record.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often that is looked at.
+const END_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
@@ -119,7 +125,7 @@ async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
     Ok(Json(on_a_thread(THREAD_PATIENCE, move || ended_vms(&dir)).await??))
 }
 
-/// Boots a VM. Answers when it runs.
+/// Boots a VM. Answers when it runs; if it has ended by then, with its end.
 #[utoipa::path(
     post,
     path = "/v1/vms",
@@ -128,10 +134,28 @@ async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
 )]
 async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
     let Json(request) = request?;
-    let dir = supervisor.dir().to_owned();
+    let (dir, config) = (supervisor.dir().to_owned(), request.config.clone());
     let Json(name) = work(supervisor, move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
     let client = Client::new(&dir);
-    Ok(Json(client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await?))
+    match client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await {
+        Ok(info) => Ok(Json(info)),
+        Err(error) => {
+            let ended = on_a_thread(THREAD_PATIENCE, move || ended_soon(&dir, &name)).await?;
+            ended.map(|ended| Json(VmInfo::of_ended(ended, &config))).ok_or_else(|| error.into())
+        }
+    }
+}
+
+/// The end of a VM that has just been made, and does not answer.
+fn ended_soon(dir: &Path, name: &str) -> Option<EndedVm> {
+    let deadline = Instant::now() + END_TIMEOUT;
+    loop {
+        let ended = ended_vms(dir).ok()?.into_iter().find(|ended| ended.name == name);
+        if ended.is_some() || Instant::now() > deadline {
+            return ended;
+        }
+        thread::sleep(END_INTERVAL);
+    }
 }
 
 /// Forks a VM. Each child has a process of its own.
