@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::console::Line;
-use clade_vmm::vm::{ChildIdentity, Context, Leases, Vm, VmError};
+use clade_vmm::vm::{Context, Leases, Vm, VmError};
 
 pub use names::Cancel;
 pub(crate) use names::{check_names, claim_names};
@@ -50,18 +50,6 @@ struct Member {
     record: File,
     /// Its sockets are served until this is dropped.
     _serving: Serving,
-}
-
-/// A request for children of one instant.
-#[derive(Clone, Debug)]
-pub struct Children<'a> {
-    /// The number of children.
-    pub count: usize,
-    /// The pattern of their names, in which `{n}` stands for a number. Default: the parent's name
-    /// and a number.
-    pub pattern: Option<&'a str>,
-    /// Chosen values for their interfaces, addresses and sockets.
-    pub identity: &'a ChildIdentity,
 }
 
 /// A VM, and what is said of it.
@@ -166,7 +154,7 @@ impl Fleet {
     }
 
     /// Makes the VM under a name that is claimed. It is listed, and its sockets are served, once
-    /// `is_wanted` says so: nobody else can let it run before.
+    /// `is_wanted` says so, which may let it run: nobody else can before.
     ///
     /// # Errors
     /// When it cannot be made.

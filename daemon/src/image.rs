@@ -152,55 +152,67 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
     Ok((forked, parts))
 }
 
-/// Forks the VM called `name` in whatever process it is, for children in other processes.
-///
-/// # Errors
-/// When there is no such VM, or it cannot be forked.
-pub(crate) fn fetch(
-    dir: &Path,
-    name: &str,
-    check: &dyn Fn() -> Result<(), FleetError>,
-) -> Result<(Forked, SealedParts), FleetError> {
-    fetch_within(dir, name, PATIENCE, check)
+/// A VM that is forked for children in other processes: its process has been asked.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    socket: OwnedFd,
+    name: String,
+    deadline: Instant,
 }
 
-fn fetch_within(
-    dir: &Path,
-    name: &str,
-    limit: Duration,
-    check: &dyn Fn() -> Result<(), FleetError>,
-) -> Result<(Forked, SealedParts), FleetError> {
-    let begun = Instant::now();
-    let go_on = || begun.elapsed() < limit && check().is_ok();
-    let socket = connected(dir, name, limit)?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL))
-        .map_err(|errno| FleetError::Worker { source: errno.into() })?;
-    let failed = |source| FleetError::Worker { source };
-    let silent = |source: io::Error| {
+fn failed(source: io::Error) -> FleetError {
+    FleetError::Worker { source }
+}
+
+impl Asked {
+    /// Asks the VM called `name`, in whatever process it is.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it takes no request.
+    pub(crate) fn begin(dir: &Path, name: &str) -> Result<Self, FleetError> {
+        Self::begin_within(dir, name, PATIENCE)
+    }
+
+    fn begin_within(dir: &Path, name: &str, limit: Duration) -> Result<Self, FleetError> {
+        let deadline = Instant::now() + limit;
+        let asked = Self { socket: connected(dir, name, limit)?, name: name.to_owned(), deadline };
+        set_socket_timeout(&asked.socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
+        seqpacket::send(&asked.socket, &[FORK], &[]).map_err(|error| asked.silent(error))?;
+        Ok(asked)
+    }
+
+    fn silent(&self, source: io::Error) -> FleetError {
         let is_late = source.kind() == io::ErrorKind::WouldBlock;
         let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
-        FleetError::Refused { kind, text: format!("the process of {name:?} does not answer: {source}") }
-    };
-    seqpacket::send(&socket, &[FORK], &[]).map_err(silent)?;
-    let answer = loop {
-        match seqpacket::receive(socket.as_fd(), MAX_ANSWER) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
-            answer => break answer,
-        }
-    };
-    // Whoever wanted it may have gone.
-    check()?;
-    let Message { bytes, .. } = answer.map_err(silent)?;
-    match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
-        Answer::Forked(forked) => match SealedParts::receive_while(&socket, &go_on) {
-            // It has ended, or does not answer.
-            Err(TransferError::System { source, .. }) => {
-                check()?;
-                Err(silent(source))
+        FleetError::Refused { kind, text: format!("the process of {:?} does not answer: {source}", self.name) }
+    }
+
+    /// Waits for the image. `check` is called every [`CHECK_INTERVAL`].
+    ///
+    /// # Errors
+    /// That of `check`. When the VM cannot be forked, or its process does not answer.
+    pub(crate) fn image(self, check: &dyn Fn() -> Result<(), FleetError>) -> Result<(Forked, SealedParts), FleetError> {
+        let go_on = || Instant::now() < self.deadline && check().is_ok();
+        let answer = loop {
+            match seqpacket::receive(self.socket.as_fd(), MAX_ANSWER) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
+                answer => break answer,
             }
-            parts => Ok((*forked, parts?)),
-        },
-        Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
+        };
+        // Whoever wanted it may have gone.
+        check()?;
+        let Message { bytes, .. } = answer.map_err(|error| self.silent(error))?;
+        match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
+            Answer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
+                // It has ended, or does not answer.
+                Err(TransferError::System { source, .. }) => {
+                    check()?;
+                    Err(self.silent(source))
+                }
+                parts => Ok((*forked, parts?)),
+            },
+            Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
+        }
     }
 }
 
@@ -210,13 +222,12 @@ fn fetch_within(
 /// When there is no such VM.
 pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), FleetError> {
     let socket = connected(dir, name, PATIENCE)?;
-    seqpacket::send(&socket, &[BROKER], &[broker]).map_err(|source| FleetError::Worker { source })
+    seqpacket::send(&socket, &[BROKER], &[broker]).map_err(failed)
 }
 
 fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {
     check_name(name)?;
     let path = image_path(dir, name);
-    let failed = |source| FleetError::Worker { source };
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed(errno.into()))?;
     // Before it connects: that waits too, when others are in the queue.
@@ -253,7 +264,8 @@ mod tests {
             socket
         };
         let limit = Duration::from_millis(300);
-        let kind = || fetch_within(dir.path(), "web", limit, &|| Ok(())).map(drop).map_err(|error| error.problem());
+        let image = || Asked::begin_within(dir.path(), "web", limit)?.image(&|| Ok(()));
+        let kind = || image().map(drop).map_err(|error| error.problem());
         // A request waits in its queue, and then the queue is full.
         let _stopped = bound(8);
         let begun = Instant::now();

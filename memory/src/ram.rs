@@ -254,6 +254,12 @@ impl GuestRam {
         Ok(Self { layout: layout.clone(), regions, memory })
     }
 
+    /// Prepares it for getting its memory soon: the kernel forgets the reservation of its addresses,
+    /// so that mapping the memory need not tell KVM that something goes. Before it has any.
+    pub fn vacate(&self) {
+        self.regions.iter().for_each(|region| region.vacate());
+    }
+
     /// Gives it fresh memory of its own, all zeros.
     ///
     /// # Errors

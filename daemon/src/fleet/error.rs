@@ -21,9 +21,6 @@ pub enum CancelReason {
     /// The client has closed its connection.
     #[error("the client has gone")]
     ClientGone,
-    /// The parent was stopped.
-    #[error("the parent has stopped")]
-    ParentStopped,
     /// The process ends.
     #[error("the process is ending")]
     Ending,

@@ -1,41 +1,24 @@
 //! Names of VMs that are made together, and the end of a request.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::Children;
 use super::dir::{NameClaim, RuntimeDir};
 use super::error::{CancelReason, FleetError, MAX_CHILDREN};
 
 /// Cancels a request. A clone cancels the same request.
 #[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicU8>);
-
-const CLIENT_GONE: u8 = 1;
-const ENDING: u8 = 2;
+pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
     /// Cancels because the client has gone.
     pub(crate) fn client_gone(&self) {
-        self.set(CLIENT_GONE);
-    }
-
-    /// Cancels because the process ends.
-    pub fn ending(&self) {
-        self.set(ENDING);
-    }
-
-    fn set(&self, reason: u8) {
         // Relaxed: read between two children, and nothing is published through it.
-        self.0.store(reason, Ordering::Relaxed);
+        self.0.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn reason(&self) -> Option<CancelReason> {
-        match self.0.load(Ordering::Relaxed) {
-            CLIENT_GONE => Some(CancelReason::ClientGone),
-            ENDING => Some(CancelReason::Ending),
-            _ => None,
-        }
+        self.0.load(Ordering::Relaxed).then_some(CancelReason::ClientGone)
     }
 }
 
@@ -52,17 +35,17 @@ pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), Fle
     }
 }
 
-/// Claims the names of `wanted` children of `stem`. `{n}` in their pattern counts up from 1; a name
-/// that `is_listed`, or taken, is skipped. A pattern without `{n}` is the name.
+/// Claims `count` names of children of `stem` that `pattern` has ([`check_names`]). `{n}` in it counts
+/// up from 1; a name that `is_listed`, or taken, is skipped. A pattern without `{n}` is the name.
+/// Default: the parent's name and a number.
 pub(crate) fn claim_names(
     dir: &RuntimeDir,
     stem: &str,
-    wanted: &Children<'_>,
+    count: usize,
+    pattern: Option<&str>,
     is_listed: impl Fn(&str) -> bool,
     check: impl Fn() -> Result<(), FleetError>,
 ) -> Result<Vec<NameClaim>, FleetError> {
-    let Children { count, pattern, .. } = *wanted;
-    check_names(count, pattern)?;
     let default = format!("{stem}-{{n}}");
     let pattern = pattern.unwrap_or(&default);
     if !pattern.contains("{n}") {

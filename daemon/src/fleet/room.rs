@@ -1,10 +1,12 @@
 //! Checks that the host has room for a number of VMs, before the first is made.
 //!
-//! Three limits end a large fork half-way: descriptors, threads and memory mappings. Each is read
-//! from the kernel, and compared with the needs of the VMs. Guest memory is not counted: a child's
-//! is shared until written.
+//! Two limits end a large fork half-way: descriptors and threads. Each is read from the kernel, and
+//! compared with the needs of the VMs. Guest memory is not counted: a child's is shared until
+//! written.
 
 use std::fs;
+use std::fs::File;
+use std::io::Read;
 
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
@@ -35,45 +37,33 @@ pub struct RoomError {
     pub setting: &'static str,
 }
 
-/// The resources that one VM uses.
+/// What one VM takes of the process that starts it, and of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Needs {
     pub(crate) descriptors: u64,
     pub(crate) threads: u64,
-    pub(crate) mappings: u64,
 }
 
 impl Needs {
-    /// The needs of a VM with this configuration in a fleet. A test (`way_in.rs` of the command
-    /// line) compares them with measured ones.
+    /// The needs of a VM with this configuration.
     pub(crate) fn of(config: &VmConfig) -> Self {
-        let cpus = u64::from(config.cpus());
-        let disks = config.disks.len() as u64;
-        let nets: u64 = config.nets.iter().map(|net| u64::from(net.queues)).sum();
-        let queues: u64 = config.virtio_queues().map(|queues| queues as u64).sum();
         let devices = config.virtio_queues().count() as u64;
-        let hvc = u64::from(config.virtio_console);
-        // The VM, the serial line's interrupt, the generation's, the lock, and the control, the
-        // image and the console socket.
-        let vm = 7 + cpus;
-        // One interrupt per device and one notification per queue; each is registered with its
-        // worker once it is driven.
-        let wiring = devices + queues;
-        // A worker's poll set and wake-up; a disk's ring and overlay; a TAP's queues; claims and
-        // sockets.
-        let worked = 2 * devices + 3 * disks + 2 * nets + 3 * u64::from(config.vsock.is_some()) + hvc;
-        Self { descriptors: vm + wiring + worked, threads: cpus + devices, mappings: 2 * (cpus + 2) }
-    }
-
-    /// The needs of the same VM in a process of its own, as the process sees them that starts it.
-    pub(crate) fn of_worker(config: &VmConfig) -> Self {
-        // Its socket, its process and its name's lock, until it runs.
-        Self { descriptors: 3, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
+        let threads = u64::from(config.cpus()) + devices + WORKER_THREADS;
+        // Its worker's socket and process, and its name's lock, until it runs.
+        Self { descriptors: 4, threads }
     }
 }
 
+/// Reads a number that the kernel shows, in one call: these files say nothing of their length.
 fn number(path: &str) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
+    first_line(path)?.trim().parse().ok()
+}
+
+/// The first line of a short file.
+fn first_line(path: &str) -> Option<String> {
+    let mut bytes = [0; 256];
+    let read = File::open(path).ok()?.read(&mut bytes).ok()?;
+    Some(str::from_utf8(&bytes[..read]).ok()?.lines().next()?.to_owned())
 }
 
 /// Refuses `count` VMs that each need `needs` if the host has no room for all.
@@ -91,8 +81,7 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
         compare("descriptors", "RLIMIT_NOFILE", limit, used, count.saturating_mul(needs.descriptors))?;
     }
     // The fourth field of /proc/loadavg is "running/all".
-    let loads = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let threads = loads.split([' ', '/']).nth(4).and_then(|all| all.parse::<u64>().ok());
+    let threads = first_line("/proc/loadavg").and_then(|loads| loads.split([' ', '/']).nth(4)?.parse::<u64>().ok());
     if let Some(threads) = threads {
         let used = threads + SPARE_THREADS;
         for (setting, path) in
@@ -103,10 +92,6 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
             }
         }
     }
-    if let (Some(limit), Ok(maps)) = (number("/proc/sys/vm/max_map_count"), fs::read("/proc/self/maps")) {
-        let used = maps.iter().filter(|byte| **byte == b'\n').count() as u64;
-        compare("memory mappings", "vm.max_map_count", limit, used, count.saturating_mul(needs.mappings))?;
-    }
     Ok(())
 }
 
@@ -116,14 +101,12 @@ mod tests {
 
     #[test]
     fn what_there_is_too_little_of_is_named_with_its_numbers() {
-        let needs = Needs { descriptors: 10, threads: 1, mappings: 1 };
+        let needs = Needs { descriptors: 10, threads: 1 };
         check(1, needs).unwrap();
         let limit = getrlimit(Resource::Nofile).current.unwrap();
         let refused = check(1, Needs { descriptors: limit, ..needs }).unwrap_err();
         assert_eq!((refused.what, refused.limit, refused.needed), ("descriptors", limit, limit));
         let refused = check(1 << 23, Needs { descriptors: 0, ..needs }).unwrap_err();
         assert_eq!((refused.what, refused.needed), ("threads", 1 << 23), "{refused}");
-        let refused = check(1 << 40, Needs { descriptors: 0, threads: 0, ..needs }).unwrap_err();
-        assert!(refused.to_string().contains("vm.max_map_count"), "{refused}");
     }
 }

@@ -53,8 +53,9 @@ pub(super) fn enter(names_files: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Restricts the calling thread to what it needs while it serves the guest. vCPU threads start those
-/// of devices, which inherit it: so there is one list for both.
+/// Takes from the calling thread what it does not need while it serves the guest. vCPU threads start
+/// those of devices, which inherit it: so there is one list for both. It is short, because each
+/// thread has it compiled by the kernel once more; what a worker may not do it inherits.
 ///
 /// # Panics
 /// When the kernel refuses the filter: a thread that cannot be restricted does not run.

@@ -62,7 +62,7 @@ pub(crate) struct About {
     /// Its process.
     #[serde(default)]
     pub(super) process: Option<ProcessId>,
-    /// The VM or checkpoint that it was forked from.
+    /// The VM that it was forked from, itself or by a checkpoint.
     #[serde(default)]
     pub(super) parent: Option<String>,
     /// What its process may take, and those of its children.

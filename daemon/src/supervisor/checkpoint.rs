@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::about::About;
 use crate::control::{CheckpointInfo, ForkAnswer};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
-use crate::image::{self, Forked};
+use crate::image::{Asked, Forked};
 use crate::worker::Made;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
 
@@ -43,7 +43,20 @@ impl Checkpoint {
     ) -> Result<Self, FleetError> {
         // Before: the VM's files may be another's when its image is there.
         let about = About::expect(dir, vm)?;
-        let (forked, parts) = image::fetch(dir.path(), vm, check)?;
+        Self::of_asked(vm, about, Asked::begin(dir.path(), vm)?, check)
+    }
+
+    /// The image of the VM called `vm`, which is as `about` says and was asked for it.
+    ///
+    /// # Errors
+    /// When it cannot be forked.
+    pub(super) fn of_asked(
+        vm: &str,
+        about: About,
+        asked: Asked,
+        check: &dyn Fn() -> Result<(), FleetError>,
+    ) -> Result<Self, FleetError> {
+        let (forked, parts) = asked.image(check)?;
         about.check(vm, &forked)?;
         Ok(Self { origin: Origin::Vm(vm.to_owned()), about, parts, forked, made: Instant::now() })
     }
@@ -72,14 +85,6 @@ impl Checkpoint {
         match &self.origin {
             Origin::Vm(name) => Some(name),
             Origin::Saved(_) => None,
-        }
-    }
-
-    /// What children are said to be forked from: a VM's name, or a snapshot's directory.
-    pub(super) fn origin(&self) -> &str {
-        match &self.origin {
-            Origin::Vm(name) => name,
-            Origin::Saved(place) => place.dir.to_str().unwrap_or_default(),
         }
     }
 

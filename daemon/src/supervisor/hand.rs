@@ -45,7 +45,7 @@ impl Place {
 pub(super) struct Start<'a> {
     pub(super) shape: &'a Shape,
     pub(super) session: Option<&'a str>,
-    /// What it is forked from.
+    /// The VM that it is forked from.
     pub(super) parent: Option<&'a str>,
     pub(super) bounds: Bounds,
     /// The worker.

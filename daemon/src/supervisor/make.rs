@@ -1,5 +1,6 @@
 //! Children and booted VMs: workers that make them, all of a request or none (I13).
 
+use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
 
 use super::about::About;
@@ -9,7 +10,8 @@ use super::hand::{Hand, Start};
 use super::net_hook::Up;
 use super::{Fetch, Inner, Supervisor};
 use crate::control::{BootRequest, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
-use crate::fleet::{Cancel, Children, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
+use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
+use crate::image::Asked;
 use crate::jail::is_block_device;
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
@@ -19,10 +21,38 @@ const MIN_LIMIT_MIB: u64 = 32;
 /// How much processor time a VM's limit may be.
 const MIN_CPUS: f64 = 0.01;
 const MAX_CPUS: f64 = 1024.0;
+
 /// Where a worker is, and what it may take.
 pub(super) struct Ground {
     pub(super) enter: EnterOrder,
     pub(super) bounds: Bounds,
+}
+
+/// What children are made from.
+struct Origin<'a> {
+    about: &'a About,
+    /// The VM, if it is not the image of a snapshot.
+    vm: Option<&'a str>,
+    /// The image, once it is there: it is asked for when the workers have their orders.
+    image: &'a dyn Fn() -> Result<&'a Checkpoint, FleetError>,
+}
+
+/// VMs that are to be made.
+struct Making<'a> {
+    /// What prepared workers are of. None if there are none for them.
+    shape: Option<&'a Shape>,
+    ground: Ground,
+    claims: &'a [NameClaim],
+    /// Gives a worker the order for the VM of a claim.
+    order: &'a dyn Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
+    check: &'a dyn Fn(usize) -> Result<(), FleetError>,
+}
+
+/// Workers that have their orders, each with what it was handed, in its group.
+struct Ordered {
+    workers: Workers,
+    hands: Vec<Hand>,
+    groups: Vec<Option<Group>>,
 }
 
 impl Supervisor {
@@ -40,15 +70,28 @@ impl Supervisor {
     ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
+        // Before its image is asked for: the VM's files may be another's when that is there.
+        let about = About::expect(&self.0.dir, vm)?;
         // Before the parent is paused: a refused request costs it nothing.
-        let claims = self.claim(vm, request, cancel)?;
+        let claims = self.claim(vm, request, &about.shape, cancel)?;
         let _making = self.0.making(&claims);
         let claimed = Instant::now();
-        let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, request.count, cancel))?;
-        drop(fetch);
-        tracing::debug!(vm, claim = ?claimed - begun, checkpoint = ?claimed.elapsed(), "fork");
-        let made = self.start_children(&checkpoint, claims, request, cancel)?;
-        let answer = checkpoint.answer(made, begun.elapsed());
+        // Its fork and the children's workers take their time side by side.
+        let asked = Cell::new(Some((Asked::begin(self.dir(), vm)?, fetch)));
+        let taken = OnceCell::new();
+        let image = || match (taken.get(), asked.take()) {
+            (Some(taken), _) => Ok(taken),
+            (None, Some((asked, _fetch))) => {
+                let check = || self.check(0, request.count, cancel);
+                let checkpoint = Checkpoint::of_asked(vm, about.clone(), asked, &check)?;
+                tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
+                Ok(taken.get_or_init(|| checkpoint))
+            }
+            // It was asked for, in vain.
+            (None, None) => Err(FleetError::Ending),
+        };
+        let made = self.start_children(&Origin { about: &about, vm: Some(vm), image: &image }, claims, request, cancel)?;
+        let answer = image()?.answer(made, begun.elapsed());
         self.0.events.forked(vm, &answer.children, answer.pause_us);
         Ok(answer)
     }
@@ -66,67 +109,82 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         let checkpoint = self.0.checkpoints.get(name)?;
-        let claims = self.claim(name, request, cancel)?;
+        let claims = self.claim(name, request, &checkpoint.about().shape, cancel)?;
         let _making = self.0.making(&claims);
-        let made = self.start_children(&checkpoint, claims, request, cancel)?;
+        let made = self.start_children_of(&checkpoint, claims, request, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         self.0.events.forked(name, &answer.children, answer.pause_us);
         Ok(answer)
     }
 
+    /// Claims the names of children of `shape`, for which there is room.
     pub(super) fn claim(
         &self,
         stem: &str,
         request: &ForkRequest,
+        shape: &Shape,
         cancel: &Cancel,
     ) -> Result<Vec<NameClaim>, FleetError> {
-        check_names(request.count, request.name.as_deref())?;
-        // Each name and each process is a descriptor here. What else they need is known when the image is.
-        let (count, needs) = (request.count, Needs { descriptors: 4, threads: 1, mappings: 0 });
-        check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
-        let identity = request.identity();
-        let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
+        let count = request.count;
+        check_names(count, request.name.as_deref())?;
+        check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let listed = self.0.processes.names();
-        let check = || self.check(0, request.count, cancel);
-        claim_names(&self.0.dir, stem, &wanted, |name| listed.contains(name), check)
+        let check = || self.check(0, count, cancel);
+        claim_names(&self.0.dir, stem, count, request.name.as_deref(), |name| listed.contains(name), check)
     }
 
-    pub(super) fn start_children(
+    /// Starts children from an image that is there.
+    pub(super) fn start_children_of(
         &self,
         checkpoint: &Checkpoint,
         claims: Vec<NameClaim>,
         request: &ForkRequest,
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
+        let origin = Origin { about: checkpoint.about(), vm: checkpoint.vm(), image: &|| Ok(checkpoint) };
+        self.start_children(&origin, claims, request, cancel)
+    }
+
+    fn start_children(
+        &self,
+        origin: &Origin<'_>,
+        claims: Vec<NameClaim>,
+        request: &ForkRequest,
+        cancel: &Cancel,
+    ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
-        let About { shape, identity, session, bounds, .. } = checkpoint.about();
-        check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
+        let About { shape, identity, session, bounds, .. } = origin.about;
         let choice = request.identity();
-        let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
         // While any is made: a worker is told of directories that are there.
         let _overlays = self.0.overlays.hold(&shape.written())?;
         claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let (session, parent, bounds) = (session.as_deref(), checkpoint.origin(), *bounds);
-            let start = Start { shape, session, parent: Some(parent), bounds, pid: worker.pid() };
+            let start =
+                Start { shape, session: session.as_deref(), parent: origin.vm, bounds: *bounds, pid: worker.pid() };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: shape.clone(),
                 handed,
-                parent: checkpoint.vm().map(str::to_owned),
+                parent: origin.vm.map(str::to_owned),
                 is_tied: session.is_some(),
                 paused: request.paused,
-                labels: labels.clone(),
             };
-            worker.fork(order, &hand.files(claim), checkpoint.parts())?;
+            worker.order(&Order::Fork(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand)
         };
+        let give = |workers: &Workers| {
+            let checkpoint = (origin.image)()?;
+            let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
+            workers.0.iter().try_for_each(|worker| worker.give_image(labels, checkpoint.parts()))
+        };
         let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
-        let made = self.make(Some(shape), &ground, &claims, order, |made| self.check(made, count, cancel))?;
+        let check = |made| self.check(made, count, cancel);
+        let making = Making { shape: Some(shape), ground, claims: &claims, order: &order, check: &check };
+        let made = self.make(&making, give)?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -141,7 +199,7 @@ impl Supervisor {
         let bounds = self.bounds(limits)?;
         session.as_deref().map_or(Ok(()), check_name)?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
-        check_room(1, Needs::of_worker(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
+        check_room(1, Needs::of(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
         config.check_queues().map_err(VmError::from)?;
         let shape = Shape::of_boot(&config);
@@ -160,7 +218,7 @@ impl Supervisor {
         let claims = [claim];
         let _making = self.0.making(&claims);
         self.0.forget_earlier(&claims[0].name);
-        let give = |worker: &Worker, claim: &NameClaim| {
+        let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
             let start = Start { shape: &shape, session: session.as_deref(), parent: None, bounds, pid: worker.pid() };
@@ -173,43 +231,54 @@ impl Supervisor {
             hand.sent();
             Ok(hand.booted())
         };
-        let made = self.make(None, &ground, &claims, give, |made| self.check(made, 1, cancel))?;
+        let check = |made| self.check(made, 1, cancel);
+        let making = Making { shape: None, ground, claims: &claims, order: &order, check: &check };
+        let made = self.make(&making, |_| Ok(()))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
     }
 
-    /// Has a worker for each claim make its VM, as `order` says, and then all run. The claims must
-    /// outlive this when it fails: names are free when nothing uses them any more.
+    /// Has a worker for each claim make its VM, and then all run. `give` gives all of them what comes
+    /// behind their orders. The claims must outlive this when it fails: names are free when nothing
+    /// uses them any more.
     fn make(
         &self,
-        shape: Option<&Shape>,
-        ground: &Ground,
-        claims: &[NameClaim],
-        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
-        check: impl Fn(usize) -> Result<(), FleetError>,
+        making: &Making<'_>,
+        give: impl Fn(&Workers) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
-        let prepared = shape.map_or_else(Vec::new, |shape| self.0.pool.take(shape, claims.len()));
+        // Others are prepared when this is over: that takes processor time.
+        let (prepared, _busy) = match making.shape {
+            Some(shape) => {
+                let (prepared, busy) = self.0.pool.take(shape, making.claims.len());
+                (prepared, Some(busy))
+            }
+            None => (Vec::new(), None),
+        };
         let were_prepared = !prepared.is_empty();
-        match self.make_with(prepared, ground, claims, &order, &check) {
+        let begun = Instant::now();
+        let ordered = self.order(prepared, making)?;
+        let have_orders = Instant::now();
+        let made = match self.run(ordered, making, &give) {
             // One that was prepared may have died meanwhile. Others have no such excuse.
             Err(FleetError::Worker { source }) if were_prepared => {
                 tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
-                self.make_with(Vec::new(), ground, claims, &order, &check)
+                self.run(self.order(Vec::new(), making)?, making, &give)
             }
             made => made,
-        }
+        };
+        tracing::debug!(
+            count = making.claims.len(),
+            orders = ?have_orders - begun,
+            run = ?have_orders.elapsed(),
+            "made"
+        );
+        made
     }
 
-    fn make_with(
-        &self,
-        prepared: Vec<Worker>,
-        ground: &Ground,
-        claims: &[NameClaim],
-        order: impl Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
-        check: impl Fn(usize) -> Result<(), FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
-        let begun = Instant::now();
+    /// Gives workers their orders: those that are `prepared`, and as many others as it takes.
+    fn order(&self, prepared: Vec<Worker>, making: &Making<'_>) -> Result<Ordered, FleetError> {
+        let Making { ground, claims, order, check, .. } = making;
         let count = prepared.len();
         let mut workers = Workers(self.0.zygote.workers(claims.len() - count)?);
         // The prepared ones first: they are the first to be done.
@@ -222,16 +291,15 @@ impl Supervisor {
             }
             Ok::<_, FleetError>(group)
         };
-        let ours = workers.0.iter().zip(claims).enumerate();
+        let ours = workers.0.iter().zip(*claims).enumerate();
         let groups = ours.map(|(at, (worker, claim))| settle(worker, claim, at < count));
         let mut groups: Vec<Option<Group>> = groups.collect::<Result<_, _>>()?;
-        let have_workers = Instant::now();
         let mut hands = Vec::with_capacity(claims.len());
         for (at, claim) in claims.iter().enumerate() {
             check(0)?;
             let hand = match order(&workers.0[at], claim) {
                 // One that was prepared may have died meanwhile. Another has no such excuse.
-                Err(FleetError::Worker { .. } | FleetError::Transfer(_)) => {
+                Err(FleetError::Worker { .. }) => {
                     workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
                     groups[at] = settle(&workers.0[at], claim, false)?;
                     order(&workers.0[at], claim)
@@ -240,6 +308,19 @@ impl Supervisor {
             };
             hands.push(hand?);
         }
+        Ok(Ordered { workers, hands, groups })
+    }
+
+    /// Gives workers what is behind their orders, and lets their VMs run once all are made.
+    fn run(
+        &self,
+        ordered: Ordered,
+        making: &Making<'_>,
+        give: impl Fn(&Workers) -> Result<(), FleetError>,
+    ) -> Result<Vec<Made>, FleetError> {
+        let Ordered { mut workers, hands, groups } = ordered;
+        let claims = making.claims;
+        give(&workers)?;
         // All of them, or none of the VMs runs.
         let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
         let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
@@ -249,14 +330,11 @@ impl Supervisor {
             let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
             self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group))]);
         }
-        let ordered = Instant::now();
-        let made = workers.run_together(check).inspect_err(|_| {
+        let made = workers.run_together(making.check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         hands.into_iter().for_each(Hand::keep);
         up.into_iter().for_each(Up::keep);
-        let (workers, orders) = (have_workers - begun, ordered - have_workers);
-        tracing::debug!(count = claims.len(), ?workers, ?orders, run = ?ordered.elapsed(), "made");
         Ok(made)
     }
 

@@ -347,7 +347,7 @@ impl Supervisor {
         }
         let checkpoint = self.0.checkpoints.get(checkpoint)?;
         let shape = &checkpoint.about().shape;
-        check_room(count, Needs::of_worker(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
+        check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
     }
 

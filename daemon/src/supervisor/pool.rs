@@ -18,6 +18,10 @@ use crate::zygote::Zygote;
 const IDLE: Duration = Duration::from_secs(60);
 /// Workers that are made at a time. While they are made, requests for workers wait.
 const STEP: usize = 8;
+/// How long requests that make VMs keep others from being prepared.
+const MAX_BUSY: Duration = Duration::from_millis(50);
+/// How long after such a request none is: its answer is on its way.
+const REST: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 struct ShapePool {
@@ -32,7 +36,39 @@ struct ShapePool {
 #[derive(Debug, Default)]
 struct State {
     shapes: Vec<ShapePool>,
+    /// Requests that make VMs, and since when there are any.
+    busy: usize,
+    busy_since: Option<Instant>,
+    /// When the last of them ended.
+    idle_since: Option<Instant>,
     is_closed: bool,
+}
+
+impl State {
+    /// How long no worker is to be prepared.
+    fn rest(&self) -> Duration {
+        let left = |since: Option<Instant>, limit: Duration| {
+            since.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()))
+        };
+        if self.busy > 0 { left(self.busy_since, MAX_BUSY) } else { left(self.idle_since, REST) }
+    }
+}
+
+/// A request that makes VMs. While there is one, none is prepared for the next.
+#[derive(Debug)]
+pub(super) struct Busy(Arc<Shared>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.busy -= 1;
+        if state.busy == 0 {
+            state.busy_since = None;
+            state.idle_since = Some(Instant::now());
+        }
+        drop(state);
+        self.0.changed.notify_all();
+    }
 }
 
 #[derive(Debug)]
@@ -89,10 +125,14 @@ impl Shared {
                     return true;
                 }
                 let short = state.shapes.iter().find(|pool| pool.ready.len() < pool.wanted);
-                if let Some(pool) = short {
-                    break (pool.shape.clone(), (pool.wanted - pool.ready.len()).min(STEP));
-                }
-                let waited = self.changed.wait_timeout(state, IDLE / 4);
+                let rest = match short {
+                    Some(pool) if state.rest().is_zero() => {
+                        break (pool.shape.clone(), (pool.wanted - pool.ready.len()).min(STEP));
+                    }
+                    Some(_) => state.rest(),
+                    None => IDLE / 4,
+                };
+                let waited = self.changed.wait_timeout(state, rest);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         };
@@ -154,9 +194,12 @@ impl Pool {
         Ok(Self(shared))
     }
 
-    /// Takes up to `count` workers for `config`, and has as many made for the next time.
-    pub(super) fn take(&self, shape: &Shape, count: usize) -> Vec<Worker> {
+    /// Takes up to `count` workers for `shape`, and has as many made for the next time, when the
+    /// request is over.
+    pub(super) fn take(&self, shape: &Shape, count: usize) -> (Vec<Worker>, Busy) {
         let mut state = self.0.state();
+        state.busy += 1;
+        state.busy_since.get_or_insert_with(Instant::now);
         let wanted = count.min(self.0.most);
         let taken = match state.shapes.iter_mut().find(|pool| pool.shape == *shape) {
             Some(pool) => {
@@ -173,8 +216,7 @@ impl Pool {
             }
         };
         drop(state);
-        self.0.changed.notify_all();
-        taken
+        (taken, Busy(Arc::clone(&self.0)))
     }
 
     /// Prepares workers for `config` until there are `count`. Returns how many there are.

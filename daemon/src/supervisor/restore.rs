@@ -26,31 +26,37 @@ fn stem(dir: &Path) -> String {
 }
 
 impl Supervisor {
-    /// Opens a snapshot.
-    fn open(
-        &self,
-        source: &SavedSource,
-        session: Option<&str>,
-        cancel: &Cancel,
-    ) -> Result<(Checkpoint, SavedVm), FleetError> {
-        let sockets = self.0.dir.path();
+    /// Looks at a snapshot: what VM it is of.
+    fn saved(&self, source: &SavedSource) -> Result<(SavedVm, Shape), FleetError> {
         let refused = |error: SnapshotError| FleetError::Snapshot(Box::new(error));
-        let saved = SavedVm::read(&source.dir, Some(sockets)).map_err(refused)?;
+        let saved = SavedVm::read(&source.dir, Some(self.dir())).map_err(refused)?;
         let overlays = unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir));
         let shape = Shape {
             config: saved.config.clone(),
             overlays: saved.config.disks.iter().map(|_| overlays.clone()).collect(),
             saved: saved.dirs.clone(),
         };
+        Ok((saved, shape))
+    }
+
+    /// Opens a snapshot, of a VM of `shape`.
+    fn open(
+        &self,
+        source: &SavedSource,
+        (saved, shape): (&SavedVm, Shape),
+        session: Option<&str>,
+        cancel: &Cancel,
+    ) -> Result<Checkpoint, FleetError> {
         let mut grants = Grants { dirs: saved.dirs.clone(), ..Grants::default() };
         // Compressed disks are unpacked there.
-        let unpacked = if saved.config.disks.is_empty() { Vec::new() } else { vec![overlays.clone()] };
+        let unpacked: Vec<_> = shape.overlays.first().cloned().into_iter().collect();
         let _overlays = self.0.overlays.hold(&unpacked)?;
-        grants.overlays = unpacked;
+        grants.overlays.clone_from(&unpacked);
         let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
         worker.enter(self.0.place.order(&saved.config, 0, grants))?;
-        let (dir, sockets) = (saved.place.dir.clone(), sockets.to_owned());
-        let order = OpenOrder { dir, load: source.load, overlays, sockets };
+        let overlays = unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir));
+        let order =
+            OpenOrder { dir: saved.place.dir.clone(), load: source.load, overlays, sockets: self.dir().to_owned() };
         let parts = worker.open(order, || self.check(0, 0, cancel))?;
         let about = About {
             shape,
@@ -62,7 +68,7 @@ impl Supervisor {
             parent: None,
             bounds: Bounds::default(),
         };
-        Ok((Checkpoint::of_saved(about, &saved, parts), saved))
+        Ok(Checkpoint::of_saved(about, saved, parts))
     }
 
     /// Holds the image of a snapshot as a checkpoint.
@@ -73,7 +79,8 @@ impl Supervisor {
         let _busy = self.0.busy.read();
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
-        let (checkpoint, _) = self.open(&request.saved, None, cancel)?;
+        let (saved, shape) = self.saved(&request.saved)?;
+        let checkpoint = self.open(&request.saved, (&saved, shape), None, cancel)?;
         // Nobody would know of it.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
@@ -97,10 +104,11 @@ impl Supervisor {
             vms.name = Some(stem.clone());
         }
         // Before it is opened, which takes longer: a refused request costs little.
-        let claims = self.claim(&stem, &vms, cancel)?;
+        let (saved, shape) = self.saved(&request.saved)?;
+        let claims = self.claim(&stem, &vms, &shape, cancel)?;
         let _making = self.0.making(&claims);
-        let (checkpoint, saved) = self.open(&request.saved, request.session.as_deref(), cancel)?;
-        let made = self.start_children(&checkpoint, claims, &vms, cancel)?;
+        let checkpoint = self.open(&request.saved, (&saved, shape), request.session.as_deref(), cancel)?;
+        let made = self.start_children_of(&checkpoint, claims, &vms, cancel)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         answer.children.iter().for_each(|name| self.0.events.booted(name));
         // What is saved next may be incremental to it.

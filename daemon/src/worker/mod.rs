@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
 //! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
-//! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
+//! | next | starter | only with a fork: the child's labels as JSON, and the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
 //! | last | worker | it runs |
@@ -54,7 +54,7 @@ pub(crate) enum Order {
     Enter(Box<EnterOrder>),
     /// Be ready for a VM of this configuration.
     Prepare(Box<VmConfig>),
-    /// Start a child from the image that follows.
+    /// Start a child. Its labels and its image follow.
     Fork(Box<ForkOrder>),
     /// Boot a VM.
     Boot(Box<BootOrder>),
@@ -95,7 +95,6 @@ pub(crate) struct ForkOrder {
     pub(crate) paused: bool,
     /// Whether it ends with whoever has started its zygote.
     pub(crate) is_tied: bool,
-    pub(crate) labels: Labels,
 }
 
 /// A VM to be booted.

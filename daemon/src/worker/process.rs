@@ -10,8 +10,8 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Answer, EnterOrder, ForkOrder, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
-use crate::fleet::FleetError;
+use super::{Answer, EnterOrder, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
+use crate::fleet::{FleetError, Labels};
 use clade_vmm::vm::SealedParts;
 
 /// How long a worker may take to make its VM.
@@ -101,18 +101,25 @@ impl Worker {
         self.order(&Order::Enter(Box::new(order)), &[])
     }
 
-    /// Has it start a child from `parts`. `files` come with the order ([`Handed`](super::Handed)).
+    /// Gives it what it starts a child from, after [`Order::Fork`].
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn fork(
-        &self,
-        order: ForkOrder,
-        files: &[BorrowedFd<'_>],
-        parts: &SealedParts,
-    ) -> Result<(), FleetError> {
-        self.order(&Order::Fork(Box::new(order)), files)?;
-        Ok(parts.send(&self.socket)?)
+    pub(crate) fn give_image(&self, labels: &Labels, parts: &SealedParts) -> Result<(), FleetError> {
+        let given = send(&self.socket, labels, &[]);
+        let given = given.and_then(|()| parts.send(&self.socket).map_err(io::Error::other));
+        // One that has gone says why.
+        given.map_err(|error| match self.last_words() {
+            Some(Answer::Failed { kind, text }) => FleetError::Refused { kind, text },
+            _ => failed(error),
+        })
+    }
+
+    /// What it has said and nobody has heard.
+    fn last_words(&self) -> Option<Answer> {
+        // A process that has closed its end with something unread resets the connection first.
+        let heard = (0..2).find_map(|_| receive(&self.socket).ok());
+        heard.map(|(answer, _)| answer)
     }
 
     /// Has it write a snapshot of `parts`, which may be based on one of `base`.

@@ -33,7 +33,7 @@ pub struct Served {
 
 /// Does what the process behind `socket` orders, until there is a VM, in a fleet of its own that
 /// `runtime` serves. Returns once the VM runs, with `None` if none is wanted any more. Calls
-/// `before_it_runs` when the VM is wanted, before it is listed.
+/// `before_it_runs` when its VM has a name, before it is made.
 ///
 /// # Errors
 /// When the VM cannot be made, which the other process is told.
@@ -87,6 +87,13 @@ pub fn serve(
     }
 }
 
+/// Gives the kernel the pages of the heap that only making the VM has used: a third of what a worker
+/// has of its own.
+fn give_heap_back() {
+    // SAFETY: it only concerns memory that is free, under the allocator's own locks.
+    unsafe { libc::malloc_trim(0) };
+}
+
 fn is_of_kernel(error: &FleetError) -> bool {
     use BootError::{BzImage, Elf, NotAKernel, Unpack};
     matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
@@ -135,46 +142,57 @@ impl Maker<'_> {
     fn is_wanted(&self, vm: &Vm) -> bool {
         let answer = Answer::Made { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) };
         let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
-        told.is_ok_and(|_| match (self.before_it_runs)() {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::error!(%error, "the VM cannot run");
-                false
-            }
-        })
+        told.is_ok()
     }
 
     fn fork(&self, order: ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
         let begun = Instant::now();
+        let ForkOrder { name, shape, handed, parent, paused, is_tied } = order;
+        untie_unless(is_tied)?;
+        // What needs no image comes first: the parent may still be forked.
+        let fleet = serve_vm(self.context, self.runtime);
+        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
+        (self.before_it_runs)().map_err(failed)?;
+        let claimed = Instant::now();
+        let labels = match receive(self.socket) {
+            Ok((labels, _)) => labels,
+            // There is no image: the parent could not be forked, or another worker has failed.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let waited = Instant::now();
         let parts = SealedParts::receive(self.socket)?.open()?;
         let received = Instant::now();
-        let ForkOrder { name, shape, handed, parent, paused, is_tied, labels } = order;
-        untie_unless(is_tied)?;
         let image = ForkImage::import(self.context, parts, Overlays::In(&shape.overlays))?;
         if shape.config != **image.config() {
             return Err(failed(io::Error::other("the image is of a VM with another configuration")));
         }
-        let imported = Instant::now();
-        let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
-        let (receive, import) = (received - begun, imported - received);
-        tracing::debug!(name, ?receive, ?import, claim = ?imported.elapsed(), "worker");
+        let (claim_took, receive_took) = (claimed - begun, received - waited);
+        tracing::debug!(name, ?claim_took, ?receive_took, import_took = ?received.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
         let options = ChildOptions { paused: true, before_start };
         let make = |context: &Context| Vm::from_image_as(context, &name, &image, ends, options);
-        let made = fleet.launch(claim, files, (parent, labels), make, |vm| self.is_wanted(vm))?;
-        let Some(vm) = made else { return Ok(None) };
-        if !paused {
-            // Another request may have stopped it already: it is listed.
-            let _ = vm.resume();
-            if let Some(started) = self.program.started {
-                started(&vm);
+        let run = |vm: &Vm| {
+            if !self.is_wanted(vm) {
+                return false;
             }
+            // Its sockets are served afterwards: who connects meanwhile waits. Nobody can have
+            // stopped it.
+            if !paused && let Err(error) = vm.resume() {
+                tracing::error!(%error, name, "the VM does not run");
+            }
+            true
+        };
+        let made = fleet.launch(claim, files, (parent, labels), make, run)?;
+        let Some(vm) = made else { return Ok(None) };
+        if let Some(started) = self.program.started.filter(|_| !paused) {
+            started(&vm);
         }
         let _ = send(self.socket, &Answer::Running, &[]);
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
+        give_heap_back();
         Ok(Some(Served { fleet, vm, was_booted: false }))
     }
 
@@ -183,6 +201,7 @@ impl Maker<'_> {
         untie_unless(is_tied)?;
         let fleet = serve_vm(self.context, self.runtime);
         let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
+        (self.before_it_runs)().map_err(failed)?;
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);

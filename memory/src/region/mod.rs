@@ -121,6 +121,14 @@ impl GuestRegion {
         })
     }
 
+    /// Leaves its addresses unmapped until it gets memory ([`Reservation::vacate`]).
+    pub(crate) fn vacate(&self) {
+        let state = self.state();
+        if state.space.mappings().is_empty() {
+            self.at.vacate();
+        }
+    }
+
     /// Gives the region a base file: fresh zeros, every page this VM's own (I2).
     pub(crate) fn populate(&self) -> Result<(), RamError> {
         let mut state = self.state();

@@ -63,7 +63,8 @@ impl PreparedVm {
                 userspace_addr: region.host_address(),
             };
             // SAFETY: the addresses are reserved for as long as `ram` lives, which outlives `fd`
-            // (field order), and are never anything but guest memory.
+            // (field order). Before there is memory, and no vCPU runs, they may be vacant; when
+            // there is, they are guest memory and nothing else.
             unsafe { fd.set_user_memory_region(memory) }.map_err(|e| VmError::kvm("set a memslot", e))?;
         }
         match config.irqchip {

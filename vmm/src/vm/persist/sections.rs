@@ -266,7 +266,7 @@ fn read<T: DeserializeOwned>(sections: &[(&str, &[u8])], section: &'static str) 
     if named.next().is_some() {
         return Err(SavedError::Twice { section });
     }
-    let (mut rest, mut scratch) = (*bytes, vec![0; SCRATCH]);
+    let (mut rest, mut scratch) = (*bytes, vec![0; SCRATCH.min(bytes.len())]);
     let value = ciborium::de::from_reader_with_buffer(&mut rest, &mut scratch);
     let value = value.map_err(|source| SavedError::Read { section, bytes: bytes.len(), source })?;
     if rest.is_empty() { Ok(value) } else { Err(SavedError::Behind { section, left: rest.len() }) }

@@ -10,10 +10,13 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use crate::vm::fork::ForkImage;
+
+/// How long the thread waits for the next lease.
+const IDLE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// The images that this process has given away and that are in use. Each is held until no other
 /// process uses it, also when every handle to this list has gone.
@@ -66,15 +69,19 @@ impl Leases {
         Ok(lease.into())
     }
 
-    /// Drops what is not in use any more, until there is nothing left.
+    /// Drops what is not in use any more, until there has been nothing for [`IDLE`].
     fn watch(&self, wake: &OwnedFd) {
-        while let Some(ends) = self.ends() {
+        let mut idle = false;
+        while let Some(ends) = self.ends(idle) {
             let mut polled: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
             // Nothing is asked for: that the other end has gone is always reported, and what another
             // process writes is nothing to us.
             polled.extend(ends.iter().map(|end| PollFd::new(&**end, PollFlags::empty())));
-            match poll(&mut polled, None) {
-                Ok(_) | Err(Errno::INTR) => {}
+            // The next fork is spared the start of another thread.
+            let limit = ends.is_empty().then_some(IDLE);
+            match poll(&mut polled, limit.as_ref()) {
+                Ok(ready) => idle = ready == 0,
+                Err(Errno::INTR) => {}
                 Err(error) => {
                     // What is given away is held to the end of the process.
                     tracing::error!(%error, "the leases of images cannot be watched");
@@ -95,11 +102,11 @@ impl Leases {
         }
     }
 
-    /// The ends to be watched. `None` if there is none: then the thread ends, and the next lease
-    /// starts another.
-    fn ends(&self) -> Option<Vec<Arc<PipeReader>>> {
+    /// The ends to be watched. `None` if there is none and it was `idle`: then the thread ends, and
+    /// the next lease starts another.
+    fn ends(&self, idle: bool) -> Option<Vec<Arc<PipeReader>>> {
         let mut state = self.state();
-        if state.given.is_empty() {
+        if idle && state.given.is_empty() {
             state.wake = None;
             return None;
         }

@@ -9,12 +9,16 @@
 //! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
 
 use std::cell::OnceCell;
+use std::io;
 
 /// The shortest slice the scheduler takes.
 const BOOST_SLICE_NS: u64 = 100_000;
 
 /// The nice value of the heaviest weight.
 const BOOST_NICE: i32 = -20;
+
+/// Threads that the thread creates have the default slice, and no nice value below 0.
+const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
 
 thread_local! {
     /// The nice value of the calling thread before it was changed here.
@@ -25,14 +29,19 @@ thread_local! {
 pub(crate) fn boost() {
     let given = given();
     // Without CAP_SYS_NICE: the shorter slice alone.
-    if !set(BOOST_SLICE_NS, BOOST_NICE.min(given)) {
-        set(BOOST_SLICE_NS, given);
-    }
+    // A boosted thread creates a child's vCPU threads, which must not be boosted themselves.
+    set(BOOST_SLICE_NS, BOOST_NICE.min(given), RESET_ON_FORK)
+        .or_else(|_| set(BOOST_SLICE_NS, given, RESET_ON_FORK))
+        .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler takes no slice"));
 }
 
 /// Schedules the calling thread like any other again.
 pub(crate) fn unboost() {
-    set(0, given());
+    // Without CAP_SYS_NICE the flag stays once it is set. It changes nothing for a thread that is
+    // like any other.
+    set(0, given(), 0)
+        .or_else(|_| set(0, given(), RESET_ON_FORK))
+        .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler keeps a slice"));
 }
 
 /// Boosts the calling thread until this is dropped: for the few hundred microseconds in which a VM
@@ -57,13 +66,12 @@ fn given() -> i32 {
     GIVEN.with(|given| *given.get_or_init(|| unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }))
 }
 
-/// Sets slice and nice value of the calling thread. Returns whether the scheduler took both.
-fn set(slice_ns: u64, nice: i32) -> bool {
+/// Sets slice, nice value and flags of the calling thread: all, or none.
+fn set(slice_ns: u64, nice: i32, flags: u64) -> io::Result<()> {
     let attr = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_OTHER as u32,
-        // A boosted thread creates a child's vCPU threads, which must not be boosted themselves.
-        sched_flags: if slice_ns > 0 { libc::SCHED_FLAG_RESET_ON_FORK as u64 } else { 0 },
+        sched_flags: flags,
         sched_nice: nice,
         sched_priority: 0,
         sched_runtime: slice_ns,
@@ -71,11 +79,10 @@ fn set(slice_ns: u64, nice: i32) -> bool {
         sched_period: 0,
     };
     // SAFETY: `attr` is a valid sched_attr that says its own size; 0 is the calling thread.
-    let rc = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
-    if rc != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), nice, "the scheduler does not take a slice");
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    rc == 0
 }
 
 #[cfg(test)]
@@ -98,13 +105,48 @@ mod tests {
                 drop(BoostGuard::new());
                 (before, nice())
             });
-            assert_eq!(made.join().unwrap(), (before.max(0), before.max(0)));
+            // The kernel makes it 0 where it was below.
+            let reset = if inside < 0 { 0 } else { before };
+            assert_eq!(made.join().unwrap(), (reset, reset));
             drop(boost);
             assert_eq!(nice(), before);
             if inside == before {
                 println!("skipped: without CAP_SYS_NICE no weight changes");
             }
             assert!(inside == BOOST_NICE || inside == before);
+        })
+        .join()
+        .unwrap();
+    }
+
+    /// The slice of the calling thread, in nanoseconds.
+    fn slice() -> u64 {
+        // SAFETY: zeros are valid for these numbers.
+        let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
+        let size = size_of::<libc::sched_attr>() as u32;
+        // SAFETY: `attr` has room for as many bytes as `size` says; 0 is the calling thread.
+        let rc = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
+        assert_eq!(rc, 0, "{}", io::Error::last_os_error());
+        attr.sched_runtime
+    }
+
+    #[test]
+    fn a_thread_without_privileges_has_its_slice_back() {
+        use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+        std::thread::spawn(|| {
+            let none = CapabilitySet::empty();
+            // Of this thread alone.
+            set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
+            let before = (slice(), nice());
+            let boost = BoostGuard::new();
+            let inside = slice();
+            drop(boost);
+            assert_eq!((slice(), nice()), before);
+            if inside == before.0 {
+                println!("skipped: this kernel takes no slices");
+            } else {
+                assert_eq!(inside, BOOST_SLICE_NS);
+            }
         })
         .join()
         .unwrap();
