@@ -33,7 +33,7 @@ pub use ended::{EndedVm, ended_vms};
 pub(crate) use ended::{forget as forget_ended, last_output, record_end, recorded_reason, settle};
 pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 pub use labels::{Label, LabelError, Labels};
-use release::{InUse, Release, Tail};
+use release::{InUse, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
 pub use shutdown::Shutdown;
@@ -45,7 +45,6 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 struct Member {
     listed: Listed,
-    release: Arc<Release>,
     /// Where its end is recorded.
     record: File,
     /// Its sockets are served until this is dropped.
@@ -103,7 +102,7 @@ pub struct Fleet(Arc<Inner>);
 struct Inner {
     context: Context,
     member: Mutex<Option<Member>>,
-    /// Users of the VM's devices and disks.
+    /// Whether the VM has devices, disks and a name.
     in_use: Arc<InUse>,
     /// Images that VMs in other processes use.
     leases: Leases,
@@ -169,9 +168,8 @@ impl Fleet {
         let mut vm = make(&self.0.context)?;
         let VmFiles { control, image, console, hvc, record } = files;
         let consoles = [(Line::Serial, console)].into_iter().chain(hvc.map(|hvc| (Line::Virtio, hvc))).collect();
-        let release = Arc::<Release>::default();
         // Dropped after its devices: a name is free only when nothing of its VM is in use any more.
-        vm.drop_last(Tail::new(claim, &release, self.0.in_use.enter()));
+        vm.drop_last(Tail::new(claim, &self.0.in_use));
         let vm = Arc::new(vm);
         if !is_wanted(&vm) {
             return Ok(None);
@@ -180,7 +178,7 @@ impl Fleet {
         let mut member = self.member();
         let serving = self.0.serve.begin(Sockets { control, image, consoles }, &vm, &self.0.leases);
         let listed = Listed { vm: Arc::clone(&vm), parent, labels };
-        *member = Some(Member { listed, release, record, _serving: serving });
+        *member = Some(Member { listed, record, _serving: serving });
         drop(member);
         Ok(Some(vm))
     }
@@ -190,7 +188,9 @@ impl Fleet {
     /// # Errors
     /// When it has another name, or has ended.
     pub fn get(&self, name: &str) -> Result<Listed, FleetError> {
-        self.held(name).map(|(listed, _)| listed)
+        let member = self.member();
+        let found = member.as_ref().map(|member| &member.listed).filter(|listed| listed.vm.name() == name);
+        found.cloned().ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
     }
 
     /// The VM, unless it has ended.
@@ -205,24 +205,10 @@ impl Fleet {
     /// # Errors
     /// When there is no such VM, or something of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
-        let (listed, release) = self.held(name)?;
-        self.stop_listed(listed, &release, describe)
+        self.stop_listed(self.get(name)?, describe)
     }
 
-    /// The VM called `name`, and what says that all it had is free.
-    fn held(&self, name: &str) -> Result<(Listed, Arc<Release>), FleetError> {
-        let member = self.member();
-        let found = member.as_ref().filter(|member| member.listed.vm.name() == name);
-        let found = found.map(|member| (member.listed.clone(), Arc::clone(&member.release)));
-        found.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
-    }
-
-    fn stop_listed<T>(
-        &self,
-        listed: Listed,
-        release: &Release,
-        describe: impl FnOnce(&Listed) -> T,
-    ) -> Result<T, FleetError> {
+    fn stop_listed<T>(&self, listed: Listed, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
         let name = listed.vm.name().to_owned();
         listed.vm.stop();
         let described = describe(&listed);
@@ -231,7 +217,7 @@ impl Fleet {
         // Its threads are joined here, unless another thread has removed it or still holds a
         // handle.
         drop(self.take());
-        if !release.wait(RELEASE_TIMEOUT) {
+        if !self.0.in_use.wait_for_none(RELEASE_TIMEOUT) {
             return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() });
         }
         Ok(described)

@@ -177,11 +177,11 @@ impl Asked {
         let deadline = Instant::now() + limit;
         let asked = Self { socket: connected(dir, name, limit)?, name: name.to_owned(), deadline };
         set_socket_timeout(&asked.socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
-        seqpacket::send(&asked.socket, &[FORK], &[]).map_err(|error| asked.silent(error))?;
+        seqpacket::send(&asked.socket, &[FORK], &[]).map_err(|error| asked.silent(&error))?;
         Ok(asked)
     }
 
-    fn silent(&self, source: io::Error) -> FleetError {
+    fn silent(&self, source: &io::Error) -> FleetError {
         let is_late = source.kind() == io::ErrorKind::WouldBlock;
         let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
         FleetError::Refused { kind, text: format!("the process of {:?} does not answer: {source}", self.name) }
@@ -201,13 +201,13 @@ impl Asked {
         };
         // Whoever wanted it may have gone.
         check()?;
-        let Message { bytes, .. } = answer.map_err(|error| self.silent(error))?;
+        let Message { bytes, .. } = answer.map_err(|error| self.silent(&error))?;
         match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
             Answer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
                 // It has ended, or does not answer.
                 Err(TransferError::System { source, .. }) => {
                     check()?;
-                    Err(self.silent(source))
+                    Err(self.silent(&source))
                 }
                 parts => Ok((*forked, parts?)),
             },

@@ -171,6 +171,7 @@ impl Bench {
             count,
             name: Some("clone-{n}".to_owned()),
             paused: false,
+            ready: false,
             labels: None,
             nets: Vec::new(),
             vsock: None,

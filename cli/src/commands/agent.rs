@@ -1,17 +1,15 @@
 //! The agent in a VM's guest.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
-use clade_agent_client::proto::api::Generation;
-use clade_agent_client::proto::{Base64, PORT};
+use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client, ClientError, Endpoint};
 use clade_daemon::control::{Client as Control, VmInfo, VmState};
 use hyper::Method;
 
+use crate::commands::Failure;
 use crate::commands::remote::failure;
-use crate::commands::{Failure, Outcome};
 
 /// Who asks the agent.
 #[derive(Debug, Default, clap::Args)]
@@ -42,55 +40,6 @@ impl AgentArgs {
         let client = Client::new(Endpoint::Vsock { socket: device.socket, port: PORT });
         Ok(client.with_user(self.user.clone()).with_token(token))
     }
-}
-
-/// Bytes for each guest's random number generator.
-const ENTROPY: usize = 64;
-/// Guests that are made ready at a time.
-const MAX_ASKED: usize = 16;
-
-/// How long a child may take until it takes a connection. It has to hear first that its parent's were reset.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
-const RETRY: Duration = Duration::from_millis(20);
-
-/// Tells the agent in a VM that it is another one. It is told again if the connection breaks before it answers: it was one of
-/// those that a child resets.
-async fn change_generation(vm: String) -> Result<(), Failure> {
-    let client = AgentArgs::default().client(&vm).await?;
-    let mut entropy = vec![0; ENTROPY];
-    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty()).map_err(Failure::run)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(Failure::run)?;
-    let request = Generation { name: vm, now_ns: Some(now.as_nanos().to_string()), entropy: Some(Base64(entropy)) };
-    let deadline = Instant::now() + READY_TIMEOUT;
-    let ready = loop {
-        match client.change_generation(&request).await {
-            Err(ClientError::NoAgent { .. } | ClientError::Http(_)) if Instant::now() < deadline => {
-                tokio::time::sleep(RETRY).await;
-            }
-            answer => break answer.map_err(agent_failure)?,
-        }
-    };
-    let failed = ready.hooks.iter().filter(|hook| hook.status != "exit status 0");
-    let failed = failed.map(|hook| format!("the hook {}: {}", hook.name, hook.status));
-    match ready.failed.iter().cloned().chain(failed).next() {
-        None => Ok(()),
-        Some(first) => Err(Failure::run(anyhow!("its agent is not ready: {first}"))),
-    }
-}
-
-/// Has the agents in all these VMs make them other ones. The first failure is said, with its VM's name.
-pub(super) fn make_ready(names: &[String]) -> Outcome {
-    block_on(async {
-        let mut failed = Ok(());
-        for some in names.chunks(MAX_ASKED) {
-            let tasks: Vec<_> = some.iter().map(|name| tokio::spawn(change_generation(name.clone()))).collect();
-            for (name, task) in some.iter().zip(tasks) {
-                let ready = task.await.map_err(Failure::run).flatten();
-                failed = failed.and(ready.map_err(|failure| failure.named(name)));
-            }
-        }
-        failed
-    })
 }
 
 /// Whether the request was wrong, or the guest is.

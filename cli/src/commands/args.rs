@@ -63,6 +63,9 @@ pub(crate) enum Command {
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
     Reset(ManyArgs),
+    /// Have the agents in VMs make them other VMs: clock, random numbers, tokens, hooks. After a
+    /// restore or a reset; for children there is `clade fork --ready`.
+    Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
@@ -381,7 +384,7 @@ pub(crate) struct ForkArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
     /// Have the agent in each child make it another VM: its clock, random numbers, tokens and hooks.
-    /// Returns when all are ready.
+    /// Returns when all are ready; if one is not, there are none.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
@@ -469,6 +472,10 @@ pub(crate) struct RestoreArgs {
     /// Directory of the disks' overlays. Default: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
+    /// Have the agent in each guest make it another VM. Goes on when all are ready; if one is not,
+    /// there are none.
+    #[arg(long, conflicts_with = "paused")]
+    pub(crate) ready: bool,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Do not read the terminal; consoles are on their sockets. Several VMs are always detached.

@@ -1,4 +1,4 @@
-//! Commands that take several names: `pause`, `resume`, `stop`, `reset`, `rm`.
+//! Commands that take several names: `pause`, `resume`, `stop`, `reset`, `ready`, `rm`.
 //!
 //! All are done, whatever fails. Each failure is said with its name, and the exit code is that of
 //! the first.
@@ -7,8 +7,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use clade_daemon::control::{
-    CheckpointInfo, Client, ClientError, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest, TtlInfo, TtlRequest,
-    VmInfo,
+    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest, TtlInfo,
+    TtlRequest, VmInfo,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -55,7 +55,16 @@ pub(super) enum Verb {
     Resume,
     Stop(StopRequest),
     Reset,
+    Ready,
     Remove,
+}
+
+/// A guest that is ready.
+#[derive(Debug, Serialize)]
+struct NamedReady {
+    name: String,
+    #[serde(flatten)]
+    ready: ReadyAnswer,
 }
 
 /// An answer.
@@ -65,6 +74,7 @@ enum Done {
     Vm(Box<VmInfo>),
     Stopped(Box<StopAnswer>),
     Reset(Box<ResetAnswer>),
+    Ready(NamedReady),
     Removed(CheckpointInfo),
 }
 
@@ -86,6 +96,7 @@ impl Done {
                     Some(_) => eprintln!("its guest has not noticed the power button: its power was cut"),
                 }
             }
+            Self::Ready(guest) => println!("{} is ready", guest.name),
             Self::Removed(checkpoint) => println!("{} is removed", checkpoint.name),
             Self::Reset(answer) => {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
@@ -105,6 +116,11 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
         Verb::Resume => vm("/resume").await.map(Done::Vm),
         Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
+        Verb::Ready => {
+            let path = format!("/v1/vms/{name}/ready");
+            let ready = client.supervisor(Method::POST, &path, None::<&()>).await?;
+            Ok(Done::Ready(NamedReady { name, ready }))
+        }
         Verb::Remove => {
             let path = format!("/v1/checkpoints/{name}");
             client.supervisor(Method::DELETE, &path, None::<&()>).await.map(Done::Removed)
@@ -115,7 +131,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 /// The names of all that `verb` can be done to.
 async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset => client.all_names().await,
+        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset | Verb::Ready => client.all_names().await,
         Verb::Remove => {
             let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
             Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())

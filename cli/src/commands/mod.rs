@@ -156,6 +156,7 @@ fn run(command: Command) -> Outcome {
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
         Command::Reset(args) => many::main(&args, Verb::Reset),
+        Command::Ready(args) => many::main(&args, Verb::Ready),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Console(args) => remote::console(&args),
         Command::Exec(args) => exec::main(args),

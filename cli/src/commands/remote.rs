@@ -8,7 +8,6 @@ use std::time::Duration;
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::commands::agent;
 use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
 use crate::commands::many::limit;
 use crate::commands::serve::ensure;
@@ -93,6 +92,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         count: args.count,
         name: args.pattern.clone(),
         paused: args.child.paused,
+        ready: args.ready,
         labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),
@@ -109,8 +109,6 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
     };
     let answer: ForkAnswer = ask(shown(forked, args))?;
     let limited = limit(&answer.children, args.ttl);
-    // All children are named, also if one is not ready.
-    let limited = limited.and(if args.ready { agent::make_ready(&answer.children) } else { Ok(()) });
     if args.json {
         return print_json(&answer).map_err(Failure::run).and(limited);
     }

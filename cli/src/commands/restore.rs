@@ -29,6 +29,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         count: args.count,
         name: args.pattern.clone(),
         paused: args.child.paused,
+        ready: args.ready,
         labels: None,
         nets: args.child.net.clone(),
         vsock: args.child.vsock.clone(),

@@ -154,6 +154,19 @@ fn forks(runtime: &Runtime) {
         }
     }
     assert!(drawn[0] != drawn[1] && drawn[1] != drawn[2] && drawn[0] != drawn[2]);
+    // One that was put back is told as well.
+    exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
+    runtime.clade(&["reset", "web-2", "--json"]).json();
+    let ready = runtime.clade(&["ready", "web-2", "--json"]).json();
+    assert_eq!((ready["name"].as_str(), ready["hooks"][0].as_str()), (Some("web-2"), Some("10-name")), "{ready}");
+    assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
+    // Where one is not ready, there are none.
+    let bad = "echo exit 3 > /etc/clade/fork.d/20-bad; sed -i '1i#!/bin/sh' /etc/clade/fork.d/20-bad; chmod +x /etc/clade/fork.d/20-bad";
+    exec(runtime, &["web", "--", "sh", "-c", bad]);
+    let refused = runtime.clade(&["fork", "web", "--count", "2", "--ready"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
+    assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
+    assert_eq!(exec(runtime, &["web", "--", "true"]).code, Some(0));
     // The agent is PID 1: it ends the guest in order.
     exec(runtime, &["web-1", "--", "kill", "-TERM", "1"]);
     assert_eq!(runtime.clade(&["wait", "web-1", "--timeout", "60s"]).code, Some(0));
@@ -195,5 +208,10 @@ fn a_vm_without_an_agent_is_said_at_once() {
     let deaf = runtime.clade(&["exec", "deaf", "--", "true"]);
     assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers"), "{deaf:?}");
     runtime.clade(&["cp", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
+    runtime.clade(&["fork", "plain", "--ready"]).expect_refusal("no vsock device");
+    runtime.clade(&["ready", "plain"]).expect_refusal("no vsock device");
+    let (status, problem) = runtime.http("POST", "/v1/vms/deaf/fork", r#"{"ready": true, "paused": true}"#);
+    assert_eq!((status, problem["type"].as_str()), (400, Some("urn:clade:bad-request")), "{problem}");
+    assert_eq!(runtime.names(), ["deaf", "plain"]);
     assert!(begun.elapsed() < Duration::from_secs(20));
 }

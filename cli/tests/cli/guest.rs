@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`write_guest`] | a byte on its serial line | writes `bye`, and resets the machine |
 //! | [`write_button_guest`] | its power button | writes `bye`, and powers itself off |
+//! | [`write_hasty_guest`] | nothing | writes `bye`, and powers itself off |
 
 use std::path::Path;
 
@@ -51,6 +52,11 @@ fn button_code() -> Vec<u8> {
     code.push(0xba);
     code.extend(u32::from(BUTTON).to_le_bytes());
     code.extend([0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    power_off(code)
+}
+
+/// Code that says `bye`, and switches off.
+fn power_off(mut code: Vec<u8>) -> Vec<u8> {
     write(&mut code, "bye\n");
     // mov edx, SLEEP_CONTROL; mov al, SOFT_OFF; out dx, al; jmp $
     code.push(0xba);
@@ -67,6 +73,11 @@ pub(crate) fn write_guest(path: &Path) {
 /// Writes the guest that ends at its power button.
 pub(crate) fn write_button_guest(path: &Path) {
     write_elf(path, &button_code());
+}
+
+/// Writes the guest that ends at once.
+pub(crate) fn write_hasty_guest(path: &Path) {
+    write_elf(path, &power_off(Vec::new()));
 }
 
 fn write_elf(path: &Path, code: &[u8]) {

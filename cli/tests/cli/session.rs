@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use rustix::process::Signal;
 
-use crate::guest::write_guest;
+use crate::guest::{write_guest, write_hasty_guest};
 use crate::tool::{Runtime, kill, kvm, runs, wait_until};
 
 fn detached(runtime: &Runtime, name: &str) {
@@ -118,4 +118,30 @@ fn what_a_guest_says_from_its_first_instruction_to_its_last_is_shown() {
     let left = fs::read_dir(runtime.dir()).unwrap().flatten().map(|entry| entry.file_name()).collect::<Vec<_>>();
     assert!(left.iter().all(|name| name.to_string_lossy().ends_with(".ended")), "{left:?}");
     runtime.start("last");
+}
+
+#[test]
+fn a_guest_that_ends_at_once_is_shown_with_its_output() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("hasty");
+    write_hasty_guest(&kernel);
+    // It may have ended before its console is connected to, or after that.
+    for time in 0..5 {
+        let name = format!("hasty-{time}");
+        let ran = runtime.clade(&["run", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", &name]);
+        assert_eq!((ran.code, ran.stdout.trim()), (Some(0), "bye"), "{ran:?}");
+    }
+    // The same where another process is asked for it.
+    runtime.spawn(&["serve", "--pool", "0"]);
+    wait_until("the supervisor", || runtime.clade(&["checkpoints"]).code == Some(0));
+    let args = ["run", "-d", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "hasty"];
+    let ran = runtime.clade(&args);
+    assert_eq!((ran.code, ran.stdout.trim()), (Some(0), "hasty"), "{ran:?}");
+    wait_until("its end", || runtime.names().is_empty());
+    let ended = runtime.clade(&["ps", "-a", "--json"]).json();
+    assert!(ended.to_string().contains("hasty-4") && ended.to_string().contains("\"hasty\""), "{ended}");
 }

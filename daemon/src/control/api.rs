@@ -225,6 +225,10 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
+    /// Whether the agent in each guest is told that its VM is another. The answer comes when all are
+    /// ready; if one is not, there are none. Not for VMs that start paused.
+    #[serde(default)]
+    pub ready: bool,
     /// Their labels; the parent's if not given.
     #[serde(default)]
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
@@ -242,7 +246,7 @@ pub struct ForkRequest {
 impl Default for ForkRequest {
     /// For one child, as its parent is.
     fn default() -> Self {
-        Self { count: 1, name: None, paused: false, labels: None, nets: Vec::new(), vsock: None }
+        Self { count: 1, name: None, paused: false, ready: false, labels: None, nets: Vec::new(), vsock: None }
     }
 }
 
@@ -252,6 +256,15 @@ impl ForkRequest {
     pub fn identity(&self) -> ChildIdentity {
         ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
     }
+}
+
+/// A guest that has been told that its VM is another, and is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReadyAnswer {
+    /// How often its agent was told so.
+    pub generation: u64,
+    /// The hooks that it has run, in their order.
+    pub hooks: Vec<String>,
 }
 
 /// The longest that a guest may take to power itself off, in seconds: a day.

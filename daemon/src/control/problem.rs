@@ -67,6 +67,7 @@ kinds! {
     NameTaken "name-taken" CONFLICT "The name is taken.",
     IdentityTaken "identity-taken" CONFLICT "An interface, address or socket is taken or cannot be had.",
     WrongState "wrong-state" CONFLICT "The VM is not in a state for the request.",
+    NotReady "not-ready" CONFLICT "The guest's agent does not answer, or could not make it another VM.",
     NoDevice "no-device" CONFLICT "The VM has no such device.",
     SnapshotConflict "snapshot-conflict" CONFLICT "The snapshot does not fit what is in its place.",
     Cancelled "cancelled" CONFLICT "The request was cancelled, and nothing of it is left.",

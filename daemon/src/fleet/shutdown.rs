@@ -30,7 +30,7 @@ impl Fleet {
         time: Duration,
         describe: impl FnOnce(&Listed, Shutdown) -> T,
     ) -> Result<T, FleetError> {
-        let (listed, release) = self.held(name)?;
+        let listed = self.get(name)?;
         listed.vm.press_power_button()?;
         let by_itself = ends_by_itself(&listed.vm, time);
         let shutdown = Shutdown { by_itself, noticed: listed.vm.power_button_noticed() };
@@ -38,7 +38,7 @@ impl Fleet {
             // With a record of that, like any VM that ends by itself.
             self.remove();
         }
-        self.stop_listed(listed, &release, |listed| describe(listed, shutdown))
+        self.stop_listed(listed, |listed| describe(listed, shutdown))
     }
 }
 

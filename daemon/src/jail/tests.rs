@@ -112,7 +112,10 @@ fn what_serves_a_guest_may_do_less_than_the_worker() {
         let all = lists[list]["filter"].as_array().unwrap();
         all.iter().map(|entry| (entry["syscall"].to_string(), entry["args"].to_string())).collect()
     };
-    assert_eq!((&lists["guest"]["mismatch_action"], &lists["guest"]["match_action"]), (&json!("allow"), &json!("kill_process")));
+    assert_eq!(
+        (&lists["guest"]["mismatch_action"], &lists["guest"]["match_action"]),
+        (&json!("allow"), &json!("kill_process"))
+    );
     // Each entry takes something away that is there: wholly, or with the same arguments.
     let worker = entries("worker");
     for entry in entries("guest") {

@@ -8,6 +8,7 @@ use super::cgroups::{Bounds, Group};
 use super::checkpoint::Checkpoint;
 use super::hand::{Hand, Start};
 use super::net_hook::Up;
+use super::ready::expect_reachable;
 use super::{Fetch, Inner, Supervisor};
 use crate::control::{BootRequest, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
 use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
@@ -70,6 +71,7 @@ impl Supervisor {
     ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
+        check_names(request.count, request.name.as_deref())?;
         // Before its image is asked for: the VM's files may be another's when that is there.
         let about = About::expect(&self.0.dir, vm)?;
         // Before the parent is paused: a refused request costs it nothing.
@@ -90,7 +92,8 @@ impl Supervisor {
             // It was asked for, in vain.
             (None, None) => Err(FleetError::Ending),
         };
-        let made = self.start_children(&Origin { about: &about, vm: Some(vm), image: &image }, claims, request, cancel)?;
+        let made =
+            self.start_children(&Origin { about: &about, vm: Some(vm), image: &image }, claims, request, cancel)?;
         let answer = image()?.answer(made, begun.elapsed());
         self.0.events.forked(vm, &answer.children, answer.pause_us);
         Ok(answer)
@@ -108,6 +111,7 @@ impl Supervisor {
     ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
+        check_names(request.count, request.name.as_deref())?;
         let checkpoint = self.0.checkpoints.get(name)?;
         let claims = self.claim(name, request, &checkpoint.about().shape, cancel)?;
         let _making = self.0.making(&claims);
@@ -117,7 +121,7 @@ impl Supervisor {
         Ok(answer)
     }
 
-    /// Claims the names of children of `shape`, for which there is room.
+    /// Claims the names of children of `shape`, for which there is room. [`check_names`] comes first.
     pub(super) fn claim(
         &self,
         stem: &str,
@@ -126,7 +130,9 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<NameClaim>, FleetError> {
         let count = request.count;
-        check_names(count, request.name.as_deref())?;
+        if request.ready {
+            expect_reachable(stem, &shape.config)?;
+        }
         check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let listed = self.0.processes.names();
         let check = || self.check(0, count, cancel);

@@ -25,6 +25,7 @@
 //! | `metrics` | numbers for Prometheus |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `proxy` | requests that are passed on to a VM's process |
+//! | `ready` | guests that are told that their VMs are others |
 //! | `restore` | VMs from snapshots |
 //! | `server` | the HTTP API |
 
@@ -45,6 +46,7 @@ mod overlays;
 mod pool;
 mod processes;
 mod proxy;
+mod ready;
 mod restore;
 mod server;
 mod snapshots;

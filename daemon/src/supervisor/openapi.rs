@@ -225,9 +225,9 @@ mod tests {
         for (path, item) in paths(&document) {
             for (method, operation) in item.as_object().unwrap() {
                 let answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].as_str();
-                let makes = ["VmInfo", "ForkAnswer", "CheckpointInfo"].iter().any(|name| {
-                    method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}")))
-                });
+                let makes = ["VmInfo", "ForkAnswer", "CheckpointInfo"]
+                    .iter()
+                    .any(|name| method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}"))));
                 // These answer with what they have changed.
                 if !makes || ["/pause", "/resume", "/labels", "/ttl"].iter().any(|end| path.ends_with(end)) {
                     continue;

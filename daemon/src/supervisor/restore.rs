@@ -11,7 +11,7 @@ use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::overlays::unnamed_in;
 use crate::control::{CheckpointInfo, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
-use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name};
+use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name, check_names};
 use crate::jail::Grants;
 use crate::worker::{OpenOrder, Shape};
 use clade_vmm::vm::{SavedVm, SnapshotError};
@@ -103,6 +103,7 @@ impl Supervisor {
         if vms.count == 1 && vms.name.is_none() {
             vms.name = Some(stem.clone());
         }
+        check_names(vms.count, vms.name.as_deref())?;
         // Before it is opened, which takes longer: a refused request costs little.
         let (saved, shape) = self.saved(&request.saved)?;
         let claims = self.claim(&stem, &vms, &shape, cancel)?;

@@ -31,10 +31,10 @@ use super::{Supervisor, metrics, openapi};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, OpenRequest, Optional, PrepareRequest, Prepared, RestoreRequest, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE, TcpAcceptor, Token,
-    TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread,
-    serve_http,
+    ForkAnswer, ForkRequest, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer, RestoreRequest,
+    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE,
+    TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace,
+    not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -172,7 +172,36 @@ async fn fork_vm(
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
     let fetch = supervisor.fetch(&name).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.fork_vm(&name, &request, fetch, cancel)).await
+    let ready = may_be_ready(&request)?;
+    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_vm(&name, &request, fetch, cancel);
+    handed_out(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+}
+
+/// Whether the VMs of a request are to be ready. Those that start paused cannot be.
+fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
+    if request.ready && request.paused {
+        return Err(ApiError::new(ProblemKind::BadRequest, "a VM that starts paused is not ready: nothing in it runs"));
+    }
+    Ok(request.ready)
+}
+
+/// Hands out VMs that were made: if they are to be `ready`, then when they are.
+async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<ForkAnswer>) -> Answer<ForkAnswer> {
+    if ready {
+        supervisor.hand_out(&answer.children).await?;
+    }
+    Ok(Json(answer))
+}
+
+/// Has the agent in a VM's guest make it another VM: its clock, its random numbers, its tokens, its
+/// hooks. Answers when it is ready.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/ready",
+    responses((status = 200, description = "Done.", body = ReadyAnswer))
+)]
+async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<ReadyAnswer> {
+    Ok(Json(supervisor.make_ready(&name).await?))
 }
 
 /// Starts VMs from a snapshot: all of them or none.
@@ -185,7 +214,9 @@ async fn fork_vm(
 async fn restore(State(supervisor): State<Supervisor>, request: Wanted<RestoreRequest>) -> Answer<ForkAnswer> {
     let Json(request) = request?;
     expect_absolute(&request.saved.dir)?;
-    work(supervisor, move |supervisor, cancel| supervisor.restore(&request, cancel)).await
+    let ready = may_be_ready(&request.vms)?;
+    let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, cancel);
+    handed_out(&supervisor, ready, work(supervisor.clone(), restore).await?).await
 }
 
 /// Holds the image of a snapshot as a checkpoint.
@@ -271,7 +302,9 @@ async fn fork_checkpoint(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    work(supervisor, move |supervisor, cancel| supervisor.fork_checkpoint(&name, &request, cancel)).await
+    let ready = may_be_ready(&request)?;
+    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
+    handed_out(&supervisor, ready, work(supervisor.clone(), fork).await?).await
 }
 
 /// Prepares processes for children of a checkpoint.
@@ -306,20 +339,23 @@ async fn stop(
     UrlPath(name): UrlPath<String>,
     Optional(request): Optional<StopRequest>,
 ) -> Answer<StopAnswer> {
-    let request = request.unwrap_or_default();
+    Ok(Json(stop_vm(&supervisor, &name, request.unwrap_or_default()).await?))
+}
+
+/// Stops the VM called `name`.
+pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRequest) -> Result<StopAnswer, ApiError> {
     // Before its process is asked, which has as much time.
     grace(request)?;
     // Not what the process says of itself.
-    let pid = supervisor.pid_of(&name);
-    match Client::new(supervisor.dir()).stop_process(&name, request).await {
+    let pid = supervisor.pid_of(name);
+    let (held, owned) = (supervisor.clone(), name.to_owned());
+    match Client::new(supervisor.dir()).stop_process(name, request).await {
         Ok((answer, left)) => {
             // Closing descriptors may free memory and disks.
-            on_a_thread(THREAD_PATIENCE, move || supervisor.stopped(pid, left)).await?;
-            Ok(Json(answer))
+            on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;
+            Ok(answer)
         }
-        Err(ClientError::Silent { .. }) => {
-            Ok(Json(on_a_thread(THREAD_PATIENCE, move || supervisor.kill(&name)).await??))
-        }
+        Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
         Err(error) => Err(error.into()),
     }
 }
@@ -440,6 +476,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
+        .routes(routes!(ready))
         .routes(routes!(ended))
         .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
         .routes(routes!(working_set))

@@ -87,13 +87,6 @@ pub fn serve(
     }
 }
 
-/// Gives the kernel the pages of the heap that only making the VM has used: a third of what a worker
-/// has of its own.
-fn give_heap_back() {
-    // SAFETY: it only concerns memory that is free, under the allocator's own locks.
-    unsafe { libc::malloc_trim(0) };
-}
-
 fn is_of_kernel(error: &FleetError) -> bool {
     use BootError::{BzImage, Elf, NotAKernel, Unpack};
     matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
@@ -192,7 +185,6 @@ impl Maker<'_> {
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
-        give_heap_back();
         Ok(Some(Served { fleet, vm, was_booted: false }))
     }
 

@@ -104,6 +104,16 @@ pub enum StopReason {
     },
 }
 
+impl StopReason {
+    /// Whether the guest has run, and brought it about.
+    pub(crate) fn is_by_guest(&self) -> bool {
+        matches!(
+            self,
+            Self::Reset | Self::PowerOff | Self::Shutdown { .. } | Self::Emulation { .. } | Self::Unexpected { .. }
+        )
+    }
+}
+
 fn how(signal: Option<i32>, code: Option<i32>) -> String {
     match (signal, code) {
         (Some(signal), _) => format!("signal {signal}"),

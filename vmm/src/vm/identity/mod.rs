@@ -169,23 +169,7 @@ pub enum IdentityError {
     Vsock(#[from] VsockError),
 }
 
-impl ChildIdentity {
-    /// Whether the path of the child's socket contains the child's name, so that another name gives
-    /// another path.
-    #[must_use]
-    pub fn names_socket(&self) -> bool {
-        let chosen = self.vsock.as_ref().and_then(|choice| choice.socket.as_deref());
-        chosen.is_none_or(|path| path.to_str().is_some_and(|path| path.contains(NAME)))
-    }
-}
-
 impl IdentityError {
-    /// Whether a socket's path is in use already.
-    #[must_use]
-    pub fn is_socket_taken(&self) -> bool {
-        matches!(self, Self::Vsock(VsockError::Socket { source, .. }) if source.kind() == io::ErrorKind::AddrInUse)
-    }
-
     /// Whether another choice may succeed. False if the host itself fails.
     #[must_use]
     pub fn is_choice(&self) -> bool {

@@ -269,8 +269,9 @@ fn described(bytes: &[u8]) -> Result<(Description, Sections<'_>), TransferError>
     let head = usize::try_from(u64::from_le_bytes(*head)).unwrap_or(usize::MAX);
     let (head, mut rest) =
         rest.split_at_checked(head).ok_or_else(|| TransferError::malformed("it ends in its description"))?;
-    let description: Description = ciborium::de::from_reader_with_buffer(head, &mut vec![0; SCRATCH.min(head.len())])
-        .map_err(|error| TransferError::malformed(format!("its description cannot be read: {error}")))?;
+    let description: Description =
+        ciborium::de::from_reader_with_buffer(head, &mut vec![0; SCRATCH.min(head.len())])
+            .map_err(|error| TransferError::malformed(format!("its description cannot be read: {error}")))?;
     let mut saved = Vec::with_capacity(sections::SECTIONS.len());
     for (name, len) in &description.sections {
         let len = usize::try_from(*len).unwrap_or(usize::MAX);

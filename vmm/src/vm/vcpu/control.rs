@@ -290,13 +290,15 @@ impl<O, S> VcpuControl<O, S> {
     // --- the owner's side ---
 
     /// Starts the vCPUs, with one order each. Returns once all of them have loaded their state and
-    /// may enter the guest.
+    /// may enter the guest. A guest may have ended by then.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
         let mut inner = self.wait(|inner| !matches!(inner.startup, Startup::Preparing(_)))?;
         match (inner.failure.take(), inner.stop_reason()) {
             (Some(error), _) => Err(error),
+            // It has begun, run, and ended.
+            (None, Some(reason)) if inner.startup == Startup::Begun && reason.is_by_guest() => Ok(()),
             (None, Some(reason)) => Err(VmError::Stopped(reason.clone())),
             (None, None) => Ok(()),
         }

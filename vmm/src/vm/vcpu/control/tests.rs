@@ -148,6 +148,27 @@ fn all_enter_the_guest_or_none_does() {
 }
 
 #[test]
+fn a_guest_that_ends_before_its_owner_looks_has_started() {
+    for (reason, has_started) in [(StopReason::PowerOff, true), (StopReason::Requested, false)] {
+        let control = Arc::new(Control::new(1));
+        let vcpu = {
+            let (control, reason) = (Arc::clone(&control), reason.clone());
+            thread::spawn(move || {
+                assert!(matches!(control.wait_for_order(0), Next::Start(_)));
+                assert!(control.begin(0, Ok(()), || Ok(())));
+                control.stop(reason);
+            })
+        };
+        control.wait_idle().unwrap();
+        control.give([1]);
+        control.to_vcpus.notify_all();
+        vcpu.join().unwrap();
+        let told = control.start([]);
+        assert_eq!(told.is_ok(), has_started, "{reason}: {told:?}");
+    }
+}
+
+#[test]
 fn a_panic_of_the_last_vcpu_strands_nobody_and_is_told_as_one() {
     let (told, entered, stopped) = start(vec![Ok(()), Ok(())], || panic!("on purpose"));
     let error = told.unwrap_err();

@@ -1,0 +1,143 @@
+//! Guests that are told that their VMs are others: the children of a fork, restored VMs, VMs that
+//! were put back. The agent in each drops what is its parent's, and says when it is ready.
+//!
+//! Children that are asked for *ready* are handed out when all are, or there are none (I13).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clade_agent_client::proto::api::Generation;
+use clade_agent_client::proto::{Base64, PORT};
+use clade_agent_client::{Client as Agent, ClientError, Endpoint};
+use clade_vmm::vm::VmConfig;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::Supervisor;
+use super::about::About;
+use super::server::stop_vm;
+use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
+use crate::fleet::FleetError;
+
+/// Agents that are told at a time.
+const MAX_TOLD: usize = 16;
+/// Bytes for each guest's random number generator.
+const ENTROPY: usize = 64;
+/// How long an agent may take until it takes a connection. It has to hear first that those of its
+/// parent were reset.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is tried.
+const RETRY: Duration = Duration::from_millis(20);
+
+fn not_ready(name: &str, why: &str) -> ApiError {
+    ApiError::new(ProblemKind::NotReady, format!("{name}: {why}"))
+}
+
+/// Checks that the guests of VMs of `config` can be told anything.
+pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), FleetError> {
+    if config.vsock.is_some() {
+        return Ok(());
+    }
+    let text = format!("{name} has no vsock device to reach its agent by");
+    Err(FleetError::Refused { kind: ProblemKind::NoDevice, text })
+}
+
+/// VMs that are made and not yet handed out. Dropped, they end.
+struct Unhanded {
+    supervisor: Supervisor,
+    names: Vec<String>,
+}
+
+impl Drop for Unhanded {
+    fn drop(&mut self) {
+        let (supervisor, names) = (self.supervisor.clone(), std::mem::take(&mut self.names));
+        if !names.is_empty() {
+            self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await });
+        }
+    }
+}
+
+async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
+    for name in names {
+        if let Err(error) = stop_vm(supervisor, &name, StopRequest::default()).await {
+            tracing::warn!(?error, name, "a VM that is not ready does not stop");
+        }
+    }
+}
+
+impl Supervisor {
+    /// Has the agent in a VM make it another VM.
+    ///
+    /// # Errors
+    /// When there is no such VM, no agent answers in it, or it could not do all of it.
+    pub(super) async fn make_ready(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
+        let (supervisor, vm) = (self.clone(), name.to_owned());
+        let socket = on_a_thread(THREAD_PATIENCE, move || {
+            let about = About::expect(&supervisor.0.dir, &vm)?;
+            expect_reachable(&vm, &about.shape.config)?;
+            Ok::<_, FleetError>(about.identity.vsock.map(|vsock| vsock.socket))
+        });
+        let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT });
+        let mut entropy = vec![0; ENTROPY];
+        rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;
+        let mut request = Generation { name: name.to_owned(), now_ns: None, entropy: Some(Base64(entropy)) };
+        let deadline = Instant::now() + PATIENCE;
+        let ready = loop {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            request.now_ns = Some(now.as_nanos().to_string());
+            match agent.change_generation(&request).await {
+                // The connection may be one of those that a child resets: it is told again.
+                Err(ClientError::NoAgent { .. } | ClientError::Http(_)) if Instant::now() < deadline => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(not_ready(name, &clade_vmm::error_chain(&error))),
+                Ok(ready) => break ready,
+            }
+        };
+        let failed = ready.hooks.iter().filter(|hook| hook.status != "exit status 0");
+        let failed = failed.map(|hook| format!("the hook {}: {}", hook.name, hook.status));
+        match ready.failed.iter().cloned().chain(failed).next() {
+            Some(first) => Err(not_ready(name, &first)),
+            None => {
+                let hooks = ready.hooks.into_iter().map(|hook| hook.name).collect();
+                Ok(ReadyAnswer { generation: ready.generation, hooks })
+            }
+        }
+    }
+
+    /// The same for VMs that were just made: all are ready when this returns, or all have ended. They
+    /// also end when nobody waits for it any more.
+    ///
+    /// # Errors
+    /// That of the first that is not ready.
+    pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
+        let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
+        let turns = Arc::new(Semaphore::new(MAX_TOLD));
+        let mut told = JoinSet::new();
+        for name in names {
+            let (supervisor, turns, name) = (self.clone(), Arc::clone(&turns), name.clone());
+            told.spawn(async move {
+                // The semaphore is never closed.
+                let _turn = turns.acquire().await;
+                supervisor.make_ready(&name).await
+            });
+        }
+        let mut failed = None;
+        while let (None, Some(ready)) = (&failed, told.join_next().await) {
+            failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
+        }
+        drop(told);
+        let names = std::mem::take(&mut unhanded.names);
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                // To its end, also when the client goes.
+                let supervisor = self.clone();
+                let _ = self.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
+                Err(error)
+            }
+        }
+    }
+}
