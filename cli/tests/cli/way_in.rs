@@ -116,7 +116,8 @@ fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
         runtime.clade(&["fork", "web", "--count", "8", "--paused", "--json"]).json();
         let each = (runtime.open_files(runtime.pid()) - before.1) as u64 / 8;
         let told = needed / 10_000;
-        assert!((each..=each + each / 2 + 2).contains(&told), "{told} are looked for, {each} are taken");
+        // Until it runs it takes its worker's socket, its name's lock and its process once more.
+        assert!((each..=each + 3).contains(&told), "{told} are looked for, {each} are taken");
     }
     assert_eq!(runtime.clade(&["pause", "web", "--json"]).json()["state"], "paused");
 }

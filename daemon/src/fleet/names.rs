@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::dir::{NameClaim, RuntimeDir};
+use super::dir::{NameClaim, RuntimeDir, check_name};
 use super::error::{CancelReason, FleetError, MAX_CHILDREN};
 
 /// Cancels a request. A clone cancels the same request.
@@ -27,6 +27,8 @@ pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), Fle
     if !(1..=MAX_CHILDREN).contains(&count) {
         return Err(FleetError::Count { count });
     }
+    // With the shortest number: what is no name then never is one.
+    pattern.map_or(Ok(()), |pattern| check_name(&pattern.replace("{n}", "1")))?;
     match pattern {
         Some(pattern) if count > 1 && !pattern.contains("{n}") => {
             Err(FleetError::Pattern { pattern: pattern.to_owned() })
