@@ -14,6 +14,7 @@ use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_v
 use crate::commands::disk::parse_disk;
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
+use crate::commands::image::ImageCommand;
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
@@ -88,6 +89,9 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// OCI images: fetch, list, inspect and remove what VMs can be run of.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Supervise the VMs of the runtime directory: a process for each, forks from checkpoints.
     Serve(ServeArgs),
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.

@@ -10,6 +10,7 @@ mod events;
 mod exec;
 mod generate;
 mod guest;
+mod image;
 mod journal;
 mod limits;
 mod logging;
@@ -169,6 +170,7 @@ fn run(command: Command) -> Outcome {
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
+        Command::Image(command) => image::main(&command),
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),
