@@ -180,7 +180,13 @@ impl FromStr for Reference {
     type Err = ReferenceError;
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         let registry = std::env::var(REGISTRY_VARIABLE).ok().filter(|registry| !registry.is_empty());
-        Self::parse(text, registry.as_deref())
+        // A name in a store means the same in each directory.
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        Ok(match Self::parse(text, registry.as_deref())? {
+            Self::Layout { dir, tag } => Self::Layout { dir: absolute(dir), tag },
+            Self::Archive { file } => Self::Archive { file: absolute(file) },
+            other => other,
+        })
     }
 }
 

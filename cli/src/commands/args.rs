@@ -14,7 +14,7 @@ use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_v
 use crate::commands::disk::parse_disk;
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
-use crate::commands::image::ImageCommand;
+use crate::commands::image::{ImageCommand, PullFlags};
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
@@ -254,8 +254,18 @@ pub(crate) struct ActArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    /// With --image it is that of clade guest linux, unless another is named.
+    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// An OCI image to run, as clade image pull has it. It is pulled if it is not there. Its disk is
+    /// the root, the agent is PID 1, and what the image runs is started.
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
+    pub(crate) image: Option<String>,
+    #[command(flatten)]
+    pub(crate) pull: PullFlags,
+    /// What the image runs, instead of its cmd.
+    #[arg(value_name = "COMMAND", last = true, requires = "image")]
+    pub(crate) command: Vec<String>,
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,

@@ -11,6 +11,7 @@ mod exec;
 mod generate;
 mod guest;
 mod image;
+mod image_vm;
 mod journal;
 mod limits;
 mod logging;
