@@ -76,6 +76,9 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
         Err(error) => return Err(io::Error::new(error.kind(), format!("the agent cannot listen: {error}"))),
     };
     if let Some(entrypoint) = entrypoint {
+        if entrypoint.share_env {
+            agent.settings().envs = Arc::new(entrypoint.env.clone());
+        }
         let agent = Arc::clone(&agent);
         tokio::spawn(async move { agent.run_entrypoint(entrypoint).await });
     }
@@ -98,7 +101,7 @@ impl Agent {
     /// Runs what is to run beside the agent, on the console.
     async fn run_entrypoint(&self, entrypoint: Entrypoint) {
         let name = entrypoint.user.as_deref().unwrap_or("root");
-        let Some(user) = users::find(name) else {
+        let Some(user) = users::find_with_group(name) else {
             log!("the entrypoint's user {name:?} is not known");
             return;
         };
@@ -106,6 +109,8 @@ impl Agent {
         let none = BTreeMap::new();
         let around = Surroundings { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
+        // Images name directories that are made when they are needed. What is wrong with it the start says.
+        let _ = std::fs::create_dir_all(cwd);
         let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         match self.children.spawn(&mut command) {

@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use rustix::fs::Mode;
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit, umask};
 use serde::Deserialize;
@@ -17,6 +17,8 @@ use crate::process::spawn::first_file_limit;
 
 /// What is run beside the agent, if the kernel's command line does not say it.
 const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";
+/// Where the root of `clade.root=` is mounted first.
+const NEW_ROOT: &str = "/newroot";
 /// Descriptors of the agent: some for each process and each connection.
 const FILES: u64 = 65_536;
 /// What the loopback interface is called by the kernel.
@@ -50,8 +52,10 @@ pub struct Entrypoint {
     pub env: BTreeMap<String, String>,
     /// Its directory.
     pub cwd: Option<String>,
-    /// Its user. Default: root.
+    /// Its user, and a group behind a colon. Default: root.
     pub user: Option<String>,
+    /// Whether other programs that the agent starts have its variables too.
+    pub share_env: bool,
     /// Whether the guest ends with it.
     pub power_off: bool,
 }
@@ -87,6 +91,29 @@ fn prepare_mounts() {
             let _ = symlink(target, link);
         }
     }
+}
+
+/// Makes the file system of a device the root. What is mounted by now goes along; so do no other files
+/// of the initramfs. Directories of the image's own stay visible: nothing is put over `/tmp` and `/run`.
+fn switch_root(device: &str) -> io::Result<()> {
+    let failed = |what: String| move |error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"));
+    fs::create_dir_all(NEW_ROOT).map_err(failed(NEW_ROOT.to_owned()))?;
+    // The options of ext4 are in its superblock.
+    let mounted = mount(device, NEW_ROOT, "ext4", MountFlags::RELATIME, None);
+    mounted.map_err(io::Error::from).map_err(failed(device.to_owned()))?;
+    for dir in ["/proc", "/sys", "/dev"] {
+        let place = format!("{NEW_ROOT}{dir}");
+        // A link of the image's would be followed in this root.
+        if !fs::symlink_metadata(&place).is_ok_and(|what| what.is_dir()) {
+            let _ = fs::remove_file(&place);
+            fs::create_dir(&place).map_err(failed(place.clone()))?;
+        }
+        mount_move(dir, &place).map_err(io::Error::from).map_err(failed(place))?;
+    }
+    std::env::set_current_dir(NEW_ROOT)?;
+    mount_move(".", "/").map_err(io::Error::from).map_err(failed("/".to_owned()))?;
+    rustix::process::chroot(".").map_err(io::Error::from).map_err(failed("/".to_owned()))?;
+    std::env::set_current_dir("/")
 }
 
 /// Has the kernel bring up the loopback interface: RTM_NEWLINK by netlink.
@@ -157,7 +184,7 @@ pub fn raise_file_limit() {
     }
 }
 
-/// Mounts what is missing, brings up the loopback interface, and says what is to be run.
+/// Mounts what is missing, changes to the root that the kernel's command line names, brings up the loopback interface, and says what is to be run.
 #[must_use]
 pub fn prepare() -> Option<Entrypoint> {
     umask(Mode::WGRP | Mode::WOTH);
@@ -165,8 +192,16 @@ pub fn prepare() -> Option<Entrypoint> {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let words = words(&line);
     warn("the loopback interface", bring_up_loopback());
-    set_hostname(&words);
+    // That of the initramfs, before its files are out of sight.
     let file = fs::read_to_string(ENTRYPOINT).ok();
+    if let Some(device) = words.iter().find_map(|word| word.strip_prefix("clade.root="))
+        && let Err(error) = switch_root(device)
+    {
+        // What would run has its files there. The agent answers, so that one can look.
+        log!("no root: {error}");
+        return None;
+    }
+    set_hostname(&words);
     entrypoint(&words, file.as_deref()).unwrap_or_else(|error| {
         log!("{ENTRYPOINT}: {error}");
         None

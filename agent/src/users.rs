@@ -34,6 +34,22 @@ pub(crate) fn find(name: &str) -> Option<User> {
     find_in(name, &read(PASSWD), &read(GROUP))
 }
 
+/// The same, with a group behind a colon that it has instead of its own.
+pub(crate) fn find_with_group(text: &str) -> Option<User> {
+    with_group_in(text, &read(PASSWD), &read(GROUP))
+}
+
+fn with_group_in(text: &str, passwd: &str, group: &str) -> Option<User> {
+    let Some((name, wanted)) = text.split_once(':') else { return find_in(text, passwd, group) };
+    let user = find_in(name, passwd, group)?;
+    let listed = group.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(wanted)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    let gid = listed.or_else(|| wanted.parse().ok())?;
+    Some(User { gid, groups: vec![gid], ..user })
+}
+
 fn find_in(name: &str, passwd: &str, group: &str) -> Option<User> {
     let listed = passwd.lines().find_map(|line| {
         let [known, _, uid, gid, _, home, ..] = line.split(':').collect::<Vec<_>>()[..] else { return None };
@@ -104,6 +120,15 @@ mod tests {
         assert_eq!(ann.groups, [8, 20]);
         assert_eq!(find_in("odd", USERS, GROUPS), None);
         assert_eq!(find_in("nobody", USERS, GROUPS), None);
+    }
+
+    #[test]
+    fn a_group_behind_a_colon_is_the_only_one() {
+        let of = |text: &str| with_group_in(text, USERS, GROUPS).map(|user| (user.uid, user.gid, user.groups));
+        assert_eq!(of("ann:staff"), Some((7, 20, vec![20])));
+        assert_eq!(of("1000:77"), Some((1000, 77, vec![77])));
+        assert_eq!(of("ann"), Some((7, 8, vec![8, 20])));
+        assert_eq!(of("ann:nobody").or(of("nobody:staff")).or(of("ann:")), None);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_v
 use crate::commands::disk::parse_disk;
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
+use crate::commands::image::{ImageCommand, PullFlags};
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
@@ -91,6 +92,9 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// OCI images: fetch, list, inspect and remove what VMs can be run of.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Supervise the VMs of the runtime directory: a process for each, forks from checkpoints.
     Serve(ServeArgs),
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
@@ -253,8 +257,18 @@ pub(crate) struct ActArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    /// With --image it is that of clade guest linux, unless another is named.
+    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// An OCI image to run, as clade image pull has it. It is pulled if it is not there. Its disk is
+    /// the root, the agent is PID 1, and what the image runs is started.
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
+    pub(crate) image: Option<String>,
+    #[command(flatten)]
+    pub(crate) pull: PullFlags,
+    /// What the image runs, instead of its cmd.
+    #[arg(value_name = "COMMAND", last = true, requires = "image")]
+    pub(crate) command: Vec<String>,
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,

@@ -10,6 +10,8 @@ mod events;
 mod exec;
 mod generate;
 mod guest;
+mod image;
+mod image_vm;
 mod journal;
 mod limits;
 mod logging;
@@ -170,6 +172,7 @@ fn run(command: Command) -> Outcome {
         Command::Snapshot(args) => snapshot::main(args),
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
+        Command::Image(command) => image::main(&command),
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),

@@ -9,6 +9,7 @@ use hyper::Method;
 use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
+use crate::commands::image_vm::{ImageVm, ROOT_WORD};
 use crate::commands::many::limit;
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
@@ -39,6 +40,11 @@ pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
     outcome
 }
 
+/// The VM's.
+pub(super) fn name(args: &RunArgs) -> String {
+    args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()))
+}
+
 fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     let mut config = VmConfig::new(args.mem, args.cpus).map_err(Failure::input)?;
     if !args.overcommit {
@@ -60,12 +66,19 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     Ok(config)
 }
 
-/// The request that the arguments make.
-fn request(args: &RunArgs) -> Result<BootRequest, Failure> {
+/// The request that the arguments make. What is `of_image` is added to it.
+fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Failure> {
     // Its process has another working directory.
     let file = |path: &PathBuf| std::path::absolute(path).map_err(Failure::input);
-    let is_bare = args.kernel == Path::new(BARE);
+    let kernel = of_image.map_or_else(|| args.kernel.clone().unwrap_or_default(), |image| image.kernel.clone());
+    let initrd = of_image.map(|image| image.initrd.path().to_owned()).or_else(|| args.initrd.clone());
+    let is_bare = kernel == Path::new(BARE);
     let mut config = config(args, is_bare)?;
+    if let Some(image) = of_image {
+        config.disks.insert(0, image.disk.clone());
+        config.vsock.get_or_insert_with(|| image.vsock.clone());
+        config.check_devices().map_err(Failure::input)?;
+    }
     for disk in &mut config.disks {
         disk.disk.path = file(&disk.disk.path)?;
         disk.disk.overlays = disk.disk.overlays.as_ref().map(file).transpose()?;
@@ -73,13 +86,18 @@ fn request(args: &RunArgs) -> Result<BootRequest, Failure> {
     if let Some(vsock) = &mut config.vsock {
         vsock.socket = file(&vsock.socket)?;
     }
-    let default_cmdline =
-        || args.append.iter().fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"));
+    let default_cmdline = || {
+        of_image
+            .map(|_| ROOT_WORD)
+            .into_iter()
+            .chain(args.append.iter().map(String::as_str))
+            .fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"))
+    };
     Ok(BootRequest {
-        name: args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id())),
+        name: name(args),
         config,
-        kernel: if is_bare { args.kernel.clone() } else { file(&args.kernel)? },
-        initrd: args.initrd.as_ref().map(file).transpose()?,
+        kernel: if is_bare { kernel } else { file(&kernel)? },
+        initrd: initrd.as_ref().map(file).transpose()?,
         cmdline: args.cmdline.clone().unwrap_or_else(default_cmdline),
         labels: Labels::of(&args.label).map_err(Failure::input)?,
         paused: false,
@@ -89,7 +107,9 @@ fn request(args: &RunArgs) -> Result<BootRequest, Failure> {
 }
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
-    let mut request = request(args)?;
+    // Its initramfs is a file until the VM runs.
+    let of_image = args.image.as_deref().map(|image| ImageVm::prepare(args, image)).transpose()?;
+    let mut request = request(args, of_image.as_ref())?;
     if args.background {
         return background(args, &request);
     }

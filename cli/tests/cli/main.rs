@@ -12,6 +12,7 @@ mod disk;
 mod ending;
 mod graceful;
 mod guest;
+mod image;
 mod labels;
 mod many;
 mod metrics;

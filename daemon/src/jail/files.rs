@@ -33,6 +33,9 @@ pub(crate) struct Grants {
     pub(crate) overlays: Vec<PathBuf>,
     /// Directories of images that are written: a journal, or a new image, is made beside them.
     pub(crate) beside: Vec<PathBuf>,
+    /// Whether it opens images by itself, and locks them. What a child has is locked already.
+    #[serde(default)]
+    pub(crate) locks: bool,
 }
 
 impl Grants {
@@ -53,7 +56,7 @@ impl Grants {
 
     /// For a VM that is booted.
     pub(crate) fn of_boot(config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> Self {
-        let mut grants = Self::default();
+        let mut grants = Self { locks: !config.disks.is_empty(), ..Self::default() };
         grants.read.extend([Some(kernel), initrd].into_iter().flatten().map(Path::to_owned));
         for disk in config.disks.iter().map(|disk| &disk.disk) {
             let DiskConfig { path, read_only, ephemeral, .. } = disk;

@@ -131,7 +131,7 @@ pub(crate) fn confine(
     confinement.judge("Landlock", grants.enforce(memory))?;
     confinement.judge("capabilities", drop_capabilities())?;
     // Last: it forbids some of the above.
-    confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty()))
+    confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty(), grants.locks))
 }
 
 /// Private memory that a worker may map beside twice its VM's RAM: stacks, heaps, buffers.

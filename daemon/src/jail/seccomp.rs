@@ -38,14 +38,17 @@ fn apply(list: &str) -> io::Result<()> {
 
 /// Restricts this process, which has one thread, to what any thread of a worker needs. Threads that
 /// serve the guest are restricted further when they start. Only a worker that `names_files` makes
-/// names, and changes what files are.
-pub(super) fn enter(names_files: bool) -> io::Result<()> {
+/// names, and changes what files are; only one that does so or `locks_files` locks them.
+pub(super) fn enter(names_files: bool, locks_files: bool) -> io::Result<()> {
     prepare()?;
     for list in ["absent", "made_before"] {
         apply(list)?;
     }
     if !names_files {
         apply("no_names")?;
+    }
+    if !(names_files || locks_files) {
+        apply("no_locks")?;
     }
     signals_to_itself()?;
     apply("worker")?;

@@ -1,0 +1,304 @@
+//! `clade image`: what VMs can be run of, in the cache.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clade_image::{
+    Descriptor, Digest, Image, ImageError, Limits, Progress, PullError, PullOptions, Reference, ReferenceError,
+    RunConfig, SourceError, Store, StoreError,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::commands::units::{parse_size, show_size};
+use crate::commands::{Failure, Outcome, Table, print_json};
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Fetch images, check them, and make a disk of each.
+    Pull(PullArgs),
+    /// List the images that have disks.
+    Ls(ListArgs),
+    /// Show what an image runs, and where its disk is.
+    Inspect(InspectArgs),
+    /// Remove names of images, and images that have none left. What is in use stays.
+    Rm(RemoveArgs),
+}
+
+/// How to pull.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct PullFlags {
+    /// Ask the registry by HTTP, without TLS. One on this machine always is.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Most bytes of all layers together, unpacked.
+    #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
+    pub(crate) max_image: u64,
+}
+
+impl PullFlags {
+    fn options(&self) -> PullOptions {
+        PullOptions { is_insecure: self.insecure, limits: Limits { bytes: self.max_image, ..Limits::default() } }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PullArgs {
+    /// An image: HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE. Names without a
+    /// host are of the registry that CLADE_REGISTRY names.
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<String>,
+    #[command(flatten)]
+    flags: PullFlags,
+    /// Print JSON: an array of the images.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct InspectArgs {
+    /// Its name, its digest, or the digest's first six digits or more.
+    #[arg(value_name = "IMAGE")]
+    image: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RemoveArgs {
+    /// Their names, or digests as for inspect.
+    #[arg(value_name = "IMAGE", required_unless_present = "all", conflicts_with = "all")]
+    images: Vec<String>,
+    /// All that are not in use.
+    #[arg(long)]
+    all: bool,
+    /// Remove an image that is named by its digest, also if it has several names.
+    #[arg(long)]
+    force: bool,
+    /// Print JSON: an array of what was removed.
+    #[arg(long)]
+    json: bool,
+}
+
+/// An image, as `--json` has it.
+#[derive(Debug, Serialize)]
+struct Shown {
+    digest: Digest,
+    names: Vec<String>,
+    disk: PathBuf,
+    disk_bytes: u64,
+    /// What the disk's file takes of the host.
+    host_bytes: u64,
+    layers: usize,
+    fetched_bytes: u64,
+    skipped: u64,
+    config: RunConfig,
+}
+
+/// What `clade image rm --json` prints of each.
+#[derive(Debug, Serialize)]
+struct Gone {
+    image: Option<Digest>,
+    names: Vec<String>,
+    bytes: u64,
+}
+
+pub(super) fn main(command: &ImageCommand) -> Outcome {
+    let store = open_store()?;
+    match command {
+        ImageCommand::Pull(args) => pull_all(&store, args),
+        ImageCommand::Ls(args) => list(&store, args),
+        ImageCommand::Inspect(args) => inspect(&store, args),
+        ImageCommand::Rm(args) => remove(&store, args),
+    }
+}
+
+pub(super) fn open_store() -> Result<Store, Failure> {
+    Store::open_default().map_err(Failure::input)
+}
+
+fn store_failure(error: StoreError) -> Failure {
+    Failure::run(error)
+}
+
+fn image_failure(error: ImageError) -> Failure {
+    match error {
+        ImageError::Store(error) => store_failure(error),
+        other => Failure::input(other),
+    }
+}
+
+/// What is wrong with an image cannot be done as asked; a network that fails may work tomorrow.
+fn pull_failure(error: PullError) -> Failure {
+    match error {
+        PullError::Store(StoreError::File { .. } | StoreError::Content { .. })
+        | PullError::Disk(_)
+        | PullError::Source(SourceError::Http { .. } | SourceError::Answer { .. } | SourceError::NoToken(_)) => {
+            Failure::run(error)
+        }
+        other => Failure::input(other),
+    }
+}
+
+pub(super) fn parse(text: &str) -> Result<Reference, Failure> {
+    text.parse().map_err(|error: ReferenceError| Failure::input(error))
+}
+
+/// Bars on a terminal; nothing elsewhere.
+struct Bars(RefCell<ProgressBar>);
+
+impl Bars {
+    fn set(&self, bar: ProgressBar, style: &str, message: String) {
+        let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let old = self.0.replace(bar.with_style(style).with_message(message));
+        old.finish_and_clear();
+    }
+
+    fn spin(&self, message: String) {
+        let bar = ProgressBar::new_spinner();
+        bar.enable_steady_tick(Duration::from_millis(100));
+        self.set(bar, "{msg:34} {spinner} {elapsed}", message);
+    }
+}
+
+impl Progress for Bars {
+    fn fetch(&self, what: &Descriptor) {
+        let name = what.digest.hex().chars().take(12).collect();
+        self.set(ProgressBar::new(what.size), "{msg:34} {wide_bar:.cyan/blue} {bytes:>10}/{total_bytes}", name);
+    }
+    fn fetched(&self, bytes: u64) {
+        self.0.borrow().inc(bytes);
+    }
+    fn unpack(&self, layer: usize, of: usize) {
+        self.spin(format!("layer {layer} of {of}"));
+    }
+    fn write(&self) {
+        self.spin("disk".to_owned());
+    }
+}
+
+/// Pulls one. An image in a registry by a digest that is there already needs no registry.
+pub(super) fn pull(store: &Store, reference: &Reference, flags: &PullFlags, is_quiet: bool) -> Result<Image, Failure> {
+    let bars = Bars(RefCell::new(ProgressBar::hidden()));
+    let progress: &dyn Progress = if is_quiet { &() } else { &bars };
+    let image = store.pull(reference, &flags.options(), progress);
+    bars.0.borrow().finish_and_clear();
+    image.map_err(|error| pull_failure(error).named(&reference.to_string()))
+}
+
+fn shown(store: &Store, image: Image, names: &BTreeMap<String, Digest>) -> Shown {
+    use std::os::unix::fs::MetadataExt;
+    let disk = store.disk(&image.digest);
+    let host_bytes = std::fs::metadata(&disk).map_or(0, |file| file.blocks() * 512);
+    Shown {
+        names: names.iter().filter(|(_, digest)| **digest == image.digest).map(|(name, _)| name.clone()).collect(),
+        disk,
+        disk_bytes: image.disk_bytes,
+        host_bytes,
+        // A manifest and a configuration are before them.
+        layers: image.blobs.len().saturating_sub(2),
+        fetched_bytes: image.blobs.iter().map(|blob| blob.size).sum(),
+        skipped: image.skipped,
+        config: image.config,
+        digest: image.digest,
+    }
+}
+
+/// Does each, says what fails with its name, and fails with the first.
+fn each<T>(names: &[String], mut one: impl FnMut(&str) -> Result<T, Failure>) -> (Vec<T>, Outcome) {
+    let (mut done, mut first) = (Vec::new(), None);
+    for name in names {
+        match one(name) {
+            Ok(value) => done.push(value),
+            Err(failure) if first.is_none() => first = Some(failure),
+            Err(failure) => eprintln!("clade: {failure}"),
+        }
+    }
+    (done, first.map_or(Ok(()), Err))
+}
+
+fn pull_all(store: &Store, args: &PullArgs) -> Outcome {
+    let (images, outcome) = each(&args.images, |name| {
+        let image = pull(store, &parse(name)?, &args.flags, args.json)?;
+        if !args.json {
+            println!("{}", image.digest);
+        }
+        if image.skipped > 0 {
+            eprintln!("{name}: {} attributes and files of other systems are left out", image.skipped);
+        }
+        Ok(image)
+    });
+    if args.json {
+        let names = store.references().map_err(store_failure)?;
+        let images: Vec<Shown> = images.into_iter().map(|image| shown(store, image, &names)).collect();
+        print_json(&images).map_err(Failure::run)?;
+    }
+    outcome
+}
+
+fn list(store: &Store, args: &ListArgs) -> Outcome {
+    let names = store.references().map_err(store_failure)?;
+    let images = store.images().map_err(store_failure)?;
+    let images: Vec<Shown> = images.into_iter().map(|image| shown(store, image, &names)).collect();
+    if args.json {
+        return print_json(&images).map_err(Failure::run);
+    }
+    let mut table = Table::new(["name", "digest", "layers", "fetched", "on disk"]);
+    for image in images {
+        let digest: String = image.digest.hex().chars().take(12).collect();
+        let name = if image.names.is_empty() { "-".to_owned() } else { image.names.join("\n") };
+        let sizes = [image.fetched_bytes, image.host_bytes].map(show_size);
+        table.row([name, digest, image.layers.to_string()].into_iter().chain(sizes));
+    }
+    table.print().map_err(Failure::run)
+}
+
+fn inspect(store: &Store, args: &InspectArgs) -> Outcome {
+    let image = store.find(&args.image).map_err(image_failure)?;
+    let image = shown(store, image, &store.references().map_err(store_failure)?);
+    if args.json {
+        return print_json(&image).map_err(Failure::run);
+    }
+    let mut table = Table::new(["", ""]);
+    let mut row = |name: &str, value: String| table.words([name.to_owned(), value]);
+    row("digest", image.digest.to_string());
+    row("names", image.names.join("\n"));
+    row("disk", image.disk.display().to_string());
+    row("on disk", show_size(image.host_bytes));
+    row("entrypoint", image.config.entrypoint.join(" "));
+    row("cmd", image.config.cmd.join(" "));
+    row("env", image.config.env.join("\n"));
+    row("directory", image.config.working_dir);
+    row("user", image.config.user);
+    table.print().map_err(Failure::run)
+}
+
+fn remove(store: &Store, args: &RemoveArgs) -> Outcome {
+    let everyone: Vec<String> = if args.all {
+        let images = store.images().map_err(store_failure)?;
+        images.iter().map(|image| image.digest.to_string()).collect()
+    } else {
+        args.images.clone()
+    };
+    let (gone, outcome) = each(&everyone, |name| {
+        let removed = store.remove(name, args.force || args.all).map_err(image_failure)?;
+        if !args.json {
+            println!("{name} is removed");
+        }
+        Ok(Gone { image: removed.image, names: removed.names, bytes: removed.bytes })
+    });
+    if args.json {
+        print_json(&gone).map_err(Failure::run)?;
+    }
+    outcome
+}

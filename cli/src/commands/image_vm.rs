@@ -1,0 +1,219 @@
+//! `clade run --image`: the disk of an image, an initramfs with the agent, and what the image runs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use clade_daemon::fleet::{check_name, runtime_dir};
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::vsock::VsockOptions;
+use clade_image::RunConfig;
+use clade_vmm::vm::DiskSpec;
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use crate::commands::Failure;
+use crate::commands::args::RunArgs;
+use crate::commands::image::{open_store, parse, pull};
+use crate::commands::run::name;
+use crate::linux_guest::LinuxGuest;
+
+/// What the agent is told by the kernel's command line.
+pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
+/// Where the agent is, if not beside this program.
+const AGENT_VARIABLE: &str = "CLADE_AGENT";
+/// CIDs from here on are of images, by the number of the process that starts them.
+const FIRST_CID: u64 = 0x1000_0000;
+
+/// What a VM of an image has.
+#[derive(Debug)]
+pub(super) struct ImageVm {
+    pub(super) kernel: PathBuf,
+    /// Removed with this.
+    pub(super) initrd: NamedTempFile,
+    pub(super) disk: DiskSpec,
+    pub(super) vsock: VsockOptions,
+}
+
+/// What the agent is told to run: `/etc/clade/entrypoint.json` of the initramfs.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Entrypoint {
+    args: Vec<String>,
+    env: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cwd: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<String>,
+    share_env: bool,
+    power_off: bool,
+}
+
+impl Entrypoint {
+    fn new(config: &RunConfig, command: &[String]) -> Self {
+        let cmd = if command.is_empty() { &config.cmd } else { command };
+        let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
+        let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
+        Self {
+            args: config.entrypoint.iter().chain(cmd).cloned().collect(),
+            env: variables.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            cwd: given(&config.working_dir),
+            user: given(&config.user),
+            share_env: true,
+            power_off: true,
+        }
+    }
+}
+
+impl ImageVm {
+    /// Pulls the image, if it is not there, and makes what its VM needs.
+    pub(super) fn prepare(args: &RunArgs, image: &str) -> Result<Self, Failure> {
+        let name = name(args);
+        // It is a part of a path.
+        check_name(&name).map_err(Failure::input)?;
+        let agent = find_agent()?;
+        let kernel = match &args.kernel {
+            Some(kernel) => kernel.clone(),
+            None => LinuxGuest::build().map_err(Failure::run)?.kernel,
+        };
+        let store = open_store()?;
+        let image = match store.find(image) {
+            Ok(image) => image,
+            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, &args.pull, false)?,
+            Err(error) => return Err(Failure::input(error)),
+        };
+        let entrypoint = Entrypoint::new(&image.config, &args.command);
+        let mut disk = DiskConfig::new(&store.disk(&image.digest));
+        // Shared by all VMs: what one writes is in its overlay.
+        disk.ephemeral = true;
+        let dir = runtime_dir();
+        fs::create_dir_all(&dir).with_context(|| dir.display().to_string()).map_err(Failure::Input)?;
+        let initrd = initramfs(&dir, &agent, &entrypoint).map_err(Failure::Run)?;
+        let socket = dir.join(format!("{name}.vsock"));
+        let vsock = VsockOptions { cid: FIRST_CID + u64::from(std::process::id()), socket };
+        Ok(Self { kernel, initrd, disk: DiskSpec { disk, device: BlockOptions::default() }, vsock })
+    }
+}
+
+/// The agent's program: what the variable names, or `clade-agent` beside this program, or in
+/// `../lib/clade`.
+fn find_agent() -> Result<PathBuf, Failure> {
+    if let Some(path) = std::env::var_os(AGENT_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from) {
+        return match path.is_file() {
+            true => Ok(path),
+            false => Err(Failure::Input(anyhow!("{AGENT_VARIABLE} is {}, which is no file", path.display()))),
+        };
+    }
+    let own = std::env::current_exe().map_err(Failure::run)?;
+    let dir = own.parent().unwrap_or(Path::new("/"));
+    let places = [dir.join("clade-agent"), dir.join("../lib/clade/clade-agent")];
+    let found = places.iter().find(|path| path.is_file()).cloned();
+    found.ok_or_else(|| {
+        let place = places[0].display();
+        Failure::Input(anyhow!("no agent for the guest: {place} is not there, and {AGENT_VARIABLE} names none"))
+    })
+}
+
+/// An archive of cpio's newc format, which the kernel unpacks.
+#[derive(Debug, Default)]
+struct Cpio {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Cpio {
+    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
+        self.entries += 1;
+        let size = content.len();
+        let fields: [usize; 13] = [
+            self.entries as usize,
+            mode as usize,
+            0,
+            0,
+            1,
+            0,
+            size,
+            0,
+            0,
+            device.0 as usize,
+            device.1 as usize,
+            name.len() + 1,
+            0,
+        ];
+        self.bytes.extend(b"070701");
+        fields.iter().for_each(|field| self.bytes.extend(format!("{field:08X}").as_bytes()));
+        self.bytes.extend(name.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend(content);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, (0, 0), b"");
+        self.bytes
+    }
+}
+
+/// The agent as PID 1, a console, and what it is to run.
+fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint) -> anyhow::Result<NamedTempFile> {
+    let program = fs::read(agent).with_context(|| agent.display().to_string())?;
+    let mut cpio = Cpio::default();
+    for name in ["dev", "proc", "sys", "newroot", "etc", "etc/clade"] {
+        cpio.add(name, 0o040_755, (0, 0), b"");
+    }
+    cpio.add("dev/console", 0o020_600, (5, 1), b"");
+    cpio.add("etc/clade/entrypoint.json", 0o100_600, (0, 0), &serde_json::to_vec(entrypoint)?);
+    cpio.add("init", 0o100_755, (0, 0), &program);
+    let mut file = NamedTempFile::with_prefix_in(".initramfs-", dir).with_context(|| dir.display().to_string())?;
+    file.write_all(&cpio.end()).with_context(|| file.path().display().to_string())?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_command_takes_the_place_of_cmd_and_not_of_the_entrypoint() {
+        let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let config = RunConfig {
+            entrypoint: texts(&["/bin/entry"]),
+            cmd: texts(&["a"]),
+            env: texts(&["A=b=c", "nothing"]),
+            working_dir: "/srv".into(),
+            user: String::new(),
+        };
+        let own = Entrypoint::new(&config, &[]);
+        assert_eq!((own.args, own.cwd, own.user), (texts(&["/bin/entry", "a"]), Some("/srv".into()), None));
+        assert_eq!(own.env, BTreeMap::from([("A".into(), "b=c".into())]));
+        assert_eq!(Entrypoint::new(&config, &texts(&["b", "c"])).args, texts(&["/bin/entry", "b", "c"]));
+    }
+
+    #[test]
+    fn an_initramfs_is_one_to_cpio() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = dir.path().join("agent");
+        fs::write(&agent, "a program").unwrap();
+        let entrypoint = Entrypoint::new(&RunConfig::default(), &[]);
+        let file = initramfs(dir.path(), &agent, &entrypoint).unwrap();
+        let list = Command::new("cpio").args(["-itv", "--quiet"]).stdin(Stdio::from(file.reopen().unwrap())).output();
+        let Ok(list) = list else {
+            println!("skipped: cpio is not installed");
+            return;
+        };
+        let list = String::from_utf8(list.stdout).unwrap();
+        let line = |name: &str| list.lines().find(|line| line.ends_with(name)).unwrap_or_else(|| panic!("{list}"));
+        assert!(line(" init").starts_with("-rwxr-xr-x") && line(" init").contains(" 9 "), "{list}");
+        assert!(line(" dev/console").starts_with("crw-------") && line(" dev/console").contains("5,   1"), "{list}");
+        assert_eq!(list.lines().count(), 9, "{list}");
+    }
+}

@@ -1,0 +1,255 @@
+//! OCI images: in the cache, from a registry, and as VMs.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::tool::{Answer, Runtime, kvm, wait_until};
+
+const BOOT: Duration = Duration::from_secs(300);
+
+fn sha256(path: &Path) -> String {
+    let done = Command::new("sha256sum").arg(path).output().unwrap();
+    let text = String::from_utf8(done.stdout).unwrap();
+    format!("sha256:{}", text.split(' ').next().unwrap())
+}
+
+/// Puts a file among the layout's blobs, and describes it.
+fn blob(layout: &Path, media_type: &str, content: &Path) -> Value {
+    let digest = sha256(content);
+    let place = layout.join("blobs/sha256").join(digest.strip_prefix("sha256:").unwrap());
+    fs::copy(content, place).unwrap();
+    json!({"mediaType": media_type, "digest": digest, "size": fs::metadata(content).unwrap().len()})
+}
+
+fn document(layout: &Path, media_type: &str, content: &Value) -> Value {
+    let path = layout.join("document");
+    fs::write(&path, content.to_string()).unwrap();
+    blob(layout, media_type, &path)
+}
+
+/// A layout of one image: the directory `root` as its layer, and what it runs.
+fn write_layout(layout: &Path, root: &Path, config: &Value) {
+    fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let tar = layout.join("layer.tar");
+    let done = Command::new("tar")
+        .args(["--owner=0", "--group=0", "--numeric-owner", "-cf"])
+        .arg(&tar)
+        .arg("-C")
+        .arg(root)
+        .arg(".")
+        .status();
+    assert!(done.unwrap().success());
+    let layer = blob(layout, "application/vnd.oci.image.layer.v1.tar", &tar);
+    let config = json!({"architecture": "amd64", "os": "linux", "config": config,
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]}});
+    let config = document(layout, "application/vnd.oci.image.config.v1+json", &config);
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let manifest = json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer]});
+    let mut manifest = document(layout, kind, &manifest);
+    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": "1"});
+    let index = json!({"schemaVersion": 2, "manifests": [manifest]});
+    fs::write(layout.join("index.json"), index.to_string()).unwrap();
+}
+
+struct Images {
+    runtime: Runtime,
+    registry: Option<Child>,
+}
+
+impl Drop for Images {
+    fn drop(&mut self) {
+        if let Some(registry) = &mut self.registry {
+            let _ = registry.kill();
+            let _ = registry.wait();
+        }
+    }
+}
+
+impl Images {
+    fn new() -> Self {
+        Self { runtime: Runtime::new(), registry: None }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.runtime.dir().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.runtime.command(args);
+        command.env("CLADE_IMAGE_DIR", self.path("images")).env_remove("CLADE_REGISTRY");
+        command
+    }
+
+    fn clade(&self, args: &[&str]) -> Answer {
+        self.command(args).output().unwrap().into()
+    }
+
+    /// Starts Debian's registry, and copies the layout's image to it. None where there are no such tools.
+    fn push(&mut self, layout: &Path) -> Option<String> {
+        for tool in ["docker-registry", "skopeo"] {
+            if Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+                println!("skipped: {tool} is not installed; the image comes from its layout");
+                return None;
+            }
+        }
+        // Free now; nobody else has reason to take it.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = self.path("registry.yml");
+        let storage = self.path("registry");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n",
+            storage.display()
+        );
+        fs::write(&config, text).unwrap();
+        let quiet = || File::create(self.path("registry.log")).unwrap();
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config).stdin(Stdio::null()).stdout(quiet()).stderr(quiet());
+        self.registry = Some(command.spawn().unwrap());
+        wait_until("the registry", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let name = format!("127.0.0.1:{port}/clade/busybox:1");
+        let copied = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
+            .arg(format!("oci:{}:1", layout.display()))
+            .arg(format!("docker://{name}"))
+            .output()
+            .unwrap();
+        assert!(copied.status.success(), "{copied:?}");
+        Some(name)
+    }
+}
+
+#[test]
+fn images_are_pulled_shown_and_removed() {
+    let images = Images::new();
+    let (root, layout) = (images.path("root"), images.path("layout"));
+    fs::create_dir_all(root.join("etc")).unwrap();
+    fs::write(root.join("etc/motd"), "hello\n").unwrap();
+    symlink("/etc/motd", root.join("link")).unwrap();
+    write_layout(&layout, &root, &json!({"Cmd": ["/bin/sh"], "Env": ["A=b"], "WorkingDir": "/srv"}));
+    let name = format!("oci:{}:1", layout.display());
+    let pulled = images.clade(&["image", "pull", &name, "--json"]).json();
+    let digest = pulled[0]["digest"].as_str().unwrap().to_owned();
+    assert_eq!((pulled[0]["names"][0].as_str(), pulled[0]["layers"].as_u64()), (Some(name.as_str()), Some(1)));
+    let (again, plain) = (images.clade(&["image", "pull", &name]), images.clade(&["image", "ls"]));
+    assert_eq!((again.code, again.stdout.trim()), (Some(0), digest.as_str()));
+    assert!(plain.stdout.contains(&name) && plain.stdout.contains(&digest[7..19]), "{plain:?}");
+    let shown = images.clade(&["image", "inspect", &digest[7..17], "--json"]).json();
+    assert_eq!((&shown["config"]["Cmd"][0], &shown["config"]["WorkingDir"]), (&json!("/bin/sh"), &json!("/srv")));
+    let disk = Path::new(shown["disk"].as_str().unwrap());
+    assert_eq!(fs::metadata(disk).unwrap().permissions().mode() & 0o777, 0o444);
+    assert_eq!(images.clade(&["image", "ls", "--json"]).json()[0]["digest"], digest);
+
+    images.clade(&["image", "inspect", "nothing.example/x"]).expect_refusal("nothing.example/x");
+    images.clade(&["image", "pull", "oci:/nowhere"]).expect_refusal("oci:/nowhere");
+    images.clade(&["image", "pull", &format!("oci:{}:2", layout.display())]).expect_refusal("\"2\"");
+    images.clade(&["image", "pull", "python:3.12"]).expect_refusal("CLADE_REGISTRY");
+    let deaf = images.clade(&["image", "pull", "127.0.0.1:1/a"]);
+    assert!(deaf.code == Some(1) && deaf.stderr.contains("127.0.0.1:1/a:latest"), "{deaf:?}");
+    fs::write(root.join("more"), "x").unwrap();
+    write_layout(&layout, &root, &json!({}));
+    images.clade(&["image", "pull", &name, "--max-image", "1K"]).expect_refusal("more than 1024 bytes");
+
+    let open = File::open(disk).unwrap();
+    images.clade(&["image", "rm", &name]).expect_refusal("in use");
+    drop(open);
+    let both = images.clade(&["image", "rm", "nothing.example/x", &name]);
+    assert_eq!(both.code, Some(2), "{both:?}");
+    assert!(both.stderr.contains("nothing.example/x") && both.stdout.contains(&name), "{both:?}");
+    assert!(!disk.exists() && images.clade(&["image", "ls", "--json"]).json() == json!([]));
+}
+
+fn resource(script: &str, args: &[&str]) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
+    let done = Command::new(path).args(args).stdin(Stdio::null()).output().ok()?;
+    let text = String::from_utf8_lossy(&done.stdout).trim().lines().last().map(PathBuf::from);
+    text.filter(|_| done.status.success())
+}
+
+/// The guest's kernel with its busybox, and the agent.
+fn guest() -> Option<(PathBuf, PathBuf)> {
+    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "linux"));
+    let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from);
+    let linux = named("CLADE_LINUX_GUEST").or_else(|| resource("linux/build.sh", &["--path"]));
+    let agent = linux.is_some().then(|| named("CLADE_AGENT").or_else(|| resource("agent/build.sh", &[]))).flatten();
+    if agent.is_none() {
+        assert!(!required, "linux is required: guest {linux:?}");
+        println!("skipped: the guest is {linux:?}, its agent {agent:?}");
+    }
+    linux.zip(agent)
+}
+
+/// A root with busybox, users, and a program that counts.
+fn write_root(root: &Path, linux: &Path) {
+    for dir in ["bin", "etc", "tmp", "srv"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    let archive = File::open(linux.join("initramfs.cpio")).unwrap();
+    let mut extract = Command::new("cpio");
+    let busybox = extract.args(["--quiet", "-i", "--to-stdout", "bin/busybox"]).stdin(archive).output().unwrap();
+    let mut program = File::create(root.join("bin/busybox")).unwrap();
+    program.write_all(&busybox.stdout).unwrap();
+    program.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
+    for name in ["sh", "cat", "id", "echo", "sleep", "mount", "touch", "ls", "expr"] {
+        symlink("busybox", root.join("bin").join(name)).unwrap();
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:7:7::/srv:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nstaff:x:20:\n").unwrap();
+}
+
+#[test]
+fn an_image_is_a_vm_that_can_be_forked() {
+    if !kvm() {
+        return;
+    }
+    let Some((linux, agent)) = guest() else { return };
+    let mut images = Images::new();
+    let (root, layout) = (images.path("root"), images.path("layout"));
+    write_root(&root, &linux);
+    let config = json!({"Entrypoint": ["sh", "-c"], "Cmd": ["exit 1"], "Env": ["PATH=/bin", "COLOUR=blue"],
+        "WorkingDir": "/work/made", "User": "app:staff"});
+    write_layout(&layout, &root, &config);
+    let name = images.push(&layout).unwrap_or_else(|| format!("oci:{}:1", layout.display()));
+    let script = "id -u; id -g; echo $COLOUR; pwd; echo started > /tmp/started; exec sleep 100000";
+    let mut command = images.command(&["run", "--image", &name, "--detached", "--mem", "256M", "--name", "web"]);
+    command.arg("--kernel").arg(linux.join("vmlinux")).args(["--", script]).env("CLADE_AGENT", &agent);
+    let said = images.path("said");
+    let output = File::create(&said).unwrap();
+    images.runtime.adopt(command.stdout(output.try_clone().unwrap()).stderr(output).spawn().unwrap());
+    let exec = |vm: &str, script: &str| images.clade(&["exec", vm, "--", "sh", "-c", script]);
+    let begun = Instant::now();
+    while exec("web", "cat /tmp/started").stdout != "started\n" {
+        // A refusal need not be waited for.
+        let words = fs::read_to_string(&said).unwrap();
+        let has_failed = words.contains("clade: ") || begun.elapsed() > BOOT;
+        assert!(!has_failed, "{words} {:?}", images.clade(&["logs", "web"]));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let logs = images.clade(&["logs", "web"]).stdout.replace('\r', "");
+    assert!(logs.contains("7\n20\nblue\n/work/made\n"), "{logs}");
+    // The image's root, its variables, and none of the initramfs.
+    let seen = exec("web", "echo $COLOUR; ls / /init; cat /proc/mounts");
+    assert!(seen.stdout.starts_with("blue\n") && seen.stdout.contains("/dev/vda / ext4 rw"), "{seen:?}");
+    assert!(!seen.stdout.contains("newroot") && seen.stderr.contains("/init"), "{seen:?}");
+    // Its disk is in use, and what is written is not in it.
+    images.clade(&["image", "rm", &name]).expect_refusal("in use");
+    let file = images.path("file");
+    fs::write(&file, "from here\n").unwrap();
+    assert_eq!(images.clade(&["cp", file.to_str().unwrap(), "web:/srv/file"]).code, Some(0));
+    let forked = images.clade(&["fork", "web", "--count", "2", "--ready", "--json"]).json();
+    assert_eq!(forked["children"].as_array().unwrap().len(), 2);
+    for vm in ["web", "web-1", "web-2"] {
+        exec(vm, &format!("echo {vm} >> /srv/file"));
+        assert_eq!(exec(vm, "cat /srv/file").stdout, format!("from here\n{vm}\n"), "alone on its disk");
+    }
+    images.clade(&["stop", "--all"]);
+    wait_until("the end of the run", || images.runtime.files().is_empty());
+    assert_eq!(images.clade(&["image", "rm", &name]).code, Some(0));
+}

@@ -1,0 +1,40 @@
+//! What fuzz targets reach: bytes in, and nothing but an outcome.
+
+use std::fs::File;
+
+use crate::limits::{Bounded, Budget, Counted, Limits};
+use crate::manifest::{Document, ImageConfig, choose, document};
+use crate::tree::{Layer, LayerError, Spool, Tree};
+
+/// Puts archives on each other, and writes the disk. Returns how long it is, if none is refused.
+///
+/// # Errors
+/// When one is refused.
+///
+/// # Panics
+/// When a tree that was accepted cannot be written.
+pub fn unpack(archives: &[&[u8]], spool: File, disk: &File) -> Result<u64, LayerError> {
+    let limits = Limits { layers: 8, entries: 2000, bytes: 8 << 20, ratio: 256 };
+    let (mut budget, mut spool, mut tree) = (Budget::new(&limits), Spool::new(spool), Tree::new());
+    for (number, archive) in archives.iter().enumerate() {
+        let (archive, count) = Counted::new(*archive);
+        let (layer, _) = Layer::read(Bounded::new(archive, count, &mut budget), &mut spool)?;
+        tree.apply(layer, number)?;
+    }
+    let written = crate::ext4::write(&tree, spool.file(), &[7; 32], 1 << 20, disk);
+    Ok(written.unwrap_or_else(|error| panic!("an accepted tree is not written: {error}")))
+}
+
+/// Reads a document as manifest, index and configuration.
+pub fn manifest(bytes: &[u8]) {
+    match document("", bytes) {
+        Ok(Document::Manifest(manifest)) => {
+            let (_, again) = manifest.to_bytes();
+            let Ok(Document::Manifest(same)) = document("", &again) else { panic!("it is written as something else") };
+            assert_eq!(*same, *manifest);
+            let _ = manifest.check(&Limits::default());
+        }
+        Ok(Document::Index(manifests)) => drop(choose(manifests)),
+        Err(_) => drop(ImageConfig::parse(bytes)),
+    }
+}

@@ -1,0 +1,45 @@
+//! OCI images to disks.
+//!
+//! An image comes from a registry, an OCI layout or an archive of Docker's. Its content is kept by
+//! digest. Its layers are put on each other in memory, and the result is written as one ext4 file
+//! system. No name of an image is ever a name on this host, nothing needs root, and the same image
+//! makes the same bytes.
+//!
+//! | to learn about | read |
+//! |---|---|
+//! | from a reference to a disk | [`Store::pull`] in `pull.rs` |
+//! | what is kept, and how it becomes visible | `store.rs` |
+//! | where content comes from | `source/` |
+//! | archives, and what is refused of them | `tar.rs`, `limits.rs` |
+//! | layers on each other | `tree/` |
+//! | the file system | `ext4/` |
+//!
+//! It runs nothing, mounts nothing, and does not know what a VM is.
+
+#![deny(missing_docs)]
+
+mod digest;
+mod ext4;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod limits;
+mod manifest;
+mod pull;
+mod reference;
+mod remove;
+mod source;
+mod store;
+mod tar;
+mod tree;
+
+pub use digest::{Digest, DigestError};
+pub use ext4::DiskError;
+pub use limits::{LimitError, Limits};
+pub use manifest::{Descriptor, Manifest, ManifestError, Platform, RunConfig};
+pub use pull::{Progress, PullError, PullOptions};
+pub use reference::{REGISTRY_VARIABLE, Reference, ReferenceError, Version};
+pub use remove::{ImageError, Removed};
+pub use source::SourceError;
+pub use store::{DIRECTORY_VARIABLE, Image, Store, StoreError, StoreLock};
+pub use tar::TarError;
+pub use tree::LayerError;

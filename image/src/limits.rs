@@ -1,0 +1,164 @@
+//! What an image may take, and streams that are held to it.
+
+use std::cell::Cell;
+use std::io::{self, Read};
+use std::rc::Rc;
+
+use thiserror::Error;
+
+/// Most bytes of a path of an entry, as the kernel has it.
+pub(crate) const MAX_PATH: usize = 4096;
+/// Most bytes of a name.
+pub(crate) const MAX_NAME: usize = 255;
+/// Most bytes of a manifest, an index or a configuration.
+pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
+/// Most bytes of the extended header of an entry.
+pub(crate) const MAX_PAX: u64 = 1 << 20;
+/// Levels of directories.
+pub(crate) const MAX_DEPTH: usize = 1024;
+/// Links to one file, as ext4 has it.
+pub(crate) const MAX_LINKS: u32 = 65_000;
+/// Bytes of names, links and attributes of all entries.
+const MAX_NAMES: u64 = 512 << 20;
+/// From how many bytes on a ratio is looked at.
+const RATIO_FROM: u64 = 64 << 20;
+
+/// Most of what an image may have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Layers.
+    pub layers: usize,
+    /// Entries of all layers together.
+    pub entries: u64,
+    /// Bytes of all layers together, unpacked.
+    pub bytes: u64,
+    /// Bytes of a layer for each byte of it that is compressed, beyond its first 64 MiB.
+    pub ratio: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { layers: 128, entries: 1_000_000, bytes: 64 << 30, ratio: 256 }
+    }
+}
+
+/// A layer is larger than an image may be.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum LimitError {
+    /// Too many layers.
+    #[error("the image has {found} layers; {limit} are allowed")]
+    Layers {
+        /// How many it has.
+        found: usize,
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// Too many entries.
+    #[error("the image has more than {0} entries")]
+    Entries(u64),
+    /// Names, links and attributes are too large together.
+    #[error("the image has more than {0} bytes of names and attributes")]
+    Names(u64),
+    /// Too many bytes.
+    #[error("the image has more than {0} bytes")]
+    Bytes(u64),
+    /// Compressed beyond what content can be.
+    #[error("{compressed} bytes of the layer are {unpacked} unpacked; {ratio} to 1 are allowed")]
+    Ratio {
+        /// What was read.
+        compressed: u64,
+        /// What came of it.
+        unpacked: u64,
+        /// What is allowed.
+        ratio: u64,
+    },
+}
+
+/// What is left of an image's limits.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    limits: Limits,
+    entries: u64,
+    names: u64,
+    bytes: u64,
+}
+
+impl Budget {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        Self { limits: limits.clone(), entries: limits.entries, names: MAX_NAMES, bytes: limits.bytes }
+    }
+
+    /// Takes an entry with that many bytes of names and attributes, which are kept in memory.
+    pub(crate) fn take_entry(&mut self, names: usize) -> Result<(), LimitError> {
+        self.names = self.names.checked_sub(names as u64).ok_or(LimitError::Names(MAX_NAMES))?;
+        self.entries = self.entries.checked_sub(1).ok_or(LimitError::Entries(self.limits.entries))?;
+        Ok(())
+    }
+
+    fn take_bytes(&mut self, bytes: u64) -> Result<(), LimitError> {
+        self.bytes = self.bytes.checked_sub(bytes).ok_or(LimitError::Bytes(self.limits.bytes))?;
+        Ok(())
+    }
+
+    /// Whether a file of that size has room. A refusal before its bytes come.
+    pub(crate) fn allows(&self, bytes: u64) -> Result<(), LimitError> {
+        if bytes > self.bytes { Err(LimitError::Bytes(self.limits.bytes)) } else { Ok(()) }
+    }
+}
+
+/// Counts what is read.
+#[derive(Debug)]
+pub(crate) struct Counted<R> {
+    inner: R,
+    count: Rc<Cell<u64>>,
+}
+
+impl<R> Counted<R> {
+    pub(crate) fn new(inner: R) -> (Self, Rc<Cell<u64>>) {
+        let count = Rc::new(Cell::new(0));
+        (Self { inner, count: Rc::clone(&count) }, count)
+    }
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.count.set(self.count.get() + read as u64);
+        Ok(read)
+    }
+}
+
+/// An unpacked layer that ends with an error at the limit.
+pub(crate) struct Bounded<'a, R> {
+    inner: R,
+    compressed: Rc<Cell<u64>>,
+    unpacked: u64,
+    budget: &'a mut Budget,
+}
+
+impl<'a, R: Read> Bounded<'a, R> {
+    pub(crate) fn new(inner: R, compressed: Rc<Cell<u64>>, budget: &'a mut Budget) -> Self {
+        Self { inner, compressed, unpacked: 0, budget }
+    }
+
+    pub(crate) fn into_inner(self) -> R {
+        self.inner
+    }
+
+    pub(crate) fn budget(&mut self) -> &mut Budget {
+        self.budget
+    }
+}
+
+impl<R: Read> Read for Bounded<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.unpacked += read as u64;
+        self.budget.take_bytes(read as u64).map_err(io::Error::other)?;
+        let (compressed, ratio) = (self.compressed.get(), self.budget.limits.ratio);
+        if self.unpacked > RATIO_FROM && self.unpacked / compressed.max(1) > ratio {
+            return Err(io::Error::other(LimitError::Ratio { compressed, unpacked: self.unpacked, ratio }));
+        }
+        Ok(read)
+    }
+}

@@ -1,0 +1,326 @@
+//! Manifests, indexes and configurations, as OCI and Docker have them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::digest::Digest;
+use crate::limits::{LimitError, Limits, MAX_DOCUMENT};
+
+/// Levels of indexes in indexes.
+pub(crate) const MAX_NESTING: usize = 4;
+const INDEXES: [&str; 2] =
+    ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
+const MANIFESTS: [&str; 2] =
+    ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+const CONFIGS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+
+/// What a registry is told that is understood.
+pub(crate) fn accepted() -> String {
+    [&INDEXES[..], &MANIFESTS[..]].concat().join(", ")
+}
+
+/// A document that no image can be made of.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    /// No JSON, or not of that form.
+    #[error("{what} cannot be understood")]
+    Json {
+        /// Which.
+        what: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Too long.
+    #[error("{what} has {found} bytes; {MAX_DOCUMENT} are allowed")]
+    TooLong {
+        /// Which.
+        what: String,
+        /// How many it has.
+        found: u64,
+    },
+    /// Of a kind that is none of an image.
+    #[error("{what} is of the type {found:?}, which is not supported")]
+    MediaType {
+        /// Which.
+        what: String,
+        /// As it says.
+        found: String,
+    },
+    /// Nothing for this platform.
+    #[error("there is no image for linux/amd64 among {0}")]
+    Platform(String),
+    /// An image for another platform.
+    #[error("the image is for {0}, not for linux/amd64")]
+    OtherPlatform(String),
+    /// Indexes in indexes.
+    #[error("the index {0} is more than {MAX_NESTING} indexes deep")]
+    Nesting(Digest),
+    /// The configuration knows other layers.
+    #[error("the manifest has {manifest} layers, and its configuration {config}")]
+    Layers {
+        /// As the manifest says.
+        manifest: usize,
+        /// As the configuration says.
+        config: usize,
+    },
+    /// A limit.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+}
+
+/// Which content, and how much of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What it is.
+    #[serde(default)]
+    pub media_type: String,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its bytes.
+    pub size: u64,
+    /// What it runs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    /// What else is said of it, such as a tag.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Descriptor {
+    pub(crate) fn of(media_type: &str, bytes: &[u8]) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest: Digest::of(bytes),
+            size: bytes.len() as u64,
+            platform: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+/// What an image runs on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Platform {
+    /// Such as amd64.
+    pub architecture: String,
+    /// Such as linux.
+    pub os: String,
+}
+
+impl Platform {
+    fn is_ours(&self) -> bool {
+        self.os == "linux" && self.architecture == "amd64"
+    }
+    fn shown(&self) -> String {
+        format!("{}/{}", self.os, self.architecture)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Index {
+    manifests: Vec<Descriptor>,
+}
+
+/// An image: a configuration and layers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    schema_version: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    media_type: Option<String>,
+    /// What it runs, and what its layers are unpacked.
+    pub config: Descriptor,
+    /// From the lowest to the highest.
+    pub layers: Vec<Descriptor>,
+}
+
+/// How a layer is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    None,
+    Gzip,
+    Zstd,
+}
+
+/// How the layer that a descriptor names is packed.
+pub(crate) fn packing(layer: &Descriptor) -> Result<Packing, ManifestError> {
+    let known = |prefix: &str| layer.media_type.strip_prefix(prefix);
+    let rest = known("application/vnd.oci.image.layer.v1.tar")
+        .or_else(|| known("application/vnd.oci.image.layer.nondistributable.v1.tar"))
+        .or_else(|| known("application/vnd.docker.image.rootfs.diff.tar"))
+        .or_else(|| known("application/vnd.docker.image.rootfs.foreign.diff.tar"));
+    match rest {
+        Some("") => Ok(Packing::None),
+        Some("+gzip" | ".gzip") => Ok(Packing::Gzip),
+        Some("+zstd" | ".zstd") => Ok(Packing::Zstd),
+        _ => Err(ManifestError::MediaType {
+            what: format!("the layer {}", layer.digest),
+            found: layer.media_type.clone(),
+        }),
+    }
+}
+
+/// What a document that names content is.
+#[derive(Debug)]
+pub(crate) enum Document {
+    Index(Vec<Descriptor>),
+    Manifest(Box<Manifest>),
+}
+
+fn parse<'a, T: Deserialize<'a>>(what: impl FnOnce() -> String, bytes: &'a [u8]) -> Result<T, ManifestError> {
+    let found = bytes.len() as u64;
+    if found > MAX_DOCUMENT {
+        return Err(ManifestError::TooLong { what: what(), found });
+    }
+    serde_json::from_slice(bytes).map_err(|source| ManifestError::Json { what: what(), source })
+}
+
+/// Reads an index or a manifest. Which it is it says itself; `told` is what its descriptor says.
+pub(crate) fn document(told: &str, bytes: &[u8]) -> Result<Document, ManifestError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Any {
+        media_type: Option<String>,
+        #[serde(default)]
+        manifests: Option<serde::de::IgnoredAny>,
+        #[serde(default)]
+        layers: Option<serde::de::IgnoredAny>,
+    }
+    let what = || "the manifest".to_owned();
+    let any: Any = parse(what, bytes)?;
+    let kind = any.media_type.as_deref().unwrap_or(told);
+    let other = || ManifestError::MediaType { what: what(), found: kind.to_owned() };
+    // A document that is both would be taken for one by some, and for the other by others.
+    let is_index = match (any.manifests.is_some(), any.layers.is_some()) {
+        (true, false) => true,
+        (false, true) => false,
+        _ => return Err(other()),
+    };
+    let fits = |kinds: [&str; 2]| kind.is_empty() || kinds.contains(&kind);
+    match is_index {
+        true if fits(INDEXES) => Ok(Document::Index(parse::<Index>(|| "the index".to_owned(), bytes)?.manifests)),
+        false if fits(MANIFESTS) => Ok(Document::Manifest(Box::new(parse(what, bytes)?))),
+        _ => Err(other()),
+    }
+}
+
+/// The descriptor in an index that is for this platform.
+pub(crate) fn choose(mut manifests: Vec<Descriptor>) -> Result<Descriptor, ManifestError> {
+    let known = |one: &Descriptor| [&INDEXES[..], &MANIFESTS[..]].concat().contains(&one.media_type.as_str());
+    let ours = |one: &Descriptor| one.platform.as_ref().is_some_and(Platform::is_ours);
+    let chosen = manifests.iter().position(|one| known(one) && ours(one));
+    // One without a platform may be for any.
+    let chosen = chosen.or_else(|| manifests.iter().position(|one| known(one) && one.platform.is_none()));
+    match chosen {
+        Some(at) => Ok(manifests.swap_remove(at)),
+        None => {
+            let mut others: Vec<_> = manifests.iter().take(20).filter_map(|one| one.platform.as_ref()).collect();
+            others.dedup();
+            let others: Vec<_> = others.into_iter().map(Platform::shown).collect();
+            let others = if others.is_empty() { "none".to_owned() } else { others.join(", ") };
+            Err(ManifestError::Platform(others.chars().take(400).collect()))
+        }
+    }
+}
+
+/// What an image runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RunConfig {
+    /// A program and its first arguments.
+    #[serde(deserialize_with = "or_default")]
+    pub entrypoint: Vec<String>,
+    /// Arguments that others can replace; the program too, if there is no entrypoint.
+    #[serde(deserialize_with = "or_default")]
+    pub cmd: Vec<String>,
+    /// Variables, as NAME=VALUE.
+    #[serde(deserialize_with = "or_default")]
+    pub env: Vec<String>,
+    /// The directory.
+    #[serde(deserialize_with = "or_default")]
+    pub working_dir: String,
+    /// A name or number, and a group behind a colon.
+    #[serde(deserialize_with = "or_default")]
+    pub user: String,
+}
+
+/// Docker writes null for what is empty.
+fn or_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Option::<T>::deserialize(from).map(Option::unwrap_or_default)
+}
+
+/// The configuration of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ImageConfig {
+    pub(crate) run: RunConfig,
+    /// Digests of unpacked layers.
+    pub(crate) diff_ids: Vec<Digest>,
+}
+
+impl ImageConfig {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        #[derive(Deserialize)]
+        struct Root {
+            diff_ids: Vec<Digest>,
+        }
+        #[derive(Deserialize)]
+        struct Config {
+            #[serde(flatten)]
+            platform: Platform,
+            #[serde(default, deserialize_with = "or_default")]
+            config: RunConfig,
+            rootfs: Root,
+        }
+        let config: Config = parse(|| "the configuration".to_owned(), bytes)?;
+        if !config.platform.is_ours() {
+            return Err(ManifestError::OtherPlatform(config.platform.shown().chars().take(200).collect()));
+        }
+        Ok(Self { run: config.config, diff_ids: config.rootfs.diff_ids })
+    }
+}
+
+impl Manifest {
+    /// One of layers whose configuration is at hand, as an archive of Docker's has them.
+    pub(crate) fn of(config: &[u8], layers: Vec<Descriptor>) -> Self {
+        let config = Descriptor::of(CONFIGS[0], config);
+        Self { schema_version: 2, media_type: Some(MANIFESTS[0].to_owned()), config, layers }
+    }
+
+    /// Its bytes, and what names them.
+    pub(crate) fn to_bytes(&self) -> (Descriptor, Vec<u8>) {
+        let bytes = serde_json::to_vec(self).unwrap_or_default();
+        (Descriptor::of(MANIFESTS[0], &bytes), bytes)
+    }
+
+    /// Its descriptor, by what it says itself.
+    pub(crate) fn describe(&self, digest: Digest, size: u64) -> Descriptor {
+        let media_type = self.media_type.as_deref().unwrap_or(MANIFESTS[0]);
+        Descriptor { digest, size, ..Descriptor::of(media_type, b"") }
+    }
+
+    /// Looks at what is said before anything is fetched for it.
+    pub(crate) fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
+        if self.layers.len() > limits.layers {
+            return Err(LimitError::Layers { found: self.layers.len(), limit: limits.layers }.into());
+        }
+        let what = || format!("the configuration {}", self.config.digest);
+        if !CONFIGS.contains(&self.config.media_type.as_str()) {
+            return Err(ManifestError::MediaType { what: what(), found: self.config.media_type.clone() });
+        }
+        if self.config.size > MAX_DOCUMENT {
+            return Err(ManifestError::TooLong { what: what(), found: self.config.size });
+        }
+        let sum = self.layers.iter().try_fold(0u64, |sum, layer| sum.checked_add(layer.size));
+        if sum.is_none_or(|sum| sum > limits.bytes) {
+            return Err(LimitError::Bytes(limits.bytes).into());
+        }
+        self.layers.iter().try_for_each(|layer| packing(layer).map(drop))
+    }
+}

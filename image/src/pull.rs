@@ -1,0 +1,232 @@
+//! From a reference to a disk: documents, content, layers, file system.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+
+use thiserror::Error;
+
+use crate::digest::{Digest, DigestError, DigestReader};
+use crate::ext4::{self, DiskError};
+use crate::limits::{Bounded, Budget, Counted, Limits, MAX_DOCUMENT};
+use crate::manifest::{
+    Descriptor, Document, ImageConfig, MAX_NESTING, Manifest, ManifestError, Packing, choose, document, packing,
+};
+use crate::reference::Reference;
+use crate::source::{self, Source, SourceError};
+use crate::store::{Image, Store, StoreError, StoreLock};
+use crate::tree::{Layer, LayerError, Spool, Tree};
+
+/// Why there is no disk of an image.
+#[derive(Debug, Error)]
+pub enum PullError {
+    /// The store fails.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The source fails.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A document is refused.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A layer is refused.
+    #[error("the layer {layer} is refused")]
+    Layer {
+        /// Which.
+        layer: Digest,
+        /// Why.
+        #[source]
+        source: LayerError,
+    },
+    /// A layer is not what the configuration says.
+    #[error("the layer {layer} is not what the image's configuration says")]
+    DiffId {
+        /// Which.
+        layer: Digest,
+        /// Why.
+        #[source]
+        source: DigestError,
+    },
+    /// A decoder cannot be made.
+    #[error("the layer {layer} cannot be unpacked")]
+    Unpack {
+        /// Which.
+        layer: Digest,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The disk cannot be made.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+/// What is told while an image is pulled.
+pub trait Progress {
+    /// Content comes, of so many bytes.
+    fn fetch(&self, _what: &Descriptor) {}
+    /// So many bytes of it more have come.
+    fn fetched(&self, _bytes: u64) {}
+    /// A layer is unpacked: which of how many.
+    fn unpack(&self, _layer: usize, _of: usize) {}
+    /// The disk is written.
+    fn write(&self) {}
+}
+
+impl Progress for () {}
+
+/// How to pull.
+#[derive(Clone, Debug, Default)]
+pub struct PullOptions {
+    /// Ask a registry in the clear, though it is not on this machine.
+    pub is_insecure: bool,
+    /// Most of what an image may have.
+    pub limits: Limits,
+}
+
+/// Tells of what passes.
+struct Told<'a, R> {
+    inner: R,
+    progress: &'a dyn Progress,
+}
+
+impl<R: Read> Read for Told<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.progress.fetched(read as u64);
+        Ok(read)
+    }
+}
+
+impl Store {
+    /// Pulls an image, makes its disk, and gives it the reference's name. What is there already is not
+    /// fetched again.
+    ///
+    /// # Errors
+    /// When the source does not have it, when it is refused, or when the store fails. Nothing has a name
+    /// then that is not complete.
+    pub fn pull(
+        &self,
+        reference: &Reference,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<Image, PullError> {
+        let lock = self.lock()?;
+        let mut source = source::open(reference, options.is_insecure)?;
+        let (name, bytes) = source.root()?;
+        let pull = Pull { store: self, lock: &lock, options, progress };
+        let (name, manifest) = pull.resolve(source.as_mut(), name, bytes)?;
+        let image = match self.image(&name.digest)? {
+            Some(image) => image,
+            None => pull.make(source.as_mut(), &name, &manifest)?,
+        };
+        let mut names = self.references()?;
+        names.insert(reference.to_string(), name.digest);
+        self.set_references(&lock, names)?;
+        Ok(image)
+    }
+}
+
+struct Pull<'a> {
+    store: &'a Store,
+    lock: &'a StoreLock,
+    options: &'a PullOptions,
+    progress: &'a dyn Progress,
+}
+
+impl Pull<'_> {
+    /// Goes through indexes to a manifest, and keeps that.
+    fn resolve(
+        &self,
+        source: &mut dyn Source,
+        mut name: Descriptor,
+        mut bytes: Vec<u8>,
+    ) -> Result<(Descriptor, Manifest), PullError> {
+        for _ in 0..=MAX_NESTING {
+            match document(&name.media_type, &bytes)? {
+                Document::Manifest(manifest) => {
+                    self.store.put_blob(self.lock, &name, &bytes[..])?;
+                    manifest.check(&self.options.limits)?;
+                    // The same from each source.
+                    return Ok((manifest.describe(name.digest, name.size), *manifest));
+                }
+                Document::Index(manifests) => {
+                    name = choose(manifests)?;
+                    if name.size > MAX_DOCUMENT {
+                        let what = format!("the manifest {}", name.digest);
+                        return Err(ManifestError::TooLong { what, found: name.size }.into());
+                    }
+                    if !self.store.has_blob(&name) {
+                        self.store.put_blob(self.lock, &name, source.manifest(&name)?)?;
+                    }
+                    bytes = self.store.read_blob(&name)?;
+                }
+            }
+        }
+        Err(ManifestError::Nesting(name.digest).into())
+    }
+
+    fn fetch(&self, source: &mut dyn Source, wanted: &Descriptor) -> Result<(), PullError> {
+        if self.store.has_blob(wanted) {
+            return Ok(());
+        }
+        self.progress.fetch(wanted);
+        let content = Told { inner: source.blob(wanted)?, progress: self.progress };
+        Ok(self.store.put_blob(self.lock, wanted, content)?)
+    }
+
+    fn make(&self, source: &mut dyn Source, name: &Descriptor, manifest: &Manifest) -> Result<Image, PullError> {
+        self.fetch(source, &manifest.config)?;
+        let config = ImageConfig::parse(&self.store.read_blob(&manifest.config)?)?;
+        if config.diff_ids.len() != manifest.layers.len() {
+            let (manifest, config) = (manifest.layers.len(), config.diff_ids.len());
+            return Err(ManifestError::Layers { manifest, config }.into());
+        }
+        manifest.layers.iter().try_for_each(|layer| self.fetch(source, layer))?;
+        let partial = self.store.partial();
+        let spool = tempfile::tempfile_in(&partial);
+        let spool = spool.map_err(|source| StoreError::File { path: partial, what: "written", source })?;
+        let (mut spool, mut tree, mut skipped) = (Spool::new(spool), Tree::new(), 0);
+        let mut budget = Budget::new(&self.options.limits);
+        for (index, (layer, diff_id)) in manifest.layers.iter().zip(&config.diff_ids).enumerate() {
+            self.progress.unpack(index + 1, manifest.layers.len());
+            let file = self.store.open_blob(layer)?;
+            let read = unpack(layer, file, diff_id, &mut spool, &mut budget)?;
+            skipped += read.skipped;
+            let refused = |source| PullError::Layer { layer: layer.digest.clone(), source };
+            tree.apply(read, index).map_err(refused)?;
+        }
+        self.progress.write();
+        let blobs = [name, &manifest.config].into_iter().chain(&manifest.layers).cloned().collect();
+        self.store.put_disk(self.lock, &name.digest, |disk| {
+            let bytes = ext4::write(&tree, spool.file(), &name.digest.seed(), ext4::FREE, disk)?;
+            Ok(Store::new_image(name.digest.clone(), blobs, config.run, bytes, skipped))
+        })
+    }
+}
+
+fn unpack(
+    layer: &Descriptor,
+    file: File,
+    diff_id: &Digest,
+    spool: &mut Spool,
+    budget: &mut Budget,
+) -> Result<Layer, PullError> {
+    let (file, compressed) = Counted::new(BufReader::with_capacity(128 << 10, file));
+    let failed = |source| PullError::Unpack { layer: layer.digest.clone(), source };
+    let unpacked: Box<dyn Read> = match packing(layer)? {
+        Packing::None => Box::new(file),
+        // Several members after each other are one stream.
+        Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::new(file))),
+        Packing::Zstd => Box::new(zstd::Decoder::new(file).map_err(failed)?),
+    };
+    let checked = DigestReader::new(unpacked, diff_id);
+    let bounded = Bounded::new(checked, compressed, budget);
+    let refused = |source| PullError::Layer { layer: layer.digest.clone(), source };
+    let (read, mut rest) = Layer::read(bounded, spool).map_err(refused)?;
+    // What stands behind the archive is nothing, but it is in the digest.
+    let drained = std::io::copy(&mut rest, &mut std::io::sink());
+    drained.map_err(|error| refused(crate::tar::TarError::from(error).into()))?;
+    let diff = |source| PullError::DiffId { layer: layer.digest.clone(), source };
+    rest.into_inner().finish(None).map_err(diff)?;
+    Ok(read)
+}

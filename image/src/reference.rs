@@ -1,0 +1,249 @@
+//! Where an image is.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::digest::Digest;
+
+/// The registry of names that say none.
+pub const REGISTRY_VARIABLE: &str = "CLADE_REGISTRY";
+
+/// A text that names no image.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ReferenceError {
+    /// It is none.
+    #[error("{text:?} names no image: {why}")]
+    Text {
+        /// As given.
+        text: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// There is no registry.
+    #[error("{0:?} names no registry: HOST[:PORT]/NAME, or set {REGISTRY_VARIABLE} to HOST[:PORT][/PREFIX]")]
+    NoRegistry(String),
+}
+
+/// Which manifest of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// By a name, which may be another one tomorrow.
+    Tag(String),
+    /// By its digest.
+    Digest(Digest),
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(tag) => f.write_str(tag),
+            Self::Digest(digest) => digest.fmt(f),
+        }
+    }
+}
+
+/// Where an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// `oci:DIR[:TAG]`: an OCI layout.
+    Layout {
+        /// Its directory.
+        dir: PathBuf,
+        /// Which of its images, if there are several.
+        tag: Option<String>,
+    },
+    /// `docker-archive:FILE`: what `docker save` writes.
+    Archive {
+        /// Its path.
+        file: PathBuf,
+    },
+    /// `HOST[:PORT]/NAME[:TAG|@DIGEST]`.
+    Registry {
+        /// With the port, if it has one.
+        host: String,
+        /// The repository.
+        name: String,
+        /// Which of its images.
+        version: Version,
+    },
+}
+
+fn is_tag(tag: &str) -> bool {
+    let mut bytes = tag.bytes();
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    tag.len() <= 128
+        && bytes.next().is_some_and(is_word)
+        && bytes.all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
+}
+
+/// Whether it is a path of repositories, as the distribution specification has them.
+fn is_name(name: &str) -> bool {
+    let is_part = |part: &str| {
+        let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        let ends = part.bytes().next().into_iter().chain(part.bytes().last());
+        part.len() <= 255
+            && !part.is_empty()
+            && ends.into_iter().all(alphanumeric)
+            && part.bytes().all(|byte| alphanumeric(byte) || matches!(byte, b'.' | b'_' | b'-'))
+    };
+    name.len() <= 255 && name.split('/').all(is_part)
+}
+
+fn is_host(host: &str) -> bool {
+    let (name, port) = match host.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') => (name, Some(port)),
+        _ => (host, None),
+    };
+    let inner = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    let is_known = match inner {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => {
+            !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-'))
+        }
+    };
+    is_known && port.is_none_or(|port| port.parse::<u16>().is_ok())
+}
+
+impl Reference {
+    /// Reads one. `registry` is the one of names that say none.
+    ///
+    /// # Errors
+    /// When the text names no image.
+    pub fn parse(text: &str, registry: Option<&str>) -> Result<Self, ReferenceError> {
+        let bad = |why| ReferenceError::Text { text: text.to_owned(), why };
+        if let Some(rest) = text.strip_prefix("oci:") {
+            // What follows the last colon is a tag, unless it is a part of the path.
+            let (dir, tag) = match rest.rsplit_once(':') {
+                Some((dir, tag)) if !tag.contains('/') => (dir, Some(tag.to_owned())),
+                _ => (rest, None),
+            };
+            if dir.is_empty() || tag.as_deref() == Some("") {
+                return Err(bad("oci:DIR[:TAG]"));
+            }
+            return Ok(Self::Layout { dir: dir.into(), tag });
+        }
+        if let Some(file) = text.strip_prefix("docker-archive:") {
+            return if file.is_empty() {
+                Err(bad("docker-archive:FILE"))
+            } else {
+                Ok(Self::Archive { file: file.into() })
+            };
+        }
+        let (rest, digest) = match text.split_once('@') {
+            Some((rest, digest)) => (rest, Some(digest.parse().map_err(|_| bad("its digest is none"))?)),
+            None => (text, None),
+        };
+        let (path, tag) = match rest.rsplit_once(':') {
+            Some((path, tag)) if !tag.contains('/') => (path, Some(tag)),
+            _ => (rest, None),
+        };
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(bad("a tag is letters, digits, and _.- after the first; a port needs a name behind it"));
+        }
+        let has_host = |first: &str| first.contains(['.', ':']) || first == "localhost";
+        let (host, name) = match (path.split_once('/'), registry) {
+            (Some((host, name)), _) if has_host(host) => (host, name.to_owned()),
+            (_, Some(registry)) => match registry.split_once('/') {
+                Some((host, prefix)) => (host, format!("{prefix}/{path}")),
+                None => (registry, path.to_owned()),
+            },
+            (_, None) if is_name(path) => return Err(ReferenceError::NoRegistry(text.to_owned())),
+            (_, None) => return Err(bad("a repository is lower-case letters, digits, and ._- within its parts")),
+        };
+        if !is_host(host) {
+            return Err(bad("its registry is no HOST[:PORT]"));
+        }
+        if !is_name(&name) {
+            return Err(bad("a repository is lower-case letters, digits, and ._- within its parts"));
+        }
+        let latest = || Version::Tag(tag.unwrap_or("latest").to_owned());
+        Ok(Self::Registry { host: host.to_owned(), name, version: digest.map_or_else(latest, Version::Digest) })
+    }
+
+    /// Whether its registry is on this machine.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        let Self::Registry { host, .. } = self else { return false };
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if !port.contains(']') => name,
+            _ => host,
+        };
+        let name = name.trim_start_matches('[').trim_end_matches(']');
+        name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+    }
+}
+
+impl FromStr for Reference {
+    type Err = ReferenceError;
+    fn from_str(text: &str) -> Result<Self, ReferenceError> {
+        let registry = std::env::var(REGISTRY_VARIABLE).ok().filter(|registry| !registry.is_empty());
+        // A name in a store means the same in each directory.
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        Ok(match Self::parse(text, registry.as_deref())? {
+            Self::Layout { dir, tag } => Self::Layout { dir: absolute(dir), tag },
+            Self::Archive { file } => Self::Archive { file: absolute(file) },
+            other => other,
+        })
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layout { dir, tag: None } => write!(f, "oci:{}", dir.display()),
+            Self::Layout { dir, tag: Some(tag) } => write!(f, "oci:{}:{tag}", dir.display()),
+            Self::Archive { file } => write!(f, "docker-archive:{}", file.display()),
+            Self::Registry { host, name, version: Version::Tag(tag) } => write!(f, "{host}/{name}:{tag}"),
+            Self::Registry { host, name, version: Version::Digest(digest) } => write!(f, "{host}/{name}@{digest}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_named_in_three_ways() {
+        let of = |text: &str| Reference::parse(text, None).unwrap();
+        assert_eq!(of("oci:/a/b"), Reference::Layout { dir: "/a/b".into(), tag: None });
+        assert_eq!(of("oci:a:b:3.1"), Reference::Layout { dir: "a:b".into(), tag: Some("3.1".into()) });
+        assert_eq!(of("docker-archive:a:b"), Reference::Archive { file: "a:b".into() });
+        let registry = |host: &str, name: &str, tag: &str| Reference::Registry {
+            host: host.into(),
+            name: name.into(),
+            version: Version::Tag(tag.into()),
+        };
+        assert_eq!(of("localhost:5000/a/b_c"), registry("localhost:5000", "a/b_c", "latest"));
+        assert_eq!(of("[::1]:5000/a:1"), registry("[::1]:5000", "a", "1"));
+        let short = |text| Reference::parse(text, Some("127.0.0.1:5000/library")).unwrap();
+        assert_eq!(short("python:3.12"), registry("127.0.0.1:5000", "library/python", "3.12"));
+        let digest = Digest::of(b"");
+        let named = of(&format!("example.org/a:tag@{digest}"));
+        assert_eq!(named.to_string(), format!("example.org/a@{digest}"));
+        for text in ["oci:/a", "oci:/a:t", "docker-archive:x", "localhost/a:latest"] {
+            assert_eq!(of(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn this_machine_is_known() {
+        let of = |text: &str| Reference::parse(text, None).unwrap().is_loopback();
+        assert!(of("localhost/a") && of("127.0.0.1:5000/a") && of("[::1]:1/a"));
+        assert!(!of("localhost.example.org/a") && !of("127.0.0.1.example.org/a") && !of("oci:localhost"));
+    }
+
+    #[test]
+    fn what_names_no_image_is_refused() {
+        let names = ["", "oci:", "oci:a:", "docker-archive:", "a.b/../c", "a.b/C", "a.b/c:", "a.b/c:x y"];
+        let more = ["a.b/c@sha256:0", "a.b:x/c", "a b.c/d", "a.b/c//d", "a.b/c?x", "-/c", "a.b/.c", "a.b:99999/c"];
+        for text in names.into_iter().chain(more) {
+            let error = Reference::parse(text, None).unwrap_err();
+            assert!(matches!(&error, ReferenceError::Text { text: named, .. } if named == text), "{text}: {error}");
+        }
+        assert_eq!(Reference::parse("python:3", None), Err(ReferenceError::NoRegistry("python:3".into())));
+    }
+}

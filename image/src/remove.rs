@@ -1,0 +1,125 @@
+//! Which image a text names, and the end of images.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use thiserror::Error;
+
+use crate::digest::Digest;
+use crate::reference::Reference;
+use crate::store::{Image, Store, StoreError};
+
+/// Least digits of a digest that name an image.
+const MIN_DIGITS: usize = 6;
+
+/// An image is not found, or not removed.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The store fails.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is none of that name.
+    #[error("there is no image {0:?}")]
+    NotFound(String),
+    /// Several have a digest that begins so.
+    #[error("{0:?} is the beginning of several digests")]
+    Ambiguous(String),
+    /// A VM or a checkpoint has its disk.
+    #[error("the disk of {0} is in use")]
+    InUse(String),
+    /// It has other names.
+    #[error("{digest} has the names {}; remove them, or all by the digest with --force", names.join(", "))]
+    Named {
+        /// Which image.
+        digest: Digest,
+        /// Its names.
+        names: Vec<String>,
+    },
+}
+
+/// What a removal has removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// The image, if nothing names it any more.
+    pub image: Option<Digest>,
+    /// Its names that are no more.
+    pub names: Vec<String>,
+    /// Bytes of content that nothing else needs.
+    pub bytes: u64,
+}
+
+impl Store {
+    /// The image that a text names: a reference, a digest, or its first digits.
+    ///
+    /// # Errors
+    /// When there is none, or several.
+    pub fn find(&self, text: &str) -> Result<Image, ImageError> {
+        let digest = self.find_digest(text)?;
+        self.image(&digest)?.ok_or_else(|| ImageError::NotFound(text.to_owned()))
+    }
+
+    fn find_digest(&self, text: &str) -> Result<Digest, ImageError> {
+        let names = self.references()?;
+        let full = text.parse::<Reference>().map(|reference| reference.to_string());
+        if let Some(digest) = names.get(text).or_else(|| names.get(full.as_deref().unwrap_or(text))) {
+            return Ok(digest.clone());
+        }
+        let hex = text.strip_prefix("sha256:").unwrap_or(text);
+        let images = self.images()?;
+        let begins = |image: &&Image| hex.len() >= MIN_DIGITS && image.digest.hex().starts_with(hex);
+        let found: Vec<&Image> = images.iter().filter(begins).collect();
+        match found[..] {
+            [image] => Ok(image.digest.clone()),
+            [] => Err(ImageError::NotFound(text.to_owned())),
+            _ => Err(ImageError::Ambiguous(text.to_owned())),
+        }
+    }
+
+    /// Removes a name, and the image when that was its last. A digest removes an image that has at most
+    /// one name, or with `is_forced` all of them.
+    ///
+    /// # Errors
+    /// When there is none, or when its disk is in use. Nothing is removed then.
+    pub fn remove(&self, text: &str, is_forced: bool) -> Result<Removed, ImageError> {
+        let lock = self.lock()?;
+        let digest = self.find_digest(text)?;
+        let mut names = self.references()?;
+        let full = text.parse::<Reference>().map(|reference| reference.to_string());
+        let its: Vec<String> =
+            names.iter().filter(|(_, other)| **other == digest).map(|(name, _)| name.clone()).collect();
+        let one = its.iter().find(|name| *name == text || full.as_ref() == Ok(name)).cloned();
+        let gone = match one {
+            Some(name) => vec![name],
+            None if its.len() > 1 && !is_forced => return Err(ImageError::Named { digest, names: its }),
+            None => its.clone(),
+        };
+        let is_last = gone.len() == its.len();
+        let disk = self.disk(&digest);
+        if is_last && is_open(&disk) {
+            return Err(ImageError::InUse(text.to_owned()));
+        }
+        names.retain(|name, _| !gone.contains(name));
+        self.set_references(&lock, names)?;
+        if !is_last {
+            return Ok(Removed { image: None, names: gone, bytes: 0 });
+        }
+        if self.image(&digest)?.is_some() {
+            self.remove_disk(&lock, &digest)?;
+        }
+        let bytes = self.sweep_blobs(&lock)?;
+        Ok(Removed { image: Some(digest), names: gone, bytes })
+    }
+}
+
+/// Whether any process has the file open. The kernel gives a lease for writing to who is alone with it.
+fn is_open(path: &Path) -> bool {
+    // Without a disk nobody uses it.
+    let Ok(file) = File::open(path) else { return false };
+    // SAFETY: the descriptor is open for as long as `file` is, and the call has no other arguments than
+    // numbers. The lease ends with the descriptor.
+    let leased = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+    // A file system without leases knows nothing; then what is open stays as it is for who has it.
+    leased != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
+}

@@ -1,0 +1,372 @@
+//! What has been pulled: content by digest, disks by the digest of their image, and names.
+//!
+//! | path | what |
+//! |---|---|
+//! | `blobs/sha256/HEX` | content, checked before it had that name |
+//! | `disks/HEX/disk.ext4`, `image.json` | the disk of an image, and what it runs |
+//! | `references.json` | which name is which image |
+//! | `partial/` | what is being written. Emptied by the next that writes |
+//! | `lock` | locked by one that writes |
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+use thiserror::Error;
+
+use crate::digest::{Digest, DigestError, DigestReader};
+use crate::manifest::{Descriptor, RunConfig};
+
+/// Where images are, if not in the cache.
+pub const DIRECTORY_VARIABLE: &str = "CLADE_IMAGE_DIR";
+/// The writer's version. Other bytes of the same image are another disk.
+const FORMAT: u32 = 1;
+
+/// The store fails.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// There is no directory for it.
+    #[error("no directory for images: set {DIRECTORY_VARIABLE}, XDG_CACHE_HOME or HOME")]
+    NoDirectory,
+    /// A file cannot be used.
+    #[error("{path} cannot be {what}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Done with it.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A record that is none.
+    #[error("{path} is no record of images")]
+    Record {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Content that is not what it should be.
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+    /// Content breaks off.
+    #[error("the content of {digest} cannot be read to its end")]
+    Content {
+        /// Whose.
+        digest: Digest,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::File { path, what, source }
+}
+
+/// An image that has been pulled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// The digest of its manifest.
+    pub digest: Digest,
+    /// Its version of the writer.
+    format: u32,
+    /// Content that is its own: manifest, configuration, layers.
+    pub blobs: Vec<Descriptor>,
+    /// What it runs.
+    pub config: RunConfig,
+    /// Bytes that its disk has for the guest.
+    pub disk_bytes: u64,
+    /// Attributes and files of other systems that were left out.
+    pub skipped: u64,
+}
+
+/// Names of images.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct References(pub(crate) BTreeMap<String, Digest>);
+
+/// A directory of images.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// Held by one that writes. Readers need none: everything has its name when it is complete.
+#[derive(Debug)]
+pub struct StoreLock {
+    _file: File,
+}
+
+impl Store {
+    /// The directory of `CLADE_IMAGE_DIR`, else `clade/images` in the cache. Made if it is not there.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be made.
+    pub fn open_default() -> Result<Self, StoreError> {
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let cache = || set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+        let root = set(DIRECTORY_VARIABLE).or_else(|| cache().map(|cache| cache.join("clade/images")));
+        Self::open(&root.ok_or(StoreError::NoDirectory)?)
+    }
+
+    /// A directory. Made if it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        let root = std::path::absolute(root).map_err(failed(root, "found"))?;
+        for dir in ["blobs/sha256", "blobs/sha512", "disks", "partial"] {
+            let dir = root.join(dir);
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed(&dir, "made"))?;
+        }
+        Ok(Self { root })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Waits until nobody else writes. Removes what others have left unfinished.
+    ///
+    /// # Errors
+    /// When there can be no lock.
+    pub fn lock(&self) -> Result<StoreLock, StoreError> {
+        let path = self.root.join("lock");
+        let file = File::create(&path).map_err(failed(&path, "opened"))?;
+        file.lock().map_err(failed(&path, "locked"))?;
+        let partial = self.partial();
+        for entry in fs::read_dir(&partial).map_err(failed(&partial, "listed"))?.flatten() {
+            let path = entry.path();
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(failed(&path, "removed"))?;
+        }
+        Ok(StoreLock { _file: file })
+    }
+
+    /// Where what is not complete is.
+    pub(crate) fn partial(&self) -> PathBuf {
+        self.root.join("partial")
+    }
+
+    pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs").join(digest.algorithm()).join(digest.hex())
+    }
+
+    fn disk_dir(&self, digest: &Digest) -> PathBuf {
+        let other = if digest.algorithm() == "sha256" { "" } else { "sha512-" };
+        self.root.join("disks").join(format!("{other}{}", digest.hex()))
+    }
+
+    /// The disk of an image. For reading: it is shared by all VMs.
+    #[must_use]
+    pub fn disk(&self, image: &Digest) -> PathBuf {
+        self.disk_dir(image).join("disk.ext4")
+    }
+
+    /// Whether content is there, and of its size.
+    pub(crate) fn has_blob(&self, wanted: &Descriptor) -> bool {
+        fs::metadata(self.blob_path(&wanted.digest)).is_ok_and(|file| file.is_file() && file.len() == wanted.size)
+    }
+
+    /// Keeps content, after it has been checked.
+    pub(crate) fn put_blob(&self, _: &StoreLock, wanted: &Descriptor, content: impl Read) -> Result<(), StoreError> {
+        let partial = self.partial();
+        let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
+        // One byte more shows that there are more.
+        let mut content = DigestReader::new(content.take(wanted.size.saturating_add(1)), &wanted.digest);
+        let mut chunk = vec![0; 128 << 10];
+        loop {
+            let read = match content.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => return Err(StoreError::Content { digest: wanted.digest.clone(), source }),
+            };
+            file.write_all(&chunk[..read]).map_err(failed(file.path(), "written"))?;
+        }
+        content.finish(Some(wanted.size))?;
+        self.settle(file, &self.blob_path(&wanted.digest))
+    }
+
+    /// Gives a file its name, when it is on the disk.
+    fn settle(&self, file: NamedTempFile, path: &Path) -> Result<(), StoreError> {
+        file.as_file().sync_all().map_err(failed(path, "written"))?;
+        file.persist(path).map_err(|error| failed(path, "written")(error.error))?;
+        sync_directory(path.parent().unwrap_or(&self.root))
+    }
+
+    /// Content that is kept. It was checked when it came; a layer's unpacked digest is checked when it is read.
+    pub(crate) fn open_blob(&self, wanted: &Descriptor) -> Result<File, StoreError> {
+        let path = self.blob_path(&wanted.digest);
+        File::open(&path).map_err(failed(&path, "opened"))
+    }
+
+    /// A short document.
+    pub(crate) fn read_blob(&self, wanted: &Descriptor) -> Result<Vec<u8>, StoreError> {
+        let file = self.open_blob(wanted)?;
+        let mut bytes = Vec::new();
+        let mut reader = DigestReader::new(file.take(wanted.size.saturating_add(1)), &wanted.digest);
+        let read = reader.read_to_end(&mut bytes);
+        read.map_err(|source| StoreError::Content { digest: wanted.digest.clone(), source })?;
+        reader.finish(Some(wanted.size))?;
+        Ok(bytes)
+    }
+
+    /// An image whose disk is complete. None if it has none, or one of another version.
+    ///
+    /// # Errors
+    /// When its record is none.
+    pub fn image(&self, digest: &Digest) -> Result<Option<Image>, StoreError> {
+        let path = self.disk_dir(digest).join("image.json");
+        match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StoreError::File { path, what: "read", source }),
+            Ok(bytes) => {
+                let image: Image =
+                    serde_json::from_slice(&bytes).map_err(|source| StoreError::Record { path, source })?;
+                Ok(Some(image).filter(|image| image.format == FORMAT && image.digest == *digest))
+            }
+        }
+    }
+
+    /// All images that have disks.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn images(&self) -> Result<Vec<Image>, StoreError> {
+        let dir = self.root.join("disks");
+        let mut images = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(failed(&dir, "listed"))? {
+            let name = entry.map_err(failed(&dir, "listed"))?.file_name();
+            let name = name.to_string_lossy();
+            let text =
+                name.strip_prefix("sha512-").map_or_else(|| format!("sha256:{name}"), |hex| format!("sha512:{hex}"));
+            if let Ok(digest) = text.parse() {
+                images.extend(self.image(&digest)?);
+            }
+        }
+        images.sort_by(|a, b| a.digest.cmp(&b.digest));
+        Ok(images)
+    }
+
+    pub(crate) fn new_image(
+        digest: Digest,
+        blobs: Vec<Descriptor>,
+        config: RunConfig,
+        disk_bytes: u64,
+        skipped: u64,
+    ) -> Image {
+        Image { digest, format: FORMAT, blobs, config, disk_bytes, skipped }
+    }
+
+    /// Keeps a disk. `write` writes it into the file that it is given.
+    pub(crate) fn put_disk<E: From<StoreError>>(
+        &self,
+        _: &StoreLock,
+        digest: &Digest,
+        write: impl FnOnce(&File) -> Result<Image, E>,
+    ) -> Result<Image, E> {
+        let partial = self.partial();
+        let dir = tempfile::tempdir_in(&partial).map_err(failed(&partial, "written"))?;
+        let path = dir.path().join("disk.ext4");
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(failed(&path, "made"))?;
+        let image = write(&file)?;
+        file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed(&path, "written"))?;
+        file.sync_all().map_err(failed(&path, "written"))?;
+        let record = dir.path().join("image.json");
+        let bytes = serde_json::to_vec_pretty(&image).unwrap_or_default();
+        write_synced(&record, &bytes)?;
+        sync_directory(dir.path())?;
+        let place = self.disk_dir(digest);
+        // One of another version, or without a record.
+        match fs::remove_dir_all(&place) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed(&place, "replaced")(error).into());
+            }
+            _ => {}
+        }
+        fs::rename(dir.path(), &place).map_err(failed(&place, "made"))?;
+        // It has another name now, and nothing is left to remove.
+        drop(dir.keep());
+        sync_directory(&self.root.join("disks"))?;
+        Ok(image)
+    }
+
+    /// Names of images.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn references(&self) -> Result<BTreeMap<String, Digest>, StoreError> {
+        let path = self.root.join("references.json");
+        match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(source) => Err(StoreError::File { path, what: "read", source }),
+            Ok(bytes) => {
+                let References(names) =
+                    serde_json::from_slice(&bytes).map_err(|source| StoreError::Record { path, source })?;
+                Ok(names)
+            }
+        }
+    }
+
+    pub(crate) fn set_references(&self, _: &StoreLock, names: BTreeMap<String, Digest>) -> Result<(), StoreError> {
+        let partial = self.partial();
+        let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
+        let bytes = serde_json::to_vec_pretty(&References(names)).unwrap_or_default();
+        file.write_all(&bytes).map_err(failed(file.path(), "written"))?;
+        self.settle(file, &self.root.join("references.json"))
+    }
+
+    /// Removes a disk. Its record goes first: what is half removed is no image.
+    pub(crate) fn remove_disk(&self, _: &StoreLock, digest: &Digest) -> Result<(), StoreError> {
+        let place = self.disk_dir(digest);
+        let record = place.join("image.json");
+        match fs::remove_file(&record) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&record, "removed")(error)),
+            _ => {}
+        }
+        fs::remove_dir_all(&place).map_err(failed(&place, "removed"))
+    }
+
+    /// Removes content that no image has. Returns how many bytes that was.
+    pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, StoreError> {
+        let images = self.images()?;
+        let kept: std::collections::HashSet<PathBuf> =
+            images.iter().flat_map(|image| &image.blobs).map(|blob| self.blob_path(&blob.digest)).collect();
+        let mut bytes = 0;
+        for dir in ["blobs/sha256", "blobs/sha512"].map(|dir| self.root.join(dir)) {
+            for entry in fs::read_dir(&dir).map_err(failed(&dir, "listed"))? {
+                let path = entry.map_err(failed(&dir, "listed"))?.path();
+                if !kept.contains(&path) {
+                    bytes += fs::metadata(&path).map_or(0, |file| file.len());
+                    fs::remove_file(&path).map_err(failed(&path, "removed"))?;
+                }
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let write = || {
+        let mut file = File::create_new(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(failed(path, "written"))
+}
+
+fn sync_directory(path: &Path) -> Result<(), StoreError> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(failed(path, "written"))
+}

@@ -1,0 +1,267 @@
+//! A layer on a tree. What it hides is of the layers below it, wherever in the archive that stands. So
+//! its headers are all read first, its whiteouts come next, and then its entries in their order.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+
+use super::walk::parts;
+use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
+use crate::ext4::{XATTR_ROOM, xattr_index, xattr_room};
+use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
+use crate::tar::{Header, Kind, TarReader, shown};
+
+const WHITEOUT: &[u8] = b".wh.";
+/// Hides all that is below.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Other files of AUFS are for AUFS alone.
+const AUFS: &[u8] = b".wh..wh.";
+const CHUNK: usize = 128 << 10;
+
+/// Where the content of files is, one after the other.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    file: File,
+    end: u64,
+}
+
+impl Spool {
+    pub(crate) fn new(file: File) -> Self {
+        Self { file, end: 0 }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn take<R: Read>(&mut self, header: &Header, archive: &mut TarReader<R>) -> Result<Content, LayerError> {
+        let offset = self.end;
+        let failed = |source| LayerError::Spool { path: shown(&header.path), source };
+        self.file.seek(std::io::SeekFrom::Start(offset)).map_err(failed)?;
+        let mut chunk = vec![0; CHUNK.min(usize::try_from(header.size).unwrap_or(CHUNK)).max(1)];
+        loop {
+            let read = archive.read_content(&mut chunk)?;
+            if read == 0 {
+                break;
+            }
+            self.file.write_all(&chunk[..read]).map_err(failed)?;
+            self.end += read as u64;
+        }
+        Ok(Content::File { offset, size: self.end - offset })
+    }
+}
+
+/// A layer that has been read.
+#[derive(Debug, Default)]
+pub(crate) struct Layer {
+    /// Paths of what is hidden.
+    whiteouts: Vec<Vec<u8>>,
+    /// Paths of directories in which all is hidden.
+    opaque: Vec<Vec<u8>>,
+    entries: Vec<(Header, Option<Content>)>,
+    /// Attributes that were left out, and files of AUFS.
+    pub(crate) skipped: u64,
+}
+
+impl Layer {
+    /// Reads an archive to its end. Returns what is behind the archive too, to be read further.
+    pub(crate) fn read<'a, R: Read>(
+        archive: Bounded<'a, R>,
+        spool: &mut Spool,
+    ) -> Result<(Self, Bounded<'a, R>), LayerError> {
+        let mut archive = TarReader::new(archive);
+        let mut layer = Self::default();
+        while let Some(header) = archive.next_entry()? {
+            let xattrs: usize = header.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+            let budget = archive.get_mut().budget();
+            budget.take_entry(header.path.len() + header.link.len() + xattrs)?;
+            budget.allows(header.size)?;
+            layer.take(header, spool, &mut archive)?;
+        }
+        Ok((layer, archive.into_inner()))
+    }
+
+    /// One of headers whose files are empty.
+    #[cfg(test)]
+    pub(super) fn of<R: Read>(
+        headers: impl Iterator<Item = Header>,
+        spool: &mut Spool,
+        archive: &mut TarReader<R>,
+    ) -> Result<Self, LayerError> {
+        let mut layer = Self::default();
+        for header in headers {
+            layer.take(header, spool, archive)?;
+        }
+        Ok(layer)
+    }
+
+    fn take<R: Read>(
+        &mut self,
+        mut header: Header,
+        spool: &mut Spool,
+        archive: &mut TarReader<R>,
+    ) -> Result<(), LayerError> {
+        let named = parts(&header.path)?;
+        let (name, above) = named.split_last().map_or((&b""[..], &[][..]), |(name, above)| (*name, above));
+        if above.iter().any(|part| part.starts_with(AUFS)) || name.starts_with(AUFS) && name != OPAQUE {
+            self.skipped += 1;
+            return Ok(());
+        }
+        if above.iter().any(|part| part.starts_with(WHITEOUT)) {
+            return Err(LayerError::Whiteout(shown(&header.path)));
+        }
+        if name == OPAQUE {
+            self.opaque.push(join(above));
+            return Ok(());
+        }
+        if let Some(hidden) = name.strip_prefix(WHITEOUT) {
+            if matches!(hidden, b"" | b"." | b"..") {
+                return Err(LayerError::Whiteout(shown(&header.path)));
+            }
+            self.whiteouts.push(join(&[above, &[hidden]].concat()));
+            return Ok(());
+        }
+        self.check_link(&header)?;
+        self.skipped += sort_xattrs(&mut header)?;
+        let content = match header.kind {
+            Kind::File => Some(spool.take(&header, archive)?),
+            _ => None,
+        };
+        self.entries.push((header, content));
+        Ok(())
+    }
+
+    fn check_link(&self, header: &Header) -> Result<(), LayerError> {
+        match header.kind {
+            Kind::Symlink if header.link.is_empty() || header.link.contains(&0) => {
+                Err(LayerError::Name(shown(&header.link)))
+            }
+            Kind::Symlink if header.link.len() >= MAX_PATH => {
+                Err(LayerError::TooLong { path: shown(&header.path), what: "target", limit: MAX_PATH - 1 })
+            }
+            Kind::HardLink => parts(&header.link).map(drop),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn join(parts: &[&[u8]]) -> Vec<u8> {
+    parts.join(&b'/')
+}
+
+/// Keeps attributes that are the image's own: of users, and the capabilities of programs. Others are
+/// of the system that the layer was made on. Returns how many those are.
+fn sort_xattrs(header: &mut Header) -> Result<u64, LayerError> {
+    let before = header.xattrs.len();
+    header.xattrs.retain(|(name, _)| xattr_index(name).is_some());
+    header.xattrs.sort();
+    let found: usize = header.xattrs.iter().map(|(name, value)| xattr_room(name, value)).sum();
+    if found > XATTR_ROOM || header.xattrs.iter().any(|(name, _)| name.len() > 255 || name.contains(&0)) {
+        return Err(LayerError::Xattrs { path: shown(&header.path), found, limit: XATTR_ROOM });
+    }
+    Ok((before - header.xattrs.len()) as u64)
+}
+
+impl Tree {
+    /// Puts a layer on what is there. `number` is another one for each.
+    pub(crate) fn apply(&mut self, layer: Layer, number: usize) -> Result<(), LayerError> {
+        for path in &layer.opaque {
+            if let Some(dir) = self.directory(path, &split(path), None)? {
+                let names = self.names_mut(dir).map(std::mem::take).unwrap_or_default();
+                names.values().for_each(|name| self.unlink(name.node));
+            }
+        }
+        for path in &layer.whiteouts {
+            let whole = split(path);
+            let Some((name, above)) = whole.split_last() else { continue };
+            if let Some(dir) = self.directory(path, above, None)?
+                && let Some(hidden) = self.names_mut(dir).and_then(|names| names.remove(*name))
+            {
+                self.unlink(hidden.node);
+            }
+        }
+        layer.entries.into_iter().try_for_each(|(header, content)| self.put(header, content, number))
+    }
+
+    fn put(&mut self, header: Header, content: Option<Content>, layer: usize) -> Result<(), LayerError> {
+        let path = header.path.clone();
+        let named = parts(&path)?;
+        let meta = |xattrs| Meta { mode: header.mode, uid: header.uid, gid: header.gid, mtime: header.mtime, xattrs };
+        let Some((name, above)) = named.split_last() else {
+            // The root itself.
+            if header.kind != Kind::Dir {
+                return Err(LayerError::NotADirectory { path: shown(&path), part: shown(b"/") });
+            }
+            self.node_mut(ROOT).meta = meta(header.xattrs);
+            return Ok(());
+        };
+        let Some(dir) = self.directory(&path, above, Some(layer))? else {
+            return Err(LayerError::Name(shown(&path)));
+        };
+        let there = self.names(dir).and_then(|names| names.get(*name)).copied();
+        let there_is_dir = there.is_some_and(|there| self.names(there.node).is_some());
+        if let Some(there) = there {
+            if there_is_dir && header.kind == Kind::Dir {
+                self.node_mut(there.node).meta = meta(header.xattrs);
+                self.enter(dir, name, Dirent { layer, ..there });
+                return Ok(());
+            }
+            if there.layer == layer {
+                return Err(LayerError::Duplicate(shown(&path)));
+            }
+        }
+        let node = match header.kind {
+            Kind::HardLink => {
+                let target = self.link_target(&header)?;
+                // Before what is in its place goes: that may be the target, or have it.
+                self.node_mut(target).links += 1;
+                target
+            }
+            _ => {
+                let content = content.unwrap_or_else(|| other_content(&header));
+                self.add(Node { meta: meta(header.xattrs), content, links: 1 })
+            }
+        };
+        self.enter(dir, name, Dirent { node, layer });
+        if let Some(there) = there {
+            self.unlink(there.node);
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, dir: NodeId, name: &[u8], entry: Dirent) {
+        if let Some(names) = self.names_mut(dir) {
+            names.insert(name.into(), entry);
+        }
+    }
+
+    /// The file that a hard link is another name of. Its last part is not followed.
+    fn link_target(&mut self, header: &Header) -> Result<NodeId, LayerError> {
+        let missing = || LayerError::HardLink { path: shown(&header.path), target: shown(&header.link) };
+        let named = parts(&header.link)?;
+        let (name, above) = named.split_last().ok_or_else(missing)?;
+        let dir = self.directory(&header.link, above, None)?.ok_or_else(missing)?;
+        let target = self.names(dir).and_then(|names| names.get(*name)).ok_or_else(missing)?.node;
+        match self.node(target) {
+            Node { content: Content::Dir(_), .. } => Err(missing()),
+            Node { links, .. } if *links >= MAX_LINKS => Err(LayerError::Links(shown(&header.path))),
+            _ => Ok(target),
+        }
+    }
+}
+
+/// The parts of a path that has been checked.
+fn split(path: &[u8]) -> Vec<&[u8]> {
+    path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect()
+}
+
+fn other_content(header: &Header) -> Content {
+    match header.kind {
+        Kind::Dir => Content::Dir(BTreeMap::new()),
+        Kind::Symlink => Content::Symlink(header.link.as_slice().into()),
+        Kind::Char(major, minor) => Content::Char(major, minor),
+        Kind::Block(major, minor) => Content::Block(major, minor),
+        Kind::Fifo => Content::Fifo,
+        Kind::File | Kind::HardLink => Content::File { offset: 0, size: 0 },
+    }
+}

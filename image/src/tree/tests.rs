@@ -1,0 +1,279 @@
+//! Layers on a tree, and on a naive model: a map from whole paths.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::tar::{Header, Kind, TarReader};
+
+/// What an entry of a model is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum What {
+    Dir,
+    Link(String),
+    File,
+}
+
+/// A path's node, by a number that hard links share, its owner, and its layer.
+#[derive(Clone, Debug)]
+struct Item {
+    what: What,
+    node: usize,
+    uid: u32,
+    layer: usize,
+}
+
+#[derive(Default)]
+struct Model {
+    items: BTreeMap<Vec<String>, Item>,
+    nodes: usize,
+}
+
+type Path = Vec<String>;
+
+fn split(path: &str) -> Path {
+    path.split('/').filter(|part| !part.is_empty() && *part != ".").map(str::to_owned).collect()
+}
+
+impl Model {
+    fn new_node(&mut self) -> usize {
+        self.nodes += 1;
+        self.nodes
+    }
+
+    /// The directory of a path, by starting again at each link.
+    fn directory(&mut self, path: &[String], layer: Option<usize>) -> Result<Option<Path>, ()> {
+        let mut path = path.to_vec();
+        'again: for _ in 0..=40 {
+            let mut here = Path::new();
+            for at in 0..path.len() {
+                if path[at] == ".." {
+                    here.pop();
+                    continue;
+                }
+                let mut next = here.clone();
+                next.push(path[at].clone());
+                match self.items.get(&next).map(|item| item.what.clone()) {
+                    Some(What::Dir) => here = next,
+                    Some(What::Link(target)) => {
+                        let base = if target.starts_with('/') { Path::new() } else { here };
+                        path = [base, split(&target), path[at + 1..].to_vec()].concat();
+                        continue 'again;
+                    }
+                    Some(What::File) => return if layer.is_some() { Err(()) } else { Ok(None) },
+                    None => {
+                        let Some(layer) = layer else { return Ok(None) };
+                        let node = self.new_node();
+                        self.items.insert(next.clone(), Item { what: What::Dir, node, uid: 0, layer });
+                        here = next;
+                    }
+                }
+            }
+            return Ok(Some(here));
+        }
+        Err(())
+    }
+
+    fn remove(&mut self, path: &Path, itself: bool) {
+        self.items.retain(|other, _| !(other.starts_with(path) && (itself || other != path)));
+    }
+
+    fn apply(&mut self, layer: &[Op], number: usize) -> Result<(), ()> {
+        for op in layer {
+            if let Op::Opaque(path) = op
+                && let Some(dir) = self.directory(&split(path), None)?
+            {
+                self.remove(&dir, false);
+            }
+        }
+        for op in layer {
+            if let Op::Whiteout(path) = op {
+                let whole = split(path);
+                if let Some(mut dir) = self.directory(&whole[..whole.len() - 1], None)? {
+                    dir.push(whole[whole.len() - 1].clone());
+                    self.remove(&dir, true);
+                }
+            }
+        }
+        layer.iter().try_for_each(|op| self.put(op, number))
+    }
+
+    fn put(&mut self, op: &Op, layer: usize) -> Result<(), ()> {
+        let (path, what, uid) = match op {
+            Op::Dir(path, uid) => (path, What::Dir, *uid),
+            Op::File(path, uid) => (path, What::File, *uid),
+            Op::Link(path, target, uid) => (path, What::Link(target.clone()), *uid),
+            Op::Hard(path, _) => (path, What::File, 0),
+            Op::Whiteout(_) | Op::Opaque(_) => return Ok(()),
+        };
+        let whole = split(path);
+        let mut full = self.directory(&whole[..whole.len() - 1], Some(layer))?.ok_or(())?;
+        full.push(whole[whole.len() - 1].clone());
+        let there = self.items.get(&full).cloned();
+        if let Some(there) = &there {
+            if there.what == What::Dir && what == What::Dir {
+                self.items.insert(full, Item { uid, layer, ..there.clone() });
+                return Ok(());
+            }
+            if there.layer == layer {
+                return Err(());
+            }
+        }
+        let item = match op {
+            Op::Hard(_, target) => {
+                let target = split(target);
+                let mut at = self.directory(&target[..target.len() - 1], None)?.ok_or(())?;
+                at.push(target[target.len() - 1].clone());
+                let item = self.items.get(&at).filter(|item| item.what != What::Dir).cloned().ok_or(())?;
+                Item { layer, ..item }
+            }
+            _ => Item { what, node: self.new_node(), uid, layer },
+        };
+        self.remove(&full, true);
+        self.items.insert(full, item);
+        Ok(())
+    }
+
+    /// Each path with what it is, whose, and the first path of its node.
+    fn shown(&self) -> BTreeMap<String, (What, u32, String)> {
+        let mut first = BTreeMap::new();
+        let mut shown = BTreeMap::new();
+        for (path, item) in &self.items {
+            let path = path.join("/");
+            let name = first.entry(item.node).or_insert_with(|| path.clone()).clone();
+            shown.insert(path, (item.what.clone(), item.uid, name));
+        }
+        shown
+    }
+}
+
+fn shown(tree: &Tree) -> BTreeMap<String, (What, u32, String)> {
+    let mut paths: BTreeMap<Vec<String>, NodeId> = BTreeMap::new();
+    let mut left = vec![(ROOT, Path::new())];
+    while let Some((id, path)) = left.pop() {
+        for (name, entry) in tree.names(id).into_iter().flatten() {
+            let mut path = path.clone();
+            path.push(String::from_utf8(name.to_vec()).unwrap());
+            left.push((entry.node, path.clone()));
+            paths.insert(path, entry.node);
+        }
+    }
+    let mut count: BTreeMap<NodeId, (u32, String)> = BTreeMap::new();
+    for (path, id) in &paths {
+        count.entry(*id).or_insert((0, path.join("/"))).0 += 1;
+    }
+    // Every node that is kept has its names, and there is no other.
+    assert_eq!(count.len() + 1, tree.nodes.iter().flatten().count());
+    count.iter().for_each(|(id, (links, name))| assert_eq!(tree.node(*id).links, *links, "{name}"));
+    let of = |(path, id): (&Path, &NodeId)| {
+        let node = tree.node(*id);
+        let what = match &node.content {
+            Content::Dir(_) => What::Dir,
+            Content::Symlink(target) => What::Link(String::from_utf8(target.to_vec()).unwrap()),
+            _ => What::File,
+        };
+        (path.join("/"), (what, node.meta.uid, count[id].1.clone()))
+    };
+    paths.iter().map(of).collect()
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Dir(String, u32),
+    File(String, u32),
+    Link(String, String, u32),
+    Hard(String, String),
+    Whiteout(String),
+    Opaque(String),
+}
+
+impl Op {
+    fn header(&self) -> Header {
+        let entry = |path: &str, kind, link: &str, uid| Header {
+            path: path.into(),
+            link: link.into(),
+            kind,
+            mode: 0o755,
+            uid,
+            gid: 0,
+            mtime: 0,
+            size: 0,
+            xattrs: Vec::new(),
+        };
+        match self {
+            Self::Dir(path, uid) => entry(path, Kind::Dir, "", *uid),
+            Self::File(path, uid) => entry(path, Kind::File, "", *uid),
+            Self::Link(path, target, uid) => entry(path, Kind::Symlink, target, *uid),
+            Self::Hard(path, target) => entry(path, Kind::HardLink, target, 0),
+            Self::Whiteout(path) => {
+                let (above, name) = path.rsplit_once('/').unwrap_or((".", path));
+                entry(&format!("{above}/.wh.{name}"), Kind::File, "", 0)
+            }
+            Self::Opaque(path) => entry(&format!("{path}/.wh..wh..opq"), Kind::File, "", 0),
+        }
+    }
+}
+
+fn path() -> impl Strategy<Value = String> {
+    prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4).prop_map(|parts| parts.join("/"))
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let target = prop_oneof![
+        path(),
+        path().prop_map(|path| format!("/{path}")),
+        path().prop_map(|path| format!("../{path}")),
+        Just("../../..".to_owned()),
+        Just(".".to_owned()),
+    ];
+    prop_oneof![
+        4 => (path(), 1..9u32).prop_map(|(path, uid)| Op::Dir(path, uid)),
+        4 => (path(), 1..9u32).prop_map(|(path, uid)| Op::File(path, uid)),
+        2 => (path(), target, 1..9u32).prop_map(|(path, target, uid)| Op::Link(path, target, uid)),
+        2 => (path(), path()).prop_map(|(path, target)| Op::Hard(path, target)),
+        2 => path().prop_map(Op::Whiteout),
+        1 => path().prop_map(Op::Opaque),
+    ]
+}
+
+fn read(ops: &[Op]) -> Layer {
+    let mut spool = Spool::new(tempfile::tempfile().unwrap());
+    Layer::of(ops.iter().map(Op::header), &mut spool, &mut TarReader::new(std::io::empty())).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn layers_make_what_the_model_makes(layers in prop::collection::vec(prop::collection::vec(op(), 0..7), 1..5)) {
+        let (mut tree, mut model) = (Tree::new(), Model::default());
+        for (number, layer) in layers.iter().enumerate() {
+            let (ours, theirs) = (tree.apply(read(layer), number), model.apply(layer, number));
+            prop_assert_eq!(ours.is_ok(), theirs.is_ok(), "{:?}", ours);
+            if ours.is_err() {
+                break;
+            }
+            prop_assert_eq!(shown(&tree), model.shown());
+        }
+    }
+}
+
+#[test]
+fn a_whiteout_is_of_the_layers_below_wherever_it_stands() {
+    let mut tree = Tree::new();
+    tree.apply(read(&[Op::Dir("a".into(), 1), Op::File("a/b".into(), 1), Op::File("a/c".into(), 1)]), 0).unwrap();
+    tree.apply(read(&[Op::File("a/b".into(), 2), Op::Whiteout("a/b".into()), Op::Opaque("a".into())]), 1).unwrap();
+    assert_eq!(shown(&tree).keys().collect::<Vec<_>>(), ["a", "a/b"]);
+}
+
+#[test]
+fn a_link_may_take_the_place_of_a_directory_that_has_its_file() {
+    let mut tree = Tree::new();
+    tree.apply(read(&[Op::File("d/f".into(), 3)]), 0).unwrap();
+    tree.apply(read(&[Op::Hard("d".into(), "d/f".into())]), 1).unwrap();
+    assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));
+    // Of itself, too.
+    tree.apply(read(&[Op::Hard("d".into(), "d".into())]), 2).unwrap();
+    assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));
+}

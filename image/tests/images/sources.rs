@@ -1,0 +1,140 @@
+//! Archives of Docker's, a registry that wants a token, and names.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+
+use clade_image::{Digest, ImageError, PullOptions, Reference, Version};
+use serde_json::json;
+
+use crate::layout::{Rig, Tar, chain};
+
+fn archive(rig: &Rig, tar: Tar) -> Reference {
+    let file = rig.path("image.tar");
+    fs::write(&file, tar.end()).unwrap();
+    Reference::Archive { file }
+}
+
+fn saved(config: &str, layers: &[&str]) -> Vec<u8> {
+    json!([{"Config": config, "RepoTags": ["a:b"], "Layers": layers}]).to_string().into_bytes()
+}
+
+#[test]
+fn an_archive_of_docker_is_an_image() {
+    let rig = Rig::new();
+    let layer = Tar::default().file("a", b"1").end();
+    let digest = Digest::of(&layer);
+    let config = json!({"architecture": "amd64", "os": "linux", "config": {"Cmd": ["x"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest, digest]}})
+    .to_string();
+    let tar = Tar::default()
+        .file("c.json", config.as_bytes())
+        .file("one/layer.tar", &layer)
+        .link("two/layer.tar", "../one/layer.tar")
+        .file("manifest.json", &saved("c.json", &["one/layer.tar", "two/layer.tar"]));
+    let reference = archive(&rig, tar.clone());
+    let image = rig.store().pull(&reference, &PullOptions::default(), &()).unwrap();
+    assert_eq!((image.config.cmd[0].as_str(), image.blobs.len()), ("x", 4));
+    assert_eq!(rig.store().find(&reference.to_string()).unwrap(), image);
+    let pull = |tar| chain(&rig.store().pull(&archive(&rig, tar), &PullOptions::default(), &()).unwrap_err());
+    assert!(pull(Tar::default()).contains("has no \"manifest.json\""));
+    let wrong = tar.clone().file("manifest.json", &saved("../../etc/passwd", &[]));
+    assert!(pull(wrong).contains("etc/passwd"));
+    let circle = Tar::default().link("a", "b").link("b", "a").file("manifest.json", &saved("a", &[]));
+    assert!(pull(circle).contains("has no \"a\""));
+    let fewer = tar.clone().file("manifest.json", &saved("c.json", &["one/layer.tar"]));
+    assert!(pull(fewer).contains("1 layers, and its configuration 2"));
+    let other = tar.file("one/layer.tar", b"another").file("manifest.json", &saved("c.json", &["one/layer.tar"; 2]));
+    fs::remove_dir_all(rig.store().root().join("blobs/sha256")).unwrap();
+    fs::create_dir(rig.store().root().join("blobs/sha256")).unwrap();
+    fs::remove_dir_all(rig.store().root().join("disks")).unwrap();
+    fs::create_dir(rig.store().root().join("disks")).unwrap();
+    assert!(pull(other).contains("has the digest"), "a layer is what its configuration says");
+}
+
+/// A registry with one image, of `layout`'s, which asks for a token.
+fn serve(rig: &Rig) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let blobs = rig.path("layout/blobs/sha256");
+    let manifest = json!(rig.image(&[crate::layout::plain(Tar::default().file("a", b"1").end())]));
+    let manifest = manifest["digest"].as_str().unwrap().to_owned();
+    let answer = move |stream: TcpStream| -> std::io::Result<()> {
+        let mut lines = BufReader::new(stream.try_clone()?).lines();
+        let target = lines.next().unwrap_or(Ok(String::new()))?;
+        let path = target.split(' ').nth(1).unwrap_or_default().to_owned();
+        let mut is_known = false;
+        for line in lines {
+            let line = line?;
+            is_known |= line.eq_ignore_ascii_case("authorization: Bearer secret");
+            if line.is_empty() {
+                break;
+            }
+        }
+        let path = path.replace("manifests/v1", &format!("manifests/{manifest}"));
+        let blob = path.rsplit_once("sha256:").map(|(_, hex)| blobs.join(hex));
+        let send = |status: &str, more: &str, body: &[u8]| {
+            let head =
+                format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{more}\r\n", body.len());
+            (&stream).write_all(&[head.as_bytes(), body].concat())
+        };
+        if path.starts_with("/token?") {
+            let is_right = path.contains("scope=repository%3Aa%2Fb%3Apull") && path.contains("service=here");
+            return send(if is_right { "200 OK" } else { "400 Bad" }, "", br#"{"access_token": "secret"}"#);
+        }
+        if !is_known {
+            let asks = format!("www-authenticate: Bearer realm=\"http://127.0.0.1:{port}/token\",service=\"here\"\r\n");
+            return send("401 Unauthorized", &asks, b"");
+        }
+        match blob.map(fs::read) {
+            Some(Ok(bytes)) if path.starts_with("/v2/a/b/") => send("200 OK", "", &bytes),
+            _ => send("404 Not Found", "", b""),
+        }
+    };
+    thread::spawn(move || listener.incoming().flatten().for_each(|stream| drop(answer(stream))));
+    port
+}
+
+#[test]
+fn a_registry_that_asks_for_a_token_is_given_one() {
+    let rig = Rig::new();
+    let port = serve(&rig);
+    let of = |name: &str| format!("127.0.0.1:{port}/{name}").parse::<Reference>().unwrap();
+    let image = rig.store().pull(&of("a/b:v1"), &PullOptions::default(), &()).unwrap();
+    let again = rig.store().pull(&of(&format!("a/b@{}", image.digest)), &PullOptions::default(), &()).unwrap();
+    assert_eq!(image, again);
+    let pull = |name: &str| chain(&rig.store().pull(&of(name), &PullOptions::default(), &()).unwrap_err());
+    assert!(pull("a/b:v2").contains("answers 404"));
+    assert!(pull("c:v1").contains("answers 400"));
+    let nobody =
+        Reference::Registry { host: "127.0.0.1:1".into(), name: "a".into(), version: Version::Tag("b".into()) };
+    let text = chain(&rig.store().pull(&nobody, &PullOptions::default(), &()).unwrap_err());
+    assert!(text.contains("http://127.0.0.1:1/v2/a/manifests/b does not answer"), "{text}");
+}
+
+#[test]
+fn names_go_one_by_one_and_what_is_in_use_stays() {
+    let rig = Rig::new();
+    let port = serve(&rig);
+    let (one, two) = (format!("127.0.0.1:{port}/a/b:v1"), format!("oci:{}", rig.path("layout").display()));
+    let pull = |name: &str| rig.store().pull(&name.parse().unwrap(), &PullOptions::default(), &()).unwrap();
+    let image = pull(&one);
+    assert_eq!(pull(&two), image);
+    let hex = &image.digest.hex()[..12];
+    assert!(matches!(rig.store().remove(hex, false), Err(ImageError::Named { names, .. }) if names.len() == 2));
+    let removed = rig.store().remove(&one, false).unwrap();
+    assert_eq!((removed.image, removed.names), (None, vec![one.clone()]));
+    assert_eq!(rig.store().find(hex).unwrap(), image);
+    let open = fs::File::open(rig.store().disk(&image.digest)).unwrap();
+    assert!(matches!(rig.store().remove(&two, false), Err(ImageError::InUse(name)) if name == two));
+    assert_eq!(rig.store().find(&two).unwrap(), image);
+    drop(open);
+    let removed = rig.store().remove(hex, false).unwrap();
+    assert_eq!((removed.image, removed.names), (Some(image.digest.clone()), vec![two.clone()]));
+    assert!(removed.bytes > 1024 && rig.store().images().unwrap().is_empty());
+    assert!(matches!(rig.store().find(&two), Err(ImageError::NotFound(name)) if name == two));
+    assert_eq!(pull(&two), image, "all of it comes again");
+    pull(&one);
+    assert_eq!(rig.store().remove(hex, true).unwrap().names.len(), 2);
+}
