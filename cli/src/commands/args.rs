@@ -15,6 +15,7 @@ use crate::commands::disk::parse_disk;
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::many::{ManyArgs, StopArgs};
+use crate::commands::memory::MemoryCommand;
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
@@ -55,6 +56,9 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Draw what each page of a VM is: its own, of which layer, pinned.
     Pages(PagesArgs),
+    /// Read or write a guest's memory by its physical addresses.
+    #[command(subcommand)]
+    Memory(MemoryCommand),
     /// Draw who descends from whom, and how much memory each owns.
     Tree(TreeArgs),
     /// Show a VM's last console output, and why it ended.

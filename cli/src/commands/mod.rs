@@ -14,6 +14,7 @@ mod journal;
 mod limits;
 mod logging;
 mod many;
+mod memory;
 mod notify;
 mod output;
 mod pages;
@@ -153,6 +154,7 @@ fn run(command: Command) -> Outcome {
         Command::Ps(args) => ps::main(&args),
         Command::Pages(args) => pages::main(&args),
         Command::Stats(args) => stats::main(&args),
+        Command::Memory(command) => memory::main(&command),
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
         Command::Reset(args) => many::main(&args, Verb::Reset),

@@ -14,6 +14,7 @@ mod graceful;
 mod guest;
 mod labels;
 mod many;
+mod memory;
 mod metrics;
 mod net_hook;
 mod notify;

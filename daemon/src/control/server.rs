@@ -22,7 +22,7 @@ use crate::control::api::{
 };
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::{memory, pages, ttl};
+use crate::control::{memory, pages, ram, ttl};
 use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
 use clade_vmm::vm::{Vm, VmError};
 
@@ -273,6 +273,7 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(stop))
         .routes(routes!(logs))
         .routes(routes!(pages::show_pages))
+        .routes(routes!(ram::read, ram::write))
         .routes(routes!(memory::show_stats))
 }
 

@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 
 use super::FleetError;
 use crate::control::ProblemKind;
+use clade_memory::AccessError;
 use clade_vmm::vm::{SnapshotError, VmError};
 
 impl FleetError {
@@ -40,6 +41,14 @@ fn of_vm(error: &VmError) -> ProblemKind {
         VmError::Balloon { .. } => ProblemKind::BadRequest,
         VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_) => ProblemKind::BadConfig,
         VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent | VmError::Paused => ProblemKind::WrongState,
+        VmError::Access(error) => match error {
+            AccessError::NotRam { .. } | AccessError::Absent { .. } | AccessError::Nothing { .. } => {
+                ProblemKind::BadAddress
+            }
+            // It is about to stop.
+            AccessError::Lost(_) => ProblemKind::WrongState,
+            _ => ProblemKind::Internal,
+        },
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,
