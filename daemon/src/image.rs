@@ -52,6 +52,10 @@ pub(crate) struct Forked {
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
     pub(crate) freeze: Duration,
+    /// Of the pause: until all stood still.
+    pub(crate) park: Duration,
+    /// Requests of devices that were in flight.
+    pub(crate) in_flight: u64,
     pub(crate) remapped: u64,
     pub(crate) copied: u64,
 }
@@ -136,13 +140,15 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
 
 fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
     let (image, report) = vm.fork()?;
-    let ForkReport { times, freeze, .. } = report;
+    let ForkReport { times, freeze, in_flight } = report;
     let forked = Forked {
         config: VmConfig::clone(image.config()),
         labels: fleet.upgrade().and_then(|fleet| fleet.listed()).map(|listed| listed.labels).unwrap_or_default(),
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,
+        park: times.park,
+        in_flight: in_flight as u64,
         remapped: freeze.remapped,
         copied: freeze.copied,
     };

@@ -9,10 +9,10 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, VolatileMemoryError, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemoryError, VolatileSlice};
 
 use crate::error::RamError;
 use crate::freeze::background::FillError;
@@ -219,15 +219,24 @@ fn words_of(address: u64, length: usize) -> (usize, usize) {
     (head, (length - head) / WORD)
 }
 
+/// The aligned words of guest memory that are `count` from byte `from` of `slice` on.
+fn atomics<'a>(slice: &'a VolatileSlice<'_>, from: usize, count: usize) -> impl Iterator<Item = &'a AtomicU64> {
+    let first = slice.ptr_guard_mut().as_ptr().wrapping_add(from).cast::<u64>();
+    assert!(from + count * WORD <= slice.len() && first.is_aligned(), "words of the slice");
+    // SAFETY: the word is in the slice and aligned (asserted), and is mapped as long as the slice
+    // lives. What else accesses it is a vCPU, a device, or this process by atomics and volatile
+    // accesses, which are one instruction on this architecture.
+    (0..count).map(move |at| unsafe { AtomicU64::from_ptr(first.wrapping_add(at)) })
+}
+
 /// Reads aligned words as a whole, and what is not a whole word bytewise.
 fn copy_out(from: &VolatileSlice<'_>, address: u64, bytes: &mut [u8]) -> Result<(), VolatileMemoryError> {
     let (head, words) = words_of(address, bytes.len());
     let tail = head + words * WORD;
     from.subslice(0, head)?.copy_to(&mut bytes[..head]);
-    for at in (head..tail).step_by(WORD) {
+    for (bytes, word) in bytes[head..tail].as_chunks_mut::<WORD>().0.iter_mut().zip(atomics(from, head, words)) {
         // Relaxed: words are in no order.
-        let word: u64 = from.load(at, Ordering::Relaxed)?;
-        bytes[at..at + WORD].copy_from_slice(&word.to_ne_bytes());
+        *bytes = word.load(Ordering::Relaxed).to_ne_bytes();
     }
     from.subslice(tail, bytes.len() - tail)?.copy_to(&mut bytes[tail..]);
     Ok(())
@@ -238,9 +247,9 @@ fn copy_in(to: &VolatileSlice<'_>, address: u64, bytes: &[u8]) -> Result<(), Vol
     let (head, words) = words_of(address, bytes.len());
     let tail = head + words * WORD;
     to.subslice(0, head)?.copy_from(&bytes[..head]);
-    for (word, at) in bytes[head..tail].as_chunks::<WORD>().0.iter().zip((head..tail).step_by(WORD)) {
+    for (bytes, word) in bytes[head..tail].as_chunks::<WORD>().0.iter().zip(atomics(to, head, words)) {
         // Relaxed: words are in no order.
-        to.store(u64::from_ne_bytes(*word), at, Ordering::Relaxed)?;
+        word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
     }
     to.subslice(tail, bytes.len() - tail)?.copy_from(&bytes[tail..]);
     Ok(())
@@ -249,6 +258,7 @@ fn copy_in(to: &VolatileSlice<'_>, address: u64, bytes: &[u8]) -> Result<(), Vol
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vm_memory::Bytes;
 
     use super::*;
     use crate::{FreezeMode, GAP_END, GAP_START, NoFork, NoWriters, Quiesced, RamLayout, Store};

@@ -595,8 +595,11 @@ pub(crate) struct StressArgs {
     /// Directory for the disks' files. Default: the temporary directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
+    /// All VMs in this process, instead of one in each. Pages are discarded only then.
+    #[arg(long)]
+    pub(crate) in_process: bool,
     /// The control run: freezes do not spare pinned pages. Succeeds once wrong bytes are found, and
-    /// fails if none are in 10,000 forks.
+    /// fails if none are in 10,000 forks. In this process.
     #[arg(long)]
     pub(crate) without_unshare: bool,
     /// Print one JSON object.

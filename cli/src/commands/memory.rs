@@ -148,7 +148,10 @@ fn in_parts(address: u64, length: u64, mut part: impl FnMut(u64, usize) -> Outco
 
 fn read(args: &ReadArgs) -> Outcome {
     let client = Client::default();
-    let get = |at, length| ask(client.read_memory(&args.name, at, length));
+    let get = |at, length| {
+        let mut bytes = vec![0; length];
+        ask(client.read_memory(&args.name, at, &mut bytes)).map(|()| bytes)
+    };
     let Some(path) = &args.output else {
         let mut stdout = io::stdout().lock();
         let mut dump = Dump { last: None, is_starred: false };

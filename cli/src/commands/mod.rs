@@ -18,6 +18,7 @@ mod memory;
 mod notify;
 mod output;
 mod pages;
+mod private;
 mod ps;
 mod remote;
 mod restore;
@@ -119,6 +120,8 @@ pub(crate) fn main() -> ExitCode {
     let runs_vms = matches!(
         cli.command,
         Command::Run(_)
+            | Command::Demo(_)
+            | Command::Stress(_)
             | Command::Restore(_)
             | Command::Console(_)
             | Command::Exec(_)
@@ -183,6 +186,7 @@ fn run(command: Command) -> Outcome {
 }
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
+pub(crate) use private::{PrivateVms, RemoteVm, Source};
 pub(crate) use worker::{BARE, MEASURE};
 
 #[cfg(test)]

@@ -44,9 +44,10 @@ mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared, ResetAnswer,
-    RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
-    StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WorkingSetAnswer,
+    ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared,
+    ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo,
+    WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;

@@ -207,7 +207,17 @@ mod tests {
 
     fn forked(config: &VmConfig) -> Forked {
         let (none, config, labels) = (Duration::ZERO, config.clone(), Labels::default());
-        Forked { config, labels, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
+        Forked {
+            config,
+            labels,
+            generation: 1,
+            pause: none,
+            freeze: none,
+            park: none,
+            in_flight: 0,
+            remapped: 0,
+            copied: 0,
+        }
     }
 
     fn with_disk(path: &str) -> VmConfig {
