@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
+use crate::flight;
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -141,6 +142,9 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
 fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
     let (image, report) = vm.fork()?;
     let ForkReport { times, freeze, in_flight } = report;
+    let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
+    let pages = format!("{remapped} pages remapped, {copied} copied");
+    flight::note(&format!("image taken: paused {pause} us, {pages}, {in_flight} requests in flight"));
     let forked = Forked {
         config: VmConfig::clone(image.config()),
         labels: fleet.upgrade().and_then(|fleet| fleet.listed()).map(|listed| listed.labels).unwrap_or_default(),

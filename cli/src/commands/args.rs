@@ -61,8 +61,8 @@ pub(crate) enum Command {
     Memory(MemoryCommand),
     /// Draw who descends from whom, and how much memory each owns.
     Tree(TreeArgs),
-    /// Show a VM's last console output, and why it ended.
-    Logs(ActArgs),
+    /// Show a VM's last console output, and why it ended; or the last that happened to it.
+    Logs(LogsArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
@@ -247,6 +247,18 @@ pub(crate) struct ActArgs {
     /// The VM's name.
     pub(crate) name: String,
     /// Print JSON instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// The VM's name.
+    pub(crate) name: String,
+    /// Show the flight record instead: what happened to the VM last.
+    #[arg(long)]
+    pub(crate) flight: bool,
+    /// Print JSON: both.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -10,6 +10,7 @@ mod check;
 mod control;
 mod disk;
 mod ending;
+mod flight;
 mod graceful;
 mod guest;
 mod labels;

@@ -12,6 +12,7 @@ use clade_io::CachePolicy;
 
 use crate::control::{object, schema};
 use crate::fleet::{Labels, Listed, Shutdown};
+use crate::flight::FlightEvent;
 use crate::worker::Made;
 use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
@@ -521,10 +522,13 @@ pub struct ResetAnswer {
 }
 
 /// The last output on a VM's console.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LogsAnswer {
     /// At most 32 KiB, as text.
     pub console: String,
+    /// The last that happened to the VM, the oldest first.
+    #[serde(default)]
+    pub flight: Vec<FlightEvent>,
 }
 
 /// A request to boot a VM in a process of its own.

@@ -320,7 +320,7 @@ impl Client {
         }
         let (answer, left) = self.stop_process(name, request).await?;
         if let Some((claim, exit)) = left {
-            clear_up(claim, exit, true);
+            clear_up(claim, exit, true, Vec::new());
         }
         Ok(answer)
     }

@@ -106,6 +106,7 @@ pub struct MemoryStats {
     /// Shared pages of layers of which that is not known.
     pub unknown_pages: u64,
     /// What its memory files are in: `huge` pages, or those of `4k`.
+    #[serde(default)]
     pub backing: String,
     /// Memory mappings that it takes.
     pub mappings: u64,

@@ -67,8 +67,8 @@ impl Needs {
 
     /// The needs of the same VM in a process of its own, as the process sees them that starts it.
     pub(crate) fn of_worker(config: &VmConfig) -> Self {
-        // Its socket, its process and its name's lock, until it runs.
-        Self { descriptors: 3, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
+        // Its socket, its process, its flight record and its name's lock, until it runs.
+        Self { descriptors: 4, threads: Self::of(config).threads + WORKER_THREADS, mappings: 0 }
     }
 }
 

@@ -82,7 +82,7 @@ impl Supervisor {
     ) -> Result<Vec<NameClaim>, FleetError> {
         check_names(request.count, request.name.as_deref())?;
         // Each name and each process is a descriptor here. What else they need is known when the image is.
-        let (count, needs) = (request.count, Needs { descriptors: 4, threads: 1, mappings: 0 });
+        let (count, needs) = (request.count, Needs { descriptors: 5, threads: 1, mappings: 0 });
         check_room(count, needs).map_err(|source| FleetError::Room { count, source })?;
         let identity = request.identity();
         let wanted = Children { count: request.count, pattern: request.name.as_deref(), identity: &identity };
