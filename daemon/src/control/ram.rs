@@ -12,8 +12,8 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::{Body, Bytes, HttpBody, to_bytes};
 use axum::extract::{Path as UrlPath, RawQuery, State};
-use axum::http::HeaderMap;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use hyper::body::{Frame, SizeHint};
 use serde::{Deserialize, Serialize};
@@ -154,7 +154,7 @@ pub(super) async fn write(
     headers: HeaderMap,
     body: Body,
 ) -> Answer<MemoryWritten> {
-    let media = headers.get(CONTENT_TYPE).map(|media| media.as_bytes());
+    let media = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
     if media.is_some_and(|media| !media.eq_ignore_ascii_case(MEDIA_TYPE.as_bytes())) {
         return Err(ApiError::new(ProblemKind::MediaType, format!("the body is not declared as {MEDIA_TYPE}")));
     }

@@ -24,6 +24,8 @@ impl FleetError {
             Self::Room { .. } => ProblemKind::NoRoom,
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
+            // It was killed, most likely.
+            Self::Worker { .. } | Self::Transfer(_) if is_of_the_dead(self) => ProblemKind::VmGone,
             Self::Runtime { .. }
             | Self::Unreleased { .. }
             | Self::LinkedDir { .. }
@@ -34,6 +36,15 @@ impl FleetError {
             | Self::Worker { .. } => ProblemKind::Internal,
         }
     }
+}
+
+/// Whether a process at the other end of a socket has ended.
+fn is_of_the_dead(error: &FleetError) -> bool {
+    let mut causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.any(|cause| {
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(kind, Some(ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset))
+    })
 }
 
 fn of_vm(error: &VmError) -> ProblemKind {

@@ -148,6 +148,9 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     if passed_on {
         all.extend([Kind::Forbidden, Kind::VmSilent]);
     }
+    if method == "post" {
+        all.push(Kind::VmGone);
+    }
     if method != "get" {
         let conflicts = Kind::ALL.iter().filter(|kind| kind.status().as_u16() == 409);
         all.extend(conflicts);
