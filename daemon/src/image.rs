@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
+use crate::flight;
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -52,6 +53,10 @@ pub(crate) struct Forked {
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
     pub(crate) freeze: Duration,
+    /// Of the pause: until all stood still.
+    pub(crate) park: Duration,
+    /// Requests of devices that were in flight.
+    pub(crate) in_flight: u64,
     pub(crate) remapped: u64,
     pub(crate) copied: u64,
 }
@@ -136,13 +141,18 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
 
 fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
     let (image, report) = vm.fork()?;
-    let ForkReport { times, freeze, .. } = report;
+    let ForkReport { times, freeze, in_flight } = report;
+    let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
+    let pages = format!("{remapped} pages remapped, {copied} copied");
+    flight::note(&format!("image taken: paused {pause} us, {pages}, {in_flight} requests in flight"));
     let forked = Forked {
         config: VmConfig::clone(image.config()),
         labels: fleet.upgrade().and_then(|fleet| fleet.listed()).map(|listed| listed.labels).unwrap_or_default(),
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,
+        park: times.park,
+        in_flight: in_flight as u64,
         remapped: freeze.remapped,
         copied: freeze.copied,
     };

@@ -15,6 +15,7 @@
 pub mod console;
 pub mod control;
 pub mod fleet;
+pub mod flight;
 mod image;
 pub mod jail;
 pub mod supervisor;

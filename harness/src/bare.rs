@@ -1,15 +1,14 @@
 //! Talking to the bare guest: commands through its mailboxes, answers through its reports.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{self, Command, mailbox_gpa};
 use clade_memory::GuestRam;
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::machine::{GuestWords, Machine, WordsError};
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Context, StopReason, Vm, VmConfig, VmError};
 
@@ -57,40 +56,46 @@ pub enum BareError {
         vcpu: u64,
         /// The error of the access.
         #[source]
-        source: GuestMemoryError,
+        source: WordsError,
     },
 }
+
+// They are written at once.
+const _: () = assert!(abi::offset::ARGS == abi::offset::COMMAND + 8);
+const _: () = assert!(abi::offset::COMMAND == abi::offset::CMD_SEQ + 8);
 
 /// How long the guest may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The mailbox of one vCPU, in a guest's memory.
-#[derive(Clone, Copy, Debug)]
-pub struct BareMailbox<'a> {
-    ram: &'a GuestRam,
+#[derive(Debug)]
+pub struct BareMailbox<'a, M: ?Sized = GuestRam> {
+    ram: &'a M,
     vcpu: u64,
 }
 
-impl<'a> BareMailbox<'a> {
+impl<M: ?Sized> Clone for BareMailbox<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: ?Sized> Copy for BareMailbox<'_, M> {}
+
+impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
     /// The mailbox of `vcpu` in `ram`.
     #[must_use]
-    pub fn new(ram: &'a GuestRam, vcpu: u64) -> Self {
+    pub fn new(ram: &'a M, vcpu: u64) -> Self {
         Self { ram, vcpu }
     }
 
-    fn word(self, offset: u64) -> GuestAddress {
-        GuestAddress(mailbox_gpa(self.vcpu) + offset)
-    }
-
     fn get(self, offset: u64) -> Result<u64, BareError> {
-        // Acquire: pairs with the guest's store of this word (x86 keeps stores in order).
-        let word = self.ram.memory().load(self.word(offset), Ordering::Acquire);
+        let word = self.ram.load(mailbox_gpa(self.vcpu) + offset);
         word.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
     }
 
-    fn put(self, offset: u64, value: u64) -> Result<(), BareError> {
-        // Release: the guest sees the command before its number.
-        let stored = self.ram.memory().store(value, self.word(offset), Ordering::Release);
+    fn put(self, offset: u64, words: &[u64]) -> Result<(), BareError> {
+        let stored = self.ram.store(mailbox_gpa(self.vcpu) + offset, words);
         stored.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
     }
 
@@ -100,13 +105,33 @@ impl<'a> BareMailbox<'a> {
     /// When its mailbox cannot be reached.
     pub fn order(self, command: Command) -> Result<u64, BareError> {
         let (code, args) = command.encode();
-        self.put(abi::offset::COMMAND, code)?;
-        for (at, arg) in (0..).step_by(8).zip(args) {
-            self.put(abi::offset::ARGS + at, arg)?;
-        }
         let seq = self.get(abi::offset::CMD_SEQ)? + 1;
-        self.put(abi::offset::CMD_SEQ, seq)?;
+        let mut words = [code; 9];
+        words[1..].copy_from_slice(&args);
+        self.put(abi::offset::COMMAND, &words)?;
+        // Last: the guest takes what is there when it sees it.
+        self.put(abi::offset::CMD_SEQ, &[seq])?;
         Ok(seq)
+    }
+
+    /// Gives the vCPU of a paused VM a command, in place of the one it executes. Returns the
+    /// command's number, and the operations that the other one has completed.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn order_paused(self, command: Command) -> Result<(u64, u64), BareError> {
+        // By two accesses: one that is made for another process takes a while.
+        let mut bytes = [0; (abi::offset::PROGRESS + 8) as usize];
+        let read = self.ram.read(mailbox_gpa(self.vcpu), &mut bytes);
+        read.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })?;
+        let words = bytes.as_chunks::<8>().0;
+        let word = |offset: u64| words.get((offset / 8) as usize).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let (code, args) = command.encode();
+        let mut words = [code; 10];
+        words[0] = word(abi::offset::CMD_SEQ) + 1;
+        words[2..].copy_from_slice(&args);
+        self.put(abi::offset::CMD_SEQ, &words)?;
+        Ok((words[0], word(abi::offset::PROGRESS)))
     }
 
     /// Operations that the running command has completed.
@@ -164,22 +189,30 @@ pub fn boot_bare(context: &Context, name: &str, config: &Arc<VmConfig>) -> Resul
 }
 
 /// One vCPU of a running bare guest.
-#[derive(Clone, Copy, Debug)]
-pub struct BareVcpu<'a> {
-    vm: &'a Vm,
-    mailbox: BareMailbox<'a>,
+#[derive(Debug)]
+pub struct BareVcpu<'a, V: ?Sized = Vm> {
+    vm: &'a V,
+    mailbox: BareMailbox<'a, V>,
 }
 
-impl<'a> BareVcpu<'a> {
+impl<V: ?Sized> Clone for BareVcpu<'_, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<V: ?Sized> Copy for BareVcpu<'_, V> {}
+
+impl<'a, V: Machine + ?Sized> BareVcpu<'a, V> {
     /// vCPU `vcpu` of `vm`.
     #[must_use]
-    pub fn new(vm: &'a Vm, vcpu: u64) -> Self {
-        Self { vm, mailbox: BareMailbox::new(vm.ram(), vcpu) }
+    pub fn new(vm: &'a V, vcpu: u64) -> Self {
+        Self { vm, mailbox: BareMailbox::new(vm, vcpu) }
     }
 
     /// Its mailbox.
     #[must_use]
-    pub fn mailbox(&self) -> BareMailbox<'a> {
+    pub fn mailbox(&self) -> BareMailbox<'a, V> {
         self.mailbox
     }
 
@@ -205,8 +238,8 @@ impl<'a> BareVcpu<'a> {
             if left.is_zero() || self.vm.stopped().is_some() {
                 return Err(self.silent("the end of its command"));
             }
-            // A report only ends the wait early: it may be another vCPU's. The mailbox decides.
-            let _ = self.vm.reports().next(left.min(Duration::from_micros(500)));
+            // The mailbox decides.
+            self.vm.await_report(left.min(Duration::from_micros(500)));
         }
         Ok(())
     }
@@ -224,12 +257,12 @@ impl<'a> BareVcpu<'a> {
             if Instant::now() > deadline || self.vm.stopped().is_some() {
                 return Err(self.silent("that it is ready"));
             }
-            let _ = self.vm.reports().next(Duration::from_millis(1));
+            self.vm.await_report(Duration::from_millis(1));
         }
     }
 
     fn silent(&self, wanted: &'static str) -> BareError {
-        let (vm, stopped) = (self.vm.name().to_owned(), self.vm.stopped());
+        let (vm, stopped) = (self.vm.name(), self.vm.stopped());
         BareError::Silent { vm, vcpu: self.mailbox.vcpu, wanted, seconds: ANSWER_TIMEOUT.as_secs(), stopped }
     }
 
@@ -238,7 +271,7 @@ impl<'a> BareVcpu<'a> {
             return Ok(());
         }
         Err(BareError::Fault {
-            vm: self.vm.name().to_owned(),
+            vm: self.vm.name(),
             vcpu: self.mailbox.vcpu,
             vector: self.mailbox.get(abi::offset::FAULT_VECTOR)?,
             code: self.mailbox.get(abi::offset::FAULT_ERROR)?,
@@ -246,7 +279,9 @@ impl<'a> BareVcpu<'a> {
             address: self.mailbox.get(abi::offset::FAULT_CR2)?,
         })
     }
+}
 
+impl BareVcpu<'_> {
     /// Waits for a report of `event` from this vCPU. Returns the time at which it came.
     ///
     /// # Errors

@@ -3,10 +3,12 @@
 #![deny(missing_docs)]
 
 mod bare;
+mod machine;
 mod require;
 mod slice;
 
 pub use bare::{BareError, BareMailbox, BareVcpu, boot_bare};
+pub use machine::{GuestWords, Machine, WordsError};
 pub use require::{host, required, skip};
 pub use slice::{Slice, stop_writing};
 

@@ -1,15 +1,9 @@
 //! One vCPU's share of a bare guest's memory, and its expected words.
 
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, model};
-use clade_memory::GuestRam;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
-
-use clade_vmm::vm::Vm;
 
 use crate::bare::{BareError, BareVcpu};
-
-/// Words compared at a time; they fit in the second-level cache.
-const CHUNK_WORDS: usize = 16 << 10;
+use crate::machine::{GuestWords, Machine, WordsError};
 
 /// Pages that one vCPU writes by [`Command::Write`], and their expected words. Operations are
 /// counted from 0, and the words follow from their number.
@@ -91,18 +85,19 @@ impl Slice {
     ///
     /// # Errors
     /// When the pages are not in `ram`.
-    pub fn wrong_bytes(&self, ram: &GuestRam, except: u64) -> Result<u64, GuestMemoryError> {
+    pub fn wrong_bytes(&self, ram: &(impl GuestWords + ?Sized), except: u64) -> Result<u64, WordsError> {
         let skip = (except * PAGE_WORDS) as usize;
-        let mut buffer = vec![0u64; CHUNK_WORDS];
+        let mut buffer = vec![0u8; ram.chunk() * 8];
         let mut wrong = 0;
         let mut at = self.start + except * PAGE_SIZE;
-        for want in self.words[skip..].chunks(CHUNK_WORDS) {
-            let got = &mut buffer[..want.len()];
-            ram.memory().get_slice(GuestAddress(at), want.len() * 8)?.copy_to(got);
-            if got != want {
-                let differ = |(got, want): (&u64, &u64)| {
-                    got.to_le_bytes().iter().zip(want.to_le_bytes()).filter(|(a, b)| **a != *b).count() as u64
-                };
+        for want in self.words[skip..].chunks(ram.chunk()) {
+            let got = &mut buffer[..want.len() * 8];
+            ram.read(at, got)?;
+            let got = got.as_chunks::<8>().0;
+            let differ = |(got, want): (&[u8; 8], &u64)| {
+                got.iter().zip(want.to_le_bytes()).filter(|(a, b)| **a != *b).count() as u64
+            };
+            if !got.iter().zip(want).all(|(got, want)| u64::from_le_bytes(*got) == *want) {
                 wrong += got.iter().zip(want).map(differ).sum::<u64>();
             }
             at += want.len() as u64 * 8;
@@ -116,7 +111,7 @@ impl Slice {
 ///
 /// # Errors
 /// When the guest faults or does not answer.
-pub fn stop_writing(vm: &Vm, cpus: u64) -> Result<Vec<u64>, BareError> {
+pub fn stop_writing(vm: &(impl Machine + ?Sized), cpus: u64) -> Result<Vec<u64>, BareError> {
     let stop = |vcpu| {
         let vcpu = BareVcpu::new(vm, vcpu);
         vcpu.run(Command::Idle)?;

@@ -17,6 +17,7 @@
 //! | how a child maps what it inherits | `fork.rs` |
 //! | how layers are kept few, and given back | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
 //! | what a snapshot on a disk is made of | `layer/builder.rs`, `layer/handle.rs` |
+//! | how others read and write it | `access.rs` |
 //! | how it is tested | `testing/`, `tests/` |
 //!
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. It does not stop writers (see
@@ -37,6 +38,7 @@ macro_rules! trace {
     };
 }
 
+mod access;
 mod budget;
 mod config;
 #[cfg(test)]
@@ -61,6 +63,7 @@ mod trace;
 mod trace;
 mod units;
 
+pub use access::AccessError;
 pub use budget::{BudgetError, MappingBudget};
 pub use config::Config;
 pub use error::RamError;

@@ -19,6 +19,9 @@ pub mod kvm;
 pub mod platform;
 pub mod vm;
 
+/// The target of trace events that are for a VM's flight record, whatever is logged.
+pub const FLIGHT: &str = "clade_flight";
+
 /// An error and its causes in one line.
 #[must_use]
 pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {

@@ -16,6 +16,7 @@ use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
 use crate::commands::many::{ManyArgs, StopArgs};
+use crate::commands::memory::MemoryCommand;
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
@@ -56,10 +57,13 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Draw what each page of a VM is: its own, of which layer, pinned.
     Pages(PagesArgs),
+    /// Read or write a guest's memory by its physical addresses.
+    #[command(subcommand)]
+    Memory(MemoryCommand),
     /// Draw who descends from whom, and how much memory each owns.
     Tree(TreeArgs),
-    /// Show a VM's last console output, and why it ended.
-    Logs(ActArgs),
+    /// Show a VM's last console output, and why it ended; or the last that happened to it.
+    Logs(LogsArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
@@ -250,6 +254,18 @@ pub(crate) struct ActArgs {
     /// The VM's name.
     pub(crate) name: String,
     /// Print JSON instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// The VM's name.
+    pub(crate) name: String,
+    /// Show the flight record instead: what happened to the VM last.
+    #[arg(long)]
+    pub(crate) flight: bool,
+    /// Print JSON: both.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -612,8 +628,11 @@ pub(crate) struct StressArgs {
     /// Directory for the disks' files. Default: the temporary directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
+    /// All VMs in this process, instead of one in each. Pages are discarded only then.
+    #[arg(long)]
+    pub(crate) in_process: bool,
     /// The control run: freezes do not spare pinned pages. Succeeds once wrong bytes are found, and
-    /// fails if none are in 10,000 forks.
+    /// fails if none are in 10,000 forks. In this process.
     #[arg(long)]
     pub(crate) without_unshare: bool,
     /// Print one JSON object.

@@ -1,9 +1,16 @@
 //! The log on standard error.
 
+use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
 
-use tracing_subscriber::EnvFilter;
+use clade_daemon::flight;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::time::SystemTime;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry};
 
 use crate::commands::Failure;
 
@@ -43,15 +50,46 @@ fn filter(text: &str) -> Result<EnvFilter, Failure> {
 /// When the variable has a directive that is not valid.
 pub(super) fn init() -> Result<(), Failure> {
     let text = std::env::var_os(VARIABLE).unwrap_or_default();
-    let log = tracing_subscriber::fmt().with_env_filter(filter(&text.to_string_lossy())?).with_writer(io::stderr);
+    let filter = filter(&text.to_string_lossy())?;
+    let log = tracing_subscriber::fmt::layer::<Registry>().with_writer(io::stderr);
     // The subscriber would report them on standard error, and panic if that is closed.
     let log = log.log_internal_errors(false);
-    if io::stderr().is_terminal() {
-        log.without_time().init();
+    let log = if io::stderr().is_terminal() {
+        log.without_time().with_filter(filter).boxed()
     } else {
-        log.with_ansi(false).with_timer(SystemTime).init();
-    }
+        log.with_ansi(false).with_timer(SystemTime).with_filter(filter).boxed()
+    };
+    let noted = filter_fn(|event| *event.level() <= Level::WARN || event.target() == clade_vmm::FLIGHT);
+    tracing_subscriber::registry().with(log).with(FlightLog.with_filter(noted)).init();
     Ok(())
+}
+
+/// Notes what went wrong in the flight record of the process's VM, if it has one.
+struct FlightLog;
+
+impl<S: Subscriber> Layer<S> for FlightLog {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut line = Line::default();
+        event.record(&mut line);
+        flight::note(&format!("{}{}", line.message, line.fields));
+    }
+}
+
+/// An event in words: its message and its fields.
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        // Writing to a string does not fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
 }
 
 #[cfg(test)]

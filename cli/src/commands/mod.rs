@@ -16,9 +16,11 @@ mod journal;
 mod limits;
 mod logging;
 mod many;
+mod memory;
 mod notify;
 mod output;
 mod pages;
+mod private;
 mod ps;
 mod remote;
 mod restore;
@@ -120,6 +122,8 @@ pub(crate) fn main() -> ExitCode {
     let runs_vms = matches!(
         cli.command,
         Command::Run(_)
+            | Command::Demo(_)
+            | Command::Stress(_)
             | Command::Restore(_)
             | Command::Console(_)
             | Command::Exec(_)
@@ -155,6 +159,7 @@ fn run(command: Command) -> Outcome {
         Command::Ps(args) => ps::main(&args),
         Command::Pages(args) => pages::main(&args),
         Command::Stats(args) => stats::main(&args),
+        Command::Memory(command) => memory::main(&command),
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
         Command::Reset(args) => many::main(&args, Verb::Reset),
@@ -185,6 +190,7 @@ fn run(command: Command) -> Outcome {
 }
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
+pub(crate) use private::{PrivateVms, RemoteVm, Source};
 pub(crate) use worker::{BARE, MEASURE};
 
 #[cfg(test)]

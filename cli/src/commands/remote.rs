@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::commands::args::{ActArgs, BalloonArgs, ConsoleArgs, ForkArgs};
+use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
 use crate::commands::many::limit;
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
@@ -18,6 +18,7 @@ use clade_daemon::control::{
     BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
 use clade_daemon::fleet::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
+use clade_daemon::flight::FlightEvent;
 
 /// When it is shown that a fork goes on.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
@@ -187,11 +188,23 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
 }
 
 /// Prints the last console output of a VM, running or ended.
-pub(crate) fn logs(args: &ActArgs) -> Outcome {
+/// Prints a flight record: the time of day (UTC) and what happened.
+fn print_flight(events: &[FlightEvent]) -> Outcome {
+    let mut stdout = io::stdout().lock();
+    let mut print = |event: &FlightEvent| {
+        let (second, millis) = (event.at as u64 % 86_400, (event.at.fract() * 1e3) as u64);
+        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+        writeln!(stdout, "{hour:02}:{minute:02}:{second:02}.{millis:03} {}", event.event)
+    };
+    events.iter().try_for_each(&mut print).map_err(Failure::run)
+}
+
+pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     let client = Client::default();
     let running = ask(client.request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
     let refused = match running {
         Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
+        Ok(answer) if args.flight => return print_flight(&answer.flight),
         Ok(answer) => return io::stdout().write_all(answer.console.as_bytes()).map_err(Failure::run),
         Err(refused) => refused,
     };
@@ -199,6 +212,9 @@ pub(crate) fn logs(args: &ActArgs) -> Outcome {
     let Some(ended) = ended else { return Err(refused) };
     if args.json {
         return print_json(&ended).map_err(Failure::run);
+    }
+    if args.flight {
+        return print_flight(&ended.flight);
     }
     io::stdout().write_all(ended.console.as_bytes()).and_then(|()| io::stdout().flush()).map_err(Failure::run)?;
     eprintln!("{} ended after {}: {}", ended.name, show_age(ended.age_s), ended.reason);

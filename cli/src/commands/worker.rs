@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 
 use clade_daemon::fleet::Fleet;
+use clade_daemon::flight;
 use clade_daemon::worker::{self, Program, Served};
 use clade_devices::disk::Disk;
 use clade_guests::abi;
@@ -78,6 +79,7 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
             vm.stop();
         }
     }
+    flight::note(&vm.stopped().map_or_else(|| "ended".to_owned(), |reason| format!("ended: {reason}")));
     let disks = if was_booted { vm.take_disks() } else { Vec::new() };
     fleet.remove();
     drop(vm);

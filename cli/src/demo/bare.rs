@@ -2,18 +2,18 @@
 //! for byte, with the prediction for the instant of its fork. Every VM is also compared with the
 //! prediction for what it did later.
 
-use std::sync::Arc;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_guests::abi::{Command, Event, PAGE_SIZE, POLL_OPS, WORK_BASE};
-use clade_memory::{GAP_START, GuestRam};
+use clade_guests::abi::{Command, PAGE_SIZE, POLL_OPS, WORK_BASE};
+use clade_memory::GAP_START;
 
 use crate::bench::Sample;
-use crate::commands::{DemoArgs, Failure};
+use crate::commands::{BARE, DemoArgs, Failure, PrivateVms, RemoteVm, Source};
 use crate::demo::progress;
-use clade_harness::{BareError, BareMailbox, BareVcpu, Slice, boot_bare, stop_writing};
-use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
+use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
+use clade_vmm::vm::VmConfig;
 
 /// Pages that a vCPU keeps writing; it writes the rest of its share once. At native speed it writes
 /// all of them between two forks.
@@ -39,18 +39,20 @@ pub(crate) struct BareReport {
     pub(crate) first_instruction: Sample,
     pub(crate) private_kib: f64,
     pub(crate) private_kib_after: f64,
+    /// What memory files are in.
+    pub(crate) backing: String,
 }
 
 /// A child that is paused except while it executes a command. The guest polls for commands, and a
 /// hundred polling children would leave the parent no processor.
 struct Child {
-    vm: Vm,
+    vm: RemoteVm,
     /// Operations that each vCPU had completed when it stopped.
     progress: Vec<u64>,
 }
 
-pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<BareReport, Failure> {
-    let config = Arc::new(VmConfig::bare(args.mem, args.cpus).map_err(Failure::input)?);
+pub(crate) fn run(vms: &PrivateVms, args: &DemoArgs) -> Result<BareReport, Failure> {
+    let config = VmConfig::bare(args.mem, args.cpus).map_err(Failure::input)?;
     config.check_host_memory().map_err(Failure::input)?;
     let share = args.mem.min(GAP_START).saturating_sub(WORK_BASE) / PAGE_SIZE / args.cpus;
     if share < 2 * WINDOW {
@@ -61,7 +63,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<BareReport, Fail
         )));
     }
     let mut demo = Demo {
-        context,
+        vms,
         args,
         slices: (0..args.cpus)
             .map(|n| Slice::filled(n, WORK_BASE + n * share * PAGE_SIZE, share, HOT_PAGES, WINDOW, SEED + n))
@@ -76,6 +78,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<BareReport, Fail
             first_instruction: Sample::default(),
             private_kib: 0.0,
             private_kib_after: 0.0,
+            backing: String::new(),
         },
     };
     demo.run(&config)?;
@@ -83,32 +86,32 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<BareReport, Fail
 }
 
 struct Demo<'a> {
-    context: &'a Context,
+    vms: &'a PrivateVms,
     args: &'a DemoArgs,
     slices: Vec<Slice>,
     report: BareReport,
 }
 
 impl Demo<'_> {
-    fn run(&mut self, config: &Arc<VmConfig>) -> Result<(), Failure> {
+    fn run(&mut self, config: &VmConfig) -> Result<(), Failure> {
         let parent = self.boot(config)?;
-        let (children, last) = self.fork_while_it_runs(&parent, config)?;
+        self.report.backing = parent.stats()?.memory.backing;
+        let children = self.fork_while_it_runs(&parent)?;
+        // What the generations descend from, at an instant after the last fork.
+        self.vms.checkpoint(parent.name(), "generation")?;
         // Stop the parent now, but check it after its children: its operation count is the highest,
         // and predictions only advance.
         let ended = stop_writing(&parent, self.args.cpus).map_err(Failure::run)?;
         self.check_children(&children)?;
-        if let Some(image) = last {
-            self.nest(&image)?;
-        }
-        self.check(parent.ram(), &ended, 0)?;
-        self.check_work(&children)?;
-        self.context.drain();
-        Ok(())
+        self.nest()?;
+        self.check(&parent, &ended, 0)?;
+        self.check_work(&children)
     }
 
-    fn boot(&self, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
+    fn boot(&self, config: &VmConfig) -> Result<RemoteVm, Failure> {
         let spin = progress::spinner(self.args, "booting, filling memory");
-        let vm = boot_bare(self.context, "demo", config).map_err(Failure::run)?;
+        let vm = self.vms.boot("demo", config, Source { kernel: Path::new(BARE), initrd: None, cmdline: "" })?;
+        (0..self.args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
         let vcpus = || self.slices.iter().map(|slice| (slice, BareVcpu::new(&vm, slice.vcpu())));
         let mut filling = Vec::new();
         for (slice, vcpu) in vcpus() {
@@ -122,21 +125,14 @@ impl Demo<'_> {
         Ok(vm)
     }
 
-    fn fork_while_it_runs(
-        &mut self,
-        parent: &Vm,
-        config: &Arc<VmConfig>,
-    ) -> Result<(Vec<Child>, Option<Arc<ForkImage>>), Failure> {
+    fn fork_while_it_runs(&mut self, parent: &RemoteVm) -> Result<Vec<Child>, Failure> {
+        let of = format!("vms/{}", parent.name());
         let bar = progress::bar(self.args, "forking while it runs", self.args.forks);
         let mut children = Vec::with_capacity(self.args.forks);
-        let mut last = None;
         for n in 0..self.args.forks {
-            self.context.prefill(config, 1).map_err(Failure::run)?;
             thread::sleep(PACE);
             let begun = Instant::now();
-            let (image, times) = parent.fork().map_err(Failure::run)?;
-            let (child, first) = self.start_child(&format!("child-{n}"), &image)?;
-            let pause_us = times.times.pause.as_secs_f64() * 1e6;
+            let (child, first, pause_us) = self.start_child(&of, &format!("child-{n}"))?;
             if n == 0 {
                 // Reported separately: it happens once in a VM's life, and takes longer.
                 self.report.first_pause_us = pause_us;
@@ -144,51 +140,48 @@ impl Demo<'_> {
             self.report.pause.push(pause_us);
             self.report.first_instruction.push_us(first - begun);
             children.push(child);
-            last = Some(image);
             bar.inc(1);
         }
         bar.finish_and_clear();
-        Ok((children, last))
+        Ok(children)
     }
 
-    /// Starts a child whose vCPUs stop writing at once. Also returns the time of its first
-    /// instruction.
-    fn start_child(&self, name: &str, image: &Arc<ForkImage>) -> Result<(Child, Instant), Failure> {
-        let at_fork = std::cell::RefCell::new(Ok(Vec::new()));
-        let prepare = |ram: &GuestRam| {
-            let prepared: Result<Vec<u64>, BareError> = self
-                .slices
-                .iter()
-                .map(|slice| {
-                    let mailbox = BareMailbox::new(ram, slice.vcpu());
-                    let progress = mailbox.progress()?;
-                    mailbox.order(if slice.vcpu() == 0 { Command::Announce } else { Command::Idle })?;
-                    Ok(progress)
-                })
-                .collect();
-            *at_fork.borrow_mut() = prepared;
-        };
-        let options = ChildOptions { paused: false, before_start: Some(&prepare) };
-        let vm = Vm::from_image(self.context, name, image, options).map_err(Failure::run)?;
-        let first = BareVcpu::new(&vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
+    /// Forks `of`, and starts a child whose vCPUs stop writing at once. Also returns the time at
+    /// which its first instruction was seen here, and the parent's pause in microseconds.
+    fn start_child(&self, of: &str, name: &str) -> Result<(Child, Instant, f64), Failure> {
+        let (vm, forked) = self.vms.fork_one(of, name)?;
+        // It is paused, so this is its state at the fork.
+        let (mut at_fork, mut announced) = (Vec::new(), 0);
+        for slice in &self.slices {
+            let is_first = slice.vcpu() == 0;
+            let command = if is_first { Command::Announce } else { Command::Idle };
+            let (seq, progress) = BareMailbox::new(&vm, slice.vcpu()).order_paused(command).map_err(Failure::run)?;
+            at_fork.push(progress);
+            if is_first {
+                announced = seq;
+            }
+        }
+        vm.resume()?;
+        BareVcpu::new(&vm, 0).await_done(announced).map_err(Failure::run)?;
+        let first = Instant::now();
         let progress = stop_writing(&vm, self.args.cpus).map_err(Failure::run)?;
-        vm.pause().map_err(Failure::run)?;
+        vm.pause()?;
         // A child stops at most one poll's operations after its fork.
-        for (now, then) in progress.iter().zip(at_fork.into_inner().map_err(Failure::run)?) {
+        for (now, then) in progress.iter().zip(at_fork) {
             if *now < then || *now > then + POLL_OPS {
                 return Err(Failure::Run(anyhow::anyhow!("{name} is at operation {now}, its parent was at {then}")));
             }
         }
-        Ok((Child { vm, progress }, first))
+        Ok((Child { vm, progress }, first, forked.pause_us))
     }
 
     /// Compares memory with the prediction for `progress`, without each slice's first `except`
     /// pages. Uses one thread per slice.
-    fn check(&mut self, ram: &GuestRam, progress: &[u64], except: u64) -> Result<(), Failure> {
+    fn check(&mut self, vm: &RemoteVm, progress: &[u64], except: u64) -> Result<(), Failure> {
         let wrong = thread::scope(|scope| {
             let compare = |(slice, progress): (&mut Slice, u64)| {
                 slice.advance(progress);
-                slice.wrong_bytes(ram, except)
+                slice.wrong_bytes(vm, except).map_err(|error| anyhow::anyhow!(error))
             };
             let threads: Vec<_> = self
                 .slices
@@ -210,15 +203,15 @@ impl Demo<'_> {
         let bar = progress::bar(self.args, "checking every byte of every child", children.len());
         let mut private = 0;
         for (n, child) in (0..).zip(children) {
-            private += child.vm.memory_stats().map_err(Failure::run)?.private_kib;
-            self.check(child.vm.ram(), &child.progress, 0)?;
+            private += child.vm.stats()?.memory.private_kib;
+            self.check(&child.vm, &child.progress, 0)?;
             // From here on the child differs from all others.
-            child.vm.resume().map_err(Failure::run)?;
+            child.vm.resume()?;
             for slice in &self.slices {
                 let own = Command::Fill { start: slice.start(), pages: OWN_PAGES, seed: own_seed(n, slice.vcpu()) };
                 BareVcpu::new(&child.vm, slice.vcpu()).run(own).map_err(Failure::run)?;
             }
-            child.vm.pause().map_err(Failure::run)?;
+            child.vm.pause()?;
             bar.inc(1);
         }
         self.report.private_kib = private as f64 / children.len().max(1) as f64;
@@ -227,33 +220,34 @@ impl Demo<'_> {
     }
 
     /// Children of children: each generation continues the writing, and is forked while it writes.
-    fn nest(&mut self, image: &Arc<ForkImage>) -> Result<(), Failure> {
+    fn nest(&mut self) -> Result<(), Failure> {
         let bar = progress::bar(self.args, "nesting generations", self.args.generations);
-        let mut image = Arc::clone(image);
+        let mut of = "generation".to_owned();
         for n in 0..self.args.generations {
-            let (child, _) = self.start_child(&format!("generation-{n}"), &image)?;
+            let (child, ..) = self.start_child(&format!("checkpoints/{of}"), &format!("generation-{n}"))?;
             for (slice, first) in self.slices.iter().zip(child.progress.iter().copied()) {
-                BareMailbox::new(child.vm.ram(), slice.vcpu())
-                    .order(slice.write_command(first))
-                    .map_err(Failure::run)?;
+                BareMailbox::new(&child.vm, slice.vcpu()).order(slice.write_command(first)).map_err(Failure::run)?;
             }
-            child.vm.resume().map_err(Failure::run)?;
+            child.vm.resume()?;
             thread::sleep(GENERATION);
-            image = child.vm.fork().map_err(Failure::run)?.0;
+            let next = format!("generation-{n}");
+            self.vms.checkpoint(child.vm.name(), &next)?;
+            self.vms.remove(&std::mem::replace(&mut of, next))?;
             // The next generation is checked without this one: a child outlives its parent.
-            drop(child);
-            let (next, _) = self.start_child(&format!("generation-{n}-check"), &image)?;
+            child.vm.stop()?;
+            let (next, ..) = self.start_child(&format!("checkpoints/{of}"), &format!("generation-{n}-check"))?;
             self.check_ahead(&next)?;
+            next.vm.stop()?;
             bar.inc(1);
         }
         bar.finish_and_clear();
-        Ok(())
+        self.vms.remove(&of)
     }
 
     /// The generations diverge from the parent, so they are compared with their own prediction.
     fn check_ahead(&mut self, child: &Child) -> Result<(), Failure> {
         let parents = self.slices.clone();
-        let checked = self.check(child.vm.ram(), &child.progress, 0);
+        let checked = self.check(&child.vm, &child.progress, 0);
         self.slices = parents;
         checked
     }
@@ -262,15 +256,15 @@ impl Demo<'_> {
     fn check_work(&mut self, children: &[Child]) -> Result<(), Failure> {
         let mut private = 0;
         for (n, child) in (0..).zip(children) {
-            child.vm.resume().map_err(Failure::run)?;
+            child.vm.resume()?;
             for slice in &self.slices {
                 let own = Command::Verify { start: slice.start(), pages: OWN_PAGES, seed: own_seed(n, slice.vcpu()) };
                 let [wrong_words, ..] = BareVcpu::new(&child.vm, slice.vcpu()).run(own).map_err(Failure::run)?;
                 self.report.wrong_bytes += wrong_words * 8;
                 self.report.bytes_checked += OWN_PAGES * PAGE_SIZE;
             }
-            child.vm.pause().map_err(Failure::run)?;
-            private += child.vm.memory_stats().map_err(Failure::run)?.private_kib;
+            child.vm.pause()?;
+            private += child.vm.stats()?.memory.private_kib;
         }
         self.report.private_kib_after = private as f64 / children.len().max(1) as f64;
         Ok(())

@@ -1,16 +1,14 @@
 //! The Linux guest's part: boot it once, fork its shell, type a different command into each child.
 
-use std::io;
-use std::sync::Arc;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::commands::{DEFAULT_CMDLINE, DemoArgs, Failure, Table};
+use crate::commands::{DEFAULT_CMDLINE, DemoArgs, Failure, PrivateVms, Source, Table};
 use crate::demo::progress;
 use crate::linux_guest::LinuxGuest;
-use clade_vmm::boot::{BootSource, Image};
-use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
+use clade_vmm::vm::VmConfig;
 
 /// A boot takes under a second with hardware virtualization, and half a minute without.
 const BOOT: Duration = Duration::from_secs(180);
@@ -58,10 +56,13 @@ fn shortened(answer: &str) -> String {
 
 impl LinuxReport {
     pub(crate) fn print(&self) -> io::Result<()> {
-        println!(
+        writeln!(
+            io::stdout(),
             "\nLinux: booted in {:.1} s, its shell forked {} times in one pause of {:.0} us",
-            self.boot_s, self.children, self.pause_us
-        );
+            self.boot_s,
+            self.children,
+            self.pause_us
+        )?;
         let mut table = Table::new(["typed into", "command", "answer"]);
         for (n, answer) in (1..).zip(&self.answers) {
             table.words([format!("child {n}"), answer.command.into(), shortened(&answer.answer)]);
@@ -79,65 +80,44 @@ fn guest(args: &DemoArgs) -> Result<Option<LinuxGuest>, Failure> {
     }
 }
 
-pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
+pub(crate) fn run(vms: &PrivateVms, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
     let Some(guest) = guest(args)? else { return Ok(None) };
-    let config = Arc::new(VmConfig::new(MEMORY, 1).map_err(Failure::run)?);
-    let source = BootSource {
-        kernel: Image::File(guest.kernel),
-        initrd: Some(Image::File(guest.initrd)),
-        cmdline: DEFAULT_CMDLINE.to_owned(),
-    };
+    let config = VmConfig::new(MEMORY, 1).map_err(Failure::run)?;
+    let source = Source { kernel: &guest.kernel, initrd: Some(&guest.initrd), cmdline: DEFAULT_CMDLINE };
     let spin = progress::spinner(args, "booting Linux");
     let begun = Instant::now();
-    let parent = Vm::boot(context, "linux", &config, &source).map_err(Failure::run)?;
-    expect(&parent, 0, "clade# ", BOOT)?;
+    let parent = vms.boot("linux", &config, source)?;
+    parent.console()?.wait_for("clade# ", BOOT)?;
     let boot_s = begun.elapsed().as_secs_f64();
     spin.finish_and_clear();
 
-    context.prefill(&config, COMMANDS.len()).map_err(Failure::run)?;
-    let (image, report) = parent.fork().map_err(Failure::run)?;
+    let (children, forked) = vms.fork(&format!("vms/{}", parent.name()), "linux-{n}", COMMANDS.len())?;
     // The parent has no more work, and processors are few.
-    parent.pause().map_err(Failure::run)?;
-    let held = ChildOptions { paused: true, before_start: None };
-    let child = |n| Vm::from_image(context, &format!("linux-{n}"), &image, held);
-    let children: Vec<Vm> = (1..=COMMANDS.len()).map(child).collect::<Result<_, _>>().map_err(Failure::run)?;
+    parent.pause()?;
     let bar = progress::bar(args, "ten shells, ten commands", children.len());
     let mut answers = Vec::new();
     // As many children at a time as processors. Where guest kernels are interpreted, a kernel with
     // less than a processor mostly serves its timer.
     let at_once = std::thread::available_parallelism().map_or(1, usize::from);
     for (children, commands) in children.chunks(at_once).zip(COMMANDS.chunks(at_once)) {
+        let mut consoles = Vec::with_capacity(children.len());
         for (child, command) in children.iter().zip(commands) {
-            child.type_in(format!("{command}\n").as_bytes());
-            child.resume().map_err(Failure::run)?;
+            let mut console = child.console()?;
+            console.type_in(&format!("{command}\n"))?;
+            child.resume()?;
+            consoles.push(console);
         }
-        for (child, command) in children.iter().zip(commands) {
-            let text = expect(child, 0, "[done ", ANSWER_TIMEOUT)?;
+        for ((child, command), console) in children.iter().zip(commands).zip(&mut consoles) {
+            let text = console.wait_for("[done ", ANSWER_TIMEOUT)?;
             answers.push(Answer { command, answer: answer_in(&text, command) });
-            child.pause().map_err(Failure::run)?;
+            child.pause()?;
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
     let wrong = |n: usize| answers[n].answer.is_empty() || answers[..n].iter().any(|a| a.answer == answers[n].answer);
     let wrong_answers = (0..answers.len()).filter(|n| wrong(*n)).count() as u64;
-    Ok(Some(LinuxReport {
-        boot_s,
-        children: children.len(),
-        pause_us: report.times.pause.as_secs_f64() * 1e6,
-        answers,
-        wrong_answers,
-    }))
-}
-
-fn expect(vm: &Vm, from: u64, text: &str, patience: Duration) -> Result<String, Failure> {
-    let (seen, found) = vm.console().wait_for(from, text, patience);
-    if found {
-        return Ok(seen);
-    }
-    let tail: String = seen.lines().rev().take(5).collect::<Vec<_>>().join(" | ");
-    let stopped = vm.stopped().map(|s| format!(" ({s})")).unwrap_or_default();
-    Err(Failure::Run(anyhow::anyhow!("{} did not print {text:?}{stopped}; its last lines: {tail}", vm.name())))
+    Ok(Some(LinuxReport { boot_s, children: children.len(), pause_us: forked.pause_us, answers, wrong_answers }))
 }
 
 /// The lines between the echoed command and the end mark.

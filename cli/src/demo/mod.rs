@@ -1,14 +1,16 @@
-//! `clade demo`: boots a guest, forks it while it runs, and checks every byte.
+//! `clade demo`: boots a guest, forks it while it runs, and checks every byte. Each VM has a process
+//! of its own, and is driven and read by the API.
 
 mod bare;
 mod linux;
 mod progress;
 
+use std::io::{self, Write};
+
 use serde::Serialize;
 
 use crate::bench::Spread;
-use crate::commands::{DemoArgs, Failure, Table, print_json};
-use clade_vmm::vm::Context;
+use crate::commands::{DemoArgs, Failure, PrivateVms, Table, print_json};
 
 /// The demo's results.
 #[derive(Debug, Serialize)]
@@ -22,15 +24,16 @@ struct Report {
     first_instruction_us: Spread,
     private_kib_per_child: f64,
     private_kib_per_child_after_work: f64,
-    layer_backing: &'static str,
+    layer_backing: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     linux: Option<linux::LinuxReport>,
 }
 
 pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
-    let context = Context::open().map_err(Failure::input)?.with_report_port();
-    let bare = bare::run(&context, args)?;
-    let linux = linux::run(&context, args)?;
+    let vms = PrivateVms::begin("demo")?;
+    let bare = bare::run(&vms, args)?;
+    let linux = linux::run(&vms, args)?;
+    drop(vms);
     let report = Report {
         forks: bare.forks,
         generations: bare.generations,
@@ -41,7 +44,7 @@ pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
         first_instruction_us: bare.first_instruction.spread(),
         private_kib_per_child: bare.private_kib,
         private_kib_per_child_after_work: bare.private_kib_after,
-        layer_backing: context.store().backing().name(),
+        layer_backing: bare.backing,
         linux,
     };
     if args.json {
@@ -56,7 +59,8 @@ pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
 }
 
 fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
-    println!();
+    let mut stdout = io::stdout();
+    writeln!(stdout).map_err(Failure::run)?;
     let mut table = Table::new(["a running microVM, forked", ""]);
     let spread = |s: &Spread| format!("{:.0} us  (p99 {:.0})", s.p50, s.p99);
     let mut row = |name: &str, value: String| table.row([name.into(), value]);
@@ -65,7 +69,7 @@ fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
     row("generations nested", report.generations.to_string());
     row("parent paused for", spread(&report.parent_pause_us));
     row("  the first time", format!("{:.0} us", report.first_fork_pause_us));
-    row("fork to child's first instruction", spread(&report.first_instruction_us));
+    row("fork request to child's first instruction", spread(&report.first_instruction_us));
     row("a child's private memory", format!("{:.0} KiB", report.private_kib_per_child));
     row("  after it has worked", format!("{:.0} KiB", report.private_kib_per_child_after_work));
     row("shared memory lives in", format!("{} pages", report.layer_backing));
@@ -76,9 +80,11 @@ fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
         Some(linux) => linux.print().map_err(Failure::run),
         None => {
             if !args.no_linux {
-                println!(
+                return writeln!(
+                    stdout,
                     "\nThe Linux guest is not built: `clade demo --linux` builds it, boots it and forks its shell."
-                );
+                )
+                .map_err(Failure::run);
             }
             Ok(())
         }

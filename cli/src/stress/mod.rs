@@ -24,6 +24,7 @@
 
 mod checker;
 mod rig;
+mod world;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,10 +37,10 @@ use serde::Serialize;
 
 use crate::bench::{Sample, Spread};
 use crate::commands::{Failure, StressArgs, StressName, Table, print_json};
-use clade_vmm::vm::{Context, ForkImage, ForkReport};
 
 use checker::{Checker, Forked};
 use rig::{Random, Rig};
+use world::{ForkCosts, Image, World};
 
 /// The longest queue of forks to be checked. While it is full, a fork is made but not checked.
 const WAITING: usize = 4;
@@ -128,12 +129,12 @@ struct CostSamples {
 }
 
 impl CostSamples {
-    fn push(&mut self, fork: &ForkReport) {
-        self.pause.push_us(fork.times.pause);
-        self.park.push_us(fork.times.park);
-        self.freeze.push_us(fork.times.freeze);
-        self.copied.push(fork.freeze.copied as f64);
-        self.remapped.push(fork.freeze.remapped as f64);
+    fn push(&mut self, fork: &ForkCosts) {
+        self.pause.push(fork.pause_us);
+        self.park.push(fork.park_us);
+        self.freeze.push(fork.freeze_us);
+        self.copied.push(fork.copied as f64);
+        self.remapped.push(fork.remapped as f64);
     }
 
     fn spread(&self) -> Costs {
@@ -152,6 +153,8 @@ struct Report {
     seconds: f64,
     seed: u64,
     unshare: bool,
+    /// Whether all VMs are in this process.
+    in_process: bool,
     cpus: u64,
     disk: &'static str,
     forks: u64,
@@ -171,6 +174,7 @@ struct Report {
 /// Drives the parent.
 struct Stress<'a> {
     rig: Rig,
+    world: Arc<World>,
     args: &'a StressArgs,
     random: Random,
     forks: u64,
@@ -189,11 +193,16 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
         return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
     }
-    let context = Context::open().map_err(Failure::input)?.with_report_port();
+    // The broken protocol is the library's.
+    let world = Arc::new(World::new(args.in_process || args.without_unshare, args.without_unshare)?);
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
-    let rig = Rig::boot(&context, args)?;
-    let mut stress = Stress { rig, args, random: Random::new(seed), forks: 0, in_flight: 0 };
-    let report = stress.run(&context, seed)?;
+    let rig = Rig::boot(&world, args)?;
+    let mut stress = Stress { rig, world, args, random: Random::new(seed), forks: 0, in_flight: 0 };
+    let report = stress.run(seed);
+    // Before its disks' files go.
+    let ended = stress.rig.end();
+    let report = report?;
+    ended?;
     if args.json {
         print_json(&report).map_err(Failure::run)?;
     } else {
@@ -216,7 +225,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
 }
 
 impl Stress<'_> {
-    fn run(&mut self, context: &Context, seed: u64) -> Result<Report, Failure> {
+    fn run(&mut self, seed: u64) -> Result<Report, Failure> {
         let whole = Duration::from_secs(self.args.seconds);
         let [least, most] = MEASURED;
         let measured = (whole / 8).clamp(least, most);
@@ -225,16 +234,20 @@ impl Stress<'_> {
         let (mut dropped, mut kept) = (CostSamples::default(), CostSamples::default());
         while quiet.time < measured || forking.time < measured {
             quiet.add(&self.quiet(TURN.min(measured))?);
-            forking.add(&self.forking(TURN.min(measured), &mut dropped, |_, _, _| true)?);
+            forking.add(
+                &self.forking(TURN.min(measured), &mut dropped, |world, _, image, _| {
+                    world.forget(image).map(|()| true)
+                })?,
+            );
         }
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
-        let mut checker = Checker::new(context.clone(), self.args.without_unshare, self.random.fork());
+        let mut checker = Checker::new(Arc::clone(&self.world), self.args.cpus, self.random.fork());
         let thread = thread::Builder::new().name("checker".to_owned());
         let found = Arc::new(AtomicBool::new(false));
         let tell = Arc::clone(&found);
         let checking = thread.spawn(move || {
             for forked in waiting {
-                checker.check(&forked)?;
+                checker.check(forked)?;
                 // Relaxed: the tally is read after the thread has ended.
                 tell.fetch_or(checker.tally().is_wrong(), Ordering::Relaxed);
             }
@@ -243,24 +256,32 @@ impl Stress<'_> {
         let checking = checking.map_err(Failure::run)?;
         let left = whole.saturating_sub(begun.elapsed()).max(least);
         let mut gone = false;
-        let mut check = |rig: &Rig, image, forked| {
-            let forked = Forked { image, expect: rig.expectation(), report: forked };
-            // If the checker has ended, its result has the reason.
-            gone |= matches!(queue.try_send(forked), Err(TrySendError::Disconnected(_)));
-            !gone
+        let mut check = |world: &World, rig: &Rig, image, costs| {
+            let forked = Forked { image, expect: rig.expectation(), costs };
+            match queue.try_send(forked) {
+                Ok(()) => {}
+                Err(TrySendError::Full(forked)) => world.forget(forked.image)?,
+                // Its result has the reason.
+                Err(TrySendError::Disconnected(_)) => gone = true,
+            }
+            Ok(!gone)
         };
-        let mut children = self.forking(left, &mut kept, &mut check)?;
-        while self.args.without_unshare
-            && !found.load(Ordering::Relaxed)
-            && !self.rig.found_any()
-            && self.forks < MAX_CONTROL_FORKS
-            && !checking.is_finished()
-        {
-            children.add(&self.forking(TURN, &mut kept, &mut check)?);
-        }
+        let forked = self.forking(left, &mut kept, &mut check).and_then(|mut children| {
+            while self.args.without_unshare
+                && !found.load(Ordering::Relaxed)
+                && !self.rig.found_any()
+                && self.forks < MAX_CONTROL_FORKS
+                && !checking.is_finished()
+            {
+                children.add(&self.forking(TURN, &mut kept, &mut check)?);
+            }
+            Ok(children)
+        });
         drop(queue);
         let checked: Result<Tally, Failure> =
             checking.join().map_err(|_| Failure::Run(anyhow::anyhow!("the checker panicked")))?;
+        // After the checker has let go of its VMs.
+        let children = forked?;
         let mut tally = checked?;
         self.rig.finish(&mut tally)?;
         let throughput = Throughput {
@@ -275,6 +296,7 @@ impl Stress<'_> {
             seconds,
             seed,
             unshare: !self.args.without_unshare,
+            in_process: matches!(*self.world, World::Here { .. }),
             cpus: self.args.cpus,
             disk: match self.rig.policy() {
                 CachePolicy::Direct => "direct",
@@ -308,7 +330,7 @@ impl Stress<'_> {
         &mut self,
         time: Duration,
         costs: &mut CostSamples,
-        mut then: impl FnMut(&Rig, Arc<ForkImage>, ForkReport) -> bool,
+        mut then: impl FnMut(&World, &Rig, Image, ForkCosts) -> Result<bool, Failure>,
     ) -> Result<Stretch, Failure> {
         let beat = Duration::from_secs(1) / self.args.forks_per_second;
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
@@ -322,11 +344,11 @@ impl Stress<'_> {
             }
             // Make up for missed forks, but not for all those of a host that stalled.
             next = (next + beat).max(now.checked_sub(beat * MADE_UP).unwrap_or(now));
-            let (image, report) = self.rig.fork()?;
+            let (image, cost) = self.rig.fork(&self.world)?;
             self.forks += 1;
-            self.in_flight += report.in_flight as u64;
-            costs.push(&report);
-            if !then(&self.rig, image, report) {
+            self.in_flight += cost.in_flight;
+            costs.push(&cost);
+            if !then(&self.world, &self.rig, image, cost)? {
                 break;
             }
         }
@@ -357,6 +379,7 @@ fn print(report: &Report) -> Result<(), Failure> {
     let mut row = |name: &str, value: String| table.row([name.into(), value]);
     let (t, tally) = (&report.throughput_mib_s, &report.tally);
     row("time", format!("{:.0} s, seed {}", report.seconds, report.seed));
+    row("VMs", if report.in_process { "in this process" } else { "in a process each" }.into());
     row("pinned pages are spared by freezes", if report.unshare { "yes" } else { "NO" }.into());
     row("disk", report.disk.into());
     row("forks", format!("{} ({:.0} a second)", report.forks, report.forks_per_second));

@@ -1,6 +1,5 @@
 //! The VM under stress: what its vCPUs and devices do, and its expected state at any instant.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
@@ -8,13 +7,14 @@ use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};
 use clade_io::CachePolicy;
-use clade_memory::{GuestRam, PageRange};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use clade_memory::PageRange;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::Tally;
+use super::world::{ForkCosts, Image, StressVm, World};
 use crate::commands::{Failure, StressArgs};
-use clade_harness::{BareMailbox, BareVcpu, boot_bare};
-use clade_vmm::vm::{Context, DiskSpec, ForkImage, ForkReport, Vm, VmConfig};
+use clade_harness::{BareMailbox, BareVcpu, GuestWords, Machine};
+use clade_vmm::vm::{DiskSpec, VmConfig};
 
 /// Guest memory in bytes.
 const MEMORY: u64 = 64 << 20;
@@ -107,9 +107,9 @@ pub(super) struct Expectation {
 }
 
 /// The parent, its disks' files, and the commands it has.
-#[derive(Debug)]
 pub(super) struct Rig {
-    vm: Vm,
+    vm: StressVm,
+    cpus: u64,
     expect: Expectation,
     policy: CachePolicy,
     discards: u64,
@@ -160,7 +160,7 @@ pub(super) fn writing(what: What, round: u64, first: u64, blocks: u64) -> DiskRu
 }
 
 impl Rig {
-    pub(super) fn boot(context: &Context, args: &StressArgs) -> Result<Self, Failure> {
+    pub(super) fn boot(world: &World, args: &StressArgs) -> Result<Self, Failure> {
         let files = match &args.dir {
             Some(dir) => tempfile::tempdir_in(dir),
             None => tempfile::tempdir(),
@@ -171,11 +171,7 @@ impl Rig {
             spec(files.path(), "read", READ_BYTES, READ_SEED)?,
             spec(files.path(), "write", WRITE_BYTES, WRITE_SEED)?,
         ];
-        let config = Arc::new(config);
-        let vm = boot_bare(context, "stress", &config).map_err(Failure::run)?;
-        if args.without_unshare {
-            vm.ram().set_pin_policy(clade_memory::PinPolicy::Ignore);
-        }
+        let vm = world.boot(config)?;
         let run = |vcpu, command| BareVcpu::new(&vm, vcpu).run(command).map_err(Failure::run);
         run(WRITER, Command::Fill { start: STILL, pages: STILL_PAGES, seed: STILL_SEED })?;
         for (vcpu, area, bytes) in [(READER, READ_AREA, READ_BYTES), (WRITER, WRITE_AREA, WRITE_BYTES)] {
@@ -184,18 +180,19 @@ impl Rig {
                 return Err(Failure::Run(anyhow::anyhow!("the guest sees a disk of {sectors} sectors")));
             }
         }
-        let policy = vm.with_disk(0, |disk| disk.policy()).unwrap_or_default();
+        let policy = vm.policy()?;
         let expect = Expectation { phase: Phase::Verify, round: 0, seq: 0, scratch: vec![0; SCRATCH_PAGES as usize] };
-        let mut rig = Self { vm, expect, policy, discards: 0, found: Tally::default(), _files: files };
+        let cpus = args.cpus;
+        let mut rig = Self { vm, cpus, expect, policy, discards: 0, found: Tally::default(), _files: files };
         rig.order(READER, Command::DiskRun(reading()))?;
         rig.begin(Phase::Write, 1)?;
-        for first in pairs(&rig.vm) {
+        for first in pairs(cpus) {
             // The waiting vCPU must accept interrupts before its peer sends the first.
             rig.order(first + 1, Command::Relay { peer: first, first: false })?;
             await_progress(&rig.vm, first + 1, 1)?;
             rig.order(first, Command::Relay { peer: first + 1, first: true })?;
         }
-        if !pairs_go_on(&rig.vm)? {
+        if !pairs_go_on(&rig.vm, cpus)? {
             return Err(Failure::Run(anyhow::anyhow!("the vCPUs do not wake each other")));
         }
         Ok(rig)
@@ -207,7 +204,7 @@ impl Rig {
     }
 
     fn order(&self, vcpu: u64, command: Command) -> Result<u64, Failure> {
-        BareMailbox::new(self.vm.ram(), vcpu).order(command).map_err(Failure::run)
+        BareMailbox::new(&self.vm, vcpu).order(command).map_err(Failure::run)
     }
 
     fn begin(&mut self, phase: Phase, round: u64) -> Result<(), Failure> {
@@ -231,7 +228,7 @@ impl Rig {
 
     /// Bytes the reader has read and compared.
     pub(super) fn read_bytes(&self) -> Result<u64, Failure> {
-        Ok(reads(self.vm.ram())? * BLOCK * disk::SECTOR)
+        Ok(reads(&self.vm)? * BLOCK * disk::SECTOR)
     }
 
     /// The expected state at this instant. (Only this thread changes it.)
@@ -239,8 +236,8 @@ impl Rig {
         self.expect.clone()
     }
 
-    pub(super) fn fork(&self) -> Result<(Arc<ForkImage>, ForkReport), Failure> {
-        self.vm.fork().map_err(Failure::run)
+    pub(super) fn fork(&self, world: &World) -> Result<(Image, ForkCosts), Failure> {
+        world.fork(&self.vm)
     }
 
     /// Starts the writer's next command, if the last one has ended. Then writes or discards scratch
@@ -249,7 +246,7 @@ impl Rig {
         if let Some(reason) = self.vm.stopped() {
             return Err(Failure::Run(anyhow::anyhow!("the parent stopped: {reason}")));
         }
-        let writer = BareMailbox::new(self.vm.ram(), WRITER);
+        let writer = BareMailbox::new(&self.vm, WRITER);
         if writer.ended().map_err(Failure::run)? >= self.expect.seq {
             note(&writer.results().map_err(Failure::run)?, &mut self.found);
             match self.expect.phase {
@@ -264,7 +261,8 @@ impl Rig {
         let pages = (1 + random.below(8)).min(SCRATCH_PAGES - first);
         if random.one_in(8) {
             let gpa = GuestAddress(SCRATCH + first * PAGE_SIZE);
-            let Some((region, page)) = self.vm.ram().locate(gpa) else { return Ok(()) };
+            let Some(ram) = self.vm.ram() else { return Ok(()) };
+            let Some((region, page)) = ram.locate(gpa) else { return Ok(()) };
             let done = region.discard(PageRange::with_len(page, pages)).map_err(Failure::run)?;
             self.discards += done.discarded;
             // Beyond the VM's share of mappings, a discarded page may not read as zeros.
@@ -273,42 +271,52 @@ impl Rig {
             } else {
                 for page in first..first + pages {
                     let at = GuestAddress(SCRATCH + page * PAGE_SIZE);
-                    let seen = self.vm.ram().memory().read_obj(at).map_err(Failure::run)?;
+                    let seen = ram.memory().read_obj(at).map_err(Failure::run)?;
                     self.expect.scratch[page as usize] = seen;
                 }
             }
         } else {
-            for page in first..first + pages {
+            let mut bytes = vec![0; (pages * PAGE_SIZE) as usize];
+            for (page, bytes) in (first..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
                 let word = random.next();
-                let at = GuestAddress(SCRATCH + page * PAGE_SIZE);
-                self.vm.ram().memory().write_obj(word, at).map_err(Failure::run)?;
+                bytes[..8].copy_from_slice(&word.to_le_bytes());
                 self.expect.scratch[page as usize] = word;
             }
+            self.vm.write(SCRATCH + first * PAGE_SIZE, &bytes).map_err(words)?;
         }
         Ok(())
+    }
+
+    /// Ends the parent.
+    pub(super) fn end(self) -> Result<(), Failure> {
+        self.vm.destroy()
     }
 
     /// Stops the parent's work, and compares it like a child.
     pub(super) fn finish(&mut self, tally: &mut Tally) -> Result<(), Failure> {
         tally.add(&self.found);
-        tally.stuck += u64::from(!pairs_go_on(&self.vm)?);
+        tally.stuck += u64::from(!pairs_go_on(&self.vm, self.cpus)?);
         stop_and_compare(&self.vm, &self.expect, 0, tally)?;
-        self.vm.pause().map_err(Failure::run)?;
-        compare_memory(self.vm.ram(), &self.expect, None, tally)
+        self.vm.pause()?;
+        compare_memory(&self.vm, &self.expect, None, tally)
     }
 }
 
-/// The first vCPU of each pair.
-fn pairs(vm: &Vm) -> impl Iterator<Item = u64> {
-    (FIRST_OF_PAIRS..u64::from(vm.config().cpus())).step_by(2)
+fn words(error: clade_harness::WordsError) -> Failure {
+    Failure::Run(anyhow::anyhow!(error))
 }
 
-fn progress(vm: &Vm, vcpu: u64) -> Result<u64, Failure> {
-    BareMailbox::new(vm.ram(), vcpu).progress().map_err(Failure::run)
+/// The first vCPU of each pair.
+fn pairs(cpus: u64) -> impl Iterator<Item = u64> {
+    (FIRST_OF_PAIRS..cpus).step_by(2)
+}
+
+fn progress(vm: &StressVm, vcpu: u64) -> Result<u64, Failure> {
+    BareMailbox::new(vm, vcpu).progress().map_err(Failure::run)
 }
 
 /// Waits until `vcpu` has made progress to `least`. Returns false if it does not.
-fn await_progress(vm: &Vm, vcpu: u64, least: u64) -> Result<bool, Failure> {
+fn await_progress(vm: &StressVm, vcpu: u64, least: u64) -> Result<bool, Failure> {
     let deadline = Instant::now() + STUCK;
     while progress(vm, vcpu)? < least {
         if Instant::now() > deadline || vm.stopped().is_some() {
@@ -320,8 +328,8 @@ fn await_progress(vm: &Vm, vcpu: u64, least: u64) -> Result<bool, Failure> {
 }
 
 /// Whether all pairs of a running VM still wake each other.
-pub(super) fn pairs_go_on(vm: &Vm) -> Result<bool, Failure> {
-    let from = pairs(vm).map(|vcpu| Ok((vcpu, progress(vm, vcpu)?))).collect::<Result<Vec<_>, Failure>>()?;
+pub(super) fn pairs_go_on(vm: &StressVm, cpus: u64) -> Result<bool, Failure> {
+    let from = pairs(cpus).map(|vcpu| Ok((vcpu, progress(vm, vcpu)?))).collect::<Result<Vec<_>, Failure>>()?;
     for (vcpu, from) in from {
         if !await_progress(vm, vcpu, from + 2)? {
             return Ok(false);
@@ -331,15 +339,14 @@ pub(super) fn pairs_go_on(vm: &Vm) -> Result<bool, Failure> {
 }
 
 /// Operations that the reader has completed.
-pub(super) fn reads(ram: &GuestRam) -> Result<u64, Failure> {
-    BareMailbox::new(ram, READER).progress().map_err(Failure::run)
+pub(super) fn reads(vm: &StressVm) -> Result<u64, Failure> {
+    BareMailbox::new(vm, READER).progress().map_err(Failure::run)
 }
 
 /// All of a paused guest's memory.
-pub(super) fn all(ram: &GuestRam) -> Result<Vec<u8>, Failure> {
+pub(super) fn all(vm: &StressVm) -> Result<Vec<u8>, Failure> {
     let mut bytes = vec![0; MEMORY as usize];
-    let slice = ram.memory().get_slice(GuestAddress(0), bytes.len()).map_err(Failure::run)?;
-    slice.copy_to(&mut bytes);
+    vm.read(0, &mut bytes).map_err(words)?;
     Ok(bytes)
 }
 
@@ -351,9 +358,9 @@ fn note(results: &[u64; 4], tally: &mut Tally) {
 }
 
 /// Waits until the vCPU has taken its command `seq`, so that the next one does not replace it.
-fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
+fn await_taken(vm: &StressVm, vcpu: u64, seq: u64) -> Result<(), Failure> {
     let deadline = Instant::now() + Duration::from_secs(30);
-    let mailbox = BareMailbox::new(vm.ram(), vcpu);
+    let mailbox = BareMailbox::new(vm, vcpu);
     while mailbox.taken().map_err(Failure::run)? < seq {
         if Instant::now() > deadline || vm.stopped().is_some() {
             return Err(Failure::Run(anyhow::anyhow!("vCPU {vcpu} of {} does not take its command", vm.name())));
@@ -368,7 +375,7 @@ fn await_taken(vm: &Vm, vcpu: u64, seq: u64) -> Result<(), Failure> {
 /// compared after `read_before` operations is counted. (Words found wrong before the fork are found
 /// in both.)
 pub(super) fn stop_and_compare(
-    vm: &Vm,
+    vm: &StressVm,
     expect: &Expectation,
     read_before: u64,
     tally: &mut Tally,
@@ -391,17 +398,24 @@ pub(super) fn stop_and_compare(
         }
     }
     // No word is incremented any more, so each must match the count exactly.
-    compare_counts(vm.ram(), 0, tally)
+    compare_counts(vm, 0, tally)
 }
 
 /// Checks the words that CPUs increment beside the devices' bytes. Each must match the count or, at
 /// any instant, be up to `ahead` increments further.
-pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
-    let word = |at: u64| ram.memory().read_obj::<u64>(GuestAddress(at)).map_err(Failure::run);
+pub(super) fn compare_counts(vm: &StressVm, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
+    // All at once: a request for each takes a while if the VM is in another process.
+    let mut bytes = vec![0; (2 * DEPTH * STRIDE) as usize];
+    vm.read(SHARED, &mut bytes).map_err(words)?;
+    let shared = |at: u64| {
+        let place = at.checked_sub(SHARED).and_then(|at| bytes.get(at as usize..at as usize + 8));
+        let outside = || Failure::Run(anyhow::anyhow!("{at:#x} is not in the shared memory"));
+        place.and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))).ok_or_else(outside)
+    };
     for run in [reading(), writing(What::Write, 1, 0, WRITE_BLOCKS)] {
-        let count = word(run.area + disk::STATE + disk::state::TOUCHED * 8)?;
+        let count = vm.load(run.area + disk::STATE + disk::state::TOUCHED * 8).map_err(words)?;
         for slot in 0..DEPTH {
-            let got = word(run.neighbour_of(slot).unwrap_or(run.buffer))?;
+            let got = shared(run.neighbour_of(slot).unwrap_or(run.buffer))?;
             if !(disk::touched(count, slot, DEPTH)..=disk::touched(count + ahead, slot, DEPTH)).contains(&got) {
                 tally.wrong_bytes += 8;
             }
@@ -414,37 +428,33 @@ pub(super) fn compare_counts(ram: &GuestRam, ahead: u64, tally: &mut Tally) -> R
 /// Compares the pages that only the host writes, and those that are not written: a part of the
 /// latter, chosen by `some`, or all.
 pub(super) fn compare_memory(
-    ram: &GuestRam,
+    vm: &StressVm,
     expect: &Expectation,
     some: Option<&mut Random>,
     tally: &mut Tally,
 ) -> Result<(), Failure> {
-    let mut page = vec![0u64; PAGE_WORDS as usize];
-    let look = |gpa: u64, page: &mut [u64]| -> Result<(), Failure> {
-        let slice = ram.memory().get_slice(GuestAddress(gpa), PAGE_SIZE as usize).map_err(Failure::run)?;
-        slice.copy_to(page);
-        Ok(())
+    let look = |gpa: u64, pages: u64| -> Result<Vec<u64>, Failure> {
+        let mut bytes = vec![0; (pages * PAGE_SIZE) as usize];
+        vm.read(gpa, &mut bytes).map_err(words)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
     };
-    let (mut wrong, mut pages) = (0, 0);
-    for (n, word) in (0..).zip(&expect.scratch) {
-        look(SCRATCH + n * PAGE_SIZE, &mut page)?;
+    let mut wrong = 0;
+    let scratch = look(SCRATCH, SCRATCH_PAGES)?;
+    for (page, word) in scratch.chunks(PAGE_WORDS as usize).zip(&expect.scratch) {
         wrong += u64::from(page[0] != *word) + page[1..].iter().filter(|word| **word != 0).count() as u64;
-        pages += 1;
     }
     let (first, count) = some.map_or((0, STILL_PAGES), |random| (random.below(STILL_PAGES - 64), 64));
-    for n in first..first + count {
-        let gpa = STILL + n * PAGE_SIZE;
-        look(gpa, &mut page)?;
-        wrong += (gpa..).step_by(8).zip(&page).filter(|(at, word)| fill_word(STILL_SEED, *at) != **word).count() as u64;
-        pages += 1;
-    }
+    let gpa = STILL + first * PAGE_SIZE;
+    let still = look(gpa, count)?;
+    wrong += (gpa..).step_by(8).zip(&still).filter(|(at, word)| fill_word(STILL_SEED, *at) != **word).count() as u64;
+    let pages = SCRATCH_PAGES + count;
     tally.wrong_bytes += wrong * 8;
     tally.bytes_checked += pages * PAGE_SIZE;
     Ok(())
 }
 
 /// Resets the reader's disk in a running VM while it works, opens it again, and reads some of it.
-pub(super) fn reset_and_read(vm: &Vm, tally: &mut Tally) -> Result<(), Failure> {
+pub(super) fn reset_and_read(vm: &StressVm, tally: &mut Tally) -> Result<(), Failure> {
     let run = |vcpu, command| BareVcpu::new(vm, vcpu).run(command).map_err(Failure::run);
     let [status, ..] = run(WRITER, Command::DiskReset { area: READ_AREA })?;
     tally.violations += u64::from(status != 0);

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod abuse;
 mod agent;
 mod api;
 mod bad_input;
@@ -10,11 +11,13 @@ mod check;
 mod control;
 mod disk;
 mod ending;
+mod flight;
 mod graceful;
 mod guest;
 mod image;
 mod labels;
 mod many;
+mod memory;
 mod metrics;
 mod net_hook;
 mod notify;

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::Mac;
+use clade_io::CachePolicy;
 
 use crate::control::{object, schema};
 use crate::fleet::{EndedVm, Labels, Listed, Shutdown};
+use crate::flight::FlightEvent;
 use crate::worker::Made;
 use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
@@ -80,6 +82,9 @@ pub struct DiskInfo {
     pub no_room: u64,
     /// Whether a write was lost; nothing more is made durable then.
     pub lost: bool,
+    /// Whether it is read and written past the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
 }
 
 /// A VM in a list.
@@ -124,7 +129,12 @@ fn disks(vm: &Vm) -> Vec<DiskInfo> {
     let info = |at| {
         vm.with_disk(at, |disk| {
             let health = disk.health();
-            DiskInfo { path: disk.config().path.clone(), no_room: health.no_room, lost: health.lost }
+            DiskInfo {
+                path: disk.config().path.clone(),
+                no_room: health.no_room,
+                lost: health.lost,
+                direct: disk.policy() == CachePolicy::Direct,
+            }
         })
     };
     (0..vm.config().disks.len()).filter_map(info).collect()
@@ -536,10 +546,13 @@ pub struct ResetAnswer {
 }
 
 /// The last output on a VM's console.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LogsAnswer {
     /// At most 32 KiB, as text.
     pub console: String,
+    /// The last that happened to the VM, the oldest first.
+    #[serde(default)]
+    pub flight: Vec<FlightEvent>,
 }
 
 /// A request to boot a VM in a process of its own.
@@ -673,6 +686,24 @@ pub struct CheckpointInfo {
     pub descriptors: usize,
     /// How long the VM was paused, in microseconds.
     pub pause_us: f64,
+    /// What else it cost the VM; null if it was opened from a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub forked: Option<ForkedInfo>,
+}
+
+/// What a checkpoint cost the VM that it was taken of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ForkedInfo {
+    /// The part of the pause until vCPUs and devices stood still, in microseconds.
+    pub park_us: f64,
+    /// The part of the pause that froze memory, in microseconds.
+    pub freeze_us: f64,
+    /// Pages that became shared without being copied.
+    pub remapped_pages: u64,
+    /// Pages copied.
+    pub copied_pages: u64,
+    /// Requests of devices in flight at that instant.
+    pub in_flight: u64,
 }
 
 /// A request to prepare workers for children of a checkpoint.

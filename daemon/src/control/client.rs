@@ -27,6 +27,8 @@ use crate::fleet::{
 use crate::supervisor::clear_up;
 use crate::zygote::Exit;
 
+mod memory;
+
 /// VMs that are asked at a time when all are listed.
 const MAX_ASKED: usize = 16;
 /// How long each may take. One that is stopped by a debugger holds up the list no longer. A process
@@ -104,6 +106,16 @@ pub enum ClientError {
     /// The answer has no end.
     #[error("the VM's answer is longer than {MAX_ANSWER} bytes")]
     LongAnswer,
+    /// The answer has more or less memory than was asked for.
+    #[error("the process of {name:?} has answered {got} bytes for {length}")]
+    ShortMemory {
+        /// The VM's name.
+        name: String,
+        /// Bytes that were asked for.
+        length: usize,
+        /// Bytes that came.
+        got: usize,
+    },
     /// The answer is not of the expected form.
     #[error("the VM's answer could not be read")]
     Answer(#[from] serde_json::Error),
@@ -157,7 +169,7 @@ impl ClientError {
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
             Self::Silent { .. } => ProblemKind::VmSilent,
             // Its process ended before it answered.
-            Self::Http(_) | Self::Answer(_) | Self::LongAnswer => ProblemKind::VmGone,
+            Self::Http(_) | Self::Answer(_) | Self::LongAnswer | Self::ShortMemory { .. } => ProblemKind::VmGone,
             // It ended while it was connected to.
             Self::Socket { source, .. }
                 if matches!(source.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) =>
@@ -280,15 +292,19 @@ impl Client {
         if self.is_remote() {
             return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
+        exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// A connection to the process of `name`.
+    async fn connect(&self, name: &str) -> Result<UnixStream, ClientError> {
         let path = socket_path(&self.dir, name);
-        let stream = loop {
+        loop {
             match UnixStream::connect(&path).await {
                 // Its backlog is full. A connection that blocks would wait too.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
-                other => break other.map_err(|source| ClientError::unreachable(name, path, source))?,
+                other => return other.map_err(|source| ClientError::unreachable(name, path, source)),
             }
-        };
-        exchange(stream, None, method, &format!("/v1/vms/{name}{action}"), body).await
+        }
     }
 
     /// Stops a VM, as `request` says. Returns when its name is free. A confined process leaves its
@@ -304,7 +320,7 @@ impl Client {
         }
         let (answer, left) = self.stop_process(name, request).await?;
         if let Some((claim, exit)) = left {
-            clear_up(claim, exit, true);
+            clear_up(claim, exit, true, Vec::new());
         }
         Ok(answer)
     }
@@ -383,13 +399,13 @@ impl Client {
     /// # Errors
     /// When there is no supervisor, or it refuses.
     pub async fn follow(&self, mut each: impl FnMut(&str) -> bool) -> Result<(), ClientError> {
-        let (uri, none) = ("/v1/events", None::<&()>);
+        let uri = "/v1/events";
         let mut body = match &self.remote {
             Some(remote) => {
                 let (stream, token) = remote.connect().await?;
-                send(stream, Some(&token), Method::GET, uri, none).await?
+                send(stream, Some(&token), Method::GET, uri, Payload::json(None::<&()>)?).await?
             }
-            None => send(self.connect_supervisor().await?, None, Method::GET, uri, none).await?,
+            None => send(self.connect_supervisor().await?, None, Method::GET, uri, Payload::json(None::<&()>)?).await?,
         };
         let mut bytes = Vec::new();
         while let Some(frame) = body.frame().await {
@@ -466,6 +482,19 @@ impl Client {
     }
 }
 
+/// A body, and what it is sent as.
+struct Payload {
+    bytes: Bytes,
+    media: &'static str,
+}
+
+impl Payload {
+    fn json(body: Option<&(impl Serialize + Sync)>) -> Result<Self, ClientError> {
+        let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+        Ok(Self { bytes: bytes.into(), media: "application/json" })
+    }
+}
+
 /// Sends one request over a connection, and returns what it is answered.
 async fn exchange<T: DeserializeOwned>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -474,7 +503,7 @@ async fn exchange<T: DeserializeOwned>(
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
 ) -> Result<T, ClientError> {
-    let bytes = whole(send(stream, token, method, uri, body).await?).await?;
+    let bytes = whole(send(stream, token, method, uri, Payload::json(body)?).await?).await?;
     Ok(serde_json::from_slice(&bytes)?)
 }
 
@@ -495,20 +524,16 @@ async fn send(
     token: Option<&Token>,
     method: Method,
     uri: &str,
-    body: Option<&(impl Serialize + Sync)>,
+    payload: Payload,
 ) -> Result<Incoming, ClientError> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     // It ends when the answer has been read, or is dropped.
     tokio::spawn(connection);
-    let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
-    let request = Request::builder()
-        .method(method)
-        .uri(uri)
-        .header("host", "localhost")
-        .header("content-type", "application/json");
+    let request =
+        Request::builder().method(method).uri(uri).header("host", "localhost").header("content-type", payload.media);
     let request = token.iter().fold(request, |request, token| request.header("authorization", token.header()));
     let request = request
-        .body(Full::new(Bytes::from(body)))
+        .body(Full::new(payload.bytes))
         .map_err(|e| ClientError::Socket { name: uri.to_owned(), source: io::Error::other(e) })?;
     let response = sender.send_request(request).await?;
     let status = response.status();

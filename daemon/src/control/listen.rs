@@ -8,7 +8,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
+use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -23,6 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
+use crate::control::ram::MAX_MEMORY;
 use crate::control::server::router;
 use crate::control::stall::Stalling;
 use crate::fleet::{Fleet, Serve, Serving, Sockets, WeakFleet};
@@ -41,8 +44,10 @@ const MAX_HEAD: usize = 64 << 10;
 const MAX_HEADERS: usize = 64;
 /// How long a request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest body of a request, in bytes.
+/// The largest body of a request, in bytes. One that writes memory may have [`MAX_MEMORY`].
 const MAX_BODY: usize = 64 << 10;
+/// Bodies longer than [`MAX_BODY`] that the process has at a time. Others wait.
+static LARGE_BODIES: Semaphore = Semaphore::const_new(8);
 /// The most bytes that are discarded of a body that is too long, so that its sender reads the
 /// answer.
 const MAX_DISCARDED: usize = 16 << 20;
@@ -144,6 +149,13 @@ impl Acceptor {
     }
 }
 
+/// The longest body that a request may have.
+fn longest_body(head: &Parts) -> usize {
+    let path = head.uri.path();
+    let writes_memory = head.method == Method::PUT && path.starts_with("/v1/vms/") && path.ends_with("/memory");
+    if writes_memory { MAX_MEMORY } else { MAX_BODY }
+}
+
 /// Reads a request's body before its handler runs.
 ///
 /// A server that answers and closes with unread bytes resets the connection, and the answer is
@@ -152,11 +164,16 @@ async fn read_body(request: Request, next: Next) -> Response {
     let (head, mut body) = request.into_parts();
     let media = head.headers.get(CONTENT_TYPE).and_then(|media| media.to_str().ok()).unwrap_or_default();
     let is_json = media.starts_with("application/json");
+    let longest = longest_body(&head);
     let read = async {
-        let (mut bytes, mut discarded) = (Vec::new(), 0);
+        let (mut bytes, mut discarded, mut turn) = (Vec::new(), 0, None);
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame?.into_data() else { continue };
-            if discarded == 0 && bytes.len() + data.len() <= MAX_BODY {
+            if discarded == 0 && bytes.len() + data.len() <= longest {
+                if turn.is_none() && bytes.len() + data.len() > MAX_BODY {
+                    // It is never closed.
+                    turn = LARGE_BODIES.acquire().await.ok();
+                }
                 bytes.extend_from_slice(&data);
                 continue;
             }
@@ -165,15 +182,19 @@ async fn read_body(request: Request, next: Next) -> Response {
                 break;
             }
         }
-        Ok::<_, axum::Error>((bytes, discarded))
+        Ok::<_, axum::Error>((bytes, discarded, turn))
     };
     let refused = |kind, text: String| ApiError::new(kind, text).into_response();
     match timeout(BODY_TIMEOUT, read).await {
-        Ok(Ok((bytes, 0))) if is_json && !bytes.is_empty() && !begins_object(&bytes) => {
+        Ok(Ok((bytes, 0, _))) if is_json && !bytes.is_empty() && !begins_object(&bytes) => {
             refused(ProblemKind::BadRequest, "the body is no JSON object".to_owned())
         }
-        Ok(Ok((bytes, 0))) => next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await,
-        Ok(Ok(_)) => refused(ProblemKind::BodyTooLarge, format!("a body of more than {MAX_BODY} bytes")),
+        Ok(Ok((bytes, 0, turn))) => {
+            let answer = next.run(Request::from_parts(head, Body::from(Bytes::from(bytes)))).await;
+            drop(turn);
+            answer
+        }
+        Ok(Ok(_)) => refused(ProblemKind::BodyTooLarge, format!("a body of more than {longest} bytes")),
         Ok(Err(error)) => refused(ProblemKind::BadRequest, format!("the body cannot be read: {error}")),
         Err(_) => refused(ProblemKind::LateBody, format!("the body did not come within {} s", BODY_TIMEOUT.as_secs())),
     }

@@ -105,6 +105,9 @@ pub struct MemoryStats {
     pub alone_pages: u64,
     /// Shared pages of layers of which that is not known.
     pub unknown_pages: u64,
+    /// What its memory files are in: `huge` pages, or those of `4k`.
+    #[serde(default)]
+    pub backing: String,
     /// Memory mappings that it takes.
     pub mappings: u64,
     /// The table of owned pages, in KiB.
@@ -254,6 +257,7 @@ fn memory(vm: &Vm) -> Result<MemoryStats, FleetError> {
         private_kib: stats.private_kib,
         alone_pages: shown(Some(true)),
         unknown_pages: shown(None),
+        backing: vm.context().store().backing().name().to_owned(),
         mappings: stats.mappings,
         table_kib: stats.table_bytes.div_ceil(1024),
         layers,

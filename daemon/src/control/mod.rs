@@ -7,6 +7,8 @@
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
 //! | `GET /v1/vms/{name}/stats` | | `VmStats` |
 //! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
+//! | `GET /v1/vms/{name}/memory` | | bytes of the guest's memory |
+//! | `PUT /v1/vms/{name}/memory` | bytes | `MemoryWritten` |
 //! | `GET /v1/vms/{name}/ttl`, `DELETE` | | `TtlInfo`: when it will be stopped |
 //! | `PUT /v1/vms/{name}/ttl` | `TtlRequest` | `TtlInfo` |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
@@ -33,6 +35,7 @@ mod object;
 mod optional;
 mod pages;
 mod problem;
+mod ram;
 pub(crate) mod schema;
 mod server;
 mod stall;
@@ -41,10 +44,10 @@ mod ttl;
 
 pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared, ReadyAnswer,
-    ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
-    StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo,
-    WorkingSetAnswer,
+    ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared,
+    ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress,
+    SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState,
+    VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;
@@ -57,6 +60,7 @@ pub(crate) use optional::Optional;
 pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub(crate) use problem::{ApiError, PROBLEM_TYPE};
 pub use problem::{Problem, ProblemKind};
+pub use ram::{MAX_MEMORY, MemoryWritten};
 pub(crate) use server::{
     Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
     warm_up,

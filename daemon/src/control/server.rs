@@ -22,8 +22,9 @@ use crate::control::api::{
 };
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::{memory, pages, ttl};
+use crate::control::{memory, pages, ram, ttl};
 use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
+use crate::flight;
 use clade_vmm::vm::{Vm, VmError};
 
 /// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
@@ -89,22 +90,33 @@ async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) ->
 /// Pauses a VM.
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", responses((status = 200, description = "The VM.", body = VmInfo)))]
 async fn pause(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    act(fleet, name, Vm::pause).await
+    act(fleet, name, Vm::pause, "paused").await
 }
 
 /// Lets a paused VM run on.
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
 async fn resume(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    act(fleet, name, Vm::resume).await
+    act(fleet, name, Vm::resume, "resumed").await
 }
 
-async fn act(fleet: WeakFleet, name: String, act: fn(&Vm) -> Result<(), VmError>) -> Answer<VmInfo> {
+async fn act(
+    fleet: WeakFleet,
+    name: String,
+    act: fn(&Vm) -> Result<(), VmError>,
+    done: &'static str,
+) -> Answer<VmInfo> {
     let info = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        act(&listed.vm)?;
+        note_failure(done, act(&listed.vm))?;
+        flight::note(done);
         Ok(VmInfo::from(&listed))
     });
     Ok(Json(info.await?))
+}
+
+/// Has the flight record say why something was not done.
+fn note_failure<T>(what: &str, outcome: Result<T, VmError>) -> Result<T, VmError> {
+    outcome.inspect_err(|error| flight::note(&format!("not {what}: {}", clade_vmm::error_chain(error))))
 }
 
 /// The time that a guest is given to end by itself. None: its power is cut.
@@ -134,6 +146,7 @@ async fn stop(
     Optional(request): Optional<StopRequest>,
 ) -> Answer<StopAnswer> {
     let grace = grace(request.unwrap_or_default())?;
+    flight::note(if grace.is_some() { "to be stopped by its power button" } else { "to be stopped" });
     let stopped = with_fleet(fleet, move |fleet| match grace {
         None => fleet.stop(&name, |listed| StopAnswer { vm: VmInfo::from(listed), shutdown: None, killed: false }),
         Some(time) => fleet.shut_down(&name, time, |listed, shutdown| StopAnswer {
@@ -148,7 +161,13 @@ async fn stop(
 /// Shows the last output on a VM's console.
 #[utoipa::path(get, path = "/v1/vms/{name}/logs", responses((status = 200, description = "Done.", body = LogsAnswer)))]
 async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
-    Ok(Json(with_fleet(fleet, move |fleet| Ok(LogsAnswer { console: last_output(&fleet.get(&name)?.vm) })).await?))
+    Ok(Json(
+        with_fleet(fleet, move |fleet| {
+            let console = last_output(&fleet.get(&name)?.vm);
+            Ok(LogsAnswer { console, flight: flight::noted() })
+        })
+        .await?,
+    ))
 }
 
 /// Cancels a request when its handler is dropped, which is when the connection is closed.
@@ -177,8 +196,11 @@ pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
 async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
     let made = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        let report = listed.vm.reset_to_origin()?;
+        let report = note_failure("reset", listed.vm.reset_to_origin())?;
         let us = |d: Duration| d.as_secs_f64() * 1e6;
+        let (dropped, remapped) = (report.memory.dropped, report.memory.remapped);
+        let took = report.total.as_micros();
+        flight::note(&format!("reset in {took} us: {dropped} pages dropped, {remapped} remapped"));
         Ok(ResetAnswer {
             vm: VmInfo::from(&listed),
             dropped_pages: report.memory.dropped,
@@ -273,6 +295,7 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(stop))
         .routes(routes!(logs))
         .routes(routes!(pages::show_pages))
+        .routes(routes!(ram::read, ram::write))
         .routes(routes!(memory::show_stats))
 }
 

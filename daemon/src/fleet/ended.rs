@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use super::FleetError;
 use super::dir::{END, RuntimeDir, check_name};
 use crate::control;
+use crate::flight::FlightEvent;
 use crate::zygote::Exit;
 use clade_vmm::vm::{StopReason, Vm};
 
@@ -53,6 +54,9 @@ pub struct EndedVm {
     pub pid: u32,
     /// The last output on its console.
     pub console: String,
+    /// The last that happened to it, the oldest first, as its process has noted it.
+    #[serde(default)]
+    pub flight: Vec<FlightEvent>,
 }
 
 /// The last output on a VM's console, at most [`MAX_OUTPUT`] bytes.
@@ -75,6 +79,7 @@ pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
         ended_at: now(),
         pid: std::process::id(),
         console: last_output(vm),
+        flight: Vec::new(),
     };
     let written = serde_json::to_vec(&ended).map_err(std::io::Error::other).and_then(|bytes| file.write_all(&bytes));
     if let Err(error) = written {
@@ -84,34 +89,35 @@ pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
 
 /// Records the end of a VM whose process may not write into the directory: what it has said itself,
 /// otherwise what is known of its `exit`. Nothing if it was stopped on request.
-pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool) {
+pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
     let said = dir.read(&format!("{name}.{END}")).ok().flatten();
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
         // The process may have been broken into: its number is known better here.
         Some(mut said) => {
             said.pid = exit.pid;
+            said.flight = flight;
             shorten(&mut said.reason, MAX_REASON);
             shorten(&mut said.console, MAX_OUTPUT as usize);
             write(dir, &said);
         }
         None if was_orderly => {}
-        None => record_lost(dir, name, exit),
+        None => record_lost(dir, name, exit, flight),
     }
 }
 
 /// Records the end of a VM whose process has ended without a word.
-fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit) {
+fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit, flight: Vec<FlightEvent>) {
     // It may have said why itself, and waited for others afterwards.
     let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
         return;
     }
-    record_end(dir, name, exit, StopReason::Process { signal: exit.signal, code: exit.code });
+    record_end(dir, name, exit, StopReason::Process { signal: exit.signal, code: exit.code }, flight);
 }
 
 /// Records the end of a VM whose process has said nothing of it, for a reason that is known.
-pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: StopReason) {
+pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: StopReason, flight: Vec<FlightEvent>) {
     let ended = EndedVm {
         name: name.to_owned(),
         reason: stopped.to_string(),
@@ -122,6 +128,7 @@ pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: Stop
         ended_at: now(),
         pid: exit.pid,
         console: String::new(),
+        flight,
     };
     write(dir, &ended);
 }
@@ -206,6 +213,7 @@ mod tests {
             ended_at: 7,
             pid: 1,
             console: "last words".into(),
+            flight: Vec::new(),
         };
         for n in 0..MAX_RECORDS + 3 {
             let file = format!("vm-{n}{ENDING}");
@@ -241,15 +249,18 @@ mod tests {
             ended_at: 7,
             pid: 1,
             console: "y".repeat(2 * MAX_OUTPUT as usize),
+            flight: vec![FlightEvent { at: 1.0, event: "what it says itself".into() }],
         };
         dir.write(&format!("web.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
-        settle(&dir, "web", Exit { pid: 77, signal: None, code: Some(0) }, true);
+        let seen = vec![FlightEvent { at: 2.0, event: "paused".into() }];
+        settle(&dir, "web", Exit { pid: 77, signal: None, code: Some(0) }, true, seen.clone());
         let record = ended_vms(path.path()).unwrap().remove(0);
         assert_eq!((record.reason.len(), record.console.len(), record.pid), (MAX_REASON - 1, MAX_OUTPUT as usize, 77));
         assert!(said.reason.starts_with(&record.reason));
+        assert_eq!(record.flight, seen, "not what the process wrote into its record");
         // One that says that it was another VM says nothing.
         dir.write(&format!("other.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
-        settle(&dir, "other", Exit { pid: 78, signal: Some(9), code: None }, false);
+        settle(&dir, "other", Exit { pid: 78, signal: Some(9), code: None }, false, seen);
         assert!(recorded_reason(&dir, "other").unwrap().contains("signal 9"));
     }
 }

@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 
 use super::FleetError;
 use crate::control::ProblemKind;
+use clade_memory::AccessError;
 use clade_vmm::vm::{SnapshotError, VmError};
 
 impl FleetError {
@@ -23,6 +24,8 @@ impl FleetError {
             Self::Room { .. } => ProblemKind::NoRoom,
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
+            // It was killed, most likely.
+            Self::Worker { .. } | Self::Transfer(_) if is_of_the_dead(self) => ProblemKind::VmGone,
             Self::Runtime { .. }
             | Self::Unreleased { .. }
             | Self::LinkedDir { .. }
@@ -35,11 +38,28 @@ impl FleetError {
     }
 }
 
+/// Whether a process at the other end of a socket has ended.
+fn is_of_the_dead(error: &FleetError) -> bool {
+    let mut causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.any(|cause| {
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(kind, Some(ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset))
+    })
+}
+
 fn of_vm(error: &VmError) -> ProblemKind {
     match error {
         VmError::Balloon { .. } => ProblemKind::BadRequest,
         VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_) => ProblemKind::BadConfig,
         VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent | VmError::Paused => ProblemKind::WrongState,
+        VmError::Access(error) => match error {
+            AccessError::NotRam { .. } | AccessError::Absent { .. } | AccessError::Nothing { .. } => {
+                ProblemKind::BadAddress
+            }
+            // It is about to stop.
+            AccessError::Lost(_) => ProblemKind::WrongState,
+            _ => ProblemKind::Internal,
+        },
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,

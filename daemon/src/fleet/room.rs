@@ -49,8 +49,8 @@ impl Needs {
     pub(crate) fn of(config: &VmConfig) -> Self {
         let devices = config.virtio_queues().count() as u64;
         let threads = u64::from(config.cpus()) + devices + WORKER_THREADS;
-        // Its worker's socket and process, and its name's lock, until it runs.
-        Self { descriptors: 4, threads }
+        // Its worker's socket, its process, its flight record and its name's lock, until it runs.
+        Self { descriptors: 5, threads }
     }
 }
 

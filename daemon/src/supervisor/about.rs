@@ -17,6 +17,7 @@ use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
+use crate::flight::FlightEvent;
 use crate::image::Forked;
 use crate::jail::is_block_device;
 use crate::worker::Shape;
@@ -171,7 +172,7 @@ pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
 pub fn settle_dead(dir: &Path, name: &str) {
     // Taken: its process still has it, or somebody clears up.
     if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
-        clear_up(claim, Exit { pid: 0, signal: None, code: None }, true);
+        clear_up(claim, Exit { pid: 0, signal: None, code: None }, true, Vec::new());
     }
 }
 
@@ -183,8 +184,8 @@ pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
 
 /// Records the end of a VM whose process has ended, and removes what is left of it. Returns what was
 /// written down of it.
-pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool) -> Option<About> {
-    settle(claim.dir(), &claim.name, exit, was_orderly);
+pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) -> Option<About> {
+    settle(claim.dir(), &claim.name, exit, was_orderly, flight);
     let about = About::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
@@ -207,7 +208,17 @@ mod tests {
 
     fn forked(config: &VmConfig) -> Forked {
         let (none, config, labels) = (Duration::ZERO, config.clone(), Labels::default());
-        Forked { config, labels, generation: 1, pause: none, freeze: none, remapped: 0, copied: 0 }
+        Forked {
+            config,
+            labels,
+            generation: 1,
+            pause: none,
+            freeze: none,
+            park: none,
+            in_flight: 0,
+            remapped: 0,
+            copied: 0,
+        }
     }
 
     fn with_disk(path: &str) -> VmConfig {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::about::About;
-use crate::control::{CheckpointInfo, ForkAnswer};
+use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
 use crate::image::{Asked, Forked};
 use crate::worker::Made;
@@ -69,6 +69,8 @@ impl Checkpoint {
             generation: saved.generation,
             pause: Duration::ZERO,
             freeze: Duration::ZERO,
+            park: Duration::ZERO,
+            in_flight: 0,
             remapped: 0,
             copied: 0,
         };
@@ -111,7 +113,7 @@ impl Checkpoint {
 
     /// How long the VM was paused, in microseconds.
     pub(super) fn pause_us(&self) -> f64 {
-        self.forked.pause.as_secs_f64() * 1e6
+        us(self.forked.pause)
     }
 
     pub(super) fn info(&self, name: &str) -> CheckpointInfo {
@@ -125,6 +127,13 @@ impl Checkpoint {
             age_s: self.made.elapsed().as_secs_f64(),
             descriptors: self.parts.descriptors(),
             pause_us: self.pause_us(),
+            forked: self.vm().map(|_| ForkedInfo {
+                park_us: us(self.forked.park),
+                freeze_us: us(self.forked.freeze),
+                remapped_pages: self.forked.remapped,
+                copied_pages: self.forked.copied,
+                in_flight: self.forked.in_flight,
+            }),
         }
     }
 
@@ -133,6 +142,10 @@ impl Checkpoint {
         let Forked { pause, freeze, remapped, copied, .. } = self.forked;
         ForkAnswer::new(made, (pause, freeze, total), (remapped, copied))
     }
+}
+
+fn us(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
 }
 
 /// Checkpoints by name.

@@ -7,10 +7,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::Inner;
 use super::about::{About, clear_up};
 use super::cgroups::Cgroups;
+use super::{Inner, Unsettled};
 use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
+use crate::flight::FlightEvent;
 use crate::zygote::Exit;
 use clade_vmm::vm::StopReason;
 
@@ -89,19 +90,22 @@ impl Inner {
         if !vm.has_name() {
             return self.say_ended(&name);
         }
+        let flight = vm.flight();
         // By itself, or by a signal that it has heard, or because it did not stop as asked.
         let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
         let mut was_orderly = in_order || vm.is_stopped;
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
             tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
-            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib });
+            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
             was_orderly = true;
         }
         // Its files are there. The lock went with it, unless another has the name by now: or this
         // process, which has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
-            Ok(claim) => self.clear_up(claim, exit, was_orderly),
-            Err(FleetError::Taken { .. }) => self.unsettled().push((name.clone(), exit, was_orderly)),
+            Ok(claim) => self.clear_up(claim, exit, was_orderly, flight),
+            Err(FleetError::Taken { .. }) => {
+                self.unsettled().push(Unsettled { name: name.clone(), exit, was_orderly, flight });
+            }
             Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
         }
         self.say_ended(&name);
@@ -114,30 +118,30 @@ impl Inner {
         configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
     }
 
-    fn unsettled(&self) -> MutexGuard<'_, Vec<(String, Exit, bool)>> {
+    fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
         self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Clears up after VMs whose names were taken when they ended.
     fn settle(&self) {
         let ended = std::mem::take(&mut *self.unsettled());
-        for (name, exit, was_orderly) in ended {
+        for Unsettled { name, exit, was_orderly, flight } in ended {
             // Another VM has the name, or somebody has cleared up.
             let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
             if is_gone || self.processes.of(&name).is_some() {
                 continue;
             }
             if let Ok(claim) = NameClaim::new(&self.dir, &name) {
-                self.clear_up(claim, exit, was_orderly);
+                self.clear_up(claim, exit, was_orderly, flight);
             }
         }
     }
 
     /// Records the end of a VM, and removes its files.
-    pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool) {
+    pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
         self.snapshots.forget(&claim.name);
         let name = claim.name.clone();
-        if let Some(about) = clear_up(claim, exit, was_orderly) {
+        if let Some(about) = clear_up(claim, exit, was_orderly, flight) {
             self.left(&name, &about);
         }
     }
@@ -195,12 +199,15 @@ impl Inner {
         };
         for (claim, pid) in dead {
             // Not under the lock: clearing up takes time.
-            let worker = self.processes.of(&claim.name).map(|(pid, _)| pid);
+            let (worker, flight) = match self.processes.of(&claim.name) {
+                Some((pid, vm)) => (Some(pid), vm.flight()),
+                None => (None, Vec::new()),
+            };
             if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
                 // Its process waits until it may give its disks what was written since a fork. Or it
                 // does not end, as one does that was broken into.
                 self.processes.give_back(pid);
-                self.clear_up(claim, Exit { pid, signal: None, code: None }, true);
+                self.clear_up(claim, Exit { pid, signal: None, code: None }, true, flight);
                 continue;
             }
             if worker.is_some() && !suspects.contains(&claim.name) {
@@ -211,7 +218,7 @@ impl Inner {
             // What the lock says, its owner has written.
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
-            self.clear_up(claim, Exit { pid, signal: None, code: None }, false);
+            self.clear_up(claim, Exit { pid, signal: None, code: None }, false, flight);
             worker.map(|pid| self.processes.remove(pid));
         }
         // Those that have ended in an orderly way under a zygote that was killed.

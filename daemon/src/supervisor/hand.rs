@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::about::{About, inode};
 use super::broker::Broker;
@@ -10,6 +11,7 @@ use super::net_hook::Interfaces;
 use super::overlays::InUse;
 use super::processes::{OwnVm, ProcessId};
 use crate::fleet::{FleetError, NameClaim, forget_ended};
+use crate::flight;
 use crate::jail::{Confinement, Grants};
 use crate::worker::{EnterOrder, Handed, Shape};
 use clade_vmm::vm::{Endpoints, VmConfig};
@@ -60,6 +62,8 @@ pub(super) struct Hand {
     /// Whether the VM is booted, and not forked.
     is_booted: bool,
     files: Vec<OwnedFd>,
+    /// The file of its flight record, which is read at its end.
+    flight: Arc<OwnedFd>,
     /// None once the VM is kept.
     overlays: Option<InUse>,
 }
@@ -84,14 +88,16 @@ impl Hand {
         let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process, parent, bounds };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
+        let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on the socket's file is ours.
-        let mut hand = Self { about, is_booted: false, files: Vec::new(), overlays: Some(overlays) };
+        let mut hand = Self { about, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         hand.about.write(claim)?;
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         hand.files.push(record);
+        hand.files.push(hand.flight.try_clone().map_err(failed)?);
         hand.files.extend(listeners);
         hand.files.extend(devices);
         Ok((hand, Handed { sockets, ends }))
@@ -110,7 +116,7 @@ impl Hand {
 
     /// The VM called `name`, which is `process`, in `group`.
     pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
-        OwnVm::new(name, process, &self.about.shape.config, self.is_booted).in_group(group)
+        OwnVm::new(name, process, &self.about.shape.config, self.is_booted).in_group(group).recorded_in(&self.flight)
     }
 
     /// The descriptors, behind the lock of `claim`.

@@ -69,6 +69,7 @@ use crate::control::{ApiError, CheckpointInfo, ProblemKind, StopAnswer, Supervis
 use crate::fleet::{
     Cancel, CancelReason, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room,
 };
+use crate::flight::FlightEvent;
 use crate::image::give_broker;
 use crate::jail::Confinement;
 use crate::zygote::{Exit, Zygote};
@@ -113,6 +114,15 @@ pub struct SupervisorOptions {
 #[derive(Clone, Debug)]
 pub struct Supervisor(Arc<Inner>);
 
+/// A VM that has ended while its name was taken.
+#[derive(Debug)]
+struct Unsettled {
+    name: String,
+    exit: Exit,
+    was_orderly: bool,
+    flight: Vec<FlightEvent>,
+}
+
 #[derive(Debug)]
 struct Inner {
     dir: RuntimeDir,
@@ -138,8 +148,8 @@ struct Inner {
     passing: Passing,
     /// Metrics are gathered for so many clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
-    /// VMs that have ended while their names were taken: how, and whether in an orderly way.
-    unsettled: Mutex<Vec<(String, Exit, bool)>>,
+    /// VMs that have ended while their names were taken.
+    unsettled: Mutex<Vec<Unsettled>>,
     closing: AtomicBool,
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
@@ -294,7 +304,7 @@ impl Supervisor {
         pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
         if let Some((claim, exit)) = left {
             let pid = pid.unwrap_or(exit.pid);
-            self.0.clear_up(claim, Exit { pid, ..exit }, true);
+            self.0.clear_up(claim, Exit { pid, ..exit }, true, Vec::new());
         }
     }
 
@@ -320,7 +330,7 @@ impl Supervisor {
         self.0.processes.give_back(pid);
         let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
         match NameClaim::new(&self.0.dir, name) {
-            Ok(claim) => self.0.clear_up(claim, exit, true),
+            Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
             // Somebody else has cleared up, and another has the name.
             Err(FleetError::Taken { .. }) => {}
             Err(error) => return Err(error),

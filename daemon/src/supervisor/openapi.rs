@@ -148,13 +148,20 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     if passed_on {
         all.extend([Kind::Forbidden, Kind::VmSilent]);
     }
+    if method == "post" {
+        all.push(Kind::VmGone);
+    }
     if method != "get" {
         let conflicts = Kind::ALL.iter().filter(|kind| kind.status().as_u16() == 409);
         all.extend(conflicts);
+    } else if path.ends_with("/memory") {
+        all.extend([Kind::WrongState, Kind::BadAddress]);
     } else if path.ends_with("/balloon") {
         all.extend([Kind::NoDevice, Kind::WrongState]);
     }
-    if operation.get("requestBody").is_some() {
+    if method == "put" && path.ends_with("/memory") {
+        all.extend([Kind::BadAddress, Kind::MediaType]);
+    } else if operation.get("requestBody").is_some() {
         all.extend([Kind::BadCount, Kind::BadPath, Kind::BadConfig, Kind::MediaType]);
     }
     if is_idempotent(&method.to_uppercase(), path) {

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Group;
+use crate::flight::{self, FlightEvent};
 use crate::worker::has_ended;
 use clade_vmm::vm::VmConfig;
 
@@ -74,6 +75,8 @@ pub(super) struct OwnVm {
     pub(super) is_stopped: bool,
     /// Its control group, which goes with it.
     pub(super) group: Option<Arc<Group>>,
+    /// The file of its flight record.
+    flight: Option<Arc<OwnedFd>>,
 }
 
 impl OwnVm {
@@ -87,11 +90,21 @@ impl OwnVm {
             given_back: None,
             is_stopped: false,
             group: None,
+            flight: None,
         }
     }
 
     pub(super) fn in_group(self, group: Option<Group>) -> Self {
         Self { group: group.map(Arc::new), ..self }
+    }
+
+    pub(super) fn recorded_in(self, flight: &Arc<OwnedFd>) -> Self {
+        Self { flight: Some(Arc::clone(flight)), ..self }
+    }
+
+    /// What its process has noted.
+    pub(super) fn flight(&self) -> Vec<FlightEvent> {
+        self.flight.as_ref().map(flight::read).unwrap_or_default()
     }
 
     pub(super) fn has_name(&self) -> bool {

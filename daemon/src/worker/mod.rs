@@ -65,7 +65,7 @@ pub(crate) enum Order {
 }
 
 /// What comes with an order as descriptors, in this order: the name's lock, the file for the VM's
-/// end, the sockets, and those of the interfaces.
+/// end, that of its flight record, the sockets, and those of the interfaces.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Handed {
     /// Endings of the sockets.

@@ -16,6 +16,7 @@ use super::save::save;
 use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, failed, receive, send};
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
 use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir, VmFiles};
+use crate::flight;
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
@@ -105,6 +106,7 @@ fn claimed(
     let claim = NameClaim::adopt(dir, name, files.next().ok_or_else(few)?)?;
     let Handed { sockets, ends } = handed;
     let record = files.next().ok_or_else(few)?;
+    flight::install(files.next().ok_or_else(few)?);
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
     Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends))
@@ -165,6 +167,7 @@ impl Maker<'_> {
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
         let options = ChildOptions { paused: true, before_start };
         let make = |context: &Context| Vm::from_image_as(context, &name, &image, ends, options);
+        let of = parent.clone().unwrap_or_else(|| "a snapshot".to_owned());
         let run = |vm: &Vm| {
             if !self.is_wanted(vm) {
                 return false;
@@ -178,6 +181,8 @@ impl Maker<'_> {
         };
         let made = fleet.launch(claim, files, (parent, labels), make, run)?;
         let Some(vm) = made else { return Ok(None) };
+        let state = if paused { ", paused" } else { "" };
+        flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
         if let Some(started) = self.program.started.filter(|_| !paused) {
             started(&vm);
         }
@@ -199,6 +204,9 @@ impl Maker<'_> {
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
         let made = fleet.launch(claim, files, (None, labels), make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
+        let state = if paused { ", paused" } else { "" };
+        let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());
+        flight::note(&format!("booted with {mib} MiB and {cpus} vCPUs{state}"));
         if let Some(booted) = self.program.booted {
             booted(&vm);
         }

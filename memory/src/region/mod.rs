@@ -329,10 +329,15 @@ impl GuestRegion {
 
     /// Whether a page of `range` has no memory (R19).
     pub(crate) fn is_absent(&self, range: PageRange) -> bool {
-        self.absent.get().is_some_and(|absent| {
-            let next = absent.partition_point(|a| a.end <= range.start);
-            absent.get(next).is_some_and(|a| !a.intersect(range).is_empty())
-        })
+        self.first_absent(range).is_some()
+    }
+
+    /// The first page of `range` that has no memory (R19).
+    pub(crate) fn first_absent(&self, range: PageRange) -> Option<u64> {
+        let absent = self.absent.get()?;
+        let next = absent.partition_point(|a| a.end <= range.start);
+        let found = absent.get(next)?.intersect(range);
+        (!found.is_empty()).then_some(found.start)
     }
 
     /// Pages in the region.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use clade_memory::RamError;
+use clade_memory::{AccessError, RamError};
 use thiserror::Error;
 
 use crate::boot::{BootError, LayoutError};
@@ -21,6 +21,9 @@ pub enum VmError {
     /// Guest memory could not be made, frozen, adopted or reset.
     #[error("guest memory")]
     Ram(#[from] RamError),
+    /// Guest memory could not be read or written.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// No guest can boot in these RAM ranges.
     #[error(transparent)]
     Layout(#[from] LayoutError),

@@ -14,6 +14,7 @@
 //! | where a vCPU's state is saved and restored | `vcpu/state.rs` |
 //! | where vCPUs are paused and synchronized | `vcpu/control.rs` |
 //! | where a vCPU is kicked out of the guest | `vcpu/kick.rs` |
+//! | where its memory is read and written from outside | `memory.rs` |
 //! | how long pauses were | `pauses.rs` |
 //! | the devices on their buses | `devices/` |
 //! | what a VM does not share with its clones | `identity/` |
@@ -25,6 +26,7 @@ mod error;
 mod fork;
 mod identity;
 mod machine;
+mod memory;
 mod pauses;
 mod persist;
 mod pool;

@@ -34,8 +34,10 @@ impl VcpuThread {
                 Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => devices.mmio_write(address, data),
                 Ok(VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
-                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(StopReason::Shutdown { vcpu }),
-                Ok(VcpuExit::FailEntry(reason, _)) => return Some(StopReason::FailEntry { vcpu, reason }),
+                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => {
+                    return self.unhandled(StopReason::Shutdown { vcpu });
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => return self.unhandled(StopReason::FailEntry { vcpu, reason }),
                 Ok(VcpuExit::InternalError) => {
                     if let Some(reason) = self.emulate_insn() {
                         return Some(reason);
@@ -51,12 +53,22 @@ impl VcpuThread {
                 // instruction. Only at EINTR is the vCPU between two instructions, and only then
                 // may it be saved.
                 Ok(VcpuExit::Intr) => return None,
-                Ok(exit) => return Some(StopReason::Unexpected { vcpu, exit: format!("{exit:?}") }),
+                Ok(exit) => {
+                    let exit = format!("{exit:?}");
+                    return self.unhandled(StopReason::Unexpected { vcpu, exit });
+                }
                 Err(error) if error.errno() == libc::EINTR => return None,
                 Err(error) if error.errno() == libc::EAGAIN => {}
-                Err(error) => return Some(StopReason::Run { vcpu, error: error.to_string() }),
+                Err(error) => return self.unhandled(StopReason::Run { vcpu, error: error.to_string() }),
             }
         }
+    }
+
+    /// Has the flight record say where the vCPU was, which is lost with the VM.
+    fn unhandled(&self, reason: StopReason) -> Option<StopReason> {
+        let rip = self.vcpu.get_regs().map_or(0, |regs| regs.rip);
+        tracing::info!(target: crate::FLIGHT, rip = %format_args!("{rip:#x}"), %reason, "unhandled exit");
+        Some(reason)
     }
 
     fn read_memory(&self) -> impl Fn(u64, &mut [u8]) -> bool {
@@ -81,7 +93,7 @@ impl VcpuThread {
             Err(EmulateError::NoRemedy { failure, rip }) => {
                 Some(StopReason::Emulation { vcpu, rip, bytes: failure.to_string() })
             }
-            Err(error) => Some(StopReason::Internal { vcpu, error: crate::error_chain(&error) }),
+            Err(error) => self.unhandled(StopReason::Internal { vcpu, error: crate::error_chain(&error) }),
         }
     }
 }

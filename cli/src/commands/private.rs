@@ -1,0 +1,319 @@
+//! VMs of this command alone: each in a process of its own, under a supervisor in a directory that
+//! no other command uses. They end with the command.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use clade_daemon::control::{
+    BootRequest, CheckpointInfo, CheckpointRequest, Client, ForkAnswer, ForkRequest, MAX_MEMORY, ResetAnswer,
+    StopRequest, VmInfo, VmLimits, VmStats,
+};
+use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
+use clade_daemon::jail::Confinement;
+use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
+use clade_harness::{GuestWords, Machine, WordsError};
+use clade_vmm::kvm::Host;
+use clade_vmm::vm::{StopReason, VmConfig};
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tempfile::TempDir;
+use tokio::runtime::{Handle, Runtime};
+
+use crate::commands::Failure;
+use crate::commands::remote::failure;
+use crate::commands::shutdown::ShutdownSignal;
+
+/// Workers that are prepared at most.
+const POOL: usize = 16;
+/// Requests in flight that stop VMs.
+const STOPS: usize = 8;
+/// The session of all VMs, which end with this process.
+const SESSION: &str = "private";
+/// How long a process that has nothing to say is left alone.
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// Words of a request for memory.
+const CHUNK_WORDS: usize = 128 << 10;
+
+/// The VMs of this command.
+pub(crate) struct PrivateVms {
+    client: Client,
+    supervisor: Supervisor,
+    /// Before the directory.
+    runtime: Runtime,
+    _dir: TempDir,
+}
+
+impl PrivateVms {
+    /// Starts a supervisor for `command`. It ends with the calling thread.
+    pub(crate) fn begin(command: &str) -> Result<Self, Failure> {
+        // What is missing here is better said here than by a process of its own.
+        Host::open().map_err(Failure::input)?;
+        let above = Some(runtime_dir()).filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
+        let dir = tempfile::Builder::new().prefix(&format!("clade-{command}-")).tempdir_in(above);
+        let dir = dir.map_err(Failure::input)?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
+        let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
+        let options = SupervisorOptions {
+            pool: POOL,
+            confinement: Confinement::default(),
+            cgroup: CgroupPlace::Off,
+            net_hook: None,
+            is_tied: true,
+        };
+        let supervisor = Supervisor::start_with(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
+        let path = dir.path().to_owned();
+        runtime.spawn(async move {
+            shutdown.wait().await;
+            // The VMs end with this process.
+            let _ = fs::remove_dir_all(path);
+            process::exit(128 + shutdown.signal().unwrap_or_default());
+        });
+        Ok(Self { client: Client::new(dir.path()), supervisor, runtime, _dir: dir })
+    }
+
+    /// Asks the supervisor.
+    fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, Failure> {
+        self.runtime.block_on(self.client.supervisor(method, path, body)).map_err(failure)
+    }
+
+    fn vm(&self, name: String) -> RemoteVm {
+        RemoteVm { name, client: self.client.clone(), runtime: self.runtime.handle().clone() }
+    }
+
+    /// Boots a VM. `kernel` is a file, or the name of a guest that the program has.
+    pub(crate) fn boot(&self, name: &str, config: &VmConfig, source: Source<'_>) -> Result<RemoteVm, Failure> {
+        let request = BootRequest {
+            name: name.to_owned(),
+            config: config.clone(),
+            kernel: source.kernel.into(),
+            initrd: source.initrd.map(Into::into),
+            cmdline: source.cmdline.to_owned(),
+            labels: Labels::default(),
+            paused: false,
+            session: Some(SESSION.to_owned()),
+            limits: VmLimits::default(),
+        };
+        let info: VmInfo = self.ask(Method::POST, "/v1/vms", Some(&request))?;
+        Ok(self.vm(info.name))
+    }
+
+    /// Forks `of`, as `vms/NAME` or `checkpoints/NAME`, into paused children.
+    pub(crate) fn fork(&self, of: &str, name: &str, count: usize) -> Result<(Vec<RemoteVm>, ForkAnswer), Failure> {
+        let request = ForkRequest { count, name: Some(name.to_owned()), paused: true, ..ForkRequest::default() };
+        let answer: ForkAnswer = self.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
+        Ok((answer.children.iter().map(|name| self.vm(name.clone())).collect(), answer))
+    }
+
+    /// Forks `of` into one paused child.
+    pub(crate) fn fork_one(&self, of: &str, name: &str) -> Result<(RemoteVm, ForkAnswer), Failure> {
+        let (children, answer) = self.fork(of, name, 1)?;
+        let none = || Failure::Run(anyhow::anyhow!("a fork of {of} has no child"));
+        Ok((children.into_iter().next().ok_or_else(none)?, answer))
+    }
+
+    /// Holds a VM's state at this instant.
+    pub(crate) fn checkpoint(&self, vm: &str, name: &str) -> Result<CheckpointInfo, Failure> {
+        let request = CheckpointRequest { name: Some(name.to_owned()) };
+        self.ask(Method::POST, &format!("/v1/vms/{vm}/checkpoint"), Some(&request))
+    }
+
+    /// Removes a checkpoint.
+    pub(crate) fn remove(&self, checkpoint: &str) -> Result<(), Failure> {
+        let removed: CheckpointInfo =
+            self.ask(Method::DELETE, &format!("/v1/checkpoints/{checkpoint}"), None::<&()>)?;
+        drop(removed);
+        Ok(())
+    }
+
+    /// Stops all VMs that are there.
+    fn stop_all(&self) {
+        let names: BTreeSet<String> = vms_in(self.client.dir()).unwrap_or_default().into_iter().collect();
+        self.runtime.block_on(async {
+            let mut stops = tokio::task::JoinSet::new();
+            for name in names {
+                if stops.len() >= STOPS {
+                    stops.join_next().await;
+                }
+                let client = self.client.clone();
+                // One that does not end is ended with this process.
+                stops.spawn(async move { drop(client.stop(&name, StopRequest::default()).await) });
+            }
+            stops.join_all().await;
+        });
+    }
+}
+
+impl Drop for PrivateVms {
+    fn drop(&mut self) {
+        self.stop_all();
+        self.supervisor.close();
+    }
+}
+
+/// What a VM boots.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source<'a> {
+    pub(crate) kernel: &'a std::path::Path,
+    pub(crate) initrd: Option<&'a std::path::Path>,
+    pub(crate) cmdline: &'a str,
+}
+
+/// A VM in a process of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct RemoteVm {
+    name: String,
+    client: Client,
+    runtime: Handle,
+}
+
+impl RemoteVm {
+    /// Asks its process.
+    fn ask<T: DeserializeOwned>(&self, method: Method, action: &str) -> Result<T, Failure> {
+        self.runtime.block_on(self.client.request(method, &self.name, action, None::<&()>)).map_err(failure)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn info(&self) -> Result<VmInfo, Failure> {
+        self.ask(Method::GET, "")
+    }
+
+    pub(crate) fn pause(&self) -> Result<(), Failure> {
+        self.ask::<VmInfo>(Method::POST, "/pause").map(drop)
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), Failure> {
+        self.ask::<VmInfo>(Method::POST, "/resume").map(drop)
+    }
+
+    /// Puts it back to the instant of its fork.
+    pub(crate) fn reset(&self) -> Result<ResetAnswer, Failure> {
+        self.ask(Method::POST, "/reset")
+    }
+
+    pub(crate) fn stats(&self) -> Result<VmStats, Failure> {
+        self.ask(Method::GET, "/stats")
+    }
+
+    /// Ends it. Its name is free then.
+    pub(crate) fn stop(&self) -> Result<(), Failure> {
+        self.runtime.block_on(self.client.stop(&self.name, StopRequest::default())).map(drop).map_err(failure)
+    }
+
+    /// A connection to its console, which says first what it has said last.
+    pub(crate) fn console(&self) -> Result<RemoteConsole, Failure> {
+        let stream = UnixStream::connect(console_path(self.client.dir(), &self.name)).map_err(Failure::run)?;
+        Ok(RemoteConsole { vm: self.clone(), stream, seen: Vec::new() })
+    }
+}
+
+impl GuestWords for RemoteVm {
+    fn load(&self, address: u64) -> Result<u64, WordsError> {
+        let mut bytes = [0; 8];
+        self.read(address, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
+        // Whole words are written as such.
+        self.write(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
+        for (at, part) in (address..).step_by(MAX_MEMORY).zip(bytes.chunks_mut(MAX_MEMORY)) {
+            self.runtime.block_on(self.client.read_memory(&self.name, at, part))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError> {
+        for (at, part) in (address..).step_by(MAX_MEMORY).zip(bytes.chunks(MAX_MEMORY)) {
+            let part = Bytes::copy_from_slice(part);
+            self.runtime.block_on(self.client.write_memory(&self.name, at, part))?;
+        }
+        Ok(())
+    }
+
+    fn chunk(&self) -> usize {
+        CHUNK_WORDS
+    }
+}
+
+impl Machine for RemoteVm {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn stopped(&self) -> Option<StopReason> {
+        // As long as its process has it, its socket is there.
+        if socket_path(self.client.dir(), &self.name).exists() {
+            return None;
+        }
+        let ended = ended_vms(self.client.dir()).unwrap_or_default();
+        let record = ended.into_iter().find(|ended| ended.name == self.name);
+        Some(record.map_or(StopReason::Requested, |record| record.stopped))
+    }
+
+    fn await_report(&self, limit: Duration) {
+        std::thread::sleep(limit.min(POLL_INTERVAL));
+    }
+}
+
+/// The console of a VM in a process of its own.
+pub(crate) struct RemoteConsole {
+    vm: RemoteVm,
+    stream: UnixStream,
+    seen: Vec<u8>,
+}
+
+impl RemoteConsole {
+    pub(crate) fn type_in(&mut self, text: &str) -> Result<(), Failure> {
+        self.stream.write_all(text.as_bytes()).map_err(Failure::run)
+    }
+
+    /// Waits until the VM has said `text`. Returns all that it has said.
+    pub(crate) fn wait_for(&mut self, text: &str, patience: Duration) -> Result<String, Failure> {
+        let deadline = Instant::now() + patience;
+        let mut bytes = [0; 4096];
+        loop {
+            let seen = String::from_utf8_lossy(&self.seen);
+            if seen.contains(text) {
+                return Ok(seen.into_owned());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let got = if left.is_zero() {
+                Ok(0)
+            } else {
+                self.stream.set_read_timeout(Some(left)).map_err(Failure::run)?;
+                self.stream.read(&mut bytes)
+            };
+            match got {
+                Ok(got @ 1..) => self.seen.extend_from_slice(&bytes[..got]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => {
+                    let tail: Vec<&str> = seen.lines().rev().take(5).collect();
+                    let stopped = self.vm.stopped().map(|reason| format!(" ({reason})")).unwrap_or_default();
+                    return Err(Failure::Run(anyhow::anyhow!(
+                        "{} did not print {text:?}{stopped}; its last lines: {}",
+                        self.vm.name,
+                        tail.join(" | ")
+                    )));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The flight record of a VM: the last things that happened to it, also when its process was
+//! killed.
+//!
+//! The supervisor makes a file in memory of fixed size, and hands it to the VM's process with the
+//! order. The process notes events in it, each in a slot, the oldest replaced first. When the
+//! process has ended, the supervisor reads the file, in which there may be anything: of a slot it
+//! takes two numbers and a text of bounded length.
+//!
+//! | bytes of a slot | what |
+//! |---|---|
+//! | 0-7 | the event's number, from 1 on; 0: there is none |
+//! | 8-15 | when, in microseconds since 1970 |
+//! | 16-17 | how long the text is |
+//! | 18-255 | the text |
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Events that are kept.
+const SLOTS: u64 = 64;
+/// Bytes of a slot: none is in two pages, so a process that is killed leaves it whole.
+const SLOT: usize = 256;
+const HEAD: usize = 18;
+/// Bytes of a text.
+const MAX_TEXT: usize = SLOT - HEAD;
+
+/// Something that happened to a VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FlightEvent {
+    /// When, in seconds since 1970.
+    pub at: f64,
+    /// What.
+    pub event: String,
+}
+
+/// The recorder of this process, which has one VM.
+static RECORDER: OnceLock<Recorder> = OnceLock::new();
+
+#[derive(Debug)]
+struct Recorder {
+    file: File,
+    /// Of the next event.
+    number: Mutex<u64>,
+}
+
+/// Makes the file for a VM's record: of a size that nobody can change.
+///
+/// # Errors
+/// When there is no memory or descriptor for it.
+pub(crate) fn make() -> io::Result<OwnedFd> {
+    let file = memfd_create("clade-flight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, SLOTS * SLOT as u64)?;
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// Has this process note events in `file` from now on. The first that is given counts.
+pub(crate) fn install(file: OwnedFd) {
+    let _ = RECORDER.set(Recorder { file: file.into(), number: Mutex::new(1) });
+}
+
+/// Notes that something has happened to the VM of this process. Nothing in a process without a
+/// record.
+pub fn note(event: &str) {
+    if let Some(recorder) = RECORDER.get() {
+        recorder.note(event);
+    }
+}
+
+/// What is on record in this process.
+pub(crate) fn noted() -> Vec<FlightEvent> {
+    RECORDER.get().map(|recorder| read(&recorder.file)).unwrap_or_default()
+}
+
+impl Recorder {
+    fn note(&self, event: &str) {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let at = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+        let end = (0..=MAX_TEXT.min(event.len())).rev().find(|end| event.is_char_boundary(*end)).unwrap_or(0);
+        let mut number = self.number.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = [0; SLOT];
+        slot[..8].copy_from_slice(&number.to_le_bytes());
+        slot[8..16].copy_from_slice(&at.to_le_bytes());
+        slot[16..HEAD].copy_from_slice(&(end as u16).to_le_bytes());
+        slot[HEAD..HEAD + end].copy_from_slice(&event.as_bytes()[..end]);
+        // It cannot fail but for want of memory, and then there is nothing to note it in.
+        let _ = self.file.write_all_at(&slot, *number % SLOTS * SLOT as u64);
+        *number += 1;
+    }
+}
+
+/// The text of a slot as it may be shown: no controls, no more than fits.
+fn shown(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+}
+
+/// The events in a file that a process had to note them in, the oldest first. There may be anything
+/// in it.
+pub(crate) fn read(file: impl AsFd) -> Vec<FlightEvent> {
+    let mut bytes = vec![0; SLOTS as usize * SLOT];
+    let mut done = 0;
+    while done < bytes.len() {
+        match rustix::io::pread(&file, &mut bytes[done..], done as u64) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a flight record cannot be read");
+                break;
+            }
+        }
+    }
+    let (slots, _) = bytes.as_chunks::<SLOT>();
+    let word = |slot: &[u8; SLOT], at: usize| slot[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let mut events: Vec<(u64, FlightEvent)> = Vec::new();
+    for slot in slots.iter().filter(|slot| word(slot, 0) != 0) {
+        let length = usize::from(u16::from_le_bytes([slot[16], slot[17]])).min(MAX_TEXT);
+        let at = word(slot, 8) as f64 / 1e6;
+        events.push((word(slot, 0), FlightEvent { at, event: shown(&slot[HEAD..HEAD + length]) }));
+    }
+    events.sort_by_key(|(number, _)| *number);
+    events.into_iter().map(|(_, event)| event).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recorder() -> Recorder {
+        Recorder { file: make().unwrap().into(), number: Mutex::new(1) }
+    }
+
+    #[test]
+    fn the_last_events_are_kept_in_order() {
+        let recorder = recorder();
+        assert_eq!(read(&recorder.file), []);
+        for n in 0..3 * SLOTS / 2 {
+            recorder.note(&format!("event {n}"));
+        }
+        let events = read(&recorder.file);
+        let texts: Vec<&str> = events.iter().map(|event| event.event.as_str()).collect();
+        let expected: Vec<String> = (SLOTS / 2..3 * SLOTS / 2).map(|n| format!("event {n}")).collect();
+        assert_eq!(texts, expected);
+        assert!(events.windows(2).all(|two| two[0].at <= two[1].at) && events[0].at > 1e9);
+    }
+
+    #[test]
+    fn a_text_is_cut_between_letters_and_cannot_move_a_cursor() {
+        let recorder = recorder();
+        // Two bytes a letter, so that the limit is in the middle of one.
+        recorder.note(&format!("x{}", "ü".repeat(MAX_TEXT)));
+        recorder.note("\x1b[2Jred\r\nover");
+        let events = read(&recorder.file);
+        assert_eq!(events[0].event, format!("x{}", "ü".repeat((MAX_TEXT - 1) / 2)));
+        assert_eq!(events[1].event, " [2Jred  over");
+    }
+
+    #[test]
+    fn garbage_is_read_as_numbers_and_texts_of_bounded_length_and_costs_no_more() {
+        for byte in [0x00, 0x1b, 0x80, 0xff] {
+            let file = File::from(make().unwrap());
+            file.write_all_at(&vec![byte; SLOTS as usize * SLOT], 0).unwrap();
+            assert!(file.write_all_at(&[1], SLOTS * SLOT as u64).is_err(), "it is as long as it was made");
+            assert!(file.set_len(0).is_err() && file.set_len(1 << 30).is_err());
+            let events = read(&file);
+            assert_eq!(events.len() as u64, if byte == 0 { 0 } else { SLOTS });
+            for event in events {
+                // A byte that is no UTF-8 is shown as a sign of three.
+                assert!(event.event.len() <= 3 * MAX_TEXT && !event.event.contains(char::is_control));
+                assert!(event.at.is_finite());
+            }
+        }
+        // Not even a file of that length.
+        assert_eq!(read(tempfile::tempfile().unwrap()), []);
+    }
+}

@@ -1,0 +1,113 @@
+//! What the harness needs of a VM: its guest's memory in words, and whether it runs. The VM may be
+//! in this process, or in another that is asked for it.
+
+use std::error::Error;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use clade_memory::GuestRam;
+use clade_vmm::vm::{StopReason, Vm};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+/// Why guest memory could not be read or written.
+pub type WordsError = Box<dyn Error + Send + Sync>;
+
+/// Guest memory as aligned words of 8 bytes, each of which is read and written as a whole.
+pub trait GuestWords {
+    /// Reads a word. What the guest has written before it is seen by later reads.
+    ///
+    /// # Errors
+    /// When it is not in guest memory.
+    fn load(&self, address: u64) -> Result<u64, WordsError>;
+
+    /// Writes words. The guest sees those of earlier calls before them.
+    ///
+    /// # Errors
+    /// When they are not in guest memory.
+    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError>;
+
+    /// Reads bytes, in no order.
+    ///
+    /// # Errors
+    /// When they are not in guest memory.
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError>;
+
+    /// Writes bytes, in no order.
+    ///
+    /// # Errors
+    /// When they are not in guest memory.
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError>;
+
+    /// How many words are best read at a time: they fit in the second-level cache.
+    fn chunk(&self) -> usize {
+        16 << 10
+    }
+}
+
+/// A VM whose guest is driven.
+pub trait Machine: GuestWords {
+    /// Its name.
+    fn name(&self) -> String;
+
+    /// Why it has stopped, if it has.
+    fn stopped(&self) -> Option<StopReason>;
+
+    /// Waits until its guest may have something to say, up to `limit`.
+    fn await_report(&self, limit: Duration);
+}
+
+impl GuestWords for GuestRam {
+    fn load(&self, address: u64) -> Result<u64, WordsError> {
+        // Acquire: pairs with the guest's store of this word (x86 keeps stores in order).
+        Ok(self.memory().load(GuestAddress(address), Ordering::Acquire)?)
+    }
+
+    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
+        // Release: the guest sees a command before its number.
+        let mut each = (address..).step_by(8).zip(words);
+        each.try_for_each(|(at, word)| Ok(self.memory().store(*word, GuestAddress(at), Ordering::Release)?))
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
+        self.memory().get_slice(GuestAddress(address), bytes.len())?.copy_to(bytes);
+        Ok(())
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError> {
+        self.memory().get_slice(GuestAddress(address), bytes.len())?.copy_from(bytes);
+        Ok(())
+    }
+}
+
+impl GuestWords for Vm {
+    fn load(&self, address: u64) -> Result<u64, WordsError> {
+        self.ram().load(address)
+    }
+
+    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
+        self.ram().store(address, words)
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
+        self.ram().read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError> {
+        self.ram().write(address, bytes)
+    }
+}
+
+impl Machine for Vm {
+    fn name(&self) -> String {
+        Self::name(self).to_owned()
+    }
+
+    fn stopped(&self) -> Option<StopReason> {
+        Self::stopped(self)
+    }
+
+    fn await_report(&self, limit: Duration) {
+        // A report only ends the wait early: it may be another vCPU's.
+        let _ = self.reports().next(limit);
+    }
+}
