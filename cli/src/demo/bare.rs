@@ -192,7 +192,7 @@ impl Demo<'_> {
             let join = |t: thread::ScopedJoinHandle<'_, Result<u64, _>>| {
                 t.join().map_err(|_| anyhow::anyhow!("a checker panicked"))
             };
-            threads.into_iter().map(|t| Ok(join(t)??)).sum::<Result<u64, anyhow::Error>>()
+            threads.into_iter().map(|t| join(t)?).sum::<Result<u64, anyhow::Error>>()
         });
         self.report.wrong_bytes += wrong.map_err(Failure::Run)?;
         self.report.bytes_checked += self.slices.iter().map(|s| (s.pages() - except) * PAGE_SIZE).sum::<u64>();

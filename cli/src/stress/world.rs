@@ -22,7 +22,7 @@ pub(super) enum World {
 
 /// A VM, paused or not.
 pub(super) enum StressVm {
-    Here(Vm),
+    Here(Box<Vm>),
     Elsewhere(RemoteVm),
 }
 
@@ -60,7 +60,7 @@ impl World {
             Self::Here { context, ignore } => {
                 let vm = boot_bare(context, "stress", &Arc::new(config)).map_err(Failure::run)?;
                 ignore_pins(&vm, *ignore);
-                Ok(StressVm::Here(vm))
+                Ok(StressVm::Here(Box::new(vm)))
             }
             Self::Elsewhere { vms, .. } => {
                 let vm = vms.boot("stress", &config, Source { kernel: Path::new(BARE), initrd: None, cmdline: "" })?;
@@ -112,7 +112,7 @@ impl World {
                 let options = ChildOptions { paused: true, before_start: None };
                 let vm = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
                 ignore_pins(&vm, *ignore);
-                Ok(StressVm::Here(vm))
+                Ok(StressVm::Here(Box::new(vm)))
             }
             (Self::Elsewhere { vms, numbers }, Image::Elsewhere(image)) => {
                 let (child, _) = vms.fork_one(&format!("checkpoints/{image}"), &number("child", numbers))?;
@@ -234,14 +234,14 @@ impl GuestWords for StressVm {
 impl Machine for StressVm {
     fn name(&self) -> String {
         match self {
-            Self::Here(vm) => Machine::name(vm),
+            Self::Here(vm) => Machine::name(vm.as_ref()),
             Self::Elsewhere(vm) => Machine::name(vm),
         }
     }
 
     fn stopped(&self) -> Option<StopReason> {
         match self {
-            Self::Here(vm) => Machine::stopped(vm),
+            Self::Here(vm) => Machine::stopped(vm.as_ref()),
             Self::Elsewhere(vm) => vm.stopped(),
         }
     }

@@ -315,7 +315,7 @@ impl Abused {
         thread::scope(|scope| {
             let slow: Vec<_> = (0..4).map(|_| scope.spawn(|| self.dribble(&over))).collect();
             let clients: Vec<_> = (0..THREADS).map(|n| scope.spawn(move || self.client(seed + n))).collect();
-            let outcomes: Vec<_> = clients.into_iter().map(|client| client.join()).collect();
+            let outcomes: Vec<_> = clients.into_iter().map(thread::ScopedJoinHandle::join).collect();
             over.store(true, Ordering::Relaxed);
             slow.into_iter().for_each(|client| client.join().unwrap());
             outcomes.into_iter().for_each(|outcome| outcome.unwrap());

@@ -129,7 +129,7 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
         });
         for n in 0..12 {
             let name = format!("beside-{n}");
-            assert_eq!(all.fork(&["web", "--name", &name]), [name.clone()]);
+            assert_eq!(all.fork(&["web", "--name", &name]), [name.as_str()]);
             let query = format!("/v1/vms/{name}/memory?address={}&length={SPAN}", GuestMemory::AT + 16 * PAGE);
             let (status, _, body) = bytes_at(&api, "GET", &query, "", b"");
             assert!(status == 200 && body.len() == SPAN);
