@@ -302,6 +302,7 @@ fn inside() {
         write: vec![place.join("image/disk")],
         overlays: vec![place.join("overlays")],
         beside: if is_booted { vec![place.join("image")] } else { Vec::new() },
+        locks: is_booted,
     };
     prepare(Confinement::Require).unwrap();
     confine(Confinement::Require, &grants, RAM, None).unwrap();
