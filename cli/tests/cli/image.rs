@@ -252,6 +252,6 @@ fn an_image_is_a_vm_that_can_be_forked() {
         assert_eq!(exec(vm, "cat /srv/file").stdout, format!("from here\n{vm}\n"), "alone on its disk");
     }
     images.clade(&["stop", "--all"]);
-    wait_until("the end of the run", || images.runtime.files().is_empty());
+    assert_eq!(images.runtime.ended(), Some(0));
     assert_eq!(images.clade(&["image", "rm", &name]).code, Some(0));
 }
