@@ -42,7 +42,7 @@ pub(crate) enum Command {
     /// Boot a guest, fork it while it runs, check every byte.
     Demo(DemoArgs),
     /// Boot a kernel with its console on this terminal (Ctrl-A x leaves).
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Measure, against a baseline in the same run.
     Bench(BenchArgs),
     /// Stress a VM, and compare every byte.

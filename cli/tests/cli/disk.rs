@@ -94,3 +94,23 @@ fn a_journal_is_thrown_away_when_asked() {
     assert!(fs::read(&renamed).unwrap() == vec![1; 1 << 20]);
     disk("show", "/no/such/image").expect_refusal("/no/such/image");
 }
+
+/// A worker that writes no image locks it all the same, against those that would.
+#[test]
+fn a_confined_vm_may_have_nothing_but_disks_that_it_does_not_write() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let image = runtime.dir().join("shared.img");
+    fs::write(&image, vec![1; 1 << 20]).unwrap();
+    let disk = |how: &str| format!("{},{how}", image.display());
+    runtime.start_with("one", &["--disk", &disk("ephemeral")]);
+    runtime.start_with("two", &["--disk", &disk("ephemeral"), "--disk", &disk("ro")]);
+    let third = ["run", "--kernel", "bare", "--mem", "32M", "--detached", "--disk", image.to_str().unwrap()];
+    let third = runtime.clade(&third);
+    assert!(third.code != Some(0) && third.stderr.contains("shared.img"), "{third:?}");
+    let forked = runtime.clade(&["fork", "two", "--json"]).json();
+    assert_eq!(forked["children"].as_array().unwrap().len(), 1);
+    runtime.clade(&["stop", "--all"]);
+}

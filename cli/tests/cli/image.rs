@@ -191,6 +191,8 @@ fn write_root(root: &Path, linux: &Path) {
     for dir in ["bin", "etc", "tmp", "srv"] {
         fs::create_dir_all(root.join(dir)).unwrap();
     }
+    // The image's program is not root.
+    fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
     let archive = File::open(linux.join("initramfs.cpio")).unwrap();
     let mut extract = Command::new("cpio");
     let busybox = extract.args(["--quiet", "-i", "--to-stdout", "bin/busybox"]).stdin(archive).output().unwrap();
@@ -250,6 +252,6 @@ fn an_image_is_a_vm_that_can_be_forked() {
         assert_eq!(exec(vm, "cat /srv/file").stdout, format!("from here\n{vm}\n"), "alone on its disk");
     }
     images.clade(&["stop", "--all"]);
-    wait_until("the end of the run", || images.runtime.files().is_empty());
+    assert_eq!(images.runtime.ended(), Some(0));
     assert_eq!(images.clade(&["image", "rm", &name]).code, Some(0));
 }
