@@ -46,9 +46,12 @@ impl PullFlags {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct PullArgs {
-    /// An image: HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE. Names without a
-    /// host are of the registry that CLADE_REGISTRY names.
-    #[arg(value_name = "IMAGE", required = true)]
+    // In the attribute: brackets would be links in the documentation.
+    #[arg(
+        value_name = "IMAGE",
+        required = true,
+        help = "An image: HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE. Names without a host are of the registry that CLADE_REGISTRY names"
+    )]
     images: Vec<String>,
     #[command(flatten)]
     flags: PullFlags,
