@@ -282,6 +282,10 @@ pub(crate) struct RunArgs {
     pub(crate) image: Option<String>,
     #[command(flatten)]
     pub(crate) pull: PullFlags,
+    /// With --image and -d: boot it, also if there is a checkpoint of a VM that was started in the same
+    /// way.
+    #[arg(long, requires = "image", requires = "background")]
+    pub(crate) fresh: bool,
     /// What the image runs, instead of its cmd.
     #[arg(value_name = "COMMAND", last = true, requires = "image")]
     pub(crate) command: Vec<String>,

@@ -12,6 +12,7 @@ mod generate;
 mod guest;
 mod image;
 mod image_vm;
+mod image_warm;
 mod journal;
 mod limits;
 mod logging;

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, ROOT_WORD};
+use crate::commands::image_warm;
 use crate::commands::many::limit;
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
@@ -128,8 +129,13 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
     if !Client::default().is_remote() {
         ensure()?;
     }
-    let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
-    let limited = limit(std::slice::from_ref(&info.name), args.ttl);
-    drop(writeln!(io::stdout(), "{}", info.name));
+    let name = if image_warm::is_wanted(args) {
+        image_warm::start(request)?
+    } else {
+        let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
+        info.name
+    };
+    let limited = limit(std::slice::from_ref(&name), args.ttl);
+    drop(writeln!(io::stdout(), "{name}"));
     limited
 }

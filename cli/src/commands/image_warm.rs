@@ -1,0 +1,160 @@
+//! `clade run -d --image`: the first VM of an image is booted, and a checkpoint taken of it when its
+//! agent answers. The next ones are children of that.
+//!
+//! The checkpoint's name is of all that was booted: image, command, kernel, agent, memory, limits. It
+//! is the supervisor's like any other, and ends with it.
+
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Read;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clade_agent_client::Client as Agent;
+use clade_agent_client::Endpoint;
+use clade_agent_client::proto::PORT;
+use clade_daemon::control::{
+    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo,
+};
+use clade_daemon::fleet::Labels;
+use clade_vmm::vm::VsockChoice;
+use hyper::Method;
+
+use crate::commands::agent::block_on;
+use crate::commands::args::RunArgs;
+use crate::commands::remote::failure;
+use crate::commands::run::say;
+use crate::commands::{Failure, Outcome};
+
+/// How long an agent may take until it answers: a guest may boot slowly.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Whether VMs of these arguments can be children of one. What else they would have is each one's own:
+/// images that are written, interfaces, addresses.
+pub(super) fn is_wanted(args: &RunArgs) -> bool {
+    args.image.is_some() && !args.fresh && args.disk.is_empty() && args.net.is_empty() && args.vsock.is_none()
+}
+
+/// Starts the VM of an image that `request` is of. Returns its name.
+pub(super) fn start(request: &BootRequest) -> Result<String, Failure> {
+    let client = Client::default();
+    let checkpoint = name_of(request)?;
+    block_on(async {
+        match fork(&client, &checkpoint, request).await {
+            Err(ClientError::Refused { status: 404, .. }) => {}
+            forked => return Ok(forked.map_err(failure)?.children.into_iter().next().unwrap_or_default()),
+        }
+        let booted: VmInfo = client.supervisor(Method::POST, "/v1/vms", Some(request)).await.map_err(failure)?;
+        if let Err(why) = keep(&client, &checkpoint, request, &booted).await {
+            // It runs, or has done what it was started for.
+            say!("clade: the next VM of the image is booted as well: {why}");
+        }
+        Ok(booted.name)
+    })
+}
+
+async fn fork(client: &Client, checkpoint: &str, request: &BootRequest) -> Result<ForkAnswer, ClientError> {
+    let vsock = request.config.vsock.as_ref();
+    let fork = ForkRequest {
+        name: Some(request.name.clone()),
+        labels: Some(request.labels.clone()),
+        ready: true,
+        vsock: vsock.map(|vsock| VsockChoice { cid: Some(vsock.cid), socket: Some(vsock.socket.clone()) }),
+        ..ForkRequest::default()
+    };
+    client.supervisor(Method::POST, &format!("/v1/checkpoints/{checkpoint}/fork"), Some(&fork)).await
+}
+
+/// Takes the checkpoint when the agent answers. An error says why there is none.
+async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
+    let Some(vsock) = &request.config.vsock else { return Err("it has no agent".to_owned()) };
+    let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
+    let begun = Instant::now();
+    while agent.health().await.is_err() {
+        let state = client.request::<VmInfo>(Method::GET, &vm.name, "", None::<&()>).await;
+        if let Err(error) = state {
+            return Err(format!("{} has ended: {error}", vm.name));
+        }
+        if begun.elapsed() > BOOT_TIMEOUT {
+            return Err(format!("its agent has not answered for {} s", BOOT_TIMEOUT.as_secs()));
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+    let path = format!("/v1/vms/{}/checkpoint", vm.name);
+    let taken = CheckpointRequest { name: Some(checkpoint.to_owned()) };
+    match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {
+        // Another command was quicker.
+        Err(ClientError::Refused { status: 409, .. }) | Ok(_) => Ok(()),
+        Err(error) => Err(clade_vmm::error_chain(&error)),
+    }
+}
+
+/// The checkpoint's name. Different for whatever differs in what is booted.
+fn name_of(request: &BootRequest) -> Result<String, Failure> {
+    let mut hash = DefaultHasher::new();
+    let mut of_all = request.clone();
+    of_all.name = String::new();
+    of_all.labels = Labels::default();
+    of_all.initrd = None;
+    of_all.config.vsock = None;
+    serde_json::to_string(&of_all).map_err(Failure::run)?.hash(&mut hash);
+    // Its agent, and what that is told to run.
+    request.initrd.iter().chain([&request.kernel]).try_for_each(|path| hash_file(path, &mut hash))?;
+    Ok(format!("image-{:016x}", hash.finish()))
+}
+
+fn hash_file(path: &Path, hash: &mut DefaultHasher) -> Outcome {
+    let failed = |error| Failure::input(anyhow::Error::new(error).context(path.display().to_string()));
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(failed)?;
+    bytes.hash(hash);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clade_daemon::control::VmLimits;
+    use clade_devices::virtio::vsock::VsockOptions;
+    use clade_vmm::vm::VmConfig;
+
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_is_called_by_what_was_booted_and_not_by_what_each_vm_has_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            fs::write(dir.path().join(name), text).unwrap();
+            dir.path().join(name)
+        };
+        let request = BootRequest {
+            name: "a".to_owned(),
+            config: VmConfig::bare(32 << 20, 1).unwrap(),
+            kernel: file("kernel", "k"),
+            initrd: Some(file("one", "agent")),
+            cmdline: "c".to_owned(),
+            labels: Labels::default(),
+            paused: false,
+            session: None,
+            limits: VmLimits::default(),
+        };
+        let name = |change: &dyn Fn(&mut BootRequest)| {
+            let mut other = request.clone();
+            change(&mut other);
+            name_of(&other).unwrap()
+        };
+        let same = name(&|_| {});
+        assert_eq!(same, name(&|other| other.name = "b".to_owned()));
+        let (vsock, again) = (VsockOptions { cid: 9, socket: "/x".into() }, file("two", "agent"));
+        assert_eq!(same, name(&|other| other.config.vsock = Some(vsock.clone())));
+        assert_eq!(same, name(&|other| other.initrd = Some(again.clone())));
+        let (agent, kernel) = (file("three", "another agent"), file("four", "another kernel"));
+        assert_ne!(same, name(&|other| other.initrd = Some(agent.clone())));
+        assert_ne!(same, name(&|other| other.kernel.clone_from(&kernel)));
+        assert_ne!(same, name(&|other| other.cmdline = "d".to_owned()));
+        assert_ne!(same, name(&|other| other.config = VmConfig::bare(64 << 20, 1).unwrap()));
+        assert_ne!(same, name(&|other| other.limits.cpus = Some(1.0)));
+    }
+}
