@@ -29,7 +29,7 @@ const HOOKS: &str = "/etc/clade/fork.d";
 /// Most hooks.
 const MAX_HOOKS: usize = 64;
 /// How long each may take.
-const HOOK_TIMEOUT: Duration = Duration::from_secs(10);
+const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the clock may be off by.
 const SMALL_STEP_NS: i128 = 1_000_000;
 /// Has the kernel's generator take what was written to it: RNDRESEEDCRNG.

@@ -163,7 +163,7 @@ fn forks(runtime: &Runtime) {
     // Where one is not ready, there are none.
     let bad = "echo exit 3 > /etc/clade/fork.d/20-bad; sed -i '1i#!/bin/sh' /etc/clade/fork.d/20-bad; chmod +x /etc/clade/fork.d/20-bad";
     exec(runtime, &["web", "--", "sh", "-c", bad]);
-    let refused = runtime.clade(&["fork", "web", "--count", "2", "--ready"]);
+    let refused = runtime.clade(&["fork", "web", "--ready"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
     assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
     assert_eq!(exec(runtime, &["web", "--", "true"]).code, Some(0));

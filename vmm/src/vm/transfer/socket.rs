@@ -127,7 +127,6 @@ fn receive(socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Message, Trans
         }
     };
     received.map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => TransferError::malformed("the other side has gone"),
         io::ErrorKind::InvalidData => TransferError::malformed(error.to_string()),
         _ => TransferError::system("received")(error),
     })
