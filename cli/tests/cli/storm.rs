@@ -215,6 +215,7 @@ fn storm(seconds: u64) {
     };
     // What is made once stays, and is no leak.
     run(Duration::from_secs(2), 0);
+    assert_eq!(runtime.http("GET", "/v1/ended", "").1, serde_json::json!([]), "none has ended by itself");
     // Threads for blocking work go after ten idle seconds.
     let settled = |before: &Held| {
         wait_until("what was taken to be given back", || {
