@@ -222,7 +222,8 @@ fn words_of(address: u64, length: usize) -> (usize, usize) {
 /// The aligned words of guest memory that are `count` from byte `from` of `slice` on.
 fn atomics<'a>(slice: &'a VolatileSlice<'_>, from: usize, count: usize) -> impl Iterator<Item = &'a AtomicU64> {
     let first = slice.ptr_guard_mut().as_ptr().wrapping_add(from).cast::<u64>();
-    assert!(from + count * WORD <= slice.len() && first.is_aligned(), "words of the slice");
+    let is_within = from + count * WORD <= slice.len() && first.is_aligned();
+    assert!(count == 0 || is_within, "words of the slice");
     // SAFETY: the word is in the slice and aligned (asserted), and is mapped as long as the slice
     // lives. What else accesses it is a vCPU, a device, or this process by atomics and volatile
     // accesses, which are one instruction on this architecture.
@@ -287,6 +288,22 @@ mod tests {
         let mut bytes = vec![0xaa; (PAGES * PAGE_SIZE) as usize];
         ram.read_bytes(0, &mut bytes).unwrap();
         bytes
+    }
+
+    #[test]
+    fn ranges_within_a_word_and_across_its_ends_are_read_and_written() {
+        let ram = ram(&Store::open_small().unwrap());
+        let mut model = vec![0; 64];
+        for (value, (at, length)) in (1..).zip((0..24).flat_map(|at| (1..=24).map(move |length| (at, length)))) {
+            ram.write_bytes(at as u64, &vec![value as u8; length]).unwrap();
+            model[at..at + length].fill(value as u8);
+            let mut bytes = vec![0xaa; length];
+            ram.read_bytes(at as u64, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == value as u8), "{length} bytes at {at}: {bytes:?}");
+            let mut all = vec![0; model.len()];
+            ram.read_bytes(0, &mut all).unwrap();
+            assert_eq!(all, model, "{length} bytes at {at}");
+        }
     }
 
     #[test]

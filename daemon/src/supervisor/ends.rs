@@ -1,7 +1,7 @@
 //! What has ended: VMs' processes are noticed, their names set free, their files removed.
 
 use std::cell::OnceCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{MutexGuard, PoisonError, Weak};
@@ -17,6 +17,9 @@ use clade_vmm::vm::StopReason;
 
 /// How often it looks for what dead processes have left.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
+/// Sweeps that find a worker dead before it is taken that nobody will say so. A busy zygote may be
+/// late.
+const MAX_SUSPECTED: u32 = 4;
 
 /// VMs that are being made, until this is dropped.
 #[derive(Debug)]
@@ -35,8 +38,8 @@ impl Drop for Making<'_> {
 /// Clears up after workers that have ended.
 pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
-    // Found dead by the last sweep, and nobody had said so.
-    let mut suspects = BTreeSet::new();
+    // Found dead by the last sweeps, and nobody had said so.
+    let mut suspects = BTreeMap::new();
     // What is there already.
     if let Some(inner) = supervisor.upgrade() {
         inner.observe();
@@ -51,8 +54,15 @@ pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
         if let Some(exit) = exit {
             inner.ended(exit);
         }
-        // However many ends come.
+        // However many ends come. But those that were said already come first: a VM that has ended in
+        // order would be on record as one whose end nobody knows.
         if Instant::now() >= due {
+            let until = Instant::now() + SWEEP_INTERVAL;
+            while Instant::now() < until
+                && let Ok(exit) = exits.try_recv()
+            {
+                inner.ended(exit);
+            }
             suspects = inner.sweep(&suspects);
             inner.observe();
             due = Instant::now() + SWEEP_INTERVAL;
@@ -184,12 +194,12 @@ impl Inner {
 
     /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
     /// workers, and VMs of other processes of the directory are no workers. Returns those of workers
-    /// whose end may still be reported: they are cleared up if they are among the `suspects` of the
-    /// next sweep.
-    fn sweep(&self, suspects: &BTreeSet<String>) -> BTreeSet<String> {
+    /// whose end may still be reported, and how many sweeps have found them: they are cleared up when
+    /// it is [`MAX_SUSPECTED`].
+    fn sweep(&self, suspects: &BTreeMap<String, u32>) -> BTreeMap<String, u32> {
         let _ends = self.ends();
         self.settle();
-        let mut found = BTreeSet::new();
+        let mut found = BTreeMap::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
             Ok(dead) => dead,
             Err(error) => {
@@ -210,8 +220,9 @@ impl Inner {
                 self.clear_up(claim, Exit { pid, signal: None, code: None }, true, flight);
                 continue;
             }
-            if worker.is_some() && !suspects.contains(&claim.name) {
-                found.insert(claim.name.clone());
+            let times = suspects.get(&claim.name).copied().unwrap_or_default() + 1;
+            if worker.is_some() && times < MAX_SUSPECTED {
+                found.insert(claim.name.clone(), times);
                 claim.leave();
                 continue;
             }
@@ -222,7 +233,7 @@ impl Inner {
             worker.map(|pid| self.processes.remove(pid));
         }
         // Those that have ended in an orderly way under a zygote that was killed.
-        self.processes.forget_ended(|name| found.contains(name));
+        self.processes.forget_ended(|name| found.contains_key(name));
         self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();
         self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
