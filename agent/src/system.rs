@@ -184,7 +184,8 @@ pub fn raise_file_limit() {
     }
 }
 
-/// Mounts what is missing, changes to the root that the kernel's command line names, brings up the loopback interface, and says what is to be run.
+/// Mounts what is missing, changes to the root that the kernel's command line names, brings up the
+/// loopback interface, and says what is to be run.
 #[must_use]
 pub fn prepare() -> Option<Entrypoint> {
     umask(Mode::WGRP | Mode::WOTH);

@@ -1,7 +1,6 @@
 //! VMs of this command alone: each in a process of its own, under a supervisor in a directory that
 //! no other command uses. They end with the command.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,7 +14,7 @@ use clade_daemon::control::{
 };
 use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
+use clade_daemon::supervisor::{Supervisor, vms_in};
 use clade_harness::{GuestWords, Machine, WordsError};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};
@@ -26,13 +25,11 @@ use tempfile::TempDir;
 use tokio::runtime::{Handle, Runtime};
 
 use crate::commands::Failure;
+use crate::commands::many::for_each;
 use crate::commands::remote::failure;
+use crate::commands::session::own_supervisor;
 use crate::commands::shutdown::ShutdownSignal;
 
-/// Workers that are prepared at most.
-const POOL: usize = 16;
-/// Requests in flight that stop VMs.
-const STOPS: usize = 8;
 /// The session of all VMs, which end with this process.
 const SESSION: &str = "private";
 /// How long a process that has nothing to say is left alone.
@@ -60,14 +57,8 @@ impl PrivateVms {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
         let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
-        let options = SupervisorOptions {
-            pool: POOL,
-            confinement: Confinement::default(),
-            cgroup: CgroupPlace::Off,
-            net_hook: None,
-            is_tied: true,
-        };
-        let supervisor = Supervisor::start_with(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
+        let options = own_supervisor(Confinement::default());
+        let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
         let path = dir.path().to_owned();
         runtime.spawn(async move {
             shutdown.wait().await;
@@ -139,19 +130,13 @@ impl PrivateVms {
 
     /// Stops all VMs that are there.
     fn stop_all(&self) {
-        let names: BTreeSet<String> = vms_in(self.client.dir()).unwrap_or_default().into_iter().collect();
-        self.runtime.block_on(async {
-            let mut stops = tokio::task::JoinSet::new();
-            for name in names {
-                if stops.len() >= STOPS {
-                    stops.join_next().await;
-                }
-                let client = self.client.clone();
-                // One that does not end is ended with this process.
-                stops.spawn(async move { drop(client.stop(&name, StopRequest::default()).await) });
-            }
-            stops.join_all().await;
-        });
+        let names: Vec<String> = vms_in(self.client.dir()).unwrap_or_default().into_iter().collect();
+        let stop = |name: String| {
+            let client = self.client.clone();
+            async move { client.stop(&name, StopRequest::default()).await }
+        };
+        // One that does not end is ended with this process.
+        drop(self.runtime.block_on(for_each(&names, stop)));
     }
 }
 

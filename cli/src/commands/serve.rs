@@ -31,7 +31,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let token = args.token_file.as_deref().map(Token::read_or_create).transpose().map_err(Failure::input)?;
         let (confinement, cgroup, net_hook) = (args.confine, args.cgroup.clone(), args.net_hook.clone());
         let options = SupervisorOptions { pool: args.pool, confinement, cgroup, net_hook, is_tied: false };
-        let supervisor = Supervisor::start_with(&dir, &options, runtime).map_err(|error| match error {
+        let supervisor = Supervisor::start(&dir, &options, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;

@@ -43,6 +43,11 @@ const STOPS: usize = 8;
 /// Workers that a supervisor of one command prepares at most.
 const POOL: usize = 16;
 
+/// What the supervisor of one command is: its VMs end with the calling thread.
+pub(super) fn own_supervisor(confinement: Confinement) -> SupervisorOptions {
+    SupervisorOptions { pool: POOL, confinement, cgroup: CgroupPlace::Off, net_hook: None, is_tied: true }
+}
+
 /// The VMs of this command.
 pub(super) struct Session<'a> {
     name: String,
@@ -67,9 +72,8 @@ impl<'a> Session<'a> {
             )));
         }
         let dir = runtime_dir();
-        let options =
-            SupervisorOptions { pool: POOL, confinement, cgroup: CgroupPlace::Off, net_hook: None, is_tied: true };
-        let start = || match Supervisor::start_with(&dir, &options, runtime) {
+        let options = own_supervisor(confinement);
+        let start = || match Supervisor::start(&dir, &options, runtime) {
             // Another was quicker.
             Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
             other => other.map(Some).map_err(started),

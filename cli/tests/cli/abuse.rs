@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::tool::{Runtime, kill, kvm, wait_until};
+use crate::tool::{Random, Runtime, kill, kvm, wait_until};
 
 const THREADS: u64 = 8;
 /// Children at a time.
@@ -23,22 +23,6 @@ const MAX_VMS: usize = 10;
 const CANARY: &[u8] = b"nobody writes this";
 /// Guest-physical: the bare guest leaves it alone.
 const AT: u64 = 24 << 20;
-
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
-    }
-
-    fn one_of<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
-        all[self.below(all.len() as u64) as usize]
-    }
-}
 
 /// What the supervisor and the host hold.
 #[derive(Debug)]

@@ -11,23 +11,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::tool::{Runtime, kvm, taps, wait_until};
+use crate::tool::{Random, Runtime, kvm, taps, wait_until};
 
 const THREADS: u64 = 8;
 /// VMs at a time: what two processors and the default limits bear.
 const MAX_VMS: usize = 24;
-
-/// xorshift64*: the storm is repeated by its seed, as far as threads let it.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
-    }
-}
 
 /// What a process and the host have that a VM takes.
 #[derive(Debug, PartialEq, Eq)]

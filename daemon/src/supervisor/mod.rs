@@ -162,20 +162,12 @@ struct Inner {
 }
 
 impl Supervisor {
-    /// Supervises the runtime directory `dir`: answers at its socket, on `runtime`. Keeps up to
-    /// `pool` workers prepared. VMs are confined as `confinement` says.
+    /// Supervises the runtime directory `dir`, as `options` say: answers at its socket, on `runtime`.
     ///
     /// # Errors
-    /// When another process supervises it, or the zygote cannot be started.
-    pub fn start(dir: &Path, pool: usize, confinement: Confinement, runtime: &Handle) -> Result<Self, FleetError> {
-        Self::start_with(dir, &SupervisorOptions { pool, confinement, ..SupervisorOptions::default() }, runtime)
-    }
-
-    /// The same, as `options` say.
-    ///
-    /// # Errors
-    /// As [`Self::start`]. When there are to be control groups, and they cannot be had.
-    pub fn start_with(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
+    /// When another process supervises it, or the zygote cannot be started. When there are to be control
+    /// groups, and they cannot be had.
+    pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
         let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, is_tied } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;

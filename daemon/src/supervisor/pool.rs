@@ -276,3 +276,23 @@ impl Drop for Pool {
         self.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn none_is_prepared_while_a_request_makes_vms_nor_just_after_but_not_for_ever() {
+        let mut state = State::default();
+        assert!(state.rest().is_zero(), "there was no request");
+        (state.busy, state.busy_since) = (1, Some(Instant::now()));
+        assert!(!state.rest().is_zero() && state.rest() <= MAX_BUSY);
+        // Others follow without end.
+        state.busy_since = Instant::now().checked_sub(2 * MAX_BUSY);
+        assert!(state.rest().is_zero());
+        (state.busy, state.busy_since, state.idle_since) = (0, None, Some(Instant::now() + REST));
+        assert!(!state.rest().is_zero() && state.rest() <= REST);
+        state.idle_since = Instant::now().checked_sub(2 * REST);
+        assert!(state.rest().is_zero());
+    }
+}

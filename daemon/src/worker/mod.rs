@@ -7,7 +7,8 @@
 //! |---|---|---|
 //! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
 //! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
-//! | next | starter | only with a fork: the child's labels as JSON, and the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
+//! | next | starter | only with a fork: the child's labels as JSON |
+//! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
 //! | last | worker | it runs |
