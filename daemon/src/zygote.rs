@@ -93,6 +93,8 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, is_tied: bool) -> io::Re
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);
     let ended = Ended::watch()?;
+    // Last: what is above is done once.
+    jail::confine_zygote(confinement).map_err(io::Error::other)?;
     let mut is_asked = true;
     while is_asked || ended.has_more() {
         // A closed socket is always ready, and not looked at.

@@ -11,7 +11,6 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinError, JoinSet};
@@ -19,15 +18,18 @@ use tokio::time::error::Elapsed;
 use tokio::time::{sleep, timeout};
 
 use crate::control::api::{StopAnswer, StopRequest, VmInfo};
-use crate::control::problem::{Problem, ProblemKind};
-use crate::control::token::{Token, TokenError};
+use crate::control::problem::Problem;
+use crate::control::token::Token;
 use crate::fleet::{
     EndedVm, FleetError, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
 };
 use crate::supervisor::clear_up;
 use crate::zygote::Exit;
 
+mod error;
 mod memory;
+
+pub use error::ClientError;
 
 /// VMs that are asked at a time when all are listed.
 const MAX_ASKED: usize = 16;
@@ -42,158 +44,11 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(2);
 /// How often a process is connected to that accepts nothing.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
+/// How long a supervisor may take to end that answers no more.
+const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the process of a VM may take to stop it, beside the time that its guest is given: longer
 /// than it waits itself for what the VM has.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// Why a request to a VM failed.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ClientError {
-    /// There is no socket of that name.
-    #[error("there is no VM {name:?} (no socket {})", path.display())]
-    NoSuchVm {
-        /// The VM's name.
-        name: String,
-        /// The socket's path.
-        path: PathBuf,
-    },
-    /// There is a socket, but no process listens on it.
-    #[error("the process of {name:?} has died: nobody answers at {}", path.display())]
-    Dead {
-        /// The VM's name.
-        name: String,
-        /// The socket's path.
-        path: PathBuf,
-    },
-    /// No supervisor answers.
-    #[error("nobody supervises the VMs: start `clade serve` (no answer at {})", path.display())]
-    NoSupervisor {
-        /// Its socket's path.
-        path: PathBuf,
-    },
-    /// The socket is another user's.
-    #[error("the VM {name:?} is another user's: {} may not be opened", path.display())]
-    Forbidden {
-        /// The VM's name.
-        name: String,
-        /// The socket's path.
-        path: PathBuf,
-    },
-    /// The name has characters that a name cannot have, or is too long.
-    #[error(transparent)]
-    Name(#[from] crate::fleet::FleetError),
-    /// The socket failed.
-    #[error("the control socket of {name:?} failed")]
-    Socket {
-        /// The VM's name.
-        name: String,
-        /// The socket's error.
-        #[source]
-        source: io::Error,
-    },
-    /// The VM's process did not answer in time.
-    #[error("the process of {name:?} does not answer within {seconds} s")]
-    Silent {
-        /// The VM's name.
-        name: String,
-        /// The time that it had, in seconds.
-        seconds: u64,
-    },
-    /// The HTTP connection failed.
-    #[error("the VM's process did not answer")]
-    Http(#[from] hyper::Error),
-    /// The answer has no end.
-    #[error("the VM's answer is longer than {MAX_ANSWER} bytes")]
-    LongAnswer,
-    /// The answer has more or less memory than was asked for.
-    #[error("the process of {name:?} has answered {got} bytes for {length}")]
-    ShortMemory {
-        /// The VM's name.
-        name: String,
-        /// Bytes that were asked for.
-        length: usize,
-        /// Bytes that came.
-        got: usize,
-    },
-    /// The answer is not of the expected form.
-    #[error("the VM's answer could not be read")]
-    Answer(#[from] serde_json::Error),
-    /// The VM's process refuses the request.
-    #[error("{}", problem.detail)]
-    Refused {
-        /// The HTTP status.
-        status: u16,
-        /// The server's answer.
-        problem: Box<Problem>,
-    },
-    /// `CLADE_API` is no address.
-    #[error("CLADE_API is {value:?}: an address as in tcp://127.0.0.1:8080 is wanted")]
-    Address {
-        /// Its value.
-        value: String,
-    },
-    /// `CLADE_TOKEN_FILE` is not set.
-    #[error("CLADE_API is set, and CLADE_TOKEN_FILE is not: it names the file of the token")]
-    NoToken,
-    /// The token cannot be read.
-    #[error(transparent)]
-    Token(#[from] TokenError),
-    /// No supervisor answers at the address.
-    #[error("nobody answers at {address}")]
-    NoAnswer {
-        /// The address.
-        address: SocketAddr,
-        /// The socket's error.
-        #[source]
-        source: io::Error,
-    },
-    /// The runtime directory cannot be read.
-    #[error("{} cannot be read", path.display())]
-    Directory {
-        /// The directory's path.
-        path: PathBuf,
-        /// The error of reading it.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl ClientError {
-    /// The kind of problem that it is to a client of the supervisor.
-    pub(crate) fn problem(&self) -> ProblemKind {
-        match self {
-            Self::NoSuchVm { .. } | Self::Dead { .. } => ProblemKind::NoSuchVm,
-            Self::Name(error) => error.problem(),
-            Self::Forbidden { .. } => ProblemKind::Forbidden,
-            Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
-            Self::Silent { .. } => ProblemKind::VmSilent,
-            // Its process ended before it answered.
-            Self::Http(_) | Self::Answer(_) | Self::LongAnswer | Self::ShortMemory { .. } => ProblemKind::VmGone,
-            // It ended while it was connected to.
-            Self::Socket { source, .. }
-                if matches!(source.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) =>
-            {
-                ProblemKind::VmGone
-            }
-            // A supervisor's own client has no such address.
-            Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
-            Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
-        }
-    }
-
-    /// The error for a socket of `name` at `path` that cannot be connected to.
-    #[must_use]
-    pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
-        let name = name.to_owned();
-        match source.kind() {
-            io::ErrorKind::NotFound => Self::NoSuchVm { name, path },
-            io::ErrorKind::ConnectionRefused => Self::Dead { name, path },
-            io::ErrorKind::PermissionDenied => Self::Forbidden { name, path },
-            _ => Self::Socket { name, source },
-        }
-    }
-}
 
 /// The VMs that answer.
 #[derive(Clone, Debug, Default)]
@@ -314,9 +169,16 @@ impl Client {
     /// As for any request. When the name is not free in time.
     pub async fn stop(&self, name: &str, request: StopRequest) -> Result<StopAnswer, ClientError> {
         check_name(name)?;
-        match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
-            Err(ClientError::NoSupervisor { .. }) => {}
-            answer => return answer,
+        let deadline = Instant::now() + TAKEOVER_TIMEOUT;
+        loop {
+            match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
+                Err(ClientError::NoSupervisor { .. }) => break,
+                // It ended before it answered. Another may come; to stop a VM twice is to stop it.
+                Err(error) if !self.is_remote() && error.is_lost() && Instant::now() < deadline => {
+                    sleep(CONNECT_POLL).await;
+                }
+                answer => return answer,
+            }
         }
         let (answer, left) = self.stop_process(name, request).await?;
         if let Some((claim, exit)) = left {
@@ -549,4 +411,32 @@ async fn send(
         return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
     }
     Ok(response.into_body())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stop_outlives_a_supervisor_that_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = supervisor_path(dir.path());
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        let ending = thread::spawn(move || {
+            // Accepted, and never read.
+            for _ in 0..2 {
+                drop(listener.accept().unwrap());
+            }
+            fs::remove_file(&path).unwrap();
+        });
+        let refused = Client::new(dir.path()).stop("web", StopRequest::default()).await.unwrap_err();
+        // Then its own process is asked, which is not there.
+        assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
+        ending.join().unwrap();
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -26,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MAX_MEMORY;
-use crate::control::server::router;
+use crate::control::server::router as router_of;
 use crate::control::stall::Stalling;
 use crate::fleet::{Fleet, Serve, Serving, Sockets, WeakFleet};
 use crate::{console, image};
@@ -204,7 +204,8 @@ async fn read_body(request: Request, next: Next) -> Response {
 struct Listener {
     runtime: Handle,
     fleet: WeakFleet,
-    router: Router,
+    /// Made when somebody connects. Most VMs are never asked, and start sooner.
+    router: Arc<OnceLock<Router>>,
     connections: Arc<Semaphore>,
     consoles: Arc<Semaphore>,
     ending: watch::Sender<bool>,
@@ -247,7 +248,7 @@ where
 /// Accepts connections until it is dropped.
 async fn accept(
     mut acceptor: impl Accept,
-    router: Router,
+    router: impl Fn() -> Router,
     connections: &Arc<Semaphore>,
     ending: watch::Receiver<bool>,
 ) {
@@ -255,7 +256,7 @@ async fn accept(
         let stream = acceptor.next().await;
         // Wait here before accepting another connection. The semaphore is never closed.
         let Ok(permit) = Arc::clone(connections).acquire_owned().await else { return };
-        let (router, ending) = (router.clone(), ending.clone());
+        let (router, ending) = (router(), ending.clone());
         tokio::spawn(async move {
             answer(stream, router, ending).await;
             drop(permit);
@@ -270,7 +271,7 @@ pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending
     let router = router.layer(from_fn(read_body));
     let receiver = ending.clone();
     tokio::select! {
-        () = accept(acceptor, router, &connections, receiver) => {}
+        () = accept(acceptor, || router.clone(), &connections, receiver) => {}
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
     // Connections that are not done by then are cut off.
@@ -288,10 +289,12 @@ impl Serve for Listener {
                 self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line, Arc::clone(&self.consoles)));
             tasks.push(Abort(served.abort_handle()));
         }
-        let (router, connections, ending) = (self.router.clone(), Arc::clone(&self.connections), self.ending.clone());
+        let (router, fleet) = (Arc::clone(&self.router), self.fleet.clone());
+        let (connections, ending) = (Arc::clone(&self.connections), self.ending.clone());
+        let made = move || router.get_or_init(|| router_of(fleet.clone()).layer(from_fn(read_body))).clone();
         let control = self.runtime.spawn(async move {
             let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
-            accept(acceptor, router, &connections, ending.subscribe()).await;
+            accept(acceptor, made, &connections, ending.subscribe()).await;
         });
         tasks.push(Abort(control.abort_handle()));
         Serving::new(tasks)
@@ -316,7 +319,7 @@ pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> Fleet {
         Box::new(Listener {
             runtime: runtime.clone(),
             fleet: fleet.clone(),
-            router: router(fleet).layer(from_fn(read_body)),
+            router: Arc::default(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             consoles: Arc::new(Semaphore::new(console::MAX_CONNECTIONS)),
             ending: watch::Sender::new(false),

@@ -6,10 +6,10 @@
 //! | layer | when | what it takes away |
 //! |---|---|---|
 //! | namespaces | once, by the zygote | the host's network, its System V objects, its host name |
+//! | seccomp | likewise, and in each worker; threads that serve the guest have a list of their own | system calls |
 //! | Landlock (`Grants`) | in each worker, before it reads an image | files, signals, ptrace, abstract sockets |
 //! | capabilities, `no_new_privs` | likewise | privileges of root, and ways back to them |
 //! | rlimits | likewise | core files with guest memory; private memory without end |
-//! | seccomp | likewise; threads that serve the guest have a list of their own | system calls |
 //!
 //! Everything is applied while the worker has one thread: what comes later inherits it. It cannot
 //! be undone. So what a worker will need is opened before, or handed in by the supervisor.
@@ -104,12 +104,24 @@ impl Confinement {
     }
 }
 
-/// Prepares what all workers need to be confined: once, in the zygote.
+/// Prepares what all workers need to be confined.
 pub(crate) fn prepare(confinement: Confinement) -> Result<(), JailError> {
     if confinement == Confinement::Off {
         return Ok(());
     }
     confinement.judge("seccomp", seccomp::prepare())
+}
+
+/// Confines the zygote, which has one thread, to what it and its workers need: they inherit it.
+///
+/// # Errors
+/// When a layer is required, and refused.
+pub(crate) fn confine_zygote(confinement: Confinement) -> Result<(), JailError> {
+    if confinement == Confinement::Off {
+        return Ok(());
+    }
+    confinement.judge("no_new_privs", set_no_new_privs(true).map_err(io::Error::from))?;
+    confinement.judge("seccomp", seccomp::enter_zygote())
 }
 
 /// Confines this process, which has one thread, to `grants`, and to what a VM with `ram` bytes of RAM

@@ -100,6 +100,14 @@ fn no_list_has_a_way_out() {
     let there: Vec<_> = never.iter().filter(|name| names.contains(**name)).collect();
     assert!(there.is_empty(), "{there:?}");
     assert_eq!(lists["worker"]["mismatch_action"], "kill_process");
+    // What the zygote needs besides is taken from each worker.
+    let of_zygote = lists["zygote"]["filter"].as_array().unwrap();
+    let programs = seccomp::programs().unwrap();
+    for kind in ["names", "locks", "child"] {
+        let taken = programs[kind]["filter"].as_array().unwrap();
+        assert!(of_zygote.iter().all(|entry| taken.contains(entry)), "{kind}");
+        assert_eq!(programs[kind]["match_action"], "kill_process");
+    }
     // Rings and processes: only with what another list says of them.
     assert!(!names.contains("io_uring_setup") || lists["made_before"]["match_action"]["errno"] == libc::EPERM);
     assert!(!names.contains("clone3") || lists["absent"]["match_action"]["errno"] == libc::ENOSYS);
@@ -138,6 +146,8 @@ enum Fate {
 /// The variable that says which attempt a process is to make, and the one for the place of its files.
 const ATTEMPT: &str = "CLADE_JAIL_ATTEMPT";
 const PLACE: &str = "CLADE_JAIL_PLACE";
+/// The variable that has a process confined as a zygote is before.
+const ZYGOTE: &str = "CLADE_JAIL_ZYGOTE";
 
 fn attempts() -> Vec<(&'static str, Fate)> {
     use Fate::{Done, Killed, Refused};
@@ -176,6 +186,12 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("read-parent", Killed),
         ("fork", Killed),
         ("execute", Killed),
+        // What its zygote may still do.
+        ("fork-as-the-zygote", Killed),
+        ("wait", Killed),
+        ("descriptor-of-parent", Killed),
+        ("new-domain", Killed),
+        ("capabilities", Killed),
         // The network, and programs that listen on this host.
         ("unix-socket", Killed),
         ("internet-socket", Killed),
@@ -267,6 +283,13 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::
         "trace-parent" => raw!(SYS_ptrace, libc::PTRACE_SEIZE, parent, 0, 0),
         "read-parent" => raw!(SYS_process_vm_readv, parent, 0, 0, 0, 0, 0),
         "fork" => raw!(SYS_clone, libc::SIGCHLD, 0, 0, 0, 0),
+        "fork-as-the-zygote" => {
+            raw!(SYS_clone, libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD, 0, 0, 0, 0)
+        }
+        "wait" => raw!(SYS_wait4, -1, 0, libc::WNOHANG, 0),
+        "descriptor-of-parent" => raw!(SYS_pidfd_open, parent, 0),
+        "new-domain" => raw!(SYS_landlock_create_ruleset, 0, 0, 1),
+        "capabilities" => raw!(SYS_capset, 0, 0),
         "execute" => raw!(SYS_execve, c"/bin/true".as_ptr(), 0, 0),
         "unix-socket" => raw!(SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM, 0),
         "internet-socket" => raw!(SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0),
@@ -312,6 +335,9 @@ fn inside() {
         locks: is_booted,
     };
     prepare(Confinement::Require).unwrap();
+    if std::env::var_os(ZYGOTE).is_some() {
+        confine_zygote(Confinement::Require).unwrap();
+    }
     confine(Confinement::Require, &grants, RAM, None).unwrap();
     let outcome = attempt(&which, &place, parent, &handed);
     let _ = writeln!(io::stderr(), "outcome {}", outcome.map_or_else(|errno| errno, |()| 0));
@@ -331,11 +357,14 @@ fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
         std::fs::write(dir.path().join(name), b"x").unwrap();
     }
     let me = std::env::current_exe().unwrap();
-    for (which, wanted) in attempts() {
+    // As the zygote leaves it, and as a process that comes from none.
+    let both = attempts().into_iter().flat_map(|attempt| [(attempt, true), (attempt, false)]);
+    for ((which, wanted), of_zygote) in both {
         let run = Command::new(&me)
             .args(["--exact", "jail::tests::inside", "--nocapture", "--test-threads=1"])
             .env(ATTEMPT, which)
             .env(PLACE, dir.path())
+            .envs(of_zygote.then_some((ZYGOTE, "1")))
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&run.stderr);
@@ -346,7 +375,7 @@ fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
             (None, Some(errno)) => Fate::Refused(errno),
             other => panic!("{which}: {other:?} {said}"),
         };
-        assert_eq!(fate, wanted, "{which}");
+        assert_eq!(fate, wanted, "{which}, of a zygote: {of_zygote}");
     }
     assert_eq!(std::fs::read(dir.path().join("secret")).unwrap(), b"x");
 }
