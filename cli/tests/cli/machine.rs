@@ -42,6 +42,32 @@ impl<'a> BareVm<'a> {
         done.unwrap()
     }
 
+    /// Has the guest of a paused VM begin something. The VM runs on.
+    pub(crate) fn begin(&self, command: Command) {
+        BareVcpu::new(self, 0).mailbox().order(command).unwrap();
+        self.command("resume");
+    }
+
+    /// Has the guest of a paused VM begin to read into memory that it does not have.
+    pub(crate) fn misuse_disk(&self) {
+        let (what, order) = (What::Read, Order::Sequential);
+        let (area, buffer) = (AREA, 1 << 40);
+        let run = DiskRun {
+            area,
+            buffer,
+            stride: 0,
+            what,
+            order,
+            depth: 1,
+            sector: 0,
+            sectors: 8,
+            block: 8,
+            count: 1,
+            seed: 0,
+        };
+        self.begin(Command::DiskRun(run));
+    }
+
     /// Has the guest of a paused VM take its disk.
     pub(crate) fn open_disk(&self) {
         let [sectors, ..] = self.run(Command::DiskOpen { slot: 0, area: AREA, size: 256 });

@@ -27,7 +27,7 @@ impl Supervised {
         supervised
     }
 
-    fn serve(&mut self, pool: &str) {
+    pub(crate) fn serve(&mut self, pool: &str) {
         self.runtime.spawn(&["serve", "--pool", pool]);
         let socket = self.runtime.dir().join("clade.api");
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());

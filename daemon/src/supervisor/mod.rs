@@ -14,6 +14,7 @@
 //! | `hand` | what a worker may reach, and what it is handed |
 //! | `cgroups` | what the processes of VMs may take of the host |
 //! | `net_hook` | the program that connects interfaces to the host's network |
+//! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
 //! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
@@ -47,6 +48,7 @@ mod pool;
 mod processes;
 mod proxy;
 mod ready;
+mod records;
 mod restore;
 mod server;
 mod snapshots;
@@ -90,6 +92,7 @@ use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
 use processes::{Processes, kill};
+use records::Records;
 use snapshots::Snapshots;
 
 /// Clients that are given metrics at a time.
@@ -140,6 +143,7 @@ struct Inner {
     keys: Arc<Keys>,
     /// VMs whose workers were started here.
     processes: Processes,
+    records: Arc<Records>,
     /// Names of VMs that are being made: they have files, and their making is not announced yet.
     making: Mutex<BTreeSet<String>>,
     /// Held while a VM's end is settled: whoever has been told that a name is free finds it free.
@@ -181,8 +185,10 @@ impl Supervisor {
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
         // VMs of a supervisor that has ended.
+        let mut found = Vec::new();
         for (name, about) in About::all(&dir)? {
             overlays.found(&about.overlays);
+            found.extend(about.process.map(|process| (name.clone(), process)));
             if let Some(vsock) = &about.identity.vsock {
                 let given = broker.connect(vsock.socket.clone()).map_err(failed);
                 let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
@@ -206,6 +212,7 @@ impl Supervisor {
             events: Arc::default(),
             keys: Arc::default(),
             processes: Processes::default(),
+            records: Arc::default(),
             making: Mutex::default(),
             ends: Mutex::default(),
             fetches: Fetches::default(),
@@ -224,6 +231,11 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || ends::watch(&exits, &weak))
             .map_err(failed)?;
+        if !found.is_empty() {
+            let (records, dir) = (Arc::clone(&supervisor.0.records), supervisor.0.dir.path().to_owned());
+            let fetch = move || records.fetch(&dir, &found);
+            thread::Builder::new().name("clade-records".to_owned()).spawn(fetch).map_err(failed)?;
+        }
         supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
     }
