@@ -7,7 +7,8 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
+//! | 1 | starter | one byte, and the mount of all workers' memory files, if there is one |
+//! | 2 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
 //! | request | starter | one byte, and the socket of the worker ([`worker`](crate::worker)) |
 //! | answer | zygote | pid and pidfd of the worker; or 0 and the number of the error |
 //!
@@ -28,6 +29,7 @@ use std::thread;
 use std::time::Duration;
 
 use clade_io::seqpacket::{self, Message};
+use clade_memory::HugeTmpfs;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -65,6 +67,16 @@ pub enum Role {
     Zygote,
     /// A worker, with its socket.
     Worker(OwnedFd),
+}
+
+/// Takes the mount of memory files from the process behind `socket`, which has none or hands it to all
+/// of its zygotes.
+///
+/// # Errors
+/// When the process has ended, or sends something else.
+pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
+    let Message { mut files, .. } = seqpacket::receive(socket, 1)?;
+    files.pop().map(HugeTmpfs::handed_in).transpose()
 }
 
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
@@ -257,6 +269,8 @@ pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
     confinement: Confinement,
+    /// Where workers of all its processes have their memory files, if it is in huge pages.
+    mount: Option<HugeTmpfs>,
     restarts: AtomicU64,
 }
 
@@ -274,7 +288,9 @@ impl Zygote {
     /// When it cannot be started.
     pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement, is_tied: bool) -> Result<Self, FleetError> {
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
-        let zygote = Self { started, exits, confinement, restarts };
+        // It has said why there is none.
+        let mount = HugeTmpfs::mount_or_say().ok();
+        let zygote = Self { started, exits, confinement, mount, restarts };
         let started = zygote.process(is_tied).map_err(|source| FleetError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
@@ -299,6 +315,8 @@ impl Zygote {
         let mut started = Started { socket, process: command.spawn()?, is_wanted: false };
         // Its end of the socket, so that its death is seen.
         drop(command);
+        let mount: Vec<_> = self.mount.iter().map(AsFd::as_fd).collect();
+        seqpacket::send(&started.socket, &[1], &mount)?;
         let begun = seqpacket::receive(&started.socket, 1)?.files.pop();
         let ended = PipeReader::from(begun.ok_or(io::ErrorKind::InvalidData)?);
         let exits = self.exits.clone();
