@@ -56,13 +56,14 @@ mod snapshots;
 pub use server::TcpError;
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -109,7 +110,7 @@ pub struct SupervisorOptions {
     pub cgroup: CgroupPlace,
     /// The program that connects their interfaces to the host's network.
     pub net_hook: Option<PathBuf>,
-    /// Whether VMs of a session end with the thread that starts it, however that ends.
+    /// Whether VMs of a session end with this process, however that ends.
     pub is_tied: bool,
 }
 
@@ -136,6 +137,8 @@ struct Inner {
     cgroups: Option<Cgroups>,
     net_hook: Option<NetHook>,
     zygote: Arc<Zygote>,
+    /// This process, if VMs of a session end with it.
+    tie: Option<OwnedFd>,
     pool: Pool,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
@@ -180,7 +183,9 @@ impl Supervisor {
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
-        let zygote = Arc::new(Zygote::start(sender, confinement, is_tied)?);
+        let this = || pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| failed(errno.into()));
+        let tie = is_tied.then(this).transpose()?;
+        let zygote = Arc::new(Zygote::start(sender, confinement)?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
@@ -204,6 +209,7 @@ impl Supervisor {
             cgroups,
             net_hook,
             zygote,
+            tie,
             place,
             overlays,
             dir,
@@ -256,6 +262,11 @@ impl Supervisor {
         self.0.checkpoints.clear();
         // Last: another may supervise the directory from here on.
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// The process that a VM of `session` ends with.
+    fn tie(&self, session: &Option<String>) -> Option<&OwnedFd> {
+        self.0.tie.as_ref().filter(|_| session.is_some())
     }
 
     fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {
