@@ -550,3 +550,6 @@ async fn send(
     }
     Ok(response.into_body())
 }
+
+#[cfg(test)]
+mod tests;
