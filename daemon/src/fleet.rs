@@ -123,6 +123,12 @@ impl WeakFleet {
     pub(crate) fn upgrade(&self) -> Option<Fleet> {
         self.0.upgrade().map(Fleet)
     }
+
+    /// Of a fleet that has gone.
+    #[cfg(test)]
+    pub(crate) fn gone() -> Self {
+        Self(Weak::new())
+    }
 }
 
 impl Fleet {

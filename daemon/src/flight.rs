@@ -4,7 +4,8 @@
 //! The supervisor makes a file in memory of fixed size, and hands it to the VM's process with the
 //! order. The process notes events in it, each in a slot, the oldest replaced first. When the
 //! process has ended, the supervisor reads the file, in which there may be anything: of a slot it
-//! takes two numbers and a text of bounded length.
+//! takes two numbers and a text of bounded length. A supervisor that has not started the VM asks the
+//! process for the file, and looks first at what it is given ([`checked`]).
 //!
 //! | bytes of a slot | what |
 //! |---|---|
@@ -20,7 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -31,6 +32,8 @@ const SLOT: usize = 256;
 const HEAD: usize = 18;
 /// Bytes of a text.
 const MAX_TEXT: usize = SLOT - HEAD;
+/// What nobody can do to a record any more: change its size.
+const SEALED: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK);
 
 /// Something that happened to a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -58,7 +61,23 @@ struct Recorder {
 pub(crate) fn make() -> io::Result<OwnedFd> {
     let file = memfd_create("clade-flight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&file, SLOTS * SLOT as u64)?;
-    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    fcntl_add_seals(&file, SEALED | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// A file that the process of a VM says its record is: whatever it is, reading it takes no time and no
+/// more memory than a record.
+///
+/// # Errors
+/// When it is no file in memory, or not of a record's size for good.
+pub(crate) fn checked(file: OwnedFd) -> io::Result<OwnedFd> {
+    let refused = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+    // First: only files in memory have seals. Another could have this process wait.
+    let seals = fcntl_get_seals(&file).map_err(|errno| refused(format!("no file in memory: {errno}")))?;
+    let (bytes, wanted) = (fstat(&file)?.st_size, (SLOTS * SLOT as u64) as i64);
+    if !seals.contains(SEALED) || bytes != wanted {
+        return Err(refused(format!("a file of {bytes} bytes with {seals:?}, not of {wanted} with {SEALED:?}")));
+    }
     Ok(file)
 }
 
@@ -78,6 +97,15 @@ pub fn note(event: &str) {
 /// What is on record in this process.
 pub(crate) fn noted() -> Vec<FlightEvent> {
     RECORDER.get().map(|recorder| read(&recorder.file)).unwrap_or_default()
+}
+
+/// The file of this process's record, for another process.
+///
+/// # Errors
+/// When there is no record, or no descriptor to be had.
+pub(crate) fn descriptor() -> io::Result<OwnedFd> {
+    let recorder = RECORDER.get().ok_or(io::ErrorKind::NotFound)?;
+    recorder.file.as_fd().try_clone_to_owned()
 }
 
 impl Recorder {
@@ -181,5 +209,30 @@ mod tests {
         }
         // Not even a file of that length.
         assert_eq!(read(tempfile::tempfile().unwrap()), []);
+    }
+
+    #[test]
+    fn a_file_that_is_said_to_be_a_record_is_one_or_refused() {
+        let sealed = |bytes: u64, seals| {
+            let file = memfd_create("x", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+            ftruncate(&file, bytes).unwrap();
+            fcntl_add_seals(&file, seals).unwrap();
+            file
+        };
+        let bytes = SLOTS * SLOT as u64;
+        checked(make().unwrap()).unwrap();
+        checked(sealed(bytes, SEALED | SealFlags::WRITE)).unwrap();
+        for refused in [
+            sealed(bytes, SealFlags::GROW),
+            sealed(bytes, SealFlags::SHRINK),
+            sealed(bytes + 1, SEALED),
+            sealed(1 << 40, SEALED),
+            tempfile::tempfile().unwrap().into(),
+            io::pipe().unwrap().0.into(),
+            File::open("/dev/zero").unwrap().into(),
+        ] {
+            let error = checked(refused).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+        }
     }
 }

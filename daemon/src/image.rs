@@ -2,7 +2,7 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer |
+//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer. To [`RECORD`] the answer is the same byte and a descriptor |
 //! | 2 | VM's process | how the fork went, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
@@ -36,6 +36,8 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const FORK: u8 = 1;
 /// Have the guest's connections made by another broker ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
 const BROKER: u8 = 2;
+/// Give the file of the VM's [flight record](crate::flight).
+const RECORD: u8 = 3;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
 /// How long the other side may take for a message, or for the whole fork.
@@ -121,10 +123,15 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
     set_socket_timeout(socket, Timeout::Recv, Some(REQUEST_TIMEOUT))?;
     set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
     let Message { bytes, mut files } = seqpacket::receive(socket, 1)?;
-    if bytes == [BROKER] {
-        let (vm, broker) =
-            (vm.upgrade().ok_or(io::ErrorKind::NotFound)?, files.pop().ok_or(io::ErrorKind::InvalidData)?);
-        return vm.connect_broker(broker);
+    match bytes[..] {
+        [FORK] => {}
+        [BROKER] => {
+            let (vm, broker) =
+                (vm.upgrade().ok_or(io::ErrorKind::NotFound)?, files.pop().ok_or(io::ErrorKind::InvalidData)?);
+            return vm.connect_broker(broker);
+        }
+        [RECORD] => return seqpacket::send(socket, &[RECORD], &[flight::descriptor()?.as_fd()]),
+        _ => return Err(io::ErrorKind::InvalidData.into()),
     }
     let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases, fleet));
     match made {
@@ -233,6 +240,34 @@ impl Asked {
 pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), FleetError> {
     let socket = connected(dir, name, PATIENCE)?;
     seqpacket::send(&socket, &[BROKER], &[broker]).map_err(failed)
+}
+
+/// The process of a VM that has been asked for the file of its flight record.
+#[derive(Debug)]
+pub(crate) struct AskedRecord(OwnedFd);
+
+impl AskedRecord {
+    /// Asks the process of the VM called `name`, for `limit` at most.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it takes no request.
+    pub(crate) fn begin(dir: &Path, name: &str, limit: Duration) -> Result<Self, FleetError> {
+        let socket = connected(dir, name, limit)?;
+        seqpacket::send(&socket, &[RECORD], &[]).map_err(failed)?;
+        Ok(Self(socket))
+    }
+
+    /// The file, which is one whatever the process is.
+    ///
+    /// # Errors
+    /// When none that is a record comes until `deadline`.
+    pub(crate) fn file(self, deadline: Instant) -> io::Result<OwnedFd> {
+        // Zero would be no limit.
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        set_socket_timeout(&self.0, Timeout::Recv, Some(left))?;
+        let file = seqpacket::receive(&self.0, 1)?.files.pop();
+        flight::checked(file.ok_or(io::ErrorKind::InvalidData)?)
+    }
 }
 
 fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {

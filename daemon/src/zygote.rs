@@ -7,7 +7,8 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
+//! | 1 | starter | one byte, and the mount of all workers' memory files, if there is one |
+//! | 2 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
 //! | request | starter | one byte, and the socket of the worker ([`worker`](crate::worker)) |
 //! | answer | zygote | pid and pidfd of the worker; or 0 and the number of the error |
 //!
@@ -28,13 +29,11 @@ use std::thread;
 use std::time::Duration;
 
 use clade_io::seqpacket::{self, Message};
+use clade_memory::HugeTmpfs;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, pidfd_open, set_parent_process_death_signal, waitid,
-    waitpid,
-};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
 
 use crate::control;
 use crate::fleet::FleetError;
@@ -67,22 +66,26 @@ pub enum Role {
     Worker(OwnedFd),
 }
 
+/// Takes the mount of memory files from the process behind `socket`, which has none or hands it to all
+/// of its zygotes.
+///
+/// # Errors
+/// When the process has ended, or sends something else.
+pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
+    let Message { mut files, .. } = seqpacket::receive(socket, 1)?;
+    files.pop().map(HugeTmpfs::handed_in).transpose()
+}
+
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
 /// and once in each worker, which is still to be confined ([`enter`](crate::worker::enter)).
-///
-/// If it `is_tied`, it ends with the thread that started it, and each worker with it, unless its
-/// order says otherwise.
 ///
 /// # Errors
 /// When this process has more than one thread; when the kernel refuses what it needs.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
-pub fn serve(socket: OwnedFd, confinement: Confinement, is_tied: bool) -> io::Result<Role> {
+pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
-    }
-    if is_tied {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     if confinement != Confinement::Off {
         confinement.judge("namespaces", jail::enter_empty()).map_err(io::Error::other)?;
@@ -127,9 +130,6 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, is_tied: bool) -> io::Re
         match made {
             Ok(Err(theirs)) => {
                 ended.forget()?;
-                if is_tied {
-                    set_parent_process_death_signal(Some(Signal::KILL))?;
-                }
                 return Ok(Role::Worker(theirs));
             }
             Ok(Ok((pid, pidfd))) => {
@@ -259,6 +259,8 @@ pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
     confinement: Confinement,
+    /// Where workers of all its processes have their memory files, if it is in huge pages.
+    mount: Option<HugeTmpfs>,
     restarts: AtomicU64,
 }
 
@@ -269,20 +271,21 @@ impl Zygote {
         self.restarts.load(Ordering::Relaxed)
     }
 
-    /// Starts it. Its workers' ends are sent to `exits`. If it `is_tied`, it ends with this thread;
-    /// one that is started again does not, for no one knows which thread that will be.
+    /// Starts it. Its workers' ends are sent to `exits`.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement, is_tied: bool) -> Result<Self, FleetError> {
+    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement) -> Result<Self, FleetError> {
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
-        let zygote = Self { started, exits, confinement, restarts };
-        let started = zygote.process(is_tied).map_err(|source| FleetError::Worker { source })?;
+        // It has said why there is none.
+        let mount = HugeTmpfs::mount_or_say().ok();
+        let zygote = Self { started, exits, confinement, mount, restarts };
+        let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
     }
 
-    fn process(&self, is_tied: bool) -> io::Result<Started> {
+    fn process(&self) -> io::Result<Started> {
         let (socket, theirs) = seqpacket::pair()?;
         let mut command = Command::new(PathBuf::from("/proc/self/exe"));
         // The path of the program says nothing in a list of processes.
@@ -291,7 +294,6 @@ impl Zygote {
             .arg(ZYGOTE)
             .arg("--confine")
             .arg(self.confinement.to_string())
-            .args(is_tied.then_some("--tied"))
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null());
         for which in [Timeout::Recv, Timeout::Send] {
@@ -301,6 +303,8 @@ impl Zygote {
         let mut started = Started { socket, process: command.spawn()?, is_wanted: false };
         // Its end of the socket, so that its death is seen.
         drop(command);
+        let mount: Vec<_> = self.mount.iter().map(AsFd::as_fd).collect();
+        seqpacket::send(&started.socket, &[1], &mount)?;
         let begun = seqpacket::receive(&started.socket, 1)?.files.pop();
         let ended = PipeReader::from(begun.ok_or(io::ErrorKind::InvalidData)?);
         let exits = self.exits.clone();
@@ -337,7 +341,7 @@ impl Zygote {
         if let Some(mut broken) = started.take() {
             broken.is_wanted = false;
         }
-        let zygote = started.insert(self.process(false).map_err(failed)?);
+        let zygote = started.insert(self.process().map_err(failed)?);
         self.restarts.fetch_add(1, Ordering::Relaxed);
         let left = count - all.len();
         zygote.fork(left, &mut all).map_err(|error| match error {
@@ -411,7 +415,7 @@ mod tests {
     fn a_process_with_threads_forks_nobody() {
         // The test harness has threads.
         let (ours, theirs) = seqpacket::pair().unwrap();
-        let refused = serve(ours, Confinement::Off, false).unwrap_err().to_string();
+        let refused = serve(ours, Confinement::Off).unwrap_err().to_string();
         assert!(refused.contains("threads"), "{refused}");
         assert!(seqpacket::receive(&theirs, 1).is_err(), "nothing was promised");
     }

@@ -4,7 +4,8 @@
     clade bench fork --mem 512M,1G,2G,4G --json >fork.json
     clade bench freeze --json >freeze.json
     clade bench reset --json >reset.json
-    docs/plots/plot.py fork.json freeze.json reset.json
+    clade bench clones --count 1000 --json >clones.json
+    docs/plots/plot.py fork.json freeze.json reset.json clones.json
 
 Each plot has ours and the baseline of the same run, p50 as a line and p99 as a whisker, on two logarithmic axes.
 """
@@ -63,6 +64,13 @@ PLOTS = {
         bytes_of,
         "Pause at a fork, by memory written since the last one",
         "copied at once",
+    ),
+    "clones": (
+        r"clones_(\d+)_total$",
+        int,
+        lambda n: f"{n:g}",
+        "Clones until the last one's first instruction, by their number",
+        "VMs in one process",
     ),
     "reset": (r"reset_(\d+)$", int, lambda n: f"{n:g}", "Reset of a running VM, by pages written", "another VM from the image"),
 }

@@ -101,6 +101,10 @@ impl Handles {
     /// `path` is the file's path in warnings.
     pub(crate) fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
         let direct = direct_handle(&cached, write, policy, path);
+        Self::of(cached, direct)
+    }
+
+    fn of(cached: File, direct: Option<File>) -> Self {
         let align = direct.as_ref().map_or(ALIGN, alignment);
         Self { cached, direct, align }
     }
@@ -202,16 +206,36 @@ impl IoFile {
         &self.kept
     }
 
-    /// The file for another process, open for reading only.
+    /// A file of another process, open for reading only, as [`IoFile::read_only`]. `direct` is its
+    /// handle past the page cache: this process may have no right to open the file again.
+    #[must_use]
+    pub fn handed_in(cached: File, direct: Option<File>, path: &Path, policy: CachePolicy) -> Self {
+        let handles = match direct.filter(|_| policy == CachePolicy::Direct) {
+            Some(direct) => Handles::of(cached, Some(direct)),
+            None => Handles::new(cached, false, policy, path),
+        };
+        Self::new(path, Arc::new(handles), false, true, false)
+    }
+
+    /// The file for another process, open for reading only: on open files of its own, unless it is
+    /// another process's already.
     ///
     /// # Errors
     /// When it cannot be opened again (procfs is needed).
-    pub fn read_only_file(&self) -> Result<File, FileError> {
+    pub fn for_another_process(&self) -> Result<Self, FileError> {
         if !self.writable {
             // This process may have no right to open it again.
-            return self.handles.cached.try_clone().map_err(|error| self.failed("given another descriptor", error));
+            return Ok(Self::new(&self.path, Arc::clone(&self.handles), false, true, false));
         }
-        read_only_again(&self.handles.cached).map_err(|error| self.failed("opened for another process", error))
+        let opened = read_only_again(&self.handles.cached);
+        let opened = opened.map_err(|error| self.failed("opened for another process", error))?;
+        Ok(Self::read_only(opened, &self.path, self.policy()))
+    }
+
+    /// Its handle past the page cache, if it has one.
+    #[must_use]
+    pub fn direct(&self) -> Option<BorrowedFd<'_>> {
+        self.handles.direct.as_ref().map(AsFd::as_fd)
     }
 
     /// Another descriptor of the open file that holds the lock: as long as there is one, the file is

@@ -93,6 +93,7 @@ pub use region::reset::ResetReport;
 pub use region::stats::RamStats;
 pub use region::tracked::TrackedRegion;
 pub use store::{Backing, Store, StoreError};
+pub use sys::HugeTmpfs;
 pub use units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange};
 
 /// The example of the crate's README.

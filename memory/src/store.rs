@@ -28,7 +28,7 @@ const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;
 /// The size of the pages layers live in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// A tmpfs of this process mounted `huge=always`: shared memory is read 2 MiB at a time.
+    /// A tmpfs mounted `huge=always`: shared memory is read 2 MiB at a time.
     Huge,
     /// memfd in 4 KiB pages.
     Small,
@@ -120,20 +120,22 @@ impl Store {
         let (huge, warning) = match config.backing {
             Some(Backing::Small) => (None, None),
             Some(Backing::Huge) => (Some(HugeTmpfs::mount().map_err(StoreError::Huge)?), None),
-            None => match HugeTmpfs::mount() {
+            None => match HugeTmpfs::mount_or_say() {
                 Ok(fs) => (Some(fs), None),
-                Err(error) => {
-                    let warning = format!(
-                        "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
-                         shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
-                         huge pages to mend it"
-                    );
-                    tracing::warn!("{warning}");
-                    (None, Some(warning))
-                }
+                Err(warning) => (None, Some(warning)),
             },
         };
         Self::assemble(huge, warning, budget, config)
+    }
+
+    /// A store with the default [`Config`], but for its mount, which another process has made: `None`
+    /// if that could have none, and has said so.
+    ///
+    /// # Errors
+    /// When the kernel lacks what freeze depends on.
+    pub fn on(mount: Option<HugeTmpfs>) -> Result<Self, StoreError> {
+        let config = Config::default();
+        Self::assemble(mount, None, MappingBudget::of_this_process(config.max_mappings), config)
     }
 
     /// In 4 KiB pages, with a budget of its own.

@@ -352,5 +352,8 @@ fn a_socket_that_says_something_else_is_refused_by_what_it_says() {
     assert!(refused(&[0; 64]).contains("longer"));
     drop(theirs);
     let gone = SealedParts::receive(ours.as_fd()).unwrap_err();
-    assert!(matches!(&gone, TransferError::System { source, .. } if source.kind() == ErrorKind::UnexpectedEof), "{gone}");
+    assert!(
+        matches!(&gone, TransferError::System { source, .. } if source.kind() == ErrorKind::UnexpectedEof),
+        "{gone}"
+    );
 }

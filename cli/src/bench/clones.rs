@@ -30,6 +30,8 @@ use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 const RUNS: usize = 3;
 /// Clones with which the time of one is compared.
 const FEW: usize = 100;
+/// Numbers of clones that have rows, as far as they are less than the number asked for.
+const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
 /// How long the supervisor may take to start, and to have a worker ready.
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// Requests in flight that stop clones.
@@ -74,15 +76,16 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     let mem = args.mem[0];
     let bench = Bench::new(context, mem)?;
     let mut rows = vec![bench.one(args.samples)?];
-    let few = bench.many(FEW.min(args.count))?;
-    let many = if args.count > FEW { Some(bench.many(args.count)?) } else { None };
-    rows.extend(totals(FEW.min(args.count), &few));
-    if let Some(many) = &many {
-        rows.extend(totals(args.count, many));
+    let counts = COUNTS.into_iter().filter(|count| *count < args.count).chain([args.count]);
+    let all = counts.map(|count| Ok((count, bench.many(count)?))).collect::<Result<Vec<_>, Failure>>()?;
+    rows.extend(all.iter().flat_map(|(count, times)| totals(*count, times)));
+    let few = all.iter().find(|(count, _)| *count == FEW).map(|(_, times)| times);
+    let Some((_, last)) = all.last() else { return Ok(rows) };
+    if let Some(few) = few.filter(|_| args.count > FEW) {
         let each = |sample: &Sample, count: usize| sample.spread().p50 / count as f64;
         let growth = |of: fn(&Times) -> &Sample| {
             let mut sample = Sample::default();
-            sample.push(each(of(many), args.count) / each(of(&few), FEW));
+            sample.push(each(of(last), args.count) / each(of(few), FEW));
             sample
         };
         rows.push(
@@ -91,7 +94,6 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
                 .target("<= 1.2", |row| row.p50() <= 1.2),
         );
     }
-    let last = many.as_ref().unwrap_or(&few);
     rows.push(Row::new("clone_private_kib", "KiB", &last.private).target("<= 300", |row| row.p50() <= 300.0));
     rows.push(Row::new("clone_kernel_kib", "KiB", &last.kernel));
     for row in &mut rows {

@@ -148,9 +148,6 @@ pub(crate) struct ServeArgs {
 pub(crate) struct ZygoteArgs {
     #[arg(long, default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
-    /// End with the process that started this one, and have workers do so.
-    #[arg(long)]
-    pub(crate) tied: bool,
 }
 
 #[derive(Debug, Args)]

@@ -47,7 +47,7 @@ pub(crate) struct PrivateVms {
 }
 
 impl PrivateVms {
-    /// Starts a supervisor for `command`. It ends with the calling thread.
+    /// Starts a supervisor for `command`.
     pub(crate) fn begin(command: &str) -> Result<Self, Failure> {
         // What is missing here is better said here than by a process of its own.
         Host::open().map_err(Failure::input)?;

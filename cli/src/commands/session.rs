@@ -43,7 +43,7 @@ const STOPS: usize = 8;
 /// Workers that a supervisor of one command prepares at most.
 const POOL: usize = 16;
 
-/// What the supervisor of one command is: its VMs end with the calling thread.
+/// What the supervisor of one command is: its VMs end with this process.
 pub(super) fn own_supervisor(confinement: Confinement) -> SupervisorOptions {
     SupervisorOptions { pool: POOL, confinement, cgroup: CgroupPlace::Off, net_hook: None, is_tied: true }
 }

@@ -13,7 +13,7 @@ use clade_daemon::worker::{self, Program, Served};
 use clade_devices::disk::Disk;
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu};
-use clade_memory::GuestRam;
+use clade_memory::{GuestRam, HugeTmpfs};
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{Context, Vm};
 
@@ -35,9 +35,9 @@ pub(crate) const MEASURE: &str = "CLADE_BENCH_WORKER";
 /// The name of the embedded guest, where a kernel's file is asked for.
 pub(crate) const BARE: &str = "bare";
 
-/// What all VMs of a worker share.
-pub(super) fn context() -> Result<Context, Failure> {
-    let context = Context::open().map_err(Failure::input)?;
+/// What all VMs of a worker share, with memory files in `mount`.
+pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
+    let context = Context::open_on(mount).map_err(Failure::input)?;
     Ok(if measures() { context.with_report_port() } else { context })
 }
 

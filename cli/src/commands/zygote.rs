@@ -1,6 +1,6 @@
 //! `clade zygote`: forks workers, for the process that started this one.
 
-use clade_daemon::zygote::{Role, serve};
+use clade_daemon::zygote::{Role, mount, serve};
 
 use crate::commands::args::ZygoteArgs;
 use crate::commands::limits::one_arena;
@@ -11,9 +11,9 @@ pub(super) fn main(args: &ZygoteArgs) -> Outcome {
     one_arena();
     let socket = standard_input().map_err(Failure::run)?;
     // Once, for all workers: KVM's features and the MSRs of a vCPU are probed here.
-    let context = context()?;
+    let context = context(mount(&socket).map_err(Failure::run)?)?;
     context.warm_up().map_err(Failure::input)?;
-    match serve(socket, args.confine, args.tied).map_err(Failure::run)? {
+    match serve(socket, args.confine).map_err(Failure::run)? {
         Role::Zygote => Ok(()),
         Role::Worker(socket) => work(&context, socket),
     }

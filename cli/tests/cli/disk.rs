@@ -1,13 +1,17 @@
 //! `clade disk`: what is left beside an image is shown, put in, or thrown away.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
 use clade_devices::disk::{Disk, DiskConfig, DiskOp};
+use clade_guests::abi::disk::What;
 use clade_io::{AlignedBuf, Fragment};
 
+use crate::machine::BareVm;
+use crate::supervisor::Supervised;
 use crate::tool::{Answer, Runtime, kvm, wait_until};
 
 fn end(disk: &mut Disk) {
@@ -113,4 +117,58 @@ fn a_confined_vm_may_have_nothing_but_disks_that_it_does_not_write() {
     let forked = runtime.clade(&["fork", "two", "--json"]).json();
     assert_eq!(forked["children"].as_array().unwrap().len(), 1);
     runtime.clade(&["stop", "--all"]);
+}
+
+/// The files of a directory that a process has open, each with whether one of its descriptors goes
+/// past the page cache.
+fn open_files(pid: u32, dir: &Path) -> BTreeMap<u64, bool> {
+    const O_DIRECT: u32 = 0o40000;
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        let is_there = fs::read_link(entry.path()).is_ok_and(|to| to.starts_with(dir));
+        // Through the link, which leads to a file that has no name, too.
+        let Some(file) = fs::metadata(entry.path()).ok().filter(|file| is_there && file.is_file()) else { continue };
+        let number = entry.file_name().into_string().unwrap();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        let is_direct = u32::from_str_radix(flags.trim(), 8).unwrap() & O_DIRECT != 0;
+        *files.entry(file.ino()).or_default() |= is_direct;
+    }
+    files
+}
+
+/// A child may not open its ancestors' overlays again, which are in directories of theirs.
+#[test]
+fn a_confined_child_reads_past_the_page_cache_what_its_parent_does() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let all = Supervised::start("0");
+    let vm = |name: &str| BareVm::of(&all.runtime, name);
+    let opened = |name: &str| open_files(all.pid_of(name), dir.path());
+    all.boot("web", &["--disk", &format!("{},cache=direct", image.display())]);
+    if !opened("web").values().any(|is_direct| *is_direct) {
+        println!("skipped: no file of {} can be read past the page cache", dir.path().display());
+        return all.end();
+    }
+    let (web, last) = (vm("web"), vm("last"));
+    web.open_disk();
+    web.disk(What::Write, 0, 96, 1);
+    // From here on it writes to an overlay, and its child to another.
+    all.runtime.clade(&["checkpoint", "web", "--json"]).json();
+    web.disk(What::Write, 32, 64, 2);
+    assert_eq!(all.fork(&["web", "--name", "child"]), ["child"]);
+    vm("child").disk(What::Write, 64, 32, 3);
+    assert_eq!(all.fork(&["child", "--name", "last"]), ["last"]);
+    for (name, files) in [("web", 2), ("child", 3), ("last", 3)] {
+        let opened = opened(name);
+        assert!(opened.len() == files && opened.values().all(|is_direct| *is_direct), "{name}: {opened:?}");
+    }
+    for (sector, seed) in [(0, 1), (32, 2), (64, 3)] {
+        last.disk(What::Verify, sector, 32, seed);
+    }
+    all.end();
 }

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::guest::write_faulting_guest;
+use crate::machine::BareVm;
 use crate::supervisor::Supervised;
 use crate::tool::{kill, kvm, wait_until};
 
@@ -68,5 +70,77 @@ fn the_last_that_happened_to_a_vm_outlives_a_kill_and_garbage_costs_its_own_reco
     // Others run on, and are known as before.
     assert_eq!(all.fork(&["web", "--name", "next"]), ["next"]);
     assert_eq!(texts(&ended(&all, "web-1")).len(), 4);
+    all.end();
+}
+
+/// Files of records that a process has.
+fn records_of(pid: u32) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+    links.filter(|to| to.to_string_lossy().contains("clade-flight")).count()
+}
+
+#[test]
+fn a_supervisor_that_comes_back_has_the_records_of_vms_that_it_finds() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    assert_eq!(all.fork(&["web", "--count", "2"]), ["web-1", "web-2"]);
+    all.runtime.crash();
+    // Noted while there is none, and one that does not answer.
+    for command in ["resume", "reset", "pause"] {
+        assert_eq!(all.runtime.clade(&[command, "web-1"]).code, Some(0), "{command}");
+    }
+    let (first, silent) = (all.pid_of("web-1"), all.pid_of("web-2"));
+    kill(silent, Signal::STOP);
+    all.serve("0");
+    let supervisor = all.http("GET", "/v1/supervisor", "").1["pid"].as_u64().unwrap() as u32;
+    wait_until("the records", || records_of(supervisor) == 2);
+    kill(first, Signal::KILL);
+    let noted = texts(&ended(&all, "web-1"));
+    let expected = ["started as a child of web, generation 1, paused", "resumed", "reset in ", "paused"];
+    assert_eq!(noted.len(), expected.len(), "{noted:?}");
+    assert!(noted.iter().zip(expected).all(|(noted, text)| noted.starts_with(text)), "{noted:?}");
+    // That of the other is lost, and nothing else of it.
+    kill(silent, Signal::KILL);
+    assert_eq!(ended(&all, "web-2")["flight"], Value::Array(Vec::new()));
+    assert_eq!(all.fork(&["web", "--name", "next"]), ["next"]);
+    // What is stopped is not kept either.
+    for name in ["web", "next"] {
+        all.stop(name);
+    }
+    wait_until("the records to go", || records_of(supervisor) == 0);
+    all.end();
+}
+
+/// What only a device, or a vCPU, can say of a VM's end.
+#[test]
+fn a_record_has_the_warnings_of_devices_and_where_a_vcpu_was() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, image) = (dir.path().join("guest"), dir.path().join("disk.img"));
+    write_faulting_guest(&kernel);
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let all = Supervised::start("0");
+    let booted = ["run", "-d", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "faulty"];
+    assert_eq!(all.runtime.clade(&booted).code, Some(0));
+    let noted = texts(&ended(&all, "faulty"));
+    let at = noted.iter().position(|text| text.starts_with("unhandled exit rip=0x"));
+    let at = at.unwrap_or_else(|| panic!("no instruction: {noted:?}"));
+    assert!(noted[at].contains("vCPU 0 shut down"), "{noted:?}");
+    assert!(noted[at + 1..].iter().any(|text| text.starts_with("ended: vCPU 0 shut down")), "{noted:?}");
+
+    all.boot("web", &["--disk", image.to_str().unwrap()]);
+    let web = BareVm::of(&all.runtime, "web");
+    web.open_disk();
+    web.misuse_disk();
+    let record = || all.runtime.clade(&["logs", "web", "--flight"]).stdout;
+    wait_until("the device's warning", || record().contains("a block device needs a reset"));
+    let line = record().lines().find(|line| line.contains("needs a reset")).unwrap().to_owned();
+    assert!(line.contains("disk.img"), "it names the disk: {line}");
     all.end();
 }

@@ -5,6 +5,7 @@
 //! | [`write_guest`] | a byte on its serial line | writes `bye`, and resets the machine |
 //! | [`write_button_guest`] | its power button | writes `bye`, and powers itself off |
 //! | [`write_hasty_guest`] | nothing | writes `bye`, and powers itself off |
+//! | [`write_faulting_guest`] | nothing | faults with no handler: a triple fault |
 
 use std::path::Path;
 
@@ -78,6 +79,19 @@ pub(crate) fn write_button_guest(path: &Path) {
 /// Writes the guest that ends at once.
 pub(crate) fn write_hasty_guest(path: &Path) {
     write_elf(path, &power_off(Vec::new()));
+}
+
+/// Writes the guest that faults.
+pub(crate) fn write_faulting_guest(path: &Path) {
+    let mut code = Vec::new();
+    write(&mut code, "ready\n");
+    // lidt [no_table]; ud2; no_table: a limit of 0.
+    code.extend([0x0f, 0x01, 0x1d]);
+    let table = LOAD + code.len() as u32 + 4 + 2;
+    code.extend(table.to_le_bytes());
+    code.extend([0x0f, 0x0b]);
+    code.extend([0; 6]);
+    write_elf(path, &code);
 }
 
 fn write_elf(path: &Path, code: &[u8]) {

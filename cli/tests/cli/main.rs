@@ -16,6 +16,7 @@ mod graceful;
 mod guest;
 mod image;
 mod labels;
+mod machine;
 mod many;
 mod memory;
 mod metrics;

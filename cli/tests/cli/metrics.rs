@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::supervisor::Supervised;
-use crate::tool::kill;
-use crate::tool::kvm;
+use crate::tool::{kill, kvm, wait_until};
 
 type Labels = BTreeMap<String, String>;
 
@@ -135,6 +134,38 @@ fn documented() -> BTreeMap<String, String> {
     rows.map(row).collect()
 }
 
+/// Forks a paused child with an idempotency key. Returns the answer.
+fn keyed_fork(all: &Supervised, vm: &str, key: &str) -> String {
+    let mut stream = UnixStream::connect(all.runtime.api()).unwrap();
+    let body = r#"{"paused": true}"#;
+    let head = format!(
+        "POST /v1/vms/{vm}/fork HTTP/1.1\r\nhost: clade\r\nconnection: close\r\nidempotency-key: {key}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// Asks for the metrics by many connections at once. Returns the answers.
+fn scrapes(all: &Supervised, count: usize) -> Vec<String> {
+    let ask = |_| {
+        let mut stream = UnixStream::connect(all.runtime.api()).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n\r\n").unwrap();
+        stream
+    };
+    // All have asked before the first is heard.
+    let asked: Vec<UnixStream> = (0..count).map(ask).collect();
+    let hear = |mut stream: UnixStream| {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    asked.into_iter().map(hear).collect()
+}
+
 fn scrape(all: &Supervised) -> Exposition {
     let mut stream = UnixStream::connect(all.runtime.dir().join("clade.api")).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n\r\n").unwrap();
@@ -177,7 +208,25 @@ fn metrics_are_of_the_text_format_and_say_what_was_done() {
     assert_eq!(found.families, documented());
     let pauses = |vm| found.value("clade_vm_pause_seconds_count", &[("vm", vm), ("cause", "fork")]);
     assert_eq!((pauses("web"), pauses("web-1")), (Some(2.0), None), "a fork and a checkpoint");
+    // The first answer again is an answer, and no fork.
+    for is_replayed in [false, true] {
+        let answer = keyed_fork(&all, "web", "again");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert_eq!(answer.to_lowercase().contains("idempotency-replayed: true"), is_replayed, "{answer}");
+    }
+    let after = scrape(&all);
+    let forks = |of: &Exposition| of.value("clade_fork_seconds_count", &[]).unwrap();
+    let answered = |of: &Exposition| of.value("clade_requests_total", &[("status", "200")]).unwrap();
+    assert_eq!(forks(&after) - forks(&found), 1.0);
+    // Both of them, and the scrape before.
+    assert_eq!(answered(&after) - answered(&found), 3.0);
     all.end();
+}
+
+/// Whether no thread of a process runs: on a busy host that takes a moment after the signal.
+fn is_stopped(pid: u32) -> bool {
+    let mut threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    threads.all(|thread| std::fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| stat.contains(") T ")))
 }
 
 #[test]
@@ -190,11 +239,19 @@ fn a_vm_that_hangs_is_left_out_and_counted() {
     all.fork(&["web"]);
     let pid = all.pid_of("web-1");
     kill(pid, Signal::STOP);
+    wait_until("all its threads to stand still", || is_stopped(pid));
     let begun = Instant::now();
     let found = scrape(&all);
     let took = begun.elapsed();
     let stats = all.runtime.clade(&["stats", "--json"]).json();
+    // Each of them waits for it: no more than four are begun.
+    let answers = scrapes(&all, 12);
     kill(pid, Signal::CONT);
+    let (done, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|text| text.starts_with("HTTP/1.1 200 "));
+    assert!(done.len() >= 4 && !refused.is_empty(), "{} of {}", done.len(), answers.len());
+    for text in refused {
+        assert!(text.starts_with("HTTP/1.1 503 ") && text.contains("urn:clade:too-many"), "{text}");
+    }
     assert!(took < Duration::from_secs(4), "{took:?}");
     assert_eq!(found.value("clade_vms_silent", &[]), Some(1.0));
     assert!(found.value("clade_vm_layers", &[("vm", "web")]).is_some());

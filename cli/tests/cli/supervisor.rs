@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clade_io::seqpacket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -27,7 +27,7 @@ impl Supervised {
         supervised
     }
 
-    fn serve(&mut self, pool: &str) {
+    pub(crate) fn serve(&mut self, pool: &str) {
         self.runtime.spawn(&["serve", "--pool", pool]);
         let socket = self.runtime.dir().join("clade.api");
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
@@ -464,6 +464,28 @@ fn a_killed_worker_is_one_vm_and_is_said() {
     all.end();
 }
 
+/// The file systems of a process's files in huge pages: one, where there are huge pages.
+fn memory_mounts(pid: u32) -> BTreeSet<u64> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|entry| entry.path());
+    // They have no name, and their mount is nowhere.
+    let is_memory = |path: &PathBuf| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/#"));
+    descriptors.filter(is_memory).map(|path| fs::metadata(path).unwrap().dev()).collect()
+}
+
+/// Whether a supervisor has mounted a file system for memory, which is mounted nowhere.
+fn has_mount(supervisor: u32) -> bool {
+    let mut descriptors = fs::read_dir(format!("/proc/{supervisor}/fd")).unwrap().flatten();
+    let host = fs::metadata("/").unwrap().dev();
+    descriptors.any(|entry| {
+        let is_root = fs::read_link(entry.path()).is_ok_and(|to| to == Path::new("/"));
+        is_root && fs::metadata(entry.path()).is_ok_and(|found| found.dev() != host)
+    })
+}
+
+fn mounts(pid: u32) -> usize {
+    fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count()
+}
+
 #[test]
 fn a_killed_zygote_is_replaced() {
     if !kvm() {
@@ -474,10 +496,21 @@ fn a_killed_zygote_is_replaced() {
     all.fork(&["web"]);
     let zygotes = all.zygotes();
     assert_eq!(zygotes.len(), 1, "{zygotes:?}");
+    let (supervisor, before) = (all.info("pid") as u32, memory_mounts(all.pid_of("web-1")));
+    let mounted = mounts(supervisor);
     kill(zygotes[0], Signal::KILL);
     wait_until("its end", || !runs(zygotes[0]));
     assert_eq!(all.fork(&["web", "--count", "2"]), ["web-2", "web-3"]);
     assert_eq!(all.runtime.names().len(), 4);
+    // The mount is the supervisor's, and no other is made.
+    let pids = ["web", "web-1", "web-2", "web-3"].map(|name| all.pid_of(name));
+    let now: BTreeSet<u64> = pids.iter().flat_map(|pid| memory_mounts(*pid)).collect();
+    assert_eq!((&now, now.len()), (&before, usize::from(has_mount(supervisor))));
+    let next = all.zygotes();
+    assert_eq!(next.len(), 1, "{next:?}");
+    for pid in [supervisor, next[0]].iter().chain(&pids) {
+        assert_eq!(mounts(*pid), mounted, "mounts that {pid} sees");
+    }
     // What the first has made is nobody's child here, and ends as well.
     all.end();
 }

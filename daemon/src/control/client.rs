@@ -414,29 +414,4 @@ async fn send(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::os::unix::net::UnixListener;
-    use std::thread;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_stop_outlives_a_supervisor_that_ends() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = supervisor_path(dir.path());
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let listener = UnixListener::bind(&path).unwrap();
-        let ending = thread::spawn(move || {
-            // Accepted, and never read.
-            for _ in 0..2 {
-                drop(listener.accept().unwrap());
-            }
-            fs::remove_file(&path).unwrap();
-        });
-        let refused = Client::new(dir.path()).stop("web", StopRequest::default()).await.unwrap_err();
-        // Then its own process is asked, which is not there.
-        assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
-        ending.join().unwrap();
-    }
-}
+mod tests;

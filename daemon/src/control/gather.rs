@@ -98,3 +98,37 @@ impl Client {
         gathered
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::time::Instant as Clock;
+
+    use super::*;
+
+    /// Sockets that take connections and say nothing, as those of stopped processes.
+    #[test]
+    fn however_many_vms_are_silent_it_takes_a_bounded_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let count = 6 * MAX_ASKED;
+        let name = |n: usize| format!("vm-{n:03}");
+        let silent: Vec<_> =
+            (0..count).map(|n| UnixListener::bind(dir.path().join(format!("{}.sock", name(n)))).unwrap()).collect();
+        let client = Client::new(dir.path());
+        let names = client.names().unwrap();
+        assert_eq!(names.len(), count);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let begun = Clock::now();
+        let gathered = runtime.block_on(client.gather(names));
+        let took = begun.elapsed();
+        // Five batches of a second each; those behind them are not asked.
+        assert!(took >= ALL_TIMEOUT.mul_f64(0.9) && took < 4 * ALL_TIMEOUT, "{took:?}");
+        assert!(gathered.vms.is_empty() && gathered.silent == (0..count).map(name).collect::<Vec<_>>());
+        let waiting = |listener: &UnixListener| {
+            listener.set_nonblocking(true).unwrap();
+            listener.accept().is_ok()
+        };
+        let asked = silent.iter().filter(|listener| waiting(listener)).count();
+        assert!((MAX_ASKED..=5 * MAX_ASKED).contains(&asked), "{asked} of {count}");
+    }
+}

@@ -326,3 +326,82 @@ pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> Fleet {
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::{get, put};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A server whose paths say "yes", and connections to it.
+    struct Server {
+        dir: tempfile::TempDir,
+        _ending: watch::Sender<bool>,
+    }
+
+    impl Server {
+        async fn start() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+            let acceptor = Acceptor::new(listener, "a test").unwrap();
+            let yes = || async { "yes" };
+            let router = Router::new().route("/", get(yes)).route("/v1/vms/web/memory", put(yes));
+            let ending = watch::Sender::new(false);
+            tokio::spawn(serve_http(acceptor, router, ending.subscribe()));
+            Self { dir, _ending: ending }
+        }
+
+        async fn asked(&self, head: &str, body: &[u8]) -> UnixStream {
+            let mut stream = UnixStream::connect(self.dir.path().join("socket")).await.unwrap();
+            let head = format!("{head} HTTP/1.1\r\nhost: clade\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all(head.as_bytes()).await.unwrap();
+            stream.write_all(body).await.unwrap();
+            stream
+        }
+    }
+
+    async fn is_answered(stream: &mut UnixStream, limit: Duration) -> bool {
+        let mut bytes = [0; 512];
+        let read = timeout(limit, stream.read(&mut bytes)).await;
+        read.is_ok_and(|got| bytes[..got.unwrap()].starts_with(b"HTTP/1.1 200 "))
+    }
+
+    const SOON: Duration = Duration::from_secs(30);
+    const A_WHILE: Duration = Duration::from_millis(100);
+
+    fn within(test: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test);
+    }
+
+    #[test]
+    fn connections_beyond_the_most_wait_until_another_has_gone() {
+        within(async {
+            let server = Server::start().await;
+            let mut all = Vec::new();
+            for _ in 0..MAX_CONNECTIONS {
+                let mut stream = server.asked("GET /", b"").await;
+                assert!(is_answered(&mut stream, SOON).await);
+                all.push(stream);
+            }
+            let mut next = server.asked("GET /", b"").await;
+            assert!(!is_answered(&mut next, A_WHILE).await, "it waits");
+            drop(all.pop());
+            assert!(is_answered(&mut next, SOON).await);
+        });
+    }
+
+    #[test]
+    fn a_large_body_waits_until_few_enough_others_are_there() {
+        within(async {
+            let (server, path) = (Server::start().await, "PUT /v1/vms/web/memory");
+            let others = LARGE_BODIES.acquire_many(8).await.unwrap();
+            let mut large = server.asked(path, &vec![0; MAX_BODY + 1]).await;
+            assert!(!is_answered(&mut large, A_WHILE).await, "it waits");
+            let mut small = server.asked(path, &vec![0; MAX_BODY]).await;
+            assert!(is_answered(&mut small, SOON).await);
+            drop(others);
+            assert!(is_answered(&mut large, SOON).await);
+        });
+    }
+}

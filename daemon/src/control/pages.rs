@@ -249,6 +249,10 @@ pub(super) async fn show_pages(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
     use super::*;
 
     fn map() -> PageMap {
@@ -282,6 +286,24 @@ mod tests {
             let error = Query::parse(text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_page_map_is_made_when_few_enough_others_are() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let ask = |query: &str| {
+            let asked =
+                show_pages(State(WeakFleet::gone()), UrlPath("web".to_owned()), RawQuery(Some(query.to_owned())));
+            async { asked.await.map(drop).map_err(|error| error.kind) }
+        };
+        runtime.block_on(async {
+            let others = MAPS.acquire_many(4).await.unwrap();
+            let mut asked = std::pin::pin!(ask("cells=8"));
+            assert!(timeout(Duration::from_millis(100), asked.as_mut()).await.is_err(), "it waits");
+            assert_eq!(ask("cells=0").await, Err(ProblemKind::BadRequest), "nothing is to be made");
+            drop(others);
+            assert_eq!(asked.await, Err(ProblemKind::Ending));
+        });
     }
 
     #[test]

@@ -38,9 +38,8 @@ pub(super) fn programs() -> io::Result<Value> {
     let entries = |names: &[&str]| -> Vec<Value> {
         names.iter().flat_map(|name| lists[name]["filter"].as_array().into_iter().flatten().cloned()).collect()
     };
-    let kill = |names: &[&str]| {
-        json!({"mismatch_action": "allow", "match_action": "kill_process", "filter": entries(names)})
-    };
+    let kill =
+        |names: &[&str]| json!({"mismatch_action": "allow", "match_action": "kill_process", "filter": entries(names)});
     let long = entries(&["worker", "zygote"]);
     Ok(json!({
         "long": {"mismatch_action": "kill_process", "match_action": "allow", "filter": long},

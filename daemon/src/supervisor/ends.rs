@@ -151,6 +151,10 @@ impl Inner {
     pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
         self.snapshots.forget(&claim.name);
         let name = claim.name.clone();
+        let process = About::read(&self.dir, &name).ok().flatten().and_then(|about| about.process);
+        // That of a VM that another supervisor has started.
+        let found = self.records.take(&name, process);
+        let flight = if flight.is_empty() { found } else { flight };
         if let Some(about) = clear_up(claim, exit, was_orderly, flight) {
             self.left(&name, &about);
         }
@@ -186,6 +190,7 @@ impl Inner {
         match vm_names(&self.dir) {
             Ok(there) => {
                 ours.extend(self.own_names());
+                self.records.retain(&there);
                 self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
             }
             Err(error) => tracing::warn!(%error, "the directory cannot be read"),

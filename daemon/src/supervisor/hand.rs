@@ -52,6 +52,8 @@ pub(super) struct Start<'a> {
     pub(super) bounds: Bounds,
     /// The worker.
     pub(super) pid: u32,
+    /// The process that it ends with.
+    pub(super) tie: Option<&'a OwnedFd>,
 }
 
 /// The descriptors of one VM, on their way to its worker. What was made for them outside of the
@@ -83,7 +85,7 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { shape, session, parent, bounds, pid } = start;
+        let Start { shape, session, parent, bounds, pid, tie } = start;
         let (process, parent, session) = (ProcessId::of(pid), parent.map(str::to_owned), session.map(str::to_owned));
         let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process, parent, bounds };
         let vsock = about.identity.vsock.as_ref();
@@ -98,9 +100,10 @@ impl Hand {
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         hand.files.push(record);
         hand.files.push(hand.flight.try_clone().map_err(failed)?);
+        hand.files.extend(tie.map(OwnedFd::try_clone).transpose().map_err(failed)?);
         hand.files.extend(listeners);
         hand.files.extend(devices);
-        Ok((hand, Handed { sockets, ends }))
+        Ok((hand, Handed { is_tied: tie.is_some(), sockets, ends }))
     }
 
     /// Of a VM that is booted: its disks' images are its to write.

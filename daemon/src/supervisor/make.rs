@@ -167,15 +167,20 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let start =
-                Start { shape, session: session.as_deref(), parent: origin.vm, bounds: *bounds, pid: worker.pid() };
+            let start = Start {
+                shape,
+                session: session.as_deref(),
+                parent: origin.vm,
+                bounds: *bounds,
+                pid: worker.pid(),
+                tie: self.tie(session),
+            };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
                 shape: shape.clone(),
                 handed,
                 parent: origin.vm.map(str::to_owned),
-                is_tied: session.is_some(),
                 paused: request.paused,
             };
             worker.order(&Order::Fork(Box::new(order)), &hand.files(claim))?;
@@ -227,12 +232,18 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let start = Start { shape: &shape, session: session.as_deref(), parent: None, bounds, pid: worker.pid() };
+            let start = Start {
+                shape: &shape,
+                session: session.as_deref(),
+                parent: None,
+                bounds,
+                pid: worker.pid(),
+                tie: self.tie(&session),
+            };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
-            let order =
-                BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied: session.is_some() };
+            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand.booted())

@@ -14,6 +14,7 @@
 //! | `hand` | what a worker may reach, and what it is handed |
 //! | `cgroups` | what the processes of VMs may take of the host |
 //! | `net_hook` | the program that connects interfaces to the host's network |
+//! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
 //! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
@@ -47,6 +48,7 @@ mod pool;
 mod processes;
 mod proxy;
 mod ready;
+mod records;
 mod restore;
 mod server;
 mod snapshots;
@@ -54,13 +56,14 @@ mod snapshots;
 pub use server::TcpError;
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -90,6 +93,7 @@ use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
 use processes::{Processes, kill};
+use records::Records;
 use snapshots::Snapshots;
 
 /// Clients that are given metrics at a time.
@@ -106,7 +110,7 @@ pub struct SupervisorOptions {
     pub cgroup: CgroupPlace,
     /// The program that connects their interfaces to the host's network.
     pub net_hook: Option<PathBuf>,
-    /// Whether VMs of a session end with the thread that starts it, however that ends.
+    /// Whether VMs of a session end with this process, however that ends.
     pub is_tied: bool,
 }
 
@@ -133,6 +137,8 @@ struct Inner {
     cgroups: Option<Cgroups>,
     net_hook: Option<NetHook>,
     zygote: Arc<Zygote>,
+    /// This process, if VMs of a session end with it.
+    tie: Option<OwnedFd>,
     pool: Pool,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
@@ -140,6 +146,7 @@ struct Inner {
     keys: Arc<Keys>,
     /// VMs whose workers were started here.
     processes: Processes,
+    records: Arc<Records>,
     /// Names of VMs that are being made: they have files, and their making is not announced yet.
     making: Mutex<BTreeSet<String>>,
     /// Held while a VM's end is settled: whoever has been told that a name is free finds it free.
@@ -176,13 +183,17 @@ impl Supervisor {
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
-        let zygote = Arc::new(Zygote::start(sender, confinement, is_tied)?);
+        let this = || pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| failed(errno.into()));
+        let tie = is_tied.then(this).transpose()?;
+        let zygote = Arc::new(Zygote::start(sender, confinement)?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
         // VMs of a supervisor that has ended.
+        let mut found = Vec::new();
         for (name, about) in About::all(&dir)? {
             overlays.found(&about.overlays);
+            found.extend(about.process.map(|process| (name.clone(), process)));
             if let Some(vsock) = &about.identity.vsock {
                 let given = broker.connect(vsock.socket.clone()).map_err(failed);
                 let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
@@ -198,6 +209,7 @@ impl Supervisor {
             cgroups,
             net_hook,
             zygote,
+            tie,
             place,
             overlays,
             dir,
@@ -206,6 +218,7 @@ impl Supervisor {
             events: Arc::default(),
             keys: Arc::default(),
             processes: Processes::default(),
+            records: Arc::default(),
             making: Mutex::default(),
             ends: Mutex::default(),
             fetches: Fetches::default(),
@@ -224,6 +237,11 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || ends::watch(&exits, &weak))
             .map_err(failed)?;
+        if !found.is_empty() {
+            let (records, dir) = (Arc::clone(&supervisor.0.records), supervisor.0.dir.path().to_owned());
+            let fetch = move || records.fetch(&dir, &found);
+            thread::Builder::new().name("clade-records".to_owned()).spawn(fetch).map_err(failed)?;
+        }
         supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
     }
@@ -244,6 +262,11 @@ impl Supervisor {
         self.0.checkpoints.clear();
         // Last: another may supervise the directory from here on.
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// The process that a VM of `session` ends with.
+    fn tie(&self, session: &Option<String>) -> Option<&OwnedFd> {
+        self.0.tie.as_ref().filter(|_| session.is_some())
     }
 
     fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {

@@ -1,7 +1,8 @@
 //! Workers: processes with one VM each.
 //!
 //! A worker is told what to do over a socket (`SOCK_SEQPACKET`). It makes its VM with a fleet and
-//! sockets of its own in the runtime directory. From then on it depends on no other process.
+//! sockets of its own in the runtime directory. From then on it depends on no other process, unless it
+//! is tied to one.
 //!
 //! | message | from | what |
 //! |---|---|---|
@@ -23,6 +24,7 @@ mod open;
 mod process;
 mod save;
 mod serve;
+mod tie;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -66,9 +68,12 @@ pub(crate) enum Order {
 }
 
 /// What comes with an order as descriptors, in this order: the name's lock, the file for the VM's
-/// end, that of its flight record, the sockets, and those of the interfaces.
+/// end, that of its flight record, the process that it ends with, the sockets, and those of the
+/// interfaces.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Handed {
+    /// Whether it ends with a process.
+    pub(crate) is_tied: bool,
     /// Endings of the sockets.
     pub(crate) sockets: Vec<String>,
     pub(crate) ends: EndpointParts,
@@ -94,8 +99,6 @@ pub(crate) struct ForkOrder {
     pub(crate) handed: Handed,
     pub(crate) parent: Option<String>,
     pub(crate) paused: bool,
-    /// Whether it ends with whoever has started its zygote.
-    pub(crate) is_tied: bool,
 }
 
 /// A VM to be booted.
@@ -109,8 +112,6 @@ pub(crate) struct BootOrder {
     pub(crate) cmdline: String,
     pub(crate) labels: Labels,
     pub(crate) paused: bool,
-    /// Whether it ends with whoever has started its zygote.
-    pub(crate) is_tied: bool,
 }
 
 /// What a worker says.

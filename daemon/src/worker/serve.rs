@@ -8,14 +8,14 @@ use std::time::Instant;
 
 use clade_io::seqpacket;
 use clade_memory::GuestRam;
-use rustix::process::set_parent_process_death_signal;
 use tokio::runtime::Handle;
 
 use super::open::open;
 use super::save::save;
+use super::tie::end_with;
 use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, failed, receive, send};
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
-use crate::fleet::{Fleet, FleetError, NameClaim, RuntimeDir, VmFiles};
+use crate::fleet::{Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
@@ -93,32 +93,28 @@ fn is_of_kernel(error: &FleetError) -> bool {
     matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
 }
 
-/// What came with an order: the claim whose lock it is, the VM's files, and its interfaces.
+/// What came with an order: the claim whose lock it is, the VM's files, and its interfaces. From here on
+/// the process ends with the one that it is tied to.
 fn claimed(
-    dir: &RuntimeDir,
+    entered: &Entered,
     name: &str,
     handed: Handed,
     files: Vec<OwnedFd>,
+    runtime: &Handle,
 ) -> Result<(NameClaim, VmFiles, Endpoints), FleetError> {
     let count = files.len();
     let few = || failed(io::Error::other(format!("an order with {count} descriptors")));
     let mut files = files.into_iter();
-    let claim = NameClaim::adopt(dir, name, files.next().ok_or_else(few)?)?;
-    let Handed { sockets, ends } = handed;
+    let claim = NameClaim::adopt(&entered.dir, name, files.next().ok_or_else(few)?)?;
+    let Handed { is_tied, sockets, ends } = handed;
     let record = files.next().ok_or_else(few)?;
     flight::install(files.next().ok_or_else(few)?);
+    if is_tied {
+        end_with(files.next().ok_or_else(few)?, runtime).map_err(failed)?;
+    }
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
     Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends))
-}
-
-/// Has this process outlive its zygote, which it may have been told not to
-/// ([`zygote::serve`](crate::zygote::serve)).
-fn untie_unless(is_tied: bool) -> Result<(), FleetError> {
-    if is_tied {
-        return Ok(());
-    }
-    set_parent_process_death_signal(None).map_err(|errno| failed(errno.into()))
 }
 
 /// Makes the worker's VM.
@@ -142,11 +138,10 @@ impl Maker<'_> {
 
     fn fork(&self, order: ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
         let begun = Instant::now();
-        let ForkOrder { name, shape, handed, parent, paused, is_tied } = order;
-        untie_unless(is_tied)?;
+        let ForkOrder { name, shape, handed, parent, paused } = order;
         // What needs no image comes first: the parent may still be forked.
         let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
+        let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
         let labels = match receive(self.socket) {
@@ -194,10 +189,9 @@ impl Maker<'_> {
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused, is_tied } = order;
-        untie_unless(is_tied)?;
+        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused } = order;
         let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends) = claimed(&self.entered.dir, &name, handed, files)?;
+        let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);

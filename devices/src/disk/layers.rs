@@ -44,10 +44,10 @@ pub struct DiskLayer {
     pub runs: Vec<DiskRun>,
 }
 
-/// `file` by a descriptor of its own, open for reading only, which keeps `ours` if it is.
+/// `file` as another process may have it, which keeps `ours` if it is.
 fn shared(file: &IoFile, ours: &[Arc<OwnedFd>]) -> Result<IoFile, FileError> {
     let kept = if file.kept().is_empty() { ours } else { file.kept() };
-    Ok(IoFile::read_only(file.read_only_file()?, file.path(), file.policy()).keeping(kept.to_vec()))
+    Ok(file.for_another_process()?.keeping(kept.to_vec()))
 }
 
 /// Appends a run, joined to the last one where they are adjacent and of one kind.

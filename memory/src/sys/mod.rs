@@ -10,5 +10,6 @@ mod uffd;
 pub(crate) use mapping::Reservation;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use sigbus::Watched;
-pub(crate) use tmpfs::{HugeTmpfs, small_file};
+pub use tmpfs::HugeTmpfs;
+pub(crate) use tmpfs::small_file;
 pub(crate) use uffd::{Fault, OpenError, Uffd, Watch};

@@ -1,24 +1,31 @@
-//! Where memory files come from: a tmpfs in huge pages that only this process can see, and memfd.
+//! Where memory files come from: a tmpfs in huge pages that no other process sees unless it is handed
+//! in, and memfd.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, fchmod, ftruncate, memfd_create, openat};
+use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, fchmod, fstat, fstatfs, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
+/// `TMPFS_MAGIC`, as `statfs` says it.
+const TMPFS: u64 = 0x0102_1994;
+
 /// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is
-/// closed.
+/// closed. Its root may be handed to other processes, which then have their memory in the same mount.
 #[derive(Clone, Debug)]
-pub(crate) struct HugeTmpfs(Arc<OwnedFd>);
+pub struct HugeTmpfs(Arc<OwnedFd>);
 
 impl HugeTmpfs {
     /// Mounts it. Needs CAP_SYS_ADMIN and transparent huge pages.
-    pub(crate) fn mount() -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn mount() -> io::Result<Self> {
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "source", "clade")?;
         fsconfig_set_string(&fs, "huge", "always")?;
@@ -30,6 +37,36 @@ impl HugeTmpfs {
         let attrs =
             MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         Ok(Self(Arc::new(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)))
+    }
+
+    /// Mounts it, or logs what the operator should know.
+    ///
+    /// # Errors
+    /// The same text.
+    pub fn mount_or_say() -> Result<Self, String> {
+        Self::mount().map_err(|error| {
+            let warning = format!(
+                "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
+                 shared memory and freezes cost up to 100 times more. Run with CAP_SYS_ADMIN on a kernel with transparent \
+                 huge pages to mend it"
+            );
+            tracing::warn!("{warning}");
+            warning
+        })
+    }
+
+    /// The one whose root another process has handed in.
+    ///
+    /// # Errors
+    /// When it is no directory of a tmpfs.
+    pub fn handed_in(root: OwnedFd) -> io::Result<Self> {
+        let is_directory = FileType::from_raw_mode(fstat(&root)?.st_mode).is_dir();
+        let kind = fstatfs(&root)?.f_type as u64;
+        if !is_directory || kind != TMPFS {
+            let what = format!("the root of a tmpfs is a directory of file system {TMPFS:#x}, not of {kind:#x}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        Ok(Self(Arc::new(root)))
     }
 
     /// Its root.
@@ -46,6 +83,12 @@ impl HugeTmpfs {
         failpoint(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
         Ok(fd.into())
+    }
+}
+
+impl AsFd for HugeTmpfs {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -75,5 +118,22 @@ mod tests {
             return println!("skipped: no tmpfs in huge pages can be mounted");
         };
         assert_eq!(mode(&huge.file(1).unwrap()), 0o400);
+    }
+
+    #[test]
+    fn a_root_that_is_handed_in_is_of_the_same_mount_or_refused() {
+        for other in ["/proc", "/dev/null"] {
+            let error = HugeTmpfs::handed_in(File::open(other).unwrap().into()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{other}: {error}");
+        }
+        let Ok(huge) = HugeTmpfs::mount() else {
+            return println!("skipped: no tmpfs in huge pages can be mounted");
+        };
+        let device = |fs: &HugeTmpfs| fs.file(1).unwrap().metadata().unwrap().dev();
+        let copy = HugeTmpfs::handed_in(huge.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!(device(&copy), device(&huge));
+        assert_ne!(device(&HugeTmpfs::mount().unwrap()), device(&huge));
+        let file = huge.file(1).unwrap();
+        assert!(HugeTmpfs::handed_in(file.into()).is_err(), "a file is no root");
     }
 }

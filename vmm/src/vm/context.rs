@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use clade_memory::{RamError, Store, StoreError};
+use clade_memory::{HugeTmpfs, RamError, Store, StoreError};
 use thiserror::Error;
 
 use crate::kvm::{BootTime, Host, HostError, StateLayout, VcpuStateError};
@@ -52,6 +52,14 @@ impl Context {
     /// When the host lacks either.
     pub fn open() -> Result<Self, ContextError> {
         Self::new(Arc::new(Host::open()?), Store::open()?)
+    }
+
+    /// The same in a process that is handed the mount of its memory files ([`Store::on`]).
+    ///
+    /// # Errors
+    /// When the host lacks KVM, or what the store needs.
+    pub fn open_on(mount: Option<HugeTmpfs>) -> Result<Self, ContextError> {
+        Self::new(Arc::new(Host::open()?), Store::on(mount)?)
     }
 
     /// A context over a host and a store.

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -102,6 +102,10 @@ struct DiskParts {
 #[derive(Debug, Serialize, Deserialize)]
 struct DiskPart {
     file: usize,
+    /// The same file past the page cache, if it is used so: the receiver may open no file again that
+    /// is in another VM's directory.
+    #[serde(default)]
+    direct: Option<usize>,
     path: PathBuf,
     /// Descriptors to be kept open while the file is in use.
     kept: Vec<usize>,
@@ -253,11 +257,14 @@ fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut Files) -> Res
 
 fn exported_disk(layer: &DiskLayer, files: &mut Files) -> Result<DiskPart, TransferError> {
     let file = layer.file.as_ref().ok_or_else(|| TransferError::malformed("a disk's layer without a file"))?;
-    let copy = file.as_fd().try_clone_to_owned().map_err(TransferError::system("given another descriptor"))?;
-    let at = files.add(copy);
+    let mut add = |file: BorrowedFd<'_>| {
+        let copy = file.try_clone_to_owned().map_err(TransferError::system("given another descriptor"))?;
+        Ok::<_, TransferError>(files.add(copy))
+    };
+    let (at, direct) = (add(file.as_fd())?, file.direct().map(add).transpose()?);
     let kept = file.kept().iter().map(|kept| files.share(kept)).collect::<Result<_, _>>()?;
     let runs = layer.runs.iter().map(|run| (run.clusters.start, run.clusters.end, run.zero)).collect();
-    Ok(DiskPart { file: at, path: file.path().to_owned(), kept, runs })
+    Ok(DiskPart { file: at, direct, path: file.path().to_owned(), kept, runs })
 }
 
 /// Sections by their names.
@@ -424,6 +431,16 @@ fn readable(file: OwnedFd) -> Result<File, TransferError> {
     Ok(file)
 }
 
+/// The file of `id` once more, open for reading only past the page cache.
+fn past_the_cache(file: OwnedFd, id: FileId) -> Result<File, TransferError> {
+    let file = readable(file)?;
+    let flags = fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+    if !flags.contains(OFlags::DIRECT) || file_id(&file)? != id {
+        return Err(TransferError::malformed("a disk's file past the page cache is another, or goes through it"));
+    }
+    Ok(file)
+}
+
 /// The backends of all devices by place: disks, and none for other devices.
 fn disks(
     config: &VmConfig,
@@ -451,10 +468,11 @@ fn disks(
             let kept = layer.kept.iter().map(|at| files.keep(*at)).collect::<Result<_, _>>()?;
             let file = readable(files.take(layer.file)?)?;
             let id = file_id(&file)?;
+            let direct = layer.direct.map(|at| past_the_cache(files.take(at)?, id)).transpose()?;
             let file = shared
                 .files
                 .entry(id)
-                .or_insert_with(|| Arc::new(IoFile::read_only(file, &layer.path, config.cache).keeping(kept)));
+                .or_insert_with(|| Arc::new(IoFile::handed_in(file, direct, &layer.path, config.cache).keeping(kept)));
             let file = Arc::clone(file);
             let runs = layer.runs.iter().map(|(start, end, zero)| DiskRun { clusters: *start..*end, zero: *zero });
             layers.push(DiskLayer { file: Some(file), runs: runs.collect() });
@@ -482,6 +500,7 @@ pub(crate) fn is_memory(store: &Store, bytes: &[u8], files: Vec<OwnedFd>) -> boo
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::unix::fs::OpenOptionsExt;
 
     use super::*;
 
@@ -499,5 +518,29 @@ mod tests {
             let refused = keep(options.open(&path).unwrap().into()).unwrap_err();
             assert!(refused.contains("can be written"), "{refused}");
         }
+    }
+
+    #[test]
+    fn a_file_past_the_page_cache_is_the_same_file_and_goes_past_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |name: &str, flags| {
+            let path = dir.path().join(name);
+            let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+            drop(file.unwrap());
+            File::options().read(true).custom_flags(flags).open(path)
+        };
+        let id = file_id(open("disk", 0).unwrap()).unwrap();
+        let check = |file: File| past_the_cache(file.into(), id).map(drop).map_err(|error| error.to_string());
+        let refused = check(open("disk", 0).unwrap()).unwrap_err();
+        assert!(refused.contains("goes through it"), "{refused}");
+        let Ok(direct) = open("disk", libc::O_DIRECT) else {
+            return println!("skipped: no O_DIRECT in {}", dir.path().display());
+        };
+        check(direct).unwrap();
+        let refused = check(open("other", libc::O_DIRECT).unwrap()).unwrap_err();
+        assert!(refused.contains("is another"), "{refused}");
+        let writable = File::options().write(true).custom_flags(libc::O_DIRECT).open(dir.path().join("disk"));
+        let refused = check(writable.unwrap()).unwrap_err();
+        assert!(refused.contains("can be written"), "{refused}");
     }
 }
