@@ -16,25 +16,37 @@ pub use files::{Download, Upload};
 pub use process::{Input, Process};
 pub use rpc::Messages;
 
+use std::time::Duration;
+
+use connection::HEAD_TIMEOUT;
+
 /// An agent, and who asks it.
 #[derive(Clone, Debug)]
 pub struct Client {
     endpoint: Endpoint,
     user: Option<String>,
     token: Option<String>,
+    /// How long the head of an answer may take.
+    patience: Duration,
 }
 
 impl Client {
     /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, user: None, token: None }
+        Self { endpoint, user: None, token: None, patience: HEAD_TIMEOUT }
     }
 
     /// The same, for a user of the guest.
     #[must_use]
     pub fn with_user(self, user: Option<String>) -> Self {
         Self { user, ..self }
+    }
+
+    /// The same, for a guest that may take this long until an answer begins, instead of 60 s.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// The same, with the agent's token.

@@ -19,7 +19,7 @@ use super::server::stop_vm;
 use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
 use crate::fleet::FleetError;
 
-/// Agents that are told at a time.
+/// Most agents that are told at a time.
 const MAX_TOLD: usize = 16;
 /// Bytes for each guest's random number generator.
 const ENTROPY: usize = 64;
@@ -28,6 +28,12 @@ const ENTROPY: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is tried.
 const RETRY: Duration = Duration::from_millis(20);
+
+/// Agents that are told at a time: their guests work then. More of them than there are processors for
+/// would all be late, where their kernels are interpreted.
+fn told_at_a_time() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
+}
 
 fn not_ready(name: &str, why: &str) -> ApiError {
     ApiError::new(ProblemKind::NotReady, format!("{name}: {why}"))
@@ -89,7 +95,9 @@ impl Supervisor {
             request.now_ns = Some(now.as_nanos().to_string());
             match agent.change_generation(&request).await {
                 // The connection may be one of those that a child resets: it is told again.
-                Err(ClientError::NoAgent { .. } | ClientError::Http(_)) if Instant::now() < deadline => {
+                Err(ClientError::NoAgent { .. } | ClientError::Http(_) | ClientError::Lost(_))
+                    if Instant::now() < deadline =>
+                {
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(not_ready(name, &clade_vmm::error_chain(&error))),
@@ -114,7 +122,7 @@ impl Supervisor {
     /// That of the first that is not ready.
     pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
         let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
-        let turns = Arc::new(Semaphore::new(MAX_TOLD));
+        let turns = Arc::new(Semaphore::new(told_at_a_time()));
         let mut told = JoinSet::new();
         for name in names {
             let (supervisor, turns, name) = (self.clone(), Arc::clone(&turns), name.clone());
