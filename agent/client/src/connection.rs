@@ -27,8 +27,8 @@ use tokio::task::JoinHandle;
 
 use crate::{Client, ClientError};
 
-/// How long a guest may take to take a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a guest may take to take a connection, if the client has no other patience.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the head of an answer may take, if the client has no other patience.
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the agent may be silent within an answer. It is asked to say something more often.
@@ -84,9 +84,9 @@ impl Endpoint {
         })
     }
 
-    pub(crate) async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
+    async fn connect(&self, time: Duration) -> Result<Box<dyn Stream>, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
-        tokio::time::timeout(CONNECT_TIMEOUT, self.open()).await.map_err(late)?
+        tokio::time::timeout(time, self.open()).await.map_err(late)?
     }
 }
 
@@ -241,7 +241,7 @@ impl Client {
             Outgoing::Watched(_, progress) => Some(Arc::clone(progress)),
             _ => None,
         };
-        let stream = self.endpoint.connect().await?;
+        let stream = self.endpoint.connect(self.connecting).await?;
         let mut http = http1::Builder::new();
         http.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
         let (mut sender, connection) =
@@ -254,7 +254,7 @@ impl Client {
         let response = match progress {
             Some(progress) => progressing(&progress, answer).await?,
             None if is_piecewise => answer.await,
-            None => within(self.patience, answer).await?,
+            None => within(self.answering, answer).await?,
         };
         let response = response.map_err(ClientError::of_connection)?;
         Ok(Answer { response, _driver: driver })

@@ -18,7 +18,7 @@ pub use rpc::Messages;
 
 use std::time::Duration;
 
-use connection::HEAD_TIMEOUT;
+use connection::{CONNECT_TIMEOUT, HEAD_TIMEOUT};
 
 /// An agent, and who asks it.
 #[derive(Clone, Debug)]
@@ -26,15 +26,17 @@ pub struct Client {
     endpoint: Endpoint,
     user: Option<String>,
     token: Option<String>,
+    /// How long a guest may take to take a connection.
+    connecting: Duration,
     /// How long the head of an answer may take.
-    patience: Duration,
+    answering: Duration,
 }
 
 impl Client {
     /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, user: None, token: None, patience: HEAD_TIMEOUT }
+        Self { endpoint, user: None, token: None, connecting: CONNECT_TIMEOUT, answering: HEAD_TIMEOUT }
     }
 
     /// The same, for a user of the guest.
@@ -43,10 +45,11 @@ impl Client {
         Self { user, ..self }
     }
 
-    /// The same, for a guest that may take this long until an answer begins, instead of 60 s.
+    /// The same, for a guest that may be slow: how long it may take to take a connection, instead of 2 s,
+    /// and then until an answer begins, instead of 60 s.
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_patience(self, connecting: Duration, answering: Duration) -> Self {
+        Self { connecting, answering, ..self }
     }
 
     /// The same, with the agent's token.
