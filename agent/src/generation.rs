@@ -88,6 +88,7 @@ impl Agent {
         is_kept.store(true, Ordering::Relaxed);
         self.generation.send_modify(|generation| *generation += 1);
         ready.generation = *self.generation.borrow();
+        log!("the VM is {:?} now: calls of before are ended", request.name);
         if let Some(now_ns) = &request.now_ns {
             attempt("the clock", set_clock(now_ns));
         }

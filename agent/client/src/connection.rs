@@ -5,6 +5,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -25,10 +27,10 @@ use tokio::task::JoinHandle;
 
 use crate::{Client, ClientError};
 
-/// How long a guest may take to take a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the head of an answer may take.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a guest may take to take a connection, if the client has no other patience.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the head of an answer may take, if the client has no other patience.
+pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the agent may be silent within an answer. It is asked to say something more often.
 pub(crate) const SILENCE: Duration = Duration::from_secs(120);
 /// Most bytes of an answer's head.
@@ -82,9 +84,9 @@ impl Endpoint {
         })
     }
 
-    pub(crate) async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
+    async fn connect(&self, time: Duration) -> Result<Box<dyn Stream>, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
-        tokio::time::timeout(CONNECT_TIMEOUT, self.open()).await.map_err(late)?
+        tokio::time::timeout(time, self.open()).await.map_err(late)?
     }
 }
 
@@ -102,11 +104,23 @@ async fn accepted(stream: &mut UnixStream) -> Result<(), ClientError> {
     if line.starts_with(b"OK ") { Ok(()) } else { Err(ClientError::answer(String::from_utf8_lossy(&line).trim_end())) }
 }
 
+/// How far a body in pieces is.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Pieces that the connection has taken. Both are read and written by one call's tasks, and order nothing else.
+    taken: AtomicU64,
+    /// Whether the connection waits for the next piece: the guest is not to blame then.
+    is_waiting: AtomicBool,
+}
+
 /// A request's body.
 #[derive(Debug)]
 pub(crate) enum Outgoing {
     Whole(Option<Bytes>),
+    /// The guest may take them as slowly as it likes.
     Pieces(mpsc::Receiver<Bytes>),
+    /// It is to take one, or to answer, now and then.
+    Watched(mpsc::Receiver<Bytes>, Arc<Progress>),
 }
 
 impl Body for Outgoing {
@@ -117,13 +131,19 @@ impl Body for Outgoing {
         match self.get_mut() {
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Pieces(pieces) => pieces.poll_recv(cx).map(|piece| piece.map(|piece| Ok(Frame::data(piece)))),
+            Self::Watched(pieces, progress) => {
+                let piece = pieces.poll_recv(cx);
+                progress.is_waiting.store(piece.is_pending(), Ordering::Relaxed);
+                progress.taken.fetch_add(u64::from(piece.is_ready()), Ordering::Relaxed);
+                piece.map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
+            }
         }
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
         match self {
             Self::Whole(bytes) => http_body::SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
-            Self::Pieces(_) => http_body::SizeHint::default(),
+            Self::Pieces(_) | Self::Watched(..) => http_body::SizeHint::default(),
         }
     }
 }
@@ -152,7 +172,7 @@ impl Answer {
             let body = self.response.body_mut();
             let frame = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx));
             let Some(frame) = within(SILENCE, frame).await? else { return Ok(None) };
-            if let Ok(data) = frame?.into_data()
+            if let Ok(data) = frame.map_err(ClientError::of_connection)?.into_data()
                 && !data.is_empty()
             {
                 return Ok(Some(data));
@@ -160,8 +180,12 @@ impl Answer {
         }
     }
 
-    /// All of the body, up to the bound of a message.
+    /// All of the body, up to the bound of a message. A guest that sends it byte by byte is cut, too.
     pub(crate) async fn whole(&mut self) -> Result<Vec<u8>, ClientError> {
+        within(SILENCE, self.pieces()).await?
+    }
+
+    async fn pieces(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut bytes = Vec::new();
         while let Some(piece) = self.piece().await? {
             if bytes.len() + piece.len() > MAX_MESSAGE {
@@ -175,6 +199,22 @@ impl Answer {
 
 pub(crate) async fn within<T>(time: Duration, work: impl Future<Output = T>) -> Result<T, ClientError> {
     tokio::time::timeout(time, work).await.map_err(|_| ClientError::Silent { time })
+}
+
+/// Waits as long as the guest takes pieces.
+async fn progressing<T>(progress: &Progress, work: impl Future<Output = T>) -> Result<T, ClientError> {
+    let mut work = std::pin::pin!(work);
+    let mut taken = 0;
+    loop {
+        if let Ok(done) = tokio::time::timeout(SILENCE, &mut work).await {
+            return Ok(done);
+        }
+        let now = progress.taken.load(Ordering::Relaxed);
+        let is_waiting = progress.is_waiting.load(Ordering::Relaxed);
+        if std::mem::replace(&mut taken, now) == now && !is_waiting {
+            return Err(ClientError::Silent { time: SILENCE });
+        }
+    }
 }
 
 impl Client {
@@ -194,19 +234,29 @@ impl Client {
         self.user.as_deref()
     }
 
-    /// Sends a request. A body in pieces may have as much time for its answer as it takes.
+    /// Sends a request. A body in pieces may have as much time for its answer as it takes, unless it is watched.
     pub(crate) async fn send(&self, request: Request<Outgoing>) -> Result<Answer, ClientError> {
         let is_piecewise = matches!(request.body(), Outgoing::Pieces(_));
-        let stream = self.endpoint.connect().await?;
+        let progress = match request.body() {
+            Outgoing::Watched(_, progress) => Some(Arc::clone(progress)),
+            _ => None,
+        };
+        let stream = self.endpoint.connect(self.connecting).await?;
         let mut http = http1::Builder::new();
         http.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
-        let (mut sender, connection) = http.handshake(TokioIo::new(stream)).await?;
+        let (mut sender, connection) =
+            http.handshake(TokioIo::new(stream)).await.map_err(ClientError::of_connection)?;
         let driver = Driver(tokio::spawn(async move {
             // What it fails of is said where the answer is waited for.
             let _ = connection.await;
         }));
         let answer = sender.send_request(request);
-        let response = if is_piecewise { answer.await? } else { within(HEAD_TIMEOUT, answer).await?? };
+        let response = match progress {
+            Some(progress) => progressing(&progress, answer).await?,
+            None if is_piecewise => answer.await,
+            None => within(self.answering, answer).await?,
+        };
+        let response = response.map_err(ClientError::of_connection)?;
         Ok(Answer { response, _driver: driver })
     }
 }

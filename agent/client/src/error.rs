@@ -28,7 +28,12 @@ pub enum ClientError {
     /// The connection broke.
     #[error("the agent's connection has failed")]
     Http(#[from] hyper::Error),
-    /// The guest has said nothing for too long.
+    /// The connection has ended before the answer did.
+    #[error(
+        "the agent's connection has ended within the answer: the agent or its VM has ended, or the VM is another now"
+    )]
+    Lost(#[source] hyper::Error),
+    /// The guest has said nothing for too long, or no whole message.
     #[error("the agent has said nothing for {} s", time.as_secs())]
     Silent {
         /// How long.
@@ -63,6 +68,17 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Of a request that was sent, or of its answer.
+    pub(crate) fn of_connection(error: hyper::Error) -> Self {
+        let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<io::Error>());
+        let is_cut = cause.is_some_and(|cause| {
+            use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+            matches!(cause.kind(), ConnectionReset | BrokenPipe | UnexpectedEof)
+        });
+        let is_lost = is_cut || error.is_incomplete_message() || error.is_canceled() || error.is_closed();
+        if is_lost { Self::Lost(error) } else { Self::Http(error) }
+    }
+
     pub(crate) fn answer(what: impl std::fmt::Display) -> Self {
         // What a guest says is not passed on at any length.
         Self::Answer { what: what.to_string().chars().take(200).collect() }

@@ -1,5 +1,7 @@
 //! Files of the guest.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use clade_agent_proto::api::Written;
 use clade_agent_proto::filesystem::{EntryInfo, EntryResponse, ListDirRequest, ListDirResponse, PathRequest};
@@ -91,7 +93,7 @@ impl Client {
         let request = self
             .request("POST", &format!("{}{mode}", self.files(path)))
             .header(CONTENT_TYPE, "application/octet-stream");
-        let request = request.body(Outgoing::Pieces(pieces));
+        let request = request.body(Outgoing::Watched(pieces, Arc::default()));
         let client = self.clone();
         let call = async move {
             let mut answer = client.send(request.map_err(ClientError::Request)?).await?;

@@ -16,25 +16,40 @@ pub use files::{Download, Upload};
 pub use process::{Input, Process};
 pub use rpc::Messages;
 
+use std::time::Duration;
+
+use connection::{CONNECT_TIMEOUT, HEAD_TIMEOUT};
+
 /// An agent, and who asks it.
 #[derive(Clone, Debug)]
 pub struct Client {
     endpoint: Endpoint,
     user: Option<String>,
     token: Option<String>,
+    /// How long a guest may take to take a connection.
+    connecting: Duration,
+    /// How long the head of an answer may take.
+    answering: Duration,
 }
 
 impl Client {
     /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, user: None, token: None }
+        Self { endpoint, user: None, token: None, connecting: CONNECT_TIMEOUT, answering: HEAD_TIMEOUT }
     }
 
     /// The same, for a user of the guest.
     #[must_use]
     pub fn with_user(self, user: Option<String>) -> Self {
         Self { user, ..self }
+    }
+
+    /// The same, for a guest that may be slow: how long it may take to take a connection, instead of 2 s,
+    /// and then until an answer begins, instead of 60 s.
+    #[must_use]
+    pub fn with_patience(self, connecting: Duration, answering: Duration) -> Self {
+        Self { connecting, answering, ..self }
     }
 
     /// The same, with the agent's token.

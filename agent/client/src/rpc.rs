@@ -15,7 +15,7 @@ use hyper::http::request::Builder;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::connection::{Answer, Outgoing};
+use crate::connection::{Answer, Outgoing, SILENCE, within};
 use crate::{Client, ClientError};
 
 /// How often the agent is to say that a stream is alive.
@@ -61,6 +61,11 @@ impl<T: DeserializeOwned> Messages<T> {
     /// # Errors
     /// When the call has failed, or what comes is no message.
     pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
+        // Each whole message: one that comes byte by byte would hold its reader up for as long as it likes.
+        within(SILENCE, self.message()).await?
+    }
+
+    async fn message(&mut self) -> Result<Option<T>, ClientError> {
         loop {
             if let Some(envelope) = self.envelopes.next_envelope()? {
                 if envelope.flags & END_OF_STREAM == 0 {

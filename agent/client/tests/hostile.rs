@@ -122,7 +122,13 @@ fn what_is_no_answer_is_an_error_of_bounded_size() {
     let no_json = failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b""));
     assert!(matches!(no_json, ClientError::Answer { .. }), "{no_json}");
     let cut = failure(|stream| say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{", b""));
-    assert!(matches!(cut, ClientError::Http(_)), "{cut}");
+    assert!(matches!(cut, ClientError::Lost(_)), "{cut}");
+    let no_answer = failure(|mut stream| {
+        line(&mut stream);
+        stream.write_all(b"OK 7\n").unwrap();
+        while line(&mut stream).len() > 2 {}
+    });
+    assert!(matches!(no_answer, ClientError::Lost(_)), "{no_answer}");
     let long_reason = failure(|stream| say(stream, b"HTTP/1.1 500 No\r\n\r\n", &[b'x'; 4096]));
     assert!(long_reason.to_string().len() < 2000, "{long_reason}");
     assert!(memory() < 128 << 10, "{} KiB", memory());

@@ -17,6 +17,7 @@ use hyper::http::request::Parts;
 use super::{Refusal, Wanted, bad, failed, refusal};
 use crate::filesystem::metadata;
 use crate::http::{BodyError, Reply, Shared, json, piece, text};
+use crate::log::log;
 use crate::multipart::{Multipart, PartEvent, boundary};
 use crate::paths;
 use crate::users::User;
@@ -90,6 +91,16 @@ struct Writer {
     file: Arc<File>,
     path: PathBuf,
     pending: Vec<u8>,
+    is_whole: bool,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Its client has gone or sent nonsense, or the VM is another: nobody else is told.
+        if !self.is_whole {
+            log!("{} is written in part: its upload has ended too early", self.path.display());
+        }
+    }
 }
 
 async fn elsewhere<T: Send + 'static>(
@@ -120,7 +131,7 @@ impl Writer {
     async fn create(path: PathBuf, user: &User) -> Result<Self, Refusal> {
         let (opened, user) = (path.clone(), user.clone());
         let file = elsewhere(move || create(&opened, &user)).await?;
-        Ok(Self { file: Arc::new(file), path, pending: Vec::new() })
+        Ok(Self { file: Arc::new(file), path, pending: Vec::new(), is_whole: false })
     }
 
     async fn write(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
@@ -140,6 +151,7 @@ impl Writer {
 
     async fn finish(mut self, notes: &BTreeMap<String, String>) -> Result<Written, Refusal> {
         self.flush().await?;
+        self.is_whole = true;
         let (file, notes, path) = (Arc::clone(&self.file), notes.clone(), self.path.clone());
         let written = Written {
             path: path.to_string_lossy().into_owned(),

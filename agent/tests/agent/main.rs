@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod abuse;
 mod files;
 mod hostile;
 mod load;
@@ -10,10 +11,11 @@ mod sdk;
 mod settings;
 mod watch;
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_agent_client::proto::process::{EndEvent, ProcessConfig, StartRequest};
@@ -25,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// An agent, which ends with the test.
 struct Agent {
     child: Child,
+    heard: RefCell<Option<ChildStderr>>,
     dir: tempfile::TempDir,
 }
 
@@ -34,11 +37,16 @@ impl Agent {
     }
 
     fn start_with(arguments: &[&str]) -> Self {
+        Self::start_as(arguments, Stdio::inherit())
+    }
+
+    fn start_as(arguments: &[&str], stderr: Stdio) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let mut command = Command::new(env!("CARGO_BIN_EXE_clade-agent"));
-        let child = command.arg("--unix").arg(&socket).args(arguments).spawn().unwrap();
-        let agent = Self { child, dir };
+        let mut child = command.arg("--unix").arg(&socket).args(arguments).stderr(stderr).spawn().unwrap();
+        let heard = RefCell::new(child.stderr.take());
+        let agent = Self { child, heard, dir };
         let begun = Instant::now();
         while UnixStream::connect(&socket).is_err() {
             assert!(begun.elapsed() < PATIENCE, "the agent does not listen");

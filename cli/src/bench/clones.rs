@@ -7,58 +7,42 @@
 //! The baseline are as many VMs in one process, in the same run: this one, by the library.
 
 use std::fs;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
-    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, PrepareRequest,
-    Prepared, StopRequest, SupervisorInfo, VmInfo, VmLimits,
+    BootRequest, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, SupervisorInfo,
+    VmInfo, VmLimits,
 };
-use clade_daemon::fleet::{Labels, supervisor_path};
+use clade_daemon::fleet::Labels;
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
-use tokio::runtime::Runtime;
 
+use crate::bench::supervisor::{BenchSupervisor, TIMEOUT};
 use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
 use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
+/// Clones, if no other number is asked for.
+const COUNT: usize = 1000;
 /// Clones with which the time of one is compared.
 const FEW: usize = 100;
 /// Numbers of clones that have rows, as far as they are less than the number asked for.
 const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
-/// How long the supervisor may take to start, and to have a worker ready.
-const TIMEOUT: Duration = Duration::from_secs(20);
-/// Requests in flight that stop clones.
-const STOPS: usize = 8;
 
 const ONE_PROCESS: &str = "VMs in one process";
 
 /// A supervisor and a parent. Both end with it.
 struct Bench {
-    runtime: Runtime,
-    client: Client,
+    supervisor: BenchSupervisor,
     context: Context,
     /// The library's.
     parent: Vm,
     image: Arc<ForkImage>,
     config: Arc<VmConfig>,
-    supervisor: Child,
-    _dir: tempfile::TempDir,
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        drop(self.stop(&["parent".to_owned()]));
-        let pid = rustix::process::Pid::from_child(&self.supervisor);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.supervisor.wait();
-    }
 }
 
 /// Times of one number of clones.
@@ -73,19 +57,19 @@ struct Times {
 
 /// `clade bench clones`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
-    let mem = args.mem[0];
+    let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
     let bench = Bench::new(context, mem)?;
     let mut rows = vec![bench.one(args.samples)?];
-    let counts = COUNTS.into_iter().filter(|count| *count < args.count).chain([args.count]);
+    let counts = COUNTS.into_iter().filter(|count| *count < most).chain([most]);
     let all = counts.map(|count| Ok((count, bench.many(count)?))).collect::<Result<Vec<_>, Failure>>()?;
     rows.extend(all.iter().flat_map(|(count, times)| totals(*count, times)));
     let few = all.iter().find(|(count, _)| *count == FEW).map(|(_, times)| times);
     let Some((_, last)) = all.last() else { return Ok(rows) };
-    if let Some(few) = few.filter(|_| args.count > FEW) {
+    if let Some(few) = few.filter(|_| most > FEW) {
         let each = |sample: &Sample, count: usize| sample.spread().p50 / count as f64;
         let growth = |of: fn(&Times) -> &Sample| {
             let mut sample = Sample::default();
-            sample.push(each(of(last), args.count) / each(of(few), FEW));
+            sample.push(each(of(last), most) / each(of(few), FEW));
             sample
         };
         rows.push(
@@ -119,30 +103,14 @@ impl Bench {
     fn new(context: &Context, mem: u64) -> Result<Self, Failure> {
         let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
         config.check_host_memory().map_err(Failure::input)?;
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
-        let dir = tempfile::tempdir().map_err(Failure::run)?;
-        let mut supervisor = Command::new("/proc/self/exe")
-            .args(["serve", "--pool", "1"])
-            .env("CLADE_RUNTIME_DIR", dir.path())
-            .env(MEASURE, "1")
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(Failure::run)?;
-        if let Err(error) = answers(dir.path()) {
-            let _ = supervisor.kill();
-            let _ = supervisor.wait();
-            return Err(error);
-        }
+        let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, "1")])?;
         let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
         let parent = Vm::boot(context, "parent", &config, &source).map_err(Failure::run)?;
         BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;
         fill(&parent, &config)?;
         parent.pause().map_err(Failure::run)?;
         let image = parent.fork().map_err(Failure::run)?.0;
-        let (client, context) = (Client::new(dir.path()), context.clone());
-        let bench = Self { runtime, client, context, parent, image, config, supervisor, _dir: dir };
+        let bench = Self { supervisor, context: context.clone(), parent, image, config };
         // Its worker has it write all its memory, and pauses it.
         let boot = BootRequest {
             name: "parent".to_owned(),
@@ -155,17 +123,8 @@ impl Bench {
             session: None,
             limits: VmLimits::default(),
         };
-        let _: VmInfo = bench.ask(Method::POST, "/v1/vms", Some(&boot))?;
+        let _: VmInfo = bench.supervisor.ask(Method::POST, "/v1/vms", Some(&boot))?;
         Ok(bench)
-    }
-
-    fn ask<T: serde::de::DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&(impl serde::Serialize + Sync)>,
-    ) -> Result<T, Failure> {
-        self.runtime.block_on(self.client.supervisor(method, path, body)).map_err(Failure::run)
     }
 
     fn fork(&self, of: &str, count: usize) -> Result<(ForkAnswer, Duration), Failure> {
@@ -179,7 +138,7 @@ impl Bench {
             vsock: None,
         };
         let begun = Instant::now();
-        let answer = self.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
+        let answer = self.supervisor.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
         Ok((answer, begun.elapsed()))
     }
 
@@ -209,7 +168,7 @@ impl Bench {
     fn many(&self, count: usize) -> Result<Times, Failure> {
         let mut times = Times::default();
         let request = CheckpointRequest { name: Some("cp".to_owned()) };
-        let _: CheckpointInfo = self.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
+        let _: CheckpointInfo = self.supervisor.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
         for _ in 0..RUNS {
             let free = available_kib();
             let (answer, took) = self.fork("checkpoints/cp", count)?;
@@ -221,7 +180,7 @@ impl Bench {
             self.stop(&answer.children)?;
 
             let request = PrepareRequest { count };
-            let _: Prepared = self.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
+            let _: Prepared = self.supervisor.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
             let (answer, took) = self.fork("checkpoints/cp", count)?;
             times.prepared.push(took.as_secs_f64() * 1e3);
             self.stop(&answer.children)?;
@@ -236,7 +195,7 @@ impl Bench {
             }
             times.one_process.push(begun.elapsed().as_secs_f64() * 1e3);
         }
-        let _: CheckpointInfo = self.ask(Method::DELETE, "/v1/checkpoints/cp", None::<&()>)?;
+        let _: CheckpointInfo = self.supervisor.ask(Method::DELETE, "/v1/checkpoints/cp", None::<&()>)?;
         Ok(times)
     }
 
@@ -245,7 +204,7 @@ impl Bench {
         let mut sample = Sample::default();
         // Some are enough: reading it takes a while.
         for name in names.iter().step_by(names.len().div_ceil(20)) {
-            let info: VmInfo = self.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
+            let info: VmInfo = self.supervisor.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
             sample.push(private_kib(info.pid).map_err(Failure::run)? as f64);
         }
         Ok(sample)
@@ -254,7 +213,7 @@ impl Bench {
     fn await_prepared(&self, count: usize) -> Result<(), Failure> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let info: SupervisorInfo = self.ask(Method::GET, "/v1/supervisor", None::<&()>)?;
+            let info: SupervisorInfo = self.supervisor.ask(Method::GET, "/v1/supervisor", None::<&()>)?;
             if info.prepared >= count {
                 return Ok(());
             }
@@ -265,45 +224,10 @@ impl Bench {
         }
     }
 
+    /// Stops clones: the parent stays.
     fn stop(&self, names: &[String]) -> Result<(), Failure> {
-        let (client, names) = (&self.client, names.to_vec());
-        let all = async move {
-            let mut tasks = tokio::task::JoinSet::new();
-            for name in names {
-                if tasks.len() >= STOPS {
-                    tasks.join_next().await;
-                }
-                let client = client.clone();
-                tasks.spawn(async move {
-                    let stopped = client.stop(&name, StopRequest::default()).await;
-                    if let Err(error @ ClientError::Refused { .. }) = stopped {
-                        tracing::warn!(%error, name, "a clone is not stopped");
-                    }
-                });
-            }
-            tasks.join_all().await;
-        };
-        self.runtime.block_on(all);
-        let deadline = Instant::now() + TIMEOUT;
-        while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > 1 {
-            if Instant::now() > deadline {
-                return Err(Failure::Run(anyhow::anyhow!("clones have not ended within {TIMEOUT:?}")));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        self.supervisor.stop(names, 1)
     }
-}
-
-fn answers(dir: &Path) -> Result<(), Failure> {
-    let deadline = Instant::now() + TIMEOUT;
-    while std::os::unix::net::UnixStream::connect(supervisor_path(dir)).is_err() {
-        if Instant::now() > deadline {
-            return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer within {TIMEOUT:?}")));
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
 }
 
 /// The sum of some fields of a file of `/proc`, in KiB.

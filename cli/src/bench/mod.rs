@@ -1,5 +1,6 @@
 //! `clade bench`: ours, the baseline and the ratio from one run.
 
+mod answer;
 mod clones;
 mod disk;
 mod fork;
@@ -8,6 +9,7 @@ mod pin;
 mod reset;
 mod restore;
 mod sample;
+mod supervisor;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +24,10 @@ use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
 pub(crate) use sample::{Sample, Spread};
+
+/// Said beside figures of what a guest's Linux does, where KVM has no hardware virtualization under it.
+const INTERPRETED: &str = "kvm-pvm interprets guest kernels: every system call and page fault of a guest costs \
+    many times what it costs with hardware virtualization, so these figures are unflattering";
 
 /// A measured figure beside its baseline.
 #[derive(Debug, Serialize)]
@@ -109,6 +115,9 @@ impl HostInfo {
 #[derive(Debug, Serialize)]
 struct Report {
     host: HostInfo,
+    /// What the figures are not worth on this host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<&'static str>,
     rows: Vec<Row>,
 }
 
@@ -118,6 +127,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     }
     let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
+        BenchName::Answer => answer::run(args)?,
         BenchName::Clones => clones::run(&context, args)?,
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
@@ -127,7 +137,9 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Restore => restore::restore(&context, args)?,
         BenchName::Save => restore::save(&context, args)?,
     };
-    let report = Report { host: HostInfo::of(&context), rows };
+    let is_interpreted = context.host().quirks() == Quirks::Pvm;
+    let note = (args.name == BenchName::Answer && is_interpreted).then_some(INTERPRETED);
+    let report = Report { host: HostInfo::of(&context), note, rows };
     if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
 }
 
@@ -183,6 +195,9 @@ fn print(report: &Report) -> Result<(), Failure> {
         "{} x {}, {} MiB, Linux {}, {}, layers in {} pages",
         h.cpus, h.cpu, h.memory_mib, h.kernel, h.kvm, h.layer_backing
     );
+    if let Some(note) = report.note {
+        println!("{note}");
+    }
     let mut table = Table::new(["", "unit", "p50", "p99", "baseline", "p50", "p99", "ratio", "target", "met"]);
     let number = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.0}") };
     let or_dash = |x: Option<String>| x.unwrap_or_else(|| "-".into());

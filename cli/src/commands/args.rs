@@ -563,6 +563,8 @@ pub(crate) struct DemoArgs {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
+    /// Forking a VM with a warm interpreter: each child's first answer, against another interpreter.
+    Answer,
     /// Clones in processes of their own by the API, one and many, against as many in one process.
     Clones,
     /// A guest's disk I/O, against the host's own on the same file.
@@ -593,9 +595,15 @@ pub(crate) struct BenchArgs {
     /// Samples of each figure.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) samples: usize,
-    /// Clones, for `clones`.
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub(crate) count: usize,
+    /// Most clones at once: for `clones` (default 1000) and `answer` (100).
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<usize>,
+    /// The image of the interpreter, for `answer`: as `resources/python-image/build.sh` makes it.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) image: Option<String>,
+    /// The kernel, for `answer`. Default: that of `clade guest linux`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

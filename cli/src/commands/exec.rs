@@ -24,6 +24,8 @@ const NOT_RUN: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 /// There is no such program.
 const NOT_FOUND: u8 = 127;
+/// How long after its time a guest may take to say that the program was killed.
+const GRACE: Duration = Duration::from_secs(30);
 /// Most bytes of output in an answer of `--json`.
 const MAX_OUTPUT: usize = 16 << 20;
 /// A terminal that does not say its size.
@@ -266,7 +268,15 @@ async fn exec(args: ExecArgs) -> Outcome {
         None
     };
     let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Here };
-    let end = follow(&client, process, args.tty, &mut output).await;
+    let end = match args.timeout {
+        // The agent kills it. One that does not is not waited for.
+        Some(time) => {
+            let followed = follow(&client, process, args.tty, &mut output);
+            let late = |_| Err(Failure::Timeout(anyhow!("the guest has not ended the program in its time")));
+            tokio::time::timeout(time.saturating_add(GRACE), followed).await.unwrap_or_else(late)
+        }
+        None => follow(&client, process, args.tty, &mut output).await,
+    };
     drop(raw);
     if let Some(fed) = fed {
         fed.abort();

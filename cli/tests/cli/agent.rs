@@ -1,8 +1,9 @@
 //! The agent in a guest: programs, files, forks, and what is said where there is none.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -214,4 +215,45 @@ fn a_vm_without_an_agent_is_said_at_once() {
     assert_eq!((status, problem["type"].as_str()), (400, Some("urn:clade:bad-request")), "{problem}");
     assert_eq!(runtime.names(), ["deaf", "plain"]);
     assert!(begun.elapsed() < Duration::from_secs(20));
+}
+
+/// What a guest says to every connection once it has been asked something.
+fn say_to_all(listener: UnixListener, answer: &'static [u8]) {
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut asked = [0; 1 << 12];
+            let _ = stream.read(&mut asked).and_then(|_| stream.write_all(b"OK 1024\n"));
+            // Its request, or the first part.
+            let _ = stream.read(&mut asked).and_then(|_| stream.write_all(answer));
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_talks_nonsense_is_said_to() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let socket = runtime.dir().join("odd.vsock");
+    runtime.start_with("odd", &["--vsock", &format!("cid={},socket={}", cid() + 2, socket.display())]);
+    runtime.clade(&["resume", "odd", "--json"]).json();
+    let begun = Instant::now();
+    for (answer, why) in [
+        (&b"\0\x01nonsense\r\n\r\n"[..], "connection has failed"),
+        (b"", "the agent or its VM has ended"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense!", "cannot be read"),
+        (b"HTTP/1.1 200 OK\r\n\r\n\0\0\0\0\x02{}", "the first event is no start"),
+        (b"HTTP/1.1 200 OK\r\n\r\n\0\xff\xff\xff\xff", "cannot be read"),
+    ] {
+        fs::remove_file(&socket).unwrap();
+        say_to_all(UnixListener::bind(&socket).unwrap(), answer);
+        let said = runtime.clade(&["exec", "odd", "--", "true"]);
+        assert!(said.code == Some(125) && said.stderr.contains(why), "{answer:?}: {said:?}");
+        assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
+    }
+    fs::remove_file(&socket).unwrap();
+    say_to_all(UnixListener::bind(&socket).unwrap(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense!");
+    runtime.clade(&["ready", "odd"]).expect_refusal("cannot be read");
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
 }

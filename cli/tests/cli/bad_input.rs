@@ -204,7 +204,7 @@ fn demos_and_benches_that_cannot_be() {
         return;
     }
     let runtime = Runtime::new();
-    let rows: [(&[&str], &str); 12] = [
+    let rows: [(&[&str], &str); 14] = [
         (&["demo", "--mem", "4097"], "4097"),
         (&["demo", "--mem", "16M"], "16777216"),
         (&["demo", "--cpus", "33"], "33"),
@@ -217,6 +217,8 @@ fn demos_and_benches_that_cannot_be() {
         (&["bench", "freeze", "--mem", "256M"], "268435456"),
         (&["bench", "freeze", "--samples", "0"], "0 samples"),
         (&["bench", "reset", "--mem", "64M"], "67108864"),
+        (&["bench", "answer"], "--image"),
+        (&["bench", "answer", "--image", "x", "--count", "0"], "0 children"),
     ];
     for (args, value) in rows {
         runtime.clade(args).expect_refusal(value);

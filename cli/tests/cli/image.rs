@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::tool::{Answer, Runtime, kvm, wait_until};
+use crate::tool::{Answer, Runtime, kvm, required, wait_until};
 
 fn sha256(path: &Path) -> String {
     let done = Command::new("sha256sum").arg(path).output().unwrap();
@@ -57,8 +57,9 @@ fn write_layout(layout: &Path, root: &Path, config: &Value) {
     fs::write(layout.join("index.json"), index.to_string()).unwrap();
 }
 
-struct Images {
-    runtime: Runtime,
+/// Images in a cache of their own, and a registry to pull them from. Both end with it.
+pub(crate) struct Images {
+    pub(crate) runtime: Runtime,
     registry: Option<Child>,
 }
 
@@ -72,26 +73,27 @@ impl Drop for Images {
 }
 
 impl Images {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { runtime: Runtime::new(), registry: None }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.runtime.dir().join(name)
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = self.runtime.command(args);
         command.env("CLADE_IMAGE_DIR", self.path("images")).env_remove("CLADE_REGISTRY");
         command
     }
 
-    fn clade(&self, args: &[&str]) -> Answer {
+    pub(crate) fn clade(&self, args: &[&str]) -> Answer {
         self.command(args).output().unwrap().into()
     }
 
-    /// Starts Debian's registry, and copies the layout's image to it. None where there are no such tools.
-    fn push(&mut self, layout: &Path) -> Option<String> {
+    /// Starts Debian's registry, and copies the layout's image of that tag to it. None where there are
+    /// no such tools.
+    pub(crate) fn push(&mut self, layout: &Path, tag: &str) -> Option<String> {
         for tool in ["docker-registry", "skopeo"] {
             if Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
                 println!("skipped: {tool} is not installed; the image comes from its layout");
@@ -112,10 +114,10 @@ impl Images {
         command.arg("serve").arg(&config).stdin(Stdio::null()).stdout(quiet()).stderr(quiet());
         self.registry = Some(command.spawn().unwrap());
         wait_until("the registry", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        let name = format!("127.0.0.1:{port}/clade/busybox:1");
+        let name = format!("127.0.0.1:{port}/clade/image:{tag}");
         let copied = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
-            .arg(format!("oci:{}:1", layout.display()))
+            .arg(format!("oci:{}:{tag}", layout.display()))
             .arg(format!("docker://{name}"))
             .output()
             .unwrap();
@@ -164,7 +166,8 @@ fn images_are_pulled_shown_and_removed() {
     assert!(!disk.exists() && images.clade(&["image", "ls", "--json"]).json() == json!([]));
 }
 
-fn resource(script: &str, args: &[&str]) -> Option<PathBuf> {
+/// What a script of `resources` prints last, if it ends well.
+pub(crate) fn resource(script: &str, args: &[&str]) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
     let done = Command::new(path).args(args).stdin(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&done.stdout).trim().lines().last().map(PathBuf::from);
@@ -172,13 +175,12 @@ fn resource(script: &str, args: &[&str]) -> Option<PathBuf> {
 }
 
 /// The guest's kernel with its busybox, and the agent.
-fn guest() -> Option<(PathBuf, PathBuf)> {
-    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "linux"));
+pub(crate) fn guest() -> Option<(PathBuf, PathBuf)> {
     let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from);
     let linux = named("CLADE_LINUX_GUEST").or_else(|| resource("linux/build.sh", &["--path"]));
     let agent = linux.is_some().then(|| named("CLADE_AGENT").or_else(|| resource("agent/build.sh", &[]))).flatten();
     if agent.is_none() {
-        assert!(!required, "linux is required: guest {linux:?}");
+        assert!(!required("linux"), "linux is required: guest {linux:?}");
         println!("skipped: the guest is {linux:?}, its agent {agent:?}");
     }
     linux.zip(agent)
@@ -216,7 +218,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let config = json!({"Entrypoint": ["sh", "-c"], "Cmd": ["exit 1"], "Env": ["PATH=/bin", "COLOUR=blue"],
         "WorkingDir": "/work/made", "User": "app:staff"});
     write_layout(&layout, &root, &config);
-    let name = images.push(&layout).unwrap_or_else(|| format!("oci:{}:1", layout.display()));
+    let name = images.push(&layout, "1").unwrap_or_else(|| format!("oci:{}:1", layout.display()));
     images.runtime.spawn(&["serve", "--pool", "0"]);
     wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
     let script = "id -u; id -g; echo $COLOUR; pwd; echo started > /tmp/started; exec sleep 100000";

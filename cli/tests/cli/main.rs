@@ -23,6 +23,7 @@ mod metrics;
 mod net_hook;
 mod notify;
 mod pages;
+mod python;
 mod session;
 mod snapshot;
 mod storm;

@@ -23,7 +23,8 @@ pub(crate) fn copy_program(to: &std::path::Path) {
 }
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn required(tier: &str) -> bool {
+/// Whether `CLADE_REQUIRE` names what a test needs: it must not be skipped then.
+pub(crate) fn required(tier: &str) -> bool {
     std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|t| t == tier))
 }
 

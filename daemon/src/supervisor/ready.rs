@@ -19,15 +19,27 @@ use super::server::stop_vm;
 use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
 use crate::fleet::FleetError;
 
-/// Agents that are told at a time.
+/// Most agents that are told at a time.
 const MAX_TOLD: usize = 16;
 /// Bytes for each guest's random number generator.
 const ENTROPY: usize = 64;
 /// How long an agent may take until it takes a connection. It has to hear first that those of its
 /// parent were reset.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How much longer for each VM that was made with it, and the longest: all begin at once, and each has
+/// something to do then.
+const PATIENCE_EACH: Duration = Duration::from_secs(1);
+const MAX_PATIENCE: Duration = Duration::from_secs(300);
+/// How long it may take then until it is ready.
+const ANSWERING: Duration = Duration::from_secs(60);
 /// How often it is tried.
 const RETRY: Duration = Duration::from_millis(20);
+
+/// Agents that are told at a time: their guests work then. More of them than there are processors for
+/// would all be late, where their kernels are interpreted.
+fn told_at_a_time() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
+}
 
 fn not_ready(name: &str, why: &str) -> ApiError {
     ApiError::new(ProblemKind::NotReady, format!("{name}: {why}"))
@@ -71,6 +83,13 @@ impl Supervisor {
     /// # Errors
     /// When there is no such VM, no agent answers in it, or it could not do all of it.
     pub(super) async fn make_ready(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
+        self.make_ready_among(name, 1).await
+    }
+
+    /// The same for one of `count` VMs that were just made.
+    async fn make_ready_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
+        let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
+        let patience = PATIENCE.saturating_add(PATIENCE_EACH.saturating_mul(others)).min(MAX_PATIENCE);
         let (supervisor, vm) = (self.clone(), name.to_owned());
         let socket = on_a_thread(THREAD_PATIENCE, move || {
             let about = About::expect(&supervisor.0.dir, &vm)?;
@@ -78,18 +97,21 @@ impl Supervisor {
             Ok::<_, FleetError>(about.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT });
+        // One connection that is waited for: each that is given up is more for a slow guest to do.
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(patience, ANSWERING);
         let mut entropy = vec![0; ENTROPY];
         rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
             .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;
         let mut request = Generation { name: name.to_owned(), now_ns: None, entropy: Some(Base64(entropy)) };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         let ready = loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             request.now_ns = Some(now.as_nanos().to_string());
             match agent.change_generation(&request).await {
                 // The connection may be one of those that a child resets: it is told again.
-                Err(ClientError::NoAgent { .. } | ClientError::Http(_)) if Instant::now() < deadline => {
+                Err(ClientError::NoAgent { .. } | ClientError::Http(_) | ClientError::Lost(_))
+                    if Instant::now() < deadline =>
+                {
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(not_ready(name, &clade_vmm::error_chain(&error))),
@@ -114,14 +136,14 @@ impl Supervisor {
     /// That of the first that is not ready.
     pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
         let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
-        let turns = Arc::new(Semaphore::new(MAX_TOLD));
-        let mut told = JoinSet::new();
+        let turns = Arc::new(Semaphore::new(told_at_a_time()));
+        let (mut told, count) = (JoinSet::new(), names.len());
         for name in names {
             let (supervisor, turns, name) = (self.clone(), Arc::clone(&turns), name.clone());
             told.spawn(async move {
                 // The semaphore is never closed.
                 let _turn = turns.acquire().await;
-                supervisor.make_ready(&name).await
+                supervisor.make_ready_among(&name, count).await
             });
         }
         let mut failed = None;

@@ -1,0 +1,151 @@
+//! Guests that answer as slowly as they can, or never. The clock is the test's: it goes to the next
+//! time-out when nothing else is to be done.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use clade_agent_client::proto::process::StartRequest;
+use clade_agent_client::{Client, ClientError, Endpoint};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{Instant, sleep};
+
+const STREAM: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+json\r\n\r\n";
+/// An event that says that a stream is alive, in its envelope.
+const ALIVE: &[u8] = b"\0\0\0\0\x1a{\"event\":{\"keepalive\":{}}}";
+/// The longest that a call may take of a guest that does nothing.
+const LONGEST: Duration = Duration::from_secs(250);
+
+/// What a guest does with a connection once it has the head of a request.
+#[derive(Clone, Copy)]
+enum Guest {
+    /// Says this, and `drip` again and again with a pause before each.
+    Says { answer: &'static [u8], drip: &'static [u8], pause: Duration },
+    /// Reads the body to its end, and says this.
+    Reads { answer: &'static [u8] },
+}
+
+async fn read_until(stream: &mut UnixStream, end: &[u8]) {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(end) {
+        bytes.push(stream.read_u8().await.unwrap());
+    }
+}
+
+async fn behave(mut stream: UnixStream, guest: Guest) {
+    read_until(&mut stream, b"CONNECT 1\n").await;
+    stream.write_all(b"OK 1024\n").await.unwrap();
+    read_until(&mut stream, b"\r\n\r\n").await;
+    match guest {
+        Guest::Says { answer, drip, pause } => {
+            let mut written = stream.write_all(answer).await;
+            while written.is_ok() {
+                sleep(pause).await;
+                written = stream.write_all(drip).await;
+            }
+        }
+        Guest::Reads { answer } => {
+            read_until(&mut stream, b"\r\n0\r\n\r\n").await;
+            stream.write_all(answer).await.unwrap();
+            // The connection stays open.
+            sleep(Duration::from_secs(1 << 20)).await;
+        }
+    }
+}
+
+/// Runs a call against a guest. Returns what it came to, and how long it took.
+fn call<T, F: Future<Output = T>>(guest: Guest, call: impl FnOnce(Client) -> F) -> (T, Duration) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("guest.vsock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(behave(stream, guest));
+            }
+        });
+        let begun = Instant::now();
+        let done = call(Client::new(Endpoint::Vsock { socket, port: 1 })).await;
+        (done, begun.elapsed())
+    })
+}
+
+fn expect_silent<T: std::fmt::Debug>((done, took): (Result<T, ClientError>, Duration)) {
+    assert!(matches!(done, Err(ClientError::Silent { .. })), "{done:?}");
+    assert!(took < LONGEST, "{took:?}");
+}
+
+fn says(answer: &'static [u8], drip: &'static [u8]) -> Guest {
+    Guest::Says { answer, drip, pause: Duration::from_secs(50) }
+}
+
+#[test]
+fn an_answer_that_never_comes_is_not_waited_for() {
+    expect_silent(call(says(b"", b""), async |guest| guest.list().await));
+    expect_silent(call(says(b"HTTP/1.1 200 OK\r\n", b""), async |guest| guest.health().await));
+    expect_silent(call(says(STREAM, b""), async |guest| guest.start(&StartRequest::default(), None).await));
+}
+
+#[test]
+fn an_answer_byte_by_byte_is_not_waited_for() {
+    let ready =
+        call(says(b"HTTP/1.1 200 OK\r\n\r\n", b" "), async |guest| guest.change_generation(&Default::default()).await);
+    expect_silent(ready);
+    let refusal = call(says(b"HTTP/1.1 500 No\r\n\r\n", b"x"), async |guest| guest.list().await);
+    expect_silent(refusal);
+    // Of a message with a megabyte.
+    let message = call(says(&[STREAM, b"\0\0\x10\0\0"].concat().leak()[..], b" "), async |guest| {
+        guest.start(&StartRequest::default(), None).await
+    });
+    expect_silent(message);
+}
+
+#[test]
+fn a_program_that_runs_for_long_is_waited_for() {
+    let start = b"\0\0\0\0\x1f{\"event\":{\"start\":{\"pid\":7}}}  ";
+    let guest = says([STREAM, start].concat().leak(), ALIVE);
+    let (done, took) = call(guest, async |guest| {
+        let mut process = guest.start(&StartRequest::default(), None).await?;
+        for _ in 0..100 {
+            assert!(process.next().await?.is_some());
+        }
+        Ok::<_, ClientError>(process.pid)
+    });
+    assert_eq!(done.unwrap(), 7);
+    assert!(took > Duration::from_secs(4000), "{took:?}");
+}
+
+/// Sends as much as is taken, `pieces` at most.
+async fn upload(guest: Client, pieces: usize, pause: Duration) -> Result<String, ClientError> {
+    let (mut upload, call) = guest.upload("/srv/file", None);
+    let call = tokio::spawn(call);
+    for _ in 0..pieces {
+        sleep(pause).await;
+        if !upload.send(Bytes::from_static(&[b'x'; 1 << 16])).await {
+            break;
+        }
+    }
+    drop(upload);
+    call.await.unwrap().map(|written| written.path)
+}
+
+#[test]
+fn a_file_that_is_not_taken_is_given_up() {
+    let unread = call(says(b"", b""), |guest| upload(guest, 1000, Duration::ZERO));
+    expect_silent(unread);
+    let unanswered = call(Guest::Reads { answer: b"" }, |guest| upload(guest, 10, Duration::ZERO));
+    expect_silent(unanswered);
+}
+
+#[test]
+fn a_file_that_comes_slowly_is_taken() {
+    const WRITTEN: &[u8] =
+        b"HTTP/1.1 200 OK\r\nContent-Length: 48\r\n\r\n[{\"path\":\"/srv/file\",\"name\":\"file\",\"type\":\"\"}]  ";
+    let guest = Guest::Reads { answer: WRITTEN };
+    let (done, took) = call(guest, |guest| upload(guest, 5, Duration::from_secs(1000)));
+    assert_eq!(done.unwrap(), "/srv/file");
+    assert!(took >= Duration::from_secs(5000), "{took:?}");
+}

@@ -1,0 +1,117 @@
+//! A supervisor of a bench's own, as a user starts it, and requests to it.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo, VmInfo};
+use clade_daemon::fleet::supervisor_path;
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::runtime::Runtime;
+
+use crate::commands::Failure;
+
+/// How long the supervisor may take to start, and for what a bench waits of it.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
+/// Requests in flight that stop VMs.
+const STOPS: usize = 8;
+
+/// A supervisor in a directory of its own. It ends with this, and so do its VMs.
+pub(super) struct BenchSupervisor {
+    pub(super) runtime: Runtime,
+    pub(super) client: Client,
+    process: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for BenchSupervisor {
+    fn drop(&mut self) {
+        let all = self.ask::<Vec<VmInfo>>(Method::GET, "/v1/vms", None::<&()>);
+        let names: Vec<_> = all.unwrap_or_default().into_iter().map(|vm| vm.name).collect();
+        drop(self.stop(&names, 0));
+        let pid = rustix::process::Pid::from_child(&self.process);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.process.wait();
+    }
+}
+
+impl BenchSupervisor {
+    /// Starts `clade serve` with these arguments and variables.
+    pub(super) fn start(args: &[&str], variables: &[(&str, &str)]) -> Result<Self, Failure> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+        let dir = tempfile::tempdir().map_err(Failure::run)?;
+        let mut process = Command::new("/proc/self/exe")
+            .arg("serve")
+            .args(args)
+            .env("CLADE_RUNTIME_DIR", dir.path())
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(Failure::run)?;
+        if let Err(error) = answers(dir.path()) {
+            let _ = process.kill();
+            let _ = process.wait();
+            return Err(error);
+        }
+        Ok(Self { runtime, client: Client::new(dir.path()), process, dir })
+    }
+
+    /// Its runtime directory.
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(super) fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, Failure> {
+        self.runtime.block_on(self.client.supervisor(method, path, body)).map_err(Failure::run)
+    }
+
+    /// Stops VMs, and waits until there are no more than `left`.
+    pub(super) fn stop(&self, names: &[String], left: usize) -> Result<(), Failure> {
+        let (client, names) = (&self.client, names.to_vec());
+        let all = async move {
+            let mut tasks = tokio::task::JoinSet::new();
+            for name in names {
+                if tasks.len() >= STOPS {
+                    tasks.join_next().await;
+                }
+                let client = client.clone();
+                tasks.spawn(async move {
+                    let stopped = client.stop(&name, StopRequest::default()).await;
+                    if let Err(error @ ClientError::Refused { .. }) = stopped {
+                        tracing::warn!(%error, name, "a clone is not stopped");
+                    }
+                });
+            }
+            tasks.join_all().await;
+        };
+        self.runtime.block_on(all);
+        let deadline = Instant::now() + TIMEOUT;
+        while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > left {
+            if Instant::now() > deadline {
+                return Err(Failure::Run(anyhow::anyhow!("clones have not ended within {TIMEOUT:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+fn answers(dir: &Path) -> Result<(), Failure> {
+    let deadline = Instant::now() + TIMEOUT;
+    while std::os::unix::net::UnixStream::connect(supervisor_path(dir)).is_err() {
+        if Instant::now() > deadline {
+            return Err(Failure::Run(anyhow::anyhow!("the supervisor does not answer within {TIMEOUT:?}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! A running Python with state in memory, of an image from a registry: each of its forks goes on with
+//! that state, and answers for itself.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::image::{Images, guest, resource};
+use crate::tool::{Answer, kvm, required, wait_until};
+
+/// The children.
+const CHILDREN: usize = 10;
+
+/// The image's layout, as `resources/python-image/build.sh` makes it. `CLADE_PYTHON_IMAGE` names one that
+/// is made already.
+fn layout() -> Option<PathBuf> {
+    let named = std::env::var("CLADE_PYTHON_IMAGE").ok().filter(|value| !value.is_empty()).map(PathBuf::from);
+    let layout = named.or_else(|| resource("python-image/build.sh", &["--path"]));
+    if layout.is_none() {
+        assert!(!required("python"), "python is required, and its image is not made");
+        println!("skipped: resources/python-image/build.sh has not made the image");
+    }
+    layout
+}
+
+fn exec(images: &Images, args: &[&str]) -> Answer {
+    let begun = Instant::now();
+    loop {
+        let answer = images.clade(&[&["exec"], args].concat());
+        // A guest whose kernel is interpreted may need longer on busy processors.
+        let is_late = answer.code == Some(125) && answer.stderr.contains("does not take the connection");
+        if !is_late || begun.elapsed() > Duration::from_secs(60) {
+            return answer;
+        }
+    }
+}
+
+/// The value of an expression in the running interpreter, as JSON.
+fn ask(images: &Images, vm: &str, expression: &str) -> Value {
+    let answer = exec(images, &[vm, "--", "answer", &format!("json.dumps({expression})")]);
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    // It is a text to Python, and has no quotes within.
+    let text = answer.stdout.trim_end().trim_matches('\'');
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
+}
+
+/// The same of several VMs at once.
+fn ask_all(images: &Images, vms: &[String], expression: impl Fn(&str) -> String + Sync) -> Vec<Value> {
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = vms.iter().map(|vm| scope.spawn(|| ask(images, vm, &expression(vm)))).collect::<Vec<_>>();
+        asked.into_iter().map(|asked| asked.join().unwrap()).collect()
+    })
+}
+
+fn files(images: &Images) {
+    let (numbers, copy) = (images.path("numbers.json"), images.path("squares.json"));
+    fs::write(&numbers, "[3, 4]").unwrap();
+    let copied = images.clade(&["cp", numbers.to_str().unwrap(), "py:/srv/numbers.json"]);
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    let expression = "json.dump([n * n for n in json.load(open('/srv/numbers.json'))], open('/srv/squares.json', 'w'))";
+    assert_eq!(exec(images, &["py", "--", "answer", expression]).stdout, "None\n");
+    let copied = images.clade(&["cp", "py:/srv/squares.json", copy.to_str().unwrap()]);
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    assert_eq!(fs::read_to_string(copy).unwrap(), "[9, 16]");
+}
+
+#[test]
+fn ten_forks_of_a_running_python_answer_each_for_itself() {
+    if !kvm() {
+        return;
+    }
+    let Some(layout) = layout() else { return };
+    let Some((linux, agent)) = guest() else { return };
+    let mut images = Images::new();
+    let name = images.push(&layout, "python").unwrap_or_else(|| {
+        assert!(!required("python"), "python is required, and there is no registry to pull it from");
+        format!("oci:{}:python", layout.display())
+    });
+    let pulled = images.clade(&["image", "pull", &name, "--json"]).json();
+    assert_eq!(pulled[0]["config"]["Entrypoint"], json!(["/usr/bin/python3", "/srv/server.py"]), "{pulled}");
+
+    images.runtime.spawn(&["serve", "--pool", "0"]);
+    wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
+    let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "256M", "--name", "py", "--fresh"]);
+    command.arg("--kernel").arg(linux.join("vmlinux")).env("CLADE_AGENT", &agent);
+    let booted: Answer = command.output().unwrap().into();
+    assert_eq!(booted.code, Some(0), "{booted:?}");
+    let begun = Instant::now();
+    // What it writes when it listens: asking it would take its time.
+    while !images.clade(&["logs", "py"]).stdout.contains("python answers") {
+        let logs = || images.clade(&["logs", "py"]);
+        assert!(begun.elapsed() < Duration::from_secs(300), "no interpreter answers: {:?}", logs());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    println!("python answers {:.1} s after its VM has begun", begun.elapsed().as_secs_f64());
+    let raised = exec(&images, &["py", "--", "answer", "1 / 0"]);
+    assert_eq!((raised.code, raised.stderr.as_str()), (Some(1), "ZeroDivisionError: division by zero\n"));
+    files(&images);
+
+    let about = "[token, count, random.random(), os.urandom(8).hex()]";
+    let parent = ask(&images, "py", &format!("[*{about}, state.setdefault('of', 'all')]"));
+    let forked = images.clade(&["fork", "py", "--count", &CHILDREN.to_string(), "--ready", "--json"]).json();
+    let vms: Vec<String> = serde_json::from_value(forked["children"].clone()).unwrap();
+    assert_eq!(vms.len(), CHILDREN);
+    let first = ask_all(&images, &vms, |vm| format!("[*{about}, state.setdefault('me', '{vm}') and state]"));
+    let (mut random, mut urandom) = (BTreeSet::new(), BTreeSet::new());
+    for answer in first.iter().chain([&parent]) {
+        assert_eq!(answer[0], parent[0], "drawn before the fork");
+        random.insert(answer[2].to_string());
+        urandom.insert(answer[3].to_string());
+    }
+    assert_eq!((random.len(), urandom.len()), (CHILDREN + 1, CHILDREN + 1), "each draws its own: {first:?}");
+    for (vm, answer) in vms.iter().zip(&first) {
+        let count = answer[1].as_u64().unwrap() - parent[1].as_u64().unwrap();
+        // The hook that reseeds it has counted too, and may be run twice.
+        assert!((2..5).contains(&count), "the counter goes on: {parent} {answer}");
+        assert_eq!(answer[4], json!({"of": "all", "me": vm}), "it sees what its parent has set, and no sibling");
+    }
+    // Once all have set what is theirs.
+    assert_eq!(ask(&images, &vms[0], "state['me']"), json!(vms[0]));
+    let after = ask(&images, "py", "[token, count, state]");
+    assert_eq!(after, json!([parent[0], parent[1].as_u64().unwrap() + 1, {"of": "all"}]), "the parent goes on");
+    images.clade(&["stop", "--all"]);
+}
