@@ -5,7 +5,7 @@
 //! order. The process notes events in it, each in a slot, the oldest replaced first. When the
 //! process has ended, the supervisor reads the file, in which there may be anything: of a slot it
 //! takes two numbers and a text of bounded length. A supervisor that has not started the VM asks the
-//! process for the file, and looks first at what it is given ([`checked`]).
+//! process for the file, and looks first at what it is given (`checked`).
 //!
 //! | bytes of a slot | what |
 //! |---|---|
