@@ -16,6 +16,7 @@ pub mod console;
 pub mod control;
 pub mod fleet;
 pub mod flight;
+mod heap;
 mod image;
 pub mod jail;
 pub mod supervisor;

@@ -37,6 +37,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd
 
 use crate::control;
 use crate::fleet::FleetError;
+use crate::heap;
 use crate::jail::{self, Confinement};
 use crate::worker::{Process, Worker};
 
@@ -98,6 +99,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
     let ended = Ended::watch()?;
     // Last: what is above is done once.
     jail::confine_zygote(confinement).map_err(io::Error::other)?;
+    heap::take_holes();
     let mut is_asked = true;
     while is_asked || ended.has_more() {
         // A closed socket is always ready, and not looked at.

@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// something to do then.
 const PATIENCE_EACH: Duration = Duration::from_secs(1);
 const MAX_PATIENCE: Duration = Duration::from_secs(300);
+/// How long one attempt may take. Each that is given up is more for a slow guest to do.
+const ATTEMPT: Duration = Duration::from_secs(10);
 /// How long it may take then until it is ready.
 const ANSWERING: Duration = Duration::from_secs(60);
 /// How often it is tried.
@@ -97,8 +99,7 @@ impl Supervisor {
             Ok::<_, FleetError>(about.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
-        // One connection that is waited for: each that is given up is more for a slow guest to do.
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(patience, ANSWERING);
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, ANSWERING);
         let mut entropy = vec![0; ENTROPY];
         rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
             .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;

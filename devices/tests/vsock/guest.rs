@@ -34,6 +34,9 @@ pub(crate) struct Guest {
     pub(crate) taken: u32,
     /// What a shutdown shuts.
     pub(crate) shuts: u32,
+    /// What it says its address is, and what the device says.
+    pub(crate) cid: u64,
+    pub(crate) addressed: u64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -54,7 +57,7 @@ pub(crate) fn device(dir: &Path, name: &str, cid: u64, reset: bool) -> Box<dyn V
 
 impl Guest {
     pub(crate) fn new(driver: Driver) -> Self {
-        let mut guest = Self { driver, slots: 0, taken: 0, shuts: 3 };
+        let mut guest = Self { driver, slots: 0, taken: 0, shuts: 3, cid: CID, addressed: CID };
         (0..8).for_each(|_| guest.offer());
         guest
     }
@@ -67,7 +70,7 @@ impl Guest {
 
     pub(crate) fn header(&self, op: u16, host: u32, guest: u32, len: u32, room: u32) -> Vec<u8> {
         let mut header = Vec::new();
-        header.extend(CID.to_le_bytes());
+        header.extend(self.cid.to_le_bytes());
         header.extend(2u64.to_le_bytes());
         header.extend(guest.to_le_bytes());
         header.extend(host.to_le_bytes());
@@ -115,7 +118,7 @@ impl Guest {
         let at = IN + (u64::from(head) % 16) * 0x2000;
         let bytes = self.driver.look(at, len as usize);
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        assert_eq!(u64::from_le_bytes(bytes[8..16].try_into().unwrap()), CID);
+        assert_eq!(u64::from_le_bytes(bytes[8..16].try_into().unwrap()), self.addressed);
         assert_eq!(bytes.len(), HEADER + u32_at(24) as usize);
         self.offer();
         Packet {

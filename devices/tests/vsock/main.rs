@@ -129,6 +129,44 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
 }
 
 #[test]
+fn a_child_that_has_not_read_its_address_yet_is_asked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Guest::new(Driver::take(device(dir.path(), "child.sock", 43, true), &ram(&store())));
+    child.addressed = 43;
+    let mut host = connect(dir.path(), "child.sock", 9);
+    // It answers as its parent.
+    let mut asked = child.packet();
+    for _ in 0..3 {
+        assert_eq!((asked.op, asked.guest), (REQUEST, 9));
+        child.send(RESPONSE, asked.host, 9, &[], 1 << 16);
+        let dropped = child.packet();
+        assert_eq!((dropped.op, dropped.host, dropped.guest), (RESET, asked.host, 9));
+        let again = child.packet();
+        assert_ne!(again.host, asked.host, "it may still have the other");
+        asked = again;
+    }
+    child.cid = 43;
+    child.send(RESPONSE, asked.host, 9, &[], 1 << 16);
+    assert_eq!(line(&mut host), format!("OK {}", asked.host));
+    // One that never reads it is not asked for ever.
+    child.cid = CID;
+    let mut host = connect(dir.path(), "child.sock", 10);
+    let mut count = 0;
+    loop {
+        let packet = child.packet();
+        if packet.op == REQUEST {
+            count += 1;
+            child.send(RESPONSE, packet.host, 10, &[], 1 << 16);
+        } else if count == 100 {
+            assert_eq!(packet.op, RESET);
+            break;
+        }
+    }
+    assert_eq!(host.read(&mut [0]).unwrap(), 0, "the host reads the end");
+    assert!(!child.driver.needs_reset());
+}
+
+#[test]
 fn a_guest_that_is_put_back_is_told_that_its_connections_are_gone_and_so_is_the_host() {
     let dir = tempfile::tempdir().unwrap();
     let mut vm = guest(dir.path());

@@ -70,6 +70,8 @@ pub(super) struct Connection {
     sink_gone: bool,
     /// Whether the socket may have input.
     pub(super) readable: bool,
+    /// How often the guest was asked for it.
+    pub(super) asked: u32,
 }
 
 impl Connection {
@@ -90,6 +92,7 @@ impl Connection {
             told_hung_up: false,
             sink_gone: false,
             readable: false,
+            asked: 0,
         })
     }
 

@@ -41,6 +41,9 @@ impl Vsock {
                 let reset = Header { from_cid: header.to_cid, ..self.header(key, Op::Reset) };
                 self.reply(reset);
             }
+            if header.op == Op::Response && header.to_cid == HOST_CID && header.stream {
+                self.ask_again(key);
+            }
             return Ok(());
         }
         if let Some(connection) = self.connections.get_mut(&key) {

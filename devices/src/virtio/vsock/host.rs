@@ -23,6 +23,8 @@ const MAX_ACCEPTS: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 /// How often it is tried before the guest's connection is refused: for two seconds.
 const MAX_RETRIES: u32 = 200;
+/// How often a guest is asked for a connection that it accepts by an address which is not its own.
+const MAX_ASKED: u32 = 100;
 /// Connections tried again in a turn.
 const MAX_RETRIED: usize = 64;
 /// How soon the listener is watched again when there was no descriptor for a connection.
@@ -147,15 +149,37 @@ impl Vsock {
                 }
             }
             Greeting::Port(port) => {
-                let key = (self.free_port(port), port);
                 connection.stage = Stage::Asked;
-                self.connections.insert(key, connection);
-                self.keys.insert(fd, key);
-                let header = self.header(key, Op::Request);
-                self.reply(header);
+                self.ask(connection, port);
             }
             // The host reads the end of the stream.
             Greeting::Bad => self.accept_soon(),
+        }
+    }
+
+    /// Asks the guest for a connection to `port`.
+    fn ask(&mut self, mut connection: Connection, port: u32) {
+        let key = (self.free_port(port), port);
+        connection.asked += 1;
+        self.keys.insert(connection.socket().as_raw_fd(), key);
+        self.connections.insert(key, connection);
+        let header = self.header(key, Op::Request);
+        self.reply(header);
+    }
+
+    /// Asks the guest once more for a connection that it has accepted by an address which is not its
+    /// own: a child that has not read yet that its address is another. What it has accepted it drops
+    /// when it does, so the connection is another one, from another port.
+    pub(super) fn ask_again(&mut self, key: Key) {
+        let Some(connection) = self.connections.get(&key).filter(|connection| connection.stage == Stage::Asked) else {
+            return;
+        };
+        if connection.asked >= MAX_ASKED {
+            // The host reads the end of the stream.
+            return self.close(key, false);
+        }
+        if let Some(connection) = self.connections.remove(&key) {
+            self.ask(connection, key.1);
         }
     }
 
