@@ -91,7 +91,6 @@ pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
     if confinement != Confinement::Off {
         confinement.judge("namespaces", jail::enter_empty()).map_err(io::Error::other)?;
     }
-    jail::prepare(confinement).map_err(io::Error::other)?;
     control::warm_up();
     let (exits, write_exits) = io::pipe()?;
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;

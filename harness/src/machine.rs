@@ -14,17 +14,24 @@ pub type WordsError = Box<dyn Error + Send + Sync>;
 
 /// Guest memory as aligned words of 8 bytes, each of which is read and written as a whole.
 pub trait GuestWords {
-    /// Reads a word. What the guest has written before it is seen by later reads.
+    /// Reads a word. What the guest has written before it is seen by later reads. Unless this is
+    /// written anew, a read of eight aligned bytes has to be one of a word, and so has a write.
     ///
     /// # Errors
     /// When it is not in guest memory.
-    fn load(&self, address: u64) -> Result<u64, WordsError>;
+    fn load(&self, address: u64) -> Result<u64, WordsError> {
+        let mut bytes = [0; 8];
+        self.read(address, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
 
     /// Writes words. The guest sees those of earlier calls before them.
     ///
     /// # Errors
     /// When they are not in guest memory.
-    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError>;
+    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
+        self.write(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
+    }
 
     /// Reads bytes, in no order.
     ///

@@ -11,12 +11,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
-use crate::commands::Failure;
+use crate::commands::{Failure, for_each};
 
 /// How long the supervisor may take to start, and for what a bench waits of it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
-/// Requests in flight that stop VMs.
-const STOPS: usize = 8;
 
 /// A supervisor in a directory of its own. It ends with this, and so do its VMs.
 pub(super) struct BenchSupervisor {
@@ -76,24 +74,17 @@ impl BenchSupervisor {
 
     /// Stops VMs, and waits until there are no more than `left`.
     pub(super) fn stop(&self, names: &[String], left: usize) -> Result<(), Failure> {
-        let (client, names) = (&self.client, names.to_vec());
-        let all = async move {
-            let mut tasks = tokio::task::JoinSet::new();
-            for name in names {
-                if tasks.len() >= STOPS {
-                    tasks.join_next().await;
+        let stop = |name: String| {
+            let client = self.client.clone();
+            async move {
+                let stopped = client.stop(&name, StopRequest::default()).await;
+                if let Err(error @ ClientError::Refused { .. }) = &stopped {
+                    tracing::warn!(%error, name, "a clone is not stopped");
                 }
-                let client = client.clone();
-                tasks.spawn(async move {
-                    let stopped = client.stop(&name, StopRequest::default()).await;
-                    if let Err(error @ ClientError::Refused { .. }) = stopped {
-                        tracing::warn!(%error, name, "a clone is not stopped");
-                    }
-                });
+                stopped
             }
-            tasks.join_all().await;
         };
-        self.runtime.block_on(all);
+        drop(self.runtime.block_on(for_each(names, stop)));
         let deadline = Instant::now() + TIMEOUT;
         while self.ask::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>)?.vms > left {
             if Instant::now() > deadline {

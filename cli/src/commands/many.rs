@@ -140,7 +140,7 @@ async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientErro
 }
 
 /// Does `each` for all names, a few at a time. Returns the results in the names' order.
-pub(super) async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
+pub(crate) async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
 where
     T: Send + 'static,
     W: Future<Output = Result<T, ClientError>> + Send + 'static,

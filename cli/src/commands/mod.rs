@@ -46,6 +46,7 @@ use clap::Parser;
 
 use args::{Cli, Command};
 use many::Verb;
+pub(crate) use many::for_each;
 pub(crate) use output::{Table, print_json};
 
 /// Why a command failed.

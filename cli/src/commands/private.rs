@@ -207,17 +207,7 @@ impl RemoteVm {
 }
 
 impl GuestWords for RemoteVm {
-    fn load(&self, address: u64) -> Result<u64, WordsError> {
-        let mut bytes = [0; 8];
-        self.read(address, &mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
-        // Whole words are written as such.
-        self.write(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
-    }
-
+    // Whole words are read and written as such.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
         for (at, part) in (address..).step_by(MAX_MEMORY).zip(bytes.chunks_mut(MAX_MEMORY)) {
             self.runtime.block_on(self.client.read_memory(&self.name, at, part))?;

@@ -86,16 +86,6 @@ impl<'a> BareVm<'a> {
 }
 
 impl GuestWords for BareVm<'_> {
-    fn load(&self, address: u64) -> Result<u64, WordsError> {
-        let mut bytes = [0; 8];
-        self.read(address, &mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
-        self.write(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
-    }
-
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
         Ok(self.executor.block_on(self.client.read_memory(&self.name, address, bytes))?)
     }

@@ -104,14 +104,6 @@ impl Confinement {
     }
 }
 
-/// Prepares what all workers need to be confined.
-pub(crate) fn prepare(confinement: Confinement) -> Result<(), JailError> {
-    if confinement == Confinement::Off {
-        return Ok(());
-    }
-    confinement.judge("seccomp", seccomp::prepare())
-}
-
 /// Confines the zygote, which has one thread, to what it and its workers need: they inherit it.
 ///
 /// # Errors

@@ -336,7 +336,6 @@ fn inside() {
         beside: if is_booted { vec![place.join("image")] } else { Vec::new() },
         locks: is_booted,
     };
-    prepare(Confinement::Require).unwrap();
     if std::env::var_os(ZYGOTE).is_some() {
         confine_zygote(Confinement::Require).unwrap();
     }

@@ -132,8 +132,9 @@ impl ClientError {
             Self::Forbidden { .. } => ProblemKind::Forbidden,
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
             Self::Silent { .. } => ProblemKind::VmSilent,
-            // Its process ended before it answered, or while it was connected to.
-            lost if lost.is_lost() => ProblemKind::VmGone,
+            // It ended while it was connected to.
+            Self::Socket { .. } if self.is_lost() => ProblemKind::VmGone,
+            // Its process ended before it answered.
             Self::Http(_) | Self::Answer(_) | Self::LongAnswer | Self::ShortMemory { .. } => ProblemKind::VmGone,
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
