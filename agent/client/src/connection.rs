@@ -20,12 +20,12 @@ use hyper::client::conn::http1;
 use hyper::header::{AUTHORIZATION, HOST};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::{Client, ClientError};
+use crate::{Client, ClientError, Socket};
 
 /// How long a guest may take to take a connection, if the client has no other patience.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -55,9 +55,6 @@ pub enum Endpoint {
     Tcp(SocketAddr),
 }
 
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
-
 impl Endpoint {
     fn shown(&self) -> String {
         match self {
@@ -66,32 +63,32 @@ impl Endpoint {
         }
     }
 
-    async fn open(&self) -> Result<Box<dyn Stream>, ClientError> {
+    async fn open(&self) -> Result<Socket, ClientError> {
         let failed = |source| ClientError::Socket { at: self.shown(), source };
         Ok(match self {
             Self::Vsock { socket, port } => {
-                let mut stream = UnixStream::connect(socket).await.map_err(failed)?;
+                let mut stream = Socket::from(UnixStream::connect(socket).await.map_err(failed)?);
                 stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(failed)?;
                 accepted(&mut stream).await?;
-                Box::new(stream)
+                stream
             }
-            Self::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
+            Self::Unix(path) => UnixStream::connect(path).await.map_err(failed)?.into(),
             Self::Tcp(address) => {
                 let stream = TcpStream::connect(address).await.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
-                Box::new(stream)
+                stream.into()
             }
         })
     }
 
-    async fn connect(&self, time: Duration) -> Result<Box<dyn Stream>, ClientError> {
+    async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
         tokio::time::timeout(time, self.open()).await.map_err(late)?
     }
 }
 
 /// Reads `OK`, a port and a line's end, and no byte more: what follows is the agent's.
-async fn accepted(stream: &mut UnixStream) -> Result<(), ClientError> {
+async fn accepted(stream: &mut Socket) -> Result<(), ClientError> {
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
         let refused = ClientError::NoAgent { why: "nothing listens at its port" };

@@ -8,6 +8,7 @@ mod error;
 mod files;
 mod process;
 mod rpc;
+mod socket;
 
 pub use clade_agent_proto as proto;
 pub use connection::Endpoint;
@@ -15,6 +16,7 @@ pub use error::ClientError;
 pub use files::{Download, Upload};
 pub use process::{Input, Process};
 pub use rpc::Messages;
+pub use socket::Socket;
 
 use std::time::Duration;
 

@@ -1,7 +1,9 @@
 //! Bad input is refused with exit code 2 and one line that names it.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -270,4 +272,22 @@ fn a_user_without_permission() {
         Ok(output) => Answer::from(output).expect_refusal("no permission to open /dev/kvm"),
         Err(error) => println!("skipped: no process for another user: {error}"),
     }
+}
+
+/// Its command is ended by the signal when nobody reads its output, and by no other closed pipe.
+#[test]
+fn a_process_that_ends_within_a_request_is_an_error_and_no_signal() {
+    let runtime = Runtime::new();
+    let listener = UnixListener::bind(runtime.socket("web")).unwrap();
+    let bytes = runtime.dir().join("bytes");
+    // More than its socket takes before it is read.
+    fs::write(&bytes, vec![7; 4 << 20]).unwrap();
+    let ends = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 64]).unwrap();
+    });
+    let answer = runtime.clade(&["memory", "write", "web", "0x1000", "--input", bytes.to_str().unwrap()]);
+    ends.join().unwrap();
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert!(answer.stderr.contains("did not answer"), "{answer:?}");
 }

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clade_agent_client::Socket;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
@@ -104,12 +104,12 @@ impl Default for Client {
 }
 
 impl Remote {
-    async fn connect(&self) -> Result<(TcpStream, Token), ClientError> {
+    async fn connect(&self) -> Result<(Socket, Token), ClientError> {
         let address = self.api.strip_prefix("tcp://").and_then(|address| address.parse().ok());
         let address: SocketAddr = address.ok_or_else(|| ClientError::Address { value: self.api.clone() })?;
         let token = Token::read(self.token_file.as_deref().ok_or(ClientError::NoToken)?)?;
         let stream = TcpStream::connect(address).await;
-        Ok((stream.map_err(|source| ClientError::NoAnswer { address, source })?, token))
+        Ok((stream.map_err(|source| ClientError::NoAnswer { address, source })?.into(), token))
     }
 }
 
@@ -151,13 +151,14 @@ impl Client {
     }
 
     /// A connection to the process of `name`.
-    async fn connect(&self, name: &str) -> Result<UnixStream, ClientError> {
+    async fn connect(&self, name: &str) -> Result<Socket, ClientError> {
         let path = socket_path(&self.dir, name);
         loop {
             match UnixStream::connect(&path).await {
                 // Its backlog is full. A connection that blocks would wait too.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
-                other => return other.map_err(|source| ClientError::unreachable(name, path, source)),
+                Ok(stream) => return Ok(stream.into()),
+                Err(source) => return Err(ClientError::unreachable(name, path, source)),
             }
         }
     }
@@ -283,13 +284,14 @@ impl Client {
         Ok(())
     }
 
-    async fn connect_supervisor(&self) -> Result<UnixStream, ClientError> {
+    async fn connect_supervisor(&self) -> Result<Socket, ClientError> {
         let path = supervisor_path(&self.dir);
         match UnixStream::connect(&path).await {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 Err(ClientError::NoSupervisor { path })
             }
-            other => other.map_err(|source| ClientError::Socket { name: "the supervisor".to_owned(), source }),
+            Ok(stream) => Ok(stream.into()),
+            Err(source) => Err(ClientError::Socket { name: "the supervisor".to_owned(), source }),
         }
     }
 
@@ -359,7 +361,7 @@ impl Payload {
 
 /// Sends one request over a connection, and returns what it is answered.
 async fn exchange<T: DeserializeOwned>(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    stream: Socket,
     token: Option<&Token>,
     method: Method,
     uri: &str,
@@ -382,7 +384,7 @@ async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
 
 /// Sends one request over a connection, and returns the body of its answer.
 async fn send(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    stream: Socket,
     token: Option<&Token>,
     method: Method,
     uri: &str,
