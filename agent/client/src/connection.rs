@@ -81,7 +81,11 @@ impl Endpoint {
         })
     }
 
-    async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
+    /// Connects within a time.
+    ///
+    /// # Errors
+    /// When nothing listens there, or does not take the connection in time.
+    pub async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
         tokio::time::timeout(time, self.open()).await.map_err(late)?
     }

@@ -12,6 +12,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use crate::commands::cp::CpArgs;
 use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
+use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
@@ -99,6 +100,9 @@ pub(crate) enum Command {
     /// OCI images: fetch, list, inspect and remove what VMs can be run of.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Keys of E2B's API: make, list and take them back.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Supervise the VMs of the runtime directory: a process for each, forks from checkpoints.
     Serve(ServeArgs),
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
@@ -142,6 +146,8 @@ pub(crate) struct ServeArgs {
     /// The file of the token that clients of that address show. Made if it is missing.
     #[arg(long, value_name = "FILE", requires = "tcp")]
     pub(crate) token_file: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    pub(crate) e2b: E2bArgs,
 }
 
 #[derive(Debug, Args)]

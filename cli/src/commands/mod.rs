@@ -6,6 +6,7 @@ mod checkpoint;
 mod cp;
 mod devices;
 mod disk;
+mod e2b;
 mod events;
 mod exec;
 mod generate;
@@ -180,6 +181,7 @@ fn run(command: Command) -> Outcome {
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
         Command::Image(command) => image::main(&command),
+        Command::Key(command) => e2b::key(&command),
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),

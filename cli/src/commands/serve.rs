@@ -39,6 +39,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
             let listening = supervisor.listen(address, token).inspect_err(|_| supervisor.close());
             say!("the API is at tcp://{}", listening.map_err(Failure::input)?);
         }
+        args.e2b.serve(&dir, runtime).inspect_err(|_| supervisor.close())?;
         say!("VMs in {} are supervised", dir.display());
         notify(READY);
         while shutdown.signal().is_none() {

@@ -44,8 +44,13 @@ fn guest(dir: &Path) -> Option<(PathBuf, PathBuf)> {
 }
 
 fn boot(runtime: &mut Runtime) -> bool {
+    boot_at(runtime, cid())
+}
+
+/// Boots a guest with the agent, as `web`. Returns when the agent answers; false where there is no guest.
+pub(crate) fn boot_at(runtime: &mut Runtime, cid: u32) -> bool {
     let Some((kernel, initrd)) = guest(runtime.dir()) else { return false };
-    let vsock = format!("cid={},socket={}", cid(), runtime.dir().join("web.vsock").display());
+    let vsock = format!("cid={cid},socket={}", runtime.dir().join("web.vsock").display());
     let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
     let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
     runtime.spawn(&[&args[..], &["--vsock", &vsock]].concat());

@@ -10,6 +10,7 @@ mod cgroup;
 mod check;
 mod control;
 mod disk;
+mod e2b;
 mod ending;
 mod flight;
 mod graceful;

@@ -1,0 +1,135 @@
+//! E2B's API beside the supervisor's own, and the keys of its clients.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Scope};
+use serde::Serialize;
+use tokio::runtime::Handle;
+
+use crate::commands::run::say;
+use crate::commands::{Failure, Outcome, Table, print_json};
+
+/// The address, as `clade serve` is given it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct E2bArgs {
+    /// Serve E2B's API too, at this loopback address, for clients with a key. Port 0 is a free one.
+    #[arg(long, value_name = "ADDR")]
+    e2b: Option<SocketAddr>,
+    /// The domain below which PORT-ID is a sandbox's port.
+    #[arg(long, value_name = "DOMAIN", requires = "e2b")]
+    e2b_domain: Option<String>,
+    #[command(flatten)]
+    keys: KeysFile,
+}
+
+/// Where keys are.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct KeysFile {
+    /// The file of keys of E2B's API. Default: `clade/keys.json` in `XDG_CONFIG_HOME` or `~/.config`.
+    #[arg(long = "keys", value_name = "FILE")]
+    path: Option<PathBuf>,
+}
+
+impl KeysFile {
+    fn path(&self) -> Result<PathBuf, Failure> {
+        if let Some(path) = &self.path {
+            return Ok(path.clone());
+        }
+        let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let dir = of("XDG_CONFIG_HOME").or_else(|| of("HOME").map(|home| home.join(".config")));
+        let dir = dir.ok_or_else(|| anyhow::anyhow!("--keys is not given, and HOME is not set"));
+        Ok(dir.map_err(Failure::input)?.join("clade/keys.json"))
+    }
+}
+
+/// `clade key`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a key and print it, this once. Its name owns what is made with it.
+    Add(AddArgs),
+    /// List the keys' names.
+    Ls(ListArgs),
+    /// Take a key back. Its sandboxes run on.
+    Rm(RemoveArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AddArgs {
+    /// Its name.
+    name: String,
+    /// What it may do: all calls, or those that change nothing.
+    #[arg(long, value_name = "all|read", default_value = "all")]
+    scope: Scope,
+    #[command(flatten)]
+    keys: KeysFile,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    keys: KeysFile,
+    /// Print JSON: an array of the keys, without what only their owners have.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RemoveArgs {
+    /// Its name.
+    name: String,
+    #[command(flatten)]
+    keys: KeysFile,
+}
+
+fn failure(error: KeysError) -> Failure {
+    match error {
+        KeysError::File { .. } => Failure::run(error),
+        _ => Failure::input(error),
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    scope: Scope,
+}
+
+pub(super) fn key(command: &KeyCommand) -> Outcome {
+    let keys = |file: &KeysFile| file.path().map(|path| ApiKeys::new(&path));
+    match command {
+        KeyCommand::Add(args) => {
+            let key = keys(&args.keys)?.add(&args.name, args.scope).map_err(failure)?;
+            writeln!(io::stdout(), "{key}").map_err(Failure::run)?;
+        }
+        KeyCommand::Rm(args) => keys(&args.keys)?.remove(&args.name).map_err(failure)?,
+        KeyCommand::Ls(args) => {
+            let all = keys(&args.keys)?.list().map_err(failure)?;
+            let rows: Vec<Row> = all.into_iter().map(|key| Row { name: key.name, scope: key.scope }).collect();
+            if args.json {
+                return print_json(&rows).map_err(Failure::run);
+            }
+            let mut table = Table::new(["NAME", "SCOPE"]);
+            for row in rows {
+                table.words([row.name, row.scope.to_string()]);
+            }
+            table.print().map_err(Failure::run)?;
+        }
+    }
+    Ok(())
+}
+
+impl E2bArgs {
+    /// Serves the API, if that is asked for, until the runtime ends.
+    pub(super) fn serve(&self, dir: &Path, runtime: &Handle) -> Outcome {
+        let Some(address) = self.e2b else { return Ok(()) };
+        let options = Options { dir: dir.to_owned(), keys: self.keys.path()?, domain: self.e2b_domain.clone() };
+        let gateway = Gateway::open(&options).map_err(Failure::input)?;
+        let _runtime = runtime.enter();
+        let (bound, serving) = gateway.listen(address).map_err(Failure::input)?;
+        runtime.spawn(serving);
+        say!("E2B's API is at http://{bound}");
+        Ok(())
+    }
+}

@@ -1,0 +1,226 @@
+//! E2B's API as its Python SDK sees it, and as one sees it who is up to no good.
+//!
+//! `CLADE_E2B_PYTHON` names a Python that has the SDK; else `python3` is tried. `CLADE_E2B_NODE` names a
+//! directory with `node_modules` that have the one for JavaScript.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::agent::boot_at;
+use crate::tool::{Runtime, kill, kvm, wait_until};
+
+const SCRIPT: &str = include_str!("e2b_sdk.py");
+const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
+
+fn python() -> Option<String> {
+    let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
+    if !has_sdk {
+        println!("skipped: {python} has no e2b");
+    }
+    has_sdk.then_some(python)
+}
+
+/// A supervisor with E2B's API, and its address.
+struct Host {
+    runtime: Runtime,
+    address: String,
+}
+
+impl Host {
+    fn new() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut host = Self { runtime: Runtime::new(), address: format!("127.0.0.1:{port}") };
+        host.serve();
+        host
+    }
+
+    fn serve(&mut self) {
+        let keys = self.runtime.dir().join("keys.json");
+        let keys = keys.to_str().unwrap();
+        self.runtime.spawn(&["serve", "--e2b", &self.address, "--e2b-domain", "box.test", "--keys", keys]);
+        wait_until("the port", || TcpStream::connect(&self.address).is_ok());
+    }
+
+    fn key(&self, name: &str, scope: &str) -> String {
+        let keys = self.runtime.dir().join("keys.json");
+        let made = self.runtime.clade(&["key", "add", name, "--scope", scope, "--keys", keys.to_str().unwrap()]);
+        assert_eq!(made.code, Some(0), "{made:?}");
+        made.stdout.trim().to_owned()
+    }
+
+    /// One request as it stands here: its status and what came behind the head.
+    fn says(&self, request: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        let status = answer.split(' ').nth(1).unwrap_or_else(|| panic!("{request:?}: {answer:?}")).parse().unwrap();
+        (status, answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
+    }
+
+    fn call(&self, key: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let (status, text) = self.says(&format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ));
+        (status, serde_json::from_str(&text).unwrap_or_default())
+    }
+}
+
+#[test]
+fn the_python_sdk_makes_forks_and_ends_sandboxes() {
+    if !kvm() {
+        return;
+    }
+    let Some(python) = python() else { return };
+    let mut host = Host::new();
+    if !boot_at(&mut host.runtime, 0x5000_0000 + std::process::id() * 64) {
+        return;
+    }
+    // Its shell, where the guest has a smaller one.
+    let shell = r#"printf '#!/bin/sh\nexec /bin/sh "$@"\n' > /bin/bash; chmod 755 /bin/bash"#;
+    assert_eq!(host.runtime.clade(&["exec", "web", "--", "sh", "-c", shell]).code, Some(0));
+    host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
+    let [me, other, reader] =
+        [("me", "all"), ("other", "all"), ("reader", "read")].map(|(name, scope)| host.key(name, scope));
+    let drive = |command: &mut Command| {
+        command.env("E2B_API_KEY", &me);
+        for name in ["E2B_API_URL", "E2B_SANDBOX_URL"] {
+            command.env(name, format!("http://{}", host.address));
+        }
+        let done = command.output().unwrap();
+        let text = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
+        print!("{text}");
+    };
+    drive(Command::new(python).args(["-c", SCRIPT, &other, &reader, "base"]));
+    match std::env::var("CLADE_E2B_NODE") {
+        Ok(dir) => {
+            let own = tempfile::tempdir().unwrap();
+            std::os::unix::fs::symlink(
+                std::path::Path::new(&dir).join("node_modules"),
+                own.path().join("node_modules"),
+            )
+            .unwrap();
+            let script = own.path().join("e2b_sdk.mjs");
+            std::fs::write(&script, NODE_SCRIPT).unwrap();
+            drive(Command::new("node").arg(script));
+        }
+        Err(_) => println!("skipped: CLADE_E2B_NODE is not set"),
+    }
+    wait_until("the end of its sandboxes", || host.runtime.names() == ["web"]);
+    reaches_nothing_else(&host, &me);
+    outlives_its_supervisor(&mut host, &me);
+}
+
+/// Sandboxes, their tokens and what their owner wrote on them are there for the next supervisor.
+fn outlives_its_supervisor(host: &mut Host, key: &str) {
+    let body = r#"{"templateID": "base", "timeout": 300, "metadata": {"a": "b"}}"#;
+    let (status, made) = host.call(key, "POST", "/v2/sandboxes", body);
+    assert_eq!(status, 201, "{made}");
+    let (id, token) = (made["sandboxID"].as_str().unwrap(), made["envdAccessToken"].as_str().unwrap());
+    let supervisor = host.runtime.pid();
+    kill(supervisor, Signal::KILL);
+    wait_until("its end", || TcpStream::connect(&host.address).is_err());
+    host.serve();
+    let (status, info) = host.call(key, "GET", &format!("/sandboxes/{id}"), "");
+    assert_eq!((status, &info["metadata"]["a"], &info["envdAccessToken"]), (200, &"b".into(), &token.into()), "{info}");
+    let ask = format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\nx-access-token: {token}");
+    assert_eq!(host.says(&format!("{ask}\r\nconnection: close\r\n\r\n")).0, 200);
+    // One that was ended by another command is forgotten.
+    assert_eq!(host.runtime.clade(&["stop", id]).code, Some(0));
+    wait_until("it to be forgotten", || host.call(key, "GET", &format!("/sandboxes/{id}"), "").0 == 404);
+}
+
+/// Requests that name what is not theirs, or two things.
+fn reaches_nothing_else(host: &Host, key: &str) {
+    let made = host.call(key, "POST", "/sandboxes", r#"{"templateID": "base", "timeout": 300}"#);
+    assert_eq!(made.0, 201, "{made:?}");
+    let (id, token) = (made.1["sandboxID"].as_str().unwrap(), made.1["envdAccessToken"].as_str().unwrap());
+    let ask = |head: &str| host.says(&format!("{head}\r\nconnection: close\r\n\r\n")).0;
+    let own = format!("e2b-sandbox-id: {id}\r\nx-access-token: {token}");
+    assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: x\r\n{own}")), 200);
+    assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: 49983-{id}.box.test\r\nx-access-token: {token}")), 200);
+    // A native VM is no sandbox, and what is the host's stays its own.
+    assert_eq!(ask("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: web"), 502);
+    assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}")), 401);
+    for path in ["/init", "/clade/shutdown", "/clade/generation"] {
+        assert_eq!(ask(&format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n{own}")), 403, "{path}");
+    }
+    for path in ["//clade/shutdown", "/x/../clade/shutdown", "/%63lade/shutdown", "/clade%2fshutdown"] {
+        let status = ask(&format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n{own}"));
+        assert!([400, 404].contains(&status), "{path}: {status}");
+    }
+    // By an address in the request's line, which is for this host's name alone.
+    assert_eq!(ask(&format!("POST http://x/clade/shutdown HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n{own}")), 403);
+    for wrong in [
+        format!("GET /envs HTTP/1.1\r\nhost: 49983-other.box.test\r\n{own}"),
+        format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: web\r\n{own}"),
+        format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-port: ../22\r\n{own}"),
+        format!("POST /files HTTP/1.1\r\nhost: x\r\n{own}\r\ncontent-length: 3\r\ncontent-length: 4"),
+    ] {
+        assert_eq!(ask(&wrong), 400, "{wrong}");
+    }
+    assert_eq!(ask(&format!("GET / HTTP/1.1\r\nhost: x\r\n{own}\r\ne2b-sandbox-port: 22")), 502);
+    assert_eq!(ask(&format!("GET /sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\norigin: http://x")), 403);
+    assert_eq!(ask("GET /sandboxes HTTP/1.1\r\nhost: x"), 401);
+    // A request within another's body stays there.
+    let inner = "GET /envs HTTP/1.1\r\nhost: x\r\n\r\n";
+    let outer = format!(
+        "GET /envs HTTP/1.1\r\nhost: x\r\n{own}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{inner}",
+        inner.len()
+    );
+    let (status, body) = host.says(&outer);
+    assert!(status == 200 && !body.contains("HTTP/1.1"), "{status} {body}");
+    // It is still there, and another of that name is none of this key's.
+    for (method, path, status) in [
+        ("GET", format!("/sandboxes/{id}"), 200),
+        ("GET", "/sandboxes/web".to_owned(), 404),
+        ("DELETE", "/sandboxes/web".to_owned(), 404),
+        ("DELETE", "/templates/base".to_owned(), 404),
+        ("POST", "/sandboxes/..%2f..%2fweb/pause".to_owned(), 404),
+        ("PATCH", "/sandboxes".to_owned(), 405),
+        ("GET", "/nothing".to_owned(), 404),
+        ("DELETE", format!("/sandboxes/{id}"), 204),
+        ("DELETE", format!("/sandboxes/{id}"), 404),
+    ] {
+        let answer = host.call(key, method, &path, "");
+        assert_eq!(answer.0, status, "{method} {path}: {answer:?}");
+        assert!(status < 400 || answer.1["code"] == status, "{method} {path}: {answer:?}");
+    }
+    assert_eq!(host.runtime.clade(&["exec", "web", "--", "true"]).code, Some(0));
+}
+
+#[test]
+fn keys_are_shown_once_and_taken_back_at_once() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new();
+    let key = host.key("me", "all");
+    assert_eq!(host.call(&key, "GET", "/v2/sandboxes", "").0, 200);
+    let keys = host.runtime.dir().join("keys.json");
+    let with = |args: &[&str]| host.runtime.clade(&[args, &["--keys", keys.to_str().unwrap()]].concat());
+    assert_eq!(with(&["key", "ls", "--json"]).json()[0]["name"], "me");
+    assert!(!with(&["key", "ls"]).stdout.contains(&key[4..]));
+    with(&["key", "add", "me"]).expect_refusal("\"me\"");
+    with(&["key", "add", "a/b"]).expect_refusal("\"a/b\"");
+    with(&["key", "rm", "you"]).expect_refusal("\"you\"");
+    assert_eq!(with(&["key", "rm", "me"]).code, Some(0));
+    let (status, body) = host.call(&key, "GET", "/v2/sandboxes", "");
+    assert_eq!((status, body["code"].as_u64()), (401, Some(401)), "{body}");
+    // A burst of calls is bounded.
+    let key = host.key("busy", "read");
+    let statuses: Vec<u16> = (0..900).map(|_| host.call(&key, "GET", "/v2/sandboxes", "").0).collect();
+    assert!(statuses.iter().all(|status| [200, 429].contains(status)));
+    let other = Runtime::new();
+    other.clade(&["serve", "--e2b", "192.0.2.1:0"]).expect_refusal("192.0.2.1:0");
+    other.clade(&["serve", "--e2b", &host.address]).expect_refusal(&host.address);
+}

@@ -1,0 +1,167 @@
+"""What users of E2B's SDK do, against E2B's API of a host. Arguments: the key of another user, a key that only reads, a template."""
+import os
+import sys
+import time
+
+import httpx
+from e2b import (AuthenticationException, CommandExitException, NotFoundException, Sandbox, SandboxException, SandboxQuery,
+                 SandboxState)
+
+OTHER, READER, TEMPLATE = sys.argv[1:]
+URL = os.environ["E2B_API_URL"]
+
+
+def token_of(box):
+    return box.connection_config.sandbox_headers["X-Access-Token"]
+
+
+def raises(kind, work):
+    try:
+        work()
+    except kind as error:
+        return error
+    raise AssertionError(f"{kind.__name__} was expected")
+
+
+def ids(paginator):
+    found = []
+    while paginator.has_next:
+        found += [one.sandbox_id for one in paginator.next_items()]
+    return found
+
+
+def keys():
+    error = raises(AuthenticationException, lambda: Sandbox.create(TEMPLATE, api_key="e2b_" + "0" * 40))
+    assert "no such API key" in str(error), error
+    error = raises(SandboxException, lambda: Sandbox.create(TEMPLATE, api_key=READER))
+    assert "change nothing" in str(error), error
+    error = raises(SandboxException, lambda: Sandbox.create("nothing"))
+    assert "nothing" in str(error), error
+    error = raises(SandboxException, lambda: Sandbox.create(TEMPLATE, timeout=100_000))
+    assert "100000" in str(error), error
+
+
+def lives(box):
+    done = box.commands.run("echo out; echo err >&2; echo $OWN; pwd", cwd="/tmp")
+    assert (done.stdout, done.stderr, done.exit_code) == ("out\n1 2\n/tmp\n", "err\n", 0), done
+    assert raises(CommandExitException, lambda: box.commands.run("exit 3")).exit_code == 3
+    handle = box.commands.run("head -n 1; echo end", background=True, stdin=True)
+    box.commands.send_stdin(handle.pid, "one\n")
+    assert handle.wait().stdout == "one\nend\n"
+    data = bytes(range(256)) * 4096
+    box.files.write("/tmp/bin", data)
+    assert bytes(box.files.read("/tmp/bin", format="bytes")) == data
+    assert [one.name for one in box.files.list("/tmp")] == ["bin"]
+    load = box.get_metrics()[0]
+    assert load.cpu_count == 1 and 0 < load.mem_used < load.mem_total, load
+    assert box.is_running()
+    box.files.write("/tmp/own", "parent")
+
+
+def is_known(box):
+    info = box.get_info()
+    assert (info.sandbox_id, info.template_id, info.metadata) == (box.sandbox_id, TEMPLATE, {"who": "me & you"}), info
+    assert info.state == SandboxState.RUNNING and info.cpu_count == 1 and info.memory_mb > 64, info
+    left = (info.end_at - info.started_at).total_seconds()
+    assert 599 < left < 601, left
+    box.set_timeout(900)
+    assert 800 < (box.get_info().end_at - info.started_at).total_seconds() < 1000
+    assert ids(Sandbox.list(query=SandboxQuery(metadata={"who": "me & you"}))) == [box.sandbox_id]
+    assert ids(Sandbox.list(query=SandboxQuery(metadata={"who": "me"}))) == []
+    assert ids(Sandbox.list(query=SandboxQuery(state=[SandboxState.PAUSED]))) == []
+    assert ids(Sandbox.list(api_key=OTHER)) == []
+    raises(NotFoundException, lambda: Sandbox.get_info(box.sandbox_id, api_key=OTHER))
+    raises(NotFoundException, lambda: Sandbox.connect(box.sandbox_id, api_key=OTHER))
+    assert Sandbox.kill(box.sandbox_id, api_key=OTHER) is False
+
+
+def forks(box):
+    token = token_of(box)
+    begun = time.time()
+    children = box.fork(count=2, timeout=300)
+    print(f"two forks were ready after {time.time() - begun:.2f} s")
+    for number, child in enumerate(children):
+        assert child.files.read("/tmp/own") == "parent"
+        child.files.write("/tmp/own", str(number))
+        assert token_of(child) != token
+        child.commands.run('test "$OWN" = "1 2"')
+    assert [child.files.read("/tmp/own") for child in children] == ["0", "1"]
+    assert box.files.read("/tmp/own") == "parent"
+    # The parent's token opens no child.
+    own = {"E2b-Sandbox-Id": children[0].sandbox_id}
+    for given, status in [(token, 401), (token[:-1], 401), (None, 401), (token_of(children[0]), 200)]:
+        headers = own if given is None else {**own, "X-Access-Token": given}
+        assert httpx.get(f"{URL}/files?path=/tmp/own", headers=headers).status_code == status, given
+    everyone = {box.sandbox_id, *[child.sandbox_id for child in children]}
+    assert set(ids(Sandbox.list())) == everyone
+    assert len(ids(Sandbox.list(limit=1))) == 3
+    for child in children:
+        assert child.kill() is True and child.kill() is False
+        raises(NotFoundException, child.get_info)
+    assert not children[0].is_running()
+    assert ids(Sandbox.list()) == [box.sandbox_id]
+
+
+def sleeps(box):
+    paused = [box.pause(), box.pause()]
+    # Older SDKs do not say it.
+    assert paused == [True, False] or not hasattr(box, "fork"), paused
+    assert not box.is_running()
+    assert box.get_info().state == SandboxState.PAUSED
+    if hasattr(box, "fork"):
+        raises(SandboxException, lambda: box.fork())
+    again = Sandbox.connect(box.sandbox_id, timeout=300)
+    assert again.files.read("/tmp/own") == "parent" and again.is_running()
+    assert abs(float(again.commands.run("date +%s").stdout) - time.time()) < 30
+
+
+def snapshots(box):
+    kept = box.create_snapshot(name="kept")
+    assert ids_of(Sandbox.list_snapshots(sandbox_id=box.sandbox_id)) == [kept.snapshot_id]
+    assert ids_of(Sandbox.list_snapshots(api_key=OTHER)) == []
+    raises(SandboxException, lambda: Sandbox.create(kept.snapshot_id, api_key=OTHER))
+    box.files.write("/tmp/own", "later")
+    other = Sandbox.create(kept.snapshot_id, timeout=300)
+    assert other.files.read("/tmp/own") == "parent"
+    other.kill()
+    assert Sandbox.delete_snapshot(kept.snapshot_id, api_key=OTHER) is False
+    assert Sandbox.delete_snapshot(kept.snapshot_id) is True
+    assert Sandbox.delete_snapshot(kept.snapshot_id) is False
+    raises(SandboxException, lambda: Sandbox.create(kept.snapshot_id))
+
+
+def ids_of(paginator):
+    found = []
+    while paginator.has_next:
+        found += [one.snapshot_id for one in paginator.next_items()]
+    return found
+
+
+def ends():
+    brief = Sandbox.create(TEMPLATE, timeout=2)
+    idle = Sandbox.create(TEMPLATE, timeout=2, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    deadline = time.time() + 60
+    while brief.is_running() or idle.get_info().state != SandboxState.PAUSED:
+        assert time.time() < deadline
+        time.sleep(0.2)
+    # A request wakes it.
+    assert idle.commands.run("echo awake").stdout == "awake\n"
+    assert idle.get_info().state == SandboxState.RUNNING
+    idle.kill()
+
+
+keys()
+begun = time.time()
+box = Sandbox.create(TEMPLATE, timeout=600, metadata={"who": "me & you"}, envs={"OWN": "1 2"}, allow_internet_access=False)
+print(f"a sandbox was ready after {time.time() - begun:.2f} s")
+# Older SDKs know less.
+parts = [(lives, "commands"), (is_known, "get_info"), (forks, "fork"), (sleeps, "pause"), (snapshots, "create_snapshot")]
+for part, needed in parts:
+    if not hasattr(box, needed):
+        print("the SDK has no", needed)
+        continue
+    part(box)
+    print("the SDK's sandbox:", part.__name__)
+box.kill()
+ends()
+print("the SDK's sandbox: ends")

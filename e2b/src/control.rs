@@ -1,0 +1,509 @@
+//! The calls that make, list, change and end sandboxes.
+
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Extension, Json, Router};
+use clade_daemon::control::{CheckpointInfo, LogsAnswer};
+use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::error::{Answer, ApiError};
+use crate::gateway::{Gateway, checkpoint_name};
+use crate::keys::Scope;
+use crate::ports::API_KEY;
+use crate::records::{Record, Snapshot};
+use crate::wire::{
+    CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric, NewSandbox,
+    OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Template, Texts, Timeout,
+};
+
+/// Most bytes of a call's body.
+const MAX_BODY: usize = 1 << 20;
+/// How long a body may take.
+const BODY_TIME: Duration = Duration::from_secs(10);
+/// Entries of a list if no other number is asked for, and most of them.
+const PAGE: usize = 100;
+const MAX_PAGE: usize = 1000;
+/// Sandboxes whose load is asked for in one call, at most.
+const MAX_METRICS: usize = 100;
+const NEXT_TOKEN: &str = "x-next-token";
+
+/// The name of the key that a call was made with: who owns what it makes.
+#[derive(Clone, Debug)]
+struct Owner(String);
+
+type Gate = State<Gateway>;
+type Who = Extension<Owner>;
+
+/// All calls. What is no call is a 404 of the same form.
+pub(crate) fn router(gateway: &Gateway) -> Router {
+    Router::new()
+        .route("/sandboxes", get(list_running).post(create))
+        .route("/v2/sandboxes", get(list).post(create))
+        .route("/sandboxes/metrics", get(metrics_of_many))
+        .route("/sandboxes/{id}", get(show).delete(kill))
+        .route("/sandboxes/{id}/timeout", post(set_timeout))
+        .route("/sandboxes/{id}/refreshes", post(refresh))
+        .route("/sandboxes/{id}/pause", post(pause))
+        .route("/sandboxes/{id}/resume", post(resume))
+        .route("/sandboxes/{id}/connect", post(connect))
+        .route("/v2/sandboxes/{id}/connect", post(connect))
+        .route("/sandboxes/{id}/fork", post(fork))
+        .route("/sandboxes/{id}/snapshots", post(snapshot))
+        .route("/sandboxes/{id}/metrics", get(metrics))
+        .route("/sandboxes/{id}/logs", get(logs))
+        .route("/v2/sandboxes/{id}/logs", get(logs))
+        .route("/snapshots", get(snapshots))
+        .route("/templates", get(templates))
+        .route("/v2/templates", get(templates))
+        .route("/templates/{id}", delete(remove_template))
+        .route("/templates/aliases/{alias}", get(alias))
+        .route("/health", get(async || StatusCode::NO_CONTENT))
+        .fallback(async |method: Method, uri: axum::http::Uri| {
+            ApiError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path()))
+        })
+        .method_not_allowed_fallback(async |method: Method, uri: axum::http::Uri| {
+            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("there is no {method} {}", uri.path()))
+        })
+        .layer(from_fn_with_state(gateway.clone(), authorize))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(gateway.clone())
+}
+
+/// Lets calls through that show a key which may make them.
+async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Response {
+    // Who watches the host asks this without a key.
+    if request.uri().path() == "/health" {
+        return next.run(request).await;
+    }
+    // By anybody's page in a browser of this host.
+    if request.headers().contains_key("origin") {
+        return ApiError::new(StatusCode::FORBIDDEN, "calls of a browser's pages are not taken").into_response();
+    }
+    let unauthorized = |why: &str| ApiError::new(StatusCode::UNAUTHORIZED, why).into_response();
+    let shown = request.headers_mut().remove(API_KEY);
+    let Some(shown) = shown.as_ref().and_then(|shown| shown.to_str().ok()) else {
+        return unauthorized("X-API-Key is missing");
+    };
+    let key = match gateway.0.keys.find(shown) {
+        Ok(Some(key)) => key,
+        Ok(None) => return unauthorized("no such API key"),
+        Err(error) => {
+            tracing::error!(%error, "no key is taken");
+            return unauthorized("the keys cannot be read");
+        }
+    };
+    if !gateway.0.rates.admit(&key.name, Instant::now()) {
+        return ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too many calls with this key").into_response();
+    }
+    if key.scope == Scope::Read && request.method() != Method::GET {
+        return ApiError::new(StatusCode::FORBIDDEN, "this key is for calls that change nothing").into_response();
+    }
+    request.extensions_mut().insert(Owner(key.name));
+    next.run(request).await
+}
+
+/// A body of JSON. The older calls have none where everything may be left out.
+async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
+    let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
+    let read = tokio::time::timeout(BODY_TIME, Bytes::from_request(request, &())).await.map_err(late)?;
+    let bytes = read.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
+    let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+    serde_json::from_slice(text).map_err(|error| ApiError::bad(format!("the body: {error}")))
+}
+
+async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
+    let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
+    let new: NewSandbox = body(request).await?;
+    let made = gateway.create(&owner.0, new);
+    let sandbox = gateway.0.replays.once(&owner.0, key.as_deref(), made).await?;
+    Ok((StatusCode::CREATED, Json(sandbox)))
+}
+
+fn listed(record: Record) -> Listed {
+    Listed {
+        state: Gateway::state(&record),
+        template: record.template,
+        id: record.id,
+        client: CLIENT_ID,
+        started_at: record.started_at,
+        end_at: record.end_at,
+        cpu_count: record.cpus,
+        memory_mib: record.mib,
+        disk_mib: 0,
+        metadata: record.metadata,
+        envd_version: ENVD_VERSION,
+    }
+}
+
+/// The pairs of a query string within a query, which has been decoded once.
+fn pairs(query: &str) -> Answer<Texts> {
+    let url = format!("http://x/?{query}").parse().map_err(|_| ApiError::bad(format!("metadata={query:?}")))?;
+    Query::<Texts>::try_from_uri(&url).map(|pairs| pairs.0).map_err(ApiError::from)
+}
+
+/// What each side writes once more.
+fn unquoted(texts: Texts) -> Answer<Texts> {
+    let mut plain = Texts::new();
+    for (key, value) in texts {
+        let all = pairs(&format!("{key}={value}"))?;
+        plain.extend(all);
+    }
+    Ok(plain)
+}
+
+impl ListQuery {
+    fn states(&self) -> Answer<Vec<SandboxState>> {
+        let Some(states) = &self.state else { return Ok(vec![SandboxState::Running, SandboxState::Paused]) };
+        let parse = |state: &str| match state {
+            "running" => Ok(SandboxState::Running),
+            "paused" => Ok(SandboxState::Paused),
+            other => Err(ApiError::bad(format!("state={other:?}: running or paused"))),
+        };
+        states.split(',').map(parse).collect()
+    }
+
+    fn metadata(&self) -> Answer<Texts> {
+        self.metadata.as_deref().filter(|text| !text.is_empty()).map_or(Ok(Texts::new()), |text| unquoted(pairs(text)?))
+    }
+
+    /// One page of what is sorted by `key`. It begins behind the key that the last page ended with,
+    /// also when what had it is gone.
+    fn page<T>(&self, all: Vec<T>, order: Order, key: impl Fn(&T) -> Key) -> Answer<(HeaderMap, Vec<T>)> {
+        let limit = match self.limit.unwrap_or(PAGE) {
+            limit @ 1..=MAX_PAGE => limit,
+            limit => return Err(ApiError::bad(format!("limit={limit}: 1 to {MAX_PAGE}"))),
+        };
+        let begin = match self.next_token.as_deref().filter(|token| !token.is_empty()) {
+            Some(token) => {
+                let (at, name) = token.split_once('-').unwrap_or_default();
+                let at =
+                    at.parse().map_err(|_| ApiError::bad(format!("nextToken={token:?} is none of this list's")))?;
+                let last: Key = (at, name.to_owned());
+                let is_behind = |one: &T| match order {
+                    Order::Ascending => key(one) > last,
+                    Order::Descending => key(one) < last,
+                };
+                all.iter().position(is_behind).unwrap_or(all.len())
+            }
+            None => 0,
+        };
+        let left = all.len().saturating_sub(begin);
+        let page: Vec<T> = all.into_iter().skip(begin).take(limit).collect();
+        let mut headers = HeaderMap::new();
+        let token = page.last().map(&key).map(|(at, name)| HeaderValue::from_str(&format!("{at}-{name}")));
+        if let Some(Ok(token)) = token.filter(|_| left > limit) {
+            headers.insert(NEXT_TOKEN, token);
+        }
+        Ok((headers, page))
+    }
+}
+
+/// What lists are sorted by: a time in nanoseconds, and a name.
+type Key = (i128, String);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Ascending,
+    Descending,
+}
+
+type Asked = Result<Query<ListQuery>, QueryRejection>;
+
+fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<Listed>, Order)> {
+    let (states, metadata) = (query.states()?, query.metadata()?);
+    let is_wanted = |record: &Record| {
+        record.owner == owner.0
+            && states.contains(&Gateway::state(record))
+            && metadata.iter().all(|(key, value)| record.metadata.get(key) == Some(value))
+            && query.template.as_deref().is_none_or(|template| checkpoint_name(template) == record.template)
+            && query.started_after.is_none_or(|after| record.started_at > after)
+    };
+    let mut all: Vec<Listed> = gateway.0.sandboxes.list().into_iter().filter(is_wanted).map(listed).collect();
+    all.sort_by_key(listed_key);
+    match query.order.as_deref() {
+        None | Some("desc") => {
+            all.reverse();
+            Ok((all, Order::Descending))
+        }
+        Some("asc") => Ok((all, Order::Ascending)),
+        Some(order) => Err(ApiError::bad(format!("order={order:?}: asc or desc"))),
+    }
+}
+
+fn listed_key(one: &Listed) -> Key {
+    (one.started_at.as_nanosecond(), one.id.clone())
+}
+
+async fn list(State(gateway): Gate, Extension(owner): Who, query: Asked) -> Answer<(HeaderMap, Json<Vec<Listed>>)> {
+    let Query(query) = query?;
+    let (all, order) = filtered(&gateway, &owner, &query)?;
+    let (headers, page) = query.page(all, order, listed_key)?;
+    Ok((headers, Json(page)))
+}
+
+async fn list_running(State(gateway): Gate, Extension(owner): Who, query: Asked) -> Answer<Json<Vec<Listed>>> {
+    let Query(query) = query?;
+    let query = ListQuery { state: Some("running".to_owned()), ..query };
+    Ok(Json(filtered(&gateway, &owner, &query)?.0))
+}
+
+async fn show(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Detail>> {
+    let record = gateway.owned(&owner.0, &id)?.get();
+    let on_timeout = if record.auto_pause { OnTimeout::Pause } else { OnTimeout::Kill };
+    let lifecycle = Lifecycle { auto_resume: record.auto_resume, on_timeout };
+    let (envd_access_token, domain) = (gateway.token(&id), gateway.0.domain.clone());
+    Ok(Json(Detail { listed: listed(record), envd_access_token, domain, lifecycle }))
+}
+
+async fn kill(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
+    gateway.kill(&*gateway.owned(&owner.0, &id)?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn set_timeout(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<StatusCode> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    let wanted: Timeout = body(request).await?;
+    gateway.set_timeout(&entry, wanted.timeout).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn refresh(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<StatusCode> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    let wanted: Refresh = body(request).await?;
+    if entry.get().paused {
+        return Err(ApiError::conflict(format!("the sandbox {id:?} is paused")));
+    }
+    gateway.resume(&entry, wanted.duration, None).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn expect_memory(memory: Option<bool>) -> Answer<()> {
+    match memory {
+        Some(false) => Err(ApiError::bad("memory=false: a sandbox is held with its memory here")),
+        _ => Ok(()),
+    }
+}
+
+async fn pause(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<StatusCode> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    expect_memory(body::<Save>(request).await?.memory)?;
+    gateway.pause(&entry).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn resume(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<(StatusCode, Json<Sandbox>)> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    let wanted: Connect = body(request).await?;
+    expect_memory(wanted.memory)?;
+    if !entry.get().paused {
+        return Err(ApiError::conflict(format!("the sandbox {id:?} runs")));
+    }
+    let (sandbox, _) = gateway.resume(&entry, wanted.timeout, wanted.auto_pause).await?;
+    Ok((StatusCode::CREATED, Json(sandbox)))
+}
+
+async fn connect(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<(StatusCode, Json<Sandbox>)> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    let wanted: Connect = body(request).await?;
+    expect_memory(wanted.memory)?;
+    let (sandbox, was_paused) = gateway.resume(&entry, wanted.timeout, None).await?;
+    Ok((if was_paused { StatusCode::CREATED } else { StatusCode::OK }, Json(sandbox)))
+}
+
+async fn fork(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<(StatusCode, Json<Vec<Forked>>)> {
+    let wanted: Fork = body(request).await?;
+    Ok((StatusCode::CREATED, Json(gateway.fork(&owner.0, &id, wanted).await?)))
+}
+
+async fn snapshot(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
+    let wanted: Save = body(request).await?;
+    expect_memory(wanted.memory)?;
+    Ok((StatusCode::CREATED, Json(gateway.snapshot(&owner.0, &id, wanted.name).await?)))
+}
+
+async fn snapshots(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    query: Asked,
+) -> Answer<(HeaderMap, Json<Vec<SnapshotInfo>>)> {
+    let Query(query) = query?;
+    let mut all = gateway.0.snapshots.list();
+    all.retain(|one| {
+        one.owner == owner.0
+            && query.sandbox.as_ref().is_none_or(|sandbox| *sandbox == one.sandbox)
+            && query.name.as_deref().is_none_or(|name| checkpoint_name(name) == one.id)
+    });
+    let key = |one: &Snapshot| (one.taken_at.as_nanosecond(), one.id.clone());
+    all.sort_by_key(key);
+    all.reverse();
+    let (headers, page) = query.page(all, Order::Descending, key)?;
+    let shown = page.into_iter().map(|one| SnapshotInfo { names: vec![one.id.clone()], id: one.id });
+    Ok((headers, Json(shown.collect())))
+}
+
+async fn metric(gateway: &Gateway, record: &Record) -> Answer<Metric> {
+    if record.paused {
+        return Err(ApiError::conflict(format!("the sandbox {:?} is paused", record.id)));
+    }
+    let load = gateway.agent_of(record).metrics().await?;
+    let timestamp = Timestamp::now();
+    Ok(Metric {
+        timestamp,
+        timestamp_unix: timestamp.as_second(),
+        cpu_count: load.cpu_count,
+        cpu_used_pct: load.cpu_used_pct,
+        mem_used: load.mem_used,
+        mem_total: load.mem_total,
+        mem_cache: load.mem_cache,
+        disk_used: load.disk_used,
+        disk_total: load.disk_total,
+    })
+}
+
+/// The load now. Nothing is kept of what was before.
+async fn metrics(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Vec<Metric>>> {
+    let record = gateway.owned(&owner.0, &id)?.get();
+    if record.paused {
+        return Ok(Json(Vec::new()));
+    }
+    Ok(Json(vec![metric(&gateway, &record).await?]))
+}
+
+#[derive(Debug, Deserialize)]
+struct MetricsQuery {
+    sandbox_ids: String,
+}
+
+async fn metrics_of_many(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    query: Result<Query<MetricsQuery>, QueryRejection>,
+) -> Answer<Json<Value>> {
+    let Query(query) = query?;
+    let ids: Vec<&str> = query.sandbox_ids.split(',').filter(|id| !id.is_empty()).collect();
+    if ids.len() > MAX_METRICS {
+        return Err(ApiError::bad(format!("{} sandboxes: at most {MAX_METRICS}", ids.len())));
+    }
+    let mut asked = tokio::task::JoinSet::new();
+    for record in ids.iter().filter_map(|id| gateway.owned(&owner.0, id).ok()).map(|entry| entry.get()) {
+        let gateway = gateway.clone();
+        asked.spawn(async move { (metric(&gateway, &record).await, record.id) });
+    }
+    let mut all = serde_json::Map::new();
+    while let Some(answer) = asked.join_next().await {
+        if let Ok((Ok(metric), id)) = answer {
+            all.insert(id, json!(metric));
+        }
+    }
+    Ok(Json(json!({ "sandboxes": all })))
+}
+
+/// The end of what the guest wrote on its console. It has no times: each line has that of the call.
+async fn logs(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Value>> {
+    gateway.owned(&owner.0, &id)?;
+    let answer: LogsAnswer = gateway.vm(Method::GET, &id, "/logs", None::<&()>).await?;
+    let now = Timestamp::now();
+    // The older call knows lines, the newer one messages.
+    let entry = |line: &str| json!({"timestamp": now, "message": line, "line": line, "level": "info", "fields": {}});
+    let entries: Vec<Value> = answer.console.lines().map(entry).collect();
+    Ok(Json(json!({ "logs": entries, "logEntries": entries })))
+}
+
+fn template(gateway: &Gateway, checkpoint: CheckpointInfo) -> Template {
+    let age = SignedDuration::try_from_secs_f64(checkpoint.age_s).unwrap_or_default();
+    let taken_at = Timestamp::now().checked_sub(age).unwrap_or_default();
+    Template {
+        public: gateway.0.snapshots.get(&checkpoint.name).is_none(),
+        build: checkpoint.name.clone(),
+        cpu_count: checkpoint.cpus,
+        memory_mib: checkpoint.mib,
+        disk_mib: 0,
+        aliases: vec![checkpoint.name.clone()],
+        names: vec![checkpoint.name.clone()],
+        id: checkpoint.name,
+        created_at: taken_at,
+        updated_at: taken_at,
+        created_by: None,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: 1,
+        envd_version: ENVD_VERSION,
+        build_status: "ready",
+    }
+}
+
+async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<CheckpointInfo>> {
+    let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+    all.retain(|one| gateway.0.snapshots.get(&one.name).is_none_or(|snapshot| snapshot.get().owner == owner.0));
+    Ok(all)
+}
+
+async fn templates(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    query: Asked,
+) -> Answer<(HeaderMap, Json<Vec<Template>>)> {
+    let Query(query) = query?;
+    let mut all = visible(&gateway, &owner).await?;
+    let key = |one: &CheckpointInfo| (0, one.name.clone());
+    all.sort_by_key(key);
+    let (headers, page) = query.page(all, Order::Ascending, key)?;
+    Ok((headers, Json(page.into_iter().map(|one| template(&gateway, one)).collect())))
+}
+
+async fn alias(State(gateway): Gate, Extension(owner): Who, Path(alias): Path<String>) -> Answer<Json<Value>> {
+    let all = visible(&gateway, &owner).await?;
+    let found = all.into_iter().find(|one| one.name == checkpoint_name(&alias));
+    let found = template(&gateway, found.ok_or_else(|| ApiError::no_template(&alias))?);
+    Ok(Json(json!({"templateID": found.id, "public": found.public})))
+}
+
+async fn remove_template(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
+    gateway.remove_snapshot(&owner.0, &id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

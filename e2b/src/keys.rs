@@ -1,0 +1,280 @@
+//! API keys. Their file has hashes, so whoever reads it has none.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+use thiserror::Error;
+
+use crate::secret::{hex, random_hex};
+
+/// What E2B's keys begin with. Its older SDKs look at it.
+const PREFIX: &str = "e2b_";
+/// Most bytes of a key's name.
+const MAX_NAME: usize = 48;
+
+/// Why keys cannot be had or changed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum KeysError {
+    /// Their file cannot be read or written.
+    #[error("the file of keys {} cannot be used", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// Others may write it.
+    #[error("others may write the file of keys {} (mode {mode:04o}); chmod it to 0600", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// It is no file of keys.
+    #[error("{} is no file of keys", path.display())]
+    Form {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A name that no key can have.
+    #[error("{name:?} is no name of a key: 1 to {MAX_NAME} letters, digits, '-', '_' and '.'")]
+    Name {
+        /// The name given.
+        name: String,
+    },
+    /// A key of that name is there.
+    #[error("there is a key {name:?} already")]
+    Taken {
+        /// The name given.
+        name: String,
+    },
+    /// No key has the name.
+    #[error("there is no key {name:?}")]
+    None {
+        /// The name given.
+        name: String,
+    },
+}
+
+/// What a key may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// All calls.
+    #[default]
+    All,
+    /// Calls that change nothing.
+    Read,
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::All => "all",
+            Self::Read => "read",
+        })
+    }
+}
+
+impl FromStr for Scope {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Self::All),
+            "read" => Ok(Self::Read),
+            _ => Err(format!("{text:?} is not all or read")),
+        }
+    }
+}
+
+/// A key, without what only its owner has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyInfo {
+    /// Its name: that of its owner. Sandboxes belong to names.
+    pub name: String,
+    /// What it may do.
+    #[serde(default)]
+    pub scope: Scope,
+    /// The SHA-256 of the key, as hexadecimal digits.
+    sha256: String,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct KeysFile {
+    keys: Vec<KeyInfo>,
+}
+
+#[derive(Debug, Default)]
+struct Loaded {
+    /// When the file was changed last, its length and its inode.
+    version: Option<(SystemTime, u64, u64)>,
+    /// By their hashes.
+    keys: BTreeMap<String, KeyInfo>,
+}
+
+/// The keys of a file. It is read again when it has changed, so a key is taken back at once.
+#[derive(Debug)]
+pub struct ApiKeys {
+    path: PathBuf,
+    loaded: Mutex<Loaded>,
+}
+
+fn hash(key: &str) -> String {
+    hex(&Sha256::digest(key.as_bytes()))
+}
+
+impl ApiKeys {
+    /// The keys of the file. A file that is not there has none.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), loaded: Mutex::default() }
+    }
+
+    fn failed(&self, source: io::Error) -> KeysError {
+        KeysError::File { path: self.path.clone(), source }
+    }
+
+    fn read(&self) -> Result<KeysFile, KeysError> {
+        let bytes = match std::fs::read(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(KeysFile::default()),
+            other => other.map_err(|source| self.failed(source))?,
+        };
+        let mode = std::fs::metadata(&self.path).map_err(|source| self.failed(source))?.mode() & 0o7777;
+        if mode & 0o022 != 0 {
+            return Err(KeysError::Open { path: self.path.clone(), mode });
+        }
+        serde_json::from_slice(&bytes).map_err(|source| KeysError::Form { path: self.path.clone(), source })
+    }
+
+    /// Replaces the file as a whole: a reader has the old one or the new one.
+    fn write(&self, keys: &KeysFile) -> Result<(), KeysError> {
+        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let text = serde_json::to_vec_pretty(keys).map_err(|error| self.failed(error.into()))?;
+        let written = std::fs::create_dir_all(dir).and_then(|()| NamedTempFile::new_in(dir)).and_then(|mut file| {
+            file.write_all(&text)?;
+            file.as_file().sync_all()?;
+            file.persist(&self.path).map_err(|error| error.error).map(drop)
+        });
+        written.map_err(|source| self.failed(source))
+    }
+
+    /// Makes a key and returns it. It is shown this once.
+    ///
+    /// # Errors
+    /// When the name is taken or is none, or the file cannot be written.
+    pub fn add(&self, name: &str, scope: Scope) -> Result<String, KeysError> {
+        let is_name = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(is_name) {
+            return Err(KeysError::Name { name: name.to_owned() });
+        }
+        let mut file = self.read()?;
+        if file.keys.iter().any(|key| key.name == name) {
+            return Err(KeysError::Taken { name: name.to_owned() });
+        }
+        let key = format!("{PREFIX}{}", random_hex::<20>().map_err(|source| self.failed(source))?);
+        file.keys.push(KeyInfo { name: name.to_owned(), scope, sha256: hash(&key) });
+        self.write(&file).map(|()| key)
+    }
+
+    /// Takes a key back.
+    ///
+    /// # Errors
+    /// When there is none of that name, or the file cannot be written.
+    pub fn remove(&self, name: &str) -> Result<(), KeysError> {
+        let mut file = self.read()?;
+        let count = file.keys.len();
+        file.keys.retain(|key| key.name != name);
+        if file.keys.len() == count {
+            return Err(KeysError::None { name: name.to_owned() });
+        }
+        self.write(&file)
+    }
+
+    /// All keys.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn list(&self) -> Result<Vec<KeyInfo>, KeysError> {
+        Ok(self.read()?.keys)
+    }
+
+    /// The key that a client shows. What it shows is hashed first, so the time of the search says
+    /// nothing of the keys that are there.
+    pub(crate) fn find(&self, shown: &str) -> Result<Option<KeyInfo>, KeysError> {
+        let found = std::fs::metadata(&self.path).ok();
+        let version = found.and_then(|found| Some((found.modified().ok()?, found.len(), found.ino())));
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if version.is_none() || loaded.version != version {
+            // With an error there are none.
+            *loaded = Loaded::default();
+            let keys = self.read()?.keys.into_iter().map(|key| (key.sha256.clone(), key)).collect();
+            *loaded = Loaded { version, keys };
+        }
+        Ok(loaded.keys.get(&hash(shown)).cloned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_key_is_taken_until_it_is_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sub/keys.json");
+        let keys = ApiKeys::new(&path);
+        assert_eq!(keys.find("e2b_").unwrap(), None);
+        let one = keys.add("one", Scope::All).unwrap();
+        let two = keys.add("two", Scope::Read).unwrap();
+        assert!(one.starts_with("e2b_") && one.len() == 44 && one != two);
+        assert!(!std::fs::read_to_string(&path).unwrap().contains(&one[4..]));
+        assert_eq!(keys.find(&one).unwrap().unwrap().name, "one");
+        assert_eq!(keys.find(&two).unwrap().unwrap().scope, Scope::Read);
+        for wrong in ["", "e2b_", &one[1..], &format!("{one} "), &hash(&one)] {
+            assert_eq!(keys.find(wrong).unwrap(), None, "{wrong}");
+        }
+        assert!(matches!(keys.add("one", Scope::All), Err(KeysError::Taken { .. })));
+        for name in ["", "a b", "ä", &"x".repeat(49)] {
+            assert!(matches!(keys.add(name, Scope::All), Err(KeysError::Name { .. })), "{name}");
+        }
+        // By another process.
+        ApiKeys::new(&path).remove("one").unwrap();
+        assert_eq!(keys.find(&one).unwrap(), None);
+        assert_eq!(keys.list().unwrap().len(), 1);
+        assert!(matches!(keys.remove("one"), Err(KeysError::None { .. })));
+    }
+
+    #[test]
+    fn a_file_that_others_write_or_that_is_none_has_no_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.json");
+        let keys = ApiKeys::new(&path);
+        let one = keys.add("one", Scope::All).unwrap();
+        assert!(keys.find(&one).unwrap().is_some());
+        std::fs::write(&path, "{").unwrap();
+        assert!(matches!(keys.find(&one), Err(KeysError::Form { .. })));
+        assert!(matches!(keys.find(&one), Err(KeysError::Form { .. })));
+        std::fs::write(&path, "{\"keys\": []}").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        assert!(matches!(keys.list(), Err(KeysError::Open { mode: 0o666, .. })));
+    }
+}

@@ -1,0 +1,128 @@
+//! The address that the API is at.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::control;
+use crate::gateway::Gateway;
+use crate::ports::{Target, forward};
+
+/// Most connections. More wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 2048;
+/// How long a connection may be idle, and a request's head may take: longer than SDKs keep one.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(330);
+/// The largest head of a request, in bytes, and the most headers.
+const MAX_HEAD: usize = 64 << 10;
+const MAX_HEADERS: usize = 64;
+/// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
+
+/// Why the API is not served.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ListenError {
+    /// Others than this host's users could connect.
+    #[error("{address} is not a loopback address: the API has no encryption; put a proxy with TLS before it")]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be had.
+    #[error("{address} cannot be listened on")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The socket's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Takes requests for sandboxes' ports out of the calls of the API.
+async fn dispatch(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {
+    match Target::of(request.headers(), gateway.0.domain.as_deref()) {
+        Ok(Some(target)) => forward(&gateway, &target, request).await,
+        Ok(None) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+/// Both: the calls, and sandboxes' ports.
+pub(crate) fn router(gateway: &Gateway) -> Router {
+    control::router(gateway).layer(from_fn_with_state(gateway.clone(), dispatch))
+}
+
+async fn answer(stream: TcpStream, router: Router) {
+    // An event is sent when it happens.
+    let _ = stream.set_nodelay(true);
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
+    if let Err(error) = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).await {
+        // The client went away, or was too slow.
+        tracing::debug!(%error, "a connection to E2B's API");
+    }
+}
+
+async fn accept(listener: TcpListener, router: Router) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // They are cut off with this.
+    let mut answering = JoinSet::new();
+    loop {
+        // Wait here before accepting another connection. The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
+        while answering.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                answering.spawn(async move {
+                    answer(stream, router).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "connections to E2B's API cannot be accepted");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+            }
+        }
+    }
+}
+
+impl Gateway {
+    /// Listens at a loopback address; port 0 stands for a free one. Returns the address, and what
+    /// serves it for as long as it is polled. Called within a runtime.
+    ///
+    /// # Errors
+    /// When the address is no loopback address, or cannot be had.
+    pub fn listen(
+        &self,
+        address: SocketAddr,
+    ) -> Result<(SocketAddr, impl Future<Output = ()> + Send + use<>), ListenError> {
+        if !address.ip().is_loopback() {
+            return Err(ListenError::NotLoopback { address });
+        }
+        let failed = |source| ListenError::Bind { address, source };
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
+        let (router, gateway) = (router(self), self.clone());
+        let serving = async move {
+            tokio::join!(accept(listener, router), gateway.keep_time());
+        };
+        Ok((bound, serving))
+    }
+}

@@ -1,0 +1,208 @@
+//! What is known of sandboxes and snapshots: a file for each, in memory too.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+use tokio::sync::Mutex as AsyncMutex;
+
+use crate::wire::Texts;
+
+/// A sandbox: what its VM's process does not know of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Its name, and that of its VM.
+    pub(crate) id: String,
+    pub(crate) template: String,
+    /// The name of the key that it was made with.
+    pub(crate) owner: String,
+    pub(crate) metadata: Texts,
+    pub(crate) envs: Texts,
+    pub(crate) started_at: Timestamp,
+    pub(crate) end_at: Timestamp,
+    pub(crate) paused: bool,
+    /// Whether it pauses when its time is over, instead of ending.
+    pub(crate) auto_pause: bool,
+    /// Whether a request for one of its ports wakes it.
+    pub(crate) auto_resume: bool,
+    pub(crate) cpus: u8,
+    pub(crate) mib: u64,
+    /// The socket that its agent is behind.
+    pub(crate) socket: PathBuf,
+}
+
+/// A snapshot: a checkpoint that a sandbox's owner has taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Snapshot {
+    /// The checkpoint's name.
+    pub(crate) id: String,
+    pub(crate) owner: String,
+    pub(crate) sandbox: String,
+    pub(crate) taken_at: Timestamp,
+}
+
+/// What a file of a [`Table`] is named by.
+pub(crate) trait Named {
+    fn name(&self) -> &str;
+}
+
+impl Named for Record {
+    fn name(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Named for Snapshot {
+    fn name(&self) -> &str {
+        &self.id
+    }
+}
+
+/// Something with a file of its own.
+#[derive(Debug)]
+pub(crate) struct Entry<T> {
+    value: Mutex<T>,
+    /// Held while its VM is changed.
+    pub(crate) turn: AsyncMutex<()>,
+}
+
+impl<T: Clone> Entry<T> {
+    pub(crate) fn get(&self) -> T {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Files of one kind, by name. Names are those of VMs and checkpoints: none leaves the directory.
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    dir: PathBuf,
+    entries: Mutex<BTreeMap<String, Arc<Entry<T>>>>,
+}
+
+impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
+    /// Reads the files of a directory, which is made if it is missing. What is no record is left out.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or read.
+    pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        let mut entries = BTreeMap::new();
+        for file in std::fs::read_dir(&dir)? {
+            let path = file?.path();
+            let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
+            match read {
+                Ok(value) => drop(entries.insert(value.name().to_owned(), Arc::new(Entry::new(value)))),
+                Err(error) => tracing::warn!(%error, path = %path.display(), "is left out"),
+            }
+        }
+        Ok(Self { dir, entries: Mutex::new(entries) })
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Entry<T>>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.json"))
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Entry<T>>> {
+        self.all().get(name).cloned()
+    }
+
+    /// All of them, in the order of their names.
+    pub(crate) fn list(&self) -> Vec<T> {
+        // A change locks an entry before the table.
+        let entries: Vec<_> = self.all().values().map(Arc::clone).collect();
+        entries.iter().map(|entry| entry.get()).collect()
+    }
+
+    /// Adds one, in place of the one that has its name.
+    ///
+    /// # Errors
+    /// When its file cannot be written: then it is not there.
+    pub(crate) fn insert(&self, value: T) -> io::Result<()> {
+        write(&self.dir, &self.path(value.name()), &value)?;
+        self.all().insert(value.name().to_owned(), Arc::new(Entry::new(value)));
+        Ok(())
+    }
+
+    /// Changes one. Its file may be behind: it is read after a start alone.
+    pub(crate) fn change(&self, entry: &Entry<T>, change: impl FnOnce(&mut T)) -> T {
+        let mut value = entry.value.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut value);
+        // One that was removed meanwhile stays removed.
+        let is_there = self.all().get(value.name()).is_some_and(|own| std::ptr::eq(Arc::as_ptr(own), entry));
+        if is_there && let Err(error) = write(&self.dir, &self.path(value.name()), &*value) {
+            tracing::warn!(%error, name = value.name(), "a record is not written");
+        }
+        value.clone()
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> bool {
+        let removed = self.all().remove(name).is_some();
+        if removed && let Err(error) = std::fs::remove_file(self.path(name)) {
+            tracing::warn!(%error, name, "a record is not removed");
+        }
+        removed
+    }
+}
+
+impl<T> Entry<T> {
+    fn new(value: T) -> Self {
+        Self { value: Mutex::new(value), turn: AsyncMutex::new(()) }
+    }
+}
+
+/// Writes a file as a whole or not at all.
+fn write(dir: &Path, path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let mut file = NamedTempFile::with_prefix_in(".", dir)?;
+    file.write_all(&serde_json::to_vec(value)?)?;
+    file.persist(path).map_err(|error| error.error).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(id: &str, sandbox: &str) -> Snapshot {
+        let owner = "one".to_owned();
+        Snapshot { id: id.to_owned(), owner, sandbox: sandbox.to_owned(), taken_at: Timestamp::UNIX_EPOCH }
+    }
+
+    #[test]
+    fn records_outlive_their_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("snapshots");
+        let table = Table::open(path.clone()).unwrap();
+        for id in ["a", "b", "c"] {
+            table.insert(snapshot(id, "box")).unwrap();
+        }
+        let entry = table.get("b").unwrap();
+        table.change(&entry, |one| one.sandbox = "other".to_owned());
+        assert!(table.remove("c") && !table.remove("c"));
+        std::fs::write(path.join("bad.json"), "{").unwrap();
+        let again = Table::<Snapshot>::open(path.clone()).unwrap();
+        assert_eq!(again.list(), [snapshot("a", "box"), snapshot("b", "other")]);
+    }
+
+    #[test]
+    fn what_was_removed_does_not_come_back_by_a_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(dir.path().join("s")).unwrap();
+        table.insert(snapshot("a", "box")).unwrap();
+        let entry = table.get("a").unwrap();
+        table.remove("a");
+        table.change(&entry, |one| one.sandbox = "late".to_owned());
+        // Nor by one of another that has its name now.
+        table.insert(snapshot("a", "new")).unwrap();
+        table.change(&entry, |one| one.sandbox = "later".to_owned());
+        assert_eq!(Table::<Snapshot>::open(dir.path().join("s")).unwrap().list(), [snapshot("a", "new")]);
+    }
+}

@@ -1,0 +1,229 @@
+//! What E2B's API calls things. Requests may have fields that are not read here: SDKs add some.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::ErrorBody;
+
+/// The version of envd's protocol that the agent speaks.
+pub(crate) const ENVD_VERSION: &str = "0.6.4";
+/// E2B's name for the host that a sandbox is on.
+pub(crate) const CLIENT_ID: &str = "clade";
+
+/// Metadata and variables. Null is none.
+pub(crate) type Texts = BTreeMap<String, String>;
+
+/// `POST /v2/sandboxes`, and the older `POST /sandboxes`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct NewSandbox {
+    #[serde(rename = "templateID")]
+    pub(crate) template: String,
+    pub(crate) timeout: Option<i64>,
+    #[serde(default)]
+    pub(crate) auto_pause: Option<bool>,
+    pub(crate) auto_pause_memory: Option<bool>,
+    pub(crate) auto_resume: Option<AutoResume>,
+    #[serde(rename = "allow_internet_access")]
+    pub(crate) allow_internet_access: Option<bool>,
+    pub(crate) network: Option<Value>,
+    pub(crate) metadata: Option<Texts>,
+    pub(crate) env_vars: Option<Texts>,
+    pub(crate) mcp: Option<Value>,
+    pub(crate) iam: Option<Value>,
+    pub(crate) volume_mounts: Option<Value>,
+}
+
+/// Whether requests wake a sandbox that paused itself.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct AutoResume {
+    pub(crate) enabled: bool,
+}
+
+/// A sandbox as it is made, connected to or forked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Sandbox {
+    #[serde(rename = "templateID")]
+    pub(crate) template: String,
+    #[serde(rename = "sandboxID")]
+    pub(crate) id: String,
+    #[serde(rename = "clientID")]
+    pub(crate) client: &'static str,
+    pub(crate) envd_version: &'static str,
+    pub(crate) envd_access_token: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) domain: Option<String>,
+}
+
+/// Whether a sandbox runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    Running,
+    Paused,
+}
+
+/// A sandbox in a list.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Listed {
+    #[serde(rename = "templateID")]
+    pub(crate) template: String,
+    #[serde(rename = "sandboxID")]
+    pub(crate) id: String,
+    #[serde(rename = "clientID")]
+    pub(crate) client: &'static str,
+    pub(crate) started_at: Timestamp,
+    pub(crate) end_at: Timestamp,
+    pub(crate) cpu_count: u8,
+    #[serde(rename = "memoryMB")]
+    pub(crate) memory_mib: u64,
+    /// Not known here: 0.
+    #[serde(rename = "diskSizeMB")]
+    pub(crate) disk_mib: u64,
+    pub(crate) metadata: Texts,
+    pub(crate) state: State,
+    pub(crate) envd_version: &'static str,
+}
+
+/// A sandbox, by its name.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Detail {
+    #[serde(flatten)]
+    pub(crate) listed: Listed,
+    pub(crate) envd_access_token: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) domain: Option<String>,
+    pub(crate) lifecycle: Lifecycle,
+}
+
+/// What happens when a sandbox's time is over.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Lifecycle {
+    pub(crate) auto_resume: bool,
+    pub(crate) on_timeout: OnTimeout,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnTimeout {
+    Kill,
+    Pause,
+}
+
+/// `POST .../timeout`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct Timeout {
+    pub(crate) timeout: i64,
+}
+
+/// `POST .../refreshes`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(crate) struct Refresh {
+    pub(crate) duration: Option<i64>,
+}
+
+/// `POST .../connect` and `.../resume`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Connect {
+    pub(crate) timeout: Option<i64>,
+    pub(crate) memory: Option<bool>,
+    pub(crate) auto_pause: Option<bool>,
+}
+
+/// `POST .../pause` and `.../snapshots`.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(crate) struct Save {
+    pub(crate) memory: Option<bool>,
+    pub(crate) name: Option<String>,
+}
+
+/// `POST .../fork`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(crate) struct Fork {
+    pub(crate) timeout: Option<i64>,
+    pub(crate) count: Option<i64>,
+}
+
+/// What has become of one fork.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Forked {
+    Sandbox(Sandbox),
+    Error(ErrorBody),
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct SnapshotInfo {
+    #[serde(rename = "snapshotID")]
+    pub(crate) id: String,
+    pub(crate) names: Vec<String>,
+}
+
+/// What a list is narrowed to.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ListQuery {
+    /// A query string of its own.
+    pub(crate) metadata: Option<String>,
+    pub(crate) state: Option<String>,
+    pub(crate) order: Option<String>,
+    pub(crate) started_after: Option<Timestamp>,
+    pub(crate) template: Option<String>,
+    pub(crate) next_token: Option<String>,
+    pub(crate) limit: Option<usize>,
+    /// Of snapshots.
+    #[serde(rename = "sandboxID")]
+    pub(crate) sandbox: Option<String>,
+    /// Of snapshots.
+    pub(crate) name: Option<String>,
+}
+
+/// A sandbox's load at one instant.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Metric {
+    pub(crate) timestamp: Timestamp,
+    pub(crate) timestamp_unix: i64,
+    pub(crate) cpu_count: u32,
+    pub(crate) cpu_used_pct: f32,
+    pub(crate) mem_used: u64,
+    pub(crate) mem_total: u64,
+    pub(crate) mem_cache: u64,
+    pub(crate) disk_used: u64,
+    pub(crate) disk_total: u64,
+}
+
+/// A template.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Template {
+    #[serde(rename = "templateID")]
+    pub(crate) id: String,
+    #[serde(rename = "buildID")]
+    pub(crate) build: String,
+    pub(crate) cpu_count: u8,
+    #[serde(rename = "memoryMB")]
+    pub(crate) memory_mib: u64,
+    #[serde(rename = "diskSizeMB")]
+    pub(crate) disk_mib: u64,
+    pub(crate) public: bool,
+    pub(crate) aliases: Vec<String>,
+    pub(crate) names: Vec<String>,
+    pub(crate) created_at: Timestamp,
+    pub(crate) updated_at: Timestamp,
+    pub(crate) created_by: Option<Value>,
+    pub(crate) last_spawned_at: Option<Timestamp>,
+    pub(crate) spawn_count: u64,
+    pub(crate) build_count: u64,
+    pub(crate) envd_version: &'static str,
+    pub(crate) build_status: &'static str,
+}
