@@ -17,6 +17,7 @@ use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::memory::MemoryCommand;
+use crate::commands::network::{NetworkArgs, NetworkState};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
@@ -73,6 +74,8 @@ pub(crate) enum Command {
     Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
+    /// Open or close a VM's network: let packets pass, or none.
+    Network(NetworkArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
     /// Run a program in a VM's guest, by the agent there.
@@ -388,6 +391,9 @@ pub(crate) struct CloneArgs {
     /// with another number, and a random address.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
     pub(crate) net: Vec<NetChoice>,
+    /// Whether packets pass between its network devices and the host. Default: as the original's.
+    #[arg(long, value_enum)]
+    pub(crate) network: Option<NetworkState>,
     /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
     /// the next free CID, and NAME.vsock beside the original's socket.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]

@@ -96,6 +96,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         ready: args.ready,
         labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
+        network: args.child.network.map(Into::into),
         vsock: args.child.vsock.clone(),
     };
     let client = supervised(&args.name)?;

@@ -32,6 +32,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         ready: args.ready,
         labels: None,
         nets: args.child.net.clone(),
+        network: args.child.network.map(Into::into),
         vsock: args.child.vsock.clone(),
     };
     Ok(RestoreRequest { saved: SavedSource { dir, load, overlays }, vms, session: None })

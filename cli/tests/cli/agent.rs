@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::tool::{Answer, Runtime, kvm};
+use crate::tool::{Answer, Runtime, kvm, taps};
 
 /// How long a boot may take, where guest kernels are interpreted and the processors are busy.
 const BOOT: Duration = Duration::from_secs(300);
@@ -48,7 +48,9 @@ fn boot(runtime: &mut Runtime) -> bool {
     let vsock = format!("cid={},socket={}", cid(), runtime.dir().join("web.vsock").display());
     let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
     let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
-    runtime.spawn(&[&args[..], &["--vsock", &vsock]].concat());
+    let net = format!("tap=ca{}x%d", std::process::id() % 10_000);
+    let net: &[&str] = if taps() { &["--net", &net] } else { &[] };
+    runtime.spawn(&[&args[..], &["--vsock", &vsock], net].concat());
     let begun = Instant::now();
     while runtime.clade(&["exec", "web", "--", "true"]).code != Some(0) {
         assert!(begun.elapsed() < BOOT, "the agent does not answer: {:?}", runtime.clade(&["logs", "web"]));
@@ -173,6 +175,26 @@ fn forks(runtime: &Runtime) {
     assert_eq!(runtime.clade(&["wait", "web-1", "--timeout", "60s"]).code, Some(0));
 }
 
+/// The guest of a closed child sees its link down, also when it brings its interface up anew. Its
+/// agent answers all the same.
+fn a_closed_child(runtime: &Runtime) {
+    if !taps() {
+        return;
+    }
+    let carrier = "ip link set eth0 down; ip link set eth0 up; cat /sys/class/net/eth0/carrier";
+    let up = |name: &str| exec(runtime, &[name, "--", "sh", "-c", carrier]).stdout;
+    assert_eq!(up("web"), "1\n");
+    let forked = runtime.clade(&["fork", "web", "--name", "shut", "--network", "off", "--ready"]);
+    assert_eq!(forked.code, Some(0), "{forked:?}");
+    assert_eq!(up("shut"), "0\n");
+    assert_eq!(runtime.clade(&["network", "shut", "open"]).code, Some(0));
+    let begun = Instant::now();
+    while up("shut") != "1\n" {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the link stays down");
+    }
+    runtime.clade(&["stop", "shut"]);
+}
+
 #[test]
 fn an_agent_serves_its_guest_and_its_forks() {
     if !kvm() {
@@ -184,6 +206,7 @@ fn an_agent_serves_its_guest_and_its_forks() {
     }
     programs(&runtime);
     files(&runtime);
+    a_closed_child(&runtime);
     forks(&runtime);
     runtime.clade(&["pause", "web"]);
     let paused = exec(&runtime, &["web", "--", "true"]);

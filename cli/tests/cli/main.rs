@@ -21,6 +21,7 @@ mod many;
 mod memory;
 mod metrics;
 mod net_hook;
+mod network;
 mod notify;
 mod pages;
 mod python;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
-use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::net::{Link, Mac};
 use clade_io::CachePolicy;
 
 use crate::control::{object, schema};
@@ -60,6 +60,16 @@ pub struct NetInfo {
     pub sent_bytes: u64,
     /// Packets that the interface or the driver did not accept.
     pub dropped: u64,
+    /// Whether packets pass.
+    #[serde(default)]
+    #[schema(value_type = schema::Link)]
+    pub network: Link,
+    /// Packets to the guest that were dropped because its network is closed.
+    #[serde(default)]
+    pub blocked_received: u64,
+    /// Packets of the guest that were dropped because its network is closed.
+    #[serde(default)]
+    pub blocked_sent: u64,
 }
 
 /// A socket device.
@@ -143,8 +153,16 @@ fn disks(vm: &Vm) -> Vec<DiskInfo> {
 fn nets(vm: &Vm) -> Vec<NetInfo> {
     let info = |(at, own): (usize, &clade_vmm::vm::NetIdentity)| {
         let stats = vm.net_stats(at).unwrap_or_default();
-        let (received_bytes, sent_bytes, dropped) = (stats.received_bytes, stats.sent_bytes, stats.dropped);
-        NetInfo { tap: own.tap.clone(), mac: own.mac, received_bytes, sent_bytes, dropped }
+        NetInfo {
+            tap: own.tap.clone(),
+            mac: own.mac,
+            received_bytes: stats.received_bytes,
+            sent_bytes: stats.sent_bytes,
+            dropped: stats.dropped,
+            network: vm.network(at).unwrap_or_default(),
+            blocked_received: stats.blocked_received,
+            blocked_sent: stats.blocked_sent,
+        }
     };
     vm.identity().nets.iter().enumerate().map(info).collect()
 }
@@ -247,6 +265,11 @@ pub struct ForkRequest {
     #[serde(default, deserialize_with = "object::list")]
     #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
+    /// Whether packets pass between their network devices and the host; as the parent's if not
+    /// given. When closed, none ever has in either direction, from the first instruction on.
+    #[serde(default)]
+    #[schema(value_type = Option<schema::Link>)]
+    pub network: Option<Link>,
     /// The choices for their socket device.
     #[serde(default, deserialize_with = "object::optional")]
     #[schema(value_type = Option<schema::VsockChoice>)]
@@ -256,7 +279,16 @@ pub struct ForkRequest {
 impl Default for ForkRequest {
     /// For one child, as its parent is.
     fn default() -> Self {
-        Self { count: 1, name: None, paused: false, ready: false, labels: None, nets: Vec::new(), vsock: None }
+        Self {
+            count: 1,
+            name: None,
+            paused: false,
+            ready: false,
+            labels: None,
+            nets: Vec::new(),
+            network: None,
+            vsock: None,
+        }
     }
 }
 
@@ -264,7 +296,7 @@ impl ForkRequest {
     /// The choices for the children's devices.
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
-        ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+        ChildIdentity { nets: self.nets.clone(), network: self.network, vsock: self.vsock.clone() }
     }
 }
 
@@ -318,6 +350,15 @@ impl From<Shutdown> for ShutdownInfo {
     fn from(Shutdown { by_itself, noticed }: Shutdown) -> Self {
         Self { by_itself, noticed }
     }
+}
+
+/// A request to open or close a VM's network.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkRequest {
+    /// Whether packets pass.
+    #[schema(value_type = schema::Link)]
+    pub network: Link,
 }
 
 /// A request to resize a balloon.
