@@ -122,6 +122,7 @@ impl Bench {
             paused: false,
             session: None,
             limits: VmLimits::default(),
+            secrets: Vec::new(),
         };
         let _: VmInfo = bench.supervisor.ask(Method::POST, "/v1/vms", Some(&boot))?;
         Ok(bench)

@@ -325,6 +325,13 @@ pub(crate) struct RunArgs {
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
     pub(crate) cpu_template: CpuTemplate,
+    /// A file with bytes that children may be made without (clade fork --without-secrets): 16 to
+    /// 4,096, without line ends behind them. They are not given to the guest by this. Repeatable.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret: Vec<PathBuf>,
+    /// The same of a variable of this command's environment. Repeatable.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) secret_env: Vec<String>,
     /// CPU features to hide from the guest, besides those that this host's KVM lacks.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
@@ -428,6 +435,10 @@ pub(crate) struct ForkArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
     #[command(flatten)]
+    /// Erase the secrets that the VM was made with in each child's memory, before its first
+    /// instruction.
+    #[arg(long)]
+    pub(crate) without_secrets: bool,
     pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.
     #[arg(long)]

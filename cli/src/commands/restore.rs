@@ -30,6 +30,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         name: args.pattern.clone(),
         paused: args.child.paused,
         ready: args.ready,
+        without_secrets: false,
         labels: None,
         nets: args.child.net.clone(),
         network: args.child.network.map(Into::into),

@@ -25,6 +25,7 @@ mod network;
 mod notify;
 mod pages;
 mod python;
+mod secrets;
 mod session;
 mod snapshot;
 mod storm;

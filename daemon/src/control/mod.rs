@@ -44,8 +44,8 @@ mod token;
 mod ttl;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest, OpenRequest,
+    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo, ForkAnswer,
+    ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest, OpenRequest,
     PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer,
     SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo,
     VmLimits, VmState, VsockInfo, WorkingSetAnswer,
