@@ -81,7 +81,7 @@ impl ImageVm {
         let store = open_store()?;
         let image = match store.find(image) {
             Ok(image) => image,
-            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, &args.pull, false)?,
+            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, (&args.pull, None), false)?,
             Err(error) => return Err(Failure::input(error)),
         };
         let entrypoint = Entrypoint::new(&image.config, &args.command);

@@ -25,6 +25,7 @@ mod network;
 mod notify;
 mod pages;
 mod python;
+mod registry;
 mod secrets;
 mod session;
 mod snapshot;
