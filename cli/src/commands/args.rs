@@ -280,6 +280,10 @@ pub(crate) struct RunArgs {
     /// the root, the agent is PID 1, and what the image runs is started.
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
     pub(crate) image: Option<String>,
+    /// With --image: the modules of --kernel, its directory below /lib/modules. Those that the guest
+    /// needs for its disk and its agent are loaded before all else.
+    #[arg(long, value_name = "DIR", requires = "image", requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) pull: PullFlags,
     /// With --image and -d: boot it, also if there is a checkpoint of a VM that was started in the same
@@ -321,10 +325,6 @@ pub(crate) struct RunArgs {
     /// Most processors that the VM's process may take, and each of its children's, such as 0.5.
     #[arg(long, value_name = "N", requires = "background")]
     pub(crate) cpu_limit: Option<f64>,
-    /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
-    /// snapshot moves between hosts of one vendor.
-    #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
-    pub(crate) cpu_template: CpuTemplate,
     /// A file with bytes that children may be made without (clade fork --without-secrets): 16 to
     /// 4,096, without line ends behind them. They are not given to the guest by this. Repeatable.
     #[arg(long, value_name = "FILE")]
@@ -332,6 +332,10 @@ pub(crate) struct RunArgs {
     /// The same of a variable of this command's environment. Repeatable.
     #[arg(long, value_name = "NAME")]
     pub(crate) secret_env: Vec<String>,
+    /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
+    /// snapshot moves between hosts of one vendor.
+    #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
+    pub(crate) cpu_template: CpuTemplate,
     /// CPU features to hide from the guest, besides those that this host's KVM lacks.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
@@ -431,14 +435,14 @@ pub(crate) struct ForkArgs {
     /// Returns when all are ready; if one is not, there are none.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
-    /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) label: Vec<Label>,
-    #[command(flatten)]
     /// Erase the secrets that the VM was made with in each child's memory, before its first
     /// instruction.
     #[arg(long)]
     pub(crate) without_secrets: bool,
+    /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
+    #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Print JSON instead of a table.
     #[arg(long)]

@@ -18,6 +18,7 @@ mod limits;
 mod logging;
 mod many;
 mod memory;
+mod modules;
 mod network;
 mod notify;
 mod output;
