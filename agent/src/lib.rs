@@ -17,6 +17,7 @@ mod http;
 mod listen;
 mod log;
 mod metrics;
+mod modules;
 mod multipart;
 mod options;
 mod paths;

@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit, umask};
 use serde::Deserialize;
 
 use crate::log::log;
+use crate::modules;
 use crate::process::spawn::first_file_limit;
 
 /// What is run beside the agent, if the kernel's command line does not say it.
@@ -184,7 +185,7 @@ pub fn raise_file_limit() {
     }
 }
 
-/// Mounts what is missing, changes to the root that the kernel's command line names, brings up the
+/// Mounts what is missing, loads modules, changes to the root that the kernel's command line names, brings up the
 /// loopback interface, and says what is to be run.
 #[must_use]
 pub fn prepare() -> Option<Entrypoint> {
@@ -192,10 +193,15 @@ pub fn prepare() -> Option<Entrypoint> {
     prepare_mounts();
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let words = words(&line);
+    let has_modules = modules::load(&words);
     warn("the loopback interface", bring_up_loopback());
     // That of the initramfs, before its files are out of sight.
     let file = fs::read_to_string(ENTRYPOINT).ok();
-    if let Some(device) = words.iter().find_map(|word| word.strip_prefix("clade.root="))
+    let root = words.iter().find_map(|word| word.strip_prefix("clade.root="));
+    if let Some(device) = root.filter(|_| has_modules) {
+        modules::wait_for(device);
+    }
+    if let Some(device) = root
         && let Err(error) = switch_root(device)
     {
         // What would run has its files there. The agent answers, so that one can look.

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::console::Line;
+use crate::secrets::Secrets;
 use clade_vmm::vm::{Context, Leases, Vm, VmError};
 
 pub use names::Cancel;
@@ -60,6 +61,8 @@ pub struct Listed {
     pub parent: Option<String>,
     /// Its labels.
     pub labels: Labels,
+    /// What its children may be made without.
+    pub(crate) secrets: Secrets,
 }
 
 /// The sockets of a VM, bound and not yet served.
@@ -167,7 +170,7 @@ impl Fleet {
         &self,
         claim: NameClaim,
         files: VmFiles,
-        (parent, labels): (Option<String>, Labels),
+        (parent, labels, secrets): (Option<String>, Labels, Secrets),
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
         is_wanted: impl FnOnce(&Vm) -> bool,
     ) -> Result<Option<Arc<Vm>>, FleetError> {
@@ -183,7 +186,7 @@ impl Fleet {
         // Who is served waits until it is listed.
         let mut member = self.member();
         let serving = self.0.serve.begin(Sockets { control, image, consoles }, &vm, &self.0.leases);
-        let listed = Listed { vm: Arc::clone(&vm), parent, labels };
+        let listed = Listed { vm: Arc::clone(&vm), parent, labels, secrets };
         *member = Some(Member { listed, record, _serving: serving });
         drop(member);
         Ok(Some(vm))

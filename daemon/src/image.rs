@@ -26,6 +26,7 @@ use tokio::sync::Semaphore;
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
 use crate::flight;
+use crate::secrets::Secrets;
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -51,6 +52,8 @@ pub(crate) struct Forked {
     pub(crate) config: VmConfig,
     /// The VM's labels.
     pub(crate) labels: Labels,
+    /// What its children may be made without.
+    pub(crate) secrets: Secrets,
     /// Forks between the image and the VM that was booted.
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
@@ -152,9 +155,12 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
     let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
     let pages = format!("{remapped} pages remapped, {copied} copied");
     flight::note(&format!("image taken: paused {pause} us, {pages}, {in_flight} requests in flight"));
+    let listed = fleet.upgrade().and_then(|fleet| fleet.listed());
+    let (labels, secrets) = listed.map(|listed| (listed.labels, listed.secrets)).unwrap_or_default();
     let forked = Forked {
         config: VmConfig::clone(image.config()),
-        labels: fleet.upgrade().and_then(|fleet| fleet.listed()).map(|listed| listed.labels).unwrap_or_default(),
+        labels,
+        secrets,
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,

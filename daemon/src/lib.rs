@@ -8,6 +8,7 @@
 //! | processes with one VM each | [`worker`] |
 //! | how they are made | [`zygote`] |
 //! | what they may do to the host | [`jail`] |
+//! | what children are made without | [`secrets`] |
 //! | checkpoints, forks and names for all processes of a directory | [`supervisor`] |
 
 #![deny(missing_docs)]
@@ -19,6 +20,7 @@ pub mod flight;
 mod heap;
 mod image;
 pub mod jail;
+pub mod secrets;
 pub mod supervisor;
 pub mod worker;
 pub mod zygote;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::net::{Mac, Net, NetOptions};
+use clade_devices::virtio::net::{Link, Mac, Net, NetOptions, NetStats};
 use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::regs;
 use clade_io::Tap;
@@ -104,7 +104,7 @@ fn tap(queues: usize) -> Option<(Tap, Wire)> {
 }
 
 fn options(last: u8) -> NetOptions {
-    NetOptions { mac: Mac([2, 0, 0, 0, 0, last]), receive: Limits::default(), send: Limits::default() }
+    NetOptions { mac: Mac([2, 0, 0, 0, 0, last]), link: None, receive: Limits::default(), send: Limits::default() }
 }
 
 fn frame(len: usize, seed: u8) -> Vec<u8> {
@@ -269,6 +269,112 @@ fn a_child_keeps_its_buffers_and_is_made_to_renew() {
     wire.send(&frame(300, 6));
     assert_eq!(received(&mut child), frame(200, 5));
     assert_eq!(received(&mut parent), frame(300, 6));
+}
+
+fn stats(vm: &Driver) -> NetStats {
+    vm.device.with_device(|device| {
+        device.as_any().downcast_mut::<SyncDevice<Net>>().unwrap().with(|net| net.stats()).unwrap()
+    })
+}
+
+fn set_link(vm: &Driver, link: Link) -> bool {
+    vm.device.with_device(|device| {
+        let device = device.as_any().downcast_mut::<SyncDevice<Net>>().unwrap();
+        let changed = device.with(|net| net.set_link(link)).unwrap();
+        device.config_changed();
+        device.wake();
+        changed
+    })
+}
+
+fn status(vm: &Driver) -> u16 {
+    let mut status = [0; 2];
+    vm.config(6, &mut status);
+    u16::from_le_bytes(status)
+}
+
+fn send(vm: &mut Driver, bytes: &[u8]) {
+    vm.fill(OUT, &[0; HEADER]);
+    vm.fill(OUT + HEADER as u64, bytes);
+    vm.post(TX, &[(OUT, (HEADER + bytes.len()) as u32, false)]);
+    vm.wait(TX);
+}
+
+/// A driver that ignores that its link is down gets nothing in, and nothing out.
+fn expect_closed(vm: &mut Driver, wire: &Wire) {
+    let before = stats(vm);
+    send(vm, &frame(100, 1));
+    send(vm, &frame(200, 2));
+    (0..3).for_each(|seed| wire.send(&frame(300, seed)));
+    vm.wait_until("dropped", |vm| stats(vm).blocked_received >= before.blocked_received + 3);
+    let now = stats(vm);
+    assert_eq!(now.blocked_sent, before.blocked_sent + 2, "{now:?}");
+    assert_eq!((now.sent, now.received), (before.sent, before.received));
+    assert!(vm.used(RX).is_none() && status(vm) == 0 && !vm.needs_reset());
+    // Nothing is on the wire: a read would get it at once.
+    rustix::io::ioctl_fionbio(&wire.socket, true).unwrap();
+    let got = rustix::io::read(&wire.socket, &mut [0; 2048]);
+    assert_eq!(got, Err(rustix::io::Errno::AGAIN));
+    rustix::io::ioctl_fionbio(&wire.socket, false).unwrap();
+}
+
+#[test]
+fn a_closed_child_and_its_own_have_no_network_until_they_are_opened() {
+    let (Some((tap, wire)), Some((childs, childs_wire)), Some((grandchilds, grandchilds_wire))) =
+        (self::tap(1), self::tap(1), self::tap(1))
+    else {
+        return;
+    };
+    let store = store();
+    let mut parent = Driver::take(net(tap, 1), &ram(&store));
+    (0..6).for_each(|_| offer(&mut parent, 2048));
+    // What is there before the child's first turn is not for it either.
+    childs_wire.send(&frame(60, 9));
+    let fork = |vm: &mut Driver, tap, link| {
+        vm.fork(&store, |state, _| {
+            let DeviceState::Net(state) = &state.device else { panic!("{state:?}") };
+            let options = NetOptions { link, ..options(2) };
+            let net = Net::new(tap, &options, Some(state), true).unwrap();
+            let mut down = [1; 2];
+            let expected = link.unwrap_or(state.link);
+            let device = SyncDevice::new(net);
+            clade_devices::virtio::VirtioDevice::read_config(&device, 6, &mut down);
+            assert_eq!((expected, down), (Link::Closed, [0; 2]), "down before the first turn");
+            Box::new(device)
+        })
+    };
+    let mut child = fork(&mut parent, childs, Some(Link::Closed));
+    child.wait_until("told", |vm| vm.get(regs::INTERRUPT_STATUS) & 2 == 2);
+    expect_closed(&mut child, &childs_wire);
+    assert!(stats(&child).blocked_received >= 4, "with the one before");
+    // Longer than an open child's link is down.
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(status(&child), 0);
+    // The child of a closed one is closed without being asked for, also after a reset in place.
+    let mut grandchild = fork(&mut child, grandchilds, None);
+    expect_closed(&mut grandchild, &grandchilds_wire);
+    let moment = grandchild.moment();
+    grandchild.rewind(&moment);
+    grandchild.wait_until("told", |vm| vm.get(regs::INTERRUPT_STATUS) & 2 == 2);
+    expect_closed(&mut grandchild, &grandchilds_wire);
+    // The parent's is as it was.
+    wire.send(&frame(300, 6));
+    assert_eq!(received(&mut parent), frame(300, 6));
+    // Opened: only what comes from then on is received. It had no turn in between to drop it.
+    child.device.quiesce();
+    childs_wire.send(&frame(400, 7));
+    assert!(set_link(&child, Link::Open) && !set_link(&child, Link::Open));
+    child.device.resume();
+    assert_eq!(status(&child), 0, "down until the driver has looked");
+    child.wait_until("up again", |vm| status(vm) == 3);
+    childs_wire.send(&frame(500, 8));
+    assert_eq!(received(&mut child), frame(500, 8));
+    send(&mut child, &frame(120, 4));
+    assert_eq!(childs_wire.receive(), frame(120, 4));
+    // And closed while it runs.
+    assert!(set_link(&child, Link::Closed));
+    assert_eq!(status(&child), 0, "at once");
+    expect_closed(&mut child, &childs_wire);
 }
 
 #[test]

@@ -18,6 +18,7 @@
 
 #![deny(missing_docs)]
 
+mod credentials;
 mod digest;
 mod ext4;
 #[cfg(feature = "fuzzing")]
@@ -32,6 +33,7 @@ mod store;
 mod tar;
 mod tree;
 
+pub use credentials::{Credentials, CredentialsError, DOCKER_CONFIG_VARIABLE};
 pub use digest::{Digest, DigestError};
 pub use ext4::DiskError;
 pub use limits::{LimitError, Limits};

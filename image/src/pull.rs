@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::ext4::{self, DiskError};
 use crate::limits::{Bounded, Budget, Counted, Limits, MAX_DOCUMENT};
@@ -79,6 +81,10 @@ impl Progress for () {}
 pub struct PullOptions {
     /// Ask a registry in the clear, though it is not on this machine.
     pub is_insecure: bool,
+    /// A name and a password, for a registry that asks for them.
+    pub credentials: Option<Credentials>,
+    /// A file of certificates (PEM): a registry's must be of one of these, and it is asked by TLS.
+    pub ca: Option<PathBuf>,
     /// Most of what an image may have.
     pub limits: Limits,
 }
@@ -111,7 +117,7 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Image, PullError> {
         let lock = self.lock()?;
-        let mut source = source::open(reference, options.is_insecure)?;
+        let mut source = source::open(reference, options)?;
         let (name, bytes) = source.root()?;
         let pull = Pull { store: self, lock: &lock, options, progress };
         let (name, manifest) = pull.resolve(source.as_mut(), name, bytes)?;

@@ -1,7 +1,7 @@
 //! TAP interfaces: packets between the host's network and memory that an operation owns.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -187,6 +187,24 @@ impl Tap {
             // memory pinned for writing, or a buffer; the kernel alone writes there.
             unsafe { libc::readv(fd, pieces, count) }
         })
+    }
+
+    /// Reads a packet and drops it. False when there is no packet.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn discard(&self, queue: usize) -> io::Result<bool> {
+        let mut file = self.queues.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
+        // What does not fit is cut off, and dropped with the rest.
+        let mut head = [0; VNET_HEADER + 64];
+        loop {
+            match file.read(&mut head) {
+                Ok(_) => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Sends the packet in `buffers`, which begins with its header. None when the interface takes

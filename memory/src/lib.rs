@@ -18,6 +18,7 @@
 //! | how layers are kept few, and given back | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
 //! | what a snapshot on a disk is made of | `layer/builder.rs`, `layer/handle.rs` |
 //! | how others read and write it | `access.rs` |
+//! | how secrets are kept from a child | `erase.rs` |
 //! | how it is tested | `testing/`, `tests/` |
 //!
 //! The crate knows no KVM and needs no `/dev/kvm` to be tested. It does not stop writers (see
@@ -44,6 +45,7 @@ mod config;
 #[cfg(test)]
 #[path = "../tests/dma/mod.rs"]
 mod dma;
+mod erase;
 mod error;
 mod fork;
 mod freeze;
@@ -66,6 +68,7 @@ mod units;
 pub use access::AccessError;
 pub use budget::{BudgetError, MappingBudget};
 pub use config::Config;
+pub use erase::{EraseError, Erased, MAX_SECRET, MIN_EDGE, MIN_SECRET, check_secret};
 pub use error::RamError;
 #[cfg(any(test, feature = "hazard"))]
 pub use freeze::PinPolicy;

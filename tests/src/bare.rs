@@ -52,7 +52,7 @@ impl Guest {
     /// When it cannot be made.
     #[must_use]
     pub fn child(context: &Context, image: &Arc<ForkImage>) -> Self {
-        let options = ChildOptions { paused: true, before_start: None };
+        let options = ChildOptions { paused: true, erase: &[], before_start: None };
         Self { vm: Vm::from_image(context, "child", image, options).expect("a child") }
     }
 

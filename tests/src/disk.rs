@@ -229,7 +229,7 @@ impl DiskGuest {
     /// When it cannot be made.
     #[must_use]
     pub fn paused_child(context: &Context, image: &Arc<ForkImage>, name: &str) -> Self {
-        let options = ChildOptions { paused: true, before_start: None };
+        let options = ChildOptions { paused: true, erase: &[], before_start: None };
         Self { guest: Vm::from_image(context, name, image, options).expect("a child").into() }
     }
 }

@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 32;
 const TIMEOUT: Duration = Duration::from_secs(120);
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 
 fn turn() -> Option<(Turn, Context)> {
     let turn = Turn::take(TIMEOUT)?;
@@ -103,7 +103,7 @@ fn stopping_child(context: &Context, image: &Arc<ForkImage>, cpus: u64) -> (Gues
             mailbox.order(Command::Idle).unwrap();
         }
     };
-    let options = ChildOptions { paused: true, before_start: Some(&tell) };
+    let options = ChildOptions { paused: true, erase: &[], before_start: Some(&tell) };
     let vm = Vm::from_image(context, "child", image, options).unwrap();
     vm.resume().unwrap();
     for vcpu in 0..cpus {
@@ -638,7 +638,7 @@ fn a_warm_shell_is_used_up_and_a_child_announces_itself() {
     let tell = |ram: &GuestRam| {
         BareMailbox::new(ram, 0).order(Command::Announce).unwrap();
     };
-    let options = ChildOptions { paused: false, before_start: Some(&tell) };
+    let options = ChildOptions { paused: false, erase: &[], before_start: Some(&tell) };
     let child = Vm::from_image(&context, "child", &image, options).unwrap();
     BareVcpu::new(&child, 0).await_event(Event::Announce).unwrap();
     assert_eq!(context.prepared_count(parent.vm().config()), 2);

@@ -28,7 +28,7 @@ const PAGES: u64 = 4096;
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: false };
 const INCREMENTAL: SnapshotOptions =
     SnapshotOptions { incremental: true, compression: Compression::None, replace: false };
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None };
 
 fn turn() -> Option<(Turn, Context)> {
@@ -387,7 +387,7 @@ fn stopping_a_vm_ends_its_snapshot() {
             ram.memory().write_slice(&noise, GuestAddress(mib << 20)).unwrap();
         }
     };
-    let options = ChildOptions { paused: true, before_start: Some(&fill) };
+    let options = ChildOptions { paused: true, erase: &[], before_start: Some(&fill) };
     let zstd = SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false };
     // On a busy machine a snapshot may be done before its VM is stopped: then that is to be done again.
     let cancelled = (0..20).any(|n| {

@@ -99,7 +99,8 @@ fn another_process() {
     let image =
         ForkImage::import(&context, SealedParts::receive(socket).unwrap().open().unwrap(), Overlays::AsNamed).unwrap();
     let disks = !image.config().disks.is_empty();
-    let vm = Vm::from_image(&context, "other", &image, ChildOptions { paused: true, before_start: None }).unwrap();
+    let vm = Vm::from_image(&context, "other", &image, ChildOptions { paused: true, erase: &[], before_start: None })
+        .unwrap();
     drop(image);
     let (bare, disk) =
         if disks { (None, Some(DiskGuest { guest: Guest::from(vm) })) } else { (Some(Guest::from(vm)), None) };

@@ -122,21 +122,14 @@ impl Bench {
             paused: false,
             session: None,
             limits: VmLimits::default(),
+            secrets: Vec::new(),
         };
         let _: VmInfo = bench.supervisor.ask(Method::POST, "/v1/vms", Some(&boot))?;
         Ok(bench)
     }
 
     fn fork(&self, of: &str, count: usize) -> Result<(ForkAnswer, Duration), Failure> {
-        let request = ForkRequest {
-            count,
-            name: Some("clone-{n}".to_owned()),
-            paused: false,
-            ready: false,
-            labels: None,
-            nets: Vec::new(),
-            vsock: None,
-        };
+        let request = ForkRequest { count, name: Some("clone-{n}".to_owned()), ..ForkRequest::default() };
         let begun = Instant::now();
         let answer = self.supervisor.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
         Ok((answer, begun.elapsed()))

@@ -18,6 +18,7 @@ use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
 use crate::commands::many::{ManyArgs, StopArgs};
 use crate::commands::memory::MemoryCommand;
+use crate::commands::network::{NetworkArgs, NetworkState};
 use crate::commands::pages::PagesArgs;
 use crate::commands::stats::StatsArgs;
 use crate::commands::tree::TreeArgs;
@@ -74,6 +75,8 @@ pub(crate) enum Command {
     Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
+    /// Open or close a VM's network: let packets pass, or none.
+    Network(NetworkArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
     /// Run a program in a VM's guest, by the agent there.
@@ -283,6 +286,10 @@ pub(crate) struct RunArgs {
     /// the root, the agent is PID 1, and what the image runs is started.
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
     pub(crate) image: Option<String>,
+    /// With --image: the modules of --kernel, its directory below /lib/modules. Those that the guest
+    /// needs for its disk and its agent are loaded before all else.
+    #[arg(long, value_name = "DIR", requires = "image", requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) pull: PullFlags,
     /// With --image and -d: boot it, also if there is a checkpoint of a VM that was started in the same
@@ -324,6 +331,13 @@ pub(crate) struct RunArgs {
     /// Most processors that the VM's process may take, and each of its children's, such as 0.5.
     #[arg(long, value_name = "N", requires = "background")]
     pub(crate) cpu_limit: Option<f64>,
+    /// A file with bytes that children may be made without (clade fork --without-secrets): 16 to
+    /// 4,096, without line ends behind them. They are not given to the guest by this. Repeatable.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret: Vec<PathBuf>,
+    /// The same of a variable of this command's environment. Repeatable.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) secret_env: Vec<String>,
     /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
     /// snapshot moves between hosts of one vendor.
     #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
@@ -394,6 +408,9 @@ pub(crate) struct CloneArgs {
     /// with another number, and a random address.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
     pub(crate) net: Vec<NetChoice>,
+    /// Whether packets pass between its network devices and the host. Default: as the original's.
+    #[arg(long, value_enum)]
+    pub(crate) network: Option<NetworkState>,
     /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
     /// the next free CID, and NAME.vsock beside the original's socket.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
@@ -424,6 +441,10 @@ pub(crate) struct ForkArgs {
     /// Returns when all are ready; if one is not, there are none.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
+    /// Erase the secrets that the VM was made with in each child's memory, before its first
+    /// instruction.
+    #[arg(long)]
+    pub(crate) without_secrets: bool,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,

@@ -1,19 +1,25 @@
 //! `clade image`: what VMs can be run of, in the cache.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Context, anyhow};
 use clade_image::{
-    Descriptor, Digest, Image, ImageError, Limits, Progress, PullError, PullOptions, Reference, ReferenceError,
-    RunConfig, SourceError, Store, StoreError,
+    Credentials, Descriptor, Digest, Image, ImageError, Limits, Progress, PullError, PullOptions, Reference,
+    ReferenceError, RunConfig, SourceError, Store, StoreError,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use crate::commands::units::{parse_size, show_size};
 use crate::commands::{Failure, Outcome, Table, print_json};
+
+/// Most bytes of a password.
+const MAX_PASSWORD: usize = 4096;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum ImageCommand {
@@ -33,14 +39,24 @@ pub(crate) struct PullFlags {
     /// Ask the registry by HTTP, without TLS. One on this machine always is.
     #[arg(long)]
     pub(crate) insecure: bool,
+    /// A file of certificates (PEM): the registry's must be of one of these. It is asked by TLS.
+    #[arg(long, value_name = "FILE", conflicts_with = "insecure")]
+    pub(crate) ca: Option<PathBuf>,
     /// Most bytes of all layers together, unpacked.
     #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
     pub(crate) max_image: u64,
 }
 
 impl PullFlags {
-    fn options(&self) -> PullOptions {
-        PullOptions { is_insecure: self.insecure, limits: Limits { bytes: self.max_image, ..Limits::default() } }
+    /// The options for `reference`, with the credentials that were given, or docker's.
+    fn options(&self, reference: &Reference, given: Option<&Credentials>) -> Result<PullOptions, Failure> {
+        let credentials = match (given, reference) {
+            (Some(given), _) => Some(given.clone()),
+            (None, Reference::Registry { host, .. }) => Credentials::of_docker(host).map_err(Failure::input)?,
+            (None, _) => None,
+        };
+        let limits = Limits { bytes: self.max_image, ..Limits::default() };
+        Ok(PullOptions { is_insecure: self.insecure, credentials, ca: self.ca.clone(), limits })
     }
 }
 
@@ -55,6 +71,13 @@ pub(crate) struct PullArgs {
     images: Vec<String>,
     #[command(flatten)]
     flags: PullFlags,
+    /// A user of the registry. Without it: what "auths" of docker's configuration has for the
+    /// registry, if that has anything.
+    #[arg(long, value_name = "NAME", requires = "password_stdin")]
+    username: Option<String>,
+    /// Read the user's password from standard input.
+    #[arg(long, requires = "username")]
+    password_stdin: bool,
     /// Print JSON: an array of the images.
     #[arg(long)]
     json: bool,
@@ -191,10 +214,16 @@ impl Progress for Bars {
 }
 
 /// Pulls one. An image in a registry by a digest that is there already needs no registry.
-pub(super) fn pull(store: &Store, reference: &Reference, flags: &PullFlags, is_quiet: bool) -> Result<Image, Failure> {
+pub(super) fn pull(
+    store: &Store,
+    reference: &Reference,
+    (flags, credentials): (&PullFlags, Option<&Credentials>),
+    is_quiet: bool,
+) -> Result<Image, Failure> {
+    let options = flags.options(reference, credentials)?;
     let bars = Bars(RefCell::new(ProgressBar::hidden()));
     let progress: &dyn Progress = if is_quiet { &() } else { &bars };
-    let image = store.pull(reference, &flags.options(), progress);
+    let image = store.pull(reference, &options, progress);
     bars.0.borrow().finish_and_clear();
     image.map_err(|error| pull_failure(error).named(&reference.to_string()))
 }
@@ -230,9 +259,34 @@ fn each<T>(names: &[String], mut one: impl FnMut(&str) -> Result<T, Failure>) ->
     (done, first.map_or(Ok(()), Err))
 }
 
+/// The name and the password that were given. They are one registry's.
+fn credentials(args: &PullArgs) -> Result<Option<Credentials>, Failure> {
+    let Some(username) = &args.username else { return Ok(None) };
+    let mut registries = BTreeSet::new();
+    for image in &args.images {
+        if let Reference::Registry { host, .. } = parse(image)? {
+            registries.insert(host);
+        }
+    }
+    if registries.len() > 1 {
+        let all = registries.into_iter().collect::<Vec<_>>().join(", ");
+        return Err(Failure::Input(anyhow!("--username is a user of one registry, and the images are of {all}")));
+    }
+    let mut password = Zeroizing::new(String::with_capacity(MAX_PASSWORD + 1));
+    let read = io::stdin().take(MAX_PASSWORD as u64 + 1).read_to_string(&mut password);
+    read.context("the password").map_err(Failure::Input)?;
+    if password.len() > MAX_PASSWORD {
+        return Err(Failure::Input(anyhow!("the password has more than {MAX_PASSWORD} bytes")));
+    }
+    let length = password.trim_end_matches(['\r', '\n']).len();
+    password.truncate(length);
+    Credentials::new(username, password).map(Some).map_err(Failure::input)
+}
+
 fn pull_all(store: &Store, args: &PullArgs) -> Outcome {
+    let given = credentials(args)?;
     let (images, outcome) = each(&args.images, |name| {
-        let image = pull(store, &parse(name)?, &args.flags, args.json)?;
+        let image = pull(store, &parse(name)?, (&args.flags, given.as_ref()), args.json)?;
         if !args.json {
             println!("{}", image.digest);
         }

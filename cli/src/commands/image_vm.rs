@@ -18,6 +18,7 @@ use tempfile::NamedTempFile;
 use crate::commands::Failure;
 use crate::commands::args::RunArgs;
 use crate::commands::image::{open_store, parse, pull};
+use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
 use crate::linux_guest::LinuxGuest;
 
@@ -78,10 +79,12 @@ impl ImageVm {
             Some(kernel) => kernel.clone(),
             None => LinuxGuest::build().map_err(Failure::run)?.kernel,
         };
+        // Before an image is fetched for a kernel that cannot run it.
+        let modules = args.modules.as_deref().map(modules::needed).transpose().map_err(Failure::input)?;
         let store = open_store()?;
         let image = match store.find(image) {
             Ok(image) => image,
-            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, &args.pull, false)?,
+            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, (&args.pull, None), false)?,
             Err(error) => return Err(Failure::input(error)),
         };
         let entrypoint = Entrypoint::new(&image.config, &args.command);
@@ -90,7 +93,8 @@ impl ImageVm {
         disk.ephemeral = true;
         let dir = runtime_dir();
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string()).map_err(Failure::Input)?;
-        let initrd = initramfs(&dir, &agent, &entrypoint).map_err(Failure::Run)?;
+        let modules = modules.unwrap_or_default();
+        let initrd = initramfs(&dir, &agent, &entrypoint, &modules).map_err(Failure::Run)?;
         let socket = dir.join(format!("{name}.vsock"));
         let vsock = VsockOptions { cid: FIRST_CID + u64::from(std::process::id()), socket };
         Ok(Self { kernel, initrd, disk: DiskSpec { disk, device: BlockOptions::default() }, vsock })
@@ -161,8 +165,8 @@ impl Cpio {
     }
 }
 
-/// The agent as PID 1, a console, and what it is to run.
-fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint) -> anyhow::Result<NamedTempFile> {
+/// The agent as PID 1, a console, what it is to run, and the modules that it loads before, in order.
+fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint, modules: &[Module]) -> anyhow::Result<NamedTempFile> {
     let program = fs::read(agent).with_context(|| agent.display().to_string())?;
     let mut cpio = Cpio::default();
     for name in ["dev", "proc", "sys", "newroot", "etc", "etc/clade"] {
@@ -171,6 +175,12 @@ fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint) -> anyhow::Resul
     cpio.add("dev/console", 0o020_600, (5, 1), b"");
     cpio.add("etc/clade/entrypoint.json", 0o100_600, (0, 0), &serde_json::to_vec(entrypoint)?);
     cpio.add("init", 0o100_755, (0, 0), &program);
+    for dir in ["lib", "lib/clade", "lib/clade/modules"].iter().filter(|_| !modules.is_empty()) {
+        cpio.add(dir, 0o040_755, (0, 0), b"");
+    }
+    for (at, Module { name, content }) in modules.iter().enumerate() {
+        cpio.add(&format!("lib/clade/modules/{at:03}-{name}.ko"), 0o100_644, (0, 0), content);
+    }
     let mut file = NamedTempFile::with_prefix_in(".initramfs-", dir).with_context(|| dir.display().to_string())?;
     file.write_all(&cpio.end()).with_context(|| file.path().display().to_string())?;
     Ok(file)
@@ -204,7 +214,9 @@ mod tests {
         let agent = dir.path().join("agent");
         fs::write(&agent, "a program").unwrap();
         let entrypoint = Entrypoint::new(&RunConfig::default(), &[]);
-        let file = initramfs(dir.path(), &agent, &entrypoint).unwrap();
+        let module = |name: &str| Module { name: name.to_owned(), content: name.as_bytes().to_vec() };
+        let modules = [module("virtio"), module("virtio_ring")];
+        let file = initramfs(dir.path(), &agent, &entrypoint, &modules).unwrap();
         let list = Command::new("cpio").args(["-itv", "--quiet"]).stdin(Stdio::from(file.reopen().unwrap())).output();
         let Ok(list) = list else {
             println!("skipped: cpio is not installed");
@@ -214,6 +226,8 @@ mod tests {
         let line = |name: &str| list.lines().find(|line| line.ends_with(name)).unwrap_or_else(|| panic!("{list}"));
         assert!(line(" init").starts_with("-rwxr-xr-x") && line(" init").contains(" 9 "), "{list}");
         assert!(line(" dev/console").starts_with("crw-------") && line(" dev/console").contains("5,   1"), "{list}");
-        assert_eq!(list.lines().count(), 9, "{list}");
+        assert!(line(" lib/clade/modules/000-virtio.ko").starts_with("-rw-r--r--"), "{list}");
+        assert!(line(" lib/clade/modules/001-virtio_ring.ko").contains(" 11 "), "{list}");
+        assert_eq!(list.lines().count(), 14, "{list}");
     }
 }

@@ -33,7 +33,14 @@ const RETRY: Duration = Duration::from_millis(20);
 /// Whether VMs of these arguments can be children of one. What else they would have is each one's own:
 /// images that are written, interfaces, addresses.
 pub(super) fn is_wanted(args: &RunArgs) -> bool {
-    args.image.is_some() && !args.fresh && args.disk.is_empty() && args.net.is_empty() && args.vsock.is_none()
+    // A secret of one would be in the others' memory.
+    let has_secrets = !args.secret.is_empty() || !args.secret_env.is_empty();
+    args.image.is_some()
+        && !args.fresh
+        && !has_secrets
+        && args.disk.is_empty()
+        && args.net.is_empty()
+        && args.vsock.is_none()
 }
 
 /// Starts the VM of an image that `request` is of. Returns its name.
@@ -139,6 +146,7 @@ mod tests {
             paused: false,
             session: None,
             limits: VmLimits::default(),
+            secrets: Vec::new(),
         };
         let name = |change: &dyn Fn(&mut BootRequest)| {
             let mut other = request.clone();

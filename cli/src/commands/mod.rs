@@ -19,6 +19,8 @@ mod limits;
 mod logging;
 mod many;
 mod memory;
+mod modules;
+mod network;
 mod notify;
 mod output;
 mod pages;
@@ -168,6 +170,7 @@ fn run(command: Command) -> Outcome {
         Command::Reset(args) => many::main(&args, Verb::Reset),
         Command::Ready(args) => many::main(&args, Verb::Ready),
         Command::Balloon(args) => remote::balloon(&args),
+        Command::Network(args) => network::main(&args),
         Command::Console(args) => remote::console(&args),
         Command::Exec(args) => exec::main(args),
         Command::Shell(args) => exec::shell(args),

@@ -95,6 +95,7 @@ impl PrivateVms {
             paused: false,
             session: Some(SESSION.to_owned()),
             limits: VmLimits::default(),
+            secrets: Vec::new(),
         };
         let info: VmInfo = self.ask(Method::POST, "/v1/vms", Some(&request))?;
         Ok(self.vm(info.name))

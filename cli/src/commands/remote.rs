@@ -15,7 +15,7 @@ use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{
-    BalloonInfo, BalloonRequest, Client, ClientError, ForkAnswer, ForkRequest, LogsAnswer, VmState,
+    BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
 use clade_daemon::fleet::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 use clade_daemon::flight::FlightEvent;
@@ -94,8 +94,10 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         name: args.pattern.clone(),
         paused: args.child.paused,
         ready: args.ready,
+        without_secrets: args.without_secrets,
         labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
+        network: args.child.network.map(Into::into),
         vsock: args.child.vsock.clone(),
     };
     let client = supervised(&args.name)?;
@@ -123,6 +125,9 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         args.name,
         answer.pause_us,
     );
+    if let Some(ErasedInfo { whole, parts }) = answer.erased {
+        eprintln!("secrets were erased in {whole} places of each, and {parts} parts of them at pages' edges");
+    }
     limited
 }
 

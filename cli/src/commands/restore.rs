@@ -30,8 +30,10 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         name: args.pattern.clone(),
         paused: args.child.paused,
         ready: args.ready,
+        without_secrets: false,
         labels: None,
         nets: args.child.net.clone(),
+        network: args.child.network.map(Into::into),
         vsock: args.child.vsock.clone(),
     };
     Ok(RestoreRequest { saved: SavedSource { dir, load, overlays }, vms, session: None })

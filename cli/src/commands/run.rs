@@ -1,12 +1,16 @@
 //! `clade run`: boots a kernel with its console on this terminal.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clade_devices::virtio::limiter::Limits;
 
 use hyper::Method;
 use tokio::runtime::Handle;
+use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, ROOT_WORD};
@@ -20,6 +24,7 @@ use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
 use clade_daemon::fleet::Labels;
+use clade_daemon::secrets::{MAX_SECRET_BYTES, Secret};
 use clade_vmm::vm::{Irqchip, VmConfig};
 
 /// Writes a line to standard error. A failure is ignored: a VM does not end because its terminal or
@@ -67,6 +72,31 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     Ok(config)
 }
 
+/// The secrets that the arguments name. Line ends behind one are not a part of it.
+fn secrets(args: &RunArgs) -> Result<Vec<Secret>, Failure> {
+    let secret = |name: &str, mut value: Zeroizing<Vec<u8>>| {
+        let length = value.trim_ascii_end().len();
+        value.truncate(length);
+        Secret { name: name.to_owned(), value }
+    };
+    let of_file = |path: &PathBuf| {
+        // More than it may have is told from what it may.
+        let read = File::open(path).and_then(|file| {
+            let mut value = Zeroizing::new(Vec::with_capacity(MAX_SECRET_BYTES + 1));
+            file.take(MAX_SECRET_BYTES as u64 + 1).read_to_end(&mut value)?;
+            Ok(value)
+        });
+        let value = read.with_context(|| format!("the secret {}", path.display())).map_err(Failure::Input)?;
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        Ok(secret(&name, value))
+    };
+    let of_variable = |name: &String| {
+        let value = std::env::var_os(name).with_context(|| format!("the secret: there is no variable {name}"));
+        Ok(secret(name, Zeroizing::new(value.map_err(Failure::Input)?.into_vec())))
+    };
+    args.secret.iter().map(of_file).chain(args.secret_env.iter().map(of_variable)).collect()
+}
+
 /// The request that the arguments make. What is `of_image` is added to it.
 fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Failure> {
     // Its process has another working directory.
@@ -104,6 +134,7 @@ fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Fa
         paused: false,
         session: None,
         limits: VmLimits { memory_mib: args.memory_limit.map(|bytes| bytes >> 20), cpus: args.cpu_limit },
+        secrets: secrets(args)?,
     })
 }
 

@@ -109,7 +109,7 @@ impl World {
     pub(super) fn child(&self, image: &Image) -> Result<StressVm, Failure> {
         match (self, image) {
             (Self::Here { context, ignore }, Image::Here(image)) => {
-                let options = ChildOptions { paused: true, before_start: None };
+                let options = ChildOptions { paused: true, ..ChildOptions::default() };
                 let vm = Vm::from_image(context, "child", image, options).map_err(Failure::run)?;
                 ignore_pins(&vm, *ignore);
                 Ok(StressVm::Here(Box::new(vm)))

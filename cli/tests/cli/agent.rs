@@ -1,14 +1,17 @@
 //! The agent in a guest: programs, files, forks, and what is said where there is none.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::tool::{Answer, Runtime, kvm};
+use clade_agent_client::proto::PORT;
+use clade_agent_client::{Client as Agent, Endpoint};
+
+use crate::tool::{Answer, Runtime, kvm, taps};
 
 /// How long a boot may take, where guest kernels are interpreted and the processors are busy.
 const BOOT: Duration = Duration::from_secs(300);
@@ -53,7 +56,9 @@ pub(crate) fn boot_at(runtime: &mut Runtime, cid: u32) -> bool {
     let vsock = format!("cid={cid},socket={}", runtime.dir().join("web.vsock").display());
     let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
     let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
-    runtime.spawn(&[&args[..], &["--vsock", &vsock]].concat());
+    let net = format!("tap=ca{}x%d", std::process::id() % 10_000);
+    let net: &[&str] = if taps() { &["--net", &net] } else { &[] };
+    runtime.spawn(&[&args[..], &["--vsock", &vsock], net].concat());
     let begun = Instant::now();
     while runtime.clade(&["exec", "web", "--", "true"]).code != Some(0) {
         assert!(begun.elapsed() < BOOT, "the agent does not answer: {:?}", runtime.clade(&["logs", "web"]));
@@ -178,6 +183,68 @@ fn forks(runtime: &Runtime) {
     assert_eq!(runtime.clade(&["wait", "web-1", "--timeout", "60s"]).code, Some(0));
 }
 
+/// A program and an upload of the parent's go on through a fork. The child has what they had come to,
+/// and says so. (This kernel has no inotify to watch with.)
+fn forks_in_the_middle(runtime: &Runtime) {
+    let socket = runtime.dir().join("web.vsock");
+    let slow = Duration::from_secs(300);
+    let guest = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(slow, slow);
+    let script = "echo $$; until test -e /tmp/go; do sleep 0.2; done; echo gone; exit 3";
+    let mut program = runtime.command(&["exec", "web", "--", "sh", "-c", script]);
+    let mut program = program.stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(program.stdout.take().unwrap());
+    let mut pid = String::new();
+    output.read_line(&mut pid).unwrap();
+    let is_running = |name: &str| exec(runtime, &[name, "--", "kill", "-0", pid.trim()]).code == Some(0);
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tokio.block_on(async {
+        let (mut upload, call) = guest.upload("/tmp/up", None);
+        let uploaded = tokio::spawn(call);
+        assert!(upload.send(vec![b'a'; 600 << 10].into()).await);
+        let begun = Instant::now();
+        while !guest.stat("/tmp/up").await.is_ok_and(|file| file.size >= 256 << 10) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "nothing of the file is there");
+        }
+        let fork = runtime.command(&["fork", "web", "--ready", "--name", "middle", "--network", "off"]).output();
+        let fork = Answer::from(fork.unwrap());
+        assert_eq!(fork.code, Some(0), "{fork:?}");
+        // What the parent's clients had begun goes on.
+        assert!(upload.send(vec![b'b'; 400 << 10].into()).await);
+        drop(upload);
+        assert_eq!(uploaded.await.unwrap().unwrap().path, "/tmp/up");
+        assert_eq!(guest.stat("/tmp/up").await.unwrap().size, 1000 << 10);
+    });
+    assert!(is_running("web") && is_running("middle"), "no program is disturbed");
+    exec(runtime, &["web", "--", "touch", "/tmp/go"]);
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), program.wait().unwrap().code()), ("gone\n", Some(3)));
+    assert!(is_running("middle"), "the child's waits for a file of its own");
+    let size = exec(runtime, &["middle", "--", "stat", "-c", "%s", "/tmp/up"]).stdout;
+    assert!(size.trim().parse::<u64>().unwrap() <= 600 << 10, "the parent's bytes: {size}");
+    let logs = runtime.clade(&["logs", "middle"]).stdout;
+    assert!(logs.contains("the VM is \"middle\" now") && logs.contains("/tmp/up is written in part"), "{logs}");
+    closed(runtime, "middle");
+    runtime.clade(&["stop", "middle"]);
+}
+
+/// The guest of a closed child sees its link down, also when it brings its interface up anew. Its
+/// agent answers all the same.
+fn closed(runtime: &Runtime, child: &str) {
+    if !taps() {
+        return;
+    }
+    let carrier = "ip link set eth0 down; ip link set eth0 up; cat /sys/class/net/eth0/carrier";
+    let up = |name: &str| exec(runtime, &[name, "--", "sh", "-c", carrier]).stdout;
+    assert_eq!(up("web"), "1\n");
+    assert_eq!(up(child), "0\n");
+    assert_eq!(runtime.clade(&["network", child, "open"]).code, Some(0));
+    let begun = Instant::now();
+    while up(child) != "1\n" {
+        assert!(begun.elapsed() < Duration::from_secs(120), "the link stays down");
+    }
+}
+
 #[test]
 fn an_agent_serves_its_guest_and_its_forks() {
     if !kvm() {
@@ -189,6 +256,7 @@ fn an_agent_serves_its_guest_and_its_forks() {
     }
     programs(&runtime);
     files(&runtime);
+    forks_in_the_middle(&runtime);
     forks(&runtime);
     runtime.clade(&["pause", "web"]);
     let paused = exec(&runtime, &["web", "--", "true"]);

@@ -33,7 +33,7 @@ fn document(layout: &Path, media_type: &str, content: &Value) -> Value {
 }
 
 /// A layout of one image: the directory `root` as its layer, and what it runs.
-fn write_layout(layout: &Path, root: &Path, config: &Value) {
+pub(crate) fn write_layout(layout: &Path, root: &Path, config: &Value) {
     fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
     let tar = layout.join("layer.tar");

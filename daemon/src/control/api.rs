@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
-use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::net::{Link, Mac};
 use clade_io::CachePolicy;
+use clade_memory::Erased;
 
 use crate::control::{object, schema};
 use crate::fleet::{EndedVm, Labels, Listed, Shutdown};
 use crate::flight::FlightEvent;
+use crate::secrets::{self, Secret};
 use crate::worker::Made;
 use crate::zygote::Exit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
@@ -60,6 +62,16 @@ pub struct NetInfo {
     pub sent_bytes: u64,
     /// Packets that the interface or the driver did not accept.
     pub dropped: u64,
+    /// Whether packets pass.
+    #[serde(default)]
+    #[schema(value_type = schema::Link)]
+    pub network: Link,
+    /// Packets to the guest that were dropped because its network is closed.
+    #[serde(default)]
+    pub blocked_received: u64,
+    /// Packets of the guest that were dropped because its network is closed.
+    #[serde(default)]
+    pub blocked_sent: u64,
 }
 
 /// A socket device.
@@ -106,6 +118,9 @@ pub struct VmInfo {
     #[serde(skip_serializing_if = "Labels::is_empty", default)]
     #[schema(value_type = std::collections::BTreeMap<String, String>)]
     pub labels: Labels,
+    /// Names of the secrets that its children may be made without.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub secrets: Vec<String>,
     /// Forks between it and the VM that was booted.
     pub generation: u32,
     /// vCPUs.
@@ -143,8 +158,16 @@ fn disks(vm: &Vm) -> Vec<DiskInfo> {
 fn nets(vm: &Vm) -> Vec<NetInfo> {
     let info = |(at, own): (usize, &clade_vmm::vm::NetIdentity)| {
         let stats = vm.net_stats(at).unwrap_or_default();
-        let (received_bytes, sent_bytes, dropped) = (stats.received_bytes, stats.sent_bytes, stats.dropped);
-        NetInfo { tap: own.tap.clone(), mac: own.mac, received_bytes, sent_bytes, dropped }
+        NetInfo {
+            tap: own.tap.clone(),
+            mac: own.mac,
+            received_bytes: stats.received_bytes,
+            sent_bytes: stats.sent_bytes,
+            dropped: stats.dropped,
+            network: vm.network(at).unwrap_or_default(),
+            blocked_received: stats.blocked_received,
+            blocked_sent: stats.blocked_sent,
+        }
     };
     vm.identity().nets.iter().enumerate().map(info).collect()
 }
@@ -177,6 +200,7 @@ impl From<&Listed> for VmInfo {
             stopped,
             parent: listed.parent.clone(),
             labels: listed.labels.clone(),
+            secrets: listed.secrets.names(),
             generation: vm.generation(),
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
@@ -209,6 +233,7 @@ impl VmInfo {
             stopped: Some(stopped),
             parent: None,
             labels: Labels::default(),
+            secrets: Vec::new(),
             generation: 0,
             cpus: config.cpus(),
             age_s: 0.0,
@@ -239,6 +264,10 @@ pub struct ForkRequest {
     /// ready; if one is not, there are none. Not for VMs that start paused.
     #[serde(default)]
     pub ready: bool,
+    /// Whether the secrets that the parent was made with are erased in their memory before their
+    /// first instruction. Refused for a parent whose secrets are not known.
+    #[serde(default)]
+    pub without_secrets: bool,
     /// Their labels; the parent's if not given.
     #[serde(default)]
     #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
@@ -247,6 +276,11 @@ pub struct ForkRequest {
     #[serde(default, deserialize_with = "object::list")]
     #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
+    /// Whether packets pass between their network devices and the host; as the parent's if not
+    /// given. When closed, none ever has in either direction, from the first instruction on.
+    #[serde(default)]
+    #[schema(value_type = Option<schema::Link>)]
+    pub network: Option<Link>,
     /// The choices for their socket device.
     #[serde(default, deserialize_with = "object::optional")]
     #[schema(value_type = Option<schema::VsockChoice>)]
@@ -256,7 +290,17 @@ pub struct ForkRequest {
 impl Default for ForkRequest {
     /// For one child, as its parent is.
     fn default() -> Self {
-        Self { count: 1, name: None, paused: false, ready: false, labels: None, nets: Vec::new(), vsock: None }
+        Self {
+            count: 1,
+            name: None,
+            paused: false,
+            ready: false,
+            without_secrets: false,
+            labels: None,
+            nets: Vec::new(),
+            network: None,
+            vsock: None,
+        }
     }
 }
 
@@ -264,7 +308,7 @@ impl ForkRequest {
     /// The choices for the children's devices.
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
-        ChildIdentity { nets: self.nets.clone(), vsock: self.vsock.clone() }
+        ChildIdentity { nets: self.nets.clone(), network: self.network, vsock: self.vsock.clone() }
     }
 }
 
@@ -318,6 +362,15 @@ impl From<Shutdown> for ShutdownInfo {
     fn from(Shutdown { by_itself, noticed }: Shutdown) -> Self {
         Self { by_itself, noticed }
     }
+}
+
+/// A request to open or close a VM's network.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkRequest {
+    /// Whether packets pass.
+    #[schema(value_type = schema::Link)]
+    pub network: Link,
 }
 
 /// A request to resize a balloon.
@@ -411,6 +464,24 @@ pub struct ForkAnswer {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
+    /// What was erased in each child's memory, if it was made without secrets.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub erased: Option<ErasedInfo>,
+}
+
+/// Places at which a child's memory was erased.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErasedInfo {
+    /// Where a secret was as a whole.
+    pub whole: u64,
+    /// Parts of one: a beginning at the end of a page, or an end at the start of one.
+    pub parts: u64,
+}
+
+impl From<Erased> for ErasedInfo {
+    fn from(Erased { whole, parts }: Erased) -> Self {
+        Self { whole, parts }
+    }
 }
 
 impl ForkAnswer {
@@ -431,7 +502,13 @@ impl ForkAnswer {
             total_us: us(total),
             remapped_pages,
             copied_pages,
+            erased: None,
         }
+    }
+
+    /// With what was erased in each child: the same, because all are of one image.
+    pub(crate) fn with_erased(self, erased: Option<ErasedInfo>) -> Self {
+        Self { erased, ..self }
     }
 }
 
@@ -590,6 +667,11 @@ pub struct BootRequest {
     /// What its process may take of the host, and those of its children.
     #[serde(default, deserialize_with = "object::object")]
     pub limits: VmLimits,
+    /// Bytes that children may be made without: 16 of them, 16 KiB in all. They are given to no
+    /// guest by this.
+    #[serde(default, deserialize_with = "secrets::list", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 16)]
+    pub secrets: Vec<Secret>,
 }
 
 /// A snapshot, and how it is loaded.

@@ -15,6 +15,7 @@
 //! | `POST /v1/vms/{name}/reset` | | `ResetAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
 //! | `POST /v1/vms/{name}/balloon` | `BalloonRequest` | `BalloonInfo` |
+//! | `POST /v1/vms/{name}/network` | `NetworkRequest` | `VmInfo` |
 //! | `POST /v1/vms/{name}/snapshot` | `SnapshotRequest` | `SnapshotAnswer`, when it is durable |
 //! | `GET /v1/vms/{name}/snapshot` | | `SnapshotProgress` |
 //! | `DELETE /v1/vms/{name}/snapshot` | | `SnapshotProgress`; cancels the snapshot |
@@ -43,11 +44,11 @@ mod token;
 mod ttl;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ForkAnswer, ForkRequest,
-    ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, OpenRequest, PrepareRequest, Prepared,
-    ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState,
-    VsockInfo, WorkingSetAnswer,
+    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo, ForkAnswer,
+    ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest, OpenRequest,
+    PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer,
+    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo,
+    VmLimits, VmState, VsockInfo, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;

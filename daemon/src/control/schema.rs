@@ -55,6 +55,19 @@ pub(crate) enum RestoreLoad {
     WorkingSet,
 }
 
+/// Whether packets pass between a guest and the host's network.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(serde::Deserialize))]
+#[schema(as = Link)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Link {
+    /// They pass.
+    Open,
+    /// None passes, in either direction: the host drops and counts them. The guest sees its link
+    /// down.
+    Closed,
+}
+
 /// Chosen values for a child's network device.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize))]
@@ -351,6 +364,10 @@ mod tests {
     fn choices_and_reasons_are_as_their_schemas_say() {
         let net = vm::NetChoice { tap: Some("tap%d".to_owned()), mac: config().nets[0].mac };
         let vsock = vm::VsockChoice { cid: Some(3), socket: Some("/socket".into()) };
+        let list = serde_json::to_value(Link::schema()).unwrap();
+        for name in list["enum"].as_array().unwrap() {
+            serde_json::from_value::<clade_devices::virtio::net::Link>(name.clone()).map(drop).unwrap();
+        }
         let (net, vsock) = (serde_json::to_value(net).unwrap(), serde_json::to_value(vsock).unwrap());
         assert_eq!((fields::<NetChoice>(), fields::<VsockChoice>()), (keys(&net), keys(&vsock)));
         serde_json::from_value::<NetChoice>(net).map(drop).unwrap();

@@ -17,8 +17,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::control::api::{
-    BalloonInfo, BalloonRequest, LogsAnswer, MAX_GRACE, ResetAnswer, StopAnswer, StopRequest, TouchedAnswer,
-    TouchedRun, VmInfo,
+    BalloonInfo, BalloonRequest, LogsAnswer, MAX_GRACE, NetworkRequest, ResetAnswer, StopAnswer, StopRequest,
+    TouchedAnswer, TouchedRun, VmInfo,
 };
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
@@ -273,6 +273,27 @@ async fn set_balloon(
     Ok(Json(set.await?))
 }
 
+/// Lets packets of a VM's network devices pass, or none.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/network",
+    request_body = NetworkRequest,
+    responses((status = 200, description = "Done.", body = VmInfo))
+)]
+async fn set_network(
+    State(fleet): State<WeakFleet>,
+    UrlPath(name): UrlPath<String>,
+    request: Result<Json<NetworkRequest>, JsonRejection>,
+) -> Answer<VmInfo> {
+    let Json(request) = request?;
+    let set = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        listed.vm.set_network(request.network)?;
+        Ok(VmInfo::from(&listed))
+    });
+    Ok(Json(set.await?))
+}
+
 /// The answer at a path that there is none at.
 pub(crate) async fn fallback() -> ApiError {
     ProblemKind::NoSuchPath.into()
@@ -289,6 +310,7 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(show))
         .routes(routes!(reset))
         .routes(routes!(balloon, set_balloon))
+        .routes(routes!(set_network))
         .routes(routes!(touched))
         .routes(routes!(pause))
         .routes(routes!(resume))

@@ -1,4 +1,5 @@
 use super::*;
+use crate::secrets::Secrets;
 use clade_harness::host;
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Endpoints, VmConfig};
@@ -24,7 +25,7 @@ pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<
     let files = VmFiles::of(sockets, record).unwrap();
     let make = |context: &Context| Vm::boot_as(context, "one", &config, &source, Endpoints::boot(&config)?, true);
     let labels = Labels::of(&["tier=web".parse().unwrap()]).unwrap();
-    let vm = fleet.launch(claim, files, (Some("zero".to_owned()), labels), make, |vm| {
+    let vm = fleet.launch(claim, files, (Some("zero".to_owned()), labels, Secrets::None), make, |vm| {
         assert!(vm.is_paused() && fleet.listed().is_none(), "nobody can let it run yet");
         is_wanted
     });

@@ -211,6 +211,7 @@ mod tests {
         Forked {
             config,
             labels,
+            secrets: crate::secrets::Secrets::None,
             generation: 1,
             pause: none,
             freeze: none,

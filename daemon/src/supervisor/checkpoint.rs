@@ -8,6 +8,7 @@ use super::about::About;
 use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
 use crate::image::{Asked, Forked};
+use crate::secrets::Secrets;
 use crate::worker::Made;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
 
@@ -66,6 +67,8 @@ impl Checkpoint {
         let forked = Forked {
             config: saved.config.clone(),
             labels: Labels::default(),
+            // What is in its memory is not written down.
+            secrets: Secrets::None,
             generation: saved.generation,
             pause: Duration::ZERO,
             freeze: Duration::ZERO,
@@ -101,6 +104,11 @@ impl Checkpoint {
     /// Its labels.
     pub(super) fn labels(&self) -> &Labels {
         &self.forked.labels
+    }
+
+    /// What its children may be made without.
+    pub(super) fn secrets(&self) -> &Secrets {
+        &self.forked.secrets
     }
 
     pub(super) fn config(&self) -> &VmConfig {

@@ -10,11 +10,12 @@ use super::hand::{Hand, Start};
 use super::net_hook::Up;
 use super::ready::expect_reachable;
 use super::{Fetch, Inner, Supervisor};
-use crate::control::{BootRequest, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
+use crate::control::{BootRequest, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
 use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
 use crate::image::Asked;
 use crate::jail::is_block_device;
-use crate::worker::{BootOrder, EnterOrder, ForkOrder, Made, Order, Shape, Worker, Workers, has_ended};
+use crate::secrets::{self, Secrets};
+use crate::worker::{BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
 
 /// The least memory of a VM's process, in MiB.
@@ -56,6 +57,11 @@ struct Ordered {
     groups: Vec<Option<Group>>,
 }
 
+/// What was erased in each of the children that were made without secrets.
+fn erased(made: &[Made], request: &ForkRequest) -> Option<ErasedInfo> {
+    made.first().filter(|_| request.without_secrets).map(|child| child.erased)
+}
+
 impl Supervisor {
     /// Forks a VM, in whatever process it is, into children of one instant.
     ///
@@ -94,7 +100,8 @@ impl Supervisor {
         };
         let made =
             self.start_children(&Origin { about: &about, vm: Some(vm), image: &image }, claims, request, cancel)?;
-        let answer = image()?.answer(made, begun.elapsed());
+        let erased = erased(&made, request);
+        let answer = image()?.answer(made, begun.elapsed()).with_erased(erased);
         self.0.events.forked(vm, &answer.children, answer.pause_us);
         Ok(answer)
     }
@@ -116,7 +123,8 @@ impl Supervisor {
         let claims = self.claim(name, request, &checkpoint.about().shape, cancel)?;
         let _making = self.0.making(&claims);
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;
-        let answer = checkpoint.answer(made, begun.elapsed());
+        let erased = erased(&made, request);
+        let answer = checkpoint.answer(made, begun.elapsed()).with_erased(erased);
         self.0.events.forked(name, &answer.children, answer.pause_us);
         Ok(answer)
     }
@@ -189,8 +197,13 @@ impl Supervisor {
         };
         let give = |workers: &Workers| {
             let checkpoint = (origin.image)()?;
-            let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels());
-            workers.0.iter().try_for_each(|worker| worker.give_image(labels, checkpoint.parts()))
+            let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels()).clone();
+            let (secrets, withhold) = (checkpoint.secrets().clone(), request.without_secrets);
+            if withhold {
+                secrets.expect_known(origin.vm)?;
+            }
+            let inherited = Inherited { labels, secrets, withhold };
+            workers.0.iter().try_for_each(|worker| worker.give_image(&inherited, checkpoint.parts()))
         };
         let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
         let check = |made| self.check(made, count, cancel);
@@ -206,8 +219,11 @@ impl Supervisor {
     /// When the name is taken, or the VM cannot be made.
     pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session, limits } = request;
+        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session, limits, secrets } =
+            request;
         let bounds = self.bounds(limits)?;
+        secrets::check(&secrets)?;
+        let secrets = Secrets::of(secrets);
         session.as_deref().map_or(Ok(()), check_name)?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
@@ -243,7 +259,8 @@ impl Supervisor {
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
-            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused };
+            let secrets = secrets.clone();
+            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand.booted())

@@ -227,6 +227,16 @@ fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) ->
             out.count(&[("vm", &vm.name), ("clade", clade), ("interface", &net.tap)], net.dropped);
         }
     });
+    let help = "Packets that were dropped because a VM's network is closed.";
+    out.family("clade_vm_network_blocked_total", Kind::Counter, help);
+    each(out, &|out, vm, _, clade| {
+        for net in &vm.nets {
+            for (direction, count) in [("received", net.blocked_received), ("sent", net.blocked_sent)] {
+                let labels = [("vm", vm.name.as_str()), ("clade", clade), ("interface", &net.tap)];
+                out.count(&[&labels[..], &[("direction", direction)]].concat(), count);
+            }
+        }
+    });
     out.family("clade_vm_disk_no_room_total", Kind::Counter, "Writes for which the host had no room.");
     each(out, &|out, vm, _, clade| {
         for (at, disk) in vm.disks.iter().enumerate() {

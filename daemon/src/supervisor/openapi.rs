@@ -236,7 +236,8 @@ mod tests {
                     .iter()
                     .any(|name| method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}"))));
                 // These answer with what they have changed.
-                if !makes || ["/pause", "/resume", "/labels", "/ttl"].iter().any(|end| path.ends_with(end)) {
+                if !makes || ["/pause", "/resume", "/labels", "/ttl", "/network"].iter().any(|end| path.ends_with(end))
+                {
                     continue;
                 }
                 found += 1;

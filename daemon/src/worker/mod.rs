@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
 //! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
-//! | next | starter | only with a fork: the child's labels as JSON |
+//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
@@ -34,8 +34,9 @@ use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::control::{IdentityInfo, ProblemKind};
+use crate::control::{ErasedInfo, IdentityInfo, ProblemKind};
 use crate::fleet::{FleetError, Labels};
+use crate::secrets::Secrets;
 use clade_memory::GuestRam;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
@@ -111,7 +112,17 @@ pub(crate) struct BootOrder {
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
     pub(crate) labels: Labels,
+    pub(crate) secrets: Secrets,
     pub(crate) paused: bool,
+}
+
+/// What a child has of its parent beside the image.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Inherited {
+    pub(crate) labels: Labels,
+    pub(crate) secrets: Secrets,
+    /// Whether the secrets are erased in the child's memory before its first instruction.
+    pub(crate) withhold: bool,
 }
 
 /// What a worker says.
@@ -122,6 +133,7 @@ pub(crate) enum Answer {
     Made {
         name: String,
         identity: Option<IdentityInfo>,
+        erased: ErasedInfo,
     },
     Running,
     /// Bytes of a snapshot that are written, of those that are to be.
@@ -160,6 +172,8 @@ pub(crate) struct Made {
     pub(crate) name: String,
     /// Its own interfaces, addresses and sockets; `None` if it has no such devices.
     pub(crate) identity: Option<IdentityInfo>,
+    /// What was erased in its memory.
+    pub(crate) erased: ErasedInfo,
 }
 
 fn failed(source: io::Error) -> FleetError {

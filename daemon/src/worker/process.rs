@@ -10,8 +10,8 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Answer, EnterOrder, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
-use crate::fleet::{FleetError, Labels};
+use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
+use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
 
 /// How long a worker may take to make its VM.
@@ -105,8 +105,8 @@ impl Worker {
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn give_image(&self, labels: &Labels, parts: &SealedParts) -> Result<(), FleetError> {
-        let given = send(&self.socket, labels, &[]);
+    pub(crate) fn give_image(&self, inherited: &Inherited, parts: &SealedParts) -> Result<(), FleetError> {
+        let given = send(&self.socket, inherited, &[]);
         let given = given.and_then(|()| parts.send(&self.socket).map_err(io::Error::other));
         // One that has gone says why.
         given.map_err(|error| match self.last_words() {
@@ -227,7 +227,7 @@ impl Worker {
     /// As [`Self::answer`].
     pub(crate) fn made(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
         match self.answer(check)? {
-            Answer::Made { name, identity } => Ok(Made { name, identity }),
+            Answer::Made { name, identity, erased } => Ok(Made { name, identity, erased }),
             other => Err(failed(unexpected(&other))),
         }
     }

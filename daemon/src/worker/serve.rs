@@ -13,10 +13,11 @@ use tokio::runtime::Handle;
 use super::open::open;
 use super::save::save;
 use super::tie::end_with;
-use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Order, Program, failed, receive, send};
+use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Inherited, Order, Program, failed, receive, send};
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
 use crate::fleet::{Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
+use crate::secrets::Secrets;
 use clade_vmm::boot::{BootError, BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
@@ -131,7 +132,8 @@ impl Maker<'_> {
     /// Says that the VM is made. Returns whether it is wanted, once that is known: when all others
     /// of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
-        let answer = Answer::Made { name: vm.name().to_owned(), identity: IdentityInfo::of(vm) };
+        let (name, erased) = (vm.name().to_owned(), vm.erased().into());
+        let answer = Answer::Made { name, identity: IdentityInfo::of(vm), erased };
         let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
         told.is_ok()
     }
@@ -144,8 +146,8 @@ impl Maker<'_> {
         let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
-        let labels = match receive(self.socket) {
-            Ok((labels, _)) => labels,
+        let Inherited { labels, secrets, withhold } = match receive(self.socket) {
+            Ok((inherited, _)) => inherited,
             // There is no image: the parent could not be forked, or another worker has failed.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             Err(error) => return Err(failed(error)),
@@ -160,8 +162,14 @@ impl Maker<'_> {
         let (claim_took, receive_took) = (claimed - begun, received - waited);
         tracing::debug!(name, ?claim_took, ?receive_took, import_took = ?received.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
-        let options = ChildOptions { paused: true, before_start };
-        let make = |context: &Context| Vm::from_image_as(context, &name, &image, ends, options);
+        // The child has none, and neither has this process once it is made.
+        let (withheld, secrets) = if withhold { (secrets, Secrets::Withheld) } else { (Secrets::None, secrets) };
+        let make = |context: &Context| {
+            let options = ChildOptions { paused: true, erase: &withheld.bytes(), before_start };
+            let made = Vm::from_image_as(context, &name, &image, ends, options);
+            drop(withheld);
+            made
+        };
         let of = parent.clone().unwrap_or_else(|| "a snapshot".to_owned());
         let run = |vm: &Vm| {
             if !self.is_wanted(vm) {
@@ -174,10 +182,14 @@ impl Maker<'_> {
             }
             true
         };
-        let made = fleet.launch(claim, files, (parent, labels), make, run)?;
+        let made = fleet.launch(claim, files, (parent, labels, secrets), make, run)?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
+        let (whole, parts) = (vm.erased().whole, vm.erased().parts);
+        if whole + parts > 0 {
+            flight::note(&format!("secrets withheld: erased in {whole} places, and {parts} parts at pages' edges"));
+        }
         if let Some(started) = self.program.started.filter(|_| !paused) {
             started(&vm);
         }
@@ -189,14 +201,14 @@ impl Maker<'_> {
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, paused } = order;
+        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused } = order;
         let fleet = serve_vm(self.context, self.runtime);
         let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
-        let made = fleet.launch(claim, files, (None, labels), make, |vm| self.is_wanted(vm))?;
+        let made = fleet.launch(claim, files, (None, labels, secrets), make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());

@@ -331,6 +331,16 @@ impl<H: DeviceOps> SyncDevice<H> {
     }
 }
 
+impl<H: DeviceOps> SyncDevice<H> {
+    /// Gives the handler a turn soon, if a driver uses the device: something else than a queue or a
+    /// descriptor has changed.
+    pub fn wake(&mut self) {
+        if let Place::Working(worker) = &self.place {
+            worker.start_over();
+        }
+    }
+}
+
 impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
     fn device_type(&self) -> u32 {
         H::TYPE

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::digest::{Digest, DigestError};
 use crate::manifest::{Descriptor, ManifestError};
+use crate::pull::PullOptions;
 use crate::reference::Reference;
 use crate::tar::TarError;
 
@@ -93,6 +94,32 @@ pub enum SourceError {
         /// As it says.
         asked: String,
     },
+    /// A registry lets only known users have the image.
+    #[error(
+        "the registry {registry} wants a name and a password: --username NAME --password-stdin, or \"auths\" of docker's \
+         configuration"
+    )]
+    Anonymous {
+        /// Its host.
+        registry: String,
+    },
+    /// A registry does not take the name and the password.
+    #[error("the registry {registry} refuses the name and the password, or does not let them have the image")]
+    Refused {
+        /// Its host.
+        registry: String,
+    },
+    /// They would be sent where others can read them, or to a host that is not the registry.
+    #[error("the password for the registry {registry} is not sent to {to}, which is asked without TLS")]
+    Clear {
+        /// Its host.
+        registry: String,
+        /// Where it would be sent.
+        to: String,
+    },
+    /// A file of certificates has none.
+    #[error("{0} has no certificate in PEM")]
+    NoCertificate(PathBuf),
     /// The server of tokens gives none.
     #[error("{0} gives no token")]
     NoToken(String),
@@ -109,13 +136,13 @@ pub(crate) trait Source {
 }
 
 /// Opens the source that a reference names.
-pub(crate) fn open(reference: &Reference, is_insecure: bool) -> Result<Box<dyn Source>, SourceError> {
+pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<dyn Source>, SourceError> {
     Ok(match reference {
         Reference::Layout { dir, tag } => Box::new(layout::Layout::open(dir, tag.as_deref())?),
         Reference::Archive { file } => Box::new(archive::Archive::open(file)?),
         Reference::Registry { host, name, version } => {
-            let is_plain = is_insecure || reference.is_loopback();
-            Box::new(registry::Registry::new(host, name, version, is_plain))
+            let is_loopback = reference.is_loopback();
+            Box::new(registry::Registry::new((host, is_loopback), name, version, options)?)
         }
     })
 }

@@ -1,18 +1,27 @@
-//! A registry, as the distribution specification has it, with tokens for who is nobody in particular.
+//! A registry, as the distribution specification has it, with tokens, and passwords for who has one.
+//!
+//! A name and a password are sent when the registry itself has asked for them: to it, or to the
+//! server of tokens that it names. They go by TLS, or to this machine. Where a request is redirected
+//! to, neither they nor a token are sent, and what is asked for there is not given.
 
+use std::fs;
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use ureq::http::{Response, StatusCode};
-use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body};
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::{HeaderValue, Response, StatusCode, Uri};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::{Agent, Body, ResponseExt};
 
 use super::{Source, SourceError};
+use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError};
 use crate::limits::MAX_DOCUMENT;
 use crate::manifest::{Descriptor, accepted};
+use crate::pull::PullOptions;
 use crate::reference::Version;
 
 /// Most bytes of what gives a token.
@@ -25,68 +34,150 @@ const REDIRECTS: u32 = 5;
 /// A repository of a registry.
 pub(super) struct Registry {
     agent: Agent,
+    host: String,
     /// Up to the repository.
     base: String,
     name: String,
     version: Version,
     is_plain: bool,
-    token: Option<String>,
+    /// Whether it is on this machine.
+    is_loopback: bool,
+    credentials: Option<Credentials>,
+    proof: Proof,
+}
+
+/// What is said with a request.
+enum Proof {
+    Nothing,
+    Token(String),
+    /// The name and the password.
+    Password,
+}
+
+/// The certificates of a file, of which a registry's must be one or be signed by one.
+fn roots(ca: &Path) -> Result<RootCerts, SourceError> {
+    let pem = fs::read(ca).map_err(|source| SourceError::File { path: ca.to_owned(), source })?;
+    let certificates: Vec<_> = parse_pem(&pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        return Err(SourceError::NoCertificate(ca.to_owned()));
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
 }
 
 impl Registry {
-    pub(super) fn new(host: &str, name: &str, version: &Version, is_plain: bool) -> Self {
+    pub(super) fn new(
+        (host, is_loopback): (&str, bool),
+        name: &str,
+        version: &Version,
+        options: &PullOptions,
+    ) -> Result<Self, SourceError> {
+        let is_plain = options.ca.is_none() && (options.is_insecure || is_loopback);
+        let roots = options.ca.as_deref().map_or(Ok(RootCerts::PlatformVerifier), roots)?;
         let scheme = if is_plain { "http" } else { "https" };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = TlsConfig::builder()
-            .unversioned_rustls_crypto_provider(provider)
-            .root_certs(RootCerts::PlatformVerifier)
-            .build();
+        let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(provider).root_certs(roots).build();
         let config = Agent::config_builder()
             .tls_config(tls)
             .http_status_as_error(false)
             .max_redirects(REDIRECTS)
+            .redirect_auth_headers(RedirectAuthHeaders::Never)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(ANSWER_TIMEOUT))
             .user_agent(concat!("clade/", env!("CARGO_PKG_VERSION")))
             // A registry that is asked in the clear may send elsewhere so too; others may not.
             .https_only(!is_plain)
             .build();
-        Self {
+        Ok(Self {
             agent: config.into(),
+            host: host.to_owned(),
             base: format!("{scheme}://{host}/v2/{name}"),
             name: name.to_owned(),
             version: version.clone(),
             is_plain,
-            token: None,
-        }
+            is_loopback,
+            credentials: options.credentials.clone(),
+            proof: Proof::Nothing,
+        })
     }
 
     fn get(&mut self, path: &str, accept: &str) -> Result<Response<Body>, SourceError> {
         let url = format!("{}/{path}", self.base);
         let mut answer = self.ask(&url, accept)?;
         if answer.status() == StatusCode::UNAUTHORIZED {
-            self.token = Some(self.fetch_token(&url, &answer)?);
+            self.proof = self.prove(&url, &answer)?;
             answer = self.ask(&url, accept)?;
         }
         match answer.status() {
             StatusCode::OK => Ok(answer),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.is_own(&answer) => Err(self.denied()),
             status => Err(SourceError::Status { url, status: status.as_u16() }),
         }
     }
 
     fn ask(&self, url: &str, accept: &str) -> Result<Response<Body>, SourceError> {
         let mut request = self.agent.get(url).header("accept", accept);
-        if let Some(token) = &self.token {
-            // It is not sent on where the registry redirects to.
-            request = request.header("authorization", format!("Bearer {token}"));
+        // Not sent on where the registry redirects to.
+        match (&self.proof, &self.credentials) {
+            (Proof::Token(token), _) => request = request.header("authorization", format!("Bearer {token}")),
+            (Proof::Password, Some(credentials)) => request = request.header("authorization", sensitive(credentials)),
+            (Proof::Password, None) | (Proof::Nothing, _) => {}
         }
         request.call().map_err(|source| SourceError::Http { url: url.to_owned(), source: Box::new(source) })
     }
 
-    fn fetch_token(&self, url: &str, answer: &Response<Body>) -> Result<String, SourceError> {
-        let asked = answer.headers().get("www-authenticate").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let unknown = || SourceError::Challenge { url: url.to_owned(), asked: asked.chars().take(200).collect() };
-        let challenge = Challenge::parse(asked).ok_or_else(unknown)?;
+    /// Whether an answer is the registry's, and not of where it has redirected to.
+    fn is_own(&self, answer: &Response<Body>) -> bool {
+        let base: Option<Uri> = self.base.parse().ok();
+        base.is_some_and(|base| base.authority() == answer.get_uri().authority())
+    }
+
+    fn denied(&self) -> SourceError {
+        let registry = self.host.clone();
+        if self.credentials.is_some() { SourceError::Refused { registry } } else { SourceError::Anonymous { registry } }
+    }
+
+    /// The credentials, if they may be sent to `to`.
+    fn credentials_for(&self, to: &str) -> Result<Option<&Credentials>, SourceError> {
+        let Some(credentials) = &self.credentials else { return Ok(None) };
+        let parsed: Option<Uri> = to.parse().ok();
+        let is_tls = parsed.as_ref().is_some_and(|to| to.scheme_str() == Some("https"));
+        let base: Option<Uri> = self.base.parse().ok();
+        let is_here = self.is_loopback && parsed.as_ref().and_then(Uri::host) == base.as_ref().and_then(Uri::host);
+        if is_tls || is_here {
+            return Ok(Some(credentials));
+        }
+        Err(SourceError::Clear { registry: self.host.clone(), to: to.to_owned() })
+    }
+
+    /// What the registry asks for.
+    fn prove(&self, url: &str, answer: &Response<Body>) -> Result<Proof, SourceError> {
+        let asked = answer.headers().get_all("www-authenticate").iter().filter_map(|value| value.to_str().ok());
+        let asked: Vec<&str> = asked.collect();
+        let unknown =
+            || SourceError::Challenge { url: url.to_owned(), asked: asked.join(", ").chars().take(200).collect() };
+        if !self.is_own(answer) {
+            return Err(unknown());
+        }
+        if let Some(challenge) = asked.iter().find_map(|text| Challenge::parse(text)) {
+            return self.fetch_token(challenge, unknown).map(Proof::Token);
+        }
+        let is_basic = |text: &&str| text.split(' ').next().is_some_and(|scheme| scheme.eq_ignore_ascii_case("basic"));
+        if !asked.iter().any(is_basic) {
+            return Err(unknown());
+        }
+        match (&self.proof, self.credentials_for(url)?) {
+            // It has had them.
+            (Proof::Password, _) | (_, None) => Err(self.denied()),
+            (_, Some(_)) => Ok(Proof::Password),
+        }
+    }
+
+    fn fetch_token(&self, challenge: Challenge, unknown: impl Fn() -> SourceError) -> Result<String, SourceError> {
         // In the clear anybody could take the token, and what it opens.
         if !(challenge.realm.starts_with("https://") || self.is_plain && challenge.realm.starts_with("http://")) {
             return Err(unknown());
@@ -97,8 +188,14 @@ impl Registry {
             request = request.query("service", service);
         }
         let realm = challenge.realm;
+        if let Some(credentials) = self.credentials_for(&realm)? {
+            request = request.header("authorization", sensitive(credentials));
+        }
         let answer = request.call();
         let answer = answer.map_err(|source| SourceError::Http { url: realm.clone(), source: Box::new(source) })?;
+        if matches!(answer.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            return Err(self.denied());
+        }
         if answer.status() != StatusCode::OK {
             return Err(SourceError::Status { url: realm, status: answer.status().as_u16() });
         }
@@ -112,6 +209,14 @@ impl Registry {
         let token = token.and_then(|token| token.token.or(token.access_token)).filter(|token| !token.is_empty());
         token.ok_or(SourceError::NoToken(realm))
     }
+}
+
+/// What a request says, which no log has.
+fn sensitive(credentials: &Credentials) -> HeaderValue {
+    // Base64 is always one.
+    let mut value = HeaderValue::from_str(&credentials.header()).unwrap_or_else(|_| HeaderValue::from_static(""));
+    value.set_sensitive(true);
+    value
 }
 
 /// Reads an answer, and one byte more than it may have.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod credentials;
 mod layout;
 mod malicious;
 mod sources;

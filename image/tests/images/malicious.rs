@@ -203,7 +203,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
     let zeros = vec![0; 80 << 20];
     let tar = Tar::default().file("zeros", &zeros).end();
     let zstd = zstd::encode_all(&tar[..], 1).unwrap();
-    let small = PullOptions { limits: Limits { bytes: 1 << 20, ..Limits::default() }, is_insecure: false };
+    let small = PullOptions { limits: Limits { bytes: 1 << 20, ..Limits::default() }, ..PullOptions::default() };
     for layer in [packed(gzip(&tar), "+gzip", &tar), packed(zstd, "+zstd", &tar)] {
         let rig = Rig::new();
         rig.image(std::slice::from_ref(&layer));
@@ -220,7 +220,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
     let rig = Rig::new();
     rig.image(&[packed(many.repeat(4), "+zstd", b"is not read to its end")]);
     let limits = Limits { ratio: u64::MAX, ..Limits::default() };
-    let text = chain(&rig.pull_alone(&PullOptions { limits, is_insecure: false }).unwrap_err());
+    let text = chain(&rig.pull_alone(&PullOptions { limits, ..PullOptions::default() }).unwrap_err());
     assert!(text.contains("more than 1000000 entries"), "{text}");
 }
 

@@ -163,7 +163,7 @@ fn a_file_may_have_more_extents_than_an_inode_has_room_for() {
     }]);
     drop(tar);
     let limits = clade_image::Limits { ratio: u64::MAX, ..Default::default() };
-    let image = rig.pull(&clade_image::PullOptions { limits, is_insecure: false }).unwrap();
+    let image = rig.pull(&clade_image::PullOptions { limits, ..Default::default() }).unwrap();
     let disk = rig.store().disk(&image.digest);
     check(&disk);
     assert!(fs::metadata(&disk).unwrap().blocks() * 512 < 4 << 20, "zeros stay holes");

@@ -28,7 +28,7 @@ const BOOT: Duration = Duration::from_secs(300);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// What a test may take before it is ended.
 const TIMEOUT: Duration = Duration::from_secs(1800);
-const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, before_start: None };
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 /// What a request to the shared disk takes at least, so that a fork finds some in flight.
 const LATENCY: Duration = Duration::from_millis(10);
 

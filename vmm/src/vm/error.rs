@@ -4,7 +4,7 @@ use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use clade_memory::{AccessError, RamError};
+use clade_memory::{AccessError, EraseError, RamError};
 use thiserror::Error;
 
 use crate::boot::{BootError, LayoutError};
@@ -24,6 +24,9 @@ pub enum VmError {
     /// Guest memory could not be read or written.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// What a child is not to have could not be erased in its memory.
+    #[error("what the child is not to have could not be erased")]
+    Erase(#[from] EraseError),
     /// No guest can boot in these RAM ranges.
     #[error(transparent)]
     Layout(#[from] LayoutError),

@@ -32,7 +32,9 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskImage;
 use clade_devices::virtio::Backend;
-use clade_memory::{Backing, FreezeReport, GuestRam, Quiesced, RamError, RamImage, StopsWriters, Store};
+use clade_memory::{
+    Backing, Erased, FreezeReport, GuestRam, NoWriters, Quiesced, RamError, RamImage, StopsWriters, Store,
+};
 use kvm_ioctls::VmFd;
 
 use crate::kvm::{Clock, VcpuState, VmState};
@@ -51,6 +53,9 @@ use crate::vm::vcpu::sched::BoostGuard;
 pub struct ChildOptions<'a> {
     /// Whether the child is paused until it is resumed.
     pub paused: bool,
+    /// Bytes that are erased wherever they are in the child's memory, before anything else is done
+    /// with it: a reset to its origin does not bring them back, and its own children have none.
+    pub erase: &'a [&'a [u8]],
     /// Called with the child's memory before its first instruction, to give it something that its
     /// parent does not have.
     pub before_start: Option<&'a dyn Fn(&GuestRam)>,
@@ -58,7 +63,8 @@ pub struct ChildOptions<'a> {
 
 impl fmt::Debug for ChildOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ChildOptions(paused: {})", self.paused)
+        // What is erased is secret.
+        write!(f, "ChildOptions(paused: {}, erase: {})", self.paused, self.erase.len())
     }
 }
 
@@ -188,14 +194,17 @@ impl Vm {
         let prepared = context.take_prepared(&image.config)?;
         let have_prepared = Instant::now();
         prepared.ram.adopt(&image.ram)?;
+        let (own, erased) = image.without(&prepared.ram, options.erase)?;
         let adopted = Instant::now();
         // After the memory: devices check their rings there. They are quiesced until the last vCPU
         // has its state.
-        let saved = Some((&image.devices, image.backends.as_slice()));
+        let saved = Some((&own.devices, own.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
-        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(image)) };
+        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(&own)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
+        // Of the original: what was erased has changed since it was saved.
         vm.saving = Saving::of(image);
+        vm.erased = erased;
         if image.config.has_acpi() {
             generation::renew(vm.ram().memory())?;
         }
@@ -207,7 +216,7 @@ impl Vm {
         }
         // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
         // the devices.
-        vm.start(&Start::Restore(Arc::clone(image)))?;
+        vm.start(&Start::Restore(own))?;
         tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
         Ok(vm)
     }
@@ -244,6 +253,20 @@ impl ForkImage {
         devices.reraise();
         devices.notify_events();
         Ok(())
+    }
+
+    /// Erases `secrets` in the memory of a child that has adopted the image. Returns the image to
+    /// start it from, and what was erased. If there was something, the image is the child's own: a
+    /// reset to the one before would bring the secrets back.
+    fn without(self: &Arc<Self>, ram: &GuestRam, secrets: &[&[u8]]) -> Result<(Arc<Self>, Erased), VmError> {
+        // Its vCPUs and devices are not made yet.
+        let quiesced = Quiesced::by(&NoWriters);
+        let erased = ram.erase(secrets, &quiesced)?;
+        if erased == Erased::default() {
+            return Ok((Arc::clone(self), erased));
+        }
+        let (ram, _) = ram.freeze(&quiesced)?;
+        Ok((Arc::new(Self { ram, ..Self::clone(self) }), erased))
     }
 
     /// The VM's configuration.

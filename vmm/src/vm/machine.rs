@@ -11,7 +11,7 @@ use clade_devices::Console;
 use clade_devices::disk::Disk;
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::vsock::BrokerSlot;
-use clade_memory::{CowCounts, GuestRam, PageMap, RamStats};
+use clade_memory::{CowCounts, Erased, GuestRam, PageMap, RamStats};
 
 use crate::boot::{self, BootSource};
 use crate::platform::COM1_GSI;
@@ -64,6 +64,7 @@ pub struct Vm {
     /// One fork, reset, pause or resume at a time.
     pub(crate) operations: TicketLock,
     pub(crate) saving: Saving,
+    pub(crate) erased: Erased,
     pub(crate) pauses: Pauses,
     /// Last: see [`Vm::drop_last`].
     tail: Tail,
@@ -175,6 +176,7 @@ impl Vm {
             origin: Mutex::new(origin),
             operations: TicketLock::default(),
             saving: Saving::default(),
+            erased: Erased::default(),
             pauses: Pauses::default(),
             tail: Tail::default(),
         })
@@ -296,6 +298,12 @@ impl Vm {
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.generation
+    }
+
+    /// What was erased in its memory before its first instruction.
+    #[must_use]
+    pub fn erased(&self) -> Erased {
+        self.erased
     }
 
     /// The time since it was made.

@@ -1,5 +1,7 @@
 //! The network device.
 
+mod link;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::control::{self, Command};
 use super::mac::Mac;
 use super::posted::{Posted, write_at};
-use super::state::NetState;
+use super::state::{Link, NetState};
 use crate::virtio::dma::DmaError;
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
@@ -37,22 +39,13 @@ const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
 const MIN_PACKET: usize = VNET_HEADER + 14;
 /// Packets in a turn, for each direction of each pair of queues.
 const BATCH: usize = 32;
-/// How long a child's link stays down at least.
-const DOWN: Duration = Duration::from_millis(250);
-/// How long it stays down for a driver that does not read the status. A driver that reads it only
-/// when the link is up again has not seen it down.
-const MAX_DOWN: Duration = Duration::from_secs(30);
-/// How often the device checks whether the driver has read the status.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How soon a packet that the interface did not take is sent again.
 const RETRY: Duration = Duration::from_millis(1);
+/// How soon an interface that gives nothing, because it is down, is tried again.
+const DOWN_RETRY: Duration = Duration::from_millis(100);
 /// How soon memory that could not be pinned is tried again, and how often this is logged.
 const PIN_RETRY: Duration = Duration::from_millis(10);
 const PIN_WARN: Duration = Duration::from_secs(60);
-/// Offset of the status in the configuration space, behind the address.
-const STATUS: u64 = 6;
-const UP: u16 = 1;
-const ANNOUNCE: u16 = 2;
 const OWNER: &str = "virtio-net";
 
 /// The configuration of a network device.
@@ -60,6 +53,8 @@ const OWNER: &str = "virtio-net";
 pub struct NetOptions {
     /// Its Ethernet address.
     pub mac: Mac,
+    /// Whether packets pass. None: as in the saved state, and open without one.
+    pub link: Option<Link>,
     /// Limits of receiving.
     pub receive: Limits,
     /// Limits of sending.
@@ -79,6 +74,10 @@ pub struct NetStats {
     pub sent_bytes: u64,
     /// Packets that the interface or the driver has refused.
     pub dropped: u64,
+    /// Packets from the interface that were dropped because the device is closed.
+    pub blocked_received: u64,
+    /// Packets from the driver that were dropped because the device is closed.
+    pub blocked_sent: u64,
     /// How often memory could not be pinned, and was tried again.
     pub pin_retries: u64,
 }
@@ -88,6 +87,7 @@ pub struct NetStats {
 pub struct Net {
     config: Config,
     mac: Mac,
+    link: Link,
     tap: Tap,
     epoll: Epoll,
     pairs: u16,
@@ -114,9 +114,10 @@ impl Net {
     /// When epoll cannot watch the interface.
     pub fn new(tap: Tap, options: &NetOptions, state: Option<&NetState>, renew: bool) -> io::Result<Self> {
         let most = tap.queues() as u16;
+        let link = options.link.or(state.map(|state| state.link)).unwrap_or_default();
         let mut config = vec![0; 10];
         config[..6].copy_from_slice(&options.mac.0);
-        config[6..8].copy_from_slice(&UP.to_le_bytes());
+        config[6..8].copy_from_slice(&link::initial_status(link).to_le_bytes());
         config[8..10].copy_from_slice(&most.to_le_bytes());
         let epoll = Epoll::new()?;
         for pair in 0..tap.queues() {
@@ -127,6 +128,7 @@ impl Net {
         Ok(Self {
             config: Config::new(config),
             mac: options.mac,
+            link,
             epoll,
             pairs,
             readable: vec![true; tap.queues()],
@@ -181,7 +183,7 @@ impl Net {
             let done = match control::parse(io, &chain)? {
                 Command::Pairs(pairs) => self.use_pairs(pairs),
                 Command::Announced => {
-                    self.set_status(UP);
+                    self.announced();
                     true
                 }
                 Command::Address(address) => {
@@ -195,29 +197,6 @@ impl Net {
             io.add_used(queue, chain.head, written as u32)?;
         }
         Ok(())
-    }
-
-    fn set_status(&self, status: u16) {
-        self.config.write(STATUS, &status.to_le_bytes());
-    }
-
-    /// Takes the link down and up again, for a guest whose address has changed.
-    fn renew(&mut self, io: &QueueCtx) {
-        if std::mem::take(&mut self.renew) {
-            self.set_status(0);
-            io.config_changed();
-            self.down_since = Some(Instant::now());
-        } else if self.down_since.is_some_and(|since| self.may_come_up(since)) {
-            self.down_since = None;
-            let announces = io.features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
-            self.set_status(UP | if announces { ANNOUNCE } else { 0 });
-            io.config_changed();
-        }
-    }
-
-    fn may_come_up(&self, down_since: Instant) -> bool {
-        let down = down_since.elapsed();
-        down >= MAX_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
     }
 
     fn send_some(&mut self, io: &mut QueueCtx, pair: usize, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
@@ -348,7 +327,7 @@ impl Net {
                     // The interface is down, most likely; continued when it has a packet.
                     tracing::debug!(%error, interface = self.tap.name(), "nothing is received");
                     self.readable[pair] = false;
-                    self.wait_until(Instant::now() + Duration::from_millis(100));
+                    self.wait_until(Instant::now() + DOWN_RETRY);
                     self.arm(pair);
                 }
             }
@@ -467,7 +446,7 @@ impl DeviceOps for Net {
 
     fn end(&mut self) {
         self.use_pairs(1);
-        self.set_status(UP);
+        self.set_status(link::initial_status(self.link));
         (self.until, self.down_since, self.renew) = (None, None, false);
     }
 
@@ -488,6 +467,11 @@ impl DeviceOps for Net {
         self.obey(io)?;
         let mut more = false;
         for pair in 0..usize::from(self.pairs) {
+            if self.link == Link::Closed {
+                more |= self.refuse_some(io, pair, hurry)?;
+                more |= self.readable[pair] && self.discard(pair, BATCH);
+                continue;
+            }
             more |= self.send_some(io, pair, hurry)?;
             more |= self.receive_some(io, pair, hurry)?;
         }
@@ -495,12 +479,10 @@ impl DeviceOps for Net {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        // Once the link may come up, the status is checked at intervals.
-        let look = |since: Instant| (since + DOWN).max(Instant::now() + POLL_INTERVAL);
-        [self.until, self.down_since.map(look)].into_iter().flatten().min()
+        [self.until, self.link_deadline()].into_iter().flatten().min()
     }
 
     fn save(&self) -> (DeviceState, Backend) {
-        (DeviceState::Net(NetState { pairs: self.pairs }), Backend::None)
+        (DeviceState::Net(NetState { pairs: self.pairs, link: self.link }), Backend::None)
     }
 }

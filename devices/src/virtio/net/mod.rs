@@ -10,6 +10,10 @@
 //! goes down and comes up again, and its driver is asked to announce the guest, so that the guest
 //! renews its network configuration. (A guest that copied the address when it booted goes on using
 //! that one until it is changed inside the guest.)
+//!
+//! A device may be [closed](Link): its link is down, and the host drops what comes from either side.
+//! That is the host's, not the guest's: a driver that sends all the same, or resets the device, sends
+//! nothing. It is inherited by forks and snapshots. A reset in place leaves it as it is.
 
 mod control;
 mod device;
@@ -19,4 +23,4 @@ mod state;
 
 pub use device::{MAX_PAIRS, Net, NetOptions, NetStats};
 pub use mac::{Mac, MacError};
-pub use state::NetState;
+pub use state::{Link, NetState};

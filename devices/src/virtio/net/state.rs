@@ -7,4 +7,19 @@ use serde::{Deserialize, Serialize};
 pub struct NetState {
     /// Pairs of queues that the driver uses.
     pub pairs: u16,
+    /// Whether the host lets packets pass. A state without it is of a device that was open.
+    #[serde(default)]
+    pub link: Link,
+}
+
+/// Whether the host lets packets pass between a guest and its interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Link {
+    /// They pass.
+    #[default]
+    Open,
+    /// None passes, in either direction: the host drops and counts them. The guest sees its link
+    /// down.
+    Closed,
 }

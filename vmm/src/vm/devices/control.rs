@@ -2,7 +2,7 @@
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
-use clade_devices::virtio::net::{Net, NetStats};
+use clade_devices::virtio::net::{Link, Net, NetStats};
 use clade_memory::PAGE_SHIFT;
 
 use crate::vm::error::VmError;
@@ -96,6 +96,38 @@ impl Vm {
     #[must_use]
     pub fn net_stats(&self, index: usize) -> Option<NetStats> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
+    }
+
+    /// Whether network device number `index` lets packets pass. None if there is none.
+    #[must_use]
+    pub fn network(&self, index: usize) -> Option<Link> {
+        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.link())).flatten()
+    }
+
+    /// Lets packets of all network devices pass, or none. When this returns with
+    /// [`Link::Closed`], none passes any more. An open link comes up after the guest has seen it
+    /// down.
+    ///
+    /// # Errors
+    /// When there is no network device, or the VM has stopped.
+    pub fn set_network(&self, link: Link) -> Result<(), VmError> {
+        // No fork in between, whose children would have one device open and one closed.
+        let _one = self.operations.take();
+        if let Some(reason) = self.stopped() {
+            return Err(VmError::Stopped(reason));
+        }
+        if self.config().nets.is_empty() {
+            return Err(VmError::NoDevice { device: "network device" });
+        }
+        for at in 0..self.config().nets.len() {
+            let _there = self.devices.with_plain(at, |device| {
+                if device.with(|net: &mut Net| net.set_link(link)) == Some(true) {
+                    device.config_changed();
+                    device.wake();
+                }
+            });
+        }
+        Ok(())
     }
 
     /// The output of the virtio console. None if there is none.

@@ -85,7 +85,8 @@ impl Maker<'_> {
                 }
                 self.next_net += 1;
                 let end = self.ends.nets.remove(0);
-                let options = NetOptions { mac: end.mac, receive: spec.receive, send: spec.send };
+                let options =
+                    NetOptions { mac: end.mac, link: self.ends.network, receive: spec.receive, send: spec.send };
                 let state = match saved {
                     Some((VirtioState::Net(state), _)) => Some(state),
                     _ => None,

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::net::{Link, Mac};
 use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
 use clade_io::Tap;
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,8 @@ pub(crate) struct VsockEnd {
 #[derive(Debug, Default)]
 pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
+    /// Whether packets pass, if that is not as it was saved.
+    pub(crate) network: Option<Link>,
     pub(crate) vsock: Option<VsockEnd>,
     pub(crate) broker: Option<BrokerSlot>,
     pub(crate) identity: Identity,
@@ -54,6 +56,7 @@ pub struct EndpointParts {
     /// Queues of each interface.
     queues: Vec<usize>,
     claims: usize,
+    network: Option<Link>,
     reset: bool,
     broker: bool,
 }
@@ -95,7 +98,7 @@ impl Endpoints {
         name: &str,
         choice: &ChildIdentity,
     ) -> Result<Self, IdentityError> {
-        let mut ends = Self::default();
+        let mut ends = Self { network: choice.network, ..Self::default() };
         let (chosen, there) = (choice.nets.len(), config.nets.len());
         if chosen > there {
             return Err(IdentityError::Interfaces { chosen, there });
@@ -137,9 +140,9 @@ impl Endpoints {
     /// # Errors
     /// When there is no descriptor to be had. The files are removed then.
     pub fn hand_over(self, broker: Option<OwnedFd>) -> io::Result<(EndpointParts, Vec<OwnedFd>)> {
-        let Self { nets, vsock, identity, claims, .. } = self;
+        let Self { nets, network, vsock, identity, claims, .. } = self;
         let mut files = Vec::new();
-        let mut parts = EndpointParts { identity, ..EndpointParts::default() };
+        let mut parts = EndpointParts { identity, network, ..EndpointParts::default() };
         for net in nets {
             let (_, queues) = net.tap.into_queues();
             parts.queues.push(queues.len());
@@ -162,14 +165,14 @@ impl Endpoints {
     /// # Errors
     /// When the descriptors are not those that are described.
     pub fn handed_in(parts: EndpointParts, files: Vec<OwnedFd>) -> Result<Self, IdentityError> {
-        let EndpointParts { identity, queues, claims, reset, broker } = parts;
+        let EndpointParts { identity, queues, claims, network, reset, broker } = parts;
         let vsock = if identity.vsock.is_some() { 1 + usize::from(broker) } else { 0 };
         let wanted = queues.iter().sum::<usize>() + claims + vsock;
         if wanted != files.len() || queues.len() != identity.nets.len() {
             return Err(IdentityError::Descriptors { found: files.len(), wanted });
         }
         let mut files = files.into_iter();
-        let mut ends = Self::default();
+        let mut ends = Self { network, ..Self::default() };
         for (own, queues) in identity.nets.iter().zip(queues) {
             let tap = Tap::of_queues(own.tap.clone(), files.by_ref().take(queues).collect());
             ends.nets.push(NetEnd { tap, mac: own.mac });

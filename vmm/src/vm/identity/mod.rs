@@ -17,7 +17,7 @@ pub(crate) mod generation;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::net::{Link, Mac};
 use clade_devices::virtio::vsock::{HOST_CID, VsockError, VsockOptions};
 use clade_io::TapError;
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,9 @@ pub struct ChildIdentity {
     /// One entry per network device. Devices beyond the last entry have the defaults.
     #[serde(default)]
     pub nets: Vec<NetChoice>,
+    /// Whether its network devices let packets pass. Default: as its parent's.
+    #[serde(default)]
+    pub network: Option<Link>,
     /// The socket device.
     #[serde(default)]
     pub vsock: Option<VsockChoice>,

@@ -37,7 +37,7 @@ fn i13_a_child_whose_state_is_refused_is_an_error_and_leaves_nothing() {
     let (image, _) = parent.fork().unwrap();
     for vcpu in [0, 1] {
         let bad = spoiled(&image, vcpu);
-        let options = ChildOptions { paused: vcpu == 1, before_start: None };
+        let options = ChildOptions { paused: vcpu == 1, erase: &[], before_start: None };
         let error = Vm::from_image(&context, "child", &bad, options).unwrap_err();
         assert!(matches!(error, VmError::VcpuState(_)), "{error:?}");
         assert!(crate::error_chain(&error).contains("0x4000ffff"), "{}", crate::error_chain(&error));

@@ -50,7 +50,7 @@ fn nobody_shares_an_address_or_a_socket() {
     assert_eq!(refused.unwrap(), dir.path().join("three.vsock"), "made, and dropped again");
     let refused = child("four", &choose(None, Some("one.vsock"))).unwrap_err().to_string();
     assert!(refused.contains("one.vsock"), "{refused}");
-    let refused = child("five", &ChildIdentity { nets: vec![NetChoice::default()], vsock: None });
+    let refused = child("five", &ChildIdentity { nets: vec![NetChoice::default()], ..ChildIdentity::default() });
     assert_eq!(refused.unwrap_err().to_string(), "1 network interfaces are chosen for a VM with 0");
 
     let left = || fs::read_dir(dir.path()).unwrap().count();

@@ -1,0 +1,150 @@
+//! A registry of Debian's that only known users may read, by TLS with a certificate of its own.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::json;
+
+use crate::image::{Images, write_layout};
+use crate::tool::{Answer, wait_until};
+
+const USER: &str = "reader";
+const PASSWORD: &str = "s3cret-of-the-registry";
+/// The line of htpasswd for them.
+const LINE: &str = "reader:$2y$05$abcdefghijklmnopqrstuuW1e3orFpi1hSyUIjjQsvB7886Cb.S5.\n";
+/// Both, as docker keeps them.
+const AUTH: &str = "cmVhZGVyOnMzY3JldC1vZi10aGUtcmVnaXN0cnk=";
+
+/// Ended with it.
+struct Registry(Child);
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn is_there(tool: &str, flag: &str) -> bool {
+    let there = Command::new(tool).arg(flag).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    if !there {
+        println!("skipped: {tool} is not installed");
+    }
+    there
+}
+
+/// A certificate for this machine that has signed itself, and its key.
+fn certificate(dir: &Path) {
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=clade test", "-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
+        .arg(dir.join("key.pem"))
+        .arg("-out")
+        .arg(dir.join("ca.crt"))
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+}
+
+fn start(dir: &Path) -> (Registry, u16) {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    fs::write(dir.join("htpasswd"), LINE).unwrap();
+    let config = json!({
+        "version": "0.1",
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": dir.join("storage")}},
+        "auth": {"htpasswd": {"realm": "clade", "path": dir.join("htpasswd")}},
+        "http": {"addr": format!("127.0.0.1:{port}"),
+            "tls": {"certificate": dir.join("ca.crt"), "key": dir.join("key.pem")}},
+    });
+    fs::write(dir.join("config.yml"), config.to_string()).unwrap();
+    let log = File::create(dir.join("registry.log")).unwrap();
+    let mut command = Command::new("docker-registry");
+    command.arg("serve").arg(dir.join("config.yml")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    let registry = Registry(command.spawn().unwrap());
+    wait_until("the registry", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    (registry, port)
+}
+
+/// Pulls with a name and a password, which is read from standard input.
+fn pull_as(images: &Images, args: &[&str], password: &str) -> Answer {
+    let all = [&["image", "pull", "--username", USER, "--password-stdin"], args].concat();
+    let mut command = images.command(&all);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(format!("{password}\n").as_bytes()).unwrap();
+    child.wait_with_output().unwrap().into()
+}
+
+#[test]
+fn an_image_of_a_private_registry_is_pulled_with_a_password() {
+    if !(is_there("docker-registry", "--version") && is_there("skopeo", "--version") && is_there("openssl", "version"))
+    {
+        return;
+    }
+    let images = Images::new();
+    let dir = images.path("private");
+    fs::create_dir(&dir).unwrap();
+    certificate(&dir);
+    let (_registry, port) = start(&dir);
+    let (root, layout) = (images.path("root"), images.path("layout"));
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("motd"), "hello\n").unwrap();
+    write_layout(&layout, &root, &json!({"Cmd": ["/bin/sh"]}));
+    let name = format!("127.0.0.1:{port}/clade/image:1");
+    let pushed = Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet", "--dest-creds", &format!("{USER}:{PASSWORD}")])
+        .arg("--dest-cert-dir")
+        .arg(&dir)
+        .args([format!("oci:{}:1", layout.display()), format!("docker://{name}")])
+        .output()
+        .unwrap();
+    assert!(pushed.status.success(), "{pushed:?}");
+    let host = format!("127.0.0.1:{port}");
+    let docker = images.path("docker");
+    fs::create_dir(&docker).unwrap();
+    let keep = |auth: &str| {
+        fs::write(docker.join("config.json"), json!({"auths": {&host: {"auth": auth}}}).to_string()).unwrap();
+    };
+    let ca = dir.join("ca.crt");
+    let ca = ca.to_str().unwrap();
+    let pull = |config: &Path, more: &[&str]| -> Answer {
+        let args = [&["image", "pull", name.as_str()], more].concat();
+        images.command(&args).env("DOCKER_CONFIG", config).output().unwrap().into()
+    };
+    // Whoever is not known, who is known by another password, and who trusts nobody who has signed.
+    let nowhere = images.path("nowhere");
+    let nobody = pull(&nowhere, &["--ca", ca]);
+    nobody.expect_refusal(&host);
+    assert!(nobody.stderr.contains("--password-stdin"), "{nobody:?}");
+    let wrong = pull_as(&images, &["--ca", ca, &name], "another-password");
+    wrong.expect_refusal(&host);
+    assert!(wrong.stderr.contains("refuses") && !wrong.stderr.contains("another-password"), "{wrong:?}");
+    let other = images.path("other");
+    fs::create_dir(&other).unwrap();
+    certificate(&other);
+    let untrusted = pull_as(&images, &["--ca", other.join("ca.crt").to_str().unwrap(), &name], PASSWORD);
+    assert!(untrusted.code == Some(1) && untrusted.stderr.contains(&host), "{untrusted:?}");
+    // The same by docker's configuration.
+    keep("cmVhZGVyOndyb25n");
+    pull(&docker, &["--ca", ca]).expect_refusal("refuses");
+    keep("of-no-use!");
+    let broken = pull(&docker, &["--ca", ca]);
+    broken.expect_refusal("config.json");
+    assert!(!broken.stderr.contains("of-no-use") && broken.stderr.contains(&host), "{broken:?}");
+    assert_eq!(images.clade(&["image", "ls", "--json"]).json(), json!([]));
+    keep(AUTH);
+    let kept = pull(&docker, &["--ca", ca]);
+    assert_eq!(kept.code, Some(0), "{kept:?}");
+    assert_eq!(images.clade(&["image", "rm", &name]).code, Some(0));
+    let given = pull_as(&images, &["--ca", ca, &name], PASSWORD);
+    assert_eq!((given.code, given.stdout), (Some(0), kept.stdout), "{}", given.stderr);
+    // One password is not sent to two registries.
+    let two = pull_as(&images, &[&name, "b.example/a"], PASSWORD);
+    two.expect_refusal("b.example");
+    let half = images.clade(&["image", "pull", "--username", USER, &name]);
+    assert!(half.code == Some(2) && half.stderr.contains("--password-stdin"), "{half:?}");
+}

@@ -1,0 +1,149 @@
+//! Secrets that a VM was made with, and children that are made without them.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::supervisor::Supervised;
+use crate::tool::{expect_problem, kvm};
+
+const TOKEN: &[u8] = b"tk-9f3kd02mvL1qPz7WxYc4";
+const KEY: &[u8] = b"correct horse battery staple, 1984";
+const PAGE: u64 = 4096;
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Puts bytes into a guest's memory.
+fn put(all: &Supervised, name: &str, address: u64, bytes: &[u8]) {
+    let written = all.runtime.clade(&["memory", "write", name, &address.to_string(), &hex(bytes)]);
+    assert_eq!(written.code, Some(0), "{written:?}");
+}
+
+/// How often `bytes` are in all of a guest's memory.
+fn count(all: &Supervised, name: &str, bytes: &[u8]) -> usize {
+    let file = all.runtime.dir().join("memory");
+    let read = all.runtime.clade(&["memory", "read", name, "0", "32M", "--output", file.to_str().unwrap()]);
+    assert_eq!(read.code, Some(0), "{read:?}");
+    let memory = fs::read(&file).unwrap();
+    fs::remove_file(file).unwrap();
+    assert_eq!(memory.len(), 32 << 20);
+    memory.windows(bytes.len()).filter(|window| *window == bytes).count()
+}
+
+fn counts(all: &Supervised, name: &str) -> [usize; 2] {
+    [count(all, name, TOKEN), count(all, name, KEY)]
+}
+
+/// Forks children that are paused. Returns the answer.
+fn fork(all: &Supervised, args: &[&str]) -> Value {
+    all.runtime.clade(&[&["fork", "--paused", "--json"], args].concat()).json()
+}
+
+fn private_kib(all: &Supervised, name: &str) -> u64 {
+    let (_, vm) = all.http("GET", &format!("/v1/vms/{name}"), "");
+    vm["memory"]["private_kib"].as_u64().unwrap()
+}
+
+/// A VM with both secrets in its memory: whole, across a page's edge, and in parts at pages' edges.
+fn boot_with_secrets(all: &Supervised) {
+    let token = all.runtime.dir().join("token");
+    fs::write(&token, [TOKEN, b"\n"].concat()).unwrap();
+    let mut run = all.runtime.command(&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"]);
+    run.env("KEY", String::from_utf8(KEY.to_vec()).unwrap());
+    let booted = run.args(["--secret", token.to_str().unwrap(), "--secret-env", "KEY"]).output().unwrap();
+    assert!(booted.status.success(), "{booted:?}");
+    fs::remove_file(token).unwrap();
+    all.runtime.clade(&["pause", "web", "--json"]).json();
+    for address in [16 << 20, (20 << 20) + 5, (24 << 20) + PAGE - 7] {
+        put(all, "web", address, TOKEN);
+    }
+    put(all, "web", 28 << 20, &[b"KEY=", KEY, b"\0"].concat());
+    // One that goes on in a page elsewhere.
+    put(all, "web", (18 << 20) + PAGE - 12, &KEY[..12]);
+    put(all, "web", 19 << 20, &KEY[12..]);
+}
+
+#[test]
+fn a_child_without_secrets_has_none_of_them_anywhere() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("1");
+    boot_with_secrets(&all);
+    let (_, vm) = all.http("GET", "/v1/vms/web", "");
+    assert_eq!(vm["secrets"], json!(["token", "KEY"]), "{vm}");
+    assert_eq!(counts(&all, "web"), [3, 1]);
+    let forked = fork(&all, &["web", "--name", "clean-{n}", "--count", "2", "--without-secrets"]);
+    assert_eq!(forked["erased"], json!({"whole": 4, "parts": 2}), "{forked}");
+    assert!(fork(&all, &["web", "--name", "full"])["erased"].is_null());
+    for (name, expected) in [("web", [3, 1]), ("full", [3, 1]), ("clean-1", [0, 0]), ("clean-2", [0, 0])] {
+        assert_eq!(counts(&all, name), expected, "{name}");
+    }
+    // Nor the parts, each of which is there once in the others.
+    for part in [&KEY[..12], &KEY[12..]] {
+        assert_eq!((count(&all, "full", part), count(&all, "clean-1", part)), (2, 0));
+    }
+    // It shares what it shared.
+    let (own, sharing) = (private_kib(&all, "clean-1"), private_kib(&all, "full"));
+    assert!(own <= sharing + 16 * PAGE / 1024, "{own} KiB, and {sharing} KiB of one that has them");
+    // A reset does not bring them back, and its children have none to lose.
+    put(&all, "clean-1", 17 << 20, b"written since");
+    all.runtime.clade(&["reset", "clean-1", "--json"]).json();
+    assert_eq!((counts(&all, "clean-1"), count(&all, "clean-1", b"written since")), ([0, 0], 0));
+    fork(&all, &["clean-1", "--name", "grandchild"]);
+    let again = fork(&all, &["clean-1", "--name", "again", "--without-secrets"]);
+    assert_eq!(again["erased"], json!({"whole": 0, "parts": 0}), "{again}");
+    assert_eq!((counts(&all, "grandchild"), counts(&all, "again")), ([0, 0], [0, 0]));
+    // Their names go with them; a child that has them can have children without.
+    let names = |name: &str| all.http("GET", &format!("/v1/vms/{name}"), "").1["secrets"].clone();
+    assert_eq!((names("full"), names("clean-1")), (json!(["token", "KEY"]), Value::Null));
+    assert_eq!(all.runtime.clade(&["checkpoint", "full", "held"]).code, Some(0));
+    all.stop("web");
+    fork(&all, &["full", "--name", "late", "--without-secrets"]);
+    fork(&all, &["held", "--name", "of-held", "--without-secrets"]);
+    assert_eq!((counts(&all, "late"), counts(&all, "of-held")), ([0, 0], [0, 0]));
+    // A supervisor that has come back finds VMs whose processes remember.
+    all.runtime.crash();
+    all.serve("0");
+    let later = fork(&all, &["full", "--name", "later", "--without-secrets"]);
+    assert_eq!((later["erased"]["whole"].as_u64(), counts(&all, "later")), (Some(4), [0, 0]));
+    // A snapshot has its memory, and no list of what is secret in it.
+    let saved = all.runtime.dir().join("saved");
+    all.runtime.clade(&["snapshot", "full", saved.to_str().unwrap(), "--json"]).json();
+    let body = json!({"saved": {"dir": saved}, "vms": {"name": "old", "paused": true, "without_secrets": true}});
+    let (status, refused) = all.http("POST", "/v1/restore", &body.to_string());
+    expect_problem(&refused, status);
+    assert!(status == 409 && refused["detail"].as_str().unwrap().contains("a snapshot"), "{refused}");
+    fs::remove_dir_all(&saved).unwrap();
+    // Nothing of them is in a file of the directory.
+    for file in all.runtime.files() {
+        let Ok(bytes) = fs::read(all.runtime.dir().join(&file)) else { continue };
+        for secret in [TOKEN, KEY] {
+            assert!(!bytes.windows(secret.len()).any(|window| window == secret), "{file}");
+        }
+    }
+    all.end();
+}
+
+#[test]
+fn a_secret_that_cannot_be_withheld_is_refused_by_its_name() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let file = all.runtime.dir().join("short");
+    fs::write(&file, "only 15 bytes!!\n\n").unwrap();
+    let run = |more: &[&str]| all.runtime.clade(&[&["run", "-d", "--kernel", "bare", "--mem", "32M"], more].concat());
+    let refused = run(&["--secret", file.to_str().unwrap()]);
+    refused.expect_refusal("\"short\": a secret of 15 bytes");
+    assert!(!refused.stderr.contains("only"), "{refused:?}");
+    run(&["--secret", "/nowhere/key"]).expect_refusal("/nowhere/key");
+    run(&["--secret-env", "CLADE_NO_SUCH_VARIABLE"]).expect_refusal("CLADE_NO_SUCH_VARIABLE");
+    all.boot("web", &[]);
+    all.runtime.clade(&["fork", "web", "--without-secrets"]).expect_refusal("\"web\"");
+    assert_eq!(all.runtime.names(), ["web"]);
+    fs::remove_file(file).unwrap();
+    all.end();
+}
