@@ -8,7 +8,7 @@ use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Extension, Json, Router};
 use clade_daemon::control::{CheckpointInfo, LogsAnswer};
 use jiff::{SignedDuration, Timestamp};
@@ -60,6 +60,7 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
         .route("/sandboxes/{id}/fork", post(fork))
         .route("/sandboxes/{id}/snapshots", post(snapshot))
         .route("/sandboxes/{id}/metrics", get(metrics))
+        .route("/sandboxes/{id}/network", put(set_network))
         .route("/sandboxes/{id}/logs", get(logs))
         .route("/v2/sandboxes/{id}/logs", get(logs))
         .route("/snapshots", get(snapshots))
@@ -279,6 +280,17 @@ async fn set_timeout(
     let entry = gateway.owned(&owner.0, &id)?;
     let wanted: Timeout = body(request).await?;
     gateway.set_timeout(&entry, wanted.timeout).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn set_network(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Answer<StatusCode> {
+    let entry = gateway.owned(&owner.0, &id)?;
+    gateway.set_network(&entry, &body(request).await?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

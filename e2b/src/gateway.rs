@@ -9,10 +9,11 @@ use clade_agent_client::proto::PORT;
 use clade_agent_client::proto::api::Init;
 use clade_agent_client::{Client as Agent, Endpoint};
 use clade_daemon::control::{
-    CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, StopRequest, TtlInfo, TtlRequest,
-    VmInfo,
+    CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, NetworkRequest, StopRequest,
+    TtlInfo, TtlRequest, VmInfo,
 };
 use clade_daemon::fleet::{Label, LabelError, Labels};
+use clade_devices::virtio::net::Link;
 use hyper::Method;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
@@ -118,7 +119,6 @@ impl NewSandbox {
     /// Refuses what would be promised and not kept.
     fn check(&self) -> Answer<()> {
         let refused = [
-            ("network", is_set(self.network.as_ref())),
             ("mcp", is_set(self.mcp.as_ref())),
             ("iam", is_set(self.iam.as_ref())),
             ("volumeMounts", is_set(self.volume_mounts.as_ref())),
@@ -130,6 +130,30 @@ impl NewSandbox {
             None => Ok(()),
         }
     }
+}
+
+/// What of the rules for a network there is here: all may pass, or nothing. Without a rule it stays as it is.
+fn link(allowed: Option<bool>, network: Option<&Value>) -> Answer<Option<Link>> {
+    let mut is_denied = allowed == Some(false);
+    for (field, value) in
+        network.and_then(Value::as_object).into_iter().flatten().filter(|(_, value)| is_set(Some(value)))
+    {
+        match (field.as_str(), value.as_array().map(Vec::as_slice)) {
+            ("denyOut", Some([all])) if all == "0.0.0.0/0" => is_denied = true,
+            ("allow_internet_access", None) => {}
+            _ => {
+                return Err(ApiError::bad(format!(
+                    "network: {field}={value} is not there: all may pass here, or nothing"
+                )));
+            }
+        }
+    }
+    let allowed = allowed.or_else(|| network?.get("allow_internet_access")?.as_bool());
+    Ok(match (is_denied, allowed) {
+        (true, _) | (_, Some(false)) => Some(Link::Closed),
+        (_, Some(true)) => Some(Link::Open),
+        (_, None) => None,
+    })
 }
 
 impl Gateway {
@@ -242,7 +266,8 @@ impl Gateway {
         };
         found.map_err(no_template)?;
         let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
-        let request = request_for(format!("i{id}"), 1, &template)?;
+        let network = link(new.allow_internet_access, new.network.as_ref())?;
+        let request = ForkRequest { network, ..request_for(format!("i{id}"), 1, &template)? };
         let fork = format!("{checkpoint}/fork");
         let answer: ForkAnswer = self.0.client.supervisor(Method::POST, &fork, Some(&request)).await?;
         let started_at = Timestamp::now();
@@ -261,27 +286,23 @@ impl Gateway {
             mib: 0,
             socket: PathBuf::new(),
         };
-        self.hand_out(record, timeout, new.allow_internet_access == Some(false)).await
+        self.hand_out(record, timeout).await
     }
 
-    /// Makes a VM that was just forked a sandbox, `alone` if it may not reach a network. One that cannot be is stopped.
-    async fn hand_out(&self, record: Record, timeout: i64, alone: bool) -> Answer<Sandbox> {
+    /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.
+    async fn hand_out(&self, record: Record, timeout: i64) -> Answer<Sandbox> {
         let id = record.id.clone();
-        let handed = self.hand_out_or_fail(record, timeout, alone).await;
+        let handed = self.hand_out_or_fail(record, timeout).await;
         if handed.is_err() {
             self.stop(&id).await;
         }
         handed
     }
 
-    async fn hand_out_or_fail(&self, mut record: Record, timeout: i64, alone: bool) -> Answer<Sandbox> {
+    async fn hand_out_or_fail(&self, mut record: Record, timeout: i64) -> Answer<Sandbox> {
         // First: it ends also if this process does now.
         self.end_in(&record.id, timeout).await?;
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
-        if alone && !vm.nets.is_empty() {
-            let why = "allow_internet_access=false: the template has a network, and nothing closes it here";
-            return Err(ApiError::bad(why));
-        }
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
         let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
@@ -327,7 +348,7 @@ impl Gateway {
         let mut forked = Vec::new();
         for child in answer.children {
             let record = Record { id: child, started_at, end_at, ..parent.clone() };
-            forked.push(match self.hand_out(record, timeout, false).await {
+            forked.push(match self.hand_out(record, timeout).await {
                 Ok(sandbox) => Forked::Sandbox(sandbox),
                 Err(error) => Forked::Error(error.body()),
             });
@@ -406,6 +427,15 @@ impl Gateway {
             return Ok(());
         }
         self.prolong(entry, &record, end_at, timeout).await
+    }
+
+    /// Opens or closes a sandbox's network.
+    pub(crate) async fn set_network(&self, entry: &Entry<Record>, rules: &Value) -> Answer<()> {
+        let network = link(None, Some(rules))?.unwrap_or(Link::Open);
+        let _turn = entry.turn.lock().await;
+        let request = NetworkRequest { network };
+        let _: VmInfo = self.vm(Method::POST, &entry.get().id, "/network", Some(&request)).await?;
+        Ok(())
     }
 
     /// Ends a sandbox for good.
@@ -535,11 +565,22 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_refused_by_its_name() {
-        let new = |text: &str| serde_json::from_str::<NewSandbox>(text).unwrap().check();
-        new(r#"{"templateID": "base", "network": {}, "iam": null, "mcp": false, "more": 1}"#).unwrap();
-        new(r#"{"templateID": "base", "network": {"denyOut": [], "allowPublicTraffic": null}}"#).unwrap();
+        let new = |text: &str| {
+            let new: NewSandbox = serde_json::from_str(text).unwrap();
+            new.check().and_then(|()| link(new.allow_internet_access, new.network.as_ref()))
+        };
+        for (text, network) in [
+            (r#"{"templateID": "base", "network": {}, "iam": null, "mcp": false, "more": 1}"#, None),
+            (r#"{"templateID": "base", "network": {"denyOut": [], "allowPublicTraffic": null}}"#, None),
+            (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}"#, Some(Link::Closed)),
+            (r#"{"templateID": "base", "allow_internet_access": false}"#, Some(Link::Closed)),
+            (r#"{"templateID": "base", "allow_internet_access": true}"#, Some(Link::Open)),
+        ] {
+            assert_eq!(new(text), Ok(network), "{text}");
+        }
         for (text, field) in [
-            (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}"#, "network"),
+            (r#"{"templateID": "base", "network": {"denyOut": ["10.0.0.0/8"]}}"#, "denyOut"),
+            (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"], "allowOut": ["1.1.1.1"]}}"#, "allowOut"),
             (r#"{"templateID": "base", "volumeMounts": [{"name": "a", "path": "/a"}]}"#, "volumeMounts"),
             (r#"{"templateID": "base", "autoPauseMemory": false}"#, "autoPauseMemory"),
             (r#"{"templateID": "team/base"}"#, "team/base"),
@@ -547,6 +588,10 @@ mod tests {
             let error = new(text).unwrap_err();
             assert!(error.message.contains(field), "{error:?}");
         }
+        let rules = |text: &str| link(None, Some(&serde_json::from_str(text).unwrap()));
+        assert_eq!(rules(r#"{"allow_internet_access": false}"#), Ok(Some(Link::Closed)));
+        assert_eq!(rules(r#"{"allow_internet_access": true, "denyOut": []}"#), Ok(Some(Link::Open)));
+        assert_eq!(rules("{}"), Ok(None));
     }
 
     #[test]

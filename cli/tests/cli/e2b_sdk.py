@@ -64,6 +64,10 @@ def is_known(box):
     assert info.state == SandboxState.RUNNING and info.cpu_count == 1 and info.memory_mb > 64, info
     left = (info.end_at - info.started_at).total_seconds()
     assert 599 < left < 601, left
+    if hasattr(box, "update_network"):
+        box.update_network({"allow_internet_access": False})
+        error = raises(SandboxException, lambda: box.update_network({"deny_out": ["10.0.0.0/8"]}))
+        assert "10.0.0.0/8" in str(error), error
     box.set_timeout(900)
     assert 800 < (box.get_info().end_at - info.started_at).total_seconds() < 1000
     assert ids(Sandbox.list(query=SandboxQuery(metadata={"who": "me & you"}))) == [box.sandbox_id]
