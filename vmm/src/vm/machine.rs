@@ -26,6 +26,7 @@ use crate::vm::pauses::Pauses;
 use crate::vm::persist::Saving;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;
+use crate::vm::suspend::Suspension;
 use crate::vm::vcpu::ticket_lock::TicketLock;
 use crate::vm::vcpu::{Start, StartCommand};
 
@@ -65,6 +66,7 @@ pub struct Vm {
     pub(crate) operations: TicketLock,
     pub(crate) saving: Saving,
     pub(crate) pauses: Pauses,
+    pub(crate) suspension: Suspension,
     /// Last: see [`Vm::drop_last`].
     tail: Tail,
 }
@@ -176,6 +178,7 @@ impl Vm {
             operations: TicketLock::default(),
             saving: Saving::default(),
             pauses: Pauses::default(),
+            suspension: Suspension::default(),
             tail: Tail::default(),
         })
     }
@@ -216,11 +219,12 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets a paused VM run.
+    /// Lets a paused VM run. One that is suspended is woken.
     ///
     /// # Errors
     /// When it has stopped, or a reset has failed half-way.
     pub fn resume(&self) -> Result<(), VmError> {
+        self.wake()?;
         let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
