@@ -20,5 +20,6 @@ mod heap;
 mod image;
 pub mod jail;
 pub mod supervisor;
+mod suspend;
 pub mod worker;
 pub mod zygote;

@@ -68,7 +68,8 @@ impl SuspendFile {
     pub fn create(dir: &Path) -> io::Result<Self> {
         failpoint(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let write = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+        // Whoever is handed the second descriptor cannot open it again to write.
+        let write = open(dir, flags, Mode::RUSR)?;
         failpoint(Call::File)?;
         let read = File::open(format!("/proc/self/fd/{}", write.as_raw_fd()))?;
         Ok(Self { write: write.into(), read })

@@ -56,7 +56,7 @@ pub use persist::{
 };
 pub use reset::ResetReport;
 pub use stop::StopReason;
-pub use suspend::{SuspendReport, WakeReport};
+pub use suspend::{RequestSource, SuspendReport, WakeReport};
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
 pub use transfer::{ImageParts, Leases, Overlays, SealedParts, SharedFiles, TransferError};

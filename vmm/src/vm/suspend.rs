@@ -51,6 +51,15 @@ pub struct SuspendReport {
     pub write: Duration,
 }
 
+/// A descriptor that is readable when a device is asked for something.
+#[derive(Debug)]
+pub struct RequestSource {
+    /// A copy of it.
+    pub fd: OwnedFd,
+    /// Whether a driver uses the device. Otherwise what is there stays there, awake or not.
+    pub is_served: bool,
+}
+
 /// What a wake did.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WakeReport {
@@ -165,19 +174,22 @@ impl Vm {
     ///
     /// # Errors
     /// When there is no descriptor to be had.
-    pub fn request_sources(&self) -> io::Result<Vec<OwnedFd>> {
+    pub fn request_sources(&self) -> io::Result<Vec<RequestSource>> {
         let nets = (0..self.config.nets.len()).filter_map(|number| self.sources_of::<Net>(number));
         let sources = nets.chain(self.sources_of::<Vsock>(0)).flatten();
         sources.collect()
     }
 
-    fn sources_of<H: DeviceOps>(&self, number: usize) -> Option<Vec<io::Result<OwnedFd>>> {
+    fn sources_of<H: DeviceOps>(&self, number: usize) -> Option<Vec<io::Result<RequestSource>>> {
         let copied = |fd: RawFd| {
             // SAFETY: the handler keeps its sources open, and does not go while it is looked at.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fd.try_clone_to_owned()
         };
-        let copies = |handler: &mut H| handler.sources().into_iter().map(|(fd, _)| copied(fd)).collect();
-        self.devices.with_plain(number, |device| device.with(copies)).flatten()
+        self.devices.with_plain(number, |device| {
+            let is_served = device.is_in_use();
+            let source = |(fd, _)| Ok(RequestSource { fd: copied(fd)?, is_served });
+            device.with(|handler: &mut H| handler.sources().into_iter().map(source).collect())
+        })?
     }
 }

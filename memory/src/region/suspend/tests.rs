@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::layer::gc::worst::Restless;
+use crate::units::BLOCK_SIZE;
 use crate::{Access, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, StopsWriters, Store};
 
 /// Of the first region. The second has a quarter of it.
@@ -235,6 +236,9 @@ fn r19_what_children_do_not_inherit_stays_and_reaches_no_file() {
         let before = contents(&ram);
         let (report, _) = suspend(&ram);
         assert_eq!((report.kept, ram.stats().unwrap().exclusive), (5, 5));
+        if let Some(base) = region.state().space.base_file() {
+            assert!(base.resident_bytes().unwrap() <= BLOCK_SIZE, "memory is kept behind pages that went");
+        }
         let child = reserved(store);
         child.adopt(&freeze(&ram)).unwrap();
         expect(&ram, &before);
@@ -300,6 +304,7 @@ fn a_file_that_is_not_what_it_must_be_is_refused() {
     assert!(of(write, write).unwrap_err().contains("reading only"));
     assert!(of(read, read).unwrap_err().contains("reading and writing"));
     assert!(of(write, read).is_ok());
+    assert_eq!(fstat(read).unwrap().st_mode & 0o777, 0o400, "others cannot open it to write");
     ftruncate(write, 1).unwrap();
     assert!(of(write, read).unwrap_err().contains("not empty"));
 }
