@@ -182,6 +182,20 @@ fn drop_elsewhere(what: impl Send + 'static) {
     let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
 }
 
+/// Wakes a VM that is typed to. It takes the time of some reads of a disk.
+async fn wake(vm: &Arc<Vm>) {
+    if vm.is_suspended() {
+        let vm = Arc::clone(vm);
+        // One that has stopped reads nothing.
+        let _ = tokio::task::spawn_blocking(move || {
+            let woken = vm.wake();
+            let_go(vm);
+            woken.map(drop)
+        })
+        .await;
+    }
+}
+
 /// Serves one connection until it ends.
 async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let (mut from_person, mut to_person) = stream.into_split();
@@ -202,6 +216,7 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
                 Ok(0) | Err(_) => return,
                 Ok(typed) => {
                     let Some(vm) = vm.upgrade() else { return };
+                    wake(&vm).await;
                     line.type_in(&vm, &bytes[..typed]);
                     let_go(vm);
                 }

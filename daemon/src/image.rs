@@ -2,7 +2,7 @@
 //!
 //! | message | from | what |
 //! |---|---|---|
-//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer. To [`RECORD`] the answer is the same byte and a descriptor |
+//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). To [`RECORD`] the answer is the same byte and a descriptor |
 //! | 2 | VM's process | how the fork went, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
@@ -27,6 +27,7 @@ use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
 use crate::flight;
 use crate::secrets::Secrets;
+use crate::suspend::{self, SUSPEND};
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -133,6 +134,7 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
                 (vm.upgrade().ok_or(io::ErrorKind::NotFound)?, files.pop().ok_or(io::ErrorKind::InvalidData)?);
             return vm.connect_broker(broker);
         }
+        [SUSPEND] => return suspend::answer(socket, vm, files),
         [RECORD] => return seqpacket::send(socket, &[RECORD], &[flight::descriptor()?.as_fd()]),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }
@@ -276,7 +278,7 @@ impl AskedRecord {
     }
 }
 
-fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {
+pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {
     check_name(name)?;
     let path = image_path(dir, name);
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)

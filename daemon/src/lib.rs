@@ -22,5 +22,6 @@ mod image;
 pub mod jail;
 pub mod secrets;
 pub mod supervisor;
+mod suspend;
 pub mod worker;
 pub mod zygote;

@@ -78,6 +78,15 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
+    /// What a VM owns could not be written to the file it was to be suspended to.
+    #[error("{pages} pages could not be written to the file of a suspended VM")]
+    Suspend {
+        /// How many were to be.
+        pages: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A layer's file could not be opened again for reading.
     #[error("a layer's file could not be opened for another process")]
     Reopen(#[source] io::Error),

@@ -94,6 +94,7 @@ pub use region::pin::{Access, DmaPin, PinError, PinInfo, PinLifetime};
 pub use region::reference::{Discarded, Pattern, RefPage};
 pub use region::reset::ResetReport;
 pub use region::stats::RamStats;
+pub use region::suspend::{SuspendFile, Suspended, WorkingSet};
 pub use region::tracked::TrackedRegion;
 pub use store::{Backing, Store, StoreError};
 pub use sys::HugeTmpfs;

@@ -16,6 +16,7 @@ use crate::region::nofork::NoForkMap;
 use crate::region::pages::{self, PageMap};
 use crate::region::reset::{ResetError, ResetReport};
 use crate::region::stats::RamStats;
+use crate::region::suspend::{SuspendFile, Suspended, Suspension, WorkingSet};
 use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -27,7 +28,7 @@ pub const GAP_END: u64 = 0x1_0000_0000;
 /// addresses for itself).
 const MAX_BYTES: u64 = 1 << 45;
 
-/// How often a reset that waits for devices looks again.
+/// How often a reset or a suspension that waits for devices looks again.
 const PIN_POLL: Duration = Duration::from_micros(200);
 
 /// The shape of a guest's memory: which guest-physical ranges are RAM.
@@ -353,15 +354,7 @@ impl GuestRam {
         }
         // What the image still misses must be there before it is mapped.
         image.finish_background()?;
-        let deadline = Instant::now() + patience;
-        // All regions are looked at before the first is touched; a pin that comes later refuses its
-        // own region's reset.
-        while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
-            if Instant::now() >= deadline {
-                return Err(refused);
-            }
-            std::thread::sleep(PIN_POLL);
-        }
+        self.wait_unpinned(patience)?;
         let mut report = ResetReport::default();
         match GuestRegion::reset_all(&self.regions, image.regions(), &mut report) {
             Ok(()) => Ok(report),
@@ -372,6 +365,46 @@ impl GuestRam {
                 Err(error)
             }
         }
+    }
+
+    /// Writes everything this VM owns to `file`, and gives its memory back. The VM goes on with the
+    /// same contents at the same addresses: what is touched is read back. What was written since an
+    /// earlier suspension is written alone. Waits up to `patience` for devices to let go of their
+    /// pins.
+    ///
+    /// # Errors
+    /// When pages stay pinned, the file cannot be written, or mappings run out. Then the contents
+    /// are the same, and what did not get into the file is still this VM's own (I13).
+    pub fn suspend(
+        &self,
+        file: SuspendFile,
+        _quiesced: &Quiesced<'_>,
+        patience: Duration,
+    ) -> Result<(Suspended, WorkingSet), RamError> {
+        self.wait_unpinned(patience)?;
+        let mut suspension = Suspension::to(file, &self.regions)?;
+        let store = self.regions.first().map(|region| region.store.clone()).ok_or(RamError::NoMemory)?;
+        GuestRegion::suspend_all(&self.regions, &store, &mut suspension)?;
+        Ok((suspension.report, suspension.working_set))
+    }
+
+    /// Reads ahead what a suspended VM will touch, and maps it. What cannot be read is read when it
+    /// is touched.
+    pub fn read_ahead(&self, working_set: &WorkingSet) {
+        working_set.read_ahead(&self.regions);
+    }
+
+    /// Waits up to `patience` until no page is pinned. All regions are looked at before the first is
+    /// touched; a pin that comes later refuses what is done to its own region.
+    fn wait_unpinned(&self, patience: Duration) -> Result<(), RamError> {
+        let deadline = Instant::now() + patience;
+        while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
+            if Instant::now() >= deadline {
+                return Err(refused);
+            }
+            std::thread::sleep(PIN_POLL);
+        }
+        Ok(())
     }
 
     /// Whether a reset has failed half-way: the contents are of no one instant, and only another

@@ -237,6 +237,6 @@ fn private_kib(pid: u32) -> std::io::Result<u64> {
     kib(&format!("/proc/{pid}/smaps_rollup"), &["Private_Clean", "Private_Dirty"])
 }
 
-fn available_kib() -> u64 {
+pub(super) fn available_kib() -> u64 {
     kib("/proc/meminfo", &["MemAvailable"]).unwrap_or(0)
 }

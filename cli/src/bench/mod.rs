@@ -10,6 +10,7 @@ mod reset;
 mod restore;
 mod sample;
 mod supervisor;
+mod suspend;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -135,6 +136,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Reset => reset::run(&context, args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
         BenchName::Restore => restore::restore(&context, args)?,
+        BenchName::Suspend => suspend::run(&context, args)?,
         BenchName::Save => restore::save(&context, args)?,
     };
     let is_interpreted = context.host().quirks() == Quirks::Pvm;

@@ -26,7 +26,8 @@ impl AgentArgs {
     /// A client of the agent in `vm`.
     pub(super) async fn client(&self, vm: &str) -> Result<Client, Failure> {
         let info = Control::default().request::<VmInfo>(Method::GET, vm, "", None::<&()>).await.map_err(failure)?;
-        if info.state != VmState::Running {
+        // A suspended one is woken by the connection.
+        if !matches!(info.state, VmState::Running | VmState::Suspended) {
             return Err(Failure::input(anyhow!("{vm} does not run, so nothing in it answers")));
         }
         let device = info.vsock.ok_or_else(|| {

@@ -16,7 +16,7 @@ use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
-use crate::commands::many::{ManyArgs, StopArgs};
+use crate::commands::many::{ManyArgs, StopArgs, SuspendArgs};
 use crate::commands::memory::MemoryCommand;
 use crate::commands::network::{NetworkArgs, NetworkState};
 use crate::commands::pages::PagesArgs;
@@ -89,6 +89,10 @@ pub(crate) enum Command {
     Pause(ManyArgs),
     /// Let paused VMs run.
     Resume(ManyArgs),
+    /// Give VMs' memory back until something needs their guests: it goes to a disk.
+    Suspend(SuspendArgs),
+    /// Wake VMs that are suspended.
+    Wake(ManyArgs),
     /// Stop VMs for good: by a power cut, or after their guests had time to power off.
     Stop(StopArgs),
     /// Wait until VMs have ended, and show why.
@@ -324,6 +328,10 @@ pub(crate) struct RunArgs {
     /// Stop the VM after a time, such as 90s, 10m or 1h30m. It goes on while the VM is paused.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) ttl: Option<Duration>,
+    /// Suspend the VM whenever it has done nothing for a time, such as 90s or 10m: its memory goes to a
+    /// disk until something needs it.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) suspend_after: Option<Duration>,
     /// Most memory of the VM's process, and of each of its children's: bytes, or with K, M, G, T.
     /// Needs a supervisor with control groups.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "background")]
@@ -437,6 +445,10 @@ pub(crate) struct ForkArgs {
     /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
+    /// Suspend each child whenever it has done nothing for a time, such as 90s or 10m: its memory goes to a
+    /// disk until something needs it.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) suspend_after: Option<Duration>,
     /// Have the agent in each child make it another VM: its clock, random numbers, tokens and hooks.
     /// Returns when all are ready; if one is not, there are none.
     #[arg(long, conflicts_with = "paused")]
@@ -610,14 +622,24 @@ pub(crate) enum BenchName {
     /// Resetting a running VM in place, by the pages written since, against starting another from
     /// the same image.
     Reset,
+    /// Suspending VMs: what they keep of memory, the first answer after a wake, and ten VMs of which
+    /// nine are suspended.
+    Suspend,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchArgs {
     /// What to measure.
     pub(crate) name: BenchName,
-    /// Guest memory sizes.
-    #[arg(long, value_name = "SIZE,...", default_value = "512M", value_delimiter = ',', value_parser = parse_size)]
+    /// Guest memory sizes. Default: 512M, and 64M for `suspend`.
+    #[arg(
+        long,
+        value_name = "SIZE,...",
+        default_value = "512M",
+        default_value_if("name", "suspend", "64M"),
+        value_delimiter = ',',
+        value_parser = parse_size
+    )]
     pub(crate) mem: Vec<u64>,
     /// Samples of each figure.
     #[arg(long, value_name = "N", default_value_t = 50)]

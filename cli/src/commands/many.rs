@@ -1,14 +1,17 @@
-//! Commands that take several names: `pause`, `resume`, `stop`, `reset`, `ready`, `rm`.
+//! Commands that take several names: `pause`, `resume`, `suspend`, `wake`, `stop`, `reset`, `ready`,
+//! `rm`.
 //!
 //! All are done, whatever fails. Each failure is said with its name, and the exit code is that of
 //! the first.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clade_daemon::control::{
-    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest, TtlInfo,
-    TtlRequest, VmInfo,
+    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest,
+    SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo, VmState,
+    WakeAnswer,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -45,14 +48,34 @@ pub(crate) struct StopArgs {
 }
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
-    main(&args.many, Verb::Stop(StopRequest { graceful_s: args.graceful.map(|time| time.as_secs_f64()) }))
+    main(&args.many, &Verb::Stop(StopRequest { graceful_s: args.graceful.map(|time| time.as_secs_f64()) }))
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SuspendArgs {
+    #[command(flatten)]
+    many: ManyArgs,
+    /// The directory on a disk for their memory, in files without names. Default: /var/tmp.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+pub(super) fn suspend(args: &SuspendArgs) -> Outcome {
+    let absolute = |dir: &PathBuf| {
+        let named = |error| Failure::input(anyhow::Error::new(error).context(dir.display().to_string()));
+        std::path::absolute(dir).map_err(named)
+    };
+    let dir = args.dir.as_ref().map(absolute).transpose()?;
+    main(&args.many, &Verb::Suspend(SuspendRequest { dir }))
 }
 
 /// What is done to each.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Verb {
     Pause,
     Resume,
+    Suspend(SuspendRequest),
+    Wake,
     Stop(StopRequest),
     Reset,
     Ready,
@@ -75,6 +98,8 @@ enum Done {
     Stopped(Box<StopAnswer>),
     Reset(Box<ResetAnswer>),
     Ready(NamedReady),
+    Suspended(SuspendAnswer),
+    Woken(Box<WakeAnswer>),
     Removed(CheckpointInfo),
 }
 
@@ -97,6 +122,19 @@ impl Done {
                 }
             }
             Self::Ready(guest) => println!("{} is ready", guest.name),
+            Self::Suspended(answer) => {
+                println!("{} is {}", answer.name, state_name(VmState::Suspended));
+                if answer.was_suspended {
+                    return;
+                }
+                eprintln!("{} pages written in {:.0} us", answer.written_pages, answer.total_us);
+            }
+            Self::Woken(answer) => {
+                println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+                if answer.was_suspended {
+                    eprintln!("woken in {:.0} us: {} pages read ahead", answer.total_us, answer.working_set_pages);
+                }
+            }
             Self::Removed(checkpoint) => println!("{} is removed", checkpoint.name),
             Self::Reset(answer) => {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
@@ -114,6 +152,14 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
     match verb {
         Verb::Pause => vm("/pause").await.map(Done::Vm),
         Verb::Resume => vm("/resume").await.map(Done::Vm),
+        Verb::Suspend(request) => {
+            let path = format!("/v1/vms/{name}/suspend");
+            client.supervisor(Method::POST, &path, Some(&request)).await.map(Done::Suspended)
+        }
+        Verb::Wake => {
+            let woken = client.request(Method::POST, &name, "/wake", None::<&()>).await?;
+            Ok(Done::Woken(Box::new(woken)))
+        }
         Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
         Verb::Ready => {
@@ -129,9 +175,11 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 }
 
 /// The names of all that `verb` can be done to.
-async fn everyone(client: &Client, verb: Verb) -> Result<Vec<String>, ClientError> {
+async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Stop(_) | Verb::Reset | Verb::Ready => client.all_names().await,
+        Verb::Pause | Verb::Resume | Verb::Suspend(_) | Verb::Wake | Verb::Stop(_) | Verb::Reset | Verb::Ready => {
+            client.all_names().await
+        }
         Verb::Remove => {
             let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
             Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())
@@ -192,11 +240,30 @@ pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
     first_failure(failures.collect(), names.len() == 1)
 }
 
-pub(super) fn main(args: &ManyArgs, verb: Verb) -> Outcome {
+/// Has each VM suspended after a time without work, if there is one.
+pub(super) fn suspend_after(names: &[String], time: Option<Duration>) -> Outcome {
+    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
+    let client = Client::default();
+    let results = ask(async {
+        let set = |name: String| {
+            let client = client.clone();
+            async move {
+                let (path, request) =
+                    (format!("/v1/vms/{name}/suspend-after"), SuspendAfterRequest { seconds, dir: None });
+                client.supervisor::<SuspendAfterInfo>(Method::PUT, &path, Some(&request)).await
+            }
+        };
+        Ok(for_each(names, set).await)
+    })?;
+    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
+    first_failure(failures.collect(), names.len() == 1)
+}
+
+pub(super) fn main(args: &ManyArgs, verb: &Verb) -> Outcome {
     let client = Client::default();
     let (names, results) = ask(async {
         let names = if args.all { everyone(&client, verb).await? } else { args.names.clone() };
-        let results = for_each(&names, |name| one(client.clone(), verb, name)).await;
+        let results = for_each(&names, |name| one(client.clone(), verb.clone(), name)).await;
         Ok((names, results))
     })?;
     let is_alone = !args.all && names.len() == 1;

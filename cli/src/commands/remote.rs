@@ -9,7 +9,7 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
-use crate::commands::many::limit;
+use crate::commands::many::{limit, suspend_after};
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
@@ -50,6 +50,7 @@ pub(super) fn state_name(state: VmState) -> &'static str {
     match state {
         VmState::Running => "running",
         VmState::Paused => "paused",
+        VmState::Suspended => "suspended",
         VmState::Stopped => "stopped",
     }
 }
@@ -111,7 +112,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         }
     };
     let answer: ForkAnswer = ask(shown(forked, args))?;
-    let limited = limit(&answer.children, args.ttl);
+    let limited = limit(&answer.children, args.ttl).and(suspend_after(&answer.children, args.suspend_after));
     if args.json {
         return print_json(&answer).map_err(Failure::run).and(limited);
     }

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, ROOT_WORD};
 use crate::commands::image_warm;
-use crate::commands::many::limit;
+use crate::commands::many::{limit, suspend_after};
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
 use crate::commands::session::Session;
@@ -166,7 +166,8 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
         let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
         info.name
     };
-    let limited = limit(std::slice::from_ref(&name), args.ttl);
+    let limited = limit(std::slice::from_ref(&name), args.ttl)
+        .and(suspend_after(std::slice::from_ref(&name), args.suspend_after));
     drop(writeln!(io::stdout(), "{name}"));
     limited
 }

@@ -29,6 +29,7 @@ const ASKED_WITHIN_S: f64 = 6.0;
 enum Kind {
     Running,
     Paused,
+    Suspended,
     Stopped,
     /// It has ended, and something descends from it.
     Ended,
@@ -40,6 +41,7 @@ impl Kind {
         match self {
             Self::Running => state_name(VmState::Running),
             Self::Paused => state_name(VmState::Paused),
+            Self::Suspended => state_name(VmState::Suspended),
             Self::Stopped => state_name(VmState::Stopped),
             Self::Ended => "ended",
             Self::Checkpoint => "checkpoint",
@@ -50,6 +52,7 @@ impl Kind {
         match state {
             VmState::Running => Self::Running,
             VmState::Paused => Self::Paused,
+            VmState::Suspended => Self::Suspended,
             VmState::Stopped => Self::Stopped,
         }
     }
@@ -210,7 +213,7 @@ impl Known<'_> {
             match node.kind {
                 Kind::Checkpoint => checkpoints += 1,
                 Kind::Ended => {}
-                Kind::Running | Kind::Paused | Kind::Stopped => vms.extend(self.vm(&node.name)),
+                Kind::Running | Kind::Paused | Kind::Suspended | Kind::Stopped => vms.extend(self.vm(&node.name)),
             }
             todo.extend(&node.children);
         }

@@ -33,6 +33,7 @@ mod snapshot;
 mod storm;
 mod stress;
 mod supervisor;
+mod suspend;
 mod tool;
 mod ttl;
 mod way_in;

@@ -169,7 +169,7 @@ impl GuestMemory {
                 Some(last) if last.1 == start => last.1 = end,
                 _ => spans.push((start, end)),
             }
-            if rest.contains(" /memfd:clade") || rest.contains(" /#") {
+            if rest.contains(" /memfd:clade") || rest.contains("/#") {
                 starts.push(start);
             }
         }
@@ -188,7 +188,7 @@ impl GuestMemory {
         self.file.write_all_at(&value.to_le_bytes(), self.base + Self::AT + page * 4096).unwrap();
     }
 
-    fn read(&self, page: u64) -> u64 {
+    pub(crate) fn read(&self, page: u64) -> u64 {
         let mut bytes = [0; 8];
         self.file.read_exact_at(&mut bytes, self.base + Self::AT + page * 4096).unwrap();
         u64::from_le_bytes(bytes)

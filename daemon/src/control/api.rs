@@ -27,6 +27,8 @@ pub enum VmState {
     Running,
     /// Its owner has paused it.
     Paused,
+    /// It stands still, and its memory is on a disk, until something needs its guest.
+    Suspended,
     /// It has ended.
     Stopped,
 }
@@ -182,6 +184,7 @@ impl From<&Listed> for VmInfo {
         let stopped = vm.stopped();
         let state = match (&stopped, vm.is_paused()) {
             (Some(_), _) => VmState::Stopped,
+            (None, _) if vm.is_suspended() => VmState::Suspended,
             (None, true) => VmState::Paused,
             (None, false) => VmState::Running,
         };
@@ -319,6 +322,71 @@ pub struct ReadyAnswer {
     pub generation: u64,
     /// The hooks that it has run, in their order.
     pub hooks: Vec<String>,
+}
+
+/// A request to suspend a VM.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuspendRequest {
+    /// The directory on a disk in which a file without a name is made for its memory; `/var/tmp` if
+    /// not given.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub dir: Option<PathBuf>,
+}
+
+/// A request to suspend a VM whenever it has done nothing for a time.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuspendAfterRequest {
+    /// Seconds for which its process takes next to no processor time.
+    pub seconds: f64,
+    /// The directory, as for a request to suspend it at once.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub dir: Option<PathBuf>,
+}
+
+/// After which time a VM is suspended.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SuspendAfterInfo {
+    /// Seconds without work; null if it is not.
+    pub seconds: Option<f64>,
+}
+
+/// A VM that was suspended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SuspendAnswer {
+    /// Its name.
+    pub name: String,
+    /// Whether it was suspended before. Then nothing was done.
+    pub was_suspended: bool,
+    /// Pages written to the file.
+    pub written_pages: u64,
+    /// Of its own pages, those that were zeros: written nowhere.
+    pub zero_pages: u64,
+    /// Of its own pages, those that its children do not inherit: they stay in memory.
+    pub kept_pages: u64,
+    /// Microseconds until nothing of it moved.
+    pub halt_us: f64,
+    /// Microseconds to write the file and give memory back.
+    pub write_us: f64,
+    /// Microseconds in all.
+    pub total_us: f64,
+}
+
+/// A VM that was woken.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct WakeAnswer {
+    /// The VM.
+    #[serde(flatten)]
+    pub vm: VmInfo,
+    /// Whether it was suspended.
+    pub was_suspended: bool,
+    /// Pages that were read ahead: those that it touched between the wake before and its suspension.
+    pub working_set_pages: u64,
+    /// Microseconds until it could run.
+    pub total_us: f64,
 }
 
 /// The longest that a guest may take to power itself off, in seconds: a day.

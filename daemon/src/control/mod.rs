@@ -22,6 +22,8 @@
 //! | `POST /v1/vms/{name}/working-set` | | `WorkingSetAnswer`; recorded in its snapshot |
 //! | `GET /v1/vms/{name}/logs` | | `LogsAnswer` |
 //! | `POST /v1/vms/{name}/pause`, `resume` | | `VmInfo` |
+//! | `POST /v1/vms/{name}/suspend` | `SuspendRequest` or none | `SuspendAnswer` |
+//! | `POST /v1/vms/{name}/wake` | | `WakeAnswer` |
 //! | `POST /v1/vms/{name}/stop` | `StopRequest` or none | `StopAnswer`, when its name, interfaces and sockets are free |
 //!
 //! Errors are problem details: see `problem`.
@@ -47,8 +49,9 @@ pub use api::{
     BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo, ForkAnswer,
     ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest, OpenRequest,
     PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, TouchedAnswer, TouchedRun, VmInfo,
-    VmLimits, VmState, VsockInfo, WorkingSetAnswer,
+    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest,
+    SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer,
+    WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use gather::Gathered;

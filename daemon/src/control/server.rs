@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 
 use crate::control::api::{
     BalloonInfo, BalloonRequest, LogsAnswer, MAX_GRACE, NetworkRequest, ResetAnswer, StopAnswer, StopRequest,
-    TouchedAnswer, TouchedRun, VmInfo,
+    TouchedAnswer, TouchedRun, VmInfo, WakeAnswer,
 };
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
@@ -97,6 +97,25 @@ async fn pause(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
 async fn resume(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     act(fleet, name, Vm::resume, "resumed").await
+}
+
+/// Wakes a VM, if it is suspended.
+#[utoipa::path(post, path = "/v1/vms/{name}/wake", responses((status = 200, description = "Done.", body = WakeAnswer)))]
+async fn wake(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WakeAnswer> {
+    let woken = with_fleet(fleet, move |fleet| {
+        let listed = fleet.get(&name)?;
+        let report = note_failure("woken", listed.vm.wake())?;
+        if report.was_suspended {
+            flight::note(&format!("woken in {} us", report.total.as_micros()));
+        }
+        Ok(WakeAnswer {
+            vm: VmInfo::from(&listed),
+            was_suspended: report.was_suspended,
+            working_set_pages: report.working_set,
+            total_us: report.total.as_secs_f64() * 1e6,
+        })
+    });
+    Ok(Json(woken.await?))
 }
 
 async fn act(
@@ -229,6 +248,8 @@ async fn touched(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>)
 
 /// Requests statistics from the guest. Returns earlier ones if it does not answer in time.
 fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
+    // The driver in its guest answers.
+    vm.wake()?;
     let before = vm.balloon_stats()?.answers;
     vm.ask_balloon()?;
     let deadline = Instant::now() + ANSWER_TIMEOUT;
@@ -267,6 +288,7 @@ async fn set_balloon(
     let Json(request) = request?;
     let set = with_fleet(fleet, move |fleet| {
         let vm = fleet.get(&name)?.vm;
+        vm.wake()?;
         vm.set_balloon(request.target_mib)?;
         ask_balloon(&vm)
     });
@@ -314,6 +336,7 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(touched))
         .routes(routes!(pause))
         .routes(routes!(resume))
+        .routes(routes!(wake))
         .routes(routes!(stop))
         .routes(routes!(logs))
         .routes(routes!(pages::show_pages))

@@ -101,6 +101,15 @@ pub enum FleetError {
         #[source]
         source: io::Error,
     },
+    /// No file can be made in the directory that a VM is to be suspended to.
+    #[error("no file for a suspended VM can be made in {}", path.display())]
+    SuspendDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// There is no control group for a VM.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::FleetError;
 use crate::control::ProblemKind;
-use clade_memory::AccessError;
+use clade_memory::{AccessError, RamError};
 use clade_vmm::vm::{SnapshotError, VmError};
 
 impl FleetError {
@@ -13,7 +13,7 @@ impl FleetError {
         match self {
             Self::BadName { .. } | Self::Pattern { .. } => ProblemKind::BadName,
             Self::Count { .. } => ProblemKind::BadCount,
-            Self::LongPath { .. } | Self::Overlays { .. } => ProblemKind::BadPath,
+            Self::LongPath { .. } | Self::Overlays { .. } | Self::SuspendDir { .. } => ProblemKind::BadPath,
             Self::NoSuchVm { .. } => ProblemKind::NoSuchVm,
             Self::NoSuchCheckpoint { .. } => ProblemKind::NoSuchCheckpoint,
             Self::Taken { .. } | Self::CheckpointTaken { .. } | Self::Supervised { .. } => ProblemKind::NameTaken,
@@ -60,6 +60,13 @@ fn of_vm(error: &VmError) -> ProblemKind {
             AccessError::Lost(_) => ProblemKind::WrongState,
             _ => ProblemKind::Internal,
         },
+        // They may end.
+        VmError::Ram(RamError::Pinned { .. }) | VmError::InFlight { .. } => ProblemKind::WrongState,
+        VmError::Ram(RamError::Suspend { source, .. })
+            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) =>
+        {
+            ProblemKind::NoRoom
+        }
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,

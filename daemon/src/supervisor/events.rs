@@ -115,6 +115,16 @@ impl Events {
         }
     }
 
+    /// A VM was suspended.
+    pub(super) fn suspended(&self, name: &str, written_pages: u64) {
+        self.add(&mut self.ring(), "vm.suspended", json!({ "name": name, "written_pages": written_pages }));
+    }
+
+    /// A VM that was suspended was woken, by whomever.
+    pub(super) fn woken(&self, name: &str) {
+        self.add(&mut self.ring(), "vm.woken", json!({ "name": name }));
+    }
+
     pub(super) fn checkpoint_created(&self, name: &str, vm: &str) {
         self.add(&mut self.ring(), "checkpoint.created", json!({ "name": name, "vm": vm }));
     }

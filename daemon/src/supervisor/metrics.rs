@@ -88,7 +88,13 @@ fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathe
     out.family("clade_prepared_workers", Kind::Gauge, "Processes that are prepared for forks.");
     out.count(&[], info.prepared as u64);
     out.family("clade_vms", Kind::Gauge, "VMs of the directory that have answered, by state.");
-    for (name, state) in [("running", VmState::Running), ("paused", VmState::Paused), ("stopped", VmState::Stopped)] {
+    let states = [
+        ("running", VmState::Running),
+        ("paused", VmState::Paused),
+        ("suspended", VmState::Suspended),
+        ("stopped", VmState::Stopped),
+    ];
+    for (name, state) in states {
         out.count(&[("state", name)], gathered.vms.iter().filter(|vm| vm.state == state).count() as u64);
     }
     out.family("clade_vms_silent", Kind::Gauge, "VMs that have not answered in time and are left out.");

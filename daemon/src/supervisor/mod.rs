@@ -19,8 +19,10 @@
 //! | `fetches` | how much of the supervisor one VM may take |
 //! | `overlays` | directories for the writes of confined VMs' disks |
 //! | `broker` | guests' connections to the host |
+//! | `suspend` | VMs that give their memory back until they are needed |
 //! | `snapshots` | snapshots of VMs whose processes may not write files |
 //! | `events` | what happens, for those who follow it |
+//! | `idle` | VMs that are suspended when they do nothing |
 //! | `idempotency` | requests that are sent again |
 //! | `openapi` | the description of the HTTP API |
 //! | `metrics` | numbers for Prometheus |
@@ -39,6 +41,7 @@ mod events;
 mod fetches;
 mod hand;
 mod idempotency;
+mod idle;
 mod make;
 mod metrics;
 mod net_hook;
@@ -52,6 +55,7 @@ mod records;
 mod restore;
 mod server;
 mod snapshots;
+mod suspend;
 
 pub use server::TcpError;
 
@@ -88,6 +92,7 @@ pub(crate) use fetches::Fetch;
 use fetches::{Fetches, Passing};
 use hand::Place;
 use idempotency::Keys;
+use idle::Idle;
 pub use net_hook::HookError;
 use net_hook::NetHook;
 use overlays::OverlayDirs;
@@ -144,6 +149,7 @@ struct Inner {
     snapshots: Snapshots,
     events: Arc<Events>,
     keys: Arc<Keys>,
+    idle: Idle,
     /// VMs whose workers were started here.
     processes: Processes,
     records: Arc<Records>,
@@ -217,6 +223,7 @@ impl Supervisor {
             snapshots: Snapshots::default(),
             events: Arc::default(),
             keys: Arc::default(),
+            idle: Idle::default(),
             processes: Processes::default(),
             records: Arc::default(),
             making: Mutex::default(),

@@ -27,14 +27,14 @@ use utoipa_axum::routes;
 use super::about::About;
 use super::idempotency::once;
 use super::proxy::{Limits, forward};
-use super::{Supervisor, metrics, openapi};
+use super::{Supervisor, metrics, openapi, suspend};
 use crate::control;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
     ForkAnswer, ForkRequest, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer, RestoreRequest,
-    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, THREAD_PATIENCE,
-    TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace,
-    not_allowed, on_a_thread, serve_http,
+    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo,
+    SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo,
+    WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -360,6 +360,69 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
     }
 }
 
+/// Suspends a VM: its memory goes to a file, and it stands still until something needs its guest.
+/// Answers when its memory is given back.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/suspend",
+    request_body = Option<SuspendRequest>,
+    responses((status = 200, description = "Done.", body = SuspendAnswer))
+)]
+async fn suspend_vm(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    Optional(request): Optional<SuspendRequest>,
+) -> Answer<SuspendAnswer> {
+    let dir = request.unwrap_or_default().dir.unwrap_or_else(|| Path::new(suspend::DIR).to_owned());
+    expect_absolute(&dir)?;
+    work(supervisor, move |supervisor, cancel| supervisor.suspend(&name, &dir, cancel)).await
+}
+
+/// Shows after which time without work a VM is suspended.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/suspend-after",
+    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
+)]
+async fn show_suspend_after(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<SuspendAfterInfo> {
+    Ok(Json(supervisor.suspended_after(&name)?))
+}
+
+/// Has a VM suspended whenever it has done nothing for a time.
+#[utoipa::path(
+    put,
+    path = "/v1/vms/{name}/suspend-after",
+    request_body = SuspendAfterRequest,
+    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
+)]
+async fn set_suspend_after(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<SuspendAfterRequest>,
+) -> Answer<SuspendAfterInfo> {
+    let Json(request) = request?;
+    request.dir.as_deref().map_or(Ok(()), expect_absolute)?;
+    supervisor.suspend_after(&name, &request)?;
+    Ok(Json(supervisor.suspended_after(&name)?))
+}
+
+/// Has a VM run on though it does nothing.
+#[utoipa::path(
+    delete,
+    path = "/v1/vms/{name}/suspend-after",
+    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
+)]
+async fn remove_suspend_after(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<SuspendAfterInfo> {
+    supervisor.suspend_never(&name)?;
+    Ok(Json(supervisor.suspended_after(&name)?))
+}
+
 /// Saves a VM. Answers when all is on the disk.
 #[utoipa::path(
     post,
@@ -477,6 +540,8 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
         .routes(routes!(ready))
+        .routes(routes!(suspend_vm))
+        .routes(routes!(show_suspend_after, set_suspend_after, remove_suspend_after))
         .routes(routes!(ended))
         .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
         .routes(routes!(working_set))

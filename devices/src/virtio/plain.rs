@@ -323,6 +323,12 @@ impl<H: DeviceOps> SyncDevice<H> {
         }
     }
 
+    /// Whether a driver uses the device: what its sources say is looked at.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        matches!(self.place, Place::Working(_))
+    }
+
     /// Interrupts the driver, if there is one, because the configuration space has changed.
     pub fn config_changed(&mut self) {
         if let Place::Working(worker) = &self.place {

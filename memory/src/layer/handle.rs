@@ -70,7 +70,8 @@ impl LayerHandle {
     /// When pages will never come, or the file cannot be opened again (procfs is needed).
     pub fn read_only_file(&self) -> Result<File, RamError> {
         self.0.wait_filled(PageRange::new(0, self.0.pages())).map_err(RamError::Lost)?;
-        reopened_for_reading(self.0.as_fd()).map_err(RamError::Reopen)
+        let file = self.0.reader().map_or(self.0.as_fd(), AsFd::as_fd);
+        reopened_for_reading(file).map_err(RamError::Reopen)
     }
 
     /// What its publisher sees it in use by, if that is another process

@@ -89,6 +89,8 @@ pub(crate) struct Layer {
     handles_gone: AtomicU64,
     /// Open as long as the layer is in use, if another process published it.
     lease: Option<Arc<OwnedFd>>,
+    /// Its file open for reading only, where this process may have no right to open it so.
+    reader: Option<File>,
 }
 
 impl Layer {
@@ -98,7 +100,19 @@ impl Layer {
         let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
         let (bg_copy, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
-        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone, lease: None }
+        let (lease, reader) = (None, None);
+        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone, lease, reader }
+    }
+
+    /// Gives other processes copies of `reader`, which is of the same file.
+    pub(crate) fn read_by(mut self, reader: File) -> Self {
+        self.reader = Some(reader);
+        self
+    }
+
+    /// Its file for another process, if that was there from the beginning.
+    pub(crate) fn reader(&self) -> Option<&File> {
+        self.reader.as_ref()
     }
 
     /// Keeps `lease` open as long as the layer is in use.

@@ -15,6 +15,7 @@ pub(crate) mod reset;
 pub(crate) mod space;
 pub(crate) mod state;
 pub(crate) mod stats;
+pub(crate) mod suspend;
 pub(crate) mod tracked;
 
 #[cfg(test)]

@@ -35,6 +35,8 @@ pub(crate) struct State {
     pub(crate) last_compacted: (usize, usize),
     /// A reset has failed half-way: only another one may follow.
     pub(crate) inconsistent: bool,
+    /// It was suspended, so what is mapped now was touched since.
+    pub(crate) woken: bool,
 }
 
 impl State {
@@ -48,6 +50,7 @@ impl State {
             compaction: None,
             last_compacted: (0, 0),
             inconsistent: false,
+            woken: false,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 use crate::testing::failpoint::{Call, failpoint};
-use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange, subtract_runs};
+use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, push_run, subtract_runs};
 
 /// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so
 /// that huge pages fit.
@@ -41,6 +41,9 @@ unsafe impl Send for Reservation {}
 // SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for
 // pages that are protected.
 unsafe impl Sync for Reservation {}
+
+/// Words of a page.
+const WORDS: usize = PAGE_SIZE as usize / size_of::<u64>();
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -282,6 +285,38 @@ impl Reservation {
         }
         trace!(Owned { at: self.at(), range });
         Ok(())
+    }
+
+    /// Maps the pages of `range` for reading: shared ones as they are, without copies.
+    pub(crate) fn populate_read(&self, range: PageRange) -> io::Result<()> {
+        self.check(range)?;
+        failpoint(Call::Advise)?;
+        let at = self.addr(range.start).cast();
+        loop {
+            // SAFETY: populating faults pages in; contents do not change.
+            match unsafe { madvise(at, range.bytes(), Advice::LinuxPopulateRead) } {
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Those pages of `runs` that hold nothing but zeros. They are read through the mapping.
+    pub(crate) fn zero_runs(&self, runs: &[PageRange]) -> Vec<PageRange> {
+        let mut zeros = Vec::new();
+        for page in runs.iter().flat_map(|run| run.start..run.end) {
+            let words = self.addr(page).cast::<u64>();
+            let is_zero = (0..WORDS).all(|word| {
+                // SAFETY: the word is within the page, which `addr` has checked.
+                let word = unsafe { words.add(word) };
+                // SAFETY: the caller's runs are mapped and readable; no reference is made.
+                (unsafe { word.read_volatile() }) == 0
+            });
+            if is_zero {
+                push_run(&mut zeros, PageRange::with_len(page, 1));
+            }
+        }
+        zeros
     }
 
     /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together

@@ -94,6 +94,11 @@ pub(crate) enum Op {
         at: At,
         disk: bool,
     },
+    /// All that a VM owns goes to a file. What it touched before is read ahead, or not.
+    Suspend {
+        vm: usize,
+        wake: bool,
+    },
     NoFork {
         vm: usize,
         at: At,
@@ -163,6 +168,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (n(), pages(), 0..3u8).prop_map(|(vm, at, byte)| Op::ShowReference { vm, at, byte }),
         1 => (n(), pages(), prop_oneof![20 => Just(false), 1 => Just(true)])
             .prop_map(|(vm, at, disk)| Op::Evict { vm, at, disk }),
+        2 => (n(), any::<bool>()).prop_map(|(vm, wake)| Op::Suspend { vm, wake }),
         2 => (n(), no_fork).prop_map(|(vm, (at, what))| Op::NoFork { vm, at, what }),
         1 => n().prop_map(|vm| Op::Settle { vm }),
         1 => n().prop_map(|vm| Op::Compact { vm }),

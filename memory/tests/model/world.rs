@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clade_memory::{
     Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamImage, RefPage,
-    Store,
+    Store, SuspendFile,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -249,6 +249,7 @@ impl<'s> World<'s> {
                 }
                 self.vms[vm].look_at(range);
             }
+            Op::Suspend { vm, wake } => self.suspend(vm, wake),
             Op::NoFork { vm, at, what } => {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
                 let declared = what.map(|what| match what {
@@ -347,6 +348,26 @@ impl<'s> World<'s> {
             Err(RamError::Pinned { .. }) => assert!(pinned, "refused for pins that are not there"),
             Err(other) => panic!("{other}"),
         }
+        vm.look_at(vm.model.all());
+    }
+
+    fn suspend(&mut self, vm: usize, wake: bool) {
+        let vm = &self.vms[self.pick(vm)];
+        let pinned = !self.pinned_pages(vm.id).is_empty();
+        let file = SuspendFile::create(Path::new("/dev/shm")).unwrap();
+        match vm.ram.suspend(file, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO) {
+            Ok((report, working_set)) => {
+                assert!(!pinned, "I7: a pinned page was written away");
+                let exclusive = vm.ram.stats().unwrap().exclusive;
+                assert!(exclusive <= report.kept, "{exclusive} pages are still the VM's own: {report:?}");
+                if wake {
+                    vm.ram.read_ahead(&working_set);
+                }
+            }
+            Err(RamError::Pinned { .. }) => assert!(pinned, "refused for pins that are not there"),
+            Err(other) => panic!("{other}"),
+        }
+        vm.ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         vm.look_at(vm.model.all());
     }
 

@@ -26,6 +26,7 @@ use crate::vm::pauses::Pauses;
 use crate::vm::persist::Saving;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;
+use crate::vm::suspend::Suspension;
 use crate::vm::vcpu::ticket_lock::TicketLock;
 use crate::vm::vcpu::{Start, StartCommand};
 
@@ -66,6 +67,7 @@ pub struct Vm {
     pub(crate) saving: Saving,
     pub(crate) erased: Erased,
     pub(crate) pauses: Pauses,
+    pub(crate) suspension: Suspension,
     /// Last: see [`Vm::drop_last`].
     tail: Tail,
 }
@@ -178,6 +180,7 @@ impl Vm {
             saving: Saving::default(),
             erased: Erased::default(),
             pauses: Pauses::default(),
+            suspension: Suspension::default(),
             tail: Tail::default(),
         })
     }
@@ -218,11 +221,12 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets a paused VM run.
+    /// Lets a paused VM run. One that is suspended is woken.
     ///
     /// # Errors
     /// When it has stopped, or a reset has failed half-way.
     pub fn resume(&self) -> Result<(), VmError> {
+        self.wake()?;
         let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));

@@ -7,6 +7,7 @@
 //! | what is made before a VM is needed | `prepared.rs`, `pool.rs`, `context.rs` |
 //! | where a fork happens, and where its child starts | `fork.rs` |
 //! | where a VM goes back to an earlier instant, in place | `reset.rs` |
+//! | where a VM gives its memory back until it is needed | `suspend.rs` |
 //! | where a snapshot is written and made durable | `persist/save.rs` |
 //! | where a snapshot becomes an image again | `persist/restore.rs`, `persist/sections.rs` |
 //! | where an image goes to another process | `transfer/` |
@@ -33,6 +34,7 @@ mod pool;
 mod prepared;
 mod reset;
 mod stop;
+mod suspend;
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -54,6 +56,7 @@ pub use persist::{
 };
 pub use reset::ResetReport;
 pub use stop::StopReason;
+pub use suspend::{RequestSource, SuspendReport, WakeReport};
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
 pub use transfer::{ImageParts, Leases, Overlays, SealedParts, SharedFiles, TransferError};

@@ -12,7 +12,9 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::region::pin::{Access, DmaPin, PinLifetime};
 use crate::testing::failpoint::{Call, plan};
 use crate::units::{PAGE_SIZE, PageRange};
-use crate::{Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamError, RamImage, RamLayout, Store};
+use crate::{
+    Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamError, RamImage, RamLayout, Store, SuspendFile,
+};
 
 /// Of the first region, in which operations on a region take place.
 const PAGES: u64 = 1100;
@@ -369,6 +371,53 @@ fn i13_eviction_and_compaction_change_nothing() {
         assert_eq!(&rig.child(&flat), seen);
         Ok(None)
     });
+}
+
+/// Suspends a VM that is frozen, or was booted, and has pages in both regions; `times` times.
+fn suspend(rig: &Rig, times: u64) -> Result<Option<RamImage>, RamError> {
+    let vm = GuestRam::reserve(&layout(), &rig.store)?;
+    match &rig.image {
+        Some((image, _)) => vm.adopt(image)?,
+        None => vm.populate()?,
+    }
+    let mut done = Ok(());
+    for time in 0..times {
+        (time..ALL).step_by(130 + 400 * time as usize).for_each(|page| put(&vm, page, page + 1));
+        (700..1000 - 200 * time).for_each(|page| put(&vm, page, 5 + time));
+        let bits = |region: &GuestRegion| -> Vec<bool> {
+            (0..region.pages()).map(|page| region.ownership().get(page).0).collect()
+        };
+        let had: Vec<Vec<bool>> = vm.regions().iter().map(|region| bits(region)).collect();
+        let before = contents(&vm);
+        let file = SuspendFile::create(Path::new("/dev/shm")).map_err(|source| RamError::Suspend { pages: 0, source });
+        done = file
+            .and_then(|file| vm.suspend(file, &Quiesced::by(&crate::NoWriters), Duration::ZERO))
+            .map(|(_, working_set)| vm.read_ahead(&working_set));
+        assert!(contents(&vm) == before, "time {time}: {done:?}");
+        if done.is_err() {
+            plan().heal();
+            for (region, had) in vm.regions().iter().zip(&had) {
+                let own = region.own(&region.state()).unwrap();
+                for page in own.iter().flat_map(|run| run.start..run.end).filter(|page| had[*page as usize]) {
+                    assert!(region.ownership().get(page).0, "page {page} has lost its bit");
+                }
+            }
+            break;
+        }
+    }
+    plan().heal();
+    vm.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    for region in vm.regions() {
+        let state = region.state();
+        assert_eq!(state.space.promised(), state.space.mappings().len() as u64, "promised and not made");
+    }
+    done.map(|()| None)
+}
+
+#[test]
+fn i13_a_suspension_that_fails_anywhere_loses_nothing() {
+    walk("suspend", true, Effect::None, |rig| suspend(rig, 2));
+    walk("suspend of booted", false, Effect::None, |rig| suspend(rig, 1));
 }
 
 #[test]

@@ -71,6 +71,8 @@ impl Vm {
     /// # Errors
     /// When the VM has no ACPI, is paused, or has stopped.
     pub fn press_power_button(&self) -> Result<(), VmError> {
+        // Its guest must run to notice.
+        self.wake()?;
         // No reset or fork at the same time.
         let _one = self.operations.take();
         if let Some(reason) = self.stopped() {

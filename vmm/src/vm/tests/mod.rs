@@ -3,4 +3,5 @@
 mod serial;
 mod start;
 mod storm;
+mod suspend;
 mod transfer;

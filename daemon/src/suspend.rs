@@ -1,0 +1,203 @@
+//! Suspending a VM whose process may open no files: it is handed one.
+//!
+//! It goes over the VM's socket for images ([`crate::image`]), which stays open while the VM is
+//! suspended.
+//!
+//! | message | from | what |
+//! |---|---|---|
+//! | 1 | client | the byte of the request, with the file's descriptors: one to write it, one to read it |
+//! | 2 | VM's process | how it went, as JSON; or the error |
+//! | 3 | VM's process | one byte, when the VM is woken. Its end instead: the VM has gone |
+
+use std::io::{self, PipeReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_io::seqpacket::{self, Message};
+use clade_memory::SuspendFile;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use serde::{Deserialize, Serialize};
+
+use crate::control::{ProblemKind, SuspendAnswer};
+use crate::fleet::FleetError;
+use crate::flight;
+use crate::image::connected;
+use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
+
+/// The byte of the request.
+pub(crate) const SUSPEND: u8 = 4;
+/// Most bytes of an answer.
+const MAX_ANSWER: usize = 64 << 10;
+/// How long a VM's process may take: it writes as much as the VM owns.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// How often whoever wants it is looked for.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Suspended(SuspendAnswer),
+    Refused {
+        /// The kind of the error.
+        kind: ProblemKind,
+        text: String,
+    },
+}
+
+/// Suspends the VM of this process, and wakes it when another asks its devices for something.
+pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io::Result<()> {
+    let suspended = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| suspended(&vm, files));
+    let answer = match &suspended {
+        Ok((answer, _)) => Answer::Suspended(answer.clone()),
+        Err(error) => {
+            let text = clade_vmm::error_chain(error);
+            flight::note(&format!("not suspended: {text}"));
+            Answer::Refused { kind: error.problem(), text }
+        }
+    };
+    let told = seqpacket::send(socket, &serde_json::to_vec(&answer)?, &[]);
+    // Without it no request would wake the VM, whether its client has gone or not.
+    if let Some(mut watch) = suspended.ok().and_then(|(_, watch)| watch) {
+        watch.socket = socket.try_clone().ok();
+        let name = "clade-waker".to_owned();
+        let (of, begun) = (Weak::clone(vm), thread::Builder::new().name(name).spawn(move || watch.run()));
+        if let Err(error) = begun {
+            tracing::warn!(%error, "a suspended VM is woken: no thread waits for requests");
+            of.upgrade().map_or(Ok(()), |vm| vm.wake().map(drop)).map_err(io::Error::other)?;
+        }
+    }
+    told
+}
+
+fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option<Watch>), FleetError> {
+    let failed = |source| FleetError::Worker { source };
+    let count = files.len();
+    let [write, read] = <[OwnedFd; 2]>::try_from(files)
+        .map_err(|_| failed(io::Error::other(format!("a request to suspend with {count} descriptors"))))?;
+    let file = SuspendFile::of(write, read).map_err(failed)?;
+    let begun = Instant::now();
+    // Before it is suspended: without descriptors it is not.
+    let sources = vm.request_sources().map_err(failed)?;
+    let SuspendReport { was_suspended, memory, halt, write } = vm.suspend(file)?;
+    let woken = vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))?;
+    let us = |time: Duration| time.as_secs_f64() * 1e6;
+    flight::note(&format!("suspended in {} us: {} pages written", begun.elapsed().as_micros(), memory.written));
+    let answer = SuspendAnswer {
+        name: vm.name().to_owned(),
+        was_suspended,
+        written_pages: memory.written,
+        zero_pages: memory.zeros,
+        kept_pages: memory.kept,
+        halt_us: us(halt),
+        write_us: us(write),
+        total_us: us(begun.elapsed()),
+    };
+    // Another watches one that was suspended before.
+    let watch = (!was_suspended).then(|| Watch { vm: Arc::downgrade(vm), sources, woken, socket: None });
+    Ok((answer, watch))
+}
+
+/// What waits for requests of a suspended VM.
+struct Watch {
+    vm: Weak<Vm>,
+    sources: Vec<RequestSource>,
+    woken: PipeReader,
+    /// Who has suspended it.
+    socket: Option<OwnedFd>,
+}
+
+impl Watch {
+    fn run(self) {
+        if let Err(error) = self.wait() {
+            tracing::warn!(%error, "a suspended VM is woken: its requests cannot be waited for");
+        }
+        let Some(vm) = self.vm.upgrade() else { return };
+        match vm.wake() {
+            Ok(report) if report.was_suspended => {
+                flight::note(&format!("woken by a request in {} us", report.total.as_micros()));
+            }
+            Ok(_) => {}
+            // It has stopped.
+            Err(error) => return tracing::debug!(%error, "a suspended VM"),
+        }
+        drop(vm);
+        // Whoever has suspended it may have gone.
+        let _ = self.socket.map(|socket| seqpacket::send(socket, &[SUSPEND], &[]));
+    }
+
+    /// Returns when there is a request, or the VM is awake, or has gone.
+    fn wait(&self) -> io::Result<()> {
+        let mut awaited = vec![PollFd::new(&self.woken, PollFlags::IN)];
+        for RequestSource { fd, is_served } in &self.sources {
+            let mut source = [PollFd::new(fd, PollFlags::IN)];
+            // What was there before, and no driver takes, wakes nobody: it would do so for ever.
+            if *is_served || poll(&mut source, Some(&Timespec::default()))? == 0 {
+                awaited.extend(source);
+            }
+        }
+        loop {
+            match poll(&mut awaited, None) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other.map(drop)?),
+            }
+        }
+    }
+}
+
+/// A VM that is suspended, as whoever has suspended it sees it.
+#[derive(Debug)]
+pub(crate) struct Asleep(OwnedFd);
+
+impl Asleep {
+    /// Waits until it is woken. Returns false if it has gone instead.
+    pub(crate) fn wait(&self) -> bool {
+        // Its process may be silent for as long as the VM sleeps.
+        if set_socket_timeout(&self.0, Timeout::Recv, None).is_err() {
+            return false;
+        }
+        matches!(seqpacket::receive(&self.0, 1), Ok(Message { bytes, .. }) if bytes == [SUSPEND])
+    }
+}
+
+/// Suspends the VM called `name` to a file in `dir`. `check` is called every [`CHECK_INTERVAL`]; the
+/// VM may be suspended though it fails.
+///
+/// # Errors
+/// When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended: it runs
+/// on then.
+pub(crate) fn suspend(
+    runtime: &Path,
+    name: &str,
+    dir: &Path,
+    check: &dyn Fn() -> Result<(), FleetError>,
+) -> Result<(SuspendAnswer, Asleep), FleetError> {
+    let failed = |source| FleetError::Worker { source };
+    let socket = connected(runtime, name, CHECK_INTERVAL.max(PATIENCE / 60))?;
+    let file = SuspendFile::create(dir).map_err(|source| FleetError::SuspendDir { path: dir.to_owned(), source })?;
+    seqpacket::send(&socket, &[SUSPEND], &file.descriptors()).map_err(failed)?;
+    // The VM's process has it.
+    drop(file);
+    set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
+    let deadline = Instant::now() + PATIENCE;
+    let answer = loop {
+        match seqpacket::receive(socket.as_fd(), MAX_ANSWER) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => check()?,
+            answer => break answer,
+        }
+    };
+    let silent = |error: io::Error| {
+        let is_late = error.kind() == io::ErrorKind::WouldBlock;
+        let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
+        FleetError::Refused { kind, text: format!("the process of {name:?} does not answer: {error}") }
+    };
+    let Message { bytes, .. } = answer.map_err(silent)?;
+    match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
+        Answer::Suspended(answer) => Ok((answer, Asleep(socket))),
+        Answer::Refused { kind, text } => {
+            Err(FleetError::Refused { kind, text: format!("to a file in {}: {text}", dir.display()) })
+        }
+    }
+}
