@@ -250,6 +250,22 @@ fn r19_what_children_do_not_inherit_stays_and_reaches_no_file() {
 }
 
 #[test]
+fn r19_what_is_absent_is_no_gap_between_pages_that_go() {
+    let store = Store::open_small().unwrap();
+    let ram = booted(&store, false);
+    ram.regions()[0].set_no_fork(PageRange::new(120, 122), Some(NoFork::Absent)).unwrap();
+    let child = reserved(&store);
+    child.adopt(&freeze(&ram)).unwrap();
+    // Nobody declares it any more, and it is absent all the same.
+    child.regions()[0].set_no_fork(PageRange::new(0, PAGES), None).unwrap();
+    [118, 119, 122, 124].iter().for_each(|page| put(&child, *page, 7));
+    suspend(&child);
+    assert_eq!(child.stats().unwrap().private_kib, 0);
+    assert_eq!([118, 119, 122, 124].map(|page| word(&child, page)), [7; 4]);
+    assert!(child.memory().read_obj::<u64>(address(120)).is_err());
+}
+
+#[test]
 fn children_before_and_after_share_and_do_not_see_each_other() {
     on_both(|store, frozen| {
         let ram = booted(store, frozen);
