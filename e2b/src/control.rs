@@ -17,10 +17,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::error::{Answer, ApiError};
-use crate::gateway::{Gateway, checkpoint_name};
+use crate::gateway::Gateway;
 use crate::keys::Scope;
 use crate::ports::API_KEY;
 use crate::records::{Record, Snapshot};
+use crate::rules::checkpoint_name;
 use crate::wire::{
     CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric, NewSandbox,
     OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Template, Texts, Timeout,

@@ -14,11 +14,15 @@ mod error;
 mod gateway;
 mod idempotency;
 mod keys;
+mod lifetime;
 mod listen;
 mod ports;
 mod rate;
 mod records;
+mod rules;
+mod sandboxes;
 mod secret;
+mod snapshots;
 mod wire;
 
 pub use gateway::{Gateway, OpenError, Options};

@@ -55,6 +55,9 @@ const MAX_DISCARDED: usize = 16 << 20;
 pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// How long clients with open requests may take to read the answer when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// The same for a supervisor. What was asked of it is done by then, and an answer that is cut off would
+/// say that it was not.
+const LAST_ANSWERS_OF_ALL: Duration = Duration::from_secs(10);
 
 /// Where connections come from.
 pub(crate) trait Accept: Send {
@@ -265,7 +268,7 @@ async fn accept(
 }
 
 /// Serves connections of their own, beside those of other sockets, until `ending`, and then answers the requests that have
-/// begun, for [`LAST_ANSWERS`].
+/// begun, for [`LAST_ANSWERS_OF_ALL`].
 pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let router = router.layer(from_fn(read_body));
@@ -275,7 +278,7 @@ pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
     // Connections that are not done by then are cut off.
-    let _ = timeout(LAST_ANSWERS, connections.acquire_many(MAX_CONNECTIONS as u32)).await.map(drop);
+    let _ = timeout(LAST_ANSWERS_OF_ALL, connections.acquire_many(MAX_CONNECTIONS as u32)).await.map(drop);
 }
 
 impl Serve for Listener {

@@ -262,7 +262,7 @@ impl Supervisor {
         let _ = self.0.ending.send(true);
         let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
         for server in servers {
-            // It ends within a second; a panic of it is logged by the runtime.
+            // It ends when all that was asked is answered, within 10 s; a panic of it is logged by the runtime.
             let _ = self.0.runtime.block_on(server);
         }
         self.0.pool.close();

@@ -1,0 +1,257 @@
+//! Sandboxes: made, forked, paused, and ended.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clade_agent_client::proto::api::Init;
+use clade_daemon::control::{
+    CheckpointInfo, ClientError, ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest,
+    VmInfo,
+};
+use clade_daemon::fleet::{Label, LabelError, Labels};
+use clade_devices::virtio::net::Link;
+use hyper::Method;
+use jiff::Timestamp;
+use serde_json::Value;
+use tokio::sync::Semaphore;
+
+use crate::error::{Answer, ApiError};
+use crate::gateway::Gateway;
+use crate::records::{Entry, Record};
+use crate::rules::{after, checkpoint_name, link, seconds};
+use crate::secret::random_hex;
+use crate::wire::{Fork, Forked, NewSandbox, Sandbox};
+
+/// The time of a sandbox that is made without one, and of a fork, in seconds.
+const DEFAULT_TIMEOUT: i64 = 300;
+const DEFAULT_FORK_TIMEOUT: i64 = 15;
+/// Most forks of one call.
+const MAX_FORKS: i64 = 100;
+/// Forks that are given their tokens at a time.
+const MAX_HANDED: usize = 16;
+
+impl Gateway {
+    /// Makes a sandbox of a template.
+    pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
+        new.check()?;
+        let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
+        let template = checkpoint_name(&new.template).to_owned();
+        let is_anothers = self.0.snapshots.get(&template).is_some_and(|snapshot| snapshot.get().owner != owner);
+        if is_anothers {
+            return Err(ApiError::no_template(&template));
+        }
+        let checkpoint = format!("/v1/checkpoints/{template}");
+        let found = self.0.client.supervisor::<CheckpointInfo>(Method::GET, &checkpoint, None::<&()>).await;
+        let no_template = |error: ClientError| match ApiError::from(error) {
+            error if error.status.as_u16() == 404 => ApiError::no_template(&template),
+            error => error,
+        };
+        found.map_err(no_template)?;
+        let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let network = link(new.allow_internet_access, new.network.as_ref())?;
+        let request = ForkRequest { network, ..request_for(format!("i{id}"), 1, &template)? };
+        let fork = format!("{checkpoint}/fork");
+        let answer: ForkAnswer = self.0.client.supervisor(Method::POST, &fork, Some(&request)).await?;
+        let started_at = Timestamp::now();
+        let record = Record {
+            id: answer.children.first().cloned().ok_or_else(|| ApiError::internal("a fork without a child"))?,
+            template,
+            owner: owner.to_owned(),
+            metadata: new.metadata.unwrap_or_default(),
+            envs: new.env_vars.unwrap_or_default(),
+            started_at,
+            end_at: after(started_at, timeout)?,
+            paused: false,
+            auto_pause: new.auto_pause.unwrap_or(false),
+            auto_resume: new.auto_resume.is_some_and(|auto| auto.enabled),
+            cpus: 0,
+            mib: 0,
+            socket: PathBuf::new(),
+        };
+        self.hand_out(record, timeout).await
+    }
+
+    /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.
+    async fn hand_out(&self, record: Record, timeout: i64) -> Answer<Sandbox> {
+        let id = record.id.clone();
+        let handed = self.hand_out_or_fail(record, timeout).await;
+        if handed.is_err() {
+            self.stop(&id).await;
+        }
+        handed
+    }
+
+    async fn hand_out_or_fail(&self, mut record: Record, timeout: i64) -> Answer<Sandbox> {
+        // First: it ends also if this process does now.
+        self.end_in(&record.id, timeout).await?;
+        let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
+        record.cpus = vm.cpus;
+        record.mib = vm.memory.map_or(0, |memory| memory.mib);
+        let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
+        record.socket = vsock.socket;
+        self.init(&record).await?;
+        if record.auto_pause {
+            self.end_never(&record.id).await?;
+        }
+        let shown = self.shown(&record);
+        self.0.sandboxes.insert(record).map_err(|error| ApiError::internal(error.to_string()))?;
+        Ok(shown)
+    }
+
+    /// Gives the agent its token, variables and time.
+    async fn init(&self, record: &Record) -> Answer<()> {
+        let init = Init {
+            env_vars: Some(record.envs.clone()),
+            access_token: Some(self.token(&record.id)),
+            timestamp: Some(Timestamp::now().to_string()),
+            ..Init::default()
+        };
+        Ok(self.agent_of(record).init(&init).await?)
+    }
+
+    /// Forks a sandbox that runs. All forks are of one instant.
+    pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<Forked>> {
+        let entry = self.owned(owner, id)?;
+        let timeout = seconds(fork.timeout, DEFAULT_FORK_TIMEOUT)?;
+        let count = match fork.count.unwrap_or(1) {
+            count @ 1..=MAX_FORKS => count as usize,
+            count => return Err(ApiError::bad(format!("count={count}: 1 to {MAX_FORKS}"))),
+        };
+        let _turn = entry.turn.lock().await;
+        let parent = entry.get();
+        if parent.paused {
+            return Err(ApiError::conflict(format!("the sandbox {id:?} is paused")));
+        }
+        let name = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let request = request_for(format!("i{name}x{{n}}"), count, &parent.template)?;
+        let answer: ForkAnswer = self.vm(Method::POST, id, "/fork", Some(&request)).await?;
+        let started_at = Timestamp::now();
+        let end_at = after(started_at, timeout)?;
+        let turns = Arc::new(Semaphore::new(MAX_HANDED));
+        let mut handed = Vec::new();
+        for id in answer.children {
+            let record = Record { id, started_at, end_at, ..parent.clone() };
+            let (gateway, turns) = (self.clone(), Arc::clone(&turns));
+            handed.push(tokio::spawn(async move {
+                // It is never closed.
+                let _turn = turns.acquire_owned().await;
+                gateway.hand_out(record, timeout).await
+            }));
+        }
+        let mut forked = Vec::new();
+        for one in handed {
+            let one = one.await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())));
+            forked.push(one.map_or_else(|error| Forked::Error(error.body()), Forked::Sandbox));
+        }
+        Ok(forked)
+    }
+
+    /// Pauses a sandbox. Its time stands still.
+    pub(crate) async fn pause(&self, entry: &Entry<Record>) -> Answer<()> {
+        let _turn = entry.turn.lock().await;
+        let record = entry.get();
+        if record.paused {
+            return Err(ApiError::conflict(format!("the sandbox {:?} is paused", record.id)));
+        }
+        // First: it must not end while it is paused.
+        self.end_never(&record.id).await?;
+        let paused: Result<VmInfo, _> = self.vm(Method::POST, &record.id, "/pause", None::<&()>).await;
+        if let Err(error) = paused {
+            let left = Timestamp::now().duration_until(record.end_at).as_secs().max(1);
+            if !record.auto_pause {
+                self.end_in(&record.id, left).await?;
+            }
+            return Err(error.into());
+        }
+        self.0.sandboxes.change(entry, |record| record.paused = true);
+        // Its memory goes to a file until it is resumed. Without a disk for it, it stays.
+        let request = SuspendRequest { dir: None };
+        let suspended: Result<SuspendAnswer, _> = self.vm(Method::POST, &record.id, "/suspend", Some(&request)).await;
+        if let Err(error) = suspended {
+            tracing::warn!(%error, id = record.id, "the memory of a paused sandbox stays");
+        }
+        Ok(())
+    }
+
+    /// Lets a sandbox run, and for this long at least. Returns whether it was paused.
+    pub(crate) async fn resume(
+        &self,
+        entry: &Entry<Record>,
+        timeout: Option<i64>,
+        auto_pause: Option<bool>,
+    ) -> Answer<(Sandbox, bool)> {
+        let timeout = seconds(timeout, DEFAULT_TIMEOUT)?;
+        let _turn = entry.turn.lock().await;
+        let record = entry.get();
+        let end_at = after(Timestamp::now(), timeout)?;
+        if !record.paused {
+            if end_at > record.end_at {
+                self.prolong(entry, &record, end_at, timeout).await?;
+            }
+            return Ok((self.shown(&record), false));
+        }
+        let _: VmInfo = self.vm(Method::POST, &record.id, "/resume", None::<&()>).await?;
+        let record = self.0.sandboxes.change(entry, |record| {
+            record.paused = false;
+            record.auto_pause = auto_pause.unwrap_or(record.auto_pause);
+            record.end_at = end_at;
+        });
+        if !record.auto_pause {
+            self.end_in(&record.id, timeout).await?;
+        }
+        // Its clock stood still, too.
+        self.init(&record).await?;
+        Ok((self.shown(&record), true))
+    }
+
+    async fn prolong(&self, entry: &Entry<Record>, record: &Record, end_at: Timestamp, seconds: i64) -> Answer<()> {
+        if !record.auto_pause {
+            self.end_in(&record.id, seconds).await?;
+        }
+        self.0.sandboxes.change(entry, |record| record.end_at = end_at);
+        Ok(())
+    }
+
+    /// Gives a sandbox so many seconds from now on. One that is paused has them when it is resumed.
+    pub(crate) async fn set_timeout(&self, entry: &Entry<Record>, timeout: i64) -> Answer<()> {
+        let timeout = seconds(Some(timeout), timeout)?;
+        let _turn = entry.turn.lock().await;
+        let record = entry.get();
+        let end_at = after(Timestamp::now(), timeout)?;
+        if record.paused {
+            self.0.sandboxes.change(entry, |record| record.end_at = end_at);
+            return Ok(());
+        }
+        self.prolong(entry, &record, end_at, timeout).await
+    }
+
+    /// Opens or closes a sandbox's network.
+    pub(crate) async fn set_network(&self, entry: &Entry<Record>, rules: &Value) -> Answer<()> {
+        let network = link(None, Some(rules))?.unwrap_or(Link::Open);
+        let _turn = entry.turn.lock().await;
+        let request = NetworkRequest { network };
+        let _: VmInfo = self.vm(Method::POST, &entry.get().id, "/network", Some(&request)).await?;
+        Ok(())
+    }
+
+    /// Ends a sandbox for good.
+    pub(crate) async fn kill(&self, entry: &Entry<Record>) -> Answer<()> {
+        let _turn = entry.turn.lock().await;
+        let id = entry.get().id;
+        let stopped = self.0.client.stop(&id, StopRequest::default()).await.map_err(ApiError::from);
+        if stopped.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
+            return stopped.map(drop);
+        }
+        self.0.sandboxes.remove(&id);
+        // Somebody else may have ended it.
+        stopped.map(drop).map_err(|_| ApiError::no_sandbox(&id))
+    }
+}
+
+/// A request for children that nobody else's connections or tokens reach.
+fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest> {
+    let refused = |error: LabelError| ApiError::bad(error.to_string());
+    let label: Label = format!("e2b-template={template}").parse().map_err(refused)?;
+    let labels = Labels::of(&[label]).map_err(refused)?;
+    Ok(ForkRequest { count, name: Some(name), ready: true, labels: Some(labels), ..ForkRequest::default() })
+}
