@@ -134,6 +134,10 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
     assert_eq!((status, &info["metadata"]["a"], &info["envdAccessToken"]), (200, &"b".into(), &token.into()), "{info}");
     let ask = format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\nx-access-token: {token}");
     assert_eq!(host.says(&format!("{ask}\r\nconnection: close\r\n\r\n")).0, 200);
+    // What is paused gives its memory back.
+    assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/pause"), "{}").0, 204);
+    assert_eq!(host.runtime.http("GET", &format!("/v1/vms/{id}"), "").1["state"], "suspended");
+    assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/connect"), r#"{"timeout": 300}"#).0, 201);
     // One that was ended by another command is forgotten.
     assert_eq!(host.runtime.clade(&["stop", id]).code, Some(0));
     wait_until("it to be forgotten", || host.call(key, "GET", &format!("/sandboxes/{id}"), "").0 == 404);
