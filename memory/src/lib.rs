@@ -18,6 +18,7 @@
 //! | how layers are kept few, and given back | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
 //! | what a snapshot on a disk is made of | `layer/builder.rs`, `layer/handle.rs` |
 //! | how others read and write it | `access.rs` |
+//! | what is copied before it is written | `ahead.rs`, `region/ahead.rs` |
 //! | how secrets are kept from a child | `erase.rs` |
 //! | how it is tested | `testing/`, `tests/` |
 //!
@@ -40,6 +41,7 @@ macro_rules! trace {
 }
 
 mod access;
+mod ahead;
 mod budget;
 mod config;
 #[cfg(test)]
@@ -66,6 +68,7 @@ mod trace;
 mod units;
 
 pub use access::AccessError;
+pub use ahead::{AheadUse, Learned, PageSet, PageSetError};
 pub use budget::{BudgetError, MappingBudget};
 pub use config::Config;
 pub use erase::{EraseError, Erased, MAX_SECRET, MIN_EDGE, MIN_SECRET, check_secret};

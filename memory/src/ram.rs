@@ -382,6 +382,8 @@ impl GuestRam {
         patience: Duration,
     ) -> Result<(Suspended, WorkingSet), RamError> {
         self.wait_unpinned(patience)?;
+        // Before it is chosen what is written: the contents stay the same, whatever fails after.
+        self.regions.iter().try_for_each(|region| region.drop_unused())?;
         let mut suspension = Suspension::to(file, &self.regions)?;
         let store = self.regions.first().map(|region| region.store.clone()).ok_or(RamError::NoMemory)?;
         GuestRegion::suspend_all(&self.regions, &store, &mut suspension)?;

@@ -212,6 +212,18 @@ impl Store {
         }
     }
 
+    /// Waits until no layer is left. A background copy that has just ended shows its thread what is
+    /// beneath for a moment longer.
+    #[cfg(test)]
+    pub(crate) fn expect_no_layers(&self) {
+        let (begun, patience) = (Instant::now(), Duration::from_secs(60));
+        self.wait_reclaimed(patience);
+        while self.live_layers() > 0 {
+            assert!(begun.elapsed() < patience, "{} layers have outlived their last user", self.live_layers());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The budget of memory mappings of this process.
     #[must_use]
     pub fn budget(&self) -> &MappingBudget {

@@ -282,6 +282,9 @@ impl GuestRegion {
         let ahead = pages_in(&plan.pinned).saturating_sub(report.pinned);
         self.counters.count_guest(plan.unseen);
         self.counters.count_freeze(report.copied, report.pinned, ahead);
+        // What came of them cannot be told any more: the delta has their bytes.
+        state.ahead.clear();
+        state.moved = true;
         if let (Some(bg_copy), Some((_, source))) = (delta.bg_copy.take(), delta.staying.first()) {
             // The bits stay given up: a pin of one of these pages has it settled first, under the
             // state lock.

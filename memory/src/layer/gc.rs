@@ -82,9 +82,14 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     // A handle is made of a view, and a view of a handle. While the views are read, a page may pass
     // from one to the other and be seen in neither. So there must have been no handle from the
     // first look to the last.
+    let mut spared = HashMap::new();
     trace::swept(&mut seen, |seen| {
-        seen.retain(|id, (layer, _)| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made)));
+        let may_go =
+            |id: &LayerId, layer: &Layer| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made));
+        (*seen, spared) = std::mem::take(seen).into_iter().partition(|(id, (layer, _))| may_go(id, layer));
     });
+    // A layer may end here: not within a step, as its end is one.
+    drop(spared);
     let mut swept = Swept::default();
     for (layer, runs) in seen.into_values() {
         // Held while pages go: what a layer has given is what its file lacks.

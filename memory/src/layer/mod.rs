@@ -13,13 +13,14 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::freeze::background::{BackgroundCopy, FillError};
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::store::Backing;
+use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PageRange;
 
 /// Identity of a layer within the process.
@@ -211,6 +212,14 @@ impl Layer {
     /// read otherwise than through a mapping that was adopted.
     pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         self.bg_copy().map_or(Ok(()), |bg_copy| bg_copy.wait_filled(range))
+    }
+
+    /// The bytes of `range` of its file. What is still being filled must be there.
+    pub(crate) fn read_pages(&self, range: PageRange) -> io::Result<Vec<u8>> {
+        failpoint(Call::Copy)?;
+        let mut bytes = vec![0; range.bytes()];
+        self.file.read_exact_at(&mut bytes, range.offset())?;
+        Ok(bytes)
     }
 
     /// Pages of address space in its file (holes included).

@@ -29,9 +29,8 @@ use crate::units::PAGE_SHIFT;
 const MAX_FILES: usize = 2;
 /// Largest file made ahead, in pages.
 pub(crate) const MAX_PAGES: u64 = 2_048;
-/// Sizes are rounded up to this many pages, so that the next delta, about as large as the last,
-/// fits.
-const ROUNDED_TO: u64 = 128;
+/// Sizes are rounded up to this many pages.
+const ROUNDED_TO: u64 = 16;
 /// Freezes further apart than this make their files themselves: memory that waits longer is wasted.
 const MAX_APART: Duration = Duration::from_secs(1);
 
@@ -76,8 +75,9 @@ impl LayerFilePool {
             Some(inner.files.swap_remove(at))
         })?;
         // What is over is given back, unless it is little: the file's length is what it is charged
-        // for.
-        if made.pages > pages + pages / 4 {
+        // for. While the VM is paused: so a file that is made for a delta of the same size is not
+        // cut.
+        if made.pages > pages + pages / 4 + ROUNDED_TO {
             ftruncate(&made.file, pages << PAGE_SHIFT).ok()?;
         }
         Some(made.file)
@@ -86,7 +86,8 @@ impl LayerFilePool {
     /// Notes that a freeze has wanted a file of `pages` at `now`. What is to be made for the next,
     /// if another is likely.
     pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Wanted> {
-        let pages = pages.next_multiple_of(ROUNDED_TO);
+        // The next delta is about as large as the last.
+        let pages = (pages + pages / 8).next_multiple_of(ROUNDED_TO);
         self.with(|inner| {
             let soon = inner.asked.replace(now).is_some_and(|asked| now.saturating_duration_since(asked) < MAX_APART);
             let fitting = inner.files.iter().filter(|made| made.grain == grain && made.pages >= pages).count();
@@ -158,14 +159,25 @@ mod tests {
         assert!(!made(&pool, 100, start + 2 * MAX_APART));
         assert!(made(&pool, 100, start + 2 * MAX_APART));
         assert!(made(&pool, 300, start + 2 * MAX_APART));
-        assert!(!made(&pool, 120, start + 2 * MAX_APART), "two fit");
+        assert!(!made(&pool, 98, start + 2 * MAX_APART), "two fit");
         assert!(!made(&pool, MAX_PAGES + 1, start + 2 * MAX_APART));
         let file = pool.take(Backing::Small, 110).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 128 * PAGE_SIZE);
-        assert!(file.metadata().unwrap().blocks() * 512 >= 128 * PAGE_SIZE, "its memory is there");
+        assert_eq!(file.metadata().unwrap().len(), 112 * PAGE_SIZE, "an eighth more, in pieces of 16");
+        assert!(file.metadata().unwrap().blocks() * 512 >= 112 * PAGE_SIZE, "its memory is there");
         let file = pool.take(Backing::Small, 110).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 110 * PAGE_SIZE, "far too large: cut");
         assert!(pool.take(Backing::Small, 1).is_none() && pool.take(Backing::Huge, 1).is_none());
+    }
+
+    #[test]
+    fn a_file_made_for_a_delta_of_the_same_size_is_not_cut() {
+        for pages in (1..200).chain([MAX_PAGES / 2, MAX_PAGES * 8 / 9 - ROUNDED_TO]) {
+            let (pool, now) = (LayerFilePool::default(), Instant::now());
+            made(&pool, pages, now);
+            assert!(made(&pool, pages, now), "{pages}");
+            let made_with = pool.with(|inner| inner.files[0].pages);
+            assert_eq!(pool.take(Backing::Small, pages).unwrap().metadata().unwrap().len(), made_with * PAGE_SIZE);
+        }
     }
 
     #[test]

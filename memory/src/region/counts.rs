@@ -17,6 +17,8 @@ pub struct CowCounts {
     pub pin: u64,
     /// Copied into the VM when it was started, for want of mappings.
     pub adopt: u64,
+    /// Copied ahead of a write that was likely.
+    pub ahead: u64,
     /// Copied into layers by freezes, because the VM had written them.
     pub freeze: u64,
     /// Copied into layers because they were pinned: they stay the VM's.
@@ -31,6 +33,7 @@ impl std::ops::AddAssign for CowCounts {
         self.guest += other.guest;
         self.pin += other.pin;
         self.adopt += other.adopt;
+        self.ahead += other.ahead;
         self.freeze += other.freeze;
         self.freeze_pinned += other.freeze_pinned;
         self.freeze_ahead += other.freeze_ahead;
@@ -71,6 +74,7 @@ pub(crate) struct Counters {
     guest: AtomicU64,
     pin: AtomicU64,
     adopt: AtomicU64,
+    ahead: AtomicU64,
     freeze: AtomicU64,
     freeze_pinned: AtomicU64,
     freeze_ahead: AtomicU64,
@@ -101,6 +105,11 @@ impl Counters {
         self.adopt.fetch_add(pages, Ordering::Relaxed);
     }
 
+    /// `pages` were copied ahead.
+    pub(crate) fn count_ahead(&self, pages: u64) {
+        self.ahead.fetch_add(pages, Ordering::Relaxed);
+    }
+
     /// A freeze copied `copied`, of them `pinned` that were and `ahead` that are likely to be.
     pub(crate) fn count_freeze(&self, copied: u64, pinned: u64, ahead: u64) {
         self.freeze.fetch_add(copied.saturating_sub(pinned + ahead), Ordering::Relaxed);
@@ -121,6 +130,7 @@ impl Counters {
             guest: self.shown.fetch_max(guest, Ordering::Relaxed).max(guest),
             pin: of(&self.pin),
             adopt: of(&self.adopt),
+            ahead: of(&self.ahead),
             freeze: of(&self.freeze),
             freeze_pinned: of(&self.freeze_pinned),
             freeze_ahead: of(&self.freeze_ahead),

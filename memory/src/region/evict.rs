@@ -177,8 +177,7 @@ mod tests {
             ram.memory().write_obj(7u64, GuestAddress(20 * PAGE_SIZE)).unwrap();
             assert_eq!((word(20), word(21)), (7, 22));
         }
-        store.wait_reclaimed(std::time::Duration::from_secs(60));
-        assert_eq!(store.live_layers(), 0);
+        store.expect_no_layers();
     }
 
     #[test]

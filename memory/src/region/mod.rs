@@ -1,6 +1,7 @@
 //! A region: one memslot's worth of guest memory, over one reservation of host addresses that never
 //! moves.
 
+pub(crate) mod ahead;
 pub(crate) mod backend;
 pub(crate) mod check;
 pub(crate) mod counts;

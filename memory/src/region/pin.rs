@@ -64,6 +64,15 @@ pub enum PinError {
         /// Asked for.
         range: PageRange,
     },
+    /// The pages of a long-term pin for writing could not be marked as written.
+    #[error("{range} could not be marked as written")]
+    MarkWritten {
+        /// Asked for.
+        range: PageRange,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The VM's own copy of a shared page could not be made.
     #[error("{range} could not be unshared")]
     Unshare {
@@ -87,10 +96,12 @@ pub enum Access {
 /// For how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PinLifetime {
-    /// For one request: the device reads what is there when it starts.
+    /// For one request: the device reads what is there when it starts. What it writes is written by a
+    /// processor, or by a system call that marks the pages, as a direct read does.
     Transient,
     /// Until further notice, across requests: the guest's later writes must be seen (I9). Listed
-    /// with its owner while it lasts.
+    /// with its owner while it lasts. Pages that may be written have memory from the start, and the
+    /// kernel takes them for written, whoever holds their frames says so or not (I15).
     LongTerm,
 }
 
@@ -167,6 +178,7 @@ pub struct DmaPin {
     trace: trace::Device,
     region: Arc<GuestRegion>,
     range: PageRange,
+    access: Access,
     /// The pages counted, where they are not all of `range`.
     part: Option<Vec<PageRange>>,
     /// Where some are not: what keeps the views that show them.
@@ -197,6 +209,23 @@ impl DmaPin {
         self.range.bytes()
     }
 
+    /// Whether it is for more than one request.
+    #[must_use]
+    pub fn lifetime(&self) -> PinLifetime {
+        if self.ticket.is_some() { PinLifetime::LongTerm } else { PinLifetime::Transient }
+    }
+
+    /// I15: a frame that was looked up where the page tables allowed writing is not marked by that, and
+    /// io_uring marks none when it lets go of a registered buffer. A page that only devices have
+    /// written would then be clean: the kernel drops it when memory is short.
+    fn mark_written(&self) -> io::Result<()> {
+        let may_be_written = self.access == Access::Write && self.lifetime() == PinLifetime::LongTerm;
+        if !may_be_written || broken(Break::LeaveClean) {
+            return Ok(());
+        }
+        self.region.at.mark_written(self.range)
+    }
+
     /// Never: a pin has at least one page.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -221,6 +250,11 @@ impl fmt::Debug for DmaPin {
 
 impl Drop for DmaPin {
     fn drop(&mut self) {
+        // I15: while they are still pinned. Once more, because the kernel may have written pages to swap
+        // space since, before the device looked them up.
+        if let Err(error) = self.mark_written() {
+            tracing::debug!(%error, range = %self.range, "pages of a device are not marked as written again");
+        }
         self.trace.close();
         match &self.part {
             None => self.region.table.unpin(self.range),
@@ -287,7 +321,9 @@ impl GuestRegion {
         let listed = || self.pins.add(PinInfo { owner, range, access, held: Duration::ZERO });
         let ticket = (term == PinLifetime::LongTerm).then(listed);
         trace.held(part.as_deref(), section.is_some());
-        Ok(DmaPin { trace, region: Arc::clone(self), range, part, section, ticket })
+        let pin = DmaPin { trace, region: Arc::clone(self), range, access, part, section, ticket };
+        pin.mark_written().map_err(|source| PinError::MarkWritten { range, source })?;
+        Ok(pin)
     }
 
     /// The long-term pins and their owners, the longest held first.

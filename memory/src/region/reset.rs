@@ -178,6 +178,8 @@ impl GuestRegion {
         state.inconsistent = false;
         region.counters.count_guest(unseen);
         state.counted.clear();
+        state.ahead.clear();
+        state.moved = false;
         Ok(())
     }
 

@@ -35,6 +35,10 @@ pub(crate) struct State {
     pub(crate) last_compacted: (usize, usize),
     /// A reset has failed half-way: only another one may follow.
     pub(crate) inconsistent: bool,
+    /// What was copied ahead, ascending, since it was made, reset, frozen or suspended last.
+    pub(crate) ahead: Vec<PageRange>,
+    /// It was frozen or suspended since it was made or reset: what it wrote before is a layer's.
+    pub(crate) moved: bool,
     /// It was suspended, so what is mapped now was touched since.
     pub(crate) woken: bool,
 }
@@ -50,6 +54,8 @@ impl State {
             compaction: None,
             last_compacted: (0, 0),
             inconsistent: false,
+            ahead: Vec::new(),
+            moved: false,
             woken: false,
         }
     }

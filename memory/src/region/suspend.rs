@@ -22,7 +22,9 @@
 //!    not remapped is still the VM's own.
 //!
 //! The page tables are emptied in the end. So what is mapped at the next suspension was touched
-//! since the wake: that is the working set, which the next wake reads ahead.
+//! since the wake: that is the working set. What was written of it is copied at the next wake, and
+//! the rest is read ahead ([`crate::ahead`]). Copies that were not written are given back first, so
+//! that they are neither written to a file nor copied again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -34,12 +36,13 @@ use std::sync::Arc;
 
 use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, fadvise, fallocate, fcntl_getfl, fstat, ftruncate, open};
 
+use crate::ahead::PageSet;
 use crate::error::RamError;
 use crate::layer::handle::LayerHandle;
 use crate::layer::{Home, Layer, LayerId, Source};
 use crate::region::mappings::Mapping;
 use crate::region::stats::allocated;
-use crate::region::{GuestRegion, State, nofork};
+use crate::region::{GuestRegion, State, ahead, nofork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
@@ -49,6 +52,8 @@ const MIN_ZERO_RUN: u64 = 64;
 const SMALL_GAP: u64 = 4;
 /// Pages of a working set that are read ahead at most.
 const MAX_WORKING_SET: u64 = 16_384;
+/// Pages of it that are copied ahead at most: 8 MiB, some 2 ms.
+const MAX_COPIED: u64 = 2_048;
 /// Earlier files whose pages are shown. With more, the smallest are copied too.
 const MAX_FILES: usize = 8;
 
@@ -117,15 +122,22 @@ pub struct Suspended {
 /// What a VM touched between its last wake and its suspension.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
-    /// By region.
-    runs: Vec<Vec<PageRange>>,
+    touched: PageSet,
+    /// Of these, what was written.
+    written: PageSet,
 }
 
 impl WorkingSet {
     /// Its pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.runs.iter().map(|runs| pages_in(runs)).sum()
+        self.touched.pages()
+    }
+
+    /// Those of them that were written.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.written.pages()
     }
 }
 
@@ -207,8 +219,9 @@ impl GuestRegion {
         }
         let table = region.table.lock();
         let plan = region.plan_suspension(&state, &to.merge)?;
-        let unseen = region.unseen_copies(&state, &subtract_runs(&plan.own, &plan.base));
-        let since_wake = if state.woken { region.touched_now()? } else { Vec::new() };
+        let private = subtract_runs(&plan.own, &plan.base);
+        let unseen = region.unseen_copies(&state, &private);
+        let (touched, written) = if state.woken { (region.touched_now()?, private) } else { Default::default() };
         // I7, I8: the bit goes before the page does; a pin that comes later waits for the lock.
         let pinned: Vec<PageRange> = plan.own.iter().flat_map(|run| table.share(*run)).collect();
         let refused = pinned.first().map(|first| RamError::Pinned { pages: pages_in(&pinned), first: *first });
@@ -229,10 +242,13 @@ impl GuestRegion {
         region.empty_tables(&plan.kept);
         region.counters.count_guest(unseen);
         state.counted.clear();
+        state.ahead.clear();
+        state.moved = true;
         state.woken = true;
         to.report.zeros += pages_in(&plan.zeros);
         to.report.kept += pages_in(&plan.kept);
-        to.working_set.runs.insert(0, since_wake);
+        to.working_set.touched.insert_first(touched);
+        to.working_set.written.insert_first(written);
         region.store.sweep_later();
         Ok(())
     }
@@ -355,24 +371,23 @@ impl GuestRegion {
         self.store.pagemap().touched_runs(&self.at, self.range()).map_err(RamError::Harvest)
     }
 
-    /// Reads `runs` ahead and maps them, as far as `left` pages go. Best effort: what fails here
-    /// fails again, by name, when the guest touches it.
-    pub(crate) fn read_ahead(&self, runs: &[PageRange], left: &mut u64) {
+    /// Has what files provide of `runs` read, without waiting for it.
+    fn begin_reading(&self, runs: &[PageRange]) {
         let state = self.state_for_pin();
-        let mut some = Vec::new();
-        for run in runs {
-            let part = PageRange::with_len(run.start, run.len().min(*left)).intersect(self.range());
-            *left -= part.len().min(*left);
-            some.extend(self.not_absent(&[part]));
-        }
-        // All of it is on its way before the first of it is waited for.
+        let some = self.not_absent(runs);
         for (piece, source) in some.iter().flat_map(|run| state.space.map().within(*run)) {
             if source.layer.home() == Home::Disk {
                 let len = NonZero::new(piece.len() << PAGE_SHIFT);
                 let _ = fadvise(source.layer.as_fd(), source.at << PAGE_SHIFT, len, Advice::WillNeed);
             }
         }
-        for run in some.iter().filter(|run| !run.is_empty()) {
+    }
+
+    /// Maps `runs` for reading. Best effort: what fails here fails again, by name, when the guest
+    /// touches it.
+    fn map_ahead(&self, runs: &[PageRange]) {
+        let _state = self.state_for_pin();
+        for run in self.not_absent(runs).iter().filter(|run| !run.is_empty()) {
             if let Err(error) = self.at.populate_read(*run) {
                 tracing::debug!(%error, %run, "not read ahead");
             }
@@ -381,11 +396,18 @@ impl GuestRegion {
 }
 
 impl WorkingSet {
-    /// Reads it ahead into `regions`.
+    /// Copies what was written ahead into `regions`, and reads the rest ahead.
     pub(crate) fn read_ahead(&self, regions: &[Arc<GuestRegion>]) {
-        let mut left = MAX_WORKING_SET;
-        for (region, runs) in regions.iter().zip(&self.runs) {
-            region.read_ahead(runs, &mut left);
+        let ahead = self.touched.first(MAX_WORKING_SET);
+        // All of it is on its way before the first of it is waited for.
+        for (region, runs) in regions.iter().zip(ahead.runs()) {
+            region.begin_reading(runs);
+        }
+        ahead::copy_all_ahead(regions, &self.written, MAX_COPIED);
+        // A page that is mapped for reading costs two faults at its first write: its copy takes
+        // away what KVM has looked up, which then looks again.
+        for (region, runs) in regions.iter().zip(ahead.without(&self.written).runs()) {
+            region.map_ahead(runs);
         }
     }
 }

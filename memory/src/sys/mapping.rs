@@ -1,5 +1,6 @@
 //! A reservation of host address space that never moves, and what gets mapped into it.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
@@ -18,9 +19,8 @@ use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, push_run, subtr
 /// The address is fixed for the reservation's life, so a KVM memslot over it is set once.
 ///
 /// **Vacant.** Mapping over what is mapped has the kernel tell KVM, which walks the memslot's reverse
-/// map of all pages of it: 0.1 ms for 512 MiB, 0.7 ms for 4 GiB, though nothing was ever mapped. A
-/// VM that is prepared pays for that ahead ([`Self::vacate`]): nothing is mapped at its addresses
-/// until it gets its memory. They are apart from where the kernel puts mappings by itself, and what
+/// map of all pages of it: 0.1 ms for 512 MiB, 0.7 ms for 4 GiB, though nothing was ever mapped. So
+/// nothing is mapped at a VM's addresses until it gets its memory ([`Self::vacate`]). They are apart from where the kernel puts mappings by itself, and what
 /// is there nevertheless is an error and not replaced. No vCPU runs before.
 #[derive(Debug)]
 pub(crate) struct Reservation {
@@ -34,6 +34,27 @@ pub(crate) struct Reservation {
 
 /// Addresses at which the kernel maps nothing unless it is asked to: it goes down from the stack.
 const APART: Range<usize> = 0x1000_0000_0000..0x5000_0000_0000;
+/// How often another place is tried.
+const TRIES: usize = 8;
+
+/// The reservations of this process that are apart, by address, with their ends: the kernel does not
+/// know of those that are vacant.
+static TAKEN: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+fn taken() -> MutexGuard<'static, BTreeMap<usize, usize>> {
+    // A panic in between leaves it whole.
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Notes that `len` bytes from `start` are a reservation's, unless some of them are another's.
+fn take(start: usize, len: usize) -> bool {
+    let mut taken = taken();
+    let is_free = taken.range(..start + len).next_back().is_none_or(|(_, end)| *end <= start);
+    if is_free {
+        taken.insert(start, start + len);
+    }
+    is_free
+}
 
 // SAFETY: the reservation is an address and a length; every access through it is volatile or by the
 // kernel.
@@ -70,26 +91,47 @@ impl Reservation {
         Ok(Self { base, pages, is_apart: false, mapped: Mutex::default() })
     }
 
-    /// Reserves `len` bytes at a random place that is apart from others. None if it is taken.
+    /// Reserves `len` bytes at a random place that is apart from others. None if each that was tried is
+    /// taken.
     fn apart(len: usize) -> Option<NonNull<u8>> {
-        let mut random = [0; size_of::<usize>()];
-        let random = match rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()) {
-            Ok(all) if all == random.len() => usize::from_ne_bytes(random),
-            _ => return None,
-        };
         let places = APART.len().checked_sub(len)? / BLOCK_SIZE as usize;
-        let place = APART.start + random % places.max(1) * BLOCK_SIZE as usize;
+        (0..TRIES).find_map(|_| {
+            let mut random = [0; size_of::<usize>()];
+            let random = match rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()) {
+                Ok(all) if all == random.len() => usize::from_ne_bytes(random),
+                _ => return None,
+            };
+            Self::apart_at(APART.start + random % places.max(1) * BLOCK_SIZE as usize, len)
+        })
+    }
+
+    fn apart_at(place: usize, len: usize) -> Option<NonNull<u8>> {
+        if !take(place, len) {
+            return None;
+        }
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: without MAP_FIXED the address is a wish: nothing that exists is touched.
-        let raw = unsafe { mmap_anonymous(place as *mut _, len, ProtFlags::empty(), flags) }.ok()?;
-        if raw as usize == place {
+        let raw = unsafe { mmap_anonymous(place as *mut _, len, ProtFlags::empty(), flags) };
+        if let Ok(raw) = raw
+            && raw as usize == place
+        {
             return NonNull::new(raw.cast());
         }
-        // SAFETY: the mapping was just made, and nobody else knows of it.
-        if let Err(error) = unsafe { munmap(raw, len) } {
-            tracing::error!(%error, "addresses stay reserved");
+        taken().remove(&place);
+        if let Ok(raw) = raw {
+            // SAFETY: the mapping was just made, and nobody else knows of it.
+            if let Err(error) = unsafe { munmap(raw, len) } {
+                tracing::error!(%error, "addresses stay reserved");
+            }
         }
         None
+    }
+
+    /// Lets another reservation have its addresses, where nothing of it is mapped any more.
+    fn release(&self) {
+        if self.is_apart {
+            taken().remove(&(self.base.as_ptr() as usize));
+        }
     }
 
     fn mapped(&self) -> MutexGuard<'_, Option<Vec<PageRange>>> {
@@ -264,6 +306,7 @@ impl Reservation {
         // this reservation, which stays mapped. No Rust reference into either exists.
         unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
         // Its addresses were given up by the move, and may be another's by now.
+        aside.release();
         std::mem::forget(aside);
         trace!(Replaced { at: self.at(), range });
         Ok(())
@@ -272,19 +315,24 @@ impl Reservation {
     /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first
     /// write.
     pub(crate) fn populate_write(&self, range: PageRange) -> io::Result<()> {
+        self.mark_written(range)?;
+        trace!(Owned { at: self.at(), range });
+        Ok(())
+    }
+
+    /// Has the kernel take the pages of `range`, which are this VM's own, for written. A page of a file
+    /// in memory that it takes for clean is dropped when memory is short, and is zeros after.
+    pub(crate) fn mark_written(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         failpoint(Call::Advise)?;
         let at = self.addr(range.start).cast();
         loop {
-            // SAFETY: populating faults pages in; contents do not change.
+            // SAFETY: populating faults pages in and marks them; contents do not change.
             match unsafe { madvise(at, range.bytes(), Advice::LinuxPopulateWrite) } {
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                Err(error) => return Err(error.into()),
-                Ok(()) => break,
+                other => return Ok(other?),
             }
         }
-        trace!(Owned { at: self.at(), range });
-        Ok(())
     }
 
     /// Maps the pages of `range` for reading: shared ones as they are, without copies.
@@ -317,6 +365,19 @@ impl Reservation {
             }
         }
         zeros
+    }
+
+    /// Whether `page`, which is mapped and readable, holds `bytes`.
+    pub(crate) fn has_bytes(&self, page: u64, bytes: &[u8]) -> bool {
+        let words = self.addr(page).cast::<u64>();
+        let (want, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
+        debug_assert!(page < self.pages && want.len() == WORDS, "a page is compared with a page");
+        want.iter().take(WORDS).enumerate().all(|(at, want)| {
+            // SAFETY: the word is within the page, which `addr` has checked.
+            let word = unsafe { words.add(at) };
+            // SAFETY: the caller's page is mapped and readable; no reference is made.
+            (unsafe { word.read_volatile() }) == u64::from_ne_bytes(*want)
+        })
     }
 
     /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together
@@ -457,7 +518,9 @@ impl Drop for Reservation {
         let mut all = vec![PageRange::new(0, self.pages)];
         if let Err(error) = self.unmap(mapped.as_mut().unwrap_or(&mut all)) {
             tracing::error!(%error, "a region's address range could not be unmapped");
+            return;
         }
+        self.release();
     }
 }
 
@@ -556,6 +619,23 @@ mod tests {
         assert_eq!(unsafe { raw.cast::<u8>().read_volatile() }, 0xaa);
         // SAFETY: this test has mapped it.
         unsafe { munmap(raw, others.bytes()) }.unwrap();
+    }
+
+    #[test]
+    fn what_is_vacant_is_no_other_reservations() {
+        let at = vacant();
+        let (start, len) = (at.addr(0) as usize, WHOLE.bytes());
+        let others = [(start, len), (start - len / 2, len), (start + len - 4096, 4096), (start - 4096, 2 * len)];
+        for (place, len) in others {
+            assert_eq!(Reservation::apart_at(place, len), None, "{place:#x}, {len:#x}");
+        }
+        let beside = [start - len, start + len].map(|place| Reservation::apart_at(place, len).unwrap());
+        for base in beside {
+            drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
+        }
+        drop(at);
+        let base = Reservation::apart_at(start, len).unwrap();
+        drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub(crate) enum Break {
     ForgetUndo,
     /// I14: what is mapped is not shown by the map.
     LeaveMap,
+    /// I15: a long-term pin leaves pages clean.
+    LeaveClean,
     /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those
     /// below.
     CountUnchecked,
@@ -262,8 +264,36 @@ pub(crate) mod tests {
         drop(pin);
     }
 
+    /// What only a device has written is there when the kernel has taken back what it could.
+    fn device_writes_and_memory_is_short() {
+        use crate::dma::Device;
+        for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
+            let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
+            ram.populate().unwrap();
+            let region = &ram.regions()[0];
+            for (range, reads_first) in [(PageRange::new(3, 7), true), (PageRange::new(600, 620), false)] {
+                let look = |page: u64| word(&ram, page);
+                if reads_first {
+                    // Mapped, so that writing is allowed, and clean.
+                    range_words(range).for_each(|page| assert_eq!(look(page), 0));
+                }
+                let pin = region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap();
+                let at = pin.host_address();
+                let mut device = Device::attach(pin);
+                device.write(9);
+                drop(device);
+                // SAFETY: the pages stay mapped; what they hold may only be written elsewhere.
+                let shrunk = unsafe { libc::madvise(at.cast(), range.bytes(), libc::MADV_PAGEOUT) };
+                assert_eq!(shrunk, 0, "{}", std::io::Error::last_os_error());
+                for page in range_words(range) {
+                    assert_eq!(look(page), u64::from_ne_bytes([9; 8]), "what a device wrote to {page:#x} is lost");
+                }
+            }
+        }
+    }
+
     /// For each break: its invariant, and what notices.
-    const TABLE: [(&str, Break, fn()); 15] = [
+    const TABLE: [(&str, Break, fn()); 16] = [
         ("I1", Break::PinInPlace, || device_writes(600, 1)),
         ("I1 (a whole block)", Break::PinInPlace, || device_writes(512, 512)),
         ("I2", Break::KeepBits, freeze_twice),
@@ -279,6 +309,7 @@ pub(crate) mod tests {
         ("I12", Break::SplitBare, pins_are_exact),
         ("I13", Break::ForgetUndo, refused_freeze),
         ("I14", Break::LeaveMap, reference_pages),
+        ("I15", Break::LeaveClean, device_writes_and_memory_is_short),
     ];
 
     /// What shows a break.

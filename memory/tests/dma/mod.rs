@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
-use clade_memory::DmaPin;
+use clade_memory::{DmaPin, PinLifetime};
 use io_uring::{IoUring, opcode, types};
 
 /// Devices of one thread at a time.
@@ -91,6 +91,20 @@ impl Device {
         let to = self.pin.host_address().wrapping_add(at);
         let read = opcode::ReadFixed::new(fd, to, bytes.len() as u32, self.slot as u16).build();
         self.bus.transfer(&read, bytes.len());
+        if self.pin.lifetime() == PinLifetime::Transient {
+            self.mark_written();
+        }
+    }
+
+    /// A registered buffer is not marked by io_uring, and what is behind a short pin is not by the memory
+    /// manager: a direct read, which this stands for, marks what it has written.
+    fn mark_written(&self) {
+        // SAFETY: populating changes no contents. What is not mapped any more is refused.
+        let marked =
+            unsafe { libc::madvise(self.pin.host_address().cast(), self.pin.len(), libc::MADV_POPULATE_WRITE) };
+        if marked != 0 {
+            println!("a short pin's pages are not marked: {}", std::io::Error::last_os_error());
+        }
     }
 
     /// What the device reads from offset `at` of its pages on.

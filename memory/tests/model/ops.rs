@@ -99,6 +99,11 @@ pub(crate) enum Op {
         vm: usize,
         wake: bool,
     },
+    /// Pages become the VM's own before they are written.
+    CopyAhead {
+        vm: usize,
+        at: At,
+    },
     NoFork {
         vm: usize,
         at: At,
@@ -118,6 +123,11 @@ pub(crate) enum Op {
     },
     /// What nobody sees is given back.
     Sweep,
+    /// Memory is short: the kernel takes out what it may.
+    Reclaim {
+        vm: usize,
+        at: At,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -169,11 +179,13 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (n(), pages(), prop_oneof![20 => Just(false), 1 => Just(true)])
             .prop_map(|(vm, at, disk)| Op::Evict { vm, at, disk }),
         2 => (n(), any::<bool>()).prop_map(|(vm, wake)| Op::Suspend { vm, wake }),
+        3 => (n(), pages()).prop_map(|(vm, at)| Op::CopyAhead { vm, at }),
         2 => (n(), no_fork).prop_map(|(vm, (at, what))| Op::NoFork { vm, at, what }),
         1 => n().prop_map(|vm| Op::Settle { vm }),
         1 => n().prop_map(|vm| Op::Compact { vm }),
         1 => n().prop_map(|image| Op::CompactImage { image }),
         2 => Just(Op::Sweep),
+        2 => (n(), pages()).prop_map(|(vm, at)| Op::Reclaim { vm, at }),
     ]
 }
 

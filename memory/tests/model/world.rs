@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamImage, RefPage,
-    Store, SuspendFile,
+    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PageSet, PinLifetime, Quiesced, RamError, RamImage,
+    RefPage, Store, SuspendFile,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -249,6 +249,21 @@ impl<'s> World<'s> {
                 }
                 self.vms[vm].look_at(range);
             }
+            Op::CopyAhead { vm, at } => {
+                let (vm, range) = (&self.vms[self.pick(vm)], at.pages(self.pages));
+                let mut runs = vec![Vec::new(); vm.ram.regions().len()];
+                for part in parts(&vm.ram, range) {
+                    let base = part.region.host_address();
+                    let of = vm.ram.regions().iter().position(|region| region.host_address() == base).unwrap();
+                    runs[of].push(part.range);
+                }
+                let set = PageSet::new(vm.ram.layout(), runs).unwrap();
+                assert!(vm.ram.copy_ahead(&set, range.len()).unwrap() <= range.len());
+                vm.look_at(range);
+                // Nothing is taken for unused that has changed.
+                let (_, came) = vm.ram.written_set(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
+                assert!(came.hits + came.waste <= came.copied, "{came:?}");
+            }
             Op::Suspend { vm, wake } => self.suspend(vm, wake),
             Op::NoFork { vm, at, what } => {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
@@ -278,6 +293,16 @@ impl<'s> World<'s> {
                 self.images[image].0 = self.images[image].0.compact(self.store).unwrap().0;
             }
             Op::Sweep => drop(self.store.sweep()),
+            Op::Reclaim { vm, at } => {
+                let (vm, range) = (&self.vms[self.pick(vm)], at.pages(self.pages));
+                for part in parts(&vm.ram, range) {
+                    let at = (part.region.host_address() + part.range.offset()) as *mut libc::c_void;
+                    // SAFETY: the pages stay what they are; where they are kept is the kernel's affair.
+                    // What is absent has none, and is refused.
+                    unsafe { libc::madvise(at, part.range.bytes(), libc::MADV_PAGEOUT) };
+                }
+                vm.look_at(range);
+            }
         }
         true
     }

@@ -26,6 +26,8 @@ pub(crate) struct Tally {
     forks: AtomicU64,
     resets: AtomicU64,
     discarded: AtomicU64,
+    /// Pages that the kernel was told to reclaim.
+    reclaimed: AtomicU64,
     other: AtomicU64,
     looks: AtomicU64,
 }
@@ -67,6 +69,10 @@ impl Tally {
 
     pub(crate) fn discarded(&self, pages: u64) {
         count(&self.discarded, pages);
+    }
+
+    pub(crate) fn reclaim(&self, pages: u64) {
+        count(&self.reclaimed, pages);
     }
 
     pub(crate) fn other(&self) {

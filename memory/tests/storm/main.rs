@@ -1,5 +1,5 @@
 //! Everything at once, from many threads: vCPUs that write, devices that hold frames, freezes,
-//! forks, resets, discards, evictions, compaction, sweeps, and the end of VMs and images.
+//! forks, resets, discards, evictions, reclaim, compaction, sweeps, and the end of VMs and images.
 //!
 //! The oracle asks none of the code's records. It knows three things from the bytes alone (see
 //! `stamp.rs`):
@@ -13,7 +13,7 @@
 //! | `CLADE_STORM_SECONDS` | how long, over all kinds of pages; 10 if not given, 600 in the long test |
 //! | `CLADE_STORM_SEED` | what the threads decide from, as a failure prints it; a fresh one if not given |
 //! | `CLADE_STORM_WITHOUT` | what to leave out, to tell causes apart: `short`, `sweep`, `settle`, `discard`, `evict`,
-//!   `compact`, `reset`, `drop`, `background`, comma-separated |
+//!   `reclaim`, `compact`, `reset`, `drop`, `background`, comma-separated |
 //!
 //! A seed decides what each thread does. It does not decide how they interleave.
 

@@ -129,6 +129,7 @@ pub(crate) fn upkeep(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
             }
             9..13 if fleet.has("discard") => discard(fleet, &vm, &mut rng)?,
             13 if fleet.has("evict") => evict(&vm, &mut rng)?,
+            22 if fleet.has("reclaim") => fleet.tally.reclaim(reclaim(&vm, &mut rng)),
             14 | 15 if fleet.has("compact") => {
                 let _stopped = vm.stop_cpus();
                 vm.ram
@@ -203,6 +204,22 @@ fn evict(vm: &Vm, rng: &mut Rng) -> Result<(), String> {
         evicted.map_err(|error| format!("an eviction: {error:?}"))?;
     }
     Ok(())
+}
+
+/// The kernel takes the frames of pages that nothing was written to since they were last read from
+/// where they are kept, as it does when memory is scarce. Everybody goes on meanwhile.
+fn reclaim(vm: &Vm, rng: &mut Rng) -> u64 {
+    let first = rng.below(CHUNKS);
+    let mut taken = 0;
+    for of in first..(first + 1 + rng.below(CHUNKS / 2)).min(CHUNKS) {
+        let (region, range) = vm.region(chunk(of));
+        let at = (region.host_address() + range.offset()) as *mut libc::c_void;
+        // SAFETY: the pages stay what they are; where they are kept is the kernel's affair. What is
+        // absent has none, and is refused.
+        let done = unsafe { libc::madvise(at, range.bytes(), libc::MADV_PAGEOUT) };
+        taken += u64::from(done == 0) * range.len();
+    }
+    taken
 }
 
 fn reset(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {

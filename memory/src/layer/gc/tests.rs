@@ -6,6 +6,7 @@ use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamI
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 64;
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn check(ram: &GuestRam, what: &str) {
     for page in 0..PAGES {
@@ -43,6 +44,35 @@ fn what_is_shown_while_a_sweep_looks_round_is_kept() {
             check(&child, &what);
         }
     }
+}
+
+/// All that shows a layer goes while a sweep looks round: the sweep is its last user. A layer's end
+/// is a step of its own, also in a trace.
+#[test]
+fn a_layer_may_end_in_a_sweep() {
+    let (done, is_done) = std::sync::mpsc::channel();
+    let swept = std::thread::spawn(move || {
+        let store = Store::open_small().unwrap();
+        let ram = named(&store);
+        let image = freeze(&ram, FreezeMode::Eager);
+        let parts: Vec<_> = image.maps().map(|map| (map, Vec::new())).collect();
+        let (mut users, mut at) = (Some((image, ram, parts)), 0);
+        sweep_in_steps(store.views(), || {
+            if at == 1 {
+                let (image, ram, parts) = users.take().unwrap();
+                // Handles have been made since: what was seen may not be swept.
+                drop(RamImage::from_parts(&store, ram.layout(), parts).unwrap());
+                drop((image, ram));
+                store.wait_reclaimed(PATIENCE);
+            }
+            at += 1;
+        });
+        store.expect_no_layers();
+        done.send(at).unwrap();
+    });
+    let steps = is_done.recv_timeout(PATIENCE).expect("the sweep ends");
+    swept.join().unwrap();
+    assert_eq!(steps, 2);
 }
 
 /// Two regions of so many pages.
@@ -108,7 +138,7 @@ fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     let image = freeze(&ram, FreezeMode::Background);
     image.finish_background().unwrap();
     // Views that were let go of have gone.
-    store.wait_reclaimed(RECLAIM_TIMEOUT);
+    store.wait_reclaimed(PATIENCE);
     for region in ram.regions() {
         let mut state = region.state();
         assert!(state.freezing.as_ref().is_some_and(|freezing| !freezing.gaps.is_empty()), "not looked at yet");
@@ -171,7 +201,7 @@ fn a_reset_leaves_no_birth_file_behind() {
     let before = store.live_layers();
     ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
     expect(&ram, "put back", |_| 1);
-    store.wait_reclaimed(RECLAIM_TIMEOUT);
+    store.wait_reclaimed(PATIENCE);
     assert_eq!(store.live_layers(), before - 2, "its two base files are kept by nobody");
 }
 
@@ -199,7 +229,7 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
         if before {
             parts = hand_out(&mut image);
         }
-        store.wait_reclaimed(RECLAIM_TIMEOUT);
+        store.wait_reclaimed(PATIENCE);
         let mut made = None;
         sweep_in_steps(store.views(), || {
             if !before && at == 0 {

@@ -13,7 +13,8 @@ use crate::region::pin::{Access, DmaPin, PinLifetime};
 use crate::testing::failpoint::{Call, plan};
 use crate::units::{PAGE_SIZE, PageRange};
 use crate::{
-    Backing, FreezeMode, GuestRam, GuestRegion, NoFork, Quiesced, RamError, RamImage, RamLayout, Store, SuspendFile,
+    Backing, FreezeMode, GuestRam, GuestRegion, NoFork, PageSet, Quiesced, RamError, RamImage, RamLayout, Store,
+    SuspendFile,
 };
 
 /// Of the first region, in which operations on a region take place.
@@ -418,6 +419,29 @@ fn suspend(rig: &Rig, times: u64) -> Result<Option<RamImage>, RamError> {
 fn i13_a_suspension_that_fails_anywhere_loses_nothing() {
     walk("suspend", true, Effect::None, |rig| suspend(rig, 2));
     walk("suspend of booted", false, Effect::None, |rig| suspend(rig, 1));
+}
+
+#[test]
+fn i13_a_copy_ahead_that_fails_anywhere_changes_nothing() {
+    walk("copy ahead", true, Effect::None, |rig| {
+        let vm = GuestRam::reserve(&layout(), &rig.store)?;
+        vm.adopt(&rig.image.as_ref().unwrap().0)?;
+        (200..210).for_each(|page| put(&vm, page, 1));
+        let before = contents(&vm);
+        let runs = vec![vec![PageRange::new(90, 300), PageRange::new(500, 501)], vec![PageRange::new(3, 90)]];
+        let set = PageSet::new(&layout(), runs).unwrap();
+        // A failure is not an error of what it is done for.
+        vm.copy_ahead(&set, 500).unwrap();
+        let came = vm.written_set(&Quiesced::by(&crate::NoWriters));
+        if let Ok((written, came)) = &came {
+            assert_eq!((written.pages(), came.hits), (10, 0), "{came:?}");
+        }
+        assert!(contents(&vm) == before);
+        plan().heal();
+        vm.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        (0..ALL).for_each(|page| put(&vm, page, 7));
+        came.map(|_| None)
+    });
 }
 
 #[test]
